@@ -1,0 +1,310 @@
+"""Folder, bucket or table -> manifest: one row for every file that is, or is named like, a clip.
+
+RAVDESS is recognised by its file names alone, so any layout will do: Zenodo's zips unpacked, the
+Kaggle archive with its second copy, one flat folder. Other corpora come as a CSV or Parquet table
+with the columns `path,label,speaker` and optionally `take`. No clip is opened here; a row that can
+be answered without opening has its `status` and `reason` already.
+"""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from pyarrow import fs
+
+from ser_ray.corpus.names import (
+    EMOTIONS,
+    EXAMPLE_NAME,
+    MODALITIES,
+    SUFFIXES,
+    ClipName,
+    NameProblem,
+    parse_name,
+)
+from ser_ray.errors import ConfigError, CorpusError
+from ser_ray.storage import (
+    ListedFile,
+    filesystem_of,
+    folder_of,
+    list_files,
+    location_inside,
+    stat_file,
+)
+
+STAND_IN_MARKER = "STAND-IN.txt"
+"""A file of this name in a corpus folder says that its clips are synthetic."""
+
+MANIFEST_SCHEMA = pa.schema(
+    {
+        "path": pa.string(),  # full path or URI, as any worker opens it
+        "size": pa.int64(),  # bytes; null where the listing does not say
+        "modality": pa.string(),  # av | video | audio
+        "channel": pa.string(),  # speech | song; null in own corpora, as are the next but emotion
+        "emotion": pa.string(),  # the label
+        "intensity": pa.string(),  # normal | strong
+        "statement": pa.int8(),
+        "repetition": pa.int8(),
+        "speaker": pa.string(),
+        "sex": pa.string(),  # male | female; null in own corpora
+        "take": pa.string(),  # the performance, equal for its wav and its mp4s
+        "status": pa.string(),  # null: to be decoded; else one of `PRE_DECODE`
+        "reason": pa.string(),  # in words, where there is a status
+    }
+)
+PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
+"""The outcomes that are known before a clip is opened."""
+
+_NAME_FIELDS = MANIFEST_SCHEMA.names[2:-2]
+_TABLE_COLUMNS = ("path", "label", "speaker", "take")
+_TABLE_SUFFIXES = (".csv", ".parquet")
+_LISTING_BATCH = 65_536  # files held as Python objects at a time
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A listed corpus."""
+
+    name: Literal["ravdess", "stand-in", "table"]
+    """Real RAVDESS, the synthetic corpus with its names, or a corpus of the user's own."""
+    root: str
+    """The folder, bucket or table, as given."""
+    labels: tuple[str, ...]
+    """The label set; a label's place in it is its class index."""
+    manifest: pa.Table
+    """`MANIFEST_SCHEMA`, sorted by path."""
+
+
+def list_corpus(source: str) -> Corpus:
+    """List a folder or URI that holds RAVDESS in any layout, or a `.csv` or `.parquet` table.
+
+    In a folder every `.wav` and `.mp4` (any case) is a row; other files and hidden ones, such as
+    macOS's `._name.wav`, are none.
+
+    Raises:
+        CorpusError: there is no such place, nothing in it is recognised, or a table contradicts
+            itself.
+        ConfigError: no filesystem opens the location.
+    """
+    filesystem, path = filesystem_of(source)
+    try:
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.NotFound:
+            raise CorpusError(f"{source}: there is no such folder or table")
+        if kind == fs.FileType.Directory:
+            marker = filesystem.get_file_info(f"{path.rstrip('/')}/{STAND_IN_MARKER}")
+            name: Literal["stand-in", "ravdess"] = "stand-in" if marker.is_file else "ravdess"
+            return Corpus(name, source, EMOTIONS, _list_folder(source))
+        if not path.lower().endswith(_TABLE_SUFFIXES):
+            raise CorpusError(
+                f"{source}: neither a folder nor a .csv or .parquet table; an archive has to be "
+                "unpacked first"
+            )
+        rows = _read_table(source, filesystem, path)
+    except OSError as error:
+        raise CorpusError(f"{source}: cannot be listed ({error})") from error
+    labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
+    return Corpus("table", source, labels, _list_table(source, rows))
+
+
+def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
+    """Mark the rows to be decoded whose modality is not in `include` as `excluded`.
+
+    Raises:
+        ConfigError: `include` is empty or names an unknown modality.
+    """
+    wanted = sorted(set(include))
+    if not wanted or not set(wanted) <= set(MODALITIES):
+        raise ConfigError(
+            f"include is {','.join(wanted) or 'empty'}: it must be one or more of "
+            f"{','.join(MODALITIES)}"
+        )
+    is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
+    left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
+    return _with_status(manifest, left_out, "excluded", f"only {','.join(wanted)} is included")
+
+
+# --- RAVDESS: what the file names say ---
+
+
+def _list_folder(source: str) -> pa.Table:
+    """List a folder of RAVDESS names: `MANIFEST_SCHEMA`, sorted by path."""
+    others: Counter[str] = Counter()
+    clips = _only_clips(list_files(source), others)
+    batches = []
+    while batch := list(itertools.islice(clips, _LISTING_BATCH)):
+        batches.append(_read_names(batch))
+    table = pa.concat_tables(batches).sort_by("path") if batches else None
+    if table is None or table["modality"].null_count == len(table):
+        raise _nothing_recognised(source, table, others)
+    manifest = table.select(MANIFEST_SCHEMA.names)
+    return _mark_duplicates(manifest, table["name"], table["depth"], "has the file name of ")
+
+
+def _only_clips(files: Iterable[ListedFile], others: Counter[str]) -> Iterator[ListedFile]:
+    """Pass on what is named like a clip and count the rest by extension."""
+    for file in files:
+        extension = os.path.splitext(file.inside)[1].lower()  # noqa: PTH122 - a million of them
+        if extension in SUFFIXES:
+            yield file
+        elif file.problem is None:
+            others[extension or "without extension"] += 1
+
+
+def _read_names(files: list[ListedFile]) -> pa.Table:
+    """One row a file: `MANIFEST_SCHEMA`, and the name and depth by which copies are told."""
+    names = [file.inside.rpartition("/")[2] for file in files]
+    clips: list[ClipName | None] = []
+    statuses: list[str | None] = []
+    reasons: list[str | None] = []
+    for file, name in zip(files, names, strict=True):
+        clip, status, reason = None, None, None
+        try:
+            clip = parse_name(name)
+        except NameProblem as problem:
+            status, reason = "name_not_understood", str(problem)
+        if file.problem is not None:
+            status, reason = "unreadable", file.problem
+        clips.append(clip)
+        statuses.append(status)
+        reasons.append(reason)
+    columns = {field: [getattr(clip, field, None) for clip in clips] for field in _NAME_FIELDS}
+    columns |= {"path": [f.location for f in files], "size": [f.size for f in files]}
+    columns |= {"status": statuses, "reason": reasons}
+    table = pa.Table.from_pydict(columns, MANIFEST_SCHEMA)
+    depths = [file.inside.count("/") for file in files]
+    return table.append_column("name", pa.array([n.lower() for n in names])).append_column(
+        "depth", pa.array(depths, pa.int32())
+    )
+
+
+def _nothing_recognised(source: str, table: pa.Table | None, others: Counter[str]) -> CorpusError:
+    found = [f"{count} {extension}" for extension, count in others.most_common(5)]
+    if table is not None:
+        first = table.slice(0, 1).to_pylist()[0]
+        found.insert(0, f"{len(table)} .wav or .mp4, the first {first['path']}: {first['reason']}")
+    hint = " Unpack the archives first." if ".zip" in others else ""
+    return CorpusError(
+        f"{source}: no RAVDESS clip in it (found: {'; '.join(found) or 'no file at all'}). RAVDESS "
+        f"files are named like {EXAMPLE_NAME}; other corpora need a .csv or .parquet table with "
+        f"the columns path,label,speaker.{hint}"
+    )
+
+
+# --- own corpora: what a table says ---
+
+
+def _read_table(source: str, filesystem: fs.FileSystem, path: str) -> pa.Table:
+    """Read a table: string columns `path,label,speaker,take`, none of them empty."""
+    try:
+        with filesystem.open_input_file(path) as file:
+            if path.lower().endswith(".csv"):
+                # As text, or speaker 01 would be read as the number 1.
+                as_text = pa.csv.ConvertOptions(
+                    column_types=dict.fromkeys(_TABLE_COLUMNS, "string")
+                )
+                table = pa.csv.read_csv(file, convert_options=as_text)
+            else:
+                table = pa.parquet.read_table(file)
+        given = [name for name in _TABLE_COLUMNS if name in table.column_names]
+        if missing := {"path", "label", "speaker"} - set(given):
+            raise CorpusError(
+                f"{source}: no column {', '.join(sorted(missing))}; it needs path,label,speaker "
+                f"and may have take, and it has {','.join(table.column_names)}"
+            )
+        columns = {name: pc.utf8_trim_whitespace(table[name].cast("string")) for name in given}
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, KeyError) as error:
+        raise CorpusError(f"{source}: not a table that can be read ({error})") from error
+    if len(table) == 0:
+        raise CorpusError(f"{source}: the table has no rows")
+    for name, column in columns.items():
+        empty = pc.equal(pc.fill_null(column, ""), "")
+        if pc.any(empty).as_py():
+            row = pc.index(empty, True).as_py() + 1
+            raise CorpusError(f"{source}: row {row} (after the header) has no {name}")
+    return pa.table(columns)
+
+
+def _list_table(source: str, rows: pa.Table) -> pa.Table:
+    """List the files of a table: `MANIFEST_SCHEMA`, sorted by path."""
+    given = [path if "://" in path else os.path.normpath(path) for path in rows["path"].to_pylist()]
+    if "take" not in rows.column_names:
+        takes = pa.array([os.path.splitext(path)[0] for path in given])  # noqa: PTH122
+        rows = rows.append_column("take", takes)
+    for column in ("speaker", "label"):
+        _check_takes(source, rows, column)
+    folder = folder_of(source)
+    paths = [path if "://" in path else location_inside(folder, path) for path in given]
+    seen = [(None, None) if "://" in path else stat_file(path) for path in paths]
+    nothing = pa.nulls(len(rows))
+    columns = dict.fromkeys(MANIFEST_SCHEMA.names, nothing) | {
+        "path": pa.array(paths),
+        "size": [status.st_size if status and not problem else None for status, problem in seen],
+        "modality": ["audio"] * len(rows),
+        "emotion": rows["label"],
+        "speaker": rows["speaker"],
+        "take": rows["take"],
+        "status": ["unreadable" if problem else None for _, problem in seen],
+        "reason": [problem for _, problem in seen],
+    }
+    manifest = pa.table(columns).cast(MANIFEST_SCHEMA).sort_by("path")
+    same = pa.array(np.zeros(len(rows), np.int32))
+    return _mark_duplicates(manifest, manifest["path"], same, "the table lists it before: ")
+
+
+def _check_takes(source: str, rows: pa.Table, column: str) -> None:
+    """Refuse a take with two speakers or two labels: no split could keep it on one side."""
+    counts = rows.group_by("take", use_threads=False).aggregate([(column, "count_distinct")])
+    mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
+    if len(mixed) == 0:
+        return
+    take = mixed["take"][0].as_py()
+    numbers = np.flatnonzero(pc.equal(rows["take"], take).to_numpy())
+    values = rows[column].take(numbers).to_pylist()
+    other = next(i for i, value in enumerate(values) if value != values[0])
+    raise CorpusError(
+        f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
+        f"take, {take!r}, but their {column} is {values[0]!r} and {values[other]!r}; a take is one "
+        "performance, named by the column take or else by the path without its extension"
+    )
+
+
+# --- both ---
+
+
+def _mark_duplicates(
+    manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
+) -> pa.Table:
+    """Of the rows to be decoded with equal keys, leave the shallowest, then the first by path."""
+    rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
+    ranked = pa.table({"row": rows, "key": keys.take(rows), "depth": depths.take(rows)}).sort_by(
+        [("key", "ascending"), ("depth", "ascending"), ("row", "ascending")]
+    )
+    rows, keys = ranked["row"].to_numpy(), ranked["key"].combine_chunks()
+    is_copy = np.zeros(len(rows), bool)
+    is_copy[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
+    kept = rows[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(rows))))]
+    mask = np.zeros(len(manifest), bool)
+    mask[rows[is_copy]] = True
+    original = np.arange(len(manifest))
+    original[rows] = kept
+    paths = manifest["path"].take(original)
+    reasons = pc.binary_join_element_wise(reason, paths, "")
+    return _with_status(manifest, pa.array(mask), "duplicate", reasons)
+
+
+def _with_status(
+    manifest: pa.Table, mask: pa.Array, status: str, reason: str | pa.ChunkedArray
+) -> pa.Table:
+    """Answer the rows under a mask before they are decoded."""
+    for name, value in (("status", status), ("reason", reason)):
+        column = pc.if_else(mask, value, manifest[name])
+        manifest = manifest.set_column(manifest.schema.get_field_index(name), name, column)
+    return manifest
