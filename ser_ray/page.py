@@ -1,0 +1,224 @@
+"""The page of a run: one HTML file that loads nothing, for any screen, light or dark.
+
+A `RunReport` of plain numbers comes in, text goes out. The figures are inline SVG in the colour of
+the page's own text, so that they follow the reader's light or dark setting.
+"""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from ser_ray.report import (
+    WIDTH,
+    Row,
+    bars_figure,
+    confusion_figure,
+    curves_figure,
+    learning_rate_figure,
+    per_class_rows,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """All that the page of a run shows."""
+
+    title: str
+    """Name of the run."""
+    corpus: str
+    """ravdess, stand-in or table."""
+    protocol: str
+    """Protocol and fold in words; it stands beside every score, which says nothing without it."""
+    part: Literal["validation", "test"]
+    """What the scores, the confusion matrix and the speakers' table were measured on."""
+    scores: Mapping[str, float]
+    """Shares from 0 to 1 by name (UA, WA, macro F1), shown large, in this order."""
+    labels: Sequence[str]
+    """Names of the confusion matrix's rows and columns."""
+    confusion: np.ndarray
+    """Counts [labels, labels], row = true, column = predicted."""
+    speakers: Sequence[Row]
+    """Rows of `per_speaker_rows`."""
+    history: Sequence[Mapping[str, float]]
+    """Rows of the epochs, as `curves_figure` takes them."""
+    lr_per_step: Sequence[float]
+    """Learning rate of every step."""
+    lr_min: float
+    """Lower bound of the schedule."""
+    lr_max: float
+    """Upper bound of the schedule."""
+    config: Mapping[str, object]
+    """Settings by name."""
+    versions: Mapping[str, str]
+    """Versions, machine and commit by name."""
+
+
+_CORPORA = {
+    "ravdess": "RAVDESS",
+    "stand-in": "the synthetic stand-in corpus",
+    "table": "an own corpus",
+}
+_HEADINGS = {"f1": "F1", "wa": "WA", "ua": "UA"}
+_BANNER = (
+    '<p class="banner"><strong>Stand-in corpus.</strong> These clips are synthesised: the numbers '
+    "show that the program works, they are not results on RAVDESS.</p>"
+)
+# No script, and nothing from elsewhere, whatever a label or a setting contains.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --quiet: #59636e; --line: #d1d9e0;
+  --warn-ink: #4d2d00; --warn: #fff1d6 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --quiet: #9198a1; --line: #3d444d;
+    --warn-ink: #ffdfb6; --warn: #3a2a10 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; margin-bottom: 0 }
+h2 { font-size: 1.15rem; margin-top: 2.5rem }
+.banner { padding: .75rem 1rem; background: var(--warn); color: var(--warn-ink);
+  border-left: .3rem solid currentColor }
+.scores { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
+.scores div { border: 1px solid var(--line); padding: .75rem 1rem }
+.scores dd { margin: 0; overflow-wrap: anywhere } .scores .value { font-size: 2rem }
+.quiet, caption { color: var(--quiet); font-size: .875rem }
+.pair { display: grid; gap: 1.5rem 3rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+.pair > *, .scroll { min-width: 0; overflow-x: auto }
+.pair > .scroll { grid-column: 1 / -1 }
+svg { display: block; height: auto; max-width: 100% } .scroll svg { max-width: none }
+svg text { fill: currentColor }
+table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; padding-bottom: .25rem }
+th, td { padding: .25rem clamp(.5rem, 2vw, 1.25rem) .25rem 0; text-align: left;
+  border-bottom: 1px solid var(--line) }
+th { font-weight: 600 } td { overflow-wrap: anywhere }
+.numbers td, .numbers th + th { text-align: right; overflow-wrap: normal; white-space: nowrap }
+"""
+
+
+def render_report(report: RunReport) -> str:
+    """Write the page of a run."""
+    heading = html.escape(report.title)
+    corpus = _CORPORA[report.corpus]
+    parts = [
+        f"<h1>{heading}</h1>",
+        f'<p class="quiet">ser_ray on {corpus}</p>',
+        _BANNER if report.corpus == "stand-in" else "",
+        _scores(report),
+        *_results(report),
+        *_training(report),
+        "<h2>Configuration and versions</h2>",
+        f'<div class="pair">{_settings(report.config)}{_settings(report.versions)}</div>',
+    ]
+    body = "\n".join(part for part in parts if part)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{heading}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _results(report: RunReport) -> list[str]:
+    measured_on = _measured_on(report)
+    confusion = confusion_figure(report.confusion, report.labels, measured_on)
+    classes = per_class_rows(report.confusion, report.labels)
+    speakers = bars_figure(
+        [str(row["speaker"]) for row in report.speakers],
+        [float(row["wa"]) for row in report.speakers],
+        [int(row["clips"]) for row in report.speakers],
+        measured_on,
+        "WA",
+    )
+    return [
+        "<h2>Labels</h2>",
+        f'<div class="pair">{_svg(confusion, "Confusion matrix")}',
+        f"{_table(classes, measured_on)}</div>",
+        "<h2>Speakers</h2>",
+        f'<div class="pair">{_svg(speakers, "WA of every speaker")}',
+        f"{_table(report.speakers, measured_on)}</div>",
+    ]
+
+
+def _training(report: RunReport) -> list[str]:
+    curves = curves_figure(report.history, _measured_on(report, "validation"))
+    rates = learning_rate_figure(
+        report.lr_per_step, report.lr_min, report.lr_max, "OneCycle, by step"
+    )
+    return [
+        "<h2>Training</h2>",
+        f'<div class="pair">{_svg(curves, "Loss and accuracy of every epoch")}',
+        f"{_svg(rates, 'Learning rate of every step')}</div>",
+    ]
+
+
+def _measured_on(report: RunReport, part: str = "") -> str:
+    return f"{part or report.part}, {report.protocol}, {_CORPORA[report.corpus]}"
+
+
+def _scores(report: RunReport) -> str:
+    tiles = [
+        f'<div><dt>{html.escape(name)}</dt><dd class="value">{share:.1%}</dd>'
+        f'<dd class="quiet">{html.escape(_measured_on(report))}</dd></div>'
+        for name, share in report.scores.items()
+    ]
+    return f'<dl class="scores">{"".join(tiles)}</dl>'
+
+
+def _table(rows: Sequence[Row], caption: str) -> str:
+    """Show rows of equal keys; shares become percentages."""
+    head = "".join(f'<th scope="col">{_HEADINGS.get(name, name)}</th>' for name in rows[0])
+    body = []
+    for row in rows:
+        name, *values = row.values()
+        cells = [f"{value:.1%}" if isinstance(value, float) else str(value) for value in values]
+        body.append(
+            f'<tr><th scope="row">{html.escape(str(name))}</th>'
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+        )
+    return (
+        f'<div><table class="numbers"><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _settings(values: Mapping[str, object]) -> str:
+    rows = [
+        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>'
+        for key, value in values.items()
+    ]
+    return f"<div><table>{''.join(rows)}</table></div>"
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """Write a figure as an element of the page: transparent, black made the text's colour."""
+    buffer = io.StringIO()
+    # Text stays text, and equal figures get equal ids: the page of a run is the same every time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r' id="[\w.]+_\d+"', "", svg
+    )  # group ids, the same in every figure; never referred to
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+    wide = "scroll" if figure.get_figwidth() > WIDTH else "fit"
+    return f'<div class="{wide}">{svg}</div>'

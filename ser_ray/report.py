@@ -1,0 +1,206 @@
+"""Pictures and tables of a run: plain numbers in, matplotlib figures and rows of a CSV out.
+
+The figures are drawn without pyplot, so that they hold no global state and need no display; the
+tracker stores them as PNG, `ser_ray.page` holds them as SVG. Colours are told apart with any kind
+of colour vision (Okabe and Ito 2008), and lines differ in their dashes as well.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ser_ray.training.metrics import Scores, count_confusion
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
+WIDTH = 5.2
+"""Inches: one to one on a phone."""
+
+# From nothing to dark blue, so that the page's own background, light or dark, shows through.
+_SHADES = LinearSegmentedColormap.from_list("share", [(0.03, 0.32, 0.61, a) for a in (0.0, 1.0)])
+_WHITE_ABOVE = 0.7  # share of a row from which white text is the more readable one
+
+Row = dict[str, str | int | float]
+"""Of a table: names and counts as they are, scores as shares from 0 to 1."""
+
+_SERIES = {
+    "train_loss": ("training", BLUE, "--"),
+    "val_loss": ("validation", VERMILION, "-"),
+    "train_wa": ("training WA", BLUE, "--"),
+    "val_wa": ("validation WA", GREEN, "-."),
+    "val_ua": ("validation UA", VERMILION, "-"),
+}
+
+
+def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -> Figure:
+    """Draw counts [labels, labels] with their share of the row; an empty cell is 0.
+
+    Rows are true labels, columns predicted ones.
+    """
+    support = confusion.sum(axis=1)
+    shares = confusion / np.maximum(support, 1)[:, None]
+    side = 0.46 * len(labels) + 1.5
+    figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.pcolormesh(shares, cmap=_SHADES, vmin=0, vmax=1, edgecolors=GREY, linewidth=0.2)
+    for row, column in zip(*np.nonzero(confusion), strict=True):
+        share = shares[row, column]
+        percent = f"{share:.0%}" if share >= 0.01 else "<1%"
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            f"{confusion[row, column]}\n{percent}",
+            color="white" if share > _WHITE_ABOVE else "black",
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
+    middles = np.arange(len(labels)) + 0.5
+    named = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
+    axes.set_xticks(middles, labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(middles, named)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (clips)")
+    return _entitle(figure, title)
+
+
+def curves_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Draw the loss, and WA and UA, of every epoch, and mark the best one.
+
+    Args:
+        history: rows with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua. The
+            best epoch has the highest val_ua, then the lowest val_loss.
+        title: shown above.
+    """
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    losses, accuracies = figure.subplots(2, 1, sharex=True)
+    epochs = [row["epoch"] for row in history]
+    best = max(history, key=lambda row: (row["val_ua"], -row["val_loss"]))
+    for key, (name, colour, dashes) in _SERIES.items():
+        axes = losses if key.endswith("loss") else accuracies
+        values = [row[key] for row in history]
+        axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
+    accuracies.plot(best["epoch"], best["val_ua"], "o", color=VERMILION, fillstyle="none")
+    losses.set_ylabel("loss")
+    accuracies.set_ylabel("accuracy")
+    accuracies.set_ylim(0, 1)
+    accuracies.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracies.set_xlabel("epoch")
+    accuracies.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    accuracies.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    for axes in (losses, accuracies):
+        axes.axvline(best["epoch"], color=GREY, linestyle=":")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8, ncols=3)
+        _tidy(axes)
+    marked = f"best: epoch {best['epoch']:.0f}, validation UA {best['val_ua']:.1%}"
+    return _entitle(figure, title, marked)
+
+
+def learning_rate_figure(
+    lr_per_step: Sequence[float], lr_min: float, lr_max: float, title: str
+) -> Figure:
+    """Draw the learning rate of every step on a logarithmic scale, between its two bounds."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    for name, bound, shift in (("lr_min", lr_min, -10), ("lr_max", lr_max, 4)):
+        axes.axhline(bound, color=GREY, linestyle=":")
+        axes.annotate(
+            f"{name} {bound:.3g}", (1, bound), (0, shift), textcoords="offset points", fontsize=8
+        )
+    axes.plot(np.arange(1, len(lr_per_step) + 1), lr_per_step, color=BLUE)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.margins(y=0.12)
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    _tidy(axes)
+    return _entitle(figure, title)
+
+
+def bars_figure(
+    names: Sequence[str],
+    values: Sequence[float],
+    counts: Sequence[int],
+    title: str,
+    xlabel: str,
+) -> Figure:
+    """Draw one bar a name: a share from 0 to 1, with the number of clips it is a share of."""
+    figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(names)), values, color=BLUE, height=0.7)
+    for place, (value, count) in enumerate(zip(values, counts, strict=True)):
+        axes.text(value + 0.01, place, f"{value:.1%} of {count}", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2)  # room for the text of a full bar
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(xlabel)
+    _tidy(axes)
+    axes.grid(visible=False, axis="y")
+    return _entitle(figure, title)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _entitle(figure: Figure, *lines: str) -> Figure:
+    letters = round(figure.get_figwidth() * 12)
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in lines), fontsize=10)
+    return figure
+
+
+def per_class_rows(confusion: np.ndarray, labels: Sequence[str]) -> list[Row]:
+    """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
+
+    What would be a division by zero is 0: precision of a label never predicted, recall of one that
+    does not occur, F1 of one with neither.
+
+    Args:
+        confusion: counts [labels, labels], row = true, column = predicted.
+        labels: names of the rows.
+    """
+    scores = Scores(confusion, loss=0.0)
+    columns = zip(
+        labels, scores.precision, scores.recall, scores.f1, confusion.sum(axis=1), strict=True
+    )
+    return [
+        {
+            "label": label,
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "support": int(support),
+        }
+        for label, precision, recall, f1, support in columns
+    ]
+
+
+def per_speaker_rows(
+    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> list[Row]:
+    """Tabulate clips, WA and UA (shares) of every speaker, by name.
+
+    Args:
+        speakers: of every clip [clips].
+        truth: label indices [clips].
+        predicted: label indices [clips].
+    """
+    num_labels = int(max(truth.max(), predicted.max())) + 1
+    rows: list[Row] = []
+    for speaker in sorted(set(speakers)):
+        mine = np.asarray(speakers) == speaker
+        scores = Scores(count_confusion(truth[mine], predicted[mine], num_labels), loss=0.0)
+        rows.append(
+            {"speaker": speaker, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua}
+        )
+    return rows

@@ -1,0 +1,291 @@
+"""MLflow. The only module that imports it.
+
+A training has one run, however often its workers or its driver die. The tracker lives in the driver
+and talks to the store in a few batched calls an epoch. A store that cannot be reached at the start
+is an error; one that goes away later costs nothing but a warning, and what was not delivered is
+delivered when it answers again.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ser_ray import __version__
+from ser_ray.errors import TrackingError
+
+LOCAL_STORE = Path("ser-ray-out")
+"""Where the database and the artifacts go when no server is named."""
+ATTEMPT_SECONDS = 10
+METRICS_PER_CALL = 1000
+"""MLflow's own limit of one batch."""
+TAG_BYTES = 5000
+PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_uri(tracking_uri: str) -> str:
+    """The store to use: the one named, the environment's, else a sqlite file beside the output."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri or f"sqlite:///{(LOCAL_STORE / 'mlflow.db').absolute()}"
+
+
+def ui_command(uri: str) -> str:
+    """What opens the MLflow UI on a store."""
+    if uri.startswith("http"):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {uri}"
+
+
+class Tracker:
+    """One MLflow run.
+
+    Args:
+        uri: tracking store, as `resolve_uri` gives it.
+        run_id: the run; it exists.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        from mlflow import MlflowClient
+
+        self.uri, self.run_id = uri, run_id
+        self._client = MlflowClient(tracking_uri=uri)
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._warned = False
+
+    @classmethod
+    def start(
+        cls,
+        uri: str,
+        experiment: str,
+        *,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_id: str = "",
+    ) -> "Tracker":
+        """Open a run, or go on with the one of `run_id`.
+
+        Raises:
+            TrackingError: the store cannot be reached or the run is not in it.
+        """
+        _quick_to_give_up()
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        _require_reachable(uri)
+        client = MlflowClient(tracking_uri=uri)
+        try:
+            if run_id:
+                client.update_run(run_id, status="RUNNING")
+                return cls(uri, run_id)
+            experiment_id = _experiment_id(client, uri, experiment)
+            run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+            tracker = cls(uri, run.info.run_id)
+            for key, value in flatten(params).items():
+                client.log_param(run.info.run_id, key, value)
+        except MlflowException as error:
+            raise TrackingError(
+                f"{uri}: the tracking store refused the run ({_first_line(error)}); check "
+                "--tracking-uri and --experiment"
+            ) from error
+        return tracker
+
+    @property
+    def experiment_id(self) -> str:
+        """Id of the run's experiment."""
+        return str(self._client.get_run(self.run_id).info.experiment_id)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        """Deliver metrics of one step, or keep them until the store answers again.
+
+        The timestamp is part of a metric's identity: delivering the same one twice is harmless.
+        """
+        self._waiting += [(name, value, timestamp_ms, step) for name, value in metrics.items()]
+
+    def flush(self) -> bool:
+        """Try to deliver what is waiting; says whether all of it was."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        while self._waiting:
+            batch = self._waiting[:METRICS_PER_CALL]
+            try:
+                self._client.log_batch(
+                    self.run_id, metrics=[Metric(n, v, t, s) for n, v, t, s in batch]
+                )
+            except MlflowException as error:
+                if not self._warned:
+                    logger.warning(
+                        "%s does not answer (%s): training goes on, metrics are kept and delivered "
+                        "when it does",
+                        self.uri,
+                        _first_line(error),
+                    )
+                self._warned = True
+                return False
+            self._waiting = self._waiting[METRICS_PER_CALL:]
+        self._warned = False
+        return True
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._delivering():
+            for key, value in tags.items():
+                self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
+
+    def log_files(self, files: Mapping[str, Any]) -> None:
+        """Store artifacts by their path in the run: figures, text, or JSON-able values."""
+        from matplotlib.figure import Figure
+
+        with self._delivering(), TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Figure):
+                    content.savefig(path, dpi=130)
+                elif isinstance(content, str):
+                    path.write_text(content)
+                else:
+                    path.write_text(json.dumps(content, indent=2))
+            self._client.log_artifacts(self.run_id, folder)
+
+    def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
+        """Store the packaged model of a checkpoint directory in the run."""
+        import mlflow
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        from ser_ray.inference import packaged
+
+        outputs = [("string", "emotion"), *(("double", label) for label in labels)]
+        outputs += [("string", "status"), ("string", "reason")]
+        signature = ModelSignature(
+            Schema([ColSpec("string", "path")]),
+            Schema([ColSpec(kind, name) for kind, name in outputs]),
+        )
+        mlflow.set_tracking_uri(self.uri)
+        with self._delivering(), mlflow.start_run(run_id=self.run_id):
+            mlflow.pyfunc.log_model(
+                name="model",
+                loader_module=packaged.__name__,
+                data_path=str(checkpoint),
+                code_paths=[str(Path(__file__).parent)],
+                pip_requirements=[f"{name}=={version(name)}" for name in packaged.REQUIREMENTS],
+                signature=signature,
+            )
+
+    def finish(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        with self._delivering():
+            self._client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _delivering(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"{self.uri}: run {self.run_id} could not be written ({_first_line(error)}); "
+                "nothing of the training is lost: give the same command again when it answers"
+            ) from error
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one level, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def provenance() -> dict[str, str]:
+    """What ran where: versions, git commit, machine and Ray job, as tags."""
+    tags = {f"version.{name}": version(name) for name in PACKAGES}
+    tags["version.ser_ray"] = __version__
+    tags["version.python"] = platform.python_version()
+    tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    tags["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:TAG_BYTES]
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        tags["git.commit"] = commit + ("-dirty" if _git("status", "--porcelain") else "")
+    return tags
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, as MLflow dates metrics."""
+    return time.time_ns() // 1_000_000
+
+
+def _git(*arguments: str) -> str:
+    package = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"the experiment {name!r} is deleted: restore it in the UI, or choose another with "
+                "--experiment"
+            )
+        return str(found.experiment_id)
+    artifacts = None
+    if uri.startswith("sqlite:"):
+        # MLflow's own default, ./mlruns, depends on the directory the program runs in.
+        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+        artifacts = (folder / name.replace("/", "_")).absolute().as_uri()
+    return str(client.create_experiment(name, artifact_location=artifacts))
+
+
+def _require_reachable(uri: str) -> None:
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if not uri.startswith("http"):
+        return
+    import requests
+
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=ATTEMPT_SECONDS).raise_for_status()
+    except requests.RequestException as error:
+        raise TrackingError(
+            f"no MLflow server answers at {uri} ({type(error).__name__}): start one with `mlflow "
+            "server`, or leave --tracking-uri out to record in a local file"
+        ) from error
+
+
+def _quick_to_give_up() -> None:
+    """Set MLflow's client to fail in seconds, not minutes, and to keep quiet, unless told."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ATTEMPT_SECONDS))
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

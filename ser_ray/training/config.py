@@ -1,0 +1,161 @@
+"""What a training is: the recipe, apart from where it runs. Importing this is cheap."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ser_ray.errors import ConfigError
+from ser_ray.features.config import Kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """What is done to a training batch; every field has a value that switches it off."""
+
+    gain_db: float = 6.0
+    """Level drawn uniformly within ± this many dB for each clip; 0 is off."""
+    time_masks: int = 2
+    """SpecAugment: masks in time for each clip; 0 is off."""
+    time_mask_frames: int = 20
+    """SpecAugment: the longest mask in time, in frames."""
+    bin_masks: int = 2
+    """SpecAugment: masks in frequency for each clip; 0 is off."""
+    bin_mask_share: float = 0.15
+    """SpecAugment: the widest mask in frequency, as a share of the bins."""
+    mixup: float = 0.2
+    """Mixup: both parameters of the Beta distribution (Zhang 2018); 0 is off."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value < 0:
+                raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
+        if self.bin_mask_share > 1:
+            raise ConfigError(f"bin_mask_share is {self.bin_mask_share}: it must be at most 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The recipe of one training. The same recipe on the same shards is the same run anywhere."""
+
+    feature: Kind = "mel"
+    """Feature kind the network sees."""
+    protocol: str = "emobox-6"
+    """Who is trained on and who is tested: emobox-6, luna-5, loso, speaker-K (K folds by speaker)
+    or random (speaker-dependent)."""
+    fold: int = 0
+    """Fold of the protocol, from 0."""
+    channel: Literal["speech", "song", "all"] = "speech"
+    """Clips that validation and test consist of."""
+    train_channel: Literal["speech", "song", "all"] = "all"
+    """Clips of the training speakers that are learned from."""
+    epochs: int = 40
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Clips in a step, over all workers together."""
+    lr_min: float = 1e-4
+    """OneCycle: learning rate at the first step."""
+    lr_max: float = 2e-3
+    """OneCycle: learning rate at the peak."""
+    lr_peak_at: float = 0.3
+    """OneCycle: share of the steps spent rising."""
+    lr_final_division: float = 100.0
+    """OneCycle: the last step's rate is lr_min divided by this."""
+    weight_decay: float = 0.02
+    """AdamW's weight decay."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all labels; 0 is off."""
+    balanced: bool = False
+    """Draw every label equally often instead of as often as it occurs."""
+    average_decay: float = 0.0
+    """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation UA; 0 never stops early."""
+    crop_frames: int = 160
+    """Frames of a clip seen at once; a longer clip is scored by windows of this length."""
+    weights: str = "imagenet"
+    """Where the network starts: imagenet, none, or a file of ResNet18 weights."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the clips and the augmentation."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("fold", "patience", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
+        for name in ("label_smoothing", "average_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        if self.lr_min >= self.lr_max:
+            raise ConfigError(
+                f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "
+                "from lr_min to lr_max, so lr_min must be the smaller one (are they swapped?)"
+            )
+        if not 0 < self.lr_peak_at < 1:
+            raise ConfigError(f"lr_peak_at is {self.lr_peak_at}: it must be between 0 and 1")
+        if self.lr_final_division < 1:
+            raise ConfigError(f"lr_final_division is {self.lr_final_division}: it must be >= 1")
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that differ when any field does."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested mapping, for cards and the tracker."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: a key is unknown; the known ones are listed.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown training settings {', '.join(unknown)}; known are "
+                f"{', '.join(sorted(known))}"
+            )
+        augment = AugmentConfig(**values.get("augment", {}))
+        return cls(**{**values, "augment": augment})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a training runs, what it is called and where it is recorded."""
+
+    workers: int = 1
+    """Data-parallel workers."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
+    name: str = ""
+    """Name of the run; the same name goes on where it stopped. Derived from the recipe if empty."""
+    storage: str = "ser-ray-out/runs"
+    """Folder or URI for checkpoints; on several nodes, one that all of them reach."""
+    experiment: str = "ser-ray"
+    """MLflow experiment."""
+    tracking_uri: str = ""
+    """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
+    max_failures: int = 3
+    """Times that lost workers are replaced before the run gives up."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}: it must be at least 1")
+        if self.max_failures < -1:
+            raise ConfigError(
+                f"max_failures is {self.max_failures}: it must be -1 (no limit) or more"
+            )
+        if "/" in self.name or self.name.startswith("."):
+            raise ConfigError(
+                f"name is {self.name!r}: it becomes a folder's name, so no / and no ."
+            )

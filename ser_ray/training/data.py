@@ -1,0 +1,252 @@
+"""Shards to resident tensors, and what a step, a window or an epoch takes from them.
+
+A training reads its feature column once and keeps it in memory, on the device. An epoch is an order
+of rows drawn from (seed, epoch), the same on every worker; nothing is launched, read or copied from
+the host while it runs.
+
+Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ser_ray.corpus.protocols import Split, one_clip_per_take, split
+from ser_ray.errors import ConfigError
+from ser_ray.features.config import Kind
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.config import TrainConfig
+
+MIN_STD = 1e-3
+"""Bins that hardly vary (dB) are not blown up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """Mean and standard deviation of every bin over the training clips' valid frames."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
+        """Measure features [clips, bins, frames] over the first `num_frames` frames of each."""
+        total = np.zeros(features.shape[1])
+        squares = np.zeros(features.shape[1])
+        for clip, length in zip(features, num_frames, strict=True):
+            valid = clip[:, :length].astype(np.float64)
+            total += valid.sum(axis=1)
+            squares += np.square(valid).sum(axis=1)
+        count = max(int(num_frames.sum()), 1)
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+        return cls(mean, np.maximum(std, MIN_STD))
+
+    def apply(self, features: np.ndarray) -> np.ndarray:
+        """Normalise [..., bins, frames] to mean 0 and standard deviation 1, as float16."""
+        scaled = (features - self.mean[:, None].astype(np.float32)) / self.std[:, None].astype(
+            np.float32
+        )
+        return scaled.astype(np.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """Clips resident on a device.
+
+    Args:
+        features: [clips, frames, bins] float16, normalised, 0 beyond a clip's valid frames.
+        num_frames: valid frames [clips].
+        labels: label indices [clips].
+    """
+
+    features: Tensor
+    num_frames: Tensor
+    labels: Tensor
+
+    @classmethod
+    def resident(
+        cls,
+        features: np.ndarray,
+        num_frames: np.ndarray,
+        labels: np.ndarray,
+        normalisation: Normalisation,
+        device: torch.device,
+    ) -> "Clips":
+        """Normalise raw features [clips, bins, frames] and put them on the device."""
+        longest = int(num_frames.max(initial=1))
+        kept = np.zeros((len(features), longest, features.shape[1]), np.float16)
+        for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
+            kept[row, :length] = normalisation.apply(clip[:, :length]).T
+        return cls(
+            torch.from_numpy(kept).to(device),
+            torch.from_numpy(num_frames.astype(np.int64)).to(device),
+            torch.from_numpy(labels.astype(np.int64)).to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
+        """Cut one crop from each of the rows.
+
+        Args:
+            rows: clip of each crop [crops].
+            starts: first frame of each crop [crops]; what lies outside the clip is 0.
+            crop_frames: length of every crop.
+
+        Returns:
+            The crops [crops, 1, bins, crop_frames] float32 and their valid frames
+            [crops, 1, 1, crop_frames] bool.
+        """
+        frames = starts[:, None] + torch.arange(crop_frames, device=starts.device)
+        valid = (frames >= 0) & (frames < self.num_frames[rows, None])
+        inside = frames.clamp(0, self.features.shape[1] - 1)
+        crops = self.features[rows[:, None], inside].float() * valid[:, :, None]
+        return crops.transpose(1, 2).unsqueeze(1), valid[:, None, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldData:
+    """A fold's training and validation clips, and what the network needs to know of them."""
+
+    train: Clips
+    validation: Clips
+    split: Split
+    labels: tuple[str, ...]
+    normalisation: Normalisation
+
+
+def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
+    """Choose the rows of each side of the configured fold.
+
+    One clip for each take (the wav where there is one), in the order of the takes, the channels as
+    configured. Rows index `clips`.
+
+    Raises:
+        ConfigError: a side of the fold is empty.
+    """
+    rows = one_clip_per_take(clips)
+    rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
+    parts = split(config.protocol, config.fold, clips.take(rows), seed=config.seed)
+    channels = np.asarray(clips["channel"].take(rows).to_pylist(), dtype=object)
+
+    def on_channel(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
+        # Own corpora have no channel: nothing to choose from.
+        keep = [wanted == "all" or channels[row] in (wanted, None) for row in side]
+        kept = rows[side[np.asarray(keep, dtype=bool)]]
+        if not len(kept):
+            raise ConfigError(
+                f"{parts.label}: the {name} part holds no {wanted} clip; choose another channel"
+            )
+        return kept
+
+    return replace(
+        parts,
+        train=on_channel(parts.train, config.train_channel, "training"),
+        validation=on_channel(parts.validation, config.channel, "validation"),
+        test=on_channel(parts.test, config.channel, "test"),
+        left_out=rows[parts.left_out],
+    )
+
+
+def describe(parts: Split) -> dict[str, Any]:
+    """What a card says of a split: its name, and who is on which side."""
+    return {
+        "label": parts.label,
+        "speaker_dependent": parts.speaker_dependent,
+        "train_speakers": list(parts.train_speakers),
+        "validation_speakers": list(parts.validation_speakers),
+        "test_speakers": list(parts.test_speakers),
+    }
+
+
+def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> FoldData:
+    """Read a fold's training and validation clips into the device's memory."""
+    table = shards.clips()
+    parts = select_rows(table, config)
+    labels = label_indices(table, shards.card.labels)
+    num_frames = table["num_frames"].to_numpy()
+    raw = shards.features(config.feature, parts.train)
+    normalisation = Normalisation.of(raw, num_frames[parts.train])
+    train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
+    validation = load_clips(
+        shards, config.feature, parts.validation, labels, num_frames, normalisation, device
+    )
+    return FoldData(train, validation, parts, shards.card.labels, normalisation)
+
+
+def load_clips(
+    shards: ShardSet,
+    kind: Kind,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    num_frames: np.ndarray,
+    normalisation: Normalisation,
+    device: torch.device,
+) -> Clips:
+    """Read some rows of a shard set into the device's memory."""
+    raw = shards.features(kind, rows)
+    return Clips.resident(raw, num_frames[rows], labels[rows], normalisation, device)
+
+
+def label_indices(clips: pa.Table, labels: tuple[str, ...]) -> np.ndarray:
+    """Position of every clip's emotion among the labels, int64 [clips]."""
+    position = {label: index for index, label in enumerate(labels)}
+    return np.asarray([position[name] for name in clips["emotion"].to_pylist()], dtype=np.int64)
+
+
+def seed_of(*parts: int) -> int:
+    """Fold (seed, epoch, step) into one 63-bit seed; streams of different parts do not meet."""
+    high, low = np.random.SeedSequence(parts).generate_state(2, np.uint32)
+    return (int(high) << 31) ^ int(low)
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Full batches in an epoch; a set smaller than a batch is one step."""
+    return max(num_rows // batch_size, 1)
+
+
+def epoch_order(seed: int, epoch: int, labels: Tensor, *, balanced: bool = False) -> Tensor:
+    """Order of the training rows in an epoch, int64 [rows], equal on every worker.
+
+    Balanced, every label is drawn equally often, with replacement.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    if not balanced:
+        return torch.randperm(len(labels), generator=generator)
+    labels = labels.cpu()
+    weights = 1.0 / torch.bincount(labels).double()[labels]
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+
+
+def window_starts(num_frames: int, crop_frames: int) -> list[int]:
+    """First frames of the windows that cover a clip.
+
+    A clip that fits is centred in one window (the start is then 0 or negative); a longer one is
+    covered by as few windows as reach both ends, evenly spread.
+    """
+    spare = num_frames - crop_frames
+    if spare <= 0:
+        return [spare // 2]
+    count = -(-num_frames // crop_frames)
+    return [round(index * spare / (count - 1)) for index in range(count)]
+
+
+def window_batches(
+    num_frames: np.ndarray, clips: np.ndarray, crop_frames: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (clip, first frame) that cover the chosen clips, int64 [batch] each."""
+    pairs = [
+        (clip, start)
+        for clip in clips
+        for start in window_starts(int(num_frames[clip]), crop_frames)
+    ]
+    for first in range(0, len(pairs), batch_size):
+        batch = np.asarray(pairs[first : first + batch_size], dtype=np.int64)
+        yield batch[:, 0], batch[:, 1]

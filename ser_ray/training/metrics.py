@@ -1,0 +1,100 @@
+"""Counts to scores. Everything is a function of one confusion matrix, so that scores summed over
+workers are exactly those of one worker.
+
+Terms as in the field: WA, weighted accuracy, is plain accuracy; UA, unweighted accuracy (also UAR),
+is the mean recall over the labels that occur; macro F1 is the mean F1 over the labels that occur or
+are predicted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of a set of clips.
+
+    Args:
+        confusion: counts [labels, labels], row = true label, column = predicted label.
+        loss: mean negative log-likelihood of the true label, in nats.
+    """
+
+    confusion: np.ndarray
+    loss: float
+
+    @property
+    def num_clips(self) -> int:
+        """Clips scored."""
+        return int(self.confusion.sum())
+
+    @property
+    def wa(self) -> float:
+        """Share of clips named right."""
+        return float(np.trace(self.confusion) / max(self.num_clips, 1))
+
+    @property
+    def ua(self) -> float:
+        """Mean recall over the labels that occur."""
+        occurring = self.confusion.sum(axis=1) > 0
+        return float(self.recall[occurring].mean()) if occurring.any() else 0.0
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the labels that occur or are predicted."""
+        seen = (self.confusion.sum(axis=1) + self.confusion.sum(axis=0)) > 0
+        return float(self.f1[seen].mean()) if seen.any() else 0.0
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Recall [labels]; 0 for a label that does not occur."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=1))
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Precision [labels]; 0 for a label never predicted."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
+
+    @property
+    def f1(self) -> np.ndarray:
+        """F1 [labels]: 2 TP / (occurrences + predictions)."""
+        both = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return _ratio(2 * np.diag(self.confusion), both)
+
+    def to_dict(self) -> dict[str, float]:
+        """The scalar scores, by the names they are logged under."""
+        return {"loss": self.loss, "wa": self.wa, "ua": self.ua, "f1": self.macro_f1}
+
+
+def count_confusion(truth: np.ndarray, predicted: np.ndarray, num_labels: int) -> np.ndarray:
+    """Count pairs of label indices into a confusion matrix [labels, labels]."""
+    flat = np.asarray(truth, dtype=np.int64) * num_labels + np.asarray(predicted, dtype=np.int64)
+    return np.bincount(flat, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+
+def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
+    """Score predictions.
+
+    Args:
+        truth: label indices [clips].
+        probabilities: [clips, labels], rows summing to 1.
+    """
+    num_labels = probabilities.shape[1]
+    predicted = probabilities.argmax(axis=1)
+    likelihood = probabilities[np.arange(len(truth)), truth]
+    loss = float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if len(truth) else 0.0
+    return Scores(count_confusion(truth, predicted, num_labels), loss)
+
+
+def accuracy_by(groups: Sequence[str], right: np.ndarray) -> list[tuple[str, int, float]]:
+    """Accuracy in each group: (group, clips, share right), by group name."""
+    names = np.asarray(groups)
+    return [
+        (str(name), int((names == name).sum()), float(right[names == name].mean()))
+        for name in np.unique(names)
+    ]
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)

@@ -1,0 +1,74 @@
+"""Worlds that several tests share."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ser_ray.corpus.names import EMOTIONS
+from ser_ray.features.config import FeatureConfig, Kind
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@dataclass
+class MemoryShards:
+    """A shard set in memory: what `ser_ray.shards.read.ShardSet` offers to a training.
+
+    Every emotion is a band of its own frequency, every speaker a level, plus noise: learnable.
+    """
+
+    table: pa.Table
+    values: np.ndarray
+    card: SimpleNamespace
+    uri: str = "memory"
+
+    def clips(self) -> pa.Table:
+        return self.table
+
+    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+        return self.values if rows is None else self.values[rows]
+
+
+def make_memory_shards(
+    speakers: int = 6, per_emotion: int = 2, num_frames: int = 24, emotions: int = 4, seed: int = 0
+) -> MemoryShards:
+    rng = np.random.default_rng(seed)
+    features = FeatureConfig(num_mels=16, num_mfcc=8)
+    labels = EMOTIONS[:emotions]
+    rows, values = [], []
+    for speaker in range(1, speakers + 1):
+        for index, emotion in enumerate(labels):
+            for repetition in range(per_emotion):
+                length = int(rng.integers(num_frames // 2, num_frames + 1))
+                clip = np.zeros((16, num_frames), np.float16)
+                clip[:, :length] = rng.normal(speaker, 2.0, (16, length))
+                clip[3 * index : 3 * index + 3, :length] += 12
+                values.append(clip)
+                take = f"{speaker:02d}-{index}-{repetition}"
+                rows.append(
+                    {
+                        "path": f"/{take}.wav", "take": take, "modality": "audio",
+                        "channel": "speech", "emotion": emotion, "speaker": f"{speaker:02d}",
+                        "sex": "male" if speaker % 2 else "female", "content": take,
+                        "num_frames": length,
+                    }
+                )  # fmt: skip
+    card = SimpleNamespace(labels=labels, features=features, corpus="table", fingerprint="f00d")
+    return MemoryShards(pa.Table.from_pylist(rows), np.stack(values), card)
+
+
+@pytest.fixture
+def memory_shards() -> MemoryShards:
+    return make_memory_shards()
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test in an empty directory, where the program's default output goes."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

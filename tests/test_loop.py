@@ -1,0 +1,203 @@
+"""The loop in one process and in several plain ones, without Ray."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score
+from torch import nn
+
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError
+from ser_ray.training import loop
+from ser_ray.training.checkpoint import MODEL, STATE
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import load_fold
+from ser_ray.training.loop import EpochReport, Save, fit, predict_clips
+from ser_ray.training.model import Pretrained, build_network
+from tests.conftest import make_memory_shards
+
+FRESH = Pretrained("fresh weights", {})
+CONFIG = TrainConfig(
+    protocol="speaker-3", epochs=3, batch_size=6, crop_frames=16, weights="none", lr_max=5e-3
+)
+
+
+class Recorder:
+    """Keeps every epoch's report and checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports: list[EpochReport] = []
+
+    def __call__(self, epoch: EpochReport, save: Save) -> None:
+        self.reports.append(epoch)
+        directory = self.folder / str(len(self.reports))
+        directory.mkdir(parents=True)
+        save(directory)
+
+
+def trained(shards, folder: Path, config: TrainConfig = CONFIG, **how) -> Recorder:
+    recorder = Recorder(folder)
+    fit(config, shards, FRESH, recorder, **how)
+    return recorder
+
+
+def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_path):
+    rates = [rate for report in trained(memory_shards, tmp_path).reports for rate in report.lr]
+    assert rates[0] == pytest.approx(CONFIG.lr_min)
+    assert max(rates) == pytest.approx(CONFIG.lr_max, rel=0.05)
+    assert rates[-1] == pytest.approx(CONFIG.lr_min / CONFIG.lr_final_division)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
+    config = TrainConfig(
+        protocol="speaker-3", epochs=10, batch_size=8, crop_frames=16, weights="none"
+    )
+    reports = trained(memory_shards, tmp_path, config).reports
+    assert reports[-1].row["train_loss"] < 0.8 * reports[0].row["train_loss"]
+    assert max(report.row["val_ua"] for report in reports) > 0.6  # chance is 0.25
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, average_decay):
+    config = replace(CONFIG, average_decay=average_decay)
+    whole = trained(memory_shards, tmp_path / "whole", config)
+    rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
+    assert [r.lr for r in rest.reports] == [r.lr for r in whole.reports[1:]]
+    expected = load_file(tmp_path / "whole" / "3" / MODEL)
+    actual = load_file(tmp_path / "rest" / "2" / MODEL)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_validation_equals_scikit_learn_on_the_predictions(memory_shards, tmp_path):
+    report = trained(memory_shards, tmp_path).reports[-1]
+    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
+    network = build_network(len(data.labels))
+    network.load_state_dict(load_file(tmp_path / "3" / MODEL))
+    rows = np.arange(len(data.validation))
+    found = predict_clips(network, data.validation, rows, CONFIG, len(data.labels))
+    truth = data.validation.labels.numpy()
+    assert report.row["val_ua"] == pytest.approx(
+        balanced_accuracy_score(truth, found.argmax(axis=1))
+    )
+    assert np.sum(report.confusion) == len(truth)
+
+
+def test_a_prediction_does_not_depend_on_the_clips_beside_it(memory_shards):
+    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
+    network = build_network(len(data.labels))
+    rows = np.arange(len(data.train))
+    together = predict_clips(network, data.train, rows, CONFIG, len(data.labels))
+    alone = [predict_clips(network, data.train, rows[i : i + 1], CONFIG, 4)[0] for i in range(5)]
+    np.testing.assert_allclose(together[:5], alone, atol=1e-5)
+
+
+def test_patience_stops_early(memory_shards, tmp_path):
+    config = replace(CONFIG, epochs=50, patience=1)
+    reports = trained(memory_shards, tmp_path, config).reports
+    assert len(reports) < 50
+    best = max(index for index, report in enumerate(reports) if report.is_best)
+    assert best == len(reports) - 2
+
+
+def test_a_loss_that_is_not_finite_names_its_step(memory_shards, tmp_path):
+    rows = load_fold(memory_shards, CONFIG, torch.device("cpu")).split.train
+    memory_shards.values[rows[0]] = np.nan
+    with pytest.raises(DivergedError, match="loss of step 0 of epoch 1 is not finite"):
+        trained(memory_shards, tmp_path)
+
+
+def test_a_checkpoint_of_another_training_is_refused(memory_shards, tmp_path):
+    trained(memory_shards, tmp_path / "one")
+    other = replace(CONFIG, lr_max=0.01)
+    with pytest.raises(CheckpointError, match=r"lr_max 0.005 instead of 0.01"):
+        trained(memory_shards, tmp_path / "two", other, resume=tmp_path / "one" / "1")
+
+
+def test_a_checkpoint_cut_short_is_refused(memory_shards, tmp_path):
+    trained(memory_shards, tmp_path / "one")
+    state = tmp_path / "one" / "1" / STATE
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"training_state\.pt: cannot be loaded"):
+        trained(memory_shards, tmp_path / "two", resume=tmp_path / "one" / "1")
+
+
+def test_more_workers_than_clips_in_a_batch_are_refused(memory_shards, monkeypatch):
+    monkeypatch.setattr(loop.World, "current", lambda: loop.World(rank=0, size=7))
+    with pytest.raises(ConfigError, match="batch_size is 6 over 7 workers"):
+        fit(CONFIG, memory_shards, FRESH, lambda *_: None)
+
+
+class NoBatchNorm(nn.Module):
+    """A network whose result does not depend on how a batch is shared out."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, stride=2)
+        self.fc = nn.Linear(8, num_labels)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(batch)).mean(dim=(2, 3)))
+
+
+def _run_worker(rank: int, size: int, network: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    batches: list[list[int]] = []
+    if network == "no batch norm":
+        loop.build_network = NoBatchNorm
+    if size > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+        )
+    step = loop.Training._step
+
+    def spy(self: loop.Training, rows: torch.Tensor) -> object:
+        batches.append(rows.tolist())
+        return step(self, rows)
+
+    loop.Training._step = spy  # type: ignore[assignment,method-assign]
+    reports: list[EpochReport] = []
+    fit(CONFIG, make_memory_shards(), FRESH, lambda epoch, _: reports.append(epoch))  # type: ignore[arg-type]
+    result = {
+        "batches": batches,
+        "lr": [rate for report in reports for rate in report.lr],
+        "loss": [report.row["train_loss"] for report in reports],
+        "val_loss": [report.row["val_loss"] for report in reports],
+        "confusion": [report.confusion for report in reports],
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def run_world(size: int, network: str, folder: Path) -> dict:
+    folder.mkdir()
+    torch.multiprocessing.spawn(_run_worker, (size, network, str(folder)), nprocs=size)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    for other in results[1:]:
+        assert other == results[0], "ranks disagree"
+    return results[0]
+
+
+def test_the_same_run_with_one_two_and_three_workers(tmp_path):
+    one, two, three = (run_world(n, "no batch norm", tmp_path / str(n)) for n in (1, 2, 3))
+    for many in (two, three):
+        assert many["batches"] == one["batches"]
+        assert many["lr"] == one["lr"]
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert many["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+        assert many["confusion"] == one["confusion"]
+
+
+def test_resnet18_takes_the_same_steps_and_all_workers_validate_the_same_network(tmp_path):
+    # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
+    one, two = (run_world(n, "resnet18", tmp_path / str(n)) for n in (1, 2))
+    assert two["batches"] == one["batches"]
+    assert two["lr"] == one["lr"]
+    assert two["loss"][0] == pytest.approx(one["loss"][0], rel=0.2)

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import resnet18
+
+from ser_ray.errors import CheckpointError
+from ser_ray.training.model import build_network, read_pretrained
+
+
+@pytest.fixture
+def rgb_network() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return resnet18(num_classes=1000).eval()
+
+
+def test_one_channel_answers_as_rgb_does_to_three_equal_channels(rgb_network, tmp_path):
+    torch.save(rgb_network.state_dict(), tmp_path / "rgb.pth")
+    pretrained = read_pretrained(str(tmp_path / "rgb.pth"), num_labels=8)
+    network = build_network(8).eval()
+    network.load_state_dict(network.state_dict() | pretrained.state)
+    image = torch.randn(2, 1, 64, 50)
+    # The last layers differ in size, so compare what enters them.
+    network.fc, rgb_network.fc = torch.nn.Identity(), torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(image), rgb_network(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
+        )
+    assert "fresh: fc" in pretrained.origin
+
+
+@pytest.mark.parametrize("layout", ["plain", "state_dict", "module.", "safetensors"])
+def test_usual_layouts_are_read(rgb_network, tmp_path, layout):
+    state = rgb_network.state_dict()
+    path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
+    if layout == "safetensors":
+        save_file(state, path)
+    elif layout == "module.":
+        torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
+    else:
+        torch.save(state if layout == "plain" else {"state_dict": state, "epoch": 3}, path)
+    pretrained = read_pretrained(str(path), num_labels=8)
+    assert torch.equal(pretrained.state["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
+    assert torch.equal(pretrained.state["conv1.weight"], state["conv1.weight"].sum(1, keepdim=True))
+
+
+def test_a_file_of_the_first_stages_names_what_starts_fresh(rgb_network, tmp_path):
+    state = {
+        k: v for k, v in rgb_network.state_dict().items() if not k.startswith(("layer4", "fc"))
+    }
+    torch.save(state, tmp_path / "w.pth")
+    assert read_pretrained(str(tmp_path / "w.pth"), 8).origin.endswith("; fresh: fc, layer4")
+
+
+def _wrong_shape(path: Path) -> None:
+    torch.save({"layer1.0.conv1.weight": torch.zeros(2, 2)}, path)
+
+
+def _foreign(path: Path) -> None:
+    torch.save({"encoder.weight": torch.zeros(2)}, path)
+
+
+def _text(path: Path) -> None:
+    path.write_text("not weights")
+
+
+def _absent(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_wrong_shape, r"layer1.0.conv1.weight is \[2, 2\], a ResNet18 has \[64, 64, 3, 3\]"),
+        (_foreign, "holds no layer of a ResNet18"),
+        (_text, "not a readable weights file"),
+        (_absent, "no such file; --weights takes imagenet, none or a file"),
+    ],
+)
+def test_unusable_weights_say_why(tmp_path, spoil, message):
+    spoil(tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=message):
+        read_pretrained(str(tmp_path / "w.pth"), 8)
+
+
+def test_without_a_network_the_error_names_the_other_choices(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(CheckpointError, match=r"--weights PATH .* or --weights none"):
+        read_pretrained("imagenet", 8)

@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ser_ray.training.augment import Augment, gain_response
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.data import (
+    Clips,
+    Normalisation,
+    epoch_order,
+    load_fold,
+    seed_of,
+    select_rows,
+    steps_per_epoch,
+    window_batches,
+    window_starts,
+)
+
+CPU = torch.device("cpu")
+
+
+def ramp_clips() -> Clips:
+    """Two clips whose value is the frame's number plus one: 5 and 9 frames long, 3 bins."""
+    raw = np.tile(np.arange(1, 10, dtype=np.float32), (2, 3, 1))
+    identity = Normalisation(np.zeros(3), np.ones(3))
+    return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), identity, CPU)
+
+
+@given(st.integers(1, 2000), st.integers(1, 400))
+def test_windows_cover_every_frame_and_reach_both_ends(num_frames, crop):
+    starts = window_starts(num_frames, crop)
+    covered = np.zeros(num_frames, bool)
+    for start in starts:
+        covered[max(start, 0) : max(start + crop, 0)] = True
+    assert covered.all()
+    assert len(starts) == max(1, -(-num_frames // crop))
+    if num_frames >= crop:
+        assert starts[0] == 0
+        assert starts[-1] + crop == num_frames
+
+
+def test_window_batches_name_every_window_once():
+    num_frames = np.array([10, 25, 7])
+    batches = list(window_batches(num_frames, np.array([0, 1, 2]), crop_frames=10, batch_size=2))
+    pairs = [(int(c), int(s)) for clip, start in batches for c, s in zip(clip, start, strict=True)]
+    assert pairs == [(0, 0), (1, 0), (1, 8), (1, 15), (2, -2)]
+    assert max(len(clip) for clip, _ in batches) == 2
+
+
+def test_take_cuts_inside_and_pads_outside():
+    crops, valid = ramp_clips().take(torch.tensor([0, 1]), torch.tensor([-1, 6]), 4)
+    assert crops.shape == (2, 1, 3, 4)
+    assert crops[0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert crops[1, 0, 2].tolist() == [7, 8, 9, 0]
+    assert valid[1, 0, 0].tolist() == [True, True, True, False]
+
+
+def test_normalisation_is_that_of_the_valid_frames():
+    rng = np.random.default_rng(0)
+    features = rng.normal(5, 3, (4, 6, 20)).astype(np.float32)
+    lengths = np.array([20, 3, 11, 8])
+    valid = np.concatenate([clip[:, :n] for clip, n in zip(features, lengths, strict=True)], axis=1)
+    measured = Normalisation.of(features, lengths)
+    np.testing.assert_allclose(measured.mean, valid.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(measured.std, valid.std(axis=1), rtol=1e-4)
+
+
+def test_normalisation_reads_training_rows_only(memory_shards):
+    config = TrainConfig(protocol="speaker-3")
+    before = load_fold(memory_shards, config, CPU)
+    rows = np.concatenate([before.split.validation, before.split.test])
+    memory_shards.values[rows] += 100
+    after = load_fold(memory_shards, config, CPU)
+    np.testing.assert_array_equal(before.normalisation.mean, after.normalisation.mean)
+
+
+def test_rows_do_not_depend_on_the_order_of_the_shards(memory_shards):
+    config = TrainConfig(protocol="speaker-3")
+    shuffled = np.random.default_rng(0).permutation(len(memory_shards.table))
+    table = memory_shards.table
+    again = table.take(shuffled)
+    for side in ("train", "validation", "test"):
+        one = table["take"].take(getattr(select_rows(table, config), side))
+        two = again["take"].take(getattr(select_rows(again, config), side))
+        assert one.to_pylist() == two.to_pylist()
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 80))
+def test_an_epoch_is_a_permutation_of_its_own(seed, epoch, rows):
+    labels = torch.zeros(rows, dtype=torch.long)
+    order = epoch_order(seed, epoch, labels)
+    assert sorted(order.tolist()) == list(range(rows))
+    assert torch.equal(order, epoch_order(seed, epoch, labels))
+
+
+def test_balanced_order_draws_rare_labels_as_often():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    drawn = labels[epoch_order(0, 0, labels, balanced=True)]
+    assert 0.4 < drawn.float().mean() < 0.6
+
+
+def test_seeds_of_different_steps_differ():
+    assert len({seed_of(s, e, k) for s in range(4) for e in range(20) for k in range(50)}) == 4000
+
+
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(100, 32, 3), (32, 32, 1), (5, 32, 1)])
+def test_steps(rows, batch, steps):
+    assert steps_per_epoch(rows, batch) == steps
+
+
+def test_everything_off_is_the_plain_crop():
+    off = AugmentConfig(gain_db=0, time_masks=0, bin_masks=0, mixup=0)
+    clips = ramp_clips()
+    batch, targets = Augment(off, 9, 2, torch.ones(3))(clips, torch.tensor([1]))
+    assert batch[0, 0, 0].tolist() == list(range(1, 10))
+    assert targets.tolist() == [[0, 1]]
+
+
+def test_augmentation_follows_the_seed():
+    augment = Augment(AugmentConfig(time_mask_frames=3), 6, 2, torch.ones(3))
+    clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return augment(clips, rows)[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_mixup_targets_are_the_mixture():
+    off = AugmentConfig(gain_db=0, time_masks=0, bin_masks=0, mixup=1.0)
+    torch.manual_seed(0)
+    clips = Clips(
+        torch.tensor([0.0, 1.0]).reshape(2, 1, 1).repeat(1, 4, 2).half(),
+        torch.tensor([4, 4]),
+        torch.tensor([0, 1]),
+    )
+    batch, targets = Augment(off, 4, 2, torch.ones(2))(clips, torch.tensor([0, 1]))
+    # Clip 1 is all ones and clip 0 all zeros: a pixel is the weight of label 1.
+    torch.testing.assert_close(batch[:, 0, 0, 0], targets[:, 1])
+    assert 0 < targets[0, 1] < 1
+
+
+@pytest.mark.parametrize("kind", ["mel", "mfcc"])
+def test_gain_is_what_a_louder_recording_would_have(kind):
+    import torchaudio
+
+    rng = np.random.default_rng(0)
+    wave = torch.from_numpy(rng.normal(0, 0.1, 16_000).astype(np.float32))
+    mel_power = torchaudio.transforms.MelSpectrogram(16_000, n_fft=640, n_mels=40)(wave)
+    louder = 10 * torch.log10(mel_power * 10**0.3)  # 3 dB
+    plain = 10 * torch.log10(mel_power)
+    if kind == "mfcc":
+        dct = torchaudio.functional.create_dct(13, 40, "ortho").T
+        louder, plain = dct @ louder, dct @ plain
+    std = np.full(len(plain), 2.0)
+    response = gain_response(kind, 40, Normalisation(np.zeros(len(plain)), std), CPU)
+    expected = ((louder - plain) / 2.0).mean(dim=1)
+    torch.testing.assert_close(3 * response, expected, atol=1e-3, rtol=1e-3)
