@@ -1,0 +1,8 @@
+"""`ser-ray evaluate` for `ray job submit --working-dir . -- python jobs/evaluate.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

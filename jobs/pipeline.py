@@ -1,0 +1,8 @@
+"""`ser-ray pipeline` for `ray job submit --working-dir . -- python jobs/pipeline.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pipeline", *sys.argv[1:]]))

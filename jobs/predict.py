@@ -1,0 +1,8 @@
+"""`ser-ray predict` for `ray job submit --working-dir . -- python jobs/predict.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["predict", *sys.argv[1:]]))

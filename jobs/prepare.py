@@ -1,0 +1,8 @@
+"""`ser-ray prepare` for `ray job submit --working-dir . -- python jobs/prepare.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

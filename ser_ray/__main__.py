@@ -1,0 +1,5 @@
+"""`python -m ser_ray <verb>` is `ser-ray <verb>`."""
+
+from ser_ray.cli import main
+
+raise SystemExit(main())

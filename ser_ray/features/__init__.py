@@ -1,0 +1,23 @@
+"""From a clip to its features: `decode` reads the sound, `extract` makes the three kinds.
+
+Used by the shards job and by prediction alike, so that both see exactly the same numbers. Knows
+nothing of Ray.
+"""
+
+from typing import Literal
+
+ClipStatus = Literal["no_audio", "unreadable", "too_short", "too_long", "silent"]
+
+
+class ClipError(Exception):
+    """One clip that cannot become features: a row of the outcomes, never the end of a run."""
+
+    def __init__(self, status: ClipStatus, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status: ClipStatus = status
+        """What became of the clip."""
+        self.reason = reason
+        """Why, in words for the corpus's owner."""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.reason}"

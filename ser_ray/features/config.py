@@ -1,0 +1,86 @@
+"""What a feature is: the numbers that fix the shapes in the shards, without importing torch."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ser_ray.errors import ConfigError
+
+Kind = Literal["spectrogram", "mel", "mfcc"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """How a clip becomes features. Two shard sets with equal configurations hold equal features."""
+
+    sample_rate: int = 16_000
+    """Rate every clip is resampled to, in hertz."""
+    window_length: int = 640
+    """Hann window and FFT length in samples: 40 ms resolve the harmonics of a voice."""
+    hop_length: int = 320
+    """Step between frames in samples: 20 ms."""
+    num_mels: int = 96
+    """Bands of the mel filter bank."""
+    num_mfcc: int = 40
+    """Cepstral coefficients kept."""
+    f_min: float = 50.0
+    """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
+    trim_db: float = 50.0
+    """Silence at the two ends is what lies this many dB below the clip's loudest 10 ms."""
+    trim_margin: float = 0.1
+    """Seconds kept beyond the first and the last sound, so that no quiet onset is lost."""
+    min_seconds: float = 0.2
+    """Clips with less sound than this are `too_short`."""
+    max_seconds: float = 6.5
+    """Room for the longest trimmed clip (RAVDESS song: 6.37 s untrimmed); longer is `too_long`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value <= 0 and field.name not in ("f_min", "trim_margin"):
+                raise ConfigError(f"{field.name} is {value}: it must be above 0")
+        if self.f_min < 0 or self.f_min >= self.sample_rate / 2:
+            raise ConfigError(
+                f"f_min is {self.f_min} Hz: it must be at least 0 and below half the sample rate, "
+                f"{self.sample_rate / 2:g} Hz"
+            )
+        if self.hop_length > self.window_length:
+            raise ConfigError(
+                f"hop_length is {self.hop_length}: above window_length, {self.window_length}, it "
+                "would skip samples"
+            )
+        if self.num_mfcc > self.num_mels:
+            raise ConfigError(
+                f"num_mfcc is {self.num_mfcc}: at most num_mels, {self.num_mels}, can be computed"
+            )
+        if self.min_seconds > self.max_seconds:
+            raise ConfigError(
+                f"min_seconds is {self.min_seconds}: above max_seconds, {self.max_seconds}"
+            )
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the fixed shape in the shards: those of `max_seconds` of sound."""
+        return self.frames_of(round(self.max_seconds * self.sample_rate))
+
+    def frames_of(self, num_samples: int) -> int:
+        """Frames of `num_samples` samples at `sample_rate`: centred windows, one a started hop."""
+        return num_samples // self.hop_length + 1
+
+    def num_bins(self, kind: Kind) -> int:
+        """Rows of one feature kind."""
+        bins = {
+            "spectrogram": self.window_length // 2 + 1,
+            "mel": self.num_mels,
+            "mfcc": self.num_mfcc,
+        }
+        return bins[kind]
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that differ when any field does."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

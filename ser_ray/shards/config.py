@@ -1,0 +1,26 @@
+"""What `prepare` is asked for; imported by `--help`, so nothing heavy is imported here."""
+
+from dataclasses import dataclass, field
+
+from ser_ray.errors import ConfigError
+from ser_ray.features.config import FeatureConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Which clips become which shards, and where."""
+
+    corpus: str
+    """Folder or URI with RAVDESS in any layout, or a .csv or .parquet table of other clips."""
+    shards: str
+    """Folder or URI that the shards are written to."""
+    include: tuple[str, ...] = ("av", "video", "audio")
+    """Modalities to decode; files of the others are counted as `excluded`."""
+    rows_per_part: int = 128
+    """Files of one part at most: the unit that is worked on, committed and done again."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    """What a feature is."""
+
+    def __post_init__(self) -> None:
+        if self.rows_per_part < 1:
+            raise ConfigError(f"rows_per_part is {self.rows_per_part}: it must be at least 1")

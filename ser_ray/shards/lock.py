@@ -1,0 +1,133 @@
+"""One writer for one shard folder, on any filesystem.
+
+The holder keeps a small file that says who it is and when it was last alive. On a local disk the
+file is created exclusively; a bucket has no such call, so there, and where a dead holder's lock is
+taken over, the claim is written, left to settle and read back. A holder is dead when its process is
+gone from this machine or it has been silent for `STALE_SECONDS`.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Self
+
+from pyarrow import fs
+
+from ser_ray.errors import ShardsError
+
+LOCK_NAME = "lock.json"
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+SETTLE_SECONDS = 1.0
+"""Time for two claims of the same moment to both be written before either is believed."""
+
+
+class Lock:
+    """The right to write into a shard folder, held while the context lasts."""
+
+    def __init__(self, filesystem: fs.FileSystem, folder: str) -> None:
+        self._filesystem = filesystem
+        self._path = f"{folder}/{LOCK_NAME}"
+        self._claim = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self._is_lost = False
+        self._released = threading.Event()
+        self._beat = threading.Thread(target=self._keep_alive, name="shards-lock", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Take the lock.
+
+        Raises:
+            ShardsError: another run holds it.
+        """
+        holder = self._read()
+        if holder is not None and _is_alive(holder):
+            raise self._in_use(holder)
+        if holder is None and isinstance(self._filesystem, fs.LocalFileSystem):
+            try:
+                with Path(self._path).open("x") as file:
+                    file.write(self._text())
+            except FileExistsError:
+                raise self._in_use(self._read() or {}) from None
+        else:
+            self._write()
+            time.sleep(SETTLE_SECONDS)
+            if not self._is_ours():
+                raise self._in_use(self._read() or {})
+        self._beat.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back."""
+        self._released.set()
+        self._beat.join()
+        if not self._is_lost:
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.delete_file(self._path)
+
+    def check(self) -> None:
+        """Raise a `ShardsError` if another run took the lock, believing this one dead."""
+        if self._is_lost:
+            raise self._in_use(self._read() or {})
+
+    def _keep_alive(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a bucket out of reach for a moment
+                if not self._is_ours():
+                    self._is_lost = True
+                    return
+                self._write()
+
+    def _is_ours(self) -> bool:
+        holder = self._read()
+        return holder is not None and holder.get("token") == self._claim["token"]
+
+    def _text(self) -> str:
+        return json.dumps(self._claim | {"alive": time.time()})
+
+    def _write(self) -> None:
+        with self._filesystem.open_output_stream(self._path) as file:
+            file.write(self._text().encode())
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return the holder's claim; `{}` for one that is just being written; None for no lock."""
+        try:
+            with self._filesystem.open_input_file(self._path) as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+
+    def _in_use(self, holder: dict[str, Any]) -> ShardsError:
+        who = "process {pid} on {host} since {since}".format(**holder) if holder else "another run"
+        return ShardsError(
+            f"{self._path}: {who} is writing these shards; wait for it to end, or give another "
+            "folder"
+        )
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the run that wrote a claim may still be working."""
+    if not holder:
+        return True
+    if time.time() - holder["alive"] > STALE_SECONDS:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,101 @@
+"""Reading shards back: what is known of the clips as a table, one kind of feature as an array."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ser_ray.errors import ShardsError
+from ser_ray.features.config import KINDS, Kind
+from ser_ray.shards.card import ShardCard, read_card
+from ser_ray.shards.part import outcomes_name, part_name
+from ser_ray.storage import filesystem_of
+
+READ_THREADS = 4
+"""Parts read at once: a disk keeps two cores busy, a bucket answers several requests."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A committed shard set; its rows are in the order of the parts, then of the rows in a part."""
+
+    uri: str
+    """Folder or URI of the shards."""
+    card: ShardCard
+    """What they hold."""
+
+    def clips(self) -> pa.Table:
+        """Return every column but the features, one row a decoded clip."""
+        filesystem, folder = filesystem_of(self.uri)
+        tables = []
+        for part in self.card.parts:
+            with pq.ParquetFile(f"{folder}/{part_name(part)}", filesystem=filesystem) as file:
+                names = [name for name in file.schema_arrow.names if name not in KINDS]
+                tables.append(file.read(names))
+        return pa.concat_tables(tables)
+
+    def outcomes(self) -> pa.Table:
+        """Return the manifest with the final status and reason, one row a listed file."""
+        filesystem, folder = filesystem_of(self.uri)
+        paths = [f"{folder}/{outcomes_name(part)}" for part in self.card.parts]
+        tables = [pq.read_table(path, filesystem=filesystem) for path in paths]
+        return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+
+    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return one kind of feature, reading nothing else.
+
+        Args:
+            kind: which.
+            rows: row numbers of `clips()`, `[num_rows]` in any order; None for all.
+
+        Returns:
+            `[num_rows, bins, num_frames]` float16, zero from a clip's `num_frames` on.
+        """
+        config = self.card.features
+        rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
+        features = np.empty((len(rows), config.num_bins(kind), config.num_frames), np.float16)
+        starts = np.cumsum((0, *self.card.clips))
+        owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's part
+        filesystem, folder = filesystem_of(self.uri)
+
+        def read_part(index: int) -> None:
+            wanted = np.flatnonzero(owners == index)
+            if len(wanted) == 0:
+                return
+            path = f"{folder}/{part_name(self.card.parts[index])}"
+            table = pq.read_table(path, columns=[kind], filesystem=filesystem, use_threads=False)
+            stored = _to_array(table[kind], features.shape[1:])
+            features[wanted] = stored[rows[wanted] - starts[index]]
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            list(pool.map(read_part, range(len(self.card.parts))))
+        return features
+
+
+def open_shards(uri: str) -> ShardSet:
+    """Open a committed shard set.
+
+    Raises:
+        ShardsError: there is none, or it is unfinished.
+    """
+    filesystem, folder = filesystem_of(uri)
+    card = read_card(filesystem, folder)
+    if card is not None:
+        return ShardSet(uri, card)
+    has_plan = filesystem.get_file_info(f"{folder}/plan.parquet").is_file
+    raise ShardsError(
+        f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
+        if has_plan
+        else f"{uri}: there are no shards; make them with `ser-ray prepare`"
+    )
+
+
+def _to_array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """View fixed-size binary values as float16 arrays of one shape, `[len(column), *shape]`."""
+    array = column.combine_chunks()
+    numbers = np.frombuffer(array.buffers()[1], np.float16)
+    return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]

@@ -1,0 +1,68 @@
+"""The rooms and which way imports go, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ser_ray"
+ORDER = ["corpus", "features", "shards", "training", "inference"]
+RAY_FREE = [
+    "features/*.py", "training/config.py", "training/data.py", "training/augment.py",
+    "training/model.py", "training/loop.py", "training/metrics.py", "training/checkpoint.py",
+    "inference/*.py", "report.py",
+]  # fmt: skip
+TOP_LEVEL = {
+    "ser_ray", "jobs", "tests", "pyproject.toml", "README.md", "cluster.yaml", "LICENSE",
+}  # fmt: skip
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_go_left_to_right(room):
+    later = {f"ser_ray.{name}" for name in ORDER[ORDER.index(room) + 1 :]}
+    for path in (PACKAGE / room).glob("*.py"):
+        wrong = {
+            name
+            for name in imports_of(path)
+            if any(name == other or name.startswith(f"{other}.") for other in later)
+        }
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("pattern", RAY_FREE)
+def test_the_loop_and_its_parts_know_nothing_of_ray(pattern):
+    paths = list(PACKAGE.glob(pattern))
+    assert paths, f"{pattern} matches no file"
+    for path in paths:
+        wrong = {name for name in imports_of(path) if name.split(".")[0] in ("ray", "mlflow")}
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+def test_only_the_tracker_imports_mlflow():
+    importing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "mlflow" for name in imports_of(path))
+    }
+    assert importing == {"tracking.py"}
+
+
+def test_the_top_level_holds_what_the_design_names():
+    import subprocess
+
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    tops = {name.split("/")[0] for name in tracked}
+    assert {name for name in tops if not name.startswith(".")} <= TOP_LEVEL

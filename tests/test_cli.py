@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ser_ray.cli import VERBS, main
+from ser_ray.training.config import TrainConfig
+
+# What people type and scripts depend on; a change here is a change of the interface.
+FLAGS = {
+    "pipeline": "--corpus --shards --feature --protocol --fold --epochs --batch-size --lr-min "
+    "--lr-max --workers --seed --weights --experiment --tracking-uri --json --dry-run --storage",
+    "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
+    "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
+    "--workers --device --seed --weights --name --experiment --tracking-uri --json --dry-run",
+    "evaluate": "--shards --json --dry-run",
+    "predict": "--model --json --dry-run",
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_names_the_flags(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert [flag for flag in FLAGS[verb].split() if flag not in text] == []
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom ser_ray.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'av', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 5  # 0.3 s on an idle machine
+
+
+def test_dry_run_prints_what_would_run(capsys):
+    assert main(["train", "--dry-run", "--lr-max", "0.01", "--mixup", "0"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["train"]["recipe"]
+    assert recipe["lr_max"] == 0.01
+    assert TrainConfig.from_dict(recipe).augment.mixup == 0
+
+
+def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):
+    assert main(["pipeline", "--dry-run", "--epochs", "3"]) == 0
+    resolved = json.loads(capsys.readouterr().out)["pipeline"]
+    assert resolved["corpus"] == "ser-ray-out/stand-in"
+    assert resolved["recipe"]["weights"] == "none"
+    assert resolved["recipe"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --lr-min 0.1 --lr-max 0.01", "lr_min must be the smaller one (are they swapped?)"),
+        ("train --workers 0", "workers is 0: it must be at least 1"),
+        ("train --batch-size 0", "batch_size is 0: it must be above 0"),
+        ("train --mixup -1", "mixup is -1.0: it must be 0 (off) or above"),
+        ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
+        ("train --shards nowhere", "nowhere"),
+        ("evaluate nowhere", "nowhere: no checkpoint here"),
+        ("predict nowhere.wav --model nowhere", "nowhere.wav: no such file or folder"),
+        ("prepare --corpus nowhere --shards out", "nowhere"),
+        ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, capsys, in_tmp):
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1", "fly"])
+def test_what_cannot_be_parsed_ends_with_2(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+
+
+def test_every_verb_has_a_job():
+    from pathlib import Path
+
+    jobs = {path.stem for path in (Path(__file__).parents[1] / "jobs").glob("*.py")}
+    assert set(VERBS) <= jobs

@@ -1,0 +1,179 @@
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from pyarrow import fs
+
+from ser_ray.features import ClipError
+from ser_ray.features.decode import decode
+from tests.clips import voice, write_sound, write_video, write_wav
+
+
+@pytest.fixture
+def samples() -> np.ndarray:
+    """One second at 48 kHz, as 16-bit numbers."""
+    return np.round(voice() * 20_000).astype(np.int16)
+
+
+def failure(path: Path, **kwargs: float) -> ClipError:
+    with pytest.raises(ClipError) as caught:
+        decode(str(path), path.name, **kwargs)
+    return caught.value
+
+
+def test_sixteen_bits_come_as_stored(tmp_path: Path, samples: np.ndarray) -> None:
+    path = write_wav(tmp_path / "A.WAV", samples, 44_100)
+    decoded, sample_rate = decode(str(path), path.name)
+    assert decoded.dtype == np.int16
+    assert sample_rate == 44_100
+    np.testing.assert_array_equal(decoded, samples)
+
+
+def test_channels_are_averaged(tmp_path: Path, samples: np.ndarray) -> None:
+    both = np.stack([samples, samples[::-1]], axis=1)
+    path = write_wav(tmp_path / "a.wav", both)
+    decoded, _ = decode(str(path), path.name)
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, both.astype(np.float64).mean(axis=1) / 32768, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "step"),
+    [("PCM_U8", 2**-7), ("PCM_24", 2**-23), ("PCM_32", 2**-30), ("FLOAT", 0), ("DOUBLE", 2**-24)],
+)
+@pytest.mark.parametrize("sample_rate", [8_000, 96_000])
+def test_any_depth_and_rate(tmp_path: Path, subtype: str, step: float, sample_rate: int) -> None:
+    sound = voice(0.5, sample_rate)
+    path = write_wav(tmp_path / "a.wav", sound, sample_rate, subtype=subtype)
+    decoded, rate = decode(str(path), path.name)
+    assert rate == sample_rate
+    np.testing.assert_allclose(decoded, sound, atol=step)
+
+
+def test_extra_chunks_are_passed_over(tmp_path: Path, samples: np.ndarray) -> None:
+    plain = write_wav(tmp_path / "a.wav", samples).read_bytes()
+    filler = b"FLLR" + struct.pack("<I", 4004) + bytes(4004)
+    trailer = b"_PMX" + struct.pack("<I", 10) + b"<xmp/>    "
+    whole = plain[12:36] + filler + plain[36:] + trailer
+    path = tmp_path / "b.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(whole) + 4) + b"WAVE" + whole)
+    np.testing.assert_array_equal(decode(str(path), path.name)[0], samples)
+
+
+def test_a_stream_gives_what_its_path_gives(tmp_path: Path, samples: np.ndarray) -> None:
+    paths = [
+        write_wav(tmp_path / "a.wav", samples),
+        write_video(tmp_path / "a.mp4", voice()),
+    ]
+    for path in paths:
+        with fs.LocalFileSystem().open_input_file(str(path)) as stream:
+            from_stream = decode(stream, path.name)[0]
+        np.testing.assert_array_equal(from_stream, decode(str(path), path.name)[0])
+
+
+def test_a_uri_is_opened(samples: np.ndarray) -> None:
+    import fsspec
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV")
+    with fsspec.open("memory://clips/a.wav", "wb") as file:
+        file.write(buffer.getvalue())
+    decoded, sample_rate = decode("memory://clips/a.wav", "a.wav")
+    np.testing.assert_array_equal(decoded, samples)
+    assert sample_rate == 16_000
+
+
+def test_the_sound_of_a_video(tmp_path: Path) -> None:
+    sound = voice(2.0)
+    path = write_video(tmp_path / "a.mp4", sound, seconds=2.0)
+    decoded, sample_rate = decode(str(path), path.name)
+    assert sample_rate == 48_000
+    assert len(sound) <= len(decoded) <= len(sound) + 1024  # the last AAC frame is filled up
+    error = decoded[: len(sound)] - sound
+    assert np.sum(error**2) < 0.01 * np.sum(sound**2)  # lossy, but in step
+
+
+def test_no_picture_is_decoded(tmp_path: Path) -> None:
+    """The sound is the same when every byte that belongs to a picture is overwritten."""
+    whole = write_video(tmp_path / "a.mp4", voice(2.0), seconds=2.0)
+    import av
+
+    data = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        pictures = [p for p in container.demux(video=0) if p.pos is not None]
+        assert len(pictures) == 50
+        for picture in pictures:
+            data[picture.pos : picture.pos + picture.size] = b"\xff" * picture.size
+    broken = tmp_path / "b.mp4"
+    broken.write_bytes(data)
+    np.testing.assert_array_equal(
+        decode(str(broken), broken.name)[0], decode(str(whole), whole.name)[0]
+    )
+
+
+class CountingFile(io.BytesIO):
+    num_read = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
+
+
+def test_a_video_without_sound_costs_its_header(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", None, seconds=4.0, size=320)
+    file = CountingFile(path.read_bytes())
+    with pytest.raises(ClipError, match="no audio stream") as caught:
+        decode(file, path.name)
+    assert caught.value.status == "no_audio"
+    assert file.num_read < 0.06 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mp3", "libmp3lame", "mp3"),
+        ("really_mp3.wav", "libmp3lame", "mp3"),
+        ("a.flac", "flac", "flac"),
+        ("a.ogg", "libopus", "ogg"),
+        ("a.webm", "libopus", "webm"),
+        ("a.m4a", "aac", "mp4"),
+        ("adpcm.wav", "adpcm_ms", "wav"),
+    ],
+)
+def test_other_formats(tmp_path: Path, name: str, codec: str, container: str) -> None:
+    sound = voice(1.0)
+    path = write_sound(tmp_path / name, sound, codec, container)
+    decoded, sample_rate = decode(str(path), path.name)
+    assert sample_rate == 48_000
+    assert abs(len(decoded) - len(sound)) <= 2048
+    error = decoded[:40_000] - sound[:40_000]
+    assert np.sum(error**2) < 0.05 * np.sum(sound[:40_000] ** 2)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_length_is_bounded(tmp_path: Path, name: str) -> None:
+    codec, container = ("pcm_s16le", "wav") if name == "a.wav" else ("flac", "flac")
+    path = write_sound(tmp_path / name, voice(3.0), codec, container)
+    assert len(decode(str(path), path.name, max_seconds=3.0)[0]) == 3 * 48_000
+    assert failure(path, max_seconds=2.9).status == "too_long"
+
+
+def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
+    """FFmpeg would follow these to any other file."""
+    secret = write_wav(tmp_path / "secret.wav", np.zeros(100, np.int16))
+    for text in (
+        f"ffconcat version 1.0\nfile {secret.name}\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+    ):
+        path = tmp_path / "a.wav"
+        path.write_text(text)
+        assert failure(path).status == "unreadable"
+
+
+def test_a_missing_file_is_told_in_words(tmp_path: Path) -> None:
+    error = failure(tmp_path / "a.wav")
+    assert (error.status, error.reason) == ("unreadable", "the file is not there any more")
