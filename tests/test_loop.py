@@ -185,6 +185,7 @@ def run_world(size: int, network: str, folder: Path) -> dict:
     return results[0]
 
 
+@pytest.mark.slow
 def test_the_same_run_with_one_two_and_three_workers(tmp_path):
     one, two, three = (run_world(n, "no batch norm", tmp_path / str(n)) for n in (1, 2, 3))
     for many in (two, three):
@@ -195,6 +196,7 @@ def test_the_same_run_with_one_two_and_three_workers(tmp_path):
         assert many["confusion"] == one["confusion"]
 
 
+@pytest.mark.slow
 def test_resnet18_takes_the_same_steps_and_all_workers_validate_the_same_network(tmp_path):
     # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
     one, two = (run_world(n, "resnet18", tmp_path / str(n)) for n in (1, 2))
