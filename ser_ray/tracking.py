@@ -6,6 +6,7 @@ is an error; one that goes away later costs nothing but a warning, and what was 
 delivered when it answers again.
 """
 
+import getpass
 import json
 import logging
 import os
@@ -219,6 +220,8 @@ def provenance() -> dict[str, str]:
     """What ran where: versions, git commit, machine and Ray job, as tags."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
     tags["version.ser_ray"] = __version__
+    tags["mlflow.user"] = getpass.getuser()
+    tags["mlflow.source.name"] = Path(sys.argv[0]).name
     tags["version.python"] = platform.python_version()
     tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
     tags["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:TAG_BYTES]
@@ -258,7 +261,8 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
         # MLflow's own default, ./mlruns, depends on the directory the program runs in.
         folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
         artifacts = (folder / name.replace("/", "_")).absolute().as_uri()
-    return str(client.create_experiment(name, artifact_location=artifacts))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
+    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
 
 
 def _require_reachable(uri: str) -> None:
