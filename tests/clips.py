@@ -1,5 +1,6 @@
 """Sound and video files for the tests, made from scratch."""
 
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def write_sound(path: Path, samples: np.ndarray, codec: str, container_format: s
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=container_format) as container:
         stream = container.add_stream(codec, rate=48_000, layout="mono")
+        assert isinstance(stream, av.AudioStream)
         to_codec = av.AudioResampler(format=stream.format, frame_size=stream.frame_size or 1024)
         for frame in (*to_codec.resample(_audio_frame(samples, 0)), *to_codec.resample(None)):
             container.mux(stream.encode(frame))
@@ -69,3 +71,28 @@ def _audio_frame(samples: np.ndarray, start: int) -> av.AudioFrame:
     frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)
     return frame
+
+
+def clip_names(count: int, modality: str = "03") -> list[str]:
+    """Valid names of RAVDESS without their endings, actor by actor."""
+    names = (
+        f"{modality}-01-{emotion:02d}-01-{statement:02d}-{repetition:02d}-{actor:02d}"
+        for actor in range(1, 25)
+        for emotion in range(1, 9)
+        for statement in (1, 2)
+        for repetition in (1, 2)
+    )
+    return list(itertools.islice(names, count))
+
+
+def small_corpus(root: Path, num_wavs: int = 20) -> Path:
+    """Write wavs of half a second to a second, two videos with sound, two without, one text."""
+    for number, name in enumerate(clip_names(num_wavs)):
+        samples = voice(0.5 + 0.5 * number / num_wavs, seed=number) * 20_000
+        write_wav(root / f"Actor_{name[-2:]}" / f"{name}.wav", samples.astype(np.int16))
+    for name in clip_names(2, "01"):
+        write_video(root / f"{name}.mp4", voice())
+    for name in clip_names(2, "02"):
+        write_video(root / f"{name}.mp4", None)
+    (root / f"{clip_names(num_wavs + 1)[-1]}.wav").write_text("not a sound")
+    return root

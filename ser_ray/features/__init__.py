@@ -12,12 +12,14 @@ ClipStatus = Literal["no_audio", "unreadable", "too_short", "too_long", "silent"
 class ClipError(Exception):
     """One clip that cannot become features: a row of the outcomes, never the end of a run."""
 
-    def __init__(self, status: ClipStatus, reason: str) -> None:
+    def __init__(self, status: ClipStatus, reason: str, *, storage_failed: bool = False) -> None:
         super().__init__(status, reason)
         self.status: ClipStatus = status
         """What became of the clip."""
         self.reason = reason
         """Why, in words for the corpus's owner."""
+        self.storage_failed = storage_failed
+        """Whether it was not the clip but the way to it that failed, which may be mended."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

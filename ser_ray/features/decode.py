@@ -10,9 +10,10 @@ names other files), and every way to fail is a `ClipError` with a reason in word
 import io
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import av
+import av.container
 import av.error
 import av.stream
 import numpy as np
@@ -40,12 +41,14 @@ MISSING_SECONDS = 0.25
 """A clip that ends this long before its header says so was cut short; less is a sloppy header."""
 UNKNOWN_LENGTH = 2**32 - 1
 """Bytes of samples that a wav declares when it was written to a pipe."""
-READ_AHEAD = 1 << 20
-"""Bytes of a wav fetched at once from a bucket, where each read is a request."""
+READ_AHEAD = 1 << 18
+"""Bytes fetched at once from a bucket, where each read is a request."""
+START = 12
+"""Bytes that tell a wav from everything else."""
 
 
 def decode(
-    file: str | BinaryIO, name: str, *, max_seconds: float = 600.0
+    file: str | BinaryIO, name: str = "", *, max_seconds: float = 600.0
 ) -> tuple[np.ndarray, int]:
     """Return the samples of a clip and its sample rate in hertz.
 
@@ -60,13 +63,42 @@ def decode(
     Raises:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
     """
+    if not isinstance(file, str):
+        return _decode_stream(file, max_seconds)
     try:
-        source = _open(file) if isinstance(file, str) else file
-        samples, sample_rate = _decode(source, max_seconds)
+        filesystem, path = filesystem_of(file)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            with Path(path).open("rb", buffering=0) as opened:
+                start = opened.read(START)
+            return _decode(path, start, max_seconds)  # its readers are fastest with a path
+        with filesystem.open_input_file(path) as stream:
+            return _decode_stream(stream, max_seconds)
     except FileNotFoundError as error:
-        raise ClipError("unreadable", "the file is not there any more") from error
+        # With its folder gone, this is a disk that is not mounted rather than a clip deleted.
+        is_alone = "://" in file or Path(file).parent.exists()
+        reason = "there is no such file any more" if is_alone else "its folder is not there"
+        raise ClipError("unreadable", reason, storage_failed=not is_alone) from error
     except OSError as error:
-        raise ClipError("unreadable", f"reading failed: {error.strerror or error}") from error
+        reason = f"reading failed: {error.strerror or error}"
+        raise ClipError("unreadable", reason, storage_failed="://" in file) from error
+
+
+def _decode_stream(stream: BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
+    buffered = io.BufferedReader(cast(io.RawIOBase, stream), READ_AHEAD)
+    try:
+        return _decode(buffered, buffered.peek(START)[:START], max_seconds)
+    finally:
+        buffered.detach()  # or its end would close the stream
+
+
+def _decode(source: str | BinaryIO, start: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Decode what starts with the bytes `start`."""
+    if not start:
+        raise ClipError("unreadable", "the file is empty")
+    decoded = None
+    if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
+        decoded = _decode_wav(source, max_seconds)
+    samples, sample_rate = decoded or _decode_any(source, max_seconds)
     if samples.size == 0:
         raise ClipError("unreadable", "it holds no samples")
     if samples.dtype == np.float32 and not np.all(np.abs(samples) <= MAX_PEAK):  # NaN is not
@@ -74,50 +106,21 @@ def decode(
     return samples, sample_rate
 
 
-def _open(location: str) -> str | BinaryIO:
-    """Return a local path, which the readers open fastest themselves, or an open stream."""
-    filesystem, path = filesystem_of(location)
-    return path if isinstance(filesystem, fs.LocalFileSystem) else filesystem.open_input_file(path)
-
-
-def _decode(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
-    start = _first_bytes(source)
-    if not start:
-        raise ClipError("unreadable", "the file is empty")
-    if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
-        try:
-            return _decode_wav(source, max_seconds)
-        except soundfile.LibsndfileError:  # damaged, or with a codec that only FFmpeg knows
-            pass
+def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int] | None:
+    """Decode with soundfile; None for a wav that is damaged or coded as only FFmpeg knows."""
     try:
-        return _decode_any(source, max_seconds)
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise
-        reason = "not a sound or video format that is read, or damaged"
-        raise ClipError("unreadable", reason) from error
-
-
-def _first_bytes(source: str | BinaryIO) -> bytes:
-    if isinstance(source, str):
-        with Path(source).open("rb", buffering=0) as file:
-            return file.read(12)
-    start = source.read(12)
-    source.seek(0)
-    return start
-
-
-def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Decode with soundfile; `soundfile.LibsndfileError` if that does not read the file."""
-    buffered = source if isinstance(source, str) else io.BufferedReader(source, READ_AHEAD)  # type: ignore[type-var]
-    with soundfile.SoundFile(buffered) as sound:
-        _check_shape(sound.channels, sound.samplerate)
-        _check_length(sound.frames / sound.samplerate, max_seconds)
-        _check_whole(sound)
-        if sound.channels == 1 and sound.subtype == "PCM_16":
-            return sound.read(dtype="int16"), sound.samplerate
-        channels = sound.read(dtype="float32", always_2d=True)  # [num_samples, channels]
-        return _mean(channels.T), sound.samplerate
+        with soundfile.SoundFile(source) as sound:
+            _check_shape(sound.channels, sound.samplerate)
+            _check_length(sound.frames / sound.samplerate, max_seconds)
+            _check_whole(sound)
+            if sound.channels == 1 and sound.subtype == "PCM_16":
+                return sound.read(dtype="int16"), sound.samplerate
+            channels = sound.read(dtype="float32", always_2d=True)  # [num_samples, channels]
+            return _mean(channels.T), sound.samplerate
+    except soundfile.LibsndfileError:
+        if not isinstance(source, str):
+            source.seek(0)
+        return None
 
 
 def _check_whole(sound: soundfile.SoundFile) -> None:
@@ -136,27 +139,38 @@ def _check_whole(sound: soundfile.SoundFile) -> None:
 def _decode_any(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
     """Decode the first audio stream with PyAV, passing over the packets of all others."""
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
-    with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
-        if not clip.streams.audio:
-            raise ClipError("no_audio", "it holds no audio stream")
-        stream = clip.streams.audio[0]
-        for other in clip.streams:
-            if other is not stream:
-                other.discard = av.stream.Discard.all
-        if stream.codec_context is None:
-            raise ClipError("unreadable", "its sound is coded in a way that is not read")
-        sample_rate = stream.sample_rate
-        _check_shape(stream.channels, sample_rate)
-        to_float = av.AudioResampler(format="fltp")
-        blocks, num_samples = [np.empty((stream.channels, 0), np.float32)], 0
-        for frame in clip.decode(stream):
-            for block in to_float.resample(frame):
-                blocks.append(block.to_ndarray())  # [channels, num_samples]
-                num_samples += block.samples
-            _check_length(num_samples / sample_rate, max_seconds)
-        declared = float((stream.duration or 0) * (stream.time_base or 0))
-        if "mp4" in clip.format.name and num_samples / sample_rate < declared - MISSING_SECONDS:
-            raise _cut_short(num_samples / sample_rate, declared)
+    try:
+        with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
+            if not clip.streams.audio:
+                raise ClipError("no_audio", "it holds no audio stream")
+            stream = clip.streams.audio[0]
+            for other in clip.streams:
+                if other is not stream:
+                    other.discard = av.stream.Discard.all
+            return _decode_packets(clip, stream, max_seconds)
+    except av.error.FFmpegError as error:
+        reason = "not a sound or video format that is read, or damaged"
+        raise ClipError("unreadable", reason) from error
+
+
+def _decode_packets(
+    clip: av.container.InputContainer, stream: av.AudioStream, max_seconds: float
+) -> tuple[np.ndarray, int]:
+    if stream.codec_context is None:
+        raise ClipError("unreadable", "its sound is coded in a way that is not read")
+    sample_rate = stream.sample_rate
+    _check_shape(stream.channels, sample_rate)
+    to_float = av.AudioResampler(format="fltp")
+    blocks: list[np.ndarray] = [np.empty((stream.channels, 0), np.float32)]
+    num_samples = 0
+    for frame in clip.decode(stream):
+        for block in to_float.resample(frame):
+            blocks.append(block.to_ndarray())  # [channels, num_samples]
+            num_samples += block.samples
+        _check_length(num_samples / sample_rate, max_seconds)
+    declared = float((stream.duration or 0) * (stream.time_base or 0))
+    if "mp4" in clip.format.name and num_samples / sample_rate < declared - MISSING_SECONDS:
+        raise _cut_short(num_samples / sample_rate, declared)
     return _mean(np.concatenate(blocks, axis=1)), sample_rate
 
 

@@ -97,8 +97,8 @@ def _sound_bounds(samples: np.ndarray, sample_rate: int, trim_db: float) -> tupl
 def _mel_bands(config: FeatureConfig) -> np.ndarray:
     """Triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
     top = config.sample_rate / 2
-    mels = 2595 * np.log10(1 + np.array([config.f_min, top]) / 700)  # of hertz
-    corners = 700 * (10 ** (np.linspace(*mels, config.num_mels + 2) / 2595) - 1)
+    lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))
+    corners = 700 * (10 ** (np.linspace(lowest, highest, config.num_mels + 2) / 2595) - 1)
     frequencies = np.linspace(0, top, config.num_bins("spectrogram"))
     left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising, falling = (frequencies - left) / (peak - left), (right - frequencies) / (right - peak)

@@ -3,20 +3,24 @@
 import hashlib
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import Corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.part import OK, outcomes_name, part_name
+from ser_ray.shards.part import OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
 
 CARD_NAME = "card.json"
 SCHEMA_VERSION = 1
+DATA = ["take", "speaker", "emotion", "content"]
+"""The columns that, with the features' configuration, are what a training depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +60,22 @@ class ShardCard:
 
 def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan) -> ShardCard:
     """Sum up the committed parts of a plan."""
+
+    def read_part(part: int) -> tuple[list[str], pa.Table]:
+        outcomes = f"{folder}/{outcomes_name(part)}"
+        statuses = pq.read_table(outcomes, columns=["status"], filesystem=filesystem)["status"]
+        clips = f"{folder}/{part_name(part)}"
+        return statuses.to_pylist(), pq.read_table(clips, columns=DATA, filesystem=filesystem)
+
     counts: Counter[str] = Counter()
     clips = []
-    digest = hashlib.blake2b(plan.features.fingerprint.encode(), digest_size=8)
-    digest.update("\n".join(corpus.labels).encode())
-    for part in plan.parts:
-        outcomes = pq.read_table(f"{folder}/{outcomes_name(part)}", filesystem=filesystem)
-        counts.update(outcomes["status"].to_pylist())
-        columns = ["take", "speaker", "emotion", "content"]
-        table = pq.read_table(f"{folder}/{part_name(part)}", columns=columns, filesystem=filesystem)
-        for row in table.to_pylist():
-            digest.update("\t".join(row[name] for name in columns).encode() + b"\n")
-        clips.append(len(table))
+    digest = hashlib.sha256(json.dumps([plan.features.fingerprint, corpus.labels]).encode())
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        for statuses, table in pool.map(read_part, plan.parts):
+            counts.update(statuses)
+            clips.append(len(table))
+            for row in zip(*table.to_pydict().values(), strict=True):
+                digest.update(json.dumps(row).encode())
     assert sum(counts.values()) == len(plan.files), "an outcome for every file"
     assert sum(clips) == counts[OK], "a row for every decoded clip"
     return ShardCard(
@@ -78,7 +86,7 @@ def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan
         counts=dict(sorted(counts.items())),
         parts=tuple(plan.parts),
         clips=tuple(clips),
-        fingerprint=digest.hexdigest(),
+        fingerprint=digest.hexdigest()[:16],
     )
 
 

@@ -6,6 +6,7 @@ came since make new parts. Whether a committed part still holds is decided by it
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.part import part_key, write_table
 
@@ -34,14 +36,23 @@ class Plan:
     """What a feature is."""
 
     @cached_property
+    def _slices(self) -> dict[int, tuple[int, int]]:
+        """First row and number of rows of each part."""
+        found = np.unique(self.files["part"], return_index=True, return_counts=True)
+        return {part: (first, count) for part, first, count in np.transpose(found).tolist()}
+
+    @property
     def parts(self) -> list[int]:
         """The parts' numbers, ascending."""
-        return np.unique(self.files["part"]).tolist()
+        return list(self._slices)
 
     def rows(self, part: int) -> pa.Table:
         """The manifest's rows of a part."""
-        first, last = np.searchsorted(self.files["part"], (part, part + 1))
-        return self.files.slice(first, last - first).drop_columns("part")
+        return self.files.slice(*self._slices[part]).drop_columns("part")
+
+    def num_files(self, parts: Iterable[int]) -> int:
+        """Files listed in some of the parts."""
+        return sum(self._slices[part][1] for part in parts)
 
     def key(self, part: int) -> str:
         """What the committed part says of itself if it holds these files and features."""
@@ -68,12 +79,21 @@ def make_plan(
 
 
 def read_plan(filesystem: fs.FileSystem, folder: str) -> Plan | None:
-    """Return the plan of an earlier run, if there is one."""
+    """Return the plan of an earlier run, if there is one.
+
+    Raises:
+        ShardsError: it is of another version, or no plan.
+    """
     path = f"{folder}/{PLAN_NAME}"
-    if not filesystem.get_file_info(path).is_file:
+    try:
+        files = pq.read_table(path, filesystem=filesystem)
+        features = FeatureConfig(**json.loads(files.schema.metadata[_FEATURES]))
+    except FileNotFoundError:
         return None
-    files = pq.read_table(path, filesystem=filesystem)
-    features = FeatureConfig(**json.loads(files.schema.metadata[_FEATURES]))
+    except (pa.ArrowInvalid, TypeError, KeyError, ValueError, ConfigError) as error:
+        raise ShardsError(
+            f"{path}: no plan that this version reads ({error}); give another folder"
+        ) from error
     return Plan(files.replace_schema_metadata(None), features)
 
 
@@ -98,5 +118,7 @@ def describe_changes(before: Plan, after: Plan) -> list[str]:
     was = before.files.take(known.filter(pc.invert(is_new))).drop_columns("part")
     now = after.files.filter(pc.invert(is_new)).drop_columns("part")
     changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))
-    counts = ((came, "files came"), (gone, "files went"), (changed, "files changed"))
-    return lines + [f"{count} {what} since the last run" for count, what in counts if count]
+    for count, what in ((came, "came"), (gone, "went"), (changed, "changed")):
+        if count:
+            lines.append(f"{count} file{'s'[: count > 1]} {what} since the last run")
+    return lines

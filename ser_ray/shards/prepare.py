@@ -10,21 +10,27 @@ import contextlib
 import json
 import logging
 import re
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
 
+from ser_ray.cluster import require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.extract import Extractor
+from ser_ray.lock import Lock
 from ser_ray.shards.card import CARD_NAME, ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.lock import Lock
 from ser_ray.shards.part import (
+    REQUESTS_AT_ONCE,
     PartResult,
+    mark_name,
     outcomes_name,
     part_name,
     read_key,
@@ -32,11 +38,14 @@ from ser_ray.shards.part import (
     rows_to_bytes,
     write_part,
 )
-from ser_ray.shards.plan import Plan, describe_changes, make_plan, read_plan, write_plan
+from ser_ray.shards.plan import PLAN_NAME, Plan, describe_changes, make_plan, read_plan, write_plan
 from ser_ray.shards.progress import Progress, Watch, show
-from ser_ray.storage import filesystem_of
+from ser_ray.storage import absolute, filesystem_of
 
-_LEFT_BEHIND = re.compile(r"part-\d+(\.outcomes)?\.parquet|.*\.tmp")
+AGAIN = "; what is committed stays, so when that is mended give the same command again"
+IN_USE = "is writing these shards; wait for it to end, or give another folder"
+ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
+_LEFT_BEHIND = re.compile(r"part-\d+(\.outcomes)?\.parquet|part-\d+\.trying|.*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,9 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
-        return "\n".join(
-            [
-                *self.notes,
-                f"{self.card.num_files} files: {counts}",
-                f"{self.files_done} of them done now, in {self.seconds:.1f} s",
-            ]
+        return (
+            f"{self.card.num_files} files: {counts}\n"
+            f"{self.files_done} of them done now, in {self.seconds:.1f} s"
         )
 
 
@@ -70,37 +76,53 @@ def prepare(
 
     Args:
         config: which clips, where to, which features.
-        progress: called after every part; by default a bar or log lines on standard error.
+        progress: called after every part; by default a bar or log lines on standard error, after
+            what was found of an earlier run.
 
     Raises:
         CorpusError: no corpus is found.
         ShardsError: another run writes there, or a part could not be written.
+        ResourcesError: a node of the cluster does not see the corpus or the shards.
     """
     started = time.monotonic()
     corpus = list_corpus(config.corpus)
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
-    filesystem.create_dir(folder, recursive=True)
-    with Lock(filesystem, folder) as lock:
-        before = read_plan(filesystem, folder)
-        plan = make_plan(manifest, config.features, config.rows_per_part, before)
-        waiting = [
-            part for part in plan.parts if read_key(filesystem, folder, part) != plan.key(part)
-        ]
-        files_done = sum(len(plan.rows(part)) for part in waiting)
-        notes = () if before is None else _notes(before, plan, waiting)
-        card = read_card(filesystem, folder)
-        if waiting or card is None or before is None or not plan.files.equals(before.files):
-            _uncommit(filesystem, folder, plan, waiting)
-            write_plan(filesystem, folder, plan)
-            watch = Watch(len(plan.files), len(plan.files) - files_done)
-            with show(progress) as report:
-                for result in _write_parts(config, plan, waiting) if waiting else ():
-                    lock.check()
-                    report(watch.add(result.counts))
-            card = make_card(filesystem, folder, corpus, plan)
-            write_card(filesystem, folder, card)
-    return PrepareSummary(card, notes, files_done, time.monotonic() - started)
+    try:
+        filesystem.create_dir(folder, recursive=True)
+        with Lock(filesystem, folder, ShardsError, IN_USE) as lock:
+            before = read_plan(filesystem, folder)
+            plan = make_plan(manifest, config.features, config.rows_per_part, before)
+            waiting = _uncommitted(filesystem, folder, plan)
+            notes = () if before is None else _notes(before, plan, waiting)
+            if progress is None:
+                print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
+            card = read_card(filesystem, folder)
+            if waiting:
+                require_shared(config.corpus)
+                require_shared(config.shards)
+            if waiting or card is None or before is None or not plan.files.equals(before.files):
+                _clear(filesystem, folder, plan, waiting)
+                write_plan(filesystem, folder, plan)
+                _watch(_write_parts(config, plan, waiting), plan, waiting, lock, progress)
+                card = make_card(filesystem, folder, corpus, plan)
+                write_card(filesystem, folder, card)
+    except OSError as error:
+        raise ShardsError(f"{config.shards}: {error.strerror or error}{AGAIN}") from error
+    return PrepareSummary(card, notes, plan.num_files(waiting), time.monotonic() - started)
+
+
+def _uncommitted(filesystem: fs.FileSystem, folder: str, plan: Plan) -> list[int]:
+    """The parts of a plan that are not there, or hold other files or features."""
+    names = {entry.base_name for entry in filesystem.get_file_info(fs.FileSelector(folder))}
+
+    def is_committed(part: int) -> bool:
+        is_there = {part_name(part), outcomes_name(part)} <= names
+        return is_there and read_key(filesystem, folder, part) == plan.key(part)
+
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        committed = pool.map(is_committed, plan.parts)
+        return [part for part, there in zip(plan.parts, committed, strict=True) if not there]
 
 
 def _notes(before: Plan, plan: Plan, waiting: list[int]) -> tuple[str, ...]:
@@ -109,15 +131,37 @@ def _notes(before: Plan, plan: Plan, waiting: list[int]) -> tuple[str, ...]:
     return (*describe_changes(before, plan), again)
 
 
-def _uncommit(filesystem: fs.FileSystem, folder: str, plan: Plan, waiting: list[int]) -> None:
+def _clear(filesystem: fs.FileSystem, folder: str, plan: Plan, waiting: list[int]) -> None:
     """Delete the card, the parts that will be done again and what nobody listed any more needs."""
-    kept = set(plan.parts) - set(waiting)
-    names = {name(part) for part in kept for name in (part_name, outcomes_name)}
+    committed = set(plan.parts) - set(waiting)
+    kept = {name(part) for part in committed for name in (part_name, outcomes_name)}
+    kept |= {mark_name(part) for part in waiting}
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{folder}/{CARD_NAME}")
     for entry in filesystem.get_file_info(fs.FileSelector(folder)):
-        if entry.base_name not in names and _LEFT_BEHIND.fullmatch(entry.base_name):
+        if (
+            entry.is_file
+            and entry.base_name not in kept
+            and _LEFT_BEHIND.fullmatch(entry.base_name)
+        ):
             filesystem.delete_file(entry.path)
+
+
+def _watch(
+    results: Iterator[PartResult],
+    plan: Plan,
+    waiting: list[int],
+    lock: Lock,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Follow the parts as they are committed, and stop if another run took over."""
+    if not waiting:
+        return
+    watch = Watch(len(plan.files), len(plan.files) - plan.num_files(waiting))
+    with show(progress) as report:
+        for result in results:
+            lock.check()
+            report(watch.add(result.counts))
 
 
 def _write_parts(config: PrepareConfig, plan: Plan, waiting: list[int]) -> Iterator[PartResult]:
@@ -125,31 +169,35 @@ def _write_parts(config: PrepareConfig, plan: Plan, waiting: list[int]) -> Itera
     import ray
     import ray.data
 
-    again = "; what is committed stays: when that is mended, give the same command again"
-    _quieten_ray_data()
+    _set_up_ray_data()
     parts = ray.data.from_items(
         [{"part": part, "rows": rows_to_bytes(plan.rows(part))} for part in waiting],
         override_num_blocks=len(waiting),
     )
-    writer = _PartWriter(config.shards, Extractor(config.features))
+    writer = _PartWriter(absolute(config.shards), Extractor(config.features))
     try:
         for row in parts.map(writer.write).iter_rows():
             if row["failure"]:
                 raise ShardsError(
-                    f"{config.shards}/{part_name(row['part'])}: {row['failure']}{again}"
+                    f"{config.shards}/{part_name(row['part'])}: {row['failure']}{AGAIN}"
                 )
             yield PartResult(row["part"], json.loads(row["counts"]))
     except ray.exceptions.RayError as error:
-        raise ShardsError(f"{config.shards}: the job broke off ({error}){again}") from error
+        last_line = str(error).strip().rpartition("\n")[2]
+        raise ShardsError(f"{config.shards}: the job broke off ({last_line}){AGAIN}") from error
 
 
-def _quieten_ray_data() -> None:
-    """Leave the console to our own progress; Ray Data's messages stay in its log files."""
+def _set_up_ray_data() -> None:
+    """Leave the console to our own progress, and all CPUs to the parts from the start."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Else a second part starts only when the first has come back and its size is known: that is
+    # seconds, as each worker process first imports Ray Data. Ours are a line each.
+    context.op_resource_reservation_enabled = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler):  # the log files stay as they are
             handler.setLevel(logging.ERROR)
 
 
@@ -163,9 +211,13 @@ class _PartWriter:
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write the part that is one row of the dataset."""
         filesystem, folder = filesystem_of(self.shards)
+        counts: dict[str, int] = {}
+        failure = ""
         try:
+            if not filesystem.get_file_info(f"{folder}/{PLAN_NAME}").is_file:
+                raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
             rows = rows_from_bytes(row["rows"])
-            result = write_part(filesystem, folder, row["part"], rows, self.extractor)
+            counts = write_part(filesystem, folder, row["part"], rows, self.extractor).counts
         except OSError as error:
-            return {"part": row["part"], "counts": "{}", "failure": error.strerror or str(error)}
-        return {"part": row["part"], "counts": json.dumps(result.counts), "failure": ""}
+            failure = error.strerror or str(error)
+        return {"part": row["part"], "counts": json.dumps(counts), "failure": failure}

@@ -26,16 +26,19 @@ class Progress:
     errors: int
     """Files of this run that should have become features and did not."""
     rate: float
-    """Files a second in this run."""
-    seconds_left: float
-    """At that rate."""
+    """Files a second since the first ones of this run were done; 0 until there are more."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time until all are done at the present rate; None while that is not known."""
+        return (self.total - self.done) / self.rate if self.rate else None
 
     def __str__(self) -> str:
+        text = f"{self.done} of {self.total} files, {self.errors} errors"
+        if self.seconds_left is None:
+            return text
         minutes, seconds = divmod(round(self.seconds_left), 60)
-        return (
-            f"{self.done} of {self.total} files, {self.rate:.0f} a second, {self.errors} errors, "
-            f"{minutes}:{seconds:02d} left"
-        )
+        return f"{text}, {self.rate:.0f} files/s, {minutes}:{seconds:02d} left"
 
 
 class Watch:
@@ -44,20 +47,17 @@ class Watch:
     def __init__(self, total: int, committed: int) -> None:
         self._total = total
         self._done = committed
-        self._new = 0
         self._errors = 0
-        self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when, and how many were done by then
 
     def add(self, counts: Mapping[str, int]) -> Progress:
         """Count the outcomes of a part and return how far the job is."""
-        files = sum(counts.values())
-        self._done += files
-        self._new += files
+        now = time.monotonic()
+        self._done += sum(counts.values())
         self._errors += sum(count for status, count in counts.items() if status not in EXPECTED)
-        rate = self._new / max(time.monotonic() - self._started, 1e-9)
-        return Progress(
-            self._done, self._total, self._errors, rate, (self._total - self._done) / rate
-        )
+        since, before = self._first = self._first or (now, self._done)
+        rate = (self._done - before) / max(now - since, 1e-9)
+        return Progress(self._done, self._total, self._errors, rate)
 
 
 @contextlib.contextmanager

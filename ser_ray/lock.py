@@ -1,4 +1,4 @@
-"""One writer for one shard folder, on any filesystem.
+"""One writer for one folder, of shards or of a training's checkpoints, on any filesystem.
 
 The holder keeps a small file that says who it is and when it was last alive. On a local disk the
 file is created exclusively; a bucket has no such call, so there, and where a dead holder's lock is
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pyarrow import fs
 
-from ser_ray.errors import ShardsError
+from ser_ray.errors import SerRayError
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
@@ -28,10 +28,18 @@ SETTLE_SECONDS = 1.0
 
 
 class Lock:
-    """The right to write into a shard folder, held while the context lasts."""
+    """The right to write into an existing folder, held while the context lasts.
 
-    def __init__(self, filesystem: fs.FileSystem, folder: str) -> None:
+    Args:
+        error: what is raised where another process holds the lock.
+        advice: the rest of that message, after who it is: what it does, and the way out.
+    """
+
+    def __init__(
+        self, filesystem: fs.FileSystem, folder: str, error: type[SerRayError], advice: str
+    ) -> None:
         self._filesystem = filesystem
+        self._error, self._advice = error, advice
         self._path = f"{folder}/{LOCK_NAME}"
         self._claim = {
             "token": uuid.uuid4().hex,
@@ -41,13 +49,13 @@ class Lock:
         }
         self._is_lost = False
         self._released = threading.Event()
-        self._beat = threading.Thread(target=self._keep_alive, name="shards-lock", daemon=True)
+        self._beat = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
         """Take the lock.
 
         Raises:
-            ShardsError: another run holds it.
+            SerRayError: as `error`; another process holds it.
         """
         holder = self._read()
         if holder is not None and _is_alive(holder):
@@ -75,7 +83,7 @@ class Lock:
                 self._filesystem.delete_file(self._path)
 
     def check(self) -> None:
-        """Raise a `ShardsError` if another run took the lock, believing this one dead."""
+        """Raise `error` if another process took the lock, believing this one dead."""
         if self._is_lost:
             raise self._in_use(self._read() or {})
 
@@ -108,12 +116,9 @@ class Lock:
         except ValueError:
             return {}
 
-    def _in_use(self, holder: dict[str, Any]) -> ShardsError:
+    def _in_use(self, holder: dict[str, Any]) -> SerRayError:
         who = "process {pid} on {host} since {since}".format(**holder) if holder else "another run"
-        return ShardsError(
-            f"{self._path}: {who} is writing these shards; wait for it to end, or give another "
-            "folder"
-        )
+        return self._error(f"{self._path}: {who} {self._advice}")
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

@@ -1,0 +1,237 @@
+"""How fast `prepare` is, against the same work done in plainer ways on the same clips.
+
+`python jobs/bench_prepare.py --corpus DIR` prints a table of
+
+- job: `prepare` on Ray Data, on a cluster started for it;
+- pool: the same parts written by a plain ProcessPoolExecutor with as many processes;
+- loop: the same functions for a clip in one process, nothing written;
+- chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
+- notebook: librosa.load and three librosa features, in one process.
+
+Each runs in a fresh Python and is timed from before that starts. The rate is that of the files
+after the first part (or clip), so that starting shows in the seconds to the first one only. What
+the figures do not say: how it is on a cluster whose files come over a network.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from pyarrow import fs
+
+from ser_ray.corpus.manifest import list_corpus
+from ser_ray.features.config import FeatureConfig
+
+CONFIG = FeatureConfig()
+Mark = Callable[[int], None]
+"""Called with the number of files, each time that some are done."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    corpus: str
+    """Folder of the clips."""
+    files: int = 0
+    """Links to the clips, over and over, to prepare in their place; 0 for the clips themselves."""
+    processes: int = 2
+    """CPUs of Ray and processes of the pool."""
+    sample: int = 200
+    """Clips for the ways of one process."""
+    rounds: int = 3
+    """Times that each way is measured, in turn; the median is shown."""
+    ways: tuple[str, ...] = ("job", "pool", "loop", "chain", "notebook")
+    """What to compare."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way, measured once."""
+
+    files: int
+    """Files done."""
+    first: float
+    """Seconds to the first part or clip."""
+    total: float
+    """Seconds for all."""
+    rate: float
+    """Files a second after the first part or clip."""
+    megabytes: float
+    """Peak memory of the largest process."""
+
+
+def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
+    """Prepare as users do; returns the peak memory of the workers in kilobytes."""
+    import ray
+
+    from ser_ray.shards.config import PrepareConfig
+    from ser_ray.shards.prepare import prepare
+
+    done = [0]
+
+    def progress(now: Any) -> None:
+        mark(now.done - done[0])
+        done[0] = now.done
+
+    def peak() -> int:  # not `_peak_memory`, as Ray's workers do not know this module
+        time.sleep(0.05)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    ray.init(
+        num_cpus=bench.processes, include_dashboard=False, address="local", log_to_driver=False
+    )
+    prepare(PrepareConfig(corpus=corpus, shards=shards), progress=progress)
+    peaks = [ray.remote(peak).remote() for _ in range(4 * bench.processes)]
+    largest = max(ray.get(peaks))
+    ray.shutdown()
+    return largest
+
+
+def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
+    """Write the same parts without an engine."""
+    from ser_ray.features.extract import Extractor
+    from ser_ray.shards.part import write_part
+    from ser_ray.shards.plan import make_plan
+
+    plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, None)
+    filesystem, extractor = fs.LocalFileSystem(), Extractor(CONFIG)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(bench.processes, mp_context=context) as executor:
+        parts = [
+            executor.submit(write_part, filesystem, shards, part, plan.rows(part), extractor)
+            for part in plan.parts
+        ]
+        for part in as_completed(parts):
+            mark(sum(part.result().counts.values()))
+        peaks = [executor.submit(_peak_memory) for _ in range(4 * bench.processes)]
+        return max(peak.result() for peak in peaks)
+
+
+def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
+    """Decode and make features, clip by clip."""
+    from ser_ray.features.decode import decode
+    from ser_ray.features.extract import Extractor
+
+    extractor = Extractor(CONFIG)
+    for path in _sample(bench, corpus):
+        extractor.features(extractor.waveform(*decode(path)))
+        mark(1)
+    return _peak_memory()
+
+
+def chain(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
+    """The straightforward way with the same libraries' usual functions."""
+    import soundfile
+    import torch
+    from torchaudio.functional import create_dct
+    from torchaudio.transforms import MelScale, Resample, Spectrogram
+
+    torch.set_num_threads(1)
+    resample = Resample(48_000, CONFIG.sample_rate)
+    spectrogram = Spectrogram(CONFIG.window_length, hop_length=CONFIG.hop_length)
+    bins, rate = CONFIG.num_bins("spectrogram"), CONFIG.sample_rate
+    mel = MelScale(CONFIG.num_mels, rate, CONFIG.f_min, rate / 2, bins)
+    cosines = create_dct(CONFIG.num_mfcc, CONFIG.num_mels, "ortho")
+    for path in _sample(bench, corpus):
+        samples, _ = soundfile.read(path, dtype="float32", always_2d=True)
+        power = spectrogram(resample(torch.from_numpy(samples.mean(axis=1))))
+        decibels = [10 * torch.log10(p.clamp(min=1e-10)) for p in (power, mel(power))]
+        _ = cosines.T @ decibels[1]
+        mark(1)
+    return _peak_memory()
+
+
+def notebook(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
+    """What a notebook does: each feature from the samples, with librosa."""
+    import librosa
+
+    rate, length, hop = CONFIG.sample_rate, CONFIG.window_length, CONFIG.hop_length
+    mels, coefficients = CONFIG.num_mels, CONFIG.num_mfcc
+    for path in _sample(bench, corpus):
+        samples, _ = librosa.load(path, sr=rate)
+        librosa.amplitude_to_db(abs(librosa.stft(samples, n_fft=length, hop_length=hop)))
+        librosa.power_to_db(
+            librosa.feature.melspectrogram(
+                y=samples, sr=rate, n_fft=length, hop_length=hop, n_mels=mels
+            )
+        )
+        librosa.feature.mfcc(y=samples, sr=rate, n_fft=length, hop_length=hop, n_mfcc=coefficients)
+        mark(1)
+    return _peak_memory()
+
+
+WAYS = {"job": job, "pool": pool, "loop": loop, "chain": chain, "notebook": notebook}
+
+
+def _sample(bench: Bench, corpus: str) -> list[str]:
+    paths = list_corpus(corpus).manifest["path"].to_pylist()
+    return paths[:: max(1, len(paths) // bench.sample)]
+
+
+def _peak_memory() -> int:
+    """Kilobytes that this process took at most."""
+    time.sleep(0.05)  # so that every worker gets one of these
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
+    """Run one way, in a process of its own that was asked for when it `started`."""
+    marks: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as shards:
+        largest = WAYS[way](
+            bench, corpus, shards, lambda count: marks.append((time.time() - started, count))
+        )
+        total = time.time() - started
+    files = sum(count for _, count in marks)
+    (first, first_files), (last, _) = marks[0], marks[-1]
+    megabytes = max(largest, _peak_memory()) / 1024
+    return Timing(files, first, total, (files - first_files) / (last - first), megabytes)
+
+
+def make_links(corpus: str, files: int, folder: Path) -> str:
+    """Make a corpus of links to the clips of another one, over and over; returns its table."""
+    rows = list_corpus(corpus).manifest.to_pylist()
+    lines = ["path,label,speaker"]
+    for number in range(files):
+        row = rows[number % len(rows)]
+        link = folder / f"{number:06d}{Path(row['path']).suffix}"
+        link.symlink_to(row["path"])
+        lines.append(f"{link},{row['emotion']},{row['speaker']}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "table.csv")
+
+
+def main() -> None:
+    """Measure every way as often as asked, in turn, and print the medians."""
+    bench = tyro.cli(Bench, description=__doc__)
+    timings: dict[str, list[Timing]] = {way: [] for way in bench.ways}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as links:
+        corpus = bench.corpus
+        if bench.files:
+            corpus = make_links(bench.corpus, bench.files, Path(links))
+        for _ in range(bench.rounds):
+            for way in bench.ways:
+                with ProcessPoolExecutor(1, mp_context=context) as fresh:
+                    run = fresh.submit(measure, way, bench, corpus, time.time())
+                    timings[way].append(run.result())
+    print(f"{'':10}{'files':>7}{'files/s':>9}{'first, s':>10}{'total, s':>10}{'peak, MB':>10}")
+    for way, runs in timings.items():
+        rate, first, total, peak = (
+            statistics.median(getattr(run, name) for run in runs)
+            for name in ("rate", "first", "total", "megabytes")
+        )
+        print(f"{way:10}{runs[0].files:7}{rate:9.0f}{first:10.1f}{total:10.1f}{peak:10.0f}")
+
+
+if __name__ == "__main__":
+    main()

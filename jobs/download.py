@@ -1,0 +1,8 @@
+"""`ser-ray download` for `ray job submit --working-dir . -- python jobs/download.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["download", *sys.argv[1:]]))

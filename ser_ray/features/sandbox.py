@@ -1,0 +1,97 @@
+"""Decoding in a process of its own, for clips that may take theirs down with them.
+
+The process takes a second to start and half a millisecond more for every clip, so this is what a
+part is tried with again after its worker died. Run as a module it is the other end: it answers each
+request with a message of JSON and, for a clip that was decoded, one with the samples.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
+from typing import Self
+
+import numpy as np
+
+from ser_ray.features import ClipError
+from ser_ray.features.decode import decode
+
+SECONDS_PER_CLIP = 60.0
+"""A clip that is not decoded by then is given up."""
+
+
+class Sandbox:
+    """Decodes as `decode` does, while its context lasts."""
+
+    def __init__(self, seconds_per_clip: float = SECONDS_PER_CLIP) -> None:
+        self._seconds_per_clip = seconds_per_clip
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def decode(self, location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
+        """Return what `decode` returns, `[num_samples]` and their rate.
+
+        Raises:
+            ClipError: what `decode` raises; and `unreadable` for a clip that kills the process or
+                keeps it for too long.
+        """
+        self._pipe.send_bytes(json.dumps([location, max_seconds]).encode())
+        if not self._pipe.poll(self._seconds_per_clip):
+            self._restart()
+            raise ClipError("unreadable", f"not decoded after {self._seconds_per_clip:g} s")
+        try:
+            answer = json.loads(self._pipe.recv_bytes())
+            if "status" in answer:
+                raise ClipError(**answer)
+            samples = np.frombuffer(self._pipe.recv_bytes(), answer["dtype"])
+        except (EOFError, ConnectionResetError):
+            self._restart()
+            raise ClipError("unreadable", "decoding it kills the process that does it") from None
+        return samples, answer["sample_rate"]
+
+    def _start(self) -> None:
+        self._pipe, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        theirs.close()
+        self._pipe.recv_bytes()  # that it is ready, so that no clip is charged with its start
+
+    def _stop(self) -> None:
+        self._pipe.close()
+        self.process.kill()
+        self.process.wait()
+
+    def _restart(self) -> None:
+        self._stop()
+        self._start()
+
+
+def _answer_requests(pipe: Connection) -> None:
+    """Be the other end, until the first one goes away."""
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            location, max_seconds = json.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            samples, sample_rate = decode(location, max_seconds=max_seconds)
+        except ClipError as error:
+            pipe.send_bytes(json.dumps(vars(error)).encode())
+        else:
+            facts = {"dtype": str(samples.dtype), "sample_rate": sample_rate}
+            pipe.send_bytes(json.dumps(facts).encode())
+            pipe.send_bytes(samples.data)
+
+
+if __name__ == "__main__":
+    _answer_requests(Connection(int(sys.argv[1])))
