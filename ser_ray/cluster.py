@@ -5,8 +5,16 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ser_ray.errors import ResourcesError
+from ser_ray.storage import absolute
+
+AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
+"""On the head of a cluster that `ray up` started: what its autoscaler may start."""
+ANSWER_SECONDS = 60.0
+"""Time for a node to start a worker and look for a file."""
 
 
 @contextmanager
@@ -47,14 +55,12 @@ def cluster(address: str = "") -> Iterator[None]:
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster has room for so many workers of one size.
+    """Check that the cluster has, or may come to have, room for so many workers of one size.
 
     Raises:
         ResourcesError: names what was asked for and what there is.
     """
-    import ray
-
-    have = ray.cluster_resources()
+    have = resources_within_reach()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
         if each and workers * each > have.get(name, 0):
             raise ResourcesError(
@@ -65,10 +71,100 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
 
 
 def has_gpus() -> bool:
-    """Whether any node of the cluster has a GPU."""
+    """Whether the cluster has, or may come to have, a GPU."""
+    return resources_within_reach().get("GPU", 0) >= 1
+
+
+def resources_within_reach() -> dict[str, float]:
+    """What the cluster has, or, where machines are started on demand, how far that may grow."""
+    import ray
+    import yaml
+
+    reach: dict[str, float] = dict(ray.cluster_resources())
+    config = AUTOSCALER_CONFIG.expanduser()
+    if not config.exists():
+        return reach
+    grown: dict[str, float] = {}
+    for kind in yaml.safe_load(config.read_text())["available_node_types"].values():
+        for name, amount in kind["resources"].items():
+            grown[name] = grown.get(name, 0) + amount * kind.get("max_workers", 0)
+    return {name: max(reach.get(name, 0), grown.get(name, 0)) for name in reach.keys() | grown}
+
+
+def require_shared(location: str) -> None:
+    """Check that a local path leads to the same place on every node; a URI is taken to.
+
+    Raises:
+        ResourcesError: a node does not see it, or Ray will delete it after the job.
+    """
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) >= 1
+    require_kept(location)
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if "://" in location or not others:
+        return
+    with _marker(Path(absolute(location))) as marker:
+        blind = sorted(_nodes_without(marker, others))
+    if blind:
+        raise ResourcesError(
+            f"{location}: is on this machine, but not on {', '.join(blind)}: give a folder that "
+            "all nodes of the cluster share, or a URI like s3://bucket/folder"
+        )
+
+
+def require_kept(location: str) -> None:
+    """Check that a path is not in the copy of the working directory that a Ray job runs in.
+
+    Raises:
+        ResourcesError: it is.
+    """
+    import ray
+
+    is_copy = "working_dir" in ray.get_runtime_context().runtime_env
+    if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):
+        raise ResourcesError(
+            f"{location}: is inside the copy of the code that Ray deletes after the job: give an "
+            "absolute path or a URI like s3://bucket/folder"
+        )
+
+
+@contextmanager
+def _marker(path: Path) -> Iterator[Path]:
+    """A path that exists in the block and leads nowhere on a machine that does not share it."""
+    marker = path / f".seen-by-all-{os.getpid()}"
+    try:
+        marker.touch()
+    except OSError:  # a file, or a folder that may only be read
+        yield path
+        return
+    try:
+        yield marker
+    finally:
+        marker.unlink()
+
+
+def _nodes_without(path: Path, nodes: list[dict[str, Any]]) -> list[str]:
+    """Names of the nodes on which a path does not exist; those that do not answer count not."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    asked = {
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(path)): node["NodeManagerHostname"]
+        for node in nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    blind = []
+    for answer in answered:
+        try:
+            if not ray.get(answer):
+                blind.append(asked[answer])
+        except ray.exceptions.RayError:  # the node was lost meanwhile
+            continue
+    return blind
 
 
 def cpus_per_worker(workers: int) -> int:
@@ -78,3 +174,26 @@ def cpus_per_worker(workers: int) -> int:
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     on_a_node = math.ceil(workers / max(len(nodes), 1))
     return max(int(max(nodes, default=1) // on_a_node), 1)
+
+
+def reserved_places() -> set[str]:
+    """Ids of the placement groups that this job holds."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    # The id of a group ends in that of the job that made it.
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        name
+        for name, group in placement_group_table().items()
+        if name.endswith(job) and group["state"] != "REMOVED"
+    }
+
+
+def release_places(names: set[str]) -> None:
+    """Give placement groups back to the cluster."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in names:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))

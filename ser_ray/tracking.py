@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 from ser_ray import __version__
 from ser_ray.errors import TrackingError
@@ -28,8 +29,10 @@ from ser_ray.errors import TrackingError
 LOCAL_STORE = Path("ser-ray-out")
 """Where the database and the artifacts go when no server is named."""
 ATTEMPT_SECONDS = 10
-METRICS_PER_CALL = 1000
-"""MLflow's own limit of one batch."""
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+"""MLflow's own limits of one batch."""
+RETRY_SECONDS = 5.0
+"""Rest between two attempts to reach a store that did not answer."""
 TAG_BYTES = 5000
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
@@ -37,8 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_uri(tracking_uri: str) -> str:
-    """The store to use: the one named, the environment's, else a sqlite file beside the output."""
+    """The store to use: the one named, the environment's, else a sqlite file beside the output.
+
+    Raises:
+        TrackingError: it holds a password, which would be written into every run and checkpoint.
+    """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if urlsplit(uri).password:
+        raise TrackingError(
+            f"the tracking URI of {urlsplit(uri).hostname} holds a password: give it in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials; "
+            "for a database, in the database's own password file"
+        )
     return uri or f"sqlite:///{(LOCAL_STORE / 'mlflow.db').absolute()}"
 
 
@@ -63,7 +76,8 @@ class Tracker:
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(tracking_uri=uri)
         self._waiting: list[tuple[str, float, int, int]] = []
-        self._warned = False
+        self._retry_at = 0.0
+        """When to try again, of time.monotonic; 0 while the store answers."""
 
     @classmethod
     def start(
@@ -81,11 +95,12 @@ class Tracker:
         Raises:
             TrackingError: the store cannot be reached or the run is not in it.
         """
-        _quick_to_give_up()
+        quick_to_give_up()
+        require_reachable(uri)
         from mlflow import MlflowClient
+        from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        _require_reachable(uri)
         client = MlflowClient(tracking_uri=uri)
         try:
             if run_id:
@@ -93,15 +108,17 @@ class Tracker:
                 return cls(uri, run_id)
             experiment_id = _experiment_id(client, uri, experiment)
             run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
-            tracker = cls(uri, run.info.run_id)
-            for key, value in flatten(params).items():
-                client.log_param(run.info.run_id, key, value)
+            listed = [Param(key, str(value)) for key, value in flatten(params).items()]
+            for first in range(0, len(listed), PARAMS_PER_CALL):
+                batch = listed[first : first + PARAMS_PER_CALL]
+                client.log_batch(run.info.run_id, params=batch)
         except MlflowException as error:
             raise TrackingError(
-                f"{uri}: the tracking store refused the run ({_first_line(error)}); check "
-                "--tracking-uri and --experiment"
+                f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''} "
+                f"({first_line(error)}); check --tracking-uri and --experiment, or give another "
+                "--name to start a new run"
             ) from error
-        return tracker
+        return cls(uri, run.info.run_id)
 
     @property
     def experiment_id(self) -> str:
@@ -116,29 +133,39 @@ class Tracker:
         self._waiting += [(name, value, timestamp_ms, step) for name, value in metrics.items()]
 
     def flush(self) -> bool:
-        """Try to deliver what is waiting; says whether all of it was."""
+        """Try to deliver what is waiting; says whether all of it was.
+
+        A store that did not answer is left alone for a while.
+        """
+        if not self._waiting:
+            return True
+        if time.monotonic() < self._retry_at:
+            return False
+        try:
+            self.deliver()
+        except TrackingError as error:
+            if not self._retry_at:
+                logger.warning("%s; until then metrics are kept and training goes on", error)
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            return False
+        return True
+
+    def deliver(self) -> None:
+        """Deliver what is waiting.
+
+        Raises:
+            TrackingError: the store did not take all of it; the rest goes on waiting.
+        """
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
 
         while self._waiting:
             batch = self._waiting[:METRICS_PER_CALL]
-            try:
+            with self._delivering():
                 self._client.log_batch(
                     self.run_id, metrics=[Metric(n, v, t, s) for n, v, t, s in batch]
                 )
-            except MlflowException as error:
-                if not self._warned:
-                    logger.warning(
-                        "%s does not answer (%s): training goes on, metrics are kept and delivered "
-                        "when it does",
-                        self.uri,
-                        _first_line(error),
-                    )
-                self._warned = True
-                return False
             self._waiting = self._waiting[METRICS_PER_CALL:]
-        self._warned = False
-        return True
+        self._retry_at = 0.0
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -165,17 +192,9 @@ class Tracker:
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
         """Store the packaged model of a checkpoint directory in the run."""
         import mlflow
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, Schema
 
         from ser_ray.inference import packaged
 
-        outputs = [("string", "emotion"), *(("double", label) for label in labels)]
-        outputs += [("string", "status"), ("string", "reason")]
-        signature = ModelSignature(
-            Schema([ColSpec("string", "path")]),
-            Schema([ColSpec(kind, name) for kind, name in outputs]),
-        )
         mlflow.set_tracking_uri(self.uri)
         with self._delivering(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
@@ -184,7 +203,8 @@ class Tracker:
                 data_path=str(checkpoint),
                 code_paths=[str(Path(__file__).parent)],
                 pip_requirements=[f"{name}=={version(name)}" for name in packaged.REQUIREMENTS],
-                signature=signature,
+                signature=_signature(labels),
+                input_example=packaged.example_input(),
             )
 
     def finish(self, status: str) -> None:
@@ -200,9 +220,34 @@ class Tracker:
             yield
         except (MlflowException, OSError) as error:
             raise TrackingError(
-                f"{self.uri}: run {self.run_id} could not be written ({_first_line(error)}); "
-                "nothing of the training is lost: give the same command again when it answers"
+                f"{self.uri}: run {self.run_id} could not be written ({first_line(error)}); "
+                "nothing is lost: what is missing is delivered when it answers again, or when the "
+                "same command is given then"
             ) from error
+
+
+def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
+    """The recipe that a run recorded, as `TrainConfig.to_dict` wrote it.
+
+    Raises:
+        TrackingError: no such run, it holds no recipe, or the store cannot be reached.
+    """
+    quick_to_give_up()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(tracking_uri)
+    require_reachable(uri)
+    mlflow.set_tracking_uri(uri)
+    try:
+        text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
+        recipe: dict[str, Any] = json.loads(text)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"{run_id}: no run with a recipe in {uri} ({first_line(error)}); name the store with "
+            "--tracking-uri, and the id of a run that ser-ray train or tune recorded"
+        ) from error
+    return recipe
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -236,6 +281,27 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _signature(labels: Sequence[str]) -> Any:
+    """What the packaged model takes and gives, as `ser_ray.inference.packaged` says."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    samples = Array(DataType.double)
+    inputs: dict[str, Any] = {
+        "path": "string",
+        "audio": "binary",
+        "waveform": samples,
+        "sample_rate": "double",
+    }
+    outputs = [("string", "emotion"), *(("double", label) for label in labels)]
+    outputs += [("string", "status"), ("string", "reason")]
+    return ModelSignature(
+        Schema([ColSpec(kind, name, required=False) for name, kind in inputs.items()]),
+        Schema([ColSpec(kind, name) for kind, name in outputs]),
+    )
+
+
 def _git(*arguments: str) -> str:
     package = Path(__file__).parent
     try:
@@ -265,7 +331,12 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
 
 
-def _require_reachable(uri: str) -> None:
+def require_reachable(uri: str) -> None:
+    """Make room for a local store, and check that a server answers.
+
+    Raises:
+        TrackingError: no server answers.
+    """
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     if not uri.startswith("http"):
@@ -281,7 +352,7 @@ def _require_reachable(uri: str) -> None:
         ) from error
 
 
-def _quick_to_give_up() -> None:
+def quick_to_give_up() -> None:
     """Set MLflow's client to fail in seconds, not minutes, and to keep quiet, unless told."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ATTEMPT_SECONDS))
@@ -291,5 +362,6 @@ def _quick_to_give_up() -> None:
     warnings.filterwarnings("ignore", module="mlflow")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's message without what libraries add below it."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -2,32 +2,38 @@
 
     model.safetensors      the network's weights (the averaged ones where averaging is on)
     card.json              what they are: recipe, labels, normalisation, protocol and fold, data
-    training_state.pt      what going on needs: optimiser, schedule, progress (weights_only)
+    training_state.pt      what going on needs: optimiser and schedule (weights_only)
+    progress.json          how far it is and how it went, and the sizes of the files above
 
-A directory is written whole and then handed over to storage; one that lacks a file or does not fit
-is refused with the difference named.
+`progress.json` is written last: a directory whose files have the sizes that it names was written to
+its end. One that lacks a file or does not fit is refused with the difference named.
 """
 
+import io
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchvision.models import ResNet
 
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-from ser_ray.training.model import build_network
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 SCHEMA_VERSION = 1
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.pt"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,21 +107,76 @@ class CheckpointCard:
             CheckpointError: names the first field that differs.
         """
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
-        for key in ("labels", "features", "shards_fingerprint", "split", "config"):
-            if mine[key] != theirs[key]:
-                raise CheckpointError(
-                    f"{where}: its {key} is {_short(theirs[key], mine[key])}; give the run another "
-                    "--name to start afresh, or restore what it was trained with"
-                )
+        keys = ("labels", "features", "shards_fingerprint", "split", "config")
+        difference = name_difference(*({key: card[key] for key in keys} for card in (theirs, mine)))
+        if difference:
+            raise CheckpointError(
+                f"{where}: its {difference}; give the run another --name to start afresh, or "
+                "restore what it was trained with"
+            )
 
 
-def write_checkpoint(
-    directory: Path, card: CheckpointCard, weights: dict[str, Tensor], state: dict[str, Any]
-) -> None:
-    """Write a whole checkpoint into an existing directory."""
-    save_file({key: value.contiguous() for key, value in weights.items()}, directory / MODEL)
-    torch.save(state, directory / STATE)
-    (directory / CARD).write_text(card.to_json())
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A training between two steps, held still: nothing in it changes while it is written.
+
+    Args:
+        weights: the network's weights that a reader gets.
+        state: what going on needs beyond them, tensors included.
+        progress: how far the training is and how it went, in JSON's own types.
+    """
+
+    card: CheckpointCard
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    progress: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its directory: epochs done and steps of the next; sorts by age."""
+        return checkpoint_name(self.progress["epoch"], self.progress["step"])
+
+    def write(self, directory: Path) -> None:
+        """Write a whole checkpoint into an existing directory."""
+        weights = {key: value.contiguous() for key, value in self.weights.items()}
+        save_file(weights, directory / MODEL)
+        buffer = io.BytesIO()  # given a file, torch does not say that the disk is full
+        torch.save(self.state, buffer)
+        (directory / STATE).write_bytes(buffer.getbuffer())
+        (directory / CARD).write_text(self.card.to_json())
+        sizes = {name: (directory / name).stat().st_size for name in (MODEL, STATE, CARD)}
+        (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
+
+    def store(self, filesystem: fs.FileSystem, path: str) -> None:
+        """Write a whole checkpoint into a storage, in place of what an interruption left there."""
+        if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+            filesystem.delete_dir(path)
+        filesystem.create_dir(path, recursive=True)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            self.write(Path(path))
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            self.write(Path(directory))
+            # Threads spoil uploads to S3: https://github.com/apache/arrow/issues/32372
+            fs.copy_files(directory, path, destination_filesystem=filesystem, use_threads=False)
+
+
+def checkpoint_name(epoch: int, step: int = 0) -> str:
+    """Name of the checkpoint after so many epochs and so many steps of the next."""
+    return f"checkpoint-{epoch:04d}-{step:06d}"
+
+
+def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
+    """Read how far a stored checkpoint's training was; None where it was not written to its end."""
+    try:
+        with filesystem.open_input_stream(f"{path}/{PROGRESS}") as stream:
+            progress: dict[str, Any] = json.loads(stream.read())
+        sizes = progress["sizes"]
+        files = filesystem.get_file_info([f"{path}/{name}" for name in sizes])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
+    whole = all(file.size == size for file, size in zip(files, sizes.values(), strict=True))
+    return progress if whole else None
 
 
 def read_card(directory: Path) -> CheckpointCard:
@@ -136,12 +197,15 @@ def read_card(directory: Path) -> CheckpointCard:
         raise CheckpointError(f"{path}: not a checkpoint's card ({error})") from error
 
 
-def read_network(directory: Path, card: CheckpointCard) -> ResNet:
+def read_network(directory: Path, card: CheckpointCard) -> "ResNet":
     """Build the network of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: the weights are missing, broken or another network's.
     """
+    # torchvision takes longer to import than torch; prediction reads cards without it.
+    from ser_ray.training.model import build_network
+
     network = build_network(len(card.labels))
     try:
         network.load_state_dict(load_file(directory / MODEL))
@@ -151,20 +215,31 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet:
     return network.eval()
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """Read what a training needs to go on, the network's own weights included, on the CPU.
+def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what a training needs to go on: its state, on the CPU, and its progress.
 
     Raises:
         CheckpointError: missing or broken.
     """
-    path = directory / STATE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        progress = json.loads((directory / PROGRESS).read_text())
+        state: dict[str, Any] = torch.load(directory / STATE, map_location="cpu", weights_only=True)
         if state["network"] is None:
             state["network"] = load_file(directory / MODEL)
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
-    return state
+        raise CheckpointError(
+            f"{directory}: the state of a training cannot be loaded from it ({error}); delete this "
+            "folder, and the same command goes on from the checkpoint before it"
+        ) from error
+    return state, progress
+
+
+def name_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """Name the first entry in which two JSON mappings differ, with both values; empty for none."""
+    for key in mine:
+        if theirs.get(key) != mine[key]:
+            return f"{key} is {_short(theirs.get(key), mine[key])}"
+    return ""
 
 
 def _short(theirs: Any, mine: Any) -> str:

@@ -130,11 +130,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LrRangeConfig:
+    """A learning-rate range test: the learning rate rises by an equal factor a step."""
+
+    lowest: float = 1e-6
+    """Learning rate of the first step."""
+    highest: float = 1.0
+    """Learning rate of the last step; the test ends earlier where the loss goes off."""
+    steps: int = 200
+    """Steps from one to the other."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lowest < self.highest:
+            raise ConfigError(
+                f"lowest is {self.lowest:g} and highest is {self.highest:g}: the learning rate "
+                "rises from lowest to highest, and both are above 0"
+            )
+        if self.steps < 10:
+            raise ConfigError(f"steps is {self.steps}: it must be at least 10")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Where a training runs, what it is called and where it is recorded."""
 
-    workers: int = 1
-    """Data-parallel workers."""
+    workers: str = "1"
+    """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
     name: str = ""
@@ -145,12 +166,17 @@ class RunConfig:
     """MLflow experiment."""
     tracking_uri: str = ""
     """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
+    audio: bool = True
+    """Put the sound of the validation clips that the report shows into it."""
     max_failures: int = 3
     """Times that lost workers are replaced before the run gives up."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}: it must be at least 1")
+        fewest, most = self.worker_range
+        if not 1 <= fewest <= most:
+            raise ConfigError(
+                f"workers is {self.workers}: it must be at least 1, and a range goes upwards"
+            )
         if self.max_failures < -1:
             raise ConfigError(
                 f"max_failures is {self.max_failures}: it must be -1 (no limit) or more"
@@ -159,3 +185,18 @@ class RunConfig:
             raise ConfigError(
                 f"name is {self.name!r}: it becomes a folder's name, so no / and no ."
             )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers that `workers` allows.
+
+        Raises:
+            ConfigError: it is neither a number nor a range.
+        """
+        fewest, mark, most = self.workers.partition("..")
+        try:
+            return int(fewest), int(most if mark else fewest)
+        except ValueError:
+            raise ConfigError(
+                f"workers is {self.workers!r}: it must be a number like 2 or a range like 1..4"
+            ) from None

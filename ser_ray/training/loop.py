@@ -5,9 +5,11 @@ by Ray Train or torchrun, it is one worker of many. Batches, learning rates and 
 functions of (seed, epoch, step), not of the number of workers: each worker draws the whole batch
 and takes its stride, so a run may change its number of workers and stay the same run.
 
-Nothing in a step waits for the device; counts and losses leave it once an epoch.
+Nothing in a step waits for the device; counts and losses leave it once an epoch. A checkpoint is a
+copy of the training held still, which somebody else may write while the loop goes on.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,27 +21,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import ConfigError, DivergedError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.checkpoint import CheckpointCard, read_card, read_state, write_checkpoint
+from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card, read_state
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
-    Clips,
     FoldData,
     describe,
     epoch_order,
     load_fold,
     seed_of,
     steps_per_epoch,
-    window_batches,
 )
 from ser_ray.training.metrics import Scores, count_confusion
 from ser_ray.training.model import Pretrained, build_network
+from ser_ray.training.scoring import predict_clips
+
+NOTICE_STEPS = 32
+"""Steps between two looks whether this machine is about to go: a look waits for all workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,10 @@ class EpochReport:
     is_best: bool
 
 
-Save = Callable[[Path], None]
-"""Writes the checkpoint of the epoch just reported into a directory."""
-Report = Callable[[EpochReport, Save], None]
-"""Called on every worker after every epoch."""
+Take = Callable[[], Snapshot]
+"""Copies the training as it is now, for a checkpoint; to be called before the report returns."""
+Report = Callable[[EpochReport | None, Take], None]
+"""Called on every worker after every epoch, and without a report where `notice` asked for it."""
 
 
 def fit(
@@ -91,6 +95,7 @@ def fit(
     *,
     resume: Path | None = None,
     device: torch.device | None = None,
+    notice: Callable[[], bool] | None = None,
 ) -> None:
     """Train one fold, from its beginning or from a checkpoint.
 
@@ -98,9 +103,10 @@ def fit(
         config: the recipe.
         shards: the shard set to train on.
         pretrained: weights to start from (`ser_ray.training.model.read_pretrained`).
-        report: called after every epoch with the scores and the means to save a checkpoint.
+        report: called after every epoch with the scores and the means to keep a checkpoint.
         resume: checkpoint directory of the same training to go on from.
         device: where to train; the CPU by default.
+        notice: whether to report at once, in mid-epoch; asked on all workers every NOTICE_STEPS.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
@@ -114,26 +120,18 @@ def fit(
     run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
     if resume is not None:
         card.require_same(read_card(resume), str(resume))
-        run.load_state(read_state(resume))
+        run.restore(*read_state(resume))
+
+    def take() -> Snapshot:
+        return run.snapshot(card)
+
     while not run.finished:
-        started = time.perf_counter()
-        train_loss, train_wa, lr = run.train_epoch()
-        trained = time.perf_counter()
-        scores = run.validate()
-        seconds = time.perf_counter() - started
-        row = {
-            "train_loss": train_loss,
-            "train_wa": train_wa,
-            **{f"val_{name}": value for name, value in scores.to_dict().items()},
-            "lr": lr[-1],
-            "epoch_seconds": seconds,
-            "clips_per_second": len(lr) * run.batch_size / (trained - started),
-        }
-        is_best = run.close_epoch(row)
-        report(
-            EpochReport(row, lr, scores.confusion.tolist(), is_best),
-            lambda directory: write_checkpoint(directory, card, run.weights(), run.state()),
-        )
+        for _ in run.begin_epoch():
+            run.take_step()
+            if notice is not None and run.steps_taken % NOTICE_STEPS == 0 and notice():
+                run.gather()
+                report(None, take)
+        report(run.close_epoch(), take)
 
 
 class Training:
@@ -162,21 +160,18 @@ class Training:
             network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.schedule = OneCycleLR(
-            self.optimiser,
-            max_lr=config.lr_max,
-            total_steps=max(self.total_steps, 2),
-            pct_start=config.lr_peak_at,
-            div_factor=config.lr_max / config.lr_min,
-            final_div_factor=config.lr_final_division,
-        )
+        self.schedule = one_cycle(self.optimiser, config, self.total_steps)
         response = gain_response(config.feature, num_mels, data.normalisation, device)
         self.augment = Augment(config.augment, config.crop_frames, len(data.labels), response)
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.epoch = 0
-        """Epochs done."""
+        self.losses = torch.zeros(self.steps_per_epoch, device=device)
+        self.hits = torch.zeros((), device=device)
+        self.rates: list[float] = []
+        self.epoch, self.step = 0, 0
+        """Epochs done, and steps of the next."""
         self.best: dict[str, float] = {}
-        """Row of the best epoch so far."""
+        self.best_confusion: list[list[int]] = []
+        """Row and validation counts of the best epoch so far."""
         self.history: list[dict[str, float]] = []
         """Rows of all epochs so far."""
 
@@ -187,39 +182,37 @@ class Training:
         stale = bool(self.best) and self.epoch - self.best["epoch"] >= patience > 0
         return self.epoch >= self.config.epochs or stale
 
-    def train_epoch(self) -> tuple[float, float, list[float]]:
-        """Take the epoch's steps.
+    @property
+    def steps_taken(self) -> int:
+        """Steps since the beginning of the training."""
+        return self.epoch * self.steps_per_epoch + self.step
 
-        Returns:
-            Mean loss and accuracy on the augmented clips, and the learning rate of every step.
-        """
-        seed, epoch = self.config.seed, self.epoch
-        order = epoch_order(seed, epoch, self.data.train.labels, balanced=self.config.balanced)
-        order = order.to(self.device)
-        losses = torch.zeros(self.steps_per_epoch, device=self.device)
-        hits = torch.zeros((), device=self.device)
-        rates = []
+    def begin_epoch(self) -> range:
+        """Draw the order of the clips; returns the steps that the epoch still has."""
+        config, labels = self.config, self.data.train.labels
+        order = epoch_order(config.seed, self.epoch, labels, balanced=config.balanced)
+        self.order = order.to(self.device)
+        self.first_step, self.began = self.step, time.perf_counter()
         self.network.train()
-        for step in range(self.steps_per_epoch):
-            torch.manual_seed(seed_of(seed, epoch, step))
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            losses[step], step_hits = self._step(rows)
-            hits += step_hits
-            rates.append(float(self.schedule.get_last_lr()[0]))
-            if epoch * self.steps_per_epoch + step + 1 < self.total_steps:
-                self.schedule.step()
-        self.world.sum(losses), self.world.sum(hits)
-        bad = torch.nonzero(~torch.isfinite(losses))
-        if len(bad):
-            raise DivergedError(
-                f"the loss of step {int(bad[0])} of epoch {epoch + 1} is not finite (learning rate "
-                f"{rates[int(bad[0])]:.2g}): lower --lr-max, or look for broken clips in the shards"
-            )
-        clips = self.steps_per_epoch * self.batch_size
-        return float(losses.mean()), float(hits) / clips, rates
+        return range(self.step, self.steps_per_epoch)
 
-    def _step(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step; returns this worker's share of the batch's mean loss, and its hits."""
+    def take_step(self) -> None:
+        """Learn from the next batch."""
+        torch.manual_seed(seed_of(self.config.seed, self.epoch, self.step))
+        self.rates.append(float(self.schedule.get_last_lr()[0]))
+        self.losses[self.step], hits = self.learn(self.next_rows())
+        self.hits += hits
+        self.step += 1
+        if self.steps_taken < self.total_steps:
+            self.schedule.step()
+
+    def next_rows(self) -> Tensor:
+        """Training clips of the next step [batch]."""
+        first = self.step * self.batch_size
+        return self.order[first : first + self.batch_size]
+
+    def learn(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Learn from a batch; returns this worker's share of its mean loss, and its hits."""
         batch, targets = self.augment(self.data.train, rows)
         mine = slice(self.world.rank, None, self.world.size)
         batch = batch[mine].contiguous(memory_format=torch.channels_last)
@@ -256,43 +249,88 @@ class Training:
         self.world.sum(counts), self.world.sum(loss)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
-    def close_epoch(self, row: dict[str, float]) -> bool:
-        """Count the epoch as done; says whether it is the best by validation UA, then loss."""
-        self.epoch += 1
-        row["epoch"] = float(self.epoch)
-        self.history.append(row)
+    def close_epoch(self) -> EpochReport:
+        """Score the epoch and count it as done; the best is by validation UA, then loss.
+
+        Raises:
+            DivergedError: the loss of one of its steps is not finite.
+        """
+        self.gather(everywhere=True)
+        self._require_finite()
+        trained = time.perf_counter()
+        scores = self.validate()
+        ended = time.perf_counter()
+        steps_here = self.step - self.first_step
+        row = {
+            "epoch": float(self.epoch + 1),
+            "train_loss": float(self.losses.mean()),
+            "train_wa": float(self.hits) / (self.steps_per_epoch * self.batch_size),
+            **{f"val_{name}": value for name, value in scores.to_dict().items()},
+            "lr": self.rates[-1],
+            "workers": float(self.world.size),
+            "epoch_seconds": ended - self.began,
+            "clips_per_second": steps_here * self.batch_size / (trained - self.began),
+        }
         rank = (row["val_ua"], -row["val_loss"])
         is_best = not self.best or rank > (self.best["val_ua"], -self.best["val_loss"])
+        confusion = scores.confusion.tolist()
         if is_best:
-            self.best = row
-        return is_best
+            self.best, self.best_confusion = row, confusion
+        self.history.append(row)
+        report = EpochReport(row, self.rates, confusion, is_best)
+        self.epoch, self.step, self.rates = self.epoch + 1, 0, []
+        self.losses.zero_(), self.hits.zero_()
+        return report
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that were validated, on the CPU."""
-        return {key: value.cpu() for key, value in self._evaluated().state_dict().items()}
+    def gather(self, *, everywhere: bool = False) -> None:
+        """Sum the epoch's losses and hits so far over the workers, on the first one or on all."""
+        self.world.sum(self.losses), self.world.sum(self.hits)
+        if self.world.rank > 0 and not everywhere:
+            self.losses.zero_(), self.hits.zero_()
 
-    def state(self) -> dict[str, Any]:
-        """What going on needs beyond `weights`; the order of clips follows from seed and epoch."""
-        return {
+    def snapshot(self, card: CheckpointCard) -> Snapshot:
+        """Copy what a checkpoint holds; the order of clips follows from seed and epoch."""
+        state = {
             # Without averaging the weights beside this are the network's own.
             "network": self.network.state_dict() if self.average is not None else None,
             "average": self.average.state_dict() if self.average is not None else None,
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "losses": self.losses,
+            "hits": self.hits,
+        }
+        progress = {
             "epoch": self.epoch,
+            "step": self.step,
+            "rates": self.rates,
             "best": self.best,
+            "best_confusion": self.best_confusion,
             "history": self.history,
         }
+        weights = self._evaluated().state_dict()
+        return Snapshot(card, *copy.deepcopy((weights, state, progress)))
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+    def restore(self, state: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Go on from what a `snapshot` held."""
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.best = state["epoch"], state["best"]
-        self.history = state["history"]
+        if self.world.rank == 0:
+            self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.rates, self.history = progress["rates"], progress["history"]
+        self.best, self.best_confusion = progress["best"], progress["best_confusion"]
+
+    def _require_finite(self) -> None:
+        bad = torch.nonzero(~torch.isfinite(self.losses))
+        if len(bad):
+            step = int(bad[0])
+            raise DivergedError(
+                f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
+                f"{self.rates[step]:.2g}): lower --lr-max, or look for broken clips in the shards"
+            )
 
     def _evaluated(self) -> nn.Module:
         return self.network if self.average is None else self.average.module
@@ -303,48 +341,6 @@ class Training:
             if self.world.size > 1 and not name.endswith("num_batches_tracked"):
                 dist.all_reduce(value)
                 value /= self.world.size
-
-
-@torch.inference_mode()
-def predict_clips(
-    network: nn.Module,
-    clips: Clips,
-    rows: np.ndarray,
-    config: TrainConfig,
-    num_labels: int,
-    *,
-    autocast: bool = False,
-) -> np.ndarray:
-    """Probabilities of some clips: the mean over the windows that cover each.
-
-    Args:
-        rows: indices of the clips to score [scored].
-
-    Returns:
-        float64 [scored, labels], rows summing to 1.
-    """
-    was_training = network.training
-    network.eval()
-    device = clips.labels.device
-    num_frames = clips.num_frames.cpu().numpy()
-    position = np.zeros(len(clips), dtype=np.int64)
-    position[rows] = np.arange(len(rows))
-    sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
-    counts = np.zeros(len(rows))
-    batch_size = max(config.batch_size, 32)
-    for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size):
-        batch, _ = clips.take(
-            torch.from_numpy(clip).to(device),
-            torch.from_numpy(start).to(device),
-            config.crop_frames,
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = network(batch.contiguous(memory_format=torch.channels_last))
-        where = torch.from_numpy(position[clip]).to(device)
-        sums.index_add_(0, where, logits.double().softmax(dim=1))
-        np.add.at(counts, position[clip], 1)
-    network.train(was_training)
-    return sums.cpu().numpy() / counts[:, None]
 
 
 def make_card(
@@ -382,3 +378,15 @@ def _data_parallel(network: nn.Module) -> nn.Module:
 
 def _averaged(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
+    """The learning rate of every step of a training (Smith 2018)."""
+    return OneCycleLR(
+        optimiser,
+        max_lr=config.lr_max,
+        total_steps=max(total_steps, 2),
+        pct_start=config.lr_peak_at,
+        div_factor=config.lr_max / config.lr_min,
+        final_div_factor=config.lr_final_division,
+    )

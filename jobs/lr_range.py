@@ -1,0 +1,8 @@
+"""`ser-ray lr-range` for `ray job submit --working-dir . -- python jobs/lr_range.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["lr-range", *sys.argv[1:]]))

@@ -1,0 +1,146 @@
+"""A trial of several workers: a Ray Train group that the trial's actor drives.
+
+Ray Train's controller hands every epoch to the trial and waits for Tune's decision. A stopped group
+is told so between two epochs and ends as a failed training does: its workers and their placement
+group go at once. A controller that is merely killed leaves the group to a watcher that needs Ray's
+dashboard, and without one the placement group stays and the next trial waits for it for ever.
+"""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from ser_ray.errors import SerRayError
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.model import Pretrained
+from ser_ray.training.run_folder import RunFolder
+from ser_ray.training.search_config import recipe_of
+from ser_ray.training.trials import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
+from ser_ray.training.worker import run_worker
+
+POLL_SECONDS = 1.0
+STOP_SECONDS = 60.0
+"""Time that a stopped group gets to end the epoch it is in."""
+
+
+class StoppedTrialError(Exception):
+    """Tune stopped the trial."""
+
+
+class GroupTrial(tune.Trainable):
+    """One trial; a step is an epoch.
+
+    The group's own folder holds its checkpoints: the same trial goes on from there.
+    """
+
+    def setup(
+        self, config: dict[str, Any], setup: TrialSetup, pretrained: dict[str, Pretrained]
+    ) -> None:
+        """Start the group."""
+        self.recipe, self.study = recipe_of(setup.recipe, config), setup
+        self.folder = RunFolder(f"{setup.storage}/groups", self.trial_id)
+        self.reports, self.answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+        self.told: dict[str, Any] = {}
+        trainer = self._trainer(self.recipe, pretrained[self.recipe.weights])
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
+        self.training = self.executor.submit(trainer.fit)
+
+    def step(self) -> dict[str, Any]:
+        """Let the group do an epoch; the last call tells how it ended."""
+        if self.told:
+            self.answers.put(True)
+        while True:
+            try:
+                self.told = self.reports.get(timeout=POLL_SECONDS)
+            except Empty:
+                if self.training.done():
+                    return self._conclude()
+            else:
+                return self.told
+
+    def cleanup(self) -> None:
+        """Stop the group, if it is still there, and wait until it is gone."""
+        self.answers.put(False)
+        wait([self.training], timeout=STOP_SECONDS)
+        self.executor.shutdown(wait=False)
+        for queue in (self.reports, self.answers):
+            queue.shutdown(force=True)
+
+    def _conclude(self) -> dict[str, Any]:
+        try:
+            problem = self.training.result().return_value
+            if isinstance(problem, SerRayError):
+                raise problem
+            if self.study.finish is not None:
+                newest = self.folder.newest()
+                assert newest is not None, "a finished training has a checkpoint"
+                with tempfile.TemporaryDirectory() as chosen:
+                    self.folder.keep_best(newest, {}, Path(chosen))
+                    self.study.finish(Path(chosen), self.study.shards, self.recipe)
+        except PROBLEMS as problem:
+            return problem_metrics(problem) | {"done": True}
+        return self.told | {"complete": True, "done": True}
+
+    def _trainer(self, recipe: TrainConfig, pretrained: Pretrained) -> TorchTrainer:
+        slots, folder = self.study.slots, self.folder
+        before = folder.newest()
+        folder.tidy(before)
+        history = before.progress["history"] if before is not None else []
+        return TorchTrainer(
+            run_worker,
+            train_loop_config={
+                "config": recipe,
+                "shards": self.study.shards,
+                "pretrained": ray.put(pretrained),
+                "start": f"{folder.path}/{before.name}" if before is not None else "",
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=slots.workers,
+                use_gpu=slots.gpus > 0,
+                resources_per_worker=slots.bundle(),
+            ),
+            torch_config=TorchConfig(backend="nccl" if slots.gpus else "gloo"),
+            run_config=ray.train.RunConfig(
+                name=folder.name,
+                storage_path=folder.root,
+                storage_filesystem=folder.filesystem,
+                failure_config=ray.train.FailureConfig(controller_failure_limit=0),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute="score"
+                ),
+                callbacks=[_Hand(self.reports, self.answers, history)],
+                logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+
+
+class _Hand(UserCallback):
+    """Runs in Ray Train's controller: hands epochs to the trial and obeys its answer.
+
+    Args:
+        history: rows of the epochs that the trial did before.
+    """
+
+    def __init__(self, reports: Queue, answers: Queue, history: list[dict[str, float]]) -> None:
+        self.reports, self.answers = reports, answers
+        self._objective: list[float] = []
+        for row in history:
+            trial_metrics(row, [], self._objective)
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Hand over rank 0's report, which is every rank's."""
+        if "row" not in metrics[0]:
+            return  # a node is about to go: a checkpoint in mid-epoch
+        self.reports.put(trial_metrics(metrics[0]["row"], metrics[0]["lr"], self._objective))
+        if not self.answers.get():
+            raise StoppedTrialError

@@ -1,0 +1,73 @@
+"""The journal: one line an epoch, from Ray's controller to the driver.
+
+Both run on the same machine and share nothing but this file, so what was reported while the
+tracking server, or the driver itself, was away is still there afterwards.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint, UserCallback
+
+from ser_ray.tracking import Tracker, now_ms
+
+EpochLine = Callable[[dict[str, float]], None]
+"""Shows an epoch's row."""
+
+
+class JournalWriter(UserCallback):
+    """Runs in Ray's controller: writes each epoch's report down, once its checkpoint is stored."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Append rank 0's report, which is every rank's."""
+        if "row" not in metrics[0]:
+            return  # a checkpoint in mid-epoch
+        line = json.dumps(metrics[0] | {"timestamp_ms": now_ms()})
+        with self.journal.open("a") as file:
+            # The first line break ends what a full disk or a kill may have left of a line.
+            file.write(f"\n{line}\n")
+
+
+class JournalReader:
+    """Runs in the driver: shows the epochs and delivers them to the tracker."""
+
+    def __init__(self, journal: Path, tracker: Tracker, on_epoch: EpochLine) -> None:
+        self.journal, self.tracker, self.on_epoch = journal, tracker, on_epoch
+        self._seen: set[int] = set()
+        self._offset = 0
+        self.read(show=False)  # what an earlier start of the run left
+
+    def read(self, *, show: bool = True) -> None:
+        """Take up the lines written since the last call."""
+        if self.journal.exists():
+            with self.journal.open("rb") as file:
+                file.seek(self._offset)
+                for line in iter(file.readline, b""):
+                    if not line.endswith(b"\n"):
+                        break  # the controller is writing it
+                    self._offset += len(line)
+                    self._take(line, show=show)
+        self.tracker.flush()
+
+    def _take(self, line: bytes, *, show: bool) -> None:
+        try:
+            report = json.loads(line)
+        except ValueError:
+            return  # a blank line, or one that was cut short
+        row, epoch = report["row"], int(report["row"]["epoch"])
+        if epoch in self._seen:
+            return  # an epoch done again after a lost worker: the same numbers
+        self._seen.add(epoch)
+        when, rates = report["timestamp_ms"], report["lr"]
+        self.tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
+        for step, rate in enumerate(rates, start=(epoch - 1) * len(rates)):
+            self.tracker.log_metrics({"lr_step": rate}, step, when)
+        if show:
+            self.on_epoch(row)

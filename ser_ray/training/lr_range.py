@@ -1,0 +1,129 @@
+"""The learning-rate range test (Smith 2015, arXiv 1506.01186), over the loop's own pieces.
+
+The learning rate rises a little with every step, from far too small to far too large. Where the
+loss begins to fall is OneCycle's lower bound, where it is done falling its upper one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ser_ray.errors import DivergedError
+from ser_ray.report import BLUE, GREY, VERMILION, WIDTH
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.config import LrRangeConfig, TrainConfig
+from ser_ray.training.data import load_fold
+from ser_ray.training.loop import Training, World
+from ser_ray.training.model import Pretrained
+
+SMOOTHING_STEPS = 8.0
+"""Standard deviation of the window over which the loss is averaged, in steps."""
+DIVERGED = 2.0
+"""The test ends when the smoothed loss is this many times its first value."""
+LEAST_FALL = 0.02
+"""A loss that falls by less than this share has not fallen."""
+BEGINS, ENDS = 0.1, 0.9
+"""Shares of its fall at which the loss is taken to begin falling, and to be done with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LrRange:
+    """What a range test found.
+
+    Args:
+        rates: learning rate of every step.
+        losses: training loss of every step, as measured.
+        smooth: the same, averaged over neighbouring steps.
+        lr_min, lr_max: the proposed bounds.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smooth: list[float]
+    lr_min: float
+    lr_max: float
+
+
+def range_test(
+    config: TrainConfig,
+    shards: ShardSet,
+    pretrained: Pretrained,
+    test: LrRangeConfig,
+    device: torch.device,
+) -> LrRange:
+    """Raise the learning rate by an equal factor a step, and propose bounds for OneCycle.
+
+    Args:
+        config: the recipe; its own bounds and number of epochs are not used.
+        test: where the learning rate goes from and to; it ends earlier where the loss goes off.
+
+    Raises:
+        DivergedError: the loss never fell.
+    """
+    data = load_fold(shards, config, device)
+    run = Training(config, data, pretrained, shards.card.features.num_mels, device, World())
+    rates = np.geomspace(test.lowest, test.highest, test.steps)
+    losses: list[float] = []
+    for rate in rates:
+        if run.step == 0:
+            run.begin_epoch()
+        for group in run.optimiser.param_groups:
+            group["lr"] = float(rate)
+        loss, _ = run.learn(run.next_rows())
+        losses.append(float(loss))
+        run.step = (run.step + 1) % run.steps_per_epoch
+        run.epoch += run.step == 0
+        if not np.isfinite(losses[-1]) or _smooth(losses)[-1] > DIVERGED * losses[0]:
+            break
+    kept = int(np.isfinite(losses).sum())
+    return propose(rates[:kept], np.asarray(losses[:kept]))
+
+
+def propose(rates: np.ndarray, losses: np.ndarray) -> LrRange:
+    """Propose bounds from a range test's learning rates and losses [steps].
+
+    Raises:
+        DivergedError: the loss never fell.
+    """
+    smooth = _smooth(losses)
+    lowest = int(smooth.argmin()) if len(smooth) else 0
+    highest = int(smooth[: lowest + 1].argmax()) if lowest else 0
+    if not lowest or (fall := smooth[highest] - smooth[lowest]) < LEAST_FALL * smooth[highest]:
+        raise DivergedError(
+            "the loss did not fall at any learning rate: begin with a smaller one (--lowest), or "
+            "look for broken clips in the shards"
+        )
+    fallen = (smooth[highest] - smooth[highest : lowest + 1]) / fall
+    begins = highest + int((fallen >= BEGINS).argmax())
+    ends = highest + int((fallen >= ENDS).argmax())
+    return LrRange(
+        rates=rates.tolist(),
+        losses=losses.tolist(),
+        smooth=smooth.tolist(),
+        lr_min=float(rates[begins]),
+        lr_max=float(rates[ends]),
+    )
+
+
+def range_figure(found: LrRange, title: str) -> Figure:
+    """Draw the loss against the learning rate, with the proposed bounds."""
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="learning rate", ylabel="training loss")
+    axes.set_xscale("log")
+    axes.plot(found.rates, found.losses, color=GREY, linewidth=0.8, label="each step")
+    axes.plot(found.rates, found.smooth, color=BLUE, label="averaged")
+    for name in ("lr_min", "lr_max"):
+        bound = getattr(found, name)
+        axes.axvline(bound, color=VERMILION, linestyle=":", label=f"{name} {bound:.1e}")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _smooth(losses: list[float] | np.ndarray) -> np.ndarray:
+    """Average each loss with its neighbours by a Gaussian window."""
+    values = np.asarray(losses, dtype=np.float64)
+    place = np.arange(len(values))
+    weights = np.exp(-0.5 * ((place[:, None] - place) / SMOOTHING_STEPS) ** 2)
+    return (weights @ values) / weights.sum(axis=1)

@@ -1,0 +1,89 @@
+"""A learning-rate range test on a cluster: one Ray task, one MLflow run."""
+
+from dataclasses import asdict, dataclass
+
+import ray
+import torch
+
+from ser_ray.cluster import cluster, cpus_per_worker, has_gpus, require_workers
+from ser_ray.errors import SerRayError
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage import absolute
+from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
+from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
+from ser_ray.training.data import describe, select_rows
+from ser_ray.training.lr_range import LrRange, range_figure, range_test
+from ser_ray.training.model import Pretrained, read_pretrained
+
+
+@dataclass(frozen=True, slots=True)
+class RangeResult:
+    """A finished range test and its MLflow run."""
+
+    found: LrRange
+    label: str
+    run_id: str
+    tracking_uri: str
+
+
+def find_range(
+    shards_location: str,
+    config: TrainConfig,
+    run: RunConfig,
+    test: LrRangeConfig,
+    *,
+    address: str = "",
+) -> RangeResult:
+    """Propose bounds for a recipe's learning rate, by one worker on a GPU where there is one.
+
+    Raises:
+        ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
+        DivergedError: the loss never fell.
+    """
+    shards = open_shards(absolute(shards_location))
+    split = describe(select_rows(shards.clips(), config))
+    pretrained = read_pretrained(config.weights, len(shards.card.labels))
+    with cluster(address):
+        gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+        require_workers(1, cpus=1, gpus=1 if gpu else 0)
+        uri = resolve_uri(run.tracking_uri)
+        tracker = Tracker.start(
+            uri,
+            run.experiment,
+            name=run.name or f"lr-range-{config.feature}-{config.fingerprint}",
+            params=config.to_dict() | {"lr_range": asdict(test)},
+            tags=provenance()
+            | {"protocol": split["label"], "shards.fingerprint": shards.card.fingerprint},
+        )
+        size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
+        try:
+            found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
+            if isinstance(found, SerRayError):
+                raise found
+            _record(tracker, found, split["label"])
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracker.finish("FINISHED")
+    return RangeResult(found, split["label"], tracker.run_id, uri)
+
+
+def _test(
+    config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
+) -> LrRange | SerRayError:
+    """Run as a Ray task; what is the user's to mend is returned, as Ray wraps what is raised."""
+    try:
+        device = torch.device("cuda" if gpu else "cpu")
+        return range_test(config, shards, pretrained, test, device)
+    except SerRayError as problem:
+        return problem
+
+
+def _record(tracker: Tracker, found: LrRange, label: str) -> None:
+    when = now_ms()
+    for step, (rate, loss) in enumerate(zip(found.rates, found.losses, strict=True)):
+        tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
+    tracker.log_metrics({"proposed_lr_min": found.lr_min, "proposed_lr_max": found.lr_max}, 0, when)
+    tracker.deliver()
+    figure = range_figure(found, f"learning-rate range test, {label}")
+    tracker.log_files({"plots/lr_range.png": figure, "tables/lr_range.json": asdict(found)})

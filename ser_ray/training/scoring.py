@@ -1,0 +1,50 @@
+"""Clips to probabilities: what validation, evaluation and the loop share."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Clips, window_batches
+
+
+@torch.inference_mode()
+def predict_clips(
+    network: nn.Module,
+    clips: Clips,
+    rows: np.ndarray,
+    config: TrainConfig,
+    num_labels: int,
+    *,
+    autocast: bool = False,
+) -> np.ndarray:
+    """Probabilities of some clips: the mean over the windows that cover each.
+
+    Args:
+        rows: indices of the clips to score [scored].
+
+    Returns:
+        float64 [scored, labels], rows summing to 1.
+    """
+    was_training = network.training
+    network.eval()
+    device = clips.labels.device
+    num_frames = clips.num_frames.cpu().numpy()
+    position = np.zeros(len(clips), dtype=np.int64)
+    position[rows] = np.arange(len(rows))
+    sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
+    counts = np.zeros(len(rows))
+    batch_size = max(config.batch_size, 32)
+    for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size):
+        batch, _ = clips.take(
+            torch.from_numpy(clip).to(device),
+            torch.from_numpy(start).to(device),
+            config.crop_frames,
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = network(batch.contiguous(memory_format=torch.channels_last))
+        where = torch.from_numpy(position[clip]).to(device)
+        sums.index_add_(0, where, logits.double().softmax(dim=1))
+        np.add.at(counts, position[clip], 1)
+    network.train(was_training)
+    return sums.cpu().numpy() / counts[:, None]

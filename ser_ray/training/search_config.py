@@ -1,0 +1,246 @@
+"""What is searched and cross-validated, apart from where it runs. Importing this is cheap.
+
+A search space is a few lines of `name=distribution(...)`: a name is a field of the recipe, and its
+distribution one of `loguniform`, `uniform`, `integer` and `choice`. The lower bound of the learning
+rate is drawn as a ratio, `lr_min = lr_max / lr_ratio`, so that the two are never upside down.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args, get_type_hints
+
+from ser_ray.errors import ConfigError
+from ser_ray.features.config import KINDS
+from ser_ray.training.config import AugmentConfig, TrainConfig
+
+DEFAULT_SPACE = (
+    "lr_max=loguniform(3e-4,1e-2)",
+    "lr_ratio=loguniform(2,100)",
+    f"feature=choice({','.join(KINDS)})",
+)
+"""What is searched unless `--space` says otherwise of the same name."""
+RATIO = "lr_ratio"
+"""lr_max / lr_min, which stands in the space for lr_min."""
+GRID_POINTS = 3
+"""Values that a grid takes of a range: both ends and, evenly or by ratio, what lies between."""
+
+_NOT_SEARCHED = {
+    "lr_min": "draw lr_ratio, lr_max / lr_min, instead",
+    "protocol": "trials of different folds do not compare",
+    "fold": "trials of different folds do not compare",
+    "channel": "trials validated on different clips do not compare",
+}
+_DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One searched name and the values it may take."""
+
+    name: str
+    kind: Literal["loguniform", "uniform", "integer", "choice"]
+    values: tuple[Any, ...]
+    """Lowest and highest value, both included, or the choices."""
+
+    def grid(self) -> tuple[Any, ...]:
+        """The values that a grid search takes."""
+        if self.kind == "choice":
+            return self.values
+        low, high = self.values
+        shares = [index / (GRID_POINTS - 1) for index in range(GRID_POINTS)]
+        if self.kind == "loguniform":
+            return tuple(low * (high / low) ** share for share in shares)
+        spread = [low + (high - low) * share for share in shares]
+        if self.kind == "uniform":
+            return tuple(spread)
+        return tuple(dict.fromkeys(round(value) for value in spread))
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value could be drawn."""
+        if self.kind == "choice":
+            return value in self.values
+        return bool(self.values[0] <= value <= self.values[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """What a search draws, how it chooses and which trials it stops early."""
+
+    trials: int = 32
+    """Trainings to try; a grid has as many as it has points."""
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """Stop the worse trials early by their validation UA (Li 2018), or train all to the end."""
+    grace_epochs: int = 4
+    """ASHA: epochs that every trial may take."""
+    reduction: int = 3
+    """ASHA: one in so many trials goes on at each rung, and rungs are so many times further on."""
+    space: tuple[str, ...] = ()
+    """More to search, or instead of the default of the same name: any field of the recipe, as in
+    weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is drawn as lr_max / lr_ratio.
+    """
+    refit: bool = False
+    """Train the best configuration afterwards, as ser-ray train does."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("grace_epochs", 1), ("reduction", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        _ = self.dimensions
+
+    @cached_property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """The search space, in a fixed order.
+
+        Raises:
+            ConfigError: an unknown field or distribution, or bounds that cannot be met.
+        """
+        lines = {line.partition("=")[0].strip(): line for line in (*DEFAULT_SPACE, *self.space)}
+        return tuple(parse_dimension(line) for line in lines.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossvalConfig:
+    """How often every fold is trained."""
+
+    seeds: int = 1
+    """Trainings of each fold, with the seeds from the recipe's upwards."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotConfig:
+    """What one of many parallel trainings gets."""
+
+    cpus_per_worker: int = 1
+    """CPUs of each worker of a trial."""
+    gpus_per_worker: float = 0.25
+    """Share of a GPU of each worker of a trial, where trials run on GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_worker < 1:
+            raise ConfigError(f"cpus_per_worker is {self.cpus_per_worker}: it must be at least 1")
+        gpus = self.gpus_per_worker
+        if not gpus > 0 or (gpus > 1 and gpus != int(gpus)):
+            raise ConfigError(
+                f"gpus_per_worker is {gpus:g}: it must be a share above 0 and up to 1, or a whole "
+                "number"
+            )
+
+
+def searchable() -> dict[str, Any]:
+    """Names that a space may hold and the type of each: the recipe's fields and `lr_ratio`."""
+    types = get_type_hints(TrainConfig) | get_type_hints(AugmentConfig) | {RATIO: float}
+    return {name: kind for name, kind in types.items() if name not in ("augment", *_NOT_SEARCHED)}
+
+
+def parse_dimension(line: str) -> Dimension:
+    """Read `name=distribution(...)`.
+
+    Raises:
+        ConfigError: an unknown name or distribution, or values that the field cannot take.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*\((.*)\)\s*", line)
+    if match is None:
+        raise ConfigError(
+            f"space {line!r}: it must be name=distribution(...) with {_DISTRIBUTIONS}"
+        )
+    name, kind, inside = match.groups()
+    known = searchable()
+    if name in _NOT_SEARCHED:
+        raise ConfigError(f"space {line!r}: {name} cannot be searched: {_NOT_SEARCHED[name]}")
+    if name not in known:
+        raise ConfigError(f"space {line!r}: no field {name}; known are {', '.join(sorted(known))}")
+    values = tuple(_value(text.strip(), known[name], line) for text in inside.split(","))
+    match kind:
+        case "choice":
+            pass
+        case "loguniform" | "uniform" | "integer":
+            _check_range(kind, values, known[name], line)
+        case _:
+            raise ConfigError(f"space {line!r}: no distribution {kind}; known are {_DISTRIBUTIONS}")
+    dimension = Dimension(name, kind, values)
+    _check_field(dimension, line)
+    return dimension
+
+
+def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
+    """The recipe with drawn values of a space in it.
+
+    Raises:
+        ConfigError: no such recipe can be.
+    """
+    values = dict(drawn)
+    if RATIO in values:
+        values["lr_min"] = values.get("lr_max", base.lr_max) / values.pop(RATIO)
+    nested = {item.name for item in dataclasses.fields(AugmentConfig)} & set(values)
+    if nested:
+        changes = {name: values.pop(name) for name in nested}
+        values["augment"] = dataclasses.replace(base.augment, **changes)
+    return dataclasses.replace(base, **values)
+
+
+def values_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
+    """What the space would have to draw to give this recipe."""
+    flat = recipe.to_dict() | dataclasses.asdict(recipe.augment)
+    flat[RATIO] = recipe.lr_max / recipe.lr_min
+    return {dimension.name: flat[dimension.name] for dimension in dimensions}
+
+
+def _value(text: str, kind: Any, line: str) -> Any:
+    """One number or name of a distribution, as the field's type."""
+    choices = get_args(kind)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float):
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+        if choices and text not in choices:
+            raise ValueError
+    except (ValueError, KeyError):
+        allowed = ", ".join(choices) if choices else f"of type {kind.__name__}"
+        raise ConfigError(f"space {line!r}: {text!r} is not {allowed}") from None
+    return text
+
+
+def _check_range(kind: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
+    if len(values) != 2:
+        raise ConfigError(f"space {line!r}: {kind} takes a low and a high value")
+    if field_type not in (int, float) or (field_type is int) != (kind == "integer"):
+        wanted = {int: "integer or choice", float: "loguniform, uniform or choice"}
+        raise ConfigError(
+            f"space {line!r}: {kind} does not fit a field of type "
+            f"{getattr(field_type, '__name__', 'name')}: use {wanted.get(field_type, 'choice')}"
+        )
+    low, high = values
+    if low >= high:
+        raise ConfigError(
+            f"space {line!r}: no value is at least {low:g} and at most {high:g}: give the lower "
+            "bound first"
+        )
+    if kind == "loguniform" and low <= 0:
+        raise ConfigError(f"space {line!r}: the low value is {low:g}: it must be above 0")
+
+
+def _check_field(dimension: Dimension, line: str) -> None:
+    """Let the recipe itself judge the values at the ends: what it takes there it takes between."""
+    if dimension.name == RATIO and min(dimension.values) <= 1:
+        raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
+    for value in dimension.values:
+        base = TrainConfig()
+        if dimension.name == "lr_max":
+            base = dataclasses.replace(base, lr_min=abs(value) / 2 or 1.0, lr_max=abs(value) or 2.0)
+        try:
+            recipe_of(base, {dimension.name: value})
+        except ConfigError as error:
+            raise ConfigError(f"space {line!r}: {error}") from None

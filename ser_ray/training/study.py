@@ -1,0 +1,260 @@
+"""A study as its driver sees it: what every trial did, shown and recorded in MLflow.
+
+The journal that `ser_ray.training.trials` writes is the one source: it is read from its first line
+whenever a study is started or goes on, so the table, the runs in MLflow and the result are the same
+however often the driver died. A study has one run, and every trial a run nested in it. A tracking
+server that goes away costs nothing: what it missed is delivered when it answers again.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any, Literal
+
+from ser_ray.errors import TrackingError
+from ser_ray.tracking import Tracker
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.search_config import RATIO, recipe_of
+
+POLL_SECONDS = 0.2
+RETRY_SECONDS = 10.0
+"""Between two attempts to reach a tracking server that did not answer."""
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
+"""MLflow's status of a trial's run."""
+
+State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrialLog:
+    """What is known of one trial."""
+
+    trial_id: str
+    number: int
+    """In the order in which they were drawn, from 1."""
+    values: dict[str, Any]
+    """What was drawn for it."""
+    recipe: TrainConfig
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """A row for every epoch."""
+    rates: list[list[float]] = field(default_factory=list)
+    """The learning rates of every epoch, one a step."""
+    times_ms: list[int] = field(default_factory=list)
+    """When each epoch was reported."""
+    started_ms: int = 0
+    """When its process was ready for it, the last time."""
+    ended_ms: int = 0
+    state: State = "waiting"
+    problem: str = ""
+    """Why it failed."""
+    run_id: str = ""
+    """Its run in MLflow."""
+    recorded: bool = False
+    """Everything of it is in MLflow."""
+    stopped: bool = False
+    delivered: int = 0
+    """Epochs handed to the tracker."""
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Row of the best epoch: validation UA, then loss; empty before the first."""
+        return max(self.rows, key=lambda row: (row["val_ua"], -row["val_loss"]), default={})
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more happens to it."""
+        return self.state not in ("waiting", "running")
+
+    @property
+    def succeeded(self) -> bool:
+        """Ended with a score that counts."""
+        return self.state in ("finished", "pruned") and bool(self.rows)
+
+
+Show = Callable[[list[TrialLog]], None]
+"""Shows the trials as they are now; called whenever something happened."""
+
+
+class Study:
+    """Reads a study's journal, shows its trials and delivers them to MLflow.
+
+    Args:
+        journal: file that `JournalCallback` appends to; what an earlier start left is read at once.
+        recipe: the recipe that drawn values go into.
+        parent: the study's own run.
+        experiment: MLflow experiment of the runs.
+        tags: tags of every trial's run.
+        show: shows the trials.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        recipe: TrainConfig,
+        parent: Tracker,
+        *,
+        name: str,
+        experiment: str,
+        tags: Mapping[str, str],
+        show: Show,
+    ) -> None:
+        self.journal, self.recipe, self.parent = journal, recipe, parent
+        self.name, self.experiment, self.tags, self.show = name, experiment, dict(tags), show
+        self.trials: dict[str, TrialLog] = {}
+        self._trackers: dict[str, Tracker] = {}
+        self._offset = 0
+        self._retry_at = 0.0
+        self._lock, self._stop = Lock(), Event()
+        self._thread = Thread(target=self._follow, daemon=True)
+        self.read()
+
+    def __enter__(self) -> "Study":
+        self._thread.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.read()
+        self._retry_at = 0.0
+        self.deliver()
+        if error is not None:
+            with contextlib.suppress(TrackingError):  # the error itself is what is to be told
+                self.parent.finish("KILLED" if error is KeyboardInterrupt else "FAILED")
+
+    @property
+    def logs(self) -> list[TrialLog]:
+        """The trials by number."""
+        return list(self.trials.values())
+
+    def close_lost(self) -> None:
+        """End the trials that Tune does not know any more; new ones have taken their place."""
+        for trial in self.trials.values():
+            if not trial.ended:
+                trial.state, trial.problem = "lost", "forgotten when the driver was killed"
+
+    def read(self) -> None:
+        """Take up the journal's lines since the last call."""
+        if not self.journal.exists():
+            return
+        with self._lock, self.journal.open() as file:
+            before = file.seek(self._offset)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break  # half a line: it is being written
+                self._offset += len(line.encode())
+                self._take(json.loads(line))
+            news = self._offset > before
+        if news:
+            self.show(self.logs)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        trial = self.trials.get(entry["trial"])
+        if trial is None:
+            trial = TrialLog(
+                trial_id=entry["trial"],
+                number=len(self.trials) + 1,
+                values=entry["values"],
+                recipe=recipe_of(self.recipe, entry["values"]),
+            )
+            self.trials[trial.trial_id] = trial
+        match entry["event"]:
+            case "start":
+                # Once more after a lost process: it goes on from its checkpoint.
+                trial.state, trial.problem, trial.stopped = "running", "", False
+                trial.started_ms = entry["timestamp_ms"]
+            case "epoch":
+                trial.stopped = entry["stopped"]
+                if entry["row"]["epoch"] > len(trial.rows):  # else done again: the same numbers
+                    trial.rows.append(entry["row"])
+                    trial.rates.append(entry["lr"])
+                    trial.times_ms.append(entry["timestamp_ms"])
+            case "problem":
+                trial.problem = entry["problem"]
+            case "end":
+                trial.state = _final_state(trial)
+                trial.ended_ms = entry["timestamp_ms"]
+            case "run" if entry["uri"] == self.parent.uri:
+                trial.run_id = entry["run_id"]
+            case "recorded" if entry["uri"] == self.parent.uri:
+                trial.recorded = True
+
+    def deliver(self) -> bool:
+        """Deliver what MLflow has not got of the trials yet; says whether all of it was."""
+        if time.monotonic() < self._retry_at:
+            return False
+        try:
+            for trial in self.logs:
+                if trial.state != "waiting" and not trial.recorded:
+                    self._deliver_trial(trial)
+        except TrackingError as error:
+            logger.warning("%s", error)
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            return False
+        return True
+
+    def _deliver_trial(self, trial: TrialLog) -> None:
+        tracker = self._tracker(trial)
+        for row, rates, when in list(zip(trial.rows, trial.rates, trial.times_ms, strict=False))[
+            trial.delivered :
+        ]:
+            epoch = int(row["epoch"])
+            tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
+            for step, rate in enumerate(rates, start=(epoch - 1) * len(rates)):
+                tracker.log_metrics({"lr_step": rate}, step, when)
+            trial.delivered += 1
+        tracker.deliver()
+        if not trial.ended:
+            return
+        if trial.best:
+            best = {f"best_{name}": value for name, value in trial.best.items()}
+            tracker.log_metrics(best, 0, trial.times_ms[-1])
+            tracker.deliver()
+        reason = {"problem": trial.problem} if trial.problem else {}
+        tracker.set_tags({"trial.state": trial.state} | reason)
+        tracker.finish(STATUS[trial.state])
+        self._note(trial, event="recorded")
+        trial.recorded = True
+
+    def _tracker(self, trial: TrialLog) -> Tracker:
+        """The trial's run, opened at first use."""
+        if trial.trial_id not in self._trackers:
+            tracker = Tracker.start(
+                self.parent.uri,
+                self.experiment,
+                name=f"{self.name}-{trial.number:03d}",
+                params=trial.recipe.to_dict()
+                | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min, "trial": trial.number},
+                tags=self.tags | {"mlflow.parentRunId": self.parent.run_id},
+                run_id=trial.run_id,
+            )
+            if not trial.run_id:
+                self._note(trial, event="run", run_id=tracker.run_id)
+                trial.run_id = tracker.run_id
+                tracker.log_files({"config.json": trial.recipe.to_dict()})
+            self._trackers[trial.trial_id] = tracker
+        return self._trackers[trial.trial_id]
+
+    def _note(self, trial: TrialLog, **entry: str) -> None:
+        with self.journal.open("a") as file:
+            line = {"trial": trial.trial_id, **entry, "uri": self.parent.uri}
+            file.write(json.dumps(line) + "\n")
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self.read()
+            self.deliver()
+
+
+def _final_state(trial: TrialLog) -> State:
+    if trial.problem:
+        return "failed"
+    # Tune also stops a trial whose epochs are all done.
+    return "pruned" if trial.stopped and len(trial.rows) < trial.recipe.epochs else "finished"

@@ -1,0 +1,56 @@
+"""What happens to the trials of a study, line by line, as Ray Tune's loop in the driver sees it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from ser_ray.tracking import now_ms
+
+
+class JournalCallback(tune.Callback):
+    """Runs in Tune's loop, in the driver: writes what happens to the trials down."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self._seen: set[str] = set()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Trials were drawn: their order is that of their numbers."""
+        for trial in trials:
+            if trial.trial_id not in self._seen:
+                self._seen.add(trial.trial_id)
+                self._write(trial, event="drawn", values=trial.config)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial starts or goes on."""
+        self._write(trial, event="start", values=trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial did an epoch or found that it cannot go on; `stopped` is Tune's decision."""
+        if "problem" in result:
+            self._write(trial, event="problem", problem=result["problem"])
+        else:
+            stopped = bool(result.get("done")) and not result.get("complete")
+            self._write(trial, event="epoch", row=result["row"], lr=result["lr"], stopped=stopped)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended, by itself or stopped: what going on would need is not needed any more."""
+        self._write(trial, event="end")
+        if trial.checkpoint is not None:
+            trial.checkpoint.filesystem.delete_dir(trial.checkpoint.path)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed for good."""
+        lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
+        reasons = [line.strip() for line in lines if line.strip()]
+        self._write(trial, event="problem", problem=reasons[-1] if reasons else "no reason given")
+        self._write(trial, event="end")
+
+    def _write(self, trial: Any, **entry: Any) -> None:
+        line = json.dumps({"trial": trial.trial_id, **entry, "timestamp_ms": now_ms()})
+        with self.journal.open("a") as file:
+            file.write(line + "\n")

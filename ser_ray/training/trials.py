@@ -1,0 +1,344 @@
+"""Many trainings at once, on Ray Tune.
+
+A trial is what `ser-ray train` runs: one worker calls the loop inside Tune's own actor, which the
+next trial takes over with its imports and CUDA context; several workers are a Ray Train group that
+the trial's actor drives. Tune writes down what its trials do, line by line, in a journal on the
+driver's machine (`trial_journal`); `ser_ray.training.study` reads it.
+
+An interrupted study is restored by Ray Tune: finished trials are kept, running ones go on from
+their checkpoints, which are at most `CHECKPOINT_SECONDS` old. The searcher's memory is part of
+Tune's snapshots; ASHA's is not, and is read from the trials themselves.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from pyarrow import fs
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from ser_ray.cluster import has_gpus
+from ser_ray.errors import ConfigError, ResourcesError, SerRayError
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot
+from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.loop import EpochReport, Take, fit
+from ser_ray.training.model import Pretrained
+from ser_ray.training.run_folder import BEST, RunFolder
+from ser_ray.training.search_config import SlotConfig, recipe_of
+from ser_ray.training.trial_journal import JournalCallback
+
+OBJECTIVE = "best_val_ua"
+"""What a search raises: the best validation UA so far, which is the chosen checkpoint's."""
+CHECKPOINT_SECONDS = 30.0
+SNAPSHOT_SECONDS = 2
+"""Between two snapshots of the study's state; a driver that is killed forgets at most this much."""
+PROBLEMS = (SerRayError, torch.OutOfMemoryError)
+"""What is the recipe's own fault: the trial's result, for a new process would meet it again."""
+
+Finish = Callable[[Path, ShardSet, TrainConfig], None]
+"""Called in a trial that is done with the directory of its chosen checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """Places for trials, all of one size."""
+
+    count: int
+    workers: int
+    """Workers of a trial."""
+    cpus: int
+    """Of a worker."""
+    gpus: float
+    """Of a worker; 0 is training on CPUs."""
+
+    def bundle(self) -> dict[str, float]:
+        """Ray's resources of one worker."""
+        return {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
+    """Count the trials that the cluster has room for at once.
+
+    Raises:
+        ResourcesError: not even one.
+    """
+    gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+    cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(_room(node, cpus, gpus) for node in nodes)
+    workers = fixed_workers(run)
+    if room < workers:
+        largest = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+        raise ResourcesError(
+            f"a trial of {workers} workers with {cpus} CPUs and {gpus:g} GPUs each can never "
+            f"start: the cluster's nodes ({largest}) have room for {room}; ask for less with "
+            "--workers, --cpus-per-worker or --gpus-per-worker"
+            + (", or train on CPUs with --device cpu" if gpu else "")
+        )
+    return Slots(count=room // workers, workers=workers, cpus=cpus, gpus=gpus)
+
+
+def fixed_workers(run: RunConfig) -> int:
+    """Workers of every trial.
+
+    Raises:
+        ConfigError: a range, which would give trials of different size.
+    """
+    fewest, most = run.worker_range
+    if fewest != most:
+        raise ConfigError(f"workers is {run.workers}: trials take a number, not a range")
+    return fewest
+
+
+def _room(node: dict[str, float], cpus: int, gpus: float) -> int:
+    """Workers that fit on a node; a share of a GPU lies on one GPU."""
+    room = int(node.get("CPU", 0) // cpus)
+    if gpus >= 1:
+        return min(room, int(node.get("GPU", 0) // gpus))
+    if gpus:
+        return min(room, int(node.get("GPU", 0)) * math.floor(1 / gpus + 1e-9))
+    return room
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSetup:
+    """What all trials of a study share."""
+
+    recipe: TrainConfig
+    """The recipe that the drawn values go into."""
+    shards: ShardSet
+    slots: Slots
+    storage: str
+    """Location of the study's folder, as Ray workers open it."""
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which trials there are to be and how they are chosen."""
+
+    space: dict[str, Any]
+    """Name -> value, Tune's domain or grid."""
+    algorithm: Searcher | SearchAlgorithm
+    num_samples: int
+    scheduler: TrialScheduler | None = None
+
+
+def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
+    """Every combination of some values once, the last name changing fastest."""
+    return Plan(
+        space={name: tune.grid_search(values) for name, values in grid.items()},
+        algorithm=BasicVariantGenerator(max_concurrent=slots.count),
+        num_samples=1,
+    )
+
+
+def run_trials(
+    setup: TrialSetup,
+    pretrained: dict[str, Pretrained],
+    plan: Plan,
+    folder: RunFolder,
+    journal: Path,
+    max_failures: int,
+) -> None:
+    """Run the trials of a study, or those that an interrupted one has left.
+
+    Args:
+        pretrained: the start of every value of `TrainConfig.weights` that may occur.
+        journal: file on this machine that every event of a trial is appended to.
+        max_failures: times that a trial goes on after its process was lost.
+    """
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints whatever `verbose` says
+    slots = setup.slots
+    from ser_ray.training.group_trial import GroupTrial  # it imports this module
+
+    # A trial of several workers only drives them, and Ray Train reserves their places; but a
+    # placement group must ask for something: one byte.
+    alone = slots.workers == 1
+    own = slots.bundle() if alone else {"memory": 1}
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            run_trial if alone else GroupTrial, setup=setup, pretrained=pretrained
+        ),
+        tune.PlacementGroupFactory([own]),
+    )
+    if _is_begun(folder):
+        tuner = tune.Tuner.restore(
+            folder.path,
+            trainable,
+            param_space=plan.space,
+            storage_filesystem=folder.filesystem,
+        )
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=plan.space,
+            tune_config=tune.TuneConfig(
+                metric=OBJECTIVE,
+                mode="max",
+                search_alg=plan.algorithm,
+                scheduler=plan.scheduler,
+                num_samples=plan.num_samples,
+                reuse_actors=alone,
+                trial_dirname_creator=_trial_folder,
+            ),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=folder.root,
+                storage_filesystem=folder.filesystem,
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[JournalCallback(journal)],
+                verbose=0,
+            ),
+        )
+    with _sigint_restored():
+        tuner.fit()
+
+
+def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, Pretrained]) -> None:
+    """Train one trial of one worker, in Tune's own actor, and report every epoch."""
+    recipe = recipe_of(setup.recipe, values)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            chosen = _train(recipe, setup, pretrained[recipe.weights], Path(scratch))
+            if setup.finish is not None:
+                setup.finish(chosen, setup.shards, recipe)
+    except PROBLEMS as problem:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tune.report(problem_metrics(problem))
+
+
+def _train(recipe: TrainConfig, setup: TrialSetup, pretrained: Pretrained, scratch: Path) -> Path:
+    """Train in this process; returns the directory of the chosen checkpoint."""
+    torch.set_num_threads(setup.slots.cpus)
+    device = torch.device("cuda" if setup.slots.gpus else "cpu")
+    reporter = _Reporter(scratch, keep_best=setup.finish is not None)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        fit(recipe, setup.shards, pretrained, reporter, device=device)
+    else:
+        with checkpoint.as_directory() as directory:
+            reporter.go_on(Path(directory))
+            resume = Path(directory)
+            fit(recipe, setup.shards, pretrained, reporter, resume=resume, device=device)
+    return reporter.best
+
+
+class _Reporter:
+    """Hands the loop's epochs to Tune, with a checkpoint now and then.
+
+    Args:
+        scratch: an empty directory.
+        keep_best: keep the checkpoint of the best epoch as well, in `best`.
+    """
+
+    def __init__(self, scratch: Path, *, keep_best: bool) -> None:
+        self.latest, self.best = scratch / "latest", scratch / BEST
+        self.keep_best = keep_best
+        self._objective: list[float] = []
+        self._saved = time.monotonic()
+
+    def __call__(self, epoch: EpochReport | None, take: Take) -> None:
+        """Report one epoch."""
+        assert epoch is not None, "nothing asks for a report in mid-epoch"
+        if self.keep_best and epoch.is_best:
+            _write(take(), self.best)
+        metrics = trial_metrics(epoch.row, epoch.lr, self._objective)
+        if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+            tune.report(metrics)
+            return
+        _write(take(), self.latest)
+        if self.keep_best:
+            shutil.copytree(self.best, self.latest / BEST, ignore=shutil.ignore_patterns(STATE))
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(self.latest))
+        self._saved = time.monotonic()
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Take up what a checkpoint says of the epochs before it."""
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+        for row in progress["history"]:
+            trial_metrics(row, [], self._objective)
+        if self.keep_best:
+            shutil.copytree(checkpoint / BEST, self.best)
+
+
+def trial_metrics(row: dict[str, float], lr: list[float], objective: list[float]) -> dict[str, Any]:
+    """What Tune is told of an epoch; appends to the trial's `objective` by epoch."""
+    del objective[int(row["epoch"]) - 1 :]  # done again after a lost process
+    objective.append(max([row["val_ua"], *objective[-1:]]))
+    return {
+        OBJECTIVE: objective[-1],
+        "epoch": int(row["epoch"]),
+        "objective_by_epoch": list(objective),
+        "row": row,
+        "lr": lr,
+    }
+
+
+def problem_metrics(problem: BaseException) -> dict[str, Any]:
+    """What Tune is told of a trial that cannot go on."""
+    return {"problem": f"{type(problem).__name__}: {problem}", OBJECTIVE: 0.0}
+
+
+def _write(snapshot: Snapshot, directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    snapshot.write(directory)
+
+
+class ResumableAsha(ASHAScheduler):
+    """ASHA (Li 2018) whose rungs follow from the trials.
+
+    Ray Tune's snapshots leave the scheduler out; after a restore every trial is added again, with
+    its last result, and what the rungs held of it is held again.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Put a restored trial back on the rungs it had reached."""
+        super().on_trial_add(tune_controller, trial)
+        past = (trial.last_result or {}).get("objective_by_epoch", [])
+        for epoch, value in enumerate(past, start=1):
+            self._trial_info[trial.trial_id].on_result(trial, epoch, value)
+
+
+def _trial_folder(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def _is_begun(folder: RunFolder) -> bool:
+    """Whether Tune has left a snapshot to go on from."""
+    selector = fs.FileSelector(folder.path, allow_not_found=True)
+    names = [info.base_name for info in folder.filesystem.get_file_info(selector)]
+    return "tuner.pkl" in names and any(name.startswith("experiment_state-") for name in names)
+
+
+@contextmanager
+def _sigint_restored() -> Iterator[None]:
+    """Give Ctrl-C back its meaning after the block: Tune takes it over and keeps it."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)

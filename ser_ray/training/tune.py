@@ -1,0 +1,331 @@
+"""A search for the best recipe: draws, trials that are stopped early, and what came of them.
+
+Every trial trains the same fold and is judged by its validation clips; the test part is never read.
+The first trial is the recipe as it was given. The same command goes on with an interrupted search.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune as ray_tune
+from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from ser_ray.cluster import cluster
+from ser_ray.errors import SerRayError
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage import absolute
+from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
+from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.data import describe, select_rows
+from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.run_folder import RunFolder
+from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
+from ser_ray.training.study import Show, Study, TrialLog
+from ser_ray.training.trials import (
+    Plan,
+    ResumableAsha,
+    Slots,
+    TrialSetup,
+    find_slots,
+    run_trials,
+)
+
+BEST_RECIPE = "best.json"
+"""Beside the trials: the best recipe and where it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """A finished search."""
+
+    name: str
+    label: str
+    """Protocol, fold and corpus, as shown beside every score."""
+    best: TrialLog
+    trials: list[TrialLog]
+    run_id: str
+    """The search's own run; its trials are nested in it."""
+    tracking_uri: str
+    location: str
+    """Folder of the search, which holds best.json."""
+
+
+def search(
+    shards_location: str,
+    recipe: TrainConfig,
+    run: RunConfig,
+    config: TuneConfig,
+    slots: SlotConfig,
+    *,
+    show: Show,
+    address: str = "",
+) -> TuneResult:
+    """Search a space of recipes on a fold's validation clips, or go on with an interrupted search.
+
+    Raises:
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
+            starts.
+        SerRayError: no trial succeeded; says why the first failed.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    shards = open_shards(absolute(shards_location))
+    split = describe(select_rows(shards.clips(), recipe))
+    pretrained = read_starts(recipe, config.dimensions, shards)
+    name = run.name or search_name(recipe, config, shards)
+    folder = RunFolder(run.storage, name)
+    with cluster(address), folder.lock():
+        found = find_slots(run, slots)
+        setup = TrialSetup(
+            recipe=recipe, shards=shards, slots=found, storage=absolute(folder.location)
+        )
+        identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
+        with open_study(setup, folder, run, split["label"], identity, show) as study:
+            if not folder.record().get("finished"):
+                plan = make_plan(recipe, config, found)
+                run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
+                study.read()
+                require_all_ended(study, num_trials(recipe, config))
+            best = best_of(study.logs)
+        title = f"validation, {split['label']}, {shards.card.corpus}"
+        return _conclude(folder, study, best, config, title)
+
+
+def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
+    """Name of a search, equal for equal searches on equal shards."""
+    settings = json.dumps(_settings(config), sort_keys=True)
+    identity = settings + recipe.fingerprint + shards.card.fingerprint
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
+
+
+def read_starts(
+    recipe: TrainConfig, dimensions: tuple[Dimension, ...], shards: ShardSet
+) -> dict[str, Pretrained]:
+    """Read what a trial may start from: the recipe's weights, or all those that are drawn."""
+    names = {recipe.weights}
+    names.update(*(item.values for item in dimensions if item.name == "weights"))
+    return {name: read_pretrained(name, len(shards.card.labels)) for name in sorted(names)}
+
+
+def make_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
+    """Tune's searcher, space and scheduler for a search."""
+    dimensions = config.dimensions
+    first = baseline(recipe, dimensions)
+    scheduler = None
+    if config.scheduler == "asha":
+        epochs = max(
+            [recipe.epochs, *(max(item.values) for item in dimensions if item.name == "epochs")]
+        )
+        scheduler = ResumableAsha(
+            time_attr="epoch",
+            max_t=epochs,
+            grace_period=min(config.grace_epochs, epochs),
+            reduction_factor=config.reduction,
+        )
+    space: dict[str, Any]
+    algorithm: Searcher | SearchAlgorithm
+    if config.searcher == "grid":
+        space = {item.name: ray_tune.grid_search(list(item.grid())) for item in dimensions}
+    else:
+        space = {item.name: _domain(item) for item in dimensions}
+    if config.searcher == "optuna":
+        algorithm = _optuna(recipe.seed, first, slots)
+    else:
+        algorithm = BasicVariantGenerator(
+            points_to_evaluate=first, max_concurrent=slots.count, random_state=recipe.seed
+        )
+    samples = 1 + len(first) if config.searcher == "grid" else config.trials
+    return Plan(space=space, algorithm=algorithm, num_samples=samples, scheduler=scheduler)
+
+
+def baseline(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> list[dict[str, Any]]:
+    """The recipe itself as a point of the space; none where the space leaves it out."""
+    values = values_of(recipe, dimensions)
+    return [values] if all(item.holds(values[item.name]) for item in dimensions) else []
+
+
+def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
+    """Trials that a search has."""
+    if config.searcher != "grid":
+        return config.trials
+    points = math.prod(len(item.grid()) for item in config.dimensions)
+    return points + len(baseline(recipe, config.dimensions))
+
+
+def open_study(
+    setup: TrialSetup,
+    folder: RunFolder,
+    run: RunConfig,
+    label: str,
+    identity: dict[str, Any],
+    show: Show,
+) -> AbstractContextManager[Study]:
+    """Open a study's run in MLflow, or go on with it.
+
+    Args:
+        label: protocol, and whether it is speaker-dependent.
+        identity: what the study is, apart from its shards and where it runs.
+
+    Raises:
+        CheckpointError: the folder is another study's.
+        TrackingError: the store cannot be reached.
+    """
+    card = setup.shards.card
+    identity = identity | {"shards": card.fingerprint}
+    folder.require_same(identity)
+    tags = provenance() | {
+        "protocol": label,
+        "corpus": card.corpus,
+        "shards.fingerprint": card.fingerprint,
+        "shards.location": setup.shards.uri,
+        "ray.job_id": ray.get_runtime_context().get_job_id(),
+        "storage": folder.location,
+    }
+    uri, record = resolve_uri(run.tracking_uri), folder.record()
+    tracker = Tracker.start(
+        uri,
+        run.experiment,
+        name=folder.name,
+        params=identity | {"slots": asdict(setup.slots)},
+        tags=tags,
+        run_id=record.get("run_id", "") if record.get("tracking_uri") == uri else "",
+    )
+    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    return Study(
+        folder.journal(),
+        setup.recipe,
+        tracker,
+        name=folder.name,
+        experiment=run.experiment,
+        tags=tags,
+        show=show,
+    )
+
+
+def require_all_ended(study: Study, expected: int) -> None:
+    """Tell an interrupted study, which Tune ends without an error, from a finished one.
+
+    Raises:
+        KeyboardInterrupt: trials are left.
+    """
+    if sum(trial.ended for trial in study.logs) < expected:
+        raise KeyboardInterrupt
+    study.close_lost()
+
+
+def best_of(trials: list[TrialLog]) -> TrialLog:
+    """The trial with the best validation UA, then loss, of those that succeeded.
+
+    Raises:
+        SerRayError: none did.
+    """
+    scored = [trial for trial in trials if trial.succeeded]
+    if not scored:
+        reasons = [trial.problem for trial in trials if trial.problem]
+        raise SerRayError(
+            f"none of {len(trials)} trials succeeded; the first failed with: "
+            f"{reasons[0] if reasons else 'no reason given'}"
+        )
+    return max(scored, key=lambda trial: (trial.best["val_ua"], -trial.best["val_loss"]))
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a CSV table."""
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue()
+
+
+def _settings(config: TuneConfig) -> dict[str, Any]:
+    """What a search is; to refit its best afterwards does not change it."""
+    return {name: value for name, value in asdict(config).items() if name != "refit"}
+
+
+def _conclude(
+    folder: RunFolder, study: Study, best: TrialLog, config: TuneConfig, title: str
+) -> TuneResult:
+    """Keep the best recipe beside the trials and complete the search's run."""
+    tracker = study.parent
+    content = {"run_id": best.run_id, "best": best.best, "recipe": best.recipe.to_dict()}
+    with folder.filesystem.open_output_stream(f"{folder.path}/{BEST_RECIPE}") as stream:
+        stream.write(json.dumps(content, indent=2).encode())
+    _log_outcome(tracker, study.logs, best, config.dimensions, title)
+    folder.update_record(finished=True)
+    tracker.finish("FINISHED")
+    return TuneResult(
+        name=folder.name,
+        label=title,
+        best=best,
+        trials=study.logs,
+        run_id=tracker.run_id,
+        tracking_uri=tracker.uri,
+        location=folder.location,
+    )
+
+
+def _domain(dimension: Dimension) -> Any:
+    low, high = dimension.values[0], dimension.values[-1]
+    match dimension.kind:
+        case "loguniform":
+            return ray_tune.loguniform(low, high)
+        case "uniform":
+            return ray_tune.uniform(low, high)
+        case "integer":
+            return ray_tune.randint(low, high + 1)
+        case _:
+            return ray_tune.choice(list(dimension.values))
+
+
+def _optuna(seed: int, first: list[dict[str, Any]], slots: Slots) -> Searcher:
+    import optuna
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    searcher = OptunaSearch(points_to_evaluate=first, seed=seed)
+    return ConcurrencyLimiter(searcher, max_concurrent=slots.count)
+
+
+def _log_outcome(
+    tracker: Tracker,
+    trials: list[TrialLog],
+    best: TrialLog,
+    dimensions: tuple[Dimension, ...],
+    title: str,
+) -> None:
+    from ser_ray.training.search_figures import (
+        bounds_figure,
+        history_figure,
+        importance_figure,
+        importance_of,
+        trial_rows,
+    )
+
+    scores = {f"best_{name}": value for name, value in best.best.items()}
+    states = [trial.state for trial in trials]
+    counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
+    tracker.log_metrics(scores | counts, 0, now_ms())
+    tracker.deliver()
+    tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
+    importance = importance_of(trials, dimensions)
+    files: dict[str, Any] = {
+        "config.json": best.recipe.to_dict(),
+        "plots/history.png": history_figure(trials, title),
+        "plots/learning_rate_bounds.png": bounds_figure(trials, title),
+        "tables/trials.csv": csv_text(trial_rows(trials)),
+    }
+    if importance:
+        files["plots/importance.png"] = importance_figure(importance, title)
+        files["tables/importance.json"] = importance
+    tracker.log_files(files)
