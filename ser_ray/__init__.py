@@ -7,10 +7,12 @@ shards      the manifest -> Parquet shards of features and the outcome of every 
             and reading them back
 training    shards -> tensors that stay in memory -> ResNet18 with a OneCycle learning rate, in
             plain torch -> checkpoint; Ray Train around it
-inference   a checkpoint -> scores on its test part, or the emotion in any audio file
+inference   a checkpoint -> scores on its test part, the emotion in any audio files, a model that
+            MLflow serves, or one ONNX file
 
 Around them: `cli` and `commands` are the command line, `cluster` joins Ray, `storage` opens paths
-and URIs, `tracking` records runs in MLflow, `report` draws. Imports go down this list, not up.
+and URIs, `tracking` records runs in MLflow and `registry` finds their models, `report` draws,
+`page` writes a run's page and `run_page` gathers what it shows. Imports go down this list, not up.
 """
 
 __version__ = "0.1.0"

@@ -11,19 +11,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tyro
 
+from ser_ray.corpus.download import DownloadConfig
 from ser_ray.errors import SerRayError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
+from ser_ray.training.search_config import CrossvalConfig, SlotConfig, TuneConfig
 
 OUT = "ser-ray-out"
 STAND_IN = f"{OUT}/stand-in"
 """Where a pipeline without a corpus makes one."""
-STAND_IN_RECIPE = {"weights": "none", "crop_frames": 64, "epochs": 24, "lr_max": 4e-3}
+STAND_IN_RECIPE = {"weights": "none", "crop_frames": 64, "epochs": 24, "batch_size": 16}
 """What it changes of the recipe, where the user leaves the default."""
 
 
@@ -44,6 +46,13 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Download(Common):
+    """Fetch RAVDESS from its Zenodo record; what is there already is not asked for again."""
+
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepare(Common):
     """Decode a corpus into Parquet shards of features."""
 
@@ -56,6 +65,60 @@ class Train(Common):
 
     shards: str = f"{OUT}/shards"
     """Folder or URI of the shard set that `prepare` wrote."""
+    like: str = ""
+    """MLflow run whose recipe is taken, of a training, a search or one of its trials; what is given
+    besides replaces single settings of it."""
+    recipe: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def resolved(self) -> Self:
+        """Fill in the recipe of the run that this one is to be like."""
+        if not self.like:
+            return self
+        from ser_ray.tracking import recipe_of_run
+
+        default, theirs = TrainConfig(), recipe_of_run(self.like, self.run.tracking_uri)
+        changes = {
+            item.name: getattr(self.recipe, item.name)
+            for item in dataclasses.fields(TrainConfig)
+            if getattr(self.recipe, item.name) != getattr(default, item.name)
+        }
+        name = self.run.name or f"like-{self.like[:12]}"
+        recipe = replace(TrainConfig.from_dict(theirs), **changes)
+        return replace(self, recipe=recipe, run=replace(self.run, name=name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrRange(Common):
+    """Propose the two bounds of the learning rate by a range test (Smith 2015)."""
+
+    shards: str = f"{OUT}/shards"
+    """Folder or URI of the shard set that `prepare` wrote."""
+    test: LrRangeConfig = field(default_factory=LrRangeConfig)
+    recipe: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Common):
+    """Search for the best recipe; the same command goes on where it was interrupted."""
+
+    shards: str = f"{OUT}/shards"
+    """Folder or URI of the shard set that `prepare` wrote; one serves all feature kinds."""
+    search: TuneConfig = field(default_factory=TuneConfig)
+    slots: SlotConfig = field(default_factory=SlotConfig)
+    recipe: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossval(Common):
+    """Train and test every fold of a protocol; the same command goes on where it stopped."""
+
+    shards: str = f"{OUT}/shards"
+    """Folder or URI of the shard set that `prepare` wrote."""
+    crossval: CrossvalConfig = field(default_factory=CrossvalConfig)
+    slots: SlotConfig = field(default_factory=SlotConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -65,19 +128,68 @@ class Evaluate(Common):
     """Score a trained model on the test part of its own fold."""
 
     model: tyro.conf.Positional[str]
-    """Checkpoint folder or URI that `train` printed."""
+    """Checkpoint folder or URI that `train` printed, MLflow run id, or models:/name@alias."""
     shards: str = f"{OUT}/shards"
-    """The shard set it was trained on."""
+    """The shard set it was trained on, or another of speakers it has not heard."""
+    protocol: str = ""
+    """Score the test part of this protocol's fold instead of the one it was trained for."""
+    fold: int | None = None
+    """Fold to score instead of its own, from 0."""
+    against: str = ""
+    """Another model to compare with on the same clips, by paired tests."""
+    allow_seen_speakers: bool = False
+    """Score speakers that the model was trained on all the same; the result says so."""
+    audio: bool = True
+    """Put the sound of the clips that the report shows into it."""
+    tracking_uri: str = ""
+    """MLflow store in which a run id or a registered name is looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(Common):
-    """Name the emotion in audio or video files."""
+    """Name the emotion in audio or video files.
+
+    Few files are answered at once, without Ray. Many, or any with `--output`, go through a pool of
+    model actors into a table; interrupted, the same command goes on.
+    """
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders or URIs."""
+    """Files, folders, URIs, or patterns like 'clips/**/*.wav'."""
     model: str
-    """Checkpoint folder or URI that `train` printed."""
+    """Checkpoint folder or URI that `train` printed, MLflow run id, or models:/name@alias."""
+    output: str = ""
+    """Table to write, .parquet, .csv or .jsonl, one row a file. Of more than 48 files it is
+    ser-ray-out/predictions.parquet if nothing is said."""
+    tracking_uri: str = ""
+    """MLflow store in which a run id or a registered name is looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Write a model as one file: waveform at its sample rate in, probabilities out."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder or URI that `train` printed, MLflow run id, or models:/name@alias."""
+    format: Literal["onnx", "torch"] = "onnx"
+    """ONNX, or torch's exported program (.pt2)."""
+    output: str = ""
+    """File to write; ser-ray-out/model.onnx or .pt2 if empty."""
+    tracking_uri: str = ""
+    """MLflow store in which a run id or a registered name is looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Register(Common):
+    """Make a run's model a registered version, with what one must know of it."""
+
+    run_id: tyro.conf.Positional[str]
+    """MLflow run of a training; of a search or cross-validation, its best training is taken."""
+    name: str = "ser-ray"
+    """Registered model."""
+    alias: str = "champion"
+    """Alias that the version gets; models:/NAME@ALIAS then names it."""
+    tracking_uri: str = ""
+    """MLflow store of the run and the registry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +225,16 @@ class Pipeline(Common):
 
 VERBS: dict[str, Callable[..., Common]] = {
     "pipeline": Pipeline,
+    "download": Download,
     "prepare": Prepare,
     "train": Train,
+    "lr-range": LrRange,
+    "tune": Tune,
+    "crossval": Crossval,
     "evaluate": Evaluate,
     "predict": Predict,
+    "export": Export,
+    "register": Register,
 }
 
 

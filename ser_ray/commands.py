@@ -1,7 +1,7 @@
 """What the verbs of the command line do: call the rooms in order and say where the results are."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import TrainConfig
 
 SHOWN_PREDICTIONS = 8
+FEW_FILES = 48
+"""More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -30,6 +32,16 @@ def run(verb: cli.Common) -> None:
     """Run a parsed verb and print its result."""
     outcome = _DO[type(verb)](verb)
     print(json.dumps(outcome.data, indent=2) if verb.json else outcome.text)
+
+
+def download(verb: cli.Download) -> Outcome:
+    """Zenodo's record to folders of clips."""
+    from ser_ray.corpus.download import download as run_download
+
+    folders = run_download(verb.download)
+    lines = [f"{folder} is complete" for folder in folders]
+    lines.append(f"prepare it with ser-ray prepare --corpus {verb.download.target} --shards FOLDER")
+    return Outcome({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
 
 
 def prepare(verb: cli.Prepare) -> Outcome:
@@ -90,43 +102,198 @@ def train(verb: cli.Train) -> Outcome:
     return Outcome(data, text)
 
 
+def lr_range(verb: cli.LrRange) -> Outcome:
+    """Shards and a recipe to the bounds of its learning rate."""
+    from ser_ray.tracking import ui_command
+    from ser_ray.training.range_job import find_range
+
+    result = find_range(verb.shards, verb.recipe, verb.run, verb.test, address=verb.address)
+    found = result.found
+    bounds = f"--lr-min {found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
+    lines = [
+        f"range test   {result.label}: {len(found.rates)} steps, "
+        f"{found.rates[0]:.0e} to {found.rates[-1]:.0e}",
+        f"MLflow run   {result.run_id}",
+        f"MLflow UI    {ui_command(result.tracking_uri)}",
+        f"train with   ser-ray train --shards {verb.shards} {bounds}",
+    ]
+    data = asdict(found) | {"run_id": result.run_id, "tracking_uri": result.tracking_uri}
+    return Outcome(data, "\n".join(lines))
+
+
+def tune(verb: cli.Tune) -> Outcome:
+    """A search over recipes; `--refit` trains the best one as `train --like` does."""
+    from ser_ray.tracking import ui_command
+    from ser_ray.training.trial_table import TrialTable
+    from ser_ray.training.tune import num_trials, search
+
+    total = num_trials(verb.recipe, verb.search)
+    label = "SPEAKER-DEPENDENT" if verb.recipe.protocol == "random" else ""
+    with TrialTable(console, total, label) as table:
+        result = search(
+            verb.shards,
+            verb.recipe,
+            verb.run,
+            verb.search,
+            verb.slots,
+            show=table,
+            address=verb.address,
+        )
+    best, recipe = result.best, result.best.recipe
+    states = [trial.state for trial in result.trials]
+    counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    again = f"ser-ray train --like {best.run_id} --shards {verb.shards}"
+    lines = [
+        f"searched     {len(result.trials)} trials: {counted}",
+        f"best         trial {best.number}: UA {best.best['val_ua']:.1%}, WA "
+        f"{best.best['val_wa']:.1%} in epoch {best.best['epoch']:.0f} ({result.label})",
+        f"             {recipe.feature}, lr_min {recipe.lr_min:.2e}, lr_max {recipe.lr_max:.2e}",
+        f"kept in      {result.location}/best.json",
+        f"MLflow run   {result.run_id}",
+        f"MLflow UI    {ui_command(result.tracking_uri)}",
+        f"train it     {again}",
+    ]
+    data = {
+        "name": result.name,
+        "run_id": result.run_id,
+        "tracking_uri": result.tracking_uri,
+        "protocol": result.label,
+        "states": {state: states.count(state) for state in dict.fromkeys(states)},
+        "best": {"run_id": best.run_id, "row": best.best, "recipe": recipe.to_dict()},
+    }
+    if verb.search.refit:
+        fitted = train(
+            cli.Train(
+                shards=verb.shards,
+                recipe=recipe,
+                run=replace(verb.run, name=f"like-{best.run_id[:12]}"),
+                address=verb.address,
+            )
+        )
+        lines[-1] = fitted.text
+        data["refit"] = fitted.data
+    return Outcome(data, "\n".join(lines))
+
+
+def crossval(verb: cli.Crossval) -> Outcome:
+    """Every fold trained and tested, to one set of figures."""
+    from ser_ray.inference.crossval import count_folds
+    from ser_ray.inference.crossval import crossval as run_crossval
+    from ser_ray.shards.read import open_shards
+    from ser_ray.tracking import ui_command
+    from ser_ray.training.trial_table import TrialTable
+
+    folds, label = count_folds(open_shards(verb.shards), verb.recipe)
+    with TrialTable(console, folds * verb.crossval.seeds, label) as table:
+        result = run_crossval(
+            verb.shards,
+            verb.recipe,
+            verb.run,
+            verb.crossval,
+            verb.slots,
+            show=table,
+            address=verb.address,
+        )
+    lines = [
+        result.text(),
+        f"predictions  {result.location}/predictions.parquet",
+        f"MLflow run   {result.run_id}",
+        f"MLflow UI    {ui_command(result.tracking_uri)}",
+    ]
+    return Outcome(
+        {"name": result.name, "run_id": result.run_id, **result.to_dict()}, "\n".join(lines)
+    )
+
+
 def evaluate(verb: cli.Evaluate) -> Outcome:
-    """Checkpoint to test scores, recorded in the run that trained it."""
+    """Checkpoint to scores, recorded in the run that trained it, and to a comparison."""
+    from ser_ray.inference.evaluate import Evaluation, compare, origin_of
     from ser_ray.inference.evaluate import evaluate as run_evaluate
-    from ser_ray.inference.evaluate import log_evaluation, origin_of
-    from ser_ray.inference.predict import local_checkpoint
+    from ser_ray.inference.locate import local_checkpoint
+    from ser_ray.run_page import record_evaluation
     from ser_ray.tracking import Tracker
 
-    with local_checkpoint(verb.model) as checkpoint:
-        evaluation = run_evaluate(checkpoint, verb.shards)
-        origin = origin_of(checkpoint)
-    if origin:
-        log_evaluation(evaluation, Tracker(origin["tracking_uri"], origin["run_id"]))
-    scores = evaluation.scores
-    text = (
-        f"{evaluation.label}, {scores.num_clips} clips: "
-        f"UA {scores.ua:.1%}, WA {scores.wa:.1%}, macro F1 {scores.macro_f1:.1%}"
-    )
-    return Outcome(evaluation.to_dict() | dict(origin), text)
+    def score(model: str) -> tuple[Evaluation, dict[str, str]]:
+        with local_checkpoint(model, verb.tracking_uri) as checkpoint:
+            evaluation = run_evaluate(
+                checkpoint,
+                verb.shards,
+                protocol=verb.protocol,
+                fold=verb.fold,
+                allow_seen_speakers=verb.allow_seen_speakers,
+            )
+            return evaluation, dict(origin_of(checkpoint))
+
+    evaluation, origin = score(verb.model)
+    data, text = evaluation.to_dict() | origin, str(evaluation)
+    if verb.against:
+        comparison = compare(evaluation, score(verb.against)[0])
+        data["comparison"] = asdict(comparison)
+        text += f"\nagainst {verb.against}: {comparison}"
+    if origin and evaluation.is_own_test:
+        tracker = Tracker(origin["tracking_uri"], origin["run_id"])
+        record_evaluation(evaluation, tracker, audio=verb.audio)
+    return Outcome(data, text)
 
 
 def predict(verb: cli.Predict) -> Outcome:
-    """Files to emotions."""
-    from ser_ray.inference.predict import Predictor, list_audio, local_checkpoint
+    """Files to emotions: few at once, many through Ray into a table."""
+    from ser_ray.inference.locate import list_audio, local_checkpoint
+    from ser_ray.inference.predict import Predictor
+    from ser_ray.inference.show import prediction_text
 
     files = list_audio(verb.files)
-    with local_checkpoint(verb.model) as checkpoint:
+    with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
         predictor = Predictor(checkpoint)
+    if verb.output or len(files) > FEW_FILES:
+        return _predict_many(files, predictor, verb)
     found = [predictor.predict(file) for file in files]
-    failed = sum(item.status != "ok" for item in found)
-    lines = [_prediction_line(item) for item in found]
-    if len(found) == 1 and found[0].probabilities:
-        lines += _bars(found[0].probabilities)
+    text = prediction_text(found)
     if predictor.card.corpus == "stand-in":
-        lines.append("(the model was trained on the synthetic stand-in corpus)")
-    if failed == len(found):
-        raise SerRayError("\n".join(lines))
-    return Outcome({"predictions": [asdict(item) for item in found]}, "\n".join(lines))
+        text += "\n(the model was trained on the synthetic stand-in corpus)"
+    if all(item.status != "ok" for item in found):
+        raise SerRayError(text)
+    return Outcome({"predictions": [asdict(item) for item in found]}, text)
+
+
+def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcome:
+    from ser_ray.inference.batch import predict_many
+    from ser_ray.inference.results import require_suffix
+
+    output = verb.output or f"{cli.OUT}/predictions.parquet"
+    require_suffix(output)
+    with cluster(verb.address):
+        summary = predict_many(files, predictor, output)
+    counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+    emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
+    before = f", {summary.files_before} of them before" if summary.files_before else ""
+    lines = [
+        f"{len(files)} files: {counts}",
+        emotions,
+        f"in {summary.seconds:.1f} s{before}: {output}",
+    ]
+    return Outcome(asdict(summary), "\n".join(line for line in lines if line))
+
+
+def export(verb: cli.Export) -> Outcome:
+    """Checkpoint to one file with the features inside."""
+    from ser_ray.inference.export import export as run_export
+    from ser_ray.inference.locate import local_checkpoint
+
+    output = verb.output or f"{cli.OUT}/model.{'onnx' if verb.format == 'onnx' else 'pt2'}"
+    with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
+        exported = run_export(checkpoint, Path(output), verb.format)
+    return Outcome(asdict(exported), str(exported))
+
+
+def register(verb: cli.Register) -> Outcome:
+    """Run to a registered model version with its card."""
+    from ser_ray.inference.model_card import register as run_register
+
+    version, card = run_register(verb.run_id, verb.name, verb.alias, verb.tracking_uri)
+    data = {"name": verb.name, "version": version, "alias": verb.alias}
+    name = f"models:/{verb.name}@{verb.alias}" if verb.alias else f"models:/{verb.name}/{version}"
+    return Outcome(data, f"{card}\nregistered   {name} (version {version})")
 
 
 def pipeline(verb: cli.Pipeline) -> Outcome:
@@ -148,7 +315,7 @@ def pipeline(verb: cli.Pipeline) -> Outcome:
         console.print(steps["prepare"].text)
         steps["train"] = train(cli.Train(shards=shards, recipe=recipe, run=verb.run))
         model = steps["train"].data["checkpoint"]
-        steps["evaluate"] = evaluate(cli.Evaluate(model=model, shards=shards))
+        steps["evaluate"] = evaluate(cli.Evaluate(model=model, shards=shards, audio=verb.run.audio))
         files = _test_files(shards, recipe)
         steps["predict"] = predict(cli.Predict(files=files, model=model))
     text = "\n".join(
@@ -174,11 +341,14 @@ class EpochPrinter:
         """Show one epoch."""
         done = int(row["epoch"])
         left = (self.epochs - done) * row["epoch_seconds"]
+        # In place on a terminal, but for the last; a log keeps every line.
+        end = "\r" if console.is_terminal and done < self.epochs else "\n"
         console.print(
             f"epoch {done:3d}/{self.epochs}  "
             f"loss {row['train_loss']:.3f}, validation {row['val_loss']:.3f}  "
             f"UA {row['val_ua']:6.1%}  WA {row['val_wa']:6.1%}  lr {row['lr']:.2e}  "
-            f"{row['clips_per_second']:5.0f} clips/s  {_clock(left)} left"
+            f"{row['clips_per_second']:5.0f} clips/s  {_clock(left)} left",
+            end=end,
         )
 
 
@@ -193,19 +363,6 @@ def _test_files(shards: str, recipe: TrainConfig) -> tuple[str, ...]:
     return tuple(clips["path"].take(chosen).to_pylist())
 
 
-def _prediction_line(item: Any) -> str:
-    name = Path(item.path).name
-    if item.probabilities is None:
-        return f"{name}: {item.status} ({item.reason})"
-    return f"{name}: {item.emotion} ({item.probabilities[item.emotion]:.0%})"
-
-
-def _bars(probabilities: dict[str, float], width: int = 40) -> list[str]:
-    longest = max(len(label) for label in probabilities)
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * width)}" for label, p in ranked]
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -213,9 +370,15 @@ def _clock(seconds: float) -> str:
 
 
 _DO: dict[type[cli.Common], Any] = {
+    cli.Download: download,
     cli.Prepare: prepare,
     cli.Train: train,
+    cli.LrRange: lr_range,
+    cli.Tune: tune,
+    cli.Crossval: crossval,
     cli.Evaluate: evaluate,
     cli.Predict: predict,
+    cli.Export: export,
+    cli.Register: register,
     cli.Pipeline: pipeline,
 }

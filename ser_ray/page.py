@@ -4,6 +4,7 @@ A `RunReport` of plain numbers comes in, text goes out. The figures are inline S
 the page's own text, so that they follow the reader's light or dark setting.
 """
 
+import base64
 import html
 import io
 import re
@@ -19,11 +20,35 @@ from ser_ray.report import (
     WIDTH,
     Row,
     bars_figure,
+    clip_figure,
     confusion_figure,
     curves_figure,
     learning_rate_figure,
     per_class_rows,
+    reliability_figure,
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipView:
+    """One clip as the page shows it."""
+
+    name: str
+    """File name."""
+    truth: str
+    """Its label."""
+    predicted: str
+    """The label named."""
+    probability: float
+    """Of the label named."""
+    waveform: np.ndarray
+    """Its sound [num_samples], full scale ±1."""
+    sample_rate: int
+    """Hertz."""
+    spectrogram: np.ndarray
+    """Power in dB [bins, frames], from 0 Hz to half the sample rate."""
+    mp3: bytes | None
+    """Its sound for the player; None shows none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +69,24 @@ class RunReport:
     """Names of the confusion matrix's rows and columns."""
     confusion: np.ndarray
     """Counts [labels, labels], row = true, column = predicted."""
-    speakers: Sequence[Row]
-    """Rows of `per_speaker_rows`."""
+    intervals: Mapping[str, tuple[float, float]]
+    """95 % interval of each of the scores, where there is one."""
+    drawn: str
+    """What the intervals were drawn over, in words."""
+    groups: Mapping[str, Sequence[Row]]
+    """Rows of `group_rows` by what the groups are; `speaker` is among them."""
+    calibration: tuple[Sequence[float], Sequence[float], Sequence[int]]
+    """Confidence, accuracy and clips of every bin, as `reliability_figure` takes them."""
+    ece: float
+    """Expected calibration error, a share."""
+    examples: Sequence[ClipView]
+    """A typical clip of each label."""
+    hardest: Sequence[ClipView]
+    """Clips that the model is surest of and wrong about."""
     history: Sequence[Mapping[str, float]]
-    """Rows of the epochs, as `curves_figure` takes them."""
+    """Rows of the epochs, as `curves_figure` takes them; none on the page of an evaluation."""
     lr_per_step: Sequence[float]
-    """Learning rate of every step."""
+    """Learning rate of every step, where there is a history."""
     lr_min: float
     """Lower bound of the schedule."""
     lr_max: float
@@ -66,12 +103,14 @@ _CORPORA = {
     "table": "an own corpus",
 }
 _HEADINGS = {"f1": "F1", "wa": "WA", "ua": "UA"}
+_EXAMPLES = "A clip of each label in the middle of how sure the model is of that label."
+_HARDEST = "The clips that the model is surest of and wrong about, the surest first."
 _BANNER = (
     '<p class="banner"><strong>Stand-in corpus.</strong> These clips are synthesised: the numbers '
     "show that the program works, they are not results on RAVDESS.</p>"
 )
 # No script, and nothing from elsewhere, whatever a label or a setting contains.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --quiet: #59636e; --line: #d1d9e0;
   --warn-ink: #4d2d00; --warn: #fff1d6 }
@@ -93,6 +132,9 @@ h2 { font-size: 1.15rem; margin-top: 2.5rem }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .pair > *, .scroll { min-width: 0; overflow-x: auto }
 .pair > .scroll { grid-column: 1 / -1 }
+.clips { display: grid; gap: 1.5rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)) }
+figure { margin: 0; min-width: 0 } figcaption { overflow-wrap: anywhere } audio { width: 100% }
 svg { display: block; height: auto; max-width: 100% } .scroll svg { max-width: none }
 svg text { fill: currentColor }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums }
@@ -114,6 +156,8 @@ def render_report(report: RunReport) -> str:
         _BANNER if report.corpus == "stand-in" else "",
         _scores(report),
         *_results(report),
+        _clips("Examples", _EXAMPLES, report.examples),
+        _clips("Hardest clips", _HARDEST, report.hardest),
         *_training(report),
         "<h2>Configuration and versions</h2>",
         f'<div class="pair">{_settings(report.config)}{_settings(report.versions)}</div>',
@@ -139,24 +183,35 @@ def _results(report: RunReport) -> list[str]:
     measured_on = _measured_on(report)
     confusion = confusion_figure(report.confusion, report.labels, measured_on)
     classes = per_class_rows(report.confusion, report.labels)
+    speaker_rows = report.groups["speaker"]
     speakers = bars_figure(
-        [str(row["speaker"]) for row in report.speakers],
-        [float(row["wa"]) for row in report.speakers],
-        [int(row["clips"]) for row in report.speakers],
+        [str(row["speaker"]) for row in speaker_rows],
+        [float(row["wa"]) for row in speaker_rows],
+        [int(row["clips"]) for row in speaker_rows],
         measured_on,
         "WA",
     )
+    others = [
+        _table(rows, measured_on) for kind, rows in report.groups.items() if kind != "speaker"
+    ]
+    ece = f"expected calibration error {report.ece:.1%}; {measured_on}"
     return [
         "<h2>Labels</h2>",
         f'<div class="pair">{_svg(confusion, "Confusion matrix")}',
         f"{_table(classes, measured_on)}</div>",
         "<h2>Speakers</h2>",
         f'<div class="pair">{_svg(speakers, "WA of every speaker")}',
-        f"{_table(report.speakers, measured_on)}</div>",
+        f"{_table(speaker_rows, measured_on)}</div>",
+        "<h2>Groups of clips</h2>" if others else "",
+        f'<div class="pair">{"".join(others)}</div>' if others else "",
+        "<h2>Calibration</h2>",
+        _svg(reliability_figure(*report.calibration, ece), "Accuracy at every confidence"),
     ]
 
 
 def _training(report: RunReport) -> list[str]:
+    if not report.history:
+        return []
     curves = curves_figure(report.history, _measured_on(report, "validation"))
     rates = learning_rate_figure(
         report.lr_per_step, report.lr_min, report.lr_max, "OneCycle, by step"
@@ -168,16 +223,48 @@ def _training(report: RunReport) -> list[str]:
     ]
 
 
+def _clips(heading: str, about: str, clips: Sequence[ClipView]) -> str:
+    if not clips:
+        return ""
+    shown = "".join(f"<figure>{_clip(clip, heading)}</figure>" for clip in clips)
+    return (
+        f'<h2>{heading}</h2><p class="quiet">{about} Sound without its silent ends.</p>'
+        f'<div class="clips">{shown}</div>'
+    )
+
+
+def _clip(clip: ClipView, heading: str) -> str:
+    verdict = "right" if clip.truth == clip.predicted else "wrong"
+    picture = _svg(
+        clip_figure(clip.waveform, clip.sample_rate, clip.spectrogram),
+        f"{heading}: waveform and spectrogram of {clip.name}",
+    )
+    player = ""
+    if clip.mp3 is not None:
+        sound = base64.b64encode(clip.mp3).decode()
+        player = f'<audio controls preload="none" src="data:audio/mpeg;base64,{sound}"></audio>'
+    return (
+        f"<figcaption><strong>{html.escape(clip.truth)}</strong>: named "
+        f"{html.escape(clip.predicted)} ({clip.probability:.0%}), {verdict}"
+        f'<br><span class="quiet">{html.escape(clip.name)}</span></figcaption>{picture}{player}'
+    )
+
+
 def _measured_on(report: RunReport, part: str = "") -> str:
     return f"{part or report.part}, {report.protocol}, {_CORPORA[report.corpus]}"
 
 
 def _scores(report: RunReport) -> str:
-    tiles = [
-        f'<div><dt>{html.escape(name)}</dt><dd class="value">{share:.1%}</dd>'
-        f'<dd class="quiet">{html.escape(_measured_on(report))}</dd></div>'
-        for name, share in report.scores.items()
-    ]
+    tiles = []
+    for name, share in report.scores.items():
+        within = ""
+        if name in report.intervals:
+            low, high = report.intervals[name]
+            within = f"<dd>95 % interval {low:.1%} to {high:.1%}, {html.escape(report.drawn)}</dd>"
+        tiles.append(
+            f'<div><dt>{html.escape(name)}</dt><dd class="value">{share:.1%}</dd>{within}'
+            f'<dd class="quiet">{html.escape(_measured_on(report))}</dd></div>'
+        )
     return f'<dl class="scores">{"".join(tiles)}</dl>'
 
 

@@ -24,6 +24,9 @@ WIDTH = 5.2
 _SHADES = LinearSegmentedColormap.from_list("share", [(0.03, 0.32, 0.61, a) for a in (0.0, 1.0)])
 _WHITE_ABOVE = 0.7  # share of a row from which white text is the more readable one
 
+CLIP_STROKES = 300
+"""Strokes that a waveform is drawn with."""
+
 Row = dict[str, str | int | float]
 """Of a table: names and counts as they are, scores as shares from 0 to 1."""
 
@@ -148,6 +151,70 @@ def bars_figure(
     return _entitle(figure, title)
 
 
+def reliability_figure(
+    confidence: Sequence[float], accuracy: Sequence[float], counts: Sequence[int], title: str
+) -> Figure:
+    """Draw how often the model is right at each confidence, beside what it should be.
+
+    Args:
+        confidence: mean probability of the label named, in every bin; NaN in an empty one.
+        accuracy: share named right, in every bin; NaN in an empty one.
+        counts: clips in every bin.
+        title: shown above.
+    """
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
+    upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model")
+    upper.set_ylim(0, 1)
+    upper.set_ylabel("accuracy")
+    upper.yaxis.set_major_formatter(PercentFormatter(1))
+    upper.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8, ncols=2)
+    width = 1 / len(counts)
+    lower.bar((np.arange(len(counts)) + 0.5) * width, counts, 0.9 * width, color=BLUE)
+    lower.set_ylabel("clips")
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    lower.set_xlim(0, 1)
+    lower.xaxis.set_major_formatter(PercentFormatter(1))
+    lower.set_xlabel("confidence: probability of the emotion named")
+    for axes in (upper, lower):
+        _tidy(axes)
+    return _entitle(figure, title)
+
+
+def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray) -> Figure:
+    """Draw a clip's waveform above its spectrogram.
+
+    Args:
+        waveform: [num_samples], full scale ±1.
+        sample_rate: hertz.
+        spectrogram: power in dB [bins, frames], from 0 Hz to half the sample rate.
+    """
+    seconds = len(waveform) / sample_rate
+    figure = Figure(figsize=(3.3, 2.5), layout="constrained")
+    wave, image = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    # One stroke from the lowest to the highest sample of each stretch, as an editor draws it.
+    stretches = np.array_split(waveform, min(CLIP_STROKES, len(waveform)))
+    times = np.linspace(0, seconds, len(stretches))
+    lows, highs = [s.min() for s in stretches], [s.max() for s in stretches]
+    wave.fill_between(times, lows, highs, color=BLUE, linewidth=0.5)
+    peak = max(float(np.abs(waveform).max()), 1e-3)
+    wave.set_ylim(-1.05 * peak, 1.05 * peak)
+    wave.set_yticks([])
+    wave.set_ylabel("wave", fontsize=8)
+    top = float(spectrogram.max())
+    image.imshow(
+        spectrogram, origin="lower", aspect="auto", cmap="cividis", vmin=top - 70, vmax=top,
+        extent=(0, seconds, 0, sample_rate / 2000),
+    )  # fmt: skip
+    image.set_ylabel("kHz", fontsize=8)
+    image.set_xlabel("seconds", fontsize=8)
+    for axes in (wave, image):
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _tidy(axes: Axes) -> None:
     axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -185,22 +252,21 @@ def per_class_rows(confusion: np.ndarray, labels: Sequence[str]) -> list[Row]:
     ]
 
 
-def per_speaker_rows(
-    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+def group_rows(
+    kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
 ) -> list[Row]:
-    """Tabulate clips, WA and UA (shares) of every speaker, by name.
+    """Tabulate clips, WA and UA (shares) of every group of clips, by name.
 
     Args:
-        speakers: of every clip [clips].
+        kind: what the groups are: speaker, sex, ...; heads their column.
+        groups: of every clip [clips].
         truth: label indices [clips].
         predicted: label indices [clips].
     """
     num_labels = int(max(truth.max(), predicted.max())) + 1
     rows: list[Row] = []
-    for speaker in sorted(set(speakers)):
-        mine = np.asarray(speakers) == speaker
+    for group in sorted(set(groups)):
+        mine = np.asarray(groups) == group
         scores = Scores(count_confusion(truth[mine], predicted[mine], num_labels), loss=0.0)
-        rows.append(
-            {"speaker": speaker, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua}
-        )
+        rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows

@@ -12,11 +12,21 @@ from ser_ray.training.config import TrainConfig
 FLAGS = {
     "pipeline": "--corpus --shards --feature --protocol --fold --epochs --batch-size --lr-min "
     "--lr-max --workers --seed --weights --experiment --tracking-uri --json --dry-run --storage",
+    "download": "--target --parts --actors --keep-archives --json --dry-run",
     "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
     "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
     "--workers --device --seed --weights --name --experiment --tracking-uri --json --dry-run",
-    "evaluate": "--shards --json --dry-run",
-    "predict": "--model --json --dry-run",
+    "lr-range": "--shards --lowest --highest --steps --feature --fold --batch-size --weights "
+    "--name --experiment --tracking-uri --json --dry-run",
+    "tune": "--shards --trials --searcher --scheduler --space --refit --grace-epochs --reduction "
+    "--cpus-per-worker --gpus-per-worker --feature --fold --epochs --workers --name --dry-run",
+    "crossval": "--shards --seeds --protocol --epochs --cpus-per-worker --gpus-per-worker --name "
+    "--workers --json --dry-run",
+    "evaluate": "--shards --protocol --fold --against --allow-seen-speakers --no-audio "
+    "--tracking-uri --json --dry-run",
+    "predict": "--model --output --tracking-uri --json --dry-run",
+    "export": "--format --output --tracking-uri --json --dry-run",
+    "register": "--name --alias --tracking-uri --json --dry-run",
 }
 
 
@@ -63,6 +73,11 @@ def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(c
         ("train --lr-min 0.1 --lr-max 0.01", "lr_min must be the smaller one (are they swapped?)"),
         ("train --workers 0", "workers is 0: it must be at least 1"),
         ("train --batch-size 0", "batch_size is 0: it must be above 0"),
+        ("tune --space lr=choice(1)", "no field lr; known are average_decay, "),
+        ("tune --space lr_min=choice(1)", "lr_min cannot be searched: draw lr_ratio"),
+        ("tune --trials 0", "trials is 0: it must be at least 1"),
+        ("tune --workers 1..2 --shards nowhere", "nowhere"),
+        ("crossval --seeds 0", "seeds is 0: it must be at least 1"),
         ("train --mixup -1", "mixup is -1.0: it must be 0 (off) or above"),
         ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
         ("train --shards nowhere", "nowhere"),
@@ -91,4 +106,4 @@ def test_every_verb_has_a_job():
     from pathlib import Path
 
     jobs = {path.stem for path in (Path(__file__).parents[1] / "jobs").glob("*.py")}
-    assert set(VERBS) <= jobs
+    assert {verb.replace("-", "_") for verb in VERBS} <= jobs

@@ -1,5 +1,6 @@
 """The page of a run: parsed as a reader's browser would, and searched for what must be there."""
 
+import base64
 import dataclasses
 import re
 from html.parser import HTMLParser
@@ -8,8 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ser_ray.page import RunReport, render_report
-from ser_ray.report import per_speaker_rows
+from ser_ray.page import ClipView, RunReport, render_report
+from ser_ray.report import group_rows
 
 VOID = {"meta", "br", "hr", "img", "link"}
 PROTOCOL = "emobox-6 fold 1 of 6 (speaker-independent)"
@@ -62,6 +63,17 @@ def report() -> RunReport:
     truth, predicted = rng.integers(0, 3, (2, 90))
     confusion = np.zeros((3, 3), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
+    waveform = np.sin(np.arange(16_000) / 9).astype(np.float32)
+    clip = ClipView(
+        name="<clip>.wav",
+        truth="happy",
+        predicted="<angry>",
+        probability=0.81,
+        waveform=waveform,
+        sample_rate=16_000,
+        spectrogram=rng.normal(-40, 10, (321, 51)),
+        mp3=b"sound",
+    )
     epochs = [{"epoch": e, "train_loss": 1 / e, "train_wa": 0.2 * e} for e in (1, 2, 3)]
     return RunReport(
         title="run <script>alert(1)</script>",
@@ -71,7 +83,16 @@ def report() -> RunReport:
         scores={"UA": 0.7123, "WA": 0.7001},
         labels=("happy", "sad & low", "<angry>"),
         confusion=confusion,
-        speakers=per_speaker_rows(["01", "11", "20"] * 30, truth, predicted),
+        intervals={"UA": (0.61, 0.79)},
+        drawn="over draws of 3 speakers",
+        groups={
+            "speaker": group_rows("speaker", ["01", "11", "20"] * 30, truth, predicted),
+            "sex": group_rows("sex", ["male", "female"] * 45, truth, predicted),
+        },
+        calibration=([0.15, float("nan")], [0.2, float("nan")], [90, 0]),
+        ece=0.05,
+        examples=[clip],
+        hardest=[dataclasses.replace(clip, mp3=None)],
         history=[{**row, "val_loss": 1.0, "val_wa": 0.4, "val_ua": 0.3} for row in epochs],
         lr_per_step=[1e-4, 2e-3, 1e-5],
         lr_min=1e-4,
@@ -87,8 +108,9 @@ def test_page_is_well_formed_and_loads_nothing(report: RunReport) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert page.references, "figures refer to their own parts"
     for reference in page.references:
-        assert reference.strip("'\"").startswith("#")
-        assert reference.strip("'\"#") in page.ids
+        inside = reference.strip("'\"")
+        assert inside.startswith(("#", "data:image/png;base64,", "data:audio/mpeg;base64,"))
+        assert not inside.startswith("#") or inside[1:] in page.ids
     assert not page.tags & {"script", "img", "link", "iframe", "object"}
     assert "@import" not in text
     assert "url(" not in re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)  # type: ignore[union-attr]
@@ -96,7 +118,7 @@ def test_page_is_well_formed_and_loads_nothing(report: RunReport) -> None:
 
 def test_every_figure_is_an_svg_with_a_description(report: RunReport) -> None:
     figures = re.findall(r"<svg.*?</svg>", render_report(report), re.DOTALL)
-    assert len(figures) == 4
+    assert len(figures) == 7
     for figure in figures:
         root = ElementTree.fromstring(figure)
         assert root.get("role") == "img"
@@ -117,20 +139,26 @@ def test_text_of_others_is_shown_as_text(report: RunReport) -> None:
 
 def test_protocol_stands_beside_every_score(report: RunReport) -> None:
     text = render_report(report)
-    tiles = re.findall(r'class="value">([\d.]+%)</dd><dd class="quiet">(.*?)</dd>', text)
+    tiles = re.findall(
+        r'class="value">([\d.]+%)</dd>(?:<dd>.*?</dd>)?<dd class="quiet">(.*?)</dd>', text
+    )
     assert tiles == [(value, f"test, {PROTOCOL}, RAVDESS") for value in ("71.2%", "70.0%")]
     captions = re.findall(r"<caption>(.*?)</caption>", text)
-    assert captions == [f"test, {PROTOCOL}, RAVDESS"] * 2
-    for figure in re.findall(r"<svg.*?</svg>", text, re.DOTALL)[:3]:
+    assert captions == [f"test, {PROTOCOL}, RAVDESS"] * 3
+    scored = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for figure in (*scored[:3], scored[5]):  # between them are the clips
         words = " ".join("".join(ElementTree.fromstring(figure).itertext()).split())
         assert PROTOCOL in words
 
 
 def test_tables_hold_the_numbers(report: RunReport) -> None:
     page = Page(render_report(report))
-    for row in report.speakers:
-        wanted = f"{row['speaker']} {row['clips']} {row['wa']:.1%} {row['ua']:.1%}"
-        assert wanted in page.text
+    for kind, rows in report.groups.items():
+        for row in rows:
+            wanted = f"{row[kind]} {row['clips']} {row['wa']:.1%} {row['ua']:.1%}"
+            assert wanted in page.text
+    assert "95 % interval 61.0% to 79.0%, over draws of 3 speakers" in page.text
+    assert "expected calibration error 5.0%" in page.text
     assert "feature mel" in page.text
     assert "torch 2.11.0" in page.text
 
@@ -138,8 +166,21 @@ def test_tables_hold_the_numbers(report: RunReport) -> None:
 def test_stand_in_is_named_wherever_its_results_are(report: RunReport) -> None:
     standin = render_report(dataclasses.replace(report, corpus="stand-in"))
     assert "not results on RAVDESS" in Page(standin).text
-    assert Page(standin).text.count("stand-in corpus") >= 1 + 2 + 2 + 3
+    assert Page(standin).text.count("stand-in corpus") >= 1 + 2 + 3 + 4
     assert "tand-in" not in Page(render_report(report)).text
+
+
+def test_a_clip_is_shown_with_its_verdict_and_played_where_it_may_be(report: RunReport) -> None:
+    page = Page(render_report(report))
+    assert page.text.count("happy : named <angry> (81%), wrong <clip>.wav") == 2
+    players = [item for item in page.references if item.startswith("data:audio")]
+    assert players == [f"data:audio/mpeg;base64,{base64.b64encode(b'sound').decode()}"]
+
+
+def test_a_page_without_history_or_clips_has_no_such_sections(report: RunReport) -> None:
+    bare = dataclasses.replace(report, history=[], lr_per_step=[], examples=[], hardest=[])
+    text = Page(render_report(bare)).text
+    assert not {"Training", "Examples", "Hardest"} & set(text.split())
 
 
 def test_the_same_run_gives_the_same_page(report: RunReport) -> None:

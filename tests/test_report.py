@@ -14,9 +14,9 @@ from ser_ray.report import (
     bars_figure,
     confusion_figure,
     curves_figure,
+    group_rows,
     learning_rate_figure,
     per_class_rows,
-    per_speaker_rows,
 )
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -180,7 +180,7 @@ def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) ->
     truth, predicted = rng.integers(0, 4, (2, 300))
     speakers = rng.choice(["03", "01", "22"], 300)
     truth[(speakers == "22") & (truth == 2)] = 1  # a speaker without one of the labels
-    rows = per_speaker_rows(list(speakers), truth, predicted)
+    rows = group_rows("speaker", list(speakers), truth, predicted)
     assert [item["speaker"] for item in rows] == ["01", "03", "22"]
     for item in rows:
         mine = speakers == item["speaker"]

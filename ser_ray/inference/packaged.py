@@ -1,24 +1,36 @@
 """The model as MLflow packages it: it works alone, without Ray and without this repository.
 
 MLflow's `loader_module` protocol: the checkpoint's directory is the data, `_load_pyfunc` opens it.
-Input: one column of paths, or of the bytes of audio files. Output: a row for each with `emotion`, a
-probability for every label, `status` and `reason`.
+Input: a row for each recording, with one of the columns of `INPUTS` filled. Output: a row for each
+with `emotion`, a probability for every label, `status` and `reason`.
 """
 
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ser_ray.inference.predict import Predictor
+import numpy as np
+
+from ser_ray.inference.predict import Prediction, Predictor
 
 if TYPE_CHECKING:
     import pandas as pd
 
-REQUIREMENTS = (
-    "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
-    "safetensors",
-)  # fmt: skip
+REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
+                "safetensors", "pandas")  # fmt: skip
 """What loading and predicting import."""
+
+INPUTS = {
+    "path": "string: path or URI of a recording that the model's machine can open",
+    "audio": "binary: the bytes of a recording's file, base64 in JSON",
+    "waveform": "array of double: mono samples in [-1, 1]",
+    "sample_rate": "double: hertz of the waveform; 16000 if left out",
+}
+"""Columns of the input, all optional."""
+
+WAVEFORM_RATE = 16_000.0
+EXAMPLE_SECONDS = 0.25
 
 
 class PackagedModel:
@@ -30,23 +42,49 @@ class PackagedModel:
     def predict(
         self, model_input: "pd.DataFrame", params: dict[str, Any] | None = None
     ) -> "pd.DataFrame":
-        """Name the emotion of each file in the first column."""
+        """Name the emotion of the recording in each row."""
         import pandas as pd
 
-        return pd.DataFrame([self._row(item) for item in model_input.iloc[:, 0]])
+        rows = model_input.to_dict(orient="records")
+        return pd.DataFrame([self._row({str(k): v for k, v in row.items()}) for row in rows])
 
-    def _row(self, item: str | bytes) -> dict[str, Any]:
-        if isinstance(item, bytes):
-            found = self.predictor.predict_stream(BytesIO(item), "bytes")
-        else:
-            found = self.predictor.predict(item)
-        empty = dict.fromkeys(self.predictor.card.labels, float("nan"))
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        found = self._predict({name: value for name, value in row.items() if _is_given(value)})
+        empty = dict.fromkeys(self.predictor.labels, math.nan)
         return {
             "emotion": found.emotion or "",
             **(found.probabilities or empty),
             "status": found.status,
             "reason": found.reason or "",
         }
+
+    def _predict(self, row: dict[str, Any]) -> Prediction:
+        if "path" in row:
+            return self.predictor.predict(row["path"])
+        if "audio" in row:
+            return self.predictor.predict_stream(BytesIO(row["audio"]), "audio")
+        if "waveform" in row:
+            samples = np.asarray(row["waveform"], np.float32)
+            rate = round(row.get("sample_rate", WAVEFORM_RATE))
+            if samples.ndim == 1 and len(samples) and rate > 0 and np.isfinite(samples).all():
+                return self.predictor.predict_samples(samples, rate, "waveform")
+            reason = "the waveform is not a row of finite numbers, or its rate is not above 0"
+            return Prediction(path="waveform", status="unreadable", reason=reason)
+        reason = f"the row has none of {', '.join(INPUTS)}"
+        return Prediction(path="", status="unreadable", reason=reason)
+
+
+def example_input() -> "pd.DataFrame":
+    """A row that any machine can score: a tone as samples."""
+    import pandas as pd
+
+    seconds = np.arange(int(EXAMPLE_SECONDS * WAVEFORM_RATE)) / WAVEFORM_RATE
+    tone = np.round(0.2 * np.sin(2 * np.pi * 220 * seconds), 4)
+    return pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [WAVEFORM_RATE]})
+
+
+def _is_given(value: Any) -> bool:
+    return not (value is None or (isinstance(value, float) and math.isnan(value)))
 
 
 def _load_pyfunc(data_path: str) -> PackagedModel:

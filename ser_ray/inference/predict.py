@@ -1,29 +1,39 @@
 """A checkpoint and an audio file to an emotion.
 
 The features are computed by the same code and configuration as those the model was trained on, and
-a clip is scored by the same windows as in validation; nothing here needs Ray.
+a clip is scored by the same windows as in validation. One file is answered in about the time that
+Python needs to import torch: nothing here needs Ray, MLflow or torchvision.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from pyarrow import fs
 
-from ser_ray.errors import CorpusError
-from ser_ray.features.decode import ClipError, decode
-from ser_ray.features.extract import Extractor
-from ser_ray.storage import filesystem_of
-from ser_ray.training.checkpoint import read_card, read_network
-from ser_ray.training.data import Clips
-from ser_ray.training.loop import predict_clips
+from ser_ray.inference.hear import Heard, Hearing
+from ser_ray.inference.network import load_network
+from ser_ray.training.checkpoint import read_card
+from ser_ray.training.data import window_batches
 
-AUDIO_SUFFIXES = (".wav", ".mp4", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".webm", ".mkv", ".mov")
+BATCH_SIZE = 32
+"""Crops scored at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """What the model says of one window of a long recording."""
+
+    start: float
+    """Seconds from the beginning."""
+    end: float
+    """Seconds from the beginning."""
+    emotion: str
+    probabilities: dict[str, float]
+    """Probability of every label; they sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +43,15 @@ class Prediction:
     path: str
     emotion: str | None = None
     probabilities: dict[str, float] | None = None
-    """Probability of every label; they sum to 1."""
+    """Probability of every label; they sum to 1. Of a long recording, the mean of its windows."""
     duration: float | None = None
     """Seconds of the whole recording."""
+    timeline: tuple[Segment, ...] = ()
+    """The windows with sound of a recording longer than the clips the model was trained on."""
     status: str = "ok"
-    """ok, or what is wrong with the file: unreadable, no_audio, too_short, silent."""
+    """ok, or what is wrong with the file: unreadable, no_audio, too_short, too_long, silent."""
     reason: str | None = None
+    """The status in words."""
 
 
 class Predictor:
@@ -53,95 +66,95 @@ class Predictor:
 
     def __init__(self, checkpoint: Path) -> None:
         self.card = read_card(checkpoint)
-        self.extract = Extractor(self.card.features)
-        self.network = read_network(checkpoint, self.card)
+        self.labels = self.card.labels
+        self.network = load_network(checkpoint)
         self.device = torch.device("cpu")
+        config = self.card.config
+        self.hearing = Hearing(self.card.features, config.feature, config.crop_frames)
 
-    def probabilities(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Score one recording.
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ when the card or any weight does."""
+        digest = hashlib.blake2b(self.card.to_json().encode(), digest_size=8)
+        for weight in self.network.parameters():
+            digest.update(weight.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
-        Args:
-            samples: mono, [num_samples] float32 in [-1, 1].
-            sample_rate: hertz.
-
-        Returns:
-            Probability of every label [labels].
-
-        Raises:
-            ClipError: too short or silent.
-        """
-        waveform = self.extract.waveform(samples, sample_rate)
-        features = self.extract.features(waveform)[self.card.config.feature]
-        clip = Clips.resident(
-            features[None].astype(np.float16),  # as stored in the shards
-            np.array([features.shape[1]]),
-            np.array([0]),
-            self.card.normalisation,
-            self.device,
-        )
-        rows = np.array([0])
-        labels = len(self.card.labels)
-        return predict_clips(self.network, clip, rows, self.card.config, labels)[0]
+    def to(self, device: torch.device) -> "Predictor":
+        """Move the network to a device."""
+        self.device, self.network = device, self.network.to(device)
+        return self
 
     def predict(self, location: str) -> Prediction:
         """Score one file; what is wrong with it ends in the answer, not in an exception."""
-        filesystem, path = filesystem_of(location)
-        try:
-            with filesystem.open_input_file(path) as file:
-                return self.predict_stream(file, location)
-        except OSError as error:
-            return Prediction(path=location, status="unreadable", reason=str(error))
+        return self.score([self.hearing.file(location)])[0]
 
     def predict_stream(self, file: BinaryIO, name: str) -> Prediction:
         """Score the file behind a seekable stream; `name` is what the answer calls it."""
-        try:
-            samples, sample_rate = decode(file, name)
-            scores = self.probabilities(samples, sample_rate)
-        except ClipError as error:
-            return Prediction(path=name, status=error.status, reason=error.reason)
+        return self.score([self.hearing.stream(file, name)])[0]
+
+    def predict_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Prediction:
+        """Score mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
+        return self.score([self.hearing.samples(samples, sample_rate, name)])[0]
+
+    def score(self, heard: Sequence[Heard]) -> list[Prediction]:
+        """Score what was heard in some files, together."""
+        scores = self.probabilities([array for item in heard for array in item.features])
+        ends = np.cumsum([len(item.features) for item in heard])[:-1]
+        own = np.split(scores, ends)
+        return [self._answer(item, rows) for item, rows in zip(heard, own, strict=True)]
+
+    @torch.inference_mode()
+    def probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
+        """Score clips: the mean over the windows that cover each, as in validation.
+
+        Args:
+            features: of every clip, [bins, frames] float16.
+
+        Returns:
+            Probability of every label, float64 [clips, labels].
+        """
+        crop_frames = self.card.config.crop_frames
+        num_frames = np.array([array.shape[1] for array in features], dtype=np.int64)
+        sums = np.zeros((len(features), len(self.labels)))
+        counts = np.zeros(len(features))
+        every = np.arange(len(features))
+        for clips, starts in window_batches(num_frames, every, crop_frames, BATCH_SIZE):
+            pairs = zip(clips, starts, strict=True)
+            crops = np.stack([self._crop(features[clip], start) for clip, start in pairs])
+            batch = torch.from_numpy(crops[:, None])
+            batch = batch.to(self.device).contiguous(memory_format=torch.channels_last)
+            np.add.at(sums, clips, self.network(batch).double().softmax(dim=1).cpu().numpy())
+            np.add.at(counts, clips, 1)
+        return sums / counts[:, None]
+
+    def _crop(self, features: np.ndarray, start: int) -> np.ndarray:
+        """Cut [bins, crop_frames] float32 from a clip, normalised; what lies outside it is 0."""
+        crop_frames = self.card.config.crop_frames
+        inside = self.card.normalisation.apply(features[:, max(start, 0) : start + crop_frames])
+        crop = np.zeros((len(features), crop_frames), np.float32)
+        crop[:, max(-start, 0) :][:, : inside.shape[1]] = inside
+        return crop
+
+    def _answer(self, heard: Heard, scores: np.ndarray) -> Prediction:
+        """Put one file's scores [windows, labels] into words."""
+        if heard.status != "ok":
+            return Prediction(
+                path=heard.path, duration=heard.duration, status=heard.status, reason=heard.reason
+            )
+        emotion, probabilities = self._name(scores.mean(axis=0))
+        timeline = []
+        for (start, end), row in zip(heard.windows, scores if heard.windows else (), strict=True):
+            named, shares = self._name(row)
+            timeline.append(Segment(start=start, end=end, emotion=named, probabilities=shares))
         return Prediction(
-            path=name,
-            emotion=self.card.labels[int(scores.argmax())],
-            probabilities=dict(zip(self.card.labels, scores.tolist(), strict=True)),
-            duration=len(samples) / sample_rate,
+            path=heard.path,
+            emotion=emotion,
+            probabilities=probabilities,
+            duration=heard.duration,
+            timeline=tuple(timeline),
         )
 
-
-@contextmanager
-def local_checkpoint(location: str) -> Iterator[Path]:
-    """A checkpoint as a local directory, copied there for the block where it is remote."""
-    filesystem, path = filesystem_of(location)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        yield Path(path)
-        return
-    with TemporaryDirectory() as folder:
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            fs.copy_files(path, folder, source_filesystem=filesystem)
-        yield Path(folder)
-
-
-def list_audio(sources: tuple[str, ...]) -> list[str]:
-    """Files to score: the files named, and those of audio or video in the folders named.
-
-    Raises:
-        CorpusError: a source does not exist or a folder holds no such file.
-    """
-    files: list[str] = []
-    for source in sources:
-        filesystem, path = filesystem_of(source)
-        info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise CorpusError(f"{source}: no such file or folder")
-        if info.type == fs.FileType.File:
-            files.append(source)
-            continue
-        prefix = source.rstrip("/")
-        found = [
-            f"{prefix}/{entry.path.removeprefix(path.rstrip('/') + '/')}"
-            for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-            if entry.type == fs.FileType.File and entry.path.lower().endswith(AUDIO_SUFFIXES)
-        ]
-        if not found:
-            raise CorpusError(f"{source}: no audio or video file in this folder")
-        files += sorted(found)
-    return files
+    def _name(self, scores: np.ndarray) -> tuple[str, dict[str, float]]:
+        best = self.labels[int(scores.argmax())]
+        return best, dict(zip(self.labels, scores.tolist(), strict=True))

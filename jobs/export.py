@@ -1,0 +1,8 @@
+"""`ser-ray export` for `ray job submit --working-dir . -- python jobs/export.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`ser-ray register` for `ray job submit --working-dir . -- python jobs/register.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["register", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`ser-ray tune` for `ray job submit --working-dir . -- python jobs/tune.py ...`."""
+
+import sys
+
+from ser_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["tune", *sys.argv[1:]]))

@@ -1,0 +1,151 @@
+"""Many files to a table of predictions: a Ray Data pass with a pool of model actors.
+
+Files go through in small blocks, so memory does not grow with their number; a block's answers are
+in the journal as soon as it is done, and the same command goes on with the files that are not. On
+CPUs an actor decodes and scores; for actors on GPUs, decoding runs beside them on the CPUs. What
+is wrong with a file is a row like any other.
+"""
+
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ser_ray.cluster import has_gpus
+from ser_ray.errors import SerRayError
+from ser_ray.inference.hear import Hearing
+from ser_ray.inference.predict import Predictor
+from ser_ray.inference.results import Journal, as_row, require_suffix
+from ser_ray.shards.progress import Progress, Watch, show
+
+FILES_AT_ONCE = 32
+"""Files of a block: what an interruption costs each actor at most."""
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSummary:
+    """What a pass did."""
+
+    output: str
+    """Where the table is."""
+    counts: dict[str, int]
+    """Files by status."""
+    emotions: dict[str, int]
+    """Files by the emotion named."""
+    files_before: int
+    """Files that interrupted runs had answered."""
+    seconds: float
+    """Wall time of this run."""
+
+
+def predict_many(
+    files: Sequence[str],
+    predictor: Predictor,
+    output: str,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> BatchSummary:
+    """Score files on the cluster that the caller is connected to, or what is missing of them.
+
+    Args:
+        files: paths or URIs, each once.
+        output: table to write, with one of the suffixes of `results.SUFFIXES`.
+        progress: called after every block; by default a bar or log lines on standard error.
+
+    Raises:
+        ConfigError: another suffix, or another run writes there.
+        SerRayError: the pass broke off.
+    """
+    require_suffix(output)
+    started = time.monotonic()
+    with Journal(output, predictor.fingerprint) as journal:
+        waiting = [path for path in files if not journal.is_done(path)]
+        watch = Watch(len(files), len(files) - len(waiting))
+        with show(progress) as report:
+            for rows in _score(waiting, predictor) if waiting else ():
+                journal.append(rows)
+                report(watch.add(Counter(row["status"] for row in rows)))
+        statuses: Counter[str] = Counter()
+        emotions: Counter[str] = Counter()
+        for row in journal.answers(files):
+            statuses[row["status"]] += 1
+            emotions[row["emotion"]] += row["emotion"] is not None
+        journal.conclude(files, predictor.labels)
+    return BatchSummary(
+        output=output,
+        counts=dict(statuses.most_common()),
+        emotions=dict((+emotions).most_common()),
+        files_before=len(files) - len(waiting),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str, Any]]]:
+    """Run the pass and yield the rows of each block as it is done."""
+    import ray
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    blocks = -(-len(files) // FILES_AT_ONCE)
+    dataset = ray.data.from_items([{"path": path} for path in files], override_num_blocks=blocks)
+    gpus = has_gpus()
+    kind = "GPU" if gpus else "CPU"
+    if gpus:
+        dataset = dataset.map_batches(_Decoder(predictor.hearing), batch_size=FILES_AT_ONCE)
+    dataset = dataset.map_batches(
+        _Scorer,
+        fn_constructor_args=(ray.put(predictor),),
+        batch_size=FILES_AT_ONCE,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(max(int(ray.cluster_resources()[kind]), 1), blocks)
+        ),
+        num_cpus=None if gpus else 1,
+        num_gpus=1 if gpus else None,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+            yield [pickle.loads(row) for row in batch["row"]]
+    except ray.exceptions.RayError as error:
+        raise SerRayError(
+            f"the pass broke off ({str(error).splitlines()[0]}); the answers so far are kept: the "
+            "same command goes on from there"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Adds what was heard in each file."""
+
+    hearing: Hearing
+
+    def __call__(self, batch: Batch) -> Batch:
+        heard = [pickle.dumps(self.hearing.file(path)) for path in batch["path"].tolist()]
+        return {"heard": np.array(heard, dtype=object)}
+
+
+class _Scorer:
+    """An actor that holds the model."""
+
+    def __init__(self, predictor: Any) -> None:
+        import ray
+        import torch
+
+        self.predictor: Predictor = ray.get(predictor)
+        if ray.get_gpu_ids():
+            self.predictor.to(torch.device("cuda"))
+        else:
+            torch.set_num_threads(1)  # an actor has one CPU
+
+    def __call__(self, batch: Batch) -> Batch:
+        if "heard" in batch:
+            heard = [pickle.loads(item) for item in batch["heard"]]
+        else:
+            heard = [self.predictor.hearing.file(path) for path in batch["path"].tolist()]
+        rows = [pickle.dumps(as_row(found)) for found in self.predictor.score(heard)]
+        return {"row": np.array(rows, dtype=object)}

@@ -1,0 +1,267 @@
+"""Every fold of a protocol, trained, chosen on its validation clips and tested once.
+
+Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trains, keeps its best
+checkpoint by validation, scores its own test part with it in the same process, and leaves those
+predictions as a table. All figures here come from these tables. The same command goes on with an
+interrupted cross-validation.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ser_ray.cluster import cluster
+from ser_ray.corpus.protocols import num_folds
+from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.inference.evaluate import evaluate
+from ser_ray.inference.statistics import Intervals, bootstrap
+from ser_ray.report import confusion_figure, group_rows
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage import absolute, filesystem_of
+from ser_ray.tracking import Tracker, now_ms
+from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.data import describe, label_indices, select_rows
+from ser_ray.training.metrics import Scores, scores_of
+from ser_ray.training.model import read_pretrained
+from ser_ray.training.run_folder import RunFolder
+from ser_ray.training.search_config import CrossvalConfig, SlotConfig
+from ser_ray.training.study import Show, TrialLog
+from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, run_trials
+from ser_ray.training.tune import csv_text, open_study, require_all_ended
+
+FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
+
+
+@dataclass(frozen=True, slots=True)
+class CrossvalResult:
+    """The pooled test parts of all folds."""
+
+    name: str
+    label: str
+    """Protocol and corpus, as shown beside every score."""
+    labels: tuple[str, ...]
+    by_seed: dict[int, Scores]
+    """Scores of all folds' test clips together, each clip once, for every seed."""
+    intervals: Intervals
+    """95 % intervals by drawing speakers again, over all seeds together."""
+    predictions: pa.Table
+    """A row for each test clip and seed: fold, seed, speaker, emotion, predicted, p_<label>."""
+    run_id: str
+    tracking_uri: str
+    location: str
+    """Folder that holds predictions.parquet."""
+
+    def mean(self, figure: str) -> float:
+        """Mean of wa, ua or f1 over the seeds."""
+        return float(np.mean([scores.to_dict()[figure] for scores in self.by_seed.values()]))
+
+    def spread(self, figure: str) -> float:
+        """Standard deviation of wa, ua or f1 over the seeds (n - 1); 0 for one seed."""
+        values = [scores.to_dict()[figure] for scores in self.by_seed.values()]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts summed over folds and seeds [labels, labels]."""
+        return np.sum([scores.confusion for scores in self.by_seed.values()], axis=0)
+
+    @property
+    def speakers(self) -> list[dict[str, Any]]:
+        """Clips, WA and UA of every speaker over all seeds."""
+        return group_rows(
+            "speaker",
+            self.predictions["speaker"].to_pylist(),
+            *_truth(self.predictions, self.labels),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a program reads."""
+        return {
+            "protocol": self.label,
+            "clips": self.predictions.num_rows // len(self.by_seed),
+            "seeds": list(self.by_seed),
+            "mean": {name: self.mean(name) for name in FIGURES},
+            "spread": {name: self.spread(name) for name in FIGURES},
+            "interval": {name: getattr(self.intervals, name) for name in FIGURES},
+            "by_seed": {str(seed): scores.to_dict() for seed, scores in self.by_seed.items()},
+            "by_speaker": self.speakers,
+            "confusion": self.confusion.tolist(),
+        }
+
+    def text(self) -> str:
+        """The three figures, each with what it is a figure of."""
+        lines = []
+        for name, title in FIGURES.items():
+            low, high = getattr(self.intervals, name)
+            spread = f" ± {self.spread(name):.1%} over seeds" if len(self.by_seed) > 1 else ""
+            lines.append(
+                f"{title:8}  {self.mean(name):.1%}{spread}, 95 % interval over "
+                f"{self.intervals.drawn} {low:.1%} to {high:.1%}  ({self.label})"
+            )
+        return "\n".join(lines)
+
+
+def crossval(
+    shards_location: str,
+    recipe: TrainConfig,
+    run: RunConfig,
+    config: CrossvalConfig,
+    slots: SlotConfig,
+    *,
+    show: Show,
+    address: str = "",
+) -> CrossvalResult:
+    """Cross-validate a recipe over all folds of its protocol, or go on with it.
+
+    Raises:
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
+            starts.
+        SerRayError: a fold failed; says which and why.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    if recipe.fold:
+        raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, leave it out")
+    shards = open_shards(absolute(shards_location))
+    folds, label = count_folds(shards, recipe)
+    seeds = [recipe.seed + index for index in range(config.seeds)]
+    pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
+    folder = RunFolder(run.storage, run.name or crossval_name(recipe, config, shards))
+    location = absolute(folder.location)
+    with cluster(address), folder.lock():
+        found = find_slots(run, slots)
+        setup = TrialSetup(
+            recipe=recipe,
+            shards=shards,
+            slots=found,
+            storage=location,
+            finish=partial(test_fold, folder=location),
+        )
+        identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
+        with open_study(setup, folder, run, label, identity, show) as study:
+            if not folder.record().get("finished"):
+                plan = grid_plan({"seed": seeds, "fold": list(range(folds))}, found)
+                run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
+                study.read()
+                require_all_ended(study, folds * len(seeds))
+            _require_all_finished(study.logs)
+        result = pool(location, label, shards.card.labels, folds, seeds, study.parent, folder.name)
+        _log_outcome(study.parent, result)
+        folder.update_record(finished=True)
+        study.parent.finish("FINISHED")
+    return result
+
+
+def count_folds(shards: ShardSet, recipe: TrainConfig) -> tuple[int, str]:
+    """Folds of the recipe's protocol, each tried for size, and the label of the whole.
+
+    Raises:
+        ConfigError: a fold has an empty side.
+    """
+    table = shards.clips()
+    folds = num_folds(recipe.protocol, table["speaker"].to_pylist())
+    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in range(folds)]
+    kind = describe(splits[0])["label"].partition("(")[2]
+    return folds, f"{recipe.protocol}, {folds} folds, {kind.rstrip(')')}, {shards.card.corpus}"
+
+
+def crossval_name(recipe: TrainConfig, config: CrossvalConfig, shards: ShardSet) -> str:
+    """Name of a cross-validation, equal for equal ones on equal shards."""
+    identity = f"{recipe.fingerprint}{shards.card.fingerprint}{config.seeds}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return f"crossval-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
+
+
+def test_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str) -> None:
+    """Score a fold's test part with its chosen checkpoint and keep the predictions as a table."""
+    table = evaluate(checkpoint, shards.uri).predictions
+    for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
+        column = pa.array(np.full(table.num_rows, value, np.int32))
+        table = table.add_column(0, name, column)
+    filesystem, path = filesystem_of(_predictions_of(folder, recipe.fold, recipe.seed))
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    pq.write_table(table, f"{path}.tmp", filesystem=filesystem)
+    filesystem.move(f"{path}.tmp", path)
+
+
+test_fold.__test__ = False  # type: ignore[attr-defined]  # not a test of pytest's
+
+
+def pool(
+    location: str,
+    label: str,
+    labels: tuple[str, ...],
+    folds: int,
+    seeds: Sequence[int],
+    tracker: Tracker,
+    name: str,
+) -> CrossvalResult:
+    """Put the predictions of all folds together, keep them as one table, and score them."""
+    tables = []
+    for seed, fold in itertools.product(seeds, range(folds)):
+        filesystem, path = filesystem_of(_predictions_of(location, fold, seed))
+        tables.append(pq.read_table(path, filesystem=filesystem))
+    predictions = pa.concat_tables(tables)
+    filesystem, path = filesystem_of(f"{location}/predictions.parquet")
+    pq.write_table(predictions, path, filesystem=filesystem)
+    truth, predicted = _truth(predictions, labels)
+    probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
+    seed_of = predictions["seed"].to_numpy()
+    return CrossvalResult(
+        name=name,
+        label=label,
+        labels=labels,
+        by_seed={s: scores_of(truth[seed_of == s], probabilities[seed_of == s]) for s in seeds},
+        intervals=bootstrap(predictions["speaker"].to_pylist(), truth, predicted, len(labels)),
+        predictions=predictions,
+        run_id=tracker.run_id,
+        tracking_uri=tracker.uri,
+        location=location,
+    )
+
+
+def _predictions_of(folder: str, fold: int, seed: int) -> str:
+    return f"{folder.rstrip('/')}/predictions/fold{fold}-seed{seed}.parquet"
+
+
+def _truth(predictions: pa.Table, labels: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Label indices [clips] of what was said and of what was predicted."""
+    named = predictions.select(["predicted"]).rename_columns(["emotion"])
+    return label_indices(predictions, labels), label_indices(named, labels)
+
+
+def _require_all_finished(trials: list[TrialLog]) -> None:
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if failed:
+        first = failed[0]
+        raise SerRayError(
+            f"{len(failed)} of {len(trials)} folds failed; fold {first.recipe.fold}, seed "
+            f"{first.recipe.seed}: {first.problem}"
+        )
+
+
+def _log_outcome(tracker: Tracker, result: CrossvalResult) -> None:
+    scores = {f"test_{name}": result.mean(name) for name in FIGURES}
+    scores |= {f"test_{name}_spread": result.spread(name) for name in FIGURES}
+    for name in FIGURES:
+        low, high = getattr(result.intervals, name)
+        scores |= {f"test_{name}_low": low, f"test_{name}_high": high}
+    tracker.log_metrics(scores, 0, now_ms())
+    tracker.deliver()
+    tracker.log_files(
+        {
+            "plots/test_confusion.png": confusion_figure(
+                result.confusion, result.labels, f"test, {result.label}"
+            ),
+            "tables/crossval.json": result.to_dict(),
+            "tables/speakers.csv": csv_text(result.speakers),
+            "tables/predictions.csv": csv_text(result.predictions.to_pylist()),
+        }
+    )

@@ -1,0 +1,252 @@
+"""A checkpoint to one file that needs nothing of this program: ONNX, or torch's exported program.
+
+In: a mono waveform [num_samples] float32 at the model's sample rate, of any length. Out: the
+probability of every label [labels] float32, or NaN where prediction would not guess: silent, too
+short, or with more sound than the longest training clip. Trimming, features, normalisation and
+windows are inside, so no shape in the graph but the input's depends on the recording: what is
+outside the sound is masked, not cut off. Each export is compared with `Predictor` before it is
+handed over.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ser_ray.errors import SerRayError
+from ser_ray.features.extract import ENERGY_SECONDS, POWER_FLOOR, SILENCE_POWER, Extractor
+from ser_ray.inference.predict import Predictor
+
+TOLERANCE = 1e-3
+"""Largest difference of a probability from that of `Predictor`: the graph sums in other orders."""
+TRIED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
+OPSET = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A model as one file, checked."""
+
+    output: str
+    largest_difference: float
+    """Of a probability, from `Predictor`'s, over waveforms of `TRIED_SECONDS` and silent ends."""
+    tolerance: float = TOLERANCE
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: within {self.largest_difference:.1e} of the original "
+            f"(tolerance {self.tolerance:g})"
+        )
+
+
+class WaveformModel(nn.Module):
+    """The whole way of a clip as one graph: `Extractor`, windows and network."""
+
+    mean: Tensor
+    std: Tensor
+    cosines: Tensor
+    sines: Tensor
+    mel_bands: Tensor
+    dct: Tensor
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        card = predictor.card
+        config, self.features = card.features, card.features
+        self.kind, self.crop_frames = card.config.feature, card.config.crop_frames
+        self.network = predictor.network
+        self.max_windows = -(-config.num_frames // self.crop_frames)
+        length = config.window_length
+        angles = np.outer(np.arange(length), np.arange(length // 2 + 1)) * (2 * np.pi / length)
+        window = np.hanning(length + 1)[:-1, None]
+        extract = Extractor(config)
+        constants = {
+            "cosines": window * np.cos(angles),  # [window_length, bins]
+            "sines": window * np.sin(angles),
+            "mel_bands": extract._mel_bands.toarray(),  # [mels, bins]
+            "dct": _dct(config.num_mfcc, config.num_mels),  # [coefficients, mels]
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float64)))
+        for name in ("mean", "std"):
+            values = getattr(card.normalisation, name).astype(np.float32)
+            self.register_buffer(name, torch.from_numpy(values)[:, None])
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Score a waveform [num_samples] -> probabilities [labels]."""
+        begin, length, is_scored = self._sound(waveform)
+        num_frames = length // self.features.hop_length + 1
+        features = self._features(waveform.double(), begin, length)
+        # Rounded twice, as on its way through the shards into a training.
+        stored = features.half().float()
+        normalised = ((stored - self.mean) / self.std).half().float()
+        crops, weights = self._windows(normalised, num_frames)
+        shares = self.network(crops).softmax(dim=1)
+        mean = (shares * weights[:, None]).sum(dim=0) / weights.sum()
+        return torch.where(is_scored, mean, torch.full_like(mean, torch.nan))
+
+    def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First sample and number of samples of the sound, and whether it is a clip's."""
+        config, num_samples = self.features, waveform.shape[0]
+        stretch = round(ENERGY_SECONDS * config.sample_rate)
+        place = torch.arange(num_samples // stretch + 1)
+        samples = place[:, None] * stretch + torch.arange(stretch)
+        inside = waveform[samples.clamp(max=num_samples - 1)] * (samples < num_samples)
+        power = inside.square().mean(dim=1)
+        loud = power > power.max() * 10 ** (-config.trim_db / 10)
+        first = torch.where(loud, place, num_samples).min() * stretch
+        stop = ((torch.where(loud, place, -1).max() + 1) * stretch).clamp(max=num_samples)
+        margin = round(config.trim_margin * config.sample_rate)
+        begin = (first - margin).clamp(min=0)
+        length = (stop + margin).clamp(max=num_samples) - begin
+        is_scored = (
+            (power.max() >= SILENCE_POWER)
+            & (stop - first >= config.min_seconds * config.sample_rate)
+            & (length <= config.max_seconds * config.sample_rate)
+        )
+        return begin, length, is_scored
+
+    def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
+        """Features [bins, num_frames_max]; frames beyond those of the sound hold anything."""
+        config = self.features
+        starts = torch.arange(config.num_frames)[:, None] * config.hop_length
+        places = starts + torch.arange(config.window_length) - config.window_length // 2
+        mirrored = torch.where(places < 0, -places, places)
+        mirrored = torch.where(mirrored >= length, 2 * (length - 1) - mirrored, mirrored)
+        index = (begin + mirrored).clamp(0, waveform.shape[0] - 1)
+        frames = waveform[index]  # [num_frames_max, window_length]
+        power = (frames @ self.cosines).square() + (frames @ self.sines).square()
+        if self.kind == "spectrogram":
+            return _decibels(power).T
+        mel = _decibels(power @ self.mel_bands.T).T
+        return mel if self.kind == "mel" else self.dct @ mel
+
+    def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Crops [max_windows, 1, bins, crop_frames], and 1 for those that count [max_windows].
+
+        As `ser_ray.training.data.window_starts` places them.
+        """
+        spare = num_frames - self.crop_frames
+        count = (num_frames + self.crop_frames - 1) // self.crop_frames
+        order = torch.arange(self.max_windows)
+        spread = torch.round(order * spare / (count - 1).clamp(min=1).double()).long()
+        centred = torch.div(spare, 2, rounding_mode="floor")
+        starts = torch.where(spare > 0, spread, centred)
+        places = starts[:, None] + torch.arange(self.crop_frames)
+        valid = (places >= 0) & (places < num_frames)
+        crops = features[:, places.clamp(0, features.shape[1] - 1)] * valid
+        return crops.transpose(0, 1).unsqueeze(1), (order < count).float()
+
+
+def export(checkpoint: Path, output: Path, kind: Literal["onnx", "torch"]) -> Exported:
+    """Write a checkpoint as one file and check it against the original.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+        SerRayError: the packages for it are missing, or the file's answers differ.
+    """
+    predictor = Predictor(checkpoint)
+    num_samples = torch.export.Dim("num_samples", min=predictor.card.features.window_length)
+    sample = torch.from_numpy(_tried(1.0, predictor.card.features.sample_rate))
+    with torch.no_grad():
+        program = torch.export.export(
+            WaveformModel(predictor), (sample,), dynamic_shapes=({0: num_samples},)
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "labels": list(predictor.labels),
+        "sample_rate": predictor.card.features.sample_rate,
+        "protocol": predictor.card.split["label"],
+        "trained_on": predictor.card.trained_on,
+    }
+    if kind == "onnx":
+        run = _write_onnx(program, output, about)
+    else:
+        torch.export.save(program, output, extra_files={"about.json": json.dumps(about)})
+        run = _run_torch(output)
+    return Exported(output=str(output), largest_difference=_compare(run, predictor, output))
+
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""Waveform [num_samples] float32 -> probabilities [labels]."""
+
+
+def _write_onnx(program: torch.export.ExportedProgram, output: Path, about: dict) -> Run:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it and says so only in a traceback
+    except ImportError as error:
+        raise SerRayError(
+            f"ONNX export needs {error.name}: pip install 'ser-ray[export]'"
+        ) from error
+    graph = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["waveform"],
+        output_names=["probabilities"],
+        verbose=False,
+    )
+    assert graph is not None
+    graph.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    graph.save(output)
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    return lambda waveform: session.run(None, {"waveform": waveform})[0]
+
+
+def _run_torch(path: Path) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of its own archive's buffers
+        module = torch.export.load(path).module()
+    return lambda waveform: module(torch.from_numpy(waveform)).numpy()
+
+
+def _compare(run: Run, predictor: Predictor, output: Path) -> float:
+    """Largest difference of a probability over waveforms of several lengths."""
+    rate = predictor.card.features.sample_rate
+    largest = 0.0
+    for seconds in TRIED_SECONDS:
+        waveform = _tried(seconds, rate)
+        found = predictor.predict_samples(waveform, rate, "tried")
+        if found.probabilities is None or found.timeline:
+            if not np.isnan(run(waveform)).all():
+                largest = np.inf
+            continue
+        difference = np.abs(run(waveform) - np.array(list(found.probabilities.values())))
+        largest = max(largest, float(difference.max()))
+    if not largest <= TOLERANCE:
+        output.unlink()
+        raise SerRayError(
+            f"{output}: not written: its probabilities differ from the original's by "
+            f"{largest:.2g}, more than {TOLERANCE:g}; this is a fault of the program: please "
+            "report it with the model's card.json"
+        )
+    return largest
+
+
+def _tried(seconds: float, rate: int) -> np.ndarray:
+    """Harmonics that swell and fade over faint noise, with silent ends, float32 [num_samples]."""
+    time = np.arange(round(seconds * rate)) / rate
+    pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
+    voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))
+    inside = (time > 0.1 * seconds) & (time < 0.8 * seconds)
+    noise = np.random.default_rng(0).normal(0, 1e-5, len(time))
+    return (0.1 * voice * inside * (1.2 + np.sin(2 * np.pi * 3 * time)) + noise).astype(np.float32)
+
+
+def _dct(num_mfcc: int, num_mels: int) -> np.ndarray:
+    """Orthonormal DCT-II [num_mfcc, num_mels]."""
+    angles = np.outer(np.arange(num_mfcc), np.arange(num_mels) + 0.5) * (np.pi / num_mels)
+    scale = np.full((num_mfcc, 1), np.sqrt(2 / num_mels))
+    scale[0] = np.sqrt(1 / num_mels)
+    return scale * np.cos(angles)
+
+
+def _decibels(power: Tensor) -> Tensor:
+    return 10 * torch.log10(power.clamp(min=POWER_FLOOR))

@@ -1,0 +1,133 @@
+"""A file to what the network can be shown: the features of a clip, or of a recording's windows.
+
+The features are computed by the code and with the configuration of the shards that the model was
+trained on. A recording with more sound than the longest training clip is heard in overlapping
+windows as long as the network's crop, each treated as a clip of its own; windows without sound are
+left out, not guessed. Knows neither torch nor Ray, so decoding workers start in a moment.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from ser_ray.features import ClipError
+from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.decode import decode
+from ser_ray.features.extract import ENERGY_SECONDS, Extractor
+
+MAX_RECORDING_SECONDS = 3600.0
+"""Longer recordings are `too_long`: they would not fit into a worker's memory."""
+
+Window = tuple[float, float]
+"""Start and end in seconds of the recording."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What was heard in one file."""
+
+    path: str
+    duration: float | None = None
+    """Seconds of the whole recording; None where it could not be decoded."""
+    windows: tuple[Window, ...] = ()
+    """Where each of the features is from in a long recording; empty for a clip."""
+    features: tuple[np.ndarray, ...] = ()
+    """One array for a clip, one a window for a long recording, each [bins, frames] float16."""
+    status: str = "ok"
+    """ok, or why there are no features: unreadable, no_audio, too_short, too_long, silent."""
+    reason: str | None = None
+    """The status in words."""
+
+
+class Hearing:
+    """Turns files into features. Holds plain arrays, so it travels to workers.
+
+    Args:
+        config: the model's feature configuration.
+        kind: the feature that the network sees.
+        crop_frames: frames that the network sees at once, and so the length of a window.
+    """
+
+    def __init__(self, config: FeatureConfig, kind: Kind, crop_frames: int) -> None:
+        self.extract = Extractor(config)
+        self.kind = kind
+        frames = min(crop_frames, config.num_frames)
+        self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
+        self.step_seconds = self.window_seconds / 2
+
+    def file(self, location: str) -> Heard:
+        """Hear the file at a path or URI."""
+        return self._decoded(location, location)
+
+    def stream(self, file: BinaryIO, name: str) -> Heard:
+        """Hear the file behind a seekable stream; `name` is what the answer calls it."""
+        return self._decoded(file, name)
+
+    def samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Heard:
+        """Hear mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
+        duration = len(samples) / sample_rate
+        windows: tuple[Window, ...] = ()
+        features: tuple[np.ndarray, ...]
+        try:
+            try:
+                features = (self._features(samples, sample_rate),)
+            except ClipError as error:
+                if error.status != "too_long":
+                    raise
+                found = list(self._windows(samples, sample_rate))
+                windows = tuple(window for window, _ in found)
+                features = tuple(array for _, array in found)
+                if not found:
+                    raise ClipError("silent", "no window of it holds enough sound") from error
+        except ClipError as error:
+            return Heard(path=name, duration=duration, status=error.status, reason=error.reason)
+        return Heard(path=name, duration=duration, windows=windows, features=features)
+
+    def _decoded(self, source: str | BinaryIO, name: str) -> Heard:
+        try:
+            samples, sample_rate = decode(source, name, max_seconds=MAX_RECORDING_SECONDS)
+        except ClipError as error:
+            return Heard(path=name, status=error.status, reason=error.reason)
+        return self.samples(samples, sample_rate, name)
+
+    def _features(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
+        waveform = self.extract.waveform(samples, sample_rate)
+        return self.extract.features(waveform)[self.kind].astype(np.float16)  # as in the shards
+
+    def _windows(
+        self, samples: np.ndarray, sample_rate: int
+    ) -> Iterator[tuple[Window, np.ndarray]]:
+        """Yield the features of every window that holds sound.
+
+        Sound is what a training clip's silent ends were told from: less than `trim_db` below the
+        loudest of the recording, for `min_seconds` of the window.
+        """
+        loud = _loud_stretches(samples, sample_rate, self.extract.config.trim_db)
+        for start in window_starts(len(samples) / sample_rate, self.window_seconds):
+            window = start, start + self.window_seconds
+            first, last = (round(second / ENERGY_SECONDS) for second in window)
+            if loud[first:last].sum() * ENERGY_SECONDS < self.extract.config.min_seconds:
+                continue
+            heard = slice(*(round(second * sample_rate) for second in window))
+            try:
+                yield window, self._features(samples[heard], sample_rate)
+            except ClipError:  # silent: quiet beside the recording's loudest, and in full scale
+                continue
+
+
+def window_starts(seconds: float, window_seconds: float) -> list[float]:
+    """First second of every window of a recording: one every half window, the last at its end."""
+    last = max(seconds - window_seconds, 0.0)
+    return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
+
+
+def _loud_stretches(samples: np.ndarray, sample_rate: int, trim_db: float) -> np.ndarray:
+    """Which stretches of `ENERGY_SECONDS` are sound, bool [num_stretches]."""
+    stretch = round(ENERGY_SECONDS * sample_rate)
+    whole = len(samples) // stretch * stretch
+    stretches = samples[:whole].reshape(-1, stretch)
+    # Summed in blocks: an hour of int16 samples is not copied to float as a whole.
+    power = np.einsum("ij,ij->i", stretches, stretches, dtype=np.float64, casting="safe")
+    return power > power.max() * 10 ** (-trim_db / 10)

@@ -1,0 +1,207 @@
+"""What scores on few speakers are worth: intervals, calibration and paired comparisons.
+
+Clips of one speaker are alike, so what is drawn again for an interval is whole speakers
+(the cluster bootstrap, Field and Welsh 2007), and from the counts of each: exact, and fast.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ser_ray.training.metrics import count_confusion
+
+DRAWS = 2000
+BINS = 10
+"""Equal widths of confidence in which calibration is counted."""
+
+Interval = tuple[float, float]
+"""95 % interval: the 2.5th and 97.5th percentile of the draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Uncertainty of the scores of one test part."""
+
+    drawn: str
+    """What was drawn again: `speakers`, or `clips` where there is only one speaker."""
+    count: int
+    """How many of them there are; with a handful, intervals come out too narrow."""
+    ua: Interval
+    wa: Interval
+    f1: Interval
+    """Macro F1."""
+    recall: tuple[Interval, ...]
+    """Of every label."""
+
+
+def bootstrap(
+    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
+) -> Intervals:
+    """Intervals of the scores over draws of whole speakers, equal for equal arguments.
+
+    Args:
+        speakers: of every clip [clips].
+        truth: label indices [clips].
+        predicted: label indices [clips].
+    """
+    counts, drawn = _counts(speakers, truth, predicted, num_labels)
+    draws = _draw(counts)
+    occurring = draws.sum(axis=2)
+    hits = np.diagonal(draws, axis1=1, axis2=2)
+    recall = _ratio(hits, occurring)
+    f1 = _ratio(2 * hits, occurring + draws.sum(axis=1))
+    seen = (occurring + draws.sum(axis=1)) > 0
+    return Intervals(
+        drawn=drawn,
+        count=len(counts),
+        ua=_interval(_mean_where(recall, occurring > 0)),
+        wa=_interval(hits.sum(axis=1) / occurring.sum(axis=1)),
+        f1=_interval(_mean_where(f1, seen)),
+        recall=tuple(
+            _interval(recall[occurring[:, label] > 0, label]) for label in range(num_labels)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far a model's confidence is to be believed (Guo 2017)."""
+
+    confidence: np.ndarray
+    """Mean probability of the emotion named, in every bin [bins]; NaN in an empty one."""
+    accuracy: np.ndarray
+    """Share named right, in every bin [bins]; NaN in an empty one."""
+    count: np.ndarray
+    """Clips in every bin [bins]."""
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean distance of the two over the clips."""
+        gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
+        return float((gaps * self.count).sum() / max(self.count.sum(), 1))
+
+
+def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
+    """Compare confidence with accuracy.
+
+    Args:
+        truth: label indices [clips].
+        probabilities: [clips, labels], rows summing to 1.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == truth
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    count = np.bincount(places, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        return Calibration(
+            np.bincount(places, confidence, BINS) / count,
+            np.bincount(places, right, BINS) / count,
+            count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model beside another on the same clips; differences are first minus second."""
+
+    wa_difference: float
+    only_first_right: int
+    only_second_right: int
+    mcnemar_p: float
+    """Exact McNemar test of equal WA: clips count as independent, which flatters."""
+    ua_difference: float
+    ua_interval: Interval
+    """Of the difference, over draws of whole speakers, the same for both models."""
+    drawn: str
+    """What was drawn: `speakers`, or `clips` where there is only one speaker."""
+    count: int
+    """How many of them there are."""
+
+    def __str__(self) -> str:
+        low, high = self.ua_interval
+        return (
+            f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} over draws of "
+            f"{self.count} {self.drawn}), WA {self.wa_difference:+.1%}: {self.only_first_right} "
+            f"clips right that the other has wrong, {self.only_second_right} the other way, "
+            f"McNemar p = {self.mcnemar_p:.3g}"
+        )
+
+
+def compare(
+    speakers: Sequence[str],
+    truth: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    num_labels: int,
+) -> Comparison:
+    """Paired tests of two models' predictions [clips] of the same clips."""
+    first_right, second_right = first == truth, second == truth
+    only_first = int((first_right & ~second_right).sum())
+    only_second = int((second_right & ~first_right).sum())
+    ones, drawn = _counts(speakers, truth, first, num_labels)
+    others, _ = _counts(speakers, truth, second, num_labels)
+    differences = _ua(_draw(ones)) - _ua(_draw(others))  # both draw the same speakers
+    return Comparison(
+        wa_difference=float(first_right.mean() - second_right.mean()),
+        only_first_right=only_first,
+        only_second_right=only_second,
+        mcnemar_p=mcnemar_exact(only_first, only_second),
+        ua_difference=float((_ua(ones.sum(axis=0)[None]) - _ua(others.sum(axis=0)[None]))[0]),
+        ua_interval=_interval(differences),
+        drawn=drawn,
+        count=len(ones),
+    )
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided p of so uneven a split of the clips that one model alone got right.
+
+    McNemar 1947, with the binomial distribution instead of its approximation.
+    """
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(total, count) for count in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def _counts(
+    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
+) -> tuple[np.ndarray, str]:
+    """Confusion counts of every unit to be drawn [units, labels, labels], and what they are."""
+    names, owners = np.unique(np.asarray(speakers), return_inverse=True)
+    drawn = "speakers"
+    if len(names) == 1:
+        owners, drawn = np.arange(len(truth)), "clips"
+    units = range(int(owners.max()) + 1)
+    return np.stack(
+        [count_confusion(truth[owners == u], predicted[owners == u], num_labels) for u in units]
+    ), drawn
+
+
+def _draw(counts: np.ndarray) -> np.ndarray:
+    """Summed counts of so many units drawn with replacement [draws, labels, labels]."""
+    rng = np.random.default_rng(0)
+    times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
+    return np.tensordot(times, counts, axes=1)
+
+
+def _ua(counts: np.ndarray) -> np.ndarray:
+    occurring = counts.sum(axis=2)
+    recall = _ratio(np.diagonal(counts, axis1=1, axis2=2), occurring)
+    return _mean_where(recall, occurring > 0)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+
+
+def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return (values * where).sum(axis=1) / np.maximum(where.sum(axis=1), 1)
+
+
+def _interval(values: np.ndarray) -> Interval:
+    if len(values) == 0:
+        return math.nan, math.nan
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

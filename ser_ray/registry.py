@@ -1,0 +1,119 @@
+"""Models in MLflow: fetched by run or registered name, and made registered versions.
+
+Beside `tracking`, which records runs, the only module that imports MLflow.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ser_ray.errors import TrackingError
+from ser_ray.tracking import first_line, quick_to_give_up, require_reachable, resolve_uri
+
+CHOSEN_BY = "best_val_ua"
+"""Metric of a finished training."""
+TEST_SCORES = "tables/test.json"
+"""Artifact of an evaluated one."""
+
+
+def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
+    """Fetch the checkpoint in a packaged model into an empty folder; returns its directory.
+
+    Args:
+        model: id of the run that logged it, or a registered version: `models:/name@alias`.
+        tracking_uri: as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: no such run, model or alias, or the store cannot be reached.
+    """
+    quick_to_give_up()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(tracking_uri)
+    require_reachable(uri)
+    mlflow.set_tracking_uri(uri)
+    location = model if model.startswith("models:/") else f"runs:/{model}/model"
+    try:
+        path = mlflow.artifacts.download_artifacts(location, dst_path=str(folder))
+        data = mlflow.models.Model.load(path).flavors["python_function"]["data"]
+    except (MlflowException, OSError, KeyError) as error:
+        raise TrackingError(
+            f"{model}: no such model in {uri} ({first_line(error)}); name a run's id, "
+            "models:/name@alias or a checkpoint folder, and the store with --tracking-uri"
+        ) from error
+    return Path(path, data)
+
+
+def best_training_of(run_id: str, tracking_uri: str) -> str:
+    """The run itself, or of a search or cross-validation its training of the best validation UA.
+
+    Raises:
+        TrackingError: no such run, or it has neither a score of its own nor trainings that have.
+    """
+    quick_to_give_up()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(tracking_uri)
+    require_reachable(uri)
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        run = client.get_run(run_id)
+        children = client.search_runs(
+            [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'", max_results=1000
+        )
+    except MlflowException as error:
+        raise TrackingError(
+            f"{run_id}: no such run in {uri} ({first_line(error)}); name the store with "
+            "--tracking-uri"
+        ) from error
+    scored = [found for found in (run, *children) if CHOSEN_BY in found.data.metrics]
+    if not scored:
+        raise TrackingError(f"{run_id}: neither this run nor one below it is a finished training")
+    return str(max(scored, key=lambda found: found.data.metrics[CHOSEN_BY]).info.run_id)
+
+
+def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:
+    """The scores of a run's test part, None if it was not evaluated, and its validation UA."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=resolve_uri(tracking_uri))
+    with TemporaryDirectory() as folder:
+        stored = {item.path for item in client.list_artifacts(run_id, "tables")}
+        scores = None
+        if TEST_SCORES in stored:
+            scores = json.loads(
+                Path(client.download_artifacts(run_id, TEST_SCORES, folder)).read_text()
+            )
+    return scores, float(client.get_run(run_id).data.metrics[CHOSEN_BY])
+
+
+def register_model(
+    run_id: str, tracking_uri: str, name: str, alias: str, tags: Mapping[str, str], card: str
+) -> str:
+    """Make a run's packaged model a registered version; returns its number.
+
+    Args:
+        card: description of the version, Markdown.
+
+    Raises:
+        TrackingError: the store refused.
+    """
+    quick_to_give_up()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = resolve_uri(tracking_uri)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    try:
+        made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
+        client.update_model_version(name, made.version, description=card)
+        if alias:
+            client.set_registered_model_alias(name, alias, made.version)
+    except MlflowException as error:
+        raise TrackingError(f"{uri}: {name} was not registered ({first_line(error)})") from error
+    return str(made.version)

@@ -1,0 +1,182 @@
+"""What people look at of a run: the page, the plots and the tables of one scored part.
+
+An `Evaluation` and the training's history come in; the tracker stores what goes out. The clips
+shown are read again from the corpus, where it still is: a page without them is a page all the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import soundfile
+import torch
+from torch.optim import AdamW
+
+from ser_ray.features import ClipError
+from ser_ray.features.decode import decode
+from ser_ray.features.extract import Extractor
+from ser_ray.inference.evaluate import Evaluation, corpus_name, evaluate
+from ser_ray.page import ClipView, RunReport, render_report
+from ser_ray.report import bars_figure, confusion_figure
+from ser_ray.shards.read import open_shards
+from ser_ray.storage import filesystem_of
+from ser_ray.tracking import Tracker, now_ms, provenance
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import select_rows, steps_per_epoch
+from ser_ray.training.loop import one_cycle
+
+History = Sequence[Mapping[str, float]]
+"""A row for every epoch of a training."""
+
+
+def training_page(checkpoint: Path, shards: str, history: History, *, audio: bool) -> str:
+    """Score a chosen checkpoint on its validation part once more, and write the run's page.
+
+    Args:
+        checkpoint: its directory.
+        shards: location of the shards it was trained on.
+        history: of its training.
+        audio: put the sound of the clips shown into the page.
+    """
+    evaluation = evaluate(checkpoint, shards, part="validation")
+    rates = learning_rates(evaluation.card.config, shards, len(history))
+    return render_report(report_of(evaluation, history, rates, audio=audio))
+
+
+def learning_rates(config: TrainConfig, shards: str, epochs: int) -> list[float]:
+    """Learning rate of every step of a training's first epochs."""
+    num_rows = len(select_rows(open_shards(shards).clips(), config).train)
+    steps = steps_per_epoch(num_rows, min(config.batch_size, num_rows))
+    optimiser = AdamW([torch.zeros(1, requires_grad=True)], lr=config.lr_min)
+    schedule = one_cycle(optimiser, config, config.epochs * steps)
+    rates = []
+    for _ in range(epochs * steps):
+        rates.append(float(schedule.get_last_lr()[0]))
+        optimiser.step()
+        if len(rates) < config.epochs * steps:
+            schedule.step()
+    return rates
+
+
+def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) -> None:
+    """Store an evaluation in the run that trained the checkpoint: scores, tables, plots, page."""
+    scores, card = evaluation.scores, evaluation.card
+    test = {f"test_{name}": value for name, value in scores.to_dict().items()}
+    tracker.log_metrics(test | {"test_ece": evaluation.calibration.ece}, 0, now_ms())
+    tracker.flush()
+    title = f"{evaluation.part}, {evaluation.label}, {corpus_name(evaluation.corpus)}"
+    speakers = evaluation.groups["speaker"]
+    tracker.log_files(
+        {
+            "report_test.html": render_report(report_of(evaluation, (), (), audio=audio)),
+            "plots/test_confusion.png": confusion_figure(scores.confusion, card.labels, title),
+            "plots/test_recall_by_emotion.png": bars_figure(
+                list(card.labels),
+                scores.recall.tolist(),
+                scores.confusion.sum(axis=1).tolist(),
+                title,
+                "recall",
+            ),
+            "plots/test_accuracy_by_speaker.png": bars_figure(
+                [str(row["speaker"]) for row in speakers],
+                [float(row["wa"]) for row in speakers],
+                [int(row["clips"]) for row in speakers],
+                title,
+                "accuracy",
+            ),
+            "tables/test.json": evaluation.to_dict(),
+            "tables/test_predictions.csv": _csv(evaluation.predictions),
+        }
+    )
+
+
+def report_of(
+    evaluation: Evaluation, history: History, lr_per_step: Sequence[float], *, audio: bool
+) -> RunReport:
+    """Everything that a page shows; `audio` puts the clips' sound into it."""
+    card, scores, intervals = evaluation.card, evaluation.scores, evaluation.intervals
+    calibration = evaluation.calibration
+    settings: dict[str, Any] = card.config.to_dict()
+    augment = settings.pop("augment")
+    return RunReport(
+        title=f"{card.config.feature}, {evaluation.part} scores",
+        corpus=evaluation.corpus,
+        protocol=evaluation.label,
+        part=evaluation.part,
+        scores={"UA": scores.ua, "WA": scores.wa, "macro F1": scores.macro_f1},
+        intervals={"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
+        drawn=f"over draws of {intervals.count} {intervals.drawn}",
+        labels=card.labels,
+        confusion=scores.confusion,
+        groups=evaluation.groups,
+        calibration=(
+            calibration.confidence.tolist(),
+            calibration.accuracy.tolist(),
+            calibration.count.tolist(),
+        ),
+        ece=calibration.ece,
+        examples=_views(evaluation, typical_rows(evaluation), audio=audio),
+        hardest=_views(evaluation, evaluation.hardest().tolist(), audio=audio),
+        history=history,
+        lr_per_step=lr_per_step,
+        lr_min=card.config.lr_min,
+        lr_max=card.config.lr_max,
+        config=settings | augment | {"started from": card.initial_weights},
+        versions=provenance() | {"shards": card.shards_fingerprint},
+    )
+
+
+def typical_rows(evaluation: Evaluation) -> list[int]:
+    """The clip of each label whose label's own probability is the middle one of its clips."""
+    rows = []
+    for label in np.unique(evaluation.truth):
+        own = np.flatnonzero(evaluation.truth == label)
+        order = np.argsort(evaluation.probabilities[own, label], kind="stable")
+        rows.append(int(own[order[len(own) // 2]]))
+    return rows
+
+
+def _views(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[ClipView]:
+    """Read some clips again; those that are not there any more are left out."""
+    extract = Extractor(evaluation.card.features)
+    rate = evaluation.card.features.sample_rate
+    views = []
+    for row in rows:
+        clip = evaluation.predictions.slice(row, 1).to_pylist()[0]
+        filesystem, path = filesystem_of(clip["path"])
+        try:
+            with filesystem.open_input_file(path) as file:
+                waveform = extract.waveform(*decode(file, clip["path"]))
+        except (OSError, ClipError):
+            continue
+        views.append(
+            ClipView(
+                name=Path(path).name,
+                truth=clip["emotion"],
+                predicted=clip["predicted"],
+                probability=clip[f"p_{clip['predicted']}"],
+                waveform=waveform,
+                sample_rate=rate,
+                spectrogram=extract.features(waveform)["spectrogram"],
+                mp3=_mp3(waveform, rate) if audio else None,
+            )
+        )
+    return views
+
+
+def _mp3(waveform: np.ndarray, sample_rate: int) -> bytes:
+    """Compress a waveform so that any browser plays it, about 4 kB a second."""
+    sound = BytesIO()
+    soundfile.write(sound, waveform, sample_rate, format="MP3")
+    return sound.getvalue()
+
+
+def _csv(table: pa.Table) -> str:
+    from pyarrow import csv
+
+    sink = pa.BufferOutputStream()
+    csv.write_csv(table, sink)
+    return sink.getvalue().to_pybytes().decode()

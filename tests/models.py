@@ -1,0 +1,51 @@
+"""A checkpoint made from scratch, for tests that need a model and not a training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ser_ray.corpus.names import EMOTIONS
+from ser_ray.features.config import FeatureConfig
+from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation
+from ser_ray.training.model import build_network
+
+LABELS = EMOTIONS[:4]
+FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, max_seconds=3.0)
+CONFIG = TrainConfig(protocol="speaker-3", crop_frames=64, weights="none")
+
+
+def make_checkpoint(directory: Path, *, seed: int = 0, **changes: object) -> CheckpointCard:
+    """Write an untrained network whose answers differ from clip to clip, and its card."""
+    torch.manual_seed(seed)
+    network = build_network(len(LABELS))
+    for name, value in network.named_buffers():  # as after training: no batch norm is the identity
+        if name.endswith("running_mean"):
+            value.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    torch.nn.init.normal_(network.fc.weight, std=0.3)
+    values = {
+        "labels": LABELS,
+        "config": CONFIG,
+        "features": FEATURES,
+        "normalisation": Normalisation(np.full(32, -40.0), np.full(32, 20.0)),
+        "corpus": "table",
+        "shards_fingerprint": "f00d",
+        "split": {
+            "label": "speaker-3 fold 0 (speaker-independent)",
+            "speaker_dependent": False,
+            "train_speakers": ["01", "02"],
+            "validation_speakers": ["03", "04"],
+            "test_speakers": ["05", "06"],
+        },
+        "initial_weights": "fresh weights",
+    } | changes
+    card = CheckpointCard(**values)  # type: ignore[arg-type]
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), directory / MODEL)
+    (directory / CARD).write_text(card.to_json())
+    return card

@@ -1,0 +1,196 @@
+"""Scores of a checkpoint against scikit-learn, and who may be scored; statistics against scipy."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.stats
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.inference import statistics
+from ser_ray.inference.evaluate import compare, evaluate
+from ser_ray.run_page import learning_rates, typical_rows
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation, describe, select_rows
+from tests.conftest import MemoryShards, make_memory_shards
+from tests.models import make_checkpoint
+
+CONFIG = TrainConfig(protocol="speaker-3", crop_frames=16, weights="none")
+
+
+@pytest.fixture
+def shards(monkeypatch) -> MemoryShards:
+    """Six speakers, found under the location `here`; four others under `elsewhere`."""
+    here = make_memory_shards()
+    others = make_memory_shards(speakers=4, seed=1)
+    names = [f"x{name}" for name in others.table["speaker"].to_pylist()]
+    place = others.table.schema.get_field_index("speaker")
+    others.table = others.table.set_column(place, "speaker", pa.array(names))
+    others.card.fingerprint = "beef"
+    known = {"here": here, "elsewhere": others}
+    for module in ("ser_ray.inference.evaluate", "ser_ray.run_page"):
+        monkeypatch.setattr(f"{module}.open_shards", known.__getitem__)
+    here.card.elsewhere = others
+    return here
+
+
+def checkpoint_for(shards: MemoryShards, folder: Path, fold: int = 0, seed: int = 0) -> Path:
+    config = dataclasses.replace(CONFIG, fold=fold)
+    make_checkpoint(
+        folder,
+        seed=seed,
+        labels=shards.card.labels,
+        config=config,
+        features=shards.card.features,
+        normalisation=Normalisation(np.full(16, 3.0), np.full(16, 5.0)),
+        split=describe(select_rows(shards.table, config)),
+    )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(shards, tmp_path) -> Path:
+    return checkpoint_for(shards, tmp_path / "model")
+
+
+def test_scores_are_those_of_scikit_learn_on_the_test_speakers(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    table = found.predictions
+    assert found.is_own_test
+    assert set(table["speaker"].to_pylist()) == set(found.card.split["test_speakers"])
+    truth, predicted = table["emotion"].to_pylist(), table["predicted"].to_pylist()
+    assert found.scores.ua == pytest.approx(balanced_accuracy_score(truth, predicted))
+    assert found.scores.wa == pytest.approx(np.mean(np.equal(truth, predicted)))
+    assert found.scores.macro_f1 == pytest.approx(
+        f1_score(truth, predicted, average="macro", zero_division=0)
+    )
+    low, high = found.intervals.ua
+    assert low <= found.scores.ua <= high
+    sexes = {row["sex"]: row for row in found.groups["sex"]}
+    for sex, row in sexes.items():
+        own = np.equal(table["sex"].to_pylist(), sex)
+        assert row["clips"] == own.sum()
+        assert row["wa"] == pytest.approx(np.equal(truth, predicted)[own].mean())
+    assert json.loads(json.dumps(found.to_dict()))["clips"] == table.num_rows
+
+
+def test_hardest_clips_are_wrong_and_sorted_by_how_sure(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    rows = found.hardest(3)
+    assert (found.predicted[rows] != found.truth[rows]).all()
+    sure = found.probabilities.max(axis=1)
+    assert list(sure[rows]) == sorted(sure[found.predicted != found.truth], reverse=True)[:3]
+
+
+def test_typical_rows_have_one_clip_of_each_label(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    rows = typical_rows(found)
+    assert found.truth[rows].tolist() == [0, 1, 2, 3]
+    for row in rows:
+        label = found.truth[row]
+        own = found.probabilities[found.truth == label, label]
+        assert abs((own < found.probabilities[row, label]).mean() - 0.5) <= 0.5 / len(own) + 1e-9
+
+
+def test_speakers_it_was_trained_on_are_refused_unless_told(shards, checkpoint):
+    with pytest.raises(CheckpointError, match=r"trained on 2 of these speakers.*--allow-seen"):
+        evaluate(checkpoint, "here", fold=1)
+    told = evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True)
+    assert not told.is_own_test
+    assert "SPEAKERS SEEN IN TRAINING" in told.label
+    assert set(told.seen_speakers) == set(told.predictions["speaker"].to_pylist())
+
+
+def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint):
+    found = evaluate(checkpoint, "elsewhere")
+    assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
+    assert found.label == "all speakers of other shards"
+    assert not found.is_own_test
+    shards.card.fingerprint = "prepared again"
+    with pytest.raises(CheckpointError, match="trained on 4 of these speakers"):
+        evaluate(checkpoint, "here")
+
+
+def test_shards_of_other_features_or_labels_are_refused(shards, checkpoint):
+    elsewhere = shards.card.elsewhere.card
+    features = elsewhere.features
+    elsewhere.features = dataclasses.replace(features, num_mels=17)
+    with pytest.raises(CheckpointError, match="other features"):
+        evaluate(checkpoint, "elsewhere")
+    elsewhere.features = features
+    elsewhere.labels = (*elsewhere.labels, "bored")
+    with pytest.raises(CheckpointError, match="does not know the labels bored"):
+        evaluate(checkpoint, "elsewhere")
+
+
+def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint, tmp_path):
+    first = evaluate(checkpoint, "here")
+    same = compare(first, evaluate(checkpoint, "here"))
+    assert [same.wa_difference, same.ua_difference, same.mcnemar_p] == [0, 0, 1]
+    assert list(same.ua_interval) == [0, 0]
+    other = evaluate(checkpoint_for(shards, tmp_path / "other", seed=5), "here")
+    found = compare(first, other)
+    assert found.ua_difference == pytest.approx(first.scores.ua - other.scores.ua)
+    assert found.only_first_right - found.only_second_right == pytest.approx(
+        found.wa_difference * first.scores.num_clips
+    )
+    elsewhere = evaluate(checkpoint_for(shards, tmp_path / "third", fold=1), "here")
+    with pytest.raises(ConfigError, match="scored on different clips"):
+        compare(first, elsewhere)
+
+
+def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
+    from ser_ray.training.loop import fit
+    from ser_ray.training.model import Pretrained
+
+    config = dataclasses.replace(CONFIG, epochs=2, batch_size=8)
+    reported: list[float] = []
+    fit(config, shards, Pretrained("fresh", {}), lambda epoch, *_: reported.extend(epoch.lr))
+    assert learning_rates(config, "here", 2) == pytest.approx(reported)
+    assert learning_rates(config, "here", 1) == pytest.approx(reported[: len(reported) // 2])
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (5, 5), (3, 14), (40, 22)])
+def test_mcnemar_is_the_exact_binomial_test(one, other):
+    expected = scipy.stats.binomtest(one, one + other).pvalue if one + other else 1
+    assert statistics.mcnemar_exact(one, other) == pytest.approx(expected)
+
+
+def test_calibration_by_hand():
+    """Ten clips at 0.95, of which eight are right, and ten at 0.55, of which five are."""
+    probabilities = np.array([[0.95, 0.05]] * 10 + [[0.45, 0.55]] * 10)
+    truth = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)
+    found = statistics.calibration(truth, probabilities)
+    assert found.count.tolist() == [0, 0, 0, 0, 0, 10, 0, 0, 0, 10]
+    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.8]
+    assert np.isnan(found.accuracy[0])
+    assert found.ece == pytest.approx((0.15 + 0.05) / 2)
+
+
+def test_bootstrap_agrees_with_drawing_the_clips_themselves():
+    """Whole speakers drawn one by one, scored by scikit-learn, give the same interval."""
+    rng = np.random.default_rng(3)
+    speakers = np.repeat([f"s{n}" for n in range(8)], 24)
+    truth = np.tile([0, 1, 2], 64)
+    skill = np.repeat(rng.uniform(0.2, 0.9, 8), 24)
+    predicted = np.where(rng.random(192) < skill, truth, rng.integers(0, 3, 192))
+    found = statistics.bootstrap(list(speakers), truth, predicted, 3)
+    assert (found.drawn, found.count) == ("speakers", 8)
+    drawn = []
+    for _ in range(1000):
+        rows = np.concatenate(
+            [np.flatnonzero(speakers == name) for name in rng.choice(np.unique(speakers), 8)]
+        )
+        drawn.append(balanced_accuracy_score(truth[rows], predicted[rows]))
+    np.testing.assert_allclose(found.ua, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
+
+
+def test_one_speaker_is_drawn_by_clips():
+    truth = np.array([0, 1] * 20)
+    found = statistics.bootstrap(["01"] * 40, truth, truth, 2)
+    assert (found.drawn, found.count) == ("clips", 40)
+    assert found.ua == (1.0, 1.0)

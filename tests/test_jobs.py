@@ -1,0 +1,312 @@
+"""Jobs on a real cluster: the head that cluster.yaml starts, its job server and its MLflow.
+
+One CPU node of this machine, started by the very commands of cluster.yaml but for their ports and
+places, with the token of a home directory of its own.
+"""
+
+import configparser
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import yaml
+
+from ser_ray.lock import LOCK_NAME
+from tests.clips import voice, write_wav
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+RECIPE = [
+    "--weights",
+    "none",
+    "--crop-frames",
+    "32",
+    "--batch-size",
+    "8",
+    "--protocol",
+    "speaker-3",
+]
+TOKEN = "0123456789abcdef" * 4
+SECRET = "AKIA0SECRET0SECRET"
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
+    ends = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+
+
+@dataclass
+class Head:
+    """A running head node and what a user of it has."""
+
+    process: int
+    """Id of the process that all others of Ray come from."""
+    env: dict[str, str]
+    gcs: str
+    jobs: str
+    mlflow: str
+    temp: Path
+
+    def run(self, *arguments: str | Path, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment as the user."""
+        return subprocess.run(
+            [BIN / str(arguments[0]), *map(str, arguments[1:])],
+            env=self.env | changes,
+            capture_output=True,
+            text=True,
+            cwd=self.env["HOME"],
+        )
+
+    def login(self) -> tuple[str, str]:
+        """MLflow's user and password, of the head's own making."""
+        known = configparser.ConfigParser()
+        known.read(Path(self.env["HOME"], ".mlflow", "credentials"))
+        user, password = known["mlflow"].values()
+        return user, password
+
+    def submit(self, clone: Path, job: str, *options: str | Path) -> list[str | Path]:
+        """The command that submits a job from a clone."""
+        submit = ("ray", "job", "submit", "--address", self.jobs, "--working-dir", clone)
+        return [*submit, "--", "python", f"jobs/{job}.py", *options]
+
+    def submissions(self) -> list[Any] | None:
+        """The jobs submitted so far, for who has the token; None while nothing answers."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        with contextlib.suppress(requests.ConnectionError):
+            answer = requests.get(f"{self.jobs}/api/jobs/", headers=headers, timeout=60)
+            return answer.json() if answer.ok else None
+        return None
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """What MLflow holds, by name, for who has the password."""
+        answer = requests.post(
+            f"{self.mlflow}/api/2.0/mlflow/runs/search",
+            json={"experiment_ids": ["1"]},
+            auth=self.login(),
+            timeout=60,
+        ).json()
+        return {run["info"]["run_name"]: run for run in answer.get("runs", ())}
+
+    def working(self) -> list[str]:
+        """The processes of jobs that run on this head's node."""
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
+        rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()[1:]]
+        family = {str(self.process)}
+        while grown := {pid for pid, parent, _ in rows if parent in family} - family:
+            family |= grown
+        ours = ("RayTrainWorker", "TrainController", "JobSupervisor", "jobs/")
+        return [args for pid, _, args in rows if pid in family and any(w in args for w in ours)]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """Started by cluster.yaml's commands; stopped by the ids of its own processes."""
+    home, store = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("store")
+    temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(TOKEN)
+    gcs, jobs, mlflow, *agent = free_ports(6)
+    changes = {
+        "~/venv/bin": str(BIN),
+        "~/ser-ray": str(ROOT),
+        "s3://my-bucket/mlflow": f"{store} --port {mlflow}",
+        "127.0.0.1:5000": f"127.0.0.1:{mlflow}",
+        "--port=6379": f"--port={gcs} --num-cpus=2 --block --temp-dir={temp} "
+        f"--dashboard-port={jobs} --dashboard-agent-listen-port={agent[0]} "
+        f"--dashboard-agent-grpc-port={agent[1]} --ray-client-server-port={agent[2]}",
+        "--autoscaling-config=~/ray_bootstrap_config.yaml": "",  # no machines to start here
+    }
+    stop, serve, start = yaml.safe_load((ROOT / "cluster.yaml").read_text())[
+        "head_start_ray_commands"
+    ]
+    assert stop.endswith("ray stop")  # would stop every Ray of this machine
+    for old, new in changes.items():
+        assert old in serve + start
+        serve, start = serve.replace(old, new), start.replace(old, new)
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env = mine | {
+        "HOME": str(home),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    env.pop("PYTHONPATH", None)
+    subprocess.run(["bash", "-c", serve], env=env, check=True)
+    with (home / "ray.log").open("w") as log:
+        ray = subprocess.Popen(
+            ["bash", "-c", start], env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    tracking = f"http://127.0.0.1:{mlflow}"
+    found = Head(ray.pid, env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{jobs}", tracking, temp)
+    try:
+        wait_for("MLflow", lambda: answers(f"{tracking}/health"))
+        wait_for(
+            "the job server", lambda: ray.poll() is not None or found.submissions() is not None
+        )
+        assert ray.poll() is None, (home / "ray.log").read_text()
+        yield found
+    finally:
+        holder = store / LOCK_NAME
+        if holder.exists():
+            os.kill(json.loads(holder.read_text())["pid"], signal.SIGTERM)
+        os.killpg(ray.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ray.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ray.pid, signal.SIGKILL)
+        wait_for("MLflow's end", lambda: not holder.exists(), 60)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(url, timeout=5).ok
+    return False
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which somebody has worked: results, an environment, keys lying about."""
+    target = tmp_path_factory.mktemp("clone")
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split():
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    for big in ("ser-ray-out/shards/part-00000.parquet", ".venv/lib/libtorch.so"):
+        (target / big).parent.mkdir(parents=True)
+        with (target / big).open("wb") as file:
+            file.truncate(200 << 20)
+    (target / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={SECRET}")
+    (target / "ser-ray.pem").write_text(SECRET)
+    return target
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cluster's storage, with a corpus of four emotions of six speakers."""
+    target = tmp_path_factory.mktemp("shared")
+    for speaker in range(1, 7):
+        for emotion in range(1, 5):
+            samples = (voice(0.5, seed=10 * speaker + emotion) * 20_000).astype(np.int16)
+            name = f"03-01-{emotion:02d}-01-01-01-{speaker:02d}.wav"
+            write_wav(target / "corpus" / name, samples)
+    return target
+
+
+@pytest.fixture(scope="module")
+def shards(head: Head, clone: Path, shared: Path) -> Path:
+    """Made by a submitted job, which also shows what a submission prints."""
+    target = shared / "shards"
+    done = head.run(
+        *head.submit(clone, "prepare", "--corpus", shared / "corpus", "--shards", target)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 files: 24 ok" in done.stdout
+    return target
+
+
+def test_a_submitted_training_is_followed_and_recorded(head, clone, shared, shards):
+    done = head.run(
+        *head.submit(clone, "train", "--shards", shards, "--storage", shared / "runs", *RECIPE),
+        *("--epochs", "2", "--name", "submitted"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch   1/2" in done.stdout  # followed while it ran
+    assert f"checkpoint   {shared / 'runs' / 'submitted' / 'best'}" in done.stdout
+    assert (shared / "runs" / "submitted" / "best").is_dir()
+    run = head.runs()["submitted"]
+    assert run["info"]["status"] == "FINISHED"
+    tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
+    assert tags["command"].startswith("train.py --shards")
+    everything = json.dumps(run) + done.stdout + done.stderr
+    assert TOKEN not in everything
+    assert head.login()[1] not in everything
+
+
+def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
+    packages = [path for path in head.temp.rglob("_ray_pkg_*") if path.is_dir()]
+    assert packages
+    for package in packages:
+        files = [path for path in package.rglob("*") if path.is_file()]
+        assert {"ser_ray", "jobs"} <= {path.name for path in package.iterdir()}
+        assert sum(path.stat().st_size for path in files) < 3 << 20
+        assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--corpus /nowhere --shards {shared}/none", "/nowhere: there is no such folder"),
+        ("--corpus {shared}/corpus --shards ser-ray-out/shards", "that Ray deletes after the job"),
+    ],
+)
+def test_what_a_user_gets_wrong_fails_the_job_and_says_so(head, clone, shared, options, message):
+    done = head.run(*head.submit(clone, "prepare", *options.format(shared=shared).split()))
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+@pytest.mark.parametrize("token", ["", "f" * 64])
+def test_without_the_token_a_submission_is_refused(head, clone, shared, tmp_path, token):
+    before = head.submissions()
+    changes = {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token} if token else {})
+    done = head.run(*head.submit(clone, "prepare", "--shards", shared / "no"), **changes)
+    assert done.returncode != 0
+    assert "AuthenticationError" in done.stderr
+    assert requests.get(f"{head.jobs}/api/jobs/", timeout=30).status_code in (401, 403)
+    assert head.submissions() == before
+
+
+def test_a_stopped_job_leaves_nothing_behind(head, clone, shared, shards):
+    log = shared / "stopped.log"
+    command = head.submit(clone, "train", "--shards", shards, "--storage", shared / "runs")
+    command[3:3] = ["--submission-id", "stopped"]
+    options = [*RECIPE, "--epochs", "500", "--name", "stopped"]
+    with log.open("w") as file:
+        following = subprocess.Popen(
+            [BIN / "ray", *map(str, [*command[1:], *options])],
+            env=head.env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    wait_for("the second epoch", lambda: "epoch   2/500" in log.read_text())
+    assert head.working()
+    assert head.run("ray", "job", "stop", "--address", head.jobs, "stopped").returncode == 0
+    following.wait(60)
+    wait_for("the end of its processes", lambda: not head.working(), 60)
+    assert head.runs()["stopped"]["info"]["status"] == "KILLED"
+
+
+def test_the_command_line_joins_the_same_cluster(head, shared, shards):
+    done = head.run(
+        *("ser-ray", "prepare", "--address", head.gcs, "--corpus", shared / "corpus"),
+        *("--shards", shards, "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["clips"] == 24

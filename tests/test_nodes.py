@@ -1,0 +1,176 @@
+"""Several nodes: a head that only drives and raylets of one CPU each, so that tasks must spread."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ser_ray.cluster import require_shared
+from ser_ray.errors import ResourcesError
+from ser_ray.features.config import FeatureConfig
+from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.part import mark_name
+from ser_ray.shards.prepare import prepare
+from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.distributed import train
+from tests.clips import small_corpus, voice, write_wav
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
+]
+FEATURES = FeatureConfig(num_mels=40, max_seconds=2.0)
+
+
+class Nodes:
+    """A cluster whose nodes are raylets of this machine."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self.workers: list[Any] = []
+
+    def grow(self, count: int) -> None:
+        """Add nodes of one CPU until there are so many."""
+        while len(self.workers) < count:
+            self.workers.append(self.cluster.add_node(num_cpus=1))
+        self.cluster.wait_for_nodes()
+
+    def lose(self, node: Any) -> None:
+        """Kill a node as a cloud takes a spot machine back."""
+        self.workers.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def running(self, title: str) -> list[Any]:
+        """The nodes that run a process of this title."""
+        return [node for node in self.workers if title in processes_of(node)]
+
+
+def processes_of(node: Any) -> str:
+    raylet = node.all_processes["raylet"][0].process.pid
+    done = subprocess.run(["ps", "--ppid", str(raylet), "-o", "args="], capture_output=True)
+    return done.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    import ray
+
+    found = Nodes()
+    ray.init(address=found.cluster.address, log_to_driver=False)
+    yield found
+    ray.shutdown()
+    found.cluster.shutdown()
+
+
+def test_a_lost_node_costs_a_preparation_nothing(nodes, tmp_path):
+    corpus = small_corpus(tmp_path / "corpus")
+    nodes.grow(3)
+    most, lost = 0, False
+
+    def make(target: Path) -> dict[str, bytes]:
+        config = PrepareConfig(
+            corpus=str(corpus), shards=str(target), rows_per_part=2, features=FEATURES
+        )
+        prepare(config, progress=lose_one)
+        return {path.name: path.read_bytes() for path in target.glob("part-*")}
+
+    def lose_one(_: Any) -> None:
+        nonlocal lost
+        if not lost:
+            lost = True
+            nodes.lose(nodes.workers[0])
+
+    def watch(target: Path) -> None:
+        nonlocal most
+        while not ended.wait(0.01):
+            most = max(most, len(list(target.glob(f"*{Path(mark_name(0)).suffix}"))))
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, args=(tmp_path / "lossy",))
+    watcher.start()
+    try:
+        lossy = make(tmp_path / "lossy")
+    finally:
+        ended.set()
+        watcher.join()
+    assert lost
+    assert most >= 2  # parts at a time, on nodes that have room for one each
+    assert lossy == make(tmp_path / "whole")
+
+
+def test_a_training_on_several_nodes_outlives_one(nodes, tmp_path):
+    for speaker in range(1, 7):
+        for emotion in range(1, 5):
+            samples = (voice(0.5, seed=10 * speaker + emotion) * 20_000).astype("int16")
+            name = f"03-01-{emotion:02d}-01-01-01-{speaker:02d}.wav"
+            write_wav(tmp_path / "corpus" / name, samples)
+    nodes.grow(3)
+    shards = str(tmp_path / "shards")
+    prepare(PrepareConfig(corpus=str(tmp_path / "corpus"), shards=shards, features=FEATURES))
+    used: list[int] = []
+
+    def lose_one(row: dict[str, float]) -> None:
+        if not used:
+            working = nodes.running("RayTrainWorker")
+            used.append(len(working))
+            nodes.lose(working[0])
+
+    result = train(
+        shards,
+        TrainConfig(epochs=4, batch_size=8, crop_frames=32, weights="none", protocol="speaker-3"),
+        RunConfig(
+            workers="2",
+            storage=str(tmp_path / "runs"),
+            tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",  # lives with the driver
+        ),
+        on_epoch=lose_one,
+    )
+    assert used == [2]
+    assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
+    from mlflow import MlflowClient
+
+    run = MlflowClient(result.tracking_uri).get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val_ua"] == result.history[-1]["val_ua"]
+
+
+def test_a_path_that_a_node_does_not_see_is_refused(nodes, tmp_path):
+    import ray
+
+    own = tmp_path / "own"
+    own.mkdir()
+    require_shared(str(own))  # the nodes so far share this machine's disk
+    # A node with a name and a disk of its own where the folder is.
+    hidden = f"mount -t tmpfs none {own.parent} && hostname elsewhere"
+    apart = ["unshare", "--mount", "--uts", "sh", "-c"]
+    if subprocess.run([*apart, hidden], capture_output=True).returncode:
+        pytest.skip("this user may not mount in a namespace of its own")
+    ray_command = f"{Path(sys.executable).parent}/ray start --address={nodes.cluster.address}"
+    known = len(ray.nodes())
+    node = subprocess.Popen(
+        [*apart, f"{hidden} && exec {ray_command} --block --num-cpus=0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ends = time.monotonic() + 300
+        while len(ray.nodes()) == known and time.monotonic() < ends:
+            time.sleep(0.2)
+        small_corpus(own / "corpus", num_wavs=2)
+        with pytest.raises(ResourcesError, match="is on this machine, but not on elsewhere"):
+            prepare(PrepareConfig(corpus=str(own / "corpus"), shards=str(own / "shards")))
+        assert not list((own / "shards").glob("*.parquet"))
+        assert not list(own.rglob(".seen-by-all-*"))
+        require_shared("s3://a-bucket/anything")
+    finally:
+        node.terminate()
+        node.wait(60)

@@ -1,0 +1,143 @@
+"""A run's folder without Ray: which checkpoint it goes on from, what it keeps, what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import fs
+
+from ser_ray.errors import CheckpointError
+from ser_ray.features.config import FeatureConfig
+from ser_ray.training.checkpoint import (
+    MODEL,
+    PROGRESS,
+    STATE,
+    CheckpointCard,
+    Snapshot,
+    checkpoint_name,
+    read_state,
+)
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation
+from ser_ray.training.run_folder import RAY_LIST, RunFolder
+
+CARD = CheckpointCard(
+    labels=("happy", "sad"),
+    config=TrainConfig(),
+    features=FeatureConfig(),
+    normalisation=Normalisation(np.zeros(2), np.ones(2)),
+    corpus="table",
+    shards_fingerprint="f00d",
+    split={"label": "speaker-3, fold 0"},
+    initial_weights="fresh weights",
+)
+
+
+def snapshot(epoch: int, best: int, step: int = 0) -> Snapshot:
+    progress = {"epoch": epoch, "step": step, "best": {"epoch": float(best)} if best else {}}
+    weights = {"w": torch.full((3,), float(epoch))}
+    return Snapshot(CARD, weights, {"network": None, "moment": torch.ones(3)}, progress)
+
+
+def folder_of(storage: str, *snapshots: Snapshot) -> RunFolder:
+    folder = RunFolder(storage, "run")
+    for item in snapshots:
+        item.store(folder.filesystem, f"{folder.path}/{item.name}")
+    return folder
+
+
+def names(folder: RunFolder) -> set[str]:
+    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
+    return {entry.base_name for entry in found if entry.base_name.startswith("checkpoint-")}
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
+
+
+def test_it_goes_on_from_the_newest_and_keeps_the_best(storage: str) -> None:
+    made = [snapshot(1, 1), snapshot(2, 2), snapshot(3, 2), snapshot(4, 2), snapshot(4, 2, step=7)]
+    folder = folder_of(storage, *made)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == "checkpoint-0004-000007"
+    assert newest.best == checkpoint_name(2)
+    with folder.filesystem.open_output_stream(f"{folder.path}/{RAY_LIST}") as file:
+        file.write(b'{"cut')
+    folder.tidy(newest)
+    assert names(folder) == {newest.name, newest.best}
+    assert folder.filesystem.get_file_info(f"{folder.path}/{RAY_LIST}").type.name == "NotFound"
+
+
+@pytest.mark.parametrize("lacking", [MODEL, STATE, PROGRESS])
+@pytest.mark.parametrize("harm", ["gone", "cut short"])
+def test_one_that_is_not_whole_is_passed_over(
+    tmp_path: Path, lacking: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2))
+    file = tmp_path / "run" / checkpoint_name(2) / lacking
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "cut short":
+        file.write_bytes(content[: len(content) // 2])
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == checkpoint_name(1)
+    assert f"{checkpoint_name(2)} is not whole" in caplog.text
+
+
+def test_without_its_best_a_newer_one_is_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
+    (tmp_path / "run" / checkpoint_name(2) / MODEL).unlink()
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == checkpoint_name(1)
+
+
+def test_nothing_whole_is_a_beginning(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path), "run").newest() is None
+    folder = folder_of(str(tmp_path), snapshot(1, 1))
+    (tmp_path / "run" / checkpoint_name(1) / STATE).unlink()
+    assert folder.newest() is None
+
+
+def test_a_checkpoint_replaces_what_an_interruption_left(storage: str) -> None:
+    folder = folder_of(storage, snapshot(1, 1))
+    stray = f"{folder.path}/{checkpoint_name(1)}/stray"
+    with folder.filesystem.open_output_stream(stray) as file:
+        file.write(b"half")
+    folder_of(storage, snapshot(1, 1))
+    assert folder.filesystem.get_file_info(stray).type.name == "NotFound"
+    assert folder.newest() is not None
+
+
+def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+    folder_of(str(tmp_path), snapshot(2, 1, step=5))
+    state, progress = read_state(tmp_path / "run" / checkpoint_name(2, 5))
+    assert (progress["epoch"], progress["step"]) == (2, 5)
+    assert torch.equal(state["network"]["w"], torch.full((3,), 2.0))
+    assert torch.equal(state["moment"], torch.ones(3))
+
+
+def test_the_best_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
+    folder = folder_of(storage, snapshot(1, 1), snapshot(2, 1))
+    newest = folder.newest()
+    assert newest is not None
+    local = tmp_path / "chosen"
+    local.mkdir()
+    folder.keep_best(newest, {"run_id": "abc"}, local)
+    assert json.loads(folder.best_card().to_json()) == json.loads(CARD.to_json())
+    assert json.loads((local / "run.json").read_text()) == {"run_id": "abc"}
+
+
+def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) -> None:
+    folder = RunFolder(storage, "run")
+    identity = {"labels": ("a", "b"), "config": {"lr_max": 0.1, "epochs": 3}}
+    folder.require_same(identity)
+    folder.update_record(identity=identity)
+    folder.require_same(identity)
+    with pytest.raises(CheckpointError, match=r"config is lr_max 0\.1 instead of 0\.2; give anot"):
+        folder.require_same({**identity, "config": {"lr_max": 0.2, "epochs": 3}})

@@ -1,0 +1,204 @@
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ser_ray.errors import TrackingError
+from ser_ray.training import study as module
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.search_config import TuneConfig
+from ser_ray.training.search_figures import importance_of, trial_rows
+from ser_ray.training.study import Study, TrialLog
+from ser_ray.training.trial_journal import JournalCallback
+from ser_ray.training.trial_table import TrialTable
+
+RECIPE = TrainConfig(epochs=3)
+
+
+class Server:
+    """A tracking server in memory, which can be away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.runs: dict[str, SimpleNamespace] = {}
+
+    def start(self, uri, experiment, *, name, params, tags, run_id):
+        self.require()
+        run_id = run_id or f"run-{len(self.runs) + 1}"
+        run = SimpleNamespace(name=name, params=params, tags=dict(tags), points=[], status="")
+        self.runs.setdefault(run_id, run)
+        return Client(self, run_id)
+
+    def require(self) -> None:
+        if self.away:
+            raise TrackingError("away")
+
+
+class Client:
+    def __init__(self, server: Server, run_id: str) -> None:
+        self.server, self.run_id = server, run_id
+        self.waiting: list[tuple[str, int, float]] = []
+        self.run = server.runs[run_id]
+
+    def log_metrics(self, metrics, step, timestamp_ms):
+        self.waiting += [(name, step, value) for name, value in metrics.items()]
+
+    def deliver(self):
+        self.server.require()
+        self.run.points += self.waiting
+        self.waiting = []
+
+    def set_tags(self, tags):
+        self.server.require()
+        self.run.tags |= tags
+
+    def log_files(self, files):
+        self.server.require()
+
+    def finish(self, status):
+        self.server.require()
+        self.run.status = status
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    server = Server()
+    monkeypatch.setattr(module, "Tracker", server)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    return server
+
+
+def open_study(journal: Path) -> Study:
+    parent = SimpleNamespace(uri="memory", run_id="parent")
+    return Study(
+        journal, RECIPE, parent,  # type: ignore[arg-type]
+        name="search", experiment="tests", tags={}, show=lambda trials: None,
+    )  # fmt: skip
+
+
+def tune_trial(trial_id: str, **values: object) -> SimpleNamespace:
+    return SimpleNamespace(trial_id=trial_id, config=values, checkpoint=None, error_file=None)
+
+
+def epoch(number: int, val_ua: float, *, done: bool = False) -> dict[str, object]:
+    row = {"epoch": float(number), "val_ua": val_ua, "val_wa": val_ua, "val_loss": 1.0}
+    return {"row": row, "lr": [0.1, 0.2], "done": done}
+
+
+def write(journal: Path) -> None:
+    """One trial that is stopped, one whose process is lost and then finishes, one that fails."""
+    tell = JournalCallback(journal)
+    stopped, finished, failed = (
+        tune_trial("s", lr_max=1e-2),
+        tune_trial("f", lr_max=2e-2),
+        tune_trial("x", lr_max=3e-2),
+    )
+    trials = [stopped, finished, failed]
+    tell.on_step_begin(0, trials)
+    for trial in reversed(trials):
+        tell.on_trial_start(0, trials, trial)
+    tell.on_trial_result(0, trials, stopped, epoch(1, 0.1, done=True))
+    tell.on_trial_complete(0, trials, stopped)
+    tell.on_trial_result(0, trials, finished, epoch(1, 0.2))
+    tell.on_trial_result(0, trials, finished, epoch(2, 0.6))
+    tell.on_trial_start(0, trials, finished)  # it goes on from a checkpoint after the first epoch
+    tell.on_trial_result(0, trials, finished, epoch(2, 0.6))
+    tell.on_trial_result(0, trials, finished, epoch(3, 0.5, done=True))
+    tell.on_trial_complete(0, trials, finished)
+    error = journal.with_name("error.txt")
+    error.write_text("Failure # 1\nTraceback\n  File\nValueError: no good\n\n")
+    failed.error_file = str(error)
+    tell.on_trial_error(0, trials, failed)
+
+
+def test_the_journal_tells_how_every_trial_went(server, tmp_path):
+    write(tmp_path / "j")
+    stopped, finished, failed = open_study(tmp_path / "j").logs
+    assert [trial.number for trial in (stopped, finished, failed)] == [1, 2, 3]
+    assert (stopped.state, stopped.recipe.lr_max) == ("pruned", 1e-2)
+    assert (failed.state, failed.problem) == ("failed", "ValueError: no good")
+    assert finished.state == "finished"
+    assert [row["epoch"] for row in finished.rows] == [1, 2, 3]
+    assert finished.best["epoch"] == 2
+
+
+def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
+    server.away = True
+    write(tmp_path / "j")
+    study = open_study(tmp_path / "j")
+    assert not study.deliver()
+    server.away = False
+    assert study.deliver()
+    assert study.deliver()
+    again = open_study(tmp_path / "j")
+    assert again.deliver()
+    assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
+    finished = server.runs["run-2"]
+    assert finished.tags["mlflow.parentRunId"] == "parent"
+    assert finished.tags["trial.state"] == "finished"
+    assert finished.params["lr_max"] == 2e-2
+    assert [point for point in finished.points if point[0] == "val_ua"] == [
+        ("val_ua", 1, 0.2), ("val_ua", 2, 0.6), ("val_ua", 3, 0.5),
+    ]  # fmt: skip
+    assert [step for name, step, _ in finished.points if name == "lr_step"] == list(range(6))
+    assert ("best_val_ua", 0, 0.6) in finished.points
+    assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
+
+
+def test_half_a_line_is_left_for_later(server, tmp_path):
+    write(tmp_path / "j")
+    lines = (tmp_path / "j").read_text()
+    (tmp_path / "cut").write_text(lines[:-8])
+    study = open_study(tmp_path / "cut")
+    assert study.logs[2].state == "running"
+    (tmp_path / "cut").write_text(lines)
+    study.read()
+    assert study.logs[2].state == "failed"
+
+
+def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
+    write(tmp_path / "j")
+    output = io.StringIO()
+    with TrialTable(Console(file=output, width=200), 3, "SPEAKER-DEPENDENT") as table:
+        table(open_study(tmp_path / "j").logs)
+        table(open_study(tmp_path / "j").logs)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "trial   1/3 pruned" in lines[0]
+    assert "UA 10.0% SPEAKER-DEPENDENT after 1 epochs" in lines[0]
+    assert "after 0 epochs: ValueError: no good" in lines[2]
+
+
+def test_a_terminal_gets_a_table(server, tmp_path):
+    write(tmp_path / "j")
+    output = io.StringIO()
+    with TrialTable(Console(file=output, width=120, force_terminal=True), 3) as table:
+        table(open_study(tmp_path / "j").logs)
+    text = output.getvalue()
+    assert all(word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.0e-02"))
+
+
+def test_importance_points_at_the_name_that_matters():
+    dimensions = TuneConfig(
+        space=("lr_max=loguniform(1e-4,1e-2)", "lr_ratio=choice(10)", "feature=choice(mel,mfcc)")
+    ).dimensions
+    trials = []
+    for index in range(24):
+        lr_max = 1e-4 * 100 ** (index / 23)
+        values = {"lr_max": lr_max, "lr_ratio": 10.0, "feature": ("mel", "mfcc")[index % 2]}
+        row = {"epoch": 1.0, "val_ua": index / 24, "val_wa": 0.0, "val_loss": 1.0}
+        trials.append(TrialLog(str(index), index + 1, values, RECIPE, rows=[row], state="finished"))
+    importance = importance_of(trials, dimensions)
+    assert importance["lr_max"] > 0.9
+    assert sum(importance.values()) == pytest.approx(1.0)
+    assert importance_of(trials[:3], dimensions) == {}
+
+
+def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
+    write(tmp_path / "j")
+    rows = trial_rows(open_study(tmp_path / "j").logs)
+    assert len({tuple(row) for row in rows}) == 1
+    assert json.loads(json.dumps(rows))[1]["best_val_ua"] == 0.6

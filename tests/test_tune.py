@@ -1,0 +1,281 @@
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray.tune.schedulers import ASHAScheduler
+
+from ser_ray.errors import ConfigError, ResourcesError, SerRayError
+from ser_ray.shards.read import open_shards
+from ser_ray.tracking import recipe_of_run
+from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
+from ser_ray.training.loop import fit
+from ser_ray.training.model import Pretrained
+from ser_ray.training.search_config import SlotConfig, TuneConfig
+from ser_ray.training.study import TrialLog
+from ser_ray.training.trials import ResumableAsha, _room, find_slots, trial_metrics
+from ser_ray.training.tune import baseline, best_of, num_trials, search
+from tests.disk_shards import write_shards
+
+RECIPE = TrainConfig(
+    protocol="speaker-3", weights="none", crop_frames=24, batch_size=8, epochs=4, lr_max=4e-3,
+    augment=AugmentConfig(time_mask_frames=4),
+)  # fmt: skip
+DIVERGES = 1e30
+SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_shards(tmp_path_factory.mktemp("shards") / "shards"))
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def run_config(folder: Path, **changes: object) -> RunConfig:
+    values = {"storage": str(folder), "tracking_uri": f"sqlite:///{folder}/mlflow.db"} | changes
+    return RunConfig(**values)  # type: ignore[arg-type]
+
+
+def require_nothing_left() -> None:
+    """Actors and placement groups are gone: all that the cluster has is free again."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        groups = ray.util.placement_group_table().values()
+        free = ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+        if free and all(group["state"] == "REMOVED" for group in groups):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{ray.available_resources()} free, {ray.util.placement_group_table()}")
+
+
+def ended(trials: list[TrialLog]) -> list[TrialLog]:
+    return [trial for trial in trials if trial.ended]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=8, space=SPACE, grace_epochs=1, reduction=2)
+    run = run_config(tmp_path)
+    seen: list[list[TrialLog]] = []
+
+    def interrupt_after_three(trials: list[TrialLog]) -> None:
+        if len(ended(trials)) >= 3 and not seen:
+            seen.append([replace(trial, rows=list(trial.rows)) for trial in ended(trials)])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(shards, RECIPE, run, config, SlotConfig(), show=interrupt_after_three)
+    require_nothing_left()
+    handler = signal.getsignal(signal.SIGINT)
+    result = search(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+    require_nothing_left()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+    trials = {trial.trial_id: trial for trial in result.trials}
+    for trial in seen[0]:  # finished ones are kept as they were
+        assert trials[trial.trial_id].rows == trial.rows
+        assert trials[trial.trial_id].state == trial.state
+    states = [trial.state for trial in result.trials if trial.state != "lost"]
+    assert len(states) == 8
+    assert "pruned" in states
+    assert result.trials[0].recipe == RECIPE
+    for trial in result.trials:
+        diverging = trial.recipe.lr_max == DIVERGES
+        assert (trial.state == "failed") == diverging, trial
+        assert diverging == ("is not finite" in trial.problem)
+    best = result.best
+    scores = [trial.best["val_ua"] for trial in result.trials if trial.succeeded]
+    assert best.best["val_ua"] == max(scores)
+
+    rows = plain_rows(best.recipe, shards)
+    for row, alone in zip(best.rows, rows, strict=False):
+        for name in ("train_loss", "val_loss", "val_ua"):
+            assert row[name] == pytest.approx(alone[name], rel=1e-4), "a trial is a training"
+
+    kept = json.loads((tmp_path / result.name / "best.json").read_text())
+    assert TrainConfig.from_dict(kept["recipe"]) == best.recipe
+    assert recipe_of_run(best.run_id, run.tracking_uri) == best.recipe.to_dict()
+    check_mlflow(result, run.tracking_uri)
+
+
+def plain_rows(recipe: TrainConfig, shards: str) -> list[dict[str, float]]:
+    """The same training in this process, without Ray."""
+    rows: list[dict[str, float]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fit(
+        recipe,
+        open_shards(shards),
+        Pretrained("fresh weights", {}),
+        lambda epoch, take: rows.append(epoch.row),  # type: ignore[union-attr]
+    )
+    torch.set_num_threads(threads)
+    return rows
+
+
+def check_mlflow(result, uri: str) -> None:
+    """One run for the search, one nested run for each trial with its curves and its end."""
+    client = MlflowClient(tracking_uri=uri)
+    parent = client.get_run(result.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["best_val_ua"] == pytest.approx(result.best.best["val_ua"])
+    tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
+    plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
+    assert "tables/trials.csv" in tables
+    assert {"plots/history.png", "plots/learning_rate_bounds.png"} <= plots
+    nested = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    by_id = {run.info.run_id: run for run in nested}
+    assert set(by_id) == {trial.run_id for trial in result.trials}
+    status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
+    for trial in result.trials:
+        run = by_id[trial.run_id]
+        assert run.info.status == status[trial.state]
+        assert run.data.tags["trial.state"] == trial.state
+        assert float(run.data.params["lr_max"]) == trial.recipe.lr_max
+        if trial.rows:
+            curve = client.get_metric_history(trial.run_id, "val_ua")
+            assert [point.value for point in curve] == [row["val_ua"] for row in trial.rows]
+            assert len(client.get_metric_history(trial.run_id, "lr_step")) == sum(
+                len(rates) for rates in trial.rates
+            )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",), grace_epochs=1)
+    run, recipe = run_config(tmp_path, workers="2"), replace(RECIPE, epochs=2)
+    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    require_nothing_left()
+    assert len(result.trials) == 2
+    for trial in result.trials:
+        assert trial.stopped, "ASHA stops a trial at its last epoch too"
+        assert trial.succeeded
+
+
+@pytest.mark.ray
+def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
+    config = TuneConfig(
+        searcher="grid", space=(f"lr_max=choice({DIVERGES})", "lr_ratio=choice(2)",
+                                "feature=choice(mel,mfcc)"),
+    )  # fmt: skip
+    run = run_config(tmp_path)
+    with pytest.raises(SerRayError, match=r"none of 2 trials succeeded.*is not finite"):
+        search(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("slots", "changes"),
+    [
+        (SlotConfig(cpus_per_worker=3), {}),
+        (SlotConfig(), {"workers": "3"}),
+        (SlotConfig(), {"device": "gpu"}),
+    ],
+)
+def test_what_can_never_start_is_said_at_once(two_cpus, shards, tmp_path, slots, changes):
+    started = time.monotonic()
+    with pytest.raises(ResourcesError, match="can never start: the cluster's nodes"):
+        search(
+            shards, RECIPE, run_config(tmp_path, **changes), TuneConfig(), slots, show=print
+        )  # fmt: skip
+    assert time.monotonic() - started < 20
+    assert threading.active_count() < 20
+
+
+@pytest.mark.ray
+def test_slots_are_what_the_nodes_hold(two_cpus):
+    slots = find_slots(RunConfig(), SlotConfig())
+    assert (slots.count, slots.workers, slots.bundle()) == (2, 1, {"CPU": 1.0})
+    assert find_slots(RunConfig(workers="2"), SlotConfig()).count == 1
+    with pytest.raises(ConfigError, match="trials take a number"):
+        find_slots(RunConfig(workers="1..2"), SlotConfig())
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "gpus", "room"),
+    [
+        ({"CPU": 16.0, "GPU": 1.0}, 1, 0.25, 4),
+        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.3, 6),  # a share lies on one GPU
+        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.1, 16),
+        ({"CPU": 16.0, "GPU": 3.0}, 2, 2, 1),
+        ({"CPU": 3.0}, 2, 0, 1),
+        ({"CPU": 16.0}, 1, 0.25, 0),
+    ],
+)
+def test_workers_that_a_node_has_room_for(node, cpus, gpus, room):
+    assert _room(node, cpus, gpus) == room
+
+
+def test_ashas_rungs_are_the_same_after_a_restore():
+    curves = {
+        "a": [0.2, 0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9],
+        "b": [0.1],
+        "c": [0.3, 0.3, 0.2],
+        "d": [0.5, 0.2, 0.6, 0.1],
+    }
+
+    def scheduler(kind: type[ASHAScheduler]) -> ASHAScheduler:
+        return kind(
+            time_attr="epoch", metric="best_val_ua", mode="max", max_t=27, grace_period=1,
+            reduction_factor=3,
+        )  # fmt: skip
+
+    before, after = scheduler(ASHAScheduler), scheduler(ResumableAsha)
+    for name, curve in curves.items():
+        trial = SimpleNamespace(trial_id=name, last_result={})
+        before.on_trial_add(None, trial)
+        objective: list[float] = []
+        for epoch, val_ua in enumerate(curve, start=1):
+            told = trial_metrics({"epoch": epoch, "val_ua": val_ua}, [], objective)
+            before.on_trial_result(None, trial, told)
+            trial.last_result = told
+        after.on_trial_add(None, trial)
+    assert after._brackets[0]._rungs == before._brackets[0]._rungs
+    assert before._brackets[0]._rungs[-1][1] == {"a": 0.2, "b": 0.1, "c": 0.3, "d": 0.5}
+
+
+def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
+    assert baseline(RECIPE, TuneConfig(space=SPACE).dimensions) == [
+        {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
+    ]
+    assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",)).dimensions) == []
+
+
+def test_a_grid_has_its_points_and_the_recipe():
+    config = TuneConfig(searcher="grid", space=("feature=choice(mel,mfcc)",))
+    assert num_trials(RECIPE, config) == 3 * 3 * 2 + 1
+    assert num_trials(RECIPE, TuneConfig(trials=5)) == 5
+
+
+def test_the_best_trial_did_not_fail():
+    row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
+    trials = [
+        TrialLog("a", 1, {}, RECIPE, rows=[row], state="pruned"),
+        TrialLog("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
+        TrialLog("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
+        TrialLog("d", 4, {}, RECIPE, state="failed", problem="no"),
+    ]
+    assert best_of(trials).number == 2
+    with pytest.raises(SerRayError, match="none of 1 trials succeeded; the first failed with: no"):
+        best_of(trials[3:])
