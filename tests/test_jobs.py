@@ -97,7 +97,7 @@ class Head:
     def submissions(self) -> list[Any] | None:
         """The jobs submitted so far, for who has the token; None while nothing answers."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.RequestException):
             answer = requests.get(f"{self.jobs}/api/jobs/", headers=headers, timeout=60)
             return answer.json() if answer.ok else None
         return None
@@ -184,8 +184,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def answers(url: str) -> bool:
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.get(url, timeout=5).ok
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, timeout=30).ok
     return False
 
 

@@ -45,8 +45,8 @@ def running(store: Path, home: Path) -> Iterator[str]:
         )
     try:
         for _ in range(900):
-            with contextlib.suppress(requests.ConnectionError):
-                if requests.get(f"{uri}/health", timeout=5).ok:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{uri}/health", timeout=60).ok:
                     break
             assert server.poll() is None, (home / "log").read_text()
             time.sleep(0.1)
@@ -55,7 +55,7 @@ def running(store: Path, home: Path) -> Iterator[str]:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
         with pytest.raises(requests.ConnectionError):  # the server went with its keeper
-            requests.get(f"{uri}/health", timeout=5)
+            requests.get(f"{uri}/health", timeout=60)
 
 
 def use_credentials(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -79,7 +79,7 @@ def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_he
 
     with running(store, tmp_path / "head") as uri:
         asked = requests.post(
-            f"{uri}/api/2.0/mlflow/experiments/search", json={"max_results": 9}, timeout=5
+            f"{uri}/api/2.0/mlflow/experiments/search", json={"max_results": 9}, timeout=60
         )
         assert asked.status_code == 401
         with pytest.raises(TrackingError, match="refused the run"):
@@ -108,7 +108,7 @@ def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_he
             f"{uri}/api/2.0/mlflow/runs/get",
             params={"run_id": tracker.run_id},
             auth=auth,
-            timeout=5,
+            timeout=60,
         ).json()["run"]
     assert found["info"]["status"] == "FINISHED"
     assert [metric["value"] for metric in found["data"]["metrics"]] == [0.5]
