@@ -1,6 +1,6 @@
 """How fast many files are predicted, against decoding them and doing nothing else.
 
-`python jobs/bench_predict.py --corpus DIR --model MODEL` prints a table of
+`python jobs/bench.py predict --corpus DIR --model MODEL` prints a table of
 
 - decode: files to samples, in one process;
 - features: and to the network's input, in one process;

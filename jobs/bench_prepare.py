@@ -1,6 +1,6 @@
 """How fast `prepare` is, against the same work done in plainer ways on the same clips.
 
-`python jobs/bench_prepare.py --corpus DIR` prints a table of
+`python jobs/bench.py prepare --corpus DIR` prints a table of
 
 - job: `prepare` on Ray Data, on a cluster started for it;
 - pool: the same parts written by a plain ProcessPoolExecutor with as many processes;

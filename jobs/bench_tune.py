@@ -1,6 +1,6 @@
 """How well a search uses its slots, and what ASHA saves.
 
-`python jobs/bench_tune.py --shards DIR` prints
+`python jobs/bench.py tune --shards DIR` prints
 
 - start: seconds from the moment a trial's process is ready for it to its first step, of the first
   trial of every slot (which imports torch and reads the shards) and of the others;

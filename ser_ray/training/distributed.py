@@ -99,9 +99,9 @@ def train(
             require_shared(folder.storage)
             tracker = _start_tracker(config, run, folder, shards, split)
             try:
+                journal = JournalReader(folder.journal(), tracker, on_epoch)
                 if not folder.record().get("finished"):
-                    job = _Job(config, run, shards, pretrained, folder, scaling)
-                    job.run(JournalReader(folder.journal(), tracker, on_epoch))
+                    _Job(config, run, shards, pretrained, folder, scaling).run(journal)
                 lock.check()
                 _conclude(folder, tracker, shards.uri, audio=run.audio)
             except BaseException as error:

@@ -1,0 +1,296 @@
+"""How fast training is, against the same arithmetic in plainer and in Ray's usual ways.
+
+`python jobs/bench.py train --shards DIR` measures, in one run, on the clips of one fold:
+
+- ours: the loop through Ray Train, with its validation, checkpoints and reports;
+- bare: a PyTorch loop of the same arithmetic and nothing else;
+- ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo;
+- stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
+
+Each way runs in a fresh Python. Clips per second are those of the training steps after the first
+epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
+of these epochs that is neither training step nor validation. What the figures do not say: how it
+is on GPUs, or with workers on several nodes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ser_ray.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    shards: str
+    """Shard set to train on."""
+    recipe: TrainConfig = field(default_factory=lambda: TrainConfig(weights="none", epochs=3))
+    """What is trained; the first epoch does not count."""
+    workers: int = 2
+    """Workers of the ways that have several."""
+    ways: tuple[str, ...] = ("bare", "ours", "bare_ddp", "ours_ddp", "stream")
+    """What to compare, in this order."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way, measured once."""
+
+    clips_per_second: float
+    """Training clips a second in the steps of the epochs after the first."""
+    outside: float
+    """Share of those epochs that is neither step nor validation; NaN where it is not known."""
+    first_step: float
+    """Seconds from the command to the end of the first step, or of the first epoch's reading."""
+
+
+def ours(bench: Bench, started: float, workers: int = 1) -> Timing:
+    """Train as users do."""
+    from ser_ray.training.config import RunConfig
+    from ser_ray.training.distributed import train
+
+    ends = [time.time()]
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunConfig(
+            workers=str(workers),
+            device="cpu",
+            storage=folder,
+            tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        )
+        result = train(
+            bench.shards, bench.recipe, run, on_epoch=lambda row: ends.append(time.time())
+        )
+    rows = result.history
+    steps = bench_steps(bench)
+    in_steps = [steps[1] / row["clips_per_second"] for row in rows]
+    wall = ends[-1] - ends[1]
+    outside = 1 - sum(row["epoch_seconds"] for row in rows[1:]) / wall
+    first = ends[1] - rows[0]["epoch_seconds"] + in_steps[0] / steps[0] - started
+    return Timing(steps[1] * (len(rows) - 1) / sum(in_steps[1:]), outside, first)
+
+
+def bench_steps(bench: Bench) -> tuple[int, int]:
+    """Steps of an epoch, and clips in them."""
+    from ser_ray.shards.read import open_shards
+    from ser_ray.training.data import select_rows, steps_per_epoch
+
+    rows = len(select_rows(open_shards(bench.shards).clips(), bench.recipe).train)
+    steps = steps_per_epoch(rows, bench.recipe.batch_size)
+    return steps, steps * bench.recipe.batch_size
+
+
+def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
+    """Train in plain processes, joined by gloo where there are several."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (bench, started, workers, folder)
+        torch.multiprocessing.spawn(_bare_worker, arguments, nprocs=workers)
+        return Timing(**json.loads(Path(folder, "timing.json").read_text()))
+
+
+def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    if workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers
+        )
+    learner = _Learner(bench.recipe, bench.shards, rank, workers)
+    marks = []
+    first = 0.0
+    for _ in range(bench.recipe.epochs):
+        order = torch.randperm(len(learner.clips))
+        marks.append(time.time())
+        for step in range(learner.steps):
+            rows = order[step * bench.recipe.batch_size :][: bench.recipe.batch_size]
+            learner.learn(*learner.augment(learner.clips, rows))
+            first = first or time.time() - started
+    marks.append(time.time())
+    clips = learner.steps * bench.recipe.batch_size * (bench.recipe.epochs - 1)
+    timing = Timing(clips / (marks[-1] - marks[1]), 0.0, first)
+    if rank == 0:
+        Path(folder, "timing.json").write_text(json.dumps(asdict(timing)))
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+class _Learner:
+    """A network, its optimiser and schedule: the arithmetic of a step without the loop's care."""
+
+    def __init__(self, config: TrainConfig, shards: str, rank: int, workers: int) -> None:
+        import torch
+        from torch.optim.lr_scheduler import OneCycleLR
+
+        from ser_ray.shards.read import open_shards
+        from ser_ray.training.augment import Augment, gain_response
+        from ser_ray.training.data import load_fold, steps_per_epoch
+        from ser_ray.training.model import build_network
+
+        device = torch.device("cpu")
+        opened = open_shards(shards)
+        data = load_fold(opened, config, device)
+        self.config, self.rank, self.workers, self.clips = config, rank, workers, data.train
+        self.normalisation = data.normalisation
+        self.steps = steps_per_epoch(len(data.train), config.batch_size)
+        mels = opened.card.features.num_mels
+        response = gain_response(config.feature, mels, data.normalisation, device)
+        self.augment = Augment(config.augment, config.crop_frames, len(data.labels), response)
+        network = build_network(len(data.labels)).to(memory_format=torch.channels_last)
+        network.train()
+        self.network: torch.nn.Module = network
+        if workers > 1:
+            self.network = torch.nn.parallel.DistributedDataParallel(
+                network, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.optimiser = torch.optim.AdamW(
+            network.parameters(), weight_decay=config.weight_decay, fused=True
+        )
+        total = config.epochs * self.steps
+        self.schedule = OneCycleLR(self.optimiser, config.lr_max, total_steps=total + 1)
+
+    def learn(self, batch: Any, targets: Any) -> None:
+        """Take one step."""
+        import torch
+        import torch.nn.functional as F
+
+        mine = slice(self.rank, None, self.workers)
+        batch = batch[mine].contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(
+            self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
+        )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+
+
+def stream(bench: Bench, started: float) -> Timing:
+    """Train on batches that Ray Data reads, decodes and shuffles anew in every epoch."""
+    import ray
+    import ray.data
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from ser_ray.cluster import cluster
+    from ser_ray.shards.read import open_shards
+    from ser_ray.training.data import select_rows
+
+    opened = open_shards(bench.shards)
+    clips = opened.clips()
+    chosen = set(clips["path"].take(select_rows(clips, bench.recipe).train).to_pylist())
+    labels = {label: index for index, label in enumerate(opened.card.labels)}
+    features = opened.card.features
+    shape = (features.num_bins("mel"), features.num_frames)
+
+    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        keep = np.asarray([path in chosen for path in batch["path"]], dtype=bool)
+        rows = [np.frombuffer(value, np.float16).reshape(shape) for value in batch["mel"][keep]]
+        return {
+            "mel": np.stack(rows) if rows else np.zeros((0, *shape), np.float16),
+            "num_frames": batch["num_frames"][keep].astype(np.int64),
+            "label": np.asarray([labels[name] for name in batch["emotion"][keep]], np.int64),
+        }
+
+    with cluster(), tempfile.TemporaryDirectory() as folder:
+        columns = ["path", "mel", "num_frames", "emotion"]
+        data = ray.data.read_parquet(
+            [f"{bench.shards}/part-{part:05d}.parquet" for part in opened.card.parts],
+            columns=columns,
+        ).map_batches(decode)
+        trainer = TorchTrainer(
+            _stream_worker,
+            train_loop_config={"bench": bench, "started": started, "folder": folder},
+            scaling_config=ray.train.ScalingConfig(num_workers=1),
+            run_config=ray.train.RunConfig(storage_path=folder),
+            datasets={"train": data.random_shuffle()},
+        )
+        trainer.fit()
+        return Timing(**json.loads(Path(folder, "timing.json").read_text()))
+
+
+def _stream_worker(arguments: dict[str, Any]) -> None:
+    import ray.train
+    import torch
+
+    from ser_ray.training.data import Clips
+
+    bench: Bench = arguments["bench"]
+    torch.set_num_threads(os.cpu_count() or 1)
+    learner = _Learner(bench.recipe, bench.shards, 0, 1)
+    mean, std = (
+        torch.as_tensor(values, dtype=torch.float32)
+        for values in (learner.normalisation.mean, learner.normalisation.std)
+    )
+    shard = ray.train.get_dataset_shard("train")
+    marks, first, clips = [], 0.0, 0
+    for epoch in range(bench.recipe.epochs):
+        marks.append(time.time())
+        batches = shard.iter_torch_batches(batch_size=bench.recipe.batch_size, drop_last=True)
+        for batch in batches:
+            frames = (batch["mel"].float().transpose(1, 2) - mean) / std
+            resident = Clips(frames, batch["num_frames"], batch["label"])
+            rows = torch.arange(len(resident))
+            learner.learn(*learner.augment(resident, rows))
+            first = first or time.time() - arguments["started"]
+            clips += len(rows) if epoch else 0
+    marks.append(time.time())
+    timing = Timing(clips / (marks[-1] - marks[1]), float("nan"), first)
+    Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
+
+
+def measure(bench: Bench, way: str) -> Timing:
+    """Measure one way in a fresh Python: what the others left in memory is not there."""
+    order = asdict(bench) | {"way": way, "started": time.time()}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        command = [sys.executable, __file__, "one", json.dumps(order), str(answer)]
+        subprocess.run(command, check=True)
+        return Timing(**json.loads(answer.read_text()))
+
+
+def one(order: dict[str, Any], answer: Path) -> None:
+    """Do what `measure` asks for."""
+    way, started = order.pop("way"), order.pop("started")
+    bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
+    name, _, several = way.partition("_")
+    workers = (bench.workers,) if several else ()
+    timing: Timing = {"ours": ours, "bare": bare, "stream": stream}[name](bench, started, *workers)
+    answer.write_text(json.dumps(asdict(timing)))
+
+
+def train(bench: Bench) -> None:
+    """Measure all ways and print them with their ratios."""
+    found: dict[str, Timing] = {}
+    for way in bench.ways:
+        timing = found[way] = measure(bench, way)
+        print(
+            f"{way:9} {timing.clips_per_second:7.1f} clips/s  outside {timing.outside:6.1%}  "
+            f"first step after {timing.first_step:5.1f} s",
+            flush=True,
+        )
+    for way, against in (("ours", "bare"), ("ours_ddp", "bare_ddp"), ("ours", "stream")):
+        if way in found and against in found:
+            ratio = found[way].clips_per_second / found[against].clips_per_second
+            print(f"{way} / {against}: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        one(json.loads(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        train(tyro.cli(Bench, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
