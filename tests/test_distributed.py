@@ -204,6 +204,7 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(mount).returncode == 0
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")
 def test_the_disk_is_full_while_checkpointing(
     world: World, uninterrupted: TrainResult, tmp_path: Path
@@ -300,6 +301,7 @@ def test_every_preemption_notice_is_news_once(monkeypatch: pytest.MonkeyPatch) -
     assert [ask() for _ in range(5)] == [False, True, False, True, False]
 
 
+@pytest.mark.soak
 def test_workers_come_and_go_with_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "RESIZE_SECONDS", 1.0)
     config = replace(CONFIG, epochs=40)

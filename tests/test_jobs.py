@@ -28,7 +28,7 @@ import yaml
 from ser_ray.lock import LOCK_NAME
 from tests.clips import voice, write_wav
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 RECIPE = [

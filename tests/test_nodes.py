@@ -21,6 +21,7 @@ from ser_ray.training.distributed import train
 from tests.clips import small_corpus, voice, write_wav
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(900),

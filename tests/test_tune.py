@@ -162,6 +162,7 @@ def check_mlflow(result, uri: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.soak
 def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tmp_path):
     config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",), grace_epochs=1)
     run, recipe = run_config(tmp_path, workers="2"), replace(RECIPE, epochs=2)
@@ -174,6 +175,7 @@ def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tm
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
     config = TuneConfig(
         searcher="grid", space=(f"lr_max=choice({DIVERGES})", "lr_ratio=choice(2)",
