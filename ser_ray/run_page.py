@@ -149,7 +149,7 @@ def _views(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[
         filesystem, path = filesystem_of(clip["path"])
         try:
             with filesystem.open_input_file(path) as file:
-                waveform = extract.waveform(*decode(file, clip["path"]))
+                waveform = extract.waveform(*decode(file))
         except (OSError, ClipError):
             continue
         views.append(

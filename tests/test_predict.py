@@ -42,7 +42,7 @@ def predictor(checkpoint) -> Predictor:
 
 def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:
     """Probabilities by torchvision's network and the training's own windows."""
-    samples, rate = decode(str(path), "clip")
+    samples, rate = decode(str(path))
     extract = Extractor(FEATURES)
     features = extract.features(extract.waveform(samples, rate))["mel"].astype(np.float16)
     clips = Clips.resident(
@@ -111,7 +111,7 @@ def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
     expected = predictor.predict(str(path)).probabilities
     stream = predictor.predict_stream(io.BytesIO(path.read_bytes()), "bytes")
     assert stream.probabilities == expected
-    samples, rate = decode(str(path), "a")
+    samples, rate = decode(str(path))
     assert predictor.predict_samples(samples, rate, "samples").probabilities == expected
 
 

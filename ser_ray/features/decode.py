@@ -47,9 +47,7 @@ START = 12
 """Bytes that tell a wav from everything else."""
 
 
-def decode(
-    file: str | BinaryIO, name: str = "", *, max_seconds: float = 600.0
-) -> tuple[np.ndarray, int]:
+def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndarray, int]:
     """Return the samples of a clip and its sample rate in hertz.
 
     Args:

@@ -87,7 +87,7 @@ class Hearing:
 
     def _decoded(self, source: str | BinaryIO, name: str) -> Heard:
         try:
-            samples, sample_rate = decode(source, name, max_seconds=MAX_RECORDING_SECONDS)
+            samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             return Heard(path=name, status=error.status, reason=error.reason)
         return self.samples(samples, sample_rate, name)
