@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ser_ray.corpus.census import expected_ravdess
@@ -181,6 +181,7 @@ def test_no_take_content_or_speaker_is_on_two_sides(rows, protocol):
 def test_the_folds_test_every_speaker_once(rows, protocol):
     clips = clips_of([(*row[:4], None) for row in rows])
     speakers = {row[0] for row in rows}
+    assume(len(speakers) > 3 or protocol != "speaker-2")  # else none is left to train on
     folds = [split(protocol, fold, clips) for fold in range(num_folds(protocol, speakers))]
     assert sorted(itertools.chain(*(fold.test_speakers for fold in folds))) == sorted(speakers)
 
