@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss
 
-from ser_ray.training.metrics import Scores, accuracy_by, count_confusion, scores_of
+from ser_ray.training.metrics import Scores, count_confusion, scores_of
 
 pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -35,9 +35,3 @@ def test_loss_is_the_mean_log_likelihood():
     truth = rng.integers(0, 4, 50)
     expected = log_loss(truth, probabilities, labels=range(4))
     assert scores_of(truth, probabilities).loss == pytest.approx(expected)
-
-
-def test_accuracy_by_group():
-    groups = ["b", "a", "b", "b"]
-    right = np.array([True, False, False, True])
-    assert accuracy_by(groups, right) == [("a", 1, 0.0), ("b", 3, pytest.approx(2 / 3))]

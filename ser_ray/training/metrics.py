@@ -6,7 +6,6 @@ is the mean recall over the labels that occur; macro F1 is the mean F1 over the 
 are predicted.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,15 +84,6 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     likelihood = probabilities[np.arange(len(truth)), truth]
     loss = float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if len(truth) else 0.0
     return Scores(count_confusion(truth, predicted, num_labels), loss)
-
-
-def accuracy_by(groups: Sequence[str], right: np.ndarray) -> list[tuple[str, int, float]]:
-    """Accuracy in each group: (group, clips, share right), by group name."""
-    names = np.asarray(groups)
-    return [
-        (str(name), int((names == name).sum()), float(right[names == name].mean()))
-        for name in np.unique(names)
-    ]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
