@@ -23,8 +23,9 @@ import tyro
 
 from ser_ray.features.decode import decode
 from ser_ray.inference.batch import predict_many
-from ser_ray.inference.locate import list_audio, local_checkpoint
+from ser_ray.inference.hear import list_audio
 from ser_ray.inference.predict import Predictor
+from ser_ray.registry import local_checkpoint
 from ser_ray.shards.progress import Progress
 
 

@@ -11,7 +11,7 @@ inference   a checkpoint -> scores on its test part, the emotion in any audio fi
             MLflow serves, or one ONNX file
 
 Around them: `cli` and `commands` are the command line, `cluster` joins Ray, `storage` opens paths
-and URIs, `tracking` records runs in MLflow and `registry` finds their models, `report` draws,
+and URIs, `tracking` records runs in MLflow and `registry` finds models, `report` draws,
 `page` writes a run's page and `run_page` gathers what it shows. Imports go down this list, not up.
 """
 

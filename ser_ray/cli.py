@@ -165,6 +165,20 @@ class Predict(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemoUi(Common):
+    """Serve a page where people record or drop a clip and see what the model says of it."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder or URI that `train` printed, MLflow run id, or models:/name@alias."""
+    host: str = "127.0.0.1"
+    """Address to listen on: of this machine alone, or 0.0.0.0 for everybody who can reach it."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+    tracking_uri: str = ""
+    """MLflow store in which a run id or a registered name is looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(Common):
     """Write a model as one file: waveform at its sample rate in, probabilities out."""
 
@@ -233,6 +247,7 @@ VERBS: dict[str, Callable[..., Common]] = {
     "crossval": Crossval,
     "evaluate": Evaluate,
     "predict": Predict,
+    "demo-ui": DemoUi,
     "export": Export,
     "register": Register,
 }

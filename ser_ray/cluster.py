@@ -1,8 +1,8 @@
 """Joining a Ray cluster, or starting one on this machine, and asking what it has."""
 
 import logging
-import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,41 +76,55 @@ def has_gpus() -> bool:
 
 
 def resources_within_reach() -> dict[str, float]:
-    """What the cluster has, or, where machines are started on demand, how far that may grow."""
+    """What the cluster has and, where machines are started on demand, how far that may grow."""
+    reach: dict[str, float] = {}
+    for node in nodes_within_reach():
+        for name, amount in node.items():
+            reach[name] = reach.get(name, 0) + amount
+    return reach
+
+
+def nodes_within_reach() -> list[dict[str, float]]:
+    """Resources of each node that the cluster has, and of those that it may start on demand."""
     import ray
     import yaml
 
-    reach: dict[str, float] = dict(ray.cluster_resources())
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    reach = [node["Resources"] for node in alive]
     config = AUTOSCALER_CONFIG.expanduser()
-    if not config.exists():
-        return reach
-    grown: dict[str, float] = {}
-    for kind in yaml.safe_load(config.read_text())["available_node_types"].values():
-        for name, amount in kind["resources"].items():
-            grown[name] = grown.get(name, 0) + amount * kind.get("max_workers", 0)
-    return {name: max(reach.get(name, 0), grown.get(name, 0)) for name in reach.keys() | grown}
+    if config.exists():
+        started = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
+        for name, kind in yaml.safe_load(config.read_text())["available_node_types"].items():
+            reach += [kind["resources"]] * (kind.get("max_workers", 0) - started[name])
+    return reach
 
 
-def require_shared(location: str) -> None:
-    """Check that a local path leads to the same place on every node; a URI is taken to.
+def require_shared(*locations: str) -> None:
+    """Check that local paths lead to the same places on every node; a URI is taken to.
 
     Raises:
-        ResourcesError: a node does not see it, or Ray will delete it after the job.
+        ResourcesError: a node does not see one, or will not, or Ray will delete it after the job.
     """
     import ray
 
-    require_kept(location)
+    for location in locations:
+        require_kept(location)
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    if "://" in location or not others:
-        return
-    with _marker(Path(absolute(location))) as marker:
-        blind = sorted(_nodes_without(marker, others))
-    if blind:
-        raise ResourcesError(
-            f"{location}: is on this machine, but not on {', '.join(blind)}: give a folder that "
-            "all nodes of the cluster share, or a URI like s3://bucket/folder"
-        )
+    for location in locations:
+        if "://" in location:
+            continue
+        path, blind = Path(absolute(location)), []
+        if others:
+            with _marker(path) as marker:
+                blind = sorted(_nodes_without(marker, others))
+        elif AUTOSCALER_CONFIG.expanduser().exists() and _on_own_disk(path):
+            blind = ["the machines that are to be started"]
+        if blind:
+            raise ResourcesError(
+                f"{location}: is on this machine, but not on {', '.join(blind)}: give a folder "
+                "that all nodes of the cluster share, or a URI like s3://bucket/folder"
+            )
 
 
 def require_kept(location: str) -> None:
@@ -144,6 +158,11 @@ def _marker(path: Path) -> Iterator[Path]:
         marker.unlink()
 
 
+def _on_own_disk(path: Path) -> bool:
+    """Whether a path is on the disk that the machine started from; what is shared is mounted."""
+    return path.exists() and path.stat().st_dev == Path("/").stat().st_dev
+
+
 def _nodes_without(path: Path, nodes: list[dict[str, Any]]) -> list[str]:
     """Names of the nodes on which a path does not exist; those that do not answer count not."""
     import ray
@@ -168,12 +187,10 @@ def _nodes_without(path: Path, nodes: list[dict[str, Any]]) -> list[str]:
 
 
 def cpus_per_worker(workers: int) -> int:
-    """CPUs that each of so many CPU workers may have when they share the cluster evenly."""
-    import ray
-
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    on_a_node = math.ceil(workers / max(len(nodes), 1))
-    return max(int(max(nodes, default=1) // on_a_node), 1)
+    """CPUs that each of so many CPU workers may have when all find room at once."""
+    sizes = [int(node.get("CPU", 0)) for node in nodes_within_reach()]
+    fitting = range(max(sizes, default=1), 1, -1)
+    return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
 def reserved_places() -> set[str]:

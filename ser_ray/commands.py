@@ -209,7 +209,7 @@ def evaluate(verb: cli.Evaluate) -> Outcome:
     """Checkpoint to scores, recorded in the run that trained it, and to a comparison."""
     from ser_ray.inference.evaluate import Evaluation, compare, origin_of
     from ser_ray.inference.evaluate import evaluate as run_evaluate
-    from ser_ray.inference.locate import local_checkpoint
+    from ser_ray.registry import local_checkpoint
     from ser_ray.run_page import record_evaluation
     from ser_ray.tracking import Tracker
 
@@ -238,9 +238,9 @@ def evaluate(verb: cli.Evaluate) -> Outcome:
 
 def predict(verb: cli.Predict) -> Outcome:
     """Files to emotions: few at once, many through Ray into a table."""
-    from ser_ray.inference.locate import list_audio, local_checkpoint
-    from ser_ray.inference.predict import Predictor
-    from ser_ray.inference.show import prediction_text
+    from ser_ray.inference.hear import list_audio
+    from ser_ray.inference.predict import Predictor, prediction_text
+    from ser_ray.registry import local_checkpoint
 
     files = list_audio(verb.files)
     with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
@@ -275,10 +275,22 @@ def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcom
     return Outcome(asdict(summary), "\n".join(line for line in lines if line))
 
 
+def demo_ui(verb: cli.DemoUi) -> Outcome:
+    """Checkpoint to a page, until Ctrl-C."""
+    from ser_ray.inference.demo import serve
+    from ser_ray.inference.predict import Predictor
+    from ser_ray.registry import local_checkpoint
+
+    with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
+        predictor = Predictor(checkpoint)
+    serve(predictor, verb.host, verb.port, lambda url: console.print(f"{url} (Ctrl-C stops it)"))
+    return Outcome({"stopped": True}, "stopped")
+
+
 def export(verb: cli.Export) -> Outcome:
     """Checkpoint to one file with the features inside."""
     from ser_ray.inference.export import export as run_export
-    from ser_ray.inference.locate import local_checkpoint
+    from ser_ray.registry import local_checkpoint
 
     output = verb.output or f"{cli.OUT}/model.{'onnx' if verb.format == 'onnx' else 'pt2'}"
     with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
@@ -378,6 +390,7 @@ _DO: dict[type[cli.Common], Any] = {
     cli.Crossval: crossval,
     cli.Evaluate: evaluate,
     cli.Predict: predict,
+    cli.DemoUi: demo_ui,
     cli.Export: export,
     cli.Register: register,
     cli.Pipeline: pipeline,

@@ -197,15 +197,15 @@ def _results(report: RunReport) -> list[str]:
     ece = f"expected calibration error {report.ece:.1%}; {measured_on}"
     return [
         "<h2>Labels</h2>",
-        f'<div class="pair">{_svg(confusion, "Confusion matrix")}',
+        f'<div class="pair">{inline_svg(confusion, "Confusion matrix")}',
         f"{_table(classes, measured_on)}</div>",
         "<h2>Speakers</h2>",
-        f'<div class="pair">{_svg(speakers, "WA of every speaker")}',
+        f'<div class="pair">{inline_svg(speakers, "WA of every speaker")}',
         f"{_table(speaker_rows, measured_on)}</div>",
         "<h2>Groups of clips</h2>" if others else "",
         f'<div class="pair">{"".join(others)}</div>' if others else "",
         "<h2>Calibration</h2>",
-        _svg(reliability_figure(*report.calibration, ece), "Accuracy at every confidence"),
+        inline_svg(reliability_figure(*report.calibration, ece), "Accuracy at every confidence"),
     ]
 
 
@@ -218,8 +218,8 @@ def _training(report: RunReport) -> list[str]:
     )
     return [
         "<h2>Training</h2>",
-        f'<div class="pair">{_svg(curves, "Loss and accuracy of every epoch")}',
-        f"{_svg(rates, 'Learning rate of every step')}</div>",
+        f'<div class="pair">{inline_svg(curves, "Loss and accuracy of every epoch")}',
+        f"{inline_svg(rates, 'Learning rate of every step')}</div>",
     ]
 
 
@@ -235,7 +235,7 @@ def _clips(heading: str, about: str, clips: Sequence[ClipView]) -> str:
 
 def _clip(clip: ClipView, heading: str) -> str:
     verdict = "right" if clip.truth == clip.predicted else "wrong"
-    picture = _svg(
+    picture = inline_svg(
         clip_figure(clip.waveform, clip.sample_rate, clip.spectrogram),
         f"{heading}: waveform and spectrogram of {clip.name}",
     )
@@ -294,7 +294,7 @@ def _settings(values: Mapping[str, object]) -> str:
     return f"<div><table>{''.join(rows)}</table></div>"
 
 
-def _svg(figure: Figure, description: str) -> str:
+def inline_svg(figure: Figure, description: str) -> str:
     """Write a figure as an element of the page: transparent, black made the text's colour."""
     buffer = io.StringIO()
     # Text stays text, and equal figures get equal ids: the page of a run is the same every time.

@@ -1,21 +1,55 @@
-"""Models in MLflow: fetched by run or registered name, and made registered versions.
+"""Where models are: a name becomes a checkpoint's directory, a run's model a registered version.
 
-Beside `tracking`, which records runs, the only module that imports MLflow.
+A model is a checkpoint's folder or URI, an MLflow run's id, or a registered version
+(`models:/ser-ray@champion`, `models:/ser-ray/3`). Beside `tracking`, which records runs, the only
+module that imports MLflow.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pyarrow import fs
+
 from ser_ray.errors import TrackingError
+from ser_ray.storage import filesystem_of
 from ser_ray.tracking import first_line, quick_to_give_up, require_reachable, resolve_uri
 
 CHOSEN_BY = "best_val_ua"
 """Metric of a finished training."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated one."""
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@contextmanager
+def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
+    """A model as a local checkpoint directory, fetched for the block where it is not one.
+
+    Args:
+        model: checkpoint folder or URI, MLflow run id, or `models:/name@alias`.
+        tracking_uri: as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: no such run or registered model.
+    """
+    if model.startswith("models:/") or (_RUN_ID.fullmatch(model) and not Path(model).exists()):
+        with TemporaryDirectory() as folder:
+            yield fetch_checkpoint(model, tracking_uri, Path(folder))
+        return
+    filesystem, path = filesystem_of(model)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            fs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
 
 
 def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:

@@ -14,10 +14,9 @@ RAY_FREE = [
     "training/scoring.py", "training/run_folder.py", "training/lr_range.py",
     "training/search_config.py", "training/study.py", "training/search_figures.py",
     "training/trial_table.py",
-    "inference/evaluate.py", "inference/export.py", "inference/hear.py", "inference/locate.py",
+    "inference/demo.py", "inference/evaluate.py", "inference/export.py", "inference/hear.py",
     "inference/model_card.py", "inference/network.py", "inference/packaged.py",
-    "inference/predict.py", "inference/results.py", "inference/show.py",
-    "inference/statistics.py", "report.py",
+    "inference/predict.py", "inference/results.py", "inference/statistics.py", "report.py",
 ]  # fmt: skip
 TOP_LEVEL = {
     "ser_ray", "jobs", "tests", "pyproject.toml", "README.md", "cluster.yaml", "LICENSE",

@@ -27,6 +27,7 @@ import yaml
 
 from ser_ray.lock import LOCK_NAME
 from tests.clips import voice, write_wav
+from tests.processes import end, family
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -114,13 +115,9 @@ class Head:
 
     def working(self) -> list[str]:
         """The processes of jobs that run on this head's node."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
-        rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()[1:]]
-        family = {str(self.process)}
-        while grown := {pid for pid, parent, _ in rows if parent in family} - family:
-            family |= grown
         ours = ("RayTrainWorker", "TrainController", "JobSupervisor", "jobs/")
-        return [args for pid, _, args in rows if pid in family and any(w in args for w in ours)]
+        commands = family(self.process).values()
+        return [command for command in commands if any(word in command for word in ours)]
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +171,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         holder = store / LOCK_NAME
         if holder.exists():
             os.kill(json.loads(holder.read_text())["pid"], signal.SIGTERM)
-        os.killpg(ray.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ray.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(ray.pid, signal.SIGKILL)
+        end(ray)
         wait_for("MLflow's end", lambda: not holder.exists(), 60)
         shutil.rmtree(temp, ignore_errors=True)
 

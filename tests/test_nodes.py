@@ -19,6 +19,7 @@ from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.distributed import train
 from tests.clips import small_corpus, voice, write_wav
+from tests.processes import family
 
 pytestmark = [
     pytest.mark.soak,
@@ -52,13 +53,8 @@ class Nodes:
 
     def running(self, title: str) -> list[Any]:
         """The nodes that run a process of this title."""
-        return [node for node in self.workers if title in processes_of(node)]
-
-
-def processes_of(node: Any) -> str:
-    raylet = node.all_processes["raylet"][0].process.pid
-    done = subprocess.run(["ps", "--ppid", str(raylet), "-o", "args="], capture_output=True)
-    return done.stdout.decode()
+        raylets = {node: node.all_processes["raylet"][0].process.pid for node in self.workers}
+        return [node for node, pid in raylets.items() if title in " ".join(family(pid).values())]
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ import pytest
 
 from ser_ray.cli import main
 from ser_ray.errors import TrackingError
-from ser_ray.inference.locate import local_checkpoint
 from ser_ray.inference.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predict import Predictor
+from ser_ray.registry import local_checkpoint
 from ser_ray.tracking import Tracker
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint

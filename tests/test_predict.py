@@ -15,8 +15,7 @@ from ser_ray.cli import main
 from ser_ray.errors import CheckpointError, CorpusError
 from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
-from ser_ray.inference.hear import window_starts
-from ser_ray.inference.locate import list_audio
+from ser_ray.inference.hear import list_audio, window_starts
 from ser_ray.inference.network import load_network
 from ser_ray.inference.predict import Predictor
 from ser_ray.training.checkpoint import CARD, MODEL, read_network

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ser_ray.cluster import has_gpus
+from ser_ray.cluster import has_gpus, require_kept, require_shared, resources_within_reach
 from ser_ray.errors import SerRayError
 from ser_ray.inference.hear import Hearing
 from ser_ray.inference.predict import Predictor
@@ -60,12 +60,15 @@ def predict_many(
 
     Raises:
         ConfigError: another suffix, or another run writes there.
+        ResourcesError: a node of the cluster does not see the files, or Ray deletes the output.
         SerRayError: the pass broke off.
     """
     require_suffix(output)
+    require_kept(output)
     started = time.monotonic()
     with Journal(output, predictor.fingerprint) as journal:
         waiting = [path for path in files if not journal.is_done(path)]
+        require_shared(*waiting[:1])
         watch = Watch(len(files), len(files) - len(waiting))
         with show(progress) as report:
             for rows in _score(waiting, predictor) if waiting else ():
@@ -103,7 +106,7 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
         fn_constructor_args=(ray.put(predictor),),
         batch_size=FILES_AT_ONCE,
         compute=ray.data.ActorPoolStrategy(
-            size=min(max(int(ray.cluster_resources()[kind]), 1), blocks)
+            size=min(max(int(resources_within_reach().get(kind, 0)), 1), blocks)
         ),
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.cluster import cluster
+from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.protocols import num_folds
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.evaluate import evaluate
@@ -136,6 +136,7 @@ def crossval(
     folder = RunFolder(run.storage, run.name or crossval_name(recipe, config, shards))
     location = absolute(folder.location)
     with cluster(address), folder.lock():
+        require_shared(shards.uri, location)
         found = find_slots(run, slots)
         setup = TrialSetup(
             recipe=recipe,

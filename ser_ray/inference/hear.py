@@ -1,22 +1,33 @@
-"""A file to what the network can be shown: the features of a clip, or of a recording's windows.
+"""Files to what the network can be shown: the features of a clip, or of a recording's windows.
 
 The features are computed by the code and with the configuration of the shards that the model was
 trained on. A recording with more sound than the longest training clip is heard in overlapping
 windows as long as the network's crop, each treated as a clip of its own; windows without sound are
-left out, not guessed. Knows neither torch nor Ray, so decoding workers start in a moment.
+left out, not guessed. `list_audio` says which files a user means. Knows neither torch nor Ray, so
+decoding workers start in a moment.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import BinaryIO
 
 import numpy as np
+from pyarrow import fs
 
+from ser_ray.errors import CorpusError
 from ser_ray.features import ClipError
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.decode import decode
 from ser_ray.features.extract import ENERGY_SECONDS, Extractor
+from ser_ray.storage import filesystem_of, list_files
 
+AUDIO_SUFFIXES = (
+    ".wav", ".mp4", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".webm", ".mkv", ".mov", ".aac",
+    ".aiff", ".amr", ".avi", ".wma",
+)  # fmt: skip
+"""What counts as audio or video in a folder; a file named itself may have any name."""
 MAX_RECORDING_SECONDS = 3600.0
 """Longer recordings are `too_long`: they would not fit into a worker's memory."""
 
@@ -131,3 +142,59 @@ def _loud_stretches(samples: np.ndarray, sample_rate: int, trim_db: float) -> np
     # Summed in blocks: an hour of int16 samples is not copied to float as a whole.
     power = np.einsum("ij,ij->i", stretches, stretches, dtype=np.float64, casting="safe")
     return power > power.max() * 10 ** (-trim_db / 10)
+
+
+def list_audio(sources: Sequence[str]) -> list[str]:
+    """Files to score, each once: those named, those of audio or video in the folders named, and
+    those that a pattern matches (`*` and `?` within a name, `**` over any number of folders).
+
+    Raises:
+        CorpusError: a source does not exist, or holds or matches no such file.
+    """
+    files: list[str] = []
+    for source in sources:
+        filesystem, path = filesystem_of(source)
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.File:
+            files.append(source)
+        elif kind == fs.FileType.Directory:
+            found = [file for file in list_files(source) if _is_audio(file.inside)]
+            files += sorted(file.location for file in found)
+            if not found:
+                raise CorpusError(f"{source}: no audio or video file in this folder")
+        elif set("*?[") & set(source):
+            files += _matching(source)
+        else:
+            raise CorpusError(f"{source}: no such file or folder")
+    return list(dict.fromkeys(files))
+
+
+def _matching(pattern: str) -> list[str]:
+    """Audio and video files that a pattern matches; other files only where it says their suffix."""
+    fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
+    base = fixed[0] if fixed else ""
+    wanted = pattern.removeprefix(base).split("/")
+    try:
+        found = [
+            file.location
+            for file in list_files(base or ".")
+            if _matches(file.inside.split("/"), wanted)
+            and (_is_audio(file.inside) or "." in wanted[-1])
+        ]
+    except OSError as error:
+        raise CorpusError(f"{pattern}: {base} cannot be listed ({error})") from error
+    if not found:
+        raise CorpusError(f"{pattern}: matches no audio or video file")
+    return sorted(found)
+
+
+def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not names
+    if wanted[0] == "**":
+        return any(_matches(names[skip:], wanted[1:]) for skip in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], wanted[0]) and _matches(names[1:], wanted[1:])
+
+
+def _is_audio(name: str) -> bool:
+    return name.lower().endswith(AUDIO_SUFFIXES)

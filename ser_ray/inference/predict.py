@@ -6,7 +6,7 @@ Python needs to import torch: nothing here needs Ray, MLflow or torchvision.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,8 @@ from ser_ray.training.data import window_batches
 
 BATCH_SIZE = 32
 """Crops scored at once."""
+BAR_WIDTH = 40
+"""Characters of a bar for 100 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,10 @@ class Segment:
     emotion: str
     probabilities: dict[str, float]
     """Probability of every label; they sum to 1."""
+
+    def __str__(self) -> str:
+        when = f"{_clock(self.start)}–{_clock(self.end)}"
+        return f"{when:>15}  {self.emotion} ({self.probabilities[self.emotion]:.0%})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +58,13 @@ class Prediction:
     """ok, or what is wrong with the file: unreadable, no_audio, too_short, too_long, silent."""
     reason: str | None = None
     """The status in words."""
+
+    def __str__(self) -> str:
+        name = Path(self.path).name
+        if self.probabilities is None or self.emotion is None:
+            return f"{name}: {self.status} ({self.reason})"
+        whole = f" over {_clock(self.duration or 0)}" if self.timeline else ""
+        return f"{name}: {self.emotion} ({self.probabilities[self.emotion]:.0%}){whole}"
 
 
 class Predictor:
@@ -158,3 +171,25 @@ class Predictor:
     def _name(self, scores: np.ndarray) -> tuple[str, dict[str, float]]:
         best = self.labels[int(scores.argmax())]
         return best, dict(zip(self.labels, scores.tolist(), strict=True))
+
+
+def prediction_text(found: Sequence[Prediction]) -> str:
+    """A line for each file, its timeline below; of a single file the probabilities as bars."""
+    lines = []
+    for item in found:
+        lines.append(str(item))
+        lines += [f"  {segment}" for segment in item.timeline]
+    if len(found) == 1 and found[0].probabilities:
+        lines += _bars(found[0].probabilities)
+    return "\n".join(lines)
+
+
+def _bars(probabilities: Mapping[str, float]) -> list[str]:
+    longest = max(len(label) for label in probabilities)
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
+
+
+def _clock(seconds: float) -> str:
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    return f"{minutes}:{tenths / 10:04.1f}"

@@ -99,8 +99,7 @@ def prepare(
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             card = read_card(filesystem, folder)
             if waiting:
-                require_shared(config.corpus)
-                require_shared(config.shards)
+                require_shared(config.corpus, config.shards)
             if waiting or card is None or before is None or not plan.files.equals(before.files):
                 _clear(filesystem, folder, plan, waiting)
                 write_plan(filesystem, folder, plan)
@@ -197,7 +196,7 @@ def _set_up_ray_data() -> None:
     # seconds, as each worker process first imports Ray Data. Ours are a line each.
     context.op_resource_reservation_enabled = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the log files stay as they are
+        if handler.name == "console":  # Ray Data's own; its log files stay as they are
             handler.setLevel(logging.ERROR)
 
 

@@ -14,7 +14,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class CheckpointCard:
     """The protocol and fold in words, whether speaker-dependent, the speakers of each side."""
     initial_weights: str
     """Where the network started."""
+    ingest: Literal["resident", "stream"] = "resident"
+    """How the training clips came, and so in what order."""
 
     @property
     def trained_on(self) -> str:
@@ -107,7 +109,7 @@ class CheckpointCard:
             CheckpointError: names the first field that differs.
         """
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
-        keys = ("labels", "features", "shards_fingerprint", "split", "config")
+        keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest")
         difference = name_difference(*({key: card[key] for key in keys} for card in (theirs, mine)))
         if difference:
             raise CheckpointError(

@@ -4,12 +4,15 @@ A training reads its feature column once and keeps it in memory, on the device. 
 of rows drawn from (seed, epoch), the same on every worker; nothing is launched, read or copied from
 the host while it runs.
 
+Clips that do not fit into memory come from `ser_ray.training.stream` instead: both are a `Source`.
+
 Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,7 @@ from ser_ray.errors import ConfigError
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.world import World
 
 MIN_STD = 1e-3
 """Bins that hardly vary (dB) are not blown up."""
@@ -36,15 +40,13 @@ class Normalisation:
     @classmethod
     def of(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
         """Measure features [clips, bins, frames] over the first `num_frames` frames of each."""
-        total = np.zeros(features.shape[1])
-        squares = np.zeros(features.shape[1])
-        for clip, length in zip(features, num_frames, strict=True):
-            valid = clip[:, :length].astype(np.float64)
-            total += valid.sum(axis=1)
-            squares += np.square(valid).sum(axis=1)
-        count = max(int(num_frames.sum()), 1)
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+        return cls.from_sums(frame_sums(features, num_frames), int(num_frames.sum()))
+
+    @classmethod
+    def from_sums(cls, sums: np.ndarray, num_frames: int) -> "Normalisation":
+        """Make it of what `frame_sums` gives for so many frames."""
+        mean, squares = sums / max(num_frames, 1)
+        std = np.sqrt(np.maximum(squares - mean**2, 0.0))
         return cls(mean, np.maximum(std, MIN_STD))
 
     def apply(self, features: np.ndarray) -> np.ndarray:
@@ -53,6 +55,27 @@ class Normalisation:
             np.float32
         )
         return scaled.astype(np.float16)
+
+    def frames_first(
+        self, features: np.ndarray, num_frames: np.ndarray, room: int
+    ) -> np.ndarray:
+        """Normalise clips [clips, bins, frames] for training: [clips, room, bins] float16.
+
+        What lies beyond a clip's `num_frames` is 0.
+        """
+        kept = np.zeros((len(features), room, features.shape[1]), np.float16)
+        for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
+            kept[row, :length] = self.apply(clip[:, :length]).T
+        return kept
+
+
+def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    """Sum of the valid frames of features [clips, bins, frames] and of their squares [2, bins]."""
+    sums = np.zeros((2, features.shape[1]))
+    for clip, length in zip(features, num_frames, strict=True):
+        valid = clip[:, :length].astype(np.float64)
+        sums += valid.sum(axis=1), np.square(valid).sum(axis=1)
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +103,7 @@ class Clips:
     ) -> "Clips":
         """Normalise raw features [clips, bins, frames] and put them on the device."""
         longest = int(num_frames.max(initial=1))
-        kept = np.zeros((len(features), longest, features.shape[1]), np.float16)
-        for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
-            kept[row, :length] = normalisation.apply(clip[:, :length]).T
+        kept = normalisation.frames_first(features, num_frames, longest)
         return cls(
             torch.from_numpy(kept).to(device),
             torch.from_numpy(num_frames.astype(np.int64)).to(device),
@@ -110,12 +131,61 @@ class Clips:
         crops = self.features[rows[:, None], inside].float() * valid[:, :, None]
         return crops.transpose(1, 2).unsqueeze(1), valid[:, None, None, :]
 
+    def batches(
+        self, config: TrainConfig, world: World, epoch: int, step: int
+    ) -> Iterator["Batch"]:
+        """Every worker draws the whole of every batch, and learns from its share of it."""
+        size = min(config.batch_size, len(self))
+        for number in count(epoch):
+            order = epoch_order(config.seed, number, self.labels, balanced=config.balanced)
+            order = order.to(self.labels.device)
+            for index in range(step, steps_per_epoch(len(self), size)):
+                rows = order[index * size : (index + 1) * size]
+                yield Batch(self, rows, world.mine, seed_of(config.seed, number, index))
+            step = 0
+
 
 @dataclass(frozen=True, slots=True)
-class FoldData:
+class Batch:
+    """What a worker sees of the batch of a step.
+
+    Args:
+        clips: where the clips are.
+        rows: those to augment [rows].
+        mine: those of the augmented to learn from.
+        seed: of the augmentation.
+    """
+
+    clips: Clips
+    rows: Tensor
+    mine: slice
+    seed: int
+
+
+class Source(Protocol):
+    """Training clips, wherever they are."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batches(
+        self, config: TrainConfig, world: World, epoch: int, step: int
+    ) -> Iterator[Batch]:
+        """Batches from a step of an epoch on to the end of the training.
+
+        They follow from the arguments: every epoch has `steps_per_epoch` of them, and the clips of
+        each, over all workers, do not depend on the number of workers.
+        """
+
+
+Train_co = TypeVar("Train_co", bound=Source, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldData(Generic[Train_co]):
     """A fold's training and validation clips, and what the network needs to know of them."""
 
-    train: Clips
+    train: Train_co
     validation: Clips
     split: Split
     labels: tuple[str, ...]
@@ -166,7 +236,7 @@ def describe(parts: Split) -> dict[str, Any]:
     }
 
 
-def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> FoldData:
+def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> FoldData[Clips]:
     """Read a fold's training and validation clips into the device's memory."""
     table = shards.clips()
     parts = select_rows(table, config)

@@ -95,8 +95,7 @@ def train(
         pretrained = read_pretrained(config.weights, len(shards.card.labels))
         with cluster(address):
             scaling = _scaling(run)
-            require_shared(shards.uri)
-            require_shared(folder.storage)
+            require_shared(shards.uri, folder.storage)
             tracker = _start_tracker(config, run, folder, shards, split)
             try:
                 journal = JournalReader(folder.journal(), tracker, on_epoch)

@@ -3,7 +3,8 @@
 It knows nothing of Ray. Alone it trains in one process; where `torch.distributed` is initialised,
 by Ray Train or torchrun, it is one worker of many. Batches, learning rates and augmentation are
 functions of (seed, epoch, step), not of the number of workers: each worker draws the whole batch
-and takes its stride, so a run may change its number of workers and stay the same run.
+and takes its stride, so a run may change its number of workers and stay the same run. (Clips that
+are streamed keep less of this: `ser_ray.training.stream`.)
 
 Nothing in a step waits for the device; counts and losses leave it once an epoch. A checkpoint is a
 copy of the training held still, which somebody else may write while the loop goes on.
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import ConfigError, DivergedError
 from ser_ray.shards.read import ShardSet
@@ -31,9 +31,10 @@ from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card, read_state
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
+    Batch,
     FoldData,
+    Source,
     describe,
-    epoch_order,
     load_fold,
     seed_of,
     steps_per_epoch,
@@ -41,30 +42,11 @@ from ser_ray.training.data import (
 from ser_ray.training.metrics import Scores, count_confusion
 from ser_ray.training.model import Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
+from ser_ray.training.stream import Fetch, stream_fold
+from ser_ray.training.world import World
 
 NOTICE_STEPS = 32
 """Steps between two looks whether this machine is about to go: a look waits for all workers."""
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """This worker among the workers of a training."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def current(cls) -> "World":
-        """The initialised process group's, or one worker alone."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all workers, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +78,7 @@ def fit(
     resume: Path | None = None,
     device: torch.device | None = None,
     notice: Callable[[], bool] | None = None,
+    stream: Fetch | None = None,
 ) -> None:
     """Train one fold, from its beginning or from a checkpoint.
 
@@ -107,6 +90,7 @@ def fit(
         resume: checkpoint directory of the same training to go on from.
         device: where to train; the CPU by default.
         notice: whether to report at once, in mid-epoch; asked on all workers every NOTICE_STEPS.
+        stream: how to read training clips that are not to be resident (`map` reads them here).
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
@@ -114,12 +98,18 @@ def fit(
         DivergedError: a loss was not finite; names the epoch and step.
     """
     world, device = World.current(), device or torch.device("cpu")
-    data = load_fold(shards, config, device)
+    before = read_card(resume) if resume is not None else None
+    data: FoldData[Source]
+    if stream is None:
+        data = load_fold(shards, config, device)
+    else:
+        known = before.normalisation if before is not None else None
+        data = stream_fold(shards, config, device, world, stream, known)
     _require_fit(config, data, world)
-    card = make_card(config, shards, data, pretrained)
+    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
     run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
-    if resume is not None:
-        card.require_same(read_card(resume), str(resume))
+    if resume is not None and before is not None:
+        card.require_same(before, str(resume))
         run.restore(*read_state(resume))
 
     def take() -> Snapshot:
@@ -140,7 +130,7 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        data: FoldData,
+        data: FoldData[Source],
         pretrained: Pretrained,
         num_mels: int,
         device: torch.device,
@@ -155,7 +145,7 @@ class Training:
         network.load_state_dict(network.state_dict() | pretrained.state)
         self.network = network.to(device, memory_format=torch.channels_last)
         self.parallel = _data_parallel(network) if world.size > 1 else network
-        self.average = _averaged(network, config.average_decay) if config.average_decay else None
+        self.average = copy.deepcopy(network) if config.average_decay else None
         self.optimiser = AdamW(
             network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
         )
@@ -169,6 +159,7 @@ class Training:
         self.rates: list[float] = []
         self.epoch, self.step = 0, 0
         """Epochs done, and steps of the next."""
+        self.batches = data.train.batches(config, world, 0, 0)
         self.best: dict[str, float] = {}
         self.best_confusion: list[list[int]] = []
         """Row and validation counts of the best epoch so far."""
@@ -188,54 +179,46 @@ class Training:
         return self.epoch * self.steps_per_epoch + self.step
 
     def begin_epoch(self) -> range:
-        """Draw the order of the clips; returns the steps that the epoch still has."""
-        config, labels = self.config, self.data.train.labels
-        order = epoch_order(config.seed, self.epoch, labels, balanced=config.balanced)
-        self.order = order.to(self.device)
+        """Begin an epoch, or go on with it; returns the steps that it still has."""
         self.first_step, self.began = self.step, time.perf_counter()
         self.network.train()
         return range(self.step, self.steps_per_epoch)
 
     def take_step(self) -> None:
         """Learn from the next batch."""
-        torch.manual_seed(seed_of(self.config.seed, self.epoch, self.step))
         self.rates.append(float(self.schedule.get_last_lr()[0]))
-        self.losses[self.step], hits = self.learn(self.next_rows())
+        self.losses[self.step], hits = self.learn(next(self.batches))
         self.hits += hits
         self.step += 1
         if self.steps_taken < self.total_steps:
             self.schedule.step()
 
-    def next_rows(self) -> Tensor:
-        """Training clips of the next step [batch]."""
-        first = self.step * self.batch_size
-        return self.order[first : first + self.batch_size]
-
-    def learn(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Learn from a batch; returns this worker's share of its mean loss, and its hits."""
-        batch, targets = self.augment(self.data.train, rows)
-        mine = slice(self.world.rank, None, self.world.size)
-        batch = batch[mine].contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(batch.seed)
+        features, targets = self.augment(batch.clips, batch.rows)
+        features = features[batch.mine].contiguous(memory_format=torch.channels_last)
+        targets = targets[batch.mine]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.parallel(batch)
+            logits = self.parallel(features)
             total = F.cross_entropy(
-                logits, targets[mine], reduction="sum", label_smoothing=self.config.label_smoothing
+                logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
             )
-        share = total / len(rows)
+        share = total / self.batch_size
         self.optimiser.zero_grad(set_to_none=True)
         # DDP averages over workers; the batch's gradient is the sum of their shares.
         (share * self.world.size).backward()
         self.optimiser.step()
         if self.average is not None:
-            self.average.update_parameters(self.network)
-        hits = (logits.argmax(dim=1) == targets[mine].argmax(dim=1)).sum()
+            self._update_average(self.average)
+        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
         return share.detach(), hits
 
     def validate(self) -> Scores:
         """Score the validation clips, each once, over all workers."""
         self._share_batch_norm()
         clips = self.data.validation
-        mine = np.arange(self.world.rank, len(clips), self.world.size)
+        mine = np.arange(len(clips))[self.world.mine]
         num_labels = len(self.data.labels)
         probabilities = predict_clips(
             self._evaluated(), clips, mine, self.config, num_labels, autocast=self.autocast
@@ -322,6 +305,7 @@ class Training:
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.rates, self.history = progress["rates"], progress["history"]
         self.best, self.best_confusion = progress["best"], progress["best_confusion"]
+        self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
 
     def _require_finite(self) -> None:
         bad = torch.nonzero(~torch.isfinite(self.losses))
@@ -332,8 +316,17 @@ class Training:
                 f"{self.rates[step]:.2g}): lower --lr-max, or look for broken clips in the shards"
             )
 
+    def _update_average(self, average: nn.Module) -> None:
+        # torch's own AveragedModel copies a counter to the device, and so waits for it, every step.
+        mine, theirs = average.state_dict(), self.network.state_dict()
+        floats = [key for key, value in mine.items() if value.is_floating_point()]
+        weight = 1 - self.config.average_decay if self.steps_taken else 1.0
+        torch._foreach_lerp_([mine[key] for key in floats], [theirs[key] for key in floats], weight)
+        for key in mine.keys() - floats:
+            mine[key].copy_(theirs[key])
+
     def _evaluated(self) -> nn.Module:
-        return self.network if self.average is None else self.average.module
+        return self.network if self.average is None else self.average
 
     def _share_batch_norm(self) -> None:
         """Give every worker the mean of all workers' batch-norm statistics."""
@@ -344,7 +337,11 @@ class Training:
 
 
 def make_card(
-    config: TrainConfig, shards: ShardSet, data: FoldData, pretrained: Pretrained
+    config: TrainConfig,
+    shards: ShardSet,
+    data: FoldData[Source],
+    pretrained: Pretrained,
+    ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
     """The card of every checkpoint of this training."""
     return CheckpointCard(
@@ -356,10 +353,11 @@ def make_card(
         shards_fingerprint=shards.card.fingerprint,
         split=describe(data.split),
         initial_weights=pretrained.origin,
+        ingest=ingest,
     )
 
 
-def _require_fit(config: TrainConfig, data: FoldData, world: World) -> None:
+def _require_fit(config: TrainConfig, data: FoldData[Source], world: World) -> None:
     if config.batch_size < world.size:
         raise ConfigError(
             f"batch_size is {config.batch_size} over {world.size} workers: it is the batch of all "
@@ -374,10 +372,6 @@ def _data_parallel(network: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )
-
-
-def _averaged(network: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:

@@ -71,7 +71,7 @@ def range_test(
             run.begin_epoch()
         for group in run.optimiser.param_groups:
             group["lr"] = float(rate)
-        loss, _ = run.learn(run.next_rows())
+        loss, _ = run.learn(next(run.batches))
         losses.append(float(loss))
         run.step = (run.step + 1) % run.steps_per_epoch
         run.epoch += run.step == 0

@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass
 import ray
 import torch
 
-from ser_ray.cluster import cluster, cpus_per_worker, has_gpus, require_workers
+from ser_ray.cluster import (
+    cluster,
+    cpus_per_worker,
+    has_gpus,
+    require_shared,
+    require_workers,
+)
 from ser_ray.errors import SerRayError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute
@@ -44,6 +50,7 @@ def find_range(
     split = describe(select_rows(shards.clips(), config))
     pretrained = read_pretrained(config.weights, len(shards.card.labels))
     with cluster(address):
+        require_shared(shards.uri)
         gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         uri = resolve_uri(run.tracking_uri)

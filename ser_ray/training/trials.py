@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from pyarrow import fs
 from ray import tune
@@ -32,7 +31,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import has_gpus
+from ser_ray.cluster import has_gpus, nodes_within_reach
 from ser_ray.errors import ConfigError, ResourcesError, SerRayError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot
@@ -80,14 +79,15 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
     """
     gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
     cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_within_reach()
     room = sum(_room(node, cpus, gpus) for node in nodes)
     workers = fixed_workers(run)
     if room < workers:
-        largest = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+        sizes = [f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes]
+        kinds = "; ".join(dict.fromkeys(sizes))
         raise ResourcesError(
             f"a trial of {workers} workers with {cpus} CPUs and {gpus:g} GPUs each can never "
-            f"start: the cluster's nodes ({largest}) have room for {room}; ask for less with "
+            f"start: the cluster's nodes ({kinds}) have room for {room}; ask for less with "
             "--workers, --cpus-per-worker or --gpus-per-worker"
             + (", or train on CPUs with --device cpu" if gpu else "")
         )

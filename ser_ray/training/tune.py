@@ -19,7 +19,7 @@ from ray import tune as ray_tune
 from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import cluster
+from ser_ray.cluster import cluster, require_shared
 from ser_ray.errors import SerRayError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute
@@ -83,6 +83,7 @@ def search(
     name = run.name or search_name(recipe, config, shards)
     folder = RunFolder(run.storage, name)
     with cluster(address), folder.lock():
+        require_shared(shards.uri, folder.location)
         found = find_slots(run, slots)
         setup = TrialSetup(
             recipe=recipe, shards=shards, slots=found, storage=absolute(folder.location)
