@@ -160,7 +160,7 @@ def test_a_part_after_a_crash_is_made_in_a_sandbox(
         (tmp_path / name).mkdir()
     write_part(LOCAL, str(tmp_path / "direct"), 0, rows, extractor)
     (tmp_path / "sandboxed" / mark_name(0)).touch()
-    monkeypatch.setattr("ser_ray.shards.part.decode", None)
+    monkeypatch.setattr("ser_ray.shards.part.time_limited", None)
     write_part(LOCAL, str(tmp_path / "sandboxed"), 0, rows, extractor)
     for folder in ("direct", "sandboxed"):
         names = {path.name for path in (tmp_path / folder).iterdir()}
@@ -183,6 +183,27 @@ def test_a_clip_that_stalls_or_kills(tmp_path: Path) -> None:
             sandbox.decode(str(stuck), max_seconds=9)
         samples, _ = sandbox.decode(str(good), max_seconds=9)
     np.testing.assert_array_equal(samples, decode(str(good))[0])
+
+
+def test_a_first_attempt_that_stalls_ends_its_process(tmp_path: Path) -> None:
+    program = """
+import sys
+from ser_ray.features.sandbox import time_limited
+good, stuck = sys.argv[1:]
+with time_limited(0.5) as read:
+    read(good, max_seconds=9)
+print("left in time", flush=True)
+with time_limited(0.5) as read:
+    read(good, max_seconds=9)
+    read(stuck, max_seconds=9)
+"""
+    good, stuck = write_wav(tmp_path / "good.wav", voice()), tmp_path / "stuck.wav"
+    os.mkfifo(stuck)
+    command = [sys.executable, "-c", program, str(good), str(stuck)]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"left in time\n")
+    assert b"Timeout" in done.stderr
+    assert b"in _decode" in done.stderr or b"in decode" in done.stderr, "it says where it was"
 
 
 def test_a_full_disk_leaves_nothing_half_written(corpus: Corpus, tmp_path: Path) -> None:

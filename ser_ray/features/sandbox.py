@@ -1,14 +1,22 @@
-"""Decoding in a process of its own, for clips that may take theirs down with them.
+"""Decoding clips that may never end or take their process down with them.
 
-The process takes a second to start and half a millisecond more for every clip, so this is what a
-part is tried with again after its worker died. Run as a module it is the other end: it answers each
-request with a message of JSON and, for a clip that was decoded, one with the samples.
+A first attempt decodes in its own process and ends that where a clip keeps it for too long; the
+next one decodes in a sandbox, which finds the clip and goes on without it. A sandbox takes a second
+to start and half a millisecond more for every clip.
+
+Run as a module this is a sandbox's other end: it answers each request with a message of JSON and,
+for a clip that was decoded, one with the samples.
 """
 
+import contextlib
+import faulthandler
 import json
+import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Self
 
@@ -19,6 +27,31 @@ from ser_ray.features.decode import decode
 
 SECONDS_PER_CLIP = 60.0
 """A clip that is not decoded by then is given up."""
+
+
+@contextlib.contextmanager
+def time_limited(
+    seconds_per_clip: float = SECONDS_PER_CLIP,
+) -> Iterator[Callable[..., tuple[np.ndarray, int]]]:
+    """Yield a `decode` that ends this process where a clip keeps it for one to two time limits.
+
+    A library that hangs cannot be interrupted, and need not let another thread of Python run.
+    """
+    began = -math.inf
+
+    def read(location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
+        nonlocal began
+        if (now := time.monotonic()) - began > seconds_per_clip:  # not for each: it costs a thread
+            began = now
+            faulthandler.dump_traceback_later(
+                2 * seconds_per_clip, exit=True, file=sys.__stderr__ or sys.stderr
+            )
+        return decode(location, max_seconds=max_seconds)
+
+    try:
+        yield read
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Sandbox:

@@ -25,9 +25,8 @@ from pyarrow import fs
 
 from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
-from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
-from ser_ray.features.sandbox import Sandbox
+from ser_ray.features.sandbox import Sandbox, time_limited
 
 OK = "ok"
 """The status of a clip whose features are written."""
@@ -144,7 +143,8 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
         else:
             with filesystem.open_output_stream(mark):
                 pass
-            yield decode
+            with time_limited() as read:
+                yield read
     finally:
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_file(mark)
@@ -172,7 +172,7 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
 def _make_tables(
     rows: pa.Table, extractor: Extractor, read: Callable[..., tuple[np.ndarray, int]]
 ) -> tuple[pa.Table, pa.Table]:
-    """Return the decoded clips and the outcomes of all rows; `read` is `decode` or a sandbox's."""
+    """Return the decoded clips and the outcomes of all rows; `read` is as `decode`."""
     config = extractor.config
     longest = DECODE_FACTOR * config.max_seconds
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
