@@ -332,7 +332,7 @@ def test_pauses_double_and_follow_the_server(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_server_that_is_away_is_named(config_for: Configure) -> None:
     config = config_for(record_url="http://127.0.0.1:9/api/records/1188976")
-    with pytest.raises(CorpusError, match=r"the record: given up.*refused"):
+    with pytest.raises(CorpusError, match=r"1188976: .* \(Failed [^()]*refused\); what"):
         download(config, quiet)
 
 

@@ -74,7 +74,7 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
             _require_ok(response, "the record")
             return response.text
 
-    text = _retry("the record", ask)
+    text = _retry(f"the record {url}", ask)
     try:
         listed = {
             item["key"]: Archive(
@@ -174,13 +174,23 @@ def _retry(name: str, ask: Callable[[], Answer]) -> Answer:
         except requests.RequestException as error:
             if attempt == ATTEMPTS:
                 raise CorpusError(
-                    f"{name}: given up after {ATTEMPTS} attempts ({error}); what has arrived is "
+                    f"{name}: given up after {ATTEMPTS} attempts ({_reason(error)}); what has arrived is "
                     "kept, and the same command goes on from there"
                 ) from error
             seconds = _pause(attempt, error.response)
-            logger.warning("%s: %s; trying again in %.0f s", name, error, seconds)
+            logger.warning("%s: %s; trying again in %.0f s", name, _reason(error), seconds)
             time.sleep(seconds)
     raise AssertionError("unreachable")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom; the layers above repeat the address and each other."""
+    while error.args:
+        inner = getattr(error.args[0], "reason", error.args[0])
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return str(error).rpartition("): ")[2]
 
 
 def _pause(attempt: int, response: requests.Response | None) -> float:
