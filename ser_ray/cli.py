@@ -75,7 +75,7 @@ class Train(Common):
         """Fill in the recipe of the run that this one is to be like."""
         if not self.like:
             return self
-        from ser_ray.tracking import recipe_of_run
+        from ser_ray.tracking import name_like, recipe_of_run
 
         default, theirs = TrainConfig(), recipe_of_run(self.like, self.run.tracking_uri)
         changes = {
@@ -83,7 +83,7 @@ class Train(Common):
             for item in dataclasses.fields(TrainConfig)
             if getattr(self.recipe, item.name) != getattr(default, item.name)
         }
-        name = self.run.name or f"like-{self.like[:12]}"
+        name = self.run.name or name_like(self.like)
         recipe = replace(TrainConfig.from_dict(theirs), **changes)
         return replace(self, recipe=recipe, run=replace(self.run, name=name))
 
@@ -197,7 +197,8 @@ class Register(Common):
     """Make a run's model a registered version, with what one must know of it."""
 
     run_id: tyro.conf.Positional[str]
-    """MLflow run of a training; of a search or cross-validation, its best training is taken."""
+    """MLflow run of a training, or of a search or cross-validation: then what `tune --refit` or
+    `train --like` made of its best trial, for trials keep no model."""
     name: str = "ser-ray"
     """Registered model."""
     alias: str = "champion"

@@ -25,7 +25,7 @@ def cluster(address: str = "") -> Iterator[None]:
     one on this machine and stops it at the end. Nested use joins the outer block's.
 
     Raises:
-        ResourcesError: no cluster answers at the address.
+        ResourcesError: no cluster answers at the address, or none could be started.
     """
     import ray
 
@@ -47,6 +47,13 @@ def cluster(address: str = "") -> Iterator[None]:
         raise ResourcesError(
             f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`, or "
             "leave --address out to use this machine alone"
+        ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray has no class for a start that takes over 30 s
+            raise
+        raise ResourcesError(
+            f"Ray did not start on this machine ({error}): it is too busy, or short of memory; "
+            "give the same command again when it is not, or name a cluster with --address"
         ) from error
     try:
         yield

@@ -50,8 +50,7 @@ def prepare(verb: cli.Prepare) -> Outcome:
     from ser_ray.shards.prepare import prepare as run_prepare
     from ser_ray.shards.read import open_shards
 
-    with cluster(verb.address):
-        summary = run_prepare(verb.prepare)
+    summary = run_prepare(verb.prepare, address=verb.address)
     card, lines = summary.card, [str(summary)]
     if card.corpus == "ravdess":
         lines.append(compare_with_ravdess(open_shards(verb.prepare.shards).outcomes()).text())
@@ -69,13 +68,14 @@ def prepare(verb: cli.Prepare) -> Outcome:
 def train(verb: cli.Train) -> Outcome:
     """Shards to a checkpoint."""
     from ser_ray.tracking import ui_command
+    from ser_ray.training.display import EpochPrinter
     from ser_ray.training.distributed import train as run_train
 
     result = run_train(
         verb.shards,
         verb.recipe,
         verb.run,
-        on_epoch=EpochPrinter(verb.recipe.epochs),
+        on_epoch=EpochPrinter(console, verb.recipe.epochs),
         address=verb.address,
     )
     best = result.best
@@ -123,8 +123,8 @@ def lr_range(verb: cli.LrRange) -> Outcome:
 
 def tune(verb: cli.Tune) -> Outcome:
     """A search over recipes; `--refit` trains the best one as `train --like` does."""
-    from ser_ray.tracking import ui_command
-    from ser_ray.training.trial_table import TrialTable
+    from ser_ray.tracking import name_like, ui_command
+    from ser_ray.training.display import TrialTable
     from ser_ray.training.tune import num_trials, search
 
     total = num_trials(verb.recipe, verb.search)
@@ -166,7 +166,7 @@ def tune(verb: cli.Tune) -> Outcome:
             cli.Train(
                 shards=verb.shards,
                 recipe=recipe,
-                run=replace(verb.run, name=f"like-{best.run_id[:12]}"),
+                run=replace(verb.run, name=name_like(best.run_id)),
                 address=verb.address,
             )
         )
@@ -181,7 +181,7 @@ def crossval(verb: cli.Crossval) -> Outcome:
     from ser_ray.inference.crossval import crossval as run_crossval
     from ser_ray.shards.read import open_shards
     from ser_ray.tracking import ui_command
-    from ser_ray.training.trial_table import TrialTable
+    from ser_ray.training.display import TrialTable
 
     folds, label = count_folds(open_shards(verb.shards), verb.recipe)
     with TrialTable(console, folds * verb.crossval.seeds, label) as table:
@@ -343,27 +343,6 @@ def pipeline(verb: cli.Pipeline) -> Outcome:
     return Outcome({name: step.data for name, step in steps.items()}, text)
 
 
-class EpochPrinter:
-    """Shows an epoch's row: in place on a terminal, as a line in a log."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def __call__(self, row: dict[str, float]) -> None:
-        """Show one epoch."""
-        done = int(row["epoch"])
-        left = (self.epochs - done) * row["epoch_seconds"]
-        # In place on a terminal, but for the last; a log keeps every line.
-        end = "\r" if console.is_terminal and done < self.epochs else "\n"
-        console.print(
-            f"epoch {done:3d}/{self.epochs}  "
-            f"loss {row['train_loss']:.3f}, validation {row['val_loss']:.3f}  "
-            f"UA {row['val_ua']:6.1%}  WA {row['val_wa']:6.1%}  lr {row['lr']:.2e}  "
-            f"{row['clips_per_second']:5.0f} clips/s  {_clock(left)} left",
-            end=end,
-        )
-
-
 def _test_files(shards: str, recipe: TrainConfig) -> tuple[str, ...]:
     """A few of the fold's test clips, spread over it."""
     from ser_ray.shards.read import open_shards
@@ -373,12 +352,6 @@ def _test_files(shards: str, recipe: TrainConfig) -> tuple[str, ...]:
     rows = select_rows(clips, recipe).test
     chosen = rows[:: max(len(rows) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
     return tuple(clips["path"].take(chosen).to_pylist())
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 _DO: dict[type[cli.Common], Any] = {

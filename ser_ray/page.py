@@ -142,6 +142,7 @@ caption { text-align: left; padding-bottom: .25rem }
 th, td { padding: .25rem clamp(.5rem, 2vw, 1.25rem) .25rem 0; text-align: left;
   border-bottom: 1px solid var(--line) }
 th { font-weight: 600 } td { overflow-wrap: anywhere }
+.numbers { width: min(100%, 24rem) }
 .numbers td, .numbers th + th { text-align: right; overflow-wrap: normal; white-space: nowrap }
 """
 

@@ -17,7 +17,13 @@ from pyarrow import fs
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage import filesystem_of
-from ser_ray.tracking import first_line, quick_to_give_up, require_reachable, resolve_uri
+from ser_ray.tracking import (
+    first_line,
+    name_like,
+    quick_to_give_up,
+    require_reachable,
+    resolve_uri,
+)
 
 CHOSEN_BY = "best_val_ua"
 """Metric of a finished training."""
@@ -82,10 +88,12 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
-    """The run itself, or of a search or cross-validation its training of the best validation UA.
+    """The run itself, or of a search or cross-validation the training of the best validation UA.
+
+    A trial keeps no model; what `tune --refit` or `train --like` made of its recipe does.
 
     Raises:
-        TrackingError: no such run, or it has neither a score of its own nor trainings that have.
+        TrackingError: no such run, or neither it nor what came of it keeps a model.
     """
     quick_to_give_up()
     from mlflow import MlflowClient
@@ -96,18 +104,27 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     client = MlflowClient(tracking_uri=uri)
     try:
         run = client.get_run(run_id)
-        children = client.search_runs(
-            [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'", max_results=1000
+        within = [run.info.experiment_id]
+        trials = client.search_runs(
+            within, f"tags.mlflow.parentRunId = '{run_id}'", max_results=1000
         )
+        scored = [found for found in trials or [run] if CHOSEN_BY in found.data.metrics]
+        if not scored:
+            raise TrackingError(f"{run_id}: neither this run nor one below it has a validation UA")
+        best = max(scored, key=lambda found: found.data.metrics[CHOSEN_BY]).info.run_id
+        again = client.search_runs(within, f"attributes.run_name = '{name_like(best)}'")
+        for candidate in (best, *(found.info.run_id for found in again)):
+            if client.get_run(candidate).outputs.model_outputs:
+                return str(candidate)
     except MlflowException as error:
         raise TrackingError(
             f"{run_id}: no such run in {uri} ({first_line(error)}); name the store with "
             "--tracking-uri"
         ) from error
-    scored = [found for found in (run, *children) if CHOSEN_BY in found.data.metrics]
-    if not scored:
-        raise TrackingError(f"{run_id}: neither this run nor one below it is a finished training")
-    return str(max(scored, key=lambda found: found.data.metrics[CHOSEN_BY]).info.run_id)
+    raise TrackingError(
+        f"{run_id}: its best training, {best}, keeps no model: train it again with ser-ray train "
+        f"--like {best}, then give this command again"
+    )
 
 
 def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:

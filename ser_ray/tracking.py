@@ -250,6 +250,11 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
     return recipe
 
 
+def name_like(run_id: str) -> str:
+    """Name of a run that trains the recipe of another one."""
+    return f"like-{run_id[:12]}"
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings to one level, keys joined by dots."""
     flat: dict[str, Any] = {}

@@ -96,3 +96,12 @@ def small_corpus(root: Path, num_wavs: int = 20) -> Path:
         write_video(root / f"{name}.mp4", None)
     (root / f"{clip_names(num_wavs + 1)[-1]}.wav").write_text("not a sound")
     return root
+
+
+def six_speakers(target: Path) -> Path:
+    """A corpus for three folds by speaker: one clip of half a second in each of four emotions."""
+    for speaker in range(1, 7):
+        for emotion in range(1, 5):
+            samples = (voice(0.5, seed=10 * speaker + emotion) * 20_000).astype(np.int16)
+            write_wav(target / f"03-01-{emotion:02d}-01-01-01-{speaker:02d}.wav", samples)
+    return target

@@ -11,9 +11,10 @@ ORDER = ["corpus", "features", "shards", "training", "inference"]
 RAY_FREE = [
     "features/*.py", "training/config.py", "training/data.py", "training/augment.py",
     "training/model.py", "training/loop.py", "training/metrics.py", "training/checkpoint.py",
-    "training/scoring.py", "training/run_folder.py", "training/lr_range.py",
+    "training/scoring.py", "training/stream.py", "training/world.py",
+    "training/run_folder.py", "training/lr_range.py",
     "training/search_config.py", "training/study.py", "training/search_figures.py",
-    "training/trial_table.py",
+    "training/display.py",
     "inference/demo.py", "inference/evaluate.py", "inference/export.py", "inference/hear.py",
     "inference/model_card.py", "inference/network.py", "inference/packaged.py",
     "inference/predict.py", "inference/results.py", "inference/statistics.py", "report.py",

@@ -1,7 +1,10 @@
 """Many files through Ray, compared with one after the other, and interrupted."""
 
+import contextlib
 import json
-import pickle
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -44,9 +47,10 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ray_on_two_cpus():
+    """And a GPU in name alone, on which the model runs as on a CPU."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, address="local", log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, address="local", log_to_driver=False)
     with cluster():
         yield
     ray.shutdown()
@@ -76,6 +80,7 @@ def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(batch, "FILES_AT_ONCE", 4)
+    monkeypatch.setattr(batch, "has_gpus", lambda: False)
     output = tmp_path / "found.parquet"
     seen: list[int] = []
 
@@ -103,14 +108,33 @@ def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
         assert row["emotion"] is None
 
 
-def test_decoding_beside_the_model_gives_the_same_rows(predictor, files):
-    """The two stages of a pass on GPUs, by hand: what one hands to the other is enough."""
-    scorer = batch._Scorer.__new__(batch._Scorer)
-    scorer.predictor = predictor
-    paths = {"path": np.array(files, dtype=object)}
-    apart = scorer(batch._Decoder(predictor.hearing)(paths))["row"]
-    together = scorer(paths)["row"]
-    assert [pickle.loads(row) for row in apart] == [pickle.loads(row) for row in together]
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
+    ray_on_two_cpus, predictor, files, tmp_path
+):
+    """A pipe stalls the process that opens it; who does is killed while it waits."""
+    deadly = tmp_path / "deadly.wav"
+    os.mkfifo(deadly)
+
+    def kill_the_reader() -> None:
+        with deadly.open("wb"):  # waits for somebody to open it
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    opened = {str(link.readlink()) for link in (process / "fd").iterdir()}
+                    if str(deadly) in opened and int(process.name) != os.getpid():
+                        os.kill(int(process.name), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_reader, daemon=True)
+    killer.start()
+    output = tmp_path / "found.jsonl"
+    listed = [*files[:3], str(deadly), *files[3:]]
+    summary = predict_many(listed, predictor, str(output), progress=lambda _: None)
+    killer.join(1)
+    assert summary.counts == {"ok": 11, "unreadable": 3, "silent": 1}
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows.pop(3)["reason"] == "decoding it kills the process that does it"
+    require_close(rows, rows_of(predictor, files))
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])

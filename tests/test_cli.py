@@ -15,7 +15,8 @@ FLAGS = {
     "download": "--target --parts --actors --keep-archives --json --dry-run",
     "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
     "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
-    "--workers --device --seed --weights --name --experiment --tracking-uri --json --dry-run",
+    "--workers --device --ingest --seed --weights --name --experiment --tracking-uri --json "
+    "--dry-run",
     "lr-range": "--shards --lowest --highest --steps --feature --fold --batch-size --weights "
     "--name --experiment --tracking-uri --json --dry-run",
     "tune": "--shards --trials --searcher --scheduler --space --refit --grace-epochs --reduction "
@@ -25,6 +26,7 @@ FLAGS = {
     "evaluate": "--shards --protocol --fold --against --allow-seen-speakers --no-audio "
     "--tracking-uri --json --dry-run",
     "predict": "--model --output --tracking-uri --json --dry-run",
+    "demo-ui": "--host --port --tracking-uri --json --dry-run",
     "export": "--format --output --tracking-uri --json --dry-run",
     "register": "--name --alias --tracking-uri --json --dry-run",
 }
@@ -106,4 +108,5 @@ def test_every_verb_has_a_job():
     from pathlib import Path
 
     jobs = {path.stem for path in (Path(__file__).parents[1] / "jobs").glob("*.py")}
-    assert {verb.replace("-", "_") for verb in VERBS} <= jobs
+    verbs = set(VERBS) - {"demo-ui"}  # a page for whoever sits at the machine
+    assert {verb.replace("-", "_") for verb in verbs} <= jobs

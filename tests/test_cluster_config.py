@@ -1,10 +1,15 @@
 """cluster.yaml, as Ray's own launcher understands it and as far as its commands run here."""
 
 import copy
+import os
+import stat
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -17,8 +22,11 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ser_ray import cluster
-from ser_ray.cluster import has_gpus, require_workers
+from ser_ray.cluster import cpus_per_worker, has_gpus, require_shared, require_workers
 from ser_ray.errors import ResourcesError
+from ser_ray.training.config import RunConfig
+from ser_ray.training.search_config import SlotConfig
+from ser_ray.training.trials import find_slots
 
 ROOT = Path(__file__).parents[1]
 EDITS = {"us-east-1": "eu-central-1", "key_name: ser-ray": "key_name: mine", "my-bucket": "ours"}
@@ -128,15 +136,71 @@ def test_what_is_shipped_exists_and_the_pinned_versions_are_what_is_installed(ed
         assert str(requirement.specifier) == f"=={version(requirement.name)}"
 
 
-def test_what_an_autoscaler_may_start_counts_as_reachable(edited, tmp_path, monkeypatch):
-    """A head without CPUs, all workers gone home: jobs must not be refused."""
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"memory": 1.0})
+def test_its_setup_installs_what_is_installed_here_and_asks_for_the_token(edited, tmp_path):
+    """The commands themselves, in a home of their own; nothing is downloaded."""
+    fetch_uv, install, protect, remember = edited["setup_commands"]
+    uv = Path(sys.executable).with_name("uv")
+    assert f"/uv/{version('uv')}/" in fetch_uv
+    (tmp_path / "ser-ray").symlink_to(ROOT)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a token")
+
+    def run(command: str) -> str:
+        bash = ["bash", "-c", command]
+        env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(bash, env=env, check=True, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    for found, here in (
+        ("~/.local/bin/uv", f"{uv} --offline"),
+        ("~/venv/bin/python", sys.executable),
+    ):
+        assert found in install
+        install = install.replace(found, here)
+    assert "Would make no changes" in run(f"{install} --dry-run")
+    run(protect)
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
+    run(remember)
+    run(remember)  # as `ray up` does on every change
+    assert (tmp_path / ".bashrc").read_text().count("export") == 1
+    told = run(". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_TRACKING_URI; which -a python | head -1")
+    assert told.split()[:2] == ["token", "http://127.0.0.1:5000"]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Ray knows of: a head that `ray up` started, and no other machine yet."""
+    known = [{"Alive": True, "NodeID": "head", "Labels": {}, "Resources": {"memory": 1.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: known)
     monkeypatch.setattr(cluster, "AUTOSCALER_CONFIG", tmp_path / "bootstrap.yaml")
+    return known
+
+
+def test_what_an_autoscaler_may_start_counts_as_reachable(edited, nodes, tmp_path):
+    """A head without CPUs, all workers gone home: jobs must not be refused."""
     assert not has_gpus()
     with pytest.raises(ResourcesError, match="2 workers need 2 GPUs, the cluster has 0"):
         require_workers(2, cpus=1, gpus=1)
     (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(edited))
-    assert has_gpus()
-    require_workers(8, cpus=1, gpus=1)
-    with pytest.raises(ResourcesError, match="9 workers need 9 GPUs, the cluster has 8"):
-        require_workers(9, cpus=1, gpus=1)
+    gpu = edited["available_node_types"]["gpu-worker"]["resources"]
+    for _ in range(2):  # with none of them there, and with one
+        assert has_gpus()
+        require_workers(8, cpus=1, gpus=1)
+        with pytest.raises(ResourcesError, match="9 workers need 9 GPUs, the cluster has 8"):
+            require_workers(9, cpus=1, gpus=1)
+        assert [cpus_per_worker(workers) for workers in (1, 16, 17, 40, 999)] == [16, 16, 8, 8, 1]
+        assert find_slots(RunConfig(), SlotConfig(gpus_per_worker=0.25)).count == 8 * 4
+        label = {"ray.io/node-group": "gpu-worker"}
+        nodes.append({"Alive": True, "NodeID": "new", "Labels": label, "Resources": gpu})
+
+
+def test_a_path_on_the_heads_own_disk_is_refused_before_there_are_others(
+    edited, nodes, tmp_path, monkeypatch
+):
+    context = SimpleNamespace(get_node_id=lambda: "head", runtime_env={})
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    require_shared("/etc")  # a machine for itself
+    (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(edited))
+    with pytest.raises(ResourcesError, match="/etc: is on this machine, but not on the machines"):
+        require_shared("s3://bucket/folder", "/etc")
+    require_shared("s3://bucket/folder", "/dev/shm")  # mounted, as shared folders are

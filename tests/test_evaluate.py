@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +16,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.inference import statistics
 from ser_ray.inference.evaluate import compare, evaluate
-from ser_ray.run_page import learning_rates, typical_rows
+from ser_ray.run_page import learning_rates, record_evaluation, training_page, typical_rows
+from ser_ray.tracking import Tracker
+from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation, describe, select_rows
+from ser_ray.training.distributed import _log_outcome
 from tests.conftest import MemoryShards, make_memory_shards
 from tests.models import make_checkpoint
 
@@ -152,6 +158,55 @@ def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
     fit(config, shards, Pretrained("fresh", {}), lambda epoch, *_: reported.extend(epoch.lr))
     assert learning_rates(config, "here", 2) == pytest.approx(reported)
     assert learning_rates(config, "here", 1) == pytest.approx(reported[: len(reported) // 2])
+
+
+class Recorder:
+    """What a tracker was told to store."""
+
+    uri, run_id = "somewhere", "0123"
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.files: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        self.metrics |= metrics
+
+    def log_files(self, files: Mapping[str, Any]) -> None:
+        self.files |= files
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+
+def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, checkpoint):
+    evaluation, tracker = evaluate(checkpoint, "here"), Recorder()
+    record_evaluation(evaluation, cast(Tracker, tracker), audio=False)
+    page = tracker.files["report_test.html"]
+    ua = f"{evaluation.scores.ua:.1%}"
+    assert re.search(f'class="value">{ua}</dd>.*test, {re.escape(evaluation.label)}', page)
+    assert "<h2>Training</h2>" not in page
+    assert tracker.metrics["test_ua"] == evaluation.scores.ua
+    assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
+    assert tracker.files["tables/test_predictions.csv"].count("\n") == 1 + len(evaluation.truth)
+
+
+def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
+    history = [
+        {"epoch": epoch, "train_loss": 1.0, "train_wa": 0.5, "val_loss": 1.2, "val_wa": 0.4,
+         "val_ua": 0.1 * epoch}
+        for epoch in (1, 2)
+    ]  # fmt: skip
+    progress = {"best": history[1], "history": history, "best_confusion": np.eye(4, dtype=int)}
+    page, tracker = training_page(checkpoint, "here", history, audio=False), Recorder()
+    _log_outcome(cast(Tracker, tracker), checkpoint, read_card(checkpoint), progress, page)
+    validation = evaluate(checkpoint, "here", part="validation")
+    assert tracker.files["report.html"] == page
+    assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
+    assert "best: epoch 2, validation UA 20.0%" in page
+    assert tracker.metrics["best_val_ua"] == 0.2
+    assert tracker.calls[-2:] == ["log_model", "finish"]
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (5, 5), (3, 14), (40, 22)])

@@ -1,6 +1,6 @@
-"""Jobs on a real cluster: the head that cluster.yaml starts, its job server and its MLflow.
+"""Jobs on a real cluster: a head with its job server and MLflow, and a worker.
 
-One CPU node of this machine, started by the very commands of cluster.yaml but for their ports and
+Both are nodes of this machine, started by the very commands of cluster.yaml but for their ports and
 places, with the token of a home directory of its own.
 """
 
@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 import yaml
 
 from ser_ray.lock import LOCK_NAME
-from tests.clips import voice, write_wav
+from tests.clips import six_speakers
 from tests.processes import end, family
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -65,8 +64,8 @@ def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
 class Head:
     """A running head node and what a user of it has."""
 
-    process: int
-    """Id of the process that all others of Ray come from."""
+    processes: list[subprocess.Popen[bytes]]
+    """Those that all others of Ray come from: the head's and the worker's."""
     env: dict[str, str]
     gcs: str
     jobs: str
@@ -114,9 +113,9 @@ class Head:
         return {run["info"]["run_name"]: run for run in answer.get("runs", ())}
 
     def working(self) -> list[str]:
-        """The processes of jobs that run on this head's node."""
+        """The processes of jobs."""
         ours = ("RayTrainWorker", "TrainController", "JobSupervisor", "jobs/")
-        commands = family(self.process).values()
+        commands = [line for node in self.processes for line in family(node.pid).values()]
         return [command for command in commands if any(word in command for word in ours)]
 
 
@@ -127,53 +126,75 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text(TOKEN)
-    gcs, jobs, mlflow, *agent = free_ports(6)
+    gcs, jobs, mlflow, client, *agent = free_ports(8)
     changes = {
         "~/venv/bin": str(BIN),
         "~/ser-ray": str(ROOT),
         "s3://my-bucket/mlflow": f"{store} --port {mlflow}",
         "127.0.0.1:5000": f"127.0.0.1:{mlflow}",
-        "--port=6379": f"--port={gcs} --num-cpus=2 --block --temp-dir={temp} "
-        f"--dashboard-port={jobs} --dashboard-agent-listen-port={agent[0]} "
-        f"--dashboard-agent-grpc-port={agent[1]} --ray-client-server-port={agent[2]}",
+        "--port=6379": f"--port={gcs} --num-cpus=0 --temp-dir={temp} --dashboard-port={jobs} "
+        f"--ray-client-server-port={client} {agent_ports(*agent[:2])}",
+        "$RAY_HEAD_IP:6379": f"$RAY_HEAD_IP:{gcs} --num-cpus=2 {agent_ports(*agent[2:])}",
         "--autoscaling-config=~/ray_bootstrap_config.yaml": "",  # no machines to start here
     }
-    stop, serve, start = yaml.safe_load((ROOT / "cluster.yaml").read_text())[
-        "head_start_ray_commands"
-    ]
-    assert stop.endswith("ray stop")  # would stop every Ray of this machine
-    for old, new in changes.items():
-        assert old in serve + start
-        serve, start = serve.replace(old, new), start.replace(old, new)
     mine = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     env = mine | {
         "HOME": str(home),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache" / "uv")),
     }
     env.pop("PYTHONPATH", None)
-    subprocess.run(["bash", "-c", serve], env=env, check=True)
-    with (home / "ray.log").open("w") as log:
-        ray = subprocess.Popen(
-            ["bash", "-c", start], env=env, stdout=log, stderr=log, start_new_session=True
-        )
+    serve, start, join = commands_of_cluster_yaml(changes)
     tracking = f"http://127.0.0.1:{mlflow}"
-    found = Head(ray.pid, env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{jobs}", tracking, temp)
+    found = Head([], env, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{jobs}", tracking, temp)
+
+    def start_node(command: str) -> None:
+        log = home / f"node-{len(found.processes)}.log"
+        with log.open("w") as file:
+            node = subprocess.Popen(
+                ["bash", "-c", command],
+                env=env | {"RAY_HEAD_IP": "127.0.0.1"},
+                stdout=file,
+                stderr=file,
+            )
+        found.processes.append(node)
+        wait_for("a node", lambda: "runtime started" in log.read_text() or node.poll() is not None)
+        assert node.poll() is None, log.read_text()
+
     try:
+        subprocess.run(["bash", "-c", serve], env=env, check=True)
         wait_for("MLflow", lambda: answers(f"{tracking}/health"))
-        wait_for(
-            "the job server", lambda: ray.poll() is not None or found.submissions() is not None
-        )
-        assert ray.poll() is None, (home / "ray.log").read_text()
+        start_node(start)
+        start_node(join)
+        wait_for("the job server", lambda: found.submissions() is not None)
         yield found
     finally:
+        for node in found.processes:
+            end(node)
         holder = store / LOCK_NAME
         if holder.exists():
             os.kill(json.loads(holder.read_text())["pid"], signal.SIGTERM)
-        end(ray)
         wait_for("MLflow's end", lambda: not holder.exists(), 60)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def agent_ports(http: int, grpc: int) -> str:
+    return f"--block --dashboard-agent-listen-port={http} --dashboard-agent-grpc-port={grpc}"
+
+
+def commands_of_cluster_yaml(changes: dict[str, str]) -> list[str]:
+    """What starts MLflow, the head and a worker, with other places and ports; each is used."""
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    stop, *head = config["head_start_ray_commands"]
+    stop_worker, *worker = config["worker_start_ray_commands"]
+    assert stop == stop_worker == "~/venv/bin/ray stop"  # would stop every Ray of this machine
+    commands = "\0".join(head + worker)
+    for old, new in changes.items():
+        assert old in commands
+        commands = commands.replace(old, new)
+    return commands.split("\0")
 
 
 def answers(url: str) -> bool:
@@ -204,11 +225,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cluster's storage, with a corpus of four emotions of six speakers."""
     target = tmp_path_factory.mktemp("shared")
-    for speaker in range(1, 7):
-        for emotion in range(1, 5):
-            samples = (voice(0.5, seed=10 * speaker + emotion) * 20_000).astype(np.int16)
-            name = f"03-01-{emotion:02d}-01-01-01-{speaker:02d}.wav"
-            write_wav(target / "corpus" / name, samples)
+    six_speakers(target / "corpus")
     return target
 
 
@@ -296,6 +313,14 @@ def test_a_stopped_job_leaves_nothing_behind(head, clone, shared, shards):
     assert head.runs()["stopped"]["info"]["status"] == "KILLED"
 
 
+def test_no_log_holds_a_secret(head, shards):
+    logs = [path for path in head.temp.glob("session_2*/logs/**/*") if path.is_file()]
+    logs += Path(head.env["HOME"]).glob("*.log")
+    assert {"mlflow.log", "node-0.log", "gcs_server.out"} <= {path.name for path in logs}
+    for secret in (TOKEN, head.login()[1]):
+        assert not [path for path in logs if secret.encode() in path.read_bytes()]
+
+
 def test_the_command_line_joins_the_same_cluster(head, shared, shards):
     done = head.run(
         *("ser-ray", "prepare", "--address", head.gcs, "--corpus", shared / "corpus"),
@@ -303,3 +328,15 @@ def test_the_command_line_joins_the_same_cluster(head, shared, shards):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 24
+
+
+def test_a_job_brings_its_packages_to_a_cluster_that_has_others(head, clone, shared):
+    """By uv, from pyproject.toml; last, as it fills the copy that all jobs of the clone run in."""
+    command = head.submit(
+        clone, "prepare", "--corpus", shared / "corpus", "--shards", shared / "own"
+    )
+    at = command.index("--") + 1
+    done = head.run(*command[:at], "uv", "run", *command[at:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 files: 24 ok" in done.stdout
+    assert list(head.temp.glob("session_2*/runtime_resources/working_dir_files/*/.venv/bin/ray"))

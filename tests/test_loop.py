@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import loop
 from ser_ray.training.checkpoint import MODEL, STATE
 from ser_ray.training.config import AugmentConfig, TrainConfig
-from ser_ray.training.data import load_fold
+from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.scoring import predict_clips
@@ -87,6 +88,20 @@ def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
     assert max(report.row["val_ua"] for report in reports) > 0.6  # chance is 0.25
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_no_step_waits_for_the_gpu(memory_shards, average_decay):
+    config, gpu = replace(CONFIG, average_decay=average_decay), torch.device("cuda")
+    run = loop.Training(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
+    run.begin_epoch()
+    run.take_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.take_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
 def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, average_decay):
     config = replace(CONFIG, average_decay=average_decay)
@@ -96,6 +111,24 @@ def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, average_d
     expected = load_file(tmp_path / "whole" / "3" / MODEL)
     actual = load_file(tmp_path / "rest" / "2" / MODEL)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_path, monkeypatch):
+    averages: list[AveragedModel] = []
+    update = loop.Training._update_average
+
+    def spy(self: loop.Training, average: nn.Module) -> None:
+        if not averages:
+            rule = get_ema_multi_avg_fn(self.config.average_decay)
+            averages.append(AveragedModel(self.network, multi_avg_fn=rule, use_buffers=True))
+        averages[0].update_parameters(self.network)
+        update(self, average)
+
+    monkeypatch.setattr(loop.Training, "_update_average", spy)
+    trained(memory_shards, tmp_path, replace(CONFIG, average_decay=0.9))
+    found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
+    floats = [key for key, value in expected.items() if value.is_floating_point()]
+    assert all(torch.equal(found[key], expected[key]) for key in floats)
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "after an epoch's last step"])
@@ -213,9 +246,9 @@ def _run_worker(rank: int, size: int, network: str, folder: str) -> None:
         )
     step = loop.Training.learn
 
-    def spy(self: loop.Training, rows: torch.Tensor) -> object:
-        batches.append(rows.tolist())
-        return step(self, rows)
+    def spy(self: loop.Training, batch: Batch) -> object:
+        batches.append(batch.rows.tolist())
+        return step(self, batch)
 
     loop.Training.learn = spy  # type: ignore[assignment,method-assign]
     reports: list[EpochReport] = []

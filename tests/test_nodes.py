@@ -18,7 +18,7 @@ from ser_ray.shards.part import mark_name
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.distributed import train
-from tests.clips import small_corpus, voice, write_wav
+from tests.clips import six_speakers, small_corpus
 from tests.processes import family
 
 pytestmark = [
@@ -69,14 +69,12 @@ def nodes() -> Iterator[Nodes]:
 
 
 def test_a_lost_node_costs_a_preparation_nothing(nodes, tmp_path):
-    corpus = small_corpus(tmp_path / "corpus")
+    corpus = small_corpus(tmp_path / "corpus", num_wavs=400)  # parts of a tenth of a second
     nodes.grow(3)
     most, lost = 0, False
 
     def make(target: Path) -> dict[str, bytes]:
-        config = PrepareConfig(
-            corpus=str(corpus), shards=str(target), rows_per_part=2, features=FEATURES
-        )
+        config = PrepareConfig(corpus=str(corpus), shards=str(target), features=FEATURES)
         prepare(config, progress=lose_one)
         return {path.name: path.read_bytes() for path in target.glob("part-*")}
 
@@ -105,14 +103,10 @@ def test_a_lost_node_costs_a_preparation_nothing(nodes, tmp_path):
 
 
 def test_a_training_on_several_nodes_outlives_one(nodes, tmp_path):
-    for speaker in range(1, 7):
-        for emotion in range(1, 5):
-            samples = (voice(0.5, seed=10 * speaker + emotion) * 20_000).astype("int16")
-            name = f"03-01-{emotion:02d}-01-01-01-{speaker:02d}.wav"
-            write_wav(tmp_path / "corpus" / name, samples)
+    corpus = six_speakers(tmp_path / "corpus")
     nodes.grow(3)
     shards = str(tmp_path / "shards")
-    prepare(PrepareConfig(corpus=str(tmp_path / "corpus"), shards=shards, features=FEATURES))
+    prepare(PrepareConfig(corpus=str(corpus), shards=shards, features=FEATURES))
     used: list[int] = []
 
     def lose_one(row: dict[str, float]) -> None:

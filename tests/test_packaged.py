@@ -19,8 +19,8 @@ from ser_ray.errors import TrackingError
 from ser_ray.inference.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predict import Predictor
-from ser_ray.registry import local_checkpoint
-from ser_ray.tracking import Tracker
+from ser_ray.registry import best_training_of, local_checkpoint
+from ser_ray.tracking import Tracker, name_like
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
 
@@ -34,21 +34,23 @@ SCORES = {
 
 
 class Store:
-    """A tracking store with one finished training below a search."""
+    """A tracking store with a search whose best trial was trained again, and kept its model."""
 
     def __init__(self, folder: Path) -> None:
         checkpoint = folder / "checkpoint"
         make_checkpoint(checkpoint)
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         self.predictor = Predictor(checkpoint)
-        self.search = self._start("search", {}).run_id
-        self._start("worse", {"mlflow.parentRunId": self.search}, best_val_ua=0.4)
-        tracker = self._start("best", {"mlflow.parentRunId": self.search}, best_val_ua=0.6)
+        self.search = self.start("search", {}).run_id
+        self.start("worse", {"mlflow.parentRunId": self.search}, best_val_ua=0.4)
+        best = self.start("best", {"mlflow.parentRunId": self.search}, best_val_ua=0.6)
+        self.trial = best.run_id
+        tracker = self.start(name_like(self.trial), {}, best_val_ua=0.58)
         tracker.log_files({"tables/test.json": SCORES})
         tracker.log_model(checkpoint, LABELS)
         self.run_id = tracker.run_id
 
-    def _start(self, name: str, tags: dict[str, str], **metrics: float) -> Tracker:
+    def start(self, name: str, tags: dict[str, str], **metrics: float) -> Tracker:
         tracker = Tracker.start(self.uri, "test", name=name, params={}, tags=tags)
         tracker.log_metrics(metrics, 0, 1)
         tracker.deliver()
@@ -219,6 +221,13 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
     assert version.description is not None
     assert "UA 50.0% (95 % interval over 2 speakers 30.0% to 70.0%)" in version.description
     assert "| female | 8 | 62.5% | 50.0% |" in version.description
+
+
+def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
+    worse = store.start("alone", {}, best_val_ua=0.4).run_id
+    with pytest.raises(TrackingError, match=f"train --like {worse}"):
+        best_training_of(worse, store.uri)
+    assert best_training_of(store.trial, store.uri) == store.run_id
 
 
 @pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion"])

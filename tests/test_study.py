@@ -7,13 +7,14 @@ import pytest
 from rich.console import Console
 
 from ser_ray.errors import TrackingError
+from ser_ray.training import display
 from ser_ray.training import study as module
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.display import TrialTable
 from ser_ray.training.search_config import TuneConfig
 from ser_ray.training.search_figures import importance_of, trial_rows
 from ser_ray.training.study import Study, TrialLog
 from ser_ray.training.trial_journal import JournalCallback
-from ser_ray.training.trial_table import TrialTable
 
 RECIPE = TrainConfig(epochs=3)
 
@@ -168,8 +169,23 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "trial   1/3 pruned" in lines[0]
-    assert "UA 10.0% SPEAKER-DEPENDENT after 1 epochs" in lines[0]
+    assert "UA 10.0% SPEAKER-DEPENDENT after 1 of 3 epochs" in lines[0]
     assert "after 0 epochs: ValueError: no good" in lines[2]
+
+
+def test_a_log_gets_a_line_of_what_runs_now_and_then(server, tmp_path, monkeypatch):
+    running = TrialLog("r", 1, {"seed": 0}, RECIPE, rows=[], state="running")
+    output = io.StringIO()
+    with TrialTable(Console(file=output, width=200), 1) as table:
+        table([running])
+        running.rows.append({"epoch": 1.0, "val_ua": 0.25, "val_loss": 1.0})
+        table([running])
+        monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
+        table([running])
+    assert output.getvalue().splitlines() == [
+        "trial   1/1 running   seed 0",
+        "trial   1/1 running   seed 0  UA 25.0% after 1 of 3 epochs",
+    ]
 
 
 def test_a_terminal_gets_a_table(server, tmp_path):

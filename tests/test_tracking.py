@@ -86,6 +86,23 @@ def test_the_next_start_delivers_what_the_journal_kept(server: Server, tmp_path:
     assert run.info.status == "RUNNING"
 
 
+def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    uri, journal = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "epochs.jsonl"
+    tracker = start(uri)
+    journal.write_text(line(2) + line(3)[:30])
+    rows = [json.loads(line(epoch))["row"] for epoch in (1, 2, 3)]
+    rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
+    JournalReader(journal, tracker, lambda _: pytest.fail("it is no news")).recover(
+        {"rates": rates, "step": 1, "history": rows}
+    )
+    for _ in range(2):  # delivered again, they are what they were
+        JournalReader(journal, tracker, lambda _: None)
+    assert metrics(uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    found = metrics(uri, tracker.run_id, "lr_step")
+    assert [step for step, _ in found] == [0, 1, 2, 3, 4, 5]
+    assert [rate for step, rate in found if step not in (2, 3)] == [0.0, 0.1, 0.4, 0.5]
+
+
 def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
     server.start()
     with pytest.raises(TrackingError, match="refused the run 0123456789abcdef"):

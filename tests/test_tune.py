@@ -21,8 +21,8 @@ from ser_ray.training.loop import fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.study import TrialLog
-from ser_ray.training.trials import ResumableAsha, _room, find_slots, trial_metrics
-from ser_ray.training.tune import baseline, best_of, num_trials, search
+from ser_ray.training.trials import ResumableAsha, Slots, _room, find_slots, trial_metrics
+from ser_ray.training.tune import baseline, best_of, make_plan, num_trials, search
 from tests.disk_shards import write_shards
 
 RECIPE = TrainConfig(
@@ -258,16 +258,26 @@ def test_ashas_rungs_are_the_same_after_a_restore():
 
 
 def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
-    assert baseline(RECIPE, TuneConfig(space=SPACE).dimensions) == [
+    assert baseline(RECIPE, TuneConfig(space=SPACE)) == [
         {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
     ]
-    assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",)).dimensions) == []
+    assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
 
 
 def test_a_grid_has_its_points_and_the_recipe():
     config = TuneConfig(searcher="grid", space=("feature=choice(mel,mfcc)",))
     assert num_trials(RECIPE, config) == 3 * 3 * 2 + 1
     assert num_trials(RECIPE, TuneConfig(trials=5)) == 5
+
+
+def test_a_grid_that_holds_the_recipe_begins_with_it():
+    space = ("feature=choice(mfcc,mel)", "lr_max=choice(2e-3,4e-3)", "lr_ratio=choice(40)")
+    config = TuneConfig(searcher="grid", space=space)
+    assert num_trials(RECIPE, config) == 2 * 2 * 1
+    plan = make_plan(RECIPE, config, Slots(count=1, workers=1, cpus=1, gpus=0))
+    first = {name: values["grid_search"][0] for name, values in plan.space.items()}
+    assert first == {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
+    assert plan.num_samples == 1
 
 
 def test_the_best_trial_did_not_fail():

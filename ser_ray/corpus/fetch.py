@@ -174,8 +174,8 @@ def _retry(name: str, ask: Callable[[], Answer]) -> Answer:
         except requests.RequestException as error:
             if attempt == ATTEMPTS:
                 raise CorpusError(
-                    f"{name}: given up after {ATTEMPTS} attempts ({_reason(error)}); what has arrived is "
-                    "kept, and the same command goes on from there"
+                    f"{name}: given up after {ATTEMPTS} attempts ({_reason(error)}); what has "
+                    "arrived is kept, and the same command goes on from there"
                 ) from error
             seconds = _pause(attempt, error.response)
             logger.warning("%s: %s; trying again in %.0f s", name, _reason(error), seconds)

@@ -2,8 +2,10 @@
 
 Files go through in small blocks, so memory does not grow with their number; a block's answers are
 in the journal as soon as it is done, and the same command goes on with the files that are not. On
-CPUs an actor decodes and scores; for actors on GPUs, decoding runs beside them on the CPUs. What
-is wrong with a file is a row like any other.
+CPUs an actor decodes and scores; for actors on GPUs, others decode beside them on the CPUs. What
+is wrong with a file is a row like any other. That holds for a file that kills what decodes it, too:
+Ray would give its block to one actor after the other for ever, so each decodes in a sandbox, which
+costs half a millisecond a file.
 """
 
 import pickle
@@ -17,13 +19,16 @@ import numpy as np
 
 from ser_ray.cluster import has_gpus, require_kept, require_shared, resources_within_reach
 from ser_ray.errors import SerRayError
-from ser_ray.inference.hear import Hearing
+from ser_ray.features.sandbox import Sandbox
+from ser_ray.inference.hear import Heard, Hearing
 from ser_ray.inference.predict import Predictor
 from ser_ray.inference.results import Journal, as_row, require_suffix
 from ser_ray.shards.progress import Progress, Watch, show
 
 FILES_AT_ONCE = 32
 """Files of a block: what an interruption costs each actor at most."""
+SECONDS_PER_FILE = 600.0
+"""A file that is not decoded by then is given up: an hour's video from a bucket takes minutes."""
 
 Batch = dict[str, np.ndarray]
 
@@ -97,18 +102,25 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
     ray.data.DataContext.get_current().enable_progress_bars = False
     blocks = -(-len(files) // FILES_AT_ONCE)
     dataset = ray.data.from_items([{"path": path} for path in files], override_num_blocks=blocks)
-    gpus = has_gpus()
-    kind = "GPU" if gpus else "CPU"
+    total, gpus = resources_within_reach(), has_gpus()
+    cpu_pool, gpu_pool = (
+        ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
+        for kind in ("CPU", "GPU")
+    )
     if gpus:
-        dataset = dataset.map_batches(_Decoder(predictor.hearing), batch_size=FILES_AT_ONCE)
+        dataset = dataset.map_batches(
+            _Decoder,
+            fn_constructor_args=(predictor.hearing,),
+            batch_size=FILES_AT_ONCE,
+            compute=cpu_pool,
+            num_cpus=1,
+        )
     dataset = dataset.map_batches(
         _Scorer,
-        fn_constructor_args=(ray.put(predictor),),
+        fn_constructor_args=(ray.put(predictor), not gpus),
         batch_size=FILES_AT_ONCE,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(max(int(resources_within_reach().get(kind, 0)), 1), blocks)
-        ),
-        num_cpus=None if gpus else 1,
+        compute=gpu_pool if gpus else cpu_pool,
+        num_cpus=0 if gpus else 1,  # the decoders take every CPU
         num_gpus=1 if gpus else None,
     )
     try:
@@ -121,34 +133,39 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
         ) from error
 
 
-@dataclass(frozen=True)
 class _Decoder:
-    """Adds what was heard in each file."""
+    """An actor that turns files into features."""
 
-    hearing: Hearing
+    def __init__(self, hearing: Hearing) -> None:
+        self.hearing = hearing
+        self.sandbox = Sandbox(SECONDS_PER_FILE)
+        self.sandbox.__enter__()  # it goes when the actor does and their pipe closes
+
+    def hear(self, batch: Batch) -> list[Heard]:
+        return [self.hearing.file(path, self.sandbox.decode) for path in batch["path"].tolist()]
 
     def __call__(self, batch: Batch) -> Batch:
-        heard = [pickle.dumps(self.hearing.file(path)) for path in batch["path"].tolist()]
-        return {"heard": np.array(heard, dtype=object)}
+        return {"heard": np.array([pickle.dumps(item) for item in self.hear(batch)], dtype=object)}
 
 
 class _Scorer:
-    """An actor that holds the model."""
+    """An actor that holds the model, and on CPUs decodes as well."""
 
-    def __init__(self, predictor: Any) -> None:
+    def __init__(self, predictor: Any, decodes: bool) -> None:
         import ray
         import torch
 
         self.predictor: Predictor = ray.get(predictor)
-        if ray.get_gpu_ids():
+        self.decoder = _Decoder(self.predictor.hearing) if decodes else None
+        if ray.get_gpu_ids() and torch.cuda.is_available():
             self.predictor.to(torch.device("cuda"))
         else:
             torch.set_num_threads(1)  # an actor has one CPU
 
     def __call__(self, batch: Batch) -> Batch:
-        if "heard" in batch:
-            heard = [pickle.loads(item) for item in batch["heard"]]
+        if self.decoder:
+            heard = self.decoder.hear(batch)
         else:
-            heard = [self.predictor.hearing.file(path) for path in batch["path"].tolist()]
+            heard = [pickle.loads(item) for item in batch["heard"]]
         rows = [pickle.dumps(as_row(found)) for found in self.predictor.score(heard)]
         return {"row": np.array(rows, dtype=object)}

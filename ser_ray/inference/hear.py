@@ -8,7 +8,7 @@ decoding workers start in a moment.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import BinaryIO
@@ -33,6 +33,8 @@ MAX_RECORDING_SECONDS = 3600.0
 
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
+Decode = Callable[..., tuple[np.ndarray, int]]
+"""`decode`, or a sandbox's, which outlives a clip that kills the process decoding it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +70,13 @@ class Hearing:
         self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
         self.step_seconds = self.window_seconds / 2
 
-    def file(self, location: str) -> Heard:
-        """Hear the file at a path or URI."""
-        return self._decoded(location, location)
+    def file(self, location: str, decode: Decode = decode) -> Heard:
+        """Hear the file at a path or URI, decoded here or where `decode` does it."""
+        return self._decoded(location, location, decode)
 
     def stream(self, file: BinaryIO, name: str) -> Heard:
         """Hear the file behind a seekable stream; `name` is what the answer calls it."""
-        return self._decoded(file, name)
+        return self._decoded(file, name, decode)
 
     def samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Heard:
         """Hear mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
@@ -96,7 +98,7 @@ class Hearing:
             return Heard(path=name, duration=duration, status=error.status, reason=error.reason)
         return Heard(path=name, duration=duration, windows=windows, features=features)
 
-    def _decoded(self, source: str | BinaryIO, name: str) -> Heard:
+    def _decoded(self, source: str | BinaryIO, name: str, decode: Decode) -> Heard:
         try:
             samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:

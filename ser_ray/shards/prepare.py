@@ -20,7 +20,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from ser_ray.cluster import require_shared
+from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.extract import Extractor
@@ -70,19 +70,24 @@ class PrepareSummary:
 
 
 def prepare(
-    config: PrepareConfig, *, progress: Callable[[Progress], None] | None = None
+    config: PrepareConfig,
+    *,
+    address: str = "",
+    progress: Callable[[Progress], None] | None = None,
 ) -> PrepareSummary:
     """Write the shards of a corpus, or what is missing of them.
 
     Args:
         config: which clips, where to, which features.
+        address: cluster to join, as `ser_ray.cluster.cluster` takes it; nothing is joined or
+            started where nothing is missing.
         progress: called after every part; by default a bar or log lines on standard error, after
             what was found of an earlier run.
 
     Raises:
         CorpusError: no corpus is found.
         ShardsError: another run writes there, or a part could not be written.
-        ResourcesError: a node of the cluster does not see the corpus or the shards.
+        ResourcesError: no cluster answers, or a node of it does not see the corpus or the shards.
     """
     started = time.monotonic()
     corpus = list_corpus(config.corpus)
@@ -98,12 +103,13 @@ def prepare(
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             card = read_card(filesystem, folder)
-            if waiting:
-                require_shared(config.corpus, config.shards)
             if waiting or card is None or before is None or not plan.files.equals(before.files):
-                _clear(filesystem, folder, plan, waiting)
-                write_plan(filesystem, folder, plan)
-                _watch(_write_parts(config, plan, waiting), plan, waiting, lock, progress)
+                with cluster(address) if waiting else contextlib.nullcontext():
+                    if waiting:
+                        require_shared(config.corpus, config.shards)
+                    _clear(filesystem, folder, plan, waiting)
+                    write_plan(filesystem, folder, plan)
+                    _watch(_write_parts(config, plan, waiting), plan, waiting, lock, progress)
                 card = make_card(filesystem, folder, corpus, plan)
                 write_card(filesystem, folder, card)
     except OSError as error:

@@ -158,6 +158,9 @@ class RunConfig:
     """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
+    ingest: Literal["auto", "resident", "stream"] = "auto"
+    """Keep the clips in each worker's memory, or read the training clips anew in every epoch; auto
+    streams what would fill more than half of a worker's memory. Concerns `train` alone."""
     name: str = ""
     """Name of the run; the same name goes on where it stopped. Derived from the recipe if empty."""
     storage: str = "ser-ray-out/runs"

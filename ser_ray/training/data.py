@@ -56,9 +56,7 @@ class Normalisation:
         )
         return scaled.astype(np.float16)
 
-    def frames_first(
-        self, features: np.ndarray, num_frames: np.ndarray, room: int
-    ) -> np.ndarray:
+    def frames_first(self, features: np.ndarray, num_frames: np.ndarray, room: int) -> np.ndarray:
         """Normalise clips [clips, bins, frames] for training: [clips, room, bins] float16.
 
         What lies beyond a clip's `num_frames` is 0.
@@ -168,9 +166,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def batches(
-        self, config: TrainConfig, world: World, epoch: int, step: int
-    ) -> Iterator[Batch]:
+    def batches(self, config: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
         """Batches from a step of an epoch on to the end of the training.
 
         They follow from the arguments: every epoch has `steps_per_epoch` of them, and the clips of

@@ -1,5 +1,6 @@
-"""The trials of a study on a terminal, as a table that stays in place, or as lines in a log."""
+"""Watching a training, or the trials of a study: in place on a terminal, as lines in a log."""
 
+import time
 from typing import Self
 
 from rich.console import Console, RenderableType
@@ -16,7 +17,30 @@ STYLE = {
     "failed": "red",
     "lost": "red",
 }
+LINE_SECONDS = 60.0
+"""Between two looks at the running trials in a log."""
 COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "best UA")
+
+
+class EpochPrinter:
+    """Shows an epoch's row: in place on a terminal, as a line in a log."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self.console, self.epochs = console, epochs
+
+    def __call__(self, row: dict[str, float]) -> None:
+        """Show one epoch."""
+        done = int(row["epoch"])
+        left = (self.epochs - done) * row["epoch_seconds"]
+        # In place on a terminal, but for the last; a log keeps every line.
+        end = "\r" if self.console.is_terminal and done < self.epochs else "\n"
+        self.console.print(
+            f"epoch {done:3d}/{self.epochs}  "
+            f"loss {row['train_loss']:.3f}, validation {row['val_loss']:.3f}  "
+            f"UA {row['val_ua']:6.1%}  WA {row['val_wa']:6.1%}  lr {row['lr']:.2e}  "
+            f"{row['clips_per_second']:5.0f} clips/s  {_clock(left)} left",
+            end=end,
+        )
 
 
 class TrialTable:
@@ -31,6 +55,7 @@ class TrialTable:
         self.console, self.total, self.label = console, total, label
         self._trials: list[TrialLog] = []
         self._said: dict[str, str] = {}
+        self._looked = time.monotonic()
         self._live = Live(
             get_renderable=self.table, console=console, refresh_per_second=2, transient=True
         )
@@ -55,6 +80,11 @@ class TrialTable:
             if trial.state != "waiting" and self._said.get(trial.trial_id) != trial.state:
                 self._said[trial.trial_id] = trial.state
                 self.console.print(self._line(trial))
+        if (now := time.monotonic()) - self._looked >= LINE_SECONDS:
+            self._looked = now
+            for trial in trials:
+                if trial.state == "running" and trial.rows:
+                    self.console.print(self._line(trial))
 
     def table(self) -> RenderableType:
         """The running trials and the best of the others, as many as fit."""
@@ -89,13 +119,19 @@ class TrialTable:
     def _line(self, trial: TrialLog) -> str:
         drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
         head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
-        if not trial.ended:
-            return head
         if trial.problem:
             return f"{head}  after {len(trial.rows)} epochs: {trial.problem}"
-        score = f"  UA {trial.best['val_ua']:.1%}" if trial.rows else ""
-        return f"{head}{score} {self.label} after {len(trial.rows)} epochs"
+        if not trial.rows:
+            return head
+        score = f"{head}  UA {trial.best['val_ua']:.1%} {self.label}".rstrip()
+        return f"{score} after {len(trial.rows)} of {trial.recipe.epochs} epochs"
 
 
 def _text(value: object) -> str:
     return f"{value:.2e}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -43,8 +43,10 @@ from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.journal import EpochLine, JournalReader, JournalWriter
+from ser_ray.training.metrics import best_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import BEST, RunFolder, Stored
+from ser_ray.training.stream import resident_bytes
 from ser_ray.training.worker import run_worker
 
 POLL_SECONDS = 0.2
@@ -158,7 +160,8 @@ def _start_tracker(
         "ray.job_id": core.get_runtime_context().get_job_id(),
         "storage": folder.location,
     }
-    params = config.to_dict() | {"features": asdict(card.features), "workers": run.workers}
+    params = config.to_dict() | {"features": asdict(card.features)}
+    params |= {"workers": run.workers, "ingest": run.ingest}
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri.removeprefix("sqlite:///"))
     known = record.get("run_id", "") if record.get("tracking_uri") == uri else ""
@@ -188,6 +191,8 @@ class _Job:
             "config": config,
             "shards": shards,
             "pretrained": core.put(pretrained),
+            "ingest": run.ingest,
+            "resident_bytes": resident_bytes(shards, config),
         }
 
     def run(self, journal: JournalReader) -> None:
@@ -218,6 +223,8 @@ class _Job:
         """Start workers where the training stands; returns what the first of them returned."""
         newest = self.folder.newest()
         self.folder.tidy(newest)
+        if newest is not None:
+            journal.recover(newest.progress)
         # Ray's fit takes Ctrl-C for itself in the main thread.
         executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         result = executor.submit(self._trainer(newest, journal.journal).fit)
@@ -307,7 +314,7 @@ def _log_outcome(
     from ser_ray.report import confusion_figure, curves_figure
 
     best, history = progress["best"], progress["history"]
-    tracker.log_metrics({f"best_{key}": value for key, value in best.items()}, 0, now_ms())
+    tracker.log_metrics(best_metrics(best), 0, now_ms())
     tracker.deliver()
     title = f"validation, {card.split['label']}, {card.trained_on}"
     confusion = np.asarray(progress["best_confusion"])

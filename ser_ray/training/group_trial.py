@@ -101,6 +101,8 @@ class GroupTrial(tune.Trainable):
                 "shards": self.study.shards,
                 "pretrained": ray.put(pretrained),
                 "start": f"{folder.path}/{before.name}" if before is not None else "",
+                "ingest": "resident",
+                "resident_bytes": 0,  # nobody asks
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=slots.workers,

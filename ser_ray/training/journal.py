@@ -26,13 +26,13 @@ class JournalWriter(UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        """Append rank 0's report, which is every rank's."""
+        """Append rank 0's report, which is every rank's, and what each node says of itself."""
         if "row" not in metrics[0]:
             return  # a checkpoint in mid-epoch
-        line = json.dumps(metrics[0] | {"timestamp_ms": now_ms()})
-        with self.journal.open("a") as file:
-            # The first line break ends what a full disk or a kill may have left of a line.
-            file.write(f"\n{line}\n")
+        nodes: dict[str, dict[str, float]] = {}
+        for report in metrics:
+            nodes |= report.get("node", {})
+        _append(self.journal, metrics[0] | {"node": nodes})
 
 
 class JournalReader:
@@ -43,6 +43,20 @@ class JournalReader:
         self._seen: set[int] = set()
         self._offset = 0
         self.read(show=False)  # what an earlier start of the run left
+
+    def recover(self, progress: dict[str, Any]) -> None:
+        """Write down epochs that a checkpoint has and the journal has not.
+
+        A checkpoint is stored before its line is written: what was killed in between left none.
+        """
+        rates, history = progress["rates"], progress["history"]
+        steps = (len(rates) - progress["step"]) // max(len(history), 1)
+        for index, row in enumerate(history):
+            if int(row["epoch"]) not in self._seen:
+                _append(
+                    self.journal, {"row": row, "lr": rates[index * steps : (index + 1) * steps]}
+                )
+        self.read(show=False)
 
     def read(self, *, show: bool = True) -> None:
         """Take up the lines written since the last call."""
@@ -67,7 +81,17 @@ class JournalReader:
         self._seen.add(epoch)
         when, rates = report["timestamp_ms"], report["lr"]
         self.tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
+        for node, values in report.get("node", {}).items():
+            named = {f"system/{node}/{name}": value for name, value in values.items()}
+            self.tracker.log_metrics(named, epoch, when)
         for step, rate in enumerate(rates, start=(epoch - 1) * len(rates)):
             self.tracker.log_metrics({"lr_step": rate}, step, when)
         if show:
             self.on_epoch(row)
+
+
+def _append(journal: Path, report: dict[str, Any]) -> None:
+    line = json.dumps(report | {"timestamp_ms": now_ms()})
+    with journal.open("a") as file:
+        # The first line break ends what a full disk or a kill may have left of a line.
+        file.write(f"\n{line}\n")

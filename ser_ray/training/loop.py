@@ -157,6 +157,7 @@ class Training:
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.hits = torch.zeros((), device=device)
         self.rates: list[float] = []
+        """Learning rate of every step so far."""
         self.epoch, self.step = 0, 0
         """Epochs done, and steps of the next."""
         self.batches = data.train.batches(config, world, 0, 0)
@@ -260,8 +261,8 @@ class Training:
         if is_best:
             self.best, self.best_confusion = row, confusion
         self.history.append(row)
-        report = EpochReport(row, self.rates, confusion, is_best)
-        self.epoch, self.step, self.rates = self.epoch + 1, 0, []
+        report = EpochReport(row, self.rates[-self.steps_per_epoch :], confusion, is_best)
+        self.epoch, self.step = self.epoch + 1, 0
         self.losses.zero_(), self.hits.zero_()
         return report
 
@@ -311,9 +312,10 @@ class Training:
         bad = torch.nonzero(~torch.isfinite(self.losses))
         if len(bad):
             step = int(bad[0])
+            rate = self.rates[self.epoch * self.steps_per_epoch + step]
             raise DivergedError(
                 f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
-                f"{self.rates[step]:.2g}): lower --lr-max, or look for broken clips in the shards"
+                f"{rate:.2g}): lower --lr-max, or look for broken clips in the shards"
             )
 
     def _update_average(self, average: nn.Module) -> None:

@@ -66,15 +66,12 @@ def range_test(
     run = Training(config, data, pretrained, shards.card.features.num_mels, device, World())
     rates = np.geomspace(test.lowest, test.highest, test.steps)
     losses: list[float] = []
+    run.begin_epoch()
     for rate in rates:
-        if run.step == 0:
-            run.begin_epoch()
         for group in run.optimiser.param_groups:
             group["lr"] = float(rate)
         loss, _ = run.learn(next(run.batches))
         losses.append(float(loss))
-        run.step = (run.step + 1) % run.steps_per_epoch
-        run.epoch += run.step == 0
         if not np.isfinite(losses[-1]) or _smooth(losses)[-1] > DIVERGED * losses[0]:
             break
     kept = int(np.isfinite(losses).sum())

@@ -88,3 +88,12 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+
+
+def best_metrics(row: dict[str, float]) -> dict[str, float]:
+    """What a run's record says of its chosen epoch, by the names it is logged under."""
+    return {
+        f"best_{name}": value
+        for name, value in row.items()
+        if name == "epoch" or name.startswith("val_")
+    }

@@ -33,18 +33,18 @@ def predict_clips(
     position = np.zeros(len(clips), dtype=np.int64)
     position[rows] = np.arange(len(rows))
     sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
-    counts = np.zeros(len(rows))
+    counts = torch.zeros(len(rows), 1, dtype=torch.float64, device=device)
     batch_size = max(config.batch_size, 32)
-    for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size):
-        batch, _ = clips.take(
-            torch.from_numpy(clip).to(device),
-            torch.from_numpy(start).to(device),
-            config.crop_frames,
-        )
+    # All of them before the first batch: a copy to the device waits for the work that it has.
+    batches = [
+        [torch.from_numpy(values).to(device) for values in (clip, start, position[clip])]
+        for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size)
+    ]
+    for clip, start, where in batches:
+        batch, _ = clips.take(clip, start, config.crop_frames)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             logits = network(batch.contiguous(memory_format=torch.channels_last))
-        where = torch.from_numpy(position[clip]).to(device)
         sums.index_add_(0, where, logits.double().softmax(dim=1))
-        np.add.at(counts, position[clip], 1)
+        counts.index_add_(0, where, torch.ones_like(sums[where, :1]))
     network.train(was_training)
-    return sums.cpu().numpy() / counts[:, None]
+    return (sums / counts).cpu().numpy()

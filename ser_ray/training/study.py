@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import Tracker
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import best_metrics
 from ser_ray.training.search_config import RATIO, recipe_of
 
 POLL_SECONDS = 0.2
@@ -214,7 +215,7 @@ class Study:
         if not trial.ended:
             return
         if trial.best:
-            best = {f"best_{name}": value for name, value in trial.best.items()}
+            best = best_metrics(trial.best)
             tracker.log_metrics(best, 0, trial.times_ms[-1])
             tracker.deliver()
         reason = {"problem": trial.problem} if trial.problem else {}

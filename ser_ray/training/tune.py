@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from ser_ray.storage import absolute
 from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
+from ser_ray.training.metrics import best_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
@@ -120,7 +122,7 @@ def read_starts(
 def make_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     """Tune's searcher, space and scheduler for a search."""
     dimensions = config.dimensions
-    first = baseline(recipe, dimensions)
+    first = baseline(recipe, config)
     scheduler = None
     if config.scheduler == "asha":
         epochs = max(
@@ -135,7 +137,10 @@ def make_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     space: dict[str, Any]
     algorithm: Searcher | SearchAlgorithm
     if config.searcher == "grid":
-        space = {item.name: ray_tune.grid_search(list(item.grid())) for item in dimensions}
+        space = {
+            item.name: ray_tune.grid_search(_own_first(item.grid(), own))
+            for item, own in zip(dimensions, values_of(recipe, dimensions).values(), strict=True)
+        }
     else:
         space = {item.name: _domain(item) for item in dimensions}
     if config.searcher == "optuna":
@@ -148,10 +153,21 @@ def make_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     return Plan(space=space, algorithm=algorithm, num_samples=samples, scheduler=scheduler)
 
 
-def baseline(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> list[dict[str, Any]]:
-    """The recipe itself as a point of the space; none where the space leaves it out."""
-    values = values_of(recipe, dimensions)
-    return [values] if all(item.holds(values[item.name]) for item in dimensions) else []
+def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
+    """The recipe itself as a point of the space to try before all others.
+
+    None where the space leaves it out, or a grid has it among its own.
+    """
+    values = values_of(recipe, config.dimensions)
+    on_grid = all(values[item.name] in item.grid() for item in config.dimensions)
+    if config.searcher == "grid" and on_grid:
+        return []
+    return [values] if all(item.holds(values[item.name]) for item in config.dimensions) else []
+
+
+def _own_first(grid: Sequence[Any], own: Any) -> list[Any]:
+    """The values of a grid, the recipe's own before the others: then it is the first trial."""
+    return sorted(grid, key=lambda value: bool(value != own))
 
 
 def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
@@ -159,7 +175,7 @@ def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
     if config.searcher != "grid":
         return config.trials
     points = math.prod(len(item.grid()) for item in config.dimensions)
-    return points + len(baseline(recipe, config.dimensions))
+    return points + len(baseline(recipe, config))
 
 
 def open_study(
@@ -313,7 +329,7 @@ def _log_outcome(
         trial_rows,
     )
 
-    scores = {f"best_{name}": value for name, value in best.best.items()}
+    scores = best_metrics(best.best)
     states = [trial.state for trial in trials]
     counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
     tracker.log_metrics(scores | counts, 0, now_ms())

@@ -15,7 +15,9 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from ser_ray.errors import SerRayError
+from ser_ray.training.ingest import choose_ingest
 from ser_ray.training.loop import EpochReport, Take, fit
+from ser_ray.training.node_metrics import NodeMetrics
 
 
 def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
@@ -29,16 +31,21 @@ def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
     if checkpoint is None and arguments.get("start"):
         storage = ray.train.get_context().get_storage()
         checkpoint = Checkpoint(arguments["start"], storage.storage_filesystem)
+    device = get_device()
     try:
         with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
+            resume = Path(directory) if directory else None
             fit(
                 arguments["config"],
                 arguments["shards"],
                 core.get(arguments["pretrained"]),
                 Reporter(),
-                resume=Path(directory) if directory else None,
-                device=get_device(),
+                resume=resume,
+                device=device,
                 notice=preemption_notice(),
+                stream=choose_ingest(
+                    arguments["ingest"], arguments["resident_bytes"], device, resume
+                ),
             )
     except SerRayError as problem:
         return problem
@@ -51,12 +58,16 @@ class Reporter:
     def __init__(self) -> None:
         self._writer = Semaphore()
         """Free when no copy of the training waits to be written: memory holds one at most."""
+        is_first_of_node = ray.train.get_context().get_local_rank() == 0
+        self._node = NodeMetrics() if is_first_of_node else None
 
     def __call__(self, epoch: EpochReport | None, take: Take) -> None:
         """Report an epoch, or a checkpoint in mid-epoch."""
         metrics: dict[str, Any] = {"score": 0}
         if epoch is not None:
             metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_best else 0}
+            if self._node is not None:
+                metrics["node"] = {core.util.get_node_ip_address(): self._node.take()}
         context = ray.train.get_context()
         if context.get_world_rank() > 0:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)

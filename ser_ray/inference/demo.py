@@ -1,0 +1,152 @@
+"""A page where a person records or drops a clip and sees what the model says of it.
+
+Gradio draws the page. Nothing leaves the machine: no share link, no analytics, no fonts or scripts
+from elsewhere, to which a content security policy holds the browser as well. What people record
+lies in a folder that goes with the server.
+"""
+
+import html
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.features import ClipError
+from ser_ray.features.extract import Extractor
+from ser_ray.features.sandbox import Sandbox
+from ser_ray.inference.hear import MAX_RECORDING_SECONDS, Decode
+from ser_ray.inference.predict import Prediction, Predictor
+from ser_ray.page import inline_svg
+from ser_ray.report import clip_figure
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+DRAWN_SECONDS = 60.0
+"""So much of a recording is drawn, from its start."""
+
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+_STYLE = """
+.ser-ray svg { display: block; width: 100%; height: auto } .ser-ray svg text { fill: currentColor }
+.ser-ray pre { max-height: 20rem; overflow: auto; font-size: .875rem }
+.ser-ray [role=alert] { font-size: 1.125rem; overflow-wrap: anywhere }
+"""
+_LIMITS = "It says which of these a voice resembles as people acted them, not what a person feels."
+
+
+def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        predictor: the model.
+        host: address to listen on.
+        port: 0 takes a free one.
+        announce: called with the page's URL when it can be opened.
+
+    Raises:
+        SerRayError: gradio is not installed.
+        ConfigError: the address cannot be listened on.
+    """
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): name another with --host and "
+            "--port; --port 0 takes a free one"
+        ) from error
+    with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
+        os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported
+        app = _make_app(predictor, partial(answer, predictor, sandbox.decode))
+        import uvicorn
+
+        announce(f"http://{host}:{listening.getsockname()[1]}")
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
+
+
+def answer(
+    predictor: Predictor, decode: Decode, path: str | None
+) -> tuple[dict[str, float] | None, str]:
+    """What the page shows of a recording: the probabilities, and a picture or what is wrong."""
+    if path is None:
+        return None, ""
+    name = Path(path).name
+    try:
+        samples, sample_rate = decode(path, max_seconds=MAX_RECORDING_SECONDS)
+    except ClipError as error:
+        found = Prediction(path=name, status=error.status, reason=error.reason)
+    else:
+        found = predictor.predict_samples(samples, sample_rate, name)
+    if found.probabilities is None:
+        return None, f'<p role="alert">{html.escape(str(found))}</p>'
+    timeline = ""
+    if found.timeline:
+        lines = "\n".join(str(segment) for segment in found.timeline)
+        timeline = f"<p>The mean over these windows:</p><pre>{lines}</pre>"
+    return found.probabilities, _picture(predictor, samples, sample_rate, name) + timeline
+
+
+def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: str) -> str:
+    """The waveform and spectrogram as SVG, with the silent ends; none where the start is silent."""
+    seconds = DRAWN_SECONDS
+    whole = Extractor(replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds))
+    try:
+        waveform = whole.waveform(samples[: round(seconds * sample_rate)], sample_rate)
+    except ClipError:
+        return ""
+    spectrogram = whole.features(waveform)["spectrogram"]
+    figure = clip_figure(waveform, predictor.card.features.sample_rate, spectrogram)
+    return inline_svg(figure, f"Waveform and spectrogram of {name}")
+
+
+def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "FastAPI":
+    """The page as a web application; `respond` takes the path of a recording."""
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise SerRayError("the demo page needs gradio: pip install 'ser-ray[demo]'") from error
+    from fastapi import FastAPI, Request
+
+    card = predictor.card
+    about = (
+        f"ResNet18 on {card.config.feature} of {card.trained_on}; {card.split['label']}. It names "
+        f"one of {', '.join(card.labels)}. {_LIMITS} Recordings stay on this machine, and are "
+        "deleted when the page is stopped."
+    )
+
+    def show(path: str | None) -> tuple[Any, str]:
+        probabilities, text = respond(path)
+        return gr.Label(probabilities, visible=probabilities is not None), text
+
+    with gr.Blocks(title="ser_ray", analytics_enabled=False) as page:
+        gr.Markdown("## What emotion does a voice resemble?")
+        with gr.Row():
+            with gr.Column():
+                clip = gr.Audio(
+                    type="filepath", label="A clip", sources=["upload", "microphone"], buttons=[]
+                )
+            with gr.Column():
+                emotion = gr.Label(label="Emotion", visible=False)
+                seen = gr.HTML(elem_classes="ser-ray")
+        gr.Markdown(about)
+        clip.change(show, clip, [emotion, seen])
+
+    app = FastAPI(openapi_url=None)
+
+    @app.middleware("http")
+    async def hold_to_the_policy(request: Request, call_next: Callable[[Request], Any]) -> Any:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = _POLICY
+        return response
+
+    return gr.mount_gradio_app(
+        app, page, "/", css=_STYLE, footer_links=[], run_history=False, ssr_mode=False
+    )

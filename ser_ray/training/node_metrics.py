@@ -1,0 +1,68 @@
+"""What a node does while it trains: how busy its processors are and how full its memories.
+
+One worker of each node samples it beside the loop; the means ride along with its report of an epoch
+to the tracker, so no worker talks to MLflow. Names and units are those of MLflow's own system
+metrics, which its UI shows on a page of their own.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from threading import Thread
+from typing import Any
+
+import psutil
+import pynvml
+
+SAMPLE_SECONDS = 1.0
+MEGABYTE = 1e6
+
+
+class NodeMetrics:
+    """Samples this machine for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._gpus = gpu_handles()
+        self._samples: list[dict[str, float]] = []
+        psutil.cpu_percent()  # the first call only begins to count
+        Thread(target=self._run, name="node-metrics", daemon=True).start()
+
+    def take(self) -> dict[str, float]:
+        """Means of the samples since the last call; empty where there was no time for any."""
+        samples, self._samples = self._samples, []
+        names = samples[0] if samples else ()
+        return {name: fmean(each[name] for each in samples) for name in names}
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(SAMPLE_SECONDS)
+            self._samples.append(sample(self._gpus))
+
+
+def sample(gpus: Sequence[Any]) -> dict[str, float]:
+    """Read this machine now; the CPUs, since the last reading."""
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / MEGABYTE,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_available_megabytes": disk.free / MEGABYTE,
+        "disk_usage_percentage": disk.percent,
+    }
+    for index, gpu in enumerate(gpus):
+        gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        values |= {
+            f"gpu_{index}_utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            f"gpu_{index}_memory_usage_megabytes": gpu_memory.used / MEGABYTE,
+            f"gpu_{index}_memory_usage_percentage": 100 * gpu_memory.used / gpu_memory.total,
+        }
+    return values
+
+
+def gpu_handles() -> list[Any]:
+    """NVIDIA's handles of all GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # no driver, no GPUs
+    return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
