@@ -114,7 +114,8 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         best = max(scored, key=lambda found: found.data.metrics[CHOSEN_BY]).info.run_id
         again = client.search_runs(within, f"attributes.run_name = '{name_like(best)}'")
         for candidate in (best, *(found.info.run_id for found in again)):
-            if client.get_run(candidate).outputs.model_outputs:
+            outputs = client.get_run(candidate).outputs
+            if outputs and outputs.model_outputs:
                 return str(candidate)
     except MlflowException as error:
         raise TrackingError(

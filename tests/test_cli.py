@@ -55,10 +55,10 @@ def test_help_imports_nothing_heavy():
 
 
 def test_dry_run_prints_what_would_run(capsys):
-    assert main(["train", "--dry-run", "--lr-max", "0.01", "--mixup", "0"]) == 0
+    assert main(["train", "--dry-run", "--lr-max", "0.01", "--mixup", "0.3"]) == 0
     recipe = json.loads(capsys.readouterr().out)["train"]["recipe"]
     assert recipe["lr_max"] == 0.01
-    assert TrainConfig.from_dict(recipe).augment.mixup == 0
+    assert TrainConfig.from_dict(recipe).augment.mixup == 0.3
 
 
 def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):

@@ -23,7 +23,13 @@ from tests.conftest import make_memory_shards
 
 FRESH = Pretrained("fresh weights", {})
 CONFIG = TrainConfig(
-    protocol="speaker-3", epochs=3, batch_size=6, crop_frames=16, weights="none", lr_max=5e-3
+    augment=AugmentConfig(mixup=0.2),
+    protocol="speaker-3",
+    epochs=3,
+    batch_size=6,
+    crop_frames=16,
+    weights="none",
+    lr_max=5e-3,
 )
 
 

@@ -90,7 +90,7 @@ def answer(
     timeline = ""
     if found.timeline:
         lines = "\n".join(str(segment) for segment in found.timeline)
-        timeline = f"<p>The mean over these windows:</p><pre>{lines}</pre>"
+        timeline = f"<p>The mean over these windows:</p><pre>{html.escape(lines)}</pre>"
     return found.probabilities, _picture(predictor, samples, sample_rate, name) + timeline
 
 
