@@ -103,6 +103,9 @@ def check_runs(result, uri: str) -> None:
     assert {file.path for file in client.list_artifacts(result.run_id, "tables")} == {
         "tables/crossval.json", "tables/speakers.csv", "tables/predictions.csv",
     }  # fmt: skip
+    page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
+    assert "test, speaker-2, 2 folds, speaker-independent" in page
+    assert f"{result.mean('ua'):.1%}" in page
     nested = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )

@@ -21,14 +21,17 @@ import pyarrow.parquet as pq
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.protocols import num_folds
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.inference.evaluate import evaluate
+from ser_ray.inference.evaluate import Evaluation, evaluate
 from ser_ray.inference.statistics import Intervals, bootstrap
+from ser_ray.page import render_report
 from ser_ray.report import confusion_figure, group_rows
+from ser_ray.run_page import report_of
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute, filesystem_of
 from ser_ray.tracking import Tracker, now_ms
+from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import RunConfig, TrainConfig
-from ser_ray.training.data import describe, label_indices, select_rows
+from ser_ray.training.data import Normalisation, describe, label_indices, select_rows
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
@@ -154,7 +157,9 @@ def crossval(
                 require_all_ended(study, folds * len(seeds))
             _require_all_finished(study.logs)
         result = pool(location, label, shards.card.labels, folds, seeds, study.parent, folder.name)
-        _log_outcome(study.parent, result)
+        started_from = pretrained[recipe.weights].origin
+        page = crossval_page(result, recipe, shards, started_from, audio=run.audio)
+        _log_outcome(study.parent, result, page)
         folder.update_record(finished=True)
         study.parent.finish("FINISHED")
     return result
@@ -248,7 +253,33 @@ def _require_all_finished(trials: list[TrialLog]) -> None:
         )
 
 
-def _log_outcome(tracker: Tracker, result: CrossvalResult) -> None:
+def crossval_page(
+    result: CrossvalResult, recipe: TrainConfig, shards: ShardSet, started_from: str, *, audio: bool
+) -> str:
+    """The page of all folds' test parts together, as `evaluate` writes that of one."""
+    card = CheckpointCard(
+        labels=result.labels,
+        config=recipe,
+        features=shards.card.features,
+        normalisation=Normalisation(np.zeros(0), np.ones(0)),  # every fold has its own
+        corpus=shards.card.corpus,
+        shards_fingerprint=shards.card.fingerprint,
+        split={"label": result.label},
+        initial_weights=started_from,
+    )
+    pooled = Evaluation(
+        card=card,
+        part="test",
+        protocol=result.label.rpartition(", ")[0],  # the page names the corpus by itself
+        corpus=card.corpus,
+        is_own_test=True,
+        seen_speakers=(),
+        predictions=result.predictions,
+    )
+    return render_report(report_of(pooled, (), (), audio=audio))
+
+
+def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     scores = {f"test_{name}": result.mean(name) for name in FIGURES}
     scores |= {f"test_{name}_spread": result.spread(name) for name in FIGURES}
     for name in FIGURES:
@@ -258,6 +289,7 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult) -> None:
     tracker.deliver()
     tracker.log_files(
         {
+            "report.html": page,
             "plots/test_confusion.png": confusion_figure(
                 result.confusion, result.labels, f"test, {result.label}"
             ),
