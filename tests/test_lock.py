@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from pyarrow import fs
 
 from ser_ray.errors import ShardsError
 from ser_ray.lock import LOCK_NAME, Lock
-from ser_ray.storage import filesystem_of
 
 
 def lock_of(folder: Path) -> Lock:
@@ -57,33 +57,38 @@ def test_a_holder_elsewhere_is_believed(tmp_path: Path) -> None:
         lock_of(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
-def test_of_many_at_once_one_wins(
-    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ser_ray.lock.SETTLE_SECONDS", 0.3)
-    uri = str(tmp_path) if place == "local" else "memory://lock-test"
-    filesystem, folder = filesystem_of(uri)
-    filesystem.create_dir(folder)
-    start, end = threading.Barrier(8), threading.Barrier(8)
-    results = []
+def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
+    start, end = (threading.Barrier(8, timeout=30) for _ in range(2))
 
-    def run() -> None:
+    def run(_: int) -> str:
         start.wait()
         try:
-            with Lock(filesystem, folder, ShardsError, "is here"):
-                results.append("won")
+            with lock_of(tmp_path):
                 end.wait()
+                return "won"
         except ShardsError:
-            results.append("lost")
             end.wait()
+            return "lost"
 
-    threads = [threading.Thread(target=run) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(results) == ["lost"] * 7 + ["won"]
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(run, range(8))) == ["lost"] * 7 + ["won"]
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looked before anybody wrote writes too, within the time that all of them wait."""
+    filesystem, folder = filesystem_of(f"memory://lock-test-{is_last}")
+    filesystem.create_dir(folder)
+    other = Lock(filesystem, folder, ShardsError, "is here")
+    lock = Lock(filesystem, folder, ShardsError, "is here")
+    monkeypatch.setattr("ser_ray.lock.time.sleep", lambda _: None if is_last else other._write())
+    if is_last:
+        with lock:
+            assert lock._is_ours()
+    else:
+        with pytest.raises(ShardsError, match=f"process {os.getpid()} .* is here"):
+            lock.__enter__()
+        assert other._is_ours()
 
 
 def test_a_lost_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
