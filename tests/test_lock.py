@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ShardsError
 from ser_ray.lock import LOCK_NAME, Lock
+from ser_ray.storage import filesystem_of
 
 
 def lock_of(folder: Path) -> Lock:
