@@ -19,13 +19,16 @@ from ser_ray.corpus.download import DownloadConfig
 from ser_ray.errors import SerRayError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
+from ser_ray.training.config import AugmentConfig, LrRangeConfig, RunConfig, TrainConfig
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig, TuneConfig
 
 OUT = "ser-ray-out"
 STAND_IN = f"{OUT}/stand-in"
 """Where a pipeline without a corpus makes one."""
-STAND_IN_RECIPE = {"weights": "none", "crop_frames": 64, "epochs": 24, "batch_size": 16}
+STAND_IN_RECIPE = {
+    "weights": "none", "crop_frames": 64, "epochs": 24, "batch_size": 16,
+    "augment": AugmentConfig(mixup=0.2),
+}  # fmt: skip
 """What it changes of the recipe, where the user leaves the default."""
 
 
