@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import soundfile
-import torch
-from torch.optim import AdamW
 
 from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
@@ -21,44 +19,27 @@ from ser_ray.features.extract import Extractor
 from ser_ray.inference.evaluate import Evaluation, corpus_name, evaluate
 from ser_ray.page import ClipView, RunReport, render_report
 from ser_ray.report import bars_figure, confusion_figure
-from ser_ray.shards.read import open_shards
 from ser_ray.storage import filesystem_of
 from ser_ray.tracking import Tracker, now_ms, provenance
-from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import select_rows, steps_per_epoch
-from ser_ray.training.loop import one_cycle
 
 History = Sequence[Mapping[str, float]]
 """A row for every epoch of a training."""
 
 
-def training_page(checkpoint: Path, shards: str, history: History, *, audio: bool) -> str:
+def training_page(
+    checkpoint: Path, shards: str, history: History, rates: Sequence[float], *, audio: bool
+) -> str:
     """Score a chosen checkpoint on its validation part once more, and write the run's page.
 
     Args:
         checkpoint: its directory.
         shards: location of the shards it was trained on.
         history: of its training.
+        rates: learning rate of every step of it.
         audio: put the sound of the clips shown into the page.
     """
     evaluation = evaluate(checkpoint, shards, part="validation")
-    rates = learning_rates(evaluation.card.config, shards, len(history))
     return render_report(report_of(evaluation, history, rates, audio=audio))
-
-
-def learning_rates(config: TrainConfig, shards: str, epochs: int) -> list[float]:
-    """Learning rate of every step of a training's first epochs."""
-    num_rows = len(select_rows(open_shards(shards).clips(), config).train)
-    steps = steps_per_epoch(num_rows, min(config.batch_size, num_rows))
-    optimiser = AdamW([torch.zeros(1, requires_grad=True)], lr=config.lr_min)
-    schedule = one_cycle(optimiser, config, config.epochs * steps)
-    rates = []
-    for _ in range(epochs * steps):
-        rates.append(float(schedule.get_last_lr()[0]))
-        optimiser.step()
-        if len(rates) < config.epochs * steps:
-            schedule.step()
-    return rates
 
 
 def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) -> None:

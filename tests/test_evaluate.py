@@ -16,7 +16,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.inference import statistics
 from ser_ray.inference.evaluate import compare, evaluate
-from ser_ray.run_page import learning_rates, record_evaluation, training_page, typical_rows
+from ser_ray.run_page import record_evaluation, training_page, typical_rows
 from ser_ray.tracking import Tracker
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
@@ -38,8 +38,7 @@ def shards(monkeypatch) -> MemoryShards:
     others.table = others.table.set_column(place, "speaker", pa.array(names))
     others.card.fingerprint = "beef"
     known = {"here": here, "elsewhere": others}
-    for module in ("ser_ray.inference.evaluate", "ser_ray.run_page"):
-        monkeypatch.setattr(f"{module}.open_shards", known.__getitem__)
+    monkeypatch.setattr("ser_ray.inference.evaluate.open_shards", known.__getitem__)
     here.card.elsewhere = others
     return here
 
@@ -150,14 +149,21 @@ def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint,
 
 
 def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
+    """The page is drawn from the newest checkpoint's."""
     from ser_ray.training.loop import fit
     from ser_ray.training.model import Pretrained
 
     config = dataclasses.replace(CONFIG, epochs=2, batch_size=8)
     reported: list[float] = []
-    fit(config, shards, Pretrained("fresh", {}), lambda epoch, *_: reported.extend(epoch.lr))
-    assert learning_rates(config, "here", 2) == pytest.approx(reported)
-    assert learning_rates(config, "here", 1) == pytest.approx(reported[: len(reported) // 2])
+    kept: list[list[float]] = []
+
+    def report(epoch, take):
+        reported.extend(epoch.lr)
+        kept.append(take().progress["rates"])
+
+    fit(config, shards, Pretrained("fresh", {}), report)
+    assert kept[1] == reported
+    assert kept[0] == reported[: len(reported) // 2]
 
 
 class Recorder:
@@ -199,7 +205,10 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
         for epoch in (1, 2)
     ]  # fmt: skip
     progress = {"best": history[1], "history": history, "best_confusion": np.eye(4, dtype=int)}
-    page, tracker = training_page(checkpoint, "here", history, audio=False), Recorder()
+    page, tracker = (
+        training_page(checkpoint, "here", history, [1e-4, 1e-3], audio=False),
+        Recorder(),
+    )
     _log_outcome(cast(Tracker, tracker), checkpoint, read_card(checkpoint), progress, page)
     validation = evaluate(checkpoint, "here", part="validation")
     assert tracker.files["report.html"] == page

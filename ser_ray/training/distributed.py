@@ -292,7 +292,8 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: str, *, audio: bool) 
         from ser_ray.run_page import training_page  # it imports this room's loop
 
         try:
-            page = training_page(Path(chosen), shards, newest.progress["history"], audio=audio)
+            history, rates = newest.progress["history"], newest.progress["rates"]
+            page = training_page(Path(chosen), shards, history, rates, audio=audio)
             _log_outcome(tracker, Path(chosen), card, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
