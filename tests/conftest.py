@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,9 @@ from hypothesis import settings
 
 from ser_ray.corpus.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig, Kind
+
+if TYPE_CHECKING:
+    from ser_ray.inference.predict import Predictor
 
 # The same examples in every run: a change must not fail by the luck of the draw.
 settings.register_profile("fixed", derandomize=True)
@@ -82,3 +86,21 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test in an empty directory, where the program's default output goes."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model, for tests that ask one."""
+    from tests.models import make_checkpoint  # it imports torch, which few tests of others need
+
+    directory = tmp_path_factory.mktemp("model")
+    make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint: Path) -> "Predictor":
+    """That model, ready to name emotions."""
+    from ser_ray.inference.predict import Predictor
+
+    return Predictor(checkpoint)

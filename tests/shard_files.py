@@ -1,29 +1,38 @@
 """A small committed shard set on disk, without a corpus to decode."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from ser_ray.features.config import FeatureConfig
+from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
 from ser_ray.shards.part import part_name, write_table
 from tests.conftest import MemoryShards, make_memory_shards
 
 
-def write_shard_files(folder: Path, memory: MemoryShards | None = None) -> str:
-    """Write memory shards as one part, of which only the mel column exists; returns the folder."""
+def write_shard_files(
+    folder: Path, memory: MemoryShards | None = None, kinds: Sequence[Kind] = ("mel",)
+) -> str:
+    """Write memory shards as one part, with the columns of some kinds; returns the folder.
+
+    All kinds hold the same values, as many bins of them as they have: each can be learned from.
+    """
     memory = memory or make_memory_shards()
     num_clips, num_mels, num_frames = memory.values.shape
     features = FeatureConfig(num_mels=num_mels, num_mfcc=8, max_seconds=0.5)
     assert features.num_frames >= num_frames, "the clips fit"
     padded = np.zeros((num_clips, num_mels, features.num_frames), np.float16)
     padded[:, :, :num_frames] = memory.values
-    column = pa.array([clip.tobytes() for clip in padded], pa.binary(padded[0].nbytes))
+    table = memory.table
+    for kind in kinds:
+        stored = padded[:, : features.num_bins(kind)]
+        column = pa.array([clip.tobytes() for clip in stored], pa.binary(stored[0].nbytes))
+        table = table.append_column(kind, column)
     folder.mkdir(parents=True)
     filesystem = fs.LocalFileSystem()
-    table = memory.table.append_column("mel", column)
     write_table(filesystem, f"{folder}/{part_name(0)}", table)
     card = ShardCard(
         corpus="table",

@@ -17,7 +17,8 @@ from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
-from tests.disk_shards import write_shards
+from tests.conftest import make_memory_shards
+from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
     protocol="speaker-2", weights="none", crop_frames=24, batch_size=8, epochs=2, lr_max=4e-3,
@@ -28,7 +29,8 @@ SEEDS = CrossvalConfig(seeds=2)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("shards") / "shards"))
+    memory = make_memory_shards(num_frames=26)  # as many as half a second has
+    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
 
 
 @pytest.mark.ray

@@ -18,24 +18,10 @@ import pytest
 from ser_ray.cli import main
 from ser_ray.features.decode import decode
 from ser_ray.inference.demo import answer
-from ser_ray.inference.predict import Predictor
 from tests.clips import voice, write_wav
-from tests.models import make_checkpoint
 
 RUN = "import sys; from ser_ray.cli import main; sys.exit(main())"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint) -> Predictor:
-    return Predictor(checkpoint)
 
 
 @pytest.fixture(scope="module")

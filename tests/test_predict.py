@@ -22,21 +22,9 @@ from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
 from tests.clips import voice, write_sound, write_video, write_wav
-from tests.models import CONFIG, FEATURES, LABELS, make_checkpoint
+from tests.models import CONFIG, FEATURES, LABELS
 
 RATE = 48_000
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def predictor(checkpoint) -> Predictor:
-    return Predictor(checkpoint)
 
 
 def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:

@@ -23,7 +23,8 @@ from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.study import TrialLog
 from ser_ray.training.trials import ResumableAsha, Slots, _room, find_slots, trial_metrics
 from ser_ray.training.tune import baseline, best_of, make_plan, num_trials, search
-from tests.disk_shards import write_shards
+from tests.conftest import make_memory_shards
+from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
     protocol="speaker-3", weights="none", crop_frames=24, batch_size=8, epochs=4, lr_max=4e-3,
@@ -35,7 +36,8 @@ SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_shards(tmp_path_factory.mktemp("shards") / "shards"))
+    memory = make_memory_shards(num_frames=26)  # as many as half a second has
+    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
 
 
 @pytest.fixture(scope="module")
