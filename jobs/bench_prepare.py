@@ -4,7 +4,7 @@
 
 - job: `prepare` on Ray Data, on a cluster started for it;
 - pool: the same parts written by a plain ProcessPoolExecutor with as many processes;
-- loop: the same functions for a clip in one process, nothing written;
+- loop: the same functions for a clip in one process, nothing written, and the time of each;
 - chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
 - notebook: librosa.load and three librosa features, in one process.
 
@@ -13,6 +13,7 @@ after the first part (or clip), so that starting shows in the seconds to the fir
 the figures do not say: how it is on a cluster whose files come over a network.
 """
 
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -122,9 +123,21 @@ def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     from ser_ray.features.extract import Extractor
 
     extractor = Extractor(CONFIG)
-    for path in _sample(bench, corpus):
-        extractor.features(extractor.waveform(*decode(path)))
+    stages = {"decode": 0.0, "waveform": 0.0, "features": 0.0}
+    paths = _sample(bench, corpus)
+    for path in paths:
+        times = [time.perf_counter()]
+        decoded = decode(path)
+        times.append(time.perf_counter())
+        waveform = extractor.waveform(*decoded)
+        times.append(time.perf_counter())
+        extractor.features(waveform)
+        times.append(time.perf_counter())
+        for stage, (began, ended) in zip(stages, itertools.pairwise(times), strict=True):
+            stages[stage] += (ended - began) / len(paths)
         mark(1)
+    shown = ", ".join(f"{stage} {seconds * 1000:.2f}" for stage, seconds in stages.items())
+    print(f"milliseconds a clip in the loop: {shown}", flush=True)
     return _peak_memory()
 
 

@@ -4,6 +4,8 @@
 
 - ours: the loop through Ray Train, with its validation, checkpoints and reports;
 - bare: a PyTorch loop of the same arithmetic and nothing else;
+- ray: the bare loop in a worker of Ray Train, so ours / ray is what this project adds, and
+  ray / bare what Ray's own processes take where the training has all the CPUs;
 - ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo;
 - stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from typing import Any
 import tyro
 
 from ser_ray.training.config import TrainConfig
+
+RATIOS = (("ours", "bare"), ("ours", "ray"), ("ours_ddp", "bare_ddp"), ("ours", "stream"))
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Bench:
     """What is trained; the first epoch does not count."""
     workers: int = 2
     """Workers of the ways that have several."""
-    ways: tuple[str, ...] = ("bare", "ours", "bare_ddp", "ours_ddp", "stream")
+    ways: tuple[str, ...] = ("bare", "ray", "ours", "bare_ddp", "ours_ddp", "stream")
     """What to compare, in this order."""
 
 
@@ -108,6 +113,16 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers
         )
+    timing = _run_bare(bench, started, rank, workers)
+    if rank == 0:
+        Path(folder, "timing.json").write_text(json.dumps(asdict(timing)))
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
+    import torch
+
     learner = _Learner(bench.recipe, bench.shards, rank, workers)
     marks = []
     first = 0.0
@@ -120,11 +135,7 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
             first = first or time.time() - started
     marks.append(time.time())
     clips = learner.steps * bench.recipe.batch_size * (bench.recipe.epochs - 1)
-    timing = Timing(clips / (marks[-1] - marks[1]), 0.0, first)
-    if rank == 0:
-        Path(folder, "timing.json").write_text(json.dumps(asdict(timing)))
-    if workers > 1:
-        dist.destroy_process_group()
+    return Timing(clips / (marks[-1] - marks[1]), 0.0, first)
 
 
 class _Learner:
@@ -179,10 +190,7 @@ class _Learner:
 
 def stream(bench: Bench, started: float) -> Timing:
     """Train on batches that Ray Data reads, decodes and shuffles anew in every epoch."""
-    import ray
     import ray.data
-    import ray.train
-    from ray.train.torch import TorchTrainer
 
     from ser_ray.cluster import cluster
     from ser_ray.shards.read import open_shards
@@ -206,21 +214,47 @@ def stream(bench: Bench, started: float) -> Timing:
             "label": np.asarray([labels[name] for name in batch["emotion"][keep]], np.int64),
         }
 
-    with cluster(), tempfile.TemporaryDirectory() as folder:
-        columns = ["path", "mel", "num_frames", "emotion"]
-        data = ray.data.read_parquet(
-            [f"{bench.shards}/part-{part:05d}.parquet" for part in opened.card.parts],
-            columns=columns,
-        ).map_batches(decode)
-        trainer = TorchTrainer(
-            _stream_worker,
+    columns = ["path", "mel", "num_frames", "emotion"]
+    files = [f"{bench.shards}/part-{part:05d}.parquet" for part in opened.card.parts]
+    with cluster():
+        data = ray.data.read_parquet(files).select_columns(columns).map_batches(decode)
+        return _in_ray(_stream_worker, bench, started, {"train": data.random_shuffle()})
+
+
+def ray(bench: Bench, started: float) -> Timing:
+    """Train with the bare loop in a worker of Ray Train."""
+    from ser_ray.cluster import cluster
+
+    with cluster():
+        return _in_ray(_ray_worker, bench, started, {})
+
+
+def _in_ray(
+    worker: Callable[[dict[str, Any]], None],
+    bench: Bench,
+    started: float,
+    datasets: dict[str, Any],
+) -> Timing:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        TorchTrainer(
+            worker,
             train_loop_config={"bench": bench, "started": started, "folder": folder},
-            scaling_config=ray.train.ScalingConfig(num_workers=1),
-            run_config=ray.train.RunConfig(storage_path=folder),
-            datasets={"train": data.random_shuffle()},
-        )
-        trainer.fit()
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(storage_path=folder),
+            datasets=datasets,
+        ).fit()
         return Timing(**json.loads(Path(folder, "timing.json").read_text()))
+
+
+def _ray_worker(arguments: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    timing = _run_bare(arguments["bench"], arguments["started"], 0, 1)
+    Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
 
 
 def _stream_worker(arguments: dict[str, Any]) -> None:
@@ -269,7 +303,8 @@ def one(order: dict[str, Any], answer: Path) -> None:
     bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
     name, _, several = way.partition("_")
     workers = (bench.workers,) if several else ()
-    timing: Timing = {"ours": ours, "bare": bare, "stream": stream}[name](bench, started, *workers)
+    functions = {"ours": ours, "bare": bare, "ray": ray, "stream": stream}
+    timing: Timing = functions[name](bench, started, *workers)
     answer.write_text(json.dumps(asdict(timing)))
 
 
@@ -283,7 +318,7 @@ def train(bench: Bench) -> None:
             f"first step after {timing.first_step:5.1f} s",
             flush=True,
         )
-    for way, against in (("ours", "bare"), ("ours_ddp", "bare_ddp"), ("ours", "stream")):
+    for way, against in RATIOS:
         if way in found and against in found:
             ratio = found[way].clips_per_second / found[against].clips_per_second
             print(f"{way} / {against}: {ratio:.2f}")

@@ -1,41 +1,49 @@
 """How well a search uses its slots, and what ASHA saves.
 
-`python jobs/bench.py tune --shards DIR` prints
+`python jobs/bench.py tune --shards DIR` searches without a scheduler and prints, for every seed,
 
 - start: seconds from the moment a trial's process is ready for it to its first step, of the first
   trial of every slot (which imports torch and reads the shards) and of the others;
 - busy: share of the slots' time, from the first start to the last end, spent in epochs;
-- trials an hour, against the same recipes trained one after another in one process that has all
-  the CPUs;
-- for every seed, epochs and best validation UA of a search with ASHA and without.
+- trials an hour, and those of the same recipes one after another in one process with all the CPUs;
+- asha: what ASHA makes of the same trials in many orders, replayed from their recorded curves by
+  Ray Tune's own class: its share of the epochs, how often it ends with the same best UA, and what
+  it loses where it does not.
 
 What the figures do not say: how it is where many slots read their shards over a network. The time
 to start Ray itself is left out on both sides.
 """
 
-import itertools
+import heapq
+import logging
+import random
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
 
 import ray
 import torch
 import tyro
+from ray.tune.schedulers import TrialScheduler
 
 from ser_ray.shards.read import open_shards
-from ser_ray.training.config import RunConfig, TrainConfig
+from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.study import TrialLog
-from ser_ray.training.tune import TuneResult, search
+from ser_ray.training.trials import OBJECTIVE, Slots
+from ser_ray.training.tune import make_plan, search
 
-Scheduler = Literal["asha", "none"]
-SCHEDULERS: tuple[Scheduler, ...] = ("none", "asha")
-RECIPE = TrainConfig(weights="none", crop_frames=64, epochs=12, lr_max=4e-3)
+RECIPE = TrainConfig(
+    weights="none", crop_frames=64, epochs=24, batch_size=16, augment=AugmentConfig(mixup=0.2)
+)
+"""That of the stand-in corpus."""
+ORDERS = 200
+"""In which ASHA meets the trials of one search."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +54,22 @@ class Bench:
     """The shard set to search on; the stand-in corpus's is enough."""
     slots: int = 2
     """Trials at once, with one CPU each."""
-    search: TuneConfig = field(default_factory=lambda: TuneConfig(trials=12))
+    search: TuneConfig = field(default_factory=lambda: TuneConfig(trials=16, searcher="random"))
+    """What is drawn, and ASHA's settings."""
     recipe: TrainConfig = field(default_factory=lambda: RECIPE)
     seeds: int = 1
-    """Searches with ASHA and without, to compare the two."""
+    """Searches, each with its own draws."""
+    alone: int = 4
+    """Trials that are trained one after another as well; they take long."""
 
 
-def run_search(bench: Bench, seed: int, scheduler: Scheduler, folder: Path) -> TuneResult:
-    """Search once, on a fresh record."""
-    run = RunConfig(
-        storage=str(folder), name=f"{scheduler}-{seed}", tracking_uri=f"sqlite:///{folder}/db"
-    )
+def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialLog]:
+    """Search once, on a fresh record, every trial to its end."""
+    run = RunConfig(storage=str(folder), name=f"{seed}", tracking_uri=f"sqlite:///{folder}/db")
     recipe = replace(bench.recipe, seed=seed)
-    config = replace(bench.search, scheduler=scheduler)
-    return search(bench.shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    config = replace(bench.search, scheduler="none")
+    result = search(bench.shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    return result.trials
 
 
 def starts(trials: list[TrialLog], slots: int) -> tuple[list[float], list[float]]:
@@ -96,30 +106,75 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
     return len(recipes) / (time.perf_counter() - started) * 3600
 
 
-def epochs_of(trials: list[TrialLog]) -> int:
-    """Epochs trained in all."""
-    return sum(len(trial.rows) for trial in trials)
+def replay(bench: Bench, trials: list[TrialLog]) -> tuple[int, float]:
+    """Epochs and best UA of trials under ASHA, where the slots take them in the order given."""
+    slots = Slots(count=bench.slots, workers=1, cpus=1, gpus=0.0)
+    scheduler = make_plan(bench.recipe, replace(bench.search, scheduler="asha"), slots).scheduler
+    assert scheduler is not None
+    scheduler.set_search_properties(OBJECTIVE, "max")
+    waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
+    for trial in waiting:
+        trial.last_result = {}
+        scheduler.on_trial_add(None, trial)
+    running: list[tuple[float, str, int]] = []  # when an epoch ends, the trial, the epoch
+    epochs, best = 0, 0.0
+
+    def begin(at: float, name: str, epoch: int) -> None:
+        ends = at + trials[int(name)].rows[epoch]["epoch_seconds"]
+        heapq.heappush(running, (ends, name, epoch))
+
+    for _ in range(min(bench.slots, len(trials))):
+        begin(0.0, waiting.pop(0).trial_id, 0)
+    while running:
+        now, name, epoch = heapq.heappop(running)
+        rows = trials[int(name)].rows[: epoch + 1]
+        so_far = max(row["val_ua"] for row in rows)
+        epochs, best = epochs + 1, max(best, so_far)
+        told = {"epoch": epoch + 1, OBJECTIVE: so_far}
+        decision = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), told)
+        if decision != TrialScheduler.STOP and epoch + 1 < len(trials[int(name)].rows):
+            begin(now, name, epoch + 1)
+        elif waiting:
+            begin(now, waiting.pop(0).trial_id, 0)
+    return epochs, best
+
+
+def compare_asha(bench: Bench, trials: list[TrialLog]) -> str:
+    """Say what ASHA makes of the trials in many orders."""
+    scored = [trial for trial in trials if trial.succeeded]
+    all_epochs = sum(len(trial.rows) for trial in scored)
+    full = max(trial.best["val_ua"] for trial in scored)
+    shares, losses = [], []
+    for seed in range(ORDERS):
+        epochs, best = replay(bench, random.Random(seed).sample(scored, len(scored)))
+        shares.append(epochs / all_epochs)
+        losses.append(full - best)
+    reached = sum(loss <= 0 for loss in losses) / ORDERS
+    return (
+        f"{statistics.mean(shares):.0%} of the epochs, the same best UA {full:.1%} in "
+        f"{reached:.0%} of the orders, {statistics.mean(losses) * 100:.1f} points below on average"
+    )
 
 
 def main(bench: Bench) -> None:
     """Measure and print."""
-    ray.init(num_cpus=bench.slots, include_dashboard=False, address="local", log_to_driver=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        full = run_search(bench, 0, "none", Path(scratch))
-        first, others = starts(full.trials, bench.slots)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    for seed in range(bench.seeds):
+        ray.init(
+            num_cpus=bench.slots, include_dashboard=False, address="local", log_to_driver=False
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            trials = run_search(bench, seed, Path(scratch))
+        ray.shutdown()
+        first, others = starts(trials, bench.slots)
+        print(f"seed {seed}")
         print(f"start of a slot's first trial  {statistics.median(first):6.2f} s")
         print(f"start of the others            {statistics.median(others):6.2f} s (median)")
-        print(f"slots busy                     {busy(full.trials, bench.slots):6.1%}")
-        print(f"trials an hour                 {trials_an_hour(full.trials):6.0f}")
-        for seed, scheduler in itertools.product(range(bench.seeds), SCHEDULERS):
-            done = seed == 0 and scheduler == "none"
-            result = full if done else run_search(bench, seed, scheduler, Path(scratch))
-            print(
-                f"seed {seed}, {scheduler:4}: best UA {result.best.best['val_ua']:6.1%} in "
-                f"{epochs_of(result.trials):4d} epochs"
-            )
-        ray.shutdown()
-        alone = one_after_another(bench, [trial.recipe for trial in full.trials])
+        print(f"slots busy                     {busy(trials, bench.slots):6.1%}")
+        print(f"trials an hour                 {trials_an_hour(trials):6.0f}")
+        print(f"asha                           {compare_asha(bench, trials)}", flush=True)
+    if bench.alone:
+        alone = one_after_another(bench, [trial.recipe for trial in trials[: bench.alone]])
         print(f"one after another, an hour     {alone:6.0f}")
 
 

@@ -258,6 +258,7 @@ def predict(verb: cli.Predict) -> Outcome:
 
 def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcome:
     from ser_ray.inference.batch import predict_many
+    from ser_ray.inference.hear import UNREACHABLE
     from ser_ray.inference.results import require_suffix
 
     output = verb.output or f"{cli.OUT}/predictions.parquet"
@@ -267,8 +268,10 @@ def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcom
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
     emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
     before = f", {summary.files_before} of them before" if summary.files_before else ""
+    again = "the same command asks for the unreachable ones again"
     lines = [
         f"{len(files)} files: {counts}",
+        again if UNREACHABLE in summary.counts else "",
         emotions,
         f"in {summary.seconds:.1f} s{before}: {output}",
     ]

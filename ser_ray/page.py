@@ -1,13 +1,15 @@
 """The page of a run: one HTML file that loads nothing, for any screen, light or dark.
 
-A `RunReport` of plain numbers comes in, text goes out. The figures are inline SVG in the colour of
-the page's own text, so that they follow the reader's light or dark setting.
+A `RunReport` of plain numbers comes in, text goes out; the pages of a search are put together from
+the same sections (`ser_ray.training.search_page`). The figures are inline SVG in the colour of the
+page's own text, so that they follow the reader's light or dark setting.
 """
 
 import base64
 import html
 import io
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ser_ray.corpus.names import CORPORA
 from ser_ray.report import (
     WIDTH,
     Row,
@@ -97,11 +100,8 @@ class RunReport:
     """Versions, machine and commit by name."""
 
 
-_CORPORA = {
-    "ravdess": "RAVDESS",
-    "stand-in": "the synthetic stand-in corpus",
-    "table": "an own corpus",
-}
+_DRAWING = threading.Lock()
+"""matplotlib's settings are the whole program's, and a search draws in its own thread."""
 _HEADINGS = {"f1": "F1", "wa": "WA", "ua": "UA"}
 _EXAMPLES = "A clip of each label in the middle of how sure the model is of that label."
 _HARDEST = "The clips that the model is surest of and wrong about, the surest first."
@@ -148,22 +148,46 @@ th { font-weight: 600 } td { overflow-wrap: anywhere }
 
 
 def render_report(report: RunReport) -> str:
-    """Write the page of a run."""
-    heading = html.escape(report.title)
-    corpus = _CORPORA[report.corpus]
-    parts = [
-        f"<h1>{heading}</h1>",
-        f'<p class="quiet">ser_ray on {corpus}</p>',
-        _BANNER if report.corpus == "stand-in" else "",
-        _scores(report),
-        *_results(report),
+    """Write the page of a scored model."""
+    measured_on = _measured_on(report)
+    tiles = score_tiles(report.scores, measured_on, report.intervals, report.drawn)
+    training = ""
+    if report.history:
+        bounds = (report.lr_min, report.lr_max)
+        validated_on = _measured_on(report, "validation")
+        training = training_section(report.history, report.lr_per_step, bounds, validated_on)
+    return render_page(
+        report.title,
+        report.corpus,
+        tiles,
+        labels_section(report.confusion, report.labels, measured_on),
+        _groups_section(report),
         _clips("Examples", _EXAMPLES, report.examples),
         _clips("Hardest clips", _HARDEST, report.hardest),
-        *_training(report),
-        "<h2>Configuration and versions</h2>",
-        f'<div class="pair">{_settings(report.config)}{_settings(report.versions)}</div>',
-    ]
-    body = "\n".join(part for part in parts if part)
+        training,
+        settings_section(report.config, report.versions),
+    )
+
+
+def render_page(title: str, corpus: str, *sections: str) -> str:
+    """Write a page of sections.
+
+    Args:
+        title: its heading, as it is to be read.
+        corpus: ravdess, stand-in or table.
+        sections: elements; what is empty is left out.
+    """
+    heading = html.escape(title)
+    body = "\n".join(
+        part
+        for part in (
+            f"<h1>{heading}</h1>",
+            f'<p class="quiet">ser_ray on {CORPORA[corpus]}</p>',
+            _BANNER if corpus == "stand-in" else "",
+            *sections,
+        )
+        if part
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -180,10 +204,70 @@ def render_report(report: RunReport) -> str:
 """
 
 
-def _results(report: RunReport) -> list[str]:
+def score_tiles(
+    scores: Mapping[str, float],
+    measured_on: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    drawn: str = "",
+) -> str:
+    """Shares from 0 to 1 by name, shown large, each with what it was measured on."""
+    tiles = []
+    for name, share in scores.items():
+        within = ""
+        if intervals and name in intervals:
+            low, high = intervals[name]
+            within = f"<dd>95 % interval {low:.1%} to {high:.1%}, {html.escape(drawn)}</dd>"
+        tiles.append(
+            f'<div><dt>{html.escape(name)}</dt><dd class="value">{share:.1%}</dd>{within}'
+            f'<dd class="quiet">{html.escape(measured_on)}</dd></div>'
+        )
+    return f'<dl class="scores">{"".join(tiles)}</dl>'
+
+
+def labels_section(confusion: np.ndarray, labels: Sequence[str], measured_on: str) -> str:
+    """The confusion matrix [labels, labels] and what it says of every label."""
+    figure = confusion_figure(confusion, labels, measured_on)
+    return (
+        f'<h2>Labels</h2><div class="pair">{inline_svg(figure, "Confusion matrix")}'
+        f"{table_of(per_class_rows(confusion, labels), measured_on)}</div>"
+    )
+
+
+def training_section(
+    history: Sequence[Mapping[str, float]],
+    lr_per_step: Sequence[float],
+    bounds: tuple[float, float],
+    measured_on: str,
+) -> str:
+    """The curves of a training's epochs, and the learning rate of its steps between its bounds."""
+    curves = curves_figure(history, measured_on)
+    rates = learning_rate_figure(lr_per_step, *bounds, "OneCycle, by step")
+    return (
+        "<h2>Training</h2>"
+        f'<div class="pair">{inline_svg(curves, "Loss and accuracy of every epoch")}'
+        f"{inline_svg(rates, 'Learning rate of every step')}</div>"
+    )
+
+
+def figure_section(heading: str, *figures: tuple[Figure, str]) -> str:
+    """Figures side by side where there is room, each with what it shows in words."""
+    shown = "".join(inline_svg(figure, description) for figure, description in figures)
+    return f'<h2>{html.escape(heading)}</h2><div class="pair">{shown}</div>'
+
+
+def text_section(text: str) -> str:
+    """A paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def settings_section(*settings: Mapping[str, object]) -> str:
+    """Settings and versions by name, a table each."""
+    tables = "".join(_settings(values) for values in settings)
+    return f'<h2>Configuration and versions</h2><div class="pair">{tables}</div>'
+
+
+def _groups_section(report: RunReport) -> str:
     measured_on = _measured_on(report)
-    confusion = confusion_figure(report.confusion, report.labels, measured_on)
-    classes = per_class_rows(report.confusion, report.labels)
     speaker_rows = report.groups["speaker"]
     speakers = bars_figure(
         [str(row["speaker"]) for row in speaker_rows],
@@ -193,35 +277,19 @@ def _results(report: RunReport) -> list[str]:
         "WA",
     )
     others = [
-        _table(rows, measured_on) for kind, rows in report.groups.items() if kind != "speaker"
+        table_of(rows, measured_on) for kind, rows in report.groups.items() if kind != "speaker"
     ]
     ece = f"expected calibration error {report.ece:.1%}; {measured_on}"
-    return [
-        "<h2>Labels</h2>",
-        f'<div class="pair">{inline_svg(confusion, "Confusion matrix")}',
-        f"{_table(classes, measured_on)}</div>",
+    parts = [
         "<h2>Speakers</h2>",
         f'<div class="pair">{inline_svg(speakers, "WA of every speaker")}',
-        f"{_table(speaker_rows, measured_on)}</div>",
+        f"{table_of(speaker_rows, measured_on)}</div>",
         "<h2>Groups of clips</h2>" if others else "",
         f'<div class="pair">{"".join(others)}</div>' if others else "",
         "<h2>Calibration</h2>",
         inline_svg(reliability_figure(*report.calibration, ece), "Accuracy at every confidence"),
     ]
-
-
-def _training(report: RunReport) -> list[str]:
-    if not report.history:
-        return []
-    curves = curves_figure(report.history, _measured_on(report, "validation"))
-    rates = learning_rate_figure(
-        report.lr_per_step, report.lr_min, report.lr_max, "OneCycle, by step"
-    )
-    return [
-        "<h2>Training</h2>",
-        f'<div class="pair">{inline_svg(curves, "Loss and accuracy of every epoch")}',
-        f"{inline_svg(rates, 'Learning rate of every step')}</div>",
-    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _clips(heading: str, about: str, clips: Sequence[ClipView]) -> str:
@@ -252,24 +320,10 @@ def _clip(clip: ClipView, heading: str) -> str:
 
 
 def _measured_on(report: RunReport, part: str = "") -> str:
-    return f"{part or report.part}, {report.protocol}, {_CORPORA[report.corpus]}"
+    return f"{part or report.part}, {report.protocol}, {CORPORA[report.corpus]}"
 
 
-def _scores(report: RunReport) -> str:
-    tiles = []
-    for name, share in report.scores.items():
-        within = ""
-        if name in report.intervals:
-            low, high = report.intervals[name]
-            within = f"<dd>95 % interval {low:.1%} to {high:.1%}, {html.escape(report.drawn)}</dd>"
-        tiles.append(
-            f'<div><dt>{html.escape(name)}</dt><dd class="value">{share:.1%}</dd>{within}'
-            f'<dd class="quiet">{html.escape(_measured_on(report))}</dd></div>'
-        )
-    return f'<dl class="scores">{"".join(tiles)}</dl>'
-
-
-def _table(rows: Sequence[Row], caption: str) -> str:
+def table_of(rows: Sequence[Row], caption: str) -> str:
     """Show rows of equal keys; shares become percentages."""
     head = "".join(f'<th scope="col">{_HEADINGS.get(name, name)}</th>' for name in rows[0])
     body = []
@@ -299,7 +353,7 @@ def inline_svg(figure: Figure, description: str) -> str:
     """Write a figure as an element of the page: transparent, black made the text's colour."""
     buffer = io.StringIO()
     # Text stays text, and equal figures get equal ids: the page of a run is the same every time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+    with _DRAWING, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")

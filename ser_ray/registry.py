@@ -26,7 +26,8 @@ from ser_ray.tracking import (
 )
 
 CHOSEN_BY = "best_val_ua"
-"""Metric of a finished training."""
+"""Metric of a finished training; the lower `TIE_BROKEN_BY` where it is equal."""
+TIE_BROKEN_BY = "best_val_loss"
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated one."""
 
@@ -90,7 +91,7 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 def best_training_of(run_id: str, tracking_uri: str) -> str:
     """The run itself, or of a search or cross-validation the training of the best validation UA.
 
-    A trial keeps no model; what `tune --refit` or `train --like` made of its recipe does.
+    A search's trial keeps no model; what `tune --refit` or `train --like` made of its recipe does.
 
     Raises:
         TrackingError: no such run, or neither it nor what came of it keeps a model.
@@ -111,7 +112,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         scored = [found for found in trials or [run] if CHOSEN_BY in found.data.metrics]
         if not scored:
             raise TrackingError(f"{run_id}: neither this run nor one below it has a validation UA")
-        best = max(scored, key=lambda found: found.data.metrics[CHOSEN_BY]).info.run_id
+        best = max(scored, key=_rank).info.run_id
         again = client.search_runs(within, f"attributes.run_name = '{name_like(best)}'")
         for candidate in (best, *(found.info.run_id for found in again)):
             outputs = client.get_run(candidate).outputs
@@ -126,6 +127,11 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         f"{run_id}: its best training, {best}, keeps no model: train it again with ser-ray train "
         f"--like {best}, then give this command again"
     )
+
+
+def _rank(run: Any) -> tuple[float, float]:
+    metrics = run.data.metrics
+    return metrics[CHOSEN_BY], -metrics.get(TIE_BROKEN_BY, 0.0)
 
 
 def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:

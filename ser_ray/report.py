@@ -70,7 +70,7 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
     axes.set_aspect("equal")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (clips)")
-    return _entitle(figure, title)
+    return entitle(figure, title)
 
 
 def curves_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
@@ -100,9 +100,9 @@ def curves_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     for axes in (losses, accuracies):
         axes.axvline(best["epoch"], color=GREY, linestyle=":")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3)
-        _tidy(axes)
+        tidy(axes)
     marked = f"best: epoch {best['epoch']:.0f}, validation UA {best['val_ua']:.1%}"
-    return _entitle(figure, title, marked)
+    return entitle(figure, title, marked)
 
 
 def learning_rate_figure(
@@ -120,8 +120,8 @@ def learning_rate_figure(
     axes.margins(y=0.12)
     axes.set_xlabel("step")
     axes.set_ylabel("learning rate")
-    _tidy(axes)
-    return _entitle(figure, title)
+    tidy(axes)
+    return entitle(figure, title)
 
 
 def bars_figure(
@@ -143,9 +143,9 @@ def bars_figure(
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(xlabel)
-    _tidy(axes)
+    tidy(axes)
     axes.grid(visible=False, axis="y")
-    return _entitle(figure, title)
+    return entitle(figure, title)
 
 
 def reliability_figure(
@@ -175,8 +175,8 @@ def reliability_figure(
     lower.xaxis.set_major_formatter(PercentFormatter(1))
     lower.set_xlabel("confidence: probability of the emotion named")
     for axes in (upper, lower):
-        _tidy(axes)
-    return _entitle(figure, title)
+        tidy(axes)
+    return entitle(figure, title)
 
 
 def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray) -> Figure:
@@ -212,12 +212,14 @@ def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray)
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Leave of a frame what is read."""
     axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _entitle(figure: Figure, *lines: str) -> Figure:
+def entitle(figure: Figure, *lines: str) -> Figure:
+    """Write lines above a figure, broken to its width."""
     letters = round(figure.get_figwidth() * 12)
     figure.suptitle("\n".join(textwrap.fill(line, letters) for line in lines), fontsize=10)
     return figure

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
+from ser_ray.corpus.names import CORPORA
 from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
-from ser_ray.inference.evaluate import Evaluation, corpus_name, evaluate
+from ser_ray.inference.evaluate import Evaluation, evaluate
 from ser_ray.page import ClipView, RunReport, render_report
 from ser_ray.report import bars_figure, confusion_figure
 from ser_ray.storage import filesystem_of
@@ -48,7 +49,7 @@ def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) 
     test = {f"test_{name}": value for name, value in scores.to_dict().items()}
     tracker.log_metrics(test | {"test_ece": evaluation.calibration.ece}, 0, now_ms())
     tracker.flush()
-    title = f"{evaluation.part}, {evaluation.label}, {corpus_name(evaluation.corpus)}"
+    title = f"{evaluation.part}, {evaluation.label}, {CORPORA[evaluation.corpus]}"
     speakers = evaluation.groups["speaker"]
     tracker.log_files(
         {

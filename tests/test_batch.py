@@ -161,7 +161,7 @@ def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, 
 def test_answers_of_another_model_are_not_taken_over(tmp_path):
     output = str(tmp_path / "found.csv")
     with Journal(output, "one") as journal:
-        journal.append([{"path": "a"}])
+        journal.append([{"path": "a", "status": "ok"}])
     with Journal(output, "one") as journal:
         assert journal.is_done("a")
     with Journal(output, "other") as journal:
@@ -192,3 +192,25 @@ def test_a_million_answers_take_the_journal_seconds(tmp_path):
         journal.append({"path": path, **row} for path in files)
         journal.conclude(files, ["calm"])
     assert time.perf_counter() - started < 10  # 0.5 s on an idle machine
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+def test_files_on_a_disk_that_was_away_are_asked_for_again(
+    ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batch, "has_gpus", lambda: False)
+    monkeypatch.setattr(batch, "require_shared", lambda *locations: None)
+    mounted, output = tmp_path / "mounted", tmp_path / "found.jsonl"
+    asked = [files[0], str(mounted / "voice.wav")]
+    first = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    assert first.counts == {"ok": 1, "unreachable": 1}
+    away = json.loads(output.read_text().splitlines()[1])
+    assert (away["status"], away["reason"]) == ("unreachable", "its folder is not there")
+
+    mounted.mkdir()
+    write_wav(mounted / "voice.wav", voice(0.8, 16_000, 3), 16_000)
+    second = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    assert second.counts == {"ok": 2}
+    assert second.files_before == 1, "only the other one was asked for again"
+    assert not list(tmp_path.glob("*.partial"))

@@ -9,8 +9,9 @@ import torch
 from mlflow import MlflowClient
 
 from ser_ray.errors import ConfigError
-from ser_ray.inference.crossval import _truth, count_folds, crossval, crossval_name
+from ser_ray.inference.crossval import _truth, count_folds, crossval, crossval_name, fold_folder
 from ser_ray.inference.evaluate import evaluate
+from ser_ray.registry import best_training_of, local_checkpoint
 from ser_ray.shards.read import open_shards
 from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
 from ser_ray.training.loop import EpochReport, Take, fit
@@ -70,7 +71,7 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
     assert result.confusion.sum() == len(kept)
     assert result.intervals.wa[0] <= result.mean("wa") <= result.intervals.wa[1]
     check_fold_against_plain_torch(shards, kept, tmp_path)
-    check_runs(result, run.tracking_uri)
+    check_runs(result, shards, run.tracking_uri)
 
 
 def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
@@ -97,7 +98,7 @@ def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
     assert scores_of(truth, probabilities).loss == pytest.approx(alone.scores.loss, rel=1e-3)
 
 
-def check_runs(result, uri: str) -> None:
+def check_runs(result, shards: str, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
@@ -115,6 +116,20 @@ def check_runs(result, uri: str) -> None:
         ("0", "0"), ("0", "1"), ("1", "0"), ("1", "1"),
     ]  # fmt: skip
     assert {run.info.status for run in nested} == {"FINISHED"}
+    for run in nested:
+        fold, seed = int(run.data.params["fold"]), int(run.data.params["seed"])
+        with local_checkpoint(fold_folder(result.location, fold, seed)) as checkpoint:
+            own = evaluate(checkpoint, shards)
+        assert run.data.metrics["test_ua"] == pytest.approx(own.scores.ua)
+        assert {"report.html", "report_test.html"} <= {
+            file.path for file in client.list_artifacts(run.info.run_id)
+        }
+    best = max(nested, key=lambda run: run.data.metrics["best_val_ua"])
+    assert best_training_of(result.run_id, uri) in {
+        run.info.run_id
+        for run in nested
+        if run.data.metrics["best_val_ua"] == best.data.metrics["best_val_ua"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.display import TrialTable
 from ser_ray.training.search_config import TuneConfig
 from ser_ray.training.search_figures import importance_of, trial_rows
+from ser_ray.training.search_page import search_page
 from ser_ray.training.study import Study, TrialLog
 from ser_ray.training.trial_journal import JournalCallback
+from tests.test_page import Page
 
 RECIPE = TrainConfig(epochs=3)
+TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
 
 
 class Server:
@@ -29,7 +32,9 @@ class Server:
     def start(self, uri, experiment, *, name, params, tags, run_id):
         self.require()
         run_id = run_id or f"run-{len(self.runs) + 1}"
-        run = SimpleNamespace(name=name, params=params, tags=dict(tags), points=[], status="")
+        run = SimpleNamespace(
+            name=name, params=params, tags=dict(tags), points=[], status="", files={}
+        )
         self.runs.setdefault(run_id, run)
         return Client(self, run_id)
 
@@ -58,6 +63,7 @@ class Client:
 
     def log_files(self, files):
         self.server.require()
+        self.run.files |= files
 
     def finish(self, status):
         self.server.require()
@@ -76,7 +82,8 @@ def open_study(journal: Path) -> Study:
     parent = SimpleNamespace(uri="memory", run_id="parent")
     return Study(
         journal, RECIPE, parent,  # type: ignore[arg-type]
-        name="search", experiment="tests", tags={}, show=lambda trials: None,
+        name="search", experiment="tests", labels=("calm", "sad"), tags=TAGS,
+        show=lambda trials: None,
     )  # fmt: skip
 
 
@@ -85,8 +92,10 @@ def tune_trial(trial_id: str, **values: object) -> SimpleNamespace:
 
 
 def epoch(number: int, val_ua: float, *, done: bool = False) -> dict[str, object]:
-    row = {"epoch": float(number), "val_ua": val_ua, "val_wa": val_ua, "val_loss": 1.0}
-    return {"row": row, "lr": [0.1, 0.2], "done": done}
+    row = {"epoch": float(number), "train_loss": 1.0, "train_wa": 0.3}
+    row |= {"val_ua": val_ua, "val_wa": val_ua, "val_f1": 0.25, "val_loss": 1.0}
+    confusion = [[number, 0], [0, 1]]
+    return {"row": row, "lr": [0.1, 0.2], "confusion": confusion, "done": done}
 
 
 def write(journal: Path) -> None:
@@ -124,6 +133,7 @@ def test_the_journal_tells_how_every_trial_went(server, tmp_path):
     assert finished.state == "finished"
     assert [row["epoch"] for row in finished.rows] == [1, 2, 3]
     assert finished.best["epoch"] == 2
+    assert finished.best_confusion == [[2, 0], [0, 1]]
 
 
 def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
@@ -147,6 +157,25 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     assert [step for name, step, _ in finished.points if name == "lr_step"] == list(range(6))
     assert ("best_val_ua", 0, 0.6) in finished.points
     assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
+    pages = [run.files["report.html"] for run in server.runs.values()]
+    assert "60.0%" in pages[1]
+    assert "epoch 2, validation, speaker-3 fold 1 of 3 (speaker-independent)" in pages[1]
+    assert "Trial 2 of search: finished" in pages[1]
+    assert "Trial 3 of search: failed. ValueError: no good" in pages[2]
+
+
+def test_the_page_of_a_search_shows_every_trial(server, tmp_path):
+    write(tmp_path / "j")
+    trials = open_study(tmp_path / "j").logs
+    dimensions = TuneConfig(space=("lr_ratio=choice(25)", "feature=choice(mel)")).dimensions
+    text = search_page("search", trials, trials[1], dimensions, {"lr_max": 1.0}, TAGS)
+    page = Page(text)
+    assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2" in page.text
+    assert "60.0%" in page.text
+    assert "lr_max loguniform 0.0003 to 0.01" in page.text
+    rows = [row.split("<td>")[0] for row in text.split('<th scope="row">')[1:4]]
+    assert [row[0] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
+    assert text.count("<svg") == 3
 
 
 def test_half_a_line_is_left_for_later(server, tmp_path):

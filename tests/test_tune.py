@@ -139,6 +139,9 @@ def check_mlflow(result, uri: str) -> None:
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["best_val_ua"] == pytest.approx(result.best.best["val_ua"])
+    page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
+    assert f"{result.best.best['val_ua']:.1%}" in page
+    assert f"ser-ray train --like {result.best.run_id}" in page
     tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
     plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
     assert "tables/trials.csv" in tables
@@ -251,7 +254,7 @@ def test_ashas_rungs_are_the_same_after_a_restore():
         before.on_trial_add(None, trial)
         objective: list[float] = []
         for epoch, val_ua in enumerate(curve, start=1):
-            told = trial_metrics({"epoch": epoch, "val_ua": val_ua}, [], objective)
+            told = trial_metrics({"epoch": epoch, "val_ua": val_ua}, [], [], objective)
             before.on_trial_result(None, trial, told)
             trial.last_result = told
         after.on_trial_add(None, trial)

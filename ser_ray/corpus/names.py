@@ -24,6 +24,13 @@ NUM_SPEAKERS = 24
 SUFFIXES = (".wav", ".mp4")
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
+CORPORA = {
+    "ravdess": "RAVDESS",
+    "stand-in": "the synthetic stand-in corpus",
+    "table": "an own corpus",
+}
+"""What a corpus is called beside every score."""
+
 _FIELDS = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)", re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 

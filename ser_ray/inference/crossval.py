@@ -2,8 +2,8 @@
 
 Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trains, keeps its best
 checkpoint by validation, scores its own test part with it in the same process, and leaves those
-predictions as a table. All figures here come from these tables. The same command goes on with an
-interrupted cross-validation.
+predictions as a table beside the checkpoint. All figures here come from these tables. The same
+command goes on with an interrupted cross-validation.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.protocols import num_folds
@@ -24,22 +25,24 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.evaluate import Evaluation, evaluate
 from ser_ray.inference.statistics import Intervals, bootstrap
 from ser_ray.page import render_report
+from ser_ray.registry import local_checkpoint
 from ser_ray.report import confusion_figure, group_rows
-from ser_ray.run_page import report_of
+from ser_ray.run_page import record_evaluation, report_of
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute, filesystem_of
 from ser_ray.tracking import Tracker, now_ms
-from ser_ray.training.checkpoint import CheckpointCard
+from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import Normalisation, describe, label_indices, select_rows
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
-from ser_ray.training.study import Show, TrialLog
+from ser_ray.training.study import Show, Study, TrialLog
 from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, run_trials
-from ser_ray.training.tune import csv_text, open_study, require_all_ended
+from ser_ray.training.tune import best_of, csv_text, open_study, require_all_ended
 
+PREDICTIONS = "predictions.parquet"
 FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 
@@ -146,7 +149,7 @@ def crossval(
             shards=shards,
             slots=found,
             storage=location,
-            finish=partial(test_fold, folder=location),
+            finish=partial(keep_fold, folder=location),
         )
         identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
         with open_study(setup, folder, run, label, identity, show) as study:
@@ -160,6 +163,7 @@ def crossval(
         started_from = pretrained[recipe.weights].origin
         page = crossval_page(result, recipe, shards, started_from, audio=run.audio)
         _log_outcome(study.parent, result, page)
+        _log_folds(study, location, audio=run.audio)
         folder.update_record(finished=True)
         study.parent.finish("FINISHED")
     return result
@@ -185,19 +189,21 @@ def crossval_name(recipe: TrainConfig, config: CrossvalConfig, shards: ShardSet)
     return f"crossval-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
 
 
-def test_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str) -> None:
-    """Score a fold's test part with its chosen checkpoint and keep the predictions as a table."""
+def keep_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str) -> None:
+    """Score a fold's test part with its chosen checkpoint; keep the predictions and the model."""
     table = evaluate(checkpoint, shards.uri).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
         table = table.add_column(0, name, column)
-    filesystem, path = filesystem_of(_predictions_of(folder, recipe.fold, recipe.seed))
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    pq.write_table(table, f"{path}.tmp", filesystem=filesystem)
-    filesystem.move(f"{path}.tmp", path)
-
-
-test_fold.__test__ = False  # type: ignore[attr-defined]  # not a test of pytest's
+    filesystem, path = filesystem_of(fold_folder(folder, recipe.fold, recipe.seed))
+    filesystem.create_dir(path, recursive=True)
+    for name in (CARD, MODEL):
+        fs.copy_files(
+            str(checkpoint / name), f"{path}/{name}", destination_filesystem=filesystem,
+            use_threads=False,
+        )  # fmt: skip
+    pq.write_table(table, f"{path}/{PREDICTIONS}.tmp", filesystem=filesystem)
+    filesystem.move(f"{path}/{PREDICTIONS}.tmp", f"{path}/{PREDICTIONS}")
 
 
 def pool(
@@ -212,10 +218,9 @@ def pool(
     """Put the predictions of all folds together, keep them as one table, and score them."""
     tables = []
     for seed, fold in itertools.product(seeds, range(folds)):
-        filesystem, path = filesystem_of(_predictions_of(location, fold, seed))
-        tables.append(pq.read_table(path, filesystem=filesystem))
+        tables.append(_predictions_of(fold_folder(location, fold, seed)))
     predictions = pa.concat_tables(tables)
-    filesystem, path = filesystem_of(f"{location}/predictions.parquet")
+    filesystem, path = filesystem_of(f"{location}/{PREDICTIONS}")
     pq.write_table(predictions, path, filesystem=filesystem)
     truth, predicted = _truth(predictions, labels)
     probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
@@ -233,8 +238,14 @@ def pool(
     )
 
 
-def _predictions_of(folder: str, fold: int, seed: int) -> str:
-    return f"{folder.rstrip('/')}/predictions/fold{fold}-seed{seed}.parquet"
+def fold_folder(location: str, fold: int, seed: int) -> str:
+    """Where a fold's checkpoint and predictions are kept."""
+    return f"{location.rstrip('/')}/models/fold{fold}-seed{seed}"
+
+
+def _predictions_of(folder: str) -> pa.Table:
+    filesystem, path = filesystem_of(f"{folder}/{PREDICTIONS}")
+    return pq.read_table(path, filesystem=filesystem)
 
 
 def _truth(predictions: pa.Table, labels: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -298,3 +309,25 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
             "tables/predictions.csv": csv_text(result.predictions.to_pylist()),
         }
     )
+
+
+def _log_folds(study: Study, location: str, *, audio: bool) -> None:
+    """Record every fold's test part in its own run, and the best by validation as a model."""
+    best = best_of(study.logs)
+    for trial in study.logs:
+        folder = fold_folder(location, trial.recipe.fold, trial.recipe.seed)
+        tracker = Tracker(study.parent.uri, trial.run_id)
+        with local_checkpoint(folder) as checkpoint:
+            card = read_card(checkpoint)
+            evaluation = Evaluation(
+                card=card,
+                part="test",
+                protocol=card.split["label"],
+                corpus=card.corpus,
+                is_own_test=True,
+                seen_speakers=(),
+                predictions=_predictions_of(folder),
+            )
+            record_evaluation(evaluation, tracker, audio=audio)
+            if trial is best:
+                tracker.log_model(checkpoint, card.labels)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ser_ray.corpus.names import CORPORA
 from ser_ray.corpus.protocols import one_clip_per_take
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.inference import statistics
@@ -149,7 +150,7 @@ class Evaluation:
             f"{name} {score:.1%} [{low:.1%}, {high:.1%}]" for name, score, (low, high) in named
         )
         return (
-            f"{self.label}, {corpus_name(self.corpus)}, {self.part}, {scores.num_clips} clips: "
+            f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {scores.num_clips} clips: "
             f"{shown}, ECE {self.calibration.ece:.1%}\n"
             f"in brackets 95 % intervals over draws of {intervals.count} {intervals.drawn}"
         )
@@ -234,12 +235,6 @@ def origin_of(checkpoint: Path) -> Mapping[str, str]:
     """The MLflow run that a chosen checkpoint came from: `run_id` and `tracking_uri`, or empty."""
     path = checkpoint / "run.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def corpus_name(corpus: str) -> str:
-    """The corpus in words, as it is shown beside every score."""
-    named = {"ravdess": "RAVDESS", "stand-in": "the synthetic stand-in corpus"}
-    return named.get(corpus, "an own corpus")
 
 
 def _rows(

@@ -31,6 +31,9 @@ AUDIO_SUFFIXES = (
 MAX_RECORDING_SECONDS = 3600.0
 """Longer recordings are `too_long`: they would not fit into a worker's memory."""
 
+UNREACHABLE = "unreachable"
+"""Status of a file whose storage did not answer: nothing is said of the file itself."""
+
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
 Decode = Callable[..., tuple[np.ndarray, int]]
@@ -49,7 +52,9 @@ class Heard:
     features: tuple[np.ndarray, ...] = ()
     """One array for a clip, one a window for a long recording, each [bins, frames] float16."""
     status: str = "ok"
-    """ok, or why there are no features: unreadable, no_audio, too_short, too_long, silent."""
+    """ok, or why there are no features: unreadable, no_audio, too_short, too_long, silent, or
+    `UNREACHABLE`.
+    """
     reason: str | None = None
     """The status in words."""
 
@@ -102,7 +107,8 @@ class Hearing:
         try:
             samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
-            return Heard(path=name, status=error.status, reason=error.reason)
+            status = UNREACHABLE if error.storage_failed else error.status
+            return Heard(path=name, status=status, reason=error.reason)
         return self.samples(samples, sample_rate, name)
 
     def _features(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:

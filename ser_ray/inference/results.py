@@ -3,7 +3,8 @@
 The journal is a local file of JSON lines: answers come in any order, whatever was delivered
 before an interruption stays, and half a line at its end is dropped. When every file is answered,
 the lines are written in the order of the files as Parquet, CSV or JSON lines, by the output's
-suffix. Memory holds one number a file, not the answers.
+suffix. The journal of a table with files whose storage did not answer stays: given again, the same
+command asks for those alone. Memory holds one number a file, not the answers.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from ser_ray.errors import ConfigError
+from ser_ray.inference.hear import UNREACHABLE
 from ser_ray.inference.predict import Prediction
 from ser_ray.storage import absolute, filesystem_of
 
@@ -78,7 +80,9 @@ class Journal:
         self._file.seek(0)
         whole = len(self._header) if self._file.readline() == self._header else 0
         while whole and (line := self._file.readline()).endswith(b"\n"):
-            self._places[json.loads(line)["path"]] = whole
+            answer = json.loads(line)
+            if answer["status"] != UNREACHABLE:
+                self._places[answer["path"]] = whole
             whole += len(line)
         self._file.truncate(whole)
         if not whole:
@@ -107,13 +111,16 @@ class Journal:
             yield json.loads(self._file.readline())
 
     def conclude(self, files: Sequence[str], labels: Sequence[str]) -> None:
-        """Write the table of these files, under a temporary name first, and drop the journal."""
+        """Write the table of these files, under a temporary name first, and drop the journal
+        unless files are to be asked for again.
+        """
         filesystem, path = filesystem_of(absolute(self.output))
         suffix, schema = require_suffix(self.output), table_schema(labels)
         with filesystem.open_output_stream(f"{path}.tmp") as stream:
             _write(suffix, stream, schema, _tables(self.answers(files), schema))
         filesystem.move(f"{path}.tmp", path)
-        self.path.unlink()
+        if all(answer["status"] != UNREACHABLE for answer in self.answers(files)):
+            self.path.unlink()
 
 
 def as_row(found: Prediction) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def prepare(
                 card = make_card(filesystem, folder, corpus, plan)
                 write_card(filesystem, folder, card)
     except OSError as error:
-        raise ShardsError(f"{config.shards}: {error.strerror or error}{AGAIN}") from error
+        where = error.filename or config.shards
+        raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
     return PrepareSummary(card, notes, plan.num_files(waiting), time.monotonic() - started)
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ser_ray.corpus.names import CORPORA
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.config import TrainConfig
@@ -62,9 +63,7 @@ class CheckpointCard:
     @property
     def trained_on(self) -> str:
         """The corpus in words, as it is shown beside every score."""
-        return {"ravdess": "RAVDESS", "stand-in": "the synthetic stand-in corpus"}.get(
-            self.corpus, "an own corpus"
-        )
+        return CORPORA[self.corpus]
 
     def to_json(self) -> str:
         """Serialise."""
@@ -123,7 +122,7 @@ class Snapshot:
     """A training between two steps, held still: nothing in it changes while it is written.
 
     Args:
-        weights: the network's weights that a reader gets.
+        weights: the network's weights that a reader gets, each contiguous.
         state: what going on needs beyond them, tensors included.
         progress: how far the training is and how it went, in JSON's own types.
     """
@@ -140,8 +139,7 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write a whole checkpoint into an existing directory."""
-        weights = {key: value.contiguous() for key, value in self.weights.items()}
-        save_file(weights, directory / MODEL)
+        save_file(self.weights, directory / MODEL)
         buffer = io.BytesIO()  # given a file, torch does not say that the disk is full
         torch.save(self.state, buffer)
         (directory / STATE).write_bytes(buffer.getbuffer())

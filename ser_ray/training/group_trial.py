@@ -135,7 +135,7 @@ class _Hand(UserCallback):
         self.reports, self.answers = reports, answers
         self._objective: list[float] = []
         for row in history:
-            trial_metrics(row, [], self._objective)
+            trial_metrics(row, [], [], self._objective)
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
@@ -143,6 +143,9 @@ class _Hand(UserCallback):
         """Hand over rank 0's report, which is every rank's."""
         if "row" not in metrics[0]:
             return  # a node is about to go: a checkpoint in mid-epoch
-        self.reports.put(trial_metrics(metrics[0]["row"], metrics[0]["lr"], self._objective))
+        first = metrics[0]
+        self.reports.put(
+            trial_metrics(first["row"], first["lr"], first["confusion"], self._objective)
+        )
         if not self.answers.get():
             raise StoppedTrialError

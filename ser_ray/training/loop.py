@@ -291,8 +291,13 @@ class Training:
             "best_confusion": self.best_confusion,
             "history": self.history,
         }
-        weights = self._evaluated().state_dict()
-        return Snapshot(card, *copy.deepcopy((weights, state, progress)))
+        # Laid out here: done by the thread that writes, it would start a second team of CPU
+        # threads, and while there are more of these than CPUs they sleep at every barrier.
+        weights = {
+            key: value.clone(memory_format=torch.contiguous_format)
+            for key, value in self._evaluated().state_dict().items()
+        }
+        return Snapshot(card, weights, *copy.deepcopy((state, progress)))
 
     def restore(self, state: dict[str, Any], progress: dict[str, Any]) -> None:
         """Go on from what a `snapshot` held."""

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ser_ray.errors import DivergedError
-from ser_ray.report import BLUE, GREY, VERMILION, WIDTH
+from ser_ray.report import BLUE, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import load_fold
@@ -107,15 +107,16 @@ def propose(rates: np.ndarray, losses: np.ndarray) -> LrRange:
 def range_figure(found: LrRange, title: str) -> Figure:
     """Draw the loss against the learning rate, with the proposed bounds."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="learning rate", ylabel="training loss")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss")
     axes.set_xscale("log")
     axes.plot(found.rates, found.losses, color=GREY, linewidth=0.8, label="each step")
     axes.plot(found.rates, found.smooth, color=BLUE, label="averaged")
     for name in ("lr_min", "lr_max"):
         bound = getattr(found, name)
         axes.axvline(bound, color=VERMILION, linestyle=":", label=f"{name} {bound:.1e}")
-    axes.legend(fontsize=8)
-    return figure
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=2)
+    tidy(axes)
+    return entitle(figure, title)
 
 
 def _smooth(losses: list[float] | np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import ray
 import torch
+from matplotlib.figure import Figure
 
 from ser_ray.cluster import (
     cluster,
@@ -12,10 +13,12 @@ from ser_ray.cluster import (
     require_shared,
     require_workers,
 )
+from ser_ray.corpus.names import CORPORA
 from ser_ray.errors import SerRayError
+from ser_ray.page import figure_section, render_page, settings_section, text_section
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute
-from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
+from ser_ray.tracking import Tracker, flatten, now_ms, provenance, resolve_uri
 from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.lr_range import LrRange, range_figure, range_test
@@ -54,20 +57,32 @@ def find_range(
         gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         uri = resolve_uri(run.tracking_uri)
-        tracker = Tracker.start(
-            uri,
-            run.experiment,
-            name=run.name or f"lr-range-{config.feature}-{config.fingerprint}",
-            params=config.to_dict() | {"lr_range": asdict(test)},
-            tags=provenance()
-            | {"protocol": split["label"], "shards.fingerprint": shards.card.fingerprint},
-        )
+        name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
+        tags = provenance() | {
+            "protocol": split["label"],
+            "corpus": shards.card.corpus,
+            "shards.fingerprint": shards.card.fingerprint,
+        }
+        params = config.to_dict() | {"lr_range": asdict(test)}
+        tracker = Tracker.start(uri, run.experiment, name=name, params=params, tags=tags)
         size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
         try:
             found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
             if isinstance(found, SerRayError):
                 raise found
-            _record(tracker, found, split["label"])
+            title = f"training loss, {split['label']}, {CORPORA[shards.card.corpus]}"
+            figure = range_figure(found, title)
+            page = render_page(
+                name,
+                shards.card.corpus,
+                text_section(
+                    f"Range test of {len(found.rates)} steps. Proposed bounds: --lr-min "
+                    f"{found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
+                ),
+                figure_section("Range test", (figure, "Loss by learning rate")),
+                settings_section(flatten(params), tags),
+            )
+            _record(tracker, found, figure, page)
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
@@ -86,11 +101,16 @@ def _test(
         return problem
 
 
-def _record(tracker: Tracker, found: LrRange, label: str) -> None:
+def _record(tracker: Tracker, found: LrRange, figure: Figure, page: str) -> None:
     when = now_ms()
     for step, (rate, loss) in enumerate(zip(found.rates, found.losses, strict=True)):
         tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
     tracker.log_metrics({"proposed_lr_min": found.lr_min, "proposed_lr_max": found.lr_max}, 0, when)
     tracker.deliver()
-    figure = range_figure(found, f"learning-rate range test, {label}")
-    tracker.log_files({"plots/lr_range.png": figure, "tables/lr_range.json": asdict(found)})
+    tracker.log_files(
+        {
+            "report.html": page,
+            "plots/lr_range.png": figure,
+            "tables/lr_range.json": asdict(found),
+        }
+    )

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from ser_ray.report import BLUE, GREEN, GREY, VERMILION, WIDTH
+from ser_ray.report import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.training.search_config import Dimension
 from ser_ray.training.study import TrialLog
 
@@ -18,7 +19,7 @@ _BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}
 def history_figure(trials: Sequence[TrialLog], title: str) -> Figure:
     """Best validation UA of every trial by number, and the best so far."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="trial", ylabel="best validation UA")
+    axes = figure.add_subplot(xlabel="trial", ylabel="best validation UA")
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
         some = [trial for trial in trials if trial.state == state and trial.rows]
         axes.scatter(
@@ -34,25 +35,27 @@ def history_figure(trials: Sequence[TrialLog], title: str) -> Figure:
         [trial.number for trial in scored], best, where="post", color=VERMILION, label="best so far"
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(fontsize=8)
-    return figure
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _legend(axes)
+    tidy(axes)
+    return entitle(figure, title)
 
 
 def importance_figure(importance: dict[str, float], title: str) -> Figure:
     """Share of the differences in UA that each searched name explains."""
     figure = Figure(figsize=(WIDTH, 0.4 * len(importance) + 1.4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="importance (PED-ANOVA)")
+    axes = figure.add_subplot(xlabel="importance (PED-ANOVA)")
     names = sorted(importance, key=lambda name: importance[name])
     axes.barh(names, [importance[name] for name in names], color=BLUE)
     axes.set_xlim(0, 1)
-    return figure
+    tidy(axes)
+    return entitle(figure, title)
 
 
 def bounds_figure(trials: Sequence[TrialLog], title: str) -> Figure:
     """Best validation UA against each bound of the learning rate, by feature kind."""
-    figure = Figure(figsize=(WIDTH * 1.6, 3.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    panels = figure.subplots(2, 1)
     for axes, (name, label) in zip(panels, _BOUNDS.items(), strict=True):
         for kind, (colour, marker) in _KINDS.items():
             some = [trial for trial in trials if trial.succeeded and trial.recipe.feature == kind]
@@ -64,11 +67,19 @@ def bounds_figure(trials: Sequence[TrialLog], title: str) -> Figure:
                 label=f"{kind} ({len(some)})",
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:.0e}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
+        axes.set_ylabel("best validation UA")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[0].set_ylabel("best validation UA")
-    panels[0].legend(fontsize=8)
-    return figure
+        tidy(axes)
+    _legend(panels[0])
+    return entitle(figure, title)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3)
 
 
 def trial_rows(trials: Sequence[TrialLog]) -> list[dict[str, Any]]:

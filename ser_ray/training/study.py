@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -47,6 +47,8 @@ class TrialLog:
     """A row for every epoch."""
     rates: list[list[float]] = field(default_factory=list)
     """The learning rates of every epoch, one a step."""
+    confusions: list[list[list[int]]] = field(default_factory=list)
+    """Validation counts of every epoch."""
     times_ms: list[int] = field(default_factory=list)
     """When each epoch was reported."""
     started_ms: int = 0
@@ -67,6 +69,11 @@ class TrialLog:
     def best(self) -> dict[str, float]:
         """Row of the best epoch: validation UA, then loss; empty before the first."""
         return max(self.rows, key=lambda row: (row["val_ua"], -row["val_loss"]), default={})
+
+    @property
+    def best_confusion(self) -> list[list[int]]:
+        """Validation counts of the best epoch."""
+        return self.confusions[self.rows.index(self.best)]
 
     @property
     def ended(self) -> bool:
@@ -91,7 +98,8 @@ class Study:
         recipe: the recipe that drawn values go into.
         parent: the study's own run.
         experiment: MLflow experiment of the runs.
-        tags: tags of every trial's run.
+        labels: names of the rows of a confusion matrix.
+        tags: tags of every trial's run; `protocol` and `corpus` stand beside every score.
         show: shows the trials.
     """
 
@@ -103,11 +111,13 @@ class Study:
         *,
         name: str,
         experiment: str,
+        labels: Sequence[str],
         tags: Mapping[str, str],
         show: Show,
     ) -> None:
         self.journal, self.recipe, self.parent = journal, recipe, parent
-        self.name, self.experiment, self.tags, self.show = name, experiment, dict(tags), show
+        self.name, self.experiment, self.labels = name, experiment, labels
+        self.tags, self.show = dict(tags), show
         self.trials: dict[str, TrialLog] = {}
         self._trackers: dict[str, Tracker] = {}
         self._offset = 0
@@ -176,6 +186,7 @@ class Study:
                 if entry["row"]["epoch"] > len(trial.rows):  # else done again: the same numbers
                     trial.rows.append(entry["row"])
                     trial.rates.append(entry["lr"])
+                    trial.confusions.append(entry["confusion"])
                     trial.times_ms.append(entry["timestamp_ms"])
             case "problem":
                 trial.problem = entry["problem"]
@@ -214,10 +225,14 @@ class Study:
         tracker.deliver()
         if not trial.ended:
             return
+        from ser_ray.training.search_page import trial_page  # it imports this module
+
         if trial.best:
             best = best_metrics(trial.best)
             tracker.log_metrics(best, 0, trial.times_ms[-1])
             tracker.deliver()
+        page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)
+        tracker.log_files({"report.html": page})
         reason = {"problem": trial.problem} if trial.problem else {}
         tracker.set_tags({"trial.state": trial.state} | reason)
         tracker.finish(STATUS[trial.state])
@@ -230,7 +245,7 @@ class Study:
             tracker = Tracker.start(
                 self.parent.uri,
                 self.experiment,
-                name=f"{self.name}-{trial.number:03d}",
+                name=self._name_of(trial),
                 params=trial.recipe.to_dict()
                 | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min, "trial": trial.number},
                 tags=self.tags | {"mlflow.parentRunId": self.parent.run_id},
@@ -242,6 +257,9 @@ class Study:
                 tracker.log_files({"config.json": trial.recipe.to_dict()})
             self._trackers[trial.trial_id] = tracker
         return self._trackers[trial.trial_id]
+
+    def _name_of(self, trial: TrialLog) -> str:
+        return f"{self.name}-{trial.number:03d}"
 
     def _note(self, trial: TrialLog, **entry: str) -> None:
         with self.journal.open("a") as file:

@@ -35,7 +35,8 @@ class JournalCallback(tune.Callback):
             self._write(trial, event="problem", problem=result["problem"])
         else:
             stopped = bool(result.get("done")) and not result.get("complete")
-            self._write(trial, event="epoch", row=result["row"], lr=result["lr"], stopped=stopped)
+            known = {name: result[name] for name in ("row", "lr", "confusion")}
+            self._write(trial, event="epoch", stopped=stopped, **known)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended, by itself or stopped: what going on would need is not needed any more."""

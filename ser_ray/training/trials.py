@@ -264,7 +264,7 @@ class _Reporter:
         assert epoch is not None, "nothing asks for a report in mid-epoch"
         if self.keep_best and epoch.is_best:
             _write(take(), self.best)
-        metrics = trial_metrics(epoch.row, epoch.lr, self._objective)
+        metrics = trial_metrics(epoch.row, epoch.lr, epoch.confusion, self._objective)
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             tune.report(metrics)
             return
@@ -278,12 +278,14 @@ class _Reporter:
         """Take up what a checkpoint says of the epochs before it."""
         progress = json.loads((checkpoint / PROGRESS).read_text())
         for row in progress["history"]:
-            trial_metrics(row, [], self._objective)
+            trial_metrics(row, [], [], self._objective)
         if self.keep_best:
             shutil.copytree(checkpoint / BEST, self.best)
 
 
-def trial_metrics(row: dict[str, float], lr: list[float], objective: list[float]) -> dict[str, Any]:
+def trial_metrics(
+    row: dict[str, float], lr: list[float], confusion: list[list[int]], objective: list[float]
+) -> dict[str, Any]:
     """What Tune is told of an epoch; appends to the trial's `objective` by epoch."""
     del objective[int(row["epoch"]) - 1 :]  # done again after a lost process
     objective.append(max([row["val_ua"], *objective[-1:]]))
@@ -293,6 +295,7 @@ def trial_metrics(row: dict[str, float], lr: list[float], objective: list[float]
         "objective_by_epoch": list(objective),
         "row": row,
         "lr": lr,
+        "confusion": confusion,
     }
 
 

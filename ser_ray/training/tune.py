@@ -223,6 +223,7 @@ def open_study(
         tracker,
         name=folder.name,
         experiment=run.experiment,
+        labels=card.labels,
         tags=tags,
         show=show,
     )
@@ -277,7 +278,7 @@ def _conclude(
     content = {"run_id": best.run_id, "best": best.best, "recipe": best.recipe.to_dict()}
     with folder.filesystem.open_output_stream(f"{folder.path}/{BEST_RECIPE}") as stream:
         stream.write(json.dumps(content, indent=2).encode())
-    _log_outcome(tracker, study.logs, best, config.dimensions, title)
+    _log_outcome(study, best, config.dimensions, title)
     folder.update_record(finished=True)
     tracker.finish("FINISHED")
     return TuneResult(
@@ -315,11 +316,7 @@ def _optuna(seed: int, first: list[dict[str, Any]], slots: Slots) -> Searcher:
 
 
 def _log_outcome(
-    tracker: Tracker,
-    trials: list[TrialLog],
-    best: TrialLog,
-    dimensions: tuple[Dimension, ...],
-    title: str,
+    study: Study, best: TrialLog, dimensions: tuple[Dimension, ...], title: str
 ) -> None:
     from ser_ray.training.search_figures import (
         bounds_figure,
@@ -328,7 +325,9 @@ def _log_outcome(
         importance_of,
         trial_rows,
     )
+    from ser_ray.training.search_page import search_page
 
+    tracker, trials = study.parent, study.logs
     scores = best_metrics(best.best)
     states = [trial.state for trial in trials]
     counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
@@ -337,6 +336,7 @@ def _log_outcome(
     tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
     importance = importance_of(trials, dimensions)
     files: dict[str, Any] = {
+        "report.html": search_page(study.name, trials, best, dimensions, importance, study.tags),
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(trials, title),
         "plots/learning_rate_bounds.png": bounds_figure(trials, title),
