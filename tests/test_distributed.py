@@ -311,7 +311,8 @@ def test_every_preemption_notice_is_news_once(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.soak
 def test_workers_come_and_go_with_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "RESIZE_SECONDS", 1.0)
-    config = replace(CONFIG, epochs=40)
+    epochs = 80  # a new node is used after some ten seconds, or more where the CPUs are busy
+    config = replace(CONFIG, epochs=epochs)
     nodes = [world.cluster.add_node(num_cpus=1)]
     world.cluster.wait_for_nodes()
     seen: list[int] = []
@@ -327,21 +328,21 @@ def test_workers_come_and_go_with_nodes(world: World, monkeypatch: pytest.Monkey
     world.cluster.remove_node(nodes[1])
     sizes = [size for size, _ in groupby(seen)]
     assert sizes == [2, 1, 2], "what is there is used, it shrinks, it grows"
-    assert [int(row["epoch"]) for row in result.history] == list(range(1, 41))
+    assert [int(row["epoch"]) for row in result.history] == list(range(1, epochs + 1))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)]),
         max_lr=config.lr_max,
-        total_steps=4 * 40,
+        total_steps=4 * epochs,
         pct_start=config.lr_peak_at,
         div_factor=config.lr_max / config.lr_min,
         final_div_factor=config.lr_final_division,
     )
     expected = []
-    for _ in range(4 * 40 - 1):
+    for _ in range(4 * epochs - 1):
         expected.append(schedule.get_last_lr()[0])
         schedule.optimizer.step()
         schedule.step()
     expected.append(schedule.get_last_lr()[0])
     found = world.learning_rates(result.run_id)
-    assert [step for step, _ in found] == list(range(4 * 40))
+    assert [step for step, _ in found] == list(range(4 * epochs))
     assert [rate for _, rate in found] == pytest.approx(expected, rel=1e-9)

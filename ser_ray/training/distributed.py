@@ -23,7 +23,7 @@ from typing import Any
 import ray as core
 import ray.train
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from ser_ray.cluster import (
     cluster,
@@ -45,6 +45,7 @@ from ser_ray.training.data import describe, select_rows
 from ser_ray.training.journal import EpochLine, JournalReader, JournalWriter
 from ser_ray.training.metrics import best_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.process_group import torch_config
 from ser_ray.training.run_folder import BEST, RunFolder, Stored
 from ser_ray.training.stream import resident_bytes
 from ser_ray.training.worker import run_worker
@@ -249,7 +250,7 @@ class _Job:
             run_worker,
             train_loop_config=self.arguments | {"start": start},
             scaling_config=self.scaling,
-            torch_config=TorchConfig(backend="nccl" if self.scaling.use_gpu else "gloo"),
+            torch_config=torch_config(gpu=self.scaling.use_gpu),
             run_config=ray.train.RunConfig(
                 name=folder.name,
                 storage_path=folder.root,

@@ -15,12 +15,13 @@ import ray
 import ray.train
 from ray import tune
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from ser_ray.errors import SerRayError
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
+from ser_ray.training.process_group import torch_config
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import recipe_of
 from ser_ray.training.trials import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
@@ -109,7 +110,7 @@ class GroupTrial(tune.Trainable):
                 use_gpu=slots.gpus > 0,
                 resources_per_worker=slots.bundle(),
             ),
-            torch_config=TorchConfig(backend="nccl" if slots.gpus else "gloo"),
+            torch_config=torch_config(gpu=slots.gpus > 0),
             run_config=ray.train.RunConfig(
                 name=folder.name,
                 storage_path=folder.root,
