@@ -6,6 +6,7 @@ runs. `jobs/*.py` are these verbs for `ray job submit`.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -132,8 +133,12 @@ class Evaluate(Common):
 
     model: tyro.conf.Positional[str]
     """Checkpoint folder or URI that `train` printed, MLflow run id, or models:/name@alias."""
-    shards: str = f"{OUT}/shards"
-    """The shard set it was trained on, or another of speakers it has not heard."""
+    shards: str = ""
+    """The shard set it was trained on, or another of speakers it has not heard. If empty,
+    ser-ray-out/shards, or with --corpus a folder of its own in ser-ray-out."""
+    corpus: str = ""
+    """Corpus to score, as prepare takes it: prepared into the shard set first, with the model's own
+    features."""
     protocol: str = ""
     """Score the test part of this protocol's fold instead of the one it was trained for."""
     fold: int | None = None
@@ -146,6 +151,13 @@ class Evaluate(Common):
     """Put the sound of the clips that the report shows into it."""
     tracking_uri: str = ""
     """MLflow store in which a run id or a registered name is looked up."""
+
+    def resolved(self) -> Self:
+        """The verb with the place of its shards."""
+        if self.shards:
+            return self
+        digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
+        return replace(self, shards=f"{OUT}/{f'scored-{digest}' if self.corpus else 'shards'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,6 +212,13 @@ def evaluate(verb: cli.Evaluate) -> Outcome:
     from ser_ray.registry import local_checkpoint
     from ser_ray.run_page import record_evaluation
     from ser_ray.tracking import Tracker
+    from ser_ray.training.checkpoint import read_card
+
+    if verb.corpus:
+        with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
+            features = read_card(checkpoint).features
+        config = PrepareConfig(corpus=verb.corpus, shards=verb.shards, features=features)
+        console.print(prepare(cli.Prepare(prepare=config, address=verb.address)).text)
 
     def score(model: str) -> tuple[Evaluation, dict[str, str]]:
         with local_checkpoint(model, verb.tracking_uri) as checkpoint:

@@ -23,7 +23,7 @@ FLAGS = {
     "--cpus-per-worker --gpus-per-worker --feature --fold --epochs --workers --name --dry-run",
     "crossval": "--shards --seeds --protocol --epochs --cpus-per-worker --gpus-per-worker --name "
     "--workers --json --dry-run",
-    "evaluate": "--shards --protocol --fold --against --allow-seen-speakers --no-audio "
+    "evaluate": "--shards --corpus --protocol --fold --against --allow-seen-speakers --no-audio "
     "--tracking-uri --json --dry-run",
     "predict": "--model --output --tracking-uri --json --dry-run",
     "demo-ui": "--host --port --tracking-uri --json --dry-run",
