@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -311,6 +312,8 @@ def _optuna(seed: int, first: list[dict[str, Any]], slots: Slots) -> Searcher:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # An interrupted trial does its last epochs again, which Optuna has heard of.
+    warnings.filterwarnings("ignore", message="The reported value is ignored because this `step=")
     searcher = OptunaSearch(points_to_evaluate=first, seed=seed)
     return ConcurrencyLimiter(searcher, max_concurrent=slots.count)
 
