@@ -7,6 +7,7 @@
 - ray: the bare loop in a worker of Ray Train, so ours / ray is what this project adds, and
   ray / bare what Ray's own processes take where the training has all the CPUs;
 - ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo;
+- ingest: ours with `--ingest stream`, which reads the training clips anew in every epoch;
 - stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
 
 Each way runs in a fresh Python. Clips per second are those of the training steps after the first
@@ -23,14 +24,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from ser_ray.training.config import TrainConfig
 
-RATIOS = (("ours", "bare"), ("ours", "ray"), ("ours_ddp", "bare_ddp"), ("ours", "stream"))
+RATIOS = (
+    ("ours", "bare"),
+    ("ours", "ray"),
+    ("ours_ddp", "bare_ddp"),
+    ("ours", "stream"),
+    ("ingest", "ours"),
+    ("ingest", "stream"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Bench:
     """What is trained; the first epoch does not count."""
     workers: int = 2
     """Workers of the ways that have several."""
-    ways: tuple[str, ...] = ("bare", "ray", "ours", "bare_ddp", "ours_ddp", "stream")
+    ways: tuple[str, ...] = ("bare", "ray", "ours", "bare_ddp", "ours_ddp", "ingest", "stream")
     """What to compare, in this order."""
 
 
@@ -59,7 +68,12 @@ class Timing:
     """Seconds from the command to the end of the first step, or of the first epoch's reading."""
 
 
-def ours(bench: Bench, started: float, workers: int = 1) -> Timing:
+def ours(
+    bench: Bench,
+    started: float,
+    workers: int = 1,
+    ingest: Literal["resident", "stream"] = "resident",
+) -> Timing:
     """Train as users do."""
     from ser_ray.training.config import RunConfig
     from ser_ray.training.distributed import train
@@ -69,6 +83,7 @@ def ours(bench: Bench, started: float, workers: int = 1) -> Timing:
         run = RunConfig(
             workers=str(workers),
             device="cpu",
+            ingest=ingest,
             storage=folder,
             tracking_uri=f"sqlite:///{folder}/mlflow.db",
         )
@@ -158,7 +173,7 @@ class _Learner:
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         mels = opened.card.features.num_mels
         response = gain_response(config.feature, mels, data.normalisation, device)
-        self.augment = Augment(config.augment, config.crop_frames, len(data.labels), response)
+        self.augment = Augment(config, len(data.labels), response)
         network = build_network(len(data.labels)).to(memory_format=torch.channels_last)
         network.train()
         self.network: torch.nn.Module = network
@@ -303,8 +318,11 @@ def one(order: dict[str, Any], answer: Path) -> None:
     bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
     name, _, several = way.partition("_")
     workers = (bench.workers,) if several else ()
-    functions = {"ours": ours, "bare": bare, "ray": ray, "stream": stream}
-    timing: Timing = functions[name](bench, started, *workers)
+    streamed = partial(ours, ingest="stream")
+    functions: dict[str, Callable[..., Timing]] = {
+        "ours": ours, "bare": bare, "ray": ray, "ingest": streamed, "stream": stream,
+    }  # fmt: skip
+    timing = functions[name](bench, started, *workers)
     answer.write_text(json.dumps(asdict(timing)))
 
 

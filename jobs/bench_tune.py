@@ -34,7 +34,7 @@ from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.search_config import SlotConfig, TuneConfig
-from ser_ray.training.study import TrialLog
+from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import OBJECTIVE, Slots
 from ser_ray.training.tune import make_plan, search
 

@@ -1,9 +1,13 @@
-"""What runs on this machine, asked of `ps`."""
+"""What runs on this machine, asked of `ps`, and waiting for it."""
 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
 
 
 def family(ancestor: int) -> dict[int, str]:
@@ -22,3 +26,18 @@ def end(ancestor: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)
     ancestor.wait()
+
+
+def answers_at(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
+    """Wait until something is so; fails with its name."""
+    ends = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < ends, f"{what}: not within {seconds:g} s"
+        time.sleep(0.05)

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -32,6 +31,7 @@ from ser_ray.training.distributed import TrainResult, train
 from ser_ray.training.run_folder import RAY_LIST, RunFolder
 from ser_ray.training.worker import preemption_notice
 from tests.mlflow_server import Server
+from tests.processes import wait_for
 from tests.shard_files import write_shard_files
 
 pytestmark = [
@@ -176,13 +176,16 @@ def test_the_driver_is_killed_and_what_it_wrote_is_cut_short(
     folder = world.run_folder("driver-killed")
     driver = subprocess.Popen(command(world, "driver-killed", address=world.cluster.address))
     try:
-        wait_for(lambda: (folder / checkpoint_name(2)).exists() or driver.poll() is not None)
+        wait_for(
+            "the second checkpoint",
+            lambda: (folder / checkpoint_name(2)).exists() or driver.poll() is not None,
+        )
     finally:
         driver.kill()
         driver.wait()
     assert driver.returncode == -signal.SIGKILL, "it was at work"
     run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    wait_for(lambda: not world.processes("RayTrainWorker"))
+    wait_for("the workers' end", lambda: not world.processes("RayTrainWorker"))
     newest = sorted(folder.glob("checkpoint-*"))[-1]
     state = newest / STATE
     if state.exists():  # else the kill has cut it short already
@@ -235,13 +238,6 @@ def test_the_disk_is_full_while_checkpointing(
     assert (tmp_path / "second").read_text() == "0\n"
     weights, others = (load_file(p / MODEL) for p in (tmp_path, Path(uninterrupted.checkpoint)))
     assert all(torch.equal(weights[key], others[key]) for key in others)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:

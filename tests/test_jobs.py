@@ -14,8 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import yaml
 
 from ser_ray.lock import LOCK_NAME
 from tests.clips import six_speakers
-from tests.processes import end, family
+from tests.processes import end, family, wait_for
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -51,13 +50,6 @@ def free_ports(count: int) -> list[int]:
         for probe in sockets:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in sockets]
-
-
-def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
-    ends = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < ends, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
 
 
 @dataclass

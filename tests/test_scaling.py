@@ -12,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from ser_ray.training import distributed
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.distributed import train
 from tests.clips import voice, write_wav
-from tests.processes import end
+from tests.processes import answers_at, end, wait_for
 from tests.shard_files import write_shard_files
 
 pytestmark = [
@@ -110,7 +109,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with (temp / "head.log").open("w") as log:
         process = subprocess.Popen(start, env=env, stdout=log, stderr=log)
     try:
-        wait_for("the head", lambda: is_up(gcs) or process.poll() is not None)
+        wait_for("the head", lambda: answers_at(gcs) or process.poll() is not None)
         assert process.poll() is None, (temp / "head.log").read_text()
         ray.init(address=gcs, log_to_driver=False)
         yield
@@ -118,18 +117,6 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ray.shutdown()
         end(process)
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def is_up(gcs: str) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(gcs.rpartition(":")[2]))) == 0
-
-
-def wait_for(what: str, is_so: Callable[[], bool], seconds: float = 120) -> None:
-    ends = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < ends, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
 
 
 def machines() -> Counter[str]:

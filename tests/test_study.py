@@ -14,8 +14,9 @@ from ser_ray.training.display import TrialTable
 from ser_ray.training.search_config import TuneConfig
 from ser_ray.training.search_figures import importance_of, trial_rows
 from ser_ray.training.search_page import search_page
-from ser_ray.training.study import Study, TrialLog
+from ser_ray.training.study import Study
 from ser_ray.training.trial_journal import JournalCallback
+from ser_ray.training.trial_log import TrialLog
 from tests.test_page import Page
 
 RECIPE = TrainConfig(epochs=3)

@@ -1,9 +1,13 @@
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ser_ray.features.config import Kind
 from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import (
@@ -19,6 +23,13 @@ from ser_ray.training.data import (
 )
 
 CPU = torch.device("cpu")
+
+
+def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
+    """A recipe with no augmentation but what is asked for."""
+    off = AugmentConfig(gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+    changed = dataclasses.replace(off, **augment)
+    return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
 
 
 def ramp_clips() -> Clips:
@@ -111,15 +122,15 @@ def test_steps(rows, batch, steps):
 
 
 def test_everything_off_is_the_plain_crop():
-    off = AugmentConfig(gain_db=0, time_masks=0, bin_masks=0, mixup=0)
     clips = ramp_clips()
-    batch, targets = Augment(off, 9, 2, torch.ones(3))(clips, torch.tensor([1]))
+    batch, targets = Augment(plain(9), 2, torch.ones(3))(clips, torch.tensor([1]))
     assert batch[0, 0, 0].tolist() == list(range(1, 10))
     assert targets.tolist() == [[0, 1]]
 
 
 def test_augmentation_follows_the_seed():
-    augment = Augment(AugmentConfig(time_mask_frames=3), 6, 2, torch.ones(3))
+    config = TrainConfig(crop_frames=6, augment=AugmentConfig(time_mask_frames=3, vtlp=0.1))
+    augment = Augment(config, 2, torch.ones(3))
     clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
 
     def draw(seed: int) -> torch.Tensor:
@@ -130,15 +141,44 @@ def test_augmentation_follows_the_seed():
     assert not torch.equal(draw(1), draw(2))
 
 
+def require_spread(factors: torch.Tensor) -> None:
+    """The factors fill the range from 0.8 to 1.2, up to rounding."""
+    assert factors.min() == pytest.approx(0.82, abs=0.021)
+    assert factors.max() == pytest.approx(1.18, abs=0.021)
+
+
+@pytest.mark.parametrize("feature", ["mel", "mfcc"])
+def test_tempo_and_vtlp_stretch_every_clip_by_a_factor_of_its_own(feature):
+    frames, bins = torch.arange(100.0), torch.arange(20) + 0.5
+    rows = torch.zeros(50, dtype=torch.long)
+
+    def draw(picture: torch.Tensor, **augment: float) -> torch.Tensor:
+        clips = Clips(picture[None].half(), torch.tensor([100]), torch.tensor([0]))
+        return Augment(plain(40, feature, **augment), 2, torch.ones(20))(clips, rows)[0][:, 0]
+
+    steps = draw(frames[:, None].expand(100, 20), tempo=0.2).diff(dim=2)[:, :, 1:-1]
+    speeds = steps.mean(dim=(1, 2))
+    torch.testing.assert_close(steps, speeds[:, None, None].expand_as(steps), atol=1e-3, rtol=0)
+    require_spread(speeds)
+
+    heights = draw(bins.expand(100, 20), vtlp=0.2)[:, 1:16]
+    factors = (heights / bins[1:16, None]).mean(dim=(1, 2))
+    expected = factors[:, None, None] * bins[1:16, None].expand_as(heights)
+    torch.testing.assert_close(heights, expected, atol=1e-3, rtol=0)
+    if feature == "mfcc":
+        assert (factors == 1).all()
+    else:
+        require_spread(factors)
+
+
 def test_mixup_targets_are_the_mixture():
-    off = AugmentConfig(gain_db=0, time_masks=0, bin_masks=0, mixup=1.0)
     torch.manual_seed(0)
     clips = Clips(
         torch.tensor([0.0, 1.0]).reshape(2, 1, 1).repeat(1, 4, 2).half(),
         torch.tensor([4, 4]),
         torch.tensor([0, 1]),
     )
-    batch, targets = Augment(off, 4, 2, torch.ones(2))(clips, torch.tensor([0, 1]))
+    batch, targets = Augment(plain(4, mixup=1.0), 2, torch.ones(2))(clips, torch.tensor([0, 1]))
     # Clip 1 is all ones and clip 0 all zeros: a pixel is the weight of label 1.
     torch.testing.assert_close(batch[:, 0, 0, 0], targets[:, 1])
     assert 0 < targets[0, 1] < 1

@@ -20,7 +20,7 @@ from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.search_config import SlotConfig, TuneConfig
-from ser_ray.training.study import TrialLog
+from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import ResumableAsha, Slots, _room, find_slots, trial_metrics
 from ser_ray.training.tune import baseline, best_of, make_plan, num_trials, search
 from tests.conftest import make_memory_shards

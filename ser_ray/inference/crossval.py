@@ -38,7 +38,8 @@ from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
-from ser_ray.training.study import Show, Study, TrialLog
+from ser_ray.training.study import Show, Study
+from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, run_trials
 from ser_ray.training.tune import best_of, csv_text, open_study, require_all_ended
 

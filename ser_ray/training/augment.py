@@ -13,25 +13,28 @@ from torchaudio.transforms import SpecAugment
 from torchvision.transforms.v2 import MixUp
 
 from ser_ray.features.config import Kind
-from ser_ray.training.config import AugmentConfig
+from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 
 class Augment:
-    """Random crop, level, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
+    """Random crop, tempo, level, voice, SpecAugment (Park 2019) and mixup (Zhang 2018), in order.
 
     Args:
+        recipe: what to draw, and from what feature.
+        num_labels: how many labels there are.
         gain_response: change of every normalised bin for +1 dB of level [bins].
     """
 
-    def __init__(
-        self, config: AugmentConfig, crop_frames: int, num_labels: int, gain_response: Tensor
-    ) -> None:
-        num_bins = len(gain_response)
+    def __init__(self, recipe: TrainConfig, num_labels: int, gain_response: Tensor) -> None:
+        config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(gain_response)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.gain_db = config.gain_db
         self.gain_response = gain_response
+        self.tempo = config.tempo
+        self.vtlp = config.vtlp if recipe.feature != "mfcc" else 0.0
+        self.longest = math.ceil(crop_frames * (1 + self.tempo))
         self.mask = SpecAugment(
             n_time_masks=config.time_masks,
             time_mask_param=min(config.time_mask_frames, crop_frames),
@@ -53,20 +56,42 @@ class Augment:
             Features [batch, 1, bins, crop_frames] float32 and target probabilities
             [batch, labels].
         """
-        spare = clips.num_frames[rows] - self.crop_frames
+        lengths = (self.crop_frames * _around_one(self.tempo, rows)).round().long()
+        spare = clips.num_frames[rows] - lengths
         draw = torch.rand(len(rows), device=rows.device)
         # A longer clip is cut at random, a shorter one lies at random inside the crop.
         starts = spare.clamp(max=0) + (draw * (spare.abs() + 1)).long()
-        batch, valid = clips.take(rows, starts, self.crop_frames)
+        batch, valid = clips.take(rows, starts, self.longest)
         if self.gain_db:
             gain = (torch.rand(len(rows), 1, 1, 1, device=rows.device) * 2 - 1) * self.gain_db
             batch = batch + gain * self.gain_response[:, None] * valid
+        if self.tempo or self.vtlp:
+            shares = lengths / self.longest, _around_one(self.vtlp, rows)
+            batch = _stretch(batch, *shares, self.crop_frames)
         batch = self.mask(batch)
         labels = clips.labels[rows]
         if self.mix is not None and len(rows) > 1:
             mixed, targets = self.mix(batch, labels)
             return mixed, targets
         return batch, torch.nn.functional.one_hot(labels, self.num_labels).float()
+
+
+def _around_one(spread: float, rows: Tensor) -> Tensor:
+    """Draw a factor within 1 ± spread for every row [rows]."""
+    return 1 + (torch.rand(len(rows), device=rows.device) * 2 - 1) * spread
+
+
+def _stretch(batch: Tensor, frames: Tensor, bins: Tensor, num_frames: int) -> Tensor:
+    """Stretch the first `frames` and the lowest `bins`, as shares [batch], over the whole picture.
+
+    Of [batch, 1, bins, any] it makes [batch, 1, bins, num_frames]; beyond the highest bin it is 0.
+    """
+    shape = (*batch.shape[:3], num_frames)
+    move = torch.zeros(len(batch), 2, 3, device=batch.device)
+    move[:, 0, 0], move[:, 0, 2] = frames, frames - 1
+    move[:, 1, 1], move[:, 1, 2] = bins, bins - 1
+    grid = torch.nn.functional.affine_grid(move, list(shape), align_corners=False)
+    return torch.nn.functional.grid_sample(batch, grid, align_corners=False)
 
 
 def gain_response(

@@ -16,6 +16,11 @@ class AugmentConfig:
 
     gain_db: float = 6.0
     """Level drawn uniformly within ± this many dB for each clip; 0 is off."""
+    tempo: float = 0.0
+    """Each clip is spoken up to this share slower or faster; 0 is off."""
+    vtlp: float = 0.0
+    """Vocal-tract-length perturbation (Jaitly and Hinton 2013): frequencies stretched by up to this
+    share either way, so that a voice becomes another's; not for mfcc; 0 is off."""
     time_masks: int = 2
     """SpecAugment: masks in time for each clip; 0 is off."""
     time_mask_frames: int = 20
@@ -32,8 +37,9 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        if self.bin_mask_share > 1:
-            raise ConfigError(f"bin_mask_share is {self.bin_mask_share}: it must be at most 1")
+        for name in ("bin_mask_share", "tempo", "vtlp"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

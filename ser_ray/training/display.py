@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from ser_ray.training.study import TrialLog
+from ser_ray.training.trial_log import TrialLog
 
 STYLE = {
     "waiting": "dim",

@@ -152,7 +152,7 @@ class Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedule = one_cycle(self.optimiser, config, self.total_steps)
         response = gain_response(config.feature, num_mels, data.normalisation, device)
-        self.augment = Augment(config.augment, config.crop_frames, len(data.labels), response)
+        self.augment = Augment(config, len(data.labels), response)
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.hits = torch.zeros((), device=device)

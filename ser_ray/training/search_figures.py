@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from ser_ray.report import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.training.search_config import Dimension
-from ser_ray.training.study import TrialLog
+from ser_ray.training.trial_log import TrialLog
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}

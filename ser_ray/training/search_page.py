@@ -23,7 +23,7 @@ from ser_ray.report import Row
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.search_config import Dimension
 from ser_ray.training.search_figures import bounds_figure, history_figure, importance_figure
-from ser_ray.training.study import TrialLog
+from ser_ray.training.trial_log import TrialLog
 
 SCORES = {"val_ua": "UA", "val_wa": "WA", "val_f1": "macro F1"}
 

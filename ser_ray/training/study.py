@@ -11,16 +11,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, Literal
+from typing import Any
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import best_metrics
 from ser_ray.training.search_config import RATIO, recipe_of
+from ser_ray.training.search_page import trial_page
+from ser_ray.training.trial_log import TrialLog
 
 POLL_SECONDS = 0.2
 RETRY_SECONDS = 10.0
@@ -28,62 +29,7 @@ RETRY_SECONDS = 10.0
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
 """MLflow's status of a trial's run."""
 
-State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class TrialLog:
-    """What is known of one trial."""
-
-    trial_id: str
-    number: int
-    """In the order in which they were drawn, from 1."""
-    values: dict[str, Any]
-    """What was drawn for it."""
-    recipe: TrainConfig
-    rows: list[dict[str, float]] = field(default_factory=list)
-    """A row for every epoch."""
-    rates: list[list[float]] = field(default_factory=list)
-    """The learning rates of every epoch, one a step."""
-    confusions: list[list[list[int]]] = field(default_factory=list)
-    """Validation counts of every epoch."""
-    times_ms: list[int] = field(default_factory=list)
-    """When each epoch was reported."""
-    started_ms: int = 0
-    """When its process was ready for it, the last time."""
-    ended_ms: int = 0
-    state: State = "waiting"
-    problem: str = ""
-    """Why it failed."""
-    run_id: str = ""
-    """Its run in MLflow."""
-    recorded: bool = False
-    """Everything of it is in MLflow."""
-    stopped: bool = False
-    delivered: int = 0
-    """Epochs handed to the tracker."""
-
-    @property
-    def best(self) -> dict[str, float]:
-        """Row of the best epoch: validation UA, then loss; empty before the first."""
-        return max(self.rows, key=lambda row: (row["val_ua"], -row["val_loss"]), default={})
-
-    @property
-    def best_confusion(self) -> list[list[int]]:
-        """Validation counts of the best epoch."""
-        return self.confusions[self.rows.index(self.best)]
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more happens to it."""
-        return self.state not in ("waiting", "running")
-
-    @property
-    def succeeded(self) -> bool:
-        """Ended with a score that counts."""
-        return self.state in ("finished", "pruned") and bool(self.rows)
 
 
 Show = Callable[[list[TrialLog]], None]
@@ -191,7 +137,7 @@ class Study:
             case "problem":
                 trial.problem = entry["problem"]
             case "end":
-                trial.state = _final_state(trial)
+                trial.state = trial.end_state
                 trial.ended_ms = entry["timestamp_ms"]
             case "run" if entry["uri"] == self.parent.uri:
                 trial.run_id = entry["run_id"]
@@ -225,8 +171,6 @@ class Study:
         tracker.deliver()
         if not trial.ended:
             return
-        from ser_ray.training.search_page import trial_page  # it imports this module
-
         if trial.best:
             best = best_metrics(trial.best)
             tracker.log_metrics(best, 0, trial.times_ms[-1])
@@ -270,10 +214,3 @@ class Study:
         while not self._stop.wait(POLL_SECONDS):
             self.read()
             self.deliver()
-
-
-def _final_state(trial: TrialLog) -> State:
-    if trial.problem:
-        return "failed"
-    # Tune also stops a trial whose epochs are all done.
-    return "pruned" if trial.stopped and len(trial.rows) < trial.recipe.epochs else "finished"

@@ -32,7 +32,8 @@ from ser_ray.training.metrics import best_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
-from ser_ray.training.study import Show, Study, TrialLog
+from ser_ray.training.study import Show, Study
+from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import (
     Plan,
     ResumableAsha,

@@ -1,0 +1,69 @@
+"""What is known of one trial of a search or cross-validation, as its journal tells it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ser_ray.training.config import TrainConfig
+
+State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
+
+
+@dataclass(slots=True)
+class TrialLog:
+    """What is known of one trial."""
+
+    trial_id: str
+    number: int
+    """In the order in which they were drawn, from 1."""
+    values: dict[str, Any]
+    """What was drawn for it."""
+    recipe: TrainConfig
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """A row for every epoch."""
+    rates: list[list[float]] = field(default_factory=list)
+    """The learning rates of every epoch, one a step."""
+    confusions: list[list[list[int]]] = field(default_factory=list)
+    """Validation counts of every epoch."""
+    times_ms: list[int] = field(default_factory=list)
+    """When each epoch was reported."""
+    started_ms: int = 0
+    """When its process was ready for it, the last time."""
+    ended_ms: int = 0
+    state: State = "waiting"
+    problem: str = ""
+    """Why it failed."""
+    run_id: str = ""
+    """Its run in MLflow."""
+    recorded: bool = False
+    """Everything of it is in MLflow."""
+    stopped: bool = False
+    delivered: int = 0
+    """Epochs handed to the tracker."""
+
+    @property
+    def best(self) -> dict[str, float]:
+        """Row of the best epoch: validation UA, then loss; empty before the first."""
+        return max(self.rows, key=lambda row: (row["val_ua"], -row["val_loss"]), default={})
+
+    @property
+    def best_confusion(self) -> list[list[int]]:
+        """Validation counts of the best epoch."""
+        return self.confusions[self.rows.index(self.best)]
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more happens to it."""
+        return self.state not in ("waiting", "running")
+
+    @property
+    def succeeded(self) -> bool:
+        """Ended with a score that counts."""
+        return self.state in ("finished", "pruned") and bool(self.rows)
+
+    @property
+    def end_state(self) -> State:
+        """State of one that has ended."""
+        if self.problem:
+            return "failed"
+        # Tune also stops a trial whose epochs are all done.
+        return "pruned" if self.stopped and len(self.rows) < self.recipe.epochs else "finished"
