@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
 import tyro
 
@@ -26,11 +26,10 @@ from ser_ray.training.search_config import CrossvalConfig, SlotConfig, TuneConfi
 OUT = "ser-ray-out"
 STAND_IN = f"{OUT}/stand-in"
 """Where a pipeline without a corpus makes one."""
-STAND_IN_RECIPE = {
-    "weights": "none", "crop_frames": 64, "epochs": 24, "batch_size": 16,
-    "augment": AugmentConfig(mixup=0.2),
-}  # fmt: skip
-"""What it changes of the recipe, where the user leaves the default."""
+STAND_IN_RECIPE = TrainConfig(
+    weights="none", crop_frames=64, epochs=24, batch_size=16, augment=AugmentConfig(mixup=0.2)
+)
+"""The recipe on it, where the user gives no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,12 @@ class Common:
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
-    def resolved(self) -> Self:
-        """The verb with everything that follows from its other settings filled in."""
+    def resolved(self, flags: Sequence[str]) -> Self:
+        """The verb with everything that follows from its other settings filled in.
+
+        Args:
+            flags: what stood behind the verb's name.
+        """
         return self
 
 
@@ -75,21 +78,16 @@ class Train(Common):
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def resolved(self) -> Self:
+    def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the recipe of the run that this one is to be like."""
         if not self.like:
             return self
         from ser_ray.tracking import name_like, recipe_of_run
 
-        default, theirs = TrainConfig(), recipe_of_run(self.like, self.run.tracking_uri)
-        changes = {
-            item.name: getattr(self.recipe, item.name)
-            for item in dataclasses.fields(TrainConfig)
-            if getattr(self.recipe, item.name) != getattr(default, item.name)
-        }
+        theirs = TrainConfig.from_dict(recipe_of_run(self.like, self.run.tracking_uri))
         name = self.run.name or name_like(self.like)
-        recipe = replace(TrainConfig.from_dict(theirs), **changes)
-        return replace(self, recipe=recipe, run=replace(self.run, name=name))
+        verb = _parse_again(flags, type(self)(recipe=theirs))
+        return replace(verb, run=replace(self.run, name=name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +150,7 @@ class Evaluate(Common):
     tracking_uri: str = ""
     """MLflow store in which a run id or a registered name is looked up."""
 
-    def resolved(self) -> Self:
+    def resolved(self, flags: Sequence[str]) -> Self:
         """The verb with the place of its shards."""
         if self.shards:
             return self
@@ -235,22 +233,12 @@ class Pipeline(Common):
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def resolved(self) -> Self:
+    def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in where the shards go and, without a corpus, the stand-in and its recipe."""
         if self.corpus:
             return replace(self, shards=self.shards or f"{OUT}/shards")
-        default = TrainConfig()
-        changes: dict[str, Any] = {
-            name: value
-            for name, value in STAND_IN_RECIPE.items()
-            if getattr(self.recipe, name) == getattr(default, name)
-        }
-        return replace(
-            self,
-            corpus=STAND_IN,
-            shards=self.shards or f"{OUT}/stand-in-shards",
-            recipe=replace(self.recipe, **changes),
-        )
+        verb = _parse_again(flags, type(self)(recipe=STAND_IN_RECIPE))
+        return replace(verb, corpus=STAND_IN, shards=self.shards or f"{OUT}/stand-in-shards")
 
 
 VERBS: dict[str, Callable[..., Common]] = {
@@ -269,17 +257,29 @@ VERBS: dict[str, Callable[..., Common]] = {
 }
 
 
+TYRO = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+V = TypeVar("V", bound=Common)
+
+
+def _parse_again(flags: Sequence[str], default: V) -> V:
+    """Parse a verb's flags on other defaults; one that says what its own default is counts too."""
+    # Without FlagCreatePairsOff, a switch that is on by default may be given all the same.
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(type(default), args=flags, default=default, prog="ser-ray", config=config)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         verb = tyro.extras.subcommand_cli_from_dict(
             VERBS,
-            args=arguments,
+            args=given,
             prog="ser-ray",
             description="Speech emotion recognition at scale, on Ray and MLflow.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            config=TYRO,
         )
-        verb = verb.resolved()
+        verb = verb.resolved(given[1:])
         if verb.dry_run:
             print(json.dumps({type(verb).__name__.lower(): dataclasses.asdict(verb)}, indent=2))
             return 0

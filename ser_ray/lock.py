@@ -58,7 +58,7 @@ class Lock:
             SerRayError: as `error`; another process holds it.
         """
         holder = self._read()
-        if holder is not None and _is_alive(holder):
+        if holder is not None and (_is_alive(holder) if holder else self._is_new()):
             raise self._in_use(holder)
         if holder is None and isinstance(self._filesystem, fs.LocalFileSystem):
             try:
@@ -103,8 +103,23 @@ class Lock:
         return json.dumps(self._claim | {"alive": time.time()})
 
     def _write(self) -> None:
-        with self._filesystem.open_output_stream(self._path) as file:
-            file.write(self._text().encode())
+        # A bucket's write is whole or not at all; a disk may be full.
+        is_local = isinstance(self._filesystem, fs.LocalFileSystem)
+        target = f"{self._path}.{self._claim['token']}" if is_local else self._path
+        try:
+            with self._filesystem.open_output_stream(target) as file:
+                file.write(self._text().encode())
+        except OSError:
+            if is_local:
+                Path(target).unlink(missing_ok=True)
+            raise
+        if is_local:
+            Path(target).replace(self._path)
+
+    def _is_new(self) -> bool:
+        """Whether a claim that cannot be read may be one that is just being written."""
+        changed = self._filesystem.get_file_info(self._path).mtime_ns
+        return changed is None or time.time() - changed / 1e9 <= STALE_SECONDS
 
     def _read(self) -> dict[str, Any] | None:
         """Return the holder's claim; `{}` for one that is just being written; None for no lock."""
@@ -123,8 +138,6 @@ class Lock:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether the run that wrote a claim may still be working."""
-    if not holder:
-        return True
     if time.time() - holder["alive"] > STALE_SECONDS:
         return False
     if holder["host"] != socket.gethostname():

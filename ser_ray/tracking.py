@@ -100,9 +100,10 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
-        client = MlflowClient(tracking_uri=uri)
         try:
+            client = MlflowClient(tracking_uri=uri)
             if run_id:
                 client.update_run(run_id, status="RUNNING")
                 return cls(uri, run_id)
@@ -112,7 +113,7 @@ class Tracker:
             for first in range(0, len(listed), PARAMS_PER_CALL):
                 batch = listed[first : first + PARAMS_PER_CALL]
                 client.log_batch(run.info.run_id, params=batch)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
             raise TrackingError(
                 f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''} "
                 f"({first_line(error)}); check --tracking-uri and --experiment, or give another "
@@ -340,10 +341,14 @@ def require_reachable(uri: str) -> None:
     """Make room for a local store, and check that a server answers.
 
     Raises:
-        TrackingError: no server answers.
+        TrackingError: there is no room, or no server answers.
     """
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrackingError(f"{uri}: {folder} cannot be made ({error})") from error
     if not uri.startswith("http"):
         return
     import requests

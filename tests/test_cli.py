@@ -2,11 +2,14 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from ser_ray.cli import VERBS, main
-from ser_ray.training.config import TrainConfig
+from ser_ray import tracking
+from ser_ray.cli import STAND_IN_RECIPE, VERBS, main
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from tests.shard_files import write_shard_files
 
 # What people type and scripts depend on; a change here is a change of the interface.
 FLAGS = {
@@ -62,11 +65,26 @@ def test_dry_run_prints_what_would_run(capsys):
 
 
 def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):
-    assert main(["pipeline", "--dry-run", "--epochs", "3"]) == 0
+    flags = ["--epochs", str(TrainConfig().epochs), "--time-masks", "1"]  # as good as any other
+    assert main(["pipeline", "--dry-run", *flags]) == 0
     resolved = json.loads(capsys.readouterr().out)["pipeline"]
     assert resolved["corpus"] == "ser-ray-out/stand-in"
     assert resolved["recipe"]["weights"] == "none"
-    assert resolved["recipe"]["epochs"] == 3
+    assert resolved["recipe"]["epochs"] == TrainConfig().epochs
+    assert resolved["recipe"]["augment"]["time_masks"] == 1
+    assert resolved["recipe"]["augment"]["mixup"] == STAND_IN_RECIPE.augment.mixup > 0
+
+
+def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeypatch):
+    theirs = TrainConfig(
+        lr_max=5e-3, average_decay=0.99, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
+    )
+    monkeypatch.setattr(tracking, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+    flags = "--lr-max 2e-3 --average-decay 0 --mixup 0 --time-masks 1 --balanced --dry-run"
+    assert main(["train", "--like", "f00d", *flags.split()]) == 0
+    recipe = TrainConfig.from_dict(json.loads(capsys.readouterr().out)["train"]["recipe"])
+    augment = replace(theirs.augment, mixup=0.0, time_masks=1)
+    assert recipe == replace(theirs, lr_max=2e-3, average_decay=0.0, augment=augment)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +98,8 @@ def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(c
         ("tune --trials 0", "trials is 0: it must be at least 1"),
         ("tune --workers 1..2 --shards nowhere", "nowhere"),
         ("crossval --seeds 0", "seeds is 0: it must be at least 1"),
+        ("train --lr-max nan", "lr_max is nan: it must be a finite number"),
+        ("train --gain-db inf", "gain_db is inf: it must be a finite number"),
         ("train --mixup -1", "mixup is -1.0: it must be 0 (off) or above"),
         ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
         ("train --shards nowhere", "nowhere"),
@@ -95,6 +115,26 @@ def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, cap
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
+        ("--workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
+        ("--ingest stream --balanced", "or without --balanced"),
+    ],
+)
+def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
+    arguments, message, capsys, in_tmp, monkeypatch
+):
+    from ser_ray.training import distributed
+
+    monkeypatch.setattr(distributed, "cluster", lambda address: pytest.fail("Ray was asked"))
+    shards = write_shard_files(in_tmp / "shards")
+    given = ["train", "--shards", shards, "--protocol", "speaker-3", *arguments.split()]
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1", "fly"])

@@ -288,6 +288,8 @@ def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
         assert "the same command is given then" in caplog.text
         server.start()
         assert MlflowClient(server.uri).get_run(away.run_id).info.status == "RUNNING"
+        # As from another machine, which has none of the driver's files: the checkpoint tells.
+        (world.run_folder("server-away") / "epochs.jsonl").unlink()
         again = world.train("server-away", lambda epoch: pytest.fail("it trains"))
         assert again.run_id == away.run_id
         assert MlflowClient(server.uri).get_run(away.run_id).info.status == "FINISHED"

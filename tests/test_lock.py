@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from ser_ray import lock
 from ser_ray.errors import ShardsError
 from ser_ray.lock import LOCK_NAME, Lock
 from ser_ray.storage import filesystem_of
@@ -47,9 +50,37 @@ def test_the_holder_is_named(tmp_path: Path) -> None:
 )
 def test_a_dead_holder_is_followed(tmp_path: Path, changes: dict[str, object]) -> None:
     write_claim(tmp_path, **changes)
-    with lock_of(tmp_path) as lock:
-        lock.check()
+    with lock_of(tmp_path) as held:
+        held.check()
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_claim_that_nobody_can_read_is_followed_once_it_is_old(tmp_path: Path) -> None:
+    claim = tmp_path / LOCK_NAME
+    claim.touch()  # a full disk left this
+    with pytest.raises(ShardsError, match="another run is here"):
+        lock_of(tmp_path).__enter__()
+    old = time.time() - lock.STALE_SECONDS - 1
+    os.utime(claim, (old, old))
+    with lock_of(tmp_path) as held:
+        held.check()
+
+
+def test_a_disk_that_is_full_for_a_beat_leaves_the_claim(tmp_path: Path) -> None:
+    with lock_of(tmp_path) as held:
+        claim = (tmp_path / LOCK_NAME).read_text()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                held._write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        assert (tmp_path / LOCK_NAME).read_text() == claim
+        held.check()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_holder_elsewhere_is_believed(tmp_path: Path) -> None:
@@ -95,10 +126,10 @@ def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.M
 def test_a_lost_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A laptop that slept for an hour wakes up to find another run at work."""
     monkeypatch.setattr("ser_ray.lock.BEAT_SECONDS", 0.05)
-    with lock_of(tmp_path) as lock:
-        lock.check()
+    with lock_of(tmp_path) as held:
+        held.check()
         write_claim(tmp_path, host="elsewhere")
         time.sleep(0.5)
         with pytest.raises(ShardsError, match="on elsewhere"):
-            lock.check()
+            held.check()
     assert json.loads((tmp_path / LOCK_NAME).read_text())["host"] == "elsewhere"

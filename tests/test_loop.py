@@ -1,14 +1,16 @@
 """The loop in one process and in several plain ones, without Ray."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
@@ -21,6 +23,7 @@ from ser_ray.training.model import Pretrained
 from ser_ray.training.scoring import predict_clips
 from tests.conftest import make_memory_shards
 
+CPU = torch.device("cpu")
 FRESH = Pretrained("fresh weights", {})
 CONFIG = TrainConfig(
     augment=AugmentConfig(mixup=0.2),
@@ -84,6 +87,59 @@ def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_pat
     peak = rates.index(max(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "peak_at"), [(1, 0.3), (2, 0.5), (3, 0.3), (10, 0.1), (40, 0.01)]
+)
+def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
+    config = replace(CONFIG, lr_peak_at=peak_at)
+    optimiser = AdamW([nn.Parameter(torch.zeros(1))], lr=config.lr_min)
+    schedule = loop.one_cycle(optimiser, config, steps)
+    rates = [float(schedule.get_last_lr()[0])]
+    for _ in range(steps - 1):
+        optimiser.step()
+        schedule.step()
+        rates.append(float(schedule.get_last_lr()[0]))
+    assert rates[0] == pytest.approx(config.lr_min)
+    assert max(rates[1:], default=config.lr_max) == pytest.approx(config.lr_max, rel=0.01)
+
+
+def new_training(shards, config: TrainConfig) -> loop.Training:
+    return loop.Training(config, load_fold(shards, config, CPU), FRESH, 16, CPU, loop.World())
+
+
+def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
+    run = new_training(memory_shards, replace(CONFIG, lr_peak_at=0.5))
+    betas = [run.optimiser.param_groups[0]["betas"][0]]
+    for _ in run.begin_epoch():
+        run.take_step()
+        betas.append(run.optimiser.param_groups[0]["betas"][0])
+    assert run.rates == sorted(run.rates)
+    assert betas == sorted(betas, reverse=True)
+    assert betas[0] - betas[-1] > 0.03
+
+
+def test_the_best_epoch_has_the_highest_validation_ua(memory_shards, tmp_path):
+    recorder = trained(memory_shards, tmp_path, replace(CONFIG, epochs=6))
+    rows = [report.row for report in recorder.reports]
+    assert len({row["val_ua"] for row in rows}) > 1
+    chosen = [row for row, report in zip(rows, recorder.reports, strict=True) if report.is_best][-1]
+    assert chosen == max(rows, key=lambda row: (row["val_ua"], -row["val_loss"]))
+
+
+@pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
+def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
+    config = replace(CONFIG, label_smoothing=smoothing)
+    data = load_fold(memory_shards, config, CPU)
+    data.train.labels.zero_()
+    run = loop.Training(config, data, FRESH, 16, CPU, loop.World())
+    with torch.no_grad():  # it is sure that every clip has label 0, and right
+        run.network.fc.weight.zero_()
+        run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
+    run.begin_epoch()
+    run.take_step()
+    assert float(run.losses[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
@@ -241,7 +297,7 @@ class NoBatchNorm(nn.Module):
         return self.fc(torch.relu(self.conv(batch)).mean(dim=(2, 3)))
 
 
-def _run_worker(rank: int, size: int, network: str, folder: str) -> None:
+def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
     if network == "no batch norm":
@@ -258,22 +314,31 @@ def _run_worker(rank: int, size: int, network: str, folder: str) -> None:
 
     loop.Training.learn = spy  # type: ignore[assignment,method-assign]
     reports: list[EpochReport] = []
-    fit(CONFIG, make_memory_shards(), FRESH, lambda epoch, _: reports.append(epoch))  # type: ignore[arg-type]
+    validated: list[str] = []
+    """What each epoch's checkpoint holds, bit for bit: all ranks must have validated the same."""
+
+    def keep(epoch: EpochReport | None, take: Take) -> None:
+        assert epoch is not None
+        reports.append(epoch)
+        validated.append(hashlib.sha256(save(take().weights)).hexdigest())
+
+    fit(config, make_memory_shards(), FRESH, keep)  # type: ignore[arg-type]
     result = {
         "batches": batches,
         "lr": [rate for report in reports for rate in report.lr],
         "loss": [report.row["train_loss"] for report in reports],
         "val_loss": [report.row["val_loss"] for report in reports],
         "confusion": [report.confusion for report in reports],
+        "validated": validated,
     }
     torch.save(result, f"{folder}/{rank}.pt")
     if size > 1:
         torch.distributed.destroy_process_group()
 
 
-def run_world(size: int, network: str, folder: Path) -> dict:
+def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFIG) -> dict:
     folder.mkdir()
-    torch.multiprocessing.spawn(_run_worker, (size, network, str(folder)), nprocs=size)
+    torch.multiprocessing.spawn(_run_worker, (size, network, str(folder), config), nprocs=size)
     results = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
     for other in results[1:]:
         assert other == results[0], "ranks disagree"
@@ -294,7 +359,8 @@ def test_the_same_run_with_one_two_and_three_workers(tmp_path):
 @pytest.mark.slow
 def test_resnet18_takes_the_same_steps_and_all_workers_validate_the_same_network(tmp_path):
     # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
-    one, two = (run_world(n, "resnet18", tmp_path / str(n)) for n in (1, 2))
+    config = replace(CONFIG, average_decay=0.9)
+    one, two = (run_world(n, "resnet18", tmp_path / str(n), config) for n in (1, 2))
     assert two["batches"] == one["batches"]
     assert two["lr"] == one["lr"]
     assert two["loss"][0] == pytest.approx(one["loss"][0], rel=0.2)

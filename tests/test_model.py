@@ -30,14 +30,17 @@ def test_one_channel_answers_as_rgb_does_to_three_equal_channels(rgb_network, tm
     assert "fresh: fc" in pretrained.origin
 
 
-@pytest.mark.parametrize("layout", ["plain", "state_dict", "module.", "safetensors"])
+@pytest.mark.parametrize(
+    "layout",
+    ["plain", "state_dict", "module.", "_orig_mod.module.", "network.model.", "safetensors"],
+)
 def test_usual_layouts_are_read(rgb_network, tmp_path, layout):
     state = rgb_network.state_dict()
     path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
     if layout == "safetensors":
         save_file(state, path)
-    elif layout == "module.":
-        torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
+    elif layout.endswith("."):
+        torch.save({"model": {f"{layout}{key}": value for key, value in state.items()}}, path)
     else:
         torch.save(state if layout == "plain" else {"state_dict": state, "epoch": 3}, path)
     pretrained = read_pretrained(str(path), num_labels=8)
@@ -51,6 +54,12 @@ def test_a_file_of_the_first_stages_names_what_starts_fresh(rgb_network, tmp_pat
     }
     torch.save(state, tmp_path / "w.pth")
     assert read_pretrained(str(tmp_path / "w.pth"), 8).origin.endswith("; fresh: fc, layer4")
+
+
+def test_a_file_without_the_counters_of_batch_norm_is_whole(rgb_network, tmp_path):
+    state = rgb_network.state_dict()
+    torch.save({k: v for k, v in state.items() if "tracked" not in k}, tmp_path / "w.pth")
+    assert read_pretrained(str(tmp_path / "w.pth"), 1000).origin == "weights of w.pth"
 
 
 def _wrong_shape(path: Path) -> None:

@@ -21,7 +21,7 @@ from ser_ray.training.checkpoint import (
 )
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-from ser_ray.training.run_folder import RAY_LIST, RunFolder
+from ser_ray.training.run_folder import RAY_LIST, RECORD, RunFolder
 
 CARD = CheckpointCard(
     labels=("happy", "sad"),
@@ -51,6 +51,33 @@ def folder_of(storage: str, *snapshots: Snapshot) -> RunFolder:
 def names(folder: RunFolder) -> set[str]:
     found = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
     return {entry.base_name for entry in found if entry.base_name.startswith("checkpoint-")}
+
+
+def test_a_journal_is_of_one_storage_and_goes_with_its_run(in_tmp: Path) -> None:
+    one, other = RunFolder("memory://team-a", "run"), RunFolder("memory://team-b", "run")
+    assert one.journal() != other.journal()
+    one.journal().write_text("an epoch\n")
+    one.update_record(identity={"a": 1})
+    one.require_same({"a": 1})
+    assert one.journal().exists()
+    one.filesystem.delete_file(f"{one.path}/{RECORD}")  # somebody cleared the bucket
+    one.require_same({"a": 1})
+    assert not one.journal().exists()
+
+
+def test_a_place_where_no_folder_can_be_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="no folder can be made there"):
+        RunFolder(str(tmp_path / "file"), "run").lock()
+    with pytest.raises(CheckpointError, match="choose another --storage or --name"):
+        RunFolder(str(tmp_path), "n" * 300).lock()
+
+
+def test_a_record_cut_short_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECORD).write_text('{"run_id": "f0')
+    with pytest.raises(CheckpointError, match=r"is not a run's record .* delete the folder"):
+        RunFolder(str(tmp_path), "run").record()
 
 
 @pytest.fixture(params=["local", "memory"])

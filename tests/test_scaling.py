@@ -180,7 +180,7 @@ def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(distributed, "run_worker", without_gpu)
-    monkeypatch.setattr(distributed, "TorchConfig", lambda backend: TorchConfig("gloo"))
+    monkeypatch.setattr(distributed, "torch_config", lambda *, gpu: TorchConfig("gloo"))
     with Watch() as watch:
         result = train(
             write_shard_files(shared / "shards"),

@@ -1,6 +1,7 @@
 """The tracker with a real MLflow server that is away at the start, for a while, or for good."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_away_at_the_start_is_an_error_at_once(server: Server) -> None:
     with pytest.raises(TrackingError, match="no MLflow server answers"):
         start(server.uri)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["{folder}", "foo://bar", "postgresql://host/db", "mysql://host/db", "sqlite:////proc/no/db",
+     "sqlite:///{folder}/no-database"],
+)  # fmt: skip
+def test_a_store_that_cannot_be_one_is_named(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "no-database").write_text("a text of more than a hundred letters" * 100)
+    uri = uri.format(folder=tmp_path)
+    with pytest.raises(TrackingError, match=re.escape(uri)):
+        start(uri)
 
 
 def test_away_in_the_middle_costs_nothing(
@@ -93,7 +106,7 @@ def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Pat
     rows = [json.loads(line(epoch))["row"] for epoch in (1, 2, 3)]
     rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
     JournalReader(journal, tracker, lambda _: pytest.fail("it is no news")).recover(
-        {"rates": rates, "step": 1, "history": rows}
+        {"rates": rates, "step": 1, "history": rows, "times_ms": [1000, 2000, 3000]}
     )
     for _ in range(2):  # delivered again, they are what they were
         JournalReader(journal, tracker, lambda _: None)
@@ -112,11 +125,11 @@ def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
 def test_the_journal_has_a_line_an_epoch_and_survives_a_line_cut_short(tmp_path: Path) -> None:
     journal = tmp_path / "epochs.jsonl"
     writer = JournalWriter(journal)
-    writer.after_report(None, [{"row": {"epoch": 1.0}, "lr": []}, {}], None)
+    writer.after_report(None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "lr": []}, {}], None)
     writer.after_report(None, [{"score": 0}], None)  # a checkpoint in mid-epoch
     with journal.open("a") as file:
         file.write('{"row": {"ep')
-    writer.after_report(None, [{"row": {"epoch": 2.0}, "lr": []}], None)
+    writer.after_report(None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "lr": []}], None)
     shown: list[float] = []
     tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
     reader = JournalReader(tmp_path / "other", tracker, lambda row: shown.append(row["epoch"]))

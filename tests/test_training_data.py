@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
     """A recipe with no augmentation but what is asked for."""
-    off = AugmentConfig(gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+    off = AugmentConfig(
+        random_crop=False, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
+    )
     changed = dataclasses.replace(off, **augment)
     return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
 
@@ -126,6 +128,40 @@ def test_everything_off_is_the_plain_crop():
     batch, targets = Augment(plain(9), 2, torch.ones(3))(clips, torch.tensor([1]))
     assert batch[0, 0, 0].tolist() == list(range(1, 10))
     assert targets.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(("crop", "first", "last"), [(5, 3, 7), (3, 4, 6), (13, 0, 0)])
+def test_without_random_crop_the_middle_is_taken(crop, first, last):
+    augment = Augment(plain(crop), 2, torch.ones(3))
+    batch, _ = augment(ramp_clips(), torch.tensor([1, 1, 1, 1]))
+    assert batch[:, 0, 0, 0].tolist() == [first] * 4
+    assert batch[:, 0, 0, -1].tolist() == [last] * 4
+
+
+def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
+    response = torch.tensor([1.0, 0.5, 0.0])
+    clips, rows = ramp_clips(), torch.zeros(64, dtype=torch.long)
+    quiet, _ = Augment(plain(9), 2, response)(clips, rows)
+    loud, _ = Augment(plain(9, gain_db=6.0), 2, response)(clips, rows)
+    gain = (loud - quiet)[:, 0, :, 2:7]  # its five frames lie in the middle
+    torch.testing.assert_close(gain, gain[:, :1, :1] * response[:, None].expand(3, 5))
+    assert gain[:, 0, 0].min() == pytest.approx(-6, abs=0.6)
+    assert gain[:, 0, 0].max() == pytest.approx(6, abs=0.6)
+    assert torch.equal(loud[..., :2], quiet[..., :2])
+
+
+def test_masks_blank_frames_and_bins():
+    ones = Clips(torch.ones(1, 40, 20).half(), torch.tensor([40]), torch.tensor([0]))
+    rows = torch.zeros(200, dtype=torch.long)
+    in_time, _ = Augment(plain(40, time_masks=1, time_mask_frames=10), 2, torch.ones(20))(
+        ones, rows
+    )
+    in_bins, _ = Augment(plain(40, bin_masks=1, bin_mask_share=0.5), 2, torch.ones(20))(ones, rows)
+    frames, bins = (in_time == 0).sum(3)[:, 0], (in_bins == 0).sum(2)[:, 0]
+    assert (frames == frames[:, :1]).all()  # whole frames
+    assert 5 < frames.max() < 10
+    assert (bins == bins[:, :1]).all()
+    assert 5 < bins.max() < 10
 
 
 def test_augmentation_follows_the_seed():

@@ -30,6 +30,7 @@ class Augment:
         config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(gain_response)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
+        self.random_crop = config.random_crop
         self.gain_db = config.gain_db
         self.gain_response = gain_response
         self.tempo = config.tempo
@@ -58,9 +59,9 @@ class Augment:
         """
         lengths = (self.crop_frames * _around_one(self.tempo, rows)).round().long()
         spare = clips.num_frames[rows] - lengths
-        draw = torch.rand(len(rows), device=rows.device)
+        draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
         # A longer clip is cut at random, a shorter one lies at random inside the crop.
-        starts = spare.clamp(max=0) + (draw * (spare.abs() + 1)).long()
+        starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
         batch, valid = clips.take(rows, starts, self.longest)
         if self.gain_db:
             gain = (torch.rand(len(rows), 1, 1, 1, device=rows.device) * 2 - 1) * self.gain_db

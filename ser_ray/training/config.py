@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,10 +11,19 @@ from ser_ray.errors import ConfigError
 from ser_ray.features.config import Kind
 
 
+def _require_finite(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{item.name} is {value}: it must be a finite number")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """What is done to a training batch; every field has a value that switches it off."""
 
+    random_crop: bool = True
+    """Cut longer clips, and lay shorter ones into the crop, at random; else in the middle."""
     gain_db: float = 6.0
     """Level drawn uniformly within ± this many dB for each clip; 0 is off."""
     tempo: float = 0.0
@@ -33,6 +43,7 @@ class AugmentConfig:
     """Mixup: both parameters of the Beta distribution (Zhang 2018); 0 is off."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value < 0:
@@ -88,6 +99,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
@@ -147,6 +159,7 @@ class LrRangeConfig:
     """Steps from one to the other."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         if not 0 < self.lowest < self.highest:
             raise ConfigError(
                 f"lowest is {self.lowest:g} and highest is {self.highest:g}: the learning rate "

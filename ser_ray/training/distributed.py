@@ -37,17 +37,18 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import CheckpointError, SerRayError, TrackingError
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage import absolute
+from ser_ray.storage import absolute, location_inside
 from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.journal import EpochLine, JournalReader, JournalWriter
+from ser_ray.training.loop import require_workers_fit
 from ser_ray.training.metrics import best_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.process_group import torch_config
 from ser_ray.training.run_folder import BEST, RunFolder, Stored
-from ser_ray.training.stream import resident_bytes
+from ser_ray.training.stream import require_streamable, resident_bytes
 from ser_ray.training.worker import run_worker
 
 POLL_SECONDS = 0.2
@@ -89,7 +90,11 @@ def train(
         SerRayError: the training failed; says why.
     """
     shards = open_shards(absolute(shards_location))
-    split = describe(select_rows(shards.clips(), config))
+    parts = select_rows(shards.clips(), config)
+    require_workers_fit(config, len(parts.train), run.worker_range[1])
+    if run.ingest == "stream":
+        require_streamable(config)
+    split = describe(parts)
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
     with folder.lock() as lock:
         folder.require_same(identity_of(config, shards))
@@ -104,6 +109,9 @@ def train(
                 journal = JournalReader(folder.journal(), tracker, on_epoch)
                 if not folder.record().get("finished"):
                     _Job(config, run, shards, pretrained, folder, scaling).run(journal)
+                newest = folder.newest()
+                if newest is not None:  # a driver elsewhere may have shown what this one has not
+                    journal.recover(newest.progress)
                 lock.check()
                 _conclude(folder, tracker, shards.uri, audio=run.audio)
             except BaseException as error:
@@ -344,7 +352,7 @@ def _finished(folder: RunFolder) -> TrainResult:
         )
     return TrainResult(
         name=folder.name,
-        checkpoint=f"{folder.location}/{BEST}",
+        checkpoint=location_inside(folder.location, BEST),
         card=folder.best_card(),
         run_id=record["run_id"],
         tracking_uri=record["tracking_uri"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
-from ser_ray.tracking import Tracker, now_ms
+from ser_ray.tracking import Tracker
 
 EpochLine = Callable[[dict[str, float]], None]
 """Shows an epoch's row."""
@@ -51,11 +51,10 @@ class JournalReader:
         """
         rates, history = progress["rates"], progress["history"]
         steps = (len(rates) - progress["step"]) // max(len(history), 1)
-        for index, row in enumerate(history):
+        for index, (row, when) in enumerate(zip(history, progress["times_ms"], strict=True)):
             if int(row["epoch"]) not in self._seen:
-                _append(
-                    self.journal, {"row": row, "lr": rates[index * steps : (index + 1) * steps]}
-                )
+                lr = rates[index * steps : (index + 1) * steps]
+                _append(self.journal, {"timestamp_ms": when, "row": row, "lr": lr})
         self.read(show=False)
 
     def read(self, *, show: bool = True) -> None:
@@ -91,7 +90,7 @@ class JournalReader:
 
 
 def _append(journal: Path, report: dict[str, Any]) -> None:
-    line = json.dumps(report | {"timestamp_ms": now_ms()})
+    line = json.dumps(report)
     with journal.open("a") as file:
         # The first line break ends what a full disk or a kill may have left of a line.
         file.write(f"\n{line}\n")

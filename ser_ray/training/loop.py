@@ -14,6 +14,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from ser_ray.errors import ConfigError, DivergedError
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card, read_state
@@ -54,9 +55,10 @@ class EpochReport:
     """What is known after an epoch, equal on every worker.
 
     `row` holds plain numbers by the names they are logged under; `lr` the epoch's learning rates,
-    one a step; `confusion` the validation counts.
+    one a step; `confusion` the validation counts; `timestamp_ms` when it ended.
     """
 
+    timestamp_ms: int
     row: dict[str, float]
     lr: list[float]
     confusion: list[list[int]]
@@ -105,7 +107,7 @@ def fit(
     else:
         known = before.normalisation if before is not None else None
         data = stream_fold(shards, config, device, world, stream, known)
-    _require_fit(config, data, world)
+    require_workers_fit(config, len(data.train), world.size)
     card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
     run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
     if resume is not None and before is not None:
@@ -165,7 +167,8 @@ class Training:
         self.best_confusion: list[list[int]] = []
         """Row and validation counts of the best epoch so far."""
         self.history: list[dict[str, float]] = []
-        """Rows of all epochs so far."""
+        self.times_ms: list[int] = []
+        """Rows of all epochs so far, and when each ended."""
 
     @property
     def finished(self) -> bool:
@@ -261,7 +264,9 @@ class Training:
         if is_best:
             self.best, self.best_confusion = row, confusion
         self.history.append(row)
-        report = EpochReport(row, self.rates[-self.steps_per_epoch :], confusion, is_best)
+        self.times_ms.append(time.time_ns() // 1_000_000)
+        rates = self.rates[-self.steps_per_epoch :]
+        report = EpochReport(self.times_ms[-1], row, rates, confusion, is_best)
         self.epoch, self.step = self.epoch + 1, 0
         self.losses.zero_(), self.hits.zero_()
         return report
@@ -290,6 +295,7 @@ class Training:
             "best": self.best,
             "best_confusion": self.best_confusion,
             "history": self.history,
+            "times_ms": self.times_ms,
         }
         # Laid out here: done by the thread that writes, it would start a second team of CPU
         # threads, and while there are more of these than CPUs they sleep at every barrier.
@@ -300,16 +306,27 @@ class Training:
         return Snapshot(card, weights, *copy.deepcopy((state, progress)))
 
     def restore(self, state: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Go on from what a `snapshot` held."""
-        self.network.load_state_dict(state["network"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
+        """Go on from what a `snapshot` held.
+
+        Raises:
+            CheckpointError: it is another network's.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.schedule.load_state_dict(state["schedule"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
+                "--name to start afresh"
+            ) from error
         if self.world.rank == 0:
             self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.rates, self.history = progress["rates"], progress["history"]
+        self.times_ms = progress["times_ms"]
         self.best, self.best_confusion = progress["best"], progress["best_confusion"]
         self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
 
@@ -337,7 +354,8 @@ class Training:
 
     def _share_batch_norm(self) -> None:
         """Give every worker the mean of all workers' batch-norm statistics."""
-        for name, value in self.network.named_buffers():
+        networks = [self.network] if self.average is None else [self.network, self.average]
+        for name, value in chain.from_iterable(network.named_buffers() for network in networks):
             if self.world.size > 1 and not name.endswith("num_batches_tracked"):
                 dist.all_reduce(value)
                 value /= self.world.size
@@ -364,14 +382,19 @@ def make_card(
     )
 
 
-def _require_fit(config: TrainConfig, data: FoldData[Source], world: World) -> None:
-    if config.batch_size < world.size:
+def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
+    """Refuse more workers than a batch, or the training clips, can be divided among.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if config.batch_size < workers:
         raise ConfigError(
-            f"batch_size is {config.batch_size} over {world.size} workers: it is the batch of all "
+            f"batch_size is {config.batch_size} over {workers} workers: it is the batch of all "
             "workers together, so it must be at least their number"
         )
-    if len(data.train) < world.size:
-        raise ConfigError(f"{len(data.train)} training clips are too few for {world.size} workers")
+    if num_clips < workers:
+        raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:
@@ -382,12 +405,16 @@ def _data_parallel(network: nn.Module) -> nn.Module:
 
 
 def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
-    """The learning rate of every step of a training (Smith 2018)."""
+    """The learning rate of every step of a training (Smith 2018).
+
+    The first step has `lr_min`, so the peak is the second step at the earliest.
+    """
+    total_steps = max(total_steps, 2)
     return OneCycleLR(
         optimiser,
         max_lr=config.lr_max,
-        total_steps=max(total_steps, 2),
-        pct_start=config.lr_peak_at,
+        total_steps=total_steps,
+        pct_start=max(config.lr_peak_at, 2 / total_steps),
         div_factor=config.lr_max / config.lr_min,
         final_div_factor=config.lr_final_division,
     )

@@ -17,6 +17,7 @@ from torchvision.models import ResNet, ResNet18_Weights, resnet18
 from ser_ray.errors import CheckpointError
 
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
+COUNTER = "num_batches_tracked"
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 
 
@@ -53,7 +54,9 @@ def read_pretrained(weights: str, num_labels: int) -> Pretrained:
         state, origin = _read_state(Path(weights).expanduser()), f"weights of {Path(weights).name}"
     expected = build_network(num_labels).state_dict()
     state = _fit(state, expected, origin)
-    fresh = sorted({_layer(key) for key in expected.keys() - state.keys()})
+    # Files of before torch 0.4.1 lack the counters, which decide nothing here.
+    missing = {key for key in expected.keys() - state.keys() if not key.endswith(COUNTER)}
+    fresh = sorted({_layer(key) for key in missing})
     if fresh:
         origin += f"; fresh: {', '.join(fresh)}"
     return Pretrained(origin, state)
@@ -92,7 +95,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _strip(key: str) -> str:
-    for prefix in WRAPPER_PREFIXES:
+    while (prefix := next(filter(key.startswith, WRAPPER_PREFIXES), None)) is not None:
         key = key.removeprefix(prefix)
     return key
 

@@ -1,5 +1,6 @@
 """A learning-rate range test on a cluster: one Ray task, one MLflow run."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import ray
@@ -10,15 +11,16 @@ from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
     has_gpus,
+    require_kept,
     require_shared,
     require_workers,
 )
 from ser_ray.corpus.names import CORPORA
-from ser_ray.errors import SerRayError
+from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.page import figure_section, render_page, settings_section, text_section
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute
-from ser_ray.tracking import Tracker, flatten, now_ms, provenance, resolve_uri
+from ser_ray.tracking import Tracker, first_line, flatten, now_ms, provenance, resolve_uri
 from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.lr_range import LrRange, range_figure, range_test
@@ -57,6 +59,7 @@ def find_range(
         gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         uri = resolve_uri(run.tracking_uri)
+        require_kept(uri.removeprefix("sqlite:///"))
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
         tags = provenance() | {
             "protocol": split["label"],
@@ -84,7 +87,10 @@ def find_range(
             )
             _record(tracker, found, figure, page)
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            with suppress(TrackingError):  # what broke the test is the thing to say
+                tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if isinstance(error, ray.exceptions.RayError):
+                raise SerRayError(f"the range test failed: {first_line(error)}") from error
             raise
         tracker.finish("FINISHED")
     return RangeResult(found, split["label"], tracker.run_id, uri)

@@ -10,6 +10,7 @@ or a lost machine can leave half of it; it is dropped whenever a driver starts.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +22,7 @@ from pyarrow import fs
 
 from ser_ray.errors import CheckpointError
 from ser_ray.lock import Lock
-from ser_ray.storage import filesystem_of
+from ser_ray.storage import filesystem_of, location_inside
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -70,21 +71,40 @@ class RunFolder:
     @property
     def location(self) -> str:
         """Where it is, as a user would type it."""
-        return f"{self.storage.rstrip('/')}/{self.name}"
+        return location_inside(self.storage, self.name)
 
     def lock(self) -> Lock:
-        """The right to train under this name."""
-        self.filesystem.create_dir(self.path, recursive=True)
+        """The right to train under this name.
+
+        Raises:
+            CheckpointError: there is no such folder and none can be made.
+        """
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.location}: no folder can be made there ({error}); choose another --storage "
+                "or --name"
+            ) from error
         advice = "is training under this name; wait for it to end, or give another --name"
         return Lock(self.filesystem, self.path, CheckpointError, advice)
 
     def record(self) -> dict[str, Any]:
-        """The run's record; empty before its first start."""
+        """The run's record; empty before its first start.
+
+        Raises:
+            CheckpointError: it is not one.
+        """
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{RECORD}") as stream:
                 record: dict[str, Any] = json.loads(stream.read())
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{location_inside(self.location, RECORD)} is not a run's record ({error}): delete "
+                "the folder, or give another --name, to start afresh"
+            ) from error
         return record
 
     def update_record(self, **values: Any) -> None:
@@ -101,8 +121,10 @@ class RunFolder:
         Raises:
             CheckpointError: names what differs.
         """
-        identity = json.loads(json.dumps(identity))
-        difference = name_difference(self.record().get("identity", identity), identity)
+        identity, record = json.loads(json.dumps(identity)), self.record()
+        if not record:
+            self.journal().unlink(missing_ok=True)  # of a run whose folder is gone
+        difference = name_difference(record.get("identity", identity), identity)
         if difference:
             raise CheckpointError(
                 f"{self.location}: this name was given to a run whose {difference}; give another "
@@ -111,8 +133,11 @@ class RunFolder:
 
     def journal(self) -> Path:
         """The driver's own file of epoch lines: beside a local run, else in the output folder."""
-        local = isinstance(self.filesystem, fs.LocalFileSystem)
-        folder = Path(self.path) if local else Path("ser-ray-out/journals", self.name)
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            folder = Path(self.path)
+        else:  # the same name may be in use on another storage
+            digest = hashlib.sha256(self.location.encode()).hexdigest()[:8]
+            folder = Path("ser-ray-out/journals", f"{self.name}-{digest}")
         folder.mkdir(parents=True, exist_ok=True)
         return (folder / "epochs.jsonl").absolute()
 

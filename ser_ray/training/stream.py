@@ -184,6 +184,19 @@ class Stream:
                 ready = ready[share:]
 
 
+def require_streamable(config: TrainConfig) -> None:
+    """Refuse a recipe whose training clips cannot be streamed.
+
+    Raises:
+        ConfigError: it draws labels equally often.
+    """
+    if config.balanced:
+        raise ConfigError(
+            "balanced draws take clips again and again, a stream passes each once an epoch: train "
+            "with --ingest resident, or without --balanced"
+        )
+
+
 def stream_fold(
     shards: ShardSet,
     config: TrainConfig,
@@ -201,11 +214,7 @@ def stream_fold(
     Raises:
         ConfigError: the recipe draws clips in a way that a stream cannot.
     """
-    if config.balanced:
-        raise ConfigError(
-            "balanced draws take clips again and again, a stream passes each once an epoch: train "
-            "with --ingest resident, or without --balanced"
-        )
+    require_streamable(config)
     table = shards.clips()
     split = select_rows(table, config)
     labels = label_indices(table, shards.card.labels)
