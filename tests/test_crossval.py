@@ -1,24 +1,43 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
 from mlflow import MlflowClient
+from pyarrow import fs
 
-from ser_ray.errors import ConfigError
-from ser_ray.inference.crossval import _truth, count_folds, crossval, crossval_name, fold_folder
+from ser_ray import cli, commands
+from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.inference import crossval as module
+from ser_ray.inference.crossval import (
+    FIGURES,
+    CrossvalResult,
+    _require_all_finished,
+    _truth,
+    count_folds,
+    crossval,
+    crossval_name,
+    fold_folder,
+    pool,
+)
 from ser_ray.inference.evaluate import evaluate
 from ser_ray.registry import best_training_of, local_checkpoint
 from ser_ray.shards.read import open_shards
+from ser_ray.storage import filesystem_of
 from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
+from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
+from ser_ray.training.trial_log import TrialLog
 from tests.conftest import make_memory_shards
+from tests.s3_server import s3_bucket
 from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
@@ -72,6 +91,105 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
     assert result.intervals.wa[0] <= result.mean("wa") <= result.intervals.wa[1]
     check_fold_against_plain_torch(shards, kept, tmp_path)
     check_runs(result, shards, run.tracking_uri)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatch):
+    """On a bucket whose URI has a query, started again from another directory."""
+    memory = make_memory_shards(num_frames=26)
+    shards = Path(write_shard_files(in_tmp / "shards", memory, ("mel",)))
+    recipe = replace(RECIPE, epochs=4)
+    seen: dict[str, str] = {}
+
+    def hide_the_shards(trials: list[TrialLog]) -> None:
+        if any(trial.state == "running" for trial in trials) and shards.exists():
+            shards.rename(in_tmp / "hidden")
+
+    def remember(trials: list[TrialLog]) -> None:
+        seen.update({trial.trial_id: trial.state for trial in trials})
+
+    with s3_bucket("ser-ray-folds") as uri:
+        run = RunConfig(
+            storage=uri.format("runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db",
+            max_failures=0,
+        )  # fmt: skip
+        ray.init(
+            num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+            logging_level="ERROR",
+        )  # fmt: skip
+        try:
+            one, slots = CrossvalConfig(), SlotConfig()
+            with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
+                crossval(str(shards), recipe, run, one, slots, show=hide_the_shards)
+            (in_tmp / "hidden").rename(shards)
+            (in_tmp / "elsewhere").mkdir()
+            monkeypatch.chdir(in_tmp / "elsewhere")
+            result = crossval(str(shards), recipe, run, one, slots, show=remember)
+        finally:
+            ray.shutdown()
+        assert sorted(seen.values()) == ["finished", "finished"]
+        filesystem, path = filesystem_of(result.table)
+        kept = pq.read_table(path, filesystem=filesystem)
+        filesystem, path = filesystem_of(fold_folder(result.location, 1, 0))
+        names = {Path(f.path).name for f in filesystem.get_file_info(fs.FileSelector(path))}
+    assert sorted(kept["take"].to_pylist()) == sorted(memory.table["take"].to_pylist())
+    assert names == {"card.json", "model.safetensors", "predictions.parquet"}
+
+
+def test_places_inside_a_folder_keep_the_query_of_its_uri():
+    folder = RunFolder("s3://b/runs?region=us-east-1", "cv")
+    assert folder.location == "s3://b/runs/cv?region=us-east-1"
+    assert filesystem_of(folder.location)[1] == folder.path == "b/runs/cv"
+    place = fold_folder(folder.location, 1, 2)
+    assert place == "s3://b/runs/cv/models/fold1-seed2?region=us-east-1"
+    assert filesystem_of(place)[1] == "b/runs/cv/models/fold1-seed2"
+
+
+def test_a_failed_fold_is_named_with_the_way_out():
+    trial = TrialLog("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
+    with pytest.raises(
+        SerRayError,
+        match=r"1 of 1 folds failed; fold 3, seed 2: full; the same command trains .* again",
+    ):
+        _require_all_finished([trial])
+
+
+def pooled(folder: Path) -> CrossvalResult:
+    """Two folds with two seeds, three of four clips right with each seed."""
+    for seed in (0, 1):
+        for fold in (0, 1):
+            rows = {
+                "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
+                "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
+                "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],
+            }  # fmt: skip
+            place = Path(fold_folder(str(folder), fold, seed))
+            place.mkdir(parents=True)
+            pq.write_table(pa.table(rows), place / "predictions.parquet")
+    tracker = SimpleNamespace(run_id="abc", uri="http://host:5000")
+    return pool(
+        str(folder), "speaker-2, 2 folds, table", ("calm", "sad"), 2, [0, 1],
+        tracker, "cv",  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_the_text_has_the_label_beside_every_number(tmp_path):
+    lines = pooled(tmp_path).text().splitlines()
+    assert len(lines) == len(FIGURES)
+    assert all(line.endswith("(speaker-2, 2 folds, table)") for line in lines)
+    assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines)
+    assert [line.split()[:2] for line in lines[:2]] == [["WA", "75.0%"], ["UA", "75.0%"]]
+
+
+def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, monkeypatch):
+    result = replace(pooled(tmp_path), location="s3://b/runs/cv?region=x")
+    monkeypatch.setattr(module, "crossval", lambda *_, **__: result)
+    outcome = commands.crossval(cli.Crossval(shards=shards, recipe=RECIPE, crossval=SEEDS))
+    assert outcome.text.startswith(result.text())
+    assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
+    assert outcome.data["mean"]["wa"] == 0.75
+    assert outcome.data["protocol"] == "speaker-2, 2 folds, table"
 
 
 def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pyarrow import fs
 from rich.console import Console
 
 from ser_ray.errors import TrackingError
@@ -11,10 +12,12 @@ from ser_ray.training import display
 from ser_ray.training import study as module
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.display import TrialTable
+from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import TuneConfig
 from ser_ray.training.search_figures import importance_of, trial_rows
 from ser_ray.training.search_page import search_page
 from ser_ray.training.study import Study
+from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_journal import JournalCallback
 from ser_ray.training.trial_log import TrialLog
 from tests.test_page import Page
@@ -79,7 +82,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-def open_study(journal: Path) -> Study:
+def open_study(storage: Path | str) -> Study:
+    journal = StudyJournal(RunFolder(str(storage), "search"))
     parent = SimpleNamespace(uri="memory", run_id="parent")
     return Study(
         journal, RECIPE, parent,  # type: ignore[arg-type]
@@ -89,7 +93,10 @@ def open_study(journal: Path) -> Study:
 
 
 def tune_trial(trial_id: str, **values: object) -> SimpleNamespace:
-    return SimpleNamespace(trial_id=trial_id, config=values, checkpoint=None, error_file=None)
+    return SimpleNamespace(
+        trial_id=trial_id, config=values, checkpoint=None, error_file=None, status="RUNNING",
+        TERMINATED="TERMINATED",
+    )  # fmt: skip
 
 
 def epoch(number: int, val_ua: float, *, done: bool = False) -> dict[str, object]:
@@ -99,8 +106,9 @@ def epoch(number: int, val_ua: float, *, done: bool = False) -> dict[str, object
     return {"row": row, "lr": [0.1, 0.2], "confusion": confusion, "done": done}
 
 
-def write(journal: Path) -> None:
+def write(storage: Path | str) -> JournalCallback:
     """One trial that is stopped, one whose process is lost and then finishes, one that fails."""
+    journal = StudyJournal(RunFolder(str(storage), "search"))
     tell = JournalCallback(journal)
     stopped, finished, failed = (
         tune_trial("s", lr_max=1e-2),
@@ -119,15 +127,16 @@ def write(journal: Path) -> None:
     tell.on_trial_result(0, trials, finished, epoch(2, 0.6))
     tell.on_trial_result(0, trials, finished, epoch(3, 0.5, done=True))
     tell.on_trial_complete(0, trials, finished)
-    error = journal.with_name("error.txt")
+    error = journal.path.with_name("error.txt")
     error.write_text("Failure # 1\nTraceback\n  File\nValueError: no good\n\n")
     failed.error_file = str(error)
     tell.on_trial_error(0, trials, failed)
+    return tell
 
 
 def test_the_journal_tells_how_every_trial_went(server, tmp_path):
-    write(tmp_path / "j")
-    stopped, finished, failed = open_study(tmp_path / "j").logs
+    write(tmp_path)
+    stopped, finished, failed = open_study(tmp_path).logs
     assert [trial.number for trial in (stopped, finished, failed)] == [1, 2, 3]
     assert (stopped.state, stopped.recipe.lr_max) == ("pruned", 1e-2)
     assert (failed.state, failed.problem) == ("failed", "ValueError: no good")
@@ -139,13 +148,13 @@ def test_the_journal_tells_how_every_trial_went(server, tmp_path):
 
 def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     server.away = True
-    write(tmp_path / "j")
-    study = open_study(tmp_path / "j")
+    write(tmp_path)
+    study = open_study(tmp_path)
     assert not study.deliver()
     server.away = False
     assert study.deliver()
     assert study.deliver()
-    again = open_study(tmp_path / "j")
+    again = open_study(tmp_path)
     assert again.deliver()
     assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
     finished = server.runs["run-2"]
@@ -166,11 +175,12 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
 
 
 def test_the_page_of_a_search_shows_every_trial(server, tmp_path):
-    write(tmp_path / "j")
-    trials = open_study(tmp_path / "j").logs
+    write(tmp_path)
+    trials = open_study(tmp_path).logs
     dimensions = TuneConfig(space=("lr_ratio=choice(25)", "feature=choice(mel)")).dimensions
-    text = search_page("search", trials, trials[1], dimensions, {"lr_max": 1.0}, TAGS)
+    text = search_page("search", trials, trials[1], dimensions, {"lr_max": 1.0}, TAGS, "ser-ray x")
     page = Page(text)
+    assert "Train it to the full with ser-ray x" in page.text
     assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2" in page.text
     assert "60.0%" in page.text
     assert "lr_max loguniform 0.0003 to 0.01" in page.text
@@ -180,22 +190,127 @@ def test_the_page_of_a_search_shows_every_trial(server, tmp_path):
 
 
 def test_half_a_line_is_left_for_later(server, tmp_path):
-    write(tmp_path / "j")
-    lines = (tmp_path / "j").read_text()
-    (tmp_path / "cut").write_text(lines[:-8])
-    study = open_study(tmp_path / "cut")
+    write(tmp_path)
+    journal = tmp_path / "search" / "epochs.jsonl"
+    lines = journal.read_text()
+    journal.write_text(lines[:-8])
+    study = open_study(tmp_path)
     assert study.logs[2].state == "running"
-    (tmp_path / "cut").write_text(lines)
+    journal.write_text(lines)
     study.read()
     assert study.logs[2].state == "failed"
 
 
+def test_a_line_that_was_cut_short_for_good_is_left_out(server, tmp_path):
+    write(tmp_path)
+    journal = tmp_path / "search" / "epochs.jsonl"
+    journal.write_text(journal.read_text()[:-8])
+    trial = tune_trial("x", lr_max=3e-2)
+    JournalCallback(StudyJournal(RunFolder(str(tmp_path), "search"))).on_trial_complete(
+        1, [trial], trial
+    )
+    assert [trial.state for trial in open_study(tmp_path).logs] == ["pruned", "finished", "failed"]
+
+
+@pytest.fixture
+def elsewhere(in_tmp, monkeypatch):
+    """Move to another directory, as a driver on another machine would start in."""
+
+    def move() -> None:
+        (in_tmp / "elsewhere").mkdir()
+        monkeypatch.chdir(in_tmp / "elsewhere")
+
+    return move
+
+
+def test_a_driver_elsewhere_knows_what_was_stored(server, in_tmp, elsewhere):
+    storage = f"memory://{in_tmp}"
+    write(storage).get_state()
+    known = open_study(storage).logs
+    elsewhere()
+    logs = open_study(storage).logs
+    assert [trial.state for trial in logs] == ["pruned", "finished", "failed"]
+    assert logs == known
+
+
+def test_the_end_of_a_study_is_stored_with_its_runs(server, in_tmp, elsewhere):
+    storage = f"memory://{in_tmp}"
+    write(storage)
+    with open_study(storage):
+        pass
+    elsewhere()
+    assert [trial.run_id for trial in open_study(storage).logs] == ["run-1", "run-2", "run-3"]
+    assert all(trial.recorded for trial in open_study(storage).logs)
+
+
+def test_the_stored_journal_gives_way_only_to_what_goes_on_from_it(in_tmp):
+    folder = RunFolder(f"memory://{in_tmp}", "search")
+    journal = StudyJournal(folder)
+    journal.append("a", event="start")
+    journal.store()
+    journal.append("a", event="end")
+    assert [entry["event"] for entry in StudyJournal(folder).read()] == ["start", "end"]
+    journal.path.write_text(journal.path.read_text().replace('"a"', '"b"'))  # another driver's
+    assert [(e["trial"], e["event"]) for e in StudyJournal(folder).read()] == [("a", "start")]
+
+
+def test_a_failed_trial_that_is_trained_again_is_recorded_again(server, tmp_path):
+    tell = write(tmp_path)
+    assert open_study(tmp_path).deliver()
+    trial = tune_trial("x", lr_max=3e-2)
+    tell.on_trial_start(0, [trial], trial)
+    for number in (1, 2, 3):
+        tell.on_trial_result(0, [trial], trial, epoch(number, 0.7, done=number == 3))
+    tell.on_trial_complete(0, [trial], trial)
+    study = open_study(tmp_path)
+    assert study.deliver()
+    assert study.logs[2].state == "finished"
+    run = server.runs["run-3"]
+    assert (run.status, run.tags["trial.state"], run.tags["problem"]) == (
+        "FINISHED",
+        "finished",
+        "",
+    )
+    assert len(server.runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
+)
+def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error, status):
+    study = open_study(tmp_path)
+    told: list[str] = []
+    monkeypatch.setattr(study.parent, "finish", told.append, raising=False)
+    with pytest.raises(error), study:
+        raise error
+    assert told == [status]
+
+
+def test_checkpoints_of_ended_trials_go_at_the_end_and_not_before(tmp_path):
+    """A snapshot of Tune's may not know yet that the trial ended."""
+    tell = JournalCallback(StudyJournal(RunFolder(str(tmp_path), "search")))
+    trials = [tune_trial("ended"), tune_trial("running"), tune_trial("gone")]
+    for trial in trials:
+        path = tmp_path / trial.trial_id
+        path.mkdir()
+        trial.checkpoint = SimpleNamespace(path=str(path), filesystem=fs.LocalFileSystem())
+    (tmp_path / "gone").rmdir()
+    for trial in (trials[0], trials[2]):
+        tell.on_trial_complete(0, trials, trial)
+        trial.status = trial.TERMINATED
+    assert (tmp_path / "ended").exists()
+    tell.on_experiment_end(trials)
+    assert not (tmp_path / "ended").exists()
+    assert (tmp_path / "running").exists()
+
+
 def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
-    write(tmp_path / "j")
+    write(tmp_path)
     output = io.StringIO()
     with TrialTable(Console(file=output, width=200), 3, "SPEAKER-DEPENDENT") as table:
-        table(open_study(tmp_path / "j").logs)
-        table(open_study(tmp_path / "j").logs)
+        table(open_study(tmp_path).logs)
+        table(open_study(tmp_path).logs)
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "trial   1/3 pruned" in lines[0]
@@ -219,10 +334,10 @@ def test_a_log_gets_a_line_of_what_runs_now_and_then(server, tmp_path, monkeypat
 
 
 def test_a_terminal_gets_a_table(server, tmp_path):
-    write(tmp_path / "j")
+    write(tmp_path)
     output = io.StringIO()
     with TrialTable(Console(file=output, width=120, force_terminal=True), 3) as table:
-        table(open_study(tmp_path / "j").logs)
+        table(open_study(tmp_path).logs)
     text = output.getvalue()
     assert all(word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.0e-02"))
 
@@ -244,7 +359,7 @@ def test_importance_points_at_the_name_that_matters():
 
 
 def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
-    write(tmp_path / "j")
-    rows = trial_rows(open_study(tmp_path / "j").logs)
+    write(tmp_path)
+    rows = trial_rows(open_study(tmp_path).logs)
     assert len({tuple(row) for row in rows}) == 1
     assert json.loads(json.dumps(rows))[1]["best_val_ua"] == 0.6

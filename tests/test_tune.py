@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +12,47 @@ import pytest
 import ray
 import torch
 from mlflow import MlflowClient
+from ray import tune as ray_tune
+from ray.train import WorkerGroupError
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
 
-from ser_ray.errors import ConfigError, ResourcesError, SerRayError
+from ser_ray import cli, commands
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError, ResourcesError, SerRayError
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking import recipe_of_run
+from ser_ray.training import trials as trials_module
+from ser_ray.training import tune as tune_module
 from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
+from ser_ray.training.group_trial import GroupTrial
 from ser_ray.training.loop import fit
 from ser_ray.training.model import Pretrained
+from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.trial_log import TrialLog
-from ser_ray.training.trials import ResumableAsha, Slots, _room, find_slots, trial_metrics
-from ser_ray.training.tune import baseline, best_of, make_plan, num_trials, search
+from ser_ray.training.trials import (
+    ResumableAsha,
+    RetryFailed,
+    SlotLimiter,
+    Slots,
+    SlotVariants,
+    TrialSetup,
+    _room,
+    find_slots,
+    problem_metrics,
+    run_trial,
+    trial_metrics,
+)
+from ser_ray.training.tune import (
+    baseline,
+    best_of,
+    make_plan,
+    num_trials,
+    open_study,
+    search,
+    train_command,
+    warn_of_baseline,
+)
 from tests.conftest import make_memory_shards
 from tests.shard_files import write_shard_files
 
@@ -257,6 +287,9 @@ def test_ashas_rungs_are_the_same_after_a_restore():
             told = trial_metrics({"epoch": epoch, "val_ua": val_ua}, [], [], objective)
             before.on_trial_result(None, trial, told)
             trial.last_result = told
+        if name == "d":  # it diverges after its fourth epoch
+            trial.last_result = problem_metrics(SerRayError("diverged"), objective)
+            before.on_trial_result(None, trial, trial.last_result)
         after.on_trial_add(None, trial)
     assert after._brackets[0]._rungs == before._brackets[0]._rungs
     assert before._brackets[0]._rungs[-1][1] == {"a": 0.2, "b": 0.1, "c": 0.3, "d": 0.5}
@@ -267,6 +300,198 @@ def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
         {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
     ]
     assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
+
+
+def test_a_space_without_the_recipe_is_said_to_have_no_baseline(caplog):
+    warn_of_baseline(RECIPE, TuneConfig(space=SPACE))
+    assert not caplog.text
+    warn_of_baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)")))
+    assert "the space leaves it out by feature mel, epochs 4" in caplog.text
+
+
+def test_seeds_are_not_searched_where_they_draw_the_split():
+    config, recipe = TuneConfig(space=("seed=choice(0,1)",)), replace(RECIPE, protocol="random")
+    with pytest.raises(ConfigError, match=r"seed cannot be searched.*another --protocol"):
+        search("nowhere", recipe, RunConfig(), config, SlotConfig(), show=print)
+
+
+def test_a_failed_trial_is_put_back_where_every_one_is_needed():
+    def restored(**result: object) -> ray_tune.experiment.Trial:
+        trial = ray_tune.experiment.Trial("trial", stub=True)
+        trial.set_status(trial.TERMINATED)
+        trial.run_metadata.last_result = result
+        return trial
+
+    scheduler = RetryFailed()
+    failed, finished = restored(problem="diverged"), restored(epoch=4)
+    for trial in (failed, finished):
+        scheduler.on_trial_add(None, trial)
+    assert (failed.status, finished.status) == ("PENDING", "TERMINATED")
+
+
+@pytest.mark.parametrize("kind", [SlotLimiter, SlotVariants])
+def test_a_restored_searcher_has_the_slots_of_now(kind):
+    def with_slots(count: int) -> SlotLimiter | SlotVariants:
+        if kind is SlotLimiter:
+            return SlotLimiter(Searcher(metric="score", mode="max"), max_concurrent=count)
+        return SlotVariants(max_concurrent=count)
+
+    before, now = with_slots(1), with_slots(4)
+    (before.live_trials if kind is SlotLimiter else before._live_trials).add("running")
+    now.set_state(before.get_state())
+    assert now.max_concurrent == 4
+    assert "running" in (now.live_trials if kind is SlotLimiter else now._live_trials)
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
+    """What a trial run in this process tells Tune: metrics, and the files of a checkpoint."""
+    reports = []
+
+    def report(metrics, checkpoint=None):
+        files = {}
+        if checkpoint is not None:
+            root = Path(checkpoint.path)
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")}
+        reports.append((metrics, files))
+
+    monkeypatch.setattr(ray_tune, "report", report)
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(trials_module, "CHECKPOINT_SECONDS", 0.0)
+    return reports
+
+
+def setup_of(shards: str, **changes: object) -> TrialSetup:
+    slots = Slots(count=1, workers=1, cpus=1, gpus=0)
+    values = {"recipe": RECIPE, "shards": open_shards(shards), "slots": slots, "storage": ""}
+    return TrialSetup(**values | changes)  # type: ignore[arg-type]
+
+
+FRESH = {"none": Pretrained("fresh weights", {})}
+
+
+def test_a_trial_goes_on_from_its_checkpoint_with_its_best(told, shards, tmp_path, monkeypatch):
+    """After a lost process: as if it had not been interrupted, the chosen epoch included."""
+    kept: list[bytes] = []
+
+    def finish(chosen: Path, *_: object) -> None:
+        kept.append((chosen / "progress.json").read_bytes())
+
+    setup = setup_of(shards, finish=finish)
+    run_trial({}, setup, FRESH)
+    whole, told[:] = list(told), []
+    for name, content in whole[1][1].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
+    run_trial({}, setup, FRESH)
+    assert [metrics["epoch"] for metrics, _ in told] == [3, 4]
+    for (again, _), (alone, _) in zip(told, whole[2:], strict=True):
+        assert again["objective_by_epoch"] == alone["objective_by_epoch"]
+        assert again["row"]["val_loss"] == pytest.approx(alone["row"]["val_loss"], rel=1e-5)
+    best = [json.loads(progress)["best"]["epoch"] for progress in kept]
+    assert best[0] == best[1]
+
+
+def test_a_checkpoint_that_is_gone_is_a_beginning(told, shards, tmp_path, monkeypatch):
+    gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), FRESH)
+    assert [metrics.get("epoch") for metrics, _ in told] == [1]
+
+
+def test_a_problem_is_told_with_the_epochs_before_it(told, shards):
+    def finish(*_: object) -> None:
+        raise DivergedError("no good")
+
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), FRESH)
+    last = told[-1][0]
+    assert last["problem"] == "DivergedError: no good"
+    assert last["objective_by_epoch"] == told[1][0]["objective_by_epoch"]
+    assert len(told[1][0]["objective_by_epoch"]) == 2
+
+
+def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
+    trial = GroupTrial.__new__(GroupTrial)
+    trial.told = {"objective_by_epoch": [0.2, 0.3]}
+    trial.training = Future()
+    trial.training.set_exception(
+        WorkerGroupError("lost", {0: ValueError("peer"), 1: torch.OutOfMemoryError("full")})
+    )
+    told = trial._conclude()
+    assert told["problem"] == "OutOfMemoryError: full"
+    assert (told["done"], told["objective_by_epoch"]) == (True, [0.2, 0.3])
+    trial.training = Future()
+    trial.training.set_exception(WorkerGroupError("lost", {0: ValueError("peer")}))
+    with pytest.raises(WorkerGroupError):
+        trial._conclude()
+
+
+def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch):
+    """Ray Tune cannot restore trials of another kind; a store in a job's copy would be deleted."""
+    kept: list[str] = []
+    context = SimpleNamespace(get_job_id=lambda: "job")
+    monkeypatch.setattr(tune_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(tune_module, "require_kept", kept.append)
+    run = run_config(tmp_path)
+
+    def start(workers: int) -> None:
+        slots = Slots(count=1, workers=workers, cpus=1, gpus=0)
+        folder = RunFolder(run.storage, "search")
+        open_study(
+            setup_of(shards, slots=slots), folder, run, "label", {"recipe": {}}, print
+        )  # fmt: skip
+
+    start(1)
+    start(1)
+    assert kept == [f"{tmp_path}/mlflow.db"] * 2
+    with pytest.raises(CheckpointError, match="whose workers is 1 instead of 2; give another"):
+        start(2)
+
+
+def test_the_command_that_trains_the_best_names_what_is_not_the_default():
+    assert train_command("abc", "shards", RunConfig()) == (
+        "ser-ray train --like abc --shards shards"
+    )
+    run = RunConfig(
+        tracking_uri="http://host:5000", experiment="my own", storage="s3://b/runs?region=x&y=z"
+    )
+    assert train_command("abc", "s3://b/shards", run) == (
+        "ser-ray train --like abc --shards s3://b/shards --tracking-uri http://host:5000 "
+        "--experiment 'my own' --storage 's3://b/runs?region=x&y=z'"
+    )
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
+    row = {"epoch": 3.0, "val_ua": 0.5, "val_wa": 0.6, "val_loss": 1.0}
+    best = TrialLog("a", 2, {}, RECIPE, rows=[row], state="finished", run_id="0123456789abcdef")
+    result = tune_module.TuneResult(
+        name="search", label="validation, speaker-3, table", best=best,
+        trials=[best, TrialLog("b", 3, {}, RECIPE, state="failed")], run_id="parent",
+        tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
+    )  # fmt: skip
+    trained: list[cli.Train] = []
+
+    def train(verb: cli.Train) -> commands.Outcome:
+        trained.append(verb)
+        return commands.Outcome({"name": verb.run.name}, "trained on   table")
+
+    monkeypatch.setattr(tune_module, "search", lambda *_, **__: result)
+    monkeypatch.setattr(commands, "train", train)
+    outcome = commands.tune(
+        cli.Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE)
+    )  # fmt: skip
+    assert "2 trials: 1 finished, 1 failed" in outcome.text
+    assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
+    assert "s3://b/runs/search/best.json?region=x" in outcome.text
+    if not refit:
+        assert outcome.text.endswith("train it     ser-ray x")
+        assert not trained
+        return
+    assert outcome.text.endswith("trained on   table")
+    assert (trained[0].recipe, trained[0].run.name) == (RECIPE, "like-0123456789ab")
 
 
 def test_a_grid_has_its_points_and_the_recipe():

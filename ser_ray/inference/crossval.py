@@ -3,7 +3,7 @@
 Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trains, keeps its best
 checkpoint by validation, scores its own test part with it in the same process, and leaves those
 predictions as a table beside the checkpoint. All figures here come from these tables. The same
-command goes on with an interrupted cross-validation.
+command goes on with an interrupted cross-validation, and trains folds that failed again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ser_ray.registry import local_checkpoint
 from ser_ray.report import confusion_figure, group_rows
 from ser_ray.run_page import record_evaluation, report_of
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage import absolute, filesystem_of
+from ser_ray.storage import absolute, filesystem_of, location_inside
 from ser_ray.tracking import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
 from ser_ray.training.config import RunConfig, TrainConfig
@@ -64,7 +64,12 @@ class CrossvalResult:
     run_id: str
     tracking_uri: str
     location: str
-    """Folder that holds predictions.parquet."""
+    """Folder of the cross-validation."""
+
+    @property
+    def table(self) -> str:
+        """Location of predictions.parquet."""
+        return location_inside(self.location, PREDICTIONS)
 
     def mean(self, figure: str) -> float:
         """Mean of wa, ua or f1 over the seeds."""
@@ -131,7 +136,7 @@ def crossval(
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
             starts.
-        SerRayError: a fold failed; says which and why.
+        SerRayError: a fold failed; says which and why, and the same call trains it again.
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     if recipe.fold:
@@ -221,7 +226,7 @@ def pool(
     for seed, fold in itertools.product(seeds, range(folds)):
         tables.append(_predictions_of(fold_folder(location, fold, seed)))
     predictions = pa.concat_tables(tables)
-    filesystem, path = filesystem_of(f"{location}/{PREDICTIONS}")
+    filesystem, path = filesystem_of(location_inside(location, PREDICTIONS))
     pq.write_table(predictions, path, filesystem=filesystem)
     truth, predicted = _truth(predictions, labels)
     probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
@@ -241,11 +246,11 @@ def pool(
 
 def fold_folder(location: str, fold: int, seed: int) -> str:
     """Where a fold's checkpoint and predictions are kept."""
-    return f"{location.rstrip('/')}/models/fold{fold}-seed{seed}"
+    return location_inside(location, f"models/fold{fold}-seed{seed}")
 
 
 def _predictions_of(folder: str) -> pa.Table:
-    filesystem, path = filesystem_of(f"{folder}/{PREDICTIONS}")
+    filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
     return pq.read_table(path, filesystem=filesystem)
 
 
@@ -261,7 +266,7 @@ def _require_all_finished(trials: list[TrialLog]) -> None:
         first = failed[0]
         raise SerRayError(
             f"{len(failed)} of {len(trials)} folds failed; fold {first.recipe.fold}, seed "
-            f"{first.recipe.seed}: {first.problem}"
+            f"{first.recipe.seed}: {first.problem}; the same command trains those that failed again"
         )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
-from ray.train import UserCallback
+from ray.train import UserCallback, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
+from torch import OutOfMemoryError
 
 from ser_ray.errors import SerRayError
+from ser_ray.storage import location_inside
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
 from ser_ray.training.process_group import torch_config
@@ -47,7 +49,7 @@ class GroupTrial(tune.Trainable):
     ) -> None:
         """Start the group."""
         self.recipe, self.study = recipe_of(setup.recipe, config), setup
-        self.folder = RunFolder(f"{setup.storage}/groups", self.trial_id)
+        self.folder = RunFolder(location_inside(setup.storage, "groups"), self.trial_id)
         self.reports, self.answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         self.told: dict[str, Any] = {}
         trainer = self._trainer(self.recipe, pretrained[self.recipe.weights])
@@ -86,9 +88,18 @@ class GroupTrial(tune.Trainable):
                 with tempfile.TemporaryDirectory() as chosen:
                     self.folder.keep_best(newest, {}, Path(chosen))
                     self.study.finish(Path(chosen), self.study.shards, self.recipe)
+        except WorkerGroupError as error:
+            full = [e for e in error.worker_failures.values() if isinstance(e, OutOfMemoryError)]
+            if not full:
+                raise
+            return self._problem(full[0])
         except PROBLEMS as problem:
-            return problem_metrics(problem) | {"done": True}
+            return self._problem(problem)
         return self.told | {"complete": True, "done": True}
+
+    def _problem(self, problem: Exception) -> dict[str, Any]:
+        objective = self.told.get("objective_by_epoch", [])
+        return problem_metrics(problem, objective) | {"done": True}
 
     def _trainer(self, recipe: TrainConfig, pretrained: Pretrained) -> TorchTrainer:
         slots, folder = self.study.slots, self.folder
@@ -115,7 +126,6 @@ class GroupTrial(tune.Trainable):
                 name=folder.name,
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
-                failure_config=ray.train.FailureConfig(controller_failure_limit=0),
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score"
                 ),

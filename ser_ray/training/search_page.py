@@ -61,6 +61,7 @@ def search_page(
     dimensions: Sequence[Dimension],
     importance: Mapping[str, float],
     tags: Mapping[str, str],
+    again: str,
 ) -> str:
     """Write the page of a whole search.
 
@@ -71,6 +72,7 @@ def search_page(
         dimensions: what was searched.
         importance: share of every searched name, as `importance_of` tells it; may be empty.
         tags: of its run; `protocol` and `corpus` stand beside every score.
+        again: command that trains the best recipe.
     """
     measured_on = f"validation, {tags['protocol']}, {CORPORA[tags['corpus']]}"
     figures = [
@@ -89,7 +91,7 @@ def search_page(
         text_section(
             f"{len(trials)} trials: {counted}. The best is trial {best.number}; the scores are "
             "those it was chosen by, so a test part has to confirm them. Train it to the full "
-            f"with ser-ray train --like {best.run_id}"
+            f"with {again}"
         ),
         _best_scores(best, measured_on),
         figure_section("Search", *figures),

@@ -7,11 +7,9 @@ server that goes away costs nothing: what it missed is delivered when it answers
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -21,6 +19,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import best_metrics
 from ser_ray.training.search_config import RATIO, recipe_of
 from ser_ray.training.search_page import trial_page
+from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_log import TrialLog
 
 POLL_SECONDS = 0.2
@@ -40,7 +39,7 @@ class Study:
     """Reads a study's journal, shows its trials and delivers them to MLflow.
 
     Args:
-        journal: file that `JournalCallback` appends to; what an earlier start left is read at once.
+        journal: what `JournalCallback` appends to; what an earlier start left is read at once.
         recipe: the recipe that drawn values go into.
         parent: the study's own run.
         experiment: MLflow experiment of the runs.
@@ -51,7 +50,7 @@ class Study:
 
     def __init__(
         self,
-        journal: Path,
+        journal: StudyJournal,
         recipe: TrainConfig,
         parent: Tracker,
         *,
@@ -66,7 +65,6 @@ class Study:
         self.tags, self.show = dict(tags), show
         self.trials: dict[str, TrialLog] = {}
         self._trackers: dict[str, Tracker] = {}
-        self._offset = 0
         self._retry_at = 0.0
         self._lock, self._stop = Lock(), Event()
         self._thread = Thread(target=self._follow, daemon=True)
@@ -82,9 +80,11 @@ class Study:
         self.read()
         self._retry_at = 0.0
         self.deliver()
+        self.journal.store()
         if error is not None:
+            stopped = issubclass(error, KeyboardInterrupt | SystemExit)
             with contextlib.suppress(TrackingError):  # the error itself is what is to be told
-                self.parent.finish("KILLED" if error is KeyboardInterrupt else "FAILED")
+                self.parent.finish("KILLED" if stopped else "FAILED")
 
     @property
     def logs(self) -> list[TrialLog]:
@@ -99,17 +99,11 @@ class Study:
 
     def read(self) -> None:
         """Take up the journal's lines since the last call."""
-        if not self.journal.exists():
-            return
-        with self._lock, self.journal.open() as file:
-            before = file.seek(self._offset)
-            for line in iter(file.readline, ""):
-                if not line.endswith("\n"):
-                    break  # half a line: it is being written
-                self._offset += len(line.encode())
-                self._take(json.loads(line))
-            news = self._offset > before
-        if news:
+        with self._lock:
+            entries = self.journal.read()
+            for entry in entries:
+                self._take(entry)
+        if entries:
             self.show(self.logs)
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -126,7 +120,7 @@ class Study:
             case "start":
                 # Once more after a lost process: it goes on from its checkpoint.
                 trial.state, trial.problem, trial.stopped = "running", "", False
-                trial.started_ms = entry["timestamp_ms"]
+                trial.started_ms, trial.recorded = entry["timestamp_ms"], False
             case "epoch":
                 trial.stopped = entry["stopped"]
                 if entry["row"]["epoch"] > len(trial.rows):  # else done again: the same numbers
@@ -177,8 +171,7 @@ class Study:
             tracker.deliver()
         page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)
         tracker.log_files({"report.html": page})
-        reason = {"problem": trial.problem} if trial.problem else {}
-        tracker.set_tags({"trial.state": trial.state} | reason)
+        tracker.set_tags({"trial.state": trial.state, "problem": trial.problem})
         tracker.finish(STATUS[trial.state])
         self._note(trial, event="recorded")
         trial.recorded = True
@@ -206,9 +199,7 @@ class Study:
         return f"{self.name}-{trial.number:03d}"
 
     def _note(self, trial: TrialLog, **entry: str) -> None:
-        with self.journal.open("a") as file:
-            line = {"trial": trial.trial_id, **entry, "uri": self.parent.uri}
-            file.write(json.dumps(line) + "\n")
+        self.journal.append(trial.trial_id, **entry, uri=self.parent.uri)
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_SECONDS):

@@ -1,18 +1,19 @@
 """What happens to the trials of a study, line by line, as Ray Tune's loop in the driver sees it."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from ser_ray.tracking import now_ms
+from ser_ray.training.study_journal import StudyJournal
 
 
 class JournalCallback(tune.Callback):
     """Runs in Tune's loop, in the driver: writes what happens to the trials down."""
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: StudyJournal) -> None:
         self.journal = journal
         self._seen: set[str] = set()
 
@@ -39,10 +40,8 @@ class JournalCallback(tune.Callback):
             self._write(trial, event="epoch", stopped=stopped, **known)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended, by itself or stopped: what going on would need is not needed any more."""
+        """A trial ended, by itself or stopped."""
         self._write(trial, event="end")
-        if trial.checkpoint is not None:
-            trial.checkpoint.filesystem.delete_dir(trial.checkpoint.path)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
@@ -51,7 +50,22 @@ class JournalCallback(tune.Callback):
         self._write(trial, event="problem", problem=reasons[-1] if reasons else "no reason given")
         self._write(trial, event="end")
 
+    def get_state(self) -> None:
+        """Tune asks before every snapshot of the study: what is stored must know no less than it.
+
+        A trial that ended in the snapshot only would never end in the journal.
+        """
+        self.journal.store()
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Tune's last snapshot is stored: what trials that ended would go on from can go.
+
+        Not before: a snapshot of a moment ago still has them running, and starts them again.
+        """
+        for trial in trials:
+            if trial.status == trial.TERMINATED and trial.checkpoint is not None:
+                with suppress(FileNotFoundError):  # at the end of an earlier start
+                    trial.checkpoint.filesystem.delete_dir(trial.checkpoint.path)
+
     def _write(self, trial: Any, **entry: Any) -> None:
-        line = json.dumps({"trial": trial.trial_id, **entry, "timestamp_ms": now_ms()})
-        with self.journal.open("a") as file:
-            file.write(line + "\n")
+        self.journal.append(trial.trial_id, **entry, timestamp_ms=now_ms())

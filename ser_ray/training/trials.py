@@ -7,7 +7,8 @@ driver's machine (`trial_journal`); `ser_ray.training.study` reads it.
 
 An interrupted study is restored by Ray Tune: finished trials are kept, running ones go on from
 their checkpoints, which are at most `CHECKPOINT_SECONDS` old. The searcher's memory is part of
-Tune's snapshots; ASHA's is not, and is read from the trials themselves.
+Tune's snapshots; ASHA's is not, and is read from the trials themselves. Where every trial is
+needed, as in a cross-validation, failed ones are trained again as well.
 """
 
 import json
@@ -27,19 +28,20 @@ from typing import Any
 import torch
 from pyarrow import fs
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ser_ray.cluster import has_gpus, nodes_within_reach
 from ser_ray.errors import ConfigError, ResourcesError, SerRayError
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot
+from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot, read_progress
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.run_folder import BEST, RunFolder
 from ser_ray.training.search_config import SlotConfig, recipe_of
+from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_journal import JournalCallback
 
 OBJECTIVE = "best_val_ua"
@@ -127,6 +129,7 @@ class TrialSetup:
     storage: str
     """Location of the study's folder, as Ray workers open it."""
     finish: Finish | None = None
+    """Where it is set every trial is needed: one that failed is trained again by the next start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +143,31 @@ class Plan:
     scheduler: TrialScheduler | None = None
 
 
+class _OwnSlots:
+    """As many trials at once as there are slots now, not as when the snapshot was taken."""
+
+    max_concurrent: int
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take up a snapshot's memory, without its slots."""
+        super().set_state(state | {"max_concurrent": self.max_concurrent})  # type: ignore[misc]
+
+
+class SlotLimiter(_OwnSlots, ConcurrencyLimiter):
+    """Asks a searcher for no more trials than there are slots."""
+
+
+class SlotVariants(_OwnSlots, BasicVariantGenerator):
+    """A grid or random draws, no more at once than there are slots."""
+
+
 def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
     """Every combination of some values once, the last name changing fastest."""
     return Plan(
         space={name: tune.grid_search(values) for name, values in grid.items()},
-        algorithm=BasicVariantGenerator(max_concurrent=slots.count),
+        algorithm=SlotVariants(max_concurrent=slots.count),
         num_samples=1,
+        scheduler=RetryFailed(),
     )
 
 
@@ -154,14 +176,14 @@ def run_trials(
     pretrained: dict[str, Pretrained],
     plan: Plan,
     folder: RunFolder,
-    journal: Path,
+    journal: StudyJournal,
     max_failures: int,
 ) -> None:
     """Run the trials of a study, or those that an interrupted one has left.
 
     Args:
         pretrained: the start of every value of `TrainConfig.weights` that may occur.
-        journal: file on this machine that every event of a trial is appended to.
+        journal: every event of a trial is appended to it.
         max_failures: times that a trial goes on after its process was lost.
     """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))
@@ -181,68 +203,62 @@ def run_trials(
         ),
         tune.PlacementGroupFactory([own]),
     )
-    if _is_begun(folder):
-        tuner = tune.Tuner.restore(
-            folder.path,
-            trainable,
-            param_space=plan.space,
-            storage_filesystem=folder.filesystem,
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=plan.space,
-            tune_config=tune.TuneConfig(
-                metric=OBJECTIVE,
-                mode="max",
-                search_alg=plan.algorithm,
-                scheduler=plan.scheduler,
-                num_samples=plan.num_samples,
-                reuse_actors=alone,
-                trial_dirname_creator=_trial_folder,
-            ),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=folder.root,
-                storage_filesystem=folder.filesystem,
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[JournalCallback(journal)],
-                verbose=0,
-            ),
-        )
+    kinds = tune.ResumeConfig.ResumeType
+    errored = kinds.SKIP if setup.finish is None else kinds.RESUME
+    # Not by `Tuner`, which restores searcher and callbacks with the first start's slots and paths.
     with _sigint_restored():
-        tuner.fit()
+        tune.run(
+            trainable,
+            name=folder.name,
+            storage_path=folder.root,
+            storage_filesystem=folder.filesystem,
+            resume_config=tune.ResumeConfig(errored=errored) if _is_begun(folder) else None,
+            metric=OBJECTIVE,
+            mode="max",
+            config=plan.space,
+            num_samples=plan.num_samples,
+            search_alg=plan.algorithm,
+            scheduler=plan.scheduler,
+            callbacks=[JournalCallback(journal)],
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+            max_failures=max_failures,
+            reuse_actors=alone,
+            trial_dirname_creator=_trial_folder,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
 
 
 def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, Pretrained]) -> None:
     """Train one trial of one worker, in Tune's own actor, and report every epoch."""
     recipe = recipe_of(setup.recipe, values)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            chosen = _train(recipe, setup, pretrained[recipe.weights], Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:
+        reporter = _Reporter(Path(scratch), keep_best=setup.finish is not None)
+        try:
+            _train(recipe, setup, pretrained[recipe.weights], reporter)
             if setup.finish is not None:
-                setup.finish(chosen, setup.shards, recipe)
-    except PROBLEMS as problem:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        tune.report(problem_metrics(problem))
+                setup.finish(reporter.best, setup.shards, recipe)
+        except PROBLEMS as problem:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tune.report(problem_metrics(problem, reporter.objective))
 
 
-def _train(recipe: TrainConfig, setup: TrialSetup, pretrained: Pretrained, scratch: Path) -> Path:
-    """Train in this process; returns the directory of the chosen checkpoint."""
+def _train(
+    recipe: TrainConfig, setup: TrialSetup, pretrained: Pretrained, reporter: "_Reporter"
+) -> None:
+    """Train in this process, or go on from the trial's checkpoint."""
     torch.set_num_threads(setup.slots.cpus)
     device = torch.device("cuda" if setup.slots.gpus else "cpu")
-    reporter = _Reporter(scratch, keep_best=setup.finish is not None)
     checkpoint = tune.get_checkpoint()
-    if checkpoint is None:
+    # A trial that had ended has none any more, and a snapshot may not know of its end.
+    if checkpoint is None or read_progress(checkpoint.filesystem, checkpoint.path) is None:
         fit(recipe, setup.shards, pretrained, reporter, device=device)
-    else:
-        with checkpoint.as_directory() as directory:
-            reporter.go_on(Path(directory))
-            resume = Path(directory)
-            fit(recipe, setup.shards, pretrained, reporter, resume=resume, device=device)
-    return reporter.best
+        return
+    with checkpoint.as_directory() as directory:
+        reporter.go_on(Path(directory))
+        resume = Path(directory)
+        fit(recipe, setup.shards, pretrained, reporter, resume=resume, device=device)
 
 
 class _Reporter:
@@ -256,7 +272,8 @@ class _Reporter:
     def __init__(self, scratch: Path, *, keep_best: bool) -> None:
         self.latest, self.best = scratch / "latest", scratch / BEST
         self.keep_best = keep_best
-        self._objective: list[float] = []
+        self.objective: list[float] = []
+        """What the search raises, by epoch."""
         self._saved = time.monotonic()
 
     def __call__(self, epoch: EpochReport | None, take: Take) -> None:
@@ -264,7 +281,7 @@ class _Reporter:
         assert epoch is not None, "nothing asks for a report in mid-epoch"
         if self.keep_best and epoch.is_best:
             _write(take(), self.best)
-        metrics = trial_metrics(epoch.row, epoch.lr, epoch.confusion, self._objective)
+        metrics = trial_metrics(epoch.row, epoch.lr, epoch.confusion, self.objective)
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             tune.report(metrics)
             return
@@ -278,7 +295,7 @@ class _Reporter:
         """Take up what a checkpoint says of the epochs before it."""
         progress = json.loads((checkpoint / PROGRESS).read_text())
         for row in progress["history"]:
-            trial_metrics(row, [], [], self._objective)
+            trial_metrics(row, [], [], self.objective)
         if self.keep_best:
             shutil.copytree(checkpoint / BEST, self.best)
 
@@ -299,9 +316,13 @@ def trial_metrics(
     }
 
 
-def problem_metrics(problem: BaseException) -> dict[str, Any]:
-    """What Tune is told of a trial that cannot go on."""
-    return {"problem": f"{type(problem).__name__}: {problem}", OBJECTIVE: 0.0}
+def problem_metrics(problem: BaseException, objective: list[float]) -> dict[str, Any]:
+    """What Tune is told of a trial that cannot go on, after the epochs of `objective`."""
+    return {
+        "problem": f"{type(problem).__name__}: {problem}",
+        OBJECTIVE: 0.0,
+        "objective_by_epoch": list(objective),
+    }
 
 
 def _write(snapshot: Snapshot, directory: Path) -> None:
@@ -325,6 +346,19 @@ class ResumableAsha(ASHAScheduler):
             self._trial_info[trial.trial_id].on_result(trial, epoch, value)
 
 
+class RetryFailed(FIFOScheduler):
+    """Trials in their order, and after a restore again those that had a problem.
+
+    To Ray Tune they have ended as any other; one whose process failed it starts again by itself.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Put a restored trial that had a problem back in the queue."""
+        super().on_trial_add(tune_controller, trial)
+        if trial.status == trial.TERMINATED and "problem" in (trial.last_result or {}):
+            trial.set_status(trial.PENDING)
+
+
 def _trial_folder(trial: Any) -> str:
     return str(trial.trial_id)
 
@@ -333,7 +367,7 @@ def _is_begun(folder: RunFolder) -> bool:
     """Whether Tune has left a snapshot to go on from."""
     selector = fs.FileSelector(folder.path, allow_not_found=True)
     names = [info.base_name for info in folder.filesystem.get_file_info(selector)]
-    return "tuner.pkl" in names and any(name.startswith("experiment_state-") for name in names)
+    return any(name.startswith("experiment_state-") for name in names)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """A search for the best recipe: draws, trials that are stopped early, and what came of them.
 
 Every trial trains the same fold and is judged by its validation clips; the test part is never read.
-The first trial is the recipe as it was given. The same command goes on with an interrupted search.
+The first trial is the recipe as it was given, where the space holds it. The same command goes on
+with an interrupted search.
 """
 
 import csv
 import hashlib
 import io
 import json
+import logging
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,12 +22,11 @@ import numpy as np
 import ray
 from ray import tune as ray_tune
 from ray.tune.search import SearchAlgorithm, Searcher
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import cluster, require_shared
-from ser_ray.errors import SerRayError
+from ser_ray.cluster import cluster, require_kept, require_shared
+from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage import absolute
+from ser_ray.storage import absolute, location_inside
 from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
@@ -33,11 +35,14 @@ from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
 from ser_ray.training.study import Show, Study
+from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import (
     Plan,
     ResumableAsha,
+    SlotLimiter,
     Slots,
+    SlotVariants,
     TrialSetup,
     find_slots,
     run_trials,
@@ -45,6 +50,8 @@ from ser_ray.training.trials import (
 
 BEST_RECIPE = "best.json"
 """Beside the trials: the best recipe and where it came from."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,14 @@ class TuneResult:
     """The search's own run; its trials are nested in it."""
     tracking_uri: str
     location: str
-    """Folder of the search, which holds best.json."""
+    """Folder of the search."""
+    again: str
+    """Command that trains the best recipe."""
+
+    @property
+    def best_recipe(self) -> str:
+        """Location of best.json."""
+        return location_inside(self.location, BEST_RECIPE)
 
 
 def search(
@@ -81,6 +95,7 @@ def search(
         SerRayError: no trial succeeded; says why the first failed.
         KeyboardInterrupt: interrupted; the same call goes on.
     """
+    require_one_split(recipe, config)
     shards = open_shards(absolute(shards_location))
     split = describe(select_rows(shards.clips(), recipe))
     pretrained = read_starts(recipe, config.dimensions, shards)
@@ -95,13 +110,38 @@ def search(
         identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
         with open_study(setup, folder, run, split["label"], identity, show) as study:
             if not folder.record().get("finished"):
+                warn_of_baseline(recipe, config)
                 plan = make_plan(recipe, config, found)
                 run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
                 study.read()
                 require_all_ended(study, num_trials(recipe, config))
             best = best_of(study.logs)
+        again = train_command(best.run_id, shards_location, run)
         title = f"validation, {split['label']}, {shards.card.corpus}"
-        return _conclude(folder, study, best, config, title)
+        return _conclude(folder, study, best, config, title, again)
+
+
+def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
+    """Refuse a search whose trials are validated on different clips.
+
+    Raises:
+        ConfigError: the seed is searched under the protocol whose split it draws.
+    """
+    if recipe.protocol == "random" and any(item.name == "seed" for item in config.dimensions):
+        raise ConfigError(
+            "space: seed cannot be searched with protocol random, whose split it draws: trials "
+            "validated on different clips do not compare; leave it out, or search with another "
+            "--protocol"
+        )
+
+
+def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
+    """Command that trains the recipe of a run of MLflow, on the same shards and store."""
+    words = ["ser-ray", "train", "--like", run_id, "--shards", shards_location]
+    for name in ("tracking_uri", "experiment", "storage"):
+        if (value := getattr(run, name)) != getattr(RunConfig(), name):
+            words += [f"--{name.replace('_', '-')}", value]
+    return shlex.join(words)
 
 
 def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
@@ -148,7 +188,7 @@ def make_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     if config.searcher == "optuna":
         algorithm = _optuna(recipe.seed, first, slots)
     else:
-        algorithm = BasicVariantGenerator(
+        algorithm = SlotVariants(
             points_to_evaluate=first, max_concurrent=slots.count, random_state=recipe.seed
         )
     samples = 1 + len(first) if config.searcher == "grid" else config.trials
@@ -164,7 +204,26 @@ def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
     on_grid = all(values[item.name] in item.grid() for item in config.dimensions)
     if config.searcher == "grid" and on_grid:
         return []
-    return [values] if all(item.holds(values[item.name]) for item in config.dimensions) else []
+    return [] if _left_out(recipe, config) else [values]
+
+
+def warn_of_baseline(recipe: TrainConfig, config: TuneConfig) -> None:
+    """Say so where no trial will be the recipe as given."""
+    if left_out := _left_out(recipe, config):
+        logger.warning(
+            "no trial is the recipe as given, for the space leaves it out by %s",
+            ", ".join(left_out),
+        )
+
+
+def _left_out(recipe: TrainConfig, config: TuneConfig) -> list[str]:
+    """Names, each with the recipe's own value, for which the space does not hold that value."""
+    values = values_of(recipe, config.dimensions)
+    return [
+        f"{item.name} {values[item.name]}"
+        for item in config.dimensions
+        if not item.holds(values[item.name])
+    ]
 
 
 def _own_first(grid: Sequence[Any], own: Any) -> list[Any]:
@@ -196,10 +255,12 @@ def open_study(
 
     Raises:
         CheckpointError: the folder is another study's.
+        ResourcesError: the store is in what Ray will delete after the job.
         TrackingError: the store cannot be reached.
     """
     card = setup.shards.card
-    identity = identity | {"shards": card.fingerprint}
+    # Ray Tune restores no trial of one worker as one of several.
+    identity = identity | {"shards": card.fingerprint, "workers": setup.slots.workers}
     folder.require_same(identity)
     tags = provenance() | {
         "protocol": label,
@@ -210,6 +271,7 @@ def open_study(
         "storage": folder.location,
     }
     uri, record = resolve_uri(run.tracking_uri), folder.record()
+    require_kept(uri.removeprefix("sqlite:///"))
     tracker = Tracker.start(
         uri,
         run.experiment,
@@ -220,7 +282,7 @@ def open_study(
     )
     folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
     return Study(
-        folder.journal(),
+        StudyJournal(folder),
         setup.recipe,
         tracker,
         name=folder.name,
@@ -273,14 +335,14 @@ def _settings(config: TuneConfig) -> dict[str, Any]:
 
 
 def _conclude(
-    folder: RunFolder, study: Study, best: TrialLog, config: TuneConfig, title: str
+    folder: RunFolder, study: Study, best: TrialLog, config: TuneConfig, title: str, again: str
 ) -> TuneResult:
     """Keep the best recipe beside the trials and complete the search's run."""
     tracker = study.parent
     content = {"run_id": best.run_id, "best": best.best, "recipe": best.recipe.to_dict()}
     with folder.filesystem.open_output_stream(f"{folder.path}/{BEST_RECIPE}") as stream:
         stream.write(json.dumps(content, indent=2).encode())
-    _log_outcome(study, best, config.dimensions, title)
+    _log_outcome(study, best, config.dimensions, title, again)
     folder.update_record(finished=True)
     tracker.finish("FINISHED")
     return TuneResult(
@@ -291,6 +353,7 @@ def _conclude(
         run_id=tracker.run_id,
         tracking_uri=tracker.uri,
         location=folder.location,
+        again=again,
     )
 
 
@@ -309,18 +372,17 @@ def _domain(dimension: Dimension) -> Any:
 
 def _optuna(seed: int, first: list[dict[str, Any]], slots: Slots) -> Searcher:
     import optuna
-    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # An interrupted trial does its last epochs again, which Optuna has heard of.
     warnings.filterwarnings("ignore", message="The reported value is ignored because this `step=")
     searcher = OptunaSearch(points_to_evaluate=first, seed=seed)
-    return ConcurrencyLimiter(searcher, max_concurrent=slots.count)
+    return SlotLimiter(searcher, max_concurrent=slots.count)
 
 
 def _log_outcome(
-    study: Study, best: TrialLog, dimensions: tuple[Dimension, ...], title: str
+    study: Study, best: TrialLog, dimensions: tuple[Dimension, ...], title: str, again: str
 ) -> None:
     from ser_ray.training.search_figures import (
         bounds_figure,
@@ -340,7 +402,9 @@ def _log_outcome(
     tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
     importance = importance_of(trials, dimensions)
     files: dict[str, Any] = {
-        "report.html": search_page(study.name, trials, best, dimensions, importance, study.tags),
+        "report.html": search_page(
+            study.name, trials, best, dimensions, importance, study.tags, again
+        ),
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(trials, title),
         "plots/learning_rate_bounds.png": bounds_figure(trials, title),
