@@ -1,10 +1,11 @@
 """Joining a Ray cluster, or starting one on this machine, and asking what it has."""
 
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from ser_ray.storage import absolute
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """On the head of a cluster that `ray up` started: what its autoscaler may start."""
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""By this variable Ray tells the driver of a job its runtime environment, before it connects."""
 ANSWER_SECONDS = 60.0
-"""Time for a node to start a worker and look for a file."""
+"""Time for a node to start a worker and look for files."""
+FOLDERS_ASKED = 256
+"""Folders of listed files that every node is asked for, at most."""
 
 
 @contextmanager
@@ -22,12 +27,15 @@ def cluster(address: str = "") -> Iterator[None]:
     """Be connected to Ray within the block.
 
     Joins the cluster at `address`, else the one that `RAY_ADDRESS` or a Ray job names, else starts
-    one on this machine and stops it at the end. Nested use joins the outer block's.
+    one on this machine and stops it at the end. Nested use joins the outer block's. One that it
+    starts listens on the loopback alone.
 
     Raises:
-        ResourcesError: no cluster answers at the address, or none could be started.
+        ResourcesError: no cluster answers at the address, it is a job server's, or none could be
+            started.
     """
     import ray
+    from ray._private import ray_constants
 
     if ray.is_initialized():
         yield
@@ -35,7 +43,17 @@ def cluster(address: str = "") -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = address or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise ResourcesError(
+            f"{address} is a job server, which takes submissions: name it by "
+            "RAY_API_SERVER_ADDRESS, for `ray job submit` alone; --address and RAY_ADDRESS take "
+            "HOST:6379"
+        )
+    may_be_joined = ray_constants.ENABLE_RAY_CLUSTER
     try:
+        # Off, as by itself on a Mac, Ray takes the loopback for the machine's address. Its variable
+        # for this is read when Ray is imported, which may be long ago.
+        ray_constants.ENABLE_RAY_CLUSTER = may_be_joined and bool(address)
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -55,6 +73,8 @@ def cluster(address: str = "") -> Iterator[None]:
             f"Ray did not start on this machine ({error}): it is too busy, or short of memory; "
             "give the same command again when it is not, or name a cluster with --address"
         ) from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = may_be_joined
     try:
         yield
     finally:
@@ -118,20 +138,30 @@ def require_shared(*locations: str) -> None:
         require_kept(location)
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    for location in locations:
-        if "://" in location:
-            continue
-        path, blind = Path(absolute(location)), []
-        if others:
-            with _marker(path) as marker:
-                blind = sorted(_nodes_without(marker, others))
-        elif AUTOSCALER_CONFIG.expanduser().exists() and _on_own_disk(path):
-            blind = ["the machines that are to be started"]
-        if blind:
+    local = {location: Path(absolute(location)) for location in locations if "://" not in location}
+    blind: dict[str, list[str]] = {}
+    if others:
+        with ExitStack() as stack:
+            seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
+            blind = dict(zip(local, _nodes_without(seen_by, others), strict=True))
+    elif AUTOSCALER_CONFIG.expanduser().exists():
+        to_come = ["the machines that are to be started"]
+        blind = {location: to_come for location, path in local.items() if _on_own_disk(path)}
+    for location, names in blind.items():
+        if names:
             raise ResourcesError(
-                f"{location}: is on this machine, but not on {', '.join(blind)}: give a folder "
+                f"{location}: is on this machine, but not on {', '.join(names)}: give a folder "
                 "that all nodes of the cluster share, or a URI like s3://bucket/folder"
             )
+
+
+def one_of_each_folder(files: Iterable[str]) -> list[str]:
+    """Return a local file of every folder that files lie in, of `FOLDERS_ASKED` at most."""
+    found: dict[str, str] = {}
+    for file in files:
+        if "://" not in file:
+            found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - a million of them
+    return list(found.values())[:: -(-len(found) // FOLDERS_ASKED) or 1]
 
 
 def require_kept(location: str) -> None:
@@ -140,13 +170,12 @@ def require_kept(location: str) -> None:
     Raises:
         ResourcesError: it is.
     """
-    import ray
-
-    is_copy = "working_dir" in ray.get_runtime_context().runtime_env
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    is_copy = "working_dir" in job.get("runtime_env", {})
     if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):
         raise ResourcesError(
             f"{location}: is inside the copy of the code that Ray deletes after the job: give an "
-            "absolute path or a URI like s3://bucket/folder"
+            "absolute path or, where one is taken, a URI like s3://bucket/folder"
         )
 
 
@@ -170,27 +199,32 @@ def _on_own_disk(path: Path) -> bool:
     return path.exists() and path.stat().st_dev == Path("/").stat().st_dev
 
 
-def _nodes_without(path: Path, nodes: list[dict[str, Any]]) -> list[str]:
-    """Names of the nodes on which a path does not exist; those that do not answer count not."""
+def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:
+    """Names of the nodes on which each path does not exist; those that do not answer count not."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    def exist() -> list[bool]:
+        return [os.path.exists(path) for path in paths]  # noqa: PTH110 - raises nothing
+
+    look = ray.remote(num_cpus=0, max_retries=0)(exist)
     asked = {
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(path)): node["NodeManagerHostname"]
+        ).remote(): node["NodeManagerHostname"]
         for node in nodes
     }
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-    blind = []
+    blind: list[list[str]] = [[] for _ in paths]
     for answer in answered:
         try:
-            if not ray.get(answer):
-                blind.append(asked[answer])
+            there = ray.get(answer)
         except ray.exceptions.RayError:  # the node was lost meanwhile
             continue
-    return blind
+        for names, is_there in zip(blind, there, strict=True):
+            if not is_there:
+                names.append(asked[answer])
+    return [sorted(names) for names in blind]
 
 
 def cpus_per_worker(workers: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ser_ray import cli
-from ser_ray.cluster import cluster
+from ser_ray.cluster import cluster, require_kept
 from ser_ray.errors import SerRayError
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import TrainConfig
@@ -38,6 +38,7 @@ def download(verb: cli.Download) -> Outcome:
     """Zenodo's record to folders of clips."""
     from ser_ray.corpus.download import download as run_download
 
+    require_kept(verb.download.target)
     folders = run_download(verb.download)
     lines = [f"{folder} is complete" for folder in folders]
     lines.append(f"prepare it with ser-ray prepare --corpus {verb.download.target} --shards FOLDER")
@@ -71,13 +72,8 @@ def train(verb: cli.Train) -> Outcome:
     from ser_ray.training.display import EpochPrinter
     from ser_ray.training.distributed import train as run_train
 
-    result = run_train(
-        verb.shards,
-        verb.recipe,
-        verb.run,
-        on_epoch=EpochPrinter(console, verb.recipe.epochs),
-        address=verb.address,
-    )
+    with EpochPrinter(console, verb.recipe.epochs) as show:
+        result = run_train(verb.shards, verb.recipe, verb.run, on_epoch=show, address=verb.address)
     best = result.best
     data = {
         "name": result.name,
@@ -142,16 +138,15 @@ def tune(verb: cli.Tune) -> Outcome:
     best, recipe = result.best, result.best.recipe
     states = [trial.state for trial in result.trials]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    again = f"ser-ray train --like {best.run_id} --shards {verb.shards}"
     lines = [
         f"searched     {len(result.trials)} trials: {counted}",
         f"best         trial {best.number}: UA {best.best['val_ua']:.1%}, WA "
         f"{best.best['val_wa']:.1%} in epoch {best.best['epoch']:.0f} ({result.label})",
         f"             {recipe.feature}, lr_min {recipe.lr_min:.2e}, lr_max {recipe.lr_max:.2e}",
-        f"kept in      {result.location}/best.json",
+        f"kept in      {result.best_recipe}",
         f"MLflow run   {result.run_id}",
         f"MLflow UI    {ui_command(result.tracking_uri)}",
-        f"train it     {again}",
+        f"train it     {result.again}",
     ]
     data = {
         "name": result.name,
@@ -196,7 +191,7 @@ def crossval(verb: cli.Crossval) -> Outcome:
         )
     lines = [
         result.text(),
-        f"predictions  {result.location}/predictions.parquet",
+        f"predictions  {result.table}",
         f"MLflow run   {result.run_id}",
         f"MLflow UI    {ui_command(result.tracking_uri)}",
     ]
@@ -304,7 +299,7 @@ def export(verb: cli.Export) -> Outcome:
 
     output = verb.output or f"{cli.OUT}/model.{'onnx' if verb.format == 'onnx' else 'pt2'}"
     with local_checkpoint(verb.model, verb.tracking_uri) as checkpoint:
-        exported = run_export(checkpoint, Path(output), verb.format)
+        exported = run_export(checkpoint, output, verb.format)
     return Outcome(asdict(exported), str(exported))
 
 

@@ -6,6 +6,7 @@ clips through `list_files`.
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ser_ray.errors import ConfigError
 
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")  # pyarrow's own
+_PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
+"""`://user:password@`; keys of S3 may hold slashes, and `://host:9000/` is a port."""
 _LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
@@ -46,13 +49,8 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in location:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    _refuse_password(location)
     parts = urlsplit(location)
-    if parts.password:
-        # It would be written into every manifest, shard and run that names the location.
-        raise ConfigError(
-            f"{parts.scheme}://...@{parts.hostname}: a location must not hold a password or secret "
-            "key; give it to the filesystem by its environment (AWS_SECRET_ACCESS_KEY for s3)"
-        )
     try:
         if parts.scheme in _BUCKET_SCHEMES:
             bucket = parts.netloc.rpartition("@")[2]
@@ -63,6 +61,16 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         return _fsspec_filesystem(location)
     except OSError as error:
         raise ConfigError(f"{location}: cannot be opened ({_first_line(error)})") from error
+
+
+def _refuse_password(location: str) -> None:
+    """Refuse what would be written into every manifest, shard and run that names the location."""
+    for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
+        if _PASSWORD.search(link):
+            raise ConfigError(
+                f"{link.partition('://')[0]}://...: a location must not hold a password or secret "
+                "key; give it to the filesystem by its environment (AWS_SECRET_ACCESS_KEY for s3)"
+            )
 
 
 @lru_cache(maxsize=32)
@@ -86,6 +94,14 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
 def absolute(location: str) -> str:
     """Make a local path absolute; a URI is as it is."""
     return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def appears_whole(filesystem: fs.FileSystem) -> bool:
+    """Whether a file is there only once all of it is, as an object in a bucket.
+
+    A rename, by which it would elsewhere, is a copy and a deletion in a bucket.
+    """
+    return filesystem.type_name in ("s3", "gcs")
 
 
 def list_files(location: str) -> Iterator[ListedFile]:

@@ -1,10 +1,24 @@
-"""What a user is told when there is no Ray to work on; Ray itself stands aside."""
+"""What a user is told when there is no Ray to work on, or not all of it sees what it is to read.
 
+Ray itself stands aside.
+"""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
 import pytest
 import ray
 
-from ser_ray.cluster import cluster
+from ser_ray import cluster as cluster_module
+from ser_ray.cluster import cluster, one_of_each_folder
 from ser_ray.errors import ResourcesError
+from ser_ray.inference import batch
+from ser_ray.shards import prepare
+from ser_ray.shards.config import PrepareConfig
+from tests.clips import voice, write_wav
 
 
 @pytest.mark.parametrize(
@@ -32,3 +46,91 @@ def test_a_bug_is_not_taken_for_a_busy_machine(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(TypeError, match="no such option"), cluster():
         pytest.fail("it is not connected")
+
+
+@pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
+def test_a_job_servers_address_is_told_from_a_clusters(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "http://localhost:8265"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if name == "RAY_ADDRESS":
+        monkeypatch.setenv(name, address)
+    told = pytest.raises(ResourcesError, match=r"is a job server.* RAY_API_SERVER_ADDRESS")
+    with told, cluster(address if name == "--address" else ""):
+        pytest.fail("it is not connected")
+
+
+def test_a_file_of_every_folder_is_looked_for_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [f"/{folder}/{name}.wav" for name in "ab" for folder in range(9)]
+    assert one_of_each_folder([]) == []
+    assert one_of_each_folder([*files, "s3://bucket/a.wav"]) == files[:9]
+    monkeypatch.setattr(cluster_module, "FOLDERS_ASKED", 4)
+    assert one_of_each_folder(files) == [files[0], files[3], files[6]]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that other machines do not see; what is asked for in it is refused."""
+    own = tmp_path / "own"
+
+    def refuse(*locations: str) -> None:
+        for location in locations:
+            if Path(location).is_relative_to(own):
+                raise ResourcesError(f"{location}: is on this machine")
+
+    for module in (prepare, batch):
+        monkeypatch.setattr(module, "require_shared", refuse)
+    monkeypatch.setattr(batch, "require_kept", lambda location: None)
+    monkeypatch.setattr(prepare, "cluster", contextlib.nullcontext)
+    return own
+
+
+def some_clips(*folders: Path) -> list[str]:
+    for folder in folders:
+        folder.mkdir()
+    sound = voice(0.6, 16_000)
+    return [str(write_wav(folder / "a.wav", sound, 16_000)) for folder in folders]
+
+
+def test_clips_that_only_this_machine_has_are_refused_though_their_table_is_shared(
+    refused: Path, tmp_path: Path
+) -> None:
+    table, shards = tmp_path / "table.csv", tmp_path / "shards"
+    clips = some_clips(tmp_path / "shared", refused)
+    rows = [f"{clip},joy,{speaker}" for speaker, clip in enumerate(clips)]
+    table.write_text("\n".join(["path,label,speaker", *rows]))
+    with pytest.raises(ResourcesError, match=clips[1]):
+        prepare.prepare(PrepareConfig(corpus=str(table), shards=str(shards)))
+    assert not list(shards.glob("*.parquet"))
+
+
+def test_files_to_score_that_only_this_machine_has_are_refused_though_the_first_is_shared(
+    refused: Path, tmp_path: Path
+) -> None:
+    clips = some_clips(tmp_path / "shared", refused)
+    predictor: Any = SimpleNamespace(fingerprint="a model", hearing=None)
+    with pytest.raises(ResourcesError, match=clips[1]):
+        batch.predict_many(clips, predictor, str(tmp_path / "found.csv"))
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+def test_a_ray_of_ones_own_listens_on_the_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    us = psutil.Process()
+    before = {process.pid for process in us.children(recursive=True)} | {us.pid}
+    with cluster():
+        ray.get(ray.remote(lambda: 1).remote())
+        listening = [
+            (process.name(), socket.laddr.ip)
+            for process in us.children(recursive=True)
+            if process.pid not in before
+            for socket in process.net_connections("inet")
+            if socket.status == psutil.CONN_LISTEN
+        ]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
+    loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+    assert [item for item in listening if item[1] not in loopback] == []

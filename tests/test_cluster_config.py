@@ -2,11 +2,13 @@
 
 import copy
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,21 +108,45 @@ def test_its_machines_are_ones_that_ec2_would_start(resolved):
         assert provider.create_node(node, {"ray-user-node-type": name}, 1)
 
 
-def test_the_role_may_be_passed_on_and_reaches_one_bucket():
+@pytest.fixture(scope="module")
+def template() -> dict[str, Any]:
+    """The resources of .aws-role.yaml."""
+
     class Template(yaml.SafeLoader):
         """CloudFormation's tags as plain strings."""
 
     Template.add_multi_constructor("!", lambda loader, _, node: loader.construct_scalar(node))
-    resources = yaml.load((ROOT / ".aws-role.yaml").read_text(), Template)["Resources"]
-    policy = resources["Role"]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"]
+    return yaml.load((ROOT / ".aws-role.yaml").read_text(), Template)["Resources"]
+
+
+def test_the_role_may_be_passed_on_and_reaches_one_bucket(template):
+    policy = template["Role"]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"]
     by_service: dict[str, set[str]] = {}
+    conditions: dict[str, Any] = {}
     for statement in policy:
         actions = statement["Action"]
         for action in [actions] if isinstance(actions, str) else actions:
-            by_service.setdefault(action.split(":")[0], set()).add(statement["Resource"])
-    assert set(by_service) == {"ec2", "ssm", "iam", "s3"}
-    assert by_service["iam"] == {"arn:aws:iam::${AWS::AccountId}:role/ser-ray"}
-    assert by_service["s3"] == {"arn:aws:s3:::${Bucket}", "arn:aws:s3:::${Bucket}/*"}
+            service = action if action.startswith("iam:") else action.split(":")[0]
+            by_service.setdefault(service, set()).add(statement["Resource"])
+            conditions[action] = statement.get("Condition")
+    account = "arn:aws:iam::${AWS::AccountId}:role"
+    assert by_service.pop("s3") == {"arn:aws:s3:::${Bucket}", "arn:aws:s3:::${Bucket}/*"}
+    assert by_service.pop("iam:PassRole") == {f"{account}/ser-ray"}
+    # Without it the first request for a spot machine in an account fails.
+    create, spot = "iam:CreateServiceLinkedRole", "spot.amazonaws.com"
+    assert by_service.pop(create) == {f"{account}/aws-service-role/{spot}/*"}
+    assert conditions[create] == {"StringEquals": {"iam:AWSServiceName": spot}}
+    assert set(by_service) == {"ec2", "ssm"}
+
+
+def test_the_bucket_does_not_keep_for_long_what_is_overwritten_or_half_uploaded(template):
+    bucket = template["Storage"]["Properties"]
+    assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
+    (rule,) = bucket["LifecycleConfiguration"]["Rules"]
+    assert "Prefix" not in rule  # holds for everything
+    assert rule["NoncurrentVersionExpiration"]["NoncurrentDays"] <= 7
+    assert rule["ExpiredObjectDeleteMarker"]
+    assert rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] <= 7
 
 
 def test_what_is_shipped_exists_and_the_pinned_versions_are_what_is_installed(edited):
@@ -136,35 +162,60 @@ def test_what_is_shipped_exists_and_the_pinned_versions_are_what_is_installed(ed
         assert str(requirement.specifier) == f"=={version(requirement.name)}"
 
 
-def test_its_setup_installs_what_is_installed_here_and_asks_for_the_token(edited, tmp_path):
-    """The commands themselves, in a home of their own; nothing is downloaded."""
-    fetch_uv, install, protect, remember = edited["setup_commands"]
-    uv = Path(sys.executable).with_name("uv")
-    assert f"/uv/{version('uv')}/" in fetch_uv
-    (tmp_path / "ser-ray").symlink_to(ROOT)
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("a token")
+@dataclass
+class Machine:
+    """A home of its own with what `ray up` ships, for the setup commands; without a network."""
 
-    def run(command: str) -> str:
+    home: Path
+
+    def run(self, command: str) -> str:
+        uv = Path(sys.executable).with_name("uv")
+        for found, here in (
+            ("~/.local/bin/uv", f"{uv} --offline"),
+            ("~/venv/bin/python", sys.executable),
+        ):
+            command = command.replace(found, here)
+        env = {"HOME": str(self.home), "PATH": os.environ["PATH"]}
         bash = ["bash", "-c", command]
-        env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-        done = subprocess.run(bash, env=env, check=True, capture_output=True, text=True)
+        done = subprocess.run(bash, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    for found, here in (
-        ("~/.local/bin/uv", f"{uv} --offline"),
-        ("~/venv/bin/python", sys.executable),
-    ):
-        assert found in install
-        install = install.replace(found, here)
-    assert "Would make no changes" in run(f"{install} --dry-run")
-    run(protect)
-    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
-    run(remember)
-    run(remember)  # as `ray up` does on every change
-    assert (tmp_path / ".bashrc").read_text().count("export") == 1
-    told = run(". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_TRACKING_URI; which -a python | head -1")
+
+@pytest.fixture
+def machine(edited: dict[str, Any], tmp_path: Path) -> Machine:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a token")
+    (tmp_path / "ser-ray").mkdir()
+    for place, source in edited["file_mounts"].items():
+        if place.startswith("~/ser-ray/"):
+            copy_of = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+            copy_of(ROOT / source, tmp_path / place.removeprefix("~/"))
+    return Machine(tmp_path)
+
+
+def test_its_setup_installs_what_is_installed_here_and_asks_for_the_token(edited, machine):
+    fetch_uv, install, _, protect, remember = edited["setup_commands"]
+    assert f"/uv/{version('uv')}/" in fetch_uv
+    assert "Would make no changes" in machine.run(f"{install} --dry-run")
+    machine.run(protect)
+    assert stat.S_IMODE((machine.home / ".ray" / "auth_token").stat().st_mode) == 0o600
+    machine.run(remember)
+    machine.run(remember)  # as `ray up` does on every change
+    assert (machine.home / ".bashrc").read_text().count("export") == 1
+    told = machine.run(
+        ". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_TRACKING_URI; which -a python | head -1"
+    )
     assert told.split()[:2] == ["token", "http://127.0.0.1:5000"]
+
+
+def test_what_is_shipped_is_all_that_the_command_is_made_of(edited, machine):
+    pytest.importorskip("setuptools", "77")  # else uv would fetch it
+    _, _, install, *_ = edited["setup_commands"]
+    machine.run(f"{install} --no-build-isolation --target ~/installed")
+    assert "--shards" in machine.run(
+        "PYTHONPATH=~/installed ~/installed/bin/ser-ray prepare --help"
+    )
 
 
 @pytest.fixture

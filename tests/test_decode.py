@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from moto.moto_server.werkzeug_app import MotoRequestHandler
 from pyarrow import fs
 
 from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
+from ser_ray.storage import filesystem_of
 from tests.clips import voice, write_sound, write_video, write_wav
+from tests.s3_server import s3_bucket
 
 
 @pytest.fixture
@@ -85,6 +88,31 @@ def test_a_uri_is_opened(samples: np.ndarray) -> None:
     decoded, sample_rate = decode("memory://clips/a.wav")
     np.testing.assert_array_equal(decoded, samples)
     assert sample_rate == 16_000
+
+
+@pytest.mark.parametrize(("name", "sample_rate"), [("a.wav", 48_000), ("a.flac", 16_000)])
+def test_a_clip_in_a_bucket_takes_two_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sample_rate: int
+) -> None:
+    """One for its size and one for its bytes; a large file is read in pieces."""
+    sound = np.round(voice(3.7, sample_rate) * 20_000).astype(np.int16)
+    soundfile.write(tmp_path / name, sound, sample_rate)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        MotoRequestHandler, "log_request", lambda self, *_: asked.append(self.command)
+    )
+    with s3_bucket("clips") as uri:
+        filesystem, path = filesystem_of(uri.format(name))
+        fs.copy_files(str(tmp_path / name), path, destination_filesystem=filesystem)
+        asked.clear()
+        whole, _ = decode(uri.format(name))
+        assert asked == ["HEAD", "GET"]
+        monkeypatch.setattr("ser_ray.features.decode.WHOLE", 0)
+        in_pieces, _ = decode(uri.format(name))
+        assert len(asked) > 4
+    expected, _ = decode(str(tmp_path / name))
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(in_pieces, expected)
 
 
 def test_the_sound_of_a_video(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from ser_ray.cli import main
+from ser_ray.cluster import JOB_CONFIG
 from ser_ray.corpus import download as downloading
 from ser_ray.corpus import fetch, unpack
 from ser_ray.corpus.download import DownloadConfig, download
@@ -210,6 +212,16 @@ def test_everything_is_the_49_archives_of_the_record() -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DownloadConfig(**settings)
+
+
+def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
+    assert main(["download", "--record-url", "http://127.0.0.1:1"]) == 2
+    assert "that Ray deletes after the job" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_the_configuration_imports_nothing_heavy() -> None:

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from ser_ray.errors import SerRayError
+from ser_ray.cluster import JOB_CONFIG
+from ser_ray.errors import ResourcesError, SerRayError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.inference import export as export_module
 from ser_ray.inference.export import TOLERANCE, WaveformModel, export
 from ser_ray.inference.predict import Predictor
+from ser_ray.storage import filesystem_of
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from tests.clips import voice
 from tests.models import FEATURES, LABELS, make_checkpoint
+from tests.s3_server import s3_bucket
 
 RATE = 16_000
 
@@ -63,7 +66,7 @@ def test_the_graph_before_it_is_exported_is_the_predictor(tmp_path, kind):
 def test_onnx_runs_in_onnxruntime_and_says_what_it_is(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     make_checkpoint(tmp_path / "model")
-    exported = export(tmp_path / "model", tmp_path / "model.onnx", "onnx")
+    exported = export(tmp_path / "model", str(tmp_path / "model.onnx"), "onnx")
     assert exported.largest_difference < TOLERANCE
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     about = session.get_modelmeta().custom_metadata_map
@@ -76,7 +79,7 @@ def test_onnx_runs_in_onnxruntime_and_says_what_it_is(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own archive's buffers
 def test_torchs_exported_program_runs_without_this_package(tmp_path):
     make_checkpoint(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "model.pt2", "torch")
+    export(tmp_path / "model", str(tmp_path / "model.pt2"), "torch")
     about = {"about.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=about).module()
     assert json.loads(about["about.json"])["labels"] == list(LABELS)
@@ -85,11 +88,33 @@ def test_torchs_exported_program_runs_without_this_package(tmp_path):
     )
 
 
-def test_a_file_whose_answers_differ_is_not_handed_over(tmp_path: Path):
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own archive's buffers
+def test_it_goes_to_a_bucket(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with s3_bucket("models") as uri:
+        output = uri.format("exported/model.pt2")
+        assert export(tmp_path / "model", output, "torch").output == output
+        filesystem, path = filesystem_of(output)
+        (tmp_path / "fetched.pt2").write_bytes(filesystem.open_input_file(path).read())
+    assert "s3:" not in {path.name for path in tmp_path.iterdir()}
+    run = export_module._run_torch(tmp_path / "fetched.pt2")
+    require_same(run, Predictor(tmp_path / "model"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_whose_answers_differ_is_not_handed_over(tmp_path: Path, monkeypatch):
     make_checkpoint(tmp_path)
-    output = tmp_path / "model.onnx"
-    output.write_bytes(b"")
     wrong = np.array([1, 0, 0, 0], np.float32)
+    monkeypatch.setattr(export_module, "_run_torch", lambda _: lambda _: wrong)
     with pytest.raises(SerRayError, match="differ from the original's by"):
-        export_module._compare(lambda _: wrong, Predictor(tmp_path), output)
-    assert not output.exists()
+        export(tmp_path, str(tmp_path / "model.pt2"), "torch")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(tmp_path: Path, monkeypatch):
+    """Before the checkpoint is read: there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
+    with pytest.raises(ResourcesError, match="that Ray deletes after the job"):
+        export(tmp_path, "ser-ray-out/model.onnx", "onnx")

@@ -262,14 +262,19 @@ def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("command", "message"),
     [
-        ("--corpus /nowhere --shards {shared}/none", "/nowhere: there is no such folder"),
-        ("--corpus {shared}/corpus --shards ser-ray-out/shards", "that Ray deletes after the job"),
+        ("prepare --corpus /nowhere --shards {shared}/none", "/nowhere: there is no such folder"),
+        (
+            "prepare --corpus {shared}/corpus --shards ser-ray-out/out",
+            "that Ray deletes after the job",
+        ),
+        ("download", "that Ray deletes after the job"),
+        ("export {shared}/no-model", "that Ray deletes after the job"),
     ],
 )
-def test_what_a_user_gets_wrong_fails_the_job_and_says_so(head, clone, shared, options, message):
-    done = head.run(*head.submit(clone, "prepare", *options.format(shared=shared).split()))
+def test_what_a_user_gets_wrong_fails_the_job_and_says_so(head, clone, shared, command, message):
+    done = head.run(*head.submit(clone, *command.format(shared=shared).split()))
     assert done.returncode != 0
     assert message in done.stdout
 
@@ -314,12 +319,32 @@ def test_no_log_holds_a_secret(head, shards):
 
 
 def test_the_command_line_joins_the_same_cluster(head, shared, shards):
+    """From a folder without the code, and to shards that are not there: its workers write them."""
+    target = shared / "joined"
     done = head.run(
         *("ser-ray", "prepare", "--address", head.gcs, "--corpus", shared / "corpus"),
-        *("--shards", shards, "--json"),
+        *("--shards", target, "--json"),
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 24
+    parts = sorted(path.name for path in shards.glob("part-*"))
+    assert parts
+    for name in parts:
+        assert (target / name).read_bytes() == (shards / name).read_bytes()
+
+
+def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
+    """As README sets it: jobs go there, and a command in the same shell has its own Ray."""
+    server = {"RAY_API_SERVER_ADDRESS": head.jobs}
+    listed = head.run("ray", "job", "list", **server)
+    assert listed.returncode == 0, listed.stderr
+    options = ("--corpus", shared / "corpus", "--shards", shared / "alone")
+    told = head.run("ser-ray", "prepare", *options, RAY_ADDRESS=head.jobs)
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"error: {head.jobs} is a job server")
+    assert told.stderr.count("\n") == 1
+    done = head.run("ser-ray", "prepare", *options, **server)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_job_brings_its_packages_to_a_cluster_that_has_others(head, clone, shared):

@@ -5,6 +5,7 @@ registry, so the fields that the manifests may use are listed here, after the Go
 1.7 (ray-operator/apis/ray/v1), which its schema is generated from.
 """
 
+import json
 import shlex
 import tomllib
 from pathlib import Path
@@ -165,6 +166,30 @@ def test_it_is_as_closed_as_the_cluster_on_machines(manifests, pods):
     mlflow = pods["head"]["containers"][1]
     assert " ".join(mlflow["command"][1:]) in aws  # listens on the loopback, asks for a password
     assert "ports" not in mlflow
+
+
+def test_the_role_is_one_that_pods_may_take(manifests):
+    """Not that of the machines; the policy in the manifest's head names the pods' own account."""
+    account = manifests["ServiceAccount"]["metadata"]
+    (role,) = account["annotations"].values()
+    assert f"RoleName: {role.rpartition('/')[2]}\n" not in (ROOT / ".aws-role.yaml").read_text()
+    head = (ROOT / ".kuberay" / "cluster.yaml").read_text().partition("\napiVersion")[0]
+    policy = "".join(line[3:] for line in head.splitlines() if line.startswith("#   "))
+    (statement,) = json.loads(policy[policy.index("{") :])["Statement"]
+    assert statement["Action"] == "sts:AssumeRoleWithWebIdentity"
+    names = statement["Condition"]["StringEquals"]
+    (subject,) = (name for key, name in names.items() if key.endswith(":sub"))
+    assert subject == f"system:serviceaccount:default:{account['name']}"
+
+
+def test_the_commands_of_the_readme_name_what_there_is(manifests):
+    readme = (ROOT / "README.md").read_text()
+    cluster = manifests["RayCluster"]["metadata"]["name"]
+    assert f"kubectl get secret {cluster} " in readme
+    assert f"ray.io/cluster={cluster},ray.io/node-type=head" in readme
+    head = manifests["RayCluster"]["spec"]["headGroupSpec"]["template"]["spec"]
+    (mount,) = head["containers"][1]["volumeMounts"]
+    assert f"--container ray -- cat {mount['mountPath']}/credentials" in readme
 
 
 def test_the_job_is_one_that_the_program_understands(manifests, capsys):

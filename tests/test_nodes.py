@@ -1,5 +1,6 @@
 """Several nodes: a head that only drives and raylets of one CPU each, so that tasks must spread."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -134,34 +135,82 @@ def test_a_training_on_several_nodes_outlives_one(nodes, tmp_path):
     assert run.data.metrics["val_ua"] == result.history[-1]["val_ua"]
 
 
-def test_a_path_that_a_node_does_not_see_is_refused(nodes, tmp_path):
+@contextlib.contextmanager
+def apart(nodes: Nodes, folder: Path, count: int = 1, num_cpus: int = 0) -> Iterator[None]:
+    """More nodes, each with a name and, where the folder is, a disk of its own."""
     import ray
 
+    hidden = f"mount -t tmpfs none {folder} && hostname elsewhere"
+    unshare = ["unshare", "--mount", "--uts", "sh", "-c"]
+    if subprocess.run([*unshare, hidden], capture_output=True).returncode:
+        pytest.skip("this user may not mount in a namespace of its own")
+    start = f"{Path(sys.executable).parent}/ray start --address={nodes.cluster.address}"
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            known = {node["NodeID"] for node in ray.nodes()}
+            started.append(
+                subprocess.Popen(
+                    [*unshare, f"{hidden} && exec {start} --block --num-cpus={num_cpus}"],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            while {node["NodeID"] for node in ray.nodes()} == known:
+                assert started[-1].poll() is None, "the node did not start"
+                time.sleep(0.2)
+        yield
+    finally:
+        for node in started:
+            node.terminate()
+        for node in started:
+            node.wait(60)
+
+
+def test_a_path_that_a_node_does_not_see_is_refused(nodes, tmp_path, tmp_path_factory):
     own = tmp_path / "own"
+    corpus, shards = str(own / "corpus"), own / "shards"
     own.mkdir()
     require_shared(str(own))  # the nodes so far share this machine's disk
-    # A node with a name and a disk of its own where the folder is.
-    hidden = f"mount -t tmpfs none {own.parent} && hostname elsewhere"
-    apart = ["unshare", "--mount", "--uts", "sh", "-c"]
-    if subprocess.run([*apart, hidden], capture_output=True).returncode:
-        pytest.skip("this user may not mount in a namespace of its own")
-    ray_command = f"{Path(sys.executable).parent}/ray start --address={nodes.cluster.address}"
-    known = len(ray.nodes())
-    node = subprocess.Popen(
-        [*apart, f"{hidden} && exec {ray_command} --block --num-cpus=0"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        ends = time.monotonic() + 300
-        while len(ray.nodes()) == known and time.monotonic() < ends:
-            time.sleep(0.2)
+    shared = tmp_path_factory.mktemp("shared")
+    table, blind = shared / "table.csv", "is on this machine, but not on elsewhere"
+    with apart(nodes, tmp_path):
         small_corpus(own / "corpus", num_wavs=2)
-        with pytest.raises(ResourcesError, match="is on this machine, but not on elsewhere"):
-            prepare(PrepareConfig(corpus=str(own / "corpus"), shards=str(own / "shards")))
-        assert not list((own / "shards").glob("*.parquet"))
+        with pytest.raises(ResourcesError, match=blind):
+            prepare(PrepareConfig(corpus=corpus, shards=str(shards)))
+        assert not list(shards.glob("*.parquet"))
+        table.write_text(f"path,label,speaker\n{next((own / 'corpus').rglob('*.wav'))},joy,a\n")
+        with pytest.raises(ResourcesError, match=rf"\.wav: {blind}"):
+            prepare(PrepareConfig(corpus=str(table), shards=str(shared / "shards")))
+        assert not list((shared / "shards").glob("*.parquet"))
         assert not list(own.rglob(".seen-by-all-*"))
         require_shared("s3://a-bucket/anything")
-    finally:
-        node.terminate()
-        node.wait(60)
+
+
+def test_only_the_driver_sees_the_database_of_its_runs(nodes, tmp_path):
+    corpus, shards = six_speakers(tmp_path / "corpus"), str(tmp_path / "shards")
+    database = tmp_path / "own" / "mlflow.db"
+    database.parent.mkdir()
+    for node in list(nodes.workers):
+        nodes.lose(node)
+    with apart(nodes, database.parent, count=2, num_cpus=1):
+        prepare(PrepareConfig(corpus=str(corpus), shards=shards, features=FEATURES))
+        with pytest.raises(ResourcesError, match="but not on elsewhere, elsewhere"):
+            require_shared(str(database.parent))
+        result = train(
+            shards,
+            TrainConfig(
+                epochs=1, batch_size=8, crop_frames=32, weights="none", protocol="speaker-3"
+            ),
+            RunConfig(
+                workers="2",
+                storage=str(tmp_path / "runs"),
+                tracking_uri=f"sqlite:///{database}",
+            ),
+            on_epoch=lambda row: None,
+        )
+    from mlflow import MlflowClient
+
+    run = MlflowClient(result.tracking_uri).get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val_ua"] == result.history[-1]["val_ua"]

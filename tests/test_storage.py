@@ -3,12 +3,18 @@
 import os
 import uuid
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
 from ser_ray.errors import ConfigError
+from ser_ray.shards.part import write_table
 from ser_ray.storage import filesystem_of, folder_of, list_files, location_inside
+from ser_ray.tracking_server import back_up
 from tests.s3_server import s3_bucket
 
 # Characters that percent-encoding, query strings and fragments trip over.
@@ -115,6 +121,26 @@ def test_one_client_serves_all_objects_of_a_bucket(bucket):
     assert path == "clips/b/c d"
 
 
+def test_a_table_and_a_database_are_one_object_each_of_a_bucket_with_versions(tmp_path):
+    """What is copied and deleted there is kept, and paid for, as long as what is overwritten."""
+    with s3_bucket("versions") as uri:
+        settings = dict(parse_qsl(urlsplit(uri).query))
+        endpoint = f"http://{settings['endpoint_override']}"
+        client = boto3.client("s3", endpoint_url=endpoint, region_name=settings["region"])
+        client.put_bucket_versioning(
+            Bucket="versions", VersioningConfiguration={"Status": "Enabled"}
+        )
+        filesystem, folder = filesystem_of(uri.format(""))
+        table = pa.table({"number": range(9)})
+        write_table(filesystem, f"{folder}/a.parquet", table)
+        assert pq.read_table(f"{folder}/a.parquet", filesystem=filesystem).equals(table)
+        (tmp_path / "mlflow.db").touch()
+        assert back_up(tmp_path / "mlflow.db", filesystem, f"{folder}/mlflow.db")
+        kept = client.list_object_versions(Bucket="versions")
+    assert [version["Key"] for version in kept["Versions"]] == ["a.parquet", "mlflow.db"]
+    assert "DeleteMarkers" not in kept
+
+
 def test_a_local_path_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     filesystem, path = filesystem_of("x/y.wav")
@@ -122,9 +148,31 @@ def test_a_local_path_is_made_absolute(tmp_path, monkeypatch):
     assert path == str(tmp_path / "x/y.wav")
 
 
-def test_an_unknown_scheme_and_a_secret_in_the_location_are_refused():
+def test_an_unknown_scheme_is_refused():
     with pytest.raises(ConfigError, match="nowhere://x: no filesystem opens this location"):
         filesystem_of("nowhere://x")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "s3://key:SECRET@bucket/corpus",
+        "s3://key:SEC/RET@bucket/corpus",
+        "simplecache::memory://me:SECRET@host/x.wav",
+        "simplecache::ftp://me:SECRET@127.0.0.1:1/x.wav",
+        "ftp://me:SECRET@[host/x.wav",
+        "zip://a.wav::https://me:SECRET@host/a.zip",
+    ],
+)
+def test_a_password_in_a_location_is_refused_and_not_repeated(location):
     with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as error:
-        filesystem_of("s3://key:secret@bucket/corpus")
-    assert "secret@" not in str(error.value)
+        filesystem_of(location)
+    assert "SEC" not in str(error.value).replace("AWS_SECRET_ACCESS_KEY", "")
+    assert error.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "location", ["memory://me@host/x.wav", "memory://host:9000/a@b.wav", "memory://a b/c:d@e.wav"]
+)
+def test_a_user_a_port_and_odd_names_are_no_password(location):
+    filesystem_of(location)

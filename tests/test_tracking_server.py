@@ -78,10 +78,18 @@ def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_he
         return Tracker.start(uri, "locked", name="a run", params={"lr": 1.0}, tags={"by": "me"})
 
     with running(store, tmp_path / "head") as uri:
-        asked = requests.post(
-            f"{uri}/api/2.0/mlflow/experiments/search", json={"max_results": 9}, timeout=60
-        )
-        assert asked.status_code == 401
+        artifact = f"{uri}/api/2.0/mlflow-artifacts/artifacts/a/notes.txt"
+        for method, url, content in (
+            ("POST", f"{uri}/api/2.0/mlflow/experiments/search", {"max_results": 9}),
+            ("POST", f"{uri}/api/2.0/mlflow/runs/create", {"experiment_id": "0"}),
+            ("POST", f"{uri}/api/2.0/mlflow/runs/log-batch", {"run_id": "0" * 32}),
+            ("PUT", artifact, {"not": "wanted"}),
+            ("GET", artifact, None),
+        ):
+            for auth in (None, ("ser-ray", "wrong")):
+                asked = requests.request(method, url, json=content, auth=auth, timeout=60)
+                assert asked.status_code == 401, (method, url, auth)
+        assert not list(store.rglob("notes.txt"))
         with pytest.raises(TrackingError, match="refused the run"):
             start(uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")

@@ -41,8 +41,10 @@ MISSING_SECONDS = 0.25
 """A clip that ends this long before its header says so was cut short; less is a sloppy header."""
 UNKNOWN_LENGTH = 2**32 - 1
 """Bytes of samples that a wav declares when it was written to a pipe."""
+WHOLE = 1 << 21
+"""Files in a bucket up to so many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
 READ_AHEAD = 1 << 18
-"""Bytes fetched at once from a bucket, where each read is a request."""
+"""Bytes fetched at once of larger ones: a video may have no sound, which its header tells."""
 START = 12
 """Bytes that tell a wav from everything else."""
 
@@ -70,7 +72,8 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
                 start = opened.read(START)
             return _decode(path, start, max_seconds)  # its readers are fastest with a path
         with filesystem.open_input_file(path) as stream:
-            return _decode_stream(stream, max_seconds)
+            is_small = stream.size() <= WHOLE
+            return _decode_stream(io.BytesIO(stream.read()) if is_small else stream, max_seconds)
     except FileNotFoundError as error:
         # With its folder gone, this is a disk that is not mounted rather than a clip deleted.
         is_alone = "://" in file or Path(file).parent.exists()

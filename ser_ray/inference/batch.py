@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ser_ray.cluster import has_gpus, require_kept, require_shared, resources_within_reach
+from ser_ray.cluster import (
+    has_gpus,
+    one_of_each_folder,
+    require_kept,
+    require_shared,
+    resources_within_reach,
+)
 from ser_ray.errors import SerRayError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.hear import Heard, Hearing
@@ -73,7 +79,7 @@ def predict_many(
     started = time.monotonic()
     with Journal(output, predictor.fingerprint) as journal:
         waiting = [path for path in files if not journal.is_done(path)]
-        require_shared(*waiting[:1])
+        require_shared(*one_of_each_folder(waiting))
         watch = Watch(len(files), len(files) - len(waiting))
         with show(progress) as report:
             for rows in _score(waiting, predictor) if waiting else ():

@@ -9,6 +9,7 @@ handed over.
 """
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pyarrow import fs
 from torch import Tensor, nn
 
+from ser_ray.cluster import require_kept
 from ser_ray.errors import SerRayError
 from ser_ray.features.extract import ENERGY_SECONDS, POWER_FLOOR, SILENCE_POWER, Extractor
 from ser_ray.inference.predict import Predictor
+from ser_ray.storage import filesystem_of
 
 TOLERANCE = 1e-3
 """Largest difference of a probability from that of `Predictor`: the graph sums in other orders."""
@@ -144,13 +148,18 @@ class WaveformModel(nn.Module):
         return crops.transpose(0, 1).unsqueeze(1), (order < count).float()
 
 
-def export(checkpoint: Path, output: Path, kind: Literal["onnx", "torch"]) -> Exported:
-    """Write a checkpoint as one file and check it against the original.
+def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exported:
+    """Write a checkpoint as one file, at a path or URI, once it agrees with the original.
 
     Raises:
         CheckpointError: no checkpoint there.
-        SerRayError: the packages for it are missing, or the file's answers differ.
+        ConfigError: no filesystem opens the output.
+        ResourcesError: Ray deletes the output after the job.
+        SerRayError: the packages for it are missing, the file's answers differ, or it cannot be
+            written.
     """
+    require_kept(output)
+    filesystem, path = filesystem_of(output)
     predictor = Predictor(checkpoint)
     num_samples = torch.export.Dim("num_samples", min=predictor.card.features.window_length)
     sample = torch.from_numpy(_tried(1.0, predictor.card.features.sample_rate))
@@ -158,26 +167,34 @@ def export(checkpoint: Path, output: Path, kind: Literal["onnx", "torch"]) -> Ex
         program = torch.export.export(
             WaveformModel(predictor), (sample,), dynamic_shapes=({0: num_samples},)
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "labels": list(predictor.labels),
         "sample_rate": predictor.card.features.sample_rate,
         "protocol": predictor.card.split["label"],
         "trained_on": predictor.card.trained_on,
     }
-    if kind == "onnx":
-        run = _write_onnx(program, output, about)
-    else:
-        torch.export.save(program, output, extra_files={"about.json": json.dumps(about)})
-        run = _run_torch(output)
-    return Exported(output=str(output), largest_difference=_compare(run, predictor, output))
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "onnx":
+            file = Path(folder, "model.onnx")
+            run = _write_onnx(program, file, about)
+        else:
+            file = Path(folder, "model.pt2")
+            torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+            run = _run_torch(file)
+        largest = _compare(run, predictor, output)
+        try:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            fs.copy_files(str(file), path, destination_filesystem=filesystem)
+        except OSError as error:
+            raise SerRayError(f"{output}: cannot be written ({error})") from error
+    return Exported(output=output, largest_difference=largest)
 
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Waveform [num_samples] float32 -> probabilities [labels]."""
 
 
-def _write_onnx(program: torch.export.ExportedProgram, output: Path, about: dict) -> Run:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) -> Run:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it and says so only in a traceback
@@ -195,8 +212,8 @@ def _write_onnx(program: torch.export.ExportedProgram, output: Path, about: dict
     )
     assert graph is not None
     graph.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-    graph.save(output)
-    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    graph.save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda waveform: session.run(None, {"waveform": waveform})[0]
 
 
@@ -207,7 +224,7 @@ def _run_torch(path: Path) -> Run:
     return lambda waveform: module(torch.from_numpy(waveform)).numpy()
 
 
-def _compare(run: Run, predictor: Predictor, output: Path) -> float:
+def _compare(run: Run, predictor: Predictor, output: str) -> float:
     """Largest difference of a probability over waveforms of several lengths."""
     rate = predictor.card.features.sample_rate
     largest = 0.0
@@ -221,7 +238,6 @@ def _compare(run: Run, predictor: Predictor, output: Path) -> float:
         difference = np.abs(run(waveform) - np.array(list(found.probabilities.values())))
         largest = max(largest, float(difference.max()))
     if not largest <= TOLERANCE:
-        output.unlink()
         raise SerRayError(
             f"{output}: not written: its probabilities differ from the original's by "
             f"{largest:.2g}, more than {TOLERANCE:g}; this is a fault of the program: please "

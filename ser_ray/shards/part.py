@@ -27,6 +27,7 @@ from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox, time_limited
+from ser_ray.storage import appears_whole
 
 OK = "ok"
 """The status of a clip whose features are written."""
@@ -152,7 +153,8 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
 
 def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a Parquet file that is either there as a whole or not at all."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    is_direct = appears_whole(filesystem)
+    temporary = path if is_direct else f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         pq.write_table(
             table,
@@ -162,10 +164,12 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
             use_dictionary=[n for n in table.column_names if n not in KINDS],
             write_statistics=False,
         )
-        filesystem.move(temporary, path)
+        if not is_direct:
+            filesystem.move(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):
-            filesystem.delete_file(temporary)
+        if not is_direct:
+            with contextlib.suppress(OSError):
+                filesystem.delete_file(temporary)
         raise
 
 

@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from pyarrow import fs
 
-from ser_ray.cluster import cluster, require_shared
+from ser_ray.cluster import cluster, one_of_each_folder, require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.extract import Extractor
@@ -106,7 +107,8 @@ def prepare(
             if waiting or card is None or before is None or not plan.files.equals(before.files):
                 with cluster(address) if waiting else contextlib.nullcontext():
                     if waiting:
-                        require_shared(config.corpus, config.shards)
+                        clips = one_of_each_folder(_clips_of(plan, waiting))
+                        require_shared(config.corpus, config.shards, *clips)
                     _clear(filesystem, folder, plan, waiting)
                     write_plan(filesystem, folder, plan)
                     _watch(_write_parts(config, plan, waiting), plan, waiting, lock, progress)
@@ -129,6 +131,13 @@ def _uncommitted(filesystem: fs.FileSystem, folder: str, plan: Plan) -> list[int
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         committed = pool.map(is_committed, plan.parts)
         return [part for part, there in zip(plan.parts, committed, strict=True) if not there]
+
+
+def _clips_of(plan: Plan, parts: list[int]) -> Iterator[str]:
+    """Yield the paths that will be opened for some of the parts."""
+    for part in parts:
+        rows = plan.rows(part)
+        yield from rows["path"].filter(pc.is_null(rows["status"])).to_pylist()
 
 
 def _notes(before: Plan, plan: Plan, waiting: list[int]) -> tuple[str, ...]:
