@@ -139,6 +139,7 @@ def test_without_random_crop_the_middle_is_taken(crop, first, last):
 
 
 def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
+    torch.manual_seed(0)
     response = torch.tensor([1.0, 0.5, 0.0])
     clips, rows = ramp_clips(), torch.zeros(64, dtype=torch.long)
     quiet, _ = Augment(plain(9), 2, response)(clips, rows)
@@ -151,6 +152,7 @@ def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
 
 
 def test_masks_blank_frames_and_bins():
+    torch.manual_seed(0)
     ones = Clips(torch.ones(1, 40, 20).half(), torch.tensor([40]), torch.tensor([0]))
     rows = torch.zeros(200, dtype=torch.long)
     in_time, _ = Augment(plain(40, time_masks=1, time_mask_frames=10), 2, torch.ones(20))(
@@ -185,6 +187,7 @@ def require_spread(factors: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("feature", ["mel", "mfcc"])
 def test_tempo_and_vtlp_stretch_every_clip_by_a_factor_of_its_own(feature):
+    torch.manual_seed(0)
     frames, bins = torch.arange(100.0), torch.arange(20) + 0.5
     rows = torch.zeros(50, dtype=torch.long)
 
