@@ -23,6 +23,8 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from ser_ray.training.run_folder import RAY_LIST, RECORD, RunFolder
 
+pytestmark = pytest.mark.usefixtures("in_tmp")  # where a remote run's journal goes
+
 CARD = CheckpointCard(
     labels=("happy", "sad"),
     config=TrainConfig(),
