@@ -29,8 +29,9 @@ import torch
 import tyro
 from ray.tune.schedulers import TrialScheduler
 
+from ser_ray.cli import STAND_IN_RECIPE
 from ser_ray.shards.read import open_shards
-from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
+from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.search_config import SlotConfig, TuneConfig
@@ -38,10 +39,6 @@ from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import OBJECTIVE, Slots
 from ser_ray.training.tune import make_plan, search
 
-RECIPE = TrainConfig(
-    weights="none", crop_frames=64, epochs=24, batch_size=16, augment=AugmentConfig(mixup=0.2)
-)
-"""That of the stand-in corpus."""
 ORDERS = 200
 """In which ASHA meets the trials of one search."""
 
@@ -56,7 +53,7 @@ class Bench:
     """Trials at once, with one CPU each."""
     search: TuneConfig = field(default_factory=lambda: TuneConfig(trials=16, searcher="random"))
     """What is drawn, and ASHA's settings."""
-    recipe: TrainConfig = field(default_factory=lambda: RECIPE)
+    recipe: TrainConfig = field(default_factory=lambda: STAND_IN_RECIPE)
     seeds: int = 1
     """Searches, each with its own draws."""
     alone: int = 4

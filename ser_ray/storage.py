@@ -8,7 +8,9 @@ clips through `list_files`.
 import os
 import re
 import stat
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -96,12 +98,23 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
-def appears_whole(filesystem: fs.FileSystem) -> bool:
-    """Whether a file is there only once all of it is, as an object in a bucket.
+@contextmanager
+def written_whole(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
+    """Yield where to write a file, in one go, that is then at `path` as a whole or not at all.
 
-    A rename, by which it would elsewhere, is a copy and a deletion in a bucket.
+    An object in a bucket is by itself; a rename there would be a copy and a deletion.
     """
-    return filesystem.type_name in ("s3", "gcs")
+    if filesystem.type_name in ("s3", "gcs"):
+        yield path
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        filesystem.move(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            filesystem.delete_file(temporary)
+        raise
 
 
 def list_files(location: str) -> Iterator[ListedFile]:

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -212,6 +212,15 @@ class Tracker:
         """Close the run as FINISHED, FAILED or KILLED."""
         with self._delivering():
             self._client.set_terminated(self.run_id, status)
+
+    def abandon(self, error: BaseException) -> None:
+        """Close the run that an error ended: KILLED where somebody stopped it, else FAILED.
+
+        The error is what is to be told, so a store that does not answer is not.
+        """
+        with suppress(TrackingError):
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            self.finish("KILLED" if stopped else "FAILED")
 
     @contextmanager
     def _delivering(self) -> Iterator[None]:

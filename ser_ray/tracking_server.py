@@ -28,7 +28,7 @@ from pyarrow import fs
 
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.lock import Lock
-from ser_ray.storage import appears_whole, filesystem_of, location_inside
+from ser_ray.storage import filesystem_of, location_inside, written_whole
 
 BACKUP_SECONDS = 60.0
 CREDENTIALS = Path("~/.mlflow/credentials")
@@ -123,10 +123,8 @@ def back_up(database: Path, filesystem: fs.FileSystem, copy: str) -> bool:
         contextlib.closing(sqlite3.connect(snapshot)) as target,
     ):
         source.backup(target)
-    temporary = copy if appears_whole(filesystem) else f"{copy}.tmp"
-    fs.copy_files(str(snapshot), temporary, destination_filesystem=filesystem)
-    if temporary != copy:
-        filesystem.move(temporary, copy)
+    with written_whole(filesystem, copy) as target:
+        fs.copy_files(str(snapshot), target, destination_filesystem=filesystem)
     os.utime(snapshot, ns=(changed_at, changed_at))
     return True
 

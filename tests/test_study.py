@@ -1,5 +1,6 @@
 import io
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from pyarrow import fs
 from rich.console import Console
 
 from ser_ray.errors import TrackingError
+from ser_ray.tracking import Tracker
 from ser_ray.training import display
 from ser_ray.training import study as module
 from ser_ray.training.config import TrainConfig
@@ -282,6 +284,8 @@ def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error
     study = open_study(tmp_path)
     told: list[str] = []
     monkeypatch.setattr(study.parent, "finish", told.append, raising=False)
+    abandon = partial(Tracker.abandon, study.parent)
+    monkeypatch.setattr(study.parent, "abandon", abandon, raising=False)
     with pytest.raises(error), study:
         raise error
     assert told == [status]

@@ -29,7 +29,7 @@ from ser_ray.registry import local_checkpoint
 from ser_ray.report import confusion_figure, group_rows
 from ser_ray.run_page import record_evaluation, report_of
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage import absolute, filesystem_of, location_inside
+from ser_ray.storage import absolute, filesystem_of, location_inside, written_whole
 from ser_ray.tracking import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
 from ser_ray.training.config import RunConfig, TrainConfig
@@ -208,8 +208,8 @@ def keep_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder
             str(checkpoint / name), f"{path}/{name}", destination_filesystem=filesystem,
             use_threads=False,
         )  # fmt: skip
-    pq.write_table(table, f"{path}/{PREDICTIONS}.tmp", filesystem=filesystem)
-    filesystem.move(f"{path}/{PREDICTIONS}.tmp", f"{path}/{PREDICTIONS}")
+    with written_whole(filesystem, f"{path}/{PREDICTIONS}") as target:
+        pq.write_table(table, target, filesystem=filesystem)
 
 
 def pool(

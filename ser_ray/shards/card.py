@@ -16,6 +16,7 @@ from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.part import OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
+from ser_ray.storage import written_whole
 
 CARD_NAME = "card.json"
 SCHEMA_VERSION = 1
@@ -92,10 +93,11 @@ def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan
 
 def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
     """Commit a shard set."""
-    temporary = f"{folder}/{CARD_NAME}.tmp"
-    with filesystem.open_output_stream(temporary) as file:
+    with (
+        written_whole(filesystem, f"{folder}/{CARD_NAME}") as target,
+        filesystem.open_output_stream(target) as file,
+    ):
         file.write(json.dumps(asdict(card), indent=1).encode())
-    filesystem.move(temporary, f"{folder}/{CARD_NAME}")
 
 
 def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:

@@ -12,7 +12,6 @@ level for every number: measured on 128 clips, writing takes 5 times and reading
 import contextlib
 import hashlib
 import json
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox, time_limited
-from ser_ray.storage import appears_whole
+from ser_ray.storage import written_whole
 
 OK = "ok"
 """The status of a clip whose features are written."""
@@ -153,24 +152,15 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
 
 def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a Parquet file that is either there as a whole or not at all."""
-    is_direct = appears_whole(filesystem)
-    temporary = path if is_direct else f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
+    with written_whole(filesystem, path) as target:
         pq.write_table(
             table,
-            temporary,
+            target,
             filesystem=filesystem,
             compression=COMPRESSION,
             use_dictionary=[n for n in table.column_names if n not in KINDS],
             write_statistics=False,
         )
-        if not is_direct:
-            filesystem.move(temporary, path)
-    except OSError:
-        if not is_direct:
-            with contextlib.suppress(OSError):
-                filesystem.delete_file(temporary)
-        raise
 
 
 def _make_tables(

@@ -109,15 +109,10 @@ def train(
                 journal = JournalReader(folder.journal(), tracker, on_epoch)
                 if not folder.record().get("finished"):
                     _Job(config, run, shards, pretrained, folder, scaling).run(journal)
-                newest = folder.newest()
-                if newest is not None:  # a driver elsewhere may have shown what this one has not
-                    journal.recover(newest.progress)
                 lock.check()
-                _conclude(folder, tracker, shards.uri, audio=run.audio)
+                _conclude(folder, journal, shards.uri, audio=run.audio)
             except BaseException as error:
-                with suppress(TrackingError):  # what broke the training is the thing to say
-                    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-                    tracker.finish("KILLED" if stopped else "FAILED")
+                tracker.abandon(error)
                 raise
         return _finished(folder)
 
@@ -286,7 +281,7 @@ class _Job:
         )
 
 
-def _conclude(folder: RunFolder, tracker: Tracker, shards: str, *, audio: bool) -> None:
+def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: bool) -> None:
     """Keep the chosen checkpoint under a fixed name, and deliver what the run has shown.
 
     A tracking server that is away now costs a warning: the same command delivers it later.
@@ -294,6 +289,8 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: str, *, audio: bool) 
     newest = folder.newest()
     if newest is None:
         raise CheckpointError(f"{folder.location}: the training left no checkpoint")
+    tracker = journal.tracker
+    journal.recover(newest.progress)  # a driver elsewhere may have shown what this one has not
     with TemporaryDirectory() as chosen:
         origin = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
         card = folder.keep_best(newest, origin, Path(chosen))

@@ -1,6 +1,5 @@
 """A learning-rate range test on a cluster: one Ray task, one MLflow run."""
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import ray
@@ -16,7 +15,7 @@ from ser_ray.cluster import (
     require_workers,
 )
 from ser_ray.corpus.names import CORPORA
-from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.errors import SerRayError
 from ser_ray.page import figure_section, render_page, settings_section, text_section
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute
@@ -87,8 +86,7 @@ def find_range(
             )
             _record(tracker, found, figure, page)
         except BaseException as error:
-            with suppress(TrackingError):  # what broke the test is the thing to say
-                tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracker.abandon(error)
             if isinstance(error, ray.exceptions.RayError):
                 raise SerRayError(f"the range test failed: {first_line(error)}") from error
             raise

@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from ser_ray.errors import CheckpointError
 from ser_ray.lock import Lock
-from ser_ray.storage import filesystem_of, location_inside
+from ser_ray.storage import filesystem_of, location_inside, written_whole
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -111,9 +111,11 @@ class RunFolder:
         """Change entries of the record."""
         content = json.dumps(self.record() | values, indent=2).encode()
         self.filesystem.create_dir(self.path, recursive=True)
-        with self.filesystem.open_output_stream(f"{self.path}/{RECORD}.tmp") as stream:
+        with (
+            written_whole(self.filesystem, f"{self.path}/{RECORD}") as target,
+            self.filesystem.open_output_stream(target) as stream,
+        ):
             stream.write(content)
-        self.filesystem.move(f"{self.path}/{RECORD}.tmp", f"{self.path}/{RECORD}")
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a run that was another recipe or had other shards.

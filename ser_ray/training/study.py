@@ -6,7 +6,6 @@ however often the driver died. A study has one run, and every trial a run nested
 server that goes away costs nothing: what it missed is delivered when it answers again.
 """
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +73,7 @@ class Study:
         self._thread.start()
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
         self.read()
@@ -82,9 +81,7 @@ class Study:
         self.deliver()
         self.journal.store()
         if error is not None:
-            stopped = issubclass(error, KeyboardInterrupt | SystemExit)
-            with contextlib.suppress(TrackingError):  # the error itself is what is to be told
-                self.parent.finish("KILLED" if stopped else "FAILED")
+            self.parent.abandon(error)
 
     @property
     def logs(self) -> list[TrialLog]:

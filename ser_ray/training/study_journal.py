@@ -9,6 +9,7 @@ import logging
 from threading import Lock
 from typing import Any
 
+from ser_ray.storage import written_whole
 from ser_ray.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,11 @@ class StudyJournal:
         if len(content) == self._stored:
             return
         try:
-            with self._filesystem.open_output_stream(f"{self._copy}.tmp") as stream:
+            with (
+                written_whole(self._filesystem, self._copy) as target,
+                self._filesystem.open_output_stream(target) as stream,
+            ):
                 stream.write(content)
-            self._filesystem.move(f"{self._copy}.tmp", self._copy)
         except OSError as error:
             logger.warning("%s: the journal could not be copied there (%s)", self._copy, error)
         else:
