@@ -101,6 +101,33 @@ def test_it_goes_on_from_the_newest_and_keeps_the_best(storage: str) -> None:
     assert folder.filesystem.get_file_info(f"{folder.path}/{RAY_LIST}").type.name == "NotFound"
 
 
+def test_a_checkpoint_that_a_dying_worker_still_writes_is_deleted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
+    newest, late = folder.newest(), tmp_path / "run" / checkpoint_name(1)
+    refusals: list[str] = []
+    really = folder.filesystem
+
+    class Written:
+        """The storage, to which the worker adds a file just before the folder itself goes."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(really, name)
+
+        def delete_dir(self, path: str) -> None:
+            if Path(path) == late and len(refusals) < 3:
+                (late / "more").write_bytes(b"x")
+                refusals.append(path)
+                late.rmdir()  # what the storage does last, and is refused
+            really.delete_dir(path)
+
+    monkeypatch.setattr(folder, "filesystem", Written())
+    folder.tidy(newest)
+    assert len(refusals) == 3
+    assert names(folder) == {checkpoint_name(2), checkpoint_name(3)}
+
+
 @pytest.mark.parametrize("lacking", [MODEL, STATE, PROGRESS])
 @pytest.mark.parametrize("harm", ["gone", "cut short"])
 def test_one_that_is_not_whole_is_passed_over(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from ser_ray.training.checkpoint import (
 RECORD = "run.json"
 BEST = "best"
 RAY_LIST = "checkpoint_manager_snapshot.json"
+DYING_SECONDS = 5.0
+"""How long a worker may outlive the controller that owned it."""
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +166,7 @@ class RunFolder:
         kept = {newest.name, newest.best} if newest is not None else set()
         for name in self._checkpoints():
             if name not in kept:
-                self.filesystem.delete_dir(f"{self.path}/{name}")
+                self._delete(name)
 
     def best_card(self) -> CheckpointCard:
         """Card of the chosen checkpoint of a finished run."""
@@ -188,6 +191,25 @@ class RunFolder:
         self.filesystem.create_dir(target, recursive=True)
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)
         return read_card(into)
+
+    def _delete(self, name: str) -> None:
+        """Delete a checkpoint, into which a worker of a lost controller may be writing still.
+
+        Such a worker ends soon; what it leaves all the same is no obstacle, only disk space.
+        """
+        until = time.monotonic() + DYING_SECONDS
+        while True:
+            try:
+                self.filesystem.delete_dir(f"{self.path}/{name}")
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if time.monotonic() > until:
+                    logger.warning("%s/%s could not be deleted: %s", self.location, name, error)
+                    return
+                time.sleep(0.1)
+            else:
+                return
 
     def _checkpoints(self) -> list[str]:
         selector = fs.FileSelector(self.path, allow_not_found=True)
