@@ -155,7 +155,7 @@ class Training:
         self.schedule = one_cycle(self.optimiser, config, self.total_steps)
         response = gain_response(config.feature, num_mels, data.normalisation, device)
         self.augment = Augment(config, len(data.labels), response)
-        self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.autocast = computes_bfloat16(device)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.hits = torch.zeros((), device=device)
         self.rates: list[float] = []
@@ -380,6 +380,14 @@ def make_card(
         initial_weights=pretrained.origin,
         ingest=ingest,
     )
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself; one that imitates it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
