@@ -172,14 +172,14 @@ def tune(verb: cli.Tune) -> Outcome:
 
 def crossval(verb: cli.Crossval) -> Outcome:
     """Every fold trained and tested, to one set of figures."""
-    from ser_ray.inference.crossval import count_folds
     from ser_ray.inference.crossval import crossval as run_crossval
+    from ser_ray.inference.crossval import find_folds
     from ser_ray.shards.read import open_shards
     from ser_ray.tracking import ui_command
     from ser_ray.training.display import TrialTable
 
-    folds, label = count_folds(open_shards(verb.shards), verb.recipe)
-    with TrialTable(console, folds * verb.crossval.seeds, label) as table:
+    folds, label = find_folds(open_shards(verb.shards), verb.recipe, verb.crossval)
+    with TrialTable(console, len(folds) * verb.crossval.seeds, label) as table:
         result = run_crossval(
             verb.shards,
             verb.recipe,

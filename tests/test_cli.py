@@ -24,8 +24,8 @@ FLAGS = {
     "--name --experiment --tracking-uri --json --dry-run",
     "tune": "--shards --trials --searcher --scheduler --space --refit --grace-epochs --reduction "
     "--cpus-per-worker --gpus-per-worker --feature --fold --epochs --workers --name --dry-run",
-    "crossval": "--shards --seeds --protocol --epochs --cpus-per-worker --gpus-per-worker --name "
-    "--workers --json --dry-run",
+    "crossval": "--shards --seeds --folds --part --protocol --epochs --cpus-per-worker "
+    "--gpus-per-worker --name --workers --json --dry-run",
     "evaluate": "--shards --corpus --protocol --fold --against --allow-seen-speakers --no-audio "
     "--tracking-uri --json --dry-run",
     "predict": "--model --output --tracking-uri --json --dry-run",

@@ -17,11 +17,12 @@ from ser_ray.inference import crossval as module
 from ser_ray.inference.crossval import (
     FIGURES,
     CrossvalResult,
+    _ensemble,
     _require_all_finished,
     _truth,
-    count_folds,
     crossval,
     crossval_name,
+    find_folds,
     fold_folder,
     pool,
 )
@@ -30,6 +31,7 @@ from ser_ray.registry import best_training_of, local_checkpoint
 from ser_ray.shards.read import open_shards
 from ser_ray.storage import filesystem_of
 from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
+from ser_ray.training.data import select_rows
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
@@ -160,6 +162,7 @@ def pooled(folder: Path) -> CrossvalResult:
     for seed in (0, 1):
         for fold in (0, 1):
             rows = {
+                "path": [f"{fold}0.wav", f"{fold}1.wav"],
                 "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
                 "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
                 "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],
@@ -169,17 +172,33 @@ def pooled(folder: Path) -> CrossvalResult:
             pq.write_table(pa.table(rows), place / "predictions.parquet")
     tracker = SimpleNamespace(run_id="abc", uri="http://host:5000")
     return pool(
-        str(folder), "speaker-2, 2 folds, table", ("calm", "sad"), 2, [0, 1],
+        str(folder), "speaker-2, 2 folds, table", "test", ("calm", "sad"), [0, 1], [0, 1],
         tracker, "cv",  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def test_the_text_has_the_label_beside_every_number(tmp_path):
     lines = pooled(tmp_path).text().splitlines()
-    assert len(lines) == len(FIGURES)
+    assert len(lines) == len(FIGURES) + 1
     assert all(line.endswith("(speaker-2, 2 folds, table)") for line in lines)
-    assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines)
+    assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines[:-1])
     assert [line.split()[:2] for line in lines[:2]] == [["WA", "75.0%"], ["UA", "75.0%"]]
+    assert lines[-1].startswith("ensemble  WA 75.0%, UA 75.0%, macro F1 ")
+    assert "mean probability of 2 networks, not one of them" in lines[-1]
+
+
+def test_an_ensemble_is_scored_by_the_mean_of_its_seeds_whatever_their_order():
+    paths, seeds = ["b", "a", "a", "b"], np.array([3, 3, 4, 4])
+    truth = np.array([1, 0, 0, 1])
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9], [0.0, 1.0]])
+    # a: (0.6 + 0.1) / 2 for label 0, wrong; b: (0.1 + 1.0) / 2 for label 1, right.
+    scores = _ensemble(paths, seeds, truth, probabilities)
+    assert scores is not None
+    assert scores.confusion.tolist() == [[0, 1], [0, 1]]
+    assert scores.loss == pytest.approx(-np.mean(np.log([0.35, 0.55])))
+    assert _ensemble(["a", "b", "a", "c"], seeds, truth, probabilities) is None
+    assert _ensemble(paths, np.array([3, 4, 4, 4]), truth, probabilities) is None
+    assert _ensemble(paths[:2], seeds[:2], truth[:2], probabilities[:2]) is None
 
 
 def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, monkeypatch):
@@ -259,9 +278,47 @@ def check_runs(result, shards: str, uri: str) -> None:
     ],
 )
 def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
-    counted, label = count_folds(open_shards(shards), replace(RECIPE, protocol=protocol))
-    assert counted == folds
+    recipe, opened = replace(RECIPE, protocol=protocol), open_shards(shards)
+    counted, label = find_folds(opened, recipe, CrossvalConfig())
+    assert counted == list(range(folds))
     assert label == f"{protocol}, {folds} folds, {kind}, table"
+    chosen = CrossvalConfig(folds=(1, 0), part="validation")
+    assert find_folds(opened, recipe, chosen) == (
+        [0, 1],
+        f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table",
+    )
+    with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
+        find_folds(opened, recipe, CrossvalConfig(folds=(folds,)))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shards, in_tmp):
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    try:
+        run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
+        config = CrossvalConfig(folds=(1,), part="validation")
+        result = crossval(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+    finally:
+        ray.shutdown()
+    parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
+    scored = set(result.predictions["speaker"].to_pylist())
+    assert scored == set(parts.validation_speakers)
+    assert result.predictions.num_rows == len(parts.validation)
+    assert "VALIDATION parts" in result.text()
+    client = MlflowClient(tracking_uri=run.tracking_uri)
+    parent = client.get_run(result.run_id)
+    (nested,) = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    assert parent.data.metrics["validation_ua"] == nested.data.metrics["best_val_ua"]
+    assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
+    files = {file.path for file in client.list_artifacts(nested.info.run_id)}
+    assert "report.html" in files
+    assert "report_test.html" not in files
 
 
 def test_a_fold_makes_no_sense(shards):
@@ -276,6 +333,8 @@ def test_the_name_follows_from_recipe_seeds_and_shards(shards):
     assert name == crossval_name(RECIPE, SEEDS, opened)
     others = [
         crossval_name(RECIPE, CrossvalConfig(seeds=3), opened),
+        crossval_name(RECIPE, replace(SEEDS, folds=(0,)), opened),
+        crossval_name(RECIPE, replace(SEEDS, part="validation"), opened),
         crossval_name(replace(RECIPE, epochs=3), SEEDS, opened),
     ]
     assert name not in others

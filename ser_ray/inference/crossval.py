@@ -4,6 +4,8 @@ Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trai
 checkpoint by validation, scores its own test part with it in the same process, and leaves those
 predictions as a table beside the checkpoint. All figures here come from these tables. The same
 command goes on with an interrupted cross-validation, and trains folds that failed again.
+
+To choose between recipes it scores the validation parts instead: no test part is read then.
 """
 
 import hashlib
@@ -22,7 +24,7 @@ from pyarrow import fs
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.protocols import num_folds
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.inference.evaluate import Evaluation, evaluate
+from ser_ray.inference.evaluate import Evaluation, Part, evaluate
 from ser_ray.inference.statistics import Intervals, bootstrap
 from ser_ray.page import render_report
 from ser_ray.registry import local_checkpoint
@@ -49,18 +51,21 @@ FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 @dataclass(frozen=True, slots=True)
 class CrossvalResult:
-    """The pooled test parts of all folds."""
+    """The pooled parts, test or validation, of all folds."""
 
     name: str
     label: str
     """Protocol and corpus, as shown beside every score."""
+    part: Part
     labels: tuple[str, ...]
     by_seed: dict[int, Scores]
-    """Scores of all folds' test clips together, each clip once, for every seed."""
+    """Scores of all folds' clips together, each clip once, for every seed."""
+    ensemble: Scores | None
+    """Scores of the mean of all seeds' probabilities; None where the seeds tested other clips."""
     intervals: Intervals
     """95 % intervals by drawing speakers again, over all seeds together."""
     predictions: pa.Table
-    """A row for each test clip and seed: fold, seed, speaker, emotion, predicted, p_<label>."""
+    """A row for each clip and seed: fold, seed, speaker, emotion, predicted, p_<label>."""
     run_id: str
     tracking_uri: str
     location: str
@@ -104,12 +109,13 @@ class CrossvalResult:
             "spread": {name: self.spread(name) for name in FIGURES},
             "interval": {name: getattr(self.intervals, name) for name in FIGURES},
             "by_seed": {str(seed): scores.to_dict() for seed, scores in self.by_seed.items()},
+            "ensemble": None if self.ensemble is None else self.ensemble.to_dict(),
             "by_speaker": self.speakers,
             "confusion": self.confusion.tolist(),
         }
 
     def text(self) -> str:
-        """The three figures, each with what it is a figure of."""
+        """The figures, each with what it is a figure of."""
         lines = []
         for name, title in FIGURES.items():
             low, high = getattr(self.intervals, name)
@@ -117,6 +123,13 @@ class CrossvalResult:
             lines.append(
                 f"{title:8}  {self.mean(name):.1%}{spread}, 95 % interval over "
                 f"{self.intervals.drawn} {low:.1%} to {high:.1%}  ({self.label})"
+            )
+        if self.ensemble is not None:
+            scores = self.ensemble.to_dict()
+            shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in FIGURES.items())
+            lines.append(
+                f"{'ensemble':8}  {shown}: mean probability of {len(self.by_seed)} networks, not "
+                f"one of them  ({self.label})"
             )
         return "\n".join(lines)
 
@@ -142,7 +155,7 @@ def crossval(
     if recipe.fold:
         raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, leave it out")
     shards = open_shards(absolute(shards_location))
-    folds, label = count_folds(shards, recipe)
+    folds, label = find_folds(shards, recipe, config)
     seeds = [recipe.seed + index for index in range(config.seeds)]
     pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
     folder = RunFolder(run.storage, run.name or crossval_name(recipe, config, shards))
@@ -155,49 +168,63 @@ def crossval(
             shards=shards,
             slots=found,
             storage=location,
-            finish=partial(keep_fold, folder=location),
+            finish=partial(keep_fold, folder=location, part=config.part),
         )
         identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
         with open_study(setup, folder, run, label, identity, show) as study:
             if not folder.record().get("finished"):
-                plan = grid_plan({"seed": seeds, "fold": list(range(folds))}, found)
+                plan = grid_plan({"seed": seeds, "fold": folds}, found)
                 run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
                 study.read()
-                require_all_ended(study, folds * len(seeds))
+                require_all_ended(study, len(folds) * len(seeds))
             _require_all_finished(study.logs)
-        result = pool(location, label, shards.card.labels, folds, seeds, study.parent, folder.name)
+        result = pool(
+            location, label, config.part, shards.card.labels, folds, seeds, study.parent,
+            folder.name,
+        )  # fmt: skip
         started_from = pretrained[recipe.weights].origin
         page = crossval_page(result, recipe, shards, started_from, audio=run.audio)
         _log_outcome(study.parent, result, page)
-        _log_folds(study, location, audio=run.audio)
+        _log_folds(study, location, config.part, audio=run.audio)
         folder.update_record(finished=True)
         study.parent.finish("FINISHED")
     return result
 
 
-def count_folds(shards: ShardSet, recipe: TrainConfig) -> tuple[int, str]:
-    """Folds of the recipe's protocol, each tried for size, and the label of the whole.
+def find_folds(
+    shards: ShardSet, recipe: TrainConfig, config: CrossvalConfig
+) -> tuple[list[int], str]:
+    """The folds to train, each tried for size, and the label of the whole.
 
     Raises:
-        ConfigError: a fold has an empty side.
+        ConfigError: no such fold, or one has an empty side.
     """
     table = shards.clips()
-    folds = num_folds(recipe.protocol, table["speaker"].to_pylist())
-    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in range(folds)]
-    kind = describe(splits[0])["label"].partition("(")[2]
-    return folds, f"{recipe.protocol}, {folds} folds, {kind.rstrip(')')}, {shards.card.corpus}"
+    count = num_folds(recipe.protocol, table["speaker"].to_pylist())
+    folds = sorted(config.folds) or list(range(count))
+    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
+    kind = describe(splits[0])["label"].partition("(")[2].rstrip(")")
+    which = f"{count} folds"
+    if config.folds:
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
+    if config.part == "validation":
+        which += ", VALIDATION parts"
+    return folds, f"{recipe.protocol}, {which}, {kind}, {shards.card.corpus}"
 
 
 def crossval_name(recipe: TrainConfig, config: CrossvalConfig, shards: ShardSet) -> str:
     """Name of a cross-validation, equal for equal ones on equal shards."""
-    identity = f"{recipe.fingerprint}{shards.card.fingerprint}{config.seeds}"
+    identity = f"{recipe.fingerprint}{shards.card.fingerprint}{asdict(config)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return f"crossval-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
+    kind = "crossval" if config.part == "test" else "validation"
+    return f"{kind}-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
 
 
-def keep_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str) -> None:
-    """Score a fold's test part with its chosen checkpoint; keep the predictions and the model."""
-    table = evaluate(checkpoint, shards.uri).predictions
+def keep_fold(
+    checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
+) -> None:
+    """Score a part of a fold with its chosen checkpoint; keep the predictions and the model."""
+    table = evaluate(checkpoint, shards.uri, part=part).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
         table = table.add_column(0, name, column)
@@ -215,15 +242,16 @@ def keep_fold(checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder
 def pool(
     location: str,
     label: str,
+    part: Part,
     labels: tuple[str, ...],
-    folds: int,
+    folds: Sequence[int],
     seeds: Sequence[int],
     tracker: Tracker,
     name: str,
 ) -> CrossvalResult:
     """Put the predictions of all folds together, keep them as one table, and score them."""
     tables = []
-    for seed, fold in itertools.product(seeds, range(folds)):
+    for seed, fold in itertools.product(seeds, folds):
         tables.append(_predictions_of(fold_folder(location, fold, seed)))
     predictions = pa.concat_tables(tables)
     filesystem, path = filesystem_of(location_inside(location, PREDICTIONS))
@@ -234,14 +262,30 @@ def pool(
     return CrossvalResult(
         name=name,
         label=label,
+        part=part,
         labels=labels,
         by_seed={s: scores_of(truth[seed_of == s], probabilities[seed_of == s]) for s in seeds},
+        ensemble=_ensemble(predictions["path"].to_pylist(), seed_of, truth, probabilities),
         intervals=bootstrap(predictions["speaker"].to_pylist(), truth, predicted, len(labels)),
         predictions=predictions,
         run_id=tracker.run_id,
         tracking_uri=tracker.uri,
         location=location,
     )
+
+
+def _ensemble(
+    paths: Sequence[str], seeds: np.ndarray, truth: np.ndarray, probabilities: np.ndarray
+) -> Scores | None:
+    """Scores of the mean over the seeds [clips, labels], if there are several of the same clips."""
+    named = np.asarray(paths)
+    order = np.lexsort((named, seeds))
+    by_seed = np.split(order, np.flatnonzero(np.diff(seeds[order])) + 1)
+    clips = [named[rows] for rows in by_seed]
+    if len(clips) == 1 or not all(np.array_equal(other, clips[0]) for other in clips):
+        return None
+    mean = np.mean([probabilities[rows] for rows in by_seed], axis=0)
+    return scores_of(truth[by_seed[0]], mean)
 
 
 def fold_folder(location: str, fold: int, seed: int) -> str:
@@ -286,10 +330,10 @@ def crossval_page(
     )
     pooled = Evaluation(
         card=card,
-        part="test",
+        part=result.part,
         protocol=result.label.rpartition(", ")[0],  # the page names the corpus by itself
         corpus=card.corpus,
-        is_own_test=True,
+        is_own_test=result.part == "test",
         seen_speakers=(),
         predictions=result.predictions,
     )
@@ -297,18 +341,22 @@ def crossval_page(
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
-    scores = {f"test_{name}": result.mean(name) for name in FIGURES}
-    scores |= {f"test_{name}_spread": result.spread(name) for name in FIGURES}
+    part = result.part
+    scores = {f"{part}_{name}": result.mean(name) for name in FIGURES}
+    scores |= {f"{part}_{name}_spread": result.spread(name) for name in FIGURES}
     for name in FIGURES:
         low, high = getattr(result.intervals, name)
-        scores |= {f"test_{name}_low": low, f"test_{name}_high": high}
+        scores |= {f"{part}_{name}_low": low, f"{part}_{name}_high": high}
+    if result.ensemble is not None:
+        ensemble = result.ensemble.to_dict()
+        scores |= {f"{part}_{name}_ensemble": ensemble[name] for name in FIGURES}
     tracker.log_metrics(scores, 0, now_ms())
     tracker.deliver()
     tracker.log_files(
         {
             "report.html": page,
-            "plots/test_confusion.png": confusion_figure(
-                result.confusion, result.labels, f"test, {result.label}"
+            f"plots/{part}_confusion.png": confusion_figure(
+                result.confusion, result.labels, f"{part}, {result.label}"
             ),
             "tables/crossval.json": result.to_dict(),
             "tables/speakers.csv": csv_text(result.speakers),
@@ -317,7 +365,7 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     )
 
 
-def _log_folds(study: Study, location: str, *, audio: bool) -> None:
+def _log_folds(study: Study, location: str, part: Part, *, audio: bool) -> None:
     """Record every fold's test part in its own run, and the best by validation as a model."""
     best = best_of(study.logs)
     for trial in study.logs:
@@ -325,15 +373,16 @@ def _log_folds(study: Study, location: str, *, audio: bool) -> None:
         tracker = Tracker(study.parent.uri, trial.run_id)
         with local_checkpoint(folder) as checkpoint:
             card = read_card(checkpoint)
-            evaluation = Evaluation(
-                card=card,
-                part="test",
-                protocol=card.split["label"],
-                corpus=card.corpus,
-                is_own_test=True,
-                seen_speakers=(),
-                predictions=_predictions_of(folder),
-            )
-            record_evaluation(evaluation, tracker, audio=audio)
+            if part == "test":
+                evaluation = Evaluation(
+                    card=card,
+                    part=part,
+                    protocol=card.split["label"],
+                    corpus=card.corpus,
+                    is_own_test=True,
+                    seen_speakers=(),
+                    predictions=_predictions_of(folder),
+                )
+                record_evaluation(evaluation, tracker, audio=audio)
             if trial is best:
                 tracker.log_model(checkpoint, card.labels)

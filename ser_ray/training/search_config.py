@@ -105,14 +105,21 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossvalConfig:
-    """How often every fold is trained."""
+    """Which folds are trained, how often, and what is scored."""
 
     seeds: int = 1
     """Trainings of each fold, with the seeds from the recipe's upwards."""
+    folds: tuple[int, ...] = ()
+    """Folds to train; every fold of the protocol if none is named."""
+    part: Literal["test", "validation"] = "test"
+    """Score the test parts, once and with the final recipe, or the validation parts, to choose a
+    recipe by: then no test part is read."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
+        if len(set(self.folds)) < len(self.folds):
+            raise ConfigError(f"folds are {self.folds}: each is trained once a seed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
