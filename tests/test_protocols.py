@@ -72,6 +72,26 @@ def test_validation_speakers_are_of_both_sexes_and_all_have_their_turn(protocol)
     assert all(abs(turns[speaker] - fair_share) <= 1 for speaker in everyone)
 
 
+@pytest.mark.parametrize("wanted", [1, 2, 12])
+def test_as_many_speakers_validate_as_are_wanted_and_the_same_are_tested(wanted):
+    clips = ravdess()
+    turns: Counter[str] = Counter()
+    for fold in range(6):
+        usual = split("emobox-6", fold, clips)
+        drawn = split("emobox-6", fold, clips, validation_speakers=wanted)
+        assert np.array_equal(drawn.test, usual.test)
+        held_out = drawn.validation_speakers
+        assert len(held_out) == wanted
+        assert abs(len(held_out) - 2 * sum(int(name) % 2 == 0 for name in held_out)) <= wanted % 2
+        assert len(drawn.train_speakers) == 20 - wanted
+        assert not set(held_out) & set(drawn.test_speakers + drawn.train_speakers)
+        turns.update(held_out)
+    everyone = set(clips["speaker"].to_pylist())
+    assert all(abs(turns[speaker] - wanted / 4) <= 1 for speaker in everyone)  # 6 folds, 24 people
+    with pytest.raises(ConfigError, match=r"validation_speakers is 20: 20 speakers are left"):
+        split("emobox-6", 5, clips, validation_speakers=20)
+
+
 def test_the_random_split_is_in_proportion_and_marked_wherever_it_appears():
     clips = ravdess(("av", "audio"))
     emotions, takes = np.array(clips["emotion"]), np.array(clips["take"])
@@ -101,7 +121,7 @@ def test_identical_recordings_stay_together_in_a_random_split():
     rows += [("07", "male", "a", "happy", "X"), ("07", "male", "b", "happy", "X")]
     rows += [("07", "male", "b", "happy", "Y"), ("07", "male", "c", "happy", "Y")]
     for fold, seed in itertools.product(range(5), range(10)):
-        drawn = split("random", fold, clips_of(rows), seed)
+        drawn = split("random", fold, clips_of(rows), seed=seed)
         sides = [side for side in SIDES if set(getattr(drawn, side)) & {40, 41, 42, 43}]
         assert len(sides) == 1
         assert len(drawn.left_out) == 0
@@ -149,7 +169,7 @@ def corpora(draw):
 def split_if_possible(protocol, fold, rows, seed=0):
     """None where shared contents leave a side of so few clips empty."""
     try:
-        return split(protocol, fold, clips_of(rows), seed)
+        return split(protocol, fold, clips_of(rows), seed=seed)
     except ConfigError:
         return None
 

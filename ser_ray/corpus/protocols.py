@@ -97,7 +97,9 @@ def num_folds(protocol: str, speakers: Iterable[str]) -> int:
     return len(_test_folds(protocol, dict.fromkeys(speakers)))
 
 
-def split(protocol: str, fold: int, clips: "pa.Table", seed: int = 0) -> Split:
+def split(
+    protocol: str, fold: int, clips: "pa.Table", *, seed: int = 0, validation_speakers: int = 0
+) -> Split:
     """Draw one fold of a protocol.
 
     Args:
@@ -106,6 +108,8 @@ def split(protocol: str, fold: int, clips: "pa.Table", seed: int = 0) -> Split:
         clips: string columns `speaker`, `sex` (may be null), `take`, `emotion` and `content`, equal
             where the decoded samples are; one row a clip.
         seed: for `random` alone; the folds of every other protocol are fixed.
+        validation_speakers: how many speakers validate, of every protocol but `random`; 0 leaves it
+            to the protocol. The test side does not depend on it.
 
     Raises:
         ConfigError: the protocol is unknown, the fold out of range, or a side would be empty.
@@ -120,7 +124,8 @@ def split(protocol: str, fold: int, clips: "pa.Table", seed: int = 0) -> Split:
         sides = _draw_takes(fold, groups, clips["emotion"].to_pylist(), seed)
     else:
         sides = np.full(len(speakers), _TRAIN)
-        sides[np.isin(speakers, _validation_speakers(folds[: fold + 1], sexes))] = _VALIDATION
+        held_out = _validation_speakers(folds[: fold + 1], sexes, validation_speakers)
+        sides[np.isin(speakers, held_out)] = _VALIDATION
         sides[np.isin(speakers, folds[fold])] = _TEST
     highest = np.zeros(len(groups), np.int64)
     np.maximum.at(highest, groups, sides)
@@ -187,20 +192,28 @@ def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[st
 
 
 def _validation_speakers(
-    tests: Sequence[tuple[str, ...]], sexes: Mapping[str, str | None]
+    tests: Sequence[tuple[str, ...]], sexes: Mapping[str, str | None], wanted: int
 ) -> list[str]:
     """Choose who validates the last of the folds whose test speakers are given, 0 to that one.
 
-    As many as are tested, as many women as men, and whoever had the fewest turns in the folds
-    before. At least a sixth of the speakers up to four, for one speaker (`loso`) is too few to
-    choose a checkpoint by; at most a third of the training part.
+    As many women as men, and whoever had the fewest turns in the folds before. If no number is
+    wanted, as many as are tested: at least a sixth of the speakers up to four, for one speaker
+    (`loso`) is too few to choose a checkpoint by; at most a third of the training part.
+
+    Raises:
+        ConfigError: so many are wanted that nobody is left to learn from.
     """
     kinds = sorted(set(sexes.values()), key=str)
     turns: Counter[str] = Counter()
     chosen: list[str] = []
     for fold, test in enumerate(tests):
         free = sorted(sexes.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
-        count = min(max(len(test), min(4, len(sexes) // 6)), max(1, len(free) // 3))
+        usual = min(max(len(test), min(4, len(sexes) // 6)), max(1, len(free) // 3))
+        if (count := wanted or usual) >= len(free) and wanted:
+            raise ConfigError(
+                f"validation_speakers is {wanted}: {len(free)} speakers are left to learn from and "
+                "to validate on; hold out fewer"
+            )
         first = fold % len(kinds)  # takes the odd one
         queues = [[s for s in free if sexes[s] == kind] for kind in kinds[first:] + kinds[:first]]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))

@@ -64,6 +64,9 @@ class TrainConfig:
     or random (speaker-dependent)."""
     fold: int = 0
     """Fold of the protocol, from 0."""
+    validation_speakers: int = 0
+    """Speakers of the training part that choose the checkpoint instead of being learned from, in
+    every protocol but random; as many as are tested, within reason, if 0."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Clips that validation and test consist of."""
     train_channel: Literal["speech", "song", "all"] = "all"
@@ -103,7 +106,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("fold", "patience", "weight_decay", "seed"):
+        for name in ("fold", "validation_speakers", "patience", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         for name in ("label_smoothing", "average_decay"):

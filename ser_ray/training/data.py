@@ -199,7 +199,13 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
     """
     rows = one_clip_per_take(clips)
     rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
-    parts = split(config.protocol, config.fold, clips.take(rows), seed=config.seed)
+    parts = split(
+        config.protocol,
+        config.fold,
+        clips.take(rows),
+        seed=config.seed,
+        validation_speakers=config.validation_speakers,
+    )
     channels = np.asarray(clips["channel"].take(rows).to_pylist(), dtype=object)
 
     def on_channel(side: np.ndarray, wanted: str, name: str) -> np.ndarray:

@@ -31,6 +31,7 @@ _NOT_SEARCHED = {
     "lr_min": "draw lr_ratio, lr_max / lr_min, instead",
     "protocol": "trials of different folds do not compare",
     "fold": "trials of different folds do not compare",
+    "validation_speakers": "trials validated on different clips do not compare",
     "channel": "trials validated on different clips do not compare",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
