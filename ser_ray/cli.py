@@ -27,7 +27,12 @@ OUT = "ser-ray-out"
 STAND_IN = f"{OUT}/stand-in"
 """Where a pipeline without a corpus makes one."""
 STAND_IN_RECIPE = TrainConfig(
-    weights="none", crop_frames=64, epochs=24, batch_size=16, augment=AugmentConfig(mixup=0.2)
+    weights="none",
+    validation_speakers=4,
+    crop_frames=64,
+    epochs=24,
+    batch_size=16,
+    augment=AugmentConfig(mixup=0.2),
 )
 """The recipe on it, where the user gives no other."""
 

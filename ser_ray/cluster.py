@@ -165,11 +165,12 @@ def one_of_each_folder(files: Iterable[str]) -> list[str]:
 
 
 def require_kept(location: str) -> None:
-    """Check that a path is not in the copy of the working directory that a Ray job runs in.
+    """Check that a path or SQLite store is not in the copy of the code that a Ray job runs in.
 
     Raises:
         ResourcesError: it is.
     """
+    location = location.removeprefix("sqlite:///")
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
     is_copy = "working_dir" in job.get("runtime_env", {})
     if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):

@@ -22,7 +22,7 @@ def write_shard_files(
     """
     memory = memory or make_memory_shards()
     num_clips, num_mels, num_frames = memory.values.shape
-    features = FeatureConfig(num_mels=num_mels, num_mfcc=8, max_seconds=0.5)
+    features = FeatureConfig(num_mels=num_mels, num_mfcc=8, hop_length=320, max_seconds=0.5)
     assert features.num_frames >= num_frames, "the clips fit"
     padded = np.zeros((num_clips, num_mels, features.num_frames), np.float16)
     padded[:, :, :num_frames] = memory.values

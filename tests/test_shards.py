@@ -282,17 +282,17 @@ def test_only_what_changed_is_done_again(old: set[int], new: set[int], rows_per_
 def test_keys_follow_sizes_and_features() -> None:
     plan = make_plan(manifest(["a", "b"]), FEATURES, 2, None)
     bigger = make_plan(manifest(["a", "b"], size=101), FEATURES, 2, plan)
-    other = make_plan(manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=64), 2, plan)
+    other = make_plan(manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96), 2, plan)
     assert len({p.key(part) for p in (plan, bigger, other) for part in p.parts}) == 6
 
 
 def test_what_changed_is_said() -> None:
     before = make_plan(manifest(["a", "b", "c"]), FEATURES, 2, None)
-    features = dataclasses.replace(FEATURES, num_mels=64)
+    features = dataclasses.replace(FEATURES, num_mels=96)
     sizes = [101, 100, 100]
     now = manifest(["b", "c", "d"]).set_column(1, "size", pa.array(sizes, pa.int64()))
     assert describe_changes(before, make_plan(now, features, 2, before)) == [
-        "num_mels was 96 and is 64: all features are made again",
+        "num_mels was 64 and is 96: all features are made again",
         "1 file came since the last run",
         "1 file went since the last run",
         "1 file changed since the last run",

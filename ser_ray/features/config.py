@@ -18,11 +18,11 @@ class FeatureConfig:
 
     sample_rate: int = 16_000
     """Rate every clip is resampled to, in hertz."""
-    window_length: int = 640
-    """Hann window and FFT length in samples: 40 ms resolve the harmonics of a voice."""
-    hop_length: int = 320
-    """Step between frames in samples: 20 ms."""
-    num_mels: int = 96
+    window_length: int = 800
+    """Hann window and FFT length in samples: 50 ms resolve the harmonics of a voice."""
+    hop_length: int = 400
+    """Step between frames in samples: 25 ms."""
+    num_mels: int = 64
     """Bands of the mel filter bank."""
     num_mfcc: int = 40
     """Cepstral coefficients kept."""

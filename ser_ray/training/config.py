@@ -33,7 +33,7 @@ class AugmentConfig:
     share either way, so that a voice becomes another's; not for mfcc; 0 is off."""
     time_masks: int = 2
     """SpecAugment: masks in time for each clip; 0 is off."""
-    time_mask_frames: int = 20
+    time_mask_frames: int = 16
     """SpecAugment: the longest mask in time, in frames."""
     bin_masks: int = 2
     """SpecAugment: masks in frequency for each clip; 0 is off."""
@@ -66,7 +66,7 @@ class TrainConfig:
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
     """Speakers of the training part that choose the checkpoint instead of being learned from, in
-    every protocol but random; as many as are tested, within reason, if 0."""
+    every protocol but random; a twelfth of the corpus's speakers, at least two, if 0."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Clips that validation and test consist of."""
     train_channel: Literal["speech", "song", "all"] = "all"
@@ -93,7 +93,7 @@ class TrainConfig:
     """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
     patience: int = 0
     """Stop after this many epochs without a better validation UA; 0 never stops early."""
-    crop_frames: int = 160
+    crop_frames: int = 128
     """Frames of a clip seen at once; a longer clip is scored by windows of this length."""
     weights: str = "imagenet"
     """Where the network starts: imagenet, none, or a file of ResNet18 weights."""

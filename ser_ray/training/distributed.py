@@ -167,7 +167,7 @@ def _start_tracker(
     params = config.to_dict() | {"features": asdict(card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
     uri = resolve_uri(run.tracking_uri)
-    require_kept(uri.removeprefix("sqlite:///"))
+    require_kept(uri)
     known = record.get("run_id", "") if record.get("tracking_uri") == uri else ""
     tracker = Tracker.start(
         uri, run.experiment, name=folder.name, params=params, tags=tags, run_id=known

@@ -58,7 +58,7 @@ def find_range(
         gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         uri = resolve_uri(run.tracking_uri)
-        require_kept(uri.removeprefix("sqlite:///"))
+        require_kept(uri)
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
         tags = provenance() | {
             "protocol": split["label"],

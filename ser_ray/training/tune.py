@@ -271,7 +271,7 @@ def open_study(
         "storage": folder.location,
     }
     uri, record = resolve_uri(run.tracking_uri), folder.record()
-    require_kept(uri.removeprefix("sqlite:///"))
+    require_kept(uri)
     tracker = Tracker.start(
         uri,
         run.experiment,
