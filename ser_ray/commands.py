@@ -178,7 +178,8 @@ def crossval(verb: cli.Crossval) -> Outcome:
     from ser_ray.tracking import ui_command
     from ser_ray.training.display import TrialTable
 
-    folds, label = find_folds(open_shards(verb.shards), verb.recipe, verb.crossval)
+    chosen, part = verb.crossval.folds, verb.crossval.part
+    folds, label = find_folds(open_shards(verb.shards), verb.recipe, chosen, part)
     with TrialTable(console, len(folds) * verb.crossval.seeds, label) as table:
         result = run_crossval(
             verb.shards,

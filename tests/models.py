@@ -14,7 +14,7 @@ from ser_ray.training.data import Normalisation
 from ser_ray.training.model import build_network
 
 LABELS = EMOTIONS[:4]
-FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, max_seconds=3.0)
+FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, hop_length=320, max_seconds=3.0)
 CONFIG = TrainConfig(protocol="speaker-3", crop_frames=64, weights="none")
 
 

@@ -18,8 +18,8 @@ FLAGS = {
     "download": "--target --parts --actors --keep-archives --json --dry-run",
     "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
     "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
-    "--workers --device --ingest --seed --weights --name --experiment --tracking-uri --json "
-    "--dry-run",
+    "--validation-speakers --workers --device --ingest --seed --weights --name --experiment "
+    "--tracking-uri --json --dry-run",
     "lr-range": "--shards --lowest --highest --steps --feature --fold --batch-size --weights "
     "--name --experiment --tracking-uri --json --dry-run",
     "tune": "--shards --trials --searcher --scheduler --space --refit --grace-epochs --reduction "

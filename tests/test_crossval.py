@@ -172,8 +172,8 @@ def pooled(folder: Path) -> CrossvalResult:
             pq.write_table(pa.table(rows), place / "predictions.parquet")
     tracker = SimpleNamespace(run_id="abc", uri="http://host:5000")
     return pool(
-        str(folder), "speaker-2, 2 folds, table", "test", ("calm", "sad"), [0, 1], [0, 1],
-        tracker, "cv",  # type: ignore[arg-type]
+        str(folder), [0, 1], [0, 1], ("calm", "sad"), name="cv", part="test",
+        label="speaker-2, 2 folds, table", tracker=tracker,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -279,16 +279,16 @@ def check_runs(result, shards: str, uri: str) -> None:
 )
 def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
     recipe, opened = replace(RECIPE, protocol=protocol), open_shards(shards)
-    counted, label = find_folds(opened, recipe, CrossvalConfig())
+    counted, label = find_folds(opened, recipe)
     assert counted == list(range(folds))
     assert label == f"{protocol}, {folds} folds, {kind}, table"
-    chosen = CrossvalConfig(folds=(1, 0), part="validation")
-    assert find_folds(opened, recipe, chosen) == (
+    assert CrossvalConfig(folds=(1, 0)).folds == (0, 1)
+    assert find_folds(opened, recipe, (0, 1), "validation") == (
         [0, 1],
         f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table",
     )
     with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
-        find_folds(opened, recipe, CrossvalConfig(folds=(folds,)))
+        find_folds(opened, recipe, (folds,))
 
 
 @pytest.mark.ray
@@ -323,7 +323,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
 
 def test_a_fold_makes_no_sense(shards):
     recipe = replace(RECIPE, fold=1)
-    with pytest.raises(ConfigError, match="crossval trains every fold"):
+    with pytest.raises(ConfigError, match=r"crossval trains every fold, or those of --folds"):
         crossval(shards, recipe, RunConfig(), SEEDS, SlotConfig(), show=lambda trials: None)
 
 

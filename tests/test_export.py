@@ -9,7 +9,6 @@ import torch
 
 from ser_ray.cluster import JOB_CONFIG
 from ser_ray.errors import ResourcesError, SerRayError
-from ser_ray.features.config import FeatureConfig
 from ser_ray.inference import export as export_module
 from ser_ray.inference.export import TOLERANCE, WaveformModel, export
 from ser_ray.inference.predict import Predictor
@@ -44,8 +43,7 @@ def require_same(run, predictor: Predictor) -> None:
 
 @pytest.mark.parametrize("kind", ["spectrogram", "mel", "mfcc"])
 def test_the_graph_before_it_is_exported_is_the_predictor(tmp_path, kind):
-    features = FeatureConfig(num_mels=32, num_mfcc=13, max_seconds=3.0)
-    bins = features.num_bins(kind)
+    bins = FEATURES.num_bins(kind)
     make_checkpoint(
         tmp_path,
         config=TrainConfig(feature=kind, crop_frames=63, weights="none"),

@@ -300,6 +300,7 @@ class NoBatchNorm(nn.Module):
 def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
+    loop.computes_bfloat16 = lambda device: False  # its rounding would hide what is to be seen
     if network == "no batch norm":
         loop.build_network = NoBatchNorm
     if size > 1:
@@ -343,6 +344,27 @@ def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFI
     for other in results[1:]:
         assert other == results[0], "ranks disagree"
     return results[0]
+
+
+def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
+    memory_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "build_network", NoBatchNorm)
+    losses = []
+    for able in (False, True):
+        monkeypatch.setattr(loop, "computes_bfloat16", lambda device, able=able: able)
+        recorder = trained(memory_shards, tmp_path / str(able))
+        losses.append([report.row["train_loss"] for report in recorder.reports])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+    network = NoBatchNorm(4)
+    network.load_state_dict(load_file(recorder.folder / "3" / MODEL))
+    clips = load_fold(memory_shards, CONFIG, CPU).validation
+    probabilities = predict_clips(network, clips, np.arange(len(clips)), CONFIG, 4)
+    truth = probabilities[np.arange(len(clips)), clips.labels.numpy()]
+    val_loss = recorder.reports[-1].row["val_loss"]
+    assert val_loss == pytest.approx(-np.log(truth).mean(), rel=1e-6)
 
 
 @pytest.mark.slow

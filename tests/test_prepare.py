@@ -294,7 +294,7 @@ def test_a_corpus_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:
     assert summary.card.labels == ("fear", "joy")
     clips = open_shards(str(tmp_path / "shards")).clips()
     assert clips["emotion"].to_pylist() == ["fear", "joy"] * 3
-    assert clips["num_frames"].to_pylist() == pytest.approx([51] * 6, abs=2)
+    assert clips["num_frames"].to_pylist() == pytest.approx([41] * 6, abs=2)
 
 
 def test_from_a_bucket_to_a_bucket(whole: Path, corpus: Path, bucket: str) -> None:

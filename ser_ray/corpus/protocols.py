@@ -208,12 +208,12 @@ def _validation_speakers(
     chosen: list[str] = []
     for fold, test in enumerate(tests):
         free = sorted(sexes.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
-        usual = min(max(2, len(sexes) // 12), max(1, len(free) // 3))
-        if (count := wanted or usual) >= len(free) and wanted:
+        if 0 < len(free) <= wanted:
             raise ConfigError(
                 f"validation_speakers is {wanted}: {len(free)} speakers are left to learn from and "
                 "to validate on; hold out fewer"
             )
+        count = wanted or min(max(2, len(sexes) // 12), max(1, len(free) // 3))
         first = fold % len(kinds)  # takes the odd one
         queues = [[s for s in free if sexes[s] == kind] for kind in kinds[first:] + kinds[:first]]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))

@@ -59,9 +59,10 @@ class CrossvalResult:
     part: Part
     labels: tuple[str, ...]
     by_seed: dict[int, Scores]
-    """Scores of all folds' clips together, each clip once, for every seed."""
+    """Scores of all folds' clips together, for every seed; each test clip is there once."""
     ensemble: Scores | None
-    """Scores of the mean of all seeds' probabilities; None where the seeds tested other clips."""
+    """Scores of the mean of all seeds' probabilities; None for one seed, or where the seeds scored
+    different clips."""
     intervals: Intervals
     """95 % intervals by drawing speakers again, over all seeds together."""
     predictions: pa.Table
@@ -103,6 +104,7 @@ class CrossvalResult:
         """What a program reads."""
         return {
             "protocol": self.label,
+            "part": self.part,
             "clips": self.predictions.num_rows // len(self.by_seed),
             "seeds": list(self.by_seed),
             "mean": {name: self.mean(name) for name in FIGURES},
@@ -144,7 +146,7 @@ def crossval(
     show: Show,
     address: str = "",
 ) -> CrossvalResult:
-    """Cross-validate a recipe over all folds of its protocol, or go on with it.
+    """Cross-validate a recipe over folds of its protocol, or go on with it.
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
@@ -153,9 +155,9 @@ def crossval(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     if recipe.fold:
-        raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, leave it out")
+        raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, or those of --folds")
     shards = open_shards(absolute(shards_location))
-    folds, label = find_folds(shards, recipe, config)
+    folds, label = find_folds(shards, recipe, config.folds, config.part)
     seeds = [recipe.seed + index for index in range(config.seeds)]
     pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
     folder = RunFolder(run.storage, run.name or crossval_name(recipe, config, shards))
@@ -179,35 +181,43 @@ def crossval(
                 require_all_ended(study, len(folds) * len(seeds))
             _require_all_finished(study.logs)
         result = pool(
-            location, label, config.part, shards.card.labels, folds, seeds, study.parent,
-            folder.name,
-        )  # fmt: skip
+            location,
+            folds,
+            seeds,
+            shards.card.labels,
+            name=folder.name,
+            label=label,
+            part=config.part,
+            tracker=study.parent,
+        )
         started_from = pretrained[recipe.weights].origin
         page = crossval_page(result, recipe, shards, started_from, audio=run.audio)
         _log_outcome(study.parent, result, page)
-        _log_folds(study, location, config.part, audio=run.audio)
+        if config.part == "test":
+            _record_tests(study, location, audio=run.audio)
+        _log_best(study, location)
         folder.update_record(finished=True)
         study.parent.finish("FINISHED")
     return result
 
 
 def find_folds(
-    shards: ShardSet, recipe: TrainConfig, config: CrossvalConfig
+    shards: ShardSet, recipe: TrainConfig, chosen: Sequence[int] = (), part: Part = "test"
 ) -> tuple[list[int], str]:
-    """The folds to train, each tried for size, and the label of the whole.
+    """The folds to train, the chosen or all, each tried for size, and the label of the whole.
 
     Raises:
         ConfigError: no such fold, or one has an empty side.
     """
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())
-    folds = sorted(config.folds) or list(range(count))
+    folds = list(chosen or range(count))
     splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
     kind = describe(splits[0])["label"].partition("(")[2].rstrip(")")
     which = f"{count} folds"
-    if config.folds:
+    if chosen:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
-    if config.part == "validation":
+    if part == "validation":
         which += ", VALIDATION parts"
     return folds, f"{recipe.protocol}, {which}, {kind}, {shards.card.corpus}"
 
@@ -241,13 +251,14 @@ def keep_fold(
 
 def pool(
     location: str,
-    label: str,
-    part: Part,
-    labels: tuple[str, ...],
     folds: Sequence[int],
     seeds: Sequence[int],
-    tracker: Tracker,
+    labels: tuple[str, ...],
+    *,
     name: str,
+    label: str,
+    part: Part,
+    tracker: Tracker,
 ) -> CrossvalResult:
     """Put the predictions of all folds together, keep them as one table, and score them."""
     tables = []
@@ -259,13 +270,14 @@ def pool(
     truth, predicted = _truth(predictions, labels)
     probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
     seed_of = predictions["seed"].to_numpy()
+    places = zip(predictions["fold"].to_pylist(), predictions["path"].to_pylist(), strict=True)
     return CrossvalResult(
         name=name,
         label=label,
         part=part,
         labels=labels,
         by_seed={s: scores_of(truth[seed_of == s], probabilities[seed_of == s]) for s in seeds},
-        ensemble=_ensemble(predictions["path"].to_pylist(), seed_of, truth, probabilities),
+        ensemble=_ensemble([f"{f} {path}" for f, path in places], seed_of, truth, probabilities),
         intervals=bootstrap(predictions["speaker"].to_pylist(), truth, predicted, len(labels)),
         predictions=predictions,
         run_id=tracker.run_id,
@@ -275,14 +287,21 @@ def pool(
 
 
 def _ensemble(
-    paths: Sequence[str], seeds: np.ndarray, truth: np.ndarray, probabilities: np.ndarray
+    clips: Sequence[str], seeds: np.ndarray, truth: np.ndarray, probabilities: np.ndarray
 ) -> Scores | None:
-    """Scores of the mean over the seeds [clips, labels], if there are several of the same clips."""
-    named = np.asarray(paths)
+    """Scores of the mean probabilities over the seeds, if there are several of the same clips.
+
+    Args:
+        clips: name of the clip in every row [rows].
+        seeds: [rows].
+        truth: label indices [rows].
+        probabilities: [rows, labels].
+    """
+    named = np.asarray(clips)
     order = np.lexsort((named, seeds))
     by_seed = np.split(order, np.flatnonzero(np.diff(seeds[order])) + 1)
-    clips = [named[rows] for rows in by_seed]
-    if len(clips) == 1 or not all(np.array_equal(other, clips[0]) for other in clips):
+    scored = [named[rows] for rows in by_seed]
+    if len(scored) == 1 or not all(np.array_equal(other, scored[0]) for other in scored):
         return None
     mean = np.mean([probabilities[rows] for rows in by_seed], axis=0)
     return scores_of(truth[by_seed[0]], mean)
@@ -317,7 +336,7 @@ def _require_all_finished(trials: list[TrialLog]) -> None:
 def crossval_page(
     result: CrossvalResult, recipe: TrainConfig, shards: ShardSet, started_from: str, *, audio: bool
 ) -> str:
-    """The page of all folds' test parts together, as `evaluate` writes that of one."""
+    """The page of all folds' parts together, as `evaluate` writes that of one."""
     card = CheckpointCard(
         labels=result.labels,
         config=recipe,
@@ -365,24 +384,28 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     )
 
 
-def _log_folds(study: Study, location: str, part: Part, *, audio: bool) -> None:
-    """Record every fold's test part in its own run, and the best by validation as a model."""
-    best = best_of(study.logs)
+def _record_tests(study: Study, location: str, *, audio: bool) -> None:
+    """Record every fold's test part in its own run."""
     for trial in study.logs:
         folder = fold_folder(location, trial.recipe.fold, trial.recipe.seed)
-        tracker = Tracker(study.parent.uri, trial.run_id)
         with local_checkpoint(folder) as checkpoint:
             card = read_card(checkpoint)
-            if part == "test":
-                evaluation = Evaluation(
-                    card=card,
-                    part=part,
-                    protocol=card.split["label"],
-                    corpus=card.corpus,
-                    is_own_test=True,
-                    seen_speakers=(),
-                    predictions=_predictions_of(folder),
-                )
-                record_evaluation(evaluation, tracker, audio=audio)
-            if trial is best:
-                tracker.log_model(checkpoint, card.labels)
+        evaluation = Evaluation(
+            card=card,
+            part="test",
+            protocol=card.split["label"],
+            corpus=card.corpus,
+            is_own_test=True,
+            seen_speakers=(),
+            predictions=_predictions_of(folder),
+        )
+        record_evaluation(evaluation, Tracker(study.parent.uri, trial.run_id), audio=audio)
+
+
+def _log_best(study: Study, location: str) -> None:
+    """Keep the best fold by validation as a model of its own run."""
+    best = best_of(study.logs)
+    folder = fold_folder(location, best.recipe.fold, best.recipe.seed)
+    with local_checkpoint(folder) as checkpoint:
+        labels = read_card(checkpoint).labels
+        Tracker(study.parent.uri, best.run_id).log_model(checkpoint, labels)

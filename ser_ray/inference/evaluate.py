@@ -252,8 +252,11 @@ def _rows(
         wanted = replace(config, protocol=protocol or config.protocol)
         wanted = replace(wanted, fold=config.fold if wanted == config else 0)
         wanted = wanted if fold is None else replace(wanted, fold=fold)
+        is_own = is_same_data and wanted == config
+        if not is_own:  # who chose the checkpoint says nothing of another fold or corpus
+            wanted = replace(wanted, validation_speakers=0)
         parts = select_rows(table, wanted)
-        return getattr(parts, part), parts.label, is_same_data and wanted == config
+        return getattr(parts, part), parts.label, is_own
     rows = one_clip_per_take(table)
     channels = table["channel"].take(rows).to_pylist()
     keep = [config.channel == "all" or channel in (config.channel, None) for channel in channels]

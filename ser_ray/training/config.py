@@ -66,7 +66,8 @@ class TrainConfig:
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
     """Speakers of the training part that choose the checkpoint instead of being learned from, in
-    every protocol but random; a twelfth of the corpus's speakers, at least two, if 0."""
+    every protocol but random. If 0, a twelfth of the corpus's speakers, at least two and at most a
+    third of those that are not tested."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Clips that validation and test consist of."""
     train_channel: Literal["speech", "song", "all"] = "all"

@@ -224,9 +224,7 @@ class Training:
         clips = self.data.validation
         mine = np.arange(len(clips))[self.world.mine]
         num_labels = len(self.data.labels)
-        probabilities = predict_clips(
-            self._evaluated(), clips, mine, self.config, num_labels, autocast=self.autocast
-        )
+        probabilities = predict_clips(self._evaluated(), clips, mine, self.config, num_labels)
         truth = clips.labels[torch.from_numpy(mine).to(self.device)].cpu().numpy()
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)

@@ -15,10 +15,8 @@ def predict_clips(
     rows: np.ndarray,
     config: TrainConfig,
     num_labels: int,
-    *,
-    autocast: bool = False,
 ) -> np.ndarray:
-    """Probabilities of some clips: the mean over the windows that cover each.
+    """Probabilities of some clips: the mean over the windows that cover each, in float32.
 
     Args:
         rows: indices of the clips to score [scored].
@@ -42,8 +40,7 @@ def predict_clips(
     ]
     for clip, start, where in batches:
         batch, _ = clips.take(clip, start, config.crop_frames)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = network(batch.contiguous(memory_format=torch.channels_last))
+        logits = network(batch.contiguous(memory_format=torch.channels_last))
         sums.index_add_(0, where, logits.double().softmax(dim=1))
         counts.index_add_(0, where, torch.ones_like(sums[where, :1]))
     network.train(was_training)

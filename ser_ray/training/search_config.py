@@ -121,6 +121,7 @@ class CrossvalConfig:
             raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
         if len(set(self.folds)) < len(self.folds):
             raise ConfigError(f"folds are {self.folds}: each is trained once a seed")
+        object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order says nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
