@@ -163,7 +163,6 @@ class _Learner:
         from ser_ray.shards.read import open_shards
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
-        from ser_ray.training.loop import computes_bfloat16
         from ser_ray.training.model import build_network
 
         device = torch.device("cpu")
@@ -172,7 +171,6 @@ class _Learner:
         self.config, self.rank, self.workers, self.clips = config, rank, workers, data.train
         self.normalisation = data.normalisation
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
-        self.autocast = computes_bfloat16(device)
         mels = opened.card.features.num_mels
         response = gain_response(config.feature, mels, data.normalisation, device)
         self.augment = Augment(config, len(data.labels), response)
@@ -196,10 +194,9 @@ class _Learner:
 
         mine = slice(self.rank, None, self.workers)
         batch = batch[mine].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = F.cross_entropy(
-                self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
-            )
+        loss = F.cross_entropy(
+            self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
+        )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
