@@ -241,7 +241,7 @@ def test_other_features_are_all_made_again(whole: Path, corpus: Path, tmp_path: 
         "0 of 13 parts are committed already",
     )
     assert summary.files_done == 25
-    assert open_shards(str(target)).features("mel").shape[1] == 64
+    assert open_shards(str(target)).features("mel").shape[1] == 96
     run(corpus, target)
     assert files_of(target) == files_of(whole), "and back again"
 

@@ -445,7 +445,7 @@ def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch)
 
     start(1)
     start(1)
-    assert kept == [f"{tmp_path}/mlflow.db"] * 2
+    assert kept == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
     with pytest.raises(CheckpointError, match="whose workers is 1 instead of 2; give another"):
         start(2)
 
