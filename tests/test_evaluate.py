@@ -43,8 +43,10 @@ def shards(monkeypatch) -> MemoryShards:
     return here
 
 
-def checkpoint_for(shards: MemoryShards, folder: Path, fold: int = 0, seed: int = 0) -> Path:
-    config = dataclasses.replace(CONFIG, fold=fold)
+def checkpoint_for(
+    shards: MemoryShards, folder: Path, fold: int = 0, seed: int = 0, validation_speakers: int = 0
+) -> Path:
+    config = dataclasses.replace(CONFIG, fold=fold, validation_speakers=validation_speakers)
     make_checkpoint(
         folder,
         seed=seed,
@@ -108,6 +110,13 @@ def test_speakers_it_was_trained_on_are_refused_unless_told(shards, checkpoint):
     assert not told.is_own_test
     assert "SPEAKERS SEEN IN TRAINING" in told.label
     assert set(told.seen_speakers) == set(told.predictions["speaker"].to_pylist())
+
+
+def test_how_many_validated_says_nothing_of_another_protocols_folds(shards, tmp_path):
+    """Three of six speakers validate here; speaker-2 has but three that it does not test."""
+    checkpoint = checkpoint_for(shards, tmp_path / "three", validation_speakers=3)
+    found = evaluate(checkpoint, "here", protocol="speaker-2", allow_seen_speakers=True)
+    assert len(set(found.predictions["speaker"].to_pylist())) == 3
 
 
 def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint):
