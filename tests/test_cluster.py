@@ -4,6 +4,7 @@ Ray itself stands aside.
 """
 
 import contextlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import ray
 
 from ser_ray import cluster as cluster_module
-from ser_ray.cluster import cluster, one_of_each_folder
+from ser_ray.cluster import JOB_CONFIG, cluster, one_of_each_folder, require_kept
 from ser_ray.errors import ResourcesError
 from ser_ray.inference import batch
 from ser_ray.shards import prepare
@@ -134,3 +135,13 @@ def test_a_ray_of_ones_own_listens_on_the_loopback_alone(monkeypatch: pytest.Mon
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
     loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
     assert [item for item in listening if item[1] not in loopback] == []
+
+
+def test_a_store_inside_a_jobs_copy_of_the_code_is_refused(in_tmp, monkeypatch):
+    job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
+    monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
+    for inside in ("sqlite:///out/mlflow.db", f"sqlite:///{in_tmp}/mlflow.db", "out"):
+        with pytest.raises(ResourcesError, match="is inside the copy of the code"):
+            require_kept(inside)
+    for kept in (f"sqlite:///{in_tmp.parent}/mlflow.db", "http://host:5000", "s3://bucket/runs"):
+        require_kept(kept)
