@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,19 @@ RECIPE = TrainConfig(
 SEEDS = CrossvalConfig(seeds=2)
 
 
+@contextmanager
+def two_cpus() -> Iterator[None]:
+    """A Ray cluster of this machine, with room for two trials."""
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     memory = make_memory_shards(num_frames=26)  # as many as half a second has
@@ -58,18 +73,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shards, tmp_path):
-    ray.init(
-        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
-    try:
+    with two_cpus():
         run = RunConfig(
             storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
         )
         result = crossval(shards, RECIPE, run, SEEDS, SlotConfig(), show=lambda trials: None)
         again = crossval(shards, RECIPE, run, SEEDS, SlotConfig(), show=lambda trials: None)
-    finally:
-        ray.shutdown()
     assert again.to_dict() == result.to_dict()  # a finished one is read, not trained again
     assert again.run_id == result.run_id
 
@@ -116,11 +125,7 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
             storage=uri.format("runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db",
             max_failures=0,
         )  # fmt: skip
-        ray.init(
-            num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-            logging_level="ERROR",
-        )  # fmt: skip
-        try:
+        with two_cpus():
             one, slots = CrossvalConfig(), SlotConfig()
             with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
                 crossval(str(shards), recipe, run, one, slots, show=hide_the_shards)
@@ -128,8 +133,6 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
             (in_tmp / "elsewhere").mkdir()
             monkeypatch.chdir(in_tmp / "elsewhere")
             result = crossval(str(shards), recipe, run, one, slots, show=remember)
-        finally:
-            ray.shutdown()
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)
         kept = pq.read_table(path, filesystem=filesystem)
@@ -294,16 +297,10 @@ def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shards, in_tmp):
-    ray.init(
-        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
-    try:
+    with two_cpus():
         run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
         config = CrossvalConfig(folds=(1,), part="validation")
         result = crossval(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
-    finally:
-        ray.shutdown()
     parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
     scored = set(result.predictions["speaker"].to_pylist())
     assert scored == set(parts.validation_speakers)
