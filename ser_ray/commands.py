@@ -173,23 +173,13 @@ def tune(verb: cli.Tune) -> Outcome:
 def crossval(verb: cli.Crossval) -> Outcome:
     """Every fold trained and tested, to one set of figures."""
     from ser_ray.inference.crossval import crossval as run_crossval
-    from ser_ray.inference.crossval import find_folds
-    from ser_ray.shards.read import open_shards
+    from ser_ray.inference.crossval import plan_crossval
     from ser_ray.tracking import ui_command
     from ser_ray.training.display import TrialTable
 
-    chosen, part = verb.crossval.folds, verb.crossval.part
-    folds, label = find_folds(open_shards(verb.shards), verb.recipe, chosen, part)
-    with TrialTable(console, len(folds) * verb.crossval.seeds, label) as table:
-        result = run_crossval(
-            verb.shards,
-            verb.recipe,
-            verb.run,
-            verb.crossval,
-            verb.slots,
-            show=table,
-            address=verb.address,
-        )
+    plan = plan_crossval(verb.shards, verb.recipe, verb.crossval)
+    with TrialTable(console, plan.num_trials, plan.label) as table:
+        result = run_crossval(plan, verb.run, verb.slots, show=table, address=verb.address)
     lines = [
         result.text(),
         f"predictions  {result.table}",

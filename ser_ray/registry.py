@@ -91,7 +91,8 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 def best_training_of(run_id: str, tracking_uri: str) -> str:
     """The run itself, or of a search or cross-validation the training of the best validation UA.
 
-    A search's trial keeps no model; what `tune --refit` or `train --like` made of its recipe does.
+    The best fold of a cross-validation keeps its model. A search's trial keeps none; what
+    `tune --refit` or `train --like` made of its recipe does.
 
     Raises:
         TrackingError: no such run, or neither it nor what came of it keeps a model.

@@ -3,6 +3,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +19,15 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference import crossval as module
 from ser_ray.inference.crossval import (
     FIGURES,
+    CrossvalPlan,
     CrossvalResult,
     _ensemble,
     _require_all_finished,
     _truth,
     crossval,
     crossval_name,
-    find_folds,
     fold_folder,
+    plan_crossval,
     pool,
 )
 from ser_ray.inference.evaluate import evaluate
@@ -77,8 +79,9 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
         run = RunConfig(
             storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
         )
-        result = crossval(shards, RECIPE, run, SEEDS, SlotConfig(), show=lambda trials: None)
-        again = crossval(shards, RECIPE, run, SEEDS, SlotConfig(), show=lambda trials: None)
+        plan = plan_crossval(shards, RECIPE, SEEDS)
+        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+        again = crossval(plan, run, SlotConfig(), show=lambda trials: None)
     assert again.to_dict() == result.to_dict()  # a finished one is read, not trained again
     assert again.run_id == result.run_id
 
@@ -126,13 +129,13 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
             max_failures=0,
         )  # fmt: skip
         with two_cpus():
-            one, slots = CrossvalConfig(), SlotConfig()
+            plan, slots = plan_crossval(str(shards), recipe, CrossvalConfig()), SlotConfig()
             with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
-                crossval(str(shards), recipe, run, one, slots, show=hide_the_shards)
+                crossval(plan, run, slots, show=hide_the_shards)
             (in_tmp / "hidden").rename(shards)
             (in_tmp / "elsewhere").mkdir()
             monkeypatch.chdir(in_tmp / "elsewhere")
-            result = crossval(str(shards), recipe, run, one, slots, show=remember)
+            result = crossval(plan, run, slots, show=remember)
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)
         kept = pq.read_table(path, filesystem=filesystem)
@@ -173,11 +176,10 @@ def pooled(folder: Path) -> CrossvalResult:
             place = Path(fold_folder(str(folder), fold, seed))
             place.mkdir(parents=True)
             pq.write_table(pa.table(rows), place / "predictions.parquet")
-    tracker = SimpleNamespace(run_id="abc", uri="http://host:5000")
-    return pool(
-        str(folder), [0, 1], [0, 1], ("calm", "sad"), name="cv", part="test",
-        label="speaker-2, 2 folds, table", tracker=tracker,  # type: ignore[arg-type]
-    )  # fmt: skip
+    shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
+    tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
+    plan = CrossvalPlan(shards, RECIPE, SEEDS, [0, 1], "speaker-2, 2 folds")
+    return pool(plan, str(folder), "cv", tracker)
 
 
 def test_the_text_has_the_label_beside_every_number(tmp_path):
@@ -281,17 +283,16 @@ def check_runs(result, shards: str, uri: str) -> None:
     ],
 )
 def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
-    recipe, opened = replace(RECIPE, protocol=protocol), open_shards(shards)
-    counted, label = find_folds(opened, recipe)
-    assert counted == list(range(folds))
-    assert label == f"{protocol}, {folds} folds, {kind}, table"
-    assert CrossvalConfig(folds=(1, 0)).folds == (0, 1)
-    assert find_folds(opened, recipe, (0, 1), "validation") == (
-        [0, 1],
-        f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table",
-    )
+    recipe = replace(RECIPE, protocol=protocol)
+    plan = plan_crossval(shards, recipe, SEEDS)
+    assert plan.folds == list(range(folds))
+    assert plan.num_trials == 2 * folds
+    assert plan.label == f"{protocol}, {folds} folds, {kind}, table"
+    plan = plan_crossval(shards, recipe, CrossvalConfig(folds=(1, 0), part="validation"))
+    assert plan.folds == [0, 1]
+    assert plan.label == f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table"
     with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
-        find_folds(opened, recipe, (folds,))
+        plan_crossval(shards, recipe, CrossvalConfig(folds=(folds,)))
 
 
 @pytest.mark.ray
@@ -300,7 +301,8 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
     with two_cpus():
         run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
         config = CrossvalConfig(folds=(1,), part="validation")
-        result = crossval(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+        plan = plan_crossval(shards, RECIPE, config)
+        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
     parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
     scored = set(result.predictions["speaker"].to_pylist())
     assert scored == set(parts.validation_speakers)
@@ -311,7 +313,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
     (nested,) = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
-    assert parent.data.metrics["validation_ua"] == nested.data.metrics["best_val_ua"]
+    assert parent.data.metrics["val_ua"] == nested.data.metrics["best_val_ua"]
     assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
     files = {file.path for file in client.list_artifacts(nested.info.run_id)}
     assert "report.html" in files
@@ -319,19 +321,18 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
 
 
 def test_a_fold_makes_no_sense(shards):
-    recipe = replace(RECIPE, fold=1)
     with pytest.raises(ConfigError, match=r"crossval trains every fold, or those of --folds"):
-        crossval(shards, recipe, RunConfig(), SEEDS, SlotConfig(), show=lambda trials: None)
+        plan_crossval(shards, replace(RECIPE, fold=1), SEEDS)
 
 
 def test_the_name_follows_from_recipe_seeds_and_shards(shards):
-    opened = open_shards(shards)
-    name = crossval_name(RECIPE, SEEDS, opened)
-    assert name == crossval_name(RECIPE, SEEDS, opened)
-    others = [
-        crossval_name(RECIPE, CrossvalConfig(seeds=3), opened),
-        crossval_name(RECIPE, replace(SEEDS, folds=(0,)), opened),
-        crossval_name(RECIPE, replace(SEEDS, part="validation"), opened),
-        crossval_name(replace(RECIPE, epochs=3), SEEDS, opened),
+    def name(recipe: TrainConfig = RECIPE, config: CrossvalConfig = SEEDS) -> str:
+        return crossval_name(plan_crossval(shards, recipe, config))
+
+    assert name() == name()
+    assert name() not in [
+        name(config=CrossvalConfig(seeds=3)),
+        name(config=replace(SEEDS, folds=(0,))),
+        name(config=replace(SEEDS, part="validation")),
+        name(replace(RECIPE, epochs=3)),
     ]
-    assert name not in others

@@ -82,10 +82,14 @@ class Split:
     test_speakers: tuple[str, ...]
 
     @property
+    def kind(self) -> str:
+        """Whether the tested speakers were learned from, as it is to stand beside every figure."""
+        return "SPEAKER-DEPENDENT" if self.speaker_dependent else "speaker-independent"
+
+    @property
     def label(self) -> str:
         """How every figure of this fold is to be captioned."""
-        kind = "SPEAKER-DEPENDENT" if self.speaker_dependent else "speaker-independent"
-        return f"{self.protocol} fold {self.fold} ({kind})"
+        return f"{self.protocol} fold {self.fold} ({self.kind})"
 
 
 def num_folds(protocol: str, speakers: Iterable[str]) -> int:

@@ -35,7 +35,7 @@ from ser_ray.storage import absolute, filesystem_of, location_inside, written_wh
 from ser_ray.tracking import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
 from ser_ray.training.config import RunConfig, TrainConfig
-from ser_ray.training.data import Normalisation, describe, label_indices, select_rows
+from ser_ray.training.data import Normalisation, label_indices, select_rows
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
@@ -50,14 +50,38 @@ FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 
 @dataclass(frozen=True, slots=True)
+class CrossvalPlan:
+    """Which folds of which clips are trained, each tried for size."""
+
+    shards: ShardSet
+    recipe: TrainConfig
+    config: CrossvalConfig
+    folds: list[int]
+    protocol: str
+    """Protocol, folds and kind, as shown beside every score."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of every training of a fold."""
+        return [self.recipe.seed + index for index in range(self.config.seeds)]
+
+    @property
+    def num_trials(self) -> int:
+        """Trainings there will be."""
+        return len(self.folds) * self.config.seeds
+
+    @property
+    def label(self) -> str:
+        """Protocol and corpus."""
+        return f"{self.protocol}, {self.shards.card.corpus}"
+
+
+@dataclass(frozen=True, slots=True)
 class CrossvalResult:
     """The pooled parts, test or validation, of all folds."""
 
     name: str
-    label: str
-    """Protocol and corpus, as shown beside every score."""
-    part: Part
-    labels: tuple[str, ...]
+    plan: CrossvalPlan
     by_seed: dict[int, Scores]
     """Scores of all folds' clips together, for every seed; each test clip is there once."""
     ensemble: Scores | None
@@ -71,6 +95,21 @@ class CrossvalResult:
     tracking_uri: str
     location: str
     """Folder of the cross-validation."""
+
+    @property
+    def label(self) -> str:
+        """Protocol and corpus, as shown beside every score."""
+        return self.plan.label
+
+    @property
+    def part(self) -> Part:
+        """What was scored."""
+        return self.plan.config.part
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Emotions, in the order of the probabilities."""
+        return self.plan.shards.card.labels
 
     @property
     def table(self) -> str:
@@ -136,31 +175,44 @@ class CrossvalResult:
         return "\n".join(lines)
 
 
-def crossval(
-    shards_location: str,
-    recipe: TrainConfig,
-    run: RunConfig,
-    config: CrossvalConfig,
-    slots: SlotConfig,
-    *,
-    show: Show,
-    address: str = "",
-) -> CrossvalResult:
-    """Cross-validate a recipe over folds of its protocol, or go on with it.
+def plan_crossval(
+    shards_location: str, recipe: TrainConfig, config: CrossvalConfig
+) -> CrossvalPlan:
+    """Find the folds to train: the chosen ones, or every one of the protocol.
 
     Raises:
-        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
-            starts.
-        SerRayError: a fold failed; says which and why, and the same call trains it again.
-        KeyboardInterrupt: interrupted; the same call goes on.
+        ShardsError: no shard set is there.
+        ConfigError: no such fold, or one has an empty side.
     """
     if recipe.fold:
         raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, or those of --folds")
     shards = open_shards(absolute(shards_location))
-    folds, label = find_folds(shards, recipe, config.folds, config.part)
-    seeds = [recipe.seed + index for index in range(config.seeds)]
+    table = shards.clips()
+    count = num_folds(recipe.protocol, table["speaker"].to_pylist())
+    folds = list(config.folds or range(count))
+    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
+    which = f"{count} folds"
+    if config.folds:
+        which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
+    if config.part == "validation":
+        which += ", VALIDATION parts"
+    protocol = f"{recipe.protocol}, {which}, {splits[0].kind}"
+    return CrossvalPlan(shards, recipe, config, folds, protocol)
+
+
+def crossval(
+    plan: CrossvalPlan, run: RunConfig, slots: SlotConfig, *, show: Show, address: str = ""
+) -> CrossvalResult:
+    """Cross-validate a recipe over the plan's folds, or go on with it.
+
+    Raises:
+        ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial starts.
+        SerRayError: a fold failed; says which and why, and the same call trains it again.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    shards, recipe, config = plan.shards, plan.recipe, plan.config
     pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
-    folder = RunFolder(run.storage, run.name or crossval_name(recipe, config, shards))
+    folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
     with cluster(address), folder.lock():
         require_shared(shards.uri, location)
@@ -173,25 +225,15 @@ def crossval(
             finish=partial(keep_fold, folder=location, part=config.part),
         )
         identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
-        with open_study(setup, folder, run, label, identity, show) as study:
+        with open_study(setup, folder, run, plan.label, identity, show) as study:
             if not folder.record().get("finished"):
-                plan = grid_plan({"seed": seeds, "fold": folds}, found)
-                run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
+                grid = grid_plan({"seed": plan.seeds, "fold": plan.folds}, found)
+                run_trials(setup, pretrained, grid, folder, study.journal, run.max_failures)
                 study.read()
-                require_all_ended(study, len(folds) * len(seeds))
+                require_all_ended(study, plan.num_trials)
             _require_all_finished(study.logs)
-        result = pool(
-            location,
-            folds,
-            seeds,
-            shards.card.labels,
-            name=folder.name,
-            label=label,
-            part=config.part,
-            tracker=study.parent,
-        )
-        started_from = pretrained[recipe.weights].origin
-        page = crossval_page(result, recipe, shards, started_from, audio=run.audio)
+        result = pool(plan, location, folder.name, study.parent)
+        page = crossval_page(result, pretrained[recipe.weights].origin, audio=run.audio)
         _log_outcome(study.parent, result, page)
         if config.part == "test":
             _record_tests(study, location, audio=run.audio)
@@ -201,30 +243,10 @@ def crossval(
     return result
 
 
-def find_folds(
-    shards: ShardSet, recipe: TrainConfig, chosen: Sequence[int] = (), part: Part = "test"
-) -> tuple[list[int], str]:
-    """The folds to train, the chosen or all, each tried for size, and the label of the whole.
-
-    Raises:
-        ConfigError: no such fold, or one has an empty side.
-    """
-    table = shards.clips()
-    count = num_folds(recipe.protocol, table["speaker"].to_pylist())
-    folds = list(chosen or range(count))
-    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
-    kind = describe(splits[0])["label"].partition("(")[2].rstrip(")")
-    which = f"{count} folds"
-    if chosen:
-        which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
-    if part == "validation":
-        which += ", VALIDATION parts"
-    return folds, f"{recipe.protocol}, {which}, {kind}, {shards.card.corpus}"
-
-
-def crossval_name(recipe: TrainConfig, config: CrossvalConfig, shards: ShardSet) -> str:
+def crossval_name(plan: CrossvalPlan) -> str:
     """Name of a cross-validation, equal for equal ones on equal shards."""
-    identity = f"{recipe.fingerprint}{shards.card.fingerprint}{asdict(config)}"
+    recipe, config = plan.recipe, plan.config
+    identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint}{asdict(config)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     kind = "crossval" if config.part == "test" else "validation"
     return f"{kind}-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
@@ -249,35 +271,34 @@ def keep_fold(
         pq.write_table(table, target, filesystem=filesystem)
 
 
-def pool(
-    location: str,
-    folds: Sequence[int],
-    seeds: Sequence[int],
-    labels: tuple[str, ...],
-    *,
-    name: str,
-    label: str,
-    part: Part,
-    tracker: Tracker,
-) -> CrossvalResult:
-    """Put the predictions of all folds together, keep them as one table, and score them."""
+def pool(plan: CrossvalPlan, location: str, name: str, tracker: Tracker) -> CrossvalResult:
+    """Put the predictions of all folds together, keep them as one table, and score them.
+
+    Args:
+        plan: what was trained.
+        location: folder of the cross-validation.
+        name: of the cross-validation.
+        tracker: of its MLflow run.
+    """
     tables = []
-    for seed, fold in itertools.product(seeds, folds):
+    for seed, fold in itertools.product(plan.seeds, plan.folds):
         tables.append(_predictions_of(fold_folder(location, fold, seed)))
     predictions = pa.concat_tables(tables)
     filesystem, path = filesystem_of(location_inside(location, PREDICTIONS))
     pq.write_table(predictions, path, filesystem=filesystem)
+    labels = plan.shards.card.labels
     truth, predicted = _truth(predictions, labels)
     probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
-    seed_of = predictions["seed"].to_numpy()
+    seeds = predictions["seed"].to_numpy()
     places = zip(predictions["fold"].to_pylist(), predictions["path"].to_pylist(), strict=True)
     return CrossvalResult(
         name=name,
-        label=label,
-        part=part,
-        labels=labels,
-        by_seed={s: scores_of(truth[seed_of == s], probabilities[seed_of == s]) for s in seeds},
-        ensemble=_ensemble([f"{f} {path}" for f, path in places], seed_of, truth, probabilities),
+        plan=plan,
+        by_seed={
+            seed: scores_of(truth[seeds == seed], probabilities[seeds == seed])
+            for seed in plan.seeds
+        },
+        ensemble=_ensemble([f"{f} {path}" for f, path in places], seeds, truth, probabilities),
         intervals=bootstrap(predictions["speaker"].to_pylist(), truth, predicted, len(labels)),
         predictions=predictions,
         run_id=tracker.run_id,
@@ -333,24 +354,23 @@ def _require_all_finished(trials: list[TrialLog]) -> None:
         )
 
 
-def crossval_page(
-    result: CrossvalResult, recipe: TrainConfig, shards: ShardSet, started_from: str, *, audio: bool
-) -> str:
+def crossval_page(result: CrossvalResult, started_from: str, *, audio: bool) -> str:
     """The page of all folds' parts together, as `evaluate` writes that of one."""
+    about = result.plan.shards.card
     card = CheckpointCard(
         labels=result.labels,
-        config=recipe,
-        features=shards.card.features,
+        config=result.plan.recipe,
+        features=about.features,
         normalisation=Normalisation(np.zeros(0), np.ones(0)),  # every fold has its own
-        corpus=shards.card.corpus,
-        shards_fingerprint=shards.card.fingerprint,
+        corpus=about.corpus,
+        shards_fingerprint=about.fingerprint,
         split={"label": result.label},
         initial_weights=started_from,
     )
     pooled = Evaluation(
         card=card,
         part=result.part,
-        protocol=result.label.rpartition(", ")[0],  # the page names the corpus by itself
+        protocol=result.plan.protocol,
         corpus=card.corpus,
         is_own_test=result.part == "test",
         seen_speakers=(),
@@ -360,7 +380,7 @@ def crossval_page(
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
-    part = result.part
+    part = {"test": "test", "validation": "val"}[result.part]  # as trainings call them
     scores = {f"{part}_{name}": result.mean(name) for name in FIGURES}
     scores |= {f"{part}_{name}_spread": result.spread(name) for name in FIGURES}
     for name in FIGURES:
@@ -374,8 +394,8 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     tracker.log_files(
         {
             "report.html": page,
-            f"plots/{part}_confusion.png": confusion_figure(
-                result.confusion, result.labels, f"{part}, {result.label}"
+            f"plots/{result.part}_confusion.png": confusion_figure(
+                result.confusion, result.labels, f"{result.part}, {result.label}"
             ),
             "tables/crossval.json": result.to_dict(),
             "tables/speakers.csv": csv_text(result.speakers),

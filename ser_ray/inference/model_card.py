@@ -23,8 +23,8 @@ LIMITS = (
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
     """Make a run's model a registered version; returns its number and its card in words.
 
-    The run of a search or cross-validation has no model of its own: that of its best trial, trained
-    again, is taken.
+    Of a cross-validation its best fold's model is taken, of a search that of its best trial trained
+    again.
 
     Raises:
         TrackingError: no such run, or no model in it.
