@@ -163,6 +163,7 @@ class _Learner:
         from ser_ray.shards.read import open_shards
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
+        from ser_ray.training.loop import computes_bfloat16
         from ser_ray.training.model import build_network
 
         device = torch.device("cpu")
@@ -173,6 +174,7 @@ class _Learner:
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         mels = opened.card.features.num_mels
         response = gain_response(config.feature, mels, data.normalisation, device)
+        self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
         self.augment = Augment(config, len(data.labels), response)
         network = build_network(len(data.labels)).to(memory_format=torch.channels_last)
         network.train()
@@ -194,9 +196,10 @@ class _Learner:
 
         mine = slice(self.rank, None, self.workers)
         batch = batch[mine].contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(
-            self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = F.cross_entropy(
+                self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
+            )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()

@@ -215,8 +215,8 @@ class Register(Common):
     """Make a run's model a registered version, with what one must know of it."""
 
     run_id: tyro.conf.Positional[str]
-    """MLflow run of a training; or of a cross-validation: then its best fold's model; or of a search:
-    then what `tune --refit` or `train --like` made of its best trial, for trials keep no model."""
+    """MLflow run of a training, of a cross-validation, whose best fold's model is taken, or of a
+    search: then what `tune --refit` or `train --like` made of its best trial is taken."""
     name: str = "ser-ray"
     """Registered model."""
     alias: str = "champion"

@@ -264,6 +264,36 @@ def test_a_loss_that_is_not_finite_names_its_step(memory_shards, tmp_path):
         trained(memory_shards, tmp_path)
 
 
+def test_a_weight_that_is_not_finite_is_named_though_the_loss_is(
+    memory_shards, tmp_path, monkeypatch
+):
+    class Unused(NoBatchNorm):
+        def __init__(self, num_labels: int) -> None:
+            super().__init__(num_labels)
+            self.unused = nn.Parameter(torch.tensor([1.0, torch.nan]))
+
+    monkeypatch.setattr(loop, "build_network", Unused)
+    with pytest.raises(DivergedError, match="unused is not finite after epoch 1, though the loss"):
+        trained(memory_shards, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("able", "bins", "frames", "bfloat16"),
+    [
+        ({"avx512_bf16": True}, 40, 128, True),
+        ({"amx_bf16": True}, 64, 64, True),
+        ({"avx512_f": True, "avx512_bf16": False}, 64, 128, False),
+        ({"avx512_bf16": True}, 32, 128, False),
+        ({"avx512_bf16": True}, 64, 32, False),
+    ],
+)
+def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
+    able, bins, frames, bfloat16, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert loop.computes_bfloat16(CPU, bins, frames) is bfloat16
+
+
 def test_a_checkpoint_of_another_training_is_refused(memory_shards, tmp_path):
     trained(memory_shards, tmp_path / "one")
     other = replace(CONFIG, lr_max=0.01)
@@ -300,7 +330,7 @@ class NoBatchNorm(nn.Module):
 def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
-    loop.computes_bfloat16 = lambda device: False  # its rounding would hide what is to be seen
+    loop.computes_bfloat16 = lambda *_: False  # its rounding would hide what is to be seen
     if network == "no batch norm":
         loop.build_network = NoBatchNorm
     if size > 1:
@@ -352,7 +382,7 @@ def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
     monkeypatch.setattr(loop, "build_network", NoBatchNorm)
     losses = []
     for able in (False, True):
-        monkeypatch.setattr(loop, "computes_bfloat16", lambda device, able=able: able)
+        monkeypatch.setattr(loop, "computes_bfloat16", lambda *_, able=able: able)
         recorder = trained(memory_shards, tmp_path / str(able))
         losses.append([report.row["train_loss"] for report in recorder.reports])
     assert losses[0] != losses[1]

@@ -41,7 +41,7 @@ from ser_ray.training.data import (
     steps_per_epoch,
 )
 from ser_ray.training.metrics import Scores, count_confusion
-from ser_ray.training.model import Pretrained, build_network
+from ser_ray.training.model import NETWORK_STRIDE, Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.stream import Fetch, stream_fold
 from ser_ray.training.world import World
@@ -97,7 +97,7 @@ def fit(
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
         CheckpointError: `resume` is another training's.
-        DivergedError: a loss was not finite; names the epoch and step.
+        DivergedError: a loss or a weight was not finite; names the epoch.
     """
     world, device = World.current(), device or torch.device("cpu")
     before = read_card(resume) if resume is not None else None
@@ -155,7 +155,7 @@ class Training:
         self.schedule = one_cycle(self.optimiser, config, self.total_steps)
         response = gain_response(config.feature, num_mels, data.normalisation, device)
         self.augment = Augment(config, len(data.labels), response)
-        self.autocast = computes_bfloat16(device)
+        self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.hits = torch.zeros((), device=device)
         self.rates: list[float] = []
@@ -238,7 +238,7 @@ class Training:
         """Score the epoch and count it as done; the best is by validation UA, then loss.
 
         Raises:
-            DivergedError: the loss of one of its steps is not finite.
+            DivergedError: the loss of one of its steps, or a weight after them, is not finite.
         """
         self.gather(everywhere=True)
         self._require_finite()
@@ -337,6 +337,13 @@ class Training:
                 f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
                 f"{rate:.2g}): lower --lr-max, or look for broken clips in the shards"
             )
+        names, values = zip(*self.network.named_parameters(), strict=True)
+        finite = torch.stack([value.isfinite().all() for value in values]).tolist()
+        if not all(finite):
+            raise DivergedError(
+                f"{names[finite.index(False)]} is not finite after epoch {self.epoch + 1}, though "
+                "the loss is: lower --lr-max"
+            )
 
     def _update_average(self, average: nn.Module) -> None:
         # torch's own AveragedModel copies a counter to the device, and so waits for it, every step.
@@ -380,13 +387,17 @@ def make_card(
     )
 
 
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether to train in bfloat16: on GPUs that multiply it, not on those that imitate it.
+def computes_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
+    """Whether to learn from such pictures in bfloat16: where the device multiplies it itself.
 
-    CPUs with AVX512_BF16 would take 0.6 of the time, but in small pictures torch 2.11 leaves NaN
-    there in weights that only ever meet padding.
+    Imitated it is slower than float32. CPUs take float32 for pictures that the network makes one
+    pixel of: there torch 2.11 leaves NaN in the weights that meet nothing but padding.
     """
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cpu" and native and min(num_bins, num_frames) > NETWORK_STRIDE
 
 
 def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
