@@ -39,7 +39,7 @@ class AugmentConfig:
     """SpecAugment: masks in frequency for each clip; 0 is off."""
     bin_mask_share: float = 0.15
     """SpecAugment: the widest mask in frequency, as a share of the bins."""
-    mixup: float = 0.0
+    mixup: float = 0.2
     """Mixup: both parameters of the Beta distribution (Zhang 2018); 0 is off."""
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class TrainConfig:
     """Clips that validation and test consist of."""
     train_channel: Literal["speech", "song", "all"] = "all"
     """Clips of the training speakers that are learned from."""
-    epochs: int = 16
+    epochs: int = 48
     """Passes over the training rows."""
     batch_size: int = 32
     """Clips in a step, over all workers together."""
