@@ -20,7 +20,7 @@ from ser_ray.corpus.download import DownloadConfig
 from ser_ray.errors import SerRayError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.training.config import AugmentConfig, LrRangeConfig, RunConfig, TrainConfig
+from ser_ray.training.config import LrRangeConfig, RunConfig, TrainConfig
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig, TuneConfig
 
 OUT = "ser-ray-out"
@@ -32,7 +32,6 @@ STAND_IN_RECIPE = TrainConfig(
     crop_frames=64,
     epochs=24,
     batch_size=16,
-    augment=AugmentConfig(mixup=0.2),
 )
 """The recipe on it, where the user gives no other."""
 

@@ -35,4 +35,4 @@ class TrackingError(SerRayError):
 
 
 class DivergedError(SerRayError):
-    """A loss that is not a finite number any more."""
+    """A loss or a weight that is not a finite number any more."""

@@ -81,7 +81,9 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
         )
         plan = plan_crossval(shards, RECIPE, SEEDS)
         result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
-        again = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+        again = crossval(
+            plan_crossval(shards, RECIPE, SEEDS), run, SlotConfig(), show=lambda trials: None
+        )
     assert again.to_dict() == result.to_dict()  # a finished one is read, not trained again
     assert again.run_id == result.run_id
 
@@ -129,12 +131,14 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
             max_failures=0,
         )  # fmt: skip
         with two_cpus():
-            plan, slots = plan_crossval(str(shards), recipe, CrossvalConfig()), SlotConfig()
+            config, slots = CrossvalConfig(), SlotConfig()
+            plan = plan_crossval("shards", recipe, config)
             with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
                 crossval(plan, run, slots, show=hide_the_shards)
             (in_tmp / "hidden").rename(shards)
             (in_tmp / "elsewhere").mkdir()
             monkeypatch.chdir(in_tmp / "elsewhere")
+            plan = plan_crossval(str(shards), recipe, config)
             result = crossval(plan, run, slots, show=remember)
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)
@@ -178,7 +182,7 @@ def pooled(folder: Path) -> CrossvalResult:
             pq.write_table(pa.table(rows), place / "predictions.parquet")
     shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
     tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
-    plan = CrossvalPlan(shards, RECIPE, SEEDS, [0, 1], "speaker-2, 2 folds")
+    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), "speaker-2, 2 folds")
     return pool(plan, str(folder), "cv", tracker)
 
 
@@ -208,8 +212,22 @@ def test_an_ensemble_is_scored_by_the_mean_of_its_seeds_whatever_their_order():
 
 def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, monkeypatch):
     result = replace(pooled(tmp_path), location="s3://b/runs/cv?region=x")
-    monkeypatch.setattr(module, "crossval", lambda *_, **__: result)
-    outcome = commands.crossval(cli.Crossval(shards=shards, recipe=RECIPE, crossval=SEEDS))
+    given: list[CrossvalPlan | RunConfig | SlotConfig] = []
+
+    def remember(plan: CrossvalPlan, run: RunConfig, slots: SlotConfig, **_: object) -> object:
+        given.extend((plan, run, slots))
+        return result
+
+    monkeypatch.setattr(module, "crossval", remember)
+    verb = cli.Crossval(
+        shards=shards, recipe=RECIPE, crossval=SEEDS, run=RunConfig(name="mine"),
+        slots=SlotConfig(cpus_per_worker=2),
+    )  # fmt: skip
+    outcome = commands.crossval(verb)
+    assert isinstance(given[0], CrossvalPlan)
+    assert given[0].num_trials == 4
+    assert given[0].recipe == RECIPE
+    assert given[1:] == [verb.run, verb.slots]
     assert outcome.text.startswith(result.text())
     assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
     assert outcome.data["mean"]["wa"] == 0.75
@@ -251,6 +269,7 @@ def check_runs(result, shards: str, uri: str) -> None:
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
     assert "test, speaker-2, 2 folds, speaker-independent" in page
     assert f"{result.mean('ua'):.1%}" in page
+    assert parent.data.tags["protocol"] == "speaker-2, 2 folds, speaker-independent"
     nested = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
@@ -285,11 +304,11 @@ def check_runs(result, shards: str, uri: str) -> None:
 def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
     recipe = replace(RECIPE, protocol=protocol)
     plan = plan_crossval(shards, recipe, SEEDS)
-    assert plan.folds == list(range(folds))
+    assert plan.folds == tuple(range(folds))
     assert plan.num_trials == 2 * folds
     assert plan.label == f"{protocol}, {folds} folds, {kind}, table"
     plan = plan_crossval(shards, recipe, CrossvalConfig(folds=(1, 0), part="validation"))
-    assert plan.folds == [0, 1]
+    assert plan.folds == (0, 1)
     assert plan.label == f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table"
     with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
         plan_crossval(shards, recipe, CrossvalConfig(folds=(folds,)))

@@ -19,7 +19,7 @@ from ser_ray.training.checkpoint import MODEL, STATE
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.loop import EpochReport, Take, fit
-from ser_ray.training.model import Pretrained
+from ser_ray.training.model import Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
 from tests.conftest import make_memory_shards
 
@@ -292,6 +292,40 @@ def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert loop.computes_bfloat16(CPU, bins, frames) is bfloat16
+
+
+@pytest.mark.parametrize(("bins", "frames"), [(33, 33), (40, 128)])
+def test_bfloat16_leaves_finite_gradients_that_another_run_has_too(bins, frames):
+    if not loop.computes_bfloat16(CPU, bins, frames):
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = build_network(4).to(memory_format=torch.channels_last)
+        for _ in range(4):  # what a first one leaves in memory, the next ones find
+            with torch.autocast("cpu", torch.bfloat16):
+                network(torch.randn(8, 1, bins, frames)).square().mean().backward()
+        gradients.append({name: value.grad for name, value in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all(), name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch):
+    asked: list[tuple[int, int]] = []
+
+    def ask(device: torch.device, num_bins: int, num_frames: int) -> bool:
+        asked.append((num_bins, num_frames))
+        return False
+
+    monkeypatch.setattr(loop, "computes_bfloat16", ask)
+    monkeypatch.setattr(loop, "build_network", NoBatchNorm)
+    shards = make_memory_shards()
+    config = replace(CONFIG, feature="mfcc")
+    data = load_fold(shards, config, CPU)  # type: ignore[arg-type]
+    loop.Training(config, data, FRESH, 40, CPU, loop.World.current())
+    assert asked == [(data.train.features.shape[2], CONFIG.crop_frames)]
+    assert asked[0][0] != 40
 
 
 def test_a_checkpoint_of_another_training_is_refused(memory_shards, tmp_path):

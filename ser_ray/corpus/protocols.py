@@ -82,14 +82,14 @@ class Split:
     test_speakers: tuple[str, ...]
 
     @property
-    def kind(self) -> str:
+    def dependence(self) -> str:
         """Whether the tested speakers were learned from, as it is to stand beside every figure."""
         return "SPEAKER-DEPENDENT" if self.speaker_dependent else "speaker-independent"
 
     @property
     def label(self) -> str:
         """How every figure of this fold is to be captioned."""
-        return f"{self.protocol} fold {self.fold} ({self.kind})"
+        return f"{self.protocol} fold {self.fold} ({self.dependence})"
 
 
 def num_folds(protocol: str, speakers: Iterable[str]) -> int:

@@ -51,14 +51,14 @@ FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 @dataclass(frozen=True, slots=True)
 class CrossvalPlan:
-    """Which folds of which clips are trained, each tried for size."""
+    """Which folds of which clips are trained; no side of any is empty."""
 
     shards: ShardSet
     recipe: TrainConfig
     config: CrossvalConfig
-    folds: list[int]
-    protocol: str
-    """Protocol, folds and kind, as shown beside every score."""
+    folds: tuple[int, ...]
+    caption: str
+    """Protocol, folds and whether it is speaker-dependent."""
 
     @property
     def seeds(self) -> list[int]:
@@ -72,8 +72,8 @@ class CrossvalPlan:
 
     @property
     def label(self) -> str:
-        """Protocol and corpus."""
-        return f"{self.protocol}, {self.shards.card.corpus}"
+        """Caption and corpus, as shown beside every score."""
+        return f"{self.caption}, {self.shards.card.corpus}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,22 +182,22 @@ def plan_crossval(
 
     Raises:
         ShardsError: no shard set is there.
-        ConfigError: no such fold, or one has an empty side.
+        ConfigError: the recipe names a fold, there is no such fold, or one has an empty side.
     """
     if recipe.fold:
         raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, or those of --folds")
     shards = open_shards(absolute(shards_location))
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())
-    folds = list(config.folds or range(count))
+    folds = config.folds or tuple(range(count))
     splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
     which = f"{count} folds"
     if config.folds:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
     if config.part == "validation":
         which += ", VALIDATION parts"
-    protocol = f"{recipe.protocol}, {which}, {splits[0].kind}"
-    return CrossvalPlan(shards, recipe, config, folds, protocol)
+    caption = f"{recipe.protocol}, {which}, {splits[0].dependence}"
+    return CrossvalPlan(shards, recipe, config, folds, caption)
 
 
 def crossval(
@@ -225,9 +225,9 @@ def crossval(
             finish=partial(keep_fold, folder=location, part=config.part),
         )
         identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
-        with open_study(setup, folder, run, plan.label, identity, show) as study:
+        with open_study(setup, folder, run, plan.caption, identity, show) as study:
             if not folder.record().get("finished"):
-                grid = grid_plan({"seed": plan.seeds, "fold": plan.folds}, found)
+                grid = grid_plan({"seed": plan.seeds, "fold": list(plan.folds)}, found)
                 run_trials(setup, pretrained, grid, folder, study.journal, run.max_failures)
                 study.read()
                 require_all_ended(study, plan.num_trials)
@@ -370,7 +370,7 @@ def crossval_page(result: CrossvalResult, started_from: str, *, audio: bool) -> 
     pooled = Evaluation(
         card=card,
         part=result.part,
-        protocol=result.plan.protocol,
+        protocol=result.plan.caption,
         corpus=card.corpus,
         is_own_test=result.part == "test",
         seen_speakers=(),
@@ -380,15 +380,15 @@ def crossval_page(result: CrossvalResult, started_from: str, *, audio: bool) -> 
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
-    part = {"test": "test", "validation": "val"}[result.part]  # as trainings call them
-    scores = {f"{part}_{name}": result.mean(name) for name in FIGURES}
-    scores |= {f"{part}_{name}_spread": result.spread(name) for name in FIGURES}
+    prefix = "val" if result.part == "validation" else "test"  # as trainings name their metrics
+    scores = {f"{prefix}_{name}": result.mean(name) for name in FIGURES}
+    scores |= {f"{prefix}_{name}_spread": result.spread(name) for name in FIGURES}
     for name in FIGURES:
         low, high = getattr(result.intervals, name)
-        scores |= {f"{part}_{name}_low": low, f"{part}_{name}_high": high}
+        scores |= {f"{prefix}_{name}_low": low, f"{prefix}_{name}_high": high}
     if result.ensemble is not None:
         ensemble = result.ensemble.to_dict()
-        scores |= {f"{part}_{name}_ensemble": ensemble[name] for name in FIGURES}
+        scores |= {f"{prefix}_{name}_ensemble": ensemble[name] for name in FIGURES}
     tracker.log_metrics(scores, 0, now_ms())
     tracker.deliver()
     tracker.log_files(

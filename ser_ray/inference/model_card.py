@@ -41,7 +41,7 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
         "feature": card.config.feature,
         "corpus": card.corpus,
         "shards.fingerprint": card.shards_fingerprint,
-        "validation_ua": f"{validation_ua:.4f}",
+        "val_ua": f"{validation_ua:.4f}",
     }
     if scores is not None:
         tags["test_ua"] = f"{scores['ua']:.4f}"

@@ -253,6 +253,7 @@ class Training:
             **{f"val_{name}": value for name, value in scores.to_dict().items()},
             "lr": self.rates[-1],
             "workers": float(self.world.size),
+            "bfloat16": float(self.autocast),
             "epoch_seconds": ended - self.began,
             "clips_per_second": steps_here * self.batch_size / (trained - self.began),
         }
@@ -342,7 +343,8 @@ class Training:
         if not all(finite):
             raise DivergedError(
                 f"{names[finite.index(False)]} is not finite after epoch {self.epoch + 1}, though "
-                "the loss is: lower --lr-max"
+                "the loss is: lower --lr-max, or train on another machine: this one's arithmetic "
+                "may be at fault"
             )
 
     def _update_average(self, average: nn.Module) -> None:
@@ -388,16 +390,18 @@ def make_card(
 
 
 def computes_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
-    """Whether to learn from such pictures in bfloat16: where the device multiplies it itself.
+    """Whether to learn from such pictures in bfloat16: where it is no imitation, which is slow.
 
-    Imitated it is slower than float32. CPUs take float32 for pictures that the network makes one
-    pixel of: there torch 2.11 leaves NaN in the weights that meet nothing but padding.
+    That is on GPUs, and on x86 CPUs with AVX512_BF16 or AMX; but these take float32 for pictures of
+    which the network leaves a single row or column: of one pixel there torch 2.11 leaves NaN in the
+    weights that meet nothing but padding.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
+        return False
     able = torch.cpu.get_capabilities()
-    native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return device.type == "cpu" and native and min(num_bins, num_frames) > NETWORK_STRIDE
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:

@@ -16,9 +16,9 @@ from torchvision.models import ResNet, ResNet18_Weights, resnet18
 
 from ser_ray.errors import CheckpointError
 
-WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 NETWORK_STRIDE = 32
-"""Bins and frames of the picture for each pixel that the network's last stage sees."""
+"""Bins, and frames, of a picture for every pixel that the network's last stage leaves of it."""
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 COUNTER = "num_batches_tracked"
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 
