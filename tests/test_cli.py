@@ -73,6 +73,7 @@ def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(c
     assert resolved["recipe"]["epochs"] == TrainConfig().epochs
     assert resolved["recipe"]["augment"]["time_masks"] == 1
     assert resolved["recipe"]["batch_size"] == STAND_IN_RECIPE.batch_size
+    assert resolved["recipe"]["augment"]["mixup"] == STAND_IN_RECIPE.augment.mixup > 0
 
 
 def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeypatch):

@@ -132,17 +132,22 @@ def uninterrupted(world: World) -> TrainResult:
     return world.train("uninterrupted")
 
 
-def assert_same(world: World, result: TrainResult, expected: TrainResult) -> None:
-    keys = ("train_loss", "val_loss", "val_ua", "lr")
-    for row, other in zip(result.history, expected.history, strict=True):
-        assert {key: row[key] for key in keys} == {key: other[key] for key in keys}
-    weights, others = (load_file(Path(r.checkpoint) / MODEL) for r in (result, expected))
+def require_same_weights(checkpoint: Path, expected: Path) -> None:
+    """Bit for bit; a failure names the layers and how far they are apart."""
+    weights, others = (load_file(folder / MODEL) for folder in (checkpoint, expected))
     differing = {
         key: float((weights[key].double() - others[key].double()).abs().max())
         for key in others
         if not torch.equal(weights[key], others[key])
     }
     assert differing == {}
+
+
+def assert_same(world: World, result: TrainResult, expected: TrainResult) -> None:
+    keys = ("train_loss", "val_loss", "val_ua", "lr")
+    for row, other in zip(result.history, expected.history, strict=True):
+        assert {key: row[key] for key in keys} == {key: other[key] for key in keys}
+    require_same_weights(Path(result.checkpoint), Path(expected.checkpoint))
     rates = world.learning_rates(result.run_id)
     assert rates == world.learning_rates(expected.run_id)
     assert [step for step, _ in rates] == list(range(STEPS))
@@ -241,13 +246,7 @@ def test_the_disk_is_full_while_checkpointing(
     assert "No space left on device" in errors
     assert "the same command goes on from the last epoch" in errors
     assert (tmp_path / "second").read_text() == "0\n"
-    weights, others = (load_file(p / MODEL) for p in (tmp_path, Path(uninterrupted.checkpoint)))
-    differing = {
-        key: float((weights[key].double() - others[key].double()).abs().max())
-        for key in others
-        if not torch.equal(weights[key], others[key])
-    }
-    assert differing == {}
+    require_same_weights(tmp_path, Path(uninterrupted.checkpoint))
 
 
 def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:
