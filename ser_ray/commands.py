@@ -119,13 +119,13 @@ def lr_range(verb: cli.LrRange) -> Outcome:
 
 def tune(verb: cli.Tune) -> Outcome:
     """A search over recipes; `--refit` trains the best one as `train --like` does."""
+    from ser_ray.corpus.protocols import dependence_of
     from ser_ray.tracking import name_like, ui_command
     from ser_ray.training.display import TrialTable
     from ser_ray.training.tune import num_trials, search
 
     total = num_trials(verb.recipe, verb.search)
-    label = "SPEAKER-DEPENDENT" if verb.recipe.protocol == "random" else ""
-    with TrialTable(console, total, label) as table:
+    with TrialTable(console, total, dependence_of(verb.recipe.protocol)) as table:
         result = search(
             verb.shards,
             verb.recipe,

@@ -67,8 +67,6 @@ class Split:
 
     protocol: str
     fold: int
-    speaker_dependent: bool
-    """The same speakers are on every side: figures do not compare with those of other protocols."""
     train: Rows
     """[num_train]"""
     validation: Rows
@@ -82,14 +80,19 @@ class Split:
     test_speakers: tuple[str, ...]
 
     @property
-    def dependence(self) -> str:
-        """Whether the tested speakers were learned from, as it is to stand beside every figure."""
-        return "SPEAKER-DEPENDENT" if self.speaker_dependent else "speaker-independent"
+    def speaker_dependent(self) -> bool:
+        """The same speakers are on all sides: figures do not compare with other protocols'."""
+        return self.protocol == "random"
 
     @property
     def label(self) -> str:
         """How every figure of this fold is to be captioned."""
-        return f"{self.protocol} fold {self.fold} ({self.dependence})"
+        return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
+
+
+def dependence_of(protocol: str) -> str:
+    """Whether the tested speakers were learned from, as it is to stand beside every figure."""
+    return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
 
 
 def num_folds(protocol: str, speakers: Iterable[str]) -> int:
@@ -138,8 +141,7 @@ def split(
         np.flatnonzero(sides == side) for side in (_TRAIN, _VALIDATION, _TEST, _LEFT_OUT)
     )
     who = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
-    is_random = protocol == "random"
-    drawn = Split(protocol, fold, is_random, train, validation, test, left_out, *who)
+    drawn = Split(protocol, fold, train, validation, test, left_out, *who)
     _check_sides(drawn, sorted(sexes), folds[fold])
     return drawn
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
-from ser_ray.corpus.protocols import num_folds
+from ser_ray.corpus.protocols import dependence_of, num_folds
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.evaluate import Evaluation, Part, evaluate
 from ser_ray.inference.statistics import Intervals, bootstrap
@@ -190,13 +190,14 @@ def plan_crossval(
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())
     folds = config.folds or tuple(range(count))
-    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
+    for fold in folds:
+        select_rows(table, replace(recipe, fold=fold))  # whether a side is empty
     which = f"{count} folds"
     if config.folds:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
     if config.part == "validation":
         which += ", VALIDATION parts"
-    caption = f"{recipe.protocol}, {which}, {splits[0].dependence}"
+    caption = f"{recipe.protocol}, {which}, {dependence_of(recipe.protocol)}"
     return CrossvalPlan(shards, recipe, config, folds, caption)
 
 
