@@ -140,7 +140,7 @@ def compare_asha(bench: Bench, trials: list[TrialLog]) -> str:
     """Say what ASHA makes of the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)
-    full = max(trial.best["val_ua"] for trial in scored)
+    full = max(row["val_ua"] for trial in scored for row in trial.rows)
     shares, losses = [], []
     for seed in range(ORDERS):
         epochs, best = replay(bench, random.Random(seed).sample(scored, len(scored)))

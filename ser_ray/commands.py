@@ -74,7 +74,7 @@ def train(verb: cli.Train) -> Outcome:
 
     with EpochPrinter(console, verb.recipe.epochs) as show:
         result = run_train(verb.shards, verb.recipe, verb.run, on_epoch=show, address=verb.address)
-    best = result.best
+    chosen = result.chosen
     data = {
         "name": result.name,
         "checkpoint": result.checkpoint,
@@ -82,14 +82,14 @@ def train(verb: cli.Train) -> Outcome:
         "tracking_uri": result.tracking_uri,
         "protocol": result.card.split["label"],
         "corpus": result.card.corpus,
-        "best": best,
+        "chosen": chosen,
         "history": result.history,
     }
     text = "\n".join(
         (
             f"trained on   {result.card.trained_on}, {result.card.split['label']}",
-            f"validation   UA {best['val_ua']:.1%}, WA {best['val_wa']:.1%} in epoch "
-            f"{best['epoch']:.0f}, the best of {len(result.history)}",
+            f"validation   UA {chosen['val_ua']:.1%}, WA {chosen['val_wa']:.1%} in epoch "
+            f"{chosen['epoch']:.0f}, the {verb.recipe.keep} of {len(result.history)}",
             f"checkpoint   {result.checkpoint}",
             f"MLflow run   {result.run_id}",
             f"MLflow UI    {ui_command(result.tracking_uri)}",
@@ -140,8 +140,8 @@ def tune(verb: cli.Tune) -> Outcome:
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     lines = [
         f"searched     {len(result.trials)} trials: {counted}",
-        f"best         trial {best.number}: UA {best.best['val_ua']:.1%}, WA "
-        f"{best.best['val_wa']:.1%} in epoch {best.best['epoch']:.0f} ({result.label})",
+        f"best         trial {best.number}: UA {best.chosen['val_ua']:.1%}, WA "
+        f"{best.chosen['val_wa']:.1%} in epoch {best.chosen['epoch']:.0f} ({result.label})",
         f"             {recipe.feature}, lr_min {recipe.lr_min:.2e}, lr_max {recipe.lr_max:.2e}",
         f"kept in      {result.best_recipe}",
         f"MLflow run   {result.run_id}",
@@ -154,7 +154,7 @@ def tune(verb: cli.Tune) -> Outcome:
         "tracking_uri": result.tracking_uri,
         "protocol": result.label,
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
-        "best": {"run_id": best.run_id, "row": best.best, "recipe": recipe.to_dict()},
+        "best": {"run_id": best.run_id, "row": best.chosen, "recipe": recipe.to_dict()},
     }
     if verb.search.refit:
         fitted = train(

@@ -88,6 +88,8 @@ class RunReport:
     """Clips that the model is surest of and wrong about."""
     history: Sequence[Mapping[str, float]]
     """Rows of the epochs, as `curves_figure` takes them; none on the page of an evaluation."""
+    chosen: Mapping[str, float]
+    """That of the epoch whose weights were kept, where there is a history."""
     lr_per_step: Sequence[float]
     """Learning rate of every step, where there is a history."""
     lr_min: float
@@ -155,7 +157,9 @@ def render_report(report: RunReport) -> str:
     if report.history:
         bounds = (report.lr_min, report.lr_max)
         validated_on = _measured_on(report, "validation")
-        training = training_section(report.history, report.lr_per_step, bounds, validated_on)
+        training = training_section(
+            report.history, report.chosen, report.lr_per_step, bounds, validated_on
+        )
     return render_page(
         report.title,
         report.corpus,
@@ -235,12 +239,13 @@ def labels_section(confusion: np.ndarray, labels: Sequence[str], measured_on: st
 
 def training_section(
     history: Sequence[Mapping[str, float]],
+    chosen: Mapping[str, float],
     lr_per_step: Sequence[float],
     bounds: tuple[float, float],
     measured_on: str,
 ) -> str:
     """The curves of a training's epochs, and the learning rate of its steps between its bounds."""
-    curves = curves_figure(history, measured_on)
+    curves = curves_figure(history, chosen, measured_on)
     rates = learning_rate_figure(lr_per_step, *bounds, "OneCycle, by step")
     return (
         "<h2>Training</h2>"

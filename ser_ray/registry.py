@@ -25,9 +25,9 @@ from ser_ray.tracking import (
     resolve_uri,
 )
 
-CHOSEN_BY = "best_val_ua"
+CHOSEN_BY = "chosen_val_ua"
 """Metric of a finished training; the lower `TIE_BROKEN_BY` where it is equal."""
-TIE_BROKEN_BY = "best_val_loss"
+TIE_BROKEN_BY = "chosen_val_loss"
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated one."""
 

@@ -73,23 +73,24 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str) -
     return entitle(figure, title)
 
 
-def curves_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """Draw the loss, and WA and UA, of every epoch, and mark the best one.
+def curves_figure(
+    history: Sequence[Mapping[str, float]], chosen: Mapping[str, float], title: str
+) -> Figure:
+    """Draw the loss, and WA and UA, of every epoch, and mark the chosen one.
 
     Args:
-        history: rows with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua. The
-            best epoch has the highest val_ua, then the lowest val_loss.
+        history: rows with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua.
+        chosen: the row whose weights were kept.
         title: shown above.
     """
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: (row["val_ua"], -row["val_loss"]))
     for key, (name, colour, dashes) in _SERIES.items():
         axes = losses if key.endswith("loss") else accuracies
         values = [row[key] for row in history]
         axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
-    accuracies.plot(best["epoch"], best["val_ua"], "o", color=VERMILION, fillstyle="none")
+    accuracies.plot(chosen["epoch"], chosen["val_ua"], "o", color=VERMILION, fillstyle="none")
     losses.set_ylabel("loss")
     accuracies.set_ylabel("accuracy")
     accuracies.set_ylim(0, 1)
@@ -98,10 +99,10 @@ def curves_figure(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     accuracies.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     accuracies.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     for axes in (losses, accuracies):
-        axes.axvline(best["epoch"], color=GREY, linestyle=":")
+        axes.axvline(chosen["epoch"], color=GREY, linestyle=":")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3)
         tidy(axes)
-    marked = f"best: epoch {best['epoch']:.0f}, validation UA {best['val_ua']:.1%}"
+    marked = f"kept: epoch {chosen['epoch']:.0f}, validation UA {chosen['val_ua']:.1%}"
     return entitle(figure, title, marked)
 
 

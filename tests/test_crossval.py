@@ -235,19 +235,19 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
 
 
 def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
-    """Fold 1 of seed 1 trained here, its best epoch kept, and tested: the same scores."""
+    """Fold 1 of seed 1 trained here, its chosen epoch kept, and tested: the same scores."""
     recipe = replace(RECIPE, fold=1, seed=1)
     chosen = folder / "alone"
     chosen.mkdir()
 
-    def keep_best(epoch: EpochReport | None, take: Take) -> None:
+    def keep_chosen(epoch: EpochReport | None, take: Take) -> None:
         assert epoch is not None
-        if epoch.is_best:
+        if epoch.is_chosen:
             take().write(chosen)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    fit(recipe, open_shards(shards), Pretrained("fresh weights", {}), keep_best)
+    fit(recipe, open_shards(shards), Pretrained("fresh weights", {}), keep_chosen)
     alone = evaluate(chosen, shards)
     torch.set_num_threads(threads)
     mine = kept.filter(np.logical_and(kept["seed"].to_numpy() == 1, kept["fold"].to_numpy() == 1))
@@ -285,11 +285,11 @@ def check_runs(result, shards: str, uri: str) -> None:
         assert {"report.html", "report_test.html"} <= {
             file.path for file in client.list_artifacts(run.info.run_id)
         }
-    best = max(nested, key=lambda run: run.data.metrics["best_val_ua"])
+    best = max(nested, key=lambda run: run.data.metrics["chosen_val_ua"])
     assert best_training_of(result.run_id, uri) in {
         run.info.run_id
         for run in nested
-        if run.data.metrics["best_val_ua"] == best.data.metrics["best_val_ua"]
+        if run.data.metrics["chosen_val_ua"] == best.data.metrics["chosen_val_ua"]
     }
 
 
@@ -332,7 +332,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
     (nested,) = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
-    assert parent.data.metrics["val_ua"] == nested.data.metrics["best_val_ua"]
+    assert parent.data.metrics["val_ua"] == nested.data.metrics["chosen_val_ua"]
     assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
     files = {file.path for file in client.list_artifacts(nested.info.run_id)}
     assert "report.html" in files

@@ -237,7 +237,7 @@ def test_the_disk_is_full_while_checkpointing(
         {train_there} 2> {tmp_path}/errors; echo $? > {tmp_path}/first
         mount -o remount,size=700m {disk}
         {train_there}; echo $? > {tmp_path}/second
-        cp {disk}/full/best/* {tmp_path}
+        cp {disk}/full/chosen/* {tmp_path}
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as the world's one CPU has it
     subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment, check=True)

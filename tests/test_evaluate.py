@@ -213,7 +213,7 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
          "val_ua": 0.1 * epoch}
         for epoch in (1, 2)
     ]  # fmt: skip
-    progress = {"best": history[1], "history": history, "best_confusion": np.eye(4, dtype=int)}
+    progress = {"chosen": history[1], "history": history, "chosen_confusion": np.eye(4, dtype=int)}
     page, tracker = (
         training_page(checkpoint, "here", history, [1e-4, 1e-3], audio=False),
         Recorder(),
@@ -222,8 +222,8 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     validation = evaluate(checkpoint, "here", part="validation")
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
-    assert "best: epoch 2, validation UA 20.0%" in page
-    assert tracker.metrics["best_val_ua"] == 0.2
+    assert "kept: epoch 2, validation UA 20.0%" in page
+    assert tracker.metrics["chosen_val_ua"] == 0.2
     assert tracker.calls[-2:] == ["log_model", "finish"]
 
 

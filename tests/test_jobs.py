@@ -240,8 +240,8 @@ def test_a_submitted_training_is_followed_and_recorded(head, clone, shared, shar
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "epoch   1/2" in done.stdout  # followed while it ran
-    assert f"checkpoint   {shared / 'runs' / 'submitted' / 'best'}" in done.stdout
-    assert (shared / "runs" / "submitted" / "best").is_dir()
+    assert f"checkpoint   {shared / 'runs' / 'submitted' / 'chosen'}" in done.stdout
+    assert (shared / "runs" / "submitted" / "chosen").is_dir()
     run = head.runs()["submitted"]
     assert run["info"]["status"] == "FINISHED"
     tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}

@@ -120,12 +120,19 @@ def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
     assert betas[0] - betas[-1] > 0.03
 
 
-def test_the_best_epoch_has_the_highest_validation_ua(memory_shards, tmp_path):
-    recorder = trained(memory_shards, tmp_path, replace(CONFIG, epochs=6))
-    rows = [report.row for report in recorder.reports]
+def test_the_epoch_kept_is_the_last_or_the_best_on_validation(memory_shards, tmp_path):
+    restless = replace(CONFIG, epochs=6, lr_max=0.5, lr_peak_at=0.9)
+    last, best = (
+        trained(memory_shards, tmp_path / keep, replace(restless, keep=keep)).reports
+        for keep in ("last", "best")
+    )
+    rows = [report.row for report in best]
     assert len({row["val_ua"] for row in rows}) > 1
-    chosen = [row for row, report in zip(rows, recorder.reports, strict=True) if report.is_best][-1]
+    chosen = [report.row for report in best if report.is_chosen][-1]
     assert chosen == max(rows, key=lambda row: (row["val_ua"], -row["val_loss"]))
+    assert chosen != rows[-1]
+    assert all(report.is_chosen for report in last)
+    assert [report.row["val_ua"] for report in last] == [row["val_ua"] for row in rows]
 
 
 @pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
@@ -250,10 +257,12 @@ def test_a_prediction_does_not_depend_on_the_clips_beside_it(memory_shards):
 
 
 def test_patience_stops_early(memory_shards, tmp_path):
-    config = replace(CONFIG, epochs=50, patience=1)
+    with pytest.raises(ConfigError, match=r"give --keep best"):
+        replace(CONFIG, patience=1)
+    config = replace(CONFIG, epochs=50, patience=1, keep="best")
     reports = trained(memory_shards, tmp_path, config).reports
     assert len(reports) < 50
-    best = max(index for index, report in enumerate(reports) if report.is_best)
+    best = max(index for index, report in enumerate(reports) if report.is_chosen)
     assert best == len(reports) - 2
 
 

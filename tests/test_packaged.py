@@ -42,10 +42,10 @@ class Store:
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         self.predictor = Predictor(checkpoint)
         self.search = self.start("search", {}).run_id
-        self.start("worse", {"mlflow.parentRunId": self.search}, best_val_ua=0.4)
-        best = self.start("best", {"mlflow.parentRunId": self.search}, best_val_ua=0.6)
+        self.start("worse", {"mlflow.parentRunId": self.search}, chosen_val_ua=0.4)
+        best = self.start("best", {"mlflow.parentRunId": self.search}, chosen_val_ua=0.6)
         self.trial = best.run_id
-        tracker = self.start(name_like(self.trial), {}, best_val_ua=0.58)
+        tracker = self.start(name_like(self.trial), {}, chosen_val_ua=0.58)
         tracker.log_files({"tables/test.json": SCORES})
         tracker.log_model(checkpoint, LABELS)
         self.run_id = tracker.run_id
@@ -224,7 +224,7 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
 
 
 def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
-    worse = store.start("alone", {}, best_val_ua=0.4).run_id
+    worse = store.start("alone", {}, chosen_val_ua=0.4).run_id
     with pytest.raises(TrackingError, match=f"train --like {worse}"):
         best_training_of(worse, store.uri)
     assert best_training_of(store.trial, store.uri) == store.run_id

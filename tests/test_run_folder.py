@@ -37,8 +37,8 @@ CARD = CheckpointCard(
 )
 
 
-def snapshot(epoch: int, best: int, step: int = 0) -> Snapshot:
-    progress = {"epoch": epoch, "step": step, "best": {"epoch": float(best)} if best else {}}
+def snapshot(epoch: int, chosen: int, step: int = 0) -> Snapshot:
+    progress = {"epoch": epoch, "step": step, "chosen": {"epoch": float(chosen)} if chosen else {}}
     weights = {"w": torch.full((3,), float(epoch))}
     return Snapshot(CARD, weights, {"network": None, "moment": torch.ones(3)}, progress)
 
@@ -93,11 +93,11 @@ def test_it_goes_on_from_the_newest_and_keeps_the_best(storage: str) -> None:
     newest = folder.newest()
     assert newest is not None
     assert newest.name == "checkpoint-0004-000007"
-    assert newest.best == checkpoint_name(2)
+    assert newest.chosen == checkpoint_name(2)
     with folder.filesystem.open_output_stream(f"{folder.path}/{RAY_LIST}") as file:
         file.write(b'{"cut')
     folder.tidy(newest)
-    assert names(folder) == {newest.name, newest.best}
+    assert names(folder) == {newest.name, newest.chosen}
     assert folder.filesystem.get_file_info(f"{folder.path}/{RAY_LIST}").type.name == "NotFound"
 
 
@@ -184,8 +184,8 @@ def test_the_best_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
     assert newest is not None
     local = tmp_path / "chosen"
     local.mkdir()
-    folder.keep_best(newest, {"run_id": "abc"}, local)
-    assert json.loads(folder.best_card().to_json()) == json.loads(CARD.to_json())
+    folder.keep_chosen(newest, {"run_id": "abc"}, local)
+    assert json.loads(folder.chosen_card().to_json()) == json.loads(CARD.to_json())
     assert json.loads((local / "run.json").read_text()) == {"run_id": "abc"}
 
 

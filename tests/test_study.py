@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from ser_ray.training.trial_journal import JournalCallback
 from ser_ray.training.trial_log import TrialLog
 from tests.test_page import Page
 
-RECIPE = TrainConfig(epochs=3)
+RECIPE = TrainConfig(epochs=3, keep="best")
 TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
 
 
@@ -144,8 +145,10 @@ def test_the_journal_tells_how_every_trial_went(server, tmp_path):
     assert (failed.state, failed.problem) == ("failed", "ValueError: no good")
     assert finished.state == "finished"
     assert [row["epoch"] for row in finished.rows] == [1, 2, 3]
-    assert finished.best["epoch"] == 2
-    assert finished.best_confusion == [[2, 0], [0, 1]]
+    assert finished.chosen["epoch"] == 2
+    assert finished.chosen_confusion == [[2, 0], [0, 1]]
+    finished.recipe = replace(finished.recipe, keep="last")
+    assert finished.chosen["epoch"] == 3
 
 
 def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
@@ -167,7 +170,7 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
         ("val_ua", 1, 0.2), ("val_ua", 2, 0.6), ("val_ua", 3, 0.5),
     ]  # fmt: skip
     assert [step for name, step, _ in finished.points if name == "lr_step"] == list(range(6))
-    assert ("best_val_ua", 0, 0.6) in finished.points
+    assert ("chosen_val_ua", 0, 0.6) in finished.points
     assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
     pages = [run.files["report.html"] for run in server.runs.values()]
     assert "60.0%" in pages[1]
@@ -366,4 +369,4 @@ def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
     write(tmp_path)
     rows = trial_rows(open_study(tmp_path).logs)
     assert len({tuple(row) for row in rows}) == 1
-    assert json.loads(json.dumps(rows))[1]["best_val_ua"] == 0.6
+    assert json.loads(json.dumps(rows))[1]["chosen_val_ua"] == 0.6

@@ -28,7 +28,14 @@ CPU = torch.device("cpu")
 def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
     """A recipe with no augmentation but what is asked for."""
     off = AugmentConfig(
-        random_crop=False, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
+        random_crop=False,
+        mix_style=0,
+        gain_db=0,
+        tempo=0,
+        vtlp=0,
+        time_masks=0,
+        bin_masks=0,
+        mixup=0,
     )
     changed = dataclasses.replace(off, **augment)
     return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
@@ -149,6 +156,38 @@ def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
     assert gain[:, 0, 0].min() == pytest.approx(-6, abs=0.6)
     assert gain[:, 0, 0].max() == pytest.approx(6, abs=0.6)
     assert torch.equal(loud[..., :2], quiet[..., :2])
+
+
+def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
+    torch.manual_seed(0)
+    raw = torch.randn(2, 3, 40) * torch.tensor([1.0, 3.0])[:, None, None] + torch.tensor(
+        [[-5.0, 0.0, 2.0], [4.0, 1.0, 2.0]]
+    ).unsqueeze(2)
+    identity = Normalisation(np.zeros(3), np.ones(3))
+    lengths = np.array([40, 30])
+    clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), identity, CPU)
+    rows = torch.tensor([0, 1])
+    before = clips.take(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
+    augment = Augment(plain(40, mix_style=1.0), 2, torch.ones(3))
+    for _ in range(20):
+        after, targets = augment(clips, rows)
+        after = after[:, 0]
+        assert targets.tolist() == [[1, 0], [0, 1]]
+        after[1] = after[1].roll(-5, dims=1)  # the shorter clip lies in the middle
+        assert (after[1, :, 30:] == 0).all()
+        for one, length in enumerate(lengths):
+            x, y = before[one, :, :length], after[one, :, :length]
+            other = before[1 - one, :, : lengths[1 - one]]
+            # The same course in every bin, with one share of the other clip in all of them.
+            torch.testing.assert_close(
+                (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True),
+                (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+                atol=1e-2,
+                rtol=0,
+            )
+            shares = (y.mean(1) - x.mean(1)) / (other.mean(1) - x.mean(1))
+            assert shares[:2] == pytest.approx(float(shares[0]), abs=1e-2)
+            assert -1e-3 <= float(shares[0]) <= 1.001
 
 
 def test_masks_blank_frames_and_bins():

@@ -134,8 +134,8 @@ def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shard
         assert (trial.state == "failed") == diverging, trial
         assert diverging == ("is not finite" in trial.problem)
     best = result.best
-    scores = [trial.best["val_ua"] for trial in result.trials if trial.succeeded]
-    assert best.best["val_ua"] == max(scores)
+    scores = [trial.chosen["val_ua"] for trial in result.trials if trial.succeeded]
+    assert best.chosen["val_ua"] == max(scores)
 
     rows = plain_rows(best.recipe, shards)
     for row, alone in zip(best.rows, rows, strict=False):
@@ -168,9 +168,9 @@ def check_mlflow(result, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["best_val_ua"] == pytest.approx(result.best.best["val_ua"])
+    assert parent.data.metrics["chosen_val_ua"] == pytest.approx(result.best.chosen["val_ua"])
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
-    assert f"{result.best.best['val_ua']:.1%}" in page
+    assert f"{result.best.chosen['val_ua']:.1%}" in page
     assert f"ser-ray train --like {result.best.run_id}" in page
     tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
     plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
@@ -390,7 +390,7 @@ def test_a_trial_goes_on_from_its_checkpoint_with_its_best(told, shards, tmp_pat
     for (again, _), (alone, _) in zip(told, whole[2:], strict=True):
         assert again["objective_by_epoch"] == alone["objective_by_epoch"]
         assert again["row"]["val_loss"] == pytest.approx(alone["row"]["val_loss"], rel=1e-5)
-    best = [json.loads(progress)["best"]["epoch"] for progress in kept]
+    best = [json.loads(progress)["chosen"]["epoch"] for progress in kept]
     assert best[0] == best[1]
 
 

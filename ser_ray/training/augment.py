@@ -16,9 +16,13 @@ from ser_ray.features.config import Kind
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
+MIN_VARIANCE = 1e-5
+"""Of a bin over a clip's frames, in squared standard deviations of the corpus."""
+
 
 class Augment:
-    """Random crop, tempo, level, voice, SpecAugment (Park 2019) and mixup (Zhang 2018), in order.
+    """Random crop, MixStyle (Zhou 2021), level, tempo and voice, SpecAugment (Park 2019) and mixup
+    (Zhang 2018), in this order.
 
     Args:
         recipe: what to draw, and from what feature.
@@ -31,6 +35,7 @@ class Augment:
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.random_crop = config.random_crop
+        self.mix_style = config.mix_style
         self.gain_db = config.gain_db
         self.gain_response = gain_response
         self.tempo = config.tempo
@@ -63,6 +68,8 @@ class Augment:
         # A longer clip is cut at random, a shorter one lies at random inside the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
         batch, valid = clips.take(rows, starts, self.longest)
+        if self.mix_style:
+            batch = _mix_style(batch, valid, self.mix_style)
         if self.gain_db:
             gain = (torch.rand(len(rows), 1, 1, 1, device=rows.device) * 2 - 1) * self.gain_db
             batch = batch + gain * self.gain_response[:, None] * valid
@@ -80,6 +87,21 @@ class Augment:
 def _around_one(spread: float, rows: Tensor) -> Tensor:
     """Draw a factor within 1 ± spread for every row [rows]."""
     return 1 + (torch.rand(len(rows), device=rows.device) * 2 - 1) * spread
+
+
+def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
+    """Move a share of the clips towards another clip's mean and spread over time in every bin.
+
+    Of [batch, 1, bins, frames] the `valid` frames [batch, 1, 1, frames] count; the others stay 0.
+    """
+    frames = valid.sum(dim=3, keepdim=True).clamp(min=1)
+    mean = batch.sum(dim=3, keepdim=True) / frames
+    apart = (batch - mean) * valid
+    spread = (apart.square().sum(dim=3, keepdim=True) / frames + MIN_VARIANCE).sqrt()
+    drawn, weight = torch.rand(2, len(batch), 1, 1, 1, device=batch.device)
+    weight = torch.where(drawn < share, weight, 1.0)
+    mean, new = (weight * own + (1 - weight) * own.flip(0) for own in (mean, spread))
+    return (apart / spread * new + mean) * valid
 
 
 def _stretch(batch: Tensor, frames: Tensor, bins: Tensor, num_frames: int) -> Tensor:

@@ -24,6 +24,10 @@ class AugmentConfig:
 
     random_crop: bool = True
     """Cut longer clips, and lay shorter ones into the crop, at random; else in the middle."""
+    mix_style: float = 0.5
+    """Share of the clips that get another clip's mean and spread over time in every bin, or some of
+    it (MixStyle, Zhou 2021): what tells voices apart, more than emotions. 0 is off, and better
+    where the voices are known, as in `random`."""
     gain_db: float = 6.0
     """Level drawn uniformly within ± this many dB for each clip; 0 is off."""
     tempo: float = 0.0
@@ -48,7 +52,7 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("bin_mask_share", "tempo", "vtlp"):
+        for name in ("mix_style", "bin_mask_share", "tempo", "vtlp"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
 
@@ -92,8 +96,12 @@ class TrainConfig:
     """Draw every label equally often instead of as often as it occurs."""
     average_decay: float = 0.0
     """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
+    keep: Literal["last", "best"] = "last"
+    """Epoch whose weights are kept: the last, when the learning rate has come down, or the best on
+    validation: of few speakers, that is often an early one, by luck."""
     patience: int = 0
-    """Stop after this many epochs without a better validation UA; 0 never stops early."""
+    """With `--keep best`: stop after this many epochs without a better validation UA; 0 never stops
+    early."""
     crop_frames: int = 128
     """Frames of a clip seen at once; a longer clip is scored by windows of this length."""
     weights: str = "imagenet"
@@ -113,6 +121,14 @@ class TrainConfig:
         for name in ("label_smoothing", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        if self.patience and self.keep == "last":
+            raise ConfigError(
+                f"patience is {self.patience}, but it is the last epoch that is kept, and one that "
+                "stops early has a high learning rate still: give --keep best with it"
+            )
+        self._require_schedule()
+
+    def _require_schedule(self) -> None:
         if self.lr_min >= self.lr_max:
             raise ConfigError(
                 f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "

@@ -19,7 +19,7 @@ STYLE = {
 }
 LINE_SECONDS = 60.0
 """Between two looks at the running trials in a log."""
-COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "best UA")
+COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "UA")
 
 
 class EpochPrinter:
@@ -114,7 +114,7 @@ class TrialTable:
                 f"{recipe.lr_min:.1e}",
                 f"{recipe.lr_max:.1e}",
                 f"{len(trial.rows)}/{recipe.epochs}",
-                f"{trial.best['val_ua']:.1%}" if trial.rows else trial.problem[:30],
+                f"{trial.chosen['val_ua']:.1%}" if trial.rows else trial.problem[:30],
                 style=STYLE[trial.state],
             )
         return table
@@ -123,7 +123,7 @@ class TrialTable:
         room = max(self.console.height - 4, 5)
         ranked = sorted(
             self._trials,
-            key=lambda trial: (trial.ended, -trial.best.get("val_ua", 0.0)),
+            key=lambda trial: (trial.ended, -trial.chosen.get("val_ua", 0.0)),
         )
         return sorted(ranked[:room], key=lambda trial: trial.number)
 
@@ -134,7 +134,7 @@ class TrialTable:
             return f"{head}  after {len(trial.rows)} epochs: {trial.problem}"
         if not trial.rows:
             return head
-        score = f"{head}  UA {trial.best['val_ua']:.1%} {self.label}".rstrip()
+        score = f"{head}  UA {trial.chosen['val_ua']:.1%} {self.label}".rstrip()
         return f"{score} after {len(trial.rows)} of {trial.recipe.epochs} epochs"
 
 

@@ -44,10 +44,10 @@ from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.journal import EpochLine, JournalReader, JournalWriter
 from ser_ray.training.loop import require_workers_fit
-from ser_ray.training.metrics import best_metrics
+from ser_ray.training.metrics import chosen_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.process_group import torch_config
-from ser_ray.training.run_folder import BEST, RunFolder, Stored
+from ser_ray.training.run_folder import CHOSEN, RunFolder, Stored
 from ser_ray.training.stream import require_streamable, resident_bytes
 from ser_ray.training.worker import run_worker
 
@@ -70,8 +70,8 @@ class TrainResult:
     tracking_uri: str
     history: list[dict[str, float]]
     """A row for every epoch."""
-    best: dict[str, float]
-    """The row of the chosen epoch: the best validation UA, then loss."""
+    chosen: dict[str, float]
+    """The row of the epoch whose weights are kept."""
 
 
 def train(
@@ -259,7 +259,7 @@ class _Job:
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=self.max_failures),
-                # The best and, always, the latest; `score` rises with every new best epoch.
+                # The chosen and, always, the latest; `score` rises with every newly chosen epoch.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score"
                 ),
@@ -293,7 +293,7 @@ def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: 
     journal.recover(newest.progress)  # a driver elsewhere may have shown what this one has not
     with TemporaryDirectory() as chosen:
         origin = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
-        card = folder.keep_best(newest, origin, Path(chosen))
+        card = folder.keep_chosen(newest, origin, Path(chosen))
         folder.update_record(finished=True)
         from ser_ray.run_page import training_page  # it imports this room's loop
 
@@ -320,17 +320,17 @@ def _log_outcome(
 
     from ser_ray.report import confusion_figure, curves_figure
 
-    best, history = progress["best"], progress["history"]
-    tracker.log_metrics(best_metrics(best), 0, now_ms())
+    chosen, history = progress["chosen"], progress["history"]
+    tracker.log_metrics(chosen_metrics(chosen), 0, now_ms())
     tracker.deliver()
     title = f"validation, {card.split['label']}, {card.trained_on}"
-    confusion = np.asarray(progress["best_confusion"])
+    confusion = np.asarray(progress["chosen_confusion"])
     tracker.set_tags({"initial_weights": card.initial_weights})
     tracker.log_files(
         {
             "report.html": page,
             "plots/validation_confusion.png": confusion_figure(confusion, card.labels, title),
-            "plots/curves.png": curves_figure(history, title),
+            "plots/curves.png": curves_figure(history, chosen, title),
             "tables/history.json": history,
             "config.json": card.config.to_dict(),
         }
@@ -349,10 +349,10 @@ def _finished(folder: RunFolder) -> TrainResult:
         )
     return TrainResult(
         name=folder.name,
-        checkpoint=location_inside(folder.location, BEST),
-        card=folder.best_card(),
+        checkpoint=location_inside(folder.location, CHOSEN),
+        card=folder.chosen_card(),
         run_id=record["run_id"],
         tracking_uri=record["tracking_uri"],
         history=newest.progress["history"],
-        best=newest.progress["best"],
+        chosen=newest.progress["chosen"],
     )

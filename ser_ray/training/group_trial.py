@@ -86,7 +86,7 @@ class GroupTrial(tune.Trainable):
                 newest = self.folder.newest()
                 assert newest is not None, "a finished training has a checkpoint"
                 with tempfile.TemporaryDirectory() as chosen:
-                    self.folder.keep_best(newest, {}, Path(chosen))
+                    self.folder.keep_chosen(newest, {}, Path(chosen))
                     self.study.finish(Path(chosen), self.study.shards, self.recipe)
         except WorkerGroupError as error:
             full = [e for e in error.worker_failures.values() if isinstance(e, OutOfMemoryError)]

@@ -55,14 +55,15 @@ class EpochReport:
     """What is known after an epoch, equal on every worker.
 
     `row` holds plain numbers by the names they are logged under; `lr` the epoch's learning rates,
-    one a step; `confusion` the validation counts; `timestamp_ms` when it ended.
+    one a step; `confusion` the validation counts; `timestamp_ms` when it ended. `is_chosen`: of the
+    epochs so far, this one's weights are those to keep (`TrainConfig.keep`).
     """
 
     timestamp_ms: int
     row: dict[str, float]
     lr: list[float]
     confusion: list[list[int]]
-    is_best: bool
+    is_chosen: bool
 
 
 Take = Callable[[], Snapshot]
@@ -163,9 +164,9 @@ class Training:
         self.epoch, self.step = 0, 0
         """Epochs done, and steps of the next."""
         self.batches = data.train.batches(config, world, 0, 0)
-        self.best: dict[str, float] = {}
-        self.best_confusion: list[list[int]] = []
-        """Row and validation counts of the best epoch so far."""
+        self.chosen: dict[str, float] = {}
+        self.chosen_confusion: list[list[int]] = []
+        """Row and validation counts of the epoch whose weights are kept, so far."""
         self.history: list[dict[str, float]] = []
         self.times_ms: list[int] = []
         """Rows of all epochs so far, and when each ended."""
@@ -174,7 +175,7 @@ class Training:
     def finished(self) -> bool:
         """All epochs done, or no better validation UA for `patience` of them."""
         patience = self.config.patience
-        stale = bool(self.best) and self.epoch - self.best["epoch"] >= patience > 0
+        stale = bool(self.chosen) and self.epoch - self.chosen["epoch"] >= patience > 0
         return self.epoch >= self.config.epochs or stale
 
     @property
@@ -235,7 +236,7 @@ class Training:
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
     def close_epoch(self) -> EpochReport:
-        """Score the epoch and count it as done; the best is by validation UA, then loss.
+        """Score the epoch and count it as done; the best one is by validation UA, then loss.
 
         Raises:
             DivergedError: the loss of one of its steps, or a weight after them, is not finite.
@@ -258,14 +259,18 @@ class Training:
             "clips_per_second": steps_here * self.batch_size / (trained - self.began),
         }
         rank = (row["val_ua"], -row["val_loss"])
-        is_best = not self.best or rank > (self.best["val_ua"], -self.best["val_loss"])
+        is_chosen = (
+            self.config.keep == "last"
+            or not self.chosen
+            or rank > (self.chosen["val_ua"], -self.chosen["val_loss"])
+        )
         confusion = scores.confusion.tolist()
-        if is_best:
-            self.best, self.best_confusion = row, confusion
+        if is_chosen:
+            self.chosen, self.chosen_confusion = row, confusion
         self.history.append(row)
         self.times_ms.append(time.time_ns() // 1_000_000)
         rates = self.rates[-self.steps_per_epoch :]
-        report = EpochReport(self.times_ms[-1], row, rates, confusion, is_best)
+        report = EpochReport(self.times_ms[-1], row, rates, confusion, is_chosen)
         self.epoch, self.step = self.epoch + 1, 0
         self.losses.zero_(), self.hits.zero_()
         return report
@@ -291,8 +296,8 @@ class Training:
             "epoch": self.epoch,
             "step": self.step,
             "rates": self.rates,
-            "best": self.best,
-            "best_confusion": self.best_confusion,
+            "chosen": self.chosen,
+            "chosen_confusion": self.chosen_confusion,
             "history": self.history,
             "times_ms": self.times_ms,
         }
@@ -326,7 +331,7 @@ class Training:
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.rates, self.history = progress["rates"], progress["history"]
         self.times_ms = progress["times_ms"]
-        self.best, self.best_confusion = progress["best"], progress["best_confusion"]
+        self.chosen, self.chosen_confusion = progress["chosen"], progress["chosen_confusion"]
         self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
 
     def _require_finite(self) -> None:

@@ -6,7 +6,9 @@ is the mean recall over the labels that occur; macro F1 is the mean F1 over the 
 are predicted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,10 +92,17 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
 
 
-def best_metrics(row: dict[str, float]) -> dict[str, float]:
+def kept_row(history: Sequence[Any], keep: str) -> Any:
+    """The row of the epoch whose weights `TrainConfig.keep` keeps; an empty one before any."""
+    if keep == "last" or not history:
+        return history[-1] if history else {}
+    return max(history, key=lambda row: (row["val_ua"], -row["val_loss"]))
+
+
+def chosen_metrics(row: dict[str, float]) -> dict[str, float]:
     """What a run's record says of its chosen epoch, by the names it is logged under."""
     return {
-        f"best_{name}": value
+        f"chosen_{name}": value
         for name, value in row.items()
         if name == "epoch" or name.startswith("val_")
     }

@@ -2,11 +2,11 @@
 
     run.json                what the run is, which MLflow run it has, whether it is finished
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next
-    best                    the chosen checkpoint, once the training is finished
+    chosen                  the chosen checkpoint, once the training is finished
 
 What a run goes on from is read from the checkpoints themselves: the newest that was written to its
-end and whose best epoch is there too. Ray's own list of them is rewritten in place, so a full disk
-or a lost machine can leave half of it; it is dropped whenever a driver starts.
+end and whose chosen epoch is there too. Ray's own list of them is rewritten in place, so a full
+disk or a lost machine can leave half of it; it is dropped whenever a driver starts.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from ser_ray.training.checkpoint import (
 )
 
 RECORD = "run.json"
-BEST = "best"
+CHOSEN = "chosen"
 RAY_LIST = "checkpoint_manager_snapshot.json"
 DYING_SECONDS = 5.0
 """How long a worker may outlive the controller that owned it."""
@@ -52,9 +52,9 @@ class Stored:
     """How far the training was and how it went (`ser_ray.training.checkpoint.Snapshot`)."""
 
     @property
-    def best(self) -> str:
-        """Name of the best epoch's checkpoint as it was known then; empty before any epoch."""
-        row = self.progress["best"]
+    def chosen(self) -> str:
+        """Name of the checkpoint to keep as it was known then; empty before any epoch."""
+        row = self.progress["chosen"]
         return checkpoint_name(int(row["epoch"])) if row else ""
 
 
@@ -149,37 +149,37 @@ class RunFolder:
     def newest(self) -> Stored | None:
         """The newest checkpoint from which the training can go on; None to begin.
 
-        One that was cut short, or whose best epoch was, is passed over with a warning.
+        One that was cut short, or whose chosen epoch was, is passed over with a warning.
         """
         for name in sorted(self._checkpoints(), reverse=True):
             progress = read_progress(self.filesystem, f"{self.path}/{name}")
             stored = Stored(name, progress) if progress is not None else None
-            if stored is not None and self._is_whole(stored.best):
+            if stored is not None and self._is_whole(stored.chosen):
                 return stored
             logger.warning("%s/%s is not whole: going on without it", self.location, name)
         return None
 
     def tidy(self, newest: Stored | None) -> None:
-        """Delete Ray's list, and all checkpoints but `newest` and its best."""
+        """Delete Ray's list, and all checkpoints but `newest` and its chosen one."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.path}/{RAY_LIST}")
-        kept = {newest.name, newest.best} if newest is not None else set()
+        kept = {newest.name, newest.chosen} if newest is not None else set()
         for name in self._checkpoints():
             if name not in kept:
                 self._delete(name)
 
-    def best_card(self) -> CheckpointCard:
+    def chosen_card(self) -> CheckpointCard:
         """Card of the chosen checkpoint of a finished run."""
-        with self.filesystem.open_input_stream(f"{self.path}/{BEST}/{CARD}") as stream:
+        with self.filesystem.open_input_stream(f"{self.path}/{CHOSEN}/{CARD}") as stream:
             return CheckpointCard.from_json(stream.read().decode())
 
-    def keep_best(self, newest: Stored, origin: dict[str, str], into: Path) -> CheckpointCard:
-        """Copy the best checkpoint to its fixed name, and into an empty local folder.
+    def keep_chosen(self, newest: Stored, origin: dict[str, str], into: Path) -> CheckpointCard:
+        """Copy the chosen checkpoint to its fixed name, and into an empty local folder.
 
         Args:
             origin: which MLflow run it came from, written beside it.
         """
-        source = f"{self.path}/{newest.best}"
+        source = f"{self.path}/{newest.chosen}"
         for name in (CARD, MODEL):  # what going on needs is not needed any more
             with (
                 self.filesystem.open_input_stream(f"{source}/{name}") as stored,
@@ -187,7 +187,7 @@ class RunFolder:
             ):
                 shutil.copyfileobj(stored, local)
         (into / RECORD).write_text(json.dumps(origin))
-        target = f"{self.path}/{BEST}"
+        target = f"{self.path}/{CHOSEN}"
         self.filesystem.create_dir(target, recursive=True)
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)
         return read_card(into)

@@ -17,20 +17,20 @@ _BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}
 
 
 def history_figure(trials: Sequence[TrialLog], title: str) -> Figure:
-    """Best validation UA of every trial by number, and the best so far."""
+    """Validation UA of every trial by number, and the best so far."""
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="trial", ylabel="best validation UA")
+    axes = figure.add_subplot(xlabel="trial", ylabel="validation UA")
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
         some = [trial for trial in trials if trial.state == state and trial.rows]
         axes.scatter(
             [trial.number for trial in some],
-            [trial.best["val_ua"] for trial in some],
+            [trial.chosen["val_ua"] for trial in some],
             color=colour,
             marker=marker,
             label=f"{state} ({len(some)})",
         )
     scored = [trial for trial in trials if trial.succeeded]
-    best = np.maximum.accumulate([trial.best["val_ua"] for trial in scored])
+    best = np.maximum.accumulate([trial.chosen["val_ua"] for trial in scored])
     axes.step(
         [trial.number for trial in scored], best, where="post", color=VERMILION, label="best so far"
     )
@@ -61,7 +61,7 @@ def bounds_figure(trials: Sequence[TrialLog], title: str) -> Figure:
             some = [trial for trial in trials if trial.succeeded and trial.recipe.feature == kind]
             axes.scatter(
                 [getattr(trial.recipe, name) for trial in some],
-                [trial.best["val_ua"] for trial in some],
+                [trial.chosen["val_ua"] for trial in some],
                 color=colour,
                 marker=marker,
                 label=f"{kind} ({len(some)})",
@@ -71,7 +71,7 @@ def bounds_figure(trials: Sequence[TrialLog], title: str) -> Figure:
         axes.xaxis.set_major_formatter("{x:.0e}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
-        axes.set_ylabel("best validation UA")
+        axes.set_ylabel("validation UA")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         tidy(axes)
     _legend(panels[0])
@@ -92,10 +92,10 @@ def trial_rows(trials: Sequence[TrialLog]) -> list[dict[str, Any]]:
             **{name: trial.values.get(name) for name in names},
             "lr_min": trial.recipe.lr_min,
             "epochs": len(trial.rows),
-            "best_epoch": trial.best.get("epoch"),
-            "best_val_ua": trial.best.get("val_ua"),
-            "best_val_wa": trial.best.get("val_wa"),
-            "best_val_loss": trial.best.get("val_loss"),
+            "chosen_epoch": trial.chosen.get("epoch"),
+            "chosen_val_ua": trial.chosen.get("val_ua"),
+            "chosen_val_wa": trial.chosen.get("val_wa"),
+            "chosen_val_loss": trial.chosen.get("val_loss"),
             "problem": trial.problem,
             "run_id": trial.run_id,
         }
@@ -123,10 +123,10 @@ def importance_of(trials: Sequence[TrialLog], dimensions: Sequence[Dimension]) -
     for trial in scored:
         study.add_trial(
             optuna.trial.create_trial(
-                params=trial.values, distributions=distributions, value=trial.best["val_ua"]
+                params=trial.values, distributions=distributions, value=trial.chosen["val_ua"]
             )
         )
-    if len({trial.best["val_ua"] for trial in scored}) < 4:
+    if len({trial.chosen["val_ua"] for trial in scored}) < 4:
         return {}
     shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(share) for name, share in shares.items()}

@@ -46,9 +46,9 @@ def trial_page(
         rates = [rate for epoch in trial.rates for rate in epoch]
         bounds = (trial.recipe.lr_min, trial.recipe.lr_max)
         sections += [
-            _best_scores(trial, measured_on),
-            labels_section(np.asarray(trial.best_confusion), labels, measured_on),
-            training_section(trial.rows, rates, bounds, measured_on),
+            _chosen_scores(trial, measured_on),
+            labels_section(np.asarray(trial.chosen_confusion), labels, measured_on),
+            training_section(trial.rows, trial.chosen, rates, bounds, measured_on),
         ]
     sections.append(settings_section(_flat(trial.recipe), _versions(tags)))
     return render_page(name, tags["corpus"], *sections)
@@ -76,7 +76,7 @@ def search_page(
     """
     measured_on = f"validation, {tags['protocol']}, {CORPORA[tags['corpus']]}"
     figures = [
-        (history_figure(trials, measured_on), "Best validation UA of every trial"),
+        (history_figure(trials, measured_on), "Validation UA of every trial"),
         (bounds_figure(trials, measured_on), "Validation UA by the bounds of the learning rate"),
     ]
     if importance:
@@ -93,7 +93,7 @@ def search_page(
             "those it was chosen by, so a test part has to confirm them. Train it to the full "
             f"with {again}"
         ),
-        _best_scores(best, measured_on),
+        _chosen_scores(best, measured_on),
         figure_section("Search", *figures),
         "<h2>Trials</h2>",
         f'<div class="scroll">{table_of(_rows(trials, dimensions), measured_on)}</div>',
@@ -101,22 +101,22 @@ def search_page(
     )
 
 
-def _best_scores(trial: TrialLog, measured_on: str) -> str:
-    named = {title: trial.best[key] for key, title in SCORES.items()}
-    return score_tiles(named, f"epoch {trial.best['epoch']:.0f}, {measured_on}")
+def _chosen_scores(trial: TrialLog, measured_on: str) -> str:
+    named = {title: trial.chosen[key] for key, title in SCORES.items()}
+    return score_tiles(named, f"epoch {trial.chosen['epoch']:.0f}, {measured_on}")
 
 
 def _rows(trials: Sequence[TrialLog], dimensions: Sequence[Dimension]) -> list[Row]:
     """The trials with a score first, the best of them first."""
-    order = sorted(trials, key=lambda trial: -trial.best.get("val_ua", -1.0))
+    order = sorted(trials, key=lambda trial: -trial.chosen.get("val_ua", -1.0))
     return [
         {
             "trial": trial.number,
             "state": trial.state,
             **{item.name: _shown(trial.values.get(item.name)) for item in dimensions},
             "epochs": len(trial.rows),
-            "UA": trial.best.get("val_ua", ""),
-            "WA": trial.best.get("val_wa", ""),
+            "UA": trial.chosen.get("val_ua", ""),
+            "WA": trial.chosen.get("val_wa", ""),
         }
         for trial in order
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import Tracker
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import best_metrics
+from ser_ray.training.metrics import chosen_metrics
 from ser_ray.training.search_config import RATIO, recipe_of
 from ser_ray.training.search_page import trial_page
 from ser_ray.training.study_journal import StudyJournal
@@ -162,9 +162,8 @@ class Study:
         tracker.deliver()
         if not trial.ended:
             return
-        if trial.best:
-            best = best_metrics(trial.best)
-            tracker.log_metrics(best, 0, trial.times_ms[-1])
+        if trial.chosen:
+            tracker.log_metrics(chosen_metrics(trial.chosen), 0, trial.times_ms[-1])
             tracker.deliver()
         page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)
         tracker.log_files({"report.html": page})

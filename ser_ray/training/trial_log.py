@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import kept_row
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
 
@@ -41,14 +42,15 @@ class TrialLog:
     """Epochs handed to the tracker."""
 
     @property
-    def best(self) -> dict[str, float]:
-        """Row of the best epoch: validation UA, then loss; empty before the first."""
-        return max(self.rows, key=lambda row: (row["val_ua"], -row["val_loss"]), default={})
+    def chosen(self) -> dict[str, float]:
+        """Row of the epoch whose weights are kept, so far; empty before the first."""
+        row: dict[str, float] = kept_row(self.rows, self.recipe.keep)
+        return row
 
     @property
-    def best_confusion(self) -> list[list[int]]:
-        """Validation counts of the best epoch."""
-        return self.confusions[self.rows.index(self.best)]
+    def chosen_confusion(self) -> list[list[int]]:
+        """Validation counts of that epoch."""
+        return self.confusions[self.rows.index(self.chosen)]
 
     @property
     def ended(self) -> bool:

@@ -39,13 +39,14 @@ from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot, read_progress
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.model import Pretrained
-from ser_ray.training.run_folder import BEST, RunFolder
+from ser_ray.training.run_folder import CHOSEN, RunFolder
 from ser_ray.training.search_config import SlotConfig, recipe_of
 from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_journal import JournalCallback
 
 OBJECTIVE = "best_val_ua"
-"""What a search raises: the best validation UA so far, which is the chosen checkpoint's."""
+"""What a search raises: the best validation UA so far. While the learning rate is high, one epoch
+alone says little."""
 CHECKPOINT_SECONDS = 30.0
 SNAPSHOT_SECONDS = 2
 """Between two snapshots of the study's state; a driver that is killed forgets at most this much."""
@@ -233,11 +234,11 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, P
     """Train one trial of one worker, in Tune's own actor, and report every epoch."""
     recipe = recipe_of(setup.recipe, values)
     with tempfile.TemporaryDirectory() as scratch:
-        reporter = _Reporter(Path(scratch), keep_best=setup.finish is not None)
+        reporter = _Reporter(Path(scratch), keep_chosen=setup.finish is not None)
         try:
             _train(recipe, setup, pretrained[recipe.weights], reporter)
             if setup.finish is not None:
-                setup.finish(reporter.best, setup.shards, recipe)
+                setup.finish(reporter.chosen, setup.shards, recipe)
         except PROBLEMS as problem:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -266,12 +267,12 @@ class _Reporter:
 
     Args:
         scratch: an empty directory.
-        keep_best: keep the checkpoint of the best epoch as well, in `best`.
+        keep_chosen: keep the checkpoint of the chosen epoch as well, in `chosen`.
     """
 
-    def __init__(self, scratch: Path, *, keep_best: bool) -> None:
-        self.latest, self.best = scratch / "latest", scratch / BEST
-        self.keep_best = keep_best
+    def __init__(self, scratch: Path, *, keep_chosen: bool) -> None:
+        self.latest, self.chosen = scratch / "latest", scratch / CHOSEN
+        self.keep_chosen = keep_chosen
         self.objective: list[float] = []
         """What the search raises, by epoch."""
         self._saved = time.monotonic()
@@ -279,15 +280,15 @@ class _Reporter:
     def __call__(self, epoch: EpochReport | None, take: Take) -> None:
         """Report one epoch."""
         assert epoch is not None, "nothing asks for a report in mid-epoch"
-        if self.keep_best and epoch.is_best:
-            _write(take(), self.best)
+        if self.keep_chosen and epoch.is_chosen:
+            _write(take(), self.chosen)
         metrics = trial_metrics(epoch.row, epoch.lr, epoch.confusion, self.objective)
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             tune.report(metrics)
             return
         _write(take(), self.latest)
-        if self.keep_best:
-            shutil.copytree(self.best, self.latest / BEST, ignore=shutil.ignore_patterns(STATE))
+        if self.keep_chosen:
+            shutil.copytree(self.chosen, self.latest / CHOSEN, ignore=shutil.ignore_patterns(STATE))
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(self.latest))
         self._saved = time.monotonic()
 
@@ -296,8 +297,8 @@ class _Reporter:
         progress = json.loads((checkpoint / PROGRESS).read_text())
         for row in progress["history"]:
             trial_metrics(row, [], [], self.objective)
-        if self.keep_best:
-            shutil.copytree(checkpoint / BEST, self.best)
+        if self.keep_chosen:
+            shutil.copytree(checkpoint / CHOSEN, self.chosen)
 
 
 def trial_metrics(

@@ -30,7 +30,7 @@ from ser_ray.storage import absolute, location_inside
 from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
-from ser_ray.training.metrics import best_metrics
+from ser_ray.training.metrics import chosen_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
@@ -317,7 +317,7 @@ def best_of(trials: list[TrialLog]) -> TrialLog:
             f"none of {len(trials)} trials succeeded; the first failed with: "
             f"{reasons[0] if reasons else 'no reason given'}"
         )
-    return max(scored, key=lambda trial: (trial.best["val_ua"], -trial.best["val_loss"]))
+    return max(scored, key=lambda trial: (trial.chosen["val_ua"], -trial.chosen["val_loss"]))
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -339,7 +339,7 @@ def _conclude(
 ) -> TuneResult:
     """Keep the best recipe beside the trials and complete the search's run."""
     tracker = study.parent
-    content = {"run_id": best.run_id, "best": best.best, "recipe": best.recipe.to_dict()}
+    content = {"run_id": best.run_id, "chosen": best.chosen, "recipe": best.recipe.to_dict()}
     with folder.filesystem.open_output_stream(f"{folder.path}/{BEST_RECIPE}") as stream:
         stream.write(json.dumps(content, indent=2).encode())
     _log_outcome(study, best, config.dimensions, title, again)
@@ -394,7 +394,7 @@ def _log_outcome(
     from ser_ray.training.search_page import search_page
 
     tracker, trials = study.parent, study.logs
-    scores = best_metrics(best.best)
+    scores = chosen_metrics(best.chosen)
     states = [trial.state for trial in trials]
     counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
     tracker.log_metrics(scores | counts, 0, now_ms())

@@ -65,7 +65,7 @@ class Reporter:
         """Report an epoch, or a checkpoint in mid-epoch."""
         metrics: dict[str, Any] = {"score": 0}
         if epoch is not None:
-            metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_best else 0}
+            metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_chosen else 0}
             if self._node is not None:
                 metrics["node"] = {core.util.get_node_ip_address(): self._node.take()}
         context = ray.train.get_context()
