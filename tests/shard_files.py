@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.part import part_name, write_table
+from ser_ray.shards.layout import part_name, write_table
 from tests.conftest import MemoryShards, make_memory_shards
 
 

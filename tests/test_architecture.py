@@ -1,6 +1,8 @@
 """The rooms and which way imports go, read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,21 @@ def test_the_loop_and_its_parts_know_nothing_of_ray(pattern):
         assert not wrong, f"{path.name} imports {wrong}"
 
 
+def test_the_loop_needs_torch_and_the_shards_alone():
+    """A GPU machine without Ray, and without what decodes sound, trains all the same."""
+    program = """
+import sys
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ImportError(name)
+sys.meta_path.insert(0, Only())
+import ser_ray.training.loop
+"""
+    absent = {"ray", "mlflow", "optuna", "soxr", "av", "soundfile", "matplotlib", "rich", "tyro"}
+    subprocess.run([sys.executable, "-c", program % absent], check=True)
+
+
 def test_only_the_tracker_and_the_registry_import_mlflow():
     importing = {
         path.relative_to(PACKAGE).as_posix()
@@ -66,8 +83,6 @@ def test_only_the_tracker_and_the_registry_import_mlflow():
 
 
 def test_the_top_level_holds_what_the_design_names():
-    import subprocess
-
     tracked = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
     ).stdout.splitlines()

@@ -15,7 +15,7 @@ from ser_ray.cluster import require_shared
 from ser_ray.errors import ResourcesError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.part import mark_name
+from ser_ray.shards.layout import mark_name
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.distributed import train

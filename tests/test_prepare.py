@@ -19,7 +19,7 @@ from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.lock import LOCK_NAME, Lock
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.part import outcomes_name, part_name
+from ser_ray.shards.layout import outcomes_name, part_name
 from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.progress import Progress
 from ser_ray.shards.read import open_shards

@@ -25,7 +25,8 @@ from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.shards.card import make_card, write_card
-from ser_ray.shards.part import mark_name, outcomes_name, part_name, write_part
+from ser_ray.shards.layout import mark_name, outcomes_name, part_name
+from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import describe_changes, make_plan, read_plan, write_plan
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet, open_shards

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import fs
 
 from ser_ray.errors import ConfigError
-from ser_ray.shards.part import write_table
+from ser_ray.shards.layout import write_table
 from ser_ray.storage import filesystem_of, folder_of, list_files, location_inside
 from ser_ray.tracking_server import back_up
 from tests.s3_server import s3_bucket

@@ -14,7 +14,7 @@ from pyarrow import fs
 from ser_ray.corpus.manifest import Corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.part import OK, REQUESTS_AT_ONCE, outcomes_name, part_name
+from ser_ray.shards.layout import OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
 from ser_ray.storage import written_whole
 

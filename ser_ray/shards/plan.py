@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.part import part_key, write_table
+from ser_ray.shards.layout import part_key, write_table
 
 PLAN_NAME = "plan.parquet"
 MIN_PARTS = 16

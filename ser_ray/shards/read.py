@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.part import outcomes_name, part_name
+from ser_ray.shards.layout import outcomes_name, part_name
 from ser_ray.storage import filesystem_of
 
 READ_THREADS = 4
