@@ -211,6 +211,7 @@ def stream(bench: Bench, started: float) -> Timing:
     import ray.data
 
     from ser_ray.cluster import cluster
+    from ser_ray.shards.layout import part_name
     from ser_ray.shards.read import open_shards
     from ser_ray.training.data import select_rows
 
@@ -233,7 +234,7 @@ def stream(bench: Bench, started: float) -> Timing:
         }
 
     columns = ["path", "mel", "num_frames", "emotion"]
-    files = [f"{bench.shards}/part-{part:05d}.parquet" for part in opened.card.parts]
+    files = [f"{bench.shards}/{part_name(part)}" for part in opened.card.parts]
     with cluster():
         data = ray.data.read_parquet(files).select_columns(columns).map_batches(decode)
         return _in_ray(_stream_worker, bench, started, {"train": data.random_shuffle()})

@@ -154,7 +154,7 @@ def tune(verb: cli.Tune) -> Outcome:
         "tracking_uri": result.tracking_uri,
         "protocol": result.label,
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
-        "best": {"run_id": best.run_id, "row": best.chosen, "recipe": recipe.to_dict()},
+        "best": {"run_id": best.run_id, "chosen": best.chosen, "recipe": recipe.to_dict()},
     }
     if verb.search.refit:
         fitted = train(

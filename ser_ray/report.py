@@ -102,7 +102,7 @@ def curves_figure(
         axes.axvline(chosen["epoch"], color=GREY, linestyle=":")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3)
         tidy(axes)
-    marked = f"kept: epoch {chosen['epoch']:.0f}, validation UA {chosen['val_ua']:.1%}"
+    marked = f"marked: epoch {chosen['epoch']:.0f}, validation UA {chosen['val_ua']:.1%}"
     return entitle(figure, title, marked)
 
 

@@ -22,7 +22,7 @@ from ser_ray.page import ClipView, RunReport, render_report
 from ser_ray.report import bars_figure, confusion_figure
 from ser_ray.storage import filesystem_of
 from ser_ray.tracking import Tracker, now_ms, provenance
-from ser_ray.training.metrics import kept_row
+from ser_ray.training.metrics import kept_epoch
 
 History = Sequence[Mapping[str, float]]
 """A row for every epoch of a training."""
@@ -104,7 +104,7 @@ def report_of(
         examples=_views(evaluation, typical_rows(evaluation), audio=audio),
         hardest=_views(evaluation, evaluation.hardest().tolist(), audio=audio),
         history=history,
-        chosen=kept_row(history, card.config.keep),
+        chosen=history[kept_epoch(history, card.config.keep)] if history else {},
         lr_per_step=lr_per_step,
         lr_min=card.config.lr_min,
         lr_max=card.config.lr_max,

@@ -59,14 +59,14 @@ def test_the_loop_and_its_parts_know_nothing_of_ray(pattern):
 
 
 def test_the_loop_needs_torch_and_the_shards_alone():
-    """A GPU machine without Ray, and without what decodes sound, trains all the same."""
+    """So that it can train on a machine without Ray, and without what decodes sound."""
     program = """
 import sys
-class Only:
+class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in %r:
             raise ImportError(name)
-sys.meta_path.insert(0, Only())
+sys.meta_path.insert(0, Absent())
 import ser_ray.training.loop
 """
     absent = {"ray", "mlflow", "optuna", "soxr", "av", "soundfile", "matplotlib", "rich", "tyro"}

@@ -62,6 +62,9 @@ def test_dry_run_prints_what_would_run(capsys):
     recipe = json.loads(capsys.readouterr().out)["train"]["recipe"]
     assert recipe["lr_max"] == 0.01
     assert TrainConfig.from_dict(recipe).augment.mixup == 0.3
+    del recipe["keep"], recipe["augment"]["mix_style"]  # as a version before these recorded it
+    older = TrainConfig.from_dict(recipe)
+    assert (older.keep, older.augment.mix_style) == ("best", 0.0)
 
 
 def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):

@@ -222,7 +222,7 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     validation = evaluate(checkpoint, "here", part="validation")
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
-    assert "kept: epoch 2, validation UA 20.0%" in page
+    assert "marked: epoch 2, validation UA 20.0%" in page
     assert tracker.metrics["chosen_val_ua"] == 0.2
     assert tracker.calls[-2:] == ["log_model", "finish"]
 

@@ -245,5 +245,6 @@ def test_the_card_of_a_ravdess_model_names_its_limits_and_licence(tmp_path):
     for words in ("North American English", "CC BY-NC-SA", "24 professional actors", "60.0%"):
         assert words in text
     assert "has not been scored" in text
+    assert "the last epoch's; folds and trials are chosen by it" in text
     standin = model_card(make_checkpoint(tmp_path, corpus="stand-in"), None, 0.6)
     assert "CC BY-NC-SA" not in standin

@@ -119,7 +119,7 @@ def test_curves_hold_the_history_and_mark_the_kept_epoch() -> None:
         assert np.asarray(drawn[label].get_ydata()).tolist() == [item[key] for item in history]
     for axes in (losses, accuracies):
         assert [4, 4] in [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
-    assert "kept: epoch 4, validation UA 60.0%" in figure.get_suptitle()
+    assert "marked: epoch 4, validation UA 60.0%" in figure.get_suptitle()
     assert "emobox-6" in figure.get_suptitle()
 
 

@@ -87,7 +87,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
 
 
-def test_it_goes_on_from_the_newest_and_keeps_the_best(storage: str) -> None:
+def test_it_goes_on_from_the_newest_and_keeps_the_chosen(storage: str) -> None:
     made = [snapshot(1, 1), snapshot(2, 2), snapshot(3, 2), snapshot(4, 2), snapshot(4, 2, step=7)]
     folder = folder_of(storage, *made)
     newest = folder.newest()
@@ -145,7 +145,7 @@ def test_one_that_is_not_whole_is_passed_over(
     assert f"{checkpoint_name(2)} is not whole" in caplog.text
 
 
-def test_without_its_best_a_newer_one_is_passed_over(tmp_path: Path) -> None:
+def test_without_its_chosen_one_a_newer_one_is_passed_over(tmp_path: Path) -> None:
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
     (tmp_path / "run" / checkpoint_name(2) / MODEL).unlink()
     newest = folder.newest()
@@ -178,7 +178,7 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert torch.equal(state["moment"], torch.ones(3))
 
 
-def test_the_best_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
+def test_the_chosen_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
     folder = folder_of(storage, snapshot(1, 1), snapshot(2, 1))
     newest = folder.newest()
     assert newest is not None

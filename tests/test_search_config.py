@@ -58,6 +58,7 @@ def test_the_grid_of_a_dimension(line, grid):
         ("learning=choice(1)", "no field learning; known are average_decay, balanced, "),
         ("lr_min=loguniform(1e-5,1e-4)", "draw lr_ratio"),
         ("fold=choice(0,1)", "fold cannot be searched"),
+        ("keep=choice(last,best)", "keep cannot be searched"),
         ("lr_max", "must be name=distribution(...)"),
         ("lr_max=normal(0,1)", "no distribution normal; known are loguniform"),
         ("lr_max=loguniform(1e-2,1e-4)", "give the lower bound first"),

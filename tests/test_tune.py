@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -23,11 +24,12 @@ from ser_ray.shards.read import open_shards
 from ser_ray.tracking import recipe_of_run
 from ser_ray.training import trials as trials_module
 from ser_ray.training import tune as tune_module
-from ser_ray.training.config import AugmentConfig, RunConfig, TrainConfig
+from ser_ray.training.config import AugmentConfig, Keep, RunConfig, TrainConfig
 from ser_ray.training.group_trial import GroupTrial
 from ser_ray.training.loop import fit
+from ser_ray.training.metrics import kept_epoch
 from ser_ray.training.model import Pretrained
-from ser_ray.training.run_folder import RunFolder
+from ser_ray.training.run_folder import RunFolder, Stored
 from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.trial_log import TrialLog
 from ser_ray.training.trials import (
@@ -284,7 +286,7 @@ def test_ashas_rungs_are_the_same_after_a_restore():
         before.on_trial_add(None, trial)
         objective: list[float] = []
         for epoch, val_ua in enumerate(curve, start=1):
-            told = trial_metrics({"epoch": epoch, "val_ua": val_ua}, [], [], objective)
+            told = trial_metrics(RECIPE, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
             before.on_trial_result(None, trial, told)
             trial.last_result = told
         if name == "d":  # it diverges after its fourth epoch
@@ -370,14 +372,16 @@ def setup_of(shards: str, **changes: object) -> TrialSetup:
 FRESH = {"none": Pretrained("fresh weights", {})}
 
 
-def test_a_trial_goes_on_from_its_checkpoint_with_its_best(told, shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_trial_goes_on_with_its_chosen_epoch(keep: Keep, told, shards, tmp_path, monkeypatch):
     """After a lost process: as if it had not been interrupted, the chosen epoch included."""
     kept: list[bytes] = []
 
     def finish(chosen: Path, *_: object) -> None:
         kept.append((chosen / "progress.json").read_bytes())
 
-    setup = setup_of(shards, finish=finish)
+    recipe = replace(RECIPE, keep=keep, lr_max=0.5, lr_peak_at=0.9)  # it gets worse at the end
+    setup = setup_of(shards, finish=finish, recipe=recipe)
     run_trial({}, setup, FRESH)
     whole, told[:] = list(told), []
     for name, content in whole[1][1].items():
@@ -390,8 +394,20 @@ def test_a_trial_goes_on_from_its_checkpoint_with_its_best(told, shards, tmp_pat
     for (again, _), (alone, _) in zip(told, whole[2:], strict=True):
         assert again["objective_by_epoch"] == alone["objective_by_epoch"]
         assert again["row"]["val_loss"] == pytest.approx(alone["row"]["val_loss"], rel=1e-5)
-    best = [json.loads(progress)["chosen"]["epoch"] for progress in kept]
-    assert best[0] == best[1]
+    rows = [metrics["row"] for metrics, _ in whole]
+    expected = kept_epoch(rows, keep) + 1
+    assert (expected == 4) is (keep == "last")
+    assert [json.loads(progress)["chosen"]["epoch"] for progress in kept] == [expected] * 2
+
+
+def test_what_a_search_raises_ends_with_the_epoch_that_is_kept():
+    objective: list[float] = []
+    lasts: dict[Keep, float] = {"last": 0.3, "best": 0.6}
+    for keep, last in lasts.items():
+        for epoch, val_ua in enumerate((0.2, 0.6, 0.5, 0.3), start=1):
+            recipe = replace(RECIPE, keep=keep, epochs=4)
+            told = trial_metrics(recipe, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
+        assert told["objective_by_epoch"] == [0.2, 0.6, 0.6, last]
 
 
 def test_a_checkpoint_that_is_gone_is_a_beginning(told, shards, tmp_path, monkeypatch):
@@ -426,6 +442,21 @@ def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
     trial.training.set_exception(WorkerGroupError("lost", {0: ValueError("peer")}))
     with pytest.raises(WorkerGroupError):
         trial._conclude()
+
+
+def test_a_group_that_had_done_all_its_epochs_ends_with_the_last(monkeypatch):
+    """Its trial was lost between its last epoch and its end."""
+    rows = [{"epoch": 1.0, "val_ua": 0.4}, {"epoch": 2.0, "val_ua": 0.3}]
+    progress = {"history": rows, "rates": [0.1, 0.2, 0.3, 0.4], "chosen_confusion": [[1]]}
+    trial: Any = GroupTrial.__new__(GroupTrial)
+    trial.recipe, trial.told = replace(RECIPE, epochs=2), {}
+    trial.folder = SimpleNamespace(newest=lambda: Stored("checkpoint-0002-000000", progress))
+    trial.study = SimpleNamespace(finish=None)
+    trial.training = Future()
+    trial.training.set_result(SimpleNamespace(return_value=None))
+    told = trial._conclude()
+    assert (told["row"], told["lr"], told["confusion"]) == (rows[1], [0.3, 0.4], [[1]])
+    assert (told["complete"], told["done"], told["objective_by_epoch"]) == (True, True, [0.4, 0.3])
 
 
 def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch):
@@ -516,8 +547,9 @@ def test_the_best_trial_did_not_fail():
         TrialLog("a", 1, {}, RECIPE, rows=[row], state="pruned"),
         TrialLog("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
         TrialLog("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
+        TrialLog("e", 5, {}, RECIPE, rows=[row | {"val_ua": 0.8}], state="pruned"),
         TrialLog("d", 4, {}, RECIPE, state="failed", problem="no"),
     ]
     assert best_of(trials).number == 2
     with pytest.raises(SerRayError, match="none of 1 trials succeeded; the first failed with: no"):
-        best_of(trials[3:])
+        best_of(trials[4:])

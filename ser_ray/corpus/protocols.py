@@ -2,8 +2,8 @@
 
 Clips come in, as rows of who spoke what; the row numbers of a fold's train, validation and test
 sides go out. Rows of one take (a performance's wav and mp4s) or of identical content never stand on
-two sides, nor, but for `random`, does a speaker. The checkpoint is chosen on the validation side,
-whose speakers are held out of the training part; the test side is read once.
+two sides, nor, but for `random`, does a speaker. Choices are made on the validation side, whose
+speakers are held out of the training part; the test side is read once.
 
 Everything here is a pure function of its arguments, whatever the order of the rows.
 
@@ -70,7 +70,7 @@ class Split:
     train: Rows
     """[num_train]"""
     validation: Rows
-    """[num_validation]: chooses the checkpoint."""
+    """[num_validation]: recipes, trials and, if told so, epochs are chosen by it."""
     test: Rows
     """[num_test]: is read once."""
     left_out: Rows

@@ -1,7 +1,7 @@
-"""Every fold of a protocol, trained, chosen on its validation clips and tested once.
+"""Every fold of a protocol, trained, validated and tested once.
 
-Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trains, keeps its best
-checkpoint by validation, scores its own test part with it in the same process, and leaves those
+Folds and seeds are the trials of a study (`ser_ray.training.trials`): each trains, keeps the chosen
+epoch's checkpoint, scores its own test part with it in the same process, and leaves those
 predictions as a table beside the checkpoint. All figures here come from these tables. The same
 command goes on with an interrupted cross-validation, and trains folds that failed again.
 

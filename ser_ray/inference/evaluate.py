@@ -1,6 +1,6 @@
 """A checkpoint and a shard set to exact scores, their intervals and what lies behind them.
 
-This is the one place that reads a test part. The checkpoint was chosen on validation before. The
+This is the one place that reads a test part. Everything was chosen on validation before. The
 scores are of the fold that the checkpoint was trained for; on another protocol's fold or on other
 shards, speakers that it was trained on are refused, unless told, and then named beside every score.
 """
@@ -253,7 +253,7 @@ def _rows(
         wanted = replace(wanted, fold=config.fold if wanted == config else 0)
         wanted = wanted if fold is None else replace(wanted, fold=fold)
         is_own = is_same_data and wanted == config
-        if not is_own:  # who chose the checkpoint says nothing of another fold or corpus
+        if not is_own:  # who validated it says nothing of another fold or corpus
             wanted = replace(wanted, validation_speakers=0)
         parts = select_rows(table, wanted)
         return getattr(parts, part), parts.label, is_own

@@ -11,6 +11,10 @@ LICENCE = (
     "RAVDESS is licensed CC BY-NC-SA 4.0 by its authors (Livingstone and Russo 2018, "
     "https://doi.org/10.1371/journal.pone.0196391): this model is for non-commercial use."
 )
+CHOICES = {
+    "last": "the last epoch's; folds and trials are chosen by it",
+    "best": "the best epoch's, chosen by it, as folds and trials are",
+}
 LIMITS = (
     "RAVDESS is 24 professional actors, all speakers of North American English, who act eight "
     "emotions on two sentences in a studio. The model says which of these acted emotions a voice "
@@ -54,18 +58,18 @@ def model_card(card: CheckpointCard, scores: Mapping[str, Any] | None, validatio
     Args:
         card: of its checkpoint.
         scores: what `Evaluation.to_dict` gave for its test part, if it was evaluated.
-        validation_ua: UA of the validation part that it was chosen by, a share.
+        validation_ua: UA of its validation part, a share.
     """
     parts = [
         f"# Speech emotion recognition, {card.config.feature}",
         f"ResNet18 on {card.config.feature} features of {card.trained_on}, started from "
         f"{card.initial_weights}. It names one of: {', '.join(card.labels)}.",
         "## Data and protocol",
-        f"{card.split['label']}: trained on {_people(card, 'train')}, chosen on "
+        f"{card.split['label']}: trained on {_people(card, 'train')}, validated on "
         f"{_people(card, 'validation')}, tested on {_people(card, 'test')}. Shards "
         f"{card.shards_fingerprint}.",
         "## Scores",
-        f"Validation UA {validation_ua:.1%} (it was chosen by this).",
+        f"Validation UA {validation_ua:.1%} ({CHOICES[card.config.keep]}).",
         *(_scores(scores) if scores else ["The test part has not been scored: ser-ray evaluate."]),
         "## Limits",
     ]

@@ -14,11 +14,10 @@ from pyarrow import fs
 from ser_ray.corpus.manifest import Corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.layout import OK, REQUESTS_AT_ONCE, outcomes_name, part_name
+from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
 from ser_ray.storage import written_whole
 
-CARD_NAME = "card.json"
 SCHEMA_VERSION = 1
 DATA = ["take", "speaker", "emotion", "content"]
 """The columns that, with the features' configuration, are what a training depends on."""

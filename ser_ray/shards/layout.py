@@ -8,6 +8,7 @@ level for every number: measured on 128 clips, writing takes 5 times and reading
 import hashlib
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -15,6 +16,7 @@ from pyarrow import fs
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.storage import written_whole
 
+CARD_NAME, PLAN_NAME = "card.json", "plan.parquet"
 OK = "ok"
 """The status of a clip whose features are written."""
 KEY = b"ser_ray.part_key"
@@ -65,3 +67,18 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
             use_dictionary=[n for n in table.column_names if n not in KINDS],
             write_statistics=False,
         )
+
+
+def to_binary(features: np.ndarray) -> pa.Array:
+    """Wrap `[clips, bins, frames]` as one fixed-size binary value a clip, without copying."""
+    num_clips, bins, frames = features.shape
+    width = bins * frames * features.itemsize
+    buffers = [None, pa.py_buffer(features)]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), num_clips, buffers)
+
+
+def to_array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """View fixed-size binary values as float16 arrays of one shape, `[len(column), *shape]`."""
+    array = column.combine_chunks()
+    numbers = np.frombuffer(array.buffers()[1], np.float16)
+    return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]

@@ -27,6 +27,7 @@ from ser_ray.shards.layout import (
     outcomes_name,
     part_key,
     part_name,
+    to_binary,
     write_table,
 )
 
@@ -148,7 +149,7 @@ def _make_tables(
         )
         outcomes[row] = OK, None
     listed = rows.drop_columns(["status", "reason"])
-    columns = {kind: _to_binary(features[kind][: len(facts)]) for kind in KINDS}
+    columns = {kind: to_binary(features[kind][: len(facts)]) for kind in KINDS}
     return _clips_of(listed, facts, columns), _outcomes_of(listed, outcomes)
 
 
@@ -169,11 +170,3 @@ def _outcomes_of(listed: pa.Table, outcomes: list[tuple[str, str | None]]) -> pa
     for name, values in zip(("status", "reason"), zip(*outcomes, strict=True), strict=True):
         listed = listed.append_column(name, pa.array(values, pa.string()))
     return listed
-
-
-def _to_binary(features: np.ndarray) -> pa.Array:
-    """Wrap `[clips, bins, frames]` as one fixed-size binary value a clip, without copying."""
-    num_clips, bins, frames = features.shape
-    width = bins * frames * features.itemsize
-    buffers = [None, pa.py_buffer(features)]
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), num_clips, buffers)

@@ -18,9 +18,8 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.layout import part_key, write_table
+from ser_ray.shards.layout import PLAN_NAME, part_key, write_table
 
-PLAN_NAME = "plan.parquet"
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that more than one core has work."""
 _FEATURES = b"ser_ray.features"

@@ -26,9 +26,11 @@ from ser_ray.corpus.manifest import exclude, list_corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.extract import Extractor
 from ser_ray.lock import Lock
-from ser_ray.shards.card import CARD_NAME, ShardCard, make_card, read_card, write_card
+from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import (
+    CARD_NAME,
+    PLAN_NAME,
     REQUESTS_AT_ONCE,
     mark_name,
     outcomes_name,
@@ -36,7 +38,7 @@ from ser_ray.shards.layout import (
     read_key,
 )
 from ser_ray.shards.part import PartResult, rows_from_bytes, rows_to_bytes, write_part
-from ser_ray.shards.plan import PLAN_NAME, Plan, describe_changes, make_plan, read_plan, write_plan
+from ser_ray.shards.plan import Plan, describe_changes, make_plan, read_plan, write_plan
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage import absolute, filesystem_of
 

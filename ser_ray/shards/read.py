@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.layout import outcomes_name, part_name
+from ser_ray.shards.layout import PLAN_NAME, outcomes_name, part_name, to_array
 from ser_ray.storage import filesystem_of
 
 READ_THREADS = 4
@@ -68,7 +68,7 @@ class ShardSet:
                 return
             path = f"{folder}/{part_name(self.card.parts[index])}"
             table = pq.read_table(path, columns=[kind], filesystem=filesystem, use_threads=False)
-            stored = _to_array(table[kind], features.shape[1:])
+            stored = to_array(table[kind], features.shape[1:])
             features[wanted] = stored[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -86,16 +86,9 @@ def open_shards(uri: str) -> ShardSet:
     card = read_card(filesystem, folder)
     if card is not None:
         return ShardSet(uri, card)
-    has_plan = filesystem.get_file_info(f"{folder}/plan.parquet").is_file
+    has_plan = filesystem.get_file_info(f"{folder}/{PLAN_NAME}").is_file
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
         if has_plan
         else f"{uri}: there are no shards; make them with `ser-ray prepare`"
     )
-
-
-def _to_array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
-    """View fixed-size binary values as float16 arrays of one shape, `[len(column), *shape]`."""
-    array = column.combine_chunks()
-    numbers = np.frombuffer(array.buffers()[1], np.float16)
-    return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]

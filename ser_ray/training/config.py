@@ -10,6 +10,9 @@ from typing import Any, Literal
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Kind
 
+Keep = Literal["last", "best"]
+"""Which epoch's weights a training keeps."""
+
 
 def _require_finite(config: Any) -> None:
     for item in dataclasses.fields(config):
@@ -25,9 +28,9 @@ class AugmentConfig:
     random_crop: bool = True
     """Cut longer clips, and lay shorter ones into the crop, at random; else in the middle."""
     mix_style: float = 0.5
-    """Share of the clips that get another clip's mean and spread over time in every bin, or some of
-    it (MixStyle, Zhou 2021): what tells voices apart, more than emotions. 0 is off, and better
-    where the voices are known, as in `random`."""
+    """Share of the clips that get another clip's mean and spread over time in every bin, or a part
+    of it drawn uniformly (MixStyle, Zhou 2021): what tells voices apart, more than emotions. 0 is
+    off, and better where the voices are known, as in `random`."""
     gain_db: float = 6.0
     """Level drawn uniformly within ± this many dB for each clip; 0 is off."""
     tempo: float = 0.0
@@ -69,8 +72,8 @@ class TrainConfig:
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
-    """Speakers of the training part that choose the checkpoint instead of being learned from, in
-    every protocol but random. If 0, a twelfth of the corpus's speakers, at least two and at most a
+    """Speakers of the training part that validate instead of being learned from, in every protocol
+    but random. If 0, a twelfth of the corpus's speakers, at least two and at most a
     third of those that are not tested."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Clips that validation and test consist of."""
@@ -96,7 +99,7 @@ class TrainConfig:
     """Draw every label equally often instead of as often as it occurs."""
     average_decay: float = 0.0
     """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
-    keep: Literal["last", "best"] = "last"
+    keep: Keep = "last"
     """Epoch whose weights are kept: the last, when the learning rate has come down, or the best on
     validation: of few speakers, that is often an early one, by luck."""
     patience: int = 0
@@ -151,7 +154,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote; what an older program did not know it did not do.
 
         Raises:
             ConfigError: a key is unknown; the known ones are listed.
@@ -163,8 +166,8 @@ class TrainConfig:
                 f"unknown training settings {', '.join(unknown)}; known are "
                 f"{', '.join(sorted(known))}"
             )
-        augment = AugmentConfig(**values.get("augment", {}))
-        return cls(**{**values, "augment": augment})
+        augment = AugmentConfig(**({"mix_style": 0.0} | values.get("augment", {})))
+        return cls(**({"keep": "best"} | values | {"augment": augment}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

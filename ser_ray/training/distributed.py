@@ -259,9 +259,10 @@ class _Job:
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=self.max_failures),
-                # The chosen and, always, the latest; `score` rises with every newly chosen epoch.
+                # The two chosen last, for one may not be whole, and, always, the latest: `score`
+                # rises with every newly chosen epoch.
                 checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="score"
+                    num_to_keep=2, checkpoint_score_attribute="score"
                 ),
                 callbacks=[JournalWriter(journal)],
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),

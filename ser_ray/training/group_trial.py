@@ -82,9 +82,11 @@ class GroupTrial(tune.Trainable):
             problem = self.training.result().return_value
             if isinstance(problem, SerRayError):
                 raise problem
+            newest = self.folder.newest()
+            assert newest is not None, "a finished training has a checkpoint"
+            if not self.told:  # all its epochs were done before this start
+                self.told = _told_of(self.recipe, newest.progress)
             if self.study.finish is not None:
-                newest = self.folder.newest()
-                assert newest is not None, "a finished training has a checkpoint"
                 with tempfile.TemporaryDirectory() as chosen:
                     self.folder.keep_chosen(newest, {}, Path(chosen))
                     self.study.finish(Path(chosen), self.study.shards, self.recipe)
@@ -129,7 +131,7 @@ class GroupTrial(tune.Trainable):
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute="score"
                 ),
-                callbacks=[_Hand(self.reports, self.answers, history)],
+                callbacks=[_Hand(recipe, self.reports, self.answers, history)],
                 logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
             ),
         )
@@ -139,14 +141,21 @@ class _Hand(UserCallback):
     """Runs in Ray Train's controller: hands epochs to the trial and obeys its answer.
 
     Args:
+        recipe: the trial's.
         history: rows of the epochs that the trial did before.
     """
 
-    def __init__(self, reports: Queue, answers: Queue, history: list[dict[str, float]]) -> None:
-        self.reports, self.answers = reports, answers
+    def __init__(
+        self,
+        recipe: TrainConfig,
+        reports: Queue,
+        answers: Queue,
+        history: list[dict[str, float]],
+    ) -> None:
+        self.recipe, self.reports, self.answers = recipe, reports, answers
         self._objective: list[float] = []
         for row in history:
-            trial_metrics(row, [], [], self._objective)
+            trial_metrics(recipe, row, [], [], self._objective)
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
@@ -155,8 +164,16 @@ class _Hand(UserCallback):
         if "row" not in metrics[0]:
             return  # a node is about to go: a checkpoint in mid-epoch
         first = metrics[0]
-        self.reports.put(
-            trial_metrics(first["row"], first["lr"], first["confusion"], self._objective)
-        )
+        told = first["row"], first["lr"], first["confusion"]
+        self.reports.put(trial_metrics(self.recipe, *told, self._objective))
         if not self.answers.get():
             raise StoppedTrialError
+
+
+def _told_of(recipe: TrainConfig, progress: dict[str, Any]) -> dict[str, Any]:
+    """What Tune was told of the last epoch before a checkpoint."""
+    rows = progress["history"]
+    objective: list[float] = []
+    rates = progress["rates"][-(len(progress["rates"]) // len(rows)) :]
+    confusion = progress["chosen_confusion"]
+    return [trial_metrics(recipe, row, rates, confusion, objective) for row in rows][-1]

@@ -40,7 +40,7 @@ from ser_ray.training.data import (
     seed_of,
     steps_per_epoch,
 )
-from ser_ray.training.metrics import Scores, count_confusion
+from ser_ray.training.metrics import Scores, count_confusion, kept_epoch
 from ser_ray.training.model import NETWORK_STRIDE, Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.stream import Fetch, stream_fold
@@ -236,7 +236,7 @@ class Training:
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
     def close_epoch(self) -> EpochReport:
-        """Score the epoch and count it as done; the best one is by validation UA, then loss.
+        """Score the epoch and count it as done.
 
         Raises:
             DivergedError: the loss of one of its steps, or a weight after them, is not finite.
@@ -258,16 +258,11 @@ class Training:
             "epoch_seconds": ended - self.began,
             "clips_per_second": steps_here * self.batch_size / (trained - self.began),
         }
-        rank = (row["val_ua"], -row["val_loss"])
-        is_chosen = (
-            self.config.keep == "last"
-            or not self.chosen
-            or rank > (self.chosen["val_ua"], -self.chosen["val_loss"])
-        )
+        self.history.append(row)
+        is_chosen = kept_epoch(self.history, self.config.keep) == self.epoch
         confusion = scores.confusion.tolist()
         if is_chosen:
             self.chosen, self.chosen_confusion = row, confusion
-        self.history.append(row)
         self.times_ms.append(time.time_ns() // 1_000_000)
         rates = self.rates[-self.steps_per_epoch :]
         report = EpochReport(self.times_ms[-1], row, rates, confusion, is_chosen)

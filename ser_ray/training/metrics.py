@@ -1,16 +1,19 @@
-"""Counts to scores. Everything is a function of one confusion matrix, so that scores summed over
-workers are exactly those of one worker.
+"""Counts to scores, and epochs to the one that is kept.
+
+Scores are functions of one confusion matrix, so that those summed over workers are exactly those of
+one worker.
 
 Terms as in the field: WA, weighted accuracy, is plain accuracy; UA, unweighted accuracy (also UAR),
 is the mean recall over the labels that occur; macro F1 is the mean F1 over the labels that occur or
 are predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from ser_ray.training.config import Keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,21 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
 
 
-def kept_row(history: Sequence[Any], keep: str) -> Any:
-    """The row of the epoch whose weights `TrainConfig.keep` keeps; an empty one before any."""
-    if keep == "last" or not history:
-        return history[-1] if history else {}
-    return max(history, key=lambda row: (row["val_ua"], -row["val_loss"]))
+def kept_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
+    """Index of the epoch whose weights are kept: the last, or the best by validation UA, then loss.
+
+    Args:
+        rows: what is known of each epoch, at least one.
+        keep: `TrainConfig.keep`.
+    """
+    if keep == "last":
+        return len(rows) - 1
+    return max(range(len(rows)), key=lambda epoch: validation_rank(rows[epoch]))
+
+
+def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
+    """The higher the better."""
+    return row["val_ua"], -row["val_loss"]
 
 
 def chosen_metrics(row: dict[str, float]) -> dict[str, float]:

@@ -33,6 +33,8 @@ _NOT_SEARCHED = {
     "fold": "trials of different folds do not compare",
     "validation_speakers": "trials validated on different clips do not compare",
     "channel": "trials validated on different clips do not compare",
+    "keep": "the best of many epochs nearly always validates better than the last, by luck",
+    "patience": "the search stops the worse trials itself",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
 

@@ -53,7 +53,7 @@ def importance_figure(importance: dict[str, float], title: str) -> Figure:
 
 
 def bounds_figure(trials: Sequence[TrialLog], title: str) -> Figure:
-    """Best validation UA against each bound of the learning rate, by feature kind."""
+    """Validation UA against each bound of the learning rate, by feature kind."""
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     panels = figure.subplots(2, 1)
     for axes, (name, label) in zip(panels, _BOUNDS.items(), strict=True):

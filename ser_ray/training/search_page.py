@@ -108,7 +108,7 @@ def _chosen_scores(trial: TrialLog, measured_on: str) -> str:
 
 def _rows(trials: Sequence[TrialLog], dimensions: Sequence[Dimension]) -> list[Row]:
     """The trials with a score first, the best of them first."""
-    order = sorted(trials, key=lambda trial: -trial.chosen.get("val_ua", -1.0))
+    order = sorted(trials, key=lambda trial: trial.rank if trial.rows else (), reverse=True)
     return [
         {
             "trial": trial.number,

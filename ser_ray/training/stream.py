@@ -11,7 +11,8 @@ What a stream does not keep:
 
 - A lane passes through one part after another: batches are shuffled less than by a permutation.
 - A worker augments its own clips alone, where with resident clips it draws the whole batch. So with
-  several workers the augmentation, mixup's pairs above all, depends on their number.
+  several workers the augmentation, the pairs of MixStyle and mixup above all, depends on their
+  number.
 - There are no balanced draws, which take clips again and again.
 - A part is read by each worker that has a lane in it, and again for each window it reaches into.
 - The validation clips are resident all the same.

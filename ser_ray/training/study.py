@@ -162,7 +162,7 @@ class Study:
         tracker.deliver()
         if not trial.ended:
             return
-        if trial.chosen:
+        if trial.state == "finished":  # what ended before keeps no epoch
             tracker.log_metrics(chosen_metrics(trial.chosen), 0, trial.times_ms[-1])
             tracker.deliver()
         page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import kept_row
+from ser_ray.training.metrics import kept_epoch, validation_rank
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
 
@@ -44,13 +44,17 @@ class TrialLog:
     @property
     def chosen(self) -> dict[str, float]:
         """Row of the epoch whose weights are kept, so far; empty before the first."""
-        row: dict[str, float] = kept_row(self.rows, self.recipe.keep)
-        return row
+        return self.rows[kept_epoch(self.rows, self.recipe.keep)] if self.rows else {}
 
     @property
     def chosen_confusion(self) -> list[list[int]]:
         """Validation counts of that epoch."""
-        return self.confusions[self.rows.index(self.chosen)]
+        return self.confusions[kept_epoch(self.rows, self.recipe.keep)]
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """The higher the better: those that went to their end, of which alone weights are kept."""
+        return self.state == "finished", *validation_rank(self.chosen)
 
     @property
     def ended(self) -> bool:

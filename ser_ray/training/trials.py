@@ -45,8 +45,8 @@ from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_journal import JournalCallback
 
 OBJECTIVE = "best_val_ua"
-"""What a search raises: the best validation UA so far. While the learning rate is high, one epoch
-alone says little."""
+"""What a search raises: the best validation UA so far, for one epoch at a high learning rate says
+little; when a trial is done, that of the epoch it keeps."""
 CHECKPOINT_SECONDS = 30.0
 SNAPSHOT_SECONDS = 2
 """Between two snapshots of the study's state; a driver that is killed forgets at most this much."""
@@ -234,7 +234,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, P
     """Train one trial of one worker, in Tune's own actor, and report every epoch."""
     recipe = recipe_of(setup.recipe, values)
     with tempfile.TemporaryDirectory() as scratch:
-        reporter = _Reporter(Path(scratch), keep_chosen=setup.finish is not None)
+        reporter = _Reporter(recipe, Path(scratch), keep_chosen=setup.finish is not None)
         try:
             _train(recipe, setup, pretrained[recipe.weights], reporter)
             if setup.finish is not None:
@@ -266,11 +266,13 @@ class _Reporter:
     """Hands the loop's epochs to Tune, with a checkpoint now and then.
 
     Args:
+        recipe: the trial's.
         scratch: an empty directory.
         keep_chosen: keep the checkpoint of the chosen epoch as well, in `chosen`.
     """
 
-    def __init__(self, scratch: Path, *, keep_chosen: bool) -> None:
+    def __init__(self, recipe: TrainConfig, scratch: Path, *, keep_chosen: bool) -> None:
+        self.recipe = recipe
         self.latest, self.chosen = scratch / "latest", scratch / CHOSEN
         self.keep_chosen = keep_chosen
         self.objective: list[float] = []
@@ -280,14 +282,15 @@ class _Reporter:
     def __call__(self, epoch: EpochReport | None, take: Take) -> None:
         """Report one epoch."""
         assert epoch is not None, "nothing asks for a report in mid-epoch"
-        if self.keep_chosen and epoch.is_chosen:
+        may_be_last = self.recipe.keep == "best" or epoch.row["epoch"] == self.recipe.epochs
+        if self.keep_chosen and epoch.is_chosen and may_be_last:
             _write(take(), self.chosen)
-        metrics = trial_metrics(epoch.row, epoch.lr, epoch.confusion, self.objective)
+        metrics = trial_metrics(self.recipe, epoch.row, epoch.lr, epoch.confusion, self.objective)
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             tune.report(metrics)
             return
         _write(take(), self.latest)
-        if self.keep_chosen:
+        if self.chosen.exists():
             shutil.copytree(self.chosen, self.latest / CHOSEN, ignore=shutil.ignore_patterns(STATE))
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(self.latest))
         self._saved = time.monotonic()
@@ -296,17 +299,23 @@ class _Reporter:
         """Take up what a checkpoint says of the epochs before it."""
         progress = json.loads((checkpoint / PROGRESS).read_text())
         for row in progress["history"]:
-            trial_metrics(row, [], [], self.objective)
+            trial_metrics(self.recipe, row, [], [], self.objective)
         if self.keep_chosen:
-            shutil.copytree(checkpoint / CHOSEN, self.chosen)
+            chosen = checkpoint / CHOSEN
+            shutil.copytree(chosen if chosen.exists() else checkpoint, self.chosen)
 
 
 def trial_metrics(
-    row: dict[str, float], lr: list[float], confusion: list[list[int]], objective: list[float]
+    recipe: TrainConfig,
+    row: dict[str, float],
+    lr: list[float],
+    confusion: list[list[int]],
+    objective: list[float],
 ) -> dict[str, Any]:
     """What Tune is told of an epoch; appends to the trial's `objective` by epoch."""
     del objective[int(row["epoch"]) - 1 :]  # done again after a lost process
-    objective.append(max([row["val_ua"], *objective[-1:]]))
+    is_kept = recipe.keep == "last" and row["epoch"] == recipe.epochs
+    objective.append(row["val_ua"] if is_kept else max([row["val_ua"], *objective[-1:]]))
     return {
         OBJECTIVE: objective[-1],
         "epoch": int(row["epoch"]),

@@ -305,7 +305,7 @@ def require_all_ended(study: Study, expected: int) -> None:
 
 
 def best_of(trials: list[TrialLog]) -> TrialLog:
-    """The trial with the best validation UA, then loss, of those that succeeded.
+    """The trial whose kept epoch validates best, of those that went to their end, if any did.
 
     Raises:
         SerRayError: none did.
@@ -317,7 +317,7 @@ def best_of(trials: list[TrialLog]) -> TrialLog:
             f"none of {len(trials)} trials succeeded; the first failed with: "
             f"{reasons[0] if reasons else 'no reason given'}"
         )
-    return max(scored, key=lambda trial: (trial.chosen["val_ua"], -trial.chosen["val_loss"]))
+    return max(scored, key=lambda trial: trial.rank)
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
