@@ -17,7 +17,7 @@ RAY_FREE = [
     "training/run_folder.py", "training/lr_range.py",
     "training/search_config.py", "training/study.py", "training/search_figures.py",
     "training/search_page.py", "training/trial_log.py", "training/study_journal.py",
-    "training/display.py",
+    "training/display.py", "training/json_lines.py",
     "inference/demo.py", "inference/evaluate.py", "inference/export.py", "inference/hear.py",
     "inference/model_card.py", "inference/network.py", "inference/packaged.py",
     "inference/predict.py", "inference/results.py", "inference/statistics.py", "report.py",

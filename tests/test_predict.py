@@ -15,7 +15,7 @@ from ser_ray.cli import main
 from ser_ray.errors import CheckpointError, CorpusError
 from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
-from ser_ray.inference.hear import list_audio, window_starts
+from ser_ray.inference.hear import list_audio, segment_starts
 from ser_ray.inference.network import load_network
 from ser_ray.inference.predict import Predictor
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
@@ -151,7 +151,7 @@ def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predict
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 1.49, 1.5, 1.51, 3.0, 10.37])
 def test_windows_cover_a_recording_and_overlap_by_half(seconds):
-    starts = window_starts(seconds, 1.0)
+    starts = segment_starts(seconds, 1.0)
     assert starts[0] == 0
     assert starts == sorted(set(starts))
     assert max(np.diff(starts), default=0) <= 0.5 + 1e-9

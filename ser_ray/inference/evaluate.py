@@ -248,19 +248,30 @@ def _rows(
     """Rows to score, what they are in words, and whether they are the checkpoint's own fold's."""
     config = card.config
     is_same_data = card.shards_fingerprint == shards.card.fingerprint
-    if is_same_data or protocol:
-        wanted = replace(config, protocol=protocol or config.protocol)
-        wanted = replace(wanted, fold=config.fold if wanted == config else 0)
-        wanted = wanted if fold is None else replace(wanted, fold=fold)
-        is_own = is_same_data and wanted == config
-        if not is_own:  # who validated it says nothing of another fold or corpus
-            wanted = replace(wanted, validation_speakers=0)
-        parts = select_rows(table, wanted)
-        return getattr(parts, part), parts.label, is_own
+    if not (is_same_data or protocol):
+        return _all_rows(table, config.channel), "all speakers of other shards", False
+    is_same_protocol = protocol in ("", config.protocol)
+    if fold is None:
+        fold = config.fold if is_same_protocol else 0
+    is_own = is_same_data and is_same_protocol and fold == config.fold
+    wanted = replace(
+        config,
+        protocol=protocol or config.protocol,
+        fold=fold,
+        # Who validated it says nothing of another fold or corpus.
+        validation_speakers=config.validation_speakers if is_own else 0,
+    )
+    parts = select_rows(table, wanted)
+    return getattr(parts, part), parts.label, is_own
+
+
+def _all_rows(table: pa.Table, channel: str) -> np.ndarray:
+    """One row a take, of the channel."""
     rows = one_clip_per_take(table)
     channels = table["channel"].take(rows).to_pylist()
-    keep = [config.channel == "all" or channel in (config.channel, None) for channel in channels]
-    return rows[np.asarray(keep, dtype=bool)], "all speakers of other shards", False
+    # Own corpora have no channel: nothing to choose from.
+    keep = [channel == "all" or of_row in (channel, None) for of_row in channels]
+    return rows[np.asarray(keep, dtype=bool)]
 
 
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ class Hearing:
         loudest of the recording, for `min_seconds` of the window.
         """
         loud = _loud_stretches(samples, sample_rate, self.extract.config.trim_db)
-        for start in window_starts(len(samples) / sample_rate, self.window_seconds):
+        for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
             first, last = (round(second / ENERGY_SECONDS) for second in window)
             if loud[first:last].sum() * ENERGY_SECONDS < self.extract.config.min_seconds:
@@ -136,7 +136,7 @@ class Hearing:
                 continue
 
 
-def window_starts(seconds: float, window_seconds: float) -> list[float]:
+def segment_starts(seconds: float, window_seconds: float) -> list[float]:
     """First second of every window of a recording: one every half window, the last at its end."""
     last = max(seconds - window_seconds, 0.0)
     return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]

@@ -4,7 +4,6 @@ Both run on the same machine and share nothing but this file, so what was report
 tracking server, or the driver itself, was away is still there afterwards.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from ser_ray.tracking import Tracker
+from ser_ray.training.json_lines import LineFollower, append_line
 
 EpochLine = Callable[[dict[str, float]], None]
 """Shows an epoch's row."""
@@ -32,7 +32,7 @@ class JournalWriter(UserCallback):
         nodes: dict[str, dict[str, float]] = {}
         for report in metrics:
             nodes |= report.get("node", {})
-        _append(self.journal, metrics[0] | {"node": nodes})
+        append_line(self.journal, metrics[0] | {"node": nodes})
 
 
 class JournalReader:
@@ -41,7 +41,7 @@ class JournalReader:
     def __init__(self, journal: Path, tracker: Tracker, on_epoch: EpochLine) -> None:
         self.journal, self.tracker, self.on_epoch = journal, tracker, on_epoch
         self._seen: set[int] = set()
-        self._offset = 0
+        self._lines = LineFollower(journal)
         self.read(show=False)  # what an earlier start of the run left
 
     def recover(self, progress: dict[str, Any]) -> None:
@@ -54,26 +54,16 @@ class JournalReader:
         for index, (row, when) in enumerate(zip(history, progress["times_ms"], strict=True)):
             if int(row["epoch"]) not in self._seen:
                 lr = rates[index * steps : (index + 1) * steps]
-                _append(self.journal, {"timestamp_ms": when, "row": row, "lr": lr})
+                append_line(self.journal, {"timestamp_ms": when, "row": row, "lr": lr})
         self.read(show=False)
 
     def read(self, *, show: bool = True) -> None:
         """Take up the lines written since the last call."""
-        if self.journal.exists():
-            with self.journal.open("rb") as file:
-                file.seek(self._offset)
-                for line in iter(file.readline, b""):
-                    if not line.endswith(b"\n"):
-                        break  # the controller is writing it
-                    self._offset += len(line)
-                    self._take(line, show=show)
+        for report in self._lines.read():
+            self._take(report, show=show)
         self.tracker.flush()
 
-    def _take(self, line: bytes, *, show: bool) -> None:
-        try:
-            report = json.loads(line)
-        except ValueError:
-            return  # a blank line, or one that was cut short
+    def _take(self, report: dict[str, Any], *, show: bool) -> None:
         row, epoch = report["row"], int(report["row"]["epoch"])
         if epoch in self._seen:
             return  # an epoch done again after a lost worker: the same numbers
@@ -87,10 +77,3 @@ class JournalReader:
             self.tracker.log_metrics({"lr_step": rate}, step, when)
         if show:
             self.on_epoch(row)
-
-
-def _append(journal: Path, report: dict[str, Any]) -> None:
-    line = json.dumps(report)
-    with journal.open("a") as file:
-        # The first line break ends what a full disk or a kill may have left of a line.
-        file.write(f"\n{line}\n")

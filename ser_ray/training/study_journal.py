@@ -4,12 +4,12 @@ The file is on the driver's machine. Where the study's folder is elsewhere, a co
 that a driver on another machine, or in another directory, knows what this one knew.
 """
 
-import json
 import logging
 from threading import Lock
 from typing import Any
 
 from ser_ray.storage import written_whole
+from ser_ray.training.json_lines import LineFollower, append_line
 from ser_ray.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -26,34 +26,19 @@ class StudyJournal:
         self.path, self._filesystem = folder.journal(), folder.filesystem
         copy = f"{folder.path}/{self.path.name}"
         self._copy = copy if copy != str(self.path) else ""
-        self._offset = self._stored = 0
+        self._lines, self._stored = LineFollower(self.path), 0
         self._lock = Lock()
         if self._copy:
             self._fetch()
 
     def append(self, trial_id: str, **entry: Any) -> None:
         """Write down what happened to a trial."""
-        line = json.dumps({"trial": trial_id, **entry})
-        with self._lock, self.path.open("a") as file:
-            # The first line break ends what a full disk or a kill may have left of a line.
-            file.write(f"\n{line}\n")
+        with self._lock:
+            append_line(self.path, {"trial": trial_id, **entry})
 
     def read(self) -> list[dict[str, Any]]:
         """The entries since the last call."""
-        entries: list[dict[str, Any]] = []
-        if not self.path.exists():
-            return entries
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            for line in iter(file.readline, b""):
-                if not line.endswith(b"\n"):
-                    break  # it is being written
-                self._offset += len(line)
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:
-                    continue  # a blank line, or one that was cut short
-        return entries
+        return list(self._lines.read())
 
     def store(self) -> None:
         """Bring the copy up to date; a storage that does not answer costs a warning."""
