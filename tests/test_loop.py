@@ -150,7 +150,9 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
 
 
 def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
-    plain = AugmentConfig(gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+    plain = AugmentConfig(
+        mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
+    )
     config = replace(CONFIG, epochs=12, batch_size=8, augment=plain, label_smoothing=0)
     reports = trained(memory_shards, tmp_path, config).reports
     assert reports[-1].row["train_loss"] < 0.7 * reports[0].row["train_loss"]

@@ -35,7 +35,9 @@ def test_a_loss_that_never_falls_says_so(losses):
 
 
 def test_it_ends_where_the_loss_goes_off_and_its_bounds_are_a_recipe(memory_shards):
-    plain = AugmentConfig(gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+    plain = AugmentConfig(
+        mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
+    )
     config = TrainConfig(
         protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=plain
     )

@@ -24,7 +24,7 @@ from tests.shard_files import write_shard_files
 from tests.test_loop import CONFIG, SmallNetwork, trained
 
 CPU = torch.device("cpu")
-PLAIN = AugmentConfig(gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
 
 
 @given(
