@@ -124,16 +124,15 @@ def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
 
 def test_the_journal_has_a_line_an_epoch_and_survives_a_line_cut_short(tmp_path: Path) -> None:
     journal = tmp_path / "epochs.jsonl"
+    shown: list[float] = []
+    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
+    reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
     writer = JournalWriter(journal)
     writer.after_report(None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "lr": []}, {}], None)
     writer.after_report(None, [{"score": 0}], None)  # a checkpoint in mid-epoch
     with journal.open("a") as file:
         file.write('{"row": {"ep')
     writer.after_report(None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "lr": []}], None)
-    shown: list[float] = []
-    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
-    reader = JournalReader(tmp_path / "other", tracker, lambda row: shown.append(row["epoch"]))
-    reader.journal = journal
     reader.read()
     reader.read()
     assert shown == [1.0, 2.0]
