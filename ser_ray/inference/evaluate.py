@@ -24,7 +24,7 @@ from ser_ray.inference.statistics import Calibration, Comparison, Intervals
 from ser_ray.report import Row, group_rows
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CheckpointCard, read_card, read_network
-from ser_ray.training.data import label_indices, load_clips, select_rows
+from ser_ray.training.data import label_indices, load_clips, on_channel, select_rows
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.scoring import predict_clips
 
@@ -249,7 +249,8 @@ def _rows(
     config = card.config
     is_same_data = card.shards_fingerprint == shards.card.fingerprint
     if not (is_same_data or protocol):
-        return _all_rows(table, config.channel), "all speakers of other shards", False
+        rows = on_channel(table, one_clip_per_take(table), config.channel)
+        return rows, "all speakers of other shards", False
     is_same_protocol = protocol in ("", config.protocol)
     if fold is None:
         fold = config.fold if is_same_protocol else 0
@@ -263,15 +264,6 @@ def _rows(
     )
     parts = select_rows(table, wanted)
     return getattr(parts, part), parts.label, is_own
-
-
-def _all_rows(table: pa.Table, channel: str) -> np.ndarray:
-    """One row a take, of the channel."""
-    rows = one_clip_per_take(table)
-    channels = table["channel"].take(rows).to_pylist()
-    # Own corpora have no channel: nothing to choose from.
-    keep = [channel == "all" or of_row in (channel, None) for of_row in channels]
-    return rows[np.asarray(keep, dtype=bool)]
 
 
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:

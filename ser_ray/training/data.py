@@ -206,12 +206,9 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
         seed=config.seed,
         validation_speakers=config.validation_speakers,
     )
-    channels = np.asarray(clips["channel"].take(rows).to_pylist(), dtype=object)
 
-    def on_channel(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
-        # Own corpora have no channel: nothing to choose from.
-        keep = [wanted == "all" or channels[row] in (wanted, None) for row in side]
-        kept = rows[side[np.asarray(keep, dtype=bool)]]
+    def chosen(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
+        kept = on_channel(clips, rows[side], wanted)
         if not len(kept):
             raise ConfigError(
                 f"{parts.label}: the {name} part holds no {wanted} clip; choose another channel"
@@ -220,11 +217,19 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
 
     return replace(
         parts,
-        train=on_channel(parts.train, config.train_channel, "training"),
-        validation=on_channel(parts.validation, config.channel, "validation"),
-        test=on_channel(parts.test, config.channel, "test"),
+        train=chosen(parts.train, config.train_channel, "training"),
+        validation=chosen(parts.validation, config.channel, "validation"),
+        test=chosen(parts.test, config.channel, "test"),
         left_out=rows[parts.left_out],
     )
+
+
+def on_channel(clips: pa.Table, rows: np.ndarray, wanted: str) -> np.ndarray:
+    """Those of some rows [rows] that are speech, or song, as wanted, or `all` of them."""
+    # Own corpora have no channel: nothing to choose from.
+    channels = clips["channel"].take(rows).to_pylist()
+    keep = [wanted == "all" or channel in (wanted, None) for channel in channels]
+    return rows[np.asarray(keep, dtype=bool)]
 
 
 def describe(parts: Split) -> dict[str, Any]:
