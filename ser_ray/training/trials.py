@@ -282,8 +282,9 @@ class _Reporter:
     def __call__(self, epoch: EpochReport | None, take: Take) -> None:
         """Report one epoch."""
         assert epoch is not None, "nothing asks for a report in mid-epoch"
-        may_be_last = self.recipe.keep == "best" or epoch.row["epoch"] == self.recipe.epochs
-        if self.keep_chosen and epoch.is_chosen and may_be_last:
+        # Where the last is kept, each is the chosen one so far, and only the end is worth a file.
+        worth_it = self.recipe.keep == "best" or epoch.row["epoch"] == self.recipe.epochs
+        if self.keep_chosen and epoch.is_chosen and worth_it:
             _write(take(), self.chosen)
         metrics = trial_metrics(self.recipe, epoch.row, epoch.lr, epoch.confusion, self.objective)
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
@@ -300,9 +301,8 @@ class _Reporter:
         progress = json.loads((checkpoint / PROGRESS).read_text())
         for row in progress["history"]:
             trial_metrics(self.recipe, row, [], [], self.objective)
-        if self.keep_chosen:
-            chosen = checkpoint / CHOSEN
-            shutil.copytree(chosen if chosen.exists() else checkpoint, self.chosen)
+        if (checkpoint / CHOSEN).exists():
+            shutil.copytree(checkpoint / CHOSEN, self.chosen)
 
 
 def trial_metrics(
