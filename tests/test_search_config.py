@@ -92,4 +92,5 @@ def test_a_share_of_a_gpu_is_a_share_or_whole(gpus):
 def test_every_searchable_name_is_a_flag_of_the_recipe_or_the_ratio():
     assert {"lr_ratio", "weight_decay", "mixup", "weights", "seed"} <= set(searchable())
     apart = {"lr_min", "augment", "protocol", "fold", "validation_speakers", "channel"}
+    apart |= {"keep", "patience"}
     assert not apart & set(searchable())

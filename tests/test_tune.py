@@ -444,7 +444,7 @@ def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
         trial._conclude()
 
 
-def test_a_group_that_had_done_all_its_epochs_ends_with_the_last(monkeypatch):
+def test_a_group_that_had_done_all_its_epochs_ends_with_the_last():
     """Its trial was lost between its last epoch and its end."""
     rows = [{"epoch": 1.0, "val_ua": 0.4}, {"epoch": 2.0, "val_ua": 0.3}]
     progress = {"history": rows, "rates": [0.1, 0.2, 0.3, 0.4], "chosen_confusion": [[1]]}
