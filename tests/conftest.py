@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from ser_ray.corpus.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.training.config import AugmentConfig
 
 if TYPE_CHECKING:
     from ser_ray.inference.predict import Predictor
@@ -23,6 +24,9 @@ settings.load_profile("fixed")
 # A thread for networks as small as the tests' is faster than several, and bit for bit the same.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+"""No augmentation but the random crop."""
 
 
 @dataclass

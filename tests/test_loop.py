@@ -21,7 +21,7 @@ from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.model import Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
-from tests.conftest import make_memory_shards
+from tests.conftest import PLAIN, make_memory_shards
 
 CPU = torch.device("cpu")
 FRESH = Pretrained("fresh weights", {})
@@ -150,10 +150,7 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
 
 
 def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
-    plain = AugmentConfig(
-        mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
-    )
-    config = replace(CONFIG, epochs=12, batch_size=8, augment=plain, label_smoothing=0)
+    config = replace(CONFIG, epochs=12, batch_size=8, augment=PLAIN, label_smoothing=0)
     reports = trained(memory_shards, tmp_path, config).reports
     assert reports[-1].row["train_loss"] < 0.7 * reports[0].row["train_loss"]
     assert max(report.row["val_ua"] for report in reports) > 0.6  # chance is 0.25

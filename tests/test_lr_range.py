@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError, DivergedError
-from ser_ray.training.config import AugmentConfig, LrRangeConfig, TrainConfig
+from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import propose, range_figure, range_test
 from ser_ray.training.model import Pretrained
+from tests.conftest import PLAIN
 
 RATES = np.geomspace(1e-6, 1.0, 300)
 
@@ -35,11 +36,8 @@ def test_a_loss_that_never_falls_says_so(losses):
 
 
 def test_it_ends_where_the_loss_goes_off_and_its_bounds_are_a_recipe(memory_shards):
-    plain = AugmentConfig(
-        mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0
-    )
     config = TrainConfig(
-        protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=plain
+        protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=PLAIN
     )
     test = LrRangeConfig(lowest=1e-6, highest=100.0, steps=60)
     found = range_test(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.training import ingest, loop, stream
 from ser_ray.training.checkpoint import MODEL
-from ser_ray.training.config import AugmentConfig, RunConfig
+from ser_ray.training.config import RunConfig
 from ser_ray.training.data import load_fold, steps_per_epoch
 from ser_ray.training.stream import Lanes, Window, resident_bytes, stream_fold, stream_order
 from ser_ray.training.world import World
+from tests.conftest import PLAIN
 from tests.shard_files import write_shard_files
 from tests.test_loop import CONFIG, SmallNetwork, trained
 
 CPU = torch.device("cpu")
-PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
 
 
 @given(

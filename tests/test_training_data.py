@@ -21,23 +21,14 @@ from ser_ray.training.data import (
     window_batches,
     window_starts,
 )
+from tests.conftest import PLAIN
 
 CPU = torch.device("cpu")
 
 
 def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
     """A recipe with no augmentation but what is asked for."""
-    off = AugmentConfig(
-        random_crop=False,
-        mix_style=0,
-        gain_db=0,
-        tempo=0,
-        vtlp=0,
-        time_masks=0,
-        bin_masks=0,
-        mixup=0,
-    )
-    changed = dataclasses.replace(off, **augment)
+    changed = dataclasses.replace(PLAIN, **({"random_crop": False} | augment))
     return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
 
 
