@@ -1,5 +1,6 @@
 """The loop in one process and in several plain ones, without Ray."""
 
+import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,40 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
     assert float(run.losses[0]) == pytest.approx(expected, abs=1e-3)
 
 
+def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda *_: False)
+    radius = 0.5
+    config = replace(CONFIG, augment=PLAIN, sam_radius=radius)
+    run = new_training(memory_shards, config)
+    network, climber = copy.deepcopy(run.network), copy.deepcopy(run.network)
+    batch = next(run.data.train.batches(config, loop.World(), 0, 0))
+    torch.manual_seed(batch.seed)
+    features, targets = run.augment(batch.clips, batch.rows)
+
+    def differentiate(network: nn.Module) -> None:
+        logits, smoothing = network(features), config.label_smoothing
+        nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing).backward()
+
+    differentiate(network)
+    gradients = [value.grad for value in network.parameters()]
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    with torch.no_grad():
+        for value, gradient in zip(climber.parameters(), gradients, strict=True):
+            value += radius * gradient / length
+    differentiate(climber)
+
+    before = copy.deepcopy(run.network)
+    run.learn(batch)
+    for found, expected, flat, first in zip(
+        *(net.parameters() for net in (run.network, climber, network, before)), strict=True
+    ):
+        torch.testing.assert_close(found.grad, expected.grad)
+        assert not torch.allclose(found.grad, flat.grad, rtol=0.01)
+        assert (found - first).abs().max() < 1.1 * config.lr_min  # it came down again
+    for found, expected in zip(run.network.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
     config = replace(CONFIG, epochs=12, batch_size=8, augment=PLAIN, label_smoothing=0)
     reports = trained(memory_shards, tmp_path, config).reports
@@ -157,9 +192,9 @@ def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("average_decay", [0.0, 0.9])
-def test_no_step_waits_for_the_gpu(memory_shards, average_decay):
-    config, gpu = replace(CONFIG, average_decay=average_decay), torch.device("cuda")
+@pytest.mark.parametrize("extra", [{}, {"average_decay": 0.9, "sam_radius": 0.1}])
+def test_no_step_waits_for_the_gpu(memory_shards, extra):
+    config, gpu = replace(CONFIG, **extra), torch.device("cuda")
     run = loop.Training(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
     run.begin_epoch()
     run.take_step()
@@ -170,9 +205,9 @@ def test_no_step_waits_for_the_gpu(memory_shards, average_decay):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("average_decay", [0.0, 0.9])
-def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, average_decay):
-    config = replace(CONFIG, average_decay=average_decay)
+@pytest.mark.parametrize("extra", [{}, {"average_decay": 0.9, "sam_radius": 0.1}])
+def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
+    config = replace(CONFIG, **extra)
     whole = trained(memory_shards, tmp_path / "whole", config)
     rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
     assert [r.lr for r in rest.reports] == [r.lr for r in whole.reports[1:]]
@@ -440,8 +475,10 @@ def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
 
 
 @pytest.mark.slow
-def test_the_same_run_with_one_two_and_three_workers(tmp_path):
-    one, two, three = (run_world(n, "no batch norm", tmp_path / str(n)) for n in (1, 2, 3))
+@pytest.mark.parametrize("sam_radius", [0.0, 0.1])
+def test_the_same_run_with_one_two_and_three_workers(tmp_path, sam_radius):
+    config = replace(CONFIG, sam_radius=sam_radius)
+    one, two, three = (run_world(n, "no batch norm", tmp_path / str(n), config) for n in (1, 2, 3))
     for many in (two, three):
         assert many["batches"] == one["batches"]
         assert many["lr"] == one["lr"]

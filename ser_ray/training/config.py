@@ -97,6 +97,9 @@ class TrainConfig:
     """Share of the target spread over all labels; 0 is off."""
     balanced: bool = False
     """Draw every label equally often instead of as often as it occurs."""
+    sam_radius: float = 0.0
+    """Sharpness-aware minimisation (SAM, Foret 2021): every step takes the gradient from this far
+    up the slope, where the loss is worst nearby, for twice the time; 0 is off."""
     average_decay: float = 0.0
     """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
     keep: Keep = "last"
@@ -118,7 +121,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("fold", "validation_speakers", "patience", "weight_decay", "seed"):
+        not_negative = ("fold", "validation_speakers", "patience", "seed")
+        for name in (*not_negative, "weight_decay", "sam_radius"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         for name in ("label_smoothing", "average_decay"):

@@ -12,7 +12,8 @@ copy of the training held still, which somebody else may write while the loop go
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -204,20 +206,14 @@ class Training:
         features, targets = self.augment(batch.clips, batch.rows)
         features = features[batch.mine].contiguous(memory_format=torch.channels_last)
         targets = targets[batch.mine]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.parallel(features)
-            total = F.cross_entropy(
-                logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
-            )
-        share = total / self.batch_size
-        self.optimiser.zero_grad(set_to_none=True)
-        # DDP averages over workers; the batch's gradient is the sum of their shares.
-        (share * self.world.size).backward()
+        share, hits = self._differentiate(features, targets)
+        if self.config.sam_radius:
+            with climbed(self.network, self.config.sam_radius):
+                self._differentiate(features, targets)
         self.optimiser.step()
         if self.average is not None:
             self._update_average(self.average)
-        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
-        return share.detach(), hits
+        return share, hits
 
     def validate(self) -> Scores:
         """Score the validation clips, each once, over all workers."""
@@ -329,6 +325,20 @@ class Training:
         self.chosen, self.chosen_confusion = progress["chosen"], progress["chosen_confusion"]
         self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
 
+    def _differentiate(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the weights the batch's gradient; returns what `learn` does."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.parallel(features)
+            total = F.cross_entropy(
+                logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
+            )
+        share = total / self.batch_size
+        self.optimiser.zero_grad(set_to_none=True)
+        # DDP averages over workers; the batch's gradient is the sum of their shares.
+        (share * self.world.size).backward()
+        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
+        return share.detach(), hits
+
     def _require_finite(self) -> None:
         bad = torch.nonzero(~torch.isfinite(self.losses))
         if len(bad):
@@ -424,6 +434,30 @@ def _data_parallel(network: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+
+
+@contextmanager
+def climbed(network: nn.Module, radius: float) -> Iterator[None]:
+    """Move the weights up their gradient, together by `radius`; afterwards they are as before.
+
+    Batch norm keeps the statistics of the weights as they were.
+    """
+    weights: list[Tensor] = list(network.parameters())
+    gradients = [value.grad for value in weights if value.grad is not None]
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        before = [value.clone() for value in weights]
+        scale = radius / (get_total_norm(gradients) + 1e-12)
+        torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
 
 
 def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
