@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import soundfile
 
 from ser_ray.corpus.names import CORPORA
@@ -22,7 +21,7 @@ from ser_ray.page import ClipView, RunReport, render_report
 from ser_ray.report import bars_figure, confusion_figure
 from ser_ray.storage import filesystem_of
 from ser_ray.tracking import Tracker, now_ms, provenance
-from ser_ray.training.metrics import kept_epoch
+from ser_ray.training.metrics import kept_row
 
 History = Sequence[Mapping[str, float]]
 """A row for every epoch of a training."""
@@ -71,7 +70,7 @@ def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) 
                 "accuracy",
             ),
             "tables/test.json": evaluation.to_dict(),
-            "tables/test_predictions.csv": _csv(evaluation.predictions),
+            "tables/test_predictions.csv": evaluation.predictions,
         }
     )
 
@@ -104,7 +103,7 @@ def report_of(
         examples=_views(evaluation, typical_rows(evaluation), audio=audio),
         hardest=_views(evaluation, evaluation.hardest().tolist(), audio=audio),
         history=history,
-        chosen=history[kept_epoch(history, card.config.keep)] if history else {},
+        chosen=kept_row(history, card.config.keep),
         lr_per_step=lr_per_step,
         lr_min=card.config.lr_min,
         lr_max=card.config.lr_max,
@@ -156,11 +155,3 @@ def _mp3(waveform: np.ndarray, sample_rate: int) -> bytes:
     sound = BytesIO()
     soundfile.write(sound, waveform, sample_rate, format="MP3")
     return sound.getvalue()
-
-
-def _csv(table: pa.Table) -> str:
-    from pyarrow import csv
-
-    sink = pa.BufferOutputStream()
-    csv.write_csv(table, sink)
-    return sink.getvalue().to_pybytes().decode()

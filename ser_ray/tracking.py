@@ -175,8 +175,10 @@ class Tracker:
                 self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts by their path in the run: figures, text, or JSON-able values."""
+        """Store artifacts by their path in the run: figures, text, tables, JSON-able values."""
+        import pyarrow as pa
         from matplotlib.figure import Figure
+        from pyarrow import csv
 
         with self._delivering(), TemporaryDirectory() as folder:
             for name, content in files.items():
@@ -186,6 +188,8 @@ class Tracker:
                     content.savefig(path, dpi=130)
                 elif isinstance(content, str):
                     path.write_text(content)
+                elif isinstance(content, pa.Table):
+                    csv.write_csv(content, path)
                 else:
                     path.write_text(json.dumps(content, indent=2))
             self._client.log_artifacts(self.run_id, folder)

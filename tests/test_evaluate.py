@@ -204,7 +204,7 @@ def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, chec
     assert "<h2>Training</h2>" not in page
     assert tracker.metrics["test_ua"] == evaluation.scores.ua
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
-    assert tracker.files["tables/test_predictions.csv"].count("\n") == 1 + len(evaluation.truth)
+    assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
 
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):

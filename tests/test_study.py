@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from pyarrow import fs
 from rich.console import Console
 
 from ser_ray.errors import TrackingError
@@ -296,12 +295,14 @@ def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error
 
 def test_checkpoints_of_ended_trials_go_at_the_end_and_not_before(tmp_path):
     """A snapshot of Tune's may not know yet that the trial ended."""
-    tell = JournalCallback(StudyJournal(RunFolder(str(tmp_path), "search")))
+    folder = RunFolder(str(tmp_path), "search")
+    tell = JournalCallback(StudyJournal(folder))
     trials = [tune_trial("ended"), tune_trial("running"), tune_trial("gone")]
     for trial in trials:
         path = tmp_path / trial.trial_id
         path.mkdir()
-        trial.checkpoint = SimpleNamespace(path=str(path), filesystem=fs.LocalFileSystem())
+        Path(folder.path, "groups", trial.trial_id).mkdir(parents=True)
+        trial.checkpoint = SimpleNamespace(path=str(path))
     (tmp_path / "gone").rmdir()
     for trial in (trials[0], trials[2]):
         tell.on_trial_complete(0, trials, trial)
@@ -310,6 +311,8 @@ def test_checkpoints_of_ended_trials_go_at_the_end_and_not_before(tmp_path):
     tell.on_experiment_end(trials)
     assert not (tmp_path / "ended").exists()
     assert (tmp_path / "running").exists()
+    groups = [path.name for path in Path(folder.path, "groups").iterdir()]
+    assert groups == ["running"]
 
 
 def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):

@@ -1,11 +1,13 @@
 """The tracker with a real MLflow server that is away at the start, for a while, or for good."""
 
+import csv
 import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
@@ -57,6 +59,25 @@ def test_a_store_that_cannot_be_one_is_named(uri: str, tmp_path: Path) -> None:
     uri = uri.format(folder=tmp_path)
     with pytest.raises(TrackingError, match=re.escape(uri)):
         start(uri)
+
+
+def test_files_are_stored_as_what_they_are(server: Server, tmp_path: Path) -> None:
+    server.start()
+    tracker = start(server.uri)
+    rows = [
+        {"clip": "a,b", "p": 0.5, "problem": None},
+        {"clip": 'said "no"', "p": 1, "problem": "x"},
+    ]
+    table = pa.Table.from_pylist(rows)
+    tracker.log_files({"a/page.html": "<p>é</p>", "a/b.json": {"c": [1]}, "tables/rows.csv": table})
+    folder = Path(MlflowClient(server.uri).download_artifacts(tracker.run_id, "", str(tmp_path)))
+    assert (folder / "a" / "page.html").read_text() == "<p>é</p>"
+    assert json.loads((folder / "a" / "b.json").read_text()) == {"c": [1]}
+    with (folder / "tables" / "rows.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"clip": "a,b", "p": "0.5", "problem": ""},
+            {"clip": 'said "no"', "p": "1", "problem": "x"},
+        ]
 
 
 def test_away_in_the_middle_costs_nothing(

@@ -31,7 +31,7 @@ from ser_ray.training.metrics import kept_epoch
 from ser_ray.training.model import Pretrained
 from ser_ray.training.run_folder import RunFolder, Stored
 from ser_ray.training.search_config import SlotConfig, TuneConfig
-from ser_ray.training.trial_log import TrialLog
+from ser_ray.training.trial_log import TrialLog, best_of
 from ser_ray.training.trials import (
     ResumableAsha,
     RetryFailed,
@@ -41,16 +41,15 @@ from ser_ray.training.trials import (
     TrialSetup,
     _room,
     find_slots,
+    open_study,
     problem_metrics,
     run_trial,
     trial_metrics,
 )
 from ser_ray.training.tune import (
     baseline,
-    best_of,
     make_plan,
     num_trials,
-    open_study,
     search,
     train_command,
     warn_of_baseline,
@@ -463,8 +462,8 @@ def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch)
     """Ray Tune cannot restore trials of another kind; a store in a job's copy would be deleted."""
     kept: list[str] = []
     context = SimpleNamespace(get_job_id=lambda: "job")
-    monkeypatch.setattr(tune_module.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(tune_module, "require_kept", kept.append)
+    monkeypatch.setattr(trials_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(trials_module, "require_kept", kept.append)
     run = run_config(tmp_path)
 
     def start(workers: int) -> None:

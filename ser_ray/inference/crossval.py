@@ -41,9 +41,8 @@ from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
 from ser_ray.training.study import Show, Study
-from ser_ray.training.trial_log import TrialLog
-from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, run_trials
-from ser_ray.training.tune import best_of, csv_text, open_study, require_all_ended
+from ser_ray.training.trial_log import TrialLog, best_of
+from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, open_study, run_trials
 
 PREDICTIONS = "predictions.parquet"
 FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
@@ -231,7 +230,7 @@ def crossval(
                 grid = grid_plan({"seed": plan.seeds, "fold": list(plan.folds)}, found)
                 run_trials(setup, pretrained, grid, folder, study.journal, run.max_failures)
                 study.read()
-                require_all_ended(study, plan.num_trials)
+                study.require_all_ended(plan.num_trials)
             _require_all_finished(study.logs)
         result = pool(plan, location, folder.name, study.parent)
         page = crossval_page(result, pretrained[recipe.weights].origin, audio=run.audio)
@@ -399,8 +398,8 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
                 result.confusion, result.labels, f"{result.part}, {result.label}"
             ),
             "tables/crossval.json": result.to_dict(),
-            "tables/speakers.csv": csv_text(result.speakers),
-            "tables/predictions.csv": csv_text(result.predictions.to_pylist()),
+            "tables/speakers.csv": pa.Table.from_pylist(result.speakers),
+            "tables/predictions.csv": result.predictions,
         }
     )
 

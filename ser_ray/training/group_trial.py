@@ -24,7 +24,7 @@ from ser_ray.storage import location_inside
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
 from ser_ray.training.process_group import torch_config
-from ser_ray.training.run_folder import RunFolder
+from ser_ray.training.run_folder import GROUPS, RunFolder
 from ser_ray.training.search_config import recipe_of
 from ser_ray.training.trials import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
 from ser_ray.training.worker import run_worker
@@ -49,7 +49,7 @@ class GroupTrial(tune.Trainable):
     ) -> None:
         """Start the group."""
         self.recipe, self.study = recipe_of(setup.recipe, config), setup
-        self.folder = RunFolder(location_inside(setup.storage, "groups"), self.trial_id)
+        self.folder = RunFolder(location_inside(setup.storage, GROUPS), self.trial_id)
         self.reports, self.answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         self.told: dict[str, Any] = {}
         trainer = self._trainer(self.recipe, pretrained[self.recipe.weights])

@@ -107,12 +107,17 @@ def kept_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
     return max(range(len(rows)), key=lambda epoch: validation_rank(rows[epoch]))
 
 
+def kept_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str, float]:
+    """What is known of that epoch, so far; empty before the first."""
+    return rows[kept_epoch(rows, keep)] if rows else {}
+
+
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
     """The higher the better."""
     return row["val_ua"], -row["val_loss"]
 
 
-def chosen_metrics(row: dict[str, float]) -> dict[str, float]:
+def chosen_metrics(row: Mapping[str, float]) -> dict[str, float]:
     """What a run's record says of its chosen epoch, by the names it is logged under."""
     return {
         f"chosen_{name}": value

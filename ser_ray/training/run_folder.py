@@ -36,6 +36,8 @@ from ser_ray.training.checkpoint import (
 
 RECORD = "run.json"
 CHOSEN = "chosen"
+GROUPS = "groups"
+"""In a study's folder: those of its trials of several workers, until they have ended."""
 RAY_LIST = "checkpoint_manager_snapshot.json"
 DYING_SECONDS = 5.0
 """How long a worker may outlive the controller that owned it."""

@@ -17,7 +17,6 @@ from ser_ray.tracking import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import chosen_metrics
 from ser_ray.training.search_config import RATIO, recipe_of
-from ser_ray.training.search_page import trial_page
 from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_log import TrialLog
 
@@ -88,9 +87,18 @@ class Study:
         """The trials by number."""
         return list(self.trials.values())
 
-    def close_lost(self) -> None:
-        """End the trials that Tune does not know any more; new ones have taken their place."""
-        for trial in self.trials.values():
+    def require_all_ended(self, expected: int) -> None:
+        """Tell an interrupted study, which Tune ends without an error, from a finished one.
+
+        Where enough have ended, Tune does not know the others any more: they are lost, and new ones
+        have taken their place.
+
+        Raises:
+            KeyboardInterrupt: trials are left.
+        """
+        if sum(trial.ended for trial in self.logs) < expected:
+            raise KeyboardInterrupt
+        for trial in self.logs:
             if not trial.ended:
                 trial.state, trial.problem = "lost", "forgotten when the driver was killed"
 
@@ -165,6 +173,8 @@ class Study:
         if trial.state == "finished":  # what ended before keeps no epoch
             tracker.log_metrics(chosen_metrics(trial.chosen), 0, trial.times_ms[-1])
             tracker.deliver()
+        from ser_ray.training.search_page import trial_page  # slow: matplotlib
+
         page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)
         tracker.log_files({"report.html": page})
         tracker.set_tags({"trial.state": trial.state, "problem": trial.problem})

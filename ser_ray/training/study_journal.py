@@ -23,7 +23,7 @@ class StudyJournal:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self.path, self._filesystem = folder.journal(), folder.filesystem
+        self.folder, self.path = folder, folder.journal()
         copy = f"{folder.path}/{self.path.name}"
         self._copy = copy if copy != str(self.path) else ""
         self._lines, self._stored = LineFollower(self.path), 0
@@ -50,8 +50,8 @@ class StudyJournal:
             return
         try:
             with (
-                written_whole(self._filesystem, self._copy) as target,
-                self._filesystem.open_output_stream(target) as stream,
+                written_whole(self.folder.filesystem, self._copy) as target,
+                self.folder.filesystem.open_output_stream(target) as stream,
             ):
                 stream.write(content)
         except OSError as error:
@@ -62,7 +62,7 @@ class StudyJournal:
     def _fetch(self) -> None:
         """Take the copy, unless the local file goes on from it."""
         try:
-            with self._filesystem.open_input_stream(self._copy) as stream:
+            with self.folder.filesystem.open_input_stream(self._copy) as stream:
                 copy = stream.read()
         except FileNotFoundError:
             return

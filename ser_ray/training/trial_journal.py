@@ -7,6 +7,7 @@ from typing import Any
 from ray import tune
 
 from ser_ray.tracking import now_ms
+from ser_ray.training.run_folder import GROUPS
 from ser_ray.training.study_journal import StudyJournal
 
 
@@ -62,10 +63,16 @@ class JournalCallback(tune.Callback):
 
         Not before: a snapshot of a moment ago still has them running, and starts them again.
         """
+        folder = self.journal.folder
         for trial in trials:
-            if trial.status == trial.TERMINATED and trial.checkpoint is not None:
-                with suppress(FileNotFoundError):  # at the end of an earlier start
-                    trial.checkpoint.filesystem.delete_dir(trial.checkpoint.path)
+            if trial.status != trial.TERMINATED:
+                continue
+            stored = [f"{folder.path}/{GROUPS}/{trial.trial_id}"]
+            if trial.checkpoint is not None:
+                stored.append(trial.checkpoint.path)
+            for path in stored:
+                with suppress(FileNotFoundError):  # not of that kind, or gone since an earlier end
+                    folder.filesystem.delete_dir(path)
 
     def _write(self, trial: Any, **entry: Any) -> None:
         self.journal.append(trial.trial_id, **entry, timestamp_ms=now_ms())

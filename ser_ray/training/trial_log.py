@@ -1,10 +1,12 @@
 """What is known of one trial of a search or cross-validation, as its journal tells it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ser_ray.errors import SerRayError
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import kept_epoch, validation_rank
+from ser_ray.training.metrics import kept_epoch, kept_row, validation_rank
 
 State = Literal["waiting", "running", "finished", "pruned", "failed", "lost"]
 
@@ -42,9 +44,9 @@ class TrialLog:
     """Epochs handed to the tracker."""
 
     @property
-    def chosen(self) -> dict[str, float]:
+    def chosen(self) -> Mapping[str, float]:
         """Row of the epoch whose weights are kept, so far; empty before the first."""
-        return self.rows[kept_epoch(self.rows, self.recipe.keep)] if self.rows else {}
+        return kept_row(self.rows, self.recipe.keep)
 
     @property
     def chosen_confusion(self) -> list[list[int]]:
@@ -73,3 +75,19 @@ class TrialLog:
             return "failed"
         # Tune also stops a trial whose epochs are all done.
         return "pruned" if self.stopped and len(self.rows) < self.recipe.epochs else "finished"
+
+
+def best_of(trials: Sequence[TrialLog]) -> TrialLog:
+    """The trial whose kept epoch validates best, of those that went to their end, if any did.
+
+    Raises:
+        SerRayError: none did.
+    """
+    scored = [trial for trial in trials if trial.succeeded]
+    if not scored:
+        reasons = [trial.problem for trial in trials if trial.problem]
+        raise SerRayError(
+            f"none of {len(trials)} trials succeeded; the first failed with: "
+            f"{reasons[0] if reasons else 'no reason given'}"
+        )
+    return max(scored, key=lambda trial: trial.rank)

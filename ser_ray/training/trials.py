@@ -21,10 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from pyarrow import fs
 from ray import tune
@@ -32,15 +33,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import has_gpus, nodes_within_reach
+from ser_ray.cluster import has_gpus, nodes_within_reach, require_kept
 from ser_ray.errors import ConfigError, ResourcesError, SerRayError
 from ser_ray.shards.read import ShardSet
+from ser_ray.tracking import Tracker, provenance, resolve_uri
 from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot, read_progress
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.loop import EpochReport, Take, fit
 from ser_ray.training.model import Pretrained
 from ser_ray.training.run_folder import CHOSEN, RunFolder
 from ser_ray.training.search_config import SlotConfig, recipe_of
+from ser_ray.training.study import Show, Study
 from ser_ray.training.study_journal import StudyJournal
 from ser_ray.training.trial_journal import JournalCallback
 
@@ -169,6 +172,60 @@ def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
         algorithm=SlotVariants(max_concurrent=slots.count),
         num_samples=1,
         scheduler=RetryFailed(),
+    )
+
+
+def open_study(
+    setup: TrialSetup,
+    folder: RunFolder,
+    run: RunConfig,
+    label: str,
+    identity: dict[str, Any],
+    show: Show,
+) -> Study:
+    """Open a study's run in MLflow, or go on with it.
+
+    Args:
+        label: protocol, and whether it is speaker-dependent.
+        identity: what the study is, apart from its shards and where it runs.
+
+    Raises:
+        CheckpointError: the folder is another study's.
+        ResourcesError: the store is in what Ray will delete after the job.
+        TrackingError: the store cannot be reached.
+    """
+    card = setup.shards.card
+    # Ray Tune restores no trial of one worker as one of several.
+    identity = identity | {"shards": card.fingerprint, "workers": setup.slots.workers}
+    folder.require_same(identity)
+    tags = provenance() | {
+        "protocol": label,
+        "corpus": card.corpus,
+        "shards.fingerprint": card.fingerprint,
+        "shards.location": setup.shards.uri,
+        "ray.job_id": ray.get_runtime_context().get_job_id(),
+        "storage": folder.location,
+    }
+    uri, record = resolve_uri(run.tracking_uri), folder.record()
+    require_kept(uri)
+    tracker = Tracker.start(
+        uri,
+        run.experiment,
+        name=folder.name,
+        params=identity | {"slots": asdict(setup.slots)},
+        tags=tags,
+        run_id=record.get("run_id", "") if record.get("tracking_uri") == uri else "",
+    )
+    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    return Study(
+        StudyJournal(folder),
+        setup.recipe,
+        tracker,
+        name=folder.name,
+        experiment=run.experiment,
+        labels=card.labels,
+        tags=tags,
+        show=show,
     )
 
 

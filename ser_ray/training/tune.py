@@ -5,29 +5,26 @@ The first trial is the recipe as it was given, where the space holds it. The sam
 with an interrupted search.
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import math
 import shlex
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray
+import pyarrow as pa
 from ray import tune as ray_tune
 from ray.tune.search import SearchAlgorithm, Searcher
 
-from ser_ray.cluster import cluster, require_kept, require_shared
-from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.cluster import cluster, require_shared
+from ser_ray.errors import ConfigError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute, location_inside
-from ser_ray.tracking import Tracker, now_ms, provenance, resolve_uri
+from ser_ray.tracking import now_ms
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import describe, select_rows
 from ser_ray.training.metrics import chosen_metrics
@@ -35,8 +32,7 @@ from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import Dimension, SlotConfig, TuneConfig, values_of
 from ser_ray.training.study import Show, Study
-from ser_ray.training.study_journal import StudyJournal
-from ser_ray.training.trial_log import TrialLog
+from ser_ray.training.trial_log import TrialLog, best_of
 from ser_ray.training.trials import (
     Plan,
     ResumableAsha,
@@ -45,6 +41,7 @@ from ser_ray.training.trials import (
     SlotVariants,
     TrialSetup,
     find_slots,
+    open_study,
     run_trials,
 )
 
@@ -114,7 +111,7 @@ def search(
                 plan = make_plan(recipe, config, found)
                 run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
                 study.read()
-                require_all_ended(study, num_trials(recipe, config))
+                study.require_all_ended(num_trials(recipe, config))
             best = best_of(study.logs)
         again = train_command(best.run_id, shards_location, run)
         title = f"validation, {split['label']}, {shards.card.corpus}"
@@ -239,96 +236,6 @@ def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
     return points + len(baseline(recipe, config))
 
 
-def open_study(
-    setup: TrialSetup,
-    folder: RunFolder,
-    run: RunConfig,
-    label: str,
-    identity: dict[str, Any],
-    show: Show,
-) -> AbstractContextManager[Study]:
-    """Open a study's run in MLflow, or go on with it.
-
-    Args:
-        label: protocol, and whether it is speaker-dependent.
-        identity: what the study is, apart from its shards and where it runs.
-
-    Raises:
-        CheckpointError: the folder is another study's.
-        ResourcesError: the store is in what Ray will delete after the job.
-        TrackingError: the store cannot be reached.
-    """
-    card = setup.shards.card
-    # Ray Tune restores no trial of one worker as one of several.
-    identity = identity | {"shards": card.fingerprint, "workers": setup.slots.workers}
-    folder.require_same(identity)
-    tags = provenance() | {
-        "protocol": label,
-        "corpus": card.corpus,
-        "shards.fingerprint": card.fingerprint,
-        "shards.location": setup.shards.uri,
-        "ray.job_id": ray.get_runtime_context().get_job_id(),
-        "storage": folder.location,
-    }
-    uri, record = resolve_uri(run.tracking_uri), folder.record()
-    require_kept(uri)
-    tracker = Tracker.start(
-        uri,
-        run.experiment,
-        name=folder.name,
-        params=identity | {"slots": asdict(setup.slots)},
-        tags=tags,
-        run_id=record.get("run_id", "") if record.get("tracking_uri") == uri else "",
-    )
-    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-    return Study(
-        StudyJournal(folder),
-        setup.recipe,
-        tracker,
-        name=folder.name,
-        experiment=run.experiment,
-        labels=card.labels,
-        tags=tags,
-        show=show,
-    )
-
-
-def require_all_ended(study: Study, expected: int) -> None:
-    """Tell an interrupted study, which Tune ends without an error, from a finished one.
-
-    Raises:
-        KeyboardInterrupt: trials are left.
-    """
-    if sum(trial.ended for trial in study.logs) < expected:
-        raise KeyboardInterrupt
-    study.close_lost()
-
-
-def best_of(trials: list[TrialLog]) -> TrialLog:
-    """The trial whose kept epoch validates best, of those that went to their end, if any did.
-
-    Raises:
-        SerRayError: none did.
-    """
-    scored = [trial for trial in trials if trial.succeeded]
-    if not scored:
-        reasons = [trial.problem for trial in trials if trial.problem]
-        raise SerRayError(
-            f"none of {len(trials)} trials succeeded; the first failed with: "
-            f"{reasons[0] if reasons else 'no reason given'}"
-        )
-    return max(scored, key=lambda trial: trial.rank)
-
-
-def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as a CSV table."""
-    sink = io.StringIO()
-    writer = csv.DictWriter(sink, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sink.getvalue()
-
-
 def _settings(config: TuneConfig) -> dict[str, Any]:
     """What a search is; to refit its best afterwards does not change it."""
     return {name: value for name, value in asdict(config).items() if name != "refit"}
@@ -408,7 +315,7 @@ def _log_outcome(
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(trials, title),
         "plots/learning_rate_bounds.png": bounds_figure(trials, title),
-        "tables/trials.csv": csv_text(trial_rows(trials)),
+        "tables/trials.csv": pa.Table.from_pylist(trial_rows(trials)),
     }
     if importance:
         files["plots/importance.png"] = importance_figure(importance, title)
