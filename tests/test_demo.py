@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_and_shown_as_text(predictor, tmp_path):
 def test_without_gradio_the_way_to_get_it_is_named(checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo-ui", str(checkpoint), "--port", "0"]) == 2
-    assert "pip install 'ser-ray[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_named(checkpoint, capsys):

@@ -27,7 +27,13 @@ from ser_ray.features.sandbox import Sandbox
 from ser_ray.shards.card import make_card, write_card
 from ser_ray.shards.layout import mark_name, outcomes_name, part_name
 from ser_ray.shards.part import write_part
-from ser_ray.shards.plan import describe_changes, make_plan, read_plan, write_plan
+from ser_ray.shards.plan import (
+    describe_changes,
+    make_plan,
+    read_plan,
+    require_same_corpus,
+    write_plan,
+)
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import clip_names, small_corpus, voice, write_wav
@@ -285,6 +291,13 @@ def test_keys_follow_sizes_and_features() -> None:
     bigger = make_plan(manifest(["a", "b"], size=101), FEATURES, 2, plan)
     other = make_plan(manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96), 2, plan)
     assert len({p.key(part) for p in (plan, bigger, other) for part in p.parts}) == 6
+
+
+def test_another_corpus_does_not_take_the_place_of_one() -> None:
+    before = make_plan(manifest(["a", "b"]), FEATURES, 2, None)
+    require_same_corpus(before, make_plan(manifest(["b", "c"]), FEATURES, 2, before), "out")
+    with pytest.raises(ShardsError, match=r"^out: holds the shards of another corpus, 2 files "):
+        require_same_corpus(before, make_plan(manifest(["c"]), FEATURES, 2, before), "out")
 
 
 def test_what_changed_is_said() -> None:

@@ -208,6 +208,7 @@ def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tm
     for trial in result.trials:
         assert trial.stopped, "ASHA stops a trial at its last epoch too"
         assert trial.succeeded
+    assert not list(Path(result.location, "groups").iterdir())
 
 
 @pytest.mark.ray

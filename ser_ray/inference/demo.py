@@ -112,7 +112,9 @@ def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "Fa
     try:
         import gradio as gr
     except ImportError as error:
-        raise SerRayError("the demo page needs gradio: pip install 'ser-ray[demo]'") from error
+        raise SerRayError(
+            "the demo page needs gradio: in the clone, pip install -e '.[demo]'"
+        ) from error
     from fastapi import FastAPI, Request
 
     card = predictor.card

@@ -200,7 +200,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
         import onnxscript  # noqa: F401 - torch's exporter needs it and says so only in a traceback
     except ImportError as error:
         raise SerRayError(
-            f"ONNX export needs {error.name}: pip install 'ser-ray[export]'"
+            f"ONNX export needs {error.name}: in the clone, pip install -e '.[export]'"
         ) from error
     graph = torch.onnx.export(
         program,

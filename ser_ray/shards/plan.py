@@ -102,6 +102,26 @@ def write_plan(filesystem: fs.FileSystem, folder: str, plan: Plan) -> None:
     write_table(filesystem, f"{folder}/{PLAN_NAME}", plan.files.replace_schema_metadata(metadata))
 
 
+def require_same_corpus(before: Plan, after: Plan, shards: str) -> None:
+    """Refuse to put the shards of one corpus in the place of another's.
+
+    Args:
+        before: what the folder holds.
+        after: what it is to hold.
+        shards: the folder, as the user gave it.
+
+    Raises:
+        ShardsError: none of the files that it holds is listed any more.
+    """
+    known = pc.index_in(after.files["path"], value_set=before.files["path"])
+    if known.null_count == len(known) and len(before.files):
+        raise ShardsError(
+            f"{shards}: holds the shards of another corpus, {len(before.files)} files like "
+            f"{before.files['path'][0]}, none of which is in this one: give another folder with "
+            "--shards, or delete that one"
+        )
+
+
 def describe_changes(before: Plan, after: Plan) -> list[str]:
     """Say what differs between the plan of an earlier run and this one, a line each."""
     old, new = asdict(before.features), asdict(after.features)

@@ -38,7 +38,14 @@ from ser_ray.shards.layout import (
     read_key,
 )
 from ser_ray.shards.part import PartResult, rows_from_bytes, rows_to_bytes, write_part
-from ser_ray.shards.plan import Plan, describe_changes, make_plan, read_plan, write_plan
+from ser_ray.shards.plan import (
+    Plan,
+    describe_changes,
+    make_plan,
+    read_plan,
+    require_same_corpus,
+    write_plan,
+)
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage import absolute, filesystem_of
 
@@ -86,7 +93,8 @@ def prepare(
 
     Raises:
         CorpusError: no corpus is found.
-        ShardsError: another run writes there, or a part could not be written.
+        ShardsError: another run writes there, another corpus is there, or a part could not be
+            written.
         ResourcesError: no cluster answers, or a node of it does not see the corpus or the shards.
     """
     started = time.monotonic()
@@ -98,6 +106,8 @@ def prepare(
         with Lock(filesystem, folder, ShardsError, IN_USE) as lock:
             before = read_plan(filesystem, folder)
             plan = make_plan(manifest, config.features, config.rows_per_part, before)
+            if before is not None:
+                require_same_corpus(before, plan, config.shards)
             waiting = _uncommitted(filesystem, folder, plan)
             notes = () if before is None else _notes(before, plan, waiting)
             if progress is None:
