@@ -1,6 +1,7 @@
 """What the verbs of the command line do: call the rooms in order and say where the results are."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from ser_ray import cli
 from ser_ray.cluster import cluster, require_kept
-from ser_ray.errors import SerRayError
+from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import TrainConfig
 
@@ -17,6 +18,7 @@ SHOWN_PREDICTIONS = 8
 FEW_FILES = 48
 """More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
 
+logger = logging.getLogger(__name__)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -224,8 +226,11 @@ def evaluate(verb: cli.Evaluate) -> Outcome:
         data["comparison"] = asdict(comparison)
         text += f"\nagainst {verb.against}: {comparison}"
     if origin and evaluation.is_own_test:
-        tracker = Tracker(origin["tracking_uri"], origin["run_id"])
-        record_evaluation(evaluation, tracker, audio=verb.audio)
+        try:
+            tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
+            record_evaluation(evaluation, tracker, audio=verb.audio)
+        except TrackingError as error:
+            logger.warning("the training's run has not got these scores: %s", error)
     return Outcome(data, text)
 
 

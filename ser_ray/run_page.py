@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 
 from ser_ray.corpus.names import CORPORA
+from ser_ray.errors import ConfigError
 from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
@@ -48,7 +49,7 @@ def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) 
     scores, card = evaluation.scores, evaluation.card
     test = {f"test_{name}": value for name, value in scores.to_dict().items()}
     tracker.log_metrics(test | {"test_ece": evaluation.calibration.ece}, 0, now_ms())
-    tracker.flush()
+    tracker.deliver()
     title = f"{evaluation.part}, {evaluation.label}, {CORPORA[evaluation.corpus]}"
     speakers = evaluation.groups["speaker"]
     tracker.log_files(
@@ -129,11 +130,11 @@ def _views(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[
     views = []
     for row in rows:
         clip = evaluation.predictions.slice(row, 1).to_pylist()[0]
-        filesystem, path = filesystem_of(clip["path"])
         try:
+            filesystem, path = filesystem_of(clip["path"])
             with filesystem.open_input_file(path) as file:
                 waveform = extract.waveform(*decode(file))
-        except (OSError, ClipError):
+        except (OSError, ConfigError, ClipError):
             continue
         views.append(
             ClipView(

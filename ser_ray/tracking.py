@@ -121,6 +121,28 @@ class Tracker:
             ) from error
         return cls(uri, run.info.run_id)
 
+    @classmethod
+    def of_run(cls, uri: str, run_id: str) -> "Tracker":
+        """The tracker of a run that was recorded, perhaps elsewhere.
+
+        Raises:
+            TrackingError: the store cannot be reached, or the run is not in it.
+        """
+        quick_to_give_up()
+        database = uri.removeprefix("sqlite:///")
+        if database != uri and not Path(database).is_file():  # MLflow would make one
+            raise TrackingError(f"{uri}: no such file on this machine")
+        require_reachable(uri)
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            tracker = cls(uri, run_id)
+            tracker._client.get_run(run_id)
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+            raise TrackingError(f"{uri}: run {run_id}: {first_line(error)}") from error
+        return tracker
+
     @property
     def experiment_id(self) -> str:
         """Id of the run's experiment."""

@@ -8,6 +8,7 @@ import pytest
 
 from ser_ray import tracking
 from ser_ray.cli import STAND_IN_RECIPE, VERBS, main
+from ser_ray.errors import ConfigError
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files
 
@@ -65,6 +66,8 @@ def test_dry_run_prints_what_would_run(capsys):
     del recipe["keep"], recipe["augment"]["mix_style"]  # as a version before these recorded it
     older = TrainConfig.from_dict(recipe)
     assert (older.keep, older.augment.mix_style) == ("best", 0.0)
+    with pytest.raises(ConfigError, match="unknown training settings echo; known are bin_mask"):
+        TrainConfig.from_dict(recipe | {"augment": {"echo": 1}})
 
 
 def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):
@@ -124,20 +127,24 @@ def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
-        ("--workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
-        ("--ingest stream --balanced", "or without --balanced"),
+        ("train --workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
+        ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
+        ("train --ingest stream --balanced", "or without --balanced"),
+        ("tune --workers 7 --space batch_size=choice(6,14)", "batch_size is 6 over 7 workers"),
+        ("crossval --workers 64 --batch-size 100", "24 training clips are too few for 64 workers"),
     ],
 )
 def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     arguments, message, capsys, in_tmp, monkeypatch
 ):
-    from ser_ray.training import distributed
+    from ser_ray.inference import crossval
+    from ser_ray.training import distributed, tune
 
-    monkeypatch.setattr(distributed, "cluster", lambda address: pytest.fail("Ray was asked"))
+    for module in (distributed, tune, crossval):
+        monkeypatch.setattr(module, "cluster", lambda address: pytest.fail("Ray was asked"))
     shards = write_shard_files(in_tmp / "shards")
-    given = ["train", "--shards", shards, "--protocol", "speaker-3", *arguments.split()]
-    assert main(given) == 2
+    given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]
+    assert main([*arguments.split(), *given]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -182,7 +182,7 @@ def pooled(folder: Path) -> CrossvalResult:
             pq.write_table(pa.table(rows), place / "predictions.parquet")
     shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
     tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
-    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), "speaker-2, 2 folds")
+    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), 4, "speaker-2, 2 folds")
     return pool(plan, str(folder), "cv", tracker)
 
 

@@ -13,10 +13,11 @@ import pytest
 import scipy.stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+from ser_ray.cli import main
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.inference import statistics
 from ser_ray.inference.evaluate import compare, evaluate
-from ser_ray.run_page import record_evaluation, training_page, typical_rows
+from ser_ray.run_page import record_evaluation, report_of, training_page, typical_rows
 from ser_ray.tracking import Tracker
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
@@ -124,6 +125,8 @@ def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint
     assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
     assert found.label == "all speakers of other shards"
     assert not found.is_own_test
+    with pytest.raises(ConfigError, match=r"fold is 1, but .*: name a --protocol too"):
+        evaluate(checkpoint, "elsewhere", fold=1)
     shards.card.fingerprint = "prepared again"
     with pytest.raises(CheckpointError, match="trained on 4 of these speakers"):
         evaluate(checkpoint, "here")
@@ -205,6 +208,29 @@ def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, chec
     assert tracker.metrics["test_ua"] == evaluation.scores.ua
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])
+def test_scores_are_told_though_the_run_is_out_of_reach(
+    shards, checkpoint, tmp_path, uri, capsys, caplog
+):
+    origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ua"] == evaluate(checkpoint, "here").scores.ua
+    assert "the training's run has not got these scores" in caplog.text
+    assert not (tmp_path / "gone.db").exists()
+
+
+@pytest.mark.parametrize("place", ["/gone/a.wav", "s3://user:password@bucket/a.wav", "no://b/a"])
+def test_a_page_has_no_clips_where_the_corpus_is_out_of_reach(shards, checkpoint, place):
+    evaluation = evaluate(checkpoint, "here")
+    paths = pa.array([place] * len(evaluation.truth))
+    table = evaluation.predictions
+    table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+    report = report_of(dataclasses.replace(evaluation, predictions=table), (), (), audio=False)
+    assert (report.examples, report.hardest) == ([], [])
 
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):

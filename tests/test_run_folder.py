@@ -191,9 +191,25 @@ def test_the_chosen_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
 
 def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) -> None:
     folder = RunFolder(storage, "run")
-    identity = {"labels": ("a", "b"), "config": {"lr_max": 0.1, "epochs": 3}}
-    folder.require_same(identity)
-    folder.update_record(identity=identity)
-    folder.require_same(identity)
+
+    def identity(lr_max: float) -> dict:
+        return {"labels": ("a", "b"), "config": TrainConfig(lr_max=lr_max).to_dict()}
+
+    folder.require_same(identity(0.1))
+    folder.update_record(identity=identity(0.1))
+    folder.require_same(identity(0.1))
     with pytest.raises(CheckpointError, match=r"config is lr_max 0\.1 instead of 0\.2; give anot"):
-        folder.require_same({**identity, "config": {"lr_max": 0.2, "epochs": 3}})
+        folder.require_same(identity(0.2))
+
+
+def test_a_run_of_an_older_program_goes_on_where_what_is_new_is_off(tmp_path: Path) -> None:
+    folder, config = RunFolder(str(tmp_path), "run"), TrainConfig().to_dict()
+    older = {name: value for name, value in config.items() if name != "sam_radius"}
+    folder.update_record(identity={"recipe": older})
+    folder.require_same({"recipe": config})
+    with pytest.raises(CheckpointError, match=r"recipe is sam_radius 0\.0 instead of 0\.1"):
+        folder.require_same({"recipe": config | {"sam_radius": 0.1}})
+    newer = config | {"unheard_of": 1, "epochs": 3}
+    folder.update_record(identity={"recipe": newer})
+    with pytest.raises(CheckpointError, match=r"recipe is epochs 3 instead of 48"):
+        folder.require_same({"recipe": config})

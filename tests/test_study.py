@@ -86,7 +86,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def open_study(storage: Path | str) -> Study:
     journal = StudyJournal(RunFolder(str(storage), "search"))
-    parent = SimpleNamespace(uri="memory", run_id="parent")
+    parent = SimpleNamespace(uri="memory", run_id="parent", abandon=lambda error: None)
     return Study(
         journal, RECIPE, parent,  # type: ignore[arg-type]
         name="search", experiment="tests", labels=("calm", "sad"), tags=TAGS,
@@ -278,6 +278,33 @@ def test_a_failed_trial_that_is_trained_again_is_recorded_again(server, tmp_path
     assert len(server.runs) == 3
 
 
+def test_a_study_does_not_end_before_its_trials_are_recorded(server, tmp_path):
+    write(tmp_path)
+    server.away = True
+    study = open_study(tmp_path)
+    with pytest.raises(KeyboardInterrupt), study:
+        study.settle(4)
+    study = open_study(tmp_path)
+    with pytest.raises(TrackingError, match="the same command delivers them"), study:
+        study.settle(3)
+    server.away = False
+    with open_study(tmp_path) as study:
+        study.settle(3)
+    assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
+
+
+def test_trials_that_tune_forgot_are_lost(server, tmp_path):
+    tell = write(tmp_path)
+    forgotten = tune_trial("gone", lr_max=4e-2)
+    tell.on_step_begin(1, [forgotten])
+    tell.on_trial_start(1, [forgotten], forgotten)
+    for _ in range(2):  # the same command again
+        with open_study(tmp_path) as study:
+            study.settle(3)
+        assert [trial.state for trial in study.logs] == ["pruned", "finished", "failed", "lost"]
+    assert server.runs["run-4"].status == "KILLED"
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
@@ -294,25 +321,28 @@ def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error
 
 
 def test_checkpoints_of_ended_trials_go_at_the_end_and_not_before(tmp_path):
-    """A snapshot of Tune's may not know yet that the trial ended."""
+    """A snapshot of Tune's may not know yet that the trial ended; and an interruption ends none."""
     folder = RunFolder(str(tmp_path), "search")
     tell = JournalCallback(StudyJournal(folder))
-    trials = [tune_trial("ended"), tune_trial("running"), tune_trial("gone")]
+    names = ["ended", "before", "gone", "interrupted"]
+    trials = [tune_trial(name) for name in names]
+    kept = {name: Path(folder.path, name, "checkpoint_000000") for name in names}
+    groups = {name: Path(folder.path, "groups", name) for name in names}
     for trial in trials:
-        path = tmp_path / trial.trial_id
-        path.mkdir()
-        Path(folder.path, "groups", trial.trial_id).mkdir(parents=True)
-        trial.checkpoint = SimpleNamespace(path=str(path))
-    (tmp_path / "gone").rmdir()
+        kept[trial.trial_id].mkdir(parents=True)
+        groups[trial.trial_id].mkdir(parents=True)
+        trial.checkpoint = SimpleNamespace(path=str(kept[trial.trial_id]))
+    kept["gone"].rmdir()
+    trials[1].status = "TERMINATED"  # in an earlier start
+    tell.on_step_begin(0, trials)
     for trial in (trials[0], trials[2]):
         tell.on_trial_complete(0, trials, trial)
-        trial.status = trial.TERMINATED
-    assert (tmp_path / "ended").exists()
+    assert kept["ended"].exists()
+    for trial in trials:
+        trial.status = "TERMINATED"  # as Tune calls whatever it stopped
     tell.on_experiment_end(trials)
-    assert not (tmp_path / "ended").exists()
-    assert (tmp_path / "running").exists()
-    groups = [path.name for path in Path(folder.path, "groups").iterdir()]
-    assert groups == ["running"]
+    for paths in (kept, groups):
+        assert [name for name in names if paths[name].exists()] == ["interrupted"]
 
 
 def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):

@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray import tune as ray_tune
 from ray.train import WorkerGroupError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
+from ray.util.queue import Empty
 
 from ser_ray import cli, commands
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError, ResourcesError, SerRayError
@@ -25,11 +27,11 @@ from ser_ray.tracking import recipe_of_run
 from ser_ray.training import trials as trials_module
 from ser_ray.training import tune as tune_module
 from ser_ray.training.config import AugmentConfig, Keep, RunConfig, TrainConfig
-from ser_ray.training.group_trial import GroupTrial
+from ser_ray.training.group_trial import GroupTrial, _told_of
 from ser_ray.training.loop import fit
 from ser_ray.training.metrics import kept_epoch
 from ser_ray.training.model import Pretrained
-from ser_ray.training.run_folder import RunFolder, Stored
+from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import SlotConfig, TuneConfig
 from ser_ray.training.trial_log import TrialLog, best_of
 from ser_ray.training.trials import (
@@ -444,19 +446,33 @@ def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
         trial._conclude()
 
 
-def test_a_group_that_had_done_all_its_epochs_ends_with_the_last():
-    """Its trial was lost between its last epoch and its end."""
-    rows = [{"epoch": 1.0, "val_ua": 0.4}, {"epoch": 2.0, "val_ua": 0.3}]
-    progress = {"history": rows, "rates": [0.1, 0.2, 0.3, 0.4], "chosen_confusion": [[1]]}
+def _nothing(timeout: float) -> None:
+    raise Empty
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_group_that_goes_on_tells_again_what_its_checkpoint_knows(keep):
+    """Its trial was lost after the group stored an epoch, and before Tune was told of it."""
+    rows = [
+        {"epoch": epoch, "val_ua": val_ua, "val_loss": 1.0}
+        for epoch, val_ua in ((1.0, 0.4), (2.0, 0.3))
+    ]
+    progress = {
+        "history": rows, "rates": [0.1, 0.2, 0.3, 0.4, 0.5], "step": 1, "chosen_confusion": [[1]],
+    }  # fmt: skip
     trial: Any = GroupTrial.__new__(GroupTrial)
-    trial.recipe, trial.told = replace(RECIPE, epochs=2), {}
-    trial.folder = SimpleNamespace(newest=lambda: Stored("checkpoint-0002-000000", progress))
-    trial.study = SimpleNamespace(finish=None)
+    trial.recipe, trial.told, trial.is_asked = replace(RECIPE, epochs=2, keep=keep), {}, False
+    trial.past = deque(_told_of(trial.recipe, progress))
+    trial.study, trial.reports = SimpleNamespace(finish=None), SimpleNamespace(get=_nothing)
     trial.training = Future()
     trial.training.set_result(SimpleNamespace(return_value=None))
-    told = trial._conclude()
-    assert (told["row"], told["lr"], told["confusion"]) == (rows[1], [0.3, 0.4], [[1]])
-    assert (told["complete"], told["done"], told["objective_by_epoch"]) == (True, True, [0.4, 0.3])
+    first, second, end = trial.step(), trial.step(), trial.step()
+    assert [told["row"] for told in (first, second, end)] == [rows[0], rows[1], rows[1]]
+    assert [told["lr"] for told in (first, second)] == [[0.1, 0.2], [0.3, 0.4]]
+    kept, other = (second, first) if keep == "last" else (first, second)
+    assert (kept["confusion"], other["confusion"]) == ([[1]], [])
+    assert (end["complete"], end["done"]) == (True, True)
+    assert end["objective_by_epoch"] == [0.4, 0.3 if keep == "last" else 0.4]
 
 
 def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch):
@@ -471,7 +487,7 @@ def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch)
         slots = Slots(count=1, workers=workers, cpus=1, gpus=0)
         folder = RunFolder(run.storage, "search")
         open_study(
-            setup_of(shards, slots=slots), folder, run, "label", {"recipe": {}}, print
+            setup_of(shards, slots=slots), folder, run, "label", {"recipe": RECIPE.to_dict()}, print
         )  # fmt: skip
 
     start(1)

@@ -36,13 +36,21 @@ from ser_ray.tracking import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
 from ser_ray.training.config import RunConfig, TrainConfig
 from ser_ray.training.data import Normalisation, label_indices, select_rows
+from ser_ray.training.loop import require_workers_fit
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.run_folder import RunFolder
 from ser_ray.training.search_config import CrossvalConfig, SlotConfig
 from ser_ray.training.study import Show, Study
 from ser_ray.training.trial_log import TrialLog, best_of
-from ser_ray.training.trials import TrialSetup, find_slots, grid_plan, open_study, run_trials
+from ser_ray.training.trials import (
+    TrialSetup,
+    find_slots,
+    fixed_workers,
+    grid_plan,
+    open_study,
+    run_trials,
+)
 
 PREDICTIONS = "predictions.parquet"
 FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
@@ -56,6 +64,8 @@ class CrossvalPlan:
     recipe: TrainConfig
     config: CrossvalConfig
     folds: tuple[int, ...]
+    fewest_clips: int
+    """Training clips of the fold that has the fewest."""
     caption: str
     """Protocol, folds and whether it is speaker-dependent."""
 
@@ -189,15 +199,15 @@ def plan_crossval(
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())
     folds = config.folds or tuple(range(count))
-    for fold in folds:
-        select_rows(table, replace(recipe, fold=fold))  # whether a side is empty
+    parts = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
+    fewest_clips = min(len(part.train) for part in parts)
     which = f"{count} folds"
     if config.folds:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
     if config.part == "validation":
         which += ", VALIDATION parts"
     caption = f"{recipe.protocol}, {which}, {dependence_of(recipe.protocol)}"
-    return CrossvalPlan(shards, recipe, config, folds, caption)
+    return CrossvalPlan(shards, recipe, config, folds, fewest_clips, caption)
 
 
 def crossval(
@@ -211,10 +221,11 @@ def crossval(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
+    require_workers_fit(recipe, plan.fewest_clips, fixed_workers(run))
     pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
-    with cluster(address), folder.lock():
+    with cluster(address), folder.lock() as lock:
         require_shared(shards.uri, location)
         found = find_slots(run, slots)
         setup = TrialSetup(
@@ -226,20 +237,21 @@ def crossval(
         )
         identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
         with open_study(setup, folder, run, plan.caption, identity, show) as study:
-            if not folder.record().get("finished"):
+            finished = folder.record().get("finished", False)
+            if not finished:
                 grid = grid_plan({"seed": plan.seeds, "fold": list(plan.folds)}, found)
                 run_trials(setup, pretrained, grid, folder, study.journal, run.max_failures)
-                study.read()
-                study.require_all_ended(plan.num_trials)
+            study.settle(0 if finished else plan.num_trials)
+            lock.check()
             _require_all_finished(study.logs)
-        result = pool(plan, location, folder.name, study.parent)
-        page = crossval_page(result, pretrained[recipe.weights].origin, audio=run.audio)
-        _log_outcome(study.parent, result, page)
-        if config.part == "test":
-            _record_tests(study, location, audio=run.audio)
-        _log_best(study, location)
-        folder.update_record(finished=True)
-        study.parent.finish("FINISHED")
+            result = pool(plan, location, folder.name, study.parent)
+            page = crossval_page(result, pretrained[recipe.weights].origin, audio=run.audio)
+            _log_outcome(study.parent, result, page)
+            if config.part == "test":
+                _record_tests(study, location, audio=run.audio)
+            _log_best(study, location)
+            folder.update_record(finished=True)
+            study.parent.finish("FINISHED")
     return result
 
 
@@ -407,6 +419,8 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
 def _record_tests(study: Study, location: str, *, audio: bool) -> None:
     """Record every fold's test part in its own run."""
     for trial in study.logs:
+        if trial.state != "finished":
+            continue  # lost, and done again by another
         folder = fold_folder(location, trial.recipe.fold, trial.recipe.seed)
         with local_checkpoint(folder) as checkpoint:
             card = read_card(checkpoint)

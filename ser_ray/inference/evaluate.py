@@ -249,6 +249,11 @@ def _rows(
     config = card.config
     is_same_data = card.shards_fingerprint == shards.card.fingerprint
     if not (is_same_data or protocol):
+        if fold is not None:
+            raise ConfigError(
+                f"fold is {fold}, but these are not the shards of the training, all of whose "
+                "speakers are scored: name a --protocol too"
+            )
         rows = on_channel(table, one_clip_per_take(table), config.channel)
         return rows, "all speakers of other shards", False
     is_same_protocol = protocol in ("", config.protocol)

@@ -21,6 +21,15 @@ def _require_finite(config: Any) -> None:
             raise ConfigError(f"{item.name} is {value}: it must be a finite number")
 
 
+def _require_known(kind: type, values: dict[str, Any]) -> None:
+    known = {item.name for item in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown training settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """What is done to a training batch; every field has a value that switches it off."""
@@ -163,14 +172,10 @@ class TrainConfig:
         Raises:
             ConfigError: a key is unknown; the known ones are listed.
         """
-        known = {item.name for item in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(
-                f"unknown training settings {', '.join(unknown)}; known are "
-                f"{', '.join(sorted(known))}"
-            )
-        augment = AugmentConfig(**({"mix_style": 0.0} | values.get("augment", {})))
+        augment = values.get("augment", {})
+        _require_known(cls, values)
+        _require_known(AugmentConfig, augment)
+        augment = AugmentConfig(**({"mix_style": 0.0} | augment))
         return cls(**({"keep": "best"} | values | {"augment": augment}))
 
 

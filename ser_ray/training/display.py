@@ -113,7 +113,7 @@ class TrialTable:
                 str(recipe.seed),
                 f"{recipe.lr_min:.1e}",
                 f"{recipe.lr_max:.1e}",
-                f"{len(trial.rows)}/{recipe.epochs}",
+                f"{trial.epochs}/{recipe.epochs}",
                 f"{trial.chosen['val_ua']:.1%}" if trial.rows else trial.problem[:30],
                 style=STYLE[trial.state],
             )
@@ -131,11 +131,11 @@ class TrialTable:
         drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
         head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
         if trial.problem:
-            return f"{head}  after {len(trial.rows)} epochs: {trial.problem}"
+            return f"{head}  after {trial.epochs} epochs: {trial.problem}"
         if not trial.rows:
             return head
         score = f"{head}  UA {trial.chosen['val_ua']:.1%} {self.label}".rstrip()
-        return f"{score} after {len(trial.rows)} of {trial.recipe.epochs} epochs"
+        return f"{score} after {trial.epochs} of {trial.recipe.epochs} epochs"
 
 
 def _text(value: object) -> str:

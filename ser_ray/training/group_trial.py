@@ -7,6 +7,7 @@ dashboard, and without one the placement group stays and the next trial waits fo
 """
 
 import tempfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch import OutOfMemoryError
 from ser_ray.errors import SerRayError
 from ser_ray.storage import location_inside
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import kept_epoch
 from ser_ray.training.model import Pretrained
 from ser_ray.training.process_group import torch_config
-from ser_ray.training.run_folder import GROUPS, RunFolder
+from ser_ray.training.run_folder import GROUPS, RunFolder, Stored
 from ser_ray.training.search_config import recipe_of
 from ser_ray.training.trials import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
 from ser_ray.training.worker import run_worker
@@ -52,14 +54,25 @@ class GroupTrial(tune.Trainable):
         self.folder = RunFolder(location_inside(setup.storage, GROUPS), self.trial_id)
         self.reports, self.answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         self.told: dict[str, Any] = {}
-        trainer = self._trainer(self.recipe, pretrained[self.recipe.weights])
+        """What Tune was told last."""
+        self.is_asked = False
+        """The group waits for Tune's decision."""
+        before = self.folder.newest()
+        self.folder.tidy(before)
+        self.past = deque(_told_of(self.recipe, before.progress) if before is not None else ())
+        """What the group did before this start: some of it Tune may not have been told."""
+        trainer = self._trainer(self.recipe, pretrained[self.recipe.weights], before)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         self.training = self.executor.submit(trainer.fit)
 
     def step(self) -> dict[str, Any]:
         """Let the group do an epoch; the last call tells how it ended."""
-        if self.told:
+        if self.past:
+            self.told = self.past.popleft()
+            return self.told
+        if self.is_asked:
             self.answers.put(True)
+            self.is_asked = False
         while True:
             try:
                 self.told = self.reports.get(timeout=POLL_SECONDS)
@@ -67,6 +80,7 @@ class GroupTrial(tune.Trainable):
                 if self.training.done():
                     return self._conclude()
             else:
+                self.is_asked = True
                 return self.told
 
     def cleanup(self) -> None:
@@ -82,11 +96,9 @@ class GroupTrial(tune.Trainable):
             problem = self.training.result().return_value
             if isinstance(problem, SerRayError):
                 raise problem
-            newest = self.folder.newest()
-            assert newest is not None, "a finished training has a checkpoint"
-            if not self.told:  # all its epochs were done before this start
-                self.told = _told_of(self.recipe, newest.progress)
             if self.study.finish is not None:
+                newest = self.folder.newest()
+                assert newest is not None, "a finished training has a checkpoint"
                 with tempfile.TemporaryDirectory() as chosen:
                     self.folder.keep_chosen(newest, {}, Path(chosen))
                     self.study.finish(Path(chosen), self.study.shards, self.recipe)
@@ -103,10 +115,10 @@ class GroupTrial(tune.Trainable):
         objective = self.told.get("objective_by_epoch", [])
         return problem_metrics(problem, objective) | {"done": True}
 
-    def _trainer(self, recipe: TrainConfig, pretrained: Pretrained) -> TorchTrainer:
+    def _trainer(
+        self, recipe: TrainConfig, pretrained: Pretrained, before: Stored | None
+    ) -> TorchTrainer:
         slots, folder = self.study.slots, self.folder
-        before = folder.newest()
-        folder.tidy(before)
         history = before.progress["history"] if before is not None else []
         return TorchTrainer(
             run_worker,
@@ -170,10 +182,22 @@ class _Hand(UserCallback):
             raise StoppedTrialError
 
 
-def _told_of(recipe: TrainConfig, progress: dict[str, Any]) -> dict[str, Any]:
-    """What Tune was told of the last epoch before a checkpoint."""
-    rows = progress["history"]
+def _told_of(recipe: TrainConfig, progress: dict[str, Any]) -> list[dict[str, Any]]:
+    """What Tune is told of every epoch before a checkpoint.
+
+    Of their validation counts the checkpoint has those of the kept epoch alone.
+    """
+    rows, rates = progress["history"], progress["rates"]
+    steps = (len(rates) - progress["step"]) // max(len(rows), 1)
+    kept = kept_epoch(rows, recipe.keep) if rows else 0
     objective: list[float] = []
-    rates = progress["rates"][-(len(progress["rates"]) // len(rows)) :]
-    confusion = progress["chosen_confusion"]
-    return [trial_metrics(recipe, row, rates, confusion, objective) for row in rows][-1]
+    return [
+        trial_metrics(
+            recipe,
+            row,
+            rates[index * steps : (index + 1) * steps],
+            progress["chosen_confusion"] if index == kept else [],
+            objective,
+        )
+        for index, row in enumerate(rows)
+    ]

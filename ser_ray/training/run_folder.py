@@ -21,7 +21,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from ser_ray.errors import CheckpointError
+from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.lock import Lock
 from ser_ray.storage import filesystem_of, location_inside, written_whole
 from ser_ray.training.checkpoint import (
@@ -33,6 +33,7 @@ from ser_ray.training.checkpoint import (
     read_card,
     read_progress,
 )
+from ser_ray.training.config import TrainConfig
 
 RECORD = "run.json"
 CHOSEN = "chosen"
@@ -131,7 +132,7 @@ class RunFolder:
         identity, record = json.loads(json.dumps(identity)), self.record()
         if not record:
             self.journal().unlink(missing_ok=True)  # of a run whose folder is gone
-        difference = name_difference(record.get("identity", identity), identity)
+        difference = name_difference(_as_now(record.get("identity", identity)), identity)
         if difference:
             raise CheckpointError(
                 f"{self.location}: this name was given to a run whose {difference}; give another "
@@ -168,7 +169,7 @@ class RunFolder:
         kept = {newest.name, newest.chosen} if newest is not None else set()
         for name in self._checkpoints():
             if name not in kept:
-                self._delete(name)
+                self.delete(name)
 
     def chosen_card(self) -> CheckpointCard:
         """Card of the chosen checkpoint of a finished run."""
@@ -194,8 +195,8 @@ class RunFolder:
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)
         return read_card(into)
 
-    def _delete(self, name: str) -> None:
-        """Delete a checkpoint, into which a worker of a lost controller may be writing still.
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint, if it is there; a lost controller's worker may be writing into it.
 
         Such a worker ends soon; what it leaves all the same is no obstacle, only disk space.
         """
@@ -223,3 +224,11 @@ class RunFolder:
 
     def _is_whole(self, name: str) -> bool:
         return not name or read_progress(self.filesystem, f"{self.path}/{name}") is not None
+
+
+def _as_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity whose recipe, of an older program perhaps, says all that today's say."""
+    recipes = {name: identity[name] for name in ("config", "recipe") if name in identity}
+    with contextlib.suppress(ConfigError):  # of a newer one: what differs is named
+        recipes = {name: TrainConfig.from_dict(it).to_dict() for name, it in recipes.items()}
+    return identity | recipes

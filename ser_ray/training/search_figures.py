@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ser_ray.report import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.training.search_config import Dimension
-from ser_ray.training.trial_log import TrialLog
+from ser_ray.training.trial_log import TrialLog, best_of
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}
@@ -30,7 +29,7 @@ def history_figure(trials: Sequence[TrialLog], title: str) -> Figure:
             label=f"{state} ({len(some)})",
         )
     scored = [trial for trial in trials if trial.succeeded]
-    best = np.maximum.accumulate([trial.chosen["val_ua"] for trial in scored])
+    best = [best_of(scored[: index + 1]).chosen["val_ua"] for index in range(len(scored))]
     axes.step(
         [trial.number for trial in scored], best, where="post", color=VERMILION, label="best so far"
     )
@@ -91,7 +90,7 @@ def trial_rows(trials: Sequence[TrialLog]) -> list[dict[str, Any]]:
             "state": trial.state,
             **{name: trial.values.get(name) for name in names},
             "lr_min": trial.recipe.lr_min,
-            "epochs": len(trial.rows),
+            "epochs": trial.epochs,
             "chosen_epoch": trial.chosen.get("epoch"),
             "chosen_val_ua": trial.chosen.get("val_ua"),
             "chosen_val_wa": trial.chosen.get("val_wa"),

@@ -114,7 +114,7 @@ def _rows(trials: Sequence[TrialLog], dimensions: Sequence[Dimension]) -> list[R
             "trial": trial.number,
             "state": trial.state,
             **{item.name: _shown(trial.values.get(item.name)) for item in dimensions},
-            "epochs": len(trial.rows),
+            "epochs": trial.epochs,
             "UA": trial.chosen.get("val_ua", ""),
             "WA": trial.chosen.get("val_wa", ""),
         }

@@ -73,34 +73,47 @@ class Study:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.read()
-        self._retry_at = 0.0
-        self.deliver()
-        self.journal.store()
+        self._end()
         if error is not None:
             self.parent.abandon(error)
 
-    @property
-    def logs(self) -> list[TrialLog]:
-        """The trials by number."""
-        return list(self.trials.values())
-
-    def require_all_ended(self, expected: int) -> None:
-        """Tell an interrupted study, which Tune ends without an error, from a finished one.
+    def settle(self, expected: int) -> None:
+        """End the study, after so many trials, and deliver the last of it.
 
         Where enough have ended, Tune does not know the others any more: they are lost, and new ones
         have taken their place.
 
         Raises:
-            KeyboardInterrupt: trials are left.
+            KeyboardInterrupt: trials are left; Tune ends an interrupted study without an error.
+            TrackingError: MLflow does not take it; the same command delivers it.
         """
+        self.read()
         if sum(trial.ended for trial in self.logs) < expected:
             raise KeyboardInterrupt
         for trial in self.logs:
             if not trial.ended:
                 trial.state, trial.problem = "lost", "forgotten when the driver was killed"
+        if not self._end():
+            raise TrackingError(
+                f"{self.parent.uri}: the tracking server does not answer, so some of the "
+                f"{len(self.trials)} trials are not in it yet; they have all ended, and the same "
+                "command delivers them when it answers again"
+            )
+
+    def _end(self) -> bool:
+        """Stop following; says whether all is delivered."""
+        self._stop.set()
+        self._thread.join()
+        self.read()
+        self._retry_at = 0.0
+        delivered = self.deliver()
+        self.journal.store()
+        return delivered
+
+    @property
+    def logs(self) -> list[TrialLog]:
+        """The trials by number."""
+        return list(self.trials.values())
 
     def read(self) -> None:
         """Take up the journal's lines since the last call."""
@@ -128,7 +141,7 @@ class Study:
                 trial.started_ms, trial.recorded = entry["timestamp_ms"], False
             case "epoch":
                 trial.stopped = entry["stopped"]
-                if entry["row"]["epoch"] > len(trial.rows):  # else done again: the same numbers
+                if entry["row"]["epoch"] > trial.epochs:  # else done again: the same numbers
                     trial.rows.append(entry["row"])
                     trial.rates.append(entry["lr"])
                     trial.confusions.append(entry["confusion"])
@@ -158,7 +171,7 @@ class Study:
         return True
 
     def _deliver_trial(self, trial: TrialLog) -> None:
-        tracker = self._tracker(trial)
+        tracker, ended = self._tracker(trial), trial.ended  # as now: rows may come meanwhile
         for row, rates, when in list(zip(trial.rows, trial.rates, trial.times_ms, strict=False))[
             trial.delivered :
         ]:
@@ -168,7 +181,7 @@ class Study:
                 tracker.log_metrics({"lr_step": rate}, step, when)
             trial.delivered += 1
         tracker.deliver()
-        if not trial.ended:
+        if not ended:
             return
         if trial.state == "finished":  # what ended before keeps no epoch
             tracker.log_metrics(chosen_metrics(trial.chosen), 0, trial.times_ms[-1])

@@ -1,6 +1,5 @@
 """What happens to the trials of a study, line by line, as Ray Tune's loop in the driver sees it."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ class JournalCallback(tune.Callback):
     def __init__(self, journal: StudyJournal) -> None:
         self.journal = journal
         self._seen: set[str] = set()
+        self._ended: set[str] = set()
+        """Trials that came to their end, which those that an interruption stops do not."""
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Trials were drawn: their order is that of their numbers."""
@@ -24,6 +25,8 @@ class JournalCallback(tune.Callback):
             if trial.trial_id not in self._seen:
                 self._seen.add(trial.trial_id)
                 self._write(trial, event="drawn", values=trial.config)
+                if trial.status == trial.TERMINATED:  # in an earlier start
+                    self._ended.add(trial.trial_id)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts or goes on."""
@@ -41,7 +44,8 @@ class JournalCallback(tune.Callback):
             self._write(trial, event="epoch", stopped=stopped, **known)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended, by itself or stopped."""
+        """A trial ended, by itself or stopped by its scheduler."""
+        self._ended.add(trial.trial_id)
         self._write(trial, event="end")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -65,14 +69,10 @@ class JournalCallback(tune.Callback):
         """
         folder = self.journal.folder
         for trial in trials:
-            if trial.status != trial.TERMINATED:
-                continue
-            stored = [f"{folder.path}/{GROUPS}/{trial.trial_id}"]
-            if trial.checkpoint is not None:
-                stored.append(trial.checkpoint.path)
-            for path in stored:
-                with suppress(FileNotFoundError):  # not of that kind, or gone since an earlier end
-                    folder.filesystem.delete_dir(path)
+            if trial.trial_id in self._ended:
+                folder.delete(f"{GROUPS}/{trial.trial_id}")
+                if trial.checkpoint is not None:
+                    folder.delete(f"{trial.trial_id}/{Path(trial.checkpoint.path).name}")
 
     def _write(self, trial: Any, **entry: Any) -> None:
         self.journal.append(trial.trial_id, **entry, timestamp_ms=now_ms())

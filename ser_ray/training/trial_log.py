@@ -44,6 +44,11 @@ class TrialLog:
     """Epochs handed to the tracker."""
 
     @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return int(self.rows[-1]["epoch"]) if self.rows else 0
+
+    @property
     def chosen(self) -> Mapping[str, float]:
         """Row of the epoch whose weights are kept, so far; empty before the first."""
         return kept_row(self.rows, self.recipe.keep)
@@ -74,7 +79,7 @@ class TrialLog:
         if self.problem:
             return "failed"
         # Tune also stops a trial whose epochs are all done.
-        return "pruned" if self.stopped and len(self.rows) < self.recipe.epochs else "finished"
+        return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
 
 
 def best_of(trials: Sequence[TrialLog]) -> TrialLog:

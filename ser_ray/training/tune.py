@@ -12,7 +12,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage import absolute, location_inside
 from ser_ray.tracking import now_ms
 from ser_ray.training.config import RunConfig, TrainConfig
-from ser_ray.training.data import describe, select_rows
+from ser_ray.training.data import select_rows
+from ser_ray.training.loop import require_workers_fit
 from ser_ray.training.metrics import chosen_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.run_folder import RunFolder
@@ -41,6 +42,7 @@ from ser_ray.training.trials import (
     SlotVariants,
     TrialSetup,
     find_slots,
+    fixed_workers,
     open_study,
     run_trials,
 )
@@ -94,28 +96,32 @@ def search(
     """
     require_one_split(recipe, config)
     shards = open_shards(absolute(shards_location))
-    split = describe(select_rows(shards.clips(), recipe))
+    parts = select_rows(shards.clips(), recipe)
+    sizes = [min(item.values) for item in config.dimensions if item.name == "batch_size"]
+    smallest = replace(recipe, batch_size=min([recipe.batch_size, *sizes]))
+    require_workers_fit(smallest, len(parts.train), fixed_workers(run))
     pretrained = read_starts(recipe, config.dimensions, shards)
     name = run.name or search_name(recipe, config, shards)
     folder = RunFolder(run.storage, name)
-    with cluster(address), folder.lock():
+    with cluster(address), folder.lock() as lock:
         require_shared(shards.uri, folder.location)
         found = find_slots(run, slots)
         setup = TrialSetup(
             recipe=recipe, shards=shards, slots=found, storage=absolute(folder.location)
         )
         identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
-        with open_study(setup, folder, run, split["label"], identity, show) as study:
-            if not folder.record().get("finished"):
+        with open_study(setup, folder, run, parts.label, identity, show) as study:
+            finished = folder.record().get("finished", False)
+            if not finished:
                 warn_of_baseline(recipe, config)
                 plan = make_plan(recipe, config, found)
                 run_trials(setup, pretrained, plan, folder, study.journal, run.max_failures)
-                study.read()
-                study.require_all_ended(num_trials(recipe, config))
+            study.settle(0 if finished else num_trials(recipe, config))
+            lock.check()
             best = best_of(study.logs)
-        again = train_command(best.run_id, shards_location, run)
-        title = f"validation, {split['label']}, {shards.card.corpus}"
-        return _conclude(folder, study, best, config, title, again)
+            again = train_command(best.run_id, shards_location, run)
+            title = f"validation, {parts.label}, {shards.card.corpus}"
+            return _conclude(folder, study, best, config, title, again)
 
 
 def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
