@@ -51,7 +51,9 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in location:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-    _refuse_password(location)
+    refuse_password(location)
+    if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
+        location = location.replace("#", "%23")  # a key may hold it, and has no fragment
     parts = urlsplit(location)
     try:
         if parts.scheme in _BUCKET_SCHEMES:
@@ -65,7 +67,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         raise ConfigError(f"{location}: cannot be opened ({_first_line(error)})") from error
 
 
-def _refuse_password(location: str) -> None:
+def refuse_password(location: str) -> None:
     """Refuse what would be written into every manifest, shard and run that names the location."""
     for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
         if _PASSWORD.search(link):
@@ -149,6 +151,8 @@ def _list_local(root: str) -> Iterator[ListedFile]:
                 if _is_junk(entry.name):
                     continue
                 status, problem = stat_file(entry.path)
+                if status is None and "." not in entry.name:  # a folder of a disk that is away?
+                    raise OSError(None, problem, entry.path)
                 if status is not None and stat.S_ISDIR(status.st_mode):
                     if not any(os.path.samestat(status, outer) for outer in inside):
                         waiting.append((entry.path, inside))
@@ -165,8 +169,8 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
         status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
     except FileNotFoundError:
         return None, "a link to nothing" if os.path.islink(path) else "there is no such file"  # noqa: PTH114
-    except OSError as error:  # a link to itself, for one
-        return None, error.strerror or str(error)
+    except (OSError, ValueError) as error:  # a link to itself, for one; a zero byte
+        return None, getattr(error, "strerror", None) or str(error)
     if stat.S_ISDIR(status.st_mode):
         return status, "a folder, not a file"
     if not stat.S_ISREG(status.st_mode):
@@ -201,6 +205,8 @@ def location_inside(folder: str, path: str) -> str:
     if "://" not in folder:
         return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - as `stat_file`
     before, after = _split_uri(folder)
+    while path.startswith("../"):
+        before, path = before.rstrip("/").rpartition("/")[0], path.removeprefix("../")
     if urlsplit(folder).scheme in _PERCENT_ENCODED:
         path = quote(path)
     return f"{before.rstrip('/')}/{path}{after}"

@@ -113,6 +113,10 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
         ("evaluate nowhere", "nowhere: no checkpoint here"),
         ("predict nowhere.wav --model nowhere", "nowhere.wav: no such file or folder"),
         ("prepare --corpus nowhere --shards out", "nowhere"),
+        ("prepare --corpus= --shards out", "corpus is empty: it must be a folder or URI"),
+        ("prepare --corpus a --shards b --include wav", "include is wav: it must be one or more"),
+        ("prepare --corpus a --shards b --max-seconds inf", "max_seconds is inf: it must be a fin"),
+        ("prepare --corpus a --shards b --trim-margin -1", "trim_margin is -1.0"),
         ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
     ],
 )

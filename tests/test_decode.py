@@ -212,10 +212,57 @@ def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
         assert failure(path).status == "unreadable"
 
 
+def test_channels_may_change_in_the_middle(tmp_path: Path) -> None:
+    parts = []
+    for channels in (1, 2):
+        file = io.BytesIO()
+        soundfile.write(file, np.stack([voice()] * channels, axis=1), 48_000, format="MP3")
+        parts.append(file.getvalue())
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"".join(parts))
+    decoded, sample_rate = decode(str(path))
+    assert len(decoded) / sample_rate == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_wav_of_another_name_is_a_wav(tmp_path: Path, samples: np.ndarray) -> None:
+    path = write_wav(tmp_path / "a.wav", samples).rename(tmp_path / "a.raw")
+    np.testing.assert_allclose(decode(str(path))[0], samples / 32768, atol=1e-4)
+
+
+@pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declared: int) -> None:
+    data = bytearray(write_wav(tmp_path / "a.wav", samples).read_bytes())
+    data[40:44] = struct.pack("<I", declared)
+    (tmp_path / "a.wav").write_bytes(data)
+    np.testing.assert_array_equal(decode(str(tmp_path / "a.wav"))[0], samples)
+
+
+def test_an_aiff_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.aiff", voice(2.0), "pcm_s16be", "aiff")
+    assert len(decode(str(path))[0]) == 96_000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert failure(path).reason.startswith("cut short: 1.0")
+
+
+def test_whatever_a_library_raises_is_the_clips_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("nobody thought of this")
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    found = failure(write_wav(tmp_path / "a.wav", samples))
+    assert (found.status, found.failed) == ("unreadable", "clip")
+    assert found.reason == "decoding failed: IndexError: nobody thought of this"
+
+
 def test_what_may_be_mended_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip that went is an outcome; a disk or bucket that went is not its clips' fault."""
-    assert not failure(tmp_path / "a.wav").storage_failed
-    assert failure(tmp_path / "unmounted" / "a.wav").storage_failed
+    assert failure(tmp_path / "a.wav").failed == "file"
+    assert failure(tmp_path / "unmounted" / "a.wav").failed == "storage"
+    with pytest.raises(ClipError, match="no filesystem opens") as caught:
+        decode("nowhere://a.wav")
+    assert caught.value.failed == "storage"
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("the network is down")
@@ -227,4 +274,4 @@ def test_what_may_be_mended_is_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "_open", fail)
     with pytest.raises(ClipError, match="the network is down") as caught:
         decode("memory://clips/b.wav")
-    assert caught.value.storage_failed
+    assert caught.value.failed == "storage"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from ser_ray.errors import ShardsError
+from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.lock import LOCK_NAME, Lock
 from ser_ray.shards.config import PrepareConfig
@@ -226,8 +226,10 @@ def test_what_is_lost_or_damaged_is_made_again(whole: Path, corpus: Path, tmp_pa
     (target / part_name(3)).unlink()
     (target / outcomes_name(5)).write_bytes(b"PAR1 half a file")
     (target / f"{part_name(7)}.0badc0de.tmp").touch()
+    (target / "mine.tmp").touch()
     summary = run(corpus, target)
     assert summary.notes == ("11 of 13 parts are committed already",)
+    (target / "mine.tmp").unlink()
     assert files_of(target) == files_of(whole)
 
 
@@ -272,6 +274,19 @@ def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Pa
     (target / part_name(4)).rmdir()
     run(corpus, target)
     assert files_of(target) == files_of(whole)
+
+
+def test_parts_that_something_else_made_stay(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "part-0.parquet").write_text("mine")
+    with pytest.raises(ShardsError, match=r"holds part-0.parquet, but no plan.*another folder"):
+        run(corpus, tmp_path)
+    assert (tmp_path / "part-0.parquet").read_text() == "mine"
+
+
+def test_a_corpus_without_one_clip_is_an_error(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("path,label,speaker\ngone.wav,joy,x\n")
+    with pytest.raises(CorpusError, match=r"none of its 1 files became a clip; .*gone.wav is unre"):
+        run(tmp_path / "table.csv", tmp_path / "shards")
 
 
 def test_a_corpus_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:

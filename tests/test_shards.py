@@ -25,7 +25,7 @@ from ser_ray.features.decode import decode
 from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.shards.card import make_card, write_card
-from ser_ray.shards.layout import mark_name, outcomes_name, part_name
+from ser_ray.shards.layout import mark_name, outcomes_name, part_key, part_name, read_key
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     describe_changes,
@@ -338,6 +338,38 @@ def test_unfinished_shards(corpus: Corpus, tmp_path: Path) -> None:
     write_plan(LOCAL, str(tmp_path), plan)
     with pytest.raises(ShardsError, match="not finished; give the same"):
         open_shards(str(tmp_path))
+
+
+def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Path) -> None:
+    shards = write_shards(corpus, tmp_path / "shards")
+    first, second, third, *_ = np.flatnonzero(shards.card.clips).tolist()
+    for name in (part_name(first), outcomes_name(second)):
+        (tmp_path / "shards" / name).write_bytes(b"")
+    for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
+        with pytest.raises(ShardsError, match=r"part-.* the same `ser-ray prepare` makes it again"):
+            read()
+    keys = [read_key(LOCAL, str(tmp_path / "shards"), part) for part in (first, second, third)]
+    assert [key is None for key in keys] == [True, True, False]
+
+
+def test_a_file_is_no_folder_of_shards(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(ShardsError, match=r"table.csv: cannot be read"):
+        open_shards(str(tmp_path / "table.csv"))
+
+
+def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    rows = corpus.manifest.slice(0, 2)
+    gone = str(tmp_path / "gone.wav")
+    rows = rows.set_column(0, "path", pa.array([rows["path"][0].as_py(), gone]))
+    result = write_part(LOCAL, str(tmp_path), 0, rows, Extractor(FEATURES))
+    assert result.counts == {"ok": 1, "unreadable": 1}
+    assert read_key(LOCAL, str(tmp_path), 0) is None
+    shutil.copy(corpus.manifest["path"][1].as_py(), gone)
+    assert write_part(LOCAL, str(tmp_path), 0, rows, Extractor(FEATURES)).counts == {"ok": 2}
+    assert read_key(LOCAL, str(tmp_path), 0) == part_key(rows, FEATURES)
 
 
 @pytest.mark.parametrize(

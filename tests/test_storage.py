@@ -81,6 +81,12 @@ def test_a_table_beside_its_clips_finds_them(folder):
     table = location_inside(folder, "table.csv")
     write(location_inside(folder, "sub/a b.wav"), b"clip")
     assert read(location_inside(folder_of(table), "sub/a b.wav")) == b"clip"
+    beside = location_inside(folder, "tables/table.csv")
+    assert read(location_inside(folder_of(beside), "../sub/a b.wav")) == b"clip"
+
+
+def test_a_hash_is_a_letter_of_a_bucket_s_keys():
+    assert filesystem_of("s3://bucket/clips#2/a%20b?region=eu-west-1")[1] == "bucket/clips#2/a b"
 
 
 def test_local_entries_that_are_no_files_are_listed_with_a_problem(tmp_path):

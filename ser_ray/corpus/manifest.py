@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,6 @@ from pyarrow import fs
 from ser_ray.corpus.names import (
     EMOTIONS,
     EXAMPLE_NAME,
-    MODALITIES,
     SUFFIXES,
     ClipName,
     NameProblem,
@@ -36,6 +36,7 @@ from ser_ray.storage import (
     folder_of,
     list_files,
     location_inside,
+    refuse_password,
     stat_file,
 )
 
@@ -99,9 +100,9 @@ def list_corpus(source: str) -> Corpus:
         if kind == fs.FileType.NotFound:
             raise CorpusError(f"{source}: there is no such folder or table")
         if kind == fs.FileType.Directory:
-            marker = filesystem.get_file_info(f"{path.rstrip('/')}/{STAND_IN_MARKER}")
-            name: Literal["stand-in", "ravdess"] = "stand-in" if marker.is_file else "ravdess"
-            return Corpus(name, source, EMOTIONS, _list_folder(source))
+            is_synthetic = _is_in_stand_in(filesystem, path)
+            name: Literal["stand-in", "ravdess"] = "stand-in" if is_synthetic else "ravdess"
+            return Corpus(name, source, EMOTIONS, _list_folder(source, is_synthetic))
         if not path.lower().endswith(_TABLE_SUFFIXES):
             raise CorpusError(
                 f"{source}: neither a folder nor a .csv or .parquet table; an archive has to be "
@@ -115,17 +116,8 @@ def list_corpus(source: str) -> Corpus:
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Mark the rows to be decoded whose modality is not in `include` as `excluded`.
-
-    Raises:
-        ConfigError: `include` is empty or names an unknown modality.
-    """
+    """Mark the rows to be decoded whose modality is not in `include` as `excluded`."""
     wanted = sorted(set(include))
-    if not wanted or not set(wanted) <= set(MODALITIES):
-        raise ConfigError(
-            f"include is {','.join(wanted) or 'empty'}: it must be one or more of "
-            f"{','.join(MODALITIES)}"
-        )
     is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
     left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
     return _with_status(manifest, left_out, "excluded", f"only {','.join(wanted)} is included")
@@ -134,10 +126,17 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 # --- RAVDESS: what the file names say ---
 
 
-def _list_folder(source: str) -> pa.Table:
+def _is_in_stand_in(filesystem: fs.FileSystem, path: str) -> bool:
+    """Whether a folder, or one that it is in, says that its clips are synthetic."""
+    folders = [path, *map(str, PurePosixPath(path).parents)]
+    markers = [f"{folder.rstrip('/')}/{STAND_IN_MARKER}" for folder in folders if folder != "."]
+    return any(found.is_file for found in filesystem.get_file_info(markers))
+
+
+def _list_folder(source: str, is_synthetic: bool) -> pa.Table:
     """List a folder of RAVDESS names: `MANIFEST_SCHEMA`, sorted by path."""
     others: Counter[str] = Counter()
-    clips = _only_clips(list_files(source), others)
+    clips = _only_clips(_without_marker(list_files(source), source, is_synthetic), others)
     batches = []
     while batch := list(itertools.islice(clips, _LISTING_BATCH)):
         batches.append(_read_names(batch))
@@ -146,6 +145,20 @@ def _list_folder(source: str) -> pa.Table:
         raise _nothing_recognised(source, table, others)
     manifest = table.select(MANIFEST_SCHEMA.names)
     return _mark_duplicates(manifest, table["name"], table["depth"], "has the file name of ")
+
+
+def _without_marker(
+    files: Iterable[ListedFile], source: str, is_synthetic: bool
+) -> Iterator[ListedFile]:
+    for file in files:
+        folder, _, name = file.inside.rpartition("/")
+        if name != STAND_IN_MARKER:
+            yield file
+        elif not is_synthetic:
+            raise CorpusError(
+                f"{source}: {folder} in it holds synthetic clips, which must not pass for RAVDESS: "
+                "name the one corpus or the other"
+            )
 
 
 def _only_clips(files: Iterable[ListedFile], others: Counter[str]) -> Iterator[ListedFile]:
@@ -238,10 +251,16 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
     if "take" not in rows.column_names:
         takes = pa.array([os.path.splitext(path)[0] for path in given])  # noqa: PTH122
         rows = rows.append_column("take", takes)
-    for column in ("speaker", "label"):
-        _check_takes(source, rows, column)
     folder = folder_of(source)
-    paths = [path if "://" in path else location_inside(folder, path) for path in given]
+    paths = [
+        path if "://" in path or os.path.isabs(path) else location_inside(folder, path)  # noqa: PTH117
+        for path in given
+    ]
+    _refuse_passwords(source, paths)
+    by_file = rows.set_column(rows.column_names.index("take"), "take", pa.array(paths))
+    for column in ("speaker", "label"):
+        _require_one(source, rows, "take", column)
+        _require_one(source, by_file, "file", column)
     seen = [(None, None) if "://" in path else stat_file(path) for path in paths]
     nothing = pa.nulls(len(rows))
     columns = dict.fromkeys(MANIFEST_SCHEMA.names, nothing) | {
@@ -259,20 +278,40 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
     return _mark_duplicates(manifest, manifest["path"], same, "the table lists it before: ")
 
 
-def _check_takes(source: str, rows: pa.Table, column: str) -> None:
-    """Refuse a take with two speakers or two labels: no split could keep it on one side."""
+def _refuse_passwords(source: str, paths: list[str]) -> None:
+    """Refuse URIs that hold a password: they would get into the shards."""
+    for row, path in enumerate(paths, start=1):
+        if "://" in path:
+            try:
+                refuse_password(path)
+            except ConfigError as error:
+                raise CorpusError(f"{source}: row {row} (after the header): {error}") from error
+
+
+def _require_one(
+    source: str, rows: pa.Table, what: Literal["take", "file"], column: Literal["speaker", "label"]
+) -> None:
+    """Refuse a take or a file of two speakers or labels: no split could keep it on one side.
+
+    Args:
+        source: the table, as given.
+        rows: with the name of its take, or its path, in the column `take`.
+        what: which of these.
+        column: what must be one.
+    """
     counts = rows.group_by("take", use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
     if len(mixed) == 0:
         return
-    take = mixed["take"][0].as_py()
-    numbers = np.flatnonzero(pc.equal(rows["take"], take).to_numpy())
+    name = mixed["take"][0].as_py()
+    numbers = np.flatnonzero(pc.equal(rows["take"], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
+    take = "; a take is one performance, named by the column take or else by the path without its "
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
-        f"take, {take!r}, but their {column} is {values[0]!r} and {values[other]!r}; a take is one "
-        "performance, named by the column take or else by the path without its extension"
+        f"{what}, {name!r}, but their {column} is {values[0]!r} and {values[other]!r}"
+        + (f"{take}extension" if what == "take" else "")
     )
 
 
@@ -282,10 +321,16 @@ def _check_takes(source: str, rows: pa.Table, column: str) -> None:
 def _mark_duplicates(
     manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
 ) -> pa.Table:
-    """Of the rows to be decoded with equal keys, leave the shallowest, then the first by path."""
+    """Of the rows to be decoded with equal keys, leave one.
+
+    That is the largest file, for a copy may be cut short; then the shallowest; then the first by
+    path.
+    """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
-    ranked = pa.table({"row": rows, "key": keys.take(rows), "depth": depths.take(rows)}).sort_by(
-        [("key", "ascending"), ("depth", "ascending"), ("row", "ascending")]
+    columns = {"key": keys, "size": manifest["size"], "depth": depths}
+    ranked = pa.table({name: column.take(rows) for name, column in columns.items()} | {"row": rows})
+    ranked = ranked.sort_by(
+        [("key", "ascending"), ("size", "descending"), ("depth", "ascending"), ("row", "ascending")]
     )
     rows, keys = ranked["row"].to_numpy(), ranked["key"].combine_chunks()
     is_copy = np.zeros(len(rows), bool)

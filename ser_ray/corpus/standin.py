@@ -116,7 +116,7 @@ def make_standin(target: Path, *, seed: int = 0) -> None:
     seed and version is left as it is, one of another is replaced.
 
     Raises:
-        CorpusError: `target` holds something that is not a stand-in corpus.
+        CorpusError: `target` holds something that is not a stand-in corpus, or cannot be written.
     """
     marker = target / STAND_IN_MARKER
     text = _marker_text(seed)
@@ -129,13 +129,18 @@ def make_standin(target: Path, *, seed: int = 0) -> None:
             f"{target}: holds something else than a stand-in corpus, and would have to be removed "
             "to make one here; name an empty or a new folder"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as workshop:
-        made = Path(workshop) / target.name
-        for speaker in SPEAKERS:
-            _write_speaker(made, speaker, seed)
-        (made / STAND_IN_MARKER).write_text(text)
-        made.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as workshop:
+            made = Path(workshop) / target.name
+            for speaker in SPEAKERS:
+                _write_speaker(made, speaker, seed)
+            (made / STAND_IN_MARKER).write_text(text)
+            made.replace(target)
+    except OSError as error:
+        raise CorpusError(
+            f"{target}: cannot be written ({error}); work in another folder"
+        ) from error
 
 
 def _marker_text(seed: int) -> str:

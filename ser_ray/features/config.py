@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -40,8 +41,12 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and field.name not in ("f_min", "trim_margin"):
-                raise ConfigError(f"{field.name} is {value}: it must be above 0")
+            if not math.isfinite(value):
+                raise ConfigError(f"{field.name} is {value}: it must be a finite number")
+            may_be_zero = field.name in ("f_min", "trim_margin")
+            if value < 0 or (value == 0 and not may_be_zero):
+                bound = "at least" if may_be_zero else "above"
+                raise ConfigError(f"{field.name} is {value}: it must be {bound} 0")
         if self.f_min < 0 or self.f_min >= self.sample_rate / 2:
             raise ConfigError(
                 f"f_min is {self.f_min} Hz: it must be at least 0 and below half the sample rate, "

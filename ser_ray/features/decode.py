@@ -20,7 +20,8 @@ import numpy as np
 import soundfile
 from pyarrow import fs
 
-from ser_ray.features import ClipError
+from ser_ray.errors import ConfigError
+from ser_ray.features import ClipError, Failure
 from ser_ray.storage import filesystem_of
 
 MAX_CHANNELS = 8
@@ -39,8 +40,10 @@ CODECS = (
 the first one, which takes 20 ms of the 22 that opening a video of 720 lines takes."""
 MISSING_SECONDS = 0.25
 """A clip that ends this long before its header says so was cut short; less is a sloppy header."""
-UNKNOWN_LENGTH = 2**32 - 1
+UNKNOWN_LENGTHS = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000)
 """Bytes of samples that a wav declares when it was written to a pipe."""
+SURE_OF_THEIR_LENGTH = ("mp4", "aiff")
+"""Formats whose header tells the number of samples; others are estimates."""
 WHOLE = 1 << 21
 """Files in a bucket up to so many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
 READ_AHEAD = 1 << 18
@@ -63,9 +66,9 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
     Raises:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
     """
-    if not isinstance(file, str):
-        return _decode_stream(file, max_seconds)
     try:
+        if not isinstance(file, str):
+            return _decode_stream(file, max_seconds)
         filesystem, path = filesystem_of(file)
         if isinstance(filesystem, fs.LocalFileSystem):
             with Path(path).open("rb", buffering=0) as opened:
@@ -74,14 +77,25 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
         with filesystem.open_input_file(path) as stream:
             is_small = stream.size() <= WHOLE
             return _decode_stream(io.BytesIO(stream.read()) if is_small else stream, max_seconds)
+    except ClipError:
+        raise
+    except ConfigError as error:  # no filesystem opens it
+        raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # With its folder gone, this is a disk that is not mounted rather than a clip deleted.
-        is_alone = "://" in file or Path(file).parent.exists()
+        is_alone = not isinstance(file, str) or "://" in file or Path(file).parent.exists()
         reason = "there is no such file any more" if is_alone else "its folder is not there"
-        raise ClipError("unreadable", reason, storage_failed=not is_alone) from error
+        failed: Failure = "file" if is_alone else "storage"
+        raise ClipError("unreadable", reason, failed=failed) from error
     except OSError as error:
+        failed = "storage" if isinstance(file, str) and "://" in file else "file"
         reason = f"reading failed: {error.strerror or error}"
-        raise ClipError("unreadable", reason, storage_failed="://" in file) from error
+        raise ClipError("unreadable", reason, failed=failed) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a library that was not made for what this clip holds
+        reason = f"decoding failed: {type(error).__name__}: {error}"
+        raise ClipError("unreadable", reason) from error
 
 
 def _decode_stream(stream: BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -118,7 +132,7 @@ def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray,
                 return sound.read(dtype="int16"), sound.samplerate
             channels = sound.read(dtype="float32", always_2d=True)  # [num_samples, channels]
             return _mean(channels.T), sound.samplerate
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):  # this: named .raw, which it believes
         if not isinstance(source, str):
             source.seek(0)
         return None
@@ -127,7 +141,7 @@ def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray,
 def _check_whole(sound: soundfile.SoundFile) -> None:
     """Refuse a wav with fewer samples than its header declares; libsndfile only notes it."""
     note = re.search(r"^data : (\d+) \(should be (\d+)\)$", sound.extra_info, re.MULTILINE)
-    if note is None or int(note[1]) == UNKNOWN_LENGTH:
+    if note is None or int(note[1]) in UNKNOWN_LENGTHS:
         return
     declared, held = (int(number) for number in note.groups())
     seconds = sound.frames / sound.samplerate
@@ -162,17 +176,22 @@ def _decode_packets(
     sample_rate = stream.sample_rate
     _check_shape(stream.channels, sample_rate)
     to_float = av.AudioResampler(format="fltp")
-    blocks: list[np.ndarray] = [np.empty((stream.channels, 0), np.float32)]
+    blocks: list[np.ndarray] = [np.empty(0, np.float32)]
     num_samples = 0
     for frame in clip.decode(stream):
+        if not num_samples:
+            sample_rate = frame.sample_rate  # AAC's header may say half of it
+        if frame.sample_rate != sample_rate:
+            raise ClipError("unreadable", "its sample rate changes in the middle")
         for block in to_float.resample(frame):
-            blocks.append(block.to_ndarray())  # [channels, num_samples]
+            blocks.append(_mean(block.to_ndarray()))  # of [channels, num_samples], which may vary
             num_samples += block.samples
         _check_length(num_samples / sample_rate, max_seconds)
     declared = float((stream.duration or 0) * (stream.time_base or 0))
-    if "mp4" in clip.format.name and num_samples / sample_rate < declared - MISSING_SECONDS:
+    is_sure = any(name in clip.format.name for name in SURE_OF_THEIR_LENGTH)
+    if is_sure and num_samples / sample_rate < declared - MISSING_SECONDS:
         raise _cut_short(num_samples / sample_rate, declared)
-    return _mean(np.concatenate(blocks, axis=1)), sample_rate
+    return np.concatenate(blocks), sample_rate
 
 
 def _mean(channels: np.ndarray) -> np.ndarray:

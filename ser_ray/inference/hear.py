@@ -107,7 +107,7 @@ class Hearing:
         try:
             samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
-            status = UNREACHABLE if error.storage_failed else error.status
+            status = UNREACHABLE if error.failed == "storage" else error.status
             return Heard(path=name, status=status, reason=error.reason)
         return self.samples(samples, sample_rate, name)
 

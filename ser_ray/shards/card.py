@@ -103,7 +103,7 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
     """Return the card of a folder, None if it has none.
 
     Raises:
-        ShardsError: the card is of another version, or no card.
+        ShardsError: the card is of another version, or no card, or the folder cannot be read.
     """
     try:
         with filesystem.open_input_file(f"{folder}/{CARD_NAME}") as file:
@@ -119,5 +119,7 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
         return ShardCard(**values)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ShardsError(f"{folder}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ShardsError(f"{folder}/{CARD_NAME}: not the card of a shard set ({error})") from error

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ser_ray.corpus.names import MODALITIES
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig
 
@@ -22,5 +23,13 @@ class PrepareConfig:
     """What a feature is."""
 
     def __post_init__(self) -> None:
+        for name in ("corpus", "shards"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty: it must be a folder or URI")
+        if not self.include or not set(self.include) <= set(MODALITIES):
+            raise ConfigError(
+                f"include is {','.join(self.include) or 'empty'}: it must be one or more of "
+                f"{','.join(MODALITIES)}"
+            )
         if self.rows_per_part < 1:
             raise ConfigError(f"rows_per_part is {self.rows_per_part}: it must be at least 1")

@@ -48,11 +48,19 @@ def part_key(rows: pa.Table, features: FeatureConfig) -> str:
 
 
 def read_key(filesystem: fs.FileSystem, folder: str, part: int) -> str | None:
-    """Return the key of a committed part, None if there is no such part or it is damaged."""
+    """Return the key of a committed part, None if there is no such part or it is damaged.
+
+    Nor is there one where a file could not be read: another try may add its clip.
+    """
     try:
         schema = pq.read_schema(f"{folder}/{outcomes_name(part)}", filesystem=filesystem)
+        pq.read_schema(f"{folder}/{part_name(part)}", filesystem=filesystem)
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
+    except OSError:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            return None  # a footer of other bytes; a bucket may just not answer
+        raise
     return (schema.metadata or {}).get(KEY, b"").decode() or None
 
 

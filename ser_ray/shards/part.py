@@ -73,6 +73,9 @@ def write_part(
 ) -> PartResult:
     """Decode the files of a part and commit its clips and outcomes.
 
+    Where a file could not be read, which may be mended, they get no key: the next run does the part
+    again.
+
     Args:
         filesystem: where the shards are.
         folder: their path on it.
@@ -85,8 +88,8 @@ def write_part(
             committed.
     """
     with _reader(filesystem, f"{folder}/{mark_name(part)}") as read:
-        clips, outcomes = _make_tables(rows, extractor, read)
-    key = {KEY: part_key(rows, extractor.config).encode()}
+        clips, outcomes, is_final = _make_tables(rows, extractor, read)
+    key = {KEY: part_key(rows, extractor.config).encode()} if is_final else None
     write_table(filesystem, f"{folder}/{part_name(part)}", clips)
     write_table(
         filesystem, f"{folder}/{outcomes_name(part)}", outcomes.replace_schema_metadata(key)
@@ -117,8 +120,11 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
 
 def _make_tables(
     rows: pa.Table, extractor: Extractor, read: Callable[..., tuple[np.ndarray, int]]
-) -> tuple[pa.Table, pa.Table]:
-    """Return the decoded clips and the outcomes of all rows; `read` is as `decode`."""
+) -> tuple[pa.Table, pa.Table, bool]:
+    """Return the decoded clips, the outcomes of all rows, and whether another try would add none.
+
+    `read` is as `decode`.
+    """
     config = extractor.config
     longest = DECODE_FACTOR * config.max_seconds
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
@@ -126,15 +132,17 @@ def _make_tables(
     shape = {kind: (len(waiting), config.num_bins(kind), config.num_frames) for kind in KINDS}
     features = {kind: np.zeros(shape[kind], np.float16) for kind in KINDS}
     facts: list[dict[str, Any]] = []
+    is_final = True
     for row in waiting:
         path = rows["path"][row].as_py()
         try:
             samples, sample_rate = read(path, max_seconds=longest)
             waveform = extractor.waveform(samples, sample_rate)
         except ClipError as error:
-            if error.storage_failed:  # not to be committed as if it were the clip
+            if error.failed == "storage":  # not to be committed as if it were the clip
                 raise OSError(f"{path}: {error.reason}") from error
             outcomes[row] = error.status, error.reason
+            is_final &= error.failed == "clip"
             continue
         for kind, feature in extractor.features(waveform).items():
             features[kind][len(facts), :, : feature.shape[1]] = feature
@@ -150,7 +158,7 @@ def _make_tables(
         outcomes[row] = OK, None
     listed = rows.drop_columns(["status", "reason"])
     columns = {kind: to_binary(features[kind][: len(facts)]) for kind in KINDS}
-    return _clips_of(listed, facts, columns), _outcomes_of(listed, outcomes)
+    return _clips_of(listed, facts, columns), _outcomes_of(listed, outcomes), is_final
 
 
 def _clips_of(

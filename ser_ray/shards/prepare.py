@@ -18,12 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, one_of_each_folder, require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
-from ser_ray.errors import ShardsError
+from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.extract import Extractor
 from ser_ray.lock import Lock
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
@@ -47,12 +48,16 @@ from ser_ray.shards.plan import (
     write_plan,
 )
 from ser_ray.shards.progress import Progress, Watch, show
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage import absolute, filesystem_of
 
 AGAIN = "; what is committed stays, so when that is mended give the same command again"
 IN_USE = "is writing these shards; wait for it to end, or give another folder"
 ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
-_LEFT_BEHIND = re.compile(r"part-\d+(\.outcomes)?\.parquet|part-\d+\.trying|.*\.tmp")
+_PART = r"part-\d+(\.outcomes)?\.parquet"
+_LEFT_BEHIND = re.compile(
+    rf"{_PART}|part-\d+\.trying|({_PART}|{CARD_NAME}|{PLAN_NAME})\.[0-9a-f]{{8}}\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def prepare(
             what was found of an earlier run.
 
     Raises:
-        CorpusError: no corpus is found.
+        CorpusError: no corpus is found, or none of its files becomes a clip.
         ShardsError: another run writes there, another corpus is there, or a part could not be
             written.
         ResourcesError: no cluster answers, or a node of it does not see the corpus or the shards.
@@ -105,6 +110,8 @@ def prepare(
         filesystem.create_dir(folder, recursive=True)
         with Lock(filesystem, folder, ShardsError, IN_USE) as lock:
             before = read_plan(filesystem, folder)
+            if before is None:
+                _require_no_parts(filesystem, folder, config.shards)
             plan = make_plan(manifest, config.features, config.rows_per_part, before)
             if before is not None:
                 require_same_corpus(before, plan, config.shards)
@@ -126,7 +133,29 @@ def prepare(
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
+    if card.num_clips == 0:
+        raise _nothing_usable(ShardSet(config.shards, card).outcomes(), config)
     return PrepareSummary(card, notes, plan.num_files(waiting), time.monotonic() - started)
+
+
+def _require_no_parts(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
+    """Refuse a folder of files that are named like parts but were made by something else."""
+    entries = filesystem.get_file_info(fs.FileSelector(folder))
+    names = [entry.base_name for entry in entries if entry.is_file]
+    foreign = sorted(name for name in names if re.fullmatch(_PART, name))
+    if foreign:
+        raise ShardsError(
+            f"{shards}: holds {foreign[0]}, but no plan that says what it is; shards would take "
+            "its place, so give another folder"
+        )
+
+
+def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
+    first = outcomes.slice(0, 1).to_pylist()[0]
+    return CorpusError(
+        f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
+        f"{first['status']}: {first['reason']}"
+    )
 
 
 def _uncommitted(filesystem: fs.FileSystem, folder: str, plan: Plan) -> list[int]:

@@ -1,6 +1,8 @@
 """Reading shards back: what is known of the clips as a table, one kind of feature as an array."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,8 @@ class ShardSet:
         filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
-            with pq.ParquetFile(f"{folder}/{part_name(part)}", filesystem=filesystem) as file:
+            path = f"{folder}/{part_name(part)}"
+            with _reading(path), pq.ParquetFile(path, filesystem=filesystem) as file:
                 names = [name for name in file.schema_arrow.names if name not in KINDS]
                 tables.append(file.read(names))
         return pa.concat_tables(tables)
@@ -39,8 +42,11 @@ class ShardSet:
     def outcomes(self) -> pa.Table:
         """Return the manifest with the final status and reason, one row a listed file."""
         filesystem, folder = filesystem_of(self.uri)
-        paths = [f"{folder}/{outcomes_name(part)}" for part in self.card.parts]
-        tables = [pq.read_table(path, filesystem=filesystem) for path in paths]
+        tables = []
+        for part in self.card.parts:
+            path = f"{folder}/{outcomes_name(part)}"
+            with _reading(path):
+                tables.append(pq.read_table(path, filesystem=filesystem))
         return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
 
     def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
@@ -67,13 +73,27 @@ class ShardSet:
             if len(wanted) == 0:
                 return
             path = f"{folder}/{part_name(self.card.parts[index])}"
-            table = pq.read_table(path, columns=[kind], filesystem=filesystem, use_threads=False)
+            with _reading(path):
+                table = pq.read_table(
+                    path, columns=[kind], filesystem=filesystem, use_threads=False
+                )
             stored = to_array(table[kind], features.shape[1:])
             features[wanted] = stored[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_part, range(len(self.card.parts))))
         return features
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ShardsError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); where it is damaged, the same "
+            "`ser-ray prepare` makes it again"
+        ) from error
 
 
 def open_shards(uri: str) -> ShardSet:
