@@ -19,6 +19,8 @@ FEW_FILES = 48
 """More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
 
 logger = logging.getLogger(__name__)
+NOTHING_SCORED = "none of these files could be scored"
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -28,12 +30,20 @@ class Outcome:
 
     data: dict[str, Any]
     text: str
+    problem: str = ""
+    """Why this is a failure all the same."""
 
 
 def run(verb: cli.Common) -> None:
-    """Run a parsed verb and print its result."""
+    """Run a parsed verb and print its result.
+
+    Raises:
+        SerRayError: it failed, perhaps with a result.
+    """
     outcome = _DO[type(verb)](verb)
     print(json.dumps(outcome.data, indent=2) if verb.json else outcome.text)
+    if outcome.problem:
+        raise SerRayError(outcome.problem)
 
 
 def download(verb: cli.Download) -> Outcome:
@@ -249,9 +259,8 @@ def predict(verb: cli.Predict) -> Outcome:
     text = prediction_text(found)
     if predictor.card.corpus == "stand-in":
         text += "\n(the model was trained on the synthetic stand-in corpus)"
-    if all(item.status != "ok" for item in found):
-        raise SerRayError(text)
-    return Outcome({"predictions": [asdict(item) for item in found]}, text)
+    problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
+    return Outcome({"predictions": [asdict(item) for item in found]}, text, problem)
 
 
 def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcome:
@@ -266,14 +275,15 @@ def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcom
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
     emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
     before = f", {summary.files_before} of them before" if summary.files_before else ""
-    again = "the same command asks for the unreachable ones again"
     lines = [
         f"{len(files)} files: {counts}",
-        again if UNREACHABLE in summary.counts else "",
         emotions,
         f"in {summary.seconds:.1f} s{before}: {output}",
     ]
-    return Outcome(asdict(summary), "\n".join(line for line in lines if line))
+    problem = "" if "ok" in summary.counts else NOTHING_SCORED
+    if missing := summary.counts.get(UNREACHABLE):
+        problem = f"{missing} files were out of reach: the same command asks for them again"
+    return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem)
 
 
 def demo_ui(verb: cli.DemoUi) -> Outcome:

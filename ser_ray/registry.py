@@ -15,14 +15,14 @@ from typing import Any
 
 from pyarrow import fs
 
-from ser_ray.errors import TrackingError
+from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.storage import filesystem_of
 from ser_ray.tracking import (
-    first_line,
     name_like,
     quick_to_give_up,
     require_reachable,
     resolve_uri,
+    store_answers,
 )
 
 CHOSEN_BY = "chosen_val_ua"
@@ -44,6 +44,7 @@ def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
 
     Raises:
         TrackingError: no such run or registered model.
+        CheckpointError: the folder's storage does not answer.
     """
     if model.startswith("models:/") or (_RUN_ID.fullmatch(model) and not Path(model).exists()):
         with TemporaryDirectory() as folder:
@@ -54,8 +55,11 @@ def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
         yield Path(path)
         return
     with TemporaryDirectory() as folder:
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            fs.copy_files(path, folder, source_filesystem=filesystem)
+        try:
+            if filesystem.get_file_info(path).type == fs.FileType.Directory:
+                fs.copy_files(path, folder, source_filesystem=filesystem)
+        except OSError as error:
+            raise CheckpointError(f"{model}: cannot be fetched ({error})") from error
         yield Path(folder)
 
 
@@ -71,21 +75,21 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
     """
     quick_to_give_up()
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     uri = resolve_uri(tracking_uri)
     require_reachable(uri)
     mlflow.set_tracking_uri(uri)
     location = model if model.startswith("models:/") else f"runs:/{model}/model"
-    try:
+    advice = (
+        "; name a run's id, models:/name@alias or a checkpoint folder, and the store with "
+        "--tracking-uri"
+    )
+    with store_answers(f"{model}: no such model in {uri}", advice):
         path = mlflow.artifacts.download_artifacts(location, dst_path=str(folder))
-        data = mlflow.models.Model.load(path).flavors["python_function"]["data"]
-    except (MlflowException, OSError, KeyError) as error:
-        raise TrackingError(
-            f"{model}: no such model in {uri} ({first_line(error)}); name a run's id, "
-            "models:/name@alias or a checkpoint folder, and the store with --tracking-uri"
-        ) from error
-    return Path(path, data)
+        flavour = mlflow.models.Model.load(path).flavors.get("python_function", {})
+    if "data" not in flavour:
+        raise TrackingError(f"{model}: this model in {uri} is not one of ser_ray's{advice}")
+    return Path(path, flavour["data"])
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
@@ -99,12 +103,11 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     """
     quick_to_give_up()
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     uri = resolve_uri(tracking_uri)
     require_reachable(uri)
-    client = MlflowClient(tracking_uri=uri)
-    try:
+    with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
+        client = MlflowClient(tracking_uri=uri)
         run = client.get_run(run_id)
         within = [run.info.experiment_id]
         trials = client.search_runs(
@@ -119,11 +122,6 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             outputs = client.get_run(candidate).outputs
             if outputs and outputs.model_outputs:
                 return str(candidate)
-    except MlflowException as error:
-        raise TrackingError(
-            f"{run_id}: no such run in {uri} ({first_line(error)}); name the store with "
-            "--tracking-uri"
-        ) from error
     raise TrackingError(
         f"{run_id}: its best training, {best}, keeps no model: train it again with ser-ray train "
         f"--like {best}, then give this command again"
@@ -136,18 +134,23 @@ def _rank(run: Any) -> tuple[float, float]:
 
 
 def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:
-    """The scores of a run's test part, None if it was not evaluated, and its validation UA."""
+    """The scores of a run's test part, None if it was not evaluated, and its validation UA.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such run.
+    """
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=resolve_uri(tracking_uri))
-    with TemporaryDirectory() as folder:
+    uri = resolve_uri(tracking_uri)
+    with store_answers(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
+        client = MlflowClient(tracking_uri=uri)
         stored = {item.path for item in client.list_artifacts(run_id, "tables")}
         scores = None
         if TEST_SCORES in stored:
             scores = json.loads(
                 Path(client.download_artifacts(run_id, TEST_SCORES, folder)).read_text()
             )
-    return scores, float(client.get_run(run_id).data.metrics[CHOSEN_BY])
+        return scores, float(client.get_run(run_id).data.metrics[CHOSEN_BY])
 
 
 def register_model(
@@ -163,16 +166,13 @@ def register_model(
     """
     quick_to_give_up()
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     uri = resolve_uri(tracking_uri)
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    try:
+    with store_answers(f"{uri}: {name} was not registered"):
+        client = mlflow.MlflowClient(tracking_uri=uri)
         made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
         client.update_model_version(name, made.version, description=card)
         if alias:
             client.set_registered_model_alias(name, alias, made.version)
-    except MlflowException as error:
-        raise TrackingError(f"{uri}: {name} was not registered ({first_line(error)})") from error
     return str(made.version)

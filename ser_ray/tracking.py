@@ -99,10 +99,12 @@ class Tracker:
         require_reachable(uri)
         from mlflow import MlflowClient
         from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
 
-        try:
+        problem = f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''}"
+        advice = (
+            "; check --tracking-uri and --experiment, or give another --name to start a new run"
+        )
+        with store_answers(problem, advice):
             client = MlflowClient(tracking_uri=uri)
             if run_id:
                 client.update_run(run_id, status="RUNNING")
@@ -113,12 +115,6 @@ class Tracker:
             for first in range(0, len(listed), PARAMS_PER_CALL):
                 batch = listed[first : first + PARAMS_PER_CALL]
                 client.log_batch(run.info.run_id, params=batch)
-        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-            raise TrackingError(
-                f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''} "
-                f"({first_line(error)}); check --tracking-uri and --experiment, or give another "
-                "--name to start a new run"
-            ) from error
         return cls(uri, run.info.run_id)
 
     @classmethod
@@ -133,14 +129,9 @@ class Tracker:
         if database != uri and not Path(database).is_file():  # MLflow would make one
             raise TrackingError(f"{uri}: no such file on this machine")
         require_reachable(uri)
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
+        with store_answers(f"{uri}: run {run_id} is not to be had"):
             tracker = cls(uri, run_id)
             tracker._client.get_run(run_id)
-        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-            raise TrackingError(f"{uri}: run {run_id}: {first_line(error)}") from error
         return tracker
 
     @property
@@ -270,19 +261,18 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
     """
     quick_to_give_up()
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     uri = resolve_uri(tracking_uri)
     require_reachable(uri)
     mlflow.set_tracking_uri(uri)
-    try:
-        text = mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
-        recipe: dict[str, Any] = json.loads(text)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"{run_id}: no run with a recipe in {uri} ({first_line(error)}); name the store with "
-            "--tracking-uri, and the id of a run that ser-ray train or tune recorded"
-        ) from error
+    advice = (
+        "; name the store with --tracking-uri, and the id of a run that ser-ray train or tune "
+        "recorded"
+    )
+    with store_answers(f"{run_id}: no run with a recipe in {uri}", advice):
+        recipe: dict[str, Any] = json.loads(
+            mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
+        )
     return recipe
 
 
@@ -405,6 +395,22 @@ def quick_to_give_up() -> None:
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
+
+
+@contextmanager
+def store_answers(problem: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever MLflow and its stores raise into one error: problem, reason, way out.
+
+    Raises:
+        TrackingError: the store cannot be reached, is none, or has not got what is asked for.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        raise TrackingError(f"{problem} ({first_line(error)}){advice}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -83,7 +83,7 @@ def serve(store: str, port: int, folder: Path) -> int:
                 lock.check()
                 try:
                     back_up(database, filesystem, copy)
-                except OSError as error:
+                except (OSError, sqlite3.Error) as error:
                     print(f"{copy}: not written ({error}); trying again", file=sys.stderr)
         finally:
             server.terminate()
@@ -118,13 +118,17 @@ def back_up(database: Path, filesystem: fs.FileSystem, copy: str) -> bool:
     if not database.exists() or _changed_at(database) <= _changed_at(snapshot):
         return False
     changed_at = _changed_at(database)
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(snapshot)) as target,
-    ):
-        source.backup(target)
-    with written_whole(filesystem, copy) as target:
-        fs.copy_files(str(snapshot), target, destination_filesystem=filesystem)
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(database)) as source,
+            contextlib.closing(sqlite3.connect(snapshot)) as target,
+        ):
+            source.backup(target)
+        with written_whole(filesystem, copy) as target:
+            fs.copy_files(str(snapshot), target, destination_filesystem=filesystem)
+    except (OSError, sqlite3.Error):
+        snapshot.unlink(missing_ok=True)  # its age says that the copy is as new
+        raise
     os.utime(snapshot, ns=(changed_at, changed_at))
     return True
 

@@ -18,7 +18,8 @@ from ser_ray.cluster import cluster
 from ser_ray.errors import ConfigError
 from ser_ray.inference import batch
 from ser_ray.inference.batch import predict_many
-from ser_ray.inference.predict import Predictor
+from ser_ray.inference.hear import Heard
+from ser_ray.inference.predict import Prediction, Predictor
 from ser_ray.inference.results import Journal, as_row, table_schema
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
@@ -176,6 +177,37 @@ def test_one_writer_at_a_time(tmp_path):
         Journal(output, "model"),
     ):
         pass
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(
+    predictor, files, tmp_path
+):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "table.csv", "/proc/nowhere/table.csv"):
+        with pytest.raises(ConfigError, match=r"table.csv: cannot be written .* another --output"):
+            predict_many(files, predictor, str(output))
+
+
+def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeypatch):
+    asked: list[str] = []
+
+    def score(files, predictor):
+        asked.extend(files)
+        yield [as_row(Prediction(path=path, status="silent")) for path in files]
+
+    monkeypatch.setattr(batch, "_score", score)
+    monkeypatch.setattr(batch, "require_kept", lambda output: None)
+    monkeypatch.setattr(batch, "require_shared", lambda *places: None)
+    predict_many(["a.wav", "s3://bucket/b.wav"], predictor, "table.csv")
+    assert asked == [str(in_tmp / "a.wav"), "s3://bucket/b.wav"]
+
+
+def test_long_recordings_are_scored_before_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(batch, "WINDOWS_AT_ONCE", 5)
+    lengths = {"a": 2, "b": 4, "c": 0, "d": 9, "e": 1}
+    heard = (Heard(path=name, features=(np.zeros(1),) * n) for name, n in lengths.items())
+    groups = [[item.path for item in group] for group in batch.grouped(heard)]
+    assert groups == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_an_output_of_no_known_format_is_refused(predictor):

@@ -229,6 +229,16 @@ def test_a_wav_of_another_name_is_a_wav(tmp_path: Path, samples: np.ndarray) -> 
     np.testing.assert_allclose(decode(str(path))[0], samples / 32768, atol=1e-4)
 
 
+def test_samples_that_nobody_divided_are_brought_to_full_scale(tmp_path: Path) -> None:
+    sound = voice()
+    path = write_wav(tmp_path / "a.wav", sound * 32768, subtype="FLOAT")
+    np.testing.assert_allclose(decode(str(path))[0], sound, atol=1e-6)
+    assert (
+        "as large as 1e+06"
+        in failure(write_wav(tmp_path / "b.wav", np.full(9, 1e6), subtype="FLOAT")).reason
+    )
+
+
 @pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
 def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declared: int) -> None:
     data = bytearray(write_wav(tmp_path / "a.wav", samples).read_bytes())

@@ -74,6 +74,28 @@ def test_a_port_in_use_is_named(checkpoint, capsys):
     assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
 
 
+def test_a_port_that_is_none_is_named(checkpoint, capsys):
+    assert main(["demo-ui", str(checkpoint), "--port", "70000"]) == 2
+    assert "port is 70000: it must be at most 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_recordings_go_however_it_is_stopped(checkpoint, tmp_path, how):
+    server = subprocess.Popen(
+        [sys.executable, "-c", RUN, "demo-ui", str(checkpoint), "--port", "0"],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stderr is not None
+    assert any("http://" in line for line in server.stderr)
+    assert list(tmp_path.iterdir())
+    server.send_signal(how)
+    assert server.wait(20) == 0
+    server.stderr.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def page_url(checkpoint, tmp_path_factory) -> Iterator[str]:
     """The program itself, whose way out is a door where somebody counts."""

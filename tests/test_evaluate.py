@@ -125,6 +125,13 @@ def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint
     assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
     assert found.label == "all speakers of other shards"
     assert not found.is_own_test
+    others = shards.card.elsewhere
+    place = others.table.schema.get_field_index("channel")
+    spoken, sung = others.table, pa.array(["song"] * others.table.num_rows)
+    others.table = others.table.set_column(place, "channel", sung)
+    with pytest.raises(ConfigError, match="these shards hold no speech clip"):
+        evaluate(checkpoint, "elsewhere")
+    others.table = spoken
     with pytest.raises(ConfigError, match=r"fold is 1, but .*: name a --protocol too"):
         evaluate(checkpoint, "elsewhere", fold=1)
     shards.card.fingerprint = "prepared again"

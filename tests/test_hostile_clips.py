@@ -85,7 +85,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "1 sample": (lambda path: write_wav(path, np.ones(1)), "too_short", "0.000 s of sound"),
     "nan": (lambda path: float_wav(path, np.nan), "unreadable", "not finite"),
     "infinity": (lambda path: float_wav(path, -np.inf), "unreadable", "not finite"),
-    "float32 at its end": (lambda path: float_wav(path, 3e38), "unreadable", "not finite"),
+    "float32 at its end": (lambda path: float_wav(path, 3e38), "unreadable", "as large as 3e+38"),
     "both infinities": (
         lambda path: write_wav(path, np.full((9, 2), (np.inf, -np.inf)), subtype="FLOAT"),
         "unreadable",

@@ -50,6 +50,28 @@ def test_gpus_are_read_as_nvidias_library_counts_them(monkeypatch: pytest.Monkey
     assert values["gpu_1_memory_usage_megabytes"] == 2000
 
 
+def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = node_metrics.pynvml
+
+    def refuse(index: int) -> int:
+        if index == 1:
+            raise library.NVMLError(library.NVML_ERROR_NOT_SUPPORTED)
+        return index
+
+    monkeypatch.setattr(library, "nvmlInit", lambda: None)
+    monkeypatch.setattr(library, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(library, "nvmlDeviceGetHandleByIndex", refuse)
+    assert gpu_handles() == [0]
+    monkeypatch.setattr(
+        library, "nvmlDeviceGetMemoryInfo", lambda gpu: SimpleNamespace(used=2e9, total=8e9)
+    )
+    monkeypatch.setattr(library, "nvmlDeviceGetUtilizationRates", lambda gpu: refuse(1))
+    values = sample([0])
+    assert values["gpu_0_memory_usage_megabytes"] == 2000
+    assert "gpu_0_utilization_percentage" not in values
+    assert "cpu_utilization_percentage" in values
+
+
 class Logged:
     """Keeps what a tracker is given."""
 

@@ -186,7 +186,10 @@ assert ser_ray.__file__.endswith("model/code/ser_ray/__init__.py"), ser_ray.__fi
     [
         ({}, "none of path, audio"),
         ({"waveform": [0.1, float("inf")]}, "finite numbers"),
-        ({"waveform": [0.1] * 999, "sample_rate": -1}, "rate is not above 0"),
+        ({"waveform": [0.1] * 999, "sample_rate": -1}, "rate is not 1000 to 192000 Hz"),
+        ({"waveform": [0.1] * 999, "sample_rate": 16}, "rate is not 1000 to 192000 Hz"),
+        ({"waveform": [1e25] * 999}, "as large as 1e+25"),
+        ({"path": "nowhere://a.wav"}, "no filesystem opens"),
         ({"audio": b"no sound"}, "not a sound"),
     ],
 )

@@ -51,6 +51,17 @@ def test_folded_network_is_torchvisions(checkpoint, predictor):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_windows_stay_with_the_sound_at_odd_rates(predictor):
+    """A hundredth of a second is no whole number of samples at 22,050 Hz."""
+    rate, at = 22_050, 600
+    sound = np.zeros(rate * 1000, np.int16)
+    sound[rate * at : rate * (at + 8)] = 20_000 * voice(8, rate)
+    heard = predictor.hearing.samples(sound, rate, "tone")
+    starts, ends = zip(*heard.windows, strict=True)
+    assert min(starts) < at < min(ends)
+    assert max(starts) < at + 8 < max(ends)
+
+
 @pytest.mark.parametrize("seconds", [0.7, 1.25, 2.6])  # below, about and above one crop
 def test_a_clip_is_scored_as_in_validation(checkpoint, predictor, tmp_path, seconds):
     path = write_wav(tmp_path / "clip.wav", voice(seconds, seed=3))

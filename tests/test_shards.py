@@ -189,6 +189,10 @@ def test_a_clip_that_stalls_or_kills(tmp_path: Path) -> None:
         with pytest.raises(ClipError, match="kills the process"):
             sandbox.decode(str(stuck), max_seconds=9)
         samples, _ = sandbox.decode(str(good), max_seconds=9)
+        sandbox.process.kill()  # between two clips
+        sandbox.process.wait()
+        again, _ = sandbox.decode(str(good), max_seconds=9)
+    np.testing.assert_array_equal(again, samples)
     np.testing.assert_array_equal(samples, decode(str(good))[0])
 
 

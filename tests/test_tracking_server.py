@@ -139,9 +139,17 @@ def test_the_copy_in_a_bucket_is_whole_and_only_made_of_a_changed_database(tmp_p
         writer.commit()  # still in the log beside the file
         assert back_up(database, filesystem, copy)
 
+        writer.execute("INSERT INTO runs VALUES ('third')")
+        writer.commit()
+        with pytest.raises(OSError, match="bucket"):
+            back_up(database, filesystem, "no-such-bucket/mlflow.db")
+        assert back_up(database, filesystem, copy), "nothing changed since, but it was not stored"
+
         restore(filesystem, copy, tmp_path / "next.db")
         with contextlib.closing(sqlite3.connect(tmp_path / "next.db")) as reader:
-            assert reader.execute("SELECT name FROM runs").fetchall() == [("first",), ("second",)]
+            assert reader.execute("SELECT name FROM runs").fetchall() == [
+                ("first",), ("second",), ("third",),
+            ]  # fmt: skip
 
 
 def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(tmp_path):

@@ -27,8 +27,10 @@ from ser_ray.storage import filesystem_of
 MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
 """Rates in hertz that are taken for sound; with channels and seconds they bound memory."""
-MAX_PEAK = 1e6
-"""Full scale of float samples is 1, or 2^15 where a tool forgot to divide; beyond is no sound."""
+MAX_PEAK = 8.0
+"""Full scale of float samples is 1, beyond which a mix may go a little."""
+INTEGER_PEAK = 2.0**15
+"""Full scale where a tool forgot to divide; beyond is no sound."""
 FORMATS = "aac,aiff,amr,asf,avi,caf,flac,matroska,mov,mp3,mpegts,ogg,w64,wav"
 """FFmpeg's readers that may look at a clip."""
 CODECS = (
@@ -116,9 +118,24 @@ def _decode(source: str | BinaryIO, start: bytes, max_seconds: float) -> tuple[n
     samples, sample_rate = decoded or _decode_any(source, max_seconds)
     if samples.size == 0:
         raise ClipError("unreadable", "it holds no samples")
-    if samples.dtype == np.float32 and not np.all(np.abs(samples) <= MAX_PEAK):  # NaN is not
-        raise ClipError("unreadable", "it holds samples that are not finite numbers")
-    return samples, sample_rate
+    return full_scale(samples), sample_rate
+
+
+def full_scale(samples: np.ndarray) -> np.ndarray:
+    """Samples [num_samples] whose full scale is ±1, or as they are where they are int16.
+
+    Raises:
+        ClipError: they are no sound.
+    """
+    if samples.dtype == np.int16 or not samples.size:
+        return samples
+    peak = float(np.abs(samples).max())
+    if peak <= MAX_PEAK:
+        return samples
+    if peak <= INTEGER_PEAK:
+        return samples / np.float32(INTEGER_PEAK)
+    reason = f"it holds samples as large as {peak:g}" if peak < np.inf else ""
+    raise ClipError("unreadable", reason or "it holds samples that are not finite numbers")
 
 
 def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int] | None:

@@ -74,7 +74,12 @@ class Sandbox:
             ClipError: what `decode` raises; and `unreadable` for a clip that kills the process or
                 keeps it for too long.
         """
-        self._pipe.send_bytes(json.dumps([location, max_seconds]).encode())
+        request = json.dumps([location, max_seconds]).encode()
+        try:
+            self._pipe.send_bytes(request)
+        except BrokenPipeError:  # it was killed since the last clip
+            self._restart()
+            self._pipe.send_bytes(request)
         if not self._pipe.poll(self._seconds_per_clip):
             self._restart()
             raise ClipError("unreadable", f"not decoded after {self._seconds_per_clip:g} s")

@@ -11,7 +11,7 @@ costs half a millisecond a file.
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,12 @@ from ser_ray.inference.hear import Heard, Hearing
 from ser_ray.inference.predict import Predictor
 from ser_ray.inference.results import Journal, as_row, require_suffix
 from ser_ray.shards.progress import Progress, Watch, show
+from ser_ray.storage import absolute
 
 FILES_AT_ONCE = 32
 """Files of a block: what an interruption costs each actor at most."""
+WINDOWS_AT_ONCE = 256
+"""Windows held as features before they are scored; an hour's recording has 2300."""
 SECONDS_PER_FILE = 600.0
 """A file that is not decoded by then is given up: an hour's video from a bucket takes minutes."""
 
@@ -77,6 +80,7 @@ def predict_many(
     require_suffix(output)
     require_kept(output)
     started = time.monotonic()
+    files = [absolute(path) for path in files]  # a worker's folder is another one
     with Journal(output, predictor.fingerprint) as journal:
         waiting = [path for path in files if not journal.is_done(path)]
         require_shared(*one_of_each_folder(waiting))
@@ -139,6 +143,18 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
         ) from error
 
 
+def grouped(heard: Iterable[Heard]) -> Iterator[list[Heard]]:
+    """Yield what was heard in some files, no more at once than memory bears."""
+    group: list[Heard] = []
+    for item in heard:
+        group.append(item)
+        if sum(len(one.features) for one in group) >= WINDOWS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 class _Decoder:
     """An actor that turns files into features."""
 
@@ -147,11 +163,12 @@ class _Decoder:
         self.sandbox = Sandbox(SECONDS_PER_FILE)
         self.sandbox.__enter__()  # it goes when the actor does and their pipe closes
 
-    def hear(self, batch: Batch) -> list[Heard]:
-        return [self.hearing.file(path, self.sandbox.decode) for path in batch["path"].tolist()]
+    def hear(self, batch: Batch) -> Iterator[Heard]:
+        return (self.hearing.file(path, self.sandbox.decode) for path in batch["path"].tolist())
 
-    def __call__(self, batch: Batch) -> Batch:
-        return {"heard": np.array([pickle.dumps(item) for item in self.hear(batch)], dtype=object)}
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        for group in grouped(self.hear(batch)):
+            yield {"heard": np.array([pickle.dumps(item) for item in group], dtype=object)}
 
 
 class _Scorer:
@@ -172,6 +189,6 @@ class _Scorer:
         if self.decoder:
             heard = self.decoder.hear(batch)
         else:
-            heard = [pickle.loads(item) for item in batch["heard"]]
-        rows = [pickle.dumps(as_row(found)) for found in self.predictor.score(heard)]
-        return {"row": np.array(rows, dtype=object)}
+            heard = (pickle.loads(item) for item in batch["heard"])
+        found = [item for group in grouped(heard) for item in self.predictor.score(group)]
+        return {"row": np.array([pickle.dumps(as_row(item)) for item in found], dtype=object)}

@@ -7,7 +7,9 @@ lies in a folder that goes with the server.
 
 import html
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +43,8 @@ _STYLE = """
 """
 _LIMITS = "It says which of these a voice resembles as people acted them, not what a person feels."
 
+MAX_PORT = 65_535
+
 
 def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], None]) -> None:
     """Serve the page until the process is interrupted.
@@ -55,6 +59,8 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         SerRayError: gradio is not installed.
         ConfigError: the address cannot be listened on.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigError(f"port is {port}: it must be at most {MAX_PORT}; 0 takes a free one")
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -67,6 +73,8 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         app = _make_app(predictor, partial(answer, predictor, sandbox.decode))
         import uvicorn
 
+        for name in (signal.SIGTERM, signal.SIGHUP):  # else they end it without tidying up
+            signal.signal(name, lambda *_: sys.exit(0))
         announce(f"http://{host}:{listening.getsockname()[1]}")
         with suppress(KeyboardInterrupt):
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])

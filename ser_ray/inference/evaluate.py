@@ -255,6 +255,11 @@ def _rows(
                 "speakers are scored: name a --protocol too"
             )
         rows = on_channel(table, one_clip_per_take(table), config.channel)
+        if not len(rows):
+            raise ConfigError(
+                f"{shards.uri}: these shards hold no {config.channel} clip, and it is those that "
+                "the model is for"
+            )
         return rows, "all speakers of other shards", False
     is_same_protocol = protocol in ("", config.protocol)
     if fold is None:

@@ -7,6 +7,7 @@ left out, not guessed. `list_audio` says which files a user means. Knows neither
 decoding workers start in a moment.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,13 +124,14 @@ class Hearing:
         Sound is what a training clip's silent ends were told from: less than `trim_db` below the
         loudest of the recording, for `min_seconds` of the window.
         """
-        loud = _loud_stretches(samples, sample_rate, self.extract.config.trim_db)
+        stretch = round(ENERGY_SECONDS * sample_rate)
+        loud = _loud_stretches(samples, stretch, self.extract.config.trim_db)
         for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
-            first, last = (round(second / ENERGY_SECONDS) for second in window)
-            if loud[first:last].sum() * ENERGY_SECONDS < self.extract.config.min_seconds:
-                continue
             heard = slice(*(round(second * sample_rate) for second in window))
+            sounding = loud[round(heard.start / stretch) : round(heard.stop / stretch)].sum()
+            if sounding * stretch / sample_rate < self.extract.config.min_seconds:
+                continue
             try:
                 yield window, self._features(samples[heard], sample_rate)
             except ClipError:  # silent: quiet beside the recording's loudest, and in full scale
@@ -142,9 +144,8 @@ def segment_starts(seconds: float, window_seconds: float) -> list[float]:
     return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
 
 
-def _loud_stretches(samples: np.ndarray, sample_rate: int, trim_db: float) -> np.ndarray:
-    """Which stretches of `ENERGY_SECONDS` are sound, bool [num_stretches]."""
-    stretch = round(ENERGY_SECONDS * sample_rate)
+def _loud_stretches(samples: np.ndarray, stretch: int, trim_db: float) -> np.ndarray:
+    """Which stretches of so many samples are sound, bool [num_stretches]."""
     whole = len(samples) // stretch * stretch
     stretches = samples[:whole].reshape(-1, stretch)
     # Summed in blocks: an hour of int16 samples is not copied to float as a whole.
@@ -157,24 +158,31 @@ def list_audio(sources: Sequence[str]) -> list[str]:
     those that a pattern matches (`*` and `?` within a name, `**` over any number of folders).
 
     Raises:
-        CorpusError: a source does not exist, or holds or matches no such file.
+        CorpusError: a source does not exist or cannot be listed, or holds or matches no such file.
     """
     files: list[str] = []
     for source in sources:
-        filesystem, path = filesystem_of(source)
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.File:
-            files.append(source)
-        elif kind == fs.FileType.Directory:
-            found = [file for file in list_files(source) if _is_audio(file.inside)]
-            files += sorted(file.location for file in found)
-            if not found:
-                raise CorpusError(f"{source}: no audio or video file in this folder")
-        elif set("*?[") & set(source):
-            files += _matching(source)
-        else:
-            raise CorpusError(f"{source}: no such file or folder")
+        try:
+            files += _files_of(source)
+        except (OSError, UnicodeEncodeError) as error:
+            name = os.fsencode(source).decode(errors="backslashreplace")
+            raise CorpusError(f"{name}: cannot be listed ({error})") from error
     return list(dict.fromkeys(files))
+
+
+def _files_of(source: str) -> list[str]:
+    filesystem, path = filesystem_of(source)
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.File:
+        return [source]
+    if kind == fs.FileType.Directory:
+        found = [file for file in list_files(source) if _is_audio(file.inside)]
+        if not found:
+            raise CorpusError(f"{source}: no audio or video file in this folder")
+        return sorted(file.location for file in found)
+    if set("*?[") & set(source):
+        return _matching(source)
+    raise CorpusError(f"{source}: no such file or folder")
 
 
 def _matching(pattern: str) -> list[str]:
@@ -182,15 +190,12 @@ def _matching(pattern: str) -> list[str]:
     fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
     base = fixed[0] if fixed else ""
     wanted = pattern.removeprefix(base).split("/")
-    try:
-        found = [
-            file.location
-            for file in list_files(base or ".")
-            if _matches(file.inside.split("/"), wanted)
-            and (_is_audio(file.inside) or "." in wanted[-1])
-        ]
-    except OSError as error:
-        raise CorpusError(f"{pattern}: {base} cannot be listed ({error})") from error
+    found = [
+        file.location
+        for file in list_files(base or ".")
+        if _matches(file.inside.split("/"), wanted)
+        and (_is_audio(file.inside) or "." in wanted[-1])
+    ]
     if not found:
         raise CorpusError(f"{pattern}: matches no audio or video file")
     return sorted(found)

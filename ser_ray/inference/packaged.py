@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ser_ray.features import ClipError
+from ser_ray.features.decode import SAMPLE_RATES, full_scale
 from ser_ray.inference.predict import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -66,10 +68,15 @@ class PackagedModel:
         if "waveform" in row:
             samples = np.asarray(row["waveform"], np.float32)
             rate = round(row.get("sample_rate", WAVEFORM_RATE))
-            if samples.ndim == 1 and len(samples) and rate > 0 and np.isfinite(samples).all():
-                return self.predictor.predict_samples(samples, rate, "waveform")
-            reason = "the waveform is not a row of finite numbers, or its rate is not above 0"
-            return Prediction(path="waveform", status="unreadable", reason=reason)
+            if samples.ndim != 1 or not len(samples) or rate not in SAMPLE_RATES:
+                rates = f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[-1]} Hz"
+                reason = f"the waveform is not a row of numbers, or its rate is not {rates}"
+                return Prediction(path="waveform", status="unreadable", reason=reason)
+            try:
+                samples = full_scale(samples)
+            except ClipError as error:
+                return Prediction(path="waveform", status=error.status, reason=error.reason)
+            return self.predictor.predict_samples(samples, rate, "waveform")
         reason = f"the row has none of {', '.join(INPUTS)}"
         return Prediction(path="", status="unreadable", reason=reason)
 

@@ -19,15 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
-from ser_ray.errors import ConfigError
+from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.hear import UNREACHABLE
 from ser_ray.inference.predict import Prediction
 from ser_ray.storage import absolute, filesystem_of
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 ROWS_AT_ONCE = 4096
-REMOTE_JOURNALS = Path("ser-ray-out/journals")
-"""Where the journal of an output in a bucket, which cannot be appended to, is kept."""
+REMOTE_JOURNALS = Path("~/.cache/ser-ray/journals")
+"""Where the journal of an output in a bucket, which cannot be appended to, is kept: not in the
+folder of a job, which is another one for every submission."""
 
 
 def require_suffix(output: str) -> str:
@@ -56,7 +57,7 @@ class Journal:
             self.path = Path(f"{path}.partial")
         else:
             digest = hashlib.sha256(output.encode()).hexdigest()[:8]
-            self.path = REMOTE_JOURNALS / f"{digest}-{Path(path).name}.partial"
+            self.path = REMOTE_JOURNALS.expanduser() / f"{digest}-{Path(path).name}.partial"
         self.output = output
         self._header = json.dumps({"model": model}).encode() + b"\n"
         self._places: dict[str, int] = {}  # of each answered path's line
@@ -65,10 +66,16 @@ class Journal:
         """Take up what an interrupted run left.
 
         Raises:
-            ConfigError: another run is writing there.
+            ConfigError: another run is writing there, or nobody can.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+            self._require_writable()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.output}: cannot be written ({error}); choose another --output"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -88,6 +95,13 @@ class Journal:
         if not whole:
             self._file.write(self._header)
         return self
+
+    def _require_writable(self) -> None:
+        """Find out now, and not when all is scored."""
+        filesystem, path = filesystem_of(absolute(self.output))
+        with filesystem.open_output_stream(f"{path}.tmp"):
+            pass
+        filesystem.delete_file(f"{path}.tmp")
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -113,12 +127,21 @@ class Journal:
     def conclude(self, files: Sequence[str], labels: Sequence[str]) -> None:
         """Write the table of these files, under a temporary name first, and drop the journal
         unless files are to be asked for again.
+
+        Raises:
+            SerRayError: it could not be written; the journal stays.
         """
         filesystem, path = filesystem_of(absolute(self.output))
         suffix, schema = require_suffix(self.output), table_schema(labels)
-        with filesystem.open_output_stream(f"{path}.tmp") as stream:
-            _write(suffix, stream, schema, _tables(self.answers(files), schema))
-        filesystem.move(f"{path}.tmp", path)
+        try:
+            with filesystem.open_output_stream(f"{path}.tmp") as stream:
+                _write(suffix, stream, schema, _tables(self.answers(files), schema))
+            filesystem.move(f"{path}.tmp", path)
+        except OSError as error:
+            raise SerRayError(
+                f"{self.output}: could not be written ({error}); the answers are kept, and the "
+                "same command writes them"
+            ) from error
         if all(answer["status"] != UNREACHABLE for answer in self.answers(files)):
             self.path.unlink()
 

@@ -7,6 +7,7 @@ metrics, which its UI shows on a page of their own.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from statistics import fmean
 from threading import Thread
 from typing import Any
@@ -30,8 +31,8 @@ class NodeMetrics:
     def take(self) -> dict[str, float]:
         """Means of the samples since the last call; empty where there was no time for any."""
         samples, self._samples = self._samples, []
-        names = samples[0] if samples else ()
-        return {name: fmean(each[name] for each in samples) for name in names}
+        names = dict.fromkeys(name for each in samples for name in each)
+        return {name: fmean(each[name] for each in samples if name in each) for name in names}
 
     def _run(self) -> None:
         while True:
@@ -50,12 +51,16 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in enumerate(gpus):
-        gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        values |= {
-            f"gpu_{index}_utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            f"gpu_{index}_memory_usage_megabytes": gpu_memory.used / MEGABYTE,
-            f"gpu_{index}_memory_usage_percentage": 100 * gpu_memory.used / gpu_memory.total,
-        }
+        # What a GPU does not tell, as one in MIG mode its utilisation, is left out.
+        with suppress(pynvml.NVMLError):
+            gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            values |= {
+                f"gpu_{index}_memory_usage_megabytes": gpu_memory.used / MEGABYTE,
+                f"gpu_{index}_memory_usage_percentage": 100 * gpu_memory.used / gpu_memory.total,
+            }
+        with suppress(pynvml.NVMLError):
+            busy = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            values[f"gpu_{index}_utilization_percentage"] = busy
     return values
 
 
@@ -65,4 +70,8 @@ def gpu_handles() -> list[Any]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []  # no driver, no GPUs
-    return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    handles = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with suppress(pynvml.NVMLError):  # it fell off the bus
+            handles.append(pynvml.nvmlDeviceGetHandleByIndex(index))
+    return handles
