@@ -118,6 +118,18 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
         ("prepare --corpus a --shards b --max-seconds inf", "max_seconds is inf: it must be a fin"),
         ("prepare --corpus a --shards b --trim-margin -1", "trim_margin is -1.0"),
         ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
+        (
+            "register 00000000000000000000000000000000 --name a --tracking-uri foo://bar",
+            "no such run in foo",
+        ),
+        (
+            "train --like 00000000000000000000000000000000 --tracking-uri foo://bar",
+            "no run with a recipe in foo",
+        ),
+        (
+            "predict a.wav --model models:/a@b --tracking-uri foo://bar",
+            "a.wav: no such file or folder",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, capsys, in_tmp):

@@ -227,6 +227,14 @@ def test_command_line_shows_bars_and_json(checkpoint, tmp_path, capsys):
     assert f"{item['emotion']} ({item['probabilities'][item['emotion']]:.0%})" in shown
 
 
+def test_a_file_that_cannot_be_scored_is_told_and_fails(checkpoint, tmp_path, capsys):
+    silent = write_wav(tmp_path / "a.wav", np.zeros(RATE, np.float32))
+    assert main(["predict", str(silent), "--model", str(checkpoint), "--json"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["predictions"][0]["status"] == "silent"
+    assert told.err == "error: none of these files could be scored\n"
+
+
 def test_command_line_shows_a_timeline(checkpoint, tmp_path, capsys):
     path = write_wav(tmp_path / "talk.wav", voice(70, 8_000), 8_000)
     assert main(["predict", str(path), "--model", str(checkpoint)]) == 0
