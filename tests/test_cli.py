@@ -126,10 +126,6 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
             "train --like 00000000000000000000000000000000 --tracking-uri foo://bar",
             "no run with a recipe in foo",
         ),
-        (
-            "predict a.wav --model models:/a@b --tracking-uri foo://bar",
-            "a.wav: no such file or folder",
-        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, capsys, in_tmp):
