@@ -61,9 +61,11 @@ def cluster(address: str = "") -> Iterator[None]:
             # Progress and errors reach the driver by our own hand; Ray keeps its logs in files.
             log_to_driver=False,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         if not address:
             raise
+        raise ResourcesError(f"the Ray cluster at {address} cannot be joined: {error}") from error
+    except ConnectionError as error:
         raise ResourcesError(
             f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`, or "
             "leave --address out to use this machine alone"

@@ -24,6 +24,7 @@ _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")  # pyarrow's own
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
 """`://user:password@`; keys of S3 may hold slashes, and `://host:9000/` is a port."""
+DEVICE = "a device or pipe, not a file"
 _LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
@@ -151,8 +152,6 @@ def _list_local(root: str) -> Iterator[ListedFile]:
                 if _is_junk(entry.name):
                     continue
                 status, problem = stat_file(entry.path)
-                if status is None and "." not in entry.name:  # a folder of a disk that is away?
-                    raise OSError(None, problem, entry.path)
                 if status is not None and stat.S_ISDIR(status.st_mode):
                     if not any(os.path.samestat(status, outer) for outer in inside):
                         waiting.append((entry.path, inside))
@@ -174,7 +173,7 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
     if stat.S_ISDIR(status.st_mode):
         return status, "a folder, not a file"
     if not stat.S_ISREG(status.st_mode):
-        return status, "a device or pipe, not a file"
+        return status, DEVICE
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -239,18 +239,12 @@ class Tracker:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             self.finish("KILLED" if stopped else "FAILED")
 
-    @contextmanager
-    def _delivering(self) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield
-        except (MlflowException, OSError) as error:
-            raise TrackingError(
-                f"{self.uri}: run {self.run_id} could not be written ({first_line(error)}); "
-                "nothing is lost: what is missing is delivered when it answers again, or when the "
-                "same command is given then"
-            ) from error
+    def _delivering(self) -> AbstractContextManager[None]:
+        return store_answers(
+            f"{self.uri}: run {self.run_id} could not be written",
+            "; nothing is lost: what is missing is delivered when it answers again, or when the "
+            "same command is given then",
+        )
 
 
 def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:

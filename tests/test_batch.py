@@ -23,6 +23,7 @@ from ser_ray.inference.predict import Prediction, Predictor
 from ser_ray.inference.results import Journal, as_row, table_schema
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
+from tests.s3_server import s3_bucket
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +181,18 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(
-    predictor, files, tmp_path
+    predictor, files, in_tmp, monkeypatch
 ):
-    (tmp_path / "file").touch()
-    for output in (tmp_path / "file" / "table.csv", "/proc/nowhere/table.csv"):
-        with pytest.raises(ConfigError, match=r"table.csv: cannot be written .* another --output"):
-            predict_many(files, predictor, str(output))
+    monkeypatch.setenv("HOME", str(in_tmp))
+    monkeypatch.setattr(batch, "require_kept", lambda output: None)
+    (in_tmp / "file").touch()
+    with s3_bucket("kept") as uri:
+        gone = uri.format("table.csv").replace("kept", "no-such-bucket")
+        for output in (str(in_tmp / "file" / "table.csv"), gone):
+            with pytest.raises(ConfigError, match=r"cannot be written .* another --output"):
+                predict_many(files, predictor, output)
+        with Journal(uri.format("table.csv"), "model") as journal:
+            assert journal.path.parent == in_tmp / ".cache" / "ser-ray" / "journals"
 
 
 def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeypatch):

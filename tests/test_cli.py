@@ -142,7 +142,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, cap
         ("train --workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
         ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
         ("train --ingest stream --balanced", "or without --balanced"),
-        ("tune --workers 7 --space batch_size=choice(6,14)", "batch_size is 6 over 7 workers"),
+        ("tune --workers 40 --space batch_size=choice(39,99)", "batch_size is 39 over 40 workers"),
         ("crossval --workers 64 --batch-size 100", "24 training clips are too few for 64 workers"),
     ],
 )

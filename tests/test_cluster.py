@@ -26,10 +26,7 @@ from tests.clips import voice, write_wav
     ("failure", "told"),
     [
         (ConnectionError("refused"), r"no Ray cluster answers at .* start it with `ray start"),
-        (
-            ValueError("Invalid address format"),
-            r"answers at 127.0.0.1:1 \(Invalid address format\)",
-        ),
+        (RuntimeError("Version mismatch"), r"at 127.0.0.1:1 cannot be joined: Version mismatch"),
         (Exception("timed out"), r"did not start on this machine \(timed out\): it is too busy"),
     ],
 )

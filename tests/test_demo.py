@@ -76,7 +76,7 @@ def test_a_port_in_use_is_named(checkpoint, capsys):
 
 def test_a_port_that_is_none_is_named(checkpoint, capsys):
     assert main(["demo-ui", str(checkpoint), "--port", "70000"]) == 2
-    assert "port is 70000: it must be at most 65535" in capsys.readouterr().err
+    assert "port is 70000: it must be 0, for a free one, to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])

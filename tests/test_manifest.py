@@ -229,8 +229,14 @@ def test_a_stand_in_does_not_pass_for_ravdess(tmp_path):
 def test_a_folder_that_is_out_of_reach_is_an_error(tmp_path):
     touch(tmp_path, "Actor_01/03-01-02-01-01-01-01.wav")
     (tmp_path / "Actor_02").symlink_to("/mnt/unmounted/Actor_02")
-    with pytest.raises(CorpusError, match=r"cannot be listed \(.*a link to nothing.*Actor_02"):
+    with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing: if it is a folder"):
         list_corpus(str(tmp_path))
+
+
+def test_a_table_on_a_disk_that_is_away_is_an_error(tmp_path):
+    source = table(tmp_path, f"path,label,speaker\na.wav,x,1\n{tmp_path}/mnt/b.wav,x,1\n")
+    with pytest.raises(CorpusError, match=r"row 2 .* the folder of .*mnt/b.wav is not there"):
+        list_corpus(source)
 
 
 def test_of_copies_the_largest_is_kept(tmp_path):

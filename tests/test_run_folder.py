@@ -202,7 +202,7 @@ def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) 
         folder.require_same(identity(0.2))
 
 
-def test_a_run_of_an_older_program_goes_on_where_what_is_new_is_off(tmp_path: Path) -> None:
+def test_a_named_run_of_an_older_program_goes_on_where_what_is_new_is_off(tmp_path: Path) -> None:
     folder, config = RunFolder(str(tmp_path), "run"), TrainConfig().to_dict()
     older = {name: value for name, value in config.items() if name != "sam_radius"}
     folder.update_record(identity={"recipe": older})

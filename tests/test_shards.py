@@ -346,13 +346,20 @@ def test_unfinished_shards(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Path) -> None:
     shards = write_shards(corpus, tmp_path / "shards")
-    first, second, third, *_ = np.flatnonzero(shards.card.clips).tolist()
+    first, second, third, fourth, *_ = np.flatnonzero(shards.card.clips).tolist()
     for name in (part_name(first), outcomes_name(second)):
         (tmp_path / "shards" / name).write_bytes(b"")
+    path = tmp_path / "shards" / part_name(third)
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # its footer is whole
+    path.write_bytes(content)
     for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
-        with pytest.raises(ShardsError, match=r"part-.* the same `ser-ray prepare` makes it again"):
+        with pytest.raises(ShardsError, match=r"part-.*: cannot be read .* delete it, and the sam"):
             read()
-    keys = [read_key(LOCAL, str(tmp_path / "shards"), part) for part in (first, second, third)]
+    (tmp_path / "shards" / part_name(first)).unlink()
+    with pytest.raises(ShardsError, match=r"part-.*: cannot be read"):
+        shards.features("mel", np.arange(shards.card.num_clips))
+    keys = [read_key(LOCAL, str(tmp_path / "shards"), part) for part in (first, second, fourth)]
     assert [key is None for key in keys] == [True, True, False]
 
 

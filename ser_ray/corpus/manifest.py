@@ -31,6 +31,7 @@ from ser_ray.corpus.names import (
 )
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage import (
+    DEVICE,
     ListedFile,
     filesystem_of,
     folder_of,
@@ -128,8 +129,10 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 
 def _is_in_stand_in(filesystem: fs.FileSystem, path: str) -> bool:
     """Whether a folder, or one that it is in, says that its clips are synthetic."""
-    folders = [path, *map(str, PurePosixPath(path).parents)]
-    markers = [f"{folder.rstrip('/')}/{STAND_IN_MARKER}" for folder in folders if folder != "."]
+    folders = [path]
+    if isinstance(filesystem, fs.LocalFileSystem):  # of a bucket one may not see more
+        folders += map(str, PurePosixPath(path).parents)
+    markers = [f"{folder.rstrip('/')}/{STAND_IN_MARKER}" for folder in folders]
     return any(found.is_file for found in filesystem.get_file_info(markers))
 
 
@@ -162,13 +165,22 @@ def _without_marker(
 
 
 def _only_clips(files: Iterable[ListedFile], others: Counter[str]) -> Iterator[ListedFile]:
-    """Pass on what is named like a clip and count the rest by extension."""
+    """Pass on what is named like a clip and count the rest by extension.
+
+    Raises:
+        CorpusError: what may be a folder, of a disk that is away, leads nowhere.
+    """
     for file in files:
         extension = os.path.splitext(file.inside)[1].lower()  # noqa: PTH122 - a million of them
         if extension in SUFFIXES:
             yield file
         elif file.problem is None:
             others[extension or "without extension"] += 1
+        elif not extension and file.problem != DEVICE:
+            raise CorpusError(
+                f"{file.location}: {file.problem}: if it is a folder, its clips would be lost; "
+                "mend it, or remove it"
+            )
 
 
 def _read_names(files: list[ListedFile]) -> pa.Table:
@@ -262,6 +274,11 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
         _require_one(source, rows, "take", column)
         _require_one(source, by_file, "file", column)
     seen = [(None, None) if "://" in path else stat_file(path) for path in paths]
+    for row, (path, (status, problem)) in enumerate(zip(paths, seen, strict=True), start=1):
+        if problem and status is None and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
+            raise CorpusError(
+                f"{source}: row {row} (after the header): the folder of {path} is not there"
+            )
     nothing = pa.nulls(len(rows))
     columns = dict.fromkeys(MANIFEST_SCHEMA.names, nothing) | {
         "path": pa.array(paths),

@@ -47,9 +47,9 @@ class FeatureConfig:
             if value < 0 or (value == 0 and not may_be_zero):
                 bound = "at least" if may_be_zero else "above"
                 raise ConfigError(f"{field.name} is {value}: it must be {bound} 0")
-        if self.f_min < 0 or self.f_min >= self.sample_rate / 2:
+        if self.f_min >= self.sample_rate / 2:
             raise ConfigError(
-                f"f_min is {self.f_min} Hz: it must be at least 0 and below half the sample rate, "
+                f"f_min is {self.f_min} Hz: it must be below half the sample rate, "
                 f"{self.sample_rate / 2:g} Hz"
             )
         if self.hop_length > self.window_length:

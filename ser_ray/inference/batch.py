@@ -35,7 +35,8 @@ from ser_ray.storage import absolute
 FILES_AT_ONCE = 32
 """Files of a block: what an interruption costs each actor at most."""
 WINDOWS_AT_ONCE = 256
-"""Windows held as features before they are scored; an hour's recording has 2300."""
+"""Windows held as features before they are scored; an hour's recording has 2300. Before a GPU,
+those of a block wait."""
 SECONDS_PER_FILE = 600.0
 """A file that is not decoded by then is given up: an hour's video from a bucket takes minutes."""
 

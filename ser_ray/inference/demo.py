@@ -60,7 +60,7 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         ConfigError: the address cannot be listened on.
     """
     if not 0 <= port <= MAX_PORT:
-        raise ConfigError(f"port is {port}: it must be at most {MAX_PORT}; 0 takes a free one")
+        raise ConfigError(f"port is {port}: it must be 0, for a free one, to {MAX_PORT}")
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
@@ -74,7 +74,8 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         import uvicorn
 
         for name in (signal.SIGTERM, signal.SIGHUP):  # else they end it without tidying up
-            signal.signal(name, lambda *_: sys.exit(0))
+            if signal.getsignal(name) is signal.SIG_DFL:  # nohup has it ignored
+                signal.signal(name, lambda *_: sys.exit(0))
         announce(f"http://{host}:{listening.getsockname()[1]}")
         with suppress(KeyboardInterrupt):
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])

@@ -37,7 +37,7 @@ def require_suffix(output: str) -> str:
     Raises:
         ConfigError: it is none of `SUFFIXES`.
     """
-    suffix = Path(output).suffix.lower()
+    suffix = Path(filesystem_of(output)[1]).suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(f"output is {output}: it must end in one of {', '.join(SUFFIXES)}")
     return suffix
@@ -71,11 +71,8 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
-            self._require_writable()
         except OSError as error:
-            raise ConfigError(
-                f"{self.output}: cannot be written ({error}); choose another --output"
-            ) from error
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -84,6 +81,7 @@ class Journal:
                 f"{self.output}: another run is writing it; wait for that, or choose another "
                 "--output"
             ) from error
+        self._require_writable()
         self._file.seek(0)
         whole = len(self._header) if self._file.readline() == self._header else 0
         while whole and (line := self._file.readline()).endswith(b"\n"):
@@ -97,11 +95,21 @@ class Journal:
         return self
 
     def _require_writable(self) -> None:
-        """Find out now, and not when all is scored."""
+        """Find out now, and not when all is scored; where it is local, the journal has."""
         filesystem, path = filesystem_of(absolute(self.output))
-        with filesystem.open_output_stream(f"{path}.tmp"):
-            pass
-        filesystem.delete_file(f"{path}.tmp")
+        if isinstance(filesystem, fs.LocalFileSystem):
+            return
+        try:
+            with filesystem.open_output_stream(f"{path}.tmp"):
+                pass
+            filesystem.delete_file(f"{path}.tmp")
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        reason = f"{self.output}: cannot be written ({error}); choose another --output"
+        return ConfigError(reason)
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

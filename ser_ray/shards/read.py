@@ -91,8 +91,8 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         raise ShardsError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); where it is damaged, the same "
-            "`ser-ray prepare` makes it again"
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); where it is damaged, delete "
+            "it, and the same `ser-ray prepare` makes it again"
         ) from error
 
 

@@ -98,7 +98,7 @@ def search(
     shards = open_shards(absolute(shards_location))
     parts = select_rows(shards.clips(), recipe)
     sizes = [min(item.values) for item in config.dimensions if item.name == "batch_size"]
-    smallest = replace(recipe, batch_size=min([recipe.batch_size, *sizes]))
+    smallest = replace(recipe, batch_size=min(sizes or [recipe.batch_size]))
     require_workers_fit(smallest, len(parts.train), fixed_workers(run))
     pretrained = read_starts(recipe, config.dimensions, shards)
     name = run.name or search_name(recipe, config, shards)
