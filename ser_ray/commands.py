@@ -18,9 +18,9 @@ SHOWN_PREDICTIONS = 8
 FEW_FILES = 48
 """More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
 
-logger = logging.getLogger(__name__)
 NOTHING_SCORED = "none of these files could be scored"
 
+logger = logging.getLogger(__name__)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -139,7 +139,7 @@ def _is_in_stand_in(filesystem: fs.FileSystem, path: str) -> bool:
 def _list_folder(source: str, is_synthetic: bool) -> pa.Table:
     """List a folder of RAVDESS names: `MANIFEST_SCHEMA`, sorted by path."""
     others: Counter[str] = Counter()
-    clips = _only_clips(_without_marker(list_files(source), source, is_synthetic), others)
+    clips = _only_clips(source, others, is_synthetic=is_synthetic)
     batches = []
     while batch := list(itertools.islice(clips, _LISTING_BATCH)):
         batches.append(_read_names(batch))
@@ -150,31 +150,24 @@ def _list_folder(source: str, is_synthetic: bool) -> pa.Table:
     return _mark_duplicates(manifest, table["name"], table["depth"], "has the file name of ")
 
 
-def _without_marker(
-    files: Iterable[ListedFile], source: str, is_synthetic: bool
-) -> Iterator[ListedFile]:
-    for file in files:
-        folder, _, name = file.inside.rpartition("/")
-        if name != STAND_IN_MARKER:
-            yield file
-        elif not is_synthetic:
-            raise CorpusError(
-                f"{source}: {folder} in it holds synthetic clips, which must not pass for RAVDESS: "
-                "name the one corpus or the other"
-            )
-
-
-def _only_clips(files: Iterable[ListedFile], others: Counter[str]) -> Iterator[ListedFile]:
-    """Pass on what is named like a clip and count the rest by extension.
+def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Iterator[ListedFile]:
+    """List what is named like a clip and count the rest by extension.
 
     Raises:
-        CorpusError: what may be a folder, of a disk that is away, leads nowhere.
+        CorpusError: what may be a folder, of a disk that is away, leads nowhere; or synthetic clips
+            lie among others.
     """
-    for file in files:
+    for file in list_files(source):
         extension = os.path.splitext(file.inside)[1].lower()  # noqa: PTH122 - a million of them
         if extension in SUFFIXES:
             yield file
         elif file.problem is None:
+            if not is_synthetic and file.inside.endswith(f"/{STAND_IN_MARKER}"):
+                folder = file.inside.removesuffix(f"/{STAND_IN_MARKER}")
+                raise CorpusError(
+                    f"{source}: {folder} in it holds synthetic clips, which must not pass for "
+                    "RAVDESS: name the one corpus or the other"
+                )
             others[extension or "without extension"] += 1
         elif not extension and file.problem != DEVICE:
             raise CorpusError(
@@ -324,11 +317,14 @@ def _require_one(
     numbers = np.flatnonzero(pc.equal(rows["take"], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
-    take = "; a take is one performance, named by the column take or else by the path without its "
+    hint = (
+        "; a take is one performance, named by the column take or else by the path without its "
+        "extension"
+    )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
         f"{what}, {name!r}, but their {column} is {values[0]!r} and {values[other]!r}"
-        + (f"{take}extension" if what == "take" else "")
+        + (hint if what == "take" else "")
     )
 
 

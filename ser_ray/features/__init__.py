@@ -7,8 +7,6 @@ nothing of Ray.
 from typing import Literal
 
 ClipStatus = Literal["no_audio", "unreadable", "too_short", "too_long", "silent"]
-
-
 Failure = Literal["clip", "file", "storage"]
 
 

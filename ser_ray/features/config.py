@@ -5,12 +5,24 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ser_ray.errors import ConfigError
 
 Kind = Literal["spectrogram", "mel", "mfcc"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def require_finite(config: Any) -> None:
+    """Refuse a dataclass of settings with one that is not a finite number.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name} is {value}: it must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +51,9 @@ class FeatureConfig:
     """Room for the longest trimmed clip (RAVDESS song: 6.37 s untrimmed); longer is `too_long`."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not math.isfinite(value):
-                raise ConfigError(f"{field.name} is {value}: it must be a finite number")
             may_be_zero = field.name in ("f_min", "trim_margin")
             if value < 0 or (value == 0 and not may_be_zero):
                 bound = "at least" if may_be_zero else "above"

@@ -79,7 +79,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
         with filesystem.open_input_file(path) as stream:
             is_small = stream.size() <= WHOLE
             return _decode_stream(io.BytesIO(stream.read()) if is_small else stream, max_seconds)
-    except ClipError:
+    except (ClipError, MemoryError):
         raise
     except ConfigError as error:  # no filesystem opens it
         raise ClipError("unreadable", str(error), failed="storage") from error
@@ -93,8 +93,6 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
         failed = "storage" if isinstance(file, str) and "://" in file else "file"
         reason = f"reading failed: {error.strerror or error}"
         raise ClipError("unreadable", reason, failed=failed) from error
-    except MemoryError:
-        raise
     except Exception as error:  # a library that was not made for what this clip holds
         reason = f"decoding failed: {type(error).__name__}: {error}"
         raise ClipError("unreadable", reason) from error
@@ -134,8 +132,8 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
         return samples
     if peak <= INTEGER_PEAK:
         return samples / np.float32(INTEGER_PEAK)
-    reason = f"it holds samples as large as {peak:g}" if peak < np.inf else ""
-    raise ClipError("unreadable", reason or "it holds samples that are not finite numbers")
+    what = f"as large as {peak:g}" if np.isfinite(peak) else "that are not finite numbers"
+    raise ClipError("unreadable", f"it holds samples {what}")
 
 
 def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int] | None:

@@ -108,8 +108,7 @@ class Journal:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> ConfigError:
-        reason = f"{self.output}: cannot be written ({error}); choose another --output"
-        return ConfigError(reason)
+        return ConfigError(f"{self.output}: cannot be written ({error}); choose another --output")
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

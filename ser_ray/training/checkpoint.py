@@ -234,6 +234,13 @@ def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, progress
 
 
+def rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
+    """Learning rate of every step of each epoch that a checkpoint knows whole."""
+    rates, num_epochs = progress["rates"], len(progress["history"])
+    steps = (len(rates) - progress["step"]) // max(num_epochs, 1)
+    return [rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]
+
+
 def name_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     """Name the first entry in which two JSON mappings differ, with both values; empty for none."""
     for key in mine:

@@ -3,22 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import Kind
+from ser_ray.features.config import Kind, require_finite
 
 Keep = Literal["last", "best"]
 """Which epoch's weights a training keeps."""
-
-
-def _require_finite(config: Any) -> None:
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{item.name} is {value}: it must be a finite number")
 
 
 def _require_known(kind: type, values: dict[str, Any]) -> None:
@@ -59,7 +51,7 @@ class AugmentConfig:
     """Mixup: both parameters of the Beta distribution (Zhang 2018); 0 is off."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        require_finite(self)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value < 0:
@@ -126,12 +118,12 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        require_finite(self)
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        not_negative = ("fold", "validation_speakers", "patience", "seed")
-        for name in (*not_negative, "weight_decay", "sam_radius"):
+        whole_numbers = ("fold", "validation_speakers", "patience", "seed")
+        for name in (*whole_numbers, "weight_decay", "sam_radius"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         for name in ("label_smoothing", "average_decay"):
@@ -191,7 +183,7 @@ class LrRangeConfig:
     """Steps from one to the other."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        require_finite(self)
         if not 0 < self.lowest < self.highest:
             raise ConfigError(
                 f"lowest is {self.lowest:g} and highest is {self.highest:g}: the learning rate "

@@ -22,6 +22,7 @@ from torch import OutOfMemoryError
 
 from ser_ray.errors import SerRayError
 from ser_ray.storage import location_inside
+from ser_ray.training.checkpoint import rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import kept_epoch
 from ser_ray.training.model import Pretrained
@@ -187,17 +188,12 @@ def _told_of(recipe: TrainConfig, progress: dict[str, Any]) -> list[dict[str, An
 
     Of their validation counts the checkpoint has those of the kept epoch alone.
     """
-    rows, rates = progress["history"], progress["rates"]
-    steps = (len(rates) - progress["step"]) // max(len(rows), 1)
+    rows = progress["history"]
     kept = kept_epoch(rows, recipe.keep) if rows else 0
     objective: list[float] = []
     return [
         trial_metrics(
-            recipe,
-            row,
-            rates[index * steps : (index + 1) * steps],
-            progress["chosen_confusion"] if index == kept else [],
-            objective,
+            recipe, row, lr, progress["chosen_confusion"] if index == kept else [], objective
         )
-        for index, row in enumerate(rows)
+        for index, (row, lr) in enumerate(zip(rows, rates_by_epoch(progress), strict=True))
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from ser_ray.tracking import Tracker
+from ser_ray.training.checkpoint import rates_by_epoch
 from ser_ray.training.json_lines import LineFollower, append_line
 
 EpochLine = Callable[[dict[str, float]], None]
@@ -49,11 +50,9 @@ class JournalReader:
 
         A checkpoint is stored before its line is written: what was killed in between left none.
         """
-        rates, history = progress["rates"], progress["history"]
-        steps = (len(rates) - progress["step"]) // max(len(history), 1)
-        for index, (row, when) in enumerate(zip(history, progress["times_ms"], strict=True)):
+        known = progress["history"], rates_by_epoch(progress), progress["times_ms"]
+        for row, lr, when in zip(*known, strict=True):
             if int(row["epoch"]) not in self._seen:
-                lr = rates[index * steps : (index + 1) * steps]
                 append_line(self.journal, {"timestamp_ms": when, "row": row, "lr": lr})
         self.read(show=False)
 

@@ -1,6 +1,7 @@
 """Pictures and the table of a search: trials in, matplotlib figures and plain rows out."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from ser_ray.report import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.training.search_config import Dimension
-from ser_ray.training.trial_log import TrialLog, best_of
+from ser_ray.training.trial_log import TrialLog
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}
@@ -29,7 +30,10 @@ def history_figure(trials: Sequence[TrialLog], title: str) -> Figure:
             label=f"{state} ({len(some)})",
         )
     scored = [trial for trial in trials if trial.succeeded]
-    best = [best_of(scored[: index + 1]).chosen["val_ua"] for index in range(len(scored))]
+    best = [
+        leader.chosen["val_ua"]
+        for leader in accumulate(scored, lambda *pair: max(pair, key=lambda trial: trial.rank))
+    ]
     axes.step(
         [trial.number for trial in scored], best, where="post", color=VERMILION, label="best so far"
     )
