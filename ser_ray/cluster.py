@@ -67,8 +67,9 @@ def cluster(address: str = "") -> Iterator[None]:
         raise ResourcesError(f"the Ray cluster at {address} cannot be joined: {error}") from error
     except ConnectionError as error:
         raise ResourcesError(
-            f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`, or "
-            "leave --address out to use this machine alone"
+            f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`; if "
+            "it is there, it may ask for a token: set RAY_AUTH_MODE=token where ~/.ray/auth_token "
+            "or RAY_AUTH_TOKEN holds it; or leave --address out to use this machine alone"
         ) from error
     except Exception as error:
         if type(error) is not Exception:  # Ray has no class for a start that takes over 30 s
