@@ -25,7 +25,10 @@ from tests.clips import voice, write_wav
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (ConnectionError("refused"), r"no Ray cluster answers at .* RAY_AUTH_MODE=token"),
+        (
+            ConnectionError("refused"),
+            r"no Ray cluster answers at .* start it with `ray start.* set RAY_AUTH_MODE=token",
+        ),
         (RuntimeError("Version mismatch"), r"at 127.0.0.1:1 cannot be joined: Version mismatch"),
         (Exception("timed out"), r"did not start on this machine \(timed out\): it is too busy"),
     ],
