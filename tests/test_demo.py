@@ -81,18 +81,26 @@ def test_a_port_that_is_none_is_named(checkpoint, capsys):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_recordings_go_however_it_is_stopped(checkpoint, tmp_path, how):
-    server = subprocess.Popen(
-        [sys.executable, "-c", RUN, "demo-ui", str(checkpoint), "--port", "0"],
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    before = signal.signal(how, signal.SIG_DFL)  # `nohup pytest` would have it ignore SIGHUP too
+    try:
+        server = subprocess.Popen(
+            [sys.executable, "-c", RUN, "demo-ui", str(checkpoint), "--port", "0"],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(how, before)
     assert server.stderr is not None
-    assert any("http://" in line for line in server.stderr)
-    assert list(tmp_path.iterdir())
-    server.send_signal(how)
-    assert server.wait(20) == 0
-    server.stderr.close()
+    try:
+        assert any("http://" in line for line in server.stderr)
+        assert list(tmp_path.iterdir())
+        server.send_signal(how)
+        assert server.wait(20) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
     assert list(tmp_path.iterdir()) == []
 
 
