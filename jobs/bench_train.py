@@ -6,14 +6,15 @@
 - bare: a PyTorch loop of the same arithmetic and nothing else;
 - ray: the bare loop in a worker of Ray Train, so ours / ray is what this project adds, and
   ray / bare what Ray's own processes take where the training has all the CPUs;
-- ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo;
+- ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo, or
+  over NCCL with `--device gpu`, where every worker takes a GPU;
 - ingest: ours with `--ingest stream`, which reads the training clips anew in every epoch;
 - stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
 
 Each way runs in a fresh Python. Clips per second are those of the training steps after the first
 epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
 of these epochs that is neither training step nor validation. What the figures do not say: how it
-is on GPUs, or with workers on several nodes.
+is with workers on several nodes.
 """
 
 import json
@@ -50,6 +51,8 @@ class Bench:
     """Shard set to train on."""
     recipe: TrainConfig = field(default_factory=lambda: TrainConfig(weights="none", epochs=3))
     """What is trained; the first epoch does not count."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What every worker computes on."""
     workers: int = 2
     """Workers of the ways that have several."""
     ways: tuple[str, ...] = ("bare", "ray", "ours", "bare_ddp", "ours_ddp", "ingest", "stream")
@@ -82,7 +85,7 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         run = RunConfig(
             workers=str(workers),
-            device="cpu",
+            device=bench.device,
             ingest=ingest,
             storage=folder,
             tracking_uri=f"sqlite:///{folder}/mlflow.db",
@@ -125,8 +128,9 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
 
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     if workers > 1:
+        backend = "nccl" if bench.device == "gpu" else "gloo"
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers
+            backend, init_method=f"file://{folder}/meet", rank=rank, world_size=workers
         )
     timing = _run_bare(bench, started, rank, workers)
     if rank == 0:
@@ -138,17 +142,17 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
 def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
     import torch
 
-    learner = _Learner(bench.recipe, bench.shards, rank, workers)
+    learner = _Learner(bench, rank, workers)
     marks = []
     first = 0.0
     for _ in range(bench.recipe.epochs):
-        order = torch.randperm(len(learner.clips))
-        marks.append(time.time())
+        order = torch.randperm(len(learner.clips)).to(learner.device)
+        marks.append(learner.now())
         for step in range(learner.steps):
             rows = order[step * bench.recipe.batch_size :][: bench.recipe.batch_size]
             learner.learn(*learner.augment(learner.clips, rows))
-            first = first or time.time() - started
-    marks.append(time.time())
+            first = first or learner.now() - started
+    marks.append(learner.now())
     clips = learner.steps * bench.recipe.batch_size * (bench.recipe.epochs - 1)
     return Timing(clips / (marks[-1] - marks[1]), 0.0, first)
 
@@ -156,7 +160,7 @@ def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
 class _Learner:
     """A network, its optimiser and schedule: the arithmetic of a step without the loop's care."""
 
-    def __init__(self, config: TrainConfig, shards: str, rank: int, workers: int) -> None:
+    def __init__(self, bench: Bench, rank: int, workers: int) -> None:
         import torch
         from torch.optim.lr_scheduler import OneCycleLR
 
@@ -166,17 +170,20 @@ class _Learner:
         from ser_ray.training.loop import computes_bfloat16
         from ser_ray.training.model import build_network
 
-        device = torch.device("cpu")
-        opened = open_shards(shards)
+        device = torch.device("cpu") if bench.device == "cpu" else torch.device("cuda", rank)
+        config = bench.recipe
+        opened = open_shards(bench.shards)
         data = load_fold(opened, config, device)
         self.config, self.rank, self.workers, self.clips = config, rank, workers, data.train
+        self.device = device
         self.normalisation = data.normalisation
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         mels = opened.card.features.num_mels
         response = gain_response(config.feature, mels, data.normalisation, device)
         self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
         self.augment = Augment(config, len(data.labels), response)
-        network = build_network(len(data.labels)).to(memory_format=torch.channels_last)
+        network = build_network(len(data.labels))
+        network = network.to(device, memory_format=torch.channels_last)
         network.train()
         self.network: torch.nn.Module = network
         if workers > 1:
@@ -189,6 +196,14 @@ class _Learner:
         total = config.epochs * self.steps
         self.schedule = OneCycleLR(self.optimiser, config.lr_max, total_steps=total + 1)
 
+    def now(self) -> float:
+        """The time when all steps taken are done."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.time()
+
     def learn(self, batch: Any, targets: Any) -> None:
         """Take one step."""
         import torch
@@ -196,7 +211,7 @@ class _Learner:
 
         mine = slice(self.rank, None, self.workers)
         batch = batch[mine].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = F.cross_entropy(
                 self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
             )
@@ -261,7 +276,7 @@ def _in_ray(
         TorchTrainer(
             worker,
             train_loop_config={"bench": bench, "started": started, "folder": folder},
-            scaling_config=ScalingConfig(num_workers=1),
+            scaling_config=ScalingConfig(num_workers=1, use_gpu=bench.device == "gpu"),
             run_config=RunConfig(storage_path=folder),
             datasets=datasets,
         ).fit()
@@ -284,24 +299,26 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
 
     bench: Bench = arguments["bench"]
     torch.set_num_threads(os.cpu_count() or 1)
-    learner = _Learner(bench.recipe, bench.shards, 0, 1)
+    learner = _Learner(bench, 0, 1)
     mean, std = (
-        torch.as_tensor(values, dtype=torch.float32)
+        torch.as_tensor(values, dtype=torch.float32, device=learner.device)
         for values in (learner.normalisation.mean, learner.normalisation.std)
     )
     shard = ray.train.get_dataset_shard("train")
     marks, first, clips = [], 0.0, 0
     for epoch in range(bench.recipe.epochs):
-        marks.append(time.time())
-        batches = shard.iter_torch_batches(batch_size=bench.recipe.batch_size, drop_last=True)
+        marks.append(learner.now())
+        batches = shard.iter_torch_batches(
+            batch_size=bench.recipe.batch_size, device=learner.device, drop_last=True
+        )
         for batch in batches:
             frames = (batch["mel"].float().transpose(1, 2) - mean) / std
             resident = Clips(frames, batch["num_frames"], batch["label"])
-            rows = torch.arange(len(resident))
+            rows = torch.arange(len(resident), device=learner.device)
             learner.learn(*learner.augment(resident, rows))
-            first = first or time.time() - arguments["started"]
+            first = first or learner.now() - arguments["started"]
             clips += len(rows) if epoch else 0
-    marks.append(time.time())
+    marks.append(learner.now())
     timing = Timing(clips / (marks[-1] - marks[1]), float("nan"), first)
     Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
 

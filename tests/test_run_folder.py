@@ -17,7 +17,6 @@ from ser_ray.training.checkpoint import (
     CheckpointCard,
     Snapshot,
     checkpoint_name,
-    read_state,
 )
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
@@ -40,7 +39,7 @@ CARD = CheckpointCard(
 def snapshot(epoch: int, chosen: int, step: int = 0) -> Snapshot:
     progress = {"epoch": epoch, "step": step, "chosen": {"epoch": float(chosen)} if chosen else {}}
     weights = {"w": torch.full((3,), float(epoch))}
-    return Snapshot(CARD, weights, {"network": None, "moment": torch.ones(3)}, progress)
+    return Snapshot(CARD, weights, {"moment": torch.ones(3)}, progress)
 
 
 def folder_of(storage: str, *snapshots: Snapshot) -> RunFolder:
@@ -172,10 +171,11 @@ def test_a_checkpoint_replaces_what_an_interruption_left(storage: str) -> None:
 
 def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     folder_of(str(tmp_path), snapshot(2, 1, step=5))
-    state, progress = read_state(tmp_path / "run" / checkpoint_name(2, 5))
-    assert (progress["epoch"], progress["step"]) == (2, 5)
-    assert torch.equal(state["network"]["w"], torch.full((3,), 2.0))
-    assert torch.equal(state["moment"], torch.ones(3))
+    found = Snapshot.read(tmp_path / "run" / checkpoint_name(2, 5))
+    assert (found.progress["epoch"], found.progress["step"]) == (2, 5)
+    assert torch.equal(found.weights["w"], torch.full((3,), 2.0))
+    assert torch.equal(found.state["moment"], torch.ones(3))
+    assert found.card.to_json() == CARD.to_json()
 
 
 def test_the_chosen_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:

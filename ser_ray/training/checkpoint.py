@@ -2,14 +2,13 @@
 
     model.safetensors      the network's weights (the averaged ones where averaging is on)
     card.json              what they are: recipe, labels, normalisation, protocol and fold, data
-    training_state.pt      what going on needs: optimiser and schedule (weights_only)
+    training_state.safetensors  tensors that going on needs beside them: the optimiser's, above all
     progress.json          how far it is and how it went, and the sizes of the files above
 
 `progress.json` is written last: a directory whose files have the sizes that it names was written to
 its end. One that lacks a file or does not fit is refused with the difference named.
 """
 
-import io
 import json
 import tempfile
 from dataclasses import asdict, dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     from torchvision.models import ResNet
 
 SCHEMA_VERSION = 1
-CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.pt"
+CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
 
 
@@ -123,14 +121,32 @@ class Snapshot:
 
     Args:
         weights: the network's weights that a reader gets, each contiguous.
-        state: what going on needs beyond them, tensors included.
-        progress: how far the training is and how it went, in JSON's own types.
+        state: tensors that going on needs beside them, each contiguous.
+        progress: how far the training is, how it went and what else going on needs, in JSON's own
+            types.
     """
 
     card: CheckpointCard
     weights: dict[str, Tensor]
-    state: dict[str, Any]
+    state: dict[str, Tensor]
     progress: dict[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> "Snapshot":
+        """Read a whole checkpoint, its tensors onto the CPU.
+
+        Raises:
+            CheckpointError: missing or broken.
+        """
+        card = read_card(directory)
+        try:
+            weights, state = (load_file(directory / name) for name in (MODEL, STATE))
+            return cls(card, weights, state, json.loads((directory / PROGRESS).read_text()))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(
+                f"{directory}: the state of a training cannot be loaded from it ({error}); delete "
+                "this folder, and the same command goes on from the checkpoint before it"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -139,10 +155,9 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write a whole checkpoint into an existing directory."""
+        # torch.save keeps Python to itself for long: on a GPU the training beside it would wait.
         save_file(self.weights, directory / MODEL)
-        buffer = io.BytesIO()  # given a file, torch does not say that the disk is full
-        torch.save(self.state, buffer)
-        (directory / STATE).write_bytes(buffer.getbuffer())
+        save_file(self.state, directory / STATE)
         (directory / CARD).write_text(self.card.to_json())
         sizes = {name: (directory / name).stat().st_size for name in (MODEL, STATE, CARD)}
         (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
@@ -213,25 +228,6 @@ def read_network(directory: Path, card: CheckpointCard) -> "ResNet":
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{directory / MODEL}: cannot be loaded ({reason})") from error
     return network.eval()
-
-
-def read_state(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what a training needs to go on: its state, on the CPU, and its progress.
-
-    Raises:
-        CheckpointError: missing or broken.
-    """
-    try:
-        progress = json.loads((directory / PROGRESS).read_text())
-        state: dict[str, Any] = torch.load(directory / STATE, map_location="cpu", weights_only=True)
-        if state["network"] is None:
-            state["network"] = load_file(directory / MODEL)
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: the state of a training cannot be loaded from it ({error}); delete this "
-            "folder, and the same command goes on from the checkpoint before it"
-        ) from error
-    return state, progress
 
 
 def rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:

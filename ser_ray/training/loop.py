@@ -12,6 +12,7 @@ copy of the training held still, which somebody else may write while the loop go
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card, read_state
+from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Batch,
@@ -48,6 +49,8 @@ from ser_ray.training.scoring import predict_clips
 from ser_ray.training.stream import Fetch, stream_fold
 from ser_ray.training.world import World
 
+NETWORK, OPTIMISER = "network.", "optimiser."
+"""How the names of a checkpoint's tensors begin: the network's own weights, and its moments."""
 NOTICE_STEPS = 32
 """Steps between two looks whether this machine is about to go: a look waits for all workers."""
 
@@ -115,7 +118,7 @@ def fit(
     run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
     if resume is not None and before is not None:
         card.require_same(before, str(resume))
-        run.restore(*read_state(resume))
+        run.restore(Snapshot.read(resume))
 
     def take() -> Snapshot:
         return run.snapshot(card)
@@ -274,16 +277,18 @@ class Training:
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy what a checkpoint holds; the order of clips follows from seed and epoch."""
-        state = {
-            # Without averaging the weights beside this are the network's own.
-            "network": self.network.state_dict() if self.average is not None else None,
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "losses": self.losses,
-            "hits": self.hits,
+        optimiser = self.optimiser.state_dict()
+        state = {"losses": self.losses, "hits": self.hits} | {
+            f"{OPTIMISER}{index}.{name}": value
+            for index, values in optimiser["state"].items()
+            for name, value in values.items()
         }
+        if self.average is not None:
+            network = self.network.state_dict()
+            state |= {f"{NETWORK}{name}": value for name, value in network.items()}
         progress = {
+            "param_groups": optimiser["param_groups"],
+            "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "rates": self.rates,
@@ -294,24 +299,25 @@ class Training:
         }
         # Laid out here: done by the thread that writes, it would start a second team of CPU
         # threads, and while there are more of these than CPUs they sleep at every barrier.
-        weights = {
-            key: value.clone(memory_format=torch.contiguous_format)
-            for key, value in self._evaluated().state_dict().items()
-        }
-        return Snapshot(card, weights, *copy.deepcopy((state, progress)))
+        weights, state = (
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
+            for part in (self._evaluated().state_dict(), state)
+        )
+        return Snapshot(card, weights, state, copy.deepcopy(progress))
 
-    def restore(self, state: dict[str, Any], progress: dict[str, Any]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Go on from what a `snapshot` held.
 
         Raises:
             CheckpointError: it is another network's.
         """
+        state, progress = snapshot.state, snapshot.progress
         try:
-            self.network.load_state_dict(state["network"])
+            self._evaluated().load_state_dict(snapshot.weights)
             if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.schedule.load_state_dict(state["schedule"])
+                self.network.load_state_dict(_under(NETWORK, state))
+            self._restore_optimiser(_under(OPTIMISER, state), progress["param_groups"])
+            self.schedule.load_state_dict(progress["schedule"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
@@ -324,6 +330,16 @@ class Training:
         self.times_ms = progress["times_ms"]
         self.chosen, self.chosen_confusion = progress["chosen"], progress["chosen_confusion"]
         self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
+
+    def _restore_optimiser(self, state: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        weights = list(self.network.parameters())
+        for key, value in state.items():
+            index, name = key.split(".")
+            if name != "step":  # fused AdamW takes it to lie in memory as its weight does
+                value = torch.empty_like(weights[int(index)], device="cpu").copy_(value)
+            moments[int(index)][name] = value
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def _differentiate(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Give the weights the batch's gradient; returns what `learn` does."""
@@ -427,6 +443,12 @@ def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> No
         )
     if num_clips < workers:
         raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:
