@@ -163,7 +163,9 @@ def reliability_figure(
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
-    upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model")
+    # A point at 0 or 100 % lies on the frame and is drawn over it.
+    over = {"clip_on": False, "zorder": 3}
+    upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **over)
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")
     upper.yaxis.set_major_formatter(PercentFormatter(1))
