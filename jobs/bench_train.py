@@ -113,7 +113,7 @@ def bench_steps(bench: Bench) -> tuple[int, int]:
 
 
 def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
-    """Train in plain processes, joined by gloo where there are several."""
+    """Train in plain processes, joined by gloo, or NCCL on GPUs, where there are several."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +128,8 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
 
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     if workers > 1:
+        if bench.device == "gpu":
+            torch.cuda.set_device(rank)
         backend = "nccl" if bench.device == "gpu" else "gloo"
         dist.init_process_group(
             backend, init_method=f"file://{folder}/meet", rank=rank, world_size=workers

@@ -178,6 +178,14 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert found.card.to_json() == CARD.to_json()
 
 
+def test_the_state_of_another_version_is_named(tmp_path: Path) -> None:
+    folder_of(str(tmp_path), snapshot(1, 1))
+    checkpoint = tmp_path / "run" / checkpoint_name(1)
+    (checkpoint / STATE).rename(checkpoint / "training_state.pt")
+    with pytest.raises(CheckpointError, match="another version of ser-ray wrote it"):
+        Snapshot.read(checkpoint)
+
+
 def test_the_chosen_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
     folder = folder_of(storage, snapshot(1, 1), snapshot(2, 1))
     newest = folder.newest()

@@ -3,7 +3,8 @@
     model.safetensors      the network's weights (the averaged ones where averaging is on)
     card.json              what they are: recipe, labels, normalisation, protocol and fold, data
     training_state.safetensors  tensors that going on needs beside them: the optimiser's, above all
-    progress.json          how far it is and how it went, and the sizes of the files above
+    progress.json          how far it is, how it went, what else going on needs, and the sizes of
+                           the files above
 
 `progress.json` is written last: a directory whose files have the sizes that it names was written to
 its end. One that lacks a file or does not fit is refused with the difference named.
@@ -139,6 +140,11 @@ class Snapshot:
             CheckpointError: missing or broken.
         """
         card = read_card(directory)
+        if not (directory / STATE).exists():
+            raise CheckpointError(
+                f"{directory}: without {STATE}, so another version of ser-ray wrote it: go on with "
+                "that one, or give another --name to start afresh"
+            )
         try:
             weights, state = (load_file(directory / name) for name in (MODEL, STATE))
             return cls(card, weights, state, json.loads((directory / PROGRESS).read_text()))

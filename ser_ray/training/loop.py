@@ -318,13 +318,13 @@ class Training:
                 self.network.load_state_dict(_under(NETWORK, state))
             self._restore_optimiser(_under(OPTIMISER, state), progress["param_groups"])
             self.schedule.load_state_dict(progress["schedule"])
+            if self.world.rank == 0:
+                self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
                 "--name to start afresh"
             ) from error
-        if self.world.rank == 0:
-            self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.rates, self.history = progress["rates"], progress["history"]
         self.times_ms = progress["times_ms"]
@@ -336,9 +336,10 @@ class Training:
         weights = list(self.network.parameters())
         for key, value in state.items():
             index, name = key.split(".")
-            if name != "step":  # fused AdamW takes it to lie in memory as its weight does
-                value = torch.empty_like(weights[int(index)], device="cpu").copy_(value)
-            moments[int(index)][name] = value
+            # Fused AdamW takes a moment to lie in memory as its weight does. What is read lies in
+            # the mapped file, which must not be held.
+            like = value if name == "step" else weights[int(index)]
+            moments[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def _differentiate(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
