@@ -1,5 +1,4 @@
 import io
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -246,12 +245,6 @@ def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declare
     data[40:44] = struct.pack("<I", declared)
     (tmp_path / "a.wav").write_bytes(data)
     np.testing.assert_array_equal(decode(str(tmp_path / "a.wav"))[0], samples)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "clip.wav")
-    with pytest.raises(ClipError, match="a device or pipe"):
-        decode(str(tmp_path / "clip.wav"))
 
 
 def test_an_aiff_that_is_cut_short_is_refused(tmp_path: Path) -> None:
