@@ -23,10 +23,10 @@ import tyro
 
 from ser_ray.features.decode import decode
 from ser_ray.inference.batch import predict_many
-from ser_ray.inference.hear import list_audio
-from ser_ray.inference.predict import Predictor
-from ser_ray.registry import local_checkpoint
+from ser_ray.inference.predictor import Predictor
+from ser_ray.inference.recordings import list_audio
 from ser_ray.shards.progress import Progress
+from ser_ray.tracking.registry import local_checkpoint
 
 
 @dataclass(frozen=True)

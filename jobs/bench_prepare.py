@@ -99,12 +99,12 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     """Write the same parts without an engine."""
-    from ser_ray.features.extract import Extractor
+    from ser_ray.features.transforms import FeatureExtractor
     from ser_ray.shards.part import write_part
     from ser_ray.shards.plan import make_plan
 
     plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, None)
-    filesystem, extractor = fs.LocalFileSystem(), Extractor(CONFIG)
+    filesystem, extractor = fs.LocalFileSystem(), FeatureExtractor(CONFIG)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(bench.processes, mp_context=context) as executor:
         parts = [
@@ -120,9 +120,9 @@ def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     """Decode and make features, clip by clip."""
     from ser_ray.features.decode import decode
-    from ser_ray.features.extract import Extractor
+    from ser_ray.features.transforms import FeatureExtractor
 
-    extractor = Extractor(CONFIG)
+    extractor = FeatureExtractor(CONFIG)
     stages = {"decode": 0.0, "waveform": 0.0, "features": 0.0}
     paths = _sample(bench, corpus)
     for path in paths:

@@ -78,8 +78,8 @@ def ours(
     ingest: Literal["resident", "stream"] = "resident",
 ) -> Timing:
     """Train as users do."""
-    from ser_ray.training.config import RunConfig
-    from ser_ray.training.distributed import train
+    from ser_ray.distributed.config import RunConfig
+    from ser_ray.distributed.launch import train
 
     ends = [time.time()]
     with tempfile.TemporaryDirectory() as folder:
@@ -169,8 +169,8 @@ class _Learner:
         from ser_ray.shards.read import open_shards
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
-        from ser_ray.training.loop import computes_bfloat16
         from ser_ray.training.model import build_network
+        from ser_ray.training.trainer import computes_bfloat16
 
         device = torch.device("cpu") if bench.device == "cpu" else torch.device("cuda", rank)
         config = bench.recipe
@@ -234,7 +234,7 @@ def stream(bench: Bench, started: float) -> Timing:
 
     opened = open_shards(bench.shards)
     clips = opened.clips()
-    chosen = set(clips["path"].take(select_rows(clips, bench.recipe).train).to_pylist())
+    selected = set(clips["path"].take(select_rows(clips, bench.recipe).train).to_pylist())
     labels = {label: index for index, label in enumerate(opened.card.labels)}
     features = opened.card.features
     shape = (features.num_bins("mel"), features.num_frames)
@@ -242,7 +242,7 @@ def stream(bench: Bench, started: float) -> Timing:
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
         import numpy as np
 
-        keep = np.asarray([path in chosen for path in batch["path"]], dtype=bool)
+        keep = np.asarray([path in selected for path in batch["path"]], dtype=bool)
         rows = [np.frombuffer(value, np.float16).reshape(shape) for value in batch["mel"][keep]]
         return {
             "mel": np.stack(rows) if rows else np.zeros((0, *shape), np.float16),

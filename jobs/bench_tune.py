@@ -29,15 +29,16 @@ import torch
 import tyro
 from ray.tune.schedulers import TrialScheduler
 
-from ser_ray.cli import STAND_IN_RECIPE
+from ser_ray.cli.verbs import SYNTHETIC_RECIPE
+from ser_ray.distributed.config import RunConfig
+from ser_ray.search.space import SlotConfig, TuneConfig
+from ser_ray.search.trial import OBJECTIVE, Slots
+from ser_ray.search.trial_log import TrialLog
+from ser_ray.search.tuner import make_plan, search
 from ser_ray.shards.read import open_shards
-from ser_ray.training.config import RunConfig, TrainConfig
-from ser_ray.training.loop import fit
+from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import read_pretrained
-from ser_ray.training.search_config import SlotConfig, TuneConfig
-from ser_ray.training.trial_log import TrialLog
-from ser_ray.training.trials import OBJECTIVE, Slots
-from ser_ray.training.tune import make_plan, search
+from ser_ray.training.trainer import fit
 
 ORDERS = 200
 """In which ASHA meets the trials of one search."""
@@ -48,12 +49,12 @@ class Bench:
     """What to measure."""
 
     shards: str
-    """The shard set to search on; the stand-in corpus's is enough."""
+    """The shard set to search on; the synthetic corpus's is enough."""
     slots: int = 2
     """Trials at once, with one CPU each."""
     search: TuneConfig = field(default_factory=lambda: TuneConfig(trials=16, searcher="random"))
     """What is drawn, and ASHA's settings."""
-    recipe: TrainConfig = field(default_factory=lambda: STAND_IN_RECIPE)
+    recipe: TrainConfig = field(default_factory=lambda: SYNTHETIC_RECIPE)
     seeds: int = 1
     """Searches, each with its own draws."""
     alone: int = 4

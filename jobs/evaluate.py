@@ -2,7 +2,7 @@
 
 import sys
 
-from ser_ray.cli import main
+from ser_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

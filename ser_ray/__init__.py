@@ -15,4 +15,4 @@ and URIs, `tracking` records runs in MLflow and `registry` finds models, `report
 `page` writes a run's page and `run_page` gathers what it shows. Imports go down this list, not up.
 """
 
-__version__ = "0.1.0"
+from ser_ray.version import __version__ as __version__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ser_ray.errors import ResourcesError
-from ser_ray.storage import absolute
+from ser_ray.storage.paths import absolute
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """On the head of a cluster that `ray up` started: what its autoscaler may start."""
@@ -240,7 +240,7 @@ def cpus_per_worker(workers: int) -> int:
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
-def reserved_places() -> set[str]:
+def placement_groups() -> set[str]:
     """Ids of the placement groups that this job holds."""
     import ray
     from ray.util.placement_group import placement_group_table
@@ -254,7 +254,7 @@ def reserved_places() -> set[str]:
     }
 
 
-def release_places(names: set[str]) -> None:
+def remove_placement_groups(names: set[str]) -> None:
     """Give placement groups back to the cluster."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group

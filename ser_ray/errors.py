@@ -1,7 +1,7 @@
 """The errors a user can cause.
 
-Every message names the item, says what is wrong with it and what to do next; `ser_ray.cli` prints
-it in one line and exits with status 2. A single bad clip is not an error of the run: see
+Every message names the item, says what is wrong with it and what to do next; `ser_ray.cli`
+prints it in one line and exits with status 2. A single bad clip is not an error of the run: see
 `ser_ray.features.decode.ClipError`, which becomes a row of the outcomes.
 """
 

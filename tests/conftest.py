@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import settings
 
-from ser_ray.corpus.names import EMOTIONS
+from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.training.config import AugmentConfig
 
 if TYPE_CHECKING:
-    from ser_ray.inference.predict import Predictor
+    from ser_ray.inference.predictor import Predictor
 
 # The same examples in every run: a change must not fail by the luck of the draw.
 settings.register_profile("fixed", derandomize=True)
@@ -25,7 +25,7 @@ settings.load_profile("fixed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, bin_masks=0, mixup=0)
+PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, freq_masks=0, mixup=0)
 """No augmentation but the random crop."""
 
 
@@ -105,6 +105,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def predictor(checkpoint: Path) -> "Predictor":
     """That model, ready to name emotions."""
-    from ser_ray.inference.predict import Predictor
+    from ser_ray.inference.predictor import Predictor
 
     return Predictor(checkpoint)

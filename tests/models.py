@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ser_ray.corpus.names import EMOTIONS
+from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard
 from ser_ray.training.config import TrainConfig

@@ -1,65 +1,89 @@
-"""The rooms and which way imports go, read from the source."""
+"""The order of the rooms, read from every import of every file."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
-ORDER = ["corpus", "features", "shards", "training", "inference"]
-RAY_FREE = [
-    "features/*.py", "training/config.py", "training/data.py", "training/augment.py",
-    "training/model.py", "training/loop.py", "training/metrics.py", "training/checkpoint.py",
-    "training/scoring.py", "training/stream.py", "training/world.py",
-    "training/run_folder.py", "training/lr_range.py",
-    "training/search_config.py", "training/study.py", "training/search_figures.py",
-    "training/search_page.py", "training/trial_log.py", "training/study_journal.py",
-    "training/display.py", "training/json_lines.py",
-    "inference/demo.py", "inference/evaluate.py", "inference/export.py", "inference/hear.py",
-    "inference/model_card.py", "inference/network.py", "inference/packaged.py",
-    "inference/predict.py", "inference/results.py", "inference/statistics.py", "report.py",
+ROOMS = [
+    "version", "errors", "storage", "cluster", "corpus", "features", "shards", "training", "plots",
+    "inference", "tracking", "evaluation", "distributed", "search", "api", "cli", "__main__",
 ]  # fmt: skip
+"""A room imports only from itself and from rooms to its left."""
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 TOP_LEVEL = {
     "ser_ray", "jobs", "tests", "pyproject.toml", "README.md", "cluster.yaml", "LICENSE",
 }  # fmt: skip
 
 
-def imports_of(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(file: str) -> set[str]:
+    """Dotted names of all that a file imports, at its top or anywhere else."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return names
+            assert node.level == 0, f"{file}: imports are absolute"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_imports_go_left_to_right(room):
-    later = {f"ser_ray.{name}" for name in ORDER[ORDER.index(room) + 1 :]}
-    for path in (PACKAGE / room).glob("*.py"):
-        wrong = {
-            name
-            for name in imports_of(path)
-            if any(name == other or name.startswith(f"{other}.") for other in later)
-        }
-        assert not wrong, f"{path.name} imports {wrong}"
+def module_of(file: str) -> str:
+    return "ser_ray." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-@pytest.mark.parametrize("pattern", RAY_FREE)
-def test_the_loop_and_its_parts_know_nothing_of_ray(pattern):
-    paths = list(PACKAGE.glob(pattern))
-    assert paths, f"{pattern} matches no file"
-    for path in paths:
-        wrong = {name for name in imports_of(path) if name.split(".")[0] in ("ray", "mlflow")}
-        assert not wrong, f"{path.name} imports {wrong}"
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-def test_the_loop_needs_torch_and_the_shards_alone():
-    """So that it can train on a machine without Ray, and without what decodes sound."""
+MODULES = {module_of(file): file for file in FILES if file != "__init__.py"}
+
+
+@pytest.mark.parametrize("file", MODULES.values())
+def test_a_room_imports_only_from_rooms_above_it(file):
+    place = ROOMS.index(room_of(module_of(file)))
+    for name in imports_of(file):
+        if name == "ser_ray" or name.startswith("ser_ray."):
+            assert name != "ser_ray", f"{file} imports the package's own face"
+            if name in MODULES:
+                assert ROOMS.index(room_of(name)) <= place, f"{file} imports {name}"
+
+
+def test_no_imports_form_a_circle():
+    graph = {
+        module: {name for name in imports_of(file) if name in MODULES and name != module}
+        for module, file in MODULES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("mlflow", {"tracking"}),
+        ("ray", set(ROOMS) - {"training", "features", "corpus", "plots", "tracking", "evaluation"}),
+    ],
+)
+def test_a_library_is_imported_in_its_rooms_alone(library, rooms):
+    importing = {
+        room_of(module)
+        for module, file in MODULES.items()
+        if any(name.split(".")[0] == library for name in imports_of(file))
+    }
+    assert importing <= rooms
+
+
+def test_training_needs_torch_and_the_shards_alone():
+    """So that it runs on a machine without Ray, and without what decodes sound."""
     program = """
 import sys
 class Absent:
@@ -67,19 +91,10 @@ class Absent:
         if name.partition(".")[0] in %r:
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
-import ser_ray.training.loop
+import ser_ray.training.trainer
 """
     absent = {"ray", "mlflow", "optuna", "soxr", "av", "soundfile", "matplotlib", "rich", "tyro"}
     subprocess.run([sys.executable, "-c", program % absent], check=True)
-
-
-def test_only_the_tracker_and_the_registry_import_mlflow():
-    importing = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if any(name.split(".")[0] == "mlflow" for name in imports_of(path))
-    }
-    assert importing == {"tracking.py", "registry.py"}
 
 
 def test_the_top_level_holds_what_the_design_names():

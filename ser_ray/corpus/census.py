@@ -14,7 +14,7 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ser_ray.corpus.names import (
+from ser_ray.corpus.ravdess import (
     CHANNELS,
     EMOTIONS,
     INTENSITIES,

@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from pyarrow import fs
 
-from ser_ray.corpus.names import (
+from ser_ray.corpus.ravdess import (
     EMOTIONS,
     EXAMPLE_NAME,
     SUFFIXES,
@@ -30,7 +30,7 @@ from ser_ray.corpus.names import (
     parse_name,
 )
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.storage import (
+from ser_ray.storage.paths import (
     DEVICE,
     ListedFile,
     filesystem_of,
@@ -41,7 +41,7 @@ from ser_ray.storage import (
     stat_file,
 )
 
-STAND_IN_MARKER = "STAND-IN.txt"
+SYNTHETIC_MARKER = "SYNTHETIC.txt"
 """A file of this name in a corpus folder says that its clips are synthetic."""
 
 MANIFEST_SCHEMA = pa.schema(
@@ -74,7 +74,7 @@ _LISTING_BATCH = 65_536  # files held as Python objects at a time
 class Corpus:
     """A listed corpus."""
 
-    name: Literal["ravdess", "stand-in", "table"]
+    name: Literal["ravdess", "synthetic", "table"]
     """Real RAVDESS, the synthetic corpus with its names, or a corpus of the user's own."""
     root: str
     """The folder, bucket or table, as given."""
@@ -101,8 +101,8 @@ def list_corpus(source: str) -> Corpus:
         if kind == fs.FileType.NotFound:
             raise CorpusError(f"{source}: there is no such folder or table")
         if kind == fs.FileType.Directory:
-            is_synthetic = _is_in_stand_in(filesystem, path)
-            name: Literal["stand-in", "ravdess"] = "stand-in" if is_synthetic else "ravdess"
+            is_synthetic = _is_in_synthetic(filesystem, path)
+            name: Literal["synthetic", "ravdess"] = "synthetic" if is_synthetic else "ravdess"
             return Corpus(name, source, EMOTIONS, _list_folder(source, is_synthetic))
         if not path.lower().endswith(_TABLE_SUFFIXES):
             raise CorpusError(
@@ -127,12 +127,12 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 # --- RAVDESS: what the file names say ---
 
 
-def _is_in_stand_in(filesystem: fs.FileSystem, path: str) -> bool:
+def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
     """Whether a folder, or one that it is in, says that its clips are synthetic."""
     folders = [path]
     if isinstance(filesystem, fs.LocalFileSystem):  # of a bucket one may not see more
         folders += map(str, PurePosixPath(path).parents)
-    markers = [f"{folder.rstrip('/')}/{STAND_IN_MARKER}" for folder in folders]
+    markers = [f"{folder.rstrip('/')}/{SYNTHETIC_MARKER}" for folder in folders]
     return any(found.is_file for found in filesystem.get_file_info(markers))
 
 
@@ -162,8 +162,8 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
         if extension in SUFFIXES:
             yield file
         elif file.problem is None:
-            if not is_synthetic and file.inside.endswith(f"/{STAND_IN_MARKER}"):
-                folder = file.inside.removesuffix(f"/{STAND_IN_MARKER}")
+            if not is_synthetic and file.inside.endswith(f"/{SYNTHETIC_MARKER}"):
+                folder = file.inside.removesuffix(f"/{SYNTHETIC_MARKER}")
                 raise CorpusError(
                     f"{source}: {folder} in it holds synthetic clips, which must not pass for "
                     "RAVDESS: name the one corpus or the other"

@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError
 from ser_ray.features import ClipError, Failure
-from ser_ray.storage import filesystem_of
+from ser_ray.storage.paths import filesystem_of
 
 MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)

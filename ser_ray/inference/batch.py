@@ -26,11 +26,11 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import SerRayError
 from ser_ray.features.sandbox import Sandbox
-from ser_ray.inference.hear import Heard, Hearing
-from ser_ray.inference.predict import Predictor
+from ser_ray.inference.predictor import Predictor
+from ser_ray.inference.recordings import Heard, Hearing
 from ser_ray.inference.results import Journal, as_row, require_suffix
 from ser_ray.shards.progress import Progress, Watch, show
-from ser_ray.storage import absolute
+from ser_ray.storage.paths import absolute
 
 FILES_AT_ONCE = 32
 """Files of a block: what an interruption costs each actor at most."""

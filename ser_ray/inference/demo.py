@@ -22,12 +22,12 @@ import numpy as np
 
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.features import ClipError
-from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox
-from ser_ray.inference.hear import MAX_RECORDING_SECONDS, Decode
-from ser_ray.inference.predict import Prediction, Predictor
-from ser_ray.page import inline_svg
-from ser_ray.report import clip_figure
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.inference.predictor import Prediction, Predictor
+from ser_ray.inference.recordings import MAX_RECORDING_SECONDS, Decode
+from ser_ray.plots.scores import clip_figure
+from ser_ray.plots.svg import inline_svg
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -106,7 +106,9 @@ def answer(
 def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: str) -> str:
     """The waveform and spectrogram as SVG, with the silent ends; none where the start is silent."""
     seconds = DRAWN_SECONDS
-    whole = Extractor(replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds))
+    whole = FeatureExtractor(
+        replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
+    )
     try:
         waveform = whole.waveform(samples[: round(seconds * sample_rate)], sample_rate)
     except ClipError:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ser_ray.cluster import require_kept
 from ser_ray.errors import SerRayError
-from ser_ray.features.extract import ENERGY_SECONDS, POWER_FLOOR, SILENCE_POWER, Extractor
-from ser_ray.inference.predict import Predictor
-from ser_ray.storage import filesystem_of
+from ser_ray.features.transforms import ENERGY_SECONDS, POWER_FLOOR, SILENCE_POWER, FeatureExtractor
+from ser_ray.inference.predictor import Predictor
+from ser_ray.storage.paths import filesystem_of
 
 TOLERANCE = 1e-3
 """Largest difference of a probability from that of `Predictor`: the graph sums in other orders."""
@@ -50,7 +50,7 @@ class Exported:
 
 
 class WaveformModel(nn.Module):
-    """The whole way of a clip as one graph: `Extractor`, windows and network."""
+    """The whole way of a clip as one graph: `FeatureExtractor`, windows and network."""
 
     mean: Tensor
     std: Tensor
@@ -69,7 +69,7 @@ class WaveformModel(nn.Module):
         length = config.window_length
         angles = np.outer(np.arange(length), np.arange(length // 2 + 1)) * (2 * np.pi / length)
         window = np.hanning(length + 1)[:-1, None]
-        extract = Extractor(config)
+        extract = FeatureExtractor(config)
         constants = {
             "cosines": window * np.cos(angles),  # [window_length, bins]
             "sines": window * np.sin(angles),

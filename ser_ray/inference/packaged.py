@@ -14,7 +14,7 @@ import numpy as np
 
 from ser_ray.features import ClipError
 from ser_ray.features.decode import SAMPLE_RATES, full_scale
-from ser_ray.inference.predict import Prediction, Predictor
+from ser_ray.inference.predictor import Prediction, Predictor
 
 if TYPE_CHECKING:
     import pandas as pd

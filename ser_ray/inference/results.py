@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.inference.hear import UNREACHABLE
-from ser_ray.inference.predict import Prediction
-from ser_ray.storage import absolute, filesystem_of
+from ser_ray.inference.predictor import Prediction
+from ser_ray.inference.recordings import UNREACHABLE
+from ser_ray.storage.paths import absolute, filesystem_of
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 ROWS_AT_ONCE = 4096

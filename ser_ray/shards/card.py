@@ -16,7 +16,7 @@ from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
-from ser_ray.storage import written_whole
+from ser_ray.storage.paths import atomic_write
 
 SCHEMA_VERSION = 1
 DATA = ["take", "speaker", "emotion", "content"]
@@ -28,7 +28,7 @@ class ShardCard:
     """What a committed shard set says of itself."""
 
     corpus: str
-    """`ravdess`, `stand-in` or `table`."""
+    """`ravdess`, `synthetic` or `table`."""
     source: str
     """Folder, bucket or table that was listed."""
     labels: tuple[str, ...]
@@ -93,7 +93,7 @@ def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan
 def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
     """Commit a shard set."""
     with (
-        written_whole(filesystem, f"{folder}/{CARD_NAME}") as target,
+        atomic_write(filesystem, f"{folder}/{CARD_NAME}") as target,
         filesystem.open_output_stream(target) as file,
     ):
         file.write(json.dumps(asdict(card), indent=1).encode())

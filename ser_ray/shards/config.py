@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ser_ray.corpus.names import MODALITIES
+from ser_ray.corpus.ravdess import MODALITIES
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig
 

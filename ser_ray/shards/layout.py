@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.features.config import KINDS, FeatureConfig
-from ser_ray.storage import written_whole
+from ser_ray.storage.paths import atomic_write
 
 CARD_NAME, PLAN_NAME = "card.json", "plan.parquet"
 OK = "ok"
@@ -66,7 +66,7 @@ def read_key(filesystem: fs.FileSystem, folder: str, part: int) -> str | None:
 
 def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a Parquet file that is either there as a whole or not at all."""
-    with written_whole(filesystem, path) as target:
+    with atomic_write(filesystem, path) as target:
         pq.write_table(
             table,
             target,

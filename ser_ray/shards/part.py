@@ -18,8 +18,8 @@ from pyarrow import fs
 
 from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, Kind
-from ser_ray.features.extract import Extractor
 from ser_ray.features.sandbox import Sandbox, time_limited
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.layout import (
     KEY,
     OK,
@@ -69,7 +69,7 @@ def rows_from_bytes(data: bytes) -> pa.Table:
 
 
 def write_part(
-    filesystem: fs.FileSystem, folder: str, part: int, rows: pa.Table, extractor: Extractor
+    filesystem: fs.FileSystem, folder: str, part: int, rows: pa.Table, extractor: FeatureExtractor
 ) -> PartResult:
     """Decode the files of a part and commit its clips and outcomes.
 
@@ -119,7 +119,7 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
 
 
 def _make_tables(
-    rows: pa.Table, extractor: Extractor, read: Callable[..., tuple[np.ndarray, int]]
+    rows: pa.Table, extractor: FeatureExtractor, read: Callable[..., tuple[np.ndarray, int]]
 ) -> tuple[pa.Table, pa.Table, bool]:
     """Return the decoded clips, the outcomes of all rows, and whether another try would add none.
 

@@ -25,8 +25,7 @@ from pyarrow import fs
 from ser_ray.cluster import cluster, one_of_each_folder, require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
 from ser_ray.errors import CorpusError, ShardsError
-from ser_ray.features.extract import Extractor
-from ser_ray.lock import Lock
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import (
@@ -49,7 +48,8 @@ from ser_ray.shards.plan import (
 )
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage import absolute, filesystem_of
+from ser_ray.storage.lock import Lock
+from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; what is committed stays, so when that is mended give the same command again"
 IN_USE = "is writing these shards; wait for it to end, or give another folder"
@@ -227,7 +227,7 @@ def _write_parts(config: PrepareConfig, plan: Plan, waiting: list[int]) -> Itera
         [{"part": part, "rows": rows_to_bytes(plan.rows(part))} for part in waiting],
         override_num_blocks=len(waiting),
     )
-    writer = _PartWriter(absolute(config.shards), Extractor(config.features))
+    writer = _PartWriter(absolute(config.shards), FeatureExtractor(config.features))
     try:
         for row in parts.map(writer.write).iter_rows():
             if row["failure"]:
@@ -259,7 +259,7 @@ class _PartWriter:
     """What every worker needs beyond its part."""
 
     shards: str
-    extractor: Extractor
+    extractor: FeatureExtractor
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write the part that is one row of the dataset."""

@@ -13,7 +13,7 @@ from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
 from ser_ray.shards.layout import PLAN_NAME, outcomes_name, part_name, to_array
-from ser_ray.storage import filesystem_of
+from ser_ray.storage.paths import filesystem_of
 
 READ_THREADS = 4
 """Parts read at once: a disk keeps two cores busy, a bucket answers several requests."""

@@ -44,8 +44,8 @@ class Augment:
         self.mask = SpecAugment(
             n_time_masks=config.time_masks,
             time_mask_param=min(config.time_mask_frames, crop_frames),
-            n_freq_masks=config.bin_masks,
-            freq_mask_param=round(config.bin_mask_share * num_bins),
+            n_freq_masks=config.freq_masks,
+            freq_mask_param=round(config.freq_mask_share * num_bins),
             iid_masks=True,
             zero_masking=True,  # 0 is the mean of normalised features
         )

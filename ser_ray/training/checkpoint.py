@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ser_ray.corpus.names import CORPORA
+from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.config import TrainConfig
@@ -49,7 +49,7 @@ class CheckpointCard:
     normalisation: Normalisation
     """Applied to the features before the network."""
     corpus: str
-    """ravdess, stand-in or table."""
+    """ravdess, synthetic or table."""
     shards_fingerprint: str
     """Identity of the shard set trained on."""
     split: dict[str, Any]

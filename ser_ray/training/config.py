@@ -43,9 +43,9 @@ class AugmentConfig:
     """SpecAugment: masks in time for each clip; 0 is off."""
     time_mask_frames: int = 16
     """SpecAugment: the longest mask in time, in frames."""
-    bin_masks: int = 2
+    freq_masks: int = 2
     """SpecAugment: masks in frequency for each clip; 0 is off."""
-    bin_mask_share: float = 0.15
+    freq_mask_share: float = 0.15
     """SpecAugment: the widest mask in frequency, as a share of the bins."""
     mixup: float = 0.2
     """Mixup: both parameters of the Beta distribution (Zhang 2018); 0 is off."""
@@ -56,7 +56,7 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("mix_style", "bin_mask_share", "tempo", "vtlp"):
+        for name in ("mix_style", "freq_mask_share", "tempo", "vtlp"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
 
@@ -88,9 +88,9 @@ class TrainConfig:
     """OneCycle: learning rate at the first step."""
     lr_max: float = 2e-3
     """OneCycle: learning rate at the peak."""
-    lr_peak_at: float = 0.3
+    pct_start: float = 0.3
     """OneCycle: share of the steps spent rising."""
-    lr_final_division: float = 100.0
+    final_div_factor: float = 100.0
     """OneCycle: the last step's rate is lr_min divided by this."""
     weight_decay: float = 0.02
     """AdamW's weight decay."""
@@ -98,10 +98,10 @@ class TrainConfig:
     """Share of the target spread over all labels; 0 is off."""
     balanced: bool = False
     """Draw every label equally often instead of as often as it occurs."""
-    sam_radius: float = 0.0
+    sam_rho: float = 0.0
     """Sharpness-aware minimisation (SAM, Foret 2021): every step takes the gradient from this far
     up the slope, where the loss is worst nearby, for twice the time; 0 is off."""
-    average_decay: float = 0.0
+    ema_decay: float = 0.0
     """Decay per step of the averaged weights that are validated and kept (EMA); 0 is off."""
     keep: Keep = "last"
     """Epoch whose weights are kept: the last, when the learning rate has come down, or the best on
@@ -123,10 +123,10 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
         whole_numbers = ("fold", "validation_speakers", "patience", "seed")
-        for name in (*whole_numbers, "weight_decay", "sam_radius"):
+        for name in (*whole_numbers, "weight_decay", "sam_rho"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
-        for name in ("label_smoothing", "average_decay"):
+        for name in ("label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         if self.patience and self.keep == "last":
@@ -142,10 +142,10 @@ class TrainConfig:
                 f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "
                 "from lr_min to lr_max, so lr_min must be the smaller one (are they swapped?)"
             )
-        if not 0 < self.lr_peak_at < 1:
-            raise ConfigError(f"lr_peak_at is {self.lr_peak_at}: it must be between 0 and 1")
-        if self.lr_final_division < 1:
-            raise ConfigError(f"lr_final_division is {self.lr_final_division}: it must be >= 1")
+        if not 0 < self.pct_start < 1:
+            raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")
+        if self.final_div_factor < 1:
+            raise ConfigError(f"final_div_factor is {self.final_div_factor}: it must be >= 1")
 
     @property
     def fingerprint(self) -> str:
@@ -191,58 +191,3 @@ class LrRangeConfig:
             )
         if self.steps < 10:
             raise ConfigError(f"steps is {self.steps}: it must be at least 10")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
-    """Where a training runs, what it is called and where it is recorded."""
-
-    workers: str = "1"
-    """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
-    ingest: Literal["auto", "resident", "stream"] = "auto"
-    """Keep the clips in each worker's memory, or read the training clips anew in every epoch; auto
-    streams what would fill more than half of a worker's memory. Concerns `train` alone."""
-    name: str = ""
-    """Name of the run; the same name goes on where it stopped. Derived from the recipe if empty."""
-    storage: str = "ser-ray-out/runs"
-    """Folder or URI for checkpoints; on several nodes, one that all of them reach."""
-    experiment: str = "ser-ray"
-    """MLflow experiment."""
-    tracking_uri: str = ""
-    """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
-    audio: bool = True
-    """Put the sound of the validation clips that the report shows into it."""
-    max_failures: int = 3
-    """Times that lost workers are replaced before the run gives up."""
-
-    def __post_init__(self) -> None:
-        fewest, most = self.worker_range
-        if not 1 <= fewest <= most:
-            raise ConfigError(
-                f"workers is {self.workers}: it must be at least 1, and a range goes upwards"
-            )
-        if self.max_failures < -1:
-            raise ConfigError(
-                f"max_failures is {self.max_failures}: it must be -1 (no limit) or more"
-            )
-        if "/" in self.name or self.name.startswith("."):
-            raise ConfigError(
-                f"name is {self.name!r}: it becomes a folder's name, so no / and no ."
-            )
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers that `workers` allows.
-
-        Raises:
-            ConfigError: it is neither a number nor a range.
-        """
-        fewest, mark, most = self.workers.partition("..")
-        try:
-            return int(fewest), int(most if mark else fewest)
-        except ValueError:
-            raise ConfigError(
-                f"workers is {self.workers!r}: it must be a number like 2 or a range like 1..4"
-            ) from None

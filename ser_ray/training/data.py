@@ -4,7 +4,7 @@ A training reads its feature column once and keeps it in memory, on the device. 
 of rows drawn from (seed, epoch), the same on every worker; nothing is launched, read or copied from
 the host while it runs.
 
-Clips that do not fit into memory come from `ser_ray.training.stream` instead: both are a `Source`.
+Clips that do not fit into memory come from `training.streaming` instead: both are a `Source`.
 
 Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames.
 """
@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ser_ray.corpus.protocols import Split, one_clip_per_take, split
+from ser_ray.corpus.splits import Split, one_clip_per_take, split
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
@@ -207,7 +207,7 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
         validation_speakers=config.validation_speakers,
     )
 
-    def chosen(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
+    def selected(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
         kept = on_channel(clips, rows[side], wanted)
         if not len(kept):
             raise ConfigError(
@@ -217,9 +217,9 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
 
     return replace(
         parts,
-        train=chosen(parts.train, config.train_channel, "training"),
-        validation=chosen(parts.validation, config.channel, "validation"),
-        test=chosen(parts.test, config.channel, "test"),
+        train=selected(parts.train, config.train_channel, "training"),
+        validation=selected(parts.validation, config.channel, "validation"),
+        test=selected(parts.test, config.channel, "test"),
         left_out=rows[parts.left_out],
     )
 
@@ -318,7 +318,7 @@ def window_starts(num_frames: int, crop_frames: int) -> list[int]:
 def window_batches(
     num_frames: np.ndarray, clips: np.ndarray, crop_frames: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (clip, first frame) that cover the chosen clips, int64 [batch] each."""
+    """Batches of (clip, first frame) that cover the selected clips, int64 [batch] each."""
     pairs = [
         (clip, start)
         for clip in clips

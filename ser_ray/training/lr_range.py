@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from ser_ray.errors import DivergedError
-from ser_ray.report import BLUE, GREY, VERMILION, WIDTH, entitle, tidy
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import load_fold
-from ser_ray.training.loop import Training, World
 from ser_ray.training.model import Pretrained
+from ser_ray.training.trainer import Training
+from ser_ray.training.world import World
 
 SMOOTHING_STEPS = 8.0
 """Standard deviation of the window over which the loss is averaged, in steps."""
@@ -102,21 +101,6 @@ def propose(rates: np.ndarray, losses: np.ndarray) -> LrRange:
         lr_min=float(rates[begins]),
         lr_max=float(rates[ends]),
     )
-
-
-def range_figure(found: LrRange, title: str) -> Figure:
-    """Draw the loss against the learning rate, with the proposed bounds."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss")
-    axes.set_xscale("log")
-    axes.plot(found.rates, found.losses, color=GREY, linewidth=0.8, label="each step")
-    axes.plot(found.rates, found.smooth, color=BLUE, label="averaged")
-    for name in ("lr_min", "lr_max"):
-        bound = getattr(found, name)
-        axes.axvline(bound, color=VERMILION, linestyle=":", label=f"{name} {bound:.1e}")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=2)
-    tidy(axes)
-    return entitle(figure, title)
 
 
 def _smooth(losses: list[float] | np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
 
 
-def kept_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
+def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
     """Index of the epoch whose weights are kept: the last, or the best by validation UA, then loss.
 
     Args:
@@ -107,9 +107,9 @@ def kept_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
     return max(range(len(rows)), key=lambda epoch: validation_rank(rows[epoch]))
 
 
-def kept_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str, float]:
+def selected_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str, float]:
     """What is known of that epoch, so far; empty before the first."""
-    return rows[kept_epoch(rows, keep)] if rows else {}
+    return rows[selected_epoch(rows, keep)] if rows else {}
 
 
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
@@ -117,10 +117,10 @@ def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
     return row["val_ua"], -row["val_loss"]
 
 
-def chosen_metrics(row: Mapping[str, float]) -> dict[str, float]:
-    """What a run's record says of its chosen epoch, by the names it is logged under."""
+def selected_metrics(row: Mapping[str, float]) -> dict[str, float]:
+    """What a run's record says of its selected epoch, by the names it is logged under."""
     return {
-        f"chosen_{name}": value
+        f"selected_{name}": value
         for name, value in row.items()
         if name == "epoch" or name.startswith("val_")
     }

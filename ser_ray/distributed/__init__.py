@@ -1,0 +1,1 @@
+"""Ray Train around the training: workers, storage, failures and the run's record."""

@@ -1,0 +1,122 @@
+"""A learning-rate range test on a cluster: one Ray task, one MLflow run."""
+
+from dataclasses import asdict, dataclass
+
+import ray
+import torch
+from matplotlib.figure import Figure
+
+from ser_ray.cluster import (
+    cluster,
+    cpus_per_worker,
+    has_gpus,
+    require_kept,
+    require_shared,
+    require_workers,
+)
+from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.distributed.config import RunConfig
+from ser_ray.errors import SerRayError
+from ser_ray.evaluation.page import figure_section, render_page, settings_section, text_section
+from ser_ray.plots.lr_range import range_figure
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage.paths import absolute
+from ser_ray.tracking.tracker import Tracker, first_line, flatten, now_ms, provenance, resolve_uri
+from ser_ray.training.config import LrRangeConfig, TrainConfig
+from ser_ray.training.data import describe, select_rows
+from ser_ray.training.lr_range import LrRange, range_test
+from ser_ray.training.model import Pretrained, read_pretrained
+
+
+@dataclass(frozen=True, slots=True)
+class RangeResult:
+    """A finished range test and its MLflow run."""
+
+    found: LrRange
+    label: str
+    run_id: str
+    tracking_uri: str
+
+
+def find_range(
+    shards_location: str,
+    config: TrainConfig,
+    run: RunConfig,
+    test: LrRangeConfig,
+    *,
+    address: str = "",
+) -> RangeResult:
+    """Propose bounds for a recipe's learning rate, by one worker on a GPU where there is one.
+
+    Raises:
+        ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
+        DivergedError: the loss never fell.
+    """
+    shards = open_shards(absolute(shards_location))
+    split = describe(select_rows(shards.clips(), config))
+    pretrained = read_pretrained(config.weights, len(shards.card.labels))
+    with cluster(address):
+        require_shared(shards.uri)
+        gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+        require_workers(1, cpus=1, gpus=1 if gpu else 0)
+        uri = resolve_uri(run.tracking_uri)
+        require_kept(uri)
+        name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
+        tags = provenance() | {
+            "protocol": split["label"],
+            "corpus": shards.card.corpus,
+            "shards.fingerprint": shards.card.fingerprint,
+        }
+        params = config.to_dict() | {"lr_range": asdict(test)}
+        tracker = Tracker.start(uri, run.experiment, name=name, params=params, tags=tags)
+        size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
+        try:
+            found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
+            if isinstance(found, SerRayError):
+                raise found
+            title = f"training loss, {split['label']}, {CORPORA[shards.card.corpus]}"
+            figure = range_figure(found, title)
+            page = render_page(
+                name,
+                shards.card.corpus,
+                text_section(
+                    f"Range test of {len(found.rates)} steps. Proposed bounds: --lr-min "
+                    f"{found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
+                ),
+                figure_section("Range test", (figure, "Loss by learning rate")),
+                settings_section(flatten(params), tags),
+            )
+            _record(tracker, found, figure, page)
+        except BaseException as error:
+            tracker.abandon(error)
+            if isinstance(error, ray.exceptions.RayError):
+                raise SerRayError(f"the range test failed: {first_line(error)}") from error
+            raise
+        tracker.finish("FINISHED")
+    return RangeResult(found, split["label"], tracker.run_id, uri)
+
+
+def _test(
+    config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
+) -> LrRange | SerRayError:
+    """Run as a Ray task; what is the user's to mend is returned, as Ray wraps what is raised."""
+    try:
+        device = torch.device("cuda" if gpu else "cpu")
+        return range_test(config, shards, pretrained, test, device)
+    except SerRayError as problem:
+        return problem
+
+
+def _record(tracker: Tracker, found: LrRange, figure: Figure, page: str) -> None:
+    when = now_ms()
+    for step, (rate, loss) in enumerate(zip(found.rates, found.losses, strict=True)):
+        tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
+    tracker.log_metrics({"proposed_lr_min": found.lr_min, "proposed_lr_max": found.lr_max}, 0, when)
+    tracker.deliver()
+    tracker.log_files(
+        {
+            "report.html": page,
+            "plots/lr_range.png": figure,
+            "tables/lr_range.json": asdict(found),
+        }
+    )

@@ -1,0 +1,1 @@
+"""A checkpoint's answers to scores, statistics, a model card and pages."""

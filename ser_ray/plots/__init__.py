@@ -1,0 +1,1 @@
+"""Numbers to figures, for pages, the demo, notebooks and MLflow alike."""

@@ -1,0 +1,1 @@
+"""Ray Tune around the training: searches and cross-validations."""

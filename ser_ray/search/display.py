@@ -1,0 +1,110 @@
+"""Watching a training, or the trials of a study: in place on a terminal, as lines in a log."""
+
+import time
+from typing import Self
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from ser_ray.search.trial_log import TrialLog
+
+STYLE = {
+    "waiting": "dim",
+    "running": "bold",
+    "finished": "green",
+    "pruned": "dim",
+    "failed": "red",
+    "lost": "red",
+}
+LINE_SECONDS = 60.0
+"""Between two looks at the running trials in a log."""
+COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "UA")
+
+
+class TrialTable:
+    """Shows trials while its block lasts.
+
+    Args:
+        total: trials that there will be.
+        label: goes beside every score, as `SPEAKER-DEPENDENT` does.
+    """
+
+    def __init__(self, console: Console, total: int, label: str = "") -> None:
+        self.console, self.total, self.label = console, total, label
+        self._trials: list[TrialLog] = []
+        self._said: dict[str, str] = {}
+        self._looked = time.monotonic()
+        self._live = Live(
+            get_renderable=self.table, console=console, refresh_per_second=2, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+            if self._trials:
+                self.console.print(self.table())
+
+    def __call__(self, trials: list[TrialLog]) -> None:
+        """Show the trials as they are now."""
+        self._trials = trials
+        if self.console.is_terminal:
+            return
+        for trial in trials:
+            if trial.state != "waiting" and self._said.get(trial.trial_id) != trial.state:
+                self._said[trial.trial_id] = trial.state
+                self.console.print(self._line(trial))
+        if (now := time.monotonic()) - self._looked >= LINE_SECONDS:
+            self._looked = now
+            for trial in trials:
+                if trial.state == "running" and trial.rows:
+                    self.console.print(self._line(trial))
+
+    def table(self) -> RenderableType:
+        """The running trials and the best of the others, as many as fit."""
+        done = sum(trial.ended for trial in self._trials)
+        table = Table(caption=f"{done} of {self.total} trials done {self.label}", box=None)
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for trial in self._shown():
+            recipe = trial.recipe
+            table.add_row(
+                str(trial.number),
+                trial.state,
+                recipe.feature,
+                str(recipe.fold),
+                str(recipe.seed),
+                f"{recipe.lr_min:.1e}",
+                f"{recipe.lr_max:.1e}",
+                f"{trial.epochs}/{recipe.epochs}",
+                f"{trial.selected['val_ua']:.1%}" if trial.rows else trial.problem[:30],
+                style=STYLE[trial.state],
+            )
+        return table
+
+    def _shown(self) -> list[TrialLog]:
+        room = max(self.console.height - 4, 5)
+        ranked = sorted(
+            self._trials,
+            key=lambda trial: (trial.ended, -trial.selected.get("val_ua", 0.0)),
+        )
+        return sorted(ranked[:room], key=lambda trial: trial.number)
+
+    def _line(self, trial: TrialLog) -> str:
+        drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
+        head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
+        if trial.problem:
+            return f"{head}  after {trial.epochs} epochs: {trial.problem}"
+        if not trial.rows:
+            return head
+        score = f"{head}  UA {trial.selected['val_ua']:.1%} {self.label}".rstrip()
+        return f"{score} after {trial.epochs} of {trial.recipe.epochs} epochs"
+
+
+def _text(value: object) -> str:
+    return f"{value:.2e}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Paths and URIs, whole files, one writer for a folder."""

@@ -1,0 +1,1 @@
+"""MLflow: runs, models and the server of a cluster. The only room that imports it."""

@@ -1,0 +1,178 @@
+"""Where models are: a name becomes a checkpoint's directory, a run's model a registered version.
+
+A model is a checkpoint's folder or URI, an MLflow run's id, or a registered version
+(`models:/ser-ray@champion`, `models:/ser-ray/3`). Beside `tracking`, which records runs, the only
+module that imports MLflow.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pyarrow import fs
+
+from ser_ray.errors import CheckpointError, TrackingError
+from ser_ray.storage.paths import filesystem_of
+from ser_ray.tracking.tracker import (
+    configure_mlflow_client,
+    name_like,
+    require_reachable,
+    resolve_uri,
+    store_answers,
+)
+
+SELECTED_BY = "selected_val_ua"
+"""Metric of a finished training; the lower `TIE_BROKEN_BY` where it is equal."""
+TIE_BROKEN_BY = "selected_val_loss"
+TEST_SCORES = "tables/test.json"
+"""Artifact of an evaluated one."""
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@contextmanager
+def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
+    """A model as a local checkpoint directory, fetched for the block where it is not one.
+
+    Args:
+        model: checkpoint folder or URI, MLflow run id, or `models:/name@alias`.
+        tracking_uri: as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: no such run or registered model.
+        CheckpointError: the folder's storage does not answer.
+    """
+    if model.startswith("models:/") or (_RUN_ID.fullmatch(model) and not Path(model).exists()):
+        with TemporaryDirectory() as folder:
+            yield fetch_checkpoint(model, tracking_uri, Path(folder))
+        return
+    filesystem, path = filesystem_of(model)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        try:
+            if filesystem.get_file_info(path).type == fs.FileType.Directory:
+                fs.copy_files(path, folder, source_filesystem=filesystem)
+        except OSError as error:
+            raise CheckpointError(f"{model}: cannot be fetched ({error})") from error
+        yield Path(folder)
+
+
+def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
+    """Fetch the checkpoint in a packaged model into an empty folder; returns its directory.
+
+    Args:
+        model: id of the run that logged it, or a registered version: `models:/name@alias`.
+        tracking_uri: as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: no such run, model or alias, or the store cannot be reached.
+    """
+    configure_mlflow_client()
+    import mlflow
+
+    uri = resolve_uri(tracking_uri)
+    require_reachable(uri)
+    mlflow.set_tracking_uri(uri)
+    location = model if model.startswith("models:/") else f"runs:/{model}/model"
+    advice = (
+        "; name a run's id, models:/name@alias or a checkpoint folder, and the store with "
+        "--tracking-uri"
+    )
+    with store_answers(f"{model}: no such model in {uri}", advice):
+        path = mlflow.artifacts.download_artifacts(location, dst_path=str(folder))
+        flavour = mlflow.models.Model.load(path).flavors.get("python_function", {})
+    if "data" not in flavour:
+        raise TrackingError(f"{model}: this model in {uri} is not one of ser_ray's{advice}")
+    return Path(path, flavour["data"])
+
+
+def best_training_of(run_id: str, tracking_uri: str) -> str:
+    """The run itself, or of a search or cross-validation the training of the best validation UA.
+
+    The best fold of a cross-validation keeps its model. A search's trial keeps none; what
+    `tune --refit` or `train --like` made of its recipe does.
+
+    Raises:
+        TrackingError: no such run, or neither it nor what came of it keeps a model.
+    """
+    configure_mlflow_client()
+    from mlflow import MlflowClient
+
+    uri = resolve_uri(tracking_uri)
+    require_reachable(uri)
+    with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(run_id)
+        within = [run.info.experiment_id]
+        trials = client.search_runs(
+            within, f"tags.mlflow.parentRunId = '{run_id}'", max_results=1000
+        )
+        scored = [found for found in trials or [run] if SELECTED_BY in found.data.metrics]
+        if not scored:
+            raise TrackingError(f"{run_id}: neither this run nor one below it has a validation UA")
+        best = max(scored, key=_rank).info.run_id
+        again = client.search_runs(within, f"attributes.run_name = '{name_like(best)}'")
+        for candidate in (best, *(found.info.run_id for found in again)):
+            outputs = client.get_run(candidate).outputs
+            if outputs and outputs.model_outputs:
+                return str(candidate)
+    raise TrackingError(
+        f"{run_id}: its best training, {best}, keeps no model: train it again with ser-ray train "
+        f"--like {best}, then give this command again"
+    )
+
+
+def _rank(run: Any) -> tuple[float, float]:
+    metrics = run.data.metrics
+    return metrics[SELECTED_BY], -metrics.get(TIE_BROKEN_BY, 0.0)
+
+
+def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:
+    """The scores of a run's test part, None if it was not evaluated, and its validation UA.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such run.
+    """
+    from mlflow import MlflowClient
+
+    uri = resolve_uri(tracking_uri)
+    with store_answers(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
+        client = MlflowClient(tracking_uri=uri)
+        stored = {item.path for item in client.list_artifacts(run_id, "tables")}
+        scores = None
+        if TEST_SCORES in stored:
+            scores = json.loads(
+                Path(client.download_artifacts(run_id, TEST_SCORES, folder)).read_text()
+            )
+        return scores, float(client.get_run(run_id).data.metrics[SELECTED_BY])
+
+
+def register_model(
+    run_id: str, tracking_uri: str, name: str, alias: str, tags: Mapping[str, str], card: str
+) -> str:
+    """Make a run's packaged model a registered version; returns its number.
+
+    Args:
+        card: description of the version, Markdown.
+
+    Raises:
+        TrackingError: the store refused.
+    """
+    configure_mlflow_client()
+    import mlflow
+
+    uri = resolve_uri(tracking_uri)
+    mlflow.set_tracking_uri(uri)
+    with store_answers(f"{uri}: {name} was not registered"):
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
+        client.update_model_version(name, made.version, description=card)
+        if alias:
+            client.set_registered_model_alias(name, alias, made.version)
+    return str(made.version)

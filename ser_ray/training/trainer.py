@@ -1,0 +1,502 @@
+"""The training loop in plain torch: tensors in, checkpoints and scores out.
+
+It knows nothing of Ray. Alone it trains in one process; where `torch.distributed` is initialised,
+by Ray Train or torchrun, it is one worker of many. Batches, learning rates and augmentation are
+functions of (seed, epoch, step), not of the number of workers: each worker draws the whole batch
+and takes its stride, so a run may change its number of workers and stay the same run. (Clips that
+are streamed keep less of this: `ser_ray.training.streaming`.)
+
+Nothing in a step waits for the device; counts and losses leave it once an epoch. A checkpoint is a
+copy of the training held still, which somebody else may write while the loop goes on.
+"""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.augment import Augment, gain_response
+from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import (
+    Batch,
+    FoldData,
+    Source,
+    describe,
+    load_fold,
+    seed_of,
+    steps_per_epoch,
+)
+from ser_ray.training.metrics import Scores, count_confusion, selected_epoch
+from ser_ray.training.model import NETWORK_STRIDE, Pretrained, build_network
+from ser_ray.training.scoring import predict_clips
+from ser_ray.training.streaming import Fetch, stream_fold
+from ser_ray.training.world import World
+
+NETWORK, OPTIMISER = "network.", "optimiser."
+"""How the names of a checkpoint's tensors begin: the network's own weights, and its moments."""
+NOTICE_STEPS = 32
+"""Steps between two looks whether this machine is about to go: a look waits for all workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """What is known after an epoch, equal on every worker.
+
+    `row` holds plain numbers by the names they are logged under; `lr` the epoch's learning rates,
+    one a step; `confusion` the validation counts; `timestamp_ms` when it ended. `is_selected`: of
+    the epochs so far, this one's weights are those to keep (`TrainConfig.keep`).
+    """
+
+    timestamp_ms: int
+    row: dict[str, float]
+    lr: list[float]
+    confusion: list[list[int]]
+    is_selected: bool
+
+
+Take = Callable[[], Snapshot]
+"""Copies the training as it is now, for a checkpoint; to be called before the report returns."""
+Report = Callable[[EpochReport | None, Take], None]
+"""Called on every worker after every epoch, and without a report where `notice` asked for it."""
+
+
+def fit(
+    config: TrainConfig,
+    shards: ShardSet,
+    pretrained: Pretrained,
+    report: Report,
+    *,
+    resume: Path | None = None,
+    device: torch.device | None = None,
+    notice: Callable[[], bool] | None = None,
+    stream: Fetch | None = None,
+) -> None:
+    """Train one fold, from its beginning or from a checkpoint.
+
+    Args:
+        config: the recipe.
+        shards: the shard set to train on.
+        pretrained: weights to start from (`ser_ray.training.model.read_pretrained`).
+        report: called after every epoch with the scores and the means to keep a checkpoint.
+        resume: checkpoint directory of the same training to go on from.
+        device: where to train; the CPU by default.
+        notice: whether to report at once, in mid-epoch; asked on all workers every NOTICE_STEPS.
+        stream: how to read training clips that are not to be resident (`map` reads them here).
+
+    Raises:
+        ConfigError: the recipe does not fit the shards or the number of workers.
+        CheckpointError: `resume` is another training's.
+        DivergedError: a loss or a weight was not finite; names the epoch.
+    """
+    world, device = World.current(), device or torch.device("cpu")
+    before = read_card(resume) if resume is not None else None
+    data: FoldData[Source]
+    if stream is None:
+        data = load_fold(shards, config, device)
+    else:
+        known = before.normalisation if before is not None else None
+        data = stream_fold(shards, config, device, world, stream, known)
+    require_workers_fit(config, len(data.train), world.size)
+    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
+    run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
+    if resume is not None and before is not None:
+        card.require_same(before, str(resume))
+        run.restore(Snapshot.read(resume))
+
+    def take() -> Snapshot:
+        return run.snapshot(card)
+
+    while not run.finished:
+        for _ in run.begin_epoch():
+            run.take_step()
+            if notice is not None and run.steps_taken % NOTICE_STEPS == 0 and notice():
+                run.gather()
+                report(None, take)
+        report(run.close_epoch(), take)
+
+
+class Training:
+    """The state of a training between two steps, and the two halves of an epoch."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: FoldData[Source],
+        pretrained: Pretrained,
+        num_mels: int,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.config, self.data, self.device, self.world = config, data, device, world
+        num_rows = len(data.train)
+        self.batch_size = min(config.batch_size, num_rows)
+        self.steps_per_epoch = steps_per_epoch(num_rows, self.batch_size)
+        torch.manual_seed(seed_of(config.seed))
+        network = build_network(len(data.labels))
+        network.load_state_dict(network.state_dict() | pretrained.state)
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.parallel = _data_parallel(network) if world.size > 1 else network
+        self.average = copy.deepcopy(network) if config.ema_decay else None
+        self.optimiser = AdamW(
+            network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
+        )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.schedule = one_cycle(self.optimiser, config, self.total_steps)
+        response = gain_response(config.feature, num_mels, data.normalisation, device)
+        self.augment = Augment(config, len(data.labels), response)
+        self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
+        self.losses = torch.zeros(self.steps_per_epoch, device=device)
+        self.hits = torch.zeros((), device=device)
+        self.rates: list[float] = []
+        """Learning rate of every step so far."""
+        self.epoch, self.step = 0, 0
+        """Epochs done, and steps of the next."""
+        self.batches = data.train.batches(config, world, 0, 0)
+        self.selected: dict[str, float] = {}
+        self.selected_confusion: list[list[int]] = []
+        """Row and validation counts of the epoch whose weights are kept, so far."""
+        self.history: list[dict[str, float]] = []
+        self.times_ms: list[int] = []
+        """Rows of all epochs so far, and when each ended."""
+
+    @property
+    def finished(self) -> bool:
+        """All epochs done, or no better validation UA for `patience` of them."""
+        patience = self.config.patience
+        stale = bool(self.selected) and self.epoch - self.selected["epoch"] >= patience > 0
+        return self.epoch >= self.config.epochs or stale
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps since the beginning of the training."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def begin_epoch(self) -> range:
+        """Begin an epoch, or go on with it; returns the steps that it still has."""
+        self.first_step, self.began = self.step, time.perf_counter()
+        self.network.train()
+        return range(self.step, self.steps_per_epoch)
+
+    def take_step(self) -> None:
+        """Learn from the next batch."""
+        self.rates.append(float(self.schedule.get_last_lr()[0]))
+        self.losses[self.step], hits = self.learn(next(self.batches))
+        self.hits += hits
+        self.step += 1
+        if self.steps_taken < self.total_steps:
+            self.schedule.step()
+
+    def learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Learn from a batch; returns this worker's share of its mean loss, and its hits."""
+        torch.manual_seed(batch.seed)
+        features, targets = self.augment(batch.clips, batch.rows)
+        features = features[batch.mine].contiguous(memory_format=torch.channels_last)
+        targets = targets[batch.mine]
+        share, hits = self._differentiate(features, targets)
+        if self.config.sam_rho:
+            with climbed(self.network, self.config.sam_rho):
+                self._differentiate(features, targets)
+        self.optimiser.step()
+        if self.average is not None:
+            self._update_average(self.average)
+        return share, hits
+
+    def validate(self) -> Scores:
+        """Score the validation clips, each once, over all workers."""
+        self._share_batch_norm()
+        clips = self.data.validation
+        mine = np.arange(len(clips))[self.world.mine]
+        num_labels = len(self.data.labels)
+        probabilities = predict_clips(self._evaluated(), clips, mine, self.config, num_labels)
+        truth = clips.labels[torch.from_numpy(mine).to(self.device)].cpu().numpy()
+        counts = torch.from_numpy(
+            count_confusion(truth, probabilities.argmax(axis=1), num_labels)
+        ).to(self.device)
+        likelihood = probabilities[np.arange(len(truth)), truth]
+        loss = torch.tensor(-np.log(np.maximum(likelihood, 1e-12)).sum(), device=self.device)
+        self.world.sum(counts), self.world.sum(loss)
+        return Scores(counts.cpu().numpy(), float(loss) / len(clips))
+
+    def close_epoch(self) -> EpochReport:
+        """Score the epoch and count it as done.
+
+        Raises:
+            DivergedError: the loss of one of its steps, or a weight after them, is not finite.
+        """
+        self.gather(everywhere=True)
+        self._require_finite()
+        trained = time.perf_counter()
+        scores = self.validate()
+        ended = time.perf_counter()
+        steps_here = self.step - self.first_step
+        row = {
+            "epoch": float(self.epoch + 1),
+            "train_loss": float(self.losses.mean()),
+            "train_wa": float(self.hits) / (self.steps_per_epoch * self.batch_size),
+            **{f"val_{name}": value for name, value in scores.to_dict().items()},
+            "lr": self.rates[-1],
+            "workers": float(self.world.size),
+            "bfloat16": float(self.autocast),
+            "epoch_seconds": ended - self.began,
+            "clips_per_second": steps_here * self.batch_size / (trained - self.began),
+        }
+        self.history.append(row)
+        is_selected = selected_epoch(self.history, self.config.keep) == self.epoch
+        confusion = scores.confusion.tolist()
+        if is_selected:
+            self.selected, self.selected_confusion = row, confusion
+        self.times_ms.append(time.time_ns() // 1_000_000)
+        rates = self.rates[-self.steps_per_epoch :]
+        report = EpochReport(self.times_ms[-1], row, rates, confusion, is_selected)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.losses.zero_(), self.hits.zero_()
+        return report
+
+    def gather(self, *, everywhere: bool = False) -> None:
+        """Sum the epoch's losses and hits so far over the workers, on the first one or on all."""
+        self.world.sum(self.losses), self.world.sum(self.hits)
+        if self.world.rank > 0 and not everywhere:
+            self.losses.zero_(), self.hits.zero_()
+
+    def snapshot(self, card: CheckpointCard) -> Snapshot:
+        """Copy what a checkpoint holds; the order of clips follows from seed and epoch."""
+        optimiser = self.optimiser.state_dict()
+        state = {"losses": self.losses, "hits": self.hits} | {
+            f"{OPTIMISER}{index}.{name}": value
+            for index, values in optimiser["state"].items()
+            for name, value in values.items()
+        }
+        if self.average is not None:
+            network = self.network.state_dict()
+            state |= {f"{NETWORK}{name}": value for name, value in network.items()}
+        progress = {
+            "param_groups": optimiser["param_groups"],
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "rates": self.rates,
+            "selected": self.selected,
+            "selected_confusion": self.selected_confusion,
+            "history": self.history,
+            "times_ms": self.times_ms,
+        }
+        # Laid out here: done by the thread that writes, it would start a second team of CPU
+        # threads, and while there are more of these than CPUs they sleep at every barrier.
+        weights, state = (
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
+            for part in (self._evaluated().state_dict(), state)
+        )
+        return Snapshot(card, weights, state, copy.deepcopy(progress))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from what a `snapshot` held.
+
+        Raises:
+            CheckpointError: it is another network's.
+        """
+        state, progress = snapshot.state, snapshot.progress
+        try:
+            self._evaluated().load_state_dict(snapshot.weights)
+            if self.average is not None:
+                self.network.load_state_dict(_under(NETWORK, state))
+            self._restore_optimiser(_under(OPTIMISER, state), progress["param_groups"])
+            self.schedule.load_state_dict(progress["schedule"])
+            if self.world.rank == 0:
+                self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
+                "--name to start afresh"
+            ) from error
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.rates, self.history = progress["rates"], progress["history"]
+        self.times_ms = progress["times_ms"]
+        self.selected, self.selected_confusion = (
+            progress["selected"],
+            progress["selected_confusion"],
+        )
+        self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
+
+    def _restore_optimiser(self, state: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        weights = list(self.network.parameters())
+        for key, value in state.items():
+            index, name = key.split(".")
+            # Fused AdamW takes a moment to lie in memory as its weight does. What is read lies in
+            # the mapped file, which must not be held.
+            like = value if name == "step" else weights[int(index)]
+            moments[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _differentiate(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the weights the batch's gradient; returns what `learn` does."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.parallel(features)
+            total = F.cross_entropy(
+                logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
+            )
+        share = total / self.batch_size
+        self.optimiser.zero_grad(set_to_none=True)
+        # DDP averages over workers; the batch's gradient is the sum of their shares.
+        (share * self.world.size).backward()
+        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
+        return share.detach(), hits
+
+    def _require_finite(self) -> None:
+        bad = torch.nonzero(~torch.isfinite(self.losses))
+        if len(bad):
+            step = int(bad[0])
+            rate = self.rates[self.epoch * self.steps_per_epoch + step]
+            raise DivergedError(
+                f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
+                f"{rate:.2g}): lower --lr-max, or look for broken clips in the shards"
+            )
+        names, values = zip(*self.network.named_parameters(), strict=True)
+        finite = torch.stack([value.isfinite().all() for value in values]).tolist()
+        if not all(finite):
+            raise DivergedError(
+                f"{names[finite.index(False)]} is not finite after epoch {self.epoch + 1}, though "
+                "the loss is: lower --lr-max, or train on another machine: this one's arithmetic "
+                "may be at fault"
+            )
+
+    def _update_average(self, average: nn.Module) -> None:
+        # torch's own AveragedModel copies a counter to the device, and so waits for it, every step.
+        mine, theirs = average.state_dict(), self.network.state_dict()
+        floats = [key for key, value in mine.items() if value.is_floating_point()]
+        weight = 1 - self.config.ema_decay if self.steps_taken else 1.0
+        torch._foreach_lerp_([mine[key] for key in floats], [theirs[key] for key in floats], weight)
+        for key in mine.keys() - floats:
+            mine[key].copy_(theirs[key])
+
+    def _evaluated(self) -> nn.Module:
+        return self.network if self.average is None else self.average
+
+    def _share_batch_norm(self) -> None:
+        """Give every worker the mean of all workers' batch-norm statistics."""
+        networks = [self.network] if self.average is None else [self.network, self.average]
+        for name, value in chain.from_iterable(network.named_buffers() for network in networks):
+            if self.world.size > 1 and not name.endswith("num_batches_tracked"):
+                dist.all_reduce(value)
+                value /= self.world.size
+
+
+def make_card(
+    config: TrainConfig,
+    shards: ShardSet,
+    data: FoldData[Source],
+    pretrained: Pretrained,
+    ingest: Literal["resident", "stream"],
+) -> CheckpointCard:
+    """The card of every checkpoint of this training."""
+    return CheckpointCard(
+        labels=data.labels,
+        config=config,
+        features=shards.card.features,
+        normalisation=data.normalisation,
+        corpus=shards.card.corpus,
+        shards_fingerprint=shards.card.fingerprint,
+        split=describe(data.split),
+        initial_weights=pretrained.origin,
+        ingest=ingest,
+    )
+
+
+def computes_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
+    """Whether to learn from such pictures in bfloat16: where it is no imitation, which is slow.
+
+    That is on GPUs, and on x86 CPUs with AVX512_BF16 or AMX; but these take float32 for pictures of
+    which the network leaves a single row or column: of one pixel there torch 2.11 leaves NaN in the
+    weights that meet nothing but padding.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
+        return False
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
+    """Refuse more workers than a batch, or the training clips, can be divided among.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if config.batch_size < workers:
+        raise ConfigError(
+            f"batch_size is {config.batch_size} over {workers} workers: it is the batch of all "
+            "workers together, so it must be at least their number"
+        )
+    if num_clips < workers:
+        raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}
+
+
+def _data_parallel(network: nn.Module) -> nn.Module:
+    # Batch-norm statistics are averaged once an epoch instead of sent from rank 0 in every step.
+    return nn.parallel.DistributedDataParallel(
+        network, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+@contextmanager
+def climbed(network: nn.Module, radius: float) -> Iterator[None]:
+    """Move the weights up their gradient, together by `radius`; afterwards they are as before.
+
+    Batch norm keeps the statistics of the weights as they were.
+    """
+    weights: list[Tensor] = list(network.parameters())
+    gradients = [value.grad for value in weights if value.grad is not None]
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        before = [value.clone() for value in weights]
+        scale = radius / (get_total_norm(gradients) + 1e-12)
+        torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
+
+
+def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
+    """The learning rate of every step of a training (Smith 2018).
+
+    The first step has `lr_min`, so the peak is the second step at the earliest.
+    """
+    total_steps = max(total_steps, 2)
+    return OneCycleLR(
+        optimiser,
+        max_lr=config.lr_max,
+        total_steps=total_steps,
+        pct_start=max(config.pct_start, 2 / total_steps),
+        div_factor=config.lr_max / config.lr_min,
+        final_div_factor=config.final_div_factor,
+    )

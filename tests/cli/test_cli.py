@@ -1,0 +1,176 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from ser_ray.cli.main import main
+from ser_ray.cli.verbs import SYNTHETIC_RECIPE, VERBS
+from ser_ray.errors import ConfigError
+from ser_ray.tracking import tracker as tracking
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from tests.shard_files import write_shard_files
+
+# What people type and scripts depend on; a change here is a change of the interface.
+FLAGS = {
+    "pipeline": "--corpus --shards --feature --protocol --fold --epochs --batch-size --lr-min "
+    "--lr-max --workers --seed --weights --experiment --tracking-uri --json --dry-run --storage",
+    "download": "--target --parts --actors --keep-archives --json --dry-run",
+    "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
+    "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
+    "--validation-speakers --workers --device --ingest --seed --weights --name --experiment "
+    "--tracking-uri --json --dry-run",
+    "lr-range": "--shards --lowest --highest --steps --feature --fold --batch-size --weights "
+    "--name --experiment --tracking-uri --json --dry-run",
+    "tune": "--shards --trials --searcher --scheduler --space --refit --grace-epochs --reduction "
+    "--cpus-per-worker --gpus-per-worker --feature --fold --epochs --workers --name --dry-run",
+    "crossval": "--shards --seeds --folds --part --protocol --epochs --cpus-per-worker "
+    "--gpus-per-worker --name --workers --json --dry-run",
+    "evaluate": "--shards --corpus --protocol --fold --against --allow-seen-speakers --no-audio "
+    "--tracking-uri --json --dry-run",
+    "predict": "--model --output --tracking-uri --json --dry-run",
+    "demo-ui": "--host --port --tracking-uri --json --dry-run",
+    "export": "--format --output --tracking-uri --json --dry-run",
+    "register": "--name --alias --tracking-uri --json --dry-run",
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_names_the_flags(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert [flag for flag in FLAGS[verb].split() if flag not in text] == []
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom ser_ray.cli.main import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'av', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 5  # 0.3 s on an idle machine
+
+
+def test_dry_run_prints_what_would_run(capsys):
+    assert main(["train", "--dry-run", "--lr-max", "0.01", "--mixup", "0.3"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["train"]["recipe"]
+    assert recipe["lr_max"] == 0.01
+    assert TrainConfig.from_dict(recipe).augment.mixup == 0.3
+    del recipe["keep"], recipe["augment"]["mix_style"]  # as a version before these recorded it
+    older = TrainConfig.from_dict(recipe)
+    assert (older.keep, older.augment.mix_style) == ("best", 0.0)
+    with pytest.raises(ConfigError, match="unknown training settings echo; known are freq_mask"):
+        TrainConfig.from_dict(recipe | {"augment": {"echo": 1}})
+
+
+def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):
+    flags = ["--epochs", str(TrainConfig().epochs), "--time-masks", "1"]  # as good as any other
+    assert main(["pipeline", "--dry-run", *flags]) == 0
+    resolved = json.loads(capsys.readouterr().out)["pipeline"]
+    assert resolved["corpus"] == "ser-ray-out/synthetic"
+    assert resolved["recipe"]["weights"] == "none"
+    assert resolved["recipe"]["epochs"] == TrainConfig().epochs
+    assert resolved["recipe"]["augment"]["time_masks"] == 1
+    assert resolved["recipe"]["batch_size"] == SYNTHETIC_RECIPE.batch_size
+    assert resolved["recipe"]["augment"]["mixup"] == SYNTHETIC_RECIPE.augment.mixup > 0
+
+
+def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeypatch):
+    theirs = TrainConfig(
+        lr_max=5e-3, ema_decay=0.99, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
+    )
+    monkeypatch.setattr(tracking, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+    flags = "--lr-max 2e-3 --ema-decay 0 --mixup 0 --time-masks 1 --balanced --dry-run"
+    assert main(["train", "--like", "f00d", *flags.split()]) == 0
+    recipe = TrainConfig.from_dict(json.loads(capsys.readouterr().out)["train"]["recipe"])
+    augment = replace(theirs.augment, mixup=0.0, time_masks=1)
+    assert recipe == replace(theirs, lr_max=2e-3, ema_decay=0.0, augment=augment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --lr-min 0.1 --lr-max 0.01", "lr_min must be the smaller one (are they swapped?)"),
+        ("train --workers 0", "workers is 0: it must be at least 1"),
+        ("train --batch-size 0", "batch_size is 0: it must be above 0"),
+        ("tune --space lr=choice(1)", "no field lr; known are balanced, "),
+        ("tune --space lr_min=choice(1)", "lr_min cannot be searched: draw lr_ratio"),
+        ("tune --trials 0", "trials is 0: it must be at least 1"),
+        ("tune --workers 1..2 --shards nowhere", "nowhere"),
+        ("crossval --seeds 0", "seeds is 0: it must be at least 1"),
+        ("train --lr-max nan", "lr_max is nan: it must be a finite number"),
+        ("train --gain-db inf", "gain_db is inf: it must be a finite number"),
+        ("train --mixup -1", "mixup is -1.0: it must be 0 (off) or above"),
+        ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
+        ("train --shards nowhere", "nowhere"),
+        ("evaluate nowhere", "nowhere: no checkpoint here"),
+        ("predict nowhere.wav --model nowhere", "nowhere.wav: no such file or folder"),
+        ("prepare --corpus nowhere --shards out", "nowhere"),
+        ("prepare --corpus= --shards out", "corpus is empty: it must be a folder or URI"),
+        ("prepare --corpus a --shards b --include wav", "include is wav: it must be one or more"),
+        ("prepare --corpus a --shards b --max-seconds inf", "max_seconds is inf: it must be a fin"),
+        ("prepare --corpus a --shards b --trim-margin -1", "trim_margin is -1.0"),
+        ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
+        (
+            "register 00000000000000000000000000000000 --name a --tracking-uri foo://bar",
+            "no such run in foo",
+        ),
+        (
+            "train --like 00000000000000000000000000000000 --tracking-uri foo://bar",
+            "no run with a recipe in foo",
+        ),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, capsys, in_tmp):
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
+        ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
+        ("train --ingest stream --balanced", "or without --balanced"),
+        ("tune --workers 40 --space batch_size=choice(39,99)", "batch_size is 39 over 40 workers"),
+        ("crossval --workers 64 --batch-size 100", "24 training clips are too few for 64 workers"),
+    ],
+)
+def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
+    arguments, message, capsys, in_tmp, monkeypatch
+):
+    from ser_ray.distributed import launch
+    from ser_ray.search import crossval, tuner
+
+    for module in (launch, tuner, crossval):
+        monkeypatch.setattr(module, "cluster", lambda address: pytest.fail("Ray was asked"))
+    shards = write_shard_files(in_tmp / "shards")
+    given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]
+    assert main([*arguments.split(), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1", "fly"])
+def test_what_cannot_be_parsed_ends_with_2(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+
+
+def test_every_verb_has_a_job():
+    from pathlib import Path
+
+    jobs = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.py")}
+    verbs = set(VERBS) - {"demo-ui"}  # a page for whoever sits at the machine
+    assert {verb.replace("-", "_") for verb in verbs} <= jobs

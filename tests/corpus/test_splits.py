@@ -1,0 +1,316 @@
+"""Protocols: nothing of the test side is ever trained on, whatever the corpus and its order."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ser_ray.corpus.census import expected_ravdess
+from ser_ray.corpus.splits import PROTOCOLS, num_folds, one_clip_per_take, split
+from ser_ray.errors import ConfigError
+
+# The folds as EmoBox and Luna-Jimenez publish them.
+EMOBOX = "1,11,20,21 / 4,10,12,14 / 8,9,19,23 / 3,5,7,24 / 2,15,16,18 / 6,13,17,22"
+LUNA = "2,5,14,15,16 / 3,6,7,13,18 / 10,11,12,19,20 / 8,17,21,23,24 / 1,4,9,22"
+SIDES = ("train", "validation", "test")
+
+
+def clips_of(rows):
+    """A table of clips from (speaker, sex, take, emotion, content)."""
+    columns = zip(*rows, strict=True)
+    names = ("speaker", "sex", "take", "emotion", "content")
+    return pa.table(
+        {name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)}
+    )
+
+
+def ravdess(modalities=("audio",)):
+    """The clips of RAVDESS; a wav and its mp4 differ in content, as AAC is lossy."""
+    return clips_of(
+        [
+            (clip.speaker, clip.sex, clip.take, clip.emotion, f"{clip.modality} {clip.take}")
+            for clip in expected_ravdess()
+            if clip.modality in modalities
+        ]
+    )
+
+
+def published(folds):
+    return [
+        tuple(sorted(f"{int(actor):02d}" for actor in fold.split(","))) for fold in folds.split("/")
+    ]
+
+
+@pytest.mark.parametrize(("protocol", "folds"), [("emobox-6", EMOBOX), ("luna-5", LUNA)])
+def test_the_named_folds_are_the_published_ones(protocol, folds):
+    clips = ravdess()
+    assert num_folds(protocol, clips["speaker"].to_pylist()) == len(published(folds))
+    for fold, actors in enumerate(published(folds)):
+        drawn = split(protocol, fold, clips)
+        assert drawn.test_speakers == actors
+        assert drawn.label == f"{protocol} fold {fold} (speaker-independent)"
+
+
+@pytest.mark.parametrize("protocol", ["emobox-6", "luna-5", "loso", "speaker-4"])
+def test_validation_speakers_are_of_both_sexes_and_all_have_their_turn(protocol):
+    clips = ravdess()
+    turns: Counter[str] = Counter()
+    for fold in range(num_folds(protocol, clips["speaker"].to_pylist())):
+        drawn = split(protocol, fold, clips)
+        held_out = drawn.validation_speakers
+        assert len(held_out) == 2
+        women = sum(int(speaker) % 2 == 0 for speaker in held_out)
+        assert abs(len(held_out) - 2 * women) <= 1
+        assert len(drawn.train_speakers) >= 17 - (protocol == "speaker-4")
+        turns.update(held_out)
+    everyone = set(clips["speaker"].to_pylist())
+    fair_share = turns.total() / len(everyone)
+    assert all(abs(turns[speaker] - fair_share) <= 1 for speaker in everyone)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 12])
+def test_as_many_speakers_validate_as_are_wanted_and_the_same_are_tested(wanted):
+    clips = ravdess()
+    turns: Counter[str] = Counter()
+    for fold in range(6):
+        usual = split("emobox-6", fold, clips)
+        drawn = split("emobox-6", fold, clips, validation_speakers=wanted)
+        assert np.array_equal(drawn.test, usual.test)
+        held_out = drawn.validation_speakers
+        assert len(held_out) == wanted
+        assert abs(len(held_out) - 2 * sum(int(name) % 2 == 0 for name in held_out)) <= wanted % 2
+        assert len(drawn.train_speakers) == 20 - wanted
+        assert not set(held_out) & set(drawn.test_speakers + drawn.train_speakers)
+        turns.update(held_out)
+    everyone = set(clips["speaker"].to_pylist())
+    assert all(abs(turns[speaker] - wanted / 4) <= 1 for speaker in everyone)  # 6 folds, 24 people
+    with pytest.raises(ConfigError, match=r"validation_speakers is 20: 20 speakers are left"):
+        split("emobox-6", 5, clips, validation_speakers=20)
+
+
+@pytest.mark.parametrize(
+    ("speakers", "protocol", "count"),
+    [(3, "loso", 1), (6, "speaker-2", 1), (8, "speaker-4", 2), (60, "speaker-5", 5)],
+)
+def test_a_twelfth_of_the_speakers_validates_but_no_more_than_a_third_of_the_rest(
+    speakers, protocol, count
+):
+    rows = [(f"s{n % speakers:02d}", None, f"t{n}", "sad", str(n)) for n in range(2 * speakers)]
+    assert len(split(protocol, 0, clips_of(rows)).validation_speakers) == count
+
+
+def test_the_random_split_is_in_proportion_and_marked_wherever_it_appears():
+    clips = ravdess(("av", "audio"))
+    emotions, takes = np.array(clips["emotion"]), np.array(clips["take"])
+    num_takes = Counter(emotions[one_row_per(takes)])
+    for fold in range(num_folds("random", clips["speaker"].to_pylist())):
+        drawn = split("random", fold, clips, seed=7)
+        assert drawn.speaker_dependent
+        assert drawn.label == f"random fold {fold} (SPEAKER-DEPENDENT)"
+        for rows, share in ((drawn.test, 0.2), (drawn.validation, 0.1), (drawn.train, 0.7)):
+            drawn_takes = rows[one_row_per(takes[rows])]
+            for emotion, count in Counter(emotions[drawn_takes]).items():
+                assert abs(count - share * num_takes[emotion]) < 2
+    again, other = split("random", 0, clips, seed=7), split("random", 0, clips, seed=8)
+    first = split("random", 0, clips, seed=7)
+    assert np.array_equal(first.test, again.test)
+    assert not np.array_equal(first.test, other.test)
+
+
+def one_row_per(values):
+    return np.unique(values, return_index=True)[1]
+
+
+def test_identical_recordings_stay_together_in_a_random_split():
+    # As 03-01-03-01-02-01-07 and 03-01-03-01-02-02-07 of the originals are, here chained through
+    # an mp4: a and b share their sound, b's mp4 shares c's.
+    rows = [("07", "male", f"t{number}", "happy", str(number)) for number in range(40)]
+    rows += [("07", "male", "a", "happy", "X"), ("07", "male", "b", "happy", "X")]
+    rows += [("07", "male", "b", "happy", "Y"), ("07", "male", "c", "happy", "Y")]
+    for fold, seed in itertools.product(range(5), range(10)):
+        drawn = split("random", fold, clips_of(rows), seed=seed)
+        sides = [side for side in SIDES if set(getattr(drawn, side)) & {40, 41, 42, 43}]
+        assert len(sides) == 1
+        assert len(drawn.left_out) == 0
+
+
+def test_a_recording_filed_under_two_speakers_is_only_tested():
+    rows = [(f"s{n % 6}", None, f"t{n}", "sad", str(n)) for n in range(60)]
+    rows[0] = ("s0", None, "t0", "sad", "same")
+    rows[1] = ("s1", None, "t1", "sad", "same")
+    clips = clips_of(rows)
+    for fold in range(6):
+        drawn = split("loso", fold, clips)
+        if drawn.test_speakers in (("s0",), ("s1",)):
+            assert (set(drawn.test) | set(drawn.left_out)) >= {0, 1}
+            assert len(drawn.left_out) == 1
+        else:
+            assert (
+                sum({0, 1} <= set(getattr(drawn, side)) for side in SIDES) + len(drawn.left_out)
+                == 1
+            )
+
+
+@st.composite
+def corpora(draw):
+    """Clips with takes of one speaker, contents shared at will, sexes known or not."""
+    num_speakers = draw(st.integers(3, 9))
+    sexes = draw(
+        st.lists(
+            st.sampled_from(["male", "female", None]), min_size=num_speakers, max_size=num_speakers
+        )
+    )
+    rows = []
+    for speaker in range(num_speakers):
+        for take in range(draw(st.integers(2, 5))):
+            emotion = draw(st.sampled_from(["a", "b", "c"]))
+            for _ in range(draw(st.integers(1, 2))):
+                content = draw(st.sampled_from([None, "same", "alike", *range(100, 300)]))
+                identity = f"{speaker}-{take}"
+                rows.append(
+                    (f"s{speaker}", sexes[speaker], identity, emotion, content and str(content))
+                )
+    return draw(st.permutations(rows))
+
+
+def split_if_possible(protocol, fold, rows, seed=0):
+    """None where shared contents leave a side of so few clips empty."""
+    try:
+        return split(protocol, fold, clips_of(rows), seed=seed)
+    except ConfigError:
+        return None
+
+
+@settings(deadline=None, max_examples=150)
+@given(rows=corpora(), protocol=st.sampled_from(["loso", "speaker-3", "speaker-2", "random"]))
+def test_no_take_content_or_speaker_is_on_two_sides(rows, protocol):
+    for fold in range(num_folds(protocol, {row[0] for row in rows})):
+        drawn = split_if_possible(protocol, fold, rows)
+        if drawn is None:
+            continue
+        parts = {side: getattr(drawn, side) for side in SIDES}
+        assert sorted([*itertools.chain(*parts.values()), *drawn.left_out]) == [*range(len(rows))]
+        for one, other in itertools.combinations(parts.values(), 2):
+            assert not {rows[i][2] for i in one} & {rows[i][2] for i in other}
+            assert not ({rows[i][4] for i in one} & {rows[i][4] for i in other}) - {None}
+            if protocol != "random":
+                assert not {rows[i][0] for i in one} & {rows[i][0] for i in other}
+        for side, part in parts.items():
+            assert len(part) > 0
+            assert getattr(drawn, f"{side}_speakers") == tuple(sorted({rows[i][0] for i in part}))
+        # What is left out is taken from training: the clips of the test speakers are all tested.
+        if protocol != "random":
+            assert not {rows[i][0] for i in drawn.left_out} & set(drawn.test_speakers)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=corpora(), protocol=st.sampled_from(["loso", "speaker-3", "speaker-2"]))
+def test_the_folds_test_every_speaker_once(rows, protocol):
+    clips = clips_of([(*row[:4], None) for row in rows])
+    speakers = {row[0] for row in rows}
+    assume(len(speakers) > 3 or protocol != "speaker-2")  # else none is left to train on
+    folds = [split(protocol, fold, clips) for fold in range(num_folds(protocol, speakers))]
+    assert sorted(itertools.chain(*(fold.test_speakers for fold in folds))) == sorted(speakers)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=corpora(),
+    protocol=st.sampled_from(["loso", "speaker-3", "random"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_order_of_the_rows_decides_nothing(rows, protocol, order):
+    mixed = list(rows)
+    order.shuffle(mixed)
+    one, other = (split_if_possible(protocol, 1, order, seed=3) for order in (rows, mixed))
+    assert (one is None) == (other is None)
+    for side in (*SIDES, "left_out") if one else ():
+        taken = Counter(rows[i] for i in getattr(one, side))
+        assert taken == Counter(mixed[i] for i in getattr(other, side))
+
+
+def test_every_clip_is_tested_once_by_the_random_folds():
+    clips = ravdess(("av", "audio"))
+    tests = [split("random", fold, clips).test for fold in range(5)]
+    assert sorted(np.concatenate(tests)) == list(range(len(clips)))
+
+
+def test_speaker_folds_are_even_in_size_and_sex_and_fixed():
+    clips = ravdess()
+    for count in (2, 3, 5, 24):
+        folds = [split(f"speaker-{count}", fold, clips).test_speakers for fold in range(count)]
+        assert sorted(itertools.chain(*folds)) == [f"{actor:02d}" for actor in range(1, 25)]
+        sizes = [len(fold) for fold in folds]
+        men = [sum(int(actor) % 2 for actor in fold) for fold in folds]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(men) - min(men) <= 1
+    # Written down once: a change of these makes every published figure of ours another protocol's.
+    assert split("speaker-5", 0, clips).test_speakers == ("01", "08", "13", "22", "24")
+    assert split("speaker-5", 4, clips).test_speakers == ("04", "09", "16", "21")
+
+
+def test_speakers_absent_from_the_corpus_are_just_absent():
+    clips = ravdess()
+    clips = clips.filter(pa.compute.less_equal(clips["speaker"], "08"))
+    drawn = split("emobox-6", 3, clips)
+    assert drawn.test_speakers == ("03", "05", "07")
+    assert drawn.validation_speakers
+    assert drawn.train_speakers
+
+
+@pytest.mark.parametrize(
+    ("protocol", "fold", "speakers", "message"),
+    [
+        ("emobox", 0, 24, r"protocol is 'emobox': it must be one of emobox-6, luna-5, loso, "),
+        ("speaker-1", 0, 24, "it must be one of"),
+        ("speaker-05", 0, 24, "it must be one of"),
+        ("emobox-6", 6, 24, "fold is 6: emobox-6 has folds 0 to 5 here"),
+        ("loso", -1, 24, "fold is -1: loso has folds 0 to 23 here"),
+        ("speaker-9", 0, 8, "speaker-9 needs 9 speakers and the corpus has 8: use speaker-5"),
+        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*no clip for its test side; the corpus has speakers "
+         r"01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
+        ("loso", 0, 2, r"no clip for its train side; .* Use random"),
+        ("loso", 0, 1, r"no clip for its train side"),
+    ],
+)  # fmt: skip
+def test_a_fold_that_cannot_be_held_is_refused_with_a_way_out(protocol, fold, speakers, message):
+    clips = ravdess()
+    clips = clips.filter(pa.compute.less_equal(clips["speaker"], f"{speakers:02d}"))
+    with pytest.raises(ConfigError, match=message):
+        split(protocol, fold, clips)
+
+
+def test_the_actors_folds_are_refused_for_other_corpora():
+    rows = [(f"p{n % 4}", None, f"t{n}", "sad", str(n)) for n in range(20)]
+    with pytest.raises(ConfigError, match=r"actors 01 to 24, .* has p0, p1, p2, p3: use speaker-4"):
+        split("emobox-6", 0, clips_of(rows))
+
+
+def test_the_documented_protocols_are_those_that_run():
+    speakers = [f"{actor:02d}" for actor in range(1, 25)]
+    folds = {name: num_folds(name.replace("-K", "-7"), speakers) for name in PROTOCOLS}
+    assert folds == {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "random": 5}
+
+
+def test_a_performance_is_counted_once_by_its_wav_where_it_has_one():
+    rows = [
+        ("b/01-x.mp4", "x", "av", "speech"),
+        ("a/03-x.wav", "x", "audio", "speech"),
+        ("c/01-y.mp4", "y", "av", "song"),
+        ("a/01-y.wav", "y", "av", "song"),
+        ("own-1.mp3", "z", "audio", None),
+        ("own-2.mp3", "z", "audio", None),
+    ]
+    for order in itertools.permutations(rows):
+        columns = zip(*order, strict=True)
+        names = ("path", "take", "modality", "channel")
+        clips = pa.table(dict(zip(names, map(list, columns), strict=True)))
+        selected = one_clip_per_take(clips)
+        assert list(selected) == sorted(selected)
+        assert {order[row][0] for row in selected} == {
+            "a/03-x.wav", "a/01-y.wav", "own-1.mp3", "own-2.mp3"
+        }  # fmt: skip

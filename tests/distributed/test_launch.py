@@ -1,0 +1,358 @@
+"""Trainings through Ray Train that lose what they run on.
+
+Every scenario ends with what an uninterrupted run ends with: the same weights, bit for bit where
+one CPU worker did all of it, and the same learning rates in one MLflow run.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from ser_ray.distributed import launch as distributed
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import TrainResult, train
+from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
+from ser_ray.distributed.worker import preemption_notice
+from ser_ray.errors import CheckpointError
+from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from tests.mlflow_server import Server
+from tests.processes import wait_for
+from tests.shard_files import write_shard_files
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # of its own settings
+]
+
+CONFIG = TrainConfig(
+    augment=AugmentConfig(mixup=0.2),
+    protocol="speaker-3",
+    epochs=6,
+    batch_size=6,
+    crop_frames=16,
+    weights="none",
+    lr_max=5e-3,
+)
+STEPS = 4 * CONFIG.epochs
+
+
+class World:
+    """A cluster on this machine, shards, a store, and trainings in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        self.folder = folder
+        self.shards = write_shard_files(folder / "shards")
+        self.store = f"sqlite:///{folder}/mlflow.db"
+
+    def run(self, name: str, **how: object) -> RunConfig:
+        return RunConfig(
+            name=name,
+            storage=str(self.folder / "runs"),
+            tracking_uri=self.store,
+            device="cpu",
+            **how,  # type: ignore[arg-type]
+        )
+
+    def train(
+        self,
+        name: str,
+        on_epoch: Callable[[int], None] = lambda _: None,
+        config: TrainConfig = CONFIG,
+        **how: object,
+    ) -> TrainResult:
+        return train(
+            self.shards,
+            config,
+            self.run(name, **how),
+            on_epoch=lambda row: on_epoch(int(row["epoch"])),
+        )
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def processes(self, title: str) -> list[int]:
+        """Processes of this cluster's nodes by what Ray calls them."""
+        raylets = {
+            info.process.pid
+            for node in self.cluster.list_all_nodes()
+            for info in node.all_processes["raylet"]
+        }
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                name = (path / "cmdline").read_bytes().decode()
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent in raylets and title in name:
+                found.append(int(path.name))
+        return found
+
+    def kill(self, title: str) -> None:
+        pids = self.processes(title)
+        assert pids, f"no {title} to kill"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def learning_rates(self, run_id: str) -> list[tuple[int, float]]:
+        history = MlflowClient(self.store).get_metric_history(run_id, "lr_step")
+        return sorted((metric.step, metric.value) for metric in history)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("world"))
+    ray.init(address=world.cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield world
+    ray.shutdown()
+    world.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: World) -> TrainResult:
+    return world.train("uninterrupted")
+
+
+def require_same_weights(checkpoint: Path, expected: Path) -> None:
+    """Bit for bit; a failure names the layers and how far they are apart."""
+    weights, others = (load_file(folder / MODEL) for folder in (checkpoint, expected))
+    differing = {
+        key: float((weights[key].double() - others[key].double()).abs().max())
+        for key in others
+        if not torch.equal(weights[key], others[key])
+    }
+    assert differing == {}
+
+
+def assert_same(world: World, result: TrainResult, expected: TrainResult) -> None:
+    keys = ("train_loss", "val_loss", "val_ua", "lr")
+    for row, other in zip(result.history, expected.history, strict=True):
+        assert {key: row[key] for key in keys} == {key: other[key] for key in keys}
+    require_same_weights(Path(result.checkpoint), Path(expected.checkpoint))
+    rates = world.learning_rates(result.run_id)
+    assert rates == world.learning_rates(expected.run_id)
+    assert [step for step, _ in rates] == list(range(STEPS))
+    assert MlflowClient(world.store).get_run(result.run_id).info.status == "FINISHED"
+
+
+def test_a_worker_is_killed_twice(world: World, uninterrupted: TrainResult) -> None:
+    kills = []
+
+    def on_epoch(epoch: int) -> None:
+        if epoch in (1, 3):
+            world.kill("RayTrainWorker")
+            kills.append(epoch)
+
+    result = world.train("worker-killed", on_epoch)
+    assert kills == [1, 3]
+    assert_same(world, result, uninterrupted)
+
+
+def test_the_controller_is_killed(world: World, uninterrupted: TrainResult) -> None:
+    kills = []
+
+    def on_epoch(epoch: int) -> None:
+        if epoch == 2:
+            world.kill("TrainController")
+            kills.append(epoch)
+
+    result = world.train("controller-killed", on_epoch)
+    assert kills == [2]
+    assert_same(world, result, uninterrupted)
+
+
+def test_the_driver_is_killed_and_what_it_wrote_is_cut_short(
+    world: World, uninterrupted: TrainResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = world.run_folder("driver-killed")
+    driver = subprocess.Popen(command(world, "driver-killed", address=world.cluster.address))
+    try:
+        wait_for(
+            "the second checkpoint",
+            lambda: (folder / checkpoint_name(2)).exists() or driver.poll() is not None,
+        )
+    finally:
+        driver.kill()
+        driver.wait()
+    assert driver.returncode == -signal.SIGKILL, "it was at work"
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    wait_for("the workers' end", lambda: not world.processes("RayTrainWorker"))
+    newest = sorted(folder.glob("checkpoint-*"))[-1]
+    state = newest / STATE
+    if state.exists():  # else the kill has cut it short already
+        state.write_bytes(state.read_bytes()[:1000])
+    (folder / RAY_LIST).write_text('{"ray_ver')
+    result = world.train("driver-killed")
+    assert f"{newest.name} is not whole: going on without it" in caplog.text
+    assert result.run_id == run_id
+    assert_same(world, result, uninterrupted)
+
+
+def command(world: World, name: str, **flags: str) -> list[str]:
+    """The command line of `world.train`."""
+    flags = {
+        "shards": world.shards, "name": name, "storage": str(world.folder / "runs"),
+        "tracking_uri": world.store, "device": "cpu", "protocol": CONFIG.protocol,
+        "epochs": str(CONFIG.epochs), "batch_size": str(CONFIG.batch_size), "weights": "none",
+        "crop_frames": str(CONFIG.crop_frames), "lr_max": str(CONFIG.lr_max), "mixup": "0.2",
+    } | flags  # fmt: skip
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value)]
+    return [sys.executable, "-m", "ser_ray", "train", *words]
+
+
+def can_mount() -> bool:
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(mount).returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")
+def test_the_disk_is_full_while_checkpointing(
+    world: World, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train_there = shlex.join(command(world, "full", storage=str(disk), max_failures="0"))
+    script = f"""
+        mount -t tmpfs -o size=200m none {disk}  # a checkpoint takes 134 MB
+        {train_there} 2> {tmp_path}/errors; echo $? > {tmp_path}/first
+        mount -o remount,size=700m {disk}
+        {train_there}; echo $? > {tmp_path}/second
+        cp {disk}/full/selected/* {tmp_path}
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as the world's one CPU has it
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment, check=True)
+    assert (tmp_path / "first").read_text() == "2\n"
+    errors = (tmp_path / "errors").read_text()
+    assert "No space left on device" in errors
+    assert "the same command goes on from the last epoch" in errors
+    assert (tmp_path / "second").read_text() == "0\n"
+    require_same_weights(tmp_path, Path(uninterrupted.checkpoint))
+
+
+def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:
+    folder = RunFolder(str(world.folder / "runs"), "taken")
+    with (
+        folder.lock(),
+        pytest.raises(CheckpointError, match="is training under this name; wait"),
+    ):
+        world.train("taken")
+
+
+def test_a_finished_run_is_not_done_again(world: World, uninterrupted: TrainResult) -> None:
+    again = world.train("uninterrupted", on_epoch=lambda epoch: pytest.fail("it trains"))
+    assert again.history == uninterrupted.history
+    assert (again.checkpoint, again.run_id) == (uninterrupted.checkpoint, uninterrupted.run_id)
+
+
+def test_another_recipe_or_other_shards_under_a_name_are_refused(
+    world: World, uninterrupted: TrainResult
+) -> None:
+    with pytest.raises(CheckpointError, match=r"lr_max 0\.005 instead of 0\.01; give another"):
+        world.train("uninterrupted", config=replace(CONFIG, lr_max=0.01))
+    card = Path(world.shards, "card.json")
+    content = card.read_text()
+    try:
+        card.write_text(content.replace("f00d" * 4, "beef" * 4))
+        with pytest.raises(CheckpointError, match="shards_fingerprint is 'f00df00df00df00d' inst"):
+            world.train("uninterrupted")
+    finally:
+        card.write_text(content)
+
+
+def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
+    world: World,
+    uninterrupted: TrainResult,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(tmp_path)
+    monkeypatch.setattr(world, "store", server.uri)
+    server.start()
+    try:
+        away = world.train("server-away", lambda epoch: server.stop() if epoch == 2 else None)
+        assert [row["val_ua"] for row in away.history] == [
+            row["val_ua"] for row in uninterrupted.history
+        ]
+        assert "the same command is given then" in caplog.text
+        server.start()
+        assert MlflowClient(server.uri).get_run(away.run_id).info.status == "RUNNING"
+        # As from another machine, which has none of the driver's files: the checkpoint tells.
+        (world.run_folder("server-away") / "epochs.jsonl").unlink()
+        again = world.train("server-away", lambda epoch: pytest.fail("it trains"))
+        assert again.run_id == away.run_id
+        assert MlflowClient(server.uri).get_run(away.run_id).info.status == "FINISHED"
+        assert [step for step, _ in world.learning_rates(away.run_id)] == list(range(STEPS))
+    finally:
+        server.stop()
+
+
+def test_every_preemption_notice_is_news_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, both = object(), object()
+    infos = iter([None, first, first, both, both])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(infos))
+    ask = preemption_notice()
+    assert [ask() for _ in range(5)] == [False, True, False, True, False]
+
+
+@pytest.mark.soak
+def test_workers_come_and_go_with_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "RESIZE_SECONDS", 1.0)
+    epochs = 80  # a new node is used after some ten seconds, or more where the CPUs are busy
+    config = replace(CONFIG, epochs=epochs)
+    nodes = [world.cluster.add_node(num_cpus=1)]
+    world.cluster.wait_for_nodes()
+    time.sleep(21)  # where trainings ran before, Ray looks for new nodes every 20 s
+    seen: list[int] = []
+
+    def on_epoch(row: dict[str, float]) -> None:
+        seen.append(int(row["workers"]))
+        if len(seen) == 2:
+            world.cluster.remove_node(nodes[0], allow_graceful=False)  # its raylet gets SIGKILL
+        if seen[-1] == 1 and len(nodes) == 1:
+            nodes.append(world.cluster.add_node(num_cpus=1))
+
+    result = train(world.shards, config, world.run("elastic", workers="1..2"), on_epoch=on_epoch)
+    world.cluster.remove_node(nodes[1])
+    sizes = [size for size, _ in groupby(seen)]
+    assert sizes == [2, 1, 2], "what is there is used, it shrinks, it grows"
+    assert [int(row["epoch"]) for row in result.history] == list(range(1, epochs + 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)]),
+        max_lr=config.lr_max,
+        total_steps=4 * epochs,
+        pct_start=config.pct_start,
+        div_factor=config.lr_max / config.lr_min,
+        final_div_factor=config.final_div_factor,
+    )
+    expected = []
+    for _ in range(4 * epochs - 1):
+        expected.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    expected.append(schedule.get_last_lr()[0])
+    found = world.learning_rates(result.run_id)
+    assert [step for step, _ in found] == list(range(4 * epochs))
+    assert [rate for _, rate in found] == pytest.approx(expected, rel=1e-9)

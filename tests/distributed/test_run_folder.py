@@ -1,0 +1,227 @@
+"""A run's folder without Ray: which checkpoint it goes on from, what it keeps, what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import fs
+
+from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
+from ser_ray.errors import CheckpointError
+from ser_ray.features.config import FeatureConfig
+from ser_ray.training.checkpoint import (
+    MODEL,
+    PROGRESS,
+    STATE,
+    CheckpointCard,
+    Snapshot,
+    checkpoint_name,
+)
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation
+
+pytestmark = pytest.mark.usefixtures("in_tmp")  # where a remote run's journal goes
+
+CARD = CheckpointCard(
+    labels=("happy", "sad"),
+    config=TrainConfig(),
+    features=FeatureConfig(),
+    normalisation=Normalisation(np.zeros(2), np.ones(2)),
+    corpus="table",
+    shards_fingerprint="f00d",
+    split={"label": "speaker-3, fold 0"},
+    initial_weights="fresh weights",
+)
+
+
+def snapshot(epoch: int, selected: int, step: int = 0) -> Snapshot:
+    progress = {
+        "epoch": epoch,
+        "step": step,
+        "selected": {"epoch": float(selected)} if selected else {},
+    }
+    weights = {"w": torch.full((3,), float(epoch))}
+    return Snapshot(CARD, weights, {"moment": torch.ones(3)}, progress)
+
+
+def folder_of(storage: str, *snapshots: Snapshot) -> RunFolder:
+    folder = RunFolder(storage, "run")
+    for item in snapshots:
+        item.store(folder.filesystem, f"{folder.path}/{item.name}")
+    return folder
+
+
+def names(folder: RunFolder) -> set[str]:
+    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
+    return {entry.base_name for entry in found if entry.base_name.startswith("checkpoint-")}
+
+
+def test_a_journal_is_of_one_storage_and_goes_with_its_run(in_tmp: Path) -> None:
+    one, other = RunFolder("memory://team-a", "run"), RunFolder("memory://team-b", "run")
+    assert one.journal() != other.journal()
+    one.journal().write_text("an epoch\n")
+    one.update_record(identity={"a": 1})
+    one.require_same({"a": 1})
+    assert one.journal().exists()
+    one.filesystem.delete_file(f"{one.path}/{RECORD}")  # somebody cleared the bucket
+    one.require_same({"a": 1})
+    assert not one.journal().exists()
+
+
+def test_a_place_where_no_folder_can_be_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="no folder can be made there"):
+        RunFolder(str(tmp_path / "file"), "run").lock()
+    with pytest.raises(CheckpointError, match="choose another --storage or --name"):
+        RunFolder(str(tmp_path), "n" * 300).lock()
+
+
+def test_a_record_cut_short_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RECORD).write_text('{"run_id": "f0')
+    with pytest.raises(CheckpointError, match=r"is not a run's record .* delete the folder"):
+        RunFolder(str(tmp_path), "run").record()
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
+
+
+def test_it_goes_on_from_the_newest_and_keeps_the_selected(storage: str) -> None:
+    made = [snapshot(1, 1), snapshot(2, 2), snapshot(3, 2), snapshot(4, 2), snapshot(4, 2, step=7)]
+    folder = folder_of(storage, *made)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == "checkpoint-0004-000007"
+    assert newest.selected == checkpoint_name(2)
+    with folder.filesystem.open_output_stream(f"{folder.path}/{RAY_LIST}") as file:
+        file.write(b'{"cut')
+    folder.tidy(newest)
+    assert names(folder) == {newest.name, newest.selected}
+    assert folder.filesystem.get_file_info(f"{folder.path}/{RAY_LIST}").type.name == "NotFound"
+
+
+def test_a_checkpoint_that_a_dying_worker_still_writes_is_deleted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
+    newest, late = folder.newest(), tmp_path / "run" / checkpoint_name(1)
+    refusals: list[str] = []
+    really = folder.filesystem
+
+    class Written:
+        """The storage, to which the worker adds a file just before the folder itself goes."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(really, name)
+
+        def delete_dir(self, path: str) -> None:
+            if Path(path) == late and len(refusals) < 3:
+                (late / "more").write_bytes(b"x")
+                refusals.append(path)
+                late.rmdir()  # what the storage does last, and is refused
+            really.delete_dir(path)
+
+    monkeypatch.setattr(folder, "filesystem", Written())
+    folder.tidy(newest)
+    assert len(refusals) == 3
+    assert names(folder) == {checkpoint_name(2), checkpoint_name(3)}
+
+
+@pytest.mark.parametrize("lacking", [MODEL, STATE, PROGRESS])
+@pytest.mark.parametrize("harm", ["gone", "cut short"])
+def test_one_that_is_not_whole_is_passed_over(
+    tmp_path: Path, lacking: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2))
+    file = tmp_path / "run" / checkpoint_name(2) / lacking
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "cut short":
+        file.write_bytes(content[: len(content) // 2])
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == checkpoint_name(1)
+    assert f"{checkpoint_name(2)} is not whole" in caplog.text
+
+
+def test_without_its_selected_one_a_newer_one_is_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
+    (tmp_path / "run" / checkpoint_name(2) / MODEL).unlink()
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.name == checkpoint_name(1)
+
+
+def test_nothing_whole_is_a_beginning(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path), "run").newest() is None
+    folder = folder_of(str(tmp_path), snapshot(1, 1))
+    (tmp_path / "run" / checkpoint_name(1) / STATE).unlink()
+    assert folder.newest() is None
+
+
+def test_a_checkpoint_replaces_what_an_interruption_left(storage: str) -> None:
+    folder = folder_of(storage, snapshot(1, 1))
+    stray = f"{folder.path}/{checkpoint_name(1)}/stray"
+    with folder.filesystem.open_output_stream(stray) as file:
+        file.write(b"half")
+    folder_of(storage, snapshot(1, 1))
+    assert folder.filesystem.get_file_info(stray).type.name == "NotFound"
+    assert folder.newest() is not None
+
+
+def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+    folder_of(str(tmp_path), snapshot(2, 1, step=5))
+    found = Snapshot.read(tmp_path / "run" / checkpoint_name(2, 5))
+    assert (found.progress["epoch"], found.progress["step"]) == (2, 5)
+    assert torch.equal(found.weights["w"], torch.full((3,), 2.0))
+    assert torch.equal(found.state["moment"], torch.ones(3))
+    assert found.card.to_json() == CARD.to_json()
+
+
+def test_the_state_of_another_version_is_named(tmp_path: Path) -> None:
+    folder_of(str(tmp_path), snapshot(1, 1))
+    checkpoint = tmp_path / "run" / checkpoint_name(1)
+    (checkpoint / STATE).rename(checkpoint / "training_state.pt")
+    with pytest.raises(CheckpointError, match="another version of ser-ray wrote it"):
+        Snapshot.read(checkpoint)
+
+
+def test_the_selected_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
+    folder = folder_of(storage, snapshot(1, 1), snapshot(2, 1))
+    newest = folder.newest()
+    assert newest is not None
+    local = tmp_path / "selected"
+    local.mkdir()
+    folder.keep_selected(newest, {"run_id": "abc"}, local)
+    assert json.loads(folder.selected_card().to_json()) == json.loads(CARD.to_json())
+    assert json.loads((local / "run.json").read_text()) == {"run_id": "abc"}
+
+
+def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) -> None:
+    folder = RunFolder(storage, "run")
+
+    def identity(lr_max: float) -> dict:
+        return {"labels": ("a", "b"), "config": TrainConfig(lr_max=lr_max).to_dict()}
+
+    folder.require_same(identity(0.1))
+    folder.update_record(identity=identity(0.1))
+    folder.require_same(identity(0.1))
+    with pytest.raises(CheckpointError, match=r"config is lr_max 0\.1 instead of 0\.2; give anot"):
+        folder.require_same(identity(0.2))
+
+
+def test_a_named_run_of_an_older_program_goes_on_where_what_is_new_is_off(tmp_path: Path) -> None:
+    folder, config = RunFolder(str(tmp_path), "run"), TrainConfig().to_dict()
+    older = {name: value for name, value in config.items() if name != "sam_rho"}
+    folder.update_record(identity={"recipe": older})
+    folder.require_same({"recipe": config})
+    with pytest.raises(CheckpointError, match=r"recipe is sam_rho 0\.0 instead of 0\.1"):
+        folder.require_same({"recipe": config | {"sam_rho": 0.1}})
+    newer = config | {"unheard_of": 1, "epochs": 3}
+    folder.update_record(identity={"recipe": newer})
+    with pytest.raises(CheckpointError, match=r"recipe is epochs 3 instead of 48"):
+        folder.require_same({"recipe": config})

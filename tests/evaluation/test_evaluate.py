@@ -1,0 +1,306 @@
+"""Scores of a checkpoint against scikit-learn, and who may be scored; statistics against scipy."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.stats
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+from ser_ray.cli.main import main
+from ser_ray.distributed.launch import _log_outcome
+from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.evaluation import statistics
+from ser_ray.evaluation.evaluate import compare, evaluate
+from ser_ray.evaluation.run_page import record_evaluation, report_of, training_page, typical_rows
+from ser_ray.tracking.tracker import Tracker
+from ser_ray.training.checkpoint import read_card
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation, describe, select_rows
+from tests.conftest import MemoryShards, make_memory_shards
+from tests.models import make_checkpoint
+
+CONFIG = TrainConfig(protocol="speaker-3", crop_frames=16, weights="none")
+
+
+@pytest.fixture
+def shards(monkeypatch) -> MemoryShards:
+    """Six speakers, found under the location `here`; four others under `elsewhere`."""
+    here = make_memory_shards()
+    others = make_memory_shards(speakers=4, seed=1)
+    names = [f"x{name}" for name in others.table["speaker"].to_pylist()]
+    place = others.table.schema.get_field_index("speaker")
+    others.table = others.table.set_column(place, "speaker", pa.array(names))
+    others.card.fingerprint = "beef"
+    known = {"here": here, "elsewhere": others}
+    monkeypatch.setattr("ser_ray.evaluation.evaluate.open_shards", known.__getitem__)
+    here.card.elsewhere = others
+    return here
+
+
+def checkpoint_for(
+    shards: MemoryShards, folder: Path, fold: int = 0, seed: int = 0, validation_speakers: int = 0
+) -> Path:
+    config = dataclasses.replace(CONFIG, fold=fold, validation_speakers=validation_speakers)
+    make_checkpoint(
+        folder,
+        seed=seed,
+        labels=shards.card.labels,
+        config=config,
+        features=shards.card.features,
+        normalisation=Normalisation(np.full(16, 3.0), np.full(16, 5.0)),
+        split=describe(select_rows(shards.table, config)),
+    )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(shards, tmp_path) -> Path:
+    return checkpoint_for(shards, tmp_path / "model")
+
+
+def test_scores_are_those_of_scikit_learn_on_the_test_speakers(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    table = found.predictions
+    assert found.is_own_test
+    assert set(table["speaker"].to_pylist()) == set(found.card.split["test_speakers"])
+    truth, predicted = table["emotion"].to_pylist(), table["predicted"].to_pylist()
+    assert found.scores.ua == pytest.approx(balanced_accuracy_score(truth, predicted))
+    assert found.scores.wa == pytest.approx(np.mean(np.equal(truth, predicted)))
+    assert found.scores.macro_f1 == pytest.approx(
+        f1_score(truth, predicted, average="macro", zero_division=0)
+    )
+    low, high = found.intervals.ua
+    assert low <= found.scores.ua <= high
+    sexes = {row["sex"]: row for row in found.groups["sex"]}
+    for sex, row in sexes.items():
+        own = np.equal(table["sex"].to_pylist(), sex)
+        assert row["clips"] == own.sum()
+        assert row["wa"] == pytest.approx(np.equal(truth, predicted)[own].mean())
+    assert json.loads(json.dumps(found.to_dict()))["clips"] == table.num_rows
+
+
+def test_hardest_clips_are_wrong_and_sorted_by_how_sure(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    rows = found.hardest(3)
+    assert (found.predicted[rows] != found.truth[rows]).all()
+    sure = found.probabilities.max(axis=1)
+    assert list(sure[rows]) == sorted(sure[found.predicted != found.truth], reverse=True)[:3]
+
+
+def test_typical_rows_have_one_clip_of_each_label(shards, checkpoint):
+    found = evaluate(checkpoint, "here")
+    rows = typical_rows(found)
+    assert found.truth[rows].tolist() == [0, 1, 2, 3]
+    for row in rows:
+        label = found.truth[row]
+        own = found.probabilities[found.truth == label, label]
+        assert abs((own < found.probabilities[row, label]).mean() - 0.5) <= 0.5 / len(own) + 1e-9
+
+
+def test_speakers_it_was_trained_on_are_refused_unless_told(shards, checkpoint):
+    with pytest.raises(CheckpointError, match=r"trained on 2 of these speakers.*--allow-seen"):
+        evaluate(checkpoint, "here", fold=1)
+    told = evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True)
+    assert not told.is_own_test
+    assert "SPEAKERS SEEN IN TRAINING" in told.label
+    assert set(told.seen_speakers) == set(told.predictions["speaker"].to_pylist())
+
+
+def test_how_many_validated_says_nothing_of_another_protocols_folds(shards, tmp_path):
+    """Three of six speakers validate here; speaker-2 has but three that it does not test."""
+    checkpoint = checkpoint_for(shards, tmp_path / "three", validation_speakers=3)
+    found = evaluate(checkpoint, "here", protocol="speaker-2", allow_seen_speakers=True)
+    assert len(set(found.predictions["speaker"].to_pylist())) == 3
+
+
+def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint):
+    found = evaluate(checkpoint, "elsewhere")
+    assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
+    assert found.label == "all speakers of other shards"
+    assert not found.is_own_test
+    others = shards.card.elsewhere
+    place = others.table.schema.get_field_index("channel")
+    spoken, sung = others.table, pa.array(["song"] * others.table.num_rows)
+    others.table = others.table.set_column(place, "channel", sung)
+    with pytest.raises(ConfigError, match="these shards hold no speech clip"):
+        evaluate(checkpoint, "elsewhere")
+    others.table = spoken
+    with pytest.raises(ConfigError, match=r"fold is 1, but .*: name a --protocol too"):
+        evaluate(checkpoint, "elsewhere", fold=1)
+    shards.card.fingerprint = "prepared again"
+    with pytest.raises(CheckpointError, match="trained on 4 of these speakers"):
+        evaluate(checkpoint, "here")
+
+
+def test_shards_of_other_features_or_labels_are_refused(shards, checkpoint):
+    elsewhere = shards.card.elsewhere.card
+    features = elsewhere.features
+    elsewhere.features = dataclasses.replace(features, num_mels=17)
+    with pytest.raises(CheckpointError, match="other features"):
+        evaluate(checkpoint, "elsewhere")
+    elsewhere.features = features
+    elsewhere.labels = (*elsewhere.labels, "bored")
+    with pytest.raises(CheckpointError, match="does not know the labels bored"):
+        evaluate(checkpoint, "elsewhere")
+
+
+def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint, tmp_path):
+    first = evaluate(checkpoint, "here")
+    same = compare(first, evaluate(checkpoint, "here"))
+    assert [same.wa_difference, same.ua_difference, same.mcnemar_p] == [0, 0, 1]
+    assert list(same.ua_interval) == [0, 0]
+    other = evaluate(checkpoint_for(shards, tmp_path / "other", seed=5), "here")
+    found = compare(first, other)
+    assert found.ua_difference == pytest.approx(first.scores.ua - other.scores.ua)
+    assert found.only_first_right - found.only_second_right == pytest.approx(
+        found.wa_difference * first.scores.num_clips
+    )
+    elsewhere = evaluate(checkpoint_for(shards, tmp_path / "third", fold=1), "here")
+    with pytest.raises(ConfigError, match="scored on different clips"):
+        compare(first, elsewhere)
+
+
+def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
+    """The page is drawn from the newest checkpoint's."""
+    from ser_ray.training.model import Pretrained
+    from ser_ray.training.trainer import fit
+
+    config = dataclasses.replace(CONFIG, epochs=2, batch_size=8)
+    reported: list[float] = []
+    kept: list[list[float]] = []
+
+    def report(epoch, take):
+        reported.extend(epoch.lr)
+        kept.append(take().progress["rates"])
+
+    fit(config, shards, Pretrained("fresh", {}), report)
+    assert kept[1] == reported
+    assert kept[0] == reported[: len(reported) // 2]
+
+
+class Recorder:
+    """What a tracker was told to store."""
+
+    uri, run_id = "somewhere", "0123"
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.files: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        self.metrics |= metrics
+
+    def log_files(self, files: Mapping[str, Any]) -> None:
+        self.files |= files
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+
+def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, checkpoint):
+    evaluation, tracker = evaluate(checkpoint, "here"), Recorder()
+    record_evaluation(evaluation, cast(Tracker, tracker), audio=False)
+    page = tracker.files["report_test.html"]
+    ua = f"{evaluation.scores.ua:.1%}"
+    assert re.search(f'class="value">{ua}</dd>.*test, {re.escape(evaluation.label)}', page)
+    assert "<h2>Training</h2>" not in page
+    assert tracker.metrics["test_ua"] == evaluation.scores.ua
+    assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
+    assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])
+def test_scores_are_told_though_the_run_is_out_of_reach(
+    shards, checkpoint, tmp_path, uri, capsys, caplog
+):
+    origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ua"] == evaluate(checkpoint, "here").scores.ua
+    assert "the training's run has not got these scores" in caplog.text
+    assert not (tmp_path / "gone.db").exists()
+
+
+@pytest.mark.parametrize("place", ["/gone/a.wav", "s3://user:password@bucket/a.wav", "no://b/a"])
+def test_a_page_has_no_clips_where_the_corpus_is_out_of_reach(shards, checkpoint, place):
+    evaluation = evaluate(checkpoint, "here")
+    paths = pa.array([place] * len(evaluation.truth))
+    table = evaluation.predictions
+    table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+    report = report_of(dataclasses.replace(evaluation, predictions=table), (), (), audio=False)
+    assert (report.examples, report.hardest) == ([], [])
+
+
+def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
+    history = [
+        {"epoch": epoch, "train_loss": 1.0, "train_wa": 0.5, "val_loss": 1.2, "val_wa": 0.4,
+         "val_ua": 0.1 * epoch}
+        for epoch in (1, 2)
+    ]  # fmt: skip
+    progress = {
+        "selected": history[1],
+        "history": history,
+        "selected_confusion": np.eye(4, dtype=int),
+    }
+    page, tracker = (
+        training_page(checkpoint, "here", history, [1e-4, 1e-3], audio=False),
+        Recorder(),
+    )
+    _log_outcome(cast(Tracker, tracker), checkpoint, read_card(checkpoint), progress, page)
+    validation = evaluate(checkpoint, "here", part="validation")
+    assert tracker.files["report.html"] == page
+    assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
+    assert "marked: epoch 2, validation UA 20.0%" in page
+    assert tracker.metrics["selected_val_ua"] == 0.2
+    assert tracker.calls[-2:] == ["log_model", "finish"]
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (5, 5), (3, 14), (40, 22)])
+def test_mcnemar_is_the_exact_binomial_test(one, other):
+    expected = scipy.stats.binomtest(one, one + other).pvalue if one + other else 1
+    assert statistics.mcnemar_exact(one, other) == pytest.approx(expected)
+
+
+def test_calibration_by_hand():
+    """Ten clips at 0.95, of which eight are right, and ten at 0.55, of which five are."""
+    probabilities = np.array([[0.95, 0.05]] * 10 + [[0.45, 0.55]] * 10)
+    truth = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)
+    found = statistics.calibration(truth, probabilities)
+    assert found.count.tolist() == [0, 0, 0, 0, 0, 10, 0, 0, 0, 10]
+    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.8]
+    assert np.isnan(found.accuracy[0])
+    assert found.ece == pytest.approx((0.15 + 0.05) / 2)
+
+
+def test_bootstrap_agrees_with_drawing_the_clips_themselves():
+    """Whole speakers drawn one by one, scored by scikit-learn, give the same interval."""
+    rng = np.random.default_rng(3)
+    speakers = np.repeat([f"s{n}" for n in range(8)], 24)
+    truth = np.tile([0, 1, 2], 64)
+    skill = np.repeat(rng.uniform(0.2, 0.9, 8), 24)
+    predicted = np.where(rng.random(192) < skill, truth, rng.integers(0, 3, 192))
+    found = statistics.bootstrap(list(speakers), truth, predicted, 3)
+    assert (found.drawn, found.count) == ("speakers", 8)
+    drawn = []
+    for _ in range(1000):
+        rows = np.concatenate(
+            [np.flatnonzero(speakers == name) for name in rng.choice(np.unique(speakers), 8)]
+        )
+        drawn.append(balanced_accuracy_score(truth[rows], predicted[rows]))
+    np.testing.assert_allclose(found.ua, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
+
+
+def test_one_speaker_is_drawn_by_clips():
+    truth = np.array([0, 1] * 20)
+    found = statistics.bootstrap(["01"] * 40, truth, truth, 2)
+    assert (found.drawn, found.count) == ("clips", 40)
+    assert found.ua == (1.0, 1.0)

@@ -1,0 +1,287 @@
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from moto.moto_server.werkzeug_app import MotoRequestHandler
+from pyarrow import fs
+
+from ser_ray.features import ClipError
+from ser_ray.features.decode import decode
+from ser_ray.storage.paths import filesystem_of
+from tests.clips import voice, write_sound, write_video, write_wav
+from tests.s3_server import s3_bucket
+
+
+@pytest.fixture
+def samples() -> np.ndarray:
+    """One second at 48 kHz, as 16-bit numbers."""
+    return np.round(voice() * 20_000).astype(np.int16)
+
+
+def failure(path: Path, max_seconds: float = 600.0) -> ClipError:
+    with pytest.raises(ClipError) as caught:
+        decode(str(path), max_seconds=max_seconds)
+    return caught.value
+
+
+def test_sixteen_bits_come_as_stored(tmp_path: Path, samples: np.ndarray) -> None:
+    path = write_wav(tmp_path / "A.WAV", samples, 44_100)
+    decoded, sample_rate = decode(str(path))
+    assert decoded.dtype == np.int16
+    assert sample_rate == 44_100
+    np.testing.assert_array_equal(decoded, samples)
+
+
+def test_channels_are_averaged(tmp_path: Path, samples: np.ndarray) -> None:
+    both = np.stack([samples, samples[::-1]], axis=1)
+    path = write_wav(tmp_path / "a.wav", both)
+    decoded, _ = decode(str(path))
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, both.astype(np.float64).mean(axis=1) / 32768, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "step"),
+    [("PCM_U8", 2**-7), ("PCM_24", 2**-23), ("PCM_32", 2**-30), ("FLOAT", 0), ("DOUBLE", 2**-24)],
+)
+@pytest.mark.parametrize("sample_rate", [8_000, 96_000])
+def test_any_depth_and_rate(tmp_path: Path, subtype: str, step: float, sample_rate: int) -> None:
+    sound = voice(0.5, sample_rate)
+    path = write_wav(tmp_path / "a.wav", sound, sample_rate, subtype=subtype)
+    decoded, rate = decode(str(path))
+    assert rate == sample_rate
+    np.testing.assert_allclose(decoded, sound, atol=step)
+
+
+def test_extra_chunks_are_passed_over(tmp_path: Path, samples: np.ndarray) -> None:
+    plain = write_wav(tmp_path / "a.wav", samples).read_bytes()
+    filler = b"FLLR" + struct.pack("<I", 4004) + bytes(4004)
+    trailer = b"_PMX" + struct.pack("<I", 10) + b"<xmp/>    "
+    whole = plain[12:36] + filler + plain[36:] + trailer
+    path = tmp_path / "b.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(whole) + 4) + b"WAVE" + whole)
+    np.testing.assert_array_equal(decode(str(path))[0], samples)
+
+
+def test_a_stream_gives_what_its_path_gives(tmp_path: Path, samples: np.ndarray) -> None:
+    paths = [
+        write_wav(tmp_path / "a.wav", samples),
+        write_video(tmp_path / "a.mp4", voice()),
+    ]
+    for path in paths:
+        with fs.LocalFileSystem().open_input_file(str(path)) as stream:
+            from_stream = decode(stream)[0]
+        np.testing.assert_array_equal(from_stream, decode(str(path))[0])
+
+
+def test_a_uri_is_opened(samples: np.ndarray) -> None:
+    import fsspec
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="WAV")
+    with fsspec.open("memory://clips/a.wav", "wb") as file:
+        file.write(buffer.getvalue())
+    decoded, sample_rate = decode("memory://clips/a.wav")
+    np.testing.assert_array_equal(decoded, samples)
+    assert sample_rate == 16_000
+
+
+@pytest.mark.parametrize(("name", "sample_rate"), [("a.wav", 48_000), ("a.flac", 16_000)])
+def test_a_clip_in_a_bucket_takes_two_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sample_rate: int
+) -> None:
+    """One for its size and one for its bytes; a large file is read in pieces."""
+    sound = np.round(voice(3.7, sample_rate) * 20_000).astype(np.int16)
+    soundfile.write(tmp_path / name, sound, sample_rate)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        MotoRequestHandler, "log_request", lambda self, *_: asked.append(self.command)
+    )
+    with s3_bucket("clips") as uri:
+        filesystem, path = filesystem_of(uri.format(name))
+        fs.copy_files(str(tmp_path / name), path, destination_filesystem=filesystem)
+        asked.clear()
+        whole, _ = decode(uri.format(name))
+        assert asked == ["HEAD", "GET"]
+        monkeypatch.setattr("ser_ray.features.decode.WHOLE", 0)
+        in_pieces, _ = decode(uri.format(name))
+        assert len(asked) > 4
+    expected, _ = decode(str(tmp_path / name))
+    np.testing.assert_array_equal(whole, expected)
+    np.testing.assert_array_equal(in_pieces, expected)
+
+
+def test_the_sound_of_a_video(tmp_path: Path) -> None:
+    sound = voice(2.0)
+    path = write_video(tmp_path / "a.mp4", sound, seconds=2.0)
+    decoded, sample_rate = decode(str(path))
+    assert sample_rate == 48_000
+    assert len(sound) <= len(decoded) <= len(sound) + 1024  # the last AAC frame is filled up
+    error = decoded[: len(sound)] - sound
+    assert np.sum(error**2) < 0.01 * np.sum(sound**2)  # lossy, but in step
+
+
+def test_no_picture_is_decoded(tmp_path: Path) -> None:
+    """The sound is the same when every byte that belongs to a picture is overwritten."""
+    whole = write_video(tmp_path / "a.mp4", voice(2.0), seconds=2.0)
+    import av
+
+    data = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        pictures = [packet for packet in container.demux(video=0) if packet.size]
+        assert len(pictures) == 50
+        for picture in pictures:
+            assert picture.pos is not None
+            data[picture.pos : picture.pos + picture.size] = b"\xff" * picture.size
+    broken = tmp_path / "b.mp4"
+    broken.write_bytes(data)
+    np.testing.assert_array_equal(decode(str(broken))[0], decode(str(whole))[0])
+
+
+class CountingFile(io.BytesIO):
+    num_read = 0
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = super().readinto(buffer)
+        self.num_read += num_bytes
+        return num_bytes
+
+
+def test_a_video_without_sound_costs_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ser_ray.features.decode.READ_AHEAD", 1 << 15)  # the clip is small too
+    path = write_video(tmp_path / "a.mp4", None, seconds=2.0, size=320)
+    file = CountingFile(path.read_bytes())
+    with pytest.raises(ClipError, match="no audio stream") as caught:
+        decode(file)
+    assert caught.value.status == "no_audio"
+    assert 0 < file.num_read < 0.1 * path.stat().st_size
+
+
+def test_a_stream_stays_open(tmp_path: Path, samples: np.ndarray) -> None:
+    file = io.BytesIO(write_wav(tmp_path / "a.wav", samples).read_bytes())
+    decode(file)
+    file.seek(0)
+    np.testing.assert_array_equal(decode(file)[0], samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mp3", "libmp3lame", "mp3"),
+        ("really_mp3.wav", "libmp3lame", "mp3"),
+        ("a.flac", "flac", "flac"),
+        ("a.ogg", "libopus", "ogg"),
+        ("a.webm", "libopus", "webm"),
+        ("a.m4a", "aac", "mp4"),
+        ("adpcm.wav", "adpcm_ms", "wav"),
+    ],
+)
+def test_other_formats(tmp_path: Path, name: str, codec: str, container: str) -> None:
+    sound = voice(1.0)
+    path = write_sound(tmp_path / name, sound, codec, container)
+    decoded, sample_rate = decode(str(path))
+    assert sample_rate == 48_000
+    assert abs(len(decoded) - len(sound)) <= 2048
+    error = decoded[:40_000] - sound[:40_000]
+    assert np.sum(error**2) < 0.05 * np.sum(sound[:40_000] ** 2)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_length_is_bounded(tmp_path: Path, name: str) -> None:
+    codec, container = ("pcm_s16le", "wav") if name == "a.wav" else ("flac", "flac")
+    path = write_sound(tmp_path / name, voice(3.0), codec, container)
+    assert len(decode(str(path), max_seconds=3.0)[0]) == 3 * 48_000
+    assert failure(path, max_seconds=2.9).status == "too_long"
+
+
+def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
+    """FFmpeg would follow these to any other file."""
+    secret = write_wav(tmp_path / "secret.wav", np.zeros(100, np.int16))
+    for text in (
+        f"ffconcat version 1.0\nfile {secret.name}\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+    ):
+        path = tmp_path / "a.wav"
+        path.write_text(text)
+        assert failure(path).status == "unreadable"
+
+
+def test_channels_may_change_in_the_middle(tmp_path: Path) -> None:
+    parts = []
+    for channels in (1, 2):
+        file = io.BytesIO()
+        soundfile.write(file, np.stack([voice()] * channels, axis=1), 48_000, format="MP3")
+        parts.append(file.getvalue())
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"".join(parts))
+    decoded, sample_rate = decode(str(path))
+    assert len(decoded) / sample_rate == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_wav_of_another_name_is_a_wav(tmp_path: Path, samples: np.ndarray) -> None:
+    path = write_wav(tmp_path / "a.wav", samples).rename(tmp_path / "a.raw")
+    np.testing.assert_allclose(decode(str(path))[0], samples / 32768, atol=1e-4)
+
+
+def test_samples_that_nobody_divided_are_brought_to_full_scale(tmp_path: Path) -> None:
+    sound = voice()
+    path = write_wav(tmp_path / "a.wav", sound * 32768, subtype="FLOAT")
+    np.testing.assert_allclose(decode(str(path))[0], sound, atol=1e-6)
+    assert (
+        "as large as 1e+06"
+        in failure(write_wav(tmp_path / "b.wav", np.full(9, 1e6), subtype="FLOAT")).reason
+    )
+
+
+@pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declared: int) -> None:
+    data = bytearray(write_wav(tmp_path / "a.wav", samples).read_bytes())
+    data[40:44] = struct.pack("<I", declared)
+    (tmp_path / "a.wav").write_bytes(data)
+    np.testing.assert_array_equal(decode(str(tmp_path / "a.wav"))[0], samples)
+
+
+def test_an_aiff_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "a.aiff", voice(2.0), "pcm_s16be", "aiff")
+    assert len(decode(str(path))[0]) == 96_000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert failure(path).reason.startswith("cut short: 1.0")
+
+
+def test_whatever_a_library_raises_is_the_clips_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("nobody thought of this")
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    found = failure(write_wav(tmp_path / "a.wav", samples))
+    assert (found.status, found.failed) == ("unreadable", "clip")
+    assert found.reason == "decoding failed: IndexError: nobody thought of this"
+
+
+def test_what_may_be_mended_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip that went is an outcome; a disk or bucket that went is not its clips' fault."""
+    assert failure(tmp_path / "a.wav").failed == "file"
+    assert failure(tmp_path / "unmounted" / "a.wav").failed == "storage"
+    with pytest.raises(ClipError, match="no filesystem opens") as caught:
+        decode("nowhere://a.wav")
+    assert caught.value.failed == "storage"
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the network is down")
+
+    import fsspec
+
+    with fsspec.open("memory://clips/b.wav", "wb") as file:
+        file.write(b"RIFF" + bytes(99))
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "_open", fail)
+    with pytest.raises(ClipError, match="the network is down") as caught:
+        decode("memory://clips/b.wav")
+    assert caught.value.failed == "storage"

@@ -1,0 +1,203 @@
+"""Every clip that hurts costs one row, in words, and leaves the clips beside it as they were."""
+
+import itertools
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from ser_ray.corpus.manifest import list_corpus
+from ser_ray.features.config import FeatureConfig
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.shards.part import write_part
+from tests.clips import voice, write_sound, write_video, write_wav
+
+
+def sixteen_bits(samples: np.ndarray) -> np.ndarray:
+    return np.round(samples * 20_000).astype(np.int16)
+
+
+def patched(path: Path, offset: int, data: bytes) -> None:
+    """Write a good wav with other bytes in its 44-byte header."""
+    whole = bytearray(write_wav(path, sixteen_bits(voice())).read_bytes())
+    whole[offset : offset + len(data)] = data
+    path.write_bytes(whole)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(write_wav(path, sixteen_bits(voice())).read_bytes()[:size])
+
+
+def float_wav(path: Path, bad: float) -> None:
+    samples = voice()
+    samples[20_000] = bad
+    write_wav(path, samples, subtype="FLOAT")
+
+
+def hour(path: Path) -> None:
+    """An hour of sound that takes no room on the disk."""
+    num_bytes = 3600 * 48_000 * 2
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", num_bytes + 36, b"WAVE", b"fmt ", 16, 1, 1,
+                         48_000, 96_000, 2, 16, b"data", num_bytes)  # fmt: skip
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(num_bytes + 44)
+
+
+def flac_of(path: Path, num_samples: int) -> None:
+    """A flac whose header claims any number of samples."""
+    data = bytearray(write_sound(path, voice(), "flac", "flac").read_bytes())
+    (claim,) = struct.unpack(">Q", data[18:26])
+    data[18:26] = struct.pack(">Q", claim >> 36 << 36 | num_samples)
+    path.write_bytes(data)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "zero bytes": (Path.touch, "unreadable", "the file is empty"),
+    "header cut": (lambda path: cut(path, 30), "unreadable", "damaged"),
+    "data cut": (lambda path: cut(path, 40_000), "unreadable", "cut short: 0.42 s of the 1.00 s"),
+    "2^31 samples": (
+        lambda path: patched(path, 40, struct.pack("<I", 2**32 - 2)),
+        "unreadable",
+        "cut short: 1.00 s of the 44739.24 s",
+    ),
+    "2^31 samples, flac": (lambda path: flac_of(path, 2**31), "ok", ""),
+    "rate of 2^31 Hz": (
+        lambda path: patched(path, 24, struct.pack("<I", 2**31)),
+        "unreadable",
+        "damaged",
+    ),
+    "rate of 1 Hz": (lambda path: patched(path, 24, struct.pack("<I", 1)), "unreadable", "1 Hz"),
+    "1000 channels": (
+        lambda path: write_wav(path, np.ones((50, 1000), np.int16)),
+        "unreadable",
+        "1000 channels",
+    ),
+    "no samples": (lambda path: write_wav(path, np.zeros(0)), "unreadable", "no samples"),
+    "1 sample": (lambda path: write_wav(path, np.ones(1)), "too_short", "0.000 s of sound"),
+    "nan": (lambda path: float_wav(path, np.nan), "unreadable", "not finite"),
+    "infinity": (lambda path: float_wav(path, -np.inf), "unreadable", "not finite"),
+    "float32 at its end": (lambda path: float_wav(path, 3e38), "unreadable", "as large as 3e+38"),
+    "both infinities": (
+        lambda path: write_wav(path, np.full((9, 2), (np.inf, -np.inf)), subtype="FLOAT"),
+        "unreadable",
+        "not finite",
+    ),
+    "silence": (lambda path: write_wav(path, np.zeros(48_000)), "silent", "-80 dB"),
+    "an hour": (hour, "too_long", "longer than 65 s"),
+    "ten seconds of sound": (
+        lambda path: write_wav(path, voice(10.0)),
+        "too_long",
+        "10.00 s of sound, more than 6.5 s",
+    ),
+    "text": (lambda path: path.write_text("sixteen bits\n" * 999), "unreadable", "not a sound"),
+    "a picture": (
+        lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9999)),
+        "unreadable",
+        "not a sound",
+    ),
+    "noise": (
+        lambda path: path.write_bytes(np.random.default_rng(0).bytes(1 << 20)),
+        "unreadable",
+        "not a sound",
+    ),
+    "mp3": (lambda path: write_sound(path, voice(), "libmp3lame", "mp3"), "ok", ""),
+    "mp4 with sound": (lambda path: write_video(path, voice()), "ok", ""),
+    "mp4 without sound": (lambda path: write_video(path, None), "no_audio", "no audio stream"),
+    "8 kHz": (lambda path: write_wav(path, voice(1.0, 8_000), 8_000), "ok", ""),
+    "a folder": (Path.mkdir, "unreadable", "folder"),
+    "a dangling link": (lambda path: path.symlink_to("nowhere"), "unreadable", "link to nothing"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "unreadable", ""),
+}
+IMPOSSIBLE = ("03-01-01-02-01-01-01.wav", "03-02-07-01-01-01-01.wav", "03-01-03-01-01-01-25.wav")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder of hostile clips, a good clip beside each, and which name is which case."""
+    root = tmp_path / "corpus"
+    root.mkdir()
+    names = (
+        f"03-01-03-01-{statement:02d}-{repetition:02d}-{actor:02d}.wav"
+        for actor, statement, repetition in itertools.product(range(1, 25), (1, 2), (1, 2))
+    )
+    cases = {}
+    for number, (case, (make, _, _)) in enumerate(HOSTILE.items()):
+        name = next(names)
+        make(root / name)
+        cases[name] = case
+        write_wav(root / next(names), sixteen_bits(voice(seed=number)))
+    for name in IMPOSSIBLE:
+        write_wav(root / name, sixteen_bits(voice()))
+    return root, cases
+
+
+def write_alone(root: Path, target: Path) -> tuple[pa.Table, pa.Table]:
+    """Make one part of a folder, in this process: its clips and outcomes."""
+    target.mkdir()
+    rows = list_corpus(str(root)).manifest
+    write_part(fs.LocalFileSystem(), str(target), 0, rows, FeatureExtractor(FeatureConfig()))
+    return tuple(pq.read_table(target / f"part-00000{end}.parquet") for end in ("", ".outcomes"))
+
+
+def test_one_row_each(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    root, cases = corpus
+    _, outcomes = write_alone(root, tmp_path / "shards")
+    found = {Path(row["path"]).name: row for row in outcomes.to_pylist()}
+    assert set(found) == {path.name for path in root.iterdir()}
+    assert len(outcomes) == len(found)
+    for name, row in found.items():
+        if name in IMPOSSIBLE:
+            assert row["status"] == "name_not_understood"
+        else:
+            _, status, reason = HOSTILE.get(cases.get(name, ""), (None, "ok", ""))
+            assert row["status"] == status, cases.get(name, name)
+            assert reason in (row["reason"] or ""), cases.get(name, name)
+        assert (row["reason"] is None) == (row["status"] == "ok")
+        assert "Error" not in (row["reason"] or "")
+
+
+def test_the_others_are_as_without_them(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    root, cases = corpus
+    among, _ = write_alone(root, tmp_path / "among")
+    for name in [*cases, *IMPOSSIBLE]:
+        path = root / name
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    alone, _ = write_alone(root, tmp_path / "alone")
+    good = pc.is_in(among["path"], value_set=alone["path"].combine_chunks())
+    assert len(alone) == len(cases)
+    assert among.filter(good).equals(alone)
+
+
+def test_memory_and_time_are_bounded(corpus: tuple[Path, dict[str, str]]) -> None:
+    """A process that decodes them all, limited to 300 MB above what its imports take."""
+    root, _ = corpus
+    program = """
+import resource, sys, time
+from pathlib import Path
+from ser_ray.features import ClipError
+from ser_ray.features.config import FeatureConfig
+from ser_ray.features.decode import decode
+from ser_ray.features.transforms import FeatureExtractor
+extractor = FeatureExtractor(FeatureConfig())
+before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (before + 300_000_000,) * 2)
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    started = time.process_time()
+    try:
+        extractor.features(extractor.waveform(*decode(str(path), max_seconds=65)))
+    except ClipError:
+        pass
+    assert time.process_time() - started < 2, path
+"""
+    subprocess.run([sys.executable, "-c", program, str(root)], check=True, timeout=120)

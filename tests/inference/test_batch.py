@@ -1,0 +1,255 @@
+"""Many files through Ray, compared with one after the other, and interrupted."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from ser_ray.cluster import cluster
+from ser_ray.errors import ConfigError
+from ser_ray.inference import batch
+from ser_ray.inference.batch import predict_many
+from ser_ray.inference.predictor import Prediction, Predictor
+from ser_ray.inference.recordings import Heard
+from ser_ray.inference.results import Journal, as_row, table_schema
+from tests.clips import voice, write_wav
+from tests.models import LABELS, make_checkpoint
+from tests.s3_server import s3_bucket
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory) -> Predictor:
+    directory = tmp_path_factory.mktemp("model")
+    make_checkpoint(directory)
+    return Predictor(directory)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    """Ten voices, a long one, a silent one, what is no sound, and what is not there."""
+    folder = tmp_path_factory.mktemp("clips")
+    paths = [
+        write_wav(folder / f"{seed}.wav", voice(0.6 + seed / 10, 16_000, seed), 16_000)
+        for seed in range(10)
+    ]
+    paths.append(write_wav(folder / "long.wav", voice(5, 16_000), 16_000))
+    paths.append(write_wav(folder / "silent.wav", np.zeros(16_000), 16_000))
+    (folder / "text.wav").write_text("no sound")
+    return [str(path) for path in (*paths, folder / "text.wav", folder / "missing.wav")]
+
+
+@pytest.fixture(scope="module")
+def ray_on_two_cpus():
+    """And a GPU in name alone, on which the model runs as on a CPU."""
+    import ray
+
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, address="local", log_to_driver=False)
+    with cluster():
+        yield
+    ray.shutdown()
+
+
+def rows_of(predictor: Predictor, files: list[str]) -> list[dict]:
+    rows = [as_row(predictor.predict(path)) for path in files]
+    return pa.Table.from_pylist(rows, table_schema(LABELS)).to_pylist()
+
+
+def require_close(found: list[dict], expected: list[dict]) -> None:
+    """Equal, but that shares are computed in other batches."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            if isinstance(value, list):
+                require_close(one[name], value)
+            elif isinstance(value, float):
+                assert one[name] == pytest.approx(value, abs=1e-5)
+            else:
+                assert one[name] == value, (other["path"], name)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
+    ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batch, "FILES_AT_ONCE", 4)
+    monkeypatch.setattr(batch, "has_gpus", lambda: False)
+    output = tmp_path / "found.parquet"
+    seen: list[int] = []
+
+    def interrupt(progress):
+        seen.append(progress.done)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_many(files, predictor, str(output), progress=interrupt)
+    assert not output.exists()
+    with Path(f"{output}.partial").open("a") as journal:
+        journal.write('{"path": "half a li')
+    summary = predict_many(files, predictor, str(output), progress=lambda _: None)
+    assert summary.files_before == seen[-1] > 0
+    assert summary.counts == {"ok": 11, "unreadable": 2, "silent": 1}
+    assert sum(summary.emotions.values()) == 11
+    table = pq.read_table(output)
+    assert table.schema.equals(table_schema(LABELS))
+    require_close(table.to_pylist(), rows_of(predictor, files))
+    assert list(tmp_path.iterdir()) == [output]
+    for row in table.slice(11).to_pylist():
+        assert row["status"] != "ok"
+        assert row["reason"]
+        assert row["emotion"] is None
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
+    ray_on_two_cpus, predictor, files, tmp_path
+):
+    """A pipe stalls the process that opens it; who does is killed while it waits."""
+    deadly = tmp_path / "deadly.wav"
+    os.mkfifo(deadly)
+
+    def kill_the_reader() -> None:
+        with deadly.open("wb"):  # waits for somebody to open it
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    opened = {str(link.readlink()) for link in (process / "fd").iterdir()}
+                    if str(deadly) in opened and int(process.name) != os.getpid():
+                        os.kill(int(process.name), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_reader, daemon=True)
+    killer.start()
+    output = tmp_path / "found.jsonl"
+    listed = [*files[:3], str(deadly), *files[3:]]
+    summary = predict_many(listed, predictor, str(output), progress=lambda _: None)
+    killer.join(1)
+    assert summary.counts == {"ok": 11, "unreadable": 3, "silent": 1}
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows.pop(3)["reason"] == "decoding it kills the process that does it"
+    require_close(rows, rows_of(predictor, files))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, tmp_path, suffix):
+    output = tmp_path / f"found.{suffix}"
+    rows = {path: as_row(predictor.predict(path)) for path in files}
+    with Journal(str(output), "model") as journal:
+        journal.append([rows[path] for path in reversed(files)])
+        journal.conclude(files, LABELS)
+    if suffix == "jsonl":
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+    elif suffix == "csv":
+        options = pyarrow.csv.ConvertOptions(
+            null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True
+        )
+        found = pyarrow.csv.read_csv(output, convert_options=options).to_pylist()
+        for row in found:
+            row["timeline"] = json.loads(row["timeline"])
+    else:
+        found = pq.read_table(output).to_pylist()
+    require_close(found, rows_of(predictor, files))
+
+
+def test_answers_of_another_model_are_not_taken_over(tmp_path):
+    output = str(tmp_path / "found.csv")
+    with Journal(output, "one") as journal:
+        journal.append([{"path": "a", "status": "ok"}])
+    with Journal(output, "one") as journal:
+        assert journal.is_done("a")
+    with Journal(output, "other") as journal:
+        assert not journal.is_done("a")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    output = str(tmp_path / "found.csv")
+    with (
+        Journal(output, "model"),
+        pytest.raises(ConfigError, match="another run is writing it"),
+        Journal(output, "model"),
+    ):
+        pass
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(
+    predictor, files, in_tmp, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(in_tmp))
+    monkeypatch.setattr(batch, "require_kept", lambda output: None)
+    (in_tmp / "file").touch()
+    with s3_bucket("kept") as uri:
+        gone = uri.format("table.csv").replace("kept", "no-such-bucket")
+        for output in (str(in_tmp / "file" / "table.csv"), gone):
+            with pytest.raises(ConfigError, match=r"cannot be written .* another --output"):
+                predict_many(files, predictor, output)
+        with Journal(uri.format("table.csv"), "model") as journal:
+            assert journal.path.parent == in_tmp / ".cache" / "ser-ray" / "journals"
+
+
+def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeypatch):
+    asked: list[str] = []
+
+    def score(files, predictor):
+        asked.extend(files)
+        yield [as_row(Prediction(path=path, status="silent")) for path in files]
+
+    monkeypatch.setattr(batch, "_score", score)
+    monkeypatch.setattr(batch, "require_kept", lambda output: None)
+    monkeypatch.setattr(batch, "require_shared", lambda *places: None)
+    predict_many(["a.wav", "s3://bucket/b.wav"], predictor, "table.csv")
+    assert asked == [str(in_tmp / "a.wav"), "s3://bucket/b.wav"]
+
+
+def test_long_recordings_are_scored_before_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(batch, "WINDOWS_AT_ONCE", 5)
+    lengths = {"a": 2, "b": 4, "c": 0, "d": 9, "e": 1}
+    heard = (Heard(path=name, features=(np.zeros(1),) * n) for name, n in lengths.items())
+    groups = [[item.path for item in group] for group in batch.grouped(heard)]
+    assert groups == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_an_output_of_no_known_format_is_refused(predictor):
+    with pytest.raises(ConfigError, match=r"found\.xlsx: it must end in one of \.parquet"):
+        predict_many(["a.wav"], predictor, "found.xlsx")
+
+
+def test_a_million_answers_take_the_journal_seconds(tmp_path):
+    """Cost of the bookkeeping alone: it must not be what a large pass waits for."""
+    files = [f"clips/{number}.wav" for number in range(20_000)]
+    row = {"status": "ok", "emotion": "calm", "duration": 1.0, "timeline": []}
+    started = time.perf_counter()
+    with Journal(str(tmp_path / "found.jsonl"), "model") as journal:
+        journal.append({"path": path, **row} for path in files)
+        journal.conclude(files, ["calm"])
+    assert time.perf_counter() - started < 10  # 0.5 s on an idle machine
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+def test_files_on_a_disk_that_was_away_are_asked_for_again(
+    ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(batch, "has_gpus", lambda: False)
+    monkeypatch.setattr(batch, "require_shared", lambda *locations: None)
+    mounted, output = tmp_path / "mounted", tmp_path / "found.jsonl"
+    asked = [files[0], str(mounted / "voice.wav")]
+    first = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    assert first.counts == {"ok": 1, "unreachable": 1}
+    away = json.loads(output.read_text().splitlines()[1])
+    assert (away["status"], away["reason"]) == ("unreachable", "its folder is not there")
+
+    mounted.mkdir()
+    write_wav(mounted / "voice.wav", voice(0.8, 16_000, 3), 16_000)
+    second = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    assert second.counts == {"ok": 2}
+    assert second.files_before == 1, "only the other one was asked for again"
+    assert not list(tmp_path.glob("*.partial"))

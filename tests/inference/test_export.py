@@ -1,0 +1,118 @@
+"""The exported files on waveforms that the export itself did not try."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ser_ray.cluster import JOB_CONFIG
+from ser_ray.errors import ResourcesError, SerRayError
+from ser_ray.inference import export as export_module
+from ser_ray.inference.export import TOLERANCE, WaveformModel, export
+from ser_ray.inference.predictor import Predictor
+from ser_ray.storage.paths import filesystem_of
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import Normalisation
+from tests.clips import voice
+from tests.models import FEATURES, LABELS, make_checkpoint
+from tests.s3_server import s3_bucket
+
+RATE = 16_000
+
+
+def waveforms() -> list[np.ndarray]:
+    """Of odd lengths, from below one window to above the longest clip, with silent ends or not."""
+    lengths = (0.31, 0.73, 1.2799, 1.28, 2.0, 2.9)
+    sounds = [voice(seconds, RATE, seed) for seed, seconds in enumerate(lengths)]
+    padded = [np.concatenate([np.zeros(777), s[:RATE], np.zeros(5001)]) for s in sounds[2:4]]
+    return [sound.astype(np.float32) for sound in (*sounds, *padded, voice(2.9, RATE)[:-77])]
+
+
+def require_same(run, predictor: Predictor) -> None:
+    for waveform in waveforms():
+        expected = predictor.predict_samples(waveform, RATE, "").probabilities
+        assert expected is not None
+        np.testing.assert_allclose(run(waveform), list(expected.values()), atol=TOLERANCE)
+    silent, blip = np.zeros((2, RATE), np.float32)
+    blip[300:1000] = 0.5
+    for nothing in (silent, blip, voice(3.3, RATE)):
+        assert np.isnan(run(nothing)).all()
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", "mel", "mfcc"])
+def test_the_graph_before_it_is_exported_is_the_predictor(tmp_path, kind):
+    bins = FEATURES.num_bins(kind)
+    make_checkpoint(
+        tmp_path,
+        config=TrainConfig(feature=kind, crop_frames=63, weights="none"),
+        normalisation=Normalisation(np.full(bins, -40.0), np.full(bins, 20.0)),
+    )
+    predictor = Predictor(tmp_path)
+    model = WaveformModel(predictor).eval()
+
+    @torch.inference_mode()
+    def run(waveform: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(waveform)).numpy()
+
+    require_same(run, predictor)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_runs_in_onnxruntime_and_says_what_it_is(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    make_checkpoint(tmp_path / "model")
+    exported = export(tmp_path / "model", str(tmp_path / "model.onnx"), "onnx")
+    assert exported.largest_difference < TOLERANCE
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["labels"]) == list(LABELS)
+    assert json.loads(about["sample_rate"]) == FEATURES.sample_rate
+    require_same(lambda w: session.run(None, {"waveform": w})[0], Predictor(tmp_path / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own archive's buffers
+def test_torchs_exported_program_runs_without_this_package(tmp_path):
+    make_checkpoint(tmp_path / "model")
+    export(tmp_path / "model", str(tmp_path / "model.pt2"), "torch")
+    about = {"about.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=about).module()
+    assert json.loads(about["about.json"])["labels"] == list(LABELS)
+    require_same(
+        lambda w: program(torch.from_numpy(w)).detach().numpy(), Predictor(tmp_path / "model")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own archive's buffers
+def test_it_goes_to_a_bucket(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with s3_bucket("models") as uri:
+        output = uri.format("exported/model.pt2")
+        assert export(tmp_path / "model", output, "torch").output == output
+        filesystem, path = filesystem_of(output)
+        (tmp_path / "fetched.pt2").write_bytes(filesystem.open_input_file(path).read())
+    assert "s3:" not in {path.name for path in tmp_path.iterdir()}
+    run = export_module._run_torch(tmp_path / "fetched.pt2")
+    require_same(run, Predictor(tmp_path / "model"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_whose_answers_differ_is_not_handed_over(tmp_path: Path, monkeypatch):
+    make_checkpoint(tmp_path)
+    wrong = np.array([1, 0, 0, 0], np.float32)
+    monkeypatch.setattr(export_module, "_run_torch", lambda _: lambda _: wrong)
+    with pytest.raises(SerRayError, match="differ from the original's by"):
+        export(tmp_path, str(tmp_path / "model.pt2"), "torch")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(tmp_path: Path, monkeypatch):
+    """Before the checkpoint is read: there is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
+    with pytest.raises(ResourcesError, match="that Ray deletes after the job"):
+        export(tmp_path, "ser-ray-out/model.onnx", "onnx")

@@ -1,0 +1,253 @@
+"""The model as a training run logs it: loaded alone, served over HTTP, fetched and registered."""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ser_ray.cli.main import main
+from ser_ray.errors import TrackingError
+from ser_ray.evaluation.model_card import model_card
+from ser_ray.inference.packaged import PackagedModel
+from ser_ray.inference.predictor import Predictor
+from ser_ray.tracking.registry import best_training_of, local_checkpoint
+from ser_ray.tracking.tracker import Tracker, name_like
+from tests.clips import voice, write_wav
+from tests.models import LABELS, make_checkpoint
+
+pytestmark = pytest.mark.slow
+SCORES = {
+    "protocol": "speaker-3 fold 0 (speaker-independent)", "clips": 8, "ua": 0.5, "wa": 0.625,
+    "f1": 0.4, "ece": 0.1, "recall": {"calm": 0.25},
+    "intervals": {"ua": [0.3, 0.7], "drawn": "speakers", "count": 2},
+    "groups": {"sex": [{"sex": "female", "clips": 8, "wa": 0.625, "ua": 0.5}]},
+}  # fmt: skip
+
+
+class Store:
+    """A tracking store with a search whose best trial was trained again, and kept its model."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = folder / "checkpoint"
+        make_checkpoint(checkpoint)
+        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        self.predictor = Predictor(checkpoint)
+        self.search = self.start("search", {}).run_id
+        self.start("worse", {"mlflow.parentRunId": self.search}, selected_val_ua=0.4)
+        best = self.start("best", {"mlflow.parentRunId": self.search}, selected_val_ua=0.6)
+        self.trial = best.run_id
+        tracker = self.start(name_like(self.trial), {}, selected_val_ua=0.58)
+        tracker.log_files({"tables/test.json": SCORES})
+        tracker.log_model(checkpoint, LABELS)
+        self.run_id = tracker.run_id
+
+    def start(self, name: str, tags: dict[str, str], **metrics: float) -> Tracker:
+        tracker = Tracker.start(self.uri, "test", name=name, params={}, tags=tags)
+        tracker.log_metrics(metrics, 0, 1)
+        tracker.deliver()
+        return tracker
+
+    @property
+    def model(self) -> Path:
+        """The packaged model on disk."""
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        return Path(mlflow.artifacts.download_artifacts(f"runs:/{self.run_id}/model"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return write_wav(tmp_path_factory.mktemp("clips") / "clip.wav", voice(1.2))
+
+
+@pytest.fixture(scope="module")
+def server(store, tmp_path_factory) -> Iterator[str]:
+    """`mlflow models serve` on the logged model; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it looks for uvicorn
+    command = f"-m mlflow models serve -m {store.model} --env-manager local -h 127.0.0.1 -p {port}"
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), "--workers", "1"],
+            stdout=output, stderr=output, cwd=log.parent, env=os.environ | {"PATH": path},
+        )  # fmt: skip
+        try:
+            for _ in range(480):
+                if process.poll() is not None:
+                    break
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            else:
+                pytest.fail(log.read_text())
+            assert process.poll() is None, log.read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def ask(server: str, records: list[dict]) -> list[dict]:
+    request = urllib.request.Request(
+        f"{server}/invocations",
+        json.dumps({"dataframe_records": records}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["predictions"]
+
+
+def require_answer(row: dict, expected: dict[str, float]) -> None:
+    assert (row["status"], row["reason"]) == ("ok", "")
+    assert {label: row[label] for label in LABELS} == pytest.approx(expected, abs=1e-4)
+    assert row["emotion"] == max(expected, key=expected.__getitem__)
+
+
+def test_a_real_server_answers_paths_bytes_and_waveforms(server, store, clip, tmp_path):
+    expected = store.predictor.predict(str(clip)).probabilities
+    (row,) = ask(server, [{"path": str(clip)}])
+    require_answer(row, expected)
+    (row,) = ask(server, [{"audio": base64.b64encode(clip.read_bytes()).decode()}])
+    require_answer(row, expected)
+    samples = voice(1.2, 8_000)
+    (row,) = ask(server, [{"waveform": samples.tolist(), "sample_rate": 8_000}])
+    waveform = store.predictor.predict_samples(samples, 8_000, "").probabilities
+    require_answer(row, waveform)
+
+
+def test_a_real_server_says_what_is_wrong_row_by_row(server, store, clip):
+    rows = ask(server, [{"path": "nowhere.wav"}, {"path": str(clip)}])
+    assert rows[0]["status"] == "unreadable"
+    assert rows[0]["reason"]
+    assert rows[0]["emotion"] == ""
+    require_answer(rows[1], store.predictor.predict(str(clip)).probabilities)
+    (silent,) = ask(server, [{"waveform": [0.0] * 16_000}])
+    assert silent["status"] == "silent"
+
+
+def test_the_stored_model_has_a_signature_and_an_example_that_it_scores(store):
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(str(store.model))
+    assert model.metadata.signature is not None
+    inputs = {column.name: column.required for column in model.metadata.signature.inputs}
+    assert inputs == {"path": False, "audio": False, "waveform": False, "sample_rate": False}
+    example = model.metadata.load_input_example(str(store.model))
+    found = model.predict(example)
+    assert example is not None
+    tone = np.asarray(example["waveform"][0], np.float32)
+    (row,) = found.to_dict(orient="records")
+    expected = store.predictor.predict_samples(tone, 16_000, "").probabilities
+    assert {label: row[label] for label in LABELS} == pytest.approx(expected, abs=1e-4)
+    assert list(found.columns) == model.metadata.signature.outputs.input_names()
+
+
+def test_loading_and_predicting_need_neither_ray_nor_this_repository(store, clip, tmp_path):
+    code = f"""
+import sys
+import mlflow
+import pandas as pd
+model = mlflow.pyfunc.load_model({str(store.model)!r})
+print(model.predict(pd.DataFrame({{"path": [{str(clip)!r}]}}))["emotion"][0])
+import ser_ray
+assert "ray" not in sys.modules and "torchvision" not in sys.modules
+assert ser_ray.__file__.endswith("model/code/ser_ray/__init__.py"), ser_ray.__file__
+"""
+    # The package of this repository is hidden: what is imported is the model's own copy.
+    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ser_ray' not in str(f)]\n"
+    command = [sys.executable, "-I", "-c", hide + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == store.predictor.predict(str(clip)).emotion
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "none of path, audio"),
+        ({"waveform": [0.1, float("inf")]}, "finite numbers"),
+        ({"waveform": [0.1] * 999, "sample_rate": -1}, "rate is not 1000 to 192000 Hz"),
+        ({"waveform": [0.1] * 999, "sample_rate": 16}, "rate is not 1000 to 192000 Hz"),
+        ({"waveform": [1e25] * 999}, "as large as 1e+25"),
+        ({"path": "nowhere://a.wav"}, "no filesystem opens"),
+        ({"audio": b"no sound"}, "not a sound"),
+    ],
+)
+def test_rows_that_hold_no_recording_are_answered_with_a_reason(store, row, reason):
+    import pandas as pd
+
+    model = PackagedModel.__new__(PackagedModel)
+    model.predictor = store.predictor
+    frame = pd.DataFrame([row or {"path": None}], dtype=object)
+    (answer,) = model.predict(frame).to_dict(orient="records")
+    assert reason in answer["reason"]
+    assert answer["status"] != "ok"
+
+
+def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
+    arguments = ["register", store.search, "--tracking-uri", store.uri, "--name", "ser-ray"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == "1"
+    expected = store.predictor.predict(str(clip)).probabilities
+    for name in (store.run_id, "models:/ser-ray@champion", "models:/ser-ray/1"):
+        with local_checkpoint(name, store.uri) as checkpoint:
+            found = Predictor(checkpoint).predict(str(clip))
+        assert found.probabilities == pytest.approx(expected)
+    from mlflow import MlflowClient
+
+    version = MlflowClient(tracking_uri=store.uri).get_model_version_by_alias("ser-ray", "champion")
+    assert version.run_id == store.run_id
+    assert version.tags["test_ua"] == "0.5000"
+    assert version.tags["protocol"] == SCORES["protocol"]
+    assert version.tags["feature"] == "mel"
+    assert version.tags["shards.fingerprint"] == "f00d"
+    assert version.description is not None
+    assert "UA 50.0% (95 % interval over 2 speakers 30.0% to 70.0%)" in version.description
+    assert "| female | 8 | 62.5% | 50.0% |" in version.description
+
+
+def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
+    worse = store.start("alone", {}, selected_val_ua=0.4).run_id
+    with pytest.raises(TrackingError, match=f"train --like {worse}"):
+        best_training_of(worse, store.uri)
+    assert best_training_of(store.trial, store.uri) == store.run_id
+
+
+@pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion"])
+def test_a_name_that_is_not_there_is_an_error_that_says_where_it_was_looked_up(store, name):
+    with (
+        pytest.raises(TrackingError, match="no such model in sqlite"),
+        local_checkpoint(name, store.uri),
+    ):
+        pass
+
+
+def test_the_card_of_a_ravdess_model_names_its_limits_and_licence(tmp_path):
+    card = make_checkpoint(tmp_path, corpus="ravdess")
+    text = model_card(card, None, 0.6)
+    for words in ("North American English", "CC BY-NC-SA", "24 professional actors", "60.0%"):
+        assert words in text
+    assert "has not been scored" in text
+    assert "the last epoch's; folds and trials are selected by it" in text
+    synthetic = model_card(make_checkpoint(tmp_path, corpus="synthetic"), None, 0.6)
+    assert "CC BY-NC-SA" not in synthetic

@@ -1,0 +1,256 @@
+"""One file to an emotion, compared with torchvision's network on features made by hand."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ser_ray.cli.main import main
+from ser_ray.errors import CheckpointError, CorpusError
+from ser_ray.features.decode import decode
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.inference.network import load_network
+from ser_ray.inference.predictor import Predictor
+from ser_ray.inference.recordings import list_audio, segment_starts
+from ser_ray.training.checkpoint import CARD, MODEL, read_network
+from ser_ray.training.data import Clips
+from ser_ray.training.scoring import predict_clips
+from tests.clips import voice, write_sound, write_video, write_wav
+from tests.models import CONFIG, FEATURES, LABELS
+
+RATE = 48_000
+
+
+def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:
+    """Probabilities by torchvision's network and the training's own windows."""
+    samples, rate = decode(str(path))
+    extract = FeatureExtractor(FEATURES)
+    features = extract.features(extract.waveform(samples, rate))["mel"].astype(np.float16)
+    clips = Clips.resident(
+        features[None],
+        np.array([features.shape[1]]),
+        np.array([0]),
+        predictor.card.normalisation,
+        torch.device("cpu"),
+    )
+    network = read_network(checkpoint, predictor.card)
+    return predict_clips(network, clips, np.array([0]), CONFIG, len(LABELS))[0]
+
+
+def test_folded_network_is_torchvisions(checkpoint, predictor):
+    batch = torch.randn(3, 1, 32, 64)
+    with torch.inference_mode():
+        expected = read_network(checkpoint, predictor.card)(batch)
+        found = load_network(checkpoint)(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_stay_with_the_sound_at_odd_rates(predictor):
+    """A hundredth of a second is no whole number of samples at 22,050 Hz."""
+    rate, at = 22_050, 600
+    sound = np.zeros(rate * 1000, np.int16)
+    sound[rate * at : rate * (at + 8)] = 20_000 * voice(8, rate)
+    heard = predictor.hearing.samples(sound, rate, "tone")
+    starts, ends = zip(*heard.windows, strict=True)
+    assert min(starts) < at < min(ends)
+    assert max(starts) < at + 8 < max(ends)
+
+
+@pytest.mark.parametrize("seconds", [0.7, 1.25, 2.6])  # below, about and above one crop
+def test_a_clip_is_scored_as_in_validation(checkpoint, predictor, tmp_path, seconds):
+    path = write_wav(tmp_path / "clip.wav", voice(seconds, seed=3))
+    found = predictor.predict(str(path))
+    expected = as_in_validation(checkpoint, predictor, path)
+    np.testing.assert_allclose(list(found.probabilities.values()), expected, atol=1e-4)
+    assert found.emotion == LABELS[int(expected.argmax())]
+    assert found.duration == pytest.approx(seconds)
+    assert found.timeline == ()
+
+
+def test_a_clip_scores_the_same_beside_others(predictor, tmp_path):
+    paths = [
+        write_wav(tmp_path / f"{seed}.wav", voice(0.5 + seed / 4, seed=seed)) for seed in range(9)
+    ]
+    together = predictor.score([predictor.hearing.file(str(path)) for path in paths])
+    for path, found in zip(paths, together, strict=True):
+        alone = predictor.predict(str(path))
+        assert found.path == str(path)
+        assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.ogg", "libopus")]
+)
+def test_any_format_gives_about_the_wavs_answer(predictor, tmp_path, name, codec):
+    sound = voice(1.0, seed=1)
+    container = {"flac": "flac", "mp3": "mp3", "ogg": "ogg"}[name[2:]]
+    path = write_sound(tmp_path / name, sound, codec, container)
+    wav = predictor.predict(str(write_wav(tmp_path / "a.wav", sound)))
+    found = predictor.predict(str(path))
+    assert found.probabilities == pytest.approx(wav.probabilities, abs=0.15)
+
+
+def test_stereo_at_another_rate(predictor, tmp_path):
+    sound = voice(1.0, 22_050)
+    path = write_wav(tmp_path / "a.wav", np.stack([sound, sound], axis=1), 22_050)
+    mono = write_wav(tmp_path / "b.wav", sound, 22_050)
+    found, expected = predictor.predict(str(path)), predictor.predict(str(mono))
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-3)
+
+
+def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
+    path = write_wav(tmp_path / "a.wav", voice())
+    expected = predictor.predict(str(path)).probabilities
+    stream = predictor.predict_stream(io.BytesIO(path.read_bytes()), "bytes")
+    assert stream.probabilities == expected
+    samples, rate = decode(str(path))
+    assert predictor.predict_samples(samples, rate, "samples").probabilities == expected
+
+
+def test_what_is_wrong_is_said_and_nothing_is_guessed(predictor, tmp_path):
+    silence = np.zeros(RATE, np.float32)
+    blip = silence.copy()
+    blip[1000:3000] = 0.5
+    files = {
+        "silent": write_wav(tmp_path / "silent.wav", silence),
+        "too_short": write_wav(tmp_path / "blip.wav", blip),
+        "no_audio": write_video(tmp_path / "mute.mp4", None),
+        "unreadable": tmp_path / "missing.wav",
+    }
+    for status, path in files.items():
+        found = predictor.predict(str(path))
+        assert found.status == status
+        assert found.reason
+        assert found.emotion is None
+        assert found.probabilities is None
+
+
+def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predictor, tmp_path):
+    """Two voices with five seconds of near silence between them."""
+    sound = np.concatenate([voice(4, seed=1), 1e-4 * voice(5), voice(4, seed=2)])
+    found = predictor.predict(str(write_wav(tmp_path / "talk.wav", sound)))
+    length = (CONFIG.crop_frames - 1) * FEATURES.hop_length / FEATURES.sample_rate
+    assert found.status == "ok"
+    assert found.duration == pytest.approx(13)
+    assert [segment.end - segment.start for segment in found.timeline] == pytest.approx(
+        [length] * len(found.timeline)
+    )
+    assert found.timeline[0].start == 0
+    assert found.timeline[-1].end == pytest.approx(13)
+    silent = [s for s in found.timeline if s.start > 4 and s.end < 9]
+    assert silent == []
+    sounding = [s for s in found.timeline if s.end < 4 or s.start > 9]
+    assert len(sounding) >= 8
+    for segment in found.timeline:
+        assert sum(segment.probabilities.values()) == pytest.approx(1)
+        assert segment.emotion == max(segment.probabilities, key=segment.probabilities.__getitem__)
+    # A window is scored as the same stretch cut out by hand is.
+    selected = found.timeline[2]
+    start, stop = (round(second * RATE) for second in (selected.start, selected.end))
+    cut = write_wav(tmp_path / "cut.wav", sound[start:stop])
+    by_hand = as_in_validation(checkpoint, predictor, cut)
+    np.testing.assert_allclose(list(selected.probabilities.values()), by_hand, atol=1e-3)
+    mean = np.mean([list(s.probabilities.values()) for s in found.timeline], axis=0)
+    np.testing.assert_allclose(list(found.probabilities.values()), mean)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.49, 1.5, 1.51, 3.0, 10.37])
+def test_windows_cover_a_recording_and_overlap_by_half(seconds):
+    starts = segment_starts(seconds, 1.0)
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert max(np.diff(starts), default=0) <= 0.5 + 1e-9
+    assert starts[-1] == max(seconds - 1.0, 0)
+
+
+def test_files_of_folders_patterns_and_names(tmp_path):
+    for name in ("b.wav", "a.MP4", "notes.txt", ".hidden.wav", "sub/c.flac", "sub/deep/d.wav"):
+        write_wav(tmp_path / name, voice(0.1))
+    names = {
+        ".": "a.MP4 b.wav sub/c.flac sub/deep/d.wav",
+        "notes.txt": "notes.txt",
+        "*": "a.MP4 b.wav",
+        "*.wav": "b.wav",
+        "**/*.wav": "b.wav sub/deep/d.wav",
+        "sub/*": "sub/c.flac",
+        "s?b/**/?.wav": "sub/deep/d.wav",
+    }
+    for source, expected in names.items():
+        found = list_audio([f"{tmp_path}/{source}"])
+        inside = [Path(file).relative_to(tmp_path).as_posix() for file in found]
+        assert sorted(inside) == expected.split(), source
+    twice = list_audio([f"{tmp_path}/b.wav", f"{tmp_path}/*.wav"])
+    assert len(twice) == 1
+
+
+def test_a_pattern_on_a_uri():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/clips/x/1.wav": b"", "/clips/x/2.mp3": b"", "/clips/y/3.wav": b""})
+    assert list_audio(["memory://clips/*/*.wav"]) == [
+        "memory://clips/x/1.wav",
+        "memory://clips/y/3.wav",
+    ]
+
+
+@pytest.mark.parametrize("source", ["nowhere.wav", "*.ogg", "empty", "no/such/**"])
+def test_sources_without_a_file_are_named(source, in_tmp):
+    (in_tmp / "empty").mkdir()
+    with pytest.raises(CorpusError, match=source.replace("*", r"\*")):
+        list_audio([source])
+
+
+def test_a_broken_checkpoint_is_named(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        Predictor(tmp_path)
+    shutil.copy(checkpoint / CARD, tmp_path)
+    (tmp_path / MODEL).write_bytes((checkpoint / MODEL).read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be loaded"):
+        Predictor(tmp_path)
+
+
+def test_command_line_shows_bars_and_json(checkpoint, tmp_path, capsys):
+    path = write_wav(tmp_path / "a.wav", voice())
+    assert main(["predict", str(path), "--model", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in LABELS)
+    assert "█" in shown
+    assert main(["predict", str(path), "--model", str(checkpoint), "--json"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert f"{item['emotion']} ({item['probabilities'][item['emotion']]:.0%})" in shown
+
+
+def test_a_file_that_cannot_be_scored_is_told_and_fails(checkpoint, tmp_path, capsys):
+    silent = write_wav(tmp_path / "a.wav", np.zeros(RATE, np.float32))
+    assert main(["predict", str(silent), "--model", str(checkpoint), "--json"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["predictions"][0]["status"] == "silent"
+    assert told.err == "error: none of these files could be scored\n"
+
+
+def test_command_line_shows_a_timeline(checkpoint, tmp_path, capsys):
+    path = write_wav(tmp_path / "talk.wav", voice(70, 8_000), 8_000)
+    assert main(["predict", str(path), "--model", str(checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("–" in line for line in lines) > 100
+    assert any("1:08.7–1:10.0" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_one_file_needs_neither_ray_nor_mlflow_nor_torchvision(checkpoint, tmp_path):
+    path = write_wav(tmp_path / "a.wav", voice())
+    code = (
+        "import sys\nfrom ser_ray.cli.main import main\n"
+        f"main(['predict', {str(path)!r}, '--model', {str(checkpoint)!r}])\n"
+        "heavy = {'ray', 'mlflow', 'torchvision', 'torchaudio', 'matplotlib', 'pandas', 'sympy'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

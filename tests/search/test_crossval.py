@@ -1,0 +1,359 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from pyarrow import fs
+
+from ser_ray.cli import commands
+from ser_ray.cli import verbs as cli
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.search import crossval as module
+from ser_ray.search.crossval import (
+    FIGURES,
+    CrossvalPlan,
+    CrossvalResult,
+    _ensemble,
+    _require_all_finished,
+    _truth,
+    crossval,
+    crossval_name,
+    fold_folder,
+    plan_crossval,
+    pool,
+)
+from ser_ray.search.space import CrossvalConfig, SlotConfig
+from ser_ray.search.trial_log import TrialLog
+from ser_ray.shards.read import open_shards
+from ser_ray.storage.paths import filesystem_of
+from ser_ray.tracking.registry import best_training_of, local_checkpoint
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.data import select_rows
+from ser_ray.training.metrics import scores_of
+from ser_ray.training.model import Pretrained
+from ser_ray.training.trainer import EpochReport, Take, fit
+from tests.conftest import make_memory_shards
+from tests.s3_server import s3_bucket
+from tests.shard_files import write_shard_files
+
+RECIPE = TrainConfig(
+    protocol="speaker-2", weights="none", crop_frames=24, batch_size=8, epochs=2, lr_max=4e-3,
+    augment=AugmentConfig(time_mask_frames=4),
+)  # fmt: skip
+SEEDS = CrossvalConfig(seeds=2)
+
+
+@contextmanager
+def two_cpus() -> Iterator[None]:
+    """A Ray cluster of this machine, with room for two trials."""
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    memory = make_memory_shards(num_frames=26)  # as many as half a second has
+    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shards, tmp_path):
+    with two_cpus():
+        run = RunConfig(
+            storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+        )
+        plan = plan_crossval(shards, RECIPE, SEEDS)
+        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+        again = crossval(
+            plan_crossval(shards, RECIPE, SEEDS), run, SlotConfig(), show=lambda trials: None
+        )
+    assert again.to_dict() == result.to_dict()  # a finished one is read, not trained again
+    assert again.run_id == result.run_id
+
+    clips = open_shards(shards).clips()
+    kept = pq.read_table(tmp_path / "runs" / result.name / "predictions.parquet")
+    for seed in (0, 1):
+        mine = kept.filter(np.equal(kept["seed"].to_numpy(), seed))
+        assert sorted(mine["take"].to_pylist()) == sorted(clips["take"].to_pylist())
+    of_fold = {
+        fold: set(kept.filter(np.equal(kept["fold"].to_numpy(), fold))["speaker"].to_pylist())
+        for fold in (0, 1)
+    }
+    assert of_fold[0] & of_fold[1] == set()
+
+    right = np.equal(kept["emotion"].to_pylist(), kept["predicted"].to_pylist())
+    seeds = kept["seed"].to_numpy()
+    by_hand = [right[seeds == seed].mean() for seed in (0, 1)]
+    assert result.mean("wa") == pytest.approx(np.mean(by_hand))
+    assert result.spread("wa") == pytest.approx(np.std(by_hand, ddof=1))
+    assert result.confusion.sum() == len(kept)
+    assert result.intervals.wa[0] <= result.mean("wa") <= result.intervals.wa[1]
+    check_fold_against_plain_torch(shards, kept, tmp_path)
+    check_runs(result, shards, run.tracking_uri)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatch):
+    """On a bucket whose URI has a query, started again from another directory."""
+    memory = make_memory_shards(num_frames=26)
+    shards = Path(write_shard_files(in_tmp / "shards", memory, ("mel",)))
+    recipe = replace(RECIPE, epochs=4)
+    seen: dict[str, str] = {}
+
+    def hide_the_shards(trials: list[TrialLog]) -> None:
+        if any(trial.state == "running" for trial in trials) and shards.exists():
+            shards.rename(in_tmp / "hidden")
+
+    def remember(trials: list[TrialLog]) -> None:
+        seen.update({trial.trial_id: trial.state for trial in trials})
+
+    with s3_bucket("ser-ray-folds") as uri:
+        run = RunConfig(
+            storage=uri.format("runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db",
+            max_failures=0,
+        )  # fmt: skip
+        with two_cpus():
+            config, slots = CrossvalConfig(), SlotConfig()
+            plan = plan_crossval("shards", recipe, config)
+            with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
+                crossval(plan, run, slots, show=hide_the_shards)
+            (in_tmp / "hidden").rename(shards)
+            (in_tmp / "elsewhere").mkdir()
+            monkeypatch.chdir(in_tmp / "elsewhere")
+            plan = plan_crossval(str(shards), recipe, config)
+            result = crossval(plan, run, slots, show=remember)
+        assert sorted(seen.values()) == ["finished", "finished"]
+        filesystem, path = filesystem_of(result.table)
+        kept = pq.read_table(path, filesystem=filesystem)
+        filesystem, path = filesystem_of(fold_folder(result.location, 1, 0))
+        names = {Path(f.path).name for f in filesystem.get_file_info(fs.FileSelector(path))}
+    assert sorted(kept["take"].to_pylist()) == sorted(memory.table["take"].to_pylist())
+    assert names == {"card.json", "model.safetensors", "predictions.parquet"}
+
+
+def test_places_inside_a_folder_keep_the_query_of_its_uri():
+    folder = RunFolder("s3://b/runs?region=us-east-1", "cv")
+    assert folder.location == "s3://b/runs/cv?region=us-east-1"
+    assert filesystem_of(folder.location)[1] == folder.path == "b/runs/cv"
+    place = fold_folder(folder.location, 1, 2)
+    assert place == "s3://b/runs/cv/models/fold1-seed2?region=us-east-1"
+    assert filesystem_of(place)[1] == "b/runs/cv/models/fold1-seed2"
+
+
+def test_a_failed_fold_is_named_with_the_way_out():
+    trial = TrialLog("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
+    with pytest.raises(
+        SerRayError,
+        match=r"1 of 1 folds failed; fold 3, seed 2: full; the same command trains .* again",
+    ):
+        _require_all_finished([trial])
+
+
+def pooled(folder: Path) -> CrossvalResult:
+    """Two folds with two seeds, three of four clips right with each seed."""
+    for seed in (0, 1):
+        for fold in (0, 1):
+            rows = {
+                "path": [f"{fold}0.wav", f"{fold}1.wav"],
+                "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
+                "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
+                "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],
+            }  # fmt: skip
+            place = Path(fold_folder(str(folder), fold, seed))
+            place.mkdir(parents=True)
+            pq.write_table(pa.table(rows), place / "predictions.parquet")
+    shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
+    tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
+    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), 4, "speaker-2, 2 folds")
+    return pool(plan, str(folder), "cv", tracker)
+
+
+def test_the_text_has_the_label_beside_every_number(tmp_path):
+    lines = pooled(tmp_path).text().splitlines()
+    assert len(lines) == len(FIGURES) + 1
+    assert all(line.endswith("(speaker-2, 2 folds, table)") for line in lines)
+    assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines[:-1])
+    assert [line.split()[:2] for line in lines[:2]] == [["WA", "75.0%"], ["UA", "75.0%"]]
+    assert lines[-1].startswith("ensemble  WA 75.0%, UA 75.0%, macro F1 ")
+    assert "mean probability of 2 networks, not one of them" in lines[-1]
+
+
+def test_an_ensemble_is_scored_by_the_mean_of_its_seeds_whatever_their_order():
+    paths, seeds = ["b", "a", "a", "b"], np.array([3, 3, 4, 4])
+    truth = np.array([1, 0, 0, 1])
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9], [0.0, 1.0]])
+    # a: (0.6 + 0.1) / 2 for label 0, wrong; b: (0.1 + 1.0) / 2 for label 1, right.
+    scores = _ensemble(paths, seeds, truth, probabilities)
+    assert scores is not None
+    assert scores.confusion.tolist() == [[0, 1], [0, 1]]
+    assert scores.loss == pytest.approx(-np.mean(np.log([0.35, 0.55])))
+    assert _ensemble(["a", "b", "a", "c"], seeds, truth, probabilities) is None
+    assert _ensemble(paths, np.array([3, 4, 4, 4]), truth, probabilities) is None
+    assert _ensemble(paths[:2], seeds[:2], truth[:2], probabilities[:2]) is None
+
+
+def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, monkeypatch):
+    result = replace(pooled(tmp_path), location="s3://b/runs/cv?region=x")
+    given: list[CrossvalPlan | RunConfig | SlotConfig] = []
+
+    def remember(plan: CrossvalPlan, run: RunConfig, slots: SlotConfig, **_: object) -> object:
+        given.extend((plan, run, slots))
+        return result
+
+    monkeypatch.setattr(module, "crossval", remember)
+    verb = cli.Crossval(
+        shards=shards, recipe=RECIPE, crossval=SEEDS, run=RunConfig(name="mine"),
+        slots=SlotConfig(cpus_per_worker=2),
+    )  # fmt: skip
+    outcome = commands.crossval(verb)
+    assert isinstance(given[0], CrossvalPlan)
+    assert given[0].num_trials == 4
+    assert given[0].recipe == RECIPE
+    assert given[1:] == [verb.run, verb.slots]
+    assert outcome.text.startswith(result.text())
+    assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
+    assert outcome.data["mean"]["wa"] == 0.75
+    assert outcome.data["protocol"] == "speaker-2, 2 folds, table"
+
+
+def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
+    """Fold 1 of seed 1 trained here, its selected epoch kept, and tested: the same scores."""
+    recipe = replace(RECIPE, fold=1, seed=1)
+    selected = folder / "alone"
+    selected.mkdir()
+
+    def keep_selected(epoch: EpochReport | None, take: Take) -> None:
+        assert epoch is not None
+        if epoch.is_selected:
+            take().write(selected)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fit(recipe, open_shards(shards), Pretrained("fresh weights", {}), keep_selected)
+    alone = evaluate(selected, shards)
+    torch.set_num_threads(threads)
+    mine = kept.filter(np.logical_and(kept["seed"].to_numpy() == 1, kept["fold"].to_numpy() == 1))
+    labels = alone.card.labels
+    truth, _ = _truth(mine, labels)
+    probabilities = np.stack([mine[f"p_{label}"].to_numpy() for label in labels], axis=1)
+    assert mine["take"].to_pylist() == alone.predictions["take"].to_pylist()
+    assert scores_of(truth, probabilities).loss == pytest.approx(alone.scores.loss, rel=1e-3)
+
+
+def check_runs(result, shards: str, uri: str) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    parent = client.get_run(result.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["test_ua"] == pytest.approx(result.mean("ua"))
+    assert {file.path for file in client.list_artifacts(result.run_id, "tables")} == {
+        "tables/crossval.json", "tables/speakers.csv", "tables/predictions.csv",
+    }  # fmt: skip
+    page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
+    assert "test, speaker-2, 2 folds, speaker-independent" in page
+    assert f"{result.mean('ua'):.1%}" in page
+    assert parent.data.tags["protocol"] == "speaker-2, 2 folds, speaker-independent"
+    nested = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    assert sorted((run.data.params["fold"], run.data.params["seed"]) for run in nested) == [
+        ("0", "0"), ("0", "1"), ("1", "0"), ("1", "1"),
+    ]  # fmt: skip
+    assert {run.info.status for run in nested} == {"FINISHED"}
+    for run in nested:
+        fold, seed = int(run.data.params["fold"]), int(run.data.params["seed"])
+        with local_checkpoint(fold_folder(result.location, fold, seed)) as checkpoint:
+            own = evaluate(checkpoint, shards)
+        assert run.data.metrics["test_ua"] == pytest.approx(own.scores.ua)
+        assert {"report.html", "report_test.html"} <= {
+            file.path for file in client.list_artifacts(run.info.run_id)
+        }
+    best = max(nested, key=lambda run: run.data.metrics["selected_val_ua"])
+    assert best_training_of(result.run_id, uri) in {
+        run.info.run_id
+        for run in nested
+        if run.data.metrics["selected_val_ua"] == best.data.metrics["selected_val_ua"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("protocol", "folds", "kind"),
+    [
+        ("speaker-2", 2, "speaker-independent"),
+        ("loso", 6, "speaker-independent"),
+        ("random", 5, "SPEAKER-DEPENDENT"),
+    ],
+)
+def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
+    recipe = replace(RECIPE, protocol=protocol)
+    plan = plan_crossval(shards, recipe, SEEDS)
+    assert plan.folds == tuple(range(folds))
+    assert plan.num_trials == 2 * folds
+    assert plan.label == f"{protocol}, {folds} folds, {kind}, table"
+    plan = plan_crossval(shards, recipe, CrossvalConfig(folds=(1, 0), part="validation"))
+    assert plan.folds == (0, 1)
+    assert plan.label == f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table"
+    with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
+        plan_crossval(shards, recipe, CrossvalConfig(folds=(folds,)))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shards, in_tmp):
+    with two_cpus():
+        run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
+        config = CrossvalConfig(folds=(1,), part="validation")
+        plan = plan_crossval(shards, RECIPE, config)
+        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+    parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
+    scored = set(result.predictions["speaker"].to_pylist())
+    assert scored == set(parts.validation_speakers)
+    assert result.predictions.num_rows == len(parts.validation)
+    assert "VALIDATION parts" in result.text()
+    client = MlflowClient(tracking_uri=run.tracking_uri)
+    parent = client.get_run(result.run_id)
+    (nested,) = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    assert parent.data.metrics["val_ua"] == nested.data.metrics["selected_val_ua"]
+    assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
+    files = {file.path for file in client.list_artifacts(nested.info.run_id)}
+    assert "report.html" in files
+    assert "report_test.html" not in files
+
+
+def test_a_fold_makes_no_sense(shards):
+    with pytest.raises(ConfigError, match=r"crossval trains every fold, or those of --folds"):
+        plan_crossval(shards, replace(RECIPE, fold=1), SEEDS)
+
+
+def test_the_name_follows_from_recipe_seeds_and_shards(shards):
+    def name(recipe: TrainConfig = RECIPE, config: CrossvalConfig = SEEDS) -> str:
+        return crossval_name(plan_crossval(shards, recipe, config))
+
+    assert name() == name()
+    assert name() not in [
+        name(config=CrossvalConfig(seeds=3)),
+        name(config=replace(SEEDS, folds=(0,))),
+        name(config=replace(SEEDS, part="validation")),
+        name(replace(RECIPE, epochs=3)),
+    ]

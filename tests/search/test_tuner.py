@@ -1,0 +1,570 @@
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray import tune as ray_tune
+from ray.train import WorkerGroupError
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+from ray.util.queue import Empty
+
+from ser_ray.cli import commands
+from ser_ray.cli import verbs as cli
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError, ResourcesError, SerRayError
+from ser_ray.search import trials as trials_module
+from ser_ray.search import tuner as tune_module
+from ser_ray.search.group_trial import GroupTrial, _told_of
+from ser_ray.search.space import SlotConfig, TuneConfig
+from ser_ray.search.trial import Slots, TrialSetup, problem_metrics, trial_metrics
+from ser_ray.search.trial_log import TrialLog, best_of
+from ser_ray.search.trials import (
+    ResumableAsha,
+    RetryFailed,
+    SlotLimiter,
+    SlotVariants,
+    _room,
+    find_slots,
+    open_study,
+    run_trial,
+)
+from ser_ray.search.tuner import (
+    baseline,
+    make_plan,
+    num_trials,
+    search,
+    train_command,
+    warn_of_baseline,
+)
+from ser_ray.shards.read import open_shards
+from ser_ray.tracking.tracker import recipe_of_run
+from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
+from ser_ray.training.metrics import selected_epoch
+from ser_ray.training.model import Pretrained
+from ser_ray.training.trainer import fit
+from tests.conftest import make_memory_shards
+from tests.shard_files import write_shard_files
+
+RECIPE = TrainConfig(
+    protocol="speaker-3", weights="none", crop_frames=24, batch_size=8, epochs=4, lr_max=4e-3,
+    augment=AugmentConfig(time_mask_frames=4, mix_style=0.0),
+)  # fmt: skip
+DIVERGES = 1e30
+SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    memory = make_memory_shards(num_frames=26)  # as many as half a second has
+    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def run_config(folder: Path, **changes: object) -> RunConfig:
+    values = {"storage": str(folder), "tracking_uri": f"sqlite:///{folder}/mlflow.db"} | changes
+    return RunConfig(**values)  # type: ignore[arg-type]
+
+
+def require_nothing_left() -> None:
+    """Actors and placement groups are gone: all that the cluster has is free again."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        groups = ray.util.placement_group_table().values()
+        free = ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+        if free and all(group["state"] == "REMOVED" for group in groups):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{ray.available_resources()} free, {ray.util.placement_group_table()}")
+
+
+def ended(trials: list[TrialLog]) -> list[TrialLog]:
+    return [trial for trial in trials if trial.ended]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=8, space=SPACE, grace_epochs=1, reduction=2)
+    run = run_config(tmp_path)
+    seen: list[list[TrialLog]] = []
+
+    def interrupt_after_three(trials: list[TrialLog]) -> None:
+        if len(ended(trials)) >= 3 and not seen:
+            seen.append([replace(trial, rows=list(trial.rows)) for trial in ended(trials)])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(shards, RECIPE, run, config, SlotConfig(), show=interrupt_after_three)
+    require_nothing_left()
+    handler = signal.getsignal(signal.SIGINT)
+    result = search(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+    require_nothing_left()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+    trials = {trial.trial_id: trial for trial in result.trials}
+    for trial in seen[0]:  # finished ones are kept as they were
+        assert trials[trial.trial_id].rows == trial.rows
+        assert trials[trial.trial_id].state == trial.state
+    states = [trial.state for trial in result.trials if trial.state != "lost"]
+    assert len(states) == 8
+    assert "pruned" in states
+    assert result.trials[0].recipe == RECIPE
+    for trial in result.trials:
+        diverging = trial.recipe.lr_max == DIVERGES
+        assert (trial.state == "failed") == diverging, trial
+        assert diverging == ("is not finite" in trial.problem)
+    best = result.best
+    scores = [trial.selected["val_ua"] for trial in result.trials if trial.succeeded]
+    assert best.selected["val_ua"] == max(scores)
+
+    rows = plain_rows(best.recipe, shards)
+    for row, alone in zip(best.rows, rows, strict=False):
+        for name in ("train_loss", "val_loss", "val_ua"):
+            assert row[name] == pytest.approx(alone[name], rel=1e-4), "a trial is a training"
+
+    kept = json.loads((tmp_path / result.name / "best.json").read_text())
+    assert TrainConfig.from_dict(kept["recipe"]) == best.recipe
+    assert recipe_of_run(best.run_id, run.tracking_uri) == best.recipe.to_dict()
+    check_mlflow(result, run.tracking_uri)
+
+
+def plain_rows(recipe: TrainConfig, shards: str) -> list[dict[str, float]]:
+    """The same training in this process, without Ray."""
+    rows: list[dict[str, float]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fit(
+        recipe,
+        open_shards(shards),
+        Pretrained("fresh weights", {}),
+        lambda epoch, take: rows.append(epoch.row),  # type: ignore[union-attr]
+    )
+    torch.set_num_threads(threads)
+    return rows
+
+
+def check_mlflow(result, uri: str) -> None:
+    """One run for the search, one nested run for each trial with its curves and its end."""
+    client = MlflowClient(tracking_uri=uri)
+    parent = client.get_run(result.run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["selected_val_ua"] == pytest.approx(result.best.selected["val_ua"])
+    page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
+    assert f"{result.best.selected['val_ua']:.1%}" in page
+    assert f"ser-ray train --like {result.best.run_id}" in page
+    tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
+    plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
+    assert "tables/trials.csv" in tables
+    assert {"plots/history.png", "plots/learning_rate_bounds.png"} <= plots
+    nested = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    by_id = {run.info.run_id: run for run in nested}
+    assert set(by_id) == {trial.run_id for trial in result.trials}
+    status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
+    for trial in result.trials:
+        run = by_id[trial.run_id]
+        assert run.info.status == status[trial.state]
+        assert run.data.tags["trial.state"] == trial.state
+        assert float(run.data.params["lr_max"]) == trial.recipe.lr_max
+        if trial.rows:
+            curve = client.get_metric_history(trial.run_id, "val_ua")
+            assert [point.value for point in curve] == [row["val_ua"] for row in trial.rows]
+            assert len(client.get_metric_history(trial.run_id, "lr_step")) == sum(
+                len(rates) for rates in trial.rates
+            )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.soak
+def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",), grace_epochs=1)
+    run, recipe = run_config(tmp_path, workers="2"), replace(RECIPE, epochs=2)
+    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    require_nothing_left()
+    assert len(result.trials) == 2
+    for trial in result.trials:
+        assert trial.stopped, "ASHA stops a trial at its last epoch too"
+        assert trial.succeeded
+    assert not list(Path(result.location, "groups").iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
+    config = TuneConfig(
+        searcher="grid", space=(f"lr_max=choice({DIVERGES})", "lr_ratio=choice(2)",
+                                "feature=choice(mel,mfcc)"),
+    )  # fmt: skip
+    run = run_config(tmp_path)
+    with pytest.raises(SerRayError, match=r"none of 2 trials succeeded.*is not finite"):
+        search(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("slots", "changes"),
+    [
+        (SlotConfig(cpus_per_worker=3), {}),
+        (SlotConfig(), {"workers": "3"}),
+        (SlotConfig(), {"device": "gpu"}),
+    ],
+)
+def test_what_can_never_start_is_said_at_once(two_cpus, shards, tmp_path, slots, changes):
+    started = time.monotonic()
+    with pytest.raises(ResourcesError, match="can never start: the cluster's nodes"):
+        search(
+            shards, RECIPE, run_config(tmp_path, **changes), TuneConfig(), slots, show=print
+        )  # fmt: skip
+    assert time.monotonic() - started < 20
+    assert threading.active_count() < 20
+
+
+@pytest.mark.ray
+def test_slots_are_what_the_nodes_hold(two_cpus):
+    slots = find_slots(RunConfig(), SlotConfig())
+    assert (slots.count, slots.workers, slots.bundle()) == (2, 1, {"CPU": 1.0})
+    assert find_slots(RunConfig(workers="2"), SlotConfig()).count == 1
+    with pytest.raises(ConfigError, match="trials take a number"):
+        find_slots(RunConfig(workers="1..2"), SlotConfig())
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "gpus", "room"),
+    [
+        ({"CPU": 16.0, "GPU": 1.0}, 1, 0.25, 4),
+        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.3, 6),  # a share lies on one GPU
+        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.1, 16),
+        ({"CPU": 16.0, "GPU": 3.0}, 2, 2, 1),
+        ({"CPU": 3.0}, 2, 0, 1),
+        ({"CPU": 16.0}, 1, 0.25, 0),
+    ],
+)
+def test_workers_that_a_node_has_room_for(node, cpus, gpus, room):
+    assert _room(node, cpus, gpus) == room
+
+
+def test_ashas_rungs_are_the_same_after_a_restore():
+    curves = {
+        "a": [0.2, 0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9],
+        "b": [0.1],
+        "c": [0.3, 0.3, 0.2],
+        "d": [0.5, 0.2, 0.6, 0.1],
+    }
+
+    def scheduler(kind: type[ASHAScheduler]) -> ASHAScheduler:
+        return kind(
+            time_attr="epoch", metric="best_val_ua", mode="max", max_t=27, grace_period=1,
+            reduction_factor=3,
+        )  # fmt: skip
+
+    before, after = scheduler(ASHAScheduler), scheduler(ResumableAsha)
+    for name, curve in curves.items():
+        trial = SimpleNamespace(trial_id=name, last_result={})
+        before.on_trial_add(None, trial)
+        objective: list[float] = []
+        for epoch, val_ua in enumerate(curve, start=1):
+            told = trial_metrics(RECIPE, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
+            before.on_trial_result(None, trial, told)
+            trial.last_result = told
+        if name == "d":  # it diverges after its fourth epoch
+            trial.last_result = problem_metrics(SerRayError("diverged"), objective)
+            before.on_trial_result(None, trial, trial.last_result)
+        after.on_trial_add(None, trial)
+    assert after._brackets[0]._rungs == before._brackets[0]._rungs
+    assert before._brackets[0]._rungs[-1][1] == {"a": 0.2, "b": 0.1, "c": 0.3, "d": 0.5}
+
+
+def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
+    assert baseline(RECIPE, TuneConfig(space=SPACE)) == [
+        {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
+    ]
+    assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
+
+
+def test_a_space_without_the_recipe_is_said_to_have_no_baseline(caplog):
+    warn_of_baseline(RECIPE, TuneConfig(space=SPACE))
+    assert not caplog.text
+    warn_of_baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)")))
+    assert "the space leaves it out by feature mel, epochs 4" in caplog.text
+
+
+def test_seeds_are_not_searched_where_they_draw_the_split():
+    config, recipe = TuneConfig(space=("seed=choice(0,1)",)), replace(RECIPE, protocol="random")
+    with pytest.raises(ConfigError, match=r"seed cannot be searched.*another --protocol"):
+        search("nowhere", recipe, RunConfig(), config, SlotConfig(), show=print)
+
+
+def test_a_failed_trial_is_put_back_where_every_one_is_needed():
+    def restored(**result: object) -> ray_tune.experiment.Trial:
+        trial = ray_tune.experiment.Trial("trial", stub=True)
+        trial.set_status(trial.TERMINATED)
+        trial.run_metadata.last_result = result
+        return trial
+
+    scheduler = RetryFailed()
+    failed, finished = restored(problem="diverged"), restored(epoch=4)
+    for trial in (failed, finished):
+        scheduler.on_trial_add(None, trial)
+    assert (failed.status, finished.status) == ("PENDING", "TERMINATED")
+
+
+@pytest.mark.parametrize("kind", [SlotLimiter, SlotVariants])
+def test_a_restored_searcher_has_the_slots_of_now(kind):
+    def with_slots(count: int) -> SlotLimiter | SlotVariants:
+        if kind is SlotLimiter:
+            return SlotLimiter(Searcher(metric="score", mode="max"), max_concurrent=count)
+        return SlotVariants(max_concurrent=count)
+
+    before, now = with_slots(1), with_slots(4)
+    (before.live_trials if kind is SlotLimiter else before._live_trials).add("running")
+    now.set_state(before.get_state())
+    assert now.max_concurrent == 4
+    assert "running" in (now.live_trials if kind is SlotLimiter else now._live_trials)
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
+    """What a trial run in this process tells Tune: metrics, and the files of a checkpoint."""
+    reports = []
+
+    def report(metrics, checkpoint=None):
+        files = {}
+        if checkpoint is not None:
+            root = Path(checkpoint.path)
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")}
+        reports.append((metrics, files))
+
+    monkeypatch.setattr(ray_tune, "report", report)
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(trials_module, "CHECKPOINT_SECONDS", 0.0)
+    return reports
+
+
+def setup_of(shards: str, **changes: object) -> TrialSetup:
+    slots = Slots(count=1, workers=1, cpus=1, gpus=0)
+    values = {"recipe": RECIPE, "shards": open_shards(shards), "slots": slots, "storage": ""}
+    return TrialSetup(**values | changes)  # type: ignore[arg-type]
+
+
+FRESH = {"none": Pretrained("fresh weights", {})}
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_trial_goes_on_with_its_selected_epoch(keep: Keep, told, shards, tmp_path, monkeypatch):
+    """After a lost process: as if it had not been interrupted, the selected epoch included."""
+    kept: list[bytes] = []
+
+    def finish(selected: Path, *_: object) -> None:
+        kept.append((selected / "progress.json").read_bytes())
+
+    recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
+    setup = setup_of(shards, finish=finish, recipe=recipe)
+    run_trial({}, setup, FRESH)
+    whole, told[:] = list(told), []
+    for name, content in whole[1][1].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
+    run_trial({}, setup, FRESH)
+    assert [metrics["epoch"] for metrics, _ in told] == [3, 4]
+    for (again, _), (alone, _) in zip(told, whole[2:], strict=True):
+        assert again["objective_by_epoch"] == alone["objective_by_epoch"]
+        assert again["row"]["val_loss"] == pytest.approx(alone["row"]["val_loss"], rel=1e-5)
+    rows = [metrics["row"] for metrics, _ in whole]
+    expected = selected_epoch(rows, keep) + 1
+    assert (expected == 4) is (keep == "last")
+    assert [json.loads(progress)["selected"]["epoch"] for progress in kept] == [expected] * 2
+
+
+def test_what_a_search_raises_ends_with_the_epoch_that_is_kept():
+    objective: list[float] = []
+    lasts: dict[Keep, float] = {"last": 0.3, "best": 0.6}
+    for keep, last in lasts.items():
+        for epoch, val_ua in enumerate((0.2, 0.6, 0.5, 0.3), start=1):
+            recipe = replace(RECIPE, keep=keep, epochs=4)
+            told = trial_metrics(recipe, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
+        assert told["objective_by_epoch"] == [0.2, 0.6, 0.6, last]
+
+
+def test_a_checkpoint_that_is_gone_is_a_beginning(told, shards, tmp_path, monkeypatch):
+    gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), FRESH)
+    assert [metrics.get("epoch") for metrics, _ in told] == [1]
+
+
+def test_a_problem_is_told_with_the_epochs_before_it(told, shards):
+    def finish(*_: object) -> None:
+        raise DivergedError("no good")
+
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), FRESH)
+    last = told[-1][0]
+    assert last["problem"] == "DivergedError: no good"
+    assert last["objective_by_epoch"] == told[1][0]["objective_by_epoch"]
+    assert len(told[1][0]["objective_by_epoch"]) == 2
+
+
+def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
+    trial = GroupTrial.__new__(GroupTrial)
+    trial.told = {"objective_by_epoch": [0.2, 0.3]}
+    trial.training = Future()
+    trial.training.set_exception(
+        WorkerGroupError("lost", {0: ValueError("peer"), 1: torch.OutOfMemoryError("full")})
+    )
+    told = trial._conclude()
+    assert told["problem"] == "OutOfMemoryError: full"
+    assert (told["done"], told["objective_by_epoch"]) == (True, [0.2, 0.3])
+    trial.training = Future()
+    trial.training.set_exception(WorkerGroupError("lost", {0: ValueError("peer")}))
+    with pytest.raises(WorkerGroupError):
+        trial._conclude()
+
+
+def _nothing(timeout: float) -> None:
+    raise Empty
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_group_that_goes_on_tells_again_what_its_checkpoint_knows(keep):
+    """Its trial was lost after the group stored an epoch, and before Tune was told of it."""
+    rows = [
+        {"epoch": epoch, "val_ua": val_ua, "val_loss": 1.0}
+        for epoch, val_ua in ((1.0, 0.4), (2.0, 0.3))
+    ]
+    progress = {
+        "history": rows, "rates": [0.1, 0.2, 0.3, 0.4, 0.5], "step": 1, "selected_confusion": [[1]],
+    }  # fmt: skip
+    trial: Any = GroupTrial.__new__(GroupTrial)
+    trial.recipe, trial.told, trial.is_asked = replace(RECIPE, epochs=2, keep=keep), {}, False
+    trial.past = deque(_told_of(trial.recipe, progress))
+    trial.study, trial.reports = SimpleNamespace(finish=None), SimpleNamespace(get=_nothing)
+    trial.training = Future()
+    trial.training.set_result(SimpleNamespace(return_value=None))
+    first, second, end = trial.step(), trial.step(), trial.step()
+    assert [told["row"] for told in (first, second, end)] == [rows[0], rows[1], rows[1]]
+    assert [told["lr"] for told in (first, second)] == [[0.1, 0.2], [0.3, 0.4]]
+    kept, other = (second, first) if keep == "last" else (first, second)
+    assert (kept["confusion"], other["confusion"]) == ([[1]], [])
+    assert (end["complete"], end["done"]) == (True, True)
+    assert end["objective_by_epoch"] == [0.4, 0.3 if keep == "last" else 0.4]
+
+
+def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch):
+    """Ray Tune cannot restore trials of another kind; a store in a job's copy would be deleted."""
+    kept: list[str] = []
+    context = SimpleNamespace(get_job_id=lambda: "job")
+    monkeypatch.setattr(trials_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(trials_module, "require_kept", kept.append)
+    run = run_config(tmp_path)
+
+    def start(workers: int) -> None:
+        slots = Slots(count=1, workers=workers, cpus=1, gpus=0)
+        folder = RunFolder(run.storage, "search")
+        open_study(
+            setup_of(shards, slots=slots), folder, run, "label", {"recipe": RECIPE.to_dict()}, print
+        )  # fmt: skip
+
+    start(1)
+    start(1)
+    assert kept == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
+    with pytest.raises(CheckpointError, match="whose workers is 1 instead of 2; give another"):
+        start(2)
+
+
+def test_the_command_that_trains_the_best_names_what_is_not_the_default():
+    assert train_command("abc", "shards", RunConfig()) == (
+        "ser-ray train --like abc --shards shards"
+    )
+    run = RunConfig(
+        tracking_uri="http://host:5000", experiment="my own", storage="s3://b/runs?region=x&y=z"
+    )
+    assert train_command("abc", "s3://b/shards", run) == (
+        "ser-ray train --like abc --shards s3://b/shards --tracking-uri http://host:5000 "
+        "--experiment 'my own' --storage 's3://b/runs?region=x&y=z'"
+    )
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
+    row = {"epoch": 3.0, "val_ua": 0.5, "val_wa": 0.6, "val_loss": 1.0}
+    best = TrialLog("a", 2, {}, RECIPE, rows=[row], state="finished", run_id="0123456789abcdef")
+    result = tune_module.TuneResult(
+        name="search", label="validation, speaker-3, table", best=best,
+        trials=[best, TrialLog("b", 3, {}, RECIPE, state="failed")], run_id="parent",
+        tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
+    )  # fmt: skip
+    trained: list[cli.Train] = []
+
+    def train(verb: cli.Train) -> commands.Outcome:
+        trained.append(verb)
+        return commands.Outcome({"name": verb.run.name}, "trained on   table")
+
+    monkeypatch.setattr(tune_module, "search", lambda *_, **__: result)
+    monkeypatch.setattr(commands, "train", train)
+    outcome = commands.tune(
+        cli.Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE)
+    )  # fmt: skip
+    assert "2 trials: 1 finished, 1 failed" in outcome.text
+    assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
+    assert "s3://b/runs/search/best.json?region=x" in outcome.text
+    if not refit:
+        assert outcome.text.endswith("train it     ser-ray x")
+        assert not trained
+        return
+    assert outcome.text.endswith("trained on   table")
+    assert (trained[0].recipe, trained[0].run.name) == (RECIPE, "like-0123456789ab")
+
+
+def test_a_grid_has_its_points_and_the_recipe():
+    config = TuneConfig(searcher="grid", space=("feature=choice(mel,mfcc)",))
+    assert num_trials(RECIPE, config) == 3 * 3 * 2 + 1
+    assert num_trials(RECIPE, TuneConfig(trials=5)) == 5
+
+
+def test_a_grid_that_holds_the_recipe_begins_with_it():
+    space = ("feature=choice(mfcc,mel)", "lr_max=choice(2e-3,4e-3)", "lr_ratio=choice(40)")
+    config = TuneConfig(searcher="grid", space=space)
+    assert num_trials(RECIPE, config) == 2 * 2 * 1
+    plan = make_plan(RECIPE, config, Slots(count=1, workers=1, cpus=1, gpus=0))
+    first = {name: values["grid_search"][0] for name, values in plan.space.items()}
+    assert first == {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
+    assert plan.num_samples == 1
+
+
+def test_the_best_trial_did_not_fail():
+    row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
+    trials = [
+        TrialLog("a", 1, {}, RECIPE, rows=[row], state="pruned"),
+        TrialLog("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
+        TrialLog("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
+        TrialLog("e", 5, {}, RECIPE, rows=[row | {"val_ua": 0.8}], state="pruned"),
+        TrialLog("d", 4, {}, RECIPE, state="failed", problem="no"),
+    ]
+    assert best_of(trials).number == 2
+    with pytest.raises(SerRayError, match="none of 1 trials succeeded; the first failed with: no"):
+        best_of(trials[4:])

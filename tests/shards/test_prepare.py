@@ -1,0 +1,328 @@
+"""The whole job on Ray: told apart from an uninterrupted run by nothing, byte for byte."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from ser_ray.errors import CorpusError, ShardsError
+from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.layout import outcomes_name, part_name
+from ser_ray.shards.prepare import PrepareSummary, prepare
+from ser_ray.shards.progress import Progress
+from ser_ray.shards.read import open_shards
+from ser_ray.storage.lock import LOCK_NAME, Lock
+from tests.clips import clip_names, small_corpus, voice, write_sound, write_wav
+from tests.s3_server import s3_bucket
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # of its own settings
+]
+FEATURES = FeatureConfig(max_seconds=2.0)
+FEW = 2
+"""Rows of a part: the corpus of 25 files makes 13 parts, of which the last holds one."""
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket("clips") as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(bucket: str) -> Iterator[None]:
+    """Two CPUs whose workers inherit the bucket's credentials."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, address="local", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run(
+    corpus: Path | str,
+    target: Path | str,
+    features: FeatureConfig = FEATURES,
+    progress: Callable[[Progress], None] | None = lambda _: None,
+) -> PrepareSummary:
+    config = PrepareConfig(
+        corpus=str(corpus), shards=str(target), rows_per_part=FEW, features=features
+    )
+    return prepare(config, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def whole(ray_cluster: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of an uninterrupted run."""
+    target = tmp_path_factory.mktemp("whole") / "shards"
+    run(corpus, target)
+    return target
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def written(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_whole_job(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    summary = run(corpus, tmp_path / "shards", progress=seen.append)
+    assert summary.card.counts == {"no_audio": 2, "ok": 22, "unreadable": 1}
+    assert summary.files_done == 25
+    assert "25 files: 2 no_audio, 22 ok, 1 unreadable" in str(summary)
+    assert [progress.total for progress in seen] == [25] * len(seen)
+    assert sorted(progress.done for progress in seen) == [progress.done for progress in seen]
+    assert (seen[-1].done, seen[-1].errors, seen[-1].seconds_left) == (25, 1, 0)
+    shards = open_shards(str(tmp_path / "shards"))
+    assert len(shards.clips()) == 22
+    for kind in KINDS:
+        assert len(shards.features(kind)) == 22
+    outcomes = {Path(row["path"]).name: row["status"] for row in shards.outcomes().to_pylist()}
+    assert len(outcomes) == 25
+    assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
+    left = {path.suffix for path in (tmp_path / "shards").iterdir()}
+    assert left == {".parquet", ".json"}, "no lock, mark or temporary file"
+
+
+def test_given_again_it_does_nothing(
+    whole: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = written(whole)
+    summary = run(corpus, whole, progress=None)
+    assert capsys.readouterr().err == "13 of 13 parts are committed already\n"
+    assert summary.files_done == 0
+    assert summary.notes == ("13 of 13 parts are committed already",)
+    assert written(whole) == before
+
+
+def test_stopped_by_hand(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "shards"
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, target, progress=stop)
+    assert not (target / LOCK_NAME).exists()
+    with pytest.raises(ShardsError, match="not finished"):
+        open_shards(str(target))
+    committed = [path.name for path in target.glob("*.outcomes.parquet")]
+    before = written(target)
+    summary = run(corpus, target)
+    assert committed
+    assert summary.files_done == 25 - sum(len(pq.read_table(target / name)) for name in committed)
+    assert all(written(target)[name] == before[name] for name in committed)
+    assert files_of(target) == files_of(whole)
+
+
+def test_the_driver_is_killed(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    """With it dies the cluster that it started; the lock it leaves is taken over."""
+    target = tmp_path / "shards"
+    program = """
+import sys
+import ray
+from ser_ray.features.config import FeatureConfig
+from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.prepare import prepare
+ray.init(num_cpus=1, include_dashboard=False, address="local", log_to_driver=False)
+corpus, shards, rows_per_part, max_seconds = sys.argv[1:]
+features = FeatureConfig(max_seconds=float(max_seconds))
+prepare(
+    PrepareConfig(
+        corpus=corpus, shards=shards, rows_per_part=int(rows_per_part), features=features
+    )
+)
+"""
+    arguments = [str(corpus), str(target), str(FEW), str(FEATURES.max_seconds)]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL
+    )
+    try:
+        while len(committed := list(target.glob("*.outcomes.parquet"))) < 2:
+            assert driver.poll() is None, "the driver ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert (target / LOCK_NAME).exists()
+    assert len(committed) < 13
+    time.sleep(2)  # for its workers to notice
+    summary = run(corpus, target)
+    assert 0 < summary.files_done < 25
+    assert files_of(target) == files_of(whole)
+
+
+def test_a_worker_is_killed(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote
+    def worker() -> int:
+        time.sleep(0.5)
+        return os.getpid()
+
+    workers = set(ray.get([worker.remote() for _ in range(2)]))
+
+    def kill_one(progress: Progress) -> None:
+        if workers:
+            os.kill(workers.pop(), signal.SIGKILL)
+
+    target = tmp_path / "shards"
+    summary = run(corpus, target, progress=kill_one)
+    assert not workers, "both workers were killed, one after the other"
+    assert summary.files_done == 25
+    assert files_of(target) == files_of(whole)
+
+
+def test_only_what_changed_is_done(
+    whole: Path, ray_cluster: None, corpus: Path, tmp_path: Path
+) -> None:
+    here = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    target = tmp_path / "shards"
+    run(here, target)
+    before = written(target)
+    names = [f"{name}.wav" for name in clip_names(26)]
+    for name in names[21:]:
+        write_wav(here / name, voice(seed=1))
+    write_wav(here / "Actor_01" / names[0], voice(0.9, seed=2))
+    (here / "Actor_01" / names[19]).unlink()
+    summary = run(here, target)
+    assert summary.notes == (
+        "5 files came since the last run",
+        "1 file went since the last run",
+        "1 file changed since the last run",
+        "11 of 17 parts are committed already",
+    )
+    after = written(target)
+    same = {name for name in after if after[name] == before.get(name)}
+    assert len([name for name in same if name.endswith(".outcomes.parquet")]) == 11
+    shards = open_shards(str(target))
+    assert shards.card.num_files == 29
+    paths = {Path(path).name for path in shards.outcomes()["path"].to_pylist()}
+    assert set(names[21:]) <= paths
+    assert names[19] not in paths
+
+
+def test_what_is_lost_or_damaged_is_made_again(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+    (target / part_name(3)).unlink()
+    (target / outcomes_name(5)).write_bytes(b"PAR1 half a file")
+    (target / f"{part_name(7)}.0badc0de.tmp").touch()
+    (target / "mine.tmp").touch()
+    summary = run(corpus, target)
+    assert summary.notes == ("11 of 13 parts are committed already",)
+    (target / "mine.tmp").unlink()
+    assert files_of(target) == files_of(whole)
+
+
+def test_other_features_are_all_made_again(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+    features = dataclasses.replace(FEATURES, num_mels=96, num_mfcc=13)
+    summary = run(corpus, target, features)
+    assert summary.notes == (
+        "num_mels was 64 and is 96: all features are made again",
+        "num_mfcc was 40 and is 13: all features are made again",
+        "0 of 13 parts are committed already",
+    )
+    assert summary.files_done == 25
+    assert open_shards(str(target)).features("mel").shape[1] == 96
+    run(corpus, target)
+    assert files_of(target) == files_of(whole), "and back again"
+
+
+def test_what_is_not_included_is_counted(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(
+        corpus=str(corpus), shards=str(tmp_path), include=("av",), features=FEATURES
+    )
+    counts = prepare(config, progress=lambda _: None).card.counts
+    assert counts == {"excluded": 23, "ok": 2}
+
+
+def test_a_run_is_already_there(whole: Path, corpus: Path) -> None:
+    before = files_of(whole)
+    lock = Lock(fs.LocalFileSystem(), str(whole), ShardsError, "")
+    with lock, pytest.raises(ShardsError, match=f"process {os.getpid()} .* is writing these"):
+        run(corpus, whole)
+    assert files_of(whole) == before
+
+
+def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Path) -> None:
+    """A folder in the way of a part stands for what the system may say."""
+    target = tmp_path / "shards"
+    (target / part_name(4)).mkdir(parents=True)
+    with pytest.raises(ShardsError, match=r"part-00004.parquet: .*give the same command again"):
+        run(corpus, target)
+    assert not (target / outcomes_name(4)).exists()
+    (target / part_name(4)).rmdir()
+    run(corpus, target)
+    assert files_of(target) == files_of(whole)
+
+
+def test_parts_that_something_else_made_stay(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "part-0.parquet").write_text("mine")
+    with pytest.raises(ShardsError, match=r"holds part-0.parquet, but no plan.*another folder"):
+        run(corpus, tmp_path)
+    assert (tmp_path / "part-0.parquet").read_text() == "mine"
+
+
+def test_a_corpus_without_one_clip_is_an_error(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("path,label,speaker\ngone.wav,joy,x\n")
+    with pytest.raises(CorpusError, match=r"none of its 1 files became a clip; .*gone.wav is unre"):
+        run(tmp_path / "table.csv", tmp_path / "shards")
+
+
+def test_a_corpus_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:
+    """Any format, any labels; the table's paths are relative to it."""
+    formats = {
+        "a.mp3": ("libmp3lame", "mp3"),
+        "b.flac": ("flac", "flac"),
+        "c.ogg": ("libopus", "ogg"),
+        "d.m4a": ("aac", "mp4"),
+        "e.webm": ("libopus", "webm"),
+        "f.wav": ("pcm_s16le", "wav"),
+    }
+    lines = ["path,label,speaker"]
+    for number, (name, (codec, container)) in enumerate(formats.items()):
+        write_sound(tmp_path / "clips" / name, voice(), codec, container)
+        lines.append(f"clips/{name},{'joy' if number % 2 else 'fear'},speaker {number}")
+    (tmp_path / "table.csv").write_text("\n".join([*lines, "clips/gone.wav,joy,x"]))
+    summary = run(tmp_path / "table.csv", tmp_path / "shards")
+    assert summary.card.counts == {"ok": 6, "unreadable": 1}
+    assert summary.card.labels == ("fear", "joy")
+    clips = open_shards(str(tmp_path / "shards")).clips()
+    assert clips["emotion"].to_pylist() == ["fear", "joy"] * 3
+    assert clips["num_frames"].to_pylist() == pytest.approx([41] * 6, abs=2)
+
+
+def test_from_a_bucket_to_a_bucket(whole: Path, corpus: Path, bucket: str) -> None:
+    import pyarrow.fs
+
+    from ser_ray.storage.paths import filesystem_of
+
+    filesystem, folder = filesystem_of(bucket.format("corpus"))
+    pyarrow.fs.copy_files(str(corpus), folder, destination_filesystem=filesystem)
+    summary = run(bucket.format("corpus"), bucket.format("shards"))
+    local, remote = open_shards(str(whole)), open_shards(bucket.format("shards"))
+    assert summary.card.counts == local.card.counts
+    assert remote.card.fingerprint == local.card.fingerprint
+    for kind in KINDS:
+        np.testing.assert_array_equal(remote.features(kind), local.features(kind))
+    assert run(bucket.format("corpus"), bucket.format("shards")).files_done == 0

@@ -1,0 +1,175 @@
+"""The tracker with a real MLflow server that is away at the start, for a while, or for good."""
+
+import csv
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from mlflow import MlflowClient
+
+from ser_ray.distributed.callbacks import JournalReader, JournalWriter
+from ser_ray.errors import TrackingError
+from ser_ray.tracking import tracker as tracking
+from ser_ray.tracking.tracker import Tracker, now_ms
+from tests.mlflow_server import Server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+def start(uri: str, **how: str) -> Tracker:
+    return Tracker.start(uri, "away", name="run", params={"a": {"b": 1}}, tags={"t": "v"}, **how)
+
+
+def metrics(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    history = MlflowClient(uri).get_metric_history(run_id, name)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def line(epoch: int) -> str:
+    report = {"row": {"epoch": epoch, "val_ua": epoch / 10}, "lr": [epoch, epoch + 0.5]}
+    return f"\n{json.dumps(report | {'timestamp_ms': 1000 * epoch})}\n"
+
+
+def test_away_at_the_start_is_an_error_at_once(server: Server) -> None:
+    server.stop()
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="no MLflow server answers"):
+        start(server.uri)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["{folder}", "foo://bar", "postgresql://host/db", "mysql://host/db", "sqlite:////proc/no/db",
+     "sqlite:///{folder}/no-database"],
+)  # fmt: skip
+def test_a_store_that_cannot_be_one_is_named(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "no-database").write_text("a text of more than a hundred letters" * 100)
+    uri = uri.format(folder=tmp_path)
+    with pytest.raises(TrackingError, match=re.escape(uri)):
+        start(uri)
+
+
+def test_files_are_stored_as_what_they_are(server: Server, tmp_path: Path) -> None:
+    server.start()
+    tracker = start(server.uri)
+    rows = [
+        {"clip": "a,b", "p": 0.5, "problem": None},
+        {"clip": 'said "no"', "p": 1, "problem": "x"},
+    ]
+    table = pa.Table.from_pylist(rows)
+    tracker.log_files({"a/page.html": "<p>é</p>", "a/b.json": {"c": [1]}, "tables/rows.csv": table})
+    folder = Path(MlflowClient(server.uri).download_artifacts(tracker.run_id, "", str(tmp_path)))
+    assert (folder / "a" / "page.html").read_text() == "<p>é</p>"
+    assert json.loads((folder / "a" / "b.json").read_text()) == {"c": [1]}
+    with (folder / "tables" / "rows.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"clip": "a,b", "p": "0.5", "problem": ""},
+            {"clip": 'said "no"', "p": "1", "problem": "x"},
+        ]
+
+
+def test_away_in_the_middle_costs_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    server.start()
+    tracker = start(server.uri)
+    journal, shown = tmp_path / "epochs.jsonl", []
+    reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
+    journal.write_text(line(1))
+    reader.read()
+    server.stop()
+    for epoch in (2, 3):
+        with journal.open("a") as file:
+            file.write(line(epoch))
+        reader.read()
+    assert shown == [1, 2, 3]
+    with pytest.raises(TrackingError, match="nothing is lost"):
+        tracker.finish("FINISHED")
+    server.start()
+    reader.read()
+    assert metrics(server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert [step for step, _ in metrics(server.uri, tracker.run_id, "lr_step")] == list(range(6))
+
+
+def test_the_next_start_delivers_what_the_journal_kept(server: Server, tmp_path: Path) -> None:
+    server.start()
+    tracker = start(server.uri)
+    journal = tmp_path / "epochs.jsonl"
+    # A line cut short by a full disk, one whose epoch was done again, and one being written.
+    journal.write_text(line(1) + line(2)[:30] + line(2) + line(2) + line(3)[:30])
+    JournalReader(journal, tracker, lambda _: None)
+    again = start(server.uri, run_id=tracker.run_id)
+    JournalReader(journal, again, lambda _: None)
+    assert again.run_id == tracker.run_id
+    assert metrics(server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2)]
+    run = MlflowClient(server.uri).get_run(tracker.run_id)
+    assert run.data.params == {"a.b": "1"}
+    assert run.info.status == "RUNNING"
+
+
+def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    uri, journal = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "epochs.jsonl"
+    tracker = start(uri)
+    journal.write_text(line(2) + line(3)[:30])
+    rows = [json.loads(line(epoch))["row"] for epoch in (1, 2, 3)]
+    rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
+    JournalReader(journal, tracker, lambda _: pytest.fail("it is no news")).recover(
+        {"rates": rates, "step": 1, "history": rows, "times_ms": [1000, 2000, 3000]}
+    )
+    for _ in range(2):  # delivered again, they are what they were
+        JournalReader(journal, tracker, lambda _: None)
+    assert metrics(uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    found = metrics(uri, tracker.run_id, "lr_step")
+    assert [step for step, _ in found] == [0, 1, 2, 3, 4, 5]
+    assert [rate for step, rate in found if step not in (2, 3)] == [0.0, 0.1, 0.4, 0.5]
+
+
+def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
+    server.start()
+    with pytest.raises(TrackingError, match="refused the run 0123456789abcdef"):
+        start(server.uri, run_id="0123456789abcdef")
+
+
+def test_the_journal_has_a_line_an_epoch_and_survives_a_line_cut_short(tmp_path: Path) -> None:
+    journal = tmp_path / "epochs.jsonl"
+    shown: list[float] = []
+    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
+    reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
+    writer = JournalWriter(journal)
+    writer.after_report(None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "lr": []}, {}], None)
+    writer.after_report(None, [{"score": 0}], None)  # a checkpoint in mid-epoch
+    with journal.open("a") as file:
+        file.write('{"row": {"ep')
+    writer.after_report(None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "lr": []}], None)
+    reader.read()
+    reader.read()
+    assert shown == [1.0, 2.0]
+
+
+def test_a_silent_store_is_left_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
+    calls = []
+
+    def refuse(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise OSError("gone")
+
+    monkeypatch.setattr(tracker._client, "log_batch", refuse)
+    tracker.log_metrics({"loss": 1.0}, 1, now_ms())
+    assert [tracker.flush() for _ in range(20)] == [False] * 20
+    assert len(calls) == 1

@@ -1,0 +1,273 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ser_ray.features.config import Kind
+from ser_ray.training.augment import Augment, gain_response
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.data import (
+    Clips,
+    Normalisation,
+    epoch_order,
+    load_fold,
+    seed_of,
+    select_rows,
+    steps_per_epoch,
+    window_batches,
+    window_starts,
+)
+from tests.conftest import PLAIN
+
+CPU = torch.device("cpu")
+
+
+def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
+    """A recipe with no augmentation but what is asked for."""
+    changed = dataclasses.replace(PLAIN, **({"random_crop": False} | augment))
+    return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
+
+
+def ramp_clips() -> Clips:
+    """Two clips whose value is the frame's number plus one: 5 and 9 frames long, 3 bins."""
+    raw = np.tile(np.arange(1, 10, dtype=np.float32), (2, 3, 1))
+    identity = Normalisation(np.zeros(3), np.ones(3))
+    return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), identity, CPU)
+
+
+@given(st.integers(1, 2000), st.integers(1, 400))
+def test_windows_cover_every_frame_and_reach_both_ends(num_frames, crop):
+    starts = window_starts(num_frames, crop)
+    covered = np.zeros(num_frames, bool)
+    for start in starts:
+        covered[max(start, 0) : max(start + crop, 0)] = True
+    assert covered.all()
+    assert len(starts) == max(1, -(-num_frames // crop))
+    if num_frames >= crop:
+        assert starts[0] == 0
+        assert starts[-1] + crop == num_frames
+
+
+def test_window_batches_name_every_window_once():
+    num_frames = np.array([10, 25, 7])
+    batches = list(window_batches(num_frames, np.array([0, 1, 2]), crop_frames=10, batch_size=2))
+    pairs = [(int(c), int(s)) for clip, start in batches for c, s in zip(clip, start, strict=True)]
+    assert pairs == [(0, 0), (1, 0), (1, 8), (1, 15), (2, -2)]
+    assert max(len(clip) for clip, _ in batches) == 2
+
+
+def test_take_cuts_inside_and_pads_outside():
+    crops, valid = ramp_clips().take(torch.tensor([0, 1]), torch.tensor([-1, 6]), 4)
+    assert crops.shape == (2, 1, 3, 4)
+    assert crops[0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert crops[1, 0, 2].tolist() == [7, 8, 9, 0]
+    assert valid[1, 0, 0].tolist() == [True, True, True, False]
+
+
+def test_normalisation_is_that_of_the_valid_frames():
+    rng = np.random.default_rng(0)
+    features = rng.normal(5, 3, (4, 6, 20)).astype(np.float32)
+    lengths = np.array([20, 3, 11, 8])
+    valid = np.concatenate([clip[:, :n] for clip, n in zip(features, lengths, strict=True)], axis=1)
+    measured = Normalisation.of(features, lengths)
+    np.testing.assert_allclose(measured.mean, valid.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(measured.std, valid.std(axis=1), rtol=1e-4)
+
+
+def test_normalisation_reads_training_rows_only(memory_shards):
+    config = TrainConfig(protocol="speaker-3")
+    before = load_fold(memory_shards, config, CPU)
+    rows = np.concatenate([before.split.validation, before.split.test])
+    memory_shards.values[rows] += 100
+    after = load_fold(memory_shards, config, CPU)
+    np.testing.assert_array_equal(before.normalisation.mean, after.normalisation.mean)
+
+
+def test_rows_do_not_depend_on_the_order_of_the_shards(memory_shards):
+    config = TrainConfig(protocol="speaker-3")
+    shuffled = np.random.default_rng(0).permutation(len(memory_shards.table))
+    table = memory_shards.table
+    again = table.take(shuffled)
+    for side in ("train", "validation", "test"):
+        one = table["take"].take(getattr(select_rows(table, config), side))
+        two = again["take"].take(getattr(select_rows(again, config), side))
+        assert one.to_pylist() == two.to_pylist()
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 80))
+def test_an_epoch_is_a_permutation_of_its_own(seed, epoch, rows):
+    labels = torch.zeros(rows, dtype=torch.long)
+    order = epoch_order(seed, epoch, labels)
+    assert sorted(order.tolist()) == list(range(rows))
+    assert torch.equal(order, epoch_order(seed, epoch, labels))
+
+
+def test_balanced_order_draws_rare_labels_as_often():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    drawn = labels[epoch_order(0, 0, labels, balanced=True)]
+    assert 0.4 < drawn.float().mean() < 0.6
+
+
+def test_seeds_of_different_steps_differ():
+    assert len({seed_of(s, e, k) for s in range(4) for e in range(20) for k in range(50)}) == 4000
+
+
+@pytest.mark.parametrize(("rows", "batch", "steps"), [(100, 32, 3), (32, 32, 1), (5, 32, 1)])
+def test_steps(rows, batch, steps):
+    assert steps_per_epoch(rows, batch) == steps
+
+
+def test_everything_off_is_the_plain_crop():
+    clips = ramp_clips()
+    batch, targets = Augment(plain(9), 2, torch.ones(3))(clips, torch.tensor([1]))
+    assert batch[0, 0, 0].tolist() == list(range(1, 10))
+    assert targets.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(("crop", "first", "last"), [(5, 3, 7), (3, 4, 6), (13, 0, 0)])
+def test_without_random_crop_the_middle_is_taken(crop, first, last):
+    augment = Augment(plain(crop), 2, torch.ones(3))
+    batch, _ = augment(ramp_clips(), torch.tensor([1, 1, 1, 1]))
+    assert batch[:, 0, 0, 0].tolist() == [first] * 4
+    assert batch[:, 0, 0, -1].tolist() == [last] * 4
+
+
+def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
+    torch.manual_seed(0)
+    response = torch.tensor([1.0, 0.5, 0.0])
+    clips, rows = ramp_clips(), torch.zeros(64, dtype=torch.long)
+    quiet, _ = Augment(plain(9), 2, response)(clips, rows)
+    loud, _ = Augment(plain(9, gain_db=6.0), 2, response)(clips, rows)
+    gain = (loud - quiet)[:, 0, :, 2:7]  # its five frames lie in the middle
+    torch.testing.assert_close(gain, gain[:, :1, :1] * response[:, None].expand(3, 5))
+    assert gain[:, 0, 0].min() == pytest.approx(-6, abs=0.6)
+    assert gain[:, 0, 0].max() == pytest.approx(6, abs=0.6)
+    assert torch.equal(loud[..., :2], quiet[..., :2])
+
+
+def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
+    torch.manual_seed(0)
+    raw = torch.randn(2, 3, 40) * torch.tensor([1.0, 3.0])[:, None, None] + torch.tensor(
+        [[-5.0, 0.0, 2.0], [4.0, 1.0, 2.0]]
+    ).unsqueeze(2)
+    identity = Normalisation(np.zeros(3), np.ones(3))
+    lengths = np.array([40, 30])
+    clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), identity, CPU)
+    rows = torch.tensor([0, 1])
+    before = clips.take(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
+    augment = Augment(plain(40, mix_style=1.0), 2, torch.ones(3))
+    for _ in range(20):
+        after, targets = augment(clips, rows)
+        after = after[:, 0]
+        assert targets.tolist() == [[1, 0], [0, 1]]
+        after[1] = after[1].roll(-5, dims=1)  # the shorter clip lies in the middle
+        assert (after[1, :, 30:] == 0).all()
+        for one, length in enumerate(lengths):
+            x, y = before[one, :, :length], after[one, :, :length]
+            other = before[1 - one, :, : lengths[1 - one]]
+            # The same course in every bin, with one share of the other clip in all of them.
+            torch.testing.assert_close(
+                (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True),
+                (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
+                atol=1e-2,
+                rtol=0,
+            )
+            shares = (y.mean(1) - x.mean(1)) / (other.mean(1) - x.mean(1))
+            assert shares[:2] == pytest.approx(float(shares[0]), abs=1e-2)
+            assert -1e-3 <= float(shares[0]) <= 1.001
+
+
+def test_masks_blank_frames_and_bins():
+    torch.manual_seed(0)
+    ones = Clips(torch.ones(1, 40, 20).half(), torch.tensor([40]), torch.tensor([0]))
+    rows = torch.zeros(200, dtype=torch.long)
+    in_time, _ = Augment(plain(40, time_masks=1, time_mask_frames=10), 2, torch.ones(20))(
+        ones, rows
+    )
+    in_bins, _ = Augment(plain(40, freq_masks=1, freq_mask_share=0.5), 2, torch.ones(20))(
+        ones, rows
+    )
+    frames, bins = (in_time == 0).sum(3)[:, 0], (in_bins == 0).sum(2)[:, 0]
+    assert (frames == frames[:, :1]).all()  # whole frames
+    assert 5 < frames.max() < 10
+    assert (bins == bins[:, :1]).all()
+    assert 5 < bins.max() < 10
+
+
+def test_augmentation_follows_the_seed():
+    config = TrainConfig(crop_frames=6, augment=AugmentConfig(time_mask_frames=3, vtlp=0.1))
+    augment = Augment(config, 2, torch.ones(3))
+    clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return augment(clips, rows)[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def require_spread(factors: torch.Tensor) -> None:
+    """The factors fill the range from 0.8 to 1.2, up to rounding."""
+    assert factors.min() == pytest.approx(0.82, abs=0.021)
+    assert factors.max() == pytest.approx(1.18, abs=0.021)
+
+
+@pytest.mark.parametrize("feature", ["mel", "mfcc"])
+def test_tempo_and_vtlp_stretch_every_clip_by_a_factor_of_its_own(feature):
+    torch.manual_seed(0)
+    frames, bins = torch.arange(100.0), torch.arange(20) + 0.5
+    rows = torch.zeros(50, dtype=torch.long)
+
+    def draw(picture: torch.Tensor, **augment: float) -> torch.Tensor:
+        clips = Clips(picture[None].half(), torch.tensor([100]), torch.tensor([0]))
+        return Augment(plain(40, feature, **augment), 2, torch.ones(20))(clips, rows)[0][:, 0]
+
+    steps = draw(frames[:, None].expand(100, 20), tempo=0.2).diff(dim=2)[:, :, 1:-1]
+    speeds = steps.mean(dim=(1, 2))
+    torch.testing.assert_close(steps, speeds[:, None, None].expand_as(steps), atol=1e-3, rtol=0)
+    require_spread(speeds)
+
+    heights = draw(bins.expand(100, 20), vtlp=0.2)[:, 1:16]
+    factors = (heights / bins[1:16, None]).mean(dim=(1, 2))
+    expected = factors[:, None, None] * bins[1:16, None].expand_as(heights)
+    torch.testing.assert_close(heights, expected, atol=1e-3, rtol=0)
+    if feature == "mfcc":
+        assert (factors == 1).all()
+    else:
+        require_spread(factors)
+
+
+def test_mixup_targets_are_the_mixture():
+    torch.manual_seed(0)
+    clips = Clips(
+        torch.tensor([0.0, 1.0]).reshape(2, 1, 1).repeat(1, 4, 2).half(),
+        torch.tensor([4, 4]),
+        torch.tensor([0, 1]),
+    )
+    batch, targets = Augment(plain(4, mixup=1.0), 2, torch.ones(2))(clips, torch.tensor([0, 1]))
+    # Clip 1 is all ones and clip 0 all zeros: a pixel is the weight of label 1.
+    torch.testing.assert_close(batch[:, 0, 0, 0], targets[:, 1])
+    assert 0 < targets[0, 1] < 1
+
+
+@pytest.mark.parametrize("kind", ["mel", "mfcc"])
+def test_gain_is_what_a_louder_recording_would_have(kind):
+    import torchaudio
+
+    rng = np.random.default_rng(0)
+    wave = torch.from_numpy(rng.normal(0, 0.1, 16_000).astype(np.float32))
+    mel_power = torchaudio.transforms.MelSpectrogram(16_000, n_fft=640, n_mels=40)(wave)
+    louder = 10 * torch.log10(mel_power * 10**0.3)  # 3 dB
+    plain = 10 * torch.log10(mel_power)
+    if kind == "mfcc":
+        dct = torchaudio.functional.create_dct(13, 40, "ortho").T
+        louder, plain = dct @ louder, dct @ plain
+    std = np.full(len(plain), 2.0)
+    response = gain_response(kind, 40, Normalisation(np.zeros(len(plain)), std), CPU)
+    expected = ((louder - plain) / 2.0).mean(dim=1)
+    torch.testing.assert_close(3 * response, expected, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,55 @@
+"""The range test's proposal: on curves whose answer is known, and on clips that can be learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from ser_ray.errors import ConfigError, DivergedError
+from ser_ray.plots.lr_range import range_figure
+from ser_ray.training.config import LrRangeConfig, TrainConfig
+from ser_ray.training.lr_range import propose, range_test
+from ser_ray.training.model import Pretrained
+from tests.conftest import PLAIN
+
+RATES = np.geomspace(1e-6, 1.0, 300)
+
+
+def test_the_bounds_are_where_the_loss_begins_and_ends_to_fall():
+    # Flat, a straight fall on the logarithmic scale from 1e-4 to 1e-2, flat, then away.
+    losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
+    found = propose(RATES, losses)
+    assert found.lr_min == pytest.approx(10**-3.8, rel=0.3)
+    assert found.lr_max == pytest.approx(10**-2.2, rel=0.3)
+
+
+def test_noise_moves_them_little():
+    losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
+    clean = propose(RATES, losses)
+    noisy = propose(RATES, losses + np.random.default_rng(0).normal(0, 0.15, len(losses)))
+    assert np.log10(noisy.lr_min / clean.lr_min) == pytest.approx(0, abs=0.5)
+    assert np.log10(noisy.lr_max / clean.lr_max) == pytest.approx(0, abs=0.5)
+
+
+@pytest.mark.parametrize("losses", [np.linspace(1, 5, 300), np.ones(300), np.ones(0)])
+def test_a_loss_that_never_falls_says_so(losses):
+    with pytest.raises(DivergedError, match="did not fall"):
+        propose(RATES[: len(losses)], losses)
+
+
+def test_it_ends_where_the_loss_goes_off_and_its_bounds_are_a_recipe(memory_shards):
+    config = TrainConfig(
+        protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=PLAIN
+    )
+    test = LrRangeConfig(lowest=1e-6, highest=100.0, steps=60)
+    found = range_test(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))
+    assert len(found.rates) < 60
+    assert found.rates[0] == pytest.approx(1e-6)
+    assert TrainConfig(lr_min=found.lr_min, lr_max=found.lr_max)
+    assert 1e-6 < found.lr_min < found.lr_max < found.rates[-1]
+    assert range_figure(found, "title").axes[0].get_xscale() == "log"
+
+
+@pytest.mark.parametrize("wrong", [{"lowest": 0.0}, {"lowest": 2.0}, {"steps": 3}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        LrRangeConfig(**wrong)

@@ -1,0 +1,201 @@
+"""Streamed training clips: their order, the loop on them, and Ray Data under it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ser_ray.distributed import ingest
+from ser_ray.distributed.config import RunConfig
+from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.training import streaming as stream
+from ser_ray.training import trainer as loop
+from ser_ray.training.checkpoint import MODEL
+from ser_ray.training.data import load_fold, steps_per_epoch
+from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fold, stream_order
+from ser_ray.training.world import World
+from tests.conftest import PLAIN
+from tests.shard_files import write_shard_files
+from tests.training.test_trainer import CONFIG, SmallNetwork, trained
+
+CPU = torch.device("cpu")
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.integers(1, 8),
+)
+def test_an_epoch_takes_each_clip_once_and_each_lane_reads_whole_parts(seed, epoch, sizes, batch):
+    parts = np.repeat(np.arange(len(sizes)), sizes)
+    batch = min(batch, len(parts))
+    order = stream_order(seed, epoch, parts, batch)
+    assert order.shape == (steps_per_epoch(len(parts), batch), batch)
+    assert len(np.unique(order)) == order.size
+    np.testing.assert_array_equal(order, stream_order(seed, epoch, parts, batch))
+    changes = sum(a != b for lane in parts[order].T for a, b in pairwise(lane))
+    assert changes < len(sizes)  # a part that a lane leaves is not met again
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    parts = np.repeat(np.arange(10), 20)
+    orders = [stream_order(seed, epoch, parts, 8).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(one != other for one, other in pairwise([*orders, orders[0]]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_workers_share_out_every_batch_whatever_the_windows(size):
+    parts = np.repeat(np.arange(10), 7)
+    config = replace(CONFIG, batch_size=8)
+    lanes = [Lanes(config, World(rank, size), parts) for rank in range(size)]
+    windows = lanes[0].windows(epoch=1, step=3, length=2)
+    assert windows[:3] == [Window(1, 3, 5), Window(1, 5, 7), Window(1, 7, 8)]
+    assert windows[3:7] == [Window(2, first, first + 2) for first in range(0, 8, 2)]
+    assert len(windows) == 7, "to the end of the training"
+    for window in windows:
+        shares = [lane.clips(window).reshape(-1, lane.share) for lane in lanes]
+        together = np.sort(np.concatenate(shares, axis=1))
+        whole = stream_order(config.seed, window.epoch, parts, 8)[window.first : window.last]
+        np.testing.assert_array_equal(together, np.sort(whole))
+
+
+class Spy:
+    """A `Fetch` that notes what is asked for, and hands it over in pieces."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def __call__(
+        self, read: Callable[[Any], np.ndarray], items: Sequence[Any]
+    ) -> Iterator[np.ndarray]:
+        for item in items:
+            self.items.append(item)
+            values = read(item)
+            yield from (values[:5], values[5:]) if len(values) > 5 else (values,)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network, and windows of three steps: 18 clips of 16 bins and 24 frames."""
+    monkeypatch.setattr(loop, "build_network", SmallNetwork)
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 18 * 16 * 24 * 2)
+
+
+def test_a_stream_brings_the_clips_and_labels_that_are_resident_otherwise(memory_shards, small):
+    spy = Spy()
+    streamed = stream_fold(memory_shards, CONFIG, CPU, World(), spy, None)
+    resident = load_fold(memory_shards, CONFIG, CPU)
+    np.testing.assert_allclose(streamed.normalisation.mean, resident.normalisation.mean, rtol=1e-12)
+    np.testing.assert_allclose(streamed.normalisation.std, resident.normalisation.std, rtol=1e-9)
+    assert len(streamed.train) == len(resident.train)
+    parts = streamed.train.parts
+    batches = streamed.train.batches(CONFIG, World(), epoch=1, step=1)
+    for (epoch, step), batch in zip([(1, 1), (1, 2), (1, 3), (2, 0)], batches, strict=False):
+        clips = torch.from_numpy(stream_order(CONFIG.seed, epoch, parts, 6)[step])
+        for name in ("features", "num_frames", "labels"):
+            torch.testing.assert_close(
+                getattr(batch.clips, name), getattr(resident.train, name)[clips]
+            )
+    windows = [item for item in spy.items if isinstance(item, Window)]
+    assert windows == [Window(1, 1, 4), Window(2, 0, 3)], "nothing is read before it is needed"
+
+
+def test_a_streamed_training_takes_the_same_steps_and_learns(memory_shards, small, tmp_path):
+    config = replace(CONFIG, epochs=8, batch_size=8, augment=PLAIN, label_smoothing=0)
+    streamed = trained(memory_shards, tmp_path / "streamed", config, stream=map).reports
+    resident = trained(memory_shards, tmp_path / "resident", config).reports
+    assert [report.lr for report in streamed] == [report.lr for report in resident]
+    assert streamed[-1].row["train_loss"] < 0.8 * streamed[0].row["train_loss"]
+    assert max(report.row["val_ua"] for report in streamed) > 0.6  # chance is 0.25
+
+
+def test_a_stream_resumed_in_mid_epoch_is_bit_for_bit_uninterrupted(
+    memory_shards, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "NOTICE_STEPS", 3)
+    asked = iter([False, True])
+    how = {"stream": map, "notice": lambda: next(asked, False)}
+    trained(memory_shards, tmp_path / "1", CONFIG, **how)
+    trained(memory_shards, tmp_path / "2", CONFIG, resume=tmp_path / "1" / "notice", stream=map)
+    expected, actual = (
+        load_file(tmp_path / name / MODEL) for name in (Path("1", "3"), Path("2", "2"))
+    )
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_what_a_stream_cannot_do_is_refused(memory_shards, small, tmp_path):
+    with pytest.raises(ConfigError, match="--ingest resident, or without --balanced"):
+        trained(memory_shards, tmp_path, replace(CONFIG, balanced=True), stream=map)
+    trained(memory_shards, tmp_path / "resident")
+    with pytest.raises(CheckpointError, match="ingest is 'resident' instead of 'stream'"):
+        trained(memory_shards, tmp_path, resume=tmp_path / "resident" / "1", stream=map)
+
+
+def test_auto_streams_what_fills_half_of_a_workers_memory(memory_shards, monkeypatch):
+    needed = resident_bytes(memory_shards, CONFIG)
+    data = load_fold(memory_shards, CONFIG, CPU)
+    assert needed == data.train.features.nbytes + data.validation.features.nbytes
+
+    def selected(wanted: Any, memory: int) -> Any:
+        monkeypatch.setattr(ingest, "worker_memory", lambda device: memory)
+        return ingest.choose_ingest(wanted, needed, CPU, None)
+
+    assert selected("auto", 2 * needed) is None
+    assert selected("auto", 2 * needed - 1) is ingest.fetch
+    assert selected("stream", 2 * needed) is ingest.fetch
+    assert selected("resident", 1) is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
+    import ray
+    from mlflow import MlflowClient
+
+    from ser_ray.distributed.launch import train
+
+    config = replace(CONFIG, lr_max=1e-3, augment=PLAIN)
+    run = RunConfig(
+        workers="2",
+        device="cpu",
+        ingest="stream",
+        storage=str(tmp_path / "runs"),
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+    )
+    ray.init(
+        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    try:
+        pieces = list(ingest.fetch(lambda item: np.full((2, 3), item, np.float16), [3, 1, 2]))
+        np.testing.assert_array_equal(np.concatenate(pieces)[::2, 0], [3, 1, 2])
+        result = train(write_shard_files(tmp_path / "shards"), config, run, on_epoch=lambda _: None)
+    finally:
+        ray.shutdown()
+    assert result.card.ingest == "stream"
+    assert [row["workers"] for row in result.history] == [2, 2, 2]
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    client = MlflowClient(run.tracking_uri)
+    rates = client.get_metric_history(result.run_id, "lr_step")
+    optimiser = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    schedule = loop.one_cycle(optimiser, config, 4 * config.epochs)
+    for step, metric in enumerate(sorted(rates, key=lambda metric: metric.step)):
+        assert (metric.step, metric.value) == (step, schedule.get_last_lr()[0])
+        optimiser.step()
+        if step < 4 * config.epochs - 1:
+            schedule.step()
+    assert len(rates) == 4 * config.epochs
+    metrics = client.get_run(result.run_id).data.metrics
+    cpu = [value for name, value in metrics.items() if name.endswith("cpu_utilization_percentage")]
+    assert len(cpu) == 1
+    assert 0 < cpu[0] <= 100

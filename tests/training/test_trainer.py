@@ -1,0 +1,499 @@
+"""The loop in one process and in several plain ones, without Ray."""
+
+import copy
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from sklearn.metrics import balanced_accuracy_score
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ser_ray.errors import CheckpointError, ConfigError, DivergedError
+from ser_ray.training import trainer as loop
+from ser_ray.training.checkpoint import MODEL, STATE
+from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.data import Batch, load_fold
+from ser_ray.training.model import Pretrained, build_network
+from ser_ray.training.scoring import predict_clips
+from ser_ray.training.trainer import EpochReport, Take, fit
+from tests.conftest import PLAIN, make_memory_shards
+
+CPU = torch.device("cpu")
+FRESH = Pretrained("fresh weights", {})
+CONFIG = TrainConfig(
+    augment=AugmentConfig(mixup=0.2),
+    protocol="speaker-3",
+    epochs=3,
+    batch_size=6,
+    crop_frames=16,
+    weights="none",
+    lr_max=5e-3,
+)
+
+
+class Recorder:
+    """Keeps every epoch's report and checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports: list[EpochReport] = []
+        self.names: list[str] = []
+
+    def __call__(self, epoch: EpochReport | None, take: Take) -> None:
+        snapshot = take()
+        if epoch is not None:
+            self.reports.append(epoch)
+        self.names.append(snapshot.name)
+        directory = self.folder / (str(len(self.reports)) if epoch else "notice")
+        directory.mkdir(parents=True)
+        snapshot.write(directory)
+
+
+def trained(shards, folder: Path, config: TrainConfig = CONFIG, **how) -> Recorder:
+    recorder = Recorder(folder)
+    fit(config, shards, FRESH, recorder, **how)
+    return recorder
+
+
+class SmallNetwork(nn.Module):
+    """What the loop knows of a network, in a thousandth of the time: convolutions, batch norm."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        # With several channels in and out, channels-last is another order in memory.
+        self.inner = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.fc = nn.Linear(8 * 6, num_labels)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.norm(self.conv(batch)))
+        return self.fc(torch.relu(self.inner(maps)).mean(dim=3).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "build_network", SmallNetwork)
+
+
+def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_path):
+    rates = [rate for report in trained(memory_shards, tmp_path).reports for rate in report.lr]
+    assert rates[0] == pytest.approx(CONFIG.lr_min)
+    assert max(rates) == pytest.approx(CONFIG.lr_max, rel=0.05)
+    assert rates[-1] == pytest.approx(CONFIG.lr_min / CONFIG.final_div_factor)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "peak_at"), [(1, 0.3), (2, 0.5), (3, 0.3), (10, 0.1), (40, 0.01)]
+)
+def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
+    config = replace(CONFIG, pct_start=peak_at)
+    optimiser = AdamW([nn.Parameter(torch.zeros(1))], lr=config.lr_min)
+    schedule = loop.one_cycle(optimiser, config, steps)
+    rates = [float(schedule.get_last_lr()[0])]
+    for _ in range(steps - 1):
+        optimiser.step()
+        schedule.step()
+        rates.append(float(schedule.get_last_lr()[0]))
+    assert rates[0] == pytest.approx(config.lr_min)
+    assert max(rates[1:], default=config.lr_max) == pytest.approx(config.lr_max, rel=0.01)
+
+
+def new_training(shards, config: TrainConfig) -> loop.Training:
+    return loop.Training(config, load_fold(shards, config, CPU), FRESH, 16, CPU, loop.World())
+
+
+def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
+    run = new_training(memory_shards, replace(CONFIG, pct_start=0.5))
+    betas = [run.optimiser.param_groups[0]["betas"][0]]
+    for _ in run.begin_epoch():
+        run.take_step()
+        betas.append(run.optimiser.param_groups[0]["betas"][0])
+    assert run.rates == sorted(run.rates)
+    assert betas == sorted(betas, reverse=True)
+    assert betas[0] - betas[-1] > 0.03
+
+
+def test_the_epoch_kept_is_the_last_or_the_best_on_validation(memory_shards, tmp_path):
+    restless = replace(CONFIG, epochs=6, lr_max=0.5, pct_start=0.9)
+    last, best = (
+        trained(memory_shards, tmp_path / keep, replace(restless, keep=keep)).reports
+        for keep in ("last", "best")
+    )
+    rows = [report.row for report in best]
+    assert len({row["val_ua"] for row in rows}) > 1
+    selected = [report.row for report in best if report.is_selected][-1]
+    assert selected == max(rows, key=lambda row: (row["val_ua"], -row["val_loss"]))
+    assert selected != rows[-1]
+    assert all(report.is_selected for report in last)
+    assert [report.row["val_ua"] for report in last] == [row["val_ua"] for row in rows]
+
+
+@pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
+def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
+    config = replace(CONFIG, label_smoothing=smoothing)
+    data = load_fold(memory_shards, config, CPU)
+    data.train.labels.zero_()
+    run = loop.Training(config, data, FRESH, 16, CPU, loop.World())
+    with torch.no_grad():  # it is sure that every clip has label 0, and right
+        run.network.fc.weight.zero_()
+        run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
+    run.begin_epoch()
+    run.take_step()
+    assert float(run.losses[0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda *_: False)
+    radius = 0.5
+    config = replace(CONFIG, augment=PLAIN, sam_rho=radius)
+    run = new_training(memory_shards, config)
+    network, climber = copy.deepcopy(run.network), copy.deepcopy(run.network)
+    batch = next(run.data.train.batches(config, loop.World(), 0, 0))
+    torch.manual_seed(batch.seed)
+    features, targets = run.augment(batch.clips, batch.rows)
+
+    def differentiate(network: nn.Module) -> None:
+        logits, smoothing = network(features), config.label_smoothing
+        nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing).backward()
+
+    differentiate(network)
+    gradients = [value.grad for value in network.parameters()]
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    with torch.no_grad():
+        for value, gradient in zip(climber.parameters(), gradients, strict=True):
+            value += radius * gradient / length
+    differentiate(climber)
+
+    before = copy.deepcopy(run.network)
+    run.learn(batch)
+    for found, expected, flat, first in zip(
+        *(net.parameters() for net in (run.network, climber, network, before)), strict=True
+    ):
+        torch.testing.assert_close(found.grad, expected.grad)
+        assert not torch.allclose(found.grad, flat.grad, rtol=0.01)
+        assert (found - first).abs().max() < 1.1 * config.lr_min  # it came down again
+    for found, expected in zip(run.network.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
+    config = replace(CONFIG, epochs=12, batch_size=8, augment=PLAIN, label_smoothing=0)
+    reports = trained(memory_shards, tmp_path, config).reports
+    assert reports[-1].row["train_loss"] < 0.7 * reports[0].row["train_loss"]
+    assert max(report.row["val_ua"] for report in reports) > 0.6  # chance is 0.25
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "sam_rho": 0.1}])
+def test_no_step_waits_for_the_gpu(memory_shards, extra):
+    config, gpu = replace(CONFIG, **extra), torch.device("cuda")
+    run = loop.Training(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
+    run.begin_epoch()
+    run.take_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.take_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "sam_rho": 0.1}])
+def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
+    config = replace(CONFIG, **extra)
+    whole = trained(memory_shards, tmp_path / "whole", config)
+    rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
+    assert [r.lr for r in rest.reports] == [r.lr for r in whole.reports[1:]]
+    expected = load_file(tmp_path / "whole" / "3" / MODEL)
+    actual = load_file(tmp_path / "rest" / "2" / MODEL)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_path, monkeypatch):
+    averages: list[AveragedModel] = []
+    update = loop.Training._update_average
+
+    def spy(self: loop.Training, average: nn.Module) -> None:
+        if not averages:
+            rule = get_ema_multi_avg_fn(self.config.ema_decay)
+            averages.append(AveragedModel(self.network, multi_avg_fn=rule, use_buffers=True))
+        averages[0].update_parameters(self.network)
+        update(self, average)
+
+    monkeypatch.setattr(loop.Training, "_update_average", spy)
+    trained(memory_shards, tmp_path, replace(CONFIG, ema_decay=0.9))
+    found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
+    floats = [key for key, value in expected.items() if value.is_floating_point()]
+    assert all(torch.equal(found[key], expected[key]) for key in floats)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "after an epoch's last step"])
+def test_resumed_from_a_notice_is_bit_for_bit_uninterrupted(
+    memory_shards, tmp_path, monkeypatch, step
+):
+    monkeypatch.setattr(loop, "NOTICE_STEPS", step)
+    config = replace(CONFIG, batch_size=6)
+    assert (
+        len(load_fold(memory_shards, config, torch.device("cpu")).train) // config.batch_size == 4
+    )
+    asked = iter([False, True])
+    whole = trained(memory_shards, tmp_path / "1", config, notice=lambda: next(asked, False))
+    assert whole.names[1] == f"checkpoint-0001-{2 * step - 4:06d}"
+    rest = trained(memory_shards, tmp_path / "2", config, resume=tmp_path / "1" / "notice")
+    for resumed, uninterrupted in zip(rest.reports, whole.reports[1:], strict=True):
+        assert resumed.lr == uninterrupted.lr
+        assert resumed.row["train_loss"] == uninterrupted.row["train_loss"]
+        assert resumed.row["train_wa"] == uninterrupted.row["train_wa"]
+    expected = load_file(tmp_path / "1" / "3" / MODEL)
+    actual = load_file(tmp_path / "2" / "2" / MODEL)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_a_snapshot_holds_still_while_training_goes_on(memory_shards, tmp_path):
+    snapshots = []
+    fit(CONFIG, memory_shards, FRESH, lambda _, take: snapshots.append(take()))
+    again = trained(memory_shards, tmp_path)
+    for index, snapshot in enumerate(snapshots):
+        expected = load_file(again.folder / str(index + 1) / MODEL)
+        assert all(torch.equal(snapshot.weights[key], expected[key]) for key in expected)
+        assert snapshot.progress["epoch"] == index + 1
+        assert len(snapshot.progress["history"]) == index + 1
+
+
+def test_validation_equals_scikit_learn_on_the_predictions(memory_shards, tmp_path):
+    report = trained(memory_shards, tmp_path).reports[-1]
+    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
+    network = SmallNetwork(len(data.labels))
+    network.load_state_dict(load_file(tmp_path / "3" / MODEL))
+    rows = np.arange(len(data.validation))
+    found = predict_clips(network, data.validation, rows, CONFIG, len(data.labels))
+    truth = data.validation.labels.numpy()
+    assert report.row["val_ua"] == pytest.approx(
+        balanced_accuracy_score(truth, found.argmax(axis=1))
+    )
+    assert np.sum(report.confusion) == len(truth)
+
+
+def test_a_prediction_does_not_depend_on_the_clips_beside_it(memory_shards):
+    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
+    network = SmallNetwork(len(data.labels))
+    rows = np.arange(len(data.train))
+    together = predict_clips(network, data.train, rows, CONFIG, len(data.labels))
+    alone = [predict_clips(network, data.train, rows[i : i + 1], CONFIG, 4)[0] for i in range(5)]
+    np.testing.assert_allclose(together[:5], alone, atol=1e-5)
+
+
+def test_patience_stops_early(memory_shards, tmp_path):
+    with pytest.raises(ConfigError, match=r"give --keep best"):
+        replace(CONFIG, patience=1)
+    config = replace(CONFIG, epochs=50, patience=1, keep="best")
+    reports = trained(memory_shards, tmp_path, config).reports
+    assert len(reports) < 50
+    best = max(index for index, report in enumerate(reports) if report.is_selected)
+    assert best == len(reports) - 2
+
+
+def test_a_loss_that_is_not_finite_names_its_step(memory_shards, tmp_path):
+    rows = load_fold(memory_shards, CONFIG, torch.device("cpu")).split.train
+    memory_shards.values[rows[0]] = np.nan
+    with pytest.raises(DivergedError, match="loss of step 0 of epoch 1 is not finite"):
+        trained(memory_shards, tmp_path)
+
+
+def test_a_weight_that_is_not_finite_is_named_though_the_loss_is(
+    memory_shards, tmp_path, monkeypatch
+):
+    class Unused(NoBatchNorm):
+        def __init__(self, num_labels: int) -> None:
+            super().__init__(num_labels)
+            self.unused = nn.Parameter(torch.tensor([1.0, torch.nan]))
+
+    monkeypatch.setattr(loop, "build_network", Unused)
+    with pytest.raises(DivergedError, match="unused is not finite after epoch 1, though the loss"):
+        trained(memory_shards, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("able", "bins", "frames", "bfloat16"),
+    [
+        ({"avx512_bf16": True}, 40, 128, True),
+        ({"amx_bf16": True}, 64, 64, True),
+        ({"avx512_f": True, "avx512_bf16": False}, 64, 128, False),
+        ({"avx512_bf16": True}, 32, 128, False),
+        ({"avx512_bf16": True}, 64, 32, False),
+    ],
+)
+def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
+    able, bins, frames, bfloat16, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert loop.computes_bfloat16(CPU, bins, frames) is bfloat16
+
+
+@pytest.mark.parametrize(("bins", "frames"), [(33, 33), (40, 128)])
+def test_bfloat16_leaves_finite_gradients_that_another_run_has_too(bins, frames):
+    if not loop.computes_bfloat16(CPU, bins, frames):
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = build_network(4).to(memory_format=torch.channels_last)
+        for _ in range(4):  # what a first one leaves in memory, the next ones find
+            with torch.autocast("cpu", torch.bfloat16):
+                network(torch.randn(8, 1, bins, frames)).square().mean().backward()
+        gradients.append({name: value.grad for name, value in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all(), name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch):
+    asked: list[tuple[int, int]] = []
+
+    def ask(device: torch.device, num_bins: int, num_frames: int) -> bool:
+        asked.append((num_bins, num_frames))
+        return False
+
+    monkeypatch.setattr(loop, "computes_bfloat16", ask)
+    monkeypatch.setattr(loop, "build_network", NoBatchNorm)
+    shards = make_memory_shards()
+    config = replace(CONFIG, feature="mfcc")
+    data = load_fold(shards, config, CPU)  # type: ignore[arg-type]
+    loop.Training(config, data, FRESH, 40, CPU, loop.World.current())
+    assert asked == [(data.train.features.shape[2], CONFIG.crop_frames)]
+    assert asked[0][0] != 40
+
+
+def test_a_checkpoint_of_another_training_is_refused(memory_shards, tmp_path):
+    trained(memory_shards, tmp_path / "one")
+    other = replace(CONFIG, lr_max=0.01)
+    with pytest.raises(CheckpointError, match=r"lr_max 0.005 instead of 0.01"):
+        trained(memory_shards, tmp_path / "two", other, resume=tmp_path / "one" / "1")
+
+
+def test_a_checkpoint_cut_short_is_refused(memory_shards, tmp_path):
+    trained(memory_shards, tmp_path / "one")
+    state = tmp_path / "one" / "1" / STATE
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be loaded from it"):
+        trained(memory_shards, tmp_path / "two", resume=tmp_path / "one" / "1")
+
+
+def test_more_workers_than_clips_in_a_batch_are_refused(memory_shards, monkeypatch):
+    monkeypatch.setattr(loop.World, "current", lambda: loop.World(rank=0, size=7))
+    with pytest.raises(ConfigError, match="batch_size is 6 over 7 workers"):
+        fit(CONFIG, memory_shards, FRESH, lambda *_: None)
+
+
+class NoBatchNorm(nn.Module):
+    """A network whose result does not depend on how a batch is shared out."""
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, stride=2)
+        self.fc = nn.Linear(8, num_labels)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(batch)).mean(dim=(2, 3)))
+
+
+def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    batches: list[list[int]] = []
+    loop.computes_bfloat16 = lambda *_: False  # its rounding would hide what is to be seen
+    if network == "no batch norm":
+        loop.build_network = NoBatchNorm
+    if size > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+        )
+    step = loop.Training.learn
+
+    def spy(self: loop.Training, batch: Batch) -> object:
+        batches.append(batch.rows.tolist())
+        return step(self, batch)
+
+    loop.Training.learn = spy  # type: ignore[assignment,method-assign]
+    reports: list[EpochReport] = []
+    validated: list[str] = []
+    """What each epoch's checkpoint holds, bit for bit: all ranks must have validated the same."""
+
+    def keep(epoch: EpochReport | None, take: Take) -> None:
+        assert epoch is not None
+        reports.append(epoch)
+        validated.append(hashlib.sha256(save(take().weights)).hexdigest())
+
+    fit(config, make_memory_shards(), FRESH, keep)  # type: ignore[arg-type]
+    result = {
+        "batches": batches,
+        "lr": [rate for report in reports for rate in report.lr],
+        "loss": [report.row["train_loss"] for report in reports],
+        "val_loss": [report.row["val_loss"] for report in reports],
+        "confusion": [report.confusion for report in reports],
+        "validated": validated,
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFIG) -> dict:
+    folder.mkdir()
+    torch.multiprocessing.spawn(_run_worker, (size, network, str(folder), config), nprocs=size)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    for other in results[1:]:
+        assert other == results[0], "ranks disagree"
+    return results[0]
+
+
+def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
+    memory_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "build_network", NoBatchNorm)
+    losses = []
+    for able in (False, True):
+        monkeypatch.setattr(loop, "computes_bfloat16", lambda *_, able=able: able)
+        recorder = trained(memory_shards, tmp_path / str(able))
+        losses.append([report.row["train_loss"] for report in recorder.reports])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+    network = NoBatchNorm(4)
+    network.load_state_dict(load_file(recorder.folder / "3" / MODEL))
+    clips = load_fold(memory_shards, CONFIG, CPU).validation
+    probabilities = predict_clips(network, clips, np.arange(len(clips)), CONFIG, 4)
+    truth = probabilities[np.arange(len(clips)), clips.labels.numpy()]
+    val_loss = recorder.reports[-1].row["val_loss"]
+    assert val_loss == pytest.approx(-np.log(truth).mean(), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sam_rho", [0.0, 0.1])
+def test_the_same_run_with_one_two_and_three_workers(tmp_path, sam_rho):
+    config = replace(CONFIG, sam_rho=sam_rho)
+    one, two, three = (run_world(n, "no batch norm", tmp_path / str(n), config) for n in (1, 2, 3))
+    for many in (two, three):
+        assert many["batches"] == one["batches"]
+        assert many["lr"] == one["lr"]
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert many["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+        assert many["confusion"] == one["confusion"]
+
+
+@pytest.mark.slow
+def test_resnet18_takes_the_same_steps_and_all_workers_validate_the_same_network(tmp_path):
+    # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
+    config = replace(CONFIG, ema_decay=0.9)
+    one, two = (run_world(n, "resnet18", tmp_path / str(n), config) for n in (1, 2))
+    assert two["batches"] == one["batches"]
+    assert two["lr"] == one["lr"]
+    assert two["loss"][0] == pytest.approx(one["loss"][0], rel=0.2)
