@@ -94,7 +94,7 @@ def main() -> None:
         predictor = Predictor(checkpoint)
     timings = {
         "decode": one_by_one(sample, decode),
-        "features": one_by_one(sample, predictor.hearing.file),
+        "features": one_by_one(sample, predictor.reader.read),
         "predict": one_by_one(sample, predictor.predict),
         "pass": whole_pass(files, predictor, bench.cpus),
     }

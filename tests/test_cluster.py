@@ -116,7 +116,7 @@ def test_files_to_score_that_only_this_machine_has_are_refused_though_the_first_
     refused: Path, tmp_path: Path
 ) -> None:
     clips = some_clips(tmp_path / "shared", refused)
-    predictor: Any = SimpleNamespace(fingerprint="a model", hearing=None)
+    predictor: Any = SimpleNamespace(fingerprint="a model", reader=None)
     with pytest.raises(ResourcesError, match=clips[1]):
         batch.predict_many(clips, predictor, str(tmp_path / "found.csv"))
 

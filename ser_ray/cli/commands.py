@@ -246,7 +246,7 @@ def evaluate(verb: cli.Evaluate) -> Outcome:
 
 def predict(verb: cli.Predict) -> Outcome:
     """Files to emotions: few at once, many through Ray into a table."""
-    from ser_ray.inference.predictor import Predictor, prediction_text
+    from ser_ray.inference.predictor import Predictor, format_predictions
     from ser_ray.inference.recordings import list_audio
     from ser_ray.tracking.registry import local_checkpoint
 
@@ -256,7 +256,7 @@ def predict(verb: cli.Predict) -> Outcome:
     if verb.output or len(files) > FEW_FILES:
         return _predict_many(files, predictor, verb)
     found = [predictor.predict(file) for file in files]
-    text = prediction_text(found)
+    text = format_predictions(found)
     if predictor.card.corpus == "synthetic":
         text += "\n(the model was trained on the synthetic corpus)"
     problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
@@ -266,10 +266,10 @@ def predict(verb: cli.Predict) -> Outcome:
 def _predict_many(files: list[str], predictor: Any, verb: cli.Predict) -> Outcome:
     from ser_ray.inference.batch import predict_many
     from ser_ray.inference.recordings import UNREACHABLE
-    from ser_ray.inference.results import require_suffix
+    from ser_ray.inference.results import output_suffix
 
     output = verb.output or f"{cli.OUT}/predictions.parquet"
-    require_suffix(output)
+    output_suffix(output)
     with cluster(verb.address):
         summary = predict_many(files, predictor, output)
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())

@@ -27,8 +27,8 @@ from ser_ray.cluster import (
 from ser_ray.errors import SerRayError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import Heard, Hearing
-from ser_ray.inference.results import Journal, as_row, require_suffix
+from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
+from ser_ray.inference.results import Journal, output_suffix, prediction_row
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage.paths import absolute
 
@@ -78,7 +78,7 @@ def predict_many(
         ResourcesError: a node of the cluster does not see the files, or Ray deletes the output.
         SerRayError: the pass broke off.
     """
-    require_suffix(output)
+    output_suffix(output)
     require_kept(output)
     started = time.monotonic()
     files = [absolute(path) for path in files]  # a worker's folder is another one
@@ -121,7 +121,7 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
     if gpus:
         dataset = dataset.map_batches(
             _Decoder,
-            fn_constructor_args=(predictor.hearing,),
+            fn_constructor_args=(predictor.reader,),
             batch_size=FILES_AT_ONCE,
             compute=cpu_pool,
             num_cpus=1,
@@ -144,10 +144,10 @@ def _score(files: Sequence[str], predictor: Predictor) -> Iterator[list[dict[str
         ) from error
 
 
-def grouped(heard: Iterable[Heard]) -> Iterator[list[Heard]]:
-    """Yield what was heard in some files, no more at once than memory bears."""
-    group: list[Heard] = []
-    for item in heard:
+def window_groups(recordings: Iterable[RecordingFeatures]) -> Iterator[list[RecordingFeatures]]:
+    """Yield the recordings in groups of about `WINDOWS_AT_ONCE` windows."""
+    group: list[RecordingFeatures] = []
+    for item in recordings:
         group.append(item)
         if sum(len(one.features) for one in group) >= WINDOWS_AT_ONCE:
             yield group
@@ -159,17 +159,17 @@ def grouped(heard: Iterable[Heard]) -> Iterator[list[Heard]]:
 class _Decoder:
     """An actor that turns files into features."""
 
-    def __init__(self, hearing: Hearing) -> None:
-        self.hearing = hearing
+    def __init__(self, reader: RecordingReader) -> None:
+        self.reader = reader
         self.sandbox = Sandbox(SECONDS_PER_FILE)
         self.sandbox.__enter__()  # it goes when the actor does and their pipe closes
 
-    def hear(self, batch: Batch) -> Iterator[Heard]:
-        return (self.hearing.file(path, self.sandbox.decode) for path in batch["path"].tolist())
+    def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
+        return (self.reader.read(path, self.sandbox.decode) for path in batch["path"].tolist())
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        for group in grouped(self.hear(batch)):
-            yield {"heard": np.array([pickle.dumps(item) for item in group], dtype=object)}
+        for group in window_groups(self.read(batch)):
+            yield {"recordings": np.array([pickle.dumps(item) for item in group], dtype=object)}
 
 
 class _Scorer:
@@ -180,7 +180,7 @@ class _Scorer:
         import torch
 
         self.predictor: Predictor = ray.get(predictor)
-        self.decoder = _Decoder(self.predictor.hearing) if decodes else None
+        self.decoder = _Decoder(self.predictor.reader) if decodes else None
         if ray.get_gpu_ids() and torch.cuda.is_available():
             self.predictor.to(torch.device("cuda"))
         else:
@@ -188,8 +188,14 @@ class _Scorer:
 
     def __call__(self, batch: Batch) -> Batch:
         if self.decoder:
-            heard = self.decoder.hear(batch)
+            recordings = self.decoder.read(batch)
         else:
-            heard = (pickle.loads(item) for item in batch["heard"])
-        found = [item for group in grouped(heard) for item in self.predictor.score(group)]
-        return {"row": np.array([pickle.dumps(as_row(item)) for item in found], dtype=object)}
+            recordings = (pickle.loads(item) for item in batch["recordings"])
+        found = [
+            item
+            for group in window_groups(recordings)
+            for item in self.predictor.predict_features(group)
+        ]
+        return {
+            "row": np.array([pickle.dumps(prediction_row(item)) for item in found], dtype=object)
+        }

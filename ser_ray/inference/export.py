@@ -34,7 +34,7 @@ OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
+class ExportResult:
     """A model as one file, checked."""
 
     output: str
@@ -148,7 +148,7 @@ class WaveformModel(nn.Module):
         return crops.transpose(0, 1).unsqueeze(1), (order < count).float()
 
 
-def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exported:
+def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
     """Write a checkpoint as one file, at a path or URI, once it agrees with the original.
 
     Raises:
@@ -187,7 +187,7 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
             fs.copy_files(str(file), path, destination_filesystem=filesystem)
         except OSError as error:
             raise SerRayError(f"{output}: cannot be written ({error})") from error
-    return Exported(output=output, largest_difference=largest)
+    return ExportResult(output=output, largest_difference=largest)
 
 
 Run = Callable[[np.ndarray], np.ndarray]

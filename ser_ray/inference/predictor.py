@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ser_ray.inference.network import load_network
-from ser_ray.inference.recordings import Heard, Hearing
+from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.data import window_batches
 
@@ -83,7 +83,7 @@ class Predictor:
         self.network = load_network(checkpoint)
         self.device = torch.device("cpu")
         config = self.card.config
-        self.hearing = Hearing(self.card.features, config.feature, config.crop_frames)
+        self.reader = RecordingReader(self.card.features, config.feature, config.crop_frames)
 
     @property
     def fingerprint(self) -> str:
@@ -100,22 +100,22 @@ class Predictor:
 
     def predict(self, location: str) -> Prediction:
         """Score one file; what is wrong with it ends in the answer, not in an exception."""
-        return self.score([self.hearing.file(location)])[0]
+        return self.predict_features([self.reader.read(location)])[0]
 
     def predict_stream(self, file: BinaryIO, name: str) -> Prediction:
         """Score the file behind a seekable stream; `name` is what the answer calls it."""
-        return self.score([self.hearing.stream(file, name)])[0]
+        return self.predict_features([self.reader.read_stream(file, name)])[0]
 
     def predict_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Prediction:
         """Score mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
-        return self.score([self.hearing.samples(samples, sample_rate, name)])[0]
+        return self.predict_features([self.reader.read_samples(samples, sample_rate, name)])[0]
 
-    def score(self, heard: Sequence[Heard]) -> list[Prediction]:
-        """Score what was heard in some files, together."""
-        scores = self.probabilities([array for item in heard for array in item.features])
-        ends = np.cumsum([len(item.features) for item in heard])[:-1]
+    def predict_features(self, recordings: Sequence[RecordingFeatures]) -> list[Prediction]:
+        """Score the features of some files, together."""
+        scores = self.probabilities([array for item in recordings for array in item.features])
+        ends = np.cumsum([len(item.features) for item in recordings])[:-1]
         own = np.split(scores, ends)
-        return [self._answer(item, rows) for item, rows in zip(heard, own, strict=True)]
+        return [self._answer(item, rows) for item, rows in zip(recordings, own, strict=True)]
 
     @torch.inference_mode()
     def probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
@@ -149,22 +149,27 @@ class Predictor:
         crop[:, max(-start, 0) :][:, : inside.shape[1]] = inside
         return crop
 
-    def _answer(self, heard: Heard, scores: np.ndarray) -> Prediction:
+    def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
         """Put one file's scores [windows, labels] into words."""
-        if heard.status != "ok":
+        if recording.status != "ok":
             return Prediction(
-                path=heard.path, duration=heard.duration, status=heard.status, reason=heard.reason
+                path=recording.path,
+                duration=recording.duration,
+                status=recording.status,
+                reason=recording.reason,
             )
         emotion, probabilities = self._name(scores.mean(axis=0))
         timeline = []
-        for (start, end), row in zip(heard.windows, scores if heard.windows else (), strict=True):
+        for (start, end), row in zip(
+            recording.windows, scores if recording.windows else (), strict=True
+        ):
             named, shares = self._name(row)
             timeline.append(Segment(start=start, end=end, emotion=named, probabilities=shares))
         return Prediction(
-            path=heard.path,
+            path=recording.path,
             emotion=emotion,
             probabilities=probabilities,
-            duration=heard.duration,
+            duration=recording.duration,
             timeline=tuple(timeline),
         )
 
@@ -173,7 +178,7 @@ class Predictor:
         return best, dict(zip(self.labels, scores.tolist(), strict=True))
 
 
-def prediction_text(found: Sequence[Prediction]) -> str:
+def format_predictions(found: Sequence[Prediction]) -> str:
     """A line for each file, its timeline below; of a single file the probabilities as bars."""
     lines = []
     for item in found:

@@ -1,7 +1,7 @@
 """Files to what the network can be shown: the features of a clip, or of a recording's windows.
 
 The features are computed by the code and with the configuration of the shards that the model was
-trained on. A recording with more sound than the longest training clip is heard in overlapping
+trained on. A recording with more sound than the longest training clip is cut into overlapping
 windows as long as the network's crop, each treated as a clip of its own; windows without sound are
 left out, not guessed. `list_audio` says which files a user means. Knows neither torch nor Ray, so
 decoding workers start in a moment.
@@ -42,8 +42,8 @@ Decode = Callable[..., tuple[np.ndarray, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Heard:
-    """What was heard in one file."""
+class RecordingFeatures:
+    """The features of one file, or why there are none."""
 
     path: str
     duration: float | None = None
@@ -60,7 +60,7 @@ class Heard:
     """The status in words."""
 
 
-class Hearing:
+class RecordingReader:
     """Turns files into features. Holds plain arrays, so it travels to workers.
 
     Args:
@@ -76,16 +76,16 @@ class Hearing:
         self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
         self.step_seconds = self.window_seconds / 2
 
-    def file(self, location: str, decode: Decode = decode) -> Heard:
-        """Hear the file at a path or URI, decoded here or where `decode` does it."""
-        return self._decoded(location, location, decode)
+    def read(self, location: str, decode: Decode = decode) -> RecordingFeatures:
+        """Read the file at a path or URI, decoded here or where `decode` does it."""
+        return self._read(location, location, decode)
 
-    def stream(self, file: BinaryIO, name: str) -> Heard:
-        """Hear the file behind a seekable stream; `name` is what the answer calls it."""
-        return self._decoded(file, name, decode)
+    def read_stream(self, file: BinaryIO, name: str) -> RecordingFeatures:
+        """Read the file behind a seekable stream; `name` is what the answer calls it."""
+        return self._read(file, name, decode)
 
-    def samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Heard:
-        """Hear mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
+    def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
+        """Take mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
         duration = len(samples) / sample_rate
         windows: tuple[Window, ...] = ()
         features: tuple[np.ndarray, ...]
@@ -101,16 +101,18 @@ class Hearing:
                 if not found:
                     raise ClipError("silent", "no window of it holds enough sound") from error
         except ClipError as error:
-            return Heard(path=name, duration=duration, status=error.status, reason=error.reason)
-        return Heard(path=name, duration=duration, windows=windows, features=features)
+            return RecordingFeatures(
+                path=name, duration=duration, status=error.status, reason=error.reason
+            )
+        return RecordingFeatures(path=name, duration=duration, windows=windows, features=features)
 
-    def _decoded(self, source: str | BinaryIO, name: str, decode: Decode) -> Heard:
+    def _read(self, source: str | BinaryIO, name: str, decode: Decode) -> RecordingFeatures:
         try:
             samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             status = UNREACHABLE if error.failed == "storage" else error.status
-            return Heard(path=name, status=status, reason=error.reason)
-        return self.samples(samples, sample_rate, name)
+            return RecordingFeatures(path=name, status=status, reason=error.reason)
+        return self.read_samples(samples, sample_rate, name)
 
     def _features(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
         waveform = self.extract.waveform(samples, sample_rate)
@@ -128,12 +130,14 @@ class Hearing:
         loud = _loud_stretches(samples, stretch, self.extract.config.trim_db)
         for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
-            heard = slice(*(round(second * sample_rate) for second in window))
-            sounding = loud[round(heard.start / stretch) : round(heard.stop / stretch)].sum()
+            samples_inside = slice(*(round(second * sample_rate) for second in window))
+            sounding = loud[
+                round(samples_inside.start / stretch) : round(samples_inside.stop / stretch)
+            ].sum()
             if sounding * stretch / sample_rate < self.extract.config.min_seconds:
                 continue
             try:
-                yield window, self._features(samples[heard], sample_rate)
+                yield window, self._features(samples[samples_inside], sample_rate)
             except ClipError:  # silent: quiet beside the recording's loudest, and in full scale
                 continue
 

@@ -31,7 +31,7 @@ REMOTE_JOURNALS = Path("~/.cache/ser-ray/journals")
 folder of a job, which is another one for every submission."""
 
 
-def require_suffix(output: str) -> str:
+def output_suffix(output: str) -> str:
     """The suffix of an output, which says its format.
 
     Raises:
@@ -139,7 +139,7 @@ class Journal:
             SerRayError: it could not be written; the journal stays.
         """
         filesystem, path = filesystem_of(absolute(self.output))
-        suffix, schema = require_suffix(self.output), table_schema(labels)
+        suffix, schema = output_suffix(self.output), table_schema(labels)
         try:
             with filesystem.open_output_stream(f"{path}.tmp") as stream:
                 _write(suffix, stream, schema, _tables(self.answers(files), schema))
@@ -153,7 +153,7 @@ class Journal:
             self.path.unlink()
 
 
-def as_row(found: Prediction) -> dict[str, Any]:
+def prediction_row(found: Prediction) -> dict[str, Any]:
     """A prediction as a row of the table: probabilities become p_<label>, None without one."""
     shares = {f"p_{label}": share for label, share in (found.probabilities or {}).items()}
     timeline = [

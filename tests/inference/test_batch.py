@@ -19,8 +19,8 @@ from ser_ray.errors import ConfigError
 from ser_ray.inference import batch
 from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Prediction, Predictor
-from ser_ray.inference.recordings import Heard
-from ser_ray.inference.results import Journal, as_row, table_schema
+from ser_ray.inference.recordings import RecordingFeatures
+from ser_ray.inference.results import Journal, prediction_row, table_schema
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
 from tests.s3_server import s3_bucket
@@ -59,7 +59,7 @@ def ray_on_two_cpus():
 
 
 def rows_of(predictor: Predictor, files: list[str]) -> list[dict]:
-    rows = [as_row(predictor.predict(path)) for path in files]
+    rows = [prediction_row(predictor.predict(path)) for path in files]
     return pa.Table.from_pylist(rows, table_schema(LABELS)).to_pylist()
 
 
@@ -142,7 +142,7 @@ def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
 def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, tmp_path, suffix):
     output = tmp_path / f"found.{suffix}"
-    rows = {path: as_row(predictor.predict(path)) for path in files}
+    rows = {path: prediction_row(predictor.predict(path)) for path in files}
     with Journal(str(output), "model") as journal:
         journal.append([rows[path] for path in reversed(files)])
         journal.conclude(files, LABELS)
@@ -200,7 +200,7 @@ def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeyp
 
     def score(files, predictor):
         asked.extend(files)
-        yield [as_row(Prediction(path=path, status="silent")) for path in files]
+        yield [prediction_row(Prediction(path=path, status="silent")) for path in files]
 
     monkeypatch.setattr(batch, "_score", score)
     monkeypatch.setattr(batch, "require_kept", lambda output: None)
@@ -212,8 +212,10 @@ def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeyp
 def test_long_recordings_are_scored_before_there_are_too_many(monkeypatch):
     monkeypatch.setattr(batch, "WINDOWS_AT_ONCE", 5)
     lengths = {"a": 2, "b": 4, "c": 0, "d": 9, "e": 1}
-    heard = (Heard(path=name, features=(np.zeros(1),) * n) for name, n in lengths.items())
-    groups = [[item.path for item in group] for group in batch.grouped(heard)]
+    recordings = (
+        RecordingFeatures(path=name, features=(np.zeros(1),) * n) for name, n in lengths.items()
+    )
+    groups = [[item.path for item in group] for group in batch.window_groups(recordings)]
     assert groups == [["a", "b"], ["c", "d"], ["e"]]
 
 

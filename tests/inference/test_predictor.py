@@ -56,8 +56,8 @@ def test_windows_stay_with_the_sound_at_odd_rates(predictor):
     rate, at = 22_050, 600
     sound = np.zeros(rate * 1000, np.int16)
     sound[rate * at : rate * (at + 8)] = 20_000 * voice(8, rate)
-    heard = predictor.hearing.samples(sound, rate, "tone")
-    starts, ends = zip(*heard.windows, strict=True)
+    recording = predictor.reader.read_samples(sound, rate, "tone")
+    starts, ends = zip(*recording.windows, strict=True)
     assert min(starts) < at < min(ends)
     assert max(starts) < at + 8 < max(ends)
 
@@ -77,7 +77,7 @@ def test_a_clip_scores_the_same_beside_others(predictor, tmp_path):
     paths = [
         write_wav(tmp_path / f"{seed}.wav", voice(0.5 + seed / 4, seed=seed)) for seed in range(9)
     ]
-    together = predictor.score([predictor.hearing.file(str(path)) for path in paths])
+    together = predictor.predict_features([predictor.reader.read(str(path)) for path in paths])
     for path, found in zip(paths, together, strict=True):
         alone = predictor.predict(str(path))
         assert found.path == str(path)
