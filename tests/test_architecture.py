@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
 ROOMS = [
-    "version", "errors", "storage", "cluster", "corpus", "features", "shards", "training", "plots",
-    "inference", "tracking", "evaluation", "distributed", "search", "api", "cli", "__main__",
+    "version", "errors", "progress", "storage", "cluster", "corpus", "features", "shards",
+    "training", "plots", "inference", "tracking", "evaluation", "distributed", "search", "api",
+    "cli", "__main__",
 ]  # fmt: skip
 """A room imports only from itself and from rooms to its left."""
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

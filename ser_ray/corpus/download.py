@@ -10,14 +10,15 @@ RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 
 import contextlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ser_ray.errors import ConfigError, CorpusError
+from ser_ray.progress import show_progress
 
 if TYPE_CHECKING:
     from ser_ray.corpus.fetch import Archive
@@ -26,15 +27,14 @@ Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(range(1, 25))
 ACTORS_WITHOUT_SONG = (18,)
-LINE_SECONDS = 10.0
 
 # Bytes that a byte of an archive becomes. Measured: 208 MB of speech are 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
 """An archive that would unpack to more than this is taken for a bomb."""
 
-Report = Callable[[str, int, int], None]
-"""Called while an archive comes in: its name, bytes that are here, bytes in all."""
+Progress = Callable[[str, int, int], None]
+"""Called with an archive's name, the bytes of it that have arrived, and its size in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +87,7 @@ class DownloadConfig:
         return tuple(dict.fromkeys(names))
 
 
-def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Path, ...]:
+def download(config: DownloadConfig, progress: Progress | None = None) -> tuple[Path, ...]:
     """Fetch, check and unpack what is not there yet.
 
     Args:
@@ -112,8 +112,8 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
     if missing:
         try:
             target.mkdir(parents=True, exist_ok=True)
-            with _only_writer(target), _shown(progress) as report:
-                _bring(missing, target, config, report)
+            with _only_writer(target), _shown(progress) as progress:
+                _bring(missing, target, config, progress)
         except OSError as error:
             raise CorpusError(
                 f"{target}: cannot be written ({error}); make room or choose another target, and "
@@ -123,7 +123,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
 
 def _bring(
-    missing: Mapping[str, Path], target: Path, config: DownloadConfig, report: Report
+    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Progress
 ) -> None:
     """Fetch and unpack archives, one after the other, into the folders given by their names."""
     from ser_ray.corpus import fetch
@@ -133,7 +133,7 @@ def _bring(
         archives = fetch.list_record(session, config.record_url, list(missing))
         _require_space(archives, target, keep_archives=config.keep_archives)
         for archive in archives:
-            path = fetch.fetch(session, archive, target, report)
+            path = fetch.fetch(session, archive, target, progress)
             unpack(path, missing[archive.name], max_bytes=_MAX_GROWTH * archive.size)
             if not config.keep_archives:
                 path.unlink()
@@ -178,54 +178,22 @@ def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bo
 
 
 @contextlib.contextmanager
-def _shown(progress: Report | None) -> Iterator[Report]:
-    """Yield what to call with the progress: the given function, else a bar or a log's lines."""
+def _shown(progress: Progress | None) -> Iterator[Progress]:
+    """Yield the function to call with the progress: the given one, or one that shows it."""
     if progress is not None:
         yield progress
-    elif sys.stderr.isatty():
-        with _bar() as report:
-            yield report
-    else:
-        yield _Lines().report
+        return
+    started: dict[str, tuple[float, int]] = {}
+    with show_progress() as report:
 
+        def show(name: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            since, before = started.setdefault(name, (now, done))
+            text = f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
+            if now > since and done > before:
+                rate = (done - before) / (now - since)
+                left = timedelta(seconds=round((total - done) / rate))
+                text += f", {rate / 1e6:.1f} MB/s, {left} left"
+            report(text, done, total)
 
-class _Lines:
-    """Plain lines on standard error, now and then and at the end of an archive."""
-
-    def __init__(self) -> None:
-        self._last = -LINE_SECONDS
-
-    def report(self, name: str, done: int, total: int) -> None:
-        if (now := time.monotonic()) - self._last >= LINE_SECONDS or done == total:
-            self._last = now
-            print(f"{name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name)
-            bar.update(tasks[name], completed=done, total=total)
-
-        yield report
+        yield show

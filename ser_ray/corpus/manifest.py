@@ -30,16 +30,8 @@ from ser_ray.corpus.ravdess import (
     parse_name,
 )
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.storage.paths import (
-    DEVICE,
-    ListedFile,
-    filesystem_of,
-    folder_of,
-    list_files,
-    location_inside,
-    refuse_password,
-    stat_file,
-)
+from ser_ray.storage.listing import DEVICE, ListedFile, list_files, stat_file
+from ser_ray.storage.paths import filesystem_of, folder_of, location_inside, refuse_password
 
 SYNTHETIC_MARKER = "SYNTHETIC.txt"
 """A file of this name in a corpus folder says that its clips are synthetic."""

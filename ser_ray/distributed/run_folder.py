@@ -22,8 +22,9 @@ from typing import Any
 from pyarrow import fs
 
 from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
-from ser_ray.storage.paths import atomic_write, filesystem_of, location_inside
+from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -117,11 +118,7 @@ class RunFolder:
         """Change entries of the record."""
         content = json.dumps(self.record() | values, indent=2).encode()
         self.filesystem.create_dir(self.path, recursive=True)
-        with (
-            atomic_write(self.filesystem, f"{self.path}/{RECORD}") as target,
-            self.filesystem.open_output_stream(target) as stream,
-        ):
-            stream.write(content)
+        write_file(self.filesystem, f"{self.path}/{RECORD}", content)
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a run that was another recipe or had other shards.

@@ -22,7 +22,8 @@ from ser_ray.features import ClipError
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import ENERGY_SECONDS, FeatureExtractor
-from ser_ray.storage.paths import filesystem_of, list_files
+from ser_ray.storage.listing import list_files
+from ser_ray.storage.paths import filesystem_of
 
 AUDIO_SUFFIXES = (
     ".wav", ".mp4", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".webm", ".mkv", ".mov", ".aac",

@@ -37,7 +37,8 @@ from ser_ray.search.trial import TrialSetup
 from ser_ray.search.trial_log import TrialLog, best_of
 from ser_ray.search.trials import find_slots, fixed_workers, grid_plan, open_study, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.paths import absolute, atomic_write, filesystem_of, location_inside
+from ser_ray.storage.atomic import atomic_write
+from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.registry import local_checkpoint
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card

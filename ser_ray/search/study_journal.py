@@ -10,7 +10,7 @@ from typing import Any
 
 from ser_ray.distributed.json_lines import LineFollower, append_line
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.storage.paths import atomic_write
+from ser_ray.storage.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 

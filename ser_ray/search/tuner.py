@@ -39,6 +39,7 @@ from ser_ray.search.trials import (
     run_trials,
 )
 from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
@@ -253,8 +254,8 @@ def _conclude(
     """Keep the best recipe beside the trials and complete the search's run."""
     tracker = study.parent
     content = {"run_id": best.run_id, "selected": best.selected, "recipe": best.recipe.to_dict()}
-    with folder.filesystem.open_output_stream(f"{folder.path}/{BEST_RECIPE}") as stream:
-        stream.write(json.dumps(content, indent=2).encode())
+    encoded = json.dumps(content, indent=2).encode()
+    write_file(folder.filesystem, f"{folder.path}/{BEST_RECIPE}", encoded)
     _log_outcome(study, best, config.dimensions, title, again)
     folder.update_record(finished=True)
     tracker.finish("FINISHED")

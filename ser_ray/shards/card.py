@@ -16,7 +16,7 @@ from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.shards.plan import Plan
-from ser_ray.storage.paths import atomic_write
+from ser_ray.storage.atomic import write_file
 
 SCHEMA_VERSION = 1
 DATA = ["take", "speaker", "emotion", "content"]
@@ -92,11 +92,8 @@ def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan
 
 def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
     """Commit a shard set."""
-    with (
-        atomic_write(filesystem, f"{folder}/{CARD_NAME}") as target,
-        filesystem.open_output_stream(target) as file,
-    ):
-        file.write(json.dumps(asdict(card), indent=1).encode())
+    content = json.dumps(asdict(card), indent=1).encode()
+    write_file(filesystem, f"{folder}/{CARD_NAME}", content)
 
 
 def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:

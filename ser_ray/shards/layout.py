@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.features.config import KINDS, FeatureConfig
-from ser_ray.storage.paths import atomic_write
+from ser_ray.storage.atomic import atomic_write
 
 CARD_NAME, PLAN_NAME = "card.json", "plan.parquet"
 OK = "ok"

@@ -27,8 +27,9 @@ from pathlib import Path
 from pyarrow import fs
 
 from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
-from ser_ray.storage.paths import atomic_write, filesystem_of, location_inside
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 BACKUP_SECONDS = 60.0
 CREDENTIALS = Path("~/.mlflow/credentials")

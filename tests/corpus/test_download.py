@@ -1,5 +1,6 @@
 """The download, against a server on this machine that behaves like the record, and misbehaves."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -171,6 +172,11 @@ def ranges(record: Record, name: str) -> list[str | None]:
     return [asked for file, asked in record.asked if file == name]
 
 
+@contextlib.contextmanager
+def lines() -> Iterator[Any]:
+    yield print
+
+
 # What is asked for
 
 
@@ -271,21 +277,33 @@ def test_kept_archives_are_the_servers_bytes(record: Record, config_for: Configu
                                          "Actor_02/03-01-01-01-01-01-02.wav"}  # fmt: skip
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(
-    config_for: Configure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    download(config_for())
-    assert capsys.readouterr().err.splitlines()[-1] == f"{SPEECH}: 0 of 0 MB"
-
-
-def test_progress_is_a_bar_on_a_terminal(
+def test_progress_says_how_fast_and_how_long(
     config_for: Configure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    seconds = iter([0.0, 20.0, 30.0])
+    monkeypatch.setattr(downloading.time, "monotonic", lambda: next(seconds))
+
+    def bring(*arguments: Any) -> None:
+        for megabytes in (100, 300, 500):
+            arguments[-1](SPEECH, megabytes * 10**6, 500 * 10**6)
+
+    monkeypatch.setattr(downloading, "_bring", bring)
+    monkeypatch.setattr(downloading, "show_progress", lines)
+    download(config_for())
+    assert capsys.readouterr().out.splitlines() == [
+        f"{SPEECH}: 100.0 of 500.0 MB 100000000 500000000",
+        f"{SPEECH}: 300.0 of 500.0 MB, 10.0 MB/s, 0:00:20 left 300000000 500000000",
+        f"{SPEECH}: 500.0 of 500.0 MB, 13.3 MB/s, 0:00:00 left 500000000 500000000",
+    ]
+
+
+def test_progress_is_shown_on_standard_error(
+    config_for: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
     download(config_for(parts=("speech", "song")))
-    shown = capsys.readouterr().err
-    assert SPEECH in shown
-    assert SONG in shown
+    shown = capsys.readouterr().err.splitlines()
+    for name in (SPEECH, SONG):
+        assert any(line.startswith(f"{name}: 0.2 of 0.2 MB") for line in shown)
 
 
 # A server that does not

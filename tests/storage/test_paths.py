@@ -13,7 +13,8 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError
 from ser_ray.shards.layout import write_table
-from ser_ray.storage.paths import filesystem_of, folder_of, list_files, location_inside
+from ser_ray.storage.listing import list_files
+from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 from ser_ray.tracking.server import back_up
 from tests.s3_server import s3_bucket
 

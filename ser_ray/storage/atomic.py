@@ -1,0 +1,36 @@
+"""Writing a file so that it is either there complete or not there at all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from uuid import uuid4
+
+from pyarrow import fs
+
+
+@contextmanager
+def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
+    """Yield the path to write to; the file appears at `path` when the block ends without an error.
+
+    On a disk that is a temporary file beside it, which is then renamed. A bucket shows an object
+    only once it is complete, so there it is `path` itself: a rename would be a copy and a deletion.
+    """
+    if filesystem.type_name in ("s3", "gcs"):
+        yield path
+        return
+    temporary = f"{path}.{uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        filesystem.move(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            filesystem.delete_file(temporary)
+        raise
+
+
+def write_file(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """Write a small file, such as a card or a record, with `atomic_write`."""
+    with (
+        atomic_write(filesystem, path) as target,
+        filesystem.open_output_stream(target) as stream,
+    ):
+        stream.write(content)

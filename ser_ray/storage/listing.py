@@ -1,0 +1,111 @@
+"""Listing every file below a folder or in a bucket, without opening any."""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+from ser_ray.storage.paths import filesystem_of, location_inside
+
+DEVICE = "a device or pipe, not a file"
+_LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFile:
+    """One entry below a folder that is a file, or is named like one."""
+
+    inside: str
+    """Path relative to the folder, with forward slashes."""
+    location: str
+    """Local path or URI that `filesystem_of` opens, on any machine that sees the folder."""
+    size: int | None
+    """Bytes, where the listing says."""
+    problem: str | None
+    """Why it cannot be opened, in words; None for a file."""
+
+
+def list_files(location: str) -> Iterator[ListedFile]:
+    """Yield every file below a folder, in no particular order and without opening any.
+
+    Folders named like a file (with an extension) are yielded too, with a problem. Hidden entries
+    (`.DS_Store`, `._name.wav`) and what systems leave behind (`__MACOSX`) are not.
+
+    Raises:
+        OSError: the folder or one below it cannot be listed.
+        ConfigError: no filesystem opens the location.
+    """
+    filesystem, root = filesystem_of(location)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield from _list_local(root)
+    else:
+        yield from _list_remote(filesystem, location, root)
+
+
+def _list_local(root: str) -> Iterator[ListedFile]:
+    """Walk local folders, following links, but into no folder that the walk is already inside.
+
+    pyarrow's own recursive listing leaves out dangling links, does not end in a folder linked into
+    itself, and fails as a whole on one name that is not UTF-8.
+    """
+    waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        inside = (*above, Path(folder).stat())
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_junk(entry.name):
+                    continue
+                status, problem = stat_file(entry.path)
+                if status is not None and stat.S_ISDIR(status.st_mode):
+                    if not any(os.path.samestat(status, outer) for outer in inside):
+                        waiting.append((entry.path, inside))
+                    if "." not in entry.name:
+                        continue
+                size = status.st_size if status is not None and problem is None else None
+                below = entry.path.removeprefix(root).lstrip("/")
+                yield ListedFile(_as_utf8(below), _as_utf8(entry.path), size, problem)
+
+
+def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
+    """What a local path leads to, links followed, and why that is no file that can be opened."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
+    except FileNotFoundError:
+        return None, "a link to nothing" if os.path.islink(path) else "there is no such file"  # noqa: PTH114
+    except (OSError, ValueError) as error:  # a link to itself, for one; a zero byte
+        return None, getattr(error, "strerror", None) or str(error)
+    if stat.S_ISDIR(status.st_mode):
+        return status, "a folder, not a file"
+    if not stat.S_ISREG(status.st_mode):
+        return status, DEVICE
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return status, "the path is not UTF-8: rename it"
+    return status, None
+
+
+def _as_utf8(path: str) -> str:
+    r"""Spell bytes that are not UTF-8 as \xff, for such a path cannot stand in a table."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterator[ListedFile]:
+    """List a bucket or any other remote folder in one call."""
+    for entry in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+        inside = entry.path.removeprefix(root).strip("/")
+        if any(_is_junk(name) for name in inside.split("/")):
+            continue
+        if entry.is_file:
+            yield ListedFile(inside, location_inside(location, inside), entry.size, None)
+        elif "." in entry.base_name:
+            problem = "a folder, not a file"
+            yield ListedFile(inside, location_inside(location, inside), None, problem)
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name in _LEFT_BY_SYSTEMS

@@ -1,0 +1,31 @@
+"""Where standard error is a terminal, progress is a bar; in a log it is a line now and then."""
+
+import sys
+
+import pytest
+
+from ser_ray import progress
+from ser_ray.progress import show_progress
+
+
+def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(1000, 1025))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    with show_progress() as report:
+        for done in range(1, 26):
+            report(f"step {done}", done, 25)
+    assert capsys.readouterr().err.splitlines() == ["step 1", "step 11", "step 21", "step 25"]
+
+
+def test_a_terminal_gets_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with show_progress() as report:
+        report("step 3", 3, 12)
+        report("step 12", 12, 12)
+    shown = capsys.readouterr().err
+    assert "━━━" in shown
+    assert "step 12" in shown
