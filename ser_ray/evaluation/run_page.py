@@ -16,8 +16,8 @@ from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.evaluate import Evaluation, evaluate
 from ser_ray.evaluation.page import ClipView, RunReport, render_report
-from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.plots.scores import bars_figure, confusion_figure
 from ser_ray.storage.paths import filesystem_of

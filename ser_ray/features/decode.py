@@ -21,7 +21,7 @@ import soundfile
 from pyarrow import fs
 
 from ser_ray.errors import ConfigError
-from ser_ray.features import ClipError, Failure
+from ser_ray.features.errors import ClipError, Failure
 from ser_ray.storage.paths import filesystem_of
 
 MAX_CHANNELS = 8

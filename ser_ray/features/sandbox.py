@@ -22,8 +22,8 @@ from typing import Self
 
 import numpy as np
 
-from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
 
 SECONDS_PER_CLIP = 60.0
 """A clip that is not decoded by then is given up."""

@@ -11,8 +11,8 @@ import scipy.fft
 import scipy.sparse
 import soxr
 
-from ser_ray.features import ClipError
 from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.errors import ClipError
 
 ENERGY_SECONDS = 0.01
 """Stretch over which loudness is measured."""

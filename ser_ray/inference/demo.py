@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.features import ClipError
+from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.predictor import Prediction, Predictor

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ser_ray.features import ClipError
 from ser_ray.features.decode import SAMPLE_RATES, full_scale
+from ser_ray.features.errors import ClipError
 from ser_ray.inference.predictor import Prediction, Predictor
 
 if TYPE_CHECKING:

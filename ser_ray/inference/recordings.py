@@ -18,9 +18,9 @@ import numpy as np
 from pyarrow import fs
 
 from ser_ray.errors import CorpusError
-from ser_ray.features import ClipError
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import ENERGY_SECONDS, FeatureExtractor
 from ser_ray.storage.listing import list_files
 from ser_ray.storage.paths import filesystem_of

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, Kind
+from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.layout import (

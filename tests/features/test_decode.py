@@ -9,8 +9,8 @@ import soundfile
 from moto.moto_server.werkzeug_app import MotoRequestHandler
 from pyarrow import fs
 
-from ser_ray.features import ClipError
 from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
 from ser_ray.storage.paths import filesystem_of
 from tests.clips import voice, write_sound, write_video, write_wav
 from tests.s3_server import s3_bucket

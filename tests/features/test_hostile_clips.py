@@ -185,7 +185,7 @@ def test_memory_and_time_are_bounded(corpus: tuple[Path, dict[str, str]]) -> Non
     program = """
 import resource, sys, time
 from pathlib import Path
-from ser_ray.features import ClipError
+from ser_ray.features.errors import ClipError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor

@@ -11,8 +11,8 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser_ray.features import ClipError
 from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import FeatureExtractor
 from tests.clips import voice
 
