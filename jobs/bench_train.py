@@ -170,7 +170,7 @@ class _Learner:
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
         from ser_ray.training.model import build_network
-        from ser_ray.training.trainer import computes_bfloat16
+        from ser_ray.training.trainer import supports_bfloat16
 
         device = torch.device("cpu") if bench.device == "cpu" else torch.device("cuda", rank)
         config = bench.recipe
@@ -182,7 +182,7 @@ class _Learner:
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         mels = opened.card.features.num_mels
         response = gain_response(config.feature, mels, data.normalisation, device)
-        self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
+        self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
         self.augment = Augment(config, len(data.labels), response)
         network = build_network(len(data.labels))
         network = network.to(device, memory_format=torch.channels_last)

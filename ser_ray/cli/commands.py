@@ -119,8 +119,8 @@ def lr_range(verb: cli.LrRange) -> Outcome:
     found = result.found
     bounds = f"--lr-min {found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
     lines = [
-        f"range test   {result.label}: {len(found.rates)} steps, "
-        f"{found.rates[0]:.0e} to {found.rates[-1]:.0e}",
+        f"range test   {result.label}: {len(found.learning_rates)} steps, "
+        f"{found.learning_rates[0]:.0e} to {found.learning_rates[-1]:.0e}",
         f"MLflow run   {result.run_id}",
         f"MLflow UI    {ui_command(result.tracking_uri)}",
         f"train with   ser-ray train --shards {verb.shards} {bounds}",

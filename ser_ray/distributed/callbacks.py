@@ -12,7 +12,7 @@ from ray.train import Checkpoint, UserCallback
 
 from ser_ray.distributed.json_lines import LineFollower, append_line
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.checkpoint import rates_by_epoch
+from ser_ray.training.checkpoint import learning_rates_by_epoch
 
 EpochLine = Callable[[dict[str, float]], None]
 """Shows an epoch's row."""
@@ -50,10 +50,10 @@ class JournalReader:
 
         A checkpoint is stored before its line is written: what was killed in between left none.
         """
-        known = progress["history"], rates_by_epoch(progress), progress["times_ms"]
+        known = progress["history"], learning_rates_by_epoch(progress), progress["times_ms"]
         for row, lr, when in zip(*known, strict=True):
             if int(row["epoch"]) not in self._seen:
-                append_line(self.journal, {"timestamp_ms": when, "row": row, "lr": lr})
+                append_line(self.journal, {"timestamp_ms": when, "row": row, "learning_rates": lr})
         self.read(show=False)
 
     def read(self, *, show: bool = True) -> None:
@@ -67,7 +67,7 @@ class JournalReader:
         if epoch in self._seen:
             return  # an epoch done again after a lost worker: the same numbers
         self._seen.add(epoch)
-        when, rates = report["timestamp_ms"], report["lr"]
+        when, rates = report["timestamp_ms"], report["learning_rates"]
         self.tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
         for node, values in report.get("node", {}).items():
             named = {f"system/{node}/{name}": value for name, value in values.items()}

@@ -43,7 +43,7 @@ def choose_ingest(
         ingest = read_card(resume).ingest
     if ingest == "auto":
         too_large = resident_bytes > RESIDENT_SHARE * worker_memory(device)
-        votes = World.current().sum(torch.tensor(int(too_large), device=device))
+        votes = World.current().all_reduce_sum(torch.tensor(int(too_large), device=device))
         ingest = "stream" if int(votes) else "resident"
     return fetch if ingest == "stream" else None
 

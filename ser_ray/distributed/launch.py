@@ -46,7 +46,7 @@ from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.tracker import Tracker, now_ms, provenance, resolve_uri
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import describe, select_rows
+from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.streaming import require_streamable, resident_bytes
@@ -95,7 +95,7 @@ def train(
     require_workers_fit(config, len(parts.train), run.worker_range[1])
     if run.ingest == "stream":
         require_streamable(config)
-    split = describe(parts)
+    split = describe_split(parts)
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
     with folder.lock() as lock:
         folder.require_same(identity_of(config, shards))
@@ -300,7 +300,7 @@ def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: 
         from ser_ray.evaluation.run_page import training_page  # it imports this room's loop
 
         try:
-            history, rates = newest.progress["history"], newest.progress["rates"]
+            history, rates = newest.progress["history"], newest.progress["learning_rates"]
             page = training_page(Path(selected), shards, history, rates, audio=audio)
             _log_outcome(tracker, Path(selected), card, newest.progress, page)
         except TrackingError as error:

@@ -23,7 +23,7 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.tracker import Tracker, first_line, flatten, now_ms, provenance, resolve_uri
 from ser_ray.training.config import LrRangeConfig, TrainConfig
-from ser_ray.training.data import describe, select_rows
+from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.lr_range import LrRange, range_test
 from ser_ray.training.model import Pretrained, read_pretrained
 
@@ -53,7 +53,7 @@ def find_range(
         DivergedError: the loss never fell.
     """
     shards = open_shards(absolute(shards_location))
-    split = describe(select_rows(shards.clips(), config))
+    split = describe_split(select_rows(shards.clips(), config))
     pretrained = read_pretrained(config.weights, len(shards.card.labels))
     with cluster(address):
         require_shared(shards.uri)
@@ -80,7 +80,7 @@ def find_range(
                 name,
                 shards.card.corpus,
                 text_section(
-                    f"Range test of {len(found.rates)} steps. Proposed bounds: --lr-min "
+                    f"Range test of {len(found.learning_rates)} steps. Proposed bounds: --lr-min "
                     f"{found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
                 ),
                 figure_section("Range test", (figure, "Loss by learning rate")),
@@ -109,7 +109,7 @@ def _test(
 
 def _record(tracker: Tracker, found: LrRange, figure: Figure, page: str) -> None:
     when = now_ms()
-    for step, (rate, loss) in enumerate(zip(found.rates, found.losses, strict=True)):
+    for step, (rate, loss) in enumerate(zip(found.learning_rates, found.losses, strict=True)):
         tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
     tracker.log_metrics({"proposed_lr_min": found.lr_min, "proposed_lr_max": found.lr_max}, 0, when)
     tracker.deliver()

@@ -17,7 +17,7 @@ from ray.train.torch import get_device
 from ser_ray.distributed.ingest import choose_ingest
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.errors import SerRayError
-from ser_ray.training.trainer import EpochReport, Take, fit
+from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 
 def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
@@ -42,7 +42,7 @@ def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
                 Reporter(),
                 resume=resume,
                 device=device,
-                notice=preemption_notice(),
+                preemption_check=preemption_notice(),
                 stream=choose_ingest(
                     arguments["ingest"], arguments["resident_bytes"], device, resume
                 ),
@@ -61,7 +61,7 @@ class Reporter:
         is_first_of_node = ray.train.get_context().get_local_rank() == 0
         self._node = NodeMetrics() if is_first_of_node else None
 
-    def __call__(self, epoch: EpochReport | None, take: Take) -> None:
+    def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         """Report an epoch, or a checkpoint in mid-epoch."""
         metrics: dict[str, Any] = {"score": 0}
         if epoch is not None:
@@ -73,7 +73,7 @@ class Reporter:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         self._writer.acquire()
-        snapshot = take()
+        snapshot = make_snapshot()
         storage = context.get_storage()
         target = f"{storage.experiment_fs_path}/{snapshot.name}"
 

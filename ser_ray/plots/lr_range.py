@@ -11,8 +11,8 @@ def range_figure(found: LrRange, title: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss")
     axes.set_xscale("log")
-    axes.plot(found.rates, found.losses, color=GREY, linewidth=0.8, label="each step")
-    axes.plot(found.rates, found.smooth, color=BLUE, label="averaged")
+    axes.plot(found.learning_rates, found.losses, color=GREY, linewidth=0.8, label="each step")
+    axes.plot(found.learning_rates, found.smooth, color=BLUE, label="averaged")
     for name in ("lr_min", "lr_max"):
         bound = getattr(found, name)
         axes.axvline(bound, color=VERMILION, linestyle=":", label=f"{name} {bound:.1e}")

@@ -27,7 +27,7 @@ from ser_ray.errors import SerRayError
 from ser_ray.search.space import recipe_of
 from ser_ray.search.trial import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
 from ser_ray.storage.paths import location_inside
-from ser_ray.training.checkpoint import rates_by_epoch
+from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
@@ -177,7 +177,7 @@ class _Hand(UserCallback):
         if "row" not in metrics[0]:
             return  # a node is about to go: a checkpoint in mid-epoch
         first = metrics[0]
-        told = first["row"], first["lr"], first["confusion"]
+        told = first["row"], first["learning_rates"], first["confusion"]
         self.reports.put(trial_metrics(self.recipe, *told, self._objective))
         if not self.answers.get():
             raise StoppedTrialError
@@ -195,5 +195,5 @@ def _told_of(recipe: TrainConfig, progress: dict[str, Any]) -> list[dict[str, An
         trial_metrics(
             recipe, row, lr, progress["selected_confusion"] if index == kept else [], objective
         )
-        for index, (row, lr) in enumerate(zip(rows, rates_by_epoch(progress), strict=True))
+        for index, (row, lr) in enumerate(zip(rows, learning_rates_by_epoch(progress), strict=True))
     ]

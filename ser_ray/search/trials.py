@@ -54,7 +54,7 @@ from ser_ray.tracking.tracker import Tracker, provenance, resolve_uri
 from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot, read_progress
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import EpochReport, Take, fit
+from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 CHECKPOINT_SECONDS = 30.0
 SNAPSHOT_SECONDS = 2
@@ -304,18 +304,20 @@ class _Reporter:
         """What the search raises, by epoch."""
         self._saved = time.monotonic()
 
-    def __call__(self, epoch: EpochReport | None, take: Take) -> None:
+    def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         """Report one epoch."""
         assert epoch is not None, "nothing asks for a report in mid-epoch"
         # Where the last is kept, each is the selected one so far, and only the end is worth a file.
         worth_it = self.recipe.keep == "best" or epoch.row["epoch"] == self.recipe.epochs
         if self.keep_selected and epoch.is_selected and worth_it:
-            _write(take(), self.selected)
-        metrics = trial_metrics(self.recipe, epoch.row, epoch.lr, epoch.confusion, self.objective)
+            _write(make_snapshot(), self.selected)
+        metrics = trial_metrics(
+            self.recipe, epoch.row, epoch.learning_rates, epoch.confusion, self.objective
+        )
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             tune.report(metrics)
             return
-        _write(take(), self.latest)
+        _write(make_snapshot(), self.latest)
         if self.selected.exists():
             shutil.copytree(
                 self.selected, self.latest / SELECTED, ignore=shutil.ignore_patterns(STATE)

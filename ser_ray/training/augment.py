@@ -67,7 +67,7 @@ class Augment:
         draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
         # A longer clip is cut at random, a shorter one lies at random inside the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
-        batch, valid = clips.take(rows, starts, self.longest)
+        batch, valid = clips.crop(rows, starts, self.longest)
         if self.mix_style:
             batch = _mix_style(batch, valid, self.mix_style)
         if self.gain_db:

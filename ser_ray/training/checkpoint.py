@@ -236,11 +236,11 @@ def read_network(directory: Path, card: CheckpointCard) -> "ResNet":
     return network.eval()
 
 
-def rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
+def learning_rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
     """Learning rate of every step of each epoch that a checkpoint knows whole."""
-    rates, num_epochs = progress["rates"], len(progress["history"])
-    steps = (len(rates) - progress["step"]) // max(num_epochs, 1)
-    return [rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]
+    learning_rates, num_epochs = progress["learning_rates"], len(progress["history"])
+    steps = (len(learning_rates) - progress["step"]) // max(num_epochs, 1)
+    return [learning_rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]
 
 
 def name_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:

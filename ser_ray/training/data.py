@@ -111,7 +111,7 @@ class Clips:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
+    def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
         """Cut one crop from each of the rows.
 
         Args:
@@ -139,7 +139,7 @@ class Clips:
             order = order.to(self.labels.device)
             for index in range(step, steps_per_epoch(len(self), size)):
                 rows = order[index * size : (index + 1) * size]
-                yield Batch(self, rows, world.mine, seed_of(config.seed, number, index))
+                yield Batch(self, rows, world.rank_slice, seed_of(config.seed, number, index))
             step = 0
 
 
@@ -150,13 +150,13 @@ class Batch:
     Args:
         clips: where the clips are.
         rows: those to augment [rows].
-        mine: those of the augmented to learn from.
+        rank_slice: those of the augmented to learn from.
         seed: of the augmentation.
     """
 
     clips: Clips
     rows: Tensor
-    mine: slice
+    rank_slice: slice
     seed: int
 
 
@@ -232,7 +232,7 @@ def on_channel(clips: pa.Table, rows: np.ndarray, wanted: str) -> np.ndarray:
     return rows[np.asarray(keep, dtype=bool)]
 
 
-def describe(parts: Split) -> dict[str, Any]:
+def describe_split(parts: Split) -> dict[str, Any]:
     """What a card says of a split: its name, and who is on which side."""
     return {
         "label": parts.label,

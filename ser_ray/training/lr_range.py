@@ -14,7 +14,7 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import Training
+from ser_ray.training.trainer import Trainer
 from ser_ray.training.world import World
 
 SMOOTHING_STEPS = 8.0
@@ -32,13 +32,13 @@ class LrRange:
     """What a range test found.
 
     Args:
-        rates: learning rate of every step.
+        learning_rates: learning rate of every step.
         losses: training loss of every step, as measured.
         smooth: the same, averaged over neighbouring steps.
         lr_min, lr_max: the proposed bounds.
     """
 
-    rates: list[float]
+    learning_rates: list[float]
     losses: list[float]
     smooth: list[float]
     lr_min: float
@@ -62,22 +62,22 @@ def range_test(
         DivergedError: the loss never fell.
     """
     data = load_fold(shards, config, device)
-    run = Training(config, data, pretrained, shards.card.features.num_mels, device, World())
-    rates = np.geomspace(test.lowest, test.highest, test.steps)
+    run = Trainer(config, data, pretrained, shards.card.features.num_mels, device, World())
+    learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
     losses: list[float] = []
     run.begin_epoch()
-    for rate in rates:
+    for rate in learning_rates:
         for group in run.optimiser.param_groups:
             group["lr"] = float(rate)
-        loss, _ = run.learn(next(run.batches))
+        loss, _ = run.update_weights(next(run.batches))
         losses.append(float(loss))
         if not np.isfinite(losses[-1]) or _smooth(losses)[-1] > DIVERGED * losses[0]:
             break
     kept = int(np.isfinite(losses).sum())
-    return propose(rates[:kept], np.asarray(losses[:kept]))
+    return propose(learning_rates[:kept], np.asarray(losses[:kept]))
 
 
-def propose(rates: np.ndarray, losses: np.ndarray) -> LrRange:
+def propose(learning_rates: np.ndarray, losses: np.ndarray) -> LrRange:
     """Propose bounds from a range test's learning rates and losses [steps].
 
     Raises:
@@ -95,11 +95,11 @@ def propose(rates: np.ndarray, losses: np.ndarray) -> LrRange:
     begins = highest + int((fallen >= BEGINS).argmax())
     ends = highest + int((fallen >= ENDS).argmax())
     return LrRange(
-        rates=rates.tolist(),
+        learning_rates=learning_rates.tolist(),
         losses=losses.tolist(),
         smooth=smooth.tolist(),
-        lr_min=float(rates[begins]),
-        lr_max=float(rates[ends]),
+        lr_min=float(learning_rates[begins]),
+        lr_max=float(learning_rates[ends]),
     )
 
 

@@ -39,7 +39,7 @@ def predict_clips(
         for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size)
     ]
     for clip, start, where in batches:
-        batch, _ = clips.take(clip, start, config.crop_frames)
+        batch, _ = clips.crop(clip, start, config.crop_frames)
         logits = network(batch.contiguous(memory_format=torch.channels_last))
         sums.index_add_(0, where, logits.double().softmax(dim=1))
         counts.index_add_(0, where, torch.ones_like(sums[where, :1]))

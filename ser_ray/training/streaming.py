@@ -93,7 +93,7 @@ class Lanes:
     @property
     def share(self) -> int:
         """Clips in a step for this worker."""
-        return len(range(self.batch_size)[self.world.mine])
+        return len(range(self.batch_size)[self.world.rank_slice])
 
     def windows(self, epoch: int, step: int, length: int) -> list[Window]:
         """The steps from one on to the end of the training, `length` at a time."""
@@ -107,7 +107,7 @@ class Lanes:
     def clips(self, window: Window) -> np.ndarray:
         """This worker's clips in a window [steps * share]."""
         order = stream_order(self.config.seed, window.epoch, self.parts, self.batch_size)
-        return order[window.first : window.last, self.world.mine].ravel()
+        return order[window.first : window.last, self.world.rank_slice].ravel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +249,11 @@ def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:
 def _measure(reader: Reader, device: torch.device, world: World, fetch: Fetch) -> Normalisation:
     """Normalisation of the training clips; each worker reads its share of them."""
     clips, length = np.argsort(reader.rows), reader.clips_at_once
-    chunks = [clips[first : first + length] for first in range(0, len(clips), length)][world.mine]
+    chunks = [clips[first : first + length] for first in range(0, len(clips), length)][
+        world.rank_slice
+    ]
     sums = np.zeros((2, reader.shards.card.features.num_bins(reader.kind)))
     for piece in fetch(reader.measure, chunks) if chunks else ():
         sums += piece.sum(axis=0)
-    total = world.sum(torch.from_numpy(sums).to(device)).cpu().numpy()
+    total = world.all_reduce_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
     return Normalisation.from_sums(total, int(reader.num_frames.sum()))

@@ -38,7 +38,7 @@ from ser_ray.training.data import (
     Batch,
     FoldData,
     Source,
-    describe,
+    describe_split,
     load_fold,
     seed_of,
     steps_per_epoch,
@@ -51,30 +51,33 @@ from ser_ray.training.world import World
 
 NETWORK, OPTIMISER = "network.", "optimiser."
 """How the names of a checkpoint's tensors begin: the network's own weights, and its moments."""
-NOTICE_STEPS = 32
-"""Steps between two looks whether this machine is about to go: a look waits for all workers."""
+PREEMPTION_CHECK_STEPS = 32
+"""Steps between two preemption checks: each one waits for all workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpochReport:
     """What is known after an epoch, equal on every worker.
 
-    `row` holds plain numbers by the names they are logged under; `lr` the epoch's learning rates,
-    one a step; `confusion` the validation counts; `timestamp_ms` when it ended. `is_selected`: of
-    the epochs so far, this one's weights are those to keep (`TrainConfig.keep`).
+    Args:
+        timestamp_ms: when the epoch ended, in milliseconds since 1970.
+        row: plain numbers, by the names they are logged under.
+        learning_rates: learning rate of every step of the epoch.
+        confusion: counts of the validation clips [labels, labels], row = true label.
+        is_selected: of the epochs so far, this one's weights are kept (`TrainConfig.keep`).
     """
 
     timestamp_ms: int
     row: dict[str, float]
-    lr: list[float]
+    learning_rates: list[float]
     confusion: list[list[int]]
     is_selected: bool
 
 
-Take = Callable[[], Snapshot]
-"""Copies the training as it is now, for a checkpoint; to be called before the report returns."""
-Report = Callable[[EpochReport | None, Take], None]
-"""Called on every worker after every epoch, and without a report where `notice` asked for it."""
+MakeSnapshot = Callable[[], Snapshot]
+"""Copies the current state of the training, for a checkpoint. Call it before the report returns."""
+Report = Callable[[EpochReport | None, MakeSnapshot], None]
+"""Called on every worker after every epoch, and with None after a positive `preemption_check`."""
 
 
 def fit(
@@ -85,7 +88,7 @@ def fit(
     *,
     resume: Path | None = None,
     device: torch.device | None = None,
-    notice: Callable[[], bool] | None = None,
+    preemption_check: Callable[[], bool] | None = None,
     stream: Fetch | None = None,
 ) -> None:
     """Train one fold, from its beginning or from a checkpoint.
@@ -97,7 +100,8 @@ def fit(
         report: called after every epoch with the scores and the means to keep a checkpoint.
         resume: checkpoint directory of the same training to go on from.
         device: where to train; the CPU by default.
-        notice: whether to report at once, in mid-epoch; asked on all workers every NOTICE_STEPS.
+        preemption_check: called on every worker each PREEMPTION_CHECK_STEPS steps; where it returns
+            True, on all workers alike, a checkpoint is reported in mid-epoch.
         stream: how to read training clips that are not to be resident (`map` reads them here).
 
     Raises:
@@ -115,24 +119,28 @@ def fit(
         data = stream_fold(shards, config, device, world, stream, known)
     require_workers_fit(config, len(data.train), world.size)
     card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
-    run = Training(config, data, pretrained, shards.card.features.num_mels, device, world)
+    run = Trainer(config, data, pretrained, shards.card.features.num_mels, device, world)
     if resume is not None and before is not None:
         card.require_same(before, str(resume))
         run.restore(Snapshot.read(resume))
 
-    def take() -> Snapshot:
+    def make_snapshot() -> Snapshot:
         return run.snapshot(card)
 
     while not run.finished:
         for _ in run.begin_epoch():
-            run.take_step()
-            if notice is not None and run.steps_taken % NOTICE_STEPS == 0 and notice():
-                run.gather()
-                report(None, take)
-        report(run.close_epoch(), take)
+            run.train_step()
+            if (
+                preemption_check is not None
+                and run.steps_taken % PREEMPTION_CHECK_STEPS == 0
+                and preemption_check()
+            ):
+                run.reduce_counts()
+                report(None, make_snapshot)
+        report(run.close_epoch(), make_snapshot)
 
 
-class Training:
+class Trainer:
     """The state of a training between two steps, and the two halves of an epoch."""
 
     def __init__(
@@ -161,10 +169,10 @@ class Training:
         self.schedule = one_cycle(self.optimiser, config, self.total_steps)
         response = gain_response(config.feature, num_mels, data.normalisation, device)
         self.augment = Augment(config, len(data.labels), response)
-        self.autocast = computes_bfloat16(device, len(response), config.crop_frames)
+        self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
-        self.hits = torch.zeros((), device=device)
-        self.rates: list[float] = []
+        self.num_correct = torch.zeros((), device=device)
+        self.learning_rates: list[float] = []
         """Learning rate of every step so far."""
         self.epoch, self.step = 0, 0
         """Epochs done, and steps of the next."""
@@ -194,35 +202,35 @@ class Training:
         self.network.train()
         return range(self.step, self.steps_per_epoch)
 
-    def take_step(self) -> None:
+    def train_step(self) -> None:
         """Learn from the next batch."""
-        self.rates.append(float(self.schedule.get_last_lr()[0]))
-        self.losses[self.step], hits = self.learn(next(self.batches))
-        self.hits += hits
+        self.learning_rates.append(float(self.schedule.get_last_lr()[0]))
+        self.losses[self.step], num_correct = self.update_weights(next(self.batches))
+        self.num_correct += num_correct
         self.step += 1
         if self.steps_taken < self.total_steps:
             self.schedule.step()
 
-    def learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Learn from a batch; returns this worker's share of its mean loss, and its hits."""
+    def update_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Learn from a batch; returns this worker's share of its mean loss and correct clips."""
         torch.manual_seed(batch.seed)
         features, targets = self.augment(batch.clips, batch.rows)
-        features = features[batch.mine].contiguous(memory_format=torch.channels_last)
-        targets = targets[batch.mine]
-        share, hits = self._differentiate(features, targets)
+        features = features[batch.rank_slice].contiguous(memory_format=torch.channels_last)
+        targets = targets[batch.rank_slice]
+        share, num_correct = self._forward_backward(features, targets)
         if self.config.sam_rho:
-            with climbed(self.network, self.config.sam_rho):
-                self._differentiate(features, targets)
+            with sam_perturbation(self.network, self.config.sam_rho):
+                self._forward_backward(features, targets)
         self.optimiser.step()
         if self.average is not None:
             self._update_average(self.average)
-        return share, hits
+        return share, num_correct
 
     def validate(self) -> Scores:
         """Score the validation clips, each once, over all workers."""
         self._share_batch_norm()
         clips = self.data.validation
-        mine = np.arange(len(clips))[self.world.mine]
+        mine = np.arange(len(clips))[self.world.rank_slice]
         num_labels = len(self.data.labels)
         probabilities = predict_clips(self._evaluated(), clips, mine, self.config, num_labels)
         truth = clips.labels[torch.from_numpy(mine).to(self.device)].cpu().numpy()
@@ -231,7 +239,7 @@ class Training:
         ).to(self.device)
         likelihood = probabilities[np.arange(len(truth)), truth]
         loss = torch.tensor(-np.log(np.maximum(likelihood, 1e-12)).sum(), device=self.device)
-        self.world.sum(counts), self.world.sum(loss)
+        self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
     def close_epoch(self) -> EpochReport:
@@ -240,7 +248,7 @@ class Training:
         Raises:
             DivergedError: the loss of one of its steps, or a weight after them, is not finite.
         """
-        self.gather(everywhere=True)
+        self.reduce_counts(everywhere=True)
         self._require_finite()
         trained = time.perf_counter()
         scores = self.validate()
@@ -249,9 +257,9 @@ class Training:
         row = {
             "epoch": float(self.epoch + 1),
             "train_loss": float(self.losses.mean()),
-            "train_wa": float(self.hits) / (self.steps_per_epoch * self.batch_size),
+            "train_wa": float(self.num_correct) / (self.steps_per_epoch * self.batch_size),
             **{f"val_{name}": value for name, value in scores.to_dict().items()},
-            "lr": self.rates[-1],
+            "lr": self.learning_rates[-1],
             "workers": float(self.world.size),
             "bfloat16": float(self.autocast),
             "epoch_seconds": ended - self.began,
@@ -263,22 +271,22 @@ class Training:
         if is_selected:
             self.selected, self.selected_confusion = row, confusion
         self.times_ms.append(time.time_ns() // 1_000_000)
-        rates = self.rates[-self.steps_per_epoch :]
-        report = EpochReport(self.times_ms[-1], row, rates, confusion, is_selected)
+        learning_rates = self.learning_rates[-self.steps_per_epoch :]
+        report = EpochReport(self.times_ms[-1], row, learning_rates, confusion, is_selected)
         self.epoch, self.step = self.epoch + 1, 0
-        self.losses.zero_(), self.hits.zero_()
+        self.losses.zero_(), self.num_correct.zero_()
         return report
 
-    def gather(self, *, everywhere: bool = False) -> None:
-        """Sum the epoch's losses and hits so far over the workers, on the first one or on all."""
-        self.world.sum(self.losses), self.world.sum(self.hits)
+    def reduce_counts(self, *, everywhere: bool = False) -> None:
+        """Sum the epoch's losses and correct clips over the workers, on the first one or on all."""
+        self.world.all_reduce_sum(self.losses), self.world.all_reduce_sum(self.num_correct)
         if self.world.rank > 0 and not everywhere:
-            self.losses.zero_(), self.hits.zero_()
+            self.losses.zero_(), self.num_correct.zero_()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy what a checkpoint holds; the order of clips follows from seed and epoch."""
         optimiser = self.optimiser.state_dict()
-        state = {"losses": self.losses, "hits": self.hits} | {
+        state = {"losses": self.losses, "num_correct": self.num_correct} | {
             f"{OPTIMISER}{index}.{name}": value
             for index, values in optimiser["state"].items()
             for name, value in values.items()
@@ -291,7 +299,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "rates": self.rates,
+            "learning_rates": self.learning_rates,
             "selected": self.selected,
             "selected_confusion": self.selected_confusion,
             "history": self.history,
@@ -319,14 +327,14 @@ class Training:
             self._restore_optimiser(_under(OPTIMISER, state), progress["param_groups"])
             self.schedule.load_state_dict(progress["schedule"])
             if self.world.rank == 0:
-                self.losses.copy_(state["losses"]), self.hits.copy_(state["hits"])
+                self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
                 "--name to start afresh"
             ) from error
         self.epoch, self.step = progress["epoch"], progress["step"]
-        self.rates, self.history = progress["rates"], progress["history"]
+        self.learning_rates, self.history = progress["learning_rates"], progress["history"]
         self.times_ms = progress["times_ms"]
         self.selected, self.selected_confusion = (
             progress["selected"],
@@ -345,8 +353,8 @@ class Training:
             moments[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _differentiate(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the weights the batch's gradient; returns what `learn` does."""
+    def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the weights the batch's gradient; returns what `update_weights` does."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.parallel(features)
             total = F.cross_entropy(
@@ -356,14 +364,14 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         # DDP averages over workers; the batch's gradient is the sum of their shares.
         (share * self.world.size).backward()
-        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
-        return share.detach(), hits
+        num_correct = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
+        return share.detach(), num_correct
 
     def _require_finite(self) -> None:
         bad = torch.nonzero(~torch.isfinite(self.losses))
         if len(bad):
             step = int(bad[0])
-            rate = self.rates[self.epoch * self.steps_per_epoch + step]
+            rate = self.learning_rates[self.epoch * self.steps_per_epoch + step]
             raise DivergedError(
                 f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
                 f"{rate:.2g}): lower --lr-max, or look for broken clips in the shards"
@@ -413,13 +421,13 @@ def make_card(
         normalisation=data.normalisation,
         corpus=shards.card.corpus,
         shards_fingerprint=shards.card.fingerprint,
-        split=describe(data.split),
+        split=describe_split(data.split),
         initial_weights=pretrained.origin,
         ingest=ingest,
     )
 
 
-def computes_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
+def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
     """Whether to learn from such pictures in bfloat16: where it is no imitation, which is slow.
 
     That is on GPUs, and on x86 CPUs with AVX512_BF16 or AMX; but these take float32 for pictures of
@@ -463,7 +471,7 @@ def _data_parallel(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def climbed(network: nn.Module, radius: float) -> Iterator[None]:
+def sam_perturbation(network: nn.Module, radius: float) -> Iterator[None]:
     """Move the weights up their gradient, together by `radius`; afterwards they are as before.
 
     Batch norm keeps the statistics of the weights as they were.

@@ -21,11 +21,11 @@ class World:
         return cls()
 
     @property
-    def mine(self) -> slice:
+    def rank_slice(self) -> slice:
         """This worker's share of a list that all have: every size-th entry."""
         return slice(self.rank, None, self.size)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all workers, in place."""
         if self.size > 1:
             dist.all_reduce(values)

@@ -86,7 +86,12 @@ class Logged:
 
 
 def test_every_nodes_metrics_reach_the_tracker(tmp_path: Path) -> None:
-    epoch = {"timestamp_ms": 1, "row": {"epoch": 3.0, "val_ua": 0.5}, "lr": [0.1], "score": 0}
+    epoch = {
+        "timestamp_ms": 1,
+        "row": {"epoch": 3.0, "val_ua": 0.5},
+        "learning_rates": [0.1],
+        "score": 0,
+    }
     reports: list[dict[str, Any]] = [
         epoch | {"node": {"10.0.0.1": {"cpu_utilization_percentage": 90.0}}},
         epoch,  # the first node's second worker

@@ -22,7 +22,7 @@ from ser_ray.evaluation.run_page import record_evaluation, report_of, training_p
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import Normalisation, describe, select_rows
+from ser_ray.training.data import Normalisation, describe_split, select_rows
 from tests.conftest import MemoryShards, make_memory_shards
 from tests.models import make_checkpoint
 
@@ -55,7 +55,7 @@ def checkpoint_for(
         config=config,
         features=shards.card.features,
         normalisation=Normalisation(np.full(16, 3.0), np.full(16, 5.0)),
-        split=describe(select_rows(shards.table, config)),
+        split=describe_split(select_rows(shards.table, config)),
     )
     return folder
 
@@ -176,9 +176,9 @@ def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
     reported: list[float] = []
     kept: list[list[float]] = []
 
-    def report(epoch, take):
-        reported.extend(epoch.lr)
-        kept.append(take().progress["rates"])
+    def report(epoch, make_snapshot):
+        reported.extend(epoch.learning_rates)
+        kept.append(make_snapshot().progress["learning_rates"])
 
     fit(config, shards, Pretrained("fresh", {}), report)
     assert kept[1] == reported

@@ -43,7 +43,7 @@ from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import select_rows
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import EpochReport, Take, fit
+from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import make_memory_shards
 from tests.s3_server import s3_bucket
 from tests.shard_files import write_shard_files
@@ -242,10 +242,10 @@ def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
     selected = folder / "alone"
     selected.mkdir()
 
-    def keep_selected(epoch: EpochReport | None, take: Take) -> None:
+    def keep_selected(epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         assert epoch is not None
         if epoch.is_selected:
-            take().write(selected)
+            make_snapshot().write(selected)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

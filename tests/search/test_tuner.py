@@ -457,8 +457,11 @@ def test_a_group_that_goes_on_tells_again_what_its_checkpoint_knows(keep):
         for epoch, val_ua in ((1.0, 0.4), (2.0, 0.3))
     ]
     progress = {
-        "history": rows, "rates": [0.1, 0.2, 0.3, 0.4, 0.5], "step": 1, "selected_confusion": [[1]],
-    }  # fmt: skip
+        "history": rows,
+        "learning_rates": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "step": 1,
+        "selected_confusion": [[1]],
+    }
     trial: Any = GroupTrial.__new__(GroupTrial)
     trial.recipe, trial.told, trial.is_asked = replace(RECIPE, epochs=2, keep=keep), {}, False
     trial.past = deque(_told_of(trial.recipe, progress))

@@ -37,7 +37,7 @@ def metrics(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def line(epoch: int) -> str:
-    report = {"row": {"epoch": epoch, "val_ua": epoch / 10}, "lr": [epoch, epoch + 0.5]}
+    report = {"row": {"epoch": epoch, "val_ua": epoch / 10}, "learning_rates": [epoch, epoch + 0.5]}
     return f"\n{json.dumps(report | {'timestamp_ms': 1000 * epoch})}\n"
 
 
@@ -127,7 +127,7 @@ def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Pat
     rows = [json.loads(line(epoch))["row"] for epoch in (1, 2, 3)]
     rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
     JournalReader(journal, tracker, lambda _: pytest.fail("it is no news")).recover(
-        {"rates": rates, "step": 1, "history": rows, "times_ms": [1000, 2000, 3000]}
+        {"learning_rates": rates, "step": 1, "history": rows, "times_ms": [1000, 2000, 3000]}
     )
     for _ in range(2):  # delivered again, they are what they were
         JournalReader(journal, tracker, lambda _: None)
@@ -149,11 +149,15 @@ def test_the_journal_has_a_line_an_epoch_and_survives_a_line_cut_short(tmp_path:
     tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
     reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
     writer = JournalWriter(journal)
-    writer.after_report(None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "lr": []}, {}], None)
+    writer.after_report(
+        None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "learning_rates": []}, {}], None
+    )
     writer.after_report(None, [{"score": 0}], None)  # a checkpoint in mid-epoch
     with journal.open("a") as file:
         file.write('{"row": {"ep')
-    writer.after_report(None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "lr": []}], None)
+    writer.after_report(
+        None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "learning_rates": []}], None
+    )
     reader.read()
     reader.read()
     assert shown == [1.0, 2.0]

@@ -61,7 +61,7 @@ def test_window_batches_name_every_window_once():
 
 
 def test_take_cuts_inside_and_pads_outside():
-    crops, valid = ramp_clips().take(torch.tensor([0, 1]), torch.tensor([-1, 6]), 4)
+    crops, valid = ramp_clips().crop(torch.tensor([0, 1]), torch.tensor([-1, 6]), 4)
     assert crops.shape == (2, 1, 3, 4)
     assert crops[0, 0, 0].tolist() == [0, 1, 2, 3]
     assert crops[1, 0, 2].tolist() == [7, 8, 9, 0]
@@ -158,7 +158,7 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
     lengths = np.array([40, 30])
     clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), identity, CPU)
     rows = torch.tensor([0, 1])
-    before = clips.take(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
+    before = clips.crop(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
     augment = Augment(plain(40, mix_style=1.0), 2, torch.ones(3))
     for _ in range(20):
         after, targets = augment(clips, rows)

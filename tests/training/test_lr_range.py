@@ -42,10 +42,10 @@ def test_it_ends_where_the_loss_goes_off_and_its_bounds_are_a_recipe(memory_shar
     )
     test = LrRangeConfig(lowest=1e-6, highest=100.0, steps=60)
     found = range_test(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))
-    assert len(found.rates) < 60
-    assert found.rates[0] == pytest.approx(1e-6)
+    assert len(found.learning_rates) < 60
+    assert found.learning_rates[0] == pytest.approx(1e-6)
     assert TrainConfig(lr_min=found.lr_min, lr_max=found.lr_max)
-    assert 1e-6 < found.lr_min < found.lr_max < found.rates[-1]
+    assert 1e-6 < found.lr_min < found.lr_max < found.learning_rates[-1]
     assert range_figure(found, "title").axes[0].get_xscale() == "log"
 
 

@@ -113,7 +113,9 @@ def test_a_streamed_training_takes_the_same_steps_and_learns(memory_shards, smal
     config = replace(CONFIG, epochs=8, batch_size=8, augment=PLAIN, label_smoothing=0)
     streamed = trained(memory_shards, tmp_path / "streamed", config, stream=map).reports
     resident = trained(memory_shards, tmp_path / "resident", config).reports
-    assert [report.lr for report in streamed] == [report.lr for report in resident]
+    assert [report.learning_rates for report in streamed] == [
+        report.learning_rates for report in resident
+    ]
     assert streamed[-1].row["train_loss"] < 0.8 * streamed[0].row["train_loss"]
     assert max(report.row["val_ua"] for report in streamed) > 0.6  # chance is 0.25
 
@@ -121,9 +123,9 @@ def test_a_streamed_training_takes_the_same_steps_and_learns(memory_shards, smal
 def test_a_stream_resumed_in_mid_epoch_is_bit_for_bit_uninterrupted(
     memory_shards, small, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "NOTICE_STEPS", 3)
+    monkeypatch.setattr(loop, "PREEMPTION_CHECK_STEPS", 3)
     asked = iter([False, True])
-    how = {"stream": map, "notice": lambda: next(asked, False)}
+    how = {"stream": map, "preemption_check": lambda: next(asked, False)}
     trained(memory_shards, tmp_path / "1", CONFIG, **how)
     trained(memory_shards, tmp_path / "2", CONFIG, resume=tmp_path / "1" / "notice", stream=map)
     expected, actual = (

@@ -21,7 +21,7 @@ from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.model import Pretrained, build_network
 from ser_ray.training.scoring import predict_clips
-from ser_ray.training.trainer import EpochReport, Take, fit
+from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import PLAIN, make_memory_shards
 
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ class Recorder:
         self.reports: list[EpochReport] = []
         self.names: list[str] = []
 
-    def __call__(self, epoch: EpochReport | None, take: Take) -> None:
-        snapshot = take()
+    def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
+        snapshot = make_snapshot()
         if epoch is not None:
             self.reports.append(epoch)
         self.names.append(snapshot.name)
@@ -83,7 +83,11 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_path):
-    rates = [rate for report in trained(memory_shards, tmp_path).reports for rate in report.lr]
+    rates = [
+        rate
+        for report in trained(memory_shards, tmp_path).reports
+        for rate in report.learning_rates
+    ]
     assert rates[0] == pytest.approx(CONFIG.lr_min)
     assert max(rates) == pytest.approx(CONFIG.lr_max, rel=0.05)
     assert rates[-1] == pytest.approx(CONFIG.lr_min / CONFIG.final_div_factor)
@@ -108,17 +112,17 @@ def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
     assert max(rates[1:], default=config.lr_max) == pytest.approx(config.lr_max, rel=0.01)
 
 
-def new_training(shards, config: TrainConfig) -> loop.Training:
-    return loop.Training(config, load_fold(shards, config, CPU), FRESH, 16, CPU, loop.World())
+def new_training(shards, config: TrainConfig) -> loop.Trainer:
+    return loop.Trainer(config, load_fold(shards, config, CPU), FRESH, 16, CPU, loop.World())
 
 
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
     run = new_training(memory_shards, replace(CONFIG, pct_start=0.5))
     betas = [run.optimiser.param_groups[0]["betas"][0]]
     for _ in run.begin_epoch():
-        run.take_step()
+        run.train_step()
         betas.append(run.optimiser.param_groups[0]["betas"][0])
-    assert run.rates == sorted(run.rates)
+    assert run.learning_rates == sorted(run.learning_rates)
     assert betas == sorted(betas, reverse=True)
     assert betas[0] - betas[-1] > 0.03
 
@@ -143,17 +147,17 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
     config = replace(CONFIG, label_smoothing=smoothing)
     data = load_fold(memory_shards, config, CPU)
     data.train.labels.zero_()
-    run = loop.Training(config, data, FRESH, 16, CPU, loop.World())
+    run = loop.Trainer(config, data, FRESH, 16, CPU, loop.World())
     with torch.no_grad():  # it is sure that every clip has label 0, and right
         run.network.fc.weight.zero_()
         run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
     run.begin_epoch()
-    run.take_step()
+    run.train_step()
     assert float(run.losses[0]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
-    monkeypatch.setattr(loop, "computes_bfloat16", lambda *_: False)
+    monkeypatch.setattr(loop, "supports_bfloat16", lambda *_: False)
     radius = 0.5
     config = replace(CONFIG, augment=PLAIN, sam_rho=radius)
     run = new_training(memory_shards, config)
@@ -175,7 +179,7 @@ def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
     differentiate(climber)
 
     before = copy.deepcopy(run.network)
-    run.learn(batch)
+    run.update_weights(batch)
     for found, expected, flat, first in zip(
         *(net.parameters() for net in (run.network, climber, network, before)), strict=True
     ):
@@ -197,12 +201,12 @@ def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "sam_rho": 0.1}])
 def test_no_step_waits_for_the_gpu(memory_shards, extra):
     config, gpu = replace(CONFIG, **extra), torch.device("cuda")
-    run = loop.Training(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
+    run = loop.Trainer(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
     run.begin_epoch()
-    run.take_step()
+    run.train_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.take_step()
+        run.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -212,7 +216,7 @@ def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
     config = replace(CONFIG, **extra)
     whole = trained(memory_shards, tmp_path / "whole", config)
     rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
-    assert [r.lr for r in rest.reports] == [r.lr for r in whole.reports[1:]]
+    assert [r.learning_rates for r in rest.reports] == [r.learning_rates for r in whole.reports[1:]]
     expected = load_file(tmp_path / "whole" / "3" / MODEL)
     actual = load_file(tmp_path / "rest" / "2" / MODEL)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
@@ -220,16 +224,16 @@ def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
 
 def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_path, monkeypatch):
     averages: list[AveragedModel] = []
-    update = loop.Training._update_average
+    update = loop.Trainer._update_average
 
-    def spy(self: loop.Training, average: nn.Module) -> None:
+    def spy(self: loop.Trainer, average: nn.Module) -> None:
         if not averages:
             rule = get_ema_multi_avg_fn(self.config.ema_decay)
             averages.append(AveragedModel(self.network, multi_avg_fn=rule, use_buffers=True))
         averages[0].update_parameters(self.network)
         update(self, average)
 
-    monkeypatch.setattr(loop.Training, "_update_average", spy)
+    monkeypatch.setattr(loop.Trainer, "_update_average", spy)
     trained(memory_shards, tmp_path, replace(CONFIG, ema_decay=0.9))
     found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
     floats = [key for key, value in expected.items() if value.is_floating_point()]
@@ -240,17 +244,19 @@ def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_pat
 def test_resumed_from_a_notice_is_bit_for_bit_uninterrupted(
     memory_shards, tmp_path, monkeypatch, step
 ):
-    monkeypatch.setattr(loop, "NOTICE_STEPS", step)
+    monkeypatch.setattr(loop, "PREEMPTION_CHECK_STEPS", step)
     config = replace(CONFIG, batch_size=6)
     assert (
         len(load_fold(memory_shards, config, torch.device("cpu")).train) // config.batch_size == 4
     )
     asked = iter([False, True])
-    whole = trained(memory_shards, tmp_path / "1", config, notice=lambda: next(asked, False))
+    whole = trained(
+        memory_shards, tmp_path / "1", config, preemption_check=lambda: next(asked, False)
+    )
     assert whole.names[1] == f"checkpoint-0001-{2 * step - 4:06d}"
     rest = trained(memory_shards, tmp_path / "2", config, resume=tmp_path / "1" / "notice")
     for resumed, uninterrupted in zip(rest.reports, whole.reports[1:], strict=True):
-        assert resumed.lr == uninterrupted.lr
+        assert resumed.learning_rates == uninterrupted.learning_rates
         assert resumed.row["train_loss"] == uninterrupted.row["train_loss"]
         assert resumed.row["train_wa"] == uninterrupted.row["train_wa"]
     expected = load_file(tmp_path / "1" / "3" / MODEL)
@@ -260,7 +266,7 @@ def test_resumed_from_a_notice_is_bit_for_bit_uninterrupted(
 
 def test_a_snapshot_holds_still_while_training_goes_on(memory_shards, tmp_path):
     snapshots = []
-    fit(CONFIG, memory_shards, FRESH, lambda _, take: snapshots.append(take()))
+    fit(CONFIG, memory_shards, FRESH, lambda _, make_snapshot: snapshots.append(make_snapshot()))
     again = trained(memory_shards, tmp_path)
     for index, snapshot in enumerate(snapshots):
         expected = load_file(again.folder / str(index + 1) / MODEL)
@@ -336,12 +342,12 @@ def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
     able, bins, frames, bfloat16, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert loop.computes_bfloat16(CPU, bins, frames) is bfloat16
+    assert loop.supports_bfloat16(CPU, bins, frames) is bfloat16
 
 
 @pytest.mark.parametrize(("bins", "frames"), [(33, 33), (40, 128)])
 def test_bfloat16_leaves_finite_gradients_that_another_run_has_too(bins, frames):
-    if not loop.computes_bfloat16(CPU, bins, frames):
+    if not loop.supports_bfloat16(CPU, bins, frames):
         pytest.skip("needs a CPU that multiplies bfloat16")
     gradients = []
     for _ in range(2):
@@ -363,12 +369,12 @@ def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch)
         asked.append((num_bins, num_frames))
         return False
 
-    monkeypatch.setattr(loop, "computes_bfloat16", ask)
+    monkeypatch.setattr(loop, "supports_bfloat16", ask)
     monkeypatch.setattr(loop, "build_network", NoBatchNorm)
     shards = make_memory_shards()
     config = replace(CONFIG, feature="mfcc")
     data = load_fold(shards, config, CPU)  # type: ignore[arg-type]
-    loop.Training(config, data, FRESH, 40, CPU, loop.World.current())
+    loop.Trainer(config, data, FRESH, 40, CPU, loop.World.current())
     assert asked == [(data.train.features.shape[2], CONFIG.crop_frames)]
     assert asked[0][0] != 40
 
@@ -409,33 +415,33 @@ class NoBatchNorm(nn.Module):
 def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
-    loop.computes_bfloat16 = lambda *_: False  # its rounding would hide what is to be seen
+    loop.supports_bfloat16 = lambda *_: False  # its rounding would hide what is to be seen
     if network == "no batch norm":
         loop.build_network = NoBatchNorm
     if size > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
         )
-    step = loop.Training.learn
+    step = loop.Trainer.update_weights
 
-    def spy(self: loop.Training, batch: Batch) -> object:
+    def spy(self: loop.Trainer, batch: Batch) -> object:
         batches.append(batch.rows.tolist())
         return step(self, batch)
 
-    loop.Training.learn = spy  # type: ignore[assignment,method-assign]
+    loop.Trainer.update_weights = spy  # type: ignore[assignment,method-assign]
     reports: list[EpochReport] = []
     validated: list[str] = []
     """What each epoch's checkpoint holds, bit for bit: all ranks must have validated the same."""
 
-    def keep(epoch: EpochReport | None, take: Take) -> None:
+    def keep(epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         assert epoch is not None
         reports.append(epoch)
-        validated.append(hashlib.sha256(save(take().weights)).hexdigest())
+        validated.append(hashlib.sha256(save(make_snapshot().weights)).hexdigest())
 
     fit(config, make_memory_shards(), FRESH, keep)  # type: ignore[arg-type]
     result = {
         "batches": batches,
-        "lr": [rate for report in reports for rate in report.lr],
+        "lr": [rate for report in reports for rate in report.learning_rates],
         "loss": [report.row["train_loss"] for report in reports],
         "val_loss": [report.row["val_loss"] for report in reports],
         "confusion": [report.confusion for report in reports],
@@ -461,7 +467,7 @@ def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
     monkeypatch.setattr(loop, "build_network", NoBatchNorm)
     losses = []
     for able in (False, True):
-        monkeypatch.setattr(loop, "computes_bfloat16", lambda *_, able=able: able)
+        monkeypatch.setattr(loop, "supports_bfloat16", lambda *_, able=able: able)
         recorder = trained(memory_shards, tmp_path / str(able))
         losses.append([report.row["train_loss"] for report in recorder.reports])
     assert losses[0] != losses[1]
