@@ -29,7 +29,7 @@ import torch
 import tyro
 from ray.tune.schedulers import TrialScheduler
 
-from ser_ray.cli.verbs import SYNTHETIC_RECIPE
+from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.distributed.config import RunConfig
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.trial import OBJECTIVE, Slots

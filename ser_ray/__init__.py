@@ -1,18 +1,78 @@
 """Speech emotion recognition at scale: the way of a clip, in order.
 
-corpus      a folder, bucket or table of recordings -> a manifest, one row a file; who is trained on
-            and who is tested
-features    a recording -> sound without its silent ends at 16 kHz -> spectrogram, mel, MFCC
-shards      the manifest -> Parquet shards of features and the outcome of every file, by Ray Data;
-            and reading them back
-training    shards -> tensors that stay in memory -> ResNet18 with a OneCycle learning rate, in
-            plain torch -> checkpoint; Ray Train around it
-inference   a checkpoint -> scores on its test part, the emotion in any audio files, a model that
-            MLflow serves, or one ONNX file
+storage      paths and URIs, files written completely or not at all, one writer for a folder
+cluster      joining a Ray cluster, or starting one on this machine
+corpus       a folder, bucket or table of recordings -> a manifest with one row for each file, and
+             the speakers of each fold
+features     a recording -> 16 kHz sound without silent ends -> spectrogram, mel, MFCC
+shards       the manifest -> Parquet shards of features and the outcome of every file, by Ray Data
+training     shards -> tensors that stay in memory -> ResNet18 -> checkpoint, in plain torch
+plots        numbers -> figures
+inference    a checkpoint -> the emotion in any audio files, ONNX, a model for MLflow, a demo page
+tracking     MLflow: runs, registered models, the server of a cluster
+evaluation   a checkpoint's answers -> scores, statistics, a model card, pages
+distributed  Ray Train around the training: workers, storage, failures, the run's record
+search       Ray Tune around the training: searches and cross-validations
+api          these steps as Python functions, which `ser_ray` itself offers by name
+cli          these steps as verbs of the command line
 
-Around them: `cli` and `commands` are the command line, `cluster` joins Ray, `storage` opens paths
-and URIs, `tracking` records runs in MLflow and `registry` finds models, `report` draws,
-`page` writes a run's page and `run_page` gathers what it shows. Imports go down this list, not up.
+A folder imports only from itself and from those above it. `import ser_ray` loads none of them.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ser_ray.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ser_ray.api import (
+        CrossvalConfig,
+        LrRangeConfig,
+        PrepareConfig,
+        RunConfig,
+        SlotConfig,
+        TrainConfig,
+        TuneConfig,
+        compare,
+        crossval,
+        evaluate,
+        load_model,
+        lr_range,
+        open_shards,
+        prepare,
+        prepare_for,
+        recipe_like,
+        refit,
+        train,
+        tune,
+    )
+
+__all__ = [
+    "CrossvalConfig",
+    "LrRangeConfig",
+    "PrepareConfig",
+    "RunConfig",
+    "SlotConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "compare",
+    "crossval",
+    "evaluate",
+    "load_model",
+    "lr_range",
+    "open_shards",
+    "prepare",
+    "prepare_for",
+    "recipe_like",
+    "refit",
+    "train",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `ser_ray.api` when one of its names is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ser_ray' has no attribute {name!r}")
+    from ser_ray import api
+
+    return getattr(api, name)

@@ -1,43 +1,68 @@
-"""`ser-ray <verb>`: parse, run one verb, and turn errors into one line and an exit status."""
+"""`ser-ray <verb>`: parse the command line, run one verb, turn errors into a line and a status.
+
+Every verb is a dataclass made of the configuration dataclasses that `ser_ray.api` takes: a flag is
+a field, and its help is the field's description. Nothing heavy is imported before a verb runs.
+`jobs/*.py` are these verbs for `ray job submit`.
+"""
 
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tyro
 
-from ser_ray.cli.verbs import TYRO, VERBS
+from ser_ray.cli.data import Download, Prepare
+from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
+from ser_ray.cli.pipeline import Pipeline
+from ser_ray.cli.train import Crossval, LrRange, Train, Tune
+from ser_ray.cli.verb import PARSING, Verb
 from ser_ray.errors import SerRayError
+
+VERBS: dict[str, Callable[..., Verb]] = {
+    "pipeline": Pipeline,
+    "download": Download,
+    "prepare": Prepare,
+    "train": Train,
+    "lr-range": LrRange,
+    "tune": Tune,
+    "crossval": Crossval,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "demo-ui": DemoUi,
+    "export": Export,
+    "register": Register,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run one verb; returns the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        verb = tyro.extras.subcommand_cli_from_dict(
+        verb: Verb = tyro.extras.subcommand_cli_from_dict(
             VERBS,
             args=given,
             prog="ser-ray",
             description="Speech emotion recognition at scale, on Ray and MLflow.",
-            config=TYRO,
+            config=PARSING,
         )
         verb = verb.resolved(given[1:])
         if verb.dry_run:
             print(json.dumps({type(verb).__name__.lower(): dataclasses.asdict(verb)}, indent=2))
             return 0
-        from ser_ray.cli import commands
-
-        commands.run(verb)
+        outcome = verb.run()
+        print(json.dumps(outcome.data, indent=2) if verb.json else outcome.text)
+        if outcome.problem:
+            raise SerRayError(outcome.problem)
     except SerRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone: nothing is left to say, and nowhere to say it.
+        # Nobody reads the output any more: close it, so that Python does not complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -42,3 +42,8 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def stderr_console() -> Console:
+    """Console for progress, which stays off standard output."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)

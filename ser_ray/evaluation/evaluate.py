@@ -7,7 +7,7 @@ shards, speakers that it was trained on are refused, unless told, and then named
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class Evaluation:
     """Speakers of these clips that the model was trained on, where it was told to score them."""
     predictions: pa.Table
     """A row for each clip: `KEPT`, predicted, and p_<label> for each label."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """MLflow run that trained the model, `run_id` and `tracking_uri`; empty if none is known."""
 
     @property
     def label(self) -> str:
@@ -136,6 +138,7 @@ class Evaluation:
             "ece": self.calibration.ece,
             "hardest": hardest.to_pylist(),
             "confusion": self.scores.confusion.tolist(),
+            **self.origin,
         }
 
     def __str__(self) -> str:
@@ -210,6 +213,7 @@ def evaluate(
         is_own_test=is_own and part == "test",
         seen_speakers=seen,
         predictions=selected,
+        origin=origin_of(checkpoint),
     )
 
 

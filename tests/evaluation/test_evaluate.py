@@ -218,7 +218,7 @@ def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, chec
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])
-def test_scores_are_told_though_the_run_is_out_of_reach(
+def test_scores_are_reported_although_their_run_is_out_of_reach(
     shards, checkpoint, tmp_path, uri, capsys, caplog
 ):
     origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
@@ -226,7 +226,7 @@ def test_scores_are_told_though_the_run_is_out_of_reach(
     assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ua"] == evaluate(checkpoint, "here").scores.ua
-    assert "the training's run has not got these scores" in caplog.text
+    assert "the training's run does not have these scores yet" in caplog.text
     assert not (tmp_path / "gone.db").exists()
 
 

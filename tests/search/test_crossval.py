@@ -14,8 +14,7 @@ import torch
 from mlflow import MlflowClient
 from pyarrow import fs
 
-from ser_ray.cli import commands
-from ser_ray.cli import verbs as cli
+from ser_ray.cli.train import Crossval
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
@@ -221,15 +220,15 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
         return result
 
     monkeypatch.setattr(module, "crossval", remember)
-    verb = cli.Crossval(
-        shards=shards, recipe=RECIPE, crossval=SEEDS, run=RunConfig(name="mine"),
+    verb = Crossval(
+        shards=shards, recipe=RECIPE, crossval=SEEDS, run_config=RunConfig(name="mine"),
         slots=SlotConfig(cpus_per_worker=2),
     )  # fmt: skip
-    outcome = commands.crossval(verb)
+    outcome = verb.run()
     assert isinstance(given[0], CrossvalPlan)
     assert given[0].num_trials == 4
     assert given[0].recipe == RECIPE
-    assert given[1:] == [verb.run, verb.slots]
+    assert given[1:] == [verb.run_config, verb.slots]
     assert outcome.text.startswith(result.text())
     assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
     assert outcome.data["mean"]["wa"] == 0.75

@@ -20,8 +20,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.util.queue import Empty
 
-from ser_ray.cli import commands
-from ser_ray.cli import verbs as cli
+from ser_ray import api
+from ser_ray.cli.train import Tune
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError, ResourcesError, SerRayError
@@ -521,17 +521,22 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
         trials=[best, TrialLog("b", 3, {}, RECIPE, state="failed")], run_id="parent",
         tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
     )  # fmt: skip
-    trained: list[cli.Train] = []
+    card = SimpleNamespace(
+        trained_on="table", split={"label": "speaker-3"}, corpus="table", config=RECIPE
+    )
+    fitted = SimpleNamespace(
+        name="like-0123456789ab", checkpoint="s3://b/runs/like/selected", card=card, run_id="refit",
+        tracking_uri="http://host:5000", history=[row], selected=row,
+    )  # fmt: skip
+    trained: list[tuple[TrainConfig, RunConfig]] = []
 
-    def train(verb: cli.Train) -> commands.Outcome:
-        trained.append(verb)
-        return commands.Outcome({"name": verb.run.name}, "trained on   table")
+    def train(shards: str, recipe: TrainConfig, run_config: RunConfig, *, address: str) -> object:
+        trained.append((recipe, run_config))
+        return fitted
 
     monkeypatch.setattr(tune_module, "search", lambda *_, **__: result)
-    monkeypatch.setattr(commands, "train", train)
-    outcome = commands.tune(
-        cli.Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE)
-    )  # fmt: skip
+    monkeypatch.setattr(api, "train", train)
+    outcome = Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE).run()
     assert "2 trials: 1 finished, 1 failed" in outcome.text
     assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
     assert "s3://b/runs/search/best.json?region=x" in outcome.text
@@ -539,8 +544,9 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
         assert outcome.text.endswith("train it     ser-ray x")
         assert not trained
         return
-    assert outcome.text.endswith("trained on   table")
-    assert (trained[0].recipe, trained[0].run.name) == (RECIPE, "like-0123456789ab")
+    assert "checkpoint   s3://b/runs/like/selected" in outcome.text
+    assert outcome.data["refit"]["name"] == "like-0123456789ab"
+    assert [(recipe, run.name) for recipe, run in trained] == [(RECIPE, "like-0123456789ab")]
 
 
 def test_a_grid_has_its_points_and_the_recipe():

@@ -1,0 +1,303 @@
+"""ser_ray from Python: the steps of the command line, with the same settings and defaults.
+
+    import ser_ray
+
+    ser_ray.prepare(ser_ray.PrepareConfig(corpus="RAVDESS", shards="shards"))
+    result = ser_ray.train("shards")
+    evaluation = ser_ray.evaluate(result.checkpoint, "shards")
+    print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
+
+The verbs of `ser_ray.cli` call these functions. What a function needs is imported when it is
+called, so that a quick answer does not wait for libraries it does not use.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ser_ray.distributed.config import RunConfig
+from ser_ray.errors import TrackingError
+from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
+from ser_ray.shards.config import PrepareConfig
+from ser_ray.training.config import LrRangeConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ser_ray.distributed.launch import TrainResult
+    from ser_ray.distributed.lr_range import RangeResult
+    from ser_ray.evaluation.evaluate import Evaluation
+    from ser_ray.evaluation.statistics import Comparison
+    from ser_ray.inference.predictor import Predictor
+    from ser_ray.search.crossval import CrossvalResult
+    from ser_ray.search.tuner import TuneResult
+    from ser_ray.shards.prepare import PrepareSummary
+    from ser_ray.shards.read import ShardSet
+
+OUT = "ser-ray-out"
+"""Folder in the current directory for everything whose place the user does not name."""
+SHARDS = f"{OUT}/shards"
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
+    """Decode a corpus into Parquet shards of features; call it again to resume or to update them.
+
+    Args:
+        config: the corpus, where the shards go and how features are computed.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
+
+    Raises:
+        CorpusError, ShardsError, ConfigError, ResourcesError: each names the item and the way out.
+    """
+    from ser_ray.shards.prepare import prepare as run
+
+    return run(config, address=address)
+
+
+def open_shards(location: "str | Path") -> "ShardSet":
+    """Open a shard set that `prepare` completed.
+
+    Raises:
+        ShardsError: no complete shard set is there.
+    """
+    from ser_ray.shards.read import open_shards as run
+
+    return run(str(location))
+
+
+def train(
+    shards: str = SHARDS,
+    recipe: TrainConfig = TrainConfig(),
+    run_config: RunConfig = RunConfig(),
+    *,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    address: str = "",
+) -> "TrainResult":
+    """Train one fold; the same call resumes an interrupted training.
+
+    Args:
+        shards: folder or URI of the shard set.
+        recipe: what is trained and how.
+        run_config: workers, devices, names and places.
+        on_epoch: called with the numbers of each epoch; if None they are printed on standard error.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
+
+    Raises:
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
+            starts, where that can be known.
+        SerRayError: the training failed; the message gives the reason.
+    """
+    from ser_ray.distributed.display import EpochPrinter, stderr_console
+    from ser_ray.distributed.launch import train as run
+
+    if on_epoch is not None:
+        return run(shards, recipe, run_config, on_epoch=on_epoch, address=address)
+    with EpochPrinter(stderr_console(), recipe.epochs) as show:
+        return run(shards, recipe, run_config, on_epoch=show, address=address)
+
+
+def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
+    """Recipe of a training, of a trial or fold, or of a search's best trial, from its MLflow run.
+
+    Raises:
+        TrackingError: there is no such run, or it holds no recipe.
+    """
+    from ser_ray.tracking.tracker import recipe_of_run
+
+    return TrainConfig.from_dict(recipe_of_run(run_id, tracking_uri))
+
+
+def lr_range(
+    shards: str = SHARDS,
+    recipe: TrainConfig = TrainConfig(),
+    run_config: RunConfig = RunConfig(),
+    test: LrRangeConfig = LrRangeConfig(),
+    *,
+    address: str = "",
+) -> "RangeResult":
+    """Propose both bounds of a recipe's learning rate by a range test (Smith 2015).
+
+    Raises:
+        DivergedError: the loss did not fall at any learning rate.
+    """
+    from ser_ray.distributed.lr_range import find_range
+
+    return find_range(shards, recipe, run_config, test, address=address)
+
+
+def tune(
+    shards: str = SHARDS,
+    recipe: TrainConfig = TrainConfig(),
+    run_config: RunConfig = RunConfig(),
+    search: TuneConfig = TuneConfig(),
+    slots: SlotConfig = SlotConfig(),
+    *,
+    address: str = "",
+) -> "TuneResult":
+    """Search for the best recipe on a fold's validation clips; the same call resumes a search.
+
+    Args:
+        shards: folder or URI of the shard set.
+        recipe: values of what is not searched, and the first trial.
+        run_config: devices, names and places of all trials.
+        search: space, searcher and scheduler.
+        slots: CPUs and GPUs of a trial.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
+
+    Raises:
+        SerRayError: no trial succeeded; the message gives the first reason.
+    """
+    from ser_ray.corpus.splits import dependence_of
+    from ser_ray.distributed.display import stderr_console
+    from ser_ray.search.display import TrialTable
+    from ser_ray.search.tuner import num_trials
+    from ser_ray.search.tuner import search as run
+
+    total = num_trials(recipe, search)
+    with TrialTable(stderr_console(), total, dependence_of(recipe.protocol)) as table:
+        return run(
+            shards,
+            recipe,
+            run_config,
+            search,
+            slots,
+            show=table,
+            address=address,
+        )
+
+
+def refit(
+    result: "TuneResult", shards: str, run_config: RunConfig, *, address: str = ""
+) -> "TrainResult":
+    """Train the best recipe of a search again, so that its model is kept."""
+    from ser_ray.tracking.tracker import name_like
+
+    run_config = replace(run_config, name=name_like(result.best.run_id))
+    return train(shards, result.best.recipe, run_config, address=address)
+
+
+def crossval(
+    shards: str = SHARDS,
+    recipe: TrainConfig = TrainConfig(),
+    run_config: RunConfig = RunConfig(),
+    config: CrossvalConfig = CrossvalConfig(),
+    slots: SlotConfig = SlotConfig(),
+    *,
+    address: str = "",
+) -> "CrossvalResult":
+    """Train and score every fold of the recipe's protocol; the same call resumes it.
+
+    Args:
+        shards: folder or URI of the shard set.
+        recipe: what is trained in every fold.
+        run_config: devices, names and places of all trainings.
+        config: seeds, folds and which part is scored.
+        slots: CPUs and GPUs of one training.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
+    """
+    from ser_ray.distributed.display import stderr_console
+    from ser_ray.search.crossval import crossval as run
+    from ser_ray.search.crossval import plan_crossval
+    from ser_ray.search.display import TrialTable
+
+    plan = plan_crossval(shards, recipe, config)
+    with TrialTable(stderr_console(), plan.num_trials, plan.label) as table:
+        return run(plan, run_config, slots, show=table, address=address)
+
+
+def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
+    """Load a model that names the emotion in audio files.
+
+    Args:
+        model: a checkpoint's folder or URI, an MLflow run id, or `models:/name@alias`.
+        tracking_uri: MLflow store in which a run id or registered name is looked up.
+
+    Raises:
+        CheckpointError: no checkpoint is there.
+        TrackingError: there is no such run or registered model.
+    """
+    from ser_ray.inference.predictor import Predictor
+    from ser_ray.tracking.registry import local_checkpoint
+
+    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+        return Predictor(checkpoint)
+
+
+def prepare_for(
+    model: "str | Path", corpus: str, shards: str, *, tracking_uri: str = "", address: str = ""
+) -> "PrepareSummary":
+    """Prepare a corpus with the features that a model was trained on.
+
+    Raises:
+        CheckpointError, TrackingError: no such model.
+        CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
+    """
+    from ser_ray.tracking.registry import local_checkpoint
+    from ser_ray.training.checkpoint import read_card
+
+    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+        features = read_card(checkpoint).features
+    config = PrepareConfig(corpus=corpus, shards=shards, features=features)
+    return prepare(config, address=address)
+
+
+def evaluate(
+    model: "str | Path",
+    shards: str = SHARDS,
+    *,
+    protocol: str = "",
+    fold: int | None = None,
+    allow_seen_speakers: bool = False,
+    audio: bool = True,
+    tracking_uri: str = "",
+) -> "Evaluation":
+    """Score a model, by default on the test part of its own fold, and record that in its run.
+
+    Args:
+        model: as `load_model` takes it.
+        shards: the shard set it was trained on, or another of speakers it has not heard.
+        protocol: score the test part of this protocol's fold instead.
+        fold: fold to score instead of the model's own, from 0.
+        allow_seen_speakers: score speakers that the model was trained on all the same.
+        audio: put the sound of the clips that the report shows into it.
+        tracking_uri: MLflow store in which a run id or registered name is looked up.
+
+    Raises:
+        CheckpointError, ShardsError, ConfigError: the model, the shards or their features do not
+            fit, or the model was trained on the speakers.
+    """
+    from ser_ray.evaluation.evaluate import evaluate as run
+    from ser_ray.evaluation.run_page import record_evaluation
+    from ser_ray.tracking.registry import local_checkpoint
+    from ser_ray.tracking.tracker import Tracker
+
+    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+        evaluation = run(
+            checkpoint,
+            shards,
+            protocol=protocol,
+            fold=fold,
+            allow_seen_speakers=allow_seen_speakers,
+        )
+    origin = evaluation.origin
+    if origin and evaluation.is_own_test:
+        try:
+            tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
+            record_evaluation(evaluation, tracker, audio=audio)
+        except TrackingError as error:
+            logger.warning("the training's run does not have these scores yet: %s", error)
+    return evaluation
+
+
+def compare(first: "Evaluation", second: "Evaluation") -> "Comparison":
+    """Compare two models that were scored on the same clips, by paired tests.
+
+    Raises:
+        ConfigError: they were scored on different clips, or know different labels.
+    """
+    from ser_ray.evaluation.evaluate import compare as run
+
+    return run(first, second)

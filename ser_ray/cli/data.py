@@ -1,0 +1,53 @@
+"""Verbs that make shards: download and prepare."""
+
+from dataclasses import dataclass, field
+
+from ser_ray import api
+from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.corpus.download import DownloadConfig
+from ser_ray.shards.config import PrepareConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download(Verb):
+    """Fetch RAVDESS from its Zenodo record; files that are complete are not requested again."""
+
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+
+    def run(self) -> Outcome:
+        """Fetch and unpack the archives."""
+        from ser_ray.cluster import require_kept
+        from ser_ray.corpus.download import download
+
+        target = self.download.target
+        require_kept(target)
+        folders = download(self.download)
+        lines = [f"{folder} is complete" for folder in folders]
+        lines.append(f"prepare it with ser-ray prepare --corpus {target} --shards FOLDER")
+        return Outcome({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Verb):
+    """Decode a corpus into Parquet shards of features."""
+
+    prepare: PrepareConfig
+
+    def run(self) -> Outcome:
+        """Prepare the shards and list the outcomes of all files."""
+        from ser_ray.corpus.census import compare_with_ravdess
+
+        summary = api.prepare(self.prepare, address=self.address)
+        card, lines = summary.card, [str(summary)]
+        if card.corpus == "ravdess":
+            outcomes = api.open_shards(self.prepare.shards).outcomes()
+            lines.append(compare_with_ravdess(outcomes).text())
+        data = {
+            "shards": self.prepare.shards,
+            "files": card.num_files,
+            "clips": card.num_clips,
+            "outcomes": card.counts,
+            "fingerprint": card.fingerprint,
+            "seconds": summary.seconds,
+        }
+        return Outcome(data, "\n".join(lines))

@@ -1,0 +1,217 @@
+"""Verbs that use a model: evaluate, predict, demo-ui, export and register."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import tyro
+
+from ser_ray import api
+from ser_ray.cli.verb import Outcome, Verb
+
+if TYPE_CHECKING:
+    from ser_ray.inference.predictor import Predictor
+
+FEW_FILES = 48
+"""More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
+NOTHING_SCORED = "none of these files could be scored"
+
+Model = Annotated[
+    str, tyro.conf.arg(help="Checkpoint folder or URI, MLflow run id, or models:/name@alias.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVerb(Verb):
+    """What every verb that takes a model has."""
+
+    tracking_uri: str = ""
+    """MLflow store in which a run id or a registered name is looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelVerb):
+    """Score a trained model on the test part of its own fold."""
+
+    model: tyro.conf.Positional[Model]
+    shards: str = ""
+    """The shard set it was trained on, or another of speakers it has not heard. If empty,
+    ser-ray-out/shards, or with --corpus a folder of its own in ser-ray-out."""
+    corpus: str = ""
+    """Corpus to score, as prepare takes it: prepared into the shard set first, with the model's own
+    features."""
+    protocol: str = ""
+    """Score the test part of this protocol's fold instead of the one it was trained for."""
+    fold: int | None = None
+    """Fold to score instead of its own, from 0."""
+    against: str = ""
+    """Another model to compare with on the same clips, by paired tests."""
+    allow_seen_speakers: bool = False
+    """Score speakers that the model was trained on all the same; the result says so."""
+    audio: bool = True
+    """Put the sound of the clips that the report shows into it."""
+
+    def resolved(self, flags: Sequence[str]) -> Self:
+        """Fill in where the shards are."""
+        if self.shards:
+            return self
+        if not self.corpus:
+            return replace(self, shards=api.SHARDS)
+        digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
+        return replace(self, shards=f"{api.OUT}/scored-{digest}")
+
+    def run(self) -> Outcome:
+        """Prepare the corpus if one is named, score the model, and compare it if asked to."""
+        from ser_ray.distributed.display import stderr_console
+
+        if self.corpus:
+            summary = api.prepare_for(
+                self.model,
+                self.corpus,
+                self.shards,
+                tracking_uri=self.tracking_uri,
+                address=self.address,
+            )
+            stderr_console().print(str(summary))
+        evaluation = self._score(self.model)
+        data, text = evaluation.to_dict(), str(evaluation)
+        if self.against:
+            comparison = api.compare(evaluation, self._score(self.against))
+            data["comparison"] = asdict(comparison)
+            text += f"\nagainst {self.against}: {comparison}"
+        return Outcome(data, text)
+
+    def _score(self, model: str) -> "api.Evaluation":
+        return api.evaluate(
+            model,
+            self.shards,
+            protocol=self.protocol,
+            fold=self.fold,
+            allow_seen_speakers=self.allow_seen_speakers,
+            audio=self.audio,
+            tracking_uri=self.tracking_uri,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(ModelVerb):
+    """Name the emotion in audio or video files.
+
+    A few files are answered at once, without Ray. Many, or any with `--output`, go through a pool
+    of model actors into a table; the same command resumes an interrupted pass.
+    """
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders, URIs, or patterns like 'clips/**/*.wav'."""
+    model: Model
+    output: str = ""
+    """Table to write, .parquet, .csv or .jsonl, one row a file. For more than 48 files the default
+    is ser-ray-out/predictions.parquet."""
+
+    def run(self) -> Outcome:
+        """Answer the files here, or on a cluster."""
+        from ser_ray.inference.predictor import format_predictions
+        from ser_ray.inference.recordings import list_audio
+
+        files = list_audio(self.files)
+        predictor = api.load_model(self.model, self.tracking_uri)
+        if self.output or len(files) > FEW_FILES:
+            return self._run_batch(files, predictor)
+        found = [predictor.predict(file) for file in files]
+        text = format_predictions(found)
+        if predictor.card.corpus == "synthetic":
+            text += "\n(the model was trained on the synthetic corpus)"
+        problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
+        return Outcome({"predictions": [asdict(item) for item in found]}, text, problem)
+
+    def _run_batch(self, files: list[str], predictor: "Predictor") -> Outcome:
+        from ser_ray.cluster import cluster
+        from ser_ray.inference.batch import predict_many
+        from ser_ray.inference.recordings import UNREACHABLE
+        from ser_ray.inference.results import output_suffix
+
+        output = self.output or f"{api.OUT}/predictions.parquet"
+        output_suffix(output)
+        with cluster(self.address):
+            summary = predict_many(files, predictor, output)
+        counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+        emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
+        before = f", {summary.files_before} of them before" if summary.files_before else ""
+        lines = [
+            f"{len(files)} files: {counts}",
+            emotions,
+            f"in {summary.seconds:.1f} s{before}: {output}",
+        ]
+        problem = "" if "ok" in summary.counts else NOTHING_SCORED
+        if missing := summary.counts.get(UNREACHABLE):
+            problem = f"{missing} files were unreachable; the same command tries them again"
+        return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoUi(ModelVerb):
+    """Serve a page where people record or drop a clip and see what the model predicts."""
+
+    model: tyro.conf.Positional[Model]
+    host: str = "127.0.0.1"
+    """Address to listen on: 127.0.0.1 for this machine alone, or 0.0.0.0 for the whole network."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+
+    def run(self) -> Outcome:
+        """Serve the page until Ctrl-C."""
+        from ser_ray.distributed.display import stderr_console
+        from ser_ray.inference.demo import serve
+
+        predictor, console = api.load_model(self.model, self.tracking_uri), stderr_console()
+        serve(
+            predictor, self.host, self.port, lambda url: console.print(f"{url} (Ctrl-C stops it)")
+        )
+        return Outcome({"stopped": True}, "stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ModelVerb):
+    """Write a model as one file: waveform at its sample rate in, probabilities out."""
+
+    model: tyro.conf.Positional[Model]
+    format: Literal["onnx", "torch"] = "onnx"
+    """ONNX, or torch's exported program (.pt2)."""
+    output: str = ""
+    """File to write; ser-ray-out/model.onnx or .pt2 if empty."""
+
+    def run(self) -> Outcome:
+        """Export the model and check it against the original."""
+        from ser_ray.inference.export import export
+        from ser_ray.tracking.registry import local_checkpoint
+
+        output = self.output or f"{api.OUT}/model.{'onnx' if self.format == 'onnx' else 'pt2'}"
+        with local_checkpoint(self.model, self.tracking_uri) as checkpoint:
+            exported = export(checkpoint, output, self.format)
+        return Outcome(asdict(exported), str(exported))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Register(Verb):
+    """Make a run's model a registered version, described by its model card."""
+
+    run_id: tyro.conf.Positional[str]
+    """MLflow run of a training, of a cross-validation, whose best fold's model is taken, or of a
+    search: then what `tune --refit` or `train --like` made of its best trial is taken."""
+    name: str = "ser-ray"
+    """Registered model."""
+    alias: str = "champion"
+    """Alias that the version gets; models:/NAME@ALIAS then names it."""
+    tracking_uri: str = ""
+    """MLflow store of the run and the registry."""
+
+    def run(self) -> Outcome:
+        """Register the model and print its card."""
+        from ser_ray.evaluation.model_card import register
+
+        version, card = register(self.run_id, self.name, self.alias, self.tracking_uri)
+        reference = f"@{self.alias}" if self.alias else f"/{version}"
+        data = {"name": self.name, "version": version, "alias": self.alias}
+        text = f"{card}\nregistered   models:/{self.name}{reference} (version {version})"
+        return Outcome(data, text)

@@ -1,0 +1,91 @@
+"""The verb that does everything: prepare, train, evaluate, predict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from ser_ray import api
+from ser_ray.cli.data import Prepare
+from ser_ray.cli.model import Evaluate, Predict
+from ser_ray.cli.train import Train
+from ser_ray.cli.verb import Outcome, Verb, parse_over
+from ser_ray.distributed.config import RunConfig
+from ser_ray.features.config import FeatureConfig
+from ser_ray.shards.config import PrepareConfig
+from ser_ray.training.config import TrainConfig
+
+SYNTHETIC = f"{api.OUT}/synthetic"
+"""Where the synthetic corpus is made if no other is named."""
+SYNTHETIC_RECIPE = TrainConfig(
+    weights="none", validation_speakers=4, crop_frames=64, epochs=24, batch_size=16
+)
+"""The recipe on the synthetic corpus, where the user does not change it."""
+SHOWN_PREDICTIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Verb):
+    """Run every step in order: prepare, train, evaluate, predict."""
+
+    corpus: str = ""
+    """RAVDESS folder or URI, or a table of your own recordings. Without it a small synthetic corpus
+    is made, and a short recipe without pretrained weights is used on it."""
+    shards: str = ""
+    """Where the shards go; `ser-ray-out/shards`, or `ser-ray-out/synthetic-shards`, if empty."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    recipe: TrainConfig = field(default_factory=TrainConfig)
+    run_config: RunConfig = field(default_factory=RunConfig)
+
+    def resolved(self, flags: Sequence[str]) -> Self:
+        """Fill in where the shards go and, without a corpus, the synthetic one and its recipe."""
+        if self.corpus:
+            return replace(self, shards=self.shards or api.SHARDS)
+        verb = parse_over(flags, type(self)(recipe=SYNTHETIC_RECIPE))
+        shards = self.shards or f"{api.OUT}/synthetic-shards"
+        return replace(verb, corpus=SYNTHETIC, shards=shards)
+
+    def run(self) -> Outcome:
+        """Run the steps on one cluster."""
+        from ser_ray.cluster import cluster
+        from ser_ray.corpus.ravdess import EMOTIONS
+        from ser_ray.corpus.synthetic import make_synthetic_corpus
+        from ser_ray.distributed.display import stderr_console
+        from ser_ray.training.model import read_pretrained
+
+        console = stderr_console()
+        read_pretrained(self.recipe.weights, len(EMOTIONS))  # a missing file is reported at once
+        if self.corpus == SYNTHETIC:
+            console.print(f"no --corpus: making the synthetic corpus in {self.corpus}")
+            make_synthetic_corpus(Path(self.corpus))
+        config = PrepareConfig(corpus=self.corpus, shards=self.shards, features=self.features)
+        with cluster(self.address):
+            prepared = Prepare(prepare=config).run()
+            console.print(prepared.text)
+            trained = Train(
+                shards=self.shards, recipe=self.recipe, run_config=self.run_config
+            ).run()
+            model = trained.data["checkpoint"]
+            evaluated = Evaluate(model=model, shards=self.shards, audio=self.run_config.audio).run()
+            predicted = Predict(files=self._test_files(), model=model).run()
+        steps = {
+            "prepare": prepared, "train": trained, "evaluate": evaluated, "predict": predicted,
+        }  # fmt: skip
+        lines = (
+            "",
+            predicted.text,
+            "",
+            f"shards       {self.shards}",
+            trained.text,
+            f"test         {evaluated.text}",
+        )
+        return Outcome({name: step.data for name, step in steps.items()}, "\n".join(lines))
+
+    def _test_files(self) -> tuple[str, ...]:
+        """Paths of a few of the fold's test clips, spread evenly over it."""
+        from ser_ray.training.data import select_rows
+
+        clips = api.open_shards(self.shards).clips()
+        rows = select_rows(clips, self.recipe).test
+        shown = rows[:: max(len(rows) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
+        return tuple(clips["path"].take(shown).to_pylist())
