@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ser_ray.errors import SerRayError
+from ser_ray.errors import ConfigError, DivergedError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
 
@@ -16,8 +16,9 @@ OBJECTIVE = "best_val_ua"
 little; when a trial is done, that of the epoch it keeps."""
 
 
-PROBLEMS = (SerRayError, torch.OutOfMemoryError)
-"""What is the recipe's own fault: the trial's result, for a new process would meet it again."""
+PROBLEMS = (ConfigError, DivergedError, torch.OutOfMemoryError)
+"""What the recipe itself causes. It is the trial's result, because a new process would meet it again.
+Every other error fails the trial's process, and Ray Tune retries the trial."""
 
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]

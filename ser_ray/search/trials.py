@@ -229,8 +229,7 @@ def run_trials(
         ),
         tune.PlacementGroupFactory([own]),
     )
-    kinds = tune.ResumeConfig.ResumeType
-    errored = kinds.SKIP if setup.finish is None else kinds.RESUME
+    errored = tune.ResumeConfig.ResumeType.RESUME
     # Not by `Tuner`, which restores searcher and callbacks with the first start's slots and paths.
     with _sigint_restored():
         tune.run(

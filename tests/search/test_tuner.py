@@ -24,7 +24,15 @@ from ser_ray import api
 from ser_ray.cli.train import Tune
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.errors import CheckpointError, ConfigError, DivergedError, ResourcesError, SerRayError
+from ser_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    ResourcesError,
+    SerRayError,
+    ShardsError,
+    TrackingError,
+)
 from ser_ray.search import trials as trials_module
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.group_trial import GroupTrial, _told_of
@@ -427,6 +435,38 @@ def test_a_problem_is_told_with_the_epochs_before_it(told, shards):
     assert last["problem"] == "DivergedError: no good"
     assert last["objective_by_epoch"] == told[1][0]["objective_by_epoch"]
     assert len(told[1][0]["objective_by_epoch"]) == 2
+
+
+@pytest.mark.parametrize("error", [ShardsError, CheckpointError, TrackingError, OSError])
+def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(told, shards, error):
+    """Ray Tune then retries the trial; as the trial's result it would stand for good."""
+
+    def finish(*_: object) -> None:
+        raise error("the storage does not answer")
+
+    setup = setup_of(shards, recipe=replace(RECIPE, epochs=1), finish=finish)
+    with pytest.raises(error, match="does not answer"):
+        run_trial({}, setup, FRESH)
+    assert not [metrics for metrics, _ in told if "problem" in metrics]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_resumed_search_trains_trials_that_storage_failed_again(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",))
+    run, recipe = run_config(tmp_path, max_failures=0), replace(RECIPE, epochs=2)
+    folder, hidden = Path(shards), Path(shards).with_name("hidden")
+
+    def hide_the_shards(trials: list[TrialLog]) -> None:
+        if any(trial.state == "running" for trial in trials) and folder.exists():
+            folder.rename(hidden)
+
+    with pytest.raises(SerRayError, match="none of 2 trials succeeded"):
+        search(shards, recipe, run, config, SlotConfig(), show=hide_the_shards)
+    hidden.rename(folder)
+    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    assert [len(trial.rows) for trial in result.trials] == [2, 2]
+    assert all(trial.succeeded and not trial.problem for trial in result.trials)
 
 
 def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
