@@ -17,7 +17,7 @@ little; when a trial is done, that of the epoch it keeps."""
 
 
 PROBLEMS = (ConfigError, DivergedError, torch.OutOfMemoryError)
-"""What the recipe itself causes. It is the trial's result, because a new process would meet it again.
+"""What the recipe itself causes. It is the trial's result, because a new process would meet it too.
 Every other error fails the trial's process, and Ray Tune retries the trial."""
 
 

@@ -552,6 +552,21 @@ def test_the_command_that_trains_the_best_names_what_is_not_the_default():
     )
 
 
+def test_a_disk_that_fills_up_leaves_the_earlier_best_recipe(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path), "search")
+    place = tmp_path / "search" / "best.json"
+    place.parent.mkdir()
+    place.write_text("the earlier one")
+    full = "ser_ray.search.tuner.json.dumps"
+    monkeypatch.setattr(full, lambda *_, **__: SimpleNamespace(encode=lambda: "not bytes"))
+    row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
+    best = TrialLog("a", 1, {}, RECIPE, rows=[row], state="finished")
+    study: Any = SimpleNamespace(parent=None)
+    with pytest.raises(TypeError):
+        tune_module._conclude(folder, study, best, TuneConfig(), "title", "again")
+    assert place.read_text() == "the earlier one"
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     row = {"epoch": 3.0, "val_ua": 0.5, "val_wa": 0.6, "val_loss": 1.0}
