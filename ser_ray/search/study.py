@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Lock, Thread
 from typing import Any
 
-from ser_ray.errors import TrackingError
+from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.study_journal import StudyJournal
 from ser_ray.search.trial_log import TrialLog
@@ -84,12 +84,16 @@ class Study:
         have taken their place.
 
         Raises:
-            KeyboardInterrupt: trials are left; Tune ends an interrupted study without an error.
+            SerRayError: fewer trials have ended.
             TrackingError: MLflow does not take it; the same command delivers it.
         """
         self.read()
-        if sum(trial.ended for trial in self.logs) < expected:
-            raise KeyboardInterrupt
+        ended = sum(trial.ended for trial in self.logs)
+        if ended < expected:
+            raise SerRayError(
+                f"{self.name}: only {ended} of {expected} trials have ended, although Ray Tune has "
+                "stopped; the same command resumes the others"
+            )
         for trial in self.logs:
             if not trial.ended:
                 trial.state, trial.problem = "lost", "forgotten when the driver was killed"

@@ -231,7 +231,7 @@ def run_trials(
     )
     errored = tune.ResumeConfig.ResumeType.RESUME
     # Not by `Tuner`, which restores searcher and callbacks with the first start's slots and paths.
-    with _sigint_restored():
+    with _interruptible():
         tune.run(
             trainable,
             name=folder.name,
@@ -379,11 +379,20 @@ def _is_begun(folder: RunFolder) -> bool:
 
 
 @contextmanager
-def _sigint_restored() -> Iterator[None]:
-    """Give Ctrl-C back its meaning after the block: Tune takes it over and keeps it."""
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
+
+    Tune installs its own handler for SIGINT and then returns as if all trials had ended. At the
+    first signal it restores the handler it found, and otherwise it leaves its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+        interrupted = signal.getsignal(signal.SIGINT) is handler
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)
+    if interrupted:
+        raise KeyboardInterrupt
