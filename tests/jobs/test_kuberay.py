@@ -183,7 +183,7 @@ def test_the_role_is_one_that_pods_may_take(manifests):
 
 
 def test_the_commands_of_the_readme_name_what_there_is(manifests):
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "jobs" / "README.md").read_text()
     cluster = manifests["RayCluster"]["metadata"]["name"]
     assert f"kubectl get secret {cluster} " in readme
     assert f"ray.io/cluster={cluster},ray.io/node-type=head" in readme
