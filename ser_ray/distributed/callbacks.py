@@ -67,12 +67,8 @@ class JournalReader:
         if epoch in self._seen:
             return  # an epoch done again after a lost worker: the same numbers
         self._seen.add(epoch)
-        when, rates = report["timestamp_ms"], report["learning_rates"]
-        self.tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
-        for node, values in report.get("node", {}).items():
-            named = {f"system/{node}/{name}": value for name, value in values.items()}
-            self.tracker.log_metrics(named, epoch, when)
-        for step, rate in enumerate(rates, start=(epoch - 1) * len(rates)):
-            self.tracker.log_metrics({"lr_step": rate}, step, when)
+        self.tracker.log_epoch(
+            row, report["learning_rates"], report["timestamp_ms"], report.get("node")
+        )
         if show:
             self.on_epoch(row)

@@ -179,10 +179,7 @@ class Study:
         for row, rates, when in list(zip(trial.rows, trial.rates, trial.times_ms, strict=False))[
             trial.delivered :
         ]:
-            epoch = int(row["epoch"])
-            tracker.log_metrics({k: v for k, v in row.items() if k != "epoch"}, epoch, when)
-            for step, rate in enumerate(rates, start=(epoch - 1) * len(rates)):
-                tracker.log_metrics({"lr_step": rate}, step, when)
+            tracker.log_epoch(row, rates, when)
             trial.delivered += 1
         tracker.deliver()
         if not ended:

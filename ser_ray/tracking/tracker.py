@@ -140,11 +140,35 @@ class Tracker:
         return str(self._client.get_run(self.run_id).info.experiment_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        """Deliver metrics of one step, or keep them until the store answers again.
+        """Queue metrics of one step, until `flush` or `deliver`.
 
-        The timestamp is part of a metric's identity: delivering the same one twice is harmless.
+        MLflow ignores a metric that it already has: same name, step, timestamp and value.
         """
         self._waiting += [(name, value, timestamp_ms, step) for name, value in metrics.items()]
+
+    def log_epoch(
+        self,
+        row: Mapping[str, float],
+        learning_rates: Sequence[float],
+        timestamp_ms: int,
+        system_metrics: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Queue everything that one epoch reported, until `flush` or `deliver`.
+
+        Args:
+            row: the epoch's number (`epoch`, from 1) and its metrics.
+            learning_rates: one per step of the epoch; logged as `lr_step` over all steps.
+            timestamp_ms: when the epoch ended, as `now_ms` gives it.
+            system_metrics: for each node its metrics by name; logged as `system/NODE/NAME`.
+        """
+        epoch = int(row["epoch"])
+        metrics = {name: value for name, value in row.items() if name != "epoch"}
+        for node, values in (system_metrics or {}).items():
+            metrics |= {f"system/{node}/{name}": value for name, value in values.items()}
+        self.log_metrics(metrics, epoch, timestamp_ms)
+        first_step = (epoch - 1) * len(learning_rates)
+        for step, rate in enumerate(learning_rates, start=first_step):
+            self.log_metrics({"lr_step": rate}, step, timestamp_ms)
 
     def flush(self) -> bool:
         """Try to deliver what is waiting; says whether all of it was.

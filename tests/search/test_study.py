@@ -58,6 +58,8 @@ class Client:
     def log_metrics(self, metrics, step, timestamp_ms):
         self.waiting += [(name, step, value) for name, value in metrics.items()]
 
+    log_epoch = Tracker.log_epoch
+
     def deliver(self):
         self.server.require()
         self.run.points += self.waiting

@@ -137,6 +137,34 @@ def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Pat
     assert [rate for step, rate in found if step not in (2, 3)] == [0.0, 0.1, 0.4, 0.5]
 
 
+def test_an_epoch_is_logged_under_these_names_and_steps_however_often(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = start(uri)
+    for _ in range(2):
+        tracker.log_epoch(
+            {"epoch": 3.0, "val_ua": 0.5, "train_loss": 1.25},
+            [0.1, 0.2],
+            7000,
+            {"node-a": {"gpu_0_memory": 9.0}, "node-b": {"cpu": 50.0}},
+        )
+        tracker.deliver()
+    client = MlflowClient(uri)
+    names = client.get_run(tracker.run_id).data.metrics
+    points = {
+        name: [
+            (m.step, m.value, m.timestamp) for m in client.get_metric_history(tracker.run_id, name)
+        ]
+        for name in names
+    }
+    assert points == {
+        "val_ua": [(3, 0.5, 7000)],
+        "train_loss": [(3, 1.25, 7000)],
+        "system/node-a/gpu_0_memory": [(3, 9.0, 7000)],
+        "system/node-b/cpu": [(3, 50.0, 7000)],
+        "lr_step": [(4, 0.1, 7000), (5, 0.2, 7000)],
+    }
+
+
 def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
     server.start()
     with pytest.raises(TrackingError, match="refused the run 0123456789abcdef"):
