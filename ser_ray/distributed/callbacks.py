@@ -11,6 +11,7 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from ser_ray.distributed.json_lines import LineFollower, append_line
+from ser_ray.errors import is_permanent
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import learning_rates_by_epoch
 
@@ -18,7 +19,20 @@ EpochLine = Callable[[dict[str, float]], None]
 """Shows an epoch's row."""
 
 
-class JournalWriter(UserCallback):
+class FailFast(UserCallback):
+    """Runs in Ray's controller: a group that fails for good is not started again.
+
+    An error that a callback raises ends the training, whatever failures it is still allowed.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first of the workers' errors that another attempt would meet again."""
+        for error in worker_exceptions.values():
+            if is_permanent(error):
+                raise error
+
+
+class JournalWriter(FailFast):
     """Runs in Ray's controller: writes each epoch's report down, once its checkpoint is stored."""
 
     def __init__(self, journal: Path) -> None:

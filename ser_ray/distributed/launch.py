@@ -22,7 +22,7 @@ from typing import Any
 
 import ray as core
 import ray.train
-from ray.train import TrainingFailedError
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from ser_ray.cluster import (
@@ -209,7 +209,7 @@ class _Job:
         failures, before = 0, placement_groups()
         while True:
             try:
-                problem = self._run_once(journal)
+                self._run_once(journal)
             except core.exceptions.RayActorError as error:
                 failures += 1
                 if failures > self.max_failures != -1:
@@ -218,14 +218,12 @@ class _Job:
                 # Ray's own cleaner asks the dashboard who lives, and local clusters have none.
                 remove_placement_groups(placement_groups() - before)
             except TrainingFailedError as error:
-                raise self._failed(error) from error
+                raise own_error(error) or self._failed(error) from error
             else:
-                if isinstance(problem, SerRayError):
-                    raise problem
                 return
 
-    def _run_once(self, journal: JournalReader) -> Any:
-        """Start workers where the training stands; returns what the first of them returned."""
+    def _run_once(self, journal: JournalReader) -> None:
+        """Start workers where the training stands, and wait until they are done."""
         newest = self.folder.newest()
         self.folder.tidy(newest)
         if newest is not None:
@@ -240,7 +238,7 @@ class _Job:
                 journal.read()
         finally:
             journal.read()
-        return result.result().return_value
+        result.result()
 
     def _trainer(self, newest: Stored | None, journal: Path) -> TorchTrainer:
         folder = self.folder
@@ -281,6 +279,16 @@ class _Job:
             f"the training failed: {lines[-1] if lines else 'no reason given'}{where}; the same "
             "command goes on from the last epoch"
         )
+
+
+def own_error(error: TrainingFailedError) -> SerRayError | None:
+    """The error whose message is written for the user, among those that a training failed for."""
+    causes: list[Exception] = []
+    if isinstance(error, ControllerError):
+        causes = [error.controller_failure]
+    elif isinstance(error, WorkerGroupError):
+        causes = list(error.worker_failures.values())
+    return next((cause for cause in causes if isinstance(cause, SerRayError)), None)
 
 
 def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: bool) -> None:

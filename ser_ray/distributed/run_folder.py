@@ -21,7 +21,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.errors import CheckpointError, ConfigError, MismatchError
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -124,14 +124,14 @@ class RunFolder:
         """Refuse to go on with a run that was another recipe or had other shards.
 
         Raises:
-            CheckpointError: names what differs.
+            MismatchError: names what differs.
         """
         identity, record = json.loads(json.dumps(identity)), self.record()
         if not record:
             self.journal().unlink(missing_ok=True)  # of a run whose folder is gone
         difference = name_difference(_as_now(record.get("identity", identity)), identity)
         if difference:
-            raise CheckpointError(
+            raise MismatchError(
                 f"{self.location}: this name was given to a run whose {difference}; give another "
                 "--name to start afresh, or restore what it was trained with"
             )

@@ -16,14 +16,14 @@ from ray.train.torch import get_device
 
 from ser_ray.distributed.ingest import choose_ingest
 from ser_ray.distributed.node_metrics import NodeMetrics
-from ser_ray.errors import SerRayError
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 
-def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
+def run_worker(arguments: dict[str, Any]) -> None:
     """Run the loop as one of Ray Train's workers.
 
-    What is the user's to mend is returned, not raised: a new worker would meet it again.
+    Every error is raised, so that Ray ends the group at once: a worker that returned would leave
+    the others waiting for it in their next collective operation.
     """
     if device_threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(device_threads))
@@ -32,24 +32,18 @@ def run_worker(arguments: dict[str, Any]) -> SerRayError | None:
         storage = ray.train.get_context().get_storage()
         checkpoint = Checkpoint(arguments["start"], storage.storage_filesystem)
     device = get_device()
-    try:
-        with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
-            resume = Path(directory) if directory else None
-            fit(
-                arguments["config"],
-                arguments["shards"],
-                core.get(arguments["pretrained"]),
-                Reporter(),
-                resume=resume,
-                device=device,
-                preemption_check=preemption_notice(),
-                stream=choose_ingest(
-                    arguments["ingest"], arguments["resident_bytes"], device, resume
-                ),
-            )
-    except SerRayError as problem:
-        return problem
-    return None
+    with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
+        resume = Path(directory) if directory else None
+        fit(
+            arguments["config"],
+            arguments["shards"],
+            core.get(arguments["pretrained"]),
+            Reporter(),
+            resume=resume,
+            device=device,
+            preemption_check=preemption_notice(),
+            stream=choose_ingest(arguments["ingest"], arguments["resident_bytes"], device, resume),
+        )
 
 
 class Reporter:

@@ -15,15 +15,16 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
-from ray.train import UserCallback, WorkerGroupError
+from ray.train import TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from torch import OutOfMemoryError
 
+from ser_ray.distributed.callbacks import FailFast
+from ser_ray.distributed.launch import own_error
 from ser_ray.distributed.process_group import torch_config
 from ser_ray.distributed.run_folder import GROUPS, RunFolder, Stored
 from ser_ray.distributed.worker import run_worker
-from ser_ray.errors import SerRayError
 from ser_ray.search.space import recipe_of
 from ser_ray.search.trial import PROBLEMS, TrialSetup, problem_metrics, trial_metrics
 from ser_ray.storage.paths import location_inside
@@ -94,20 +95,21 @@ class GroupTrial(tune.Trainable):
 
     def _conclude(self) -> dict[str, Any]:
         try:
-            problem = self.training.result().return_value
-            if isinstance(problem, SerRayError):
-                raise problem
+            self.training.result()
             if self.study.finish is not None:
                 newest = self.folder.newest()
                 assert newest is not None, "a finished training has a checkpoint"
                 with tempfile.TemporaryDirectory() as selected:
                     self.folder.keep_selected(newest, {}, Path(selected))
                     self.study.finish(Path(selected), self.study.shards, self.recipe)
-        except WorkerGroupError as error:
-            full = [e for e in error.worker_failures.values() if isinstance(e, OutOfMemoryError)]
-            if not full:
+        except TrainingFailedError as error:
+            problem: Exception | None = own_error(error)
+            if isinstance(error, WorkerGroupError):
+                failures = error.worker_failures.values()
+                problem = next((e for e in failures if isinstance(e, OutOfMemoryError)), problem)
+            if problem is None:
                 raise
-            return self._problem(full[0])
+            return self._problem(problem)
         except PROBLEMS as problem:
             return self._problem(problem)
         return self.told | {"complete": True, "done": True}
@@ -150,7 +152,7 @@ class GroupTrial(tune.Trainable):
         )
 
 
-class _Hand(UserCallback):
+class _Hand(FailFast):
     """Runs in Ray Train's controller: hands epochs to the trial and obeys its answer.
 
     Args:

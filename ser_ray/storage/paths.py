@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 
-from ser_ray.errors import ConfigError
+from ser_ray.errors import ConfigError, LocationError
 
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")  # pyarrow's own
@@ -27,7 +27,8 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     Local paths are made absolute, so that a Ray worker in another directory opens the same file.
 
     Raises:
-        ConfigError: no filesystem opens the URI, or it holds a password.
+        LocationError: no filesystem opens the URI.
+        ConfigError: it holds a password.
     """
     if "://" not in location:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
@@ -44,7 +45,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(location)
     except OSError as error:
-        raise ConfigError(f"{location}: cannot be opened ({_first_line(error)})") from error
+        raise LocationError(f"{location}: cannot be opened ({_first_line(error)})") from error
 
 
 def refuse_password(location: str) -> None:
@@ -69,7 +70,7 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(
+        raise LocationError(
             f"{location}: no filesystem opens this location ({_first_line(error)})"
         ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path

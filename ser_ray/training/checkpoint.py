@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.errors import CheckpointError
+from ser_ray.errors import CheckpointError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
@@ -104,13 +104,13 @@ class CheckpointCard:
         """Refuse to go on from a checkpoint of another training.
 
         Raises:
-            CheckpointError: names the first field that differs.
+            MismatchError: names the first field that differs.
         """
         mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
         keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest")
         difference = name_difference(*({key: card[key] for key in keys} for card in (theirs, mine)))
         if difference:
-            raise CheckpointError(
+            raise MismatchError(
                 f"{where}: its {difference}; give the run another --name to start afresh, or "
                 "restore what it was trained with"
             )

@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from ser_ray.errors import CheckpointError, ConfigError, DivergedError
+from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card
@@ -106,7 +106,7 @@ def fit(
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
-        CheckpointError: `resume` is another training's.
+        MismatchError: `resume` is another training's.
         DivergedError: a loss or a weight was not finite; names the epoch.
     """
     world, device = World.current(), device or torch.device("cpu")
@@ -317,7 +317,7 @@ class Trainer:
         """Go on from what a `snapshot` held.
 
         Raises:
-            CheckpointError: it is another network's.
+            MismatchError: it is another network's.
         """
         state, progress = snapshot.state, snapshot.progress
         try:
@@ -329,7 +329,7 @@ class Trainer:
             if self.world.rank == 0:
                 self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(
+            raise MismatchError(
                 f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
                 "--name to start afresh"
             ) from error

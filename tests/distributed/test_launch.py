@@ -17,10 +17,13 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 from mlflow import MlflowClient
+from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
@@ -29,7 +32,9 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import TrainResult, train
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
 from ser_ray.distributed.worker import preemption_notice
-from ser_ray.errors import CheckpointError
+from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
+from ser_ray.features.config import Kind
+from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.mlflow_server import Server
@@ -249,6 +254,79 @@ def test_the_disk_is_full_while_checkpointing(
     assert "the same command goes on from the last epoch" in errors
     assert (tmp_path / "second").read_text() == "0\n"
     require_same_weights(tmp_path, Path(uninterrupted.checkpoint))
+
+
+class FaultyShards(ShardSet):
+    """Shards that the second worker cannot read, once or every time."""
+
+    fault: SerRayError
+    attempts: Path
+    """Gets a line from the second worker whenever it reads."""
+    is_lasting: bool
+
+    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+        if dist.get_rank() == 1:
+            with self.attempts.open("a") as file:
+                file.write("\n")
+            if self.is_lasting or num_lines(self.attempts) == 1:
+                raise self.fault
+        return super().features(kind, rows)
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def faulty_shards(shards: str, **how: object) -> FaultyShards:
+    faulty = FaultyShards(shards, open_shards(shards).card)
+    for name, value in how.items():
+        object.__setattr__(faulty, name, value)
+    return faulty
+
+
+@pytest.fixture
+def second_node(world: World) -> Iterator[None]:
+    node = world.cluster.add_node(num_cpus=1)
+    world.cluster.wait_for_nodes()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    world.cluster.remove_node(node)
+
+
+@pytest.mark.timeout(240)  # the first worker would wait 30 minutes for the second
+def test_a_storage_error_of_one_of_two_workers_is_tried_again_at_once(
+    world: World, second_node: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hiccup = ShardsError("the storage did not answer")
+    shards = faulty_shards(
+        world.shards, fault=hiccup, attempts=tmp_path / "attempts", is_lasting=False
+    )
+    monkeypatch.setattr(distributed, "open_shards", lambda location: shards)
+    result = world.train("hiccup", config=replace(CONFIG, epochs=2), workers="2")
+    assert [row["workers"] for row in result.history] == [2, 2]
+    assert num_lines(shards.attempts) == 3, "one failed; then the training and validation clips"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("fault", "num_attempts"), [(ShardsError("no answer"), 2), (ConfigError("bad recipe"), 1)]
+)
+def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
+    world: World,
+    second_node: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: SerRayError,
+    num_attempts: int,
+) -> None:
+    shards = faulty_shards(
+        world.shards, fault=fault, attempts=tmp_path / "attempts", is_lasting=True
+    )
+    monkeypatch.setattr(distributed, "open_shards", lambda location: shards)
+    with pytest.raises(type(fault), match=str(fault)):
+        world.train(f"faulty-{num_attempts}", workers="2", max_failures=1)
+    assert num_lines(shards.attempts) == num_attempts
 
 
 def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:
