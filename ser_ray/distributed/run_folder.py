@@ -81,20 +81,9 @@ class RunFolder:
         return location_inside(self.storage, self.name)
 
     def lock(self) -> Lock:
-        """The right to train under this name.
-
-        Raises:
-            CheckpointError: there is no such folder and none can be made.
-        """
-        try:
-            self.filesystem.create_dir(self.path, recursive=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.location}: no folder can be made there ({error}); choose another --storage "
-                "or --name"
-            ) from error
+        """The right to train under this name."""
         advice = "is training under this name; wait for it to end, or give another --name"
-        return Lock(self.filesystem, self.path, CheckpointError, advice)
+        return Lock(self.location, CheckpointError, advice)
 
     def record(self) -> dict[str, Any]:
         """The run's record; empty before its first start.

@@ -107,8 +107,7 @@ def prepare(
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
     try:
-        filesystem.create_dir(folder, recursive=True)
-        with Lock(filesystem, folder, ShardsError, IN_USE) as lock:
+        with Lock(config.shards, ShardsError, IN_USE) as lock:
             before = read_plan(filesystem, folder)
             if before is None:
                 _require_no_parts(filesystem, folder, config.shards)

@@ -1,13 +1,18 @@
-"""One writer for one folder, of shards or of a training's checkpoints, on any filesystem.
+"""One writer for one folder: of shards, of a run's checkpoints, of a tracking server's database.
 
-The holder keeps a small file that says who it is and when it was last alive. On a local disk the
-file is created exclusively; a bucket has no such call, so there, and where a dead holder's lock is
-taken over, the claim is written, left to settle and read back. A holder is dead when its process is
-gone from this machine or it has been silent for `STALE_SECONDS`.
+The lock is a file in the folder, so it works on any filesystem that pyarrow opens and between
+machines that share nothing else; `filelock` needs a local disk, and pyarrow has no conditional put
+for a bucket. The holder rewrites the file every `BEAT_SECONDS` with the next number.
+
+Clocks of two machines are never compared. Whoever finds the lock of a process on this machine asks
+the system whether that process is running. Whoever finds any other watches the file by the clock
+of its own machine: a holder is alive if the file changes, and gone if it does not for
+`STALE_SECONDS`.
 """
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -16,113 +21,162 @@ import uuid
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from pyarrow import fs
 
 from ser_ray.errors import SerRayError
+from ser_ray.storage.atomic import write_file
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+"""Time between two looks at a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Time for two claims of the same moment to both be written before either is believed."""
+"""Two processes that claim the lock at the same moment both write within this time."""
+
+logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """The right to write into an existing folder, held while the context lasts.
+    """The right to write into a folder, held within a `with` block.
 
     Args:
-        error: what is raised where another process holds the lock.
-        advice: the rest of that message, after who it is: what it does, and the way out.
+        location: the folder, which is created if it does not exist.
+        error: the type of error that is raised where the lock cannot be held.
+        advice: what the other holder does and what the user can do about it; completes a message
+            that begins with the name of the holder.
     """
 
-    def __init__(
-        self, filesystem: fs.FileSystem, folder: str, error: type[SerRayError], advice: str
-    ) -> None:
-        self._filesystem = filesystem
+    def __init__(self, location: str, error: type[SerRayError], advice: str) -> None:
+        self._location = location_inside(location, LOCK_NAME)
+        self._filesystem, self._folder = filesystem_of(location)
+        self._path = f"{self._folder}/{LOCK_NAME}"
         self._error, self._advice = error, advice
-        self._path = f"{folder}/{LOCK_NAME}"
         self._claim = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "pid_namespace": _pid_namespace(),
+            "process_started": psutil.Process().create_time(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        self._num_beats = 0
+        self._last_beat = 0.0
         self._is_lost = False
-        self._released = threading.Event()
-        self._beat = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
+        self._is_released = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
         """Take the lock.
 
         Raises:
-            SerRayError: as `error`; another process holds it.
+            SerRayError: of the type `error`: another process holds the lock, or the folder cannot
+                be written.
         """
-        holder = self._read()
-        if holder is not None and (_is_alive(holder) if holder else self._is_new()):
-            raise self._in_use(holder)
-        if holder is None and isinstance(self._filesystem, fs.LocalFileSystem):
+        try:
+            self._filesystem.create_dir(self._folder, recursive=True)
+            self._acquire()
+        except OSError as error:
+            raise self._error(
+                f"{self._location}: cannot be written ({error}); choose another folder, or make "
+                "this one writable"
+            ) from error
+        self._last_beat = time.time()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock, unless another process took it over.
+
+        Failing to do so is a warning: an error here would hide the one that ended the block.
+        """
+        self._is_released.set()
+        self._thread.join()
+        try:
+            if self._is_ours():
+                self._filesystem.delete_file(self._path)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be removed (%s); it is ignored once it is %.0f seconds old",
+                *(self._location, error, STALE_SECONDS),
+            )
+
+    def check(self) -> None:
+        """Raise `error` if another process took the lock over, as it may when this one is silent.
+
+        Reads the storage only if the last beat is overdue, so it can be called at every step.
+        """
+        if time.time() - self._last_beat > 2 * BEAT_SECONDS:  # the machine was asleep, say
+            with contextlib.suppress(OSError):
+                self._beat()
+        if self._is_lost:
+            raise self._lost()
+
+    def _acquire(self) -> None:
+        claim = self._read()
+        if claim is not None:
+            claim = self._wait_for_end_of(claim)
+        if claim is None and isinstance(self._filesystem, fs.LocalFileSystem):
             try:
                 with Path(self._path).open("x") as file:
                     file.write(self._text())
             except FileExistsError:
-                raise self._in_use(self._read() or {}) from None
-        else:
-            self._write()
-            time.sleep(SETTLE_SECONDS)
-            if not self._is_ours():
-                raise self._in_use(self._read() or {})
-        self._beat.start()
-        return self
+                raise self._in_use(self._read()) from None
+            return
+        # Nothing replaces a file, or makes an object, only if nobody else did: the last one wins.
+        self._write()
+        time.sleep(SETTLE_SECONDS)
+        if not self._is_ours():
+            raise self._in_use(self._read())
 
-    def __exit__(self, *_: object) -> None:
-        """Give the lock back."""
-        self._released.set()
-        self._beat.join()
-        if not self._is_lost:
-            with contextlib.suppress(FileNotFoundError):
-                self._filesystem.delete_file(self._path)
-
-    def check(self) -> None:
-        """Raise `error` if another process took the lock, believing this one dead."""
-        if self._is_lost:
-            raise self._in_use(self._read() or {})
+    def _wait_for_end_of(self, claim: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a claim whose holder is gone, or None once it is released; raise if it is held."""
+        is_running = _is_running(claim)
+        if is_running:
+            raise self._in_use(claim)
+        if is_running is False:
+            return claim
+        logger.warning(
+            "%s: left by %s; waiting up to %.0f seconds for a sign of life",
+            *(self._location, _name(claim), STALE_SECONDS),
+        )
+        end = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+            latest = self._read()
+            if latest is None:
+                return None
+            if latest != claim:
+                raise self._in_use(latest)
+        return claim
 
     def _keep_alive(self) -> None:
-        while not self._released.wait(BEAT_SECONDS):
+        while not self._is_released.wait(BEAT_SECONDS) and not self._is_lost:
             with contextlib.suppress(OSError):  # a bucket out of reach for a moment
-                if not self._is_ours():
-                    self._is_lost = True
-                    return
-                self._write()
+                self._beat()
+
+    def _beat(self) -> None:
+        if not self._is_ours():
+            self._is_lost = True
+            return
+        self._num_beats += 1
+        self._write()
+        self._last_beat = time.time()
 
     def _is_ours(self) -> bool:
-        holder = self._read()
-        return holder is not None and holder.get("token") == self._claim["token"]
+        claim = self._read()
+        return claim is not None and claim.get("token") == self._claim["token"]
 
     def _text(self) -> str:
-        return json.dumps(self._claim | {"alive": time.time()})
+        return json.dumps(self._claim | {"beat": self._num_beats})
 
     def _write(self) -> None:
-        # A bucket's write is whole or not at all; a disk may be full.
-        is_local = isinstance(self._filesystem, fs.LocalFileSystem)
-        target = f"{self._path}.{self._claim['token']}" if is_local else self._path
-        try:
-            with self._filesystem.open_output_stream(target) as file:
-                file.write(self._text().encode())
-        except OSError:
-            if is_local:
-                Path(target).unlink(missing_ok=True)
-            raise
-        if is_local:
-            Path(target).replace(self._path)
-
-    def _is_new(self) -> bool:
-        """Whether a claim that cannot be read may be one that is just being written."""
-        changed = self._filesystem.get_file_info(self._path).mtime_ns
-        return changed is None or time.time() - changed / 1e9 <= STALE_SECONDS
+        write_file(self._filesystem, self._path, self._text().encode())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim; `{}` for one that is just being written; None for no lock."""
+        """Return the holder's claim; `{}` for one that is being written; None for no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -131,21 +185,40 @@ class Lock:
         except ValueError:
             return {}
 
-    def _in_use(self, holder: dict[str, Any]) -> SerRayError:
-        who = "process {pid} on {host} since {since}".format(**holder) if holder else "another run"
-        return self._error(f"{self._path}: {who} {self._advice}")
+    def _in_use(self, claim: dict[str, Any] | None) -> SerRayError:
+        return self._error(f"{self._location}: {_name(claim)} {self._advice}")
+
+    def _lost(self) -> SerRayError:
+        claim = self._read()
+        if claim is None:
+            return self._error(
+                f"{self._location}: was deleted while this process held it, so another one may be "
+                "writing here; make sure that none is, and give the same command again"
+            )
+        return self._in_use(claim)
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the run that wrote a claim may still be working."""
-    if time.time() - holder["alive"] > STALE_SECONDS:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
+def _name(claim: dict[str, Any] | None) -> str:
+    return "process {pid} on {host} since {since}".format(**claim) if claim else "another process"
+
+
+def _is_running(claim: dict[str, Any]) -> bool | None:
+    """Whether the process that wrote a claim is running; None where this process cannot know."""
+    if (claim.get("host"), claim.get("pid_namespace")) != (socket.gethostname(), _pid_namespace()):
+        return None
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+        started = psutil.Process(claim["pid"]).create_time()
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    except psutil.AccessDenied:
+        return None
+    # A number is given to another process in time, and a corrected clock shifts all start times.
+    return True if abs(started - claim["process_started"]) < 1 else None
+
+
+def _pid_namespace() -> str:
+    """Equal for two processes of a machine that see each other's ids; containers have their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - it is no path
+    except OSError:  # not Linux
+        return ""

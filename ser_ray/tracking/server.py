@@ -64,9 +64,8 @@ def serve(store: str, port: int, folder: Path) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     filesystem, root = filesystem_of(store)
-    filesystem.create_dir(root, recursive=True)
     database, copy = folder / DATABASE, f"{root}/{DATABASE}"
-    with Lock(filesystem, root, TrackingError, IN_USE) as lock:
+    with Lock(store, TrackingError, IN_USE) as lock:
         restore(filesystem, copy, database)
         server = subprocess.Popen(
             [

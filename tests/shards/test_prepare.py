@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from pyarrow import fs
 
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
@@ -258,7 +257,7 @@ def test_what_is_not_included_is_counted(ray_cluster: None, corpus: Path, tmp_pa
 
 def test_a_run_is_already_there(whole: Path, corpus: Path) -> None:
     before = files_of(whole)
-    lock = Lock(fs.LocalFileSystem(), str(whole), ShardsError, "")
+    lock = Lock(str(whole), ShardsError, "")
     with lock, pytest.raises(ShardsError, match=f"process {os.getpid()} .* is writing these"):
         run(corpus, whole)
     assert files_of(whole) == before

@@ -7,25 +7,30 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pyarrow import fs
 
-from ser_ray.errors import ShardsError
-from ser_ray.storage import lock
+from ser_ray.errors import CheckpointError, ShardsError
+from ser_ray.storage import lock as module
 from ser_ray.storage.lock import LOCK_NAME, Lock
-from ser_ray.storage.paths import filesystem_of
 
 
-def lock_of(folder: Path) -> Lock:
-    return Lock(fs.LocalFileSystem(), str(folder), ShardsError, "is here")
+def lock_of(folder: Path | str) -> Lock:
+    return Lock(str(folder), ShardsError, "is here")
 
 
 def write_claim(folder: Path, **changes: object) -> None:
-    claim = {"token": "x", "host": socket.gethostname(), "pid": os.getpid(), "since": "noon"}
-    (folder / LOCK_NAME).write_text(json.dumps(claim | {"alive": time.time()} | changes))
+    claim = lock_of(folder)._claim | {"token": "other", "since": "noon", "beat": 0}
+    (folder / LOCK_NAME).write_text(json.dumps(claim | changes))
+
+
+def read_claim(folder: Path) -> dict[str, Any]:
+    claim: dict[str, Any] = json.loads((folder / LOCK_NAME).read_text())
+    return claim
 
 
 def dead_process() -> int:
@@ -34,59 +39,119 @@ def dead_process() -> int:
     return child.pid
 
 
-def test_the_holder_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time passes only while the lock sleeps; returns what was slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    monkeypatch.setattr(module.time, "monotonic", lambda: sum(slept))
+    return slept
+
+
+def test_the_holder_is_named_at_once_and_leaves_nothing(
+    tmp_path: Path, watching: list[float]
+) -> None:
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with lock_of(tmp_path), pytest.raises(ShardsError, match=holder):
-        lock_of(tmp_path).__enter__()
-    with lock_of(tmp_path):
+    with lock_of(tmp_path / "new"), pytest.raises(ShardsError, match=holder):
+        lock_of(tmp_path / "new").__enter__()
+    with lock_of(tmp_path / "new"):
         pass
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "new").iterdir())
+    assert watching == []
+
+
+def test_a_process_that_ended_on_this_machine_is_followed_without_waiting(
+    tmp_path: Path, watching: list[float]
+) -> None:
+    write_claim(tmp_path, pid=dead_process())
+    with lock_of(tmp_path) as held:
+        held.check()
+        assert read_claim(tmp_path)["pid"] == os.getpid()
+    assert watching == [module.SETTLE_SECONDS]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pid": dead_process()}, {"host": "elsewhere", "alive": time.time() - 61}, {"alive": 0.0}],
-    ids=["its process is gone", "silent elsewhere", "silent here, its number taken again"],
+    [
+        {"host": "elsewhere"},
+        {"pid_namespace": "pid:[1]", "pid": dead_process()},
+        {"process_started": 1.0},
+    ],
+    ids=["another machine", "another container", "this machine, its number taken again"],
 )
-def test_a_dead_holder_is_followed(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_holder_out_of_sight_is_followed_only_after_it_was_silent(
+    tmp_path: Path, watching: list[float], changes: dict[str, object]
+) -> None:
     write_claim(tmp_path, **changes)
     with lock_of(tmp_path) as held:
         held.check()
-        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+        assert read_claim(tmp_path)["token"] == held._claim["token"]
+    assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
 
 
-def test_a_claim_that_nobody_can_read_is_followed_once_it_is_old(tmp_path: Path) -> None:
-    claim = tmp_path / LOCK_NAME
-    claim.touch()  # a full disk left this
-    with pytest.raises(ShardsError, match="another run is here"):
+@pytest.mark.parametrize("clock", [-3600.0, -60.0, 0.0, 3600.0])
+def test_a_living_holder_keeps_its_lock_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    """Its machine is elsewhere, and so is its time: the file's own time says nothing either."""
+    write_claim(tmp_path, host="elsewhere", alive=time.time() + clock)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) == 9:
+            write_claim(tmp_path, host="elsewhere", alive=time.time() + clock, beat=1)
+        os.utime(tmp_path / LOCK_NAME, (1, time.time() + clock))
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module.time, "monotonic", lambda: sum(slept))
+    with pytest.raises(ShardsError, match="on elsewhere since noon is here"):
         lock_of(tmp_path).__enter__()
-    old = time.time() - lock.STALE_SECONDS - 1
-    os.utime(claim, (old, old))
+    assert read_claim(tmp_path)["beat"] == 1
+
+
+def test_a_lock_that_is_released_while_it_is_watched_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_claim(tmp_path, host="elsewhere")
+    monkeypatch.setattr(module.time, "sleep", lambda _: (tmp_path / LOCK_NAME).unlink())
+    with lock_of(tmp_path) as held:
+        assert read_claim(tmp_path)["token"] == held._claim["token"]
+
+
+def test_a_claim_that_nobody_can_read_is_followed_once_it_is_old(
+    tmp_path: Path, watching: list[float]
+) -> None:
+    (tmp_path / LOCK_NAME).touch()  # a full disk left this
     with lock_of(tmp_path) as held:
         held.check()
+    assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
+
+
+def test_the_file_changes_with_every_beat(tmp_path: Path) -> None:
+    with lock_of(tmp_path) as held:
+        claims = [read_claim(tmp_path)]
+        for _ in range(2):
+            held._beat()
+            claims.append(read_claim(tmp_path))
+    assert [claim["beat"] for claim in claims] == [0, 1, 2]
 
 
 def test_a_disk_that_is_full_for_a_beat_leaves_the_claim(tmp_path: Path) -> None:
     with lock_of(tmp_path) as held:
-        claim = (tmp_path / LOCK_NAME).read_text()
+        claim = read_claim(tmp_path)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large"):
-                held._write()
+                held._beat()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, before)
-        assert (tmp_path / LOCK_NAME).read_text() == claim
+        assert read_claim(tmp_path) == claim
         held.check()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_holder_elsewhere_is_believed(tmp_path: Path) -> None:
-    write_claim(tmp_path, host="elsewhere", pid=dead_process())
-    with pytest.raises(ShardsError, match="on elsewhere since noon"):
-        lock_of(tmp_path).__enter__()
 
 
 def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
@@ -109,13 +174,9 @@ def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_last", [True, False])
 def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looked before anybody wrote writes too, within the time that all of them wait."""
-    filesystem, folder = filesystem_of(f"memory://lock-test-{is_last}")
-    filesystem.create_dir(folder)
-    other = Lock(filesystem, folder, ShardsError, "is here")
-    lock = Lock(filesystem, folder, ShardsError, "is here")
-    monkeypatch.setattr(
-        "ser_ray.storage.lock.time.sleep", lambda _: None if is_last else other._write()
-    )
+    folder = f"memory://{uuid.uuid4().hex}"
+    other, lock = lock_of(folder), lock_of(folder)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None if is_last else other._write())
     if is_last:
         with lock:
             assert lock._is_ours()
@@ -125,13 +186,87 @@ def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.M
         assert other._is_ours()
 
 
-def test_a_lost_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A laptop that slept for an hour wakes up to find another run at work."""
-    monkeypatch.setattr("ser_ray.storage.lock.BEAT_SECONDS", 0.05)
+def test_a_successors_lock_is_noticed_at_the_next_beat_and_left_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
     with lock_of(tmp_path) as held:
-        held.check()
         write_claim(tmp_path, host="elsewhere")
-        time.sleep(0.5)
+        held._thread.join(30)  # it ends with the lock
         with pytest.raises(ShardsError, match="on elsewhere"):
             held.check()
-    assert json.loads((tmp_path / LOCK_NAME).read_text())["host"] == "elsewhere"
+    assert read_claim(tmp_path)["host"] == "elsewhere"
+
+
+def test_a_successors_lock_survives_a_release_between_two_beats(tmp_path: Path) -> None:
+    with lock_of(tmp_path):
+        write_claim(tmp_path, host="elsewhere")
+    assert read_claim(tmp_path)["host"] == "elsewhere"
+
+
+def test_a_check_looks_for_itself_once_a_beat_is_overdue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A laptop that slept for an hour wakes up in the middle of an epoch."""
+    with lock_of(tmp_path) as held:
+        write_claim(tmp_path, host="elsewhere")
+        held.check()
+        woken = time.time() + 3600
+        monkeypatch.setattr(module.time, "time", lambda: woken)
+        with pytest.raises(ShardsError, match="on elsewhere"):
+            held.check()
+
+
+def test_a_check_between_two_beats_does_not_touch_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lock_of(tmp_path) as held:
+        monkeypatch.setattr(held, "_read", lambda: pytest.fail("it read"))
+        held.check()
+        monkeypatch.undo()
+
+
+def test_a_deleted_lock_is_lost(tmp_path: Path) -> None:
+    with lock_of(tmp_path) as held:
+        (tmp_path / LOCK_NAME).unlink()
+        held._beat()
+        with pytest.raises(ShardsError, match=r"lock\.json: was deleted while this process held"):
+            held.check()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+    with pytest.raises(CheckpointError) as caught:
+        Lock(str(folder), CheckpointError, "is here").__enter__()
+    assert str(caught.value).startswith(f"{folder}/lock.json: cannot be written (")
+    assert str(caught.value).endswith("; choose another folder, or make this one writable")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no folder there that root may not write")
+def test_a_read_only_folder_is_one_error() -> None:
+    with pytest.raises(ShardsError, match=r"^/sys/lock.json: cannot be written \(.*Permission"):
+        lock_of("/sys").__enter__()
+
+
+@pytest.mark.parametrize("is_failing", [True, False])
+def test_storage_that_is_away_at_the_release_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_failing
+) -> None:
+    def away() -> None:
+        raise OSError("no route to host")
+
+    def work() -> None:
+        with lock_of(tmp_path) as held:
+            monkeypatch.setattr(held, "_read", away)
+            if is_failing:
+                raise KeyError("what mattered")
+
+    if is_failing:
+        with pytest.raises(KeyError, match="what mattered"):
+            work()
+    else:
+        work()
+    assert "cannot be removed (no route to host)" in caplog.text
