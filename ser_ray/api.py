@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ser_ray.distributed.launch import TrainResult
     from ser_ray.distributed.lr_range import RangeResult
-    from ser_ray.evaluation.evaluate import Evaluation
+    from ser_ray.evaluation.results import Evaluation
     from ser_ray.evaluation.statistics import Comparison
     from ser_ray.inference.predictor import Predictor
     from ser_ray.search.crossval import CrossvalResult
@@ -270,7 +270,7 @@ def evaluate(
             fit, or the model was trained on the speakers.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
-    from ser_ray.evaluation.run_page import record_evaluation
+    from ser_ray.evaluation.record import record_evaluation
     from ser_ray.tracking.registry import local_checkpoint
     from ser_ray.tracking.tracker import Tracker
 

@@ -305,11 +305,17 @@ def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: 
         origin = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
         card = folder.keep_selected(newest, origin, Path(selected))
         folder.update_record(finished=True)
-        from ser_ray.evaluation.run_page import training_page  # it imports this room's loop
+        from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
+        from ser_ray.evaluation.pages import run_page
 
         try:
-            history, rates = newest.progress["history"], newest.progress["learning_rates"]
-            page = training_page(Path(selected), shards, history, rates, audio=audio)
+            page = run_page(
+                evaluate(Path(selected), shards, part="validation"),
+                name=folder.name,
+                history=newest.progress["history"],
+                learning_rates=newest.progress["learning_rates"],
+                audio=audio,
+            )
             _log_outcome(tracker, Path(selected), card, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
@@ -328,7 +334,8 @@ def _log_outcome(
 ) -> None:
     import numpy as np
 
-    from ser_ray.plots.scores import confusion_figure, curves_figure
+    from ser_ray.plots.scores import confusion_figure
+    from ser_ray.plots.training import curves_figure
 
     selected, history = progress["selected"], progress["history"]
     tracker.log_metrics(selected_metrics(selected), 0, now_ms())

@@ -1,10 +1,10 @@
 """A learning-rate range test on a cluster: one Ray task, one MLflow run."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import ray
 import torch
-from matplotlib.figure import Figure
 
 from ser_ray.cluster import (
     cluster,
@@ -17,8 +17,8 @@ from ser_ray.cluster import (
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import SerRayError
-from ser_ray.evaluation.page import figure_section, render_page, settings_section, text_section
-from ser_ray.plots.lr_range import range_figure
+from ser_ray.evaluation.pages import range_page
+from ser_ray.plots.training import range_figure
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.tracker import Tracker, first_line, flatten, now_ms, provenance, resolve_uri
@@ -74,19 +74,8 @@ def find_range(
             found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
             if isinstance(found, SerRayError):
                 raise found
-            title = f"training loss, {split['label']}, {CORPORA[shards.card.corpus]}"
-            figure = range_figure(found, title)
-            page = render_page(
-                name,
-                shards.card.corpus,
-                text_section(
-                    f"Range test of {len(found.learning_rates)} steps. Proposed bounds: --lr-min "
-                    f"{found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
-                ),
-                figure_section("Range test", (figure, "Loss by learning rate")),
-                settings_section(flatten(params), tags),
-            )
-            _record(tracker, found, figure, page)
+            page = range_page(name, asdict(found), settings=flatten(params), tags=tags)
+            _record(tracker, found, page, tags)
         except BaseException as error:
             tracker.abandon(error)
             if isinstance(error, ray.exceptions.RayError):
@@ -107,7 +96,7 @@ def _test(
         return problem
 
 
-def _record(tracker: Tracker, found: LrRange, figure: Figure, page: str) -> None:
+def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]) -> None:
     when = now_ms()
     for step, (rate, loss) in enumerate(zip(found.learning_rates, found.losses, strict=True)):
         tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
@@ -116,7 +105,9 @@ def _record(tracker: Tracker, found: LrRange, figure: Figure, page: str) -> None
     tracker.log_files(
         {
             "report.html": page,
-            "plots/lr_range.png": figure,
+            "plots/lr_range.png": range_figure(
+                asdict(found), f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}"
+            ),
             "tables/lr_range.json": asdict(found),
         }
     )

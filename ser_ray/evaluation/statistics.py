@@ -1,7 +1,8 @@
-"""What scores on few speakers are worth: intervals, calibration and paired comparisons.
+"""How uncertain scores on few speakers are: intervals, calibration and paired comparisons.
 
-Clips of one speaker are alike, so what is drawn again for an interval is whole speakers
-(the cluster bootstrap, Field and Welsh 2007), and from the counts of each: exact, and fast.
+Clips of one speaker are alike, so the bootstrap resamples complete speakers (the cluster bootstrap,
+Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations, one statistic a call;
+here one set of draws of each speaker's counts serves all scores at once.
 """
 
 import math
@@ -13,8 +14,9 @@ import numpy as np
 from ser_ray.training.metrics import count_confusion
 
 DRAWS = 2000
+"""Resamples of the bootstrap."""
 BINS = 10
-"""Equal widths of confidence in which calibration is counted."""
+"""Equal intervals of confidence over which calibration is measured."""
 
 Interval = tuple[float, float]
 """95 % interval: the 2.5th and 97.5th percentile of the draws."""
@@ -25,9 +27,9 @@ class Intervals:
     """Uncertainty of the scores of one test part."""
 
     drawn: str
-    """What was drawn again: `speakers`, or `clips` where there is only one speaker."""
+    """What was resampled: `speakers`, or `clips` where there is only one speaker."""
     count: int
-    """How many of them there are; with a handful, intervals come out too narrow."""
+    """How many of them there are; with only a few, the intervals are too narrow."""
     ua: Interval
     wa: Interval
     f1: Interval
@@ -39,7 +41,7 @@ class Intervals:
 def bootstrap(
     speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
 ) -> Intervals:
-    """Intervals of the scores over draws of whole speakers, equal for equal arguments.
+    """Intervals of the scores over draws of complete speakers; equal arguments give equal ones.
 
     Args:
         speakers: of every clip [clips].
@@ -67,24 +69,24 @@ def bootstrap(
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How far a model's confidence is to be believed (Guo 2017)."""
+    """Confidence against accuracy (Guo et al. 2017)."""
 
     confidence: np.ndarray
-    """Mean probability of the emotion named, in every bin [bins]; NaN in an empty one."""
+    """Mean probability of the predicted label in every bin [bins]; NaN in an empty one."""
     accuracy: np.ndarray
-    """Share named right, in every bin [bins]; NaN in an empty one."""
+    """Share predicted right in every bin [bins]; NaN in an empty one."""
     count: np.ndarray
     """Clips in every bin [bins]."""
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean distance of the two over the clips."""
+        """Expected calibration error: mean distance between the two over the clips, a share."""
         gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
         return float((gaps * self.count).sum() / max(self.count.sum(), 1))
 
 
 def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
-    """Compare confidence with accuracy.
+    """Measure how far the confidence agrees with the accuracy.
 
     Args:
         truth: label indices [clips].
@@ -104,18 +106,18 @@ def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One model beside another on the same clips; differences are first minus second."""
+    """Two models on the same clips; differences are first minus second."""
 
     wa_difference: float
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
-    """Exact McNemar test of equal WA: clips count as independent, which flatters."""
+    """Exact McNemar test of equal WA. It takes clips as independent, so p is too small."""
     ua_difference: float
     ua_interval: Interval
-    """Of the difference, over draws of whole speakers, the same for both models."""
+    """Of the difference, over draws of complete speakers, the same for both models."""
     drawn: str
-    """What was drawn: `speakers`, or `clips` where there is only one speaker."""
+    """What was resampled: `speakers`, or `clips` where there is only one speaker."""
     count: int
     """How many of them there are."""
 
@@ -124,8 +126,8 @@ class Comparison:
         return (
             f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} over draws of "
             f"{self.count} {self.drawn}), WA {self.wa_difference:+.1%}: {self.only_first_right} "
-            f"clips right that the other has wrong, {self.only_second_right} the other way, "
-            f"McNemar p = {self.mcnemar_p:.3g}"
+            f"clips that only this model gets right, {self.only_second_right} that only the other "
+            f"does, McNemar p = {self.mcnemar_p:.3g}"
         )
 
 
@@ -136,18 +138,28 @@ def compare(
     second: np.ndarray,
     num_labels: int,
 ) -> Comparison:
-    """Paired tests of two models' predictions [clips] of the same clips."""
+    """Compare two models' predictions of the same clips.
+
+    Args:
+        speakers: of every clip [clips].
+        truth: label indices [clips].
+        first: label indices that the first model predicted [clips].
+        second: label indices that the second model predicted [clips].
+    """
+    from scipy.stats import binomtest  # slow to import, and only comparisons need it
+
     first_right, second_right = first == truth, second == truth
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
+    differing = only_first + only_second
     ones, drawn = _counts(speakers, truth, first, num_labels)
     others, _ = _counts(speakers, truth, second, num_labels)
-    differences = _ua(_draw(ones)) - _ua(_draw(others))  # both draw the same speakers
+    differences = _ua(_draw(ones)) - _ua(_draw(others))  # equal seeds draw the same speakers
     return Comparison(
         wa_difference=float(first_right.mean() - second_right.mean()),
         only_first_right=only_first,
         only_second_right=only_second,
-        mcnemar_p=mcnemar_exact(only_first, only_second),
+        mcnemar_p=binomtest(only_first, differing).pvalue if differing else 1.0,
         ua_difference=float((_ua(ones.sum(axis=0)[None]) - _ua(others.sum(axis=0)[None]))[0]),
         ua_interval=_interval(differences),
         drawn=drawn,
@@ -155,20 +167,10 @@ def compare(
     )
 
 
-def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided p of so uneven a split of the clips that one model alone got right.
-
-    McNemar 1947, with the binomial distribution instead of its approximation.
-    """
-    total, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(total, count) for count in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**total)
-
-
 def _counts(
     speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, str]:
-    """Confusion counts of every unit to be drawn [units, labels, labels], and what they are."""
+    """Confusion counts of every speaker (or clip) [units, labels, labels], and which it is."""
     names, owners = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
     if len(names) == 1:
@@ -180,13 +182,21 @@ def _counts(
 
 
 def _draw(counts: np.ndarray) -> np.ndarray:
-    """Summed counts of so many units drawn with replacement [draws, labels, labels]."""
+    """Draw as many units as there are, with replacement; sum their counts per draw.
+
+    Args:
+        counts: [units, labels, labels].
+
+    Returns:
+        [draws, labels, labels].
+    """
     rng = np.random.default_rng(0)
     times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
     return np.tensordot(times, counts, axes=1)
 
 
 def _ua(counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the labels that occur [draws], of counts [draws, labels, labels]."""
     occurring = counts.sum(axis=2)
     recall = _ratio(np.diagonal(counts, axis1=1, axis2=2), occurring)
     return _mean_where(recall, occurring > 0)

@@ -26,7 +26,7 @@ from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.predictor import Prediction, Predictor
 from ser_ray.inference.recordings import MAX_RECORDING_SECONDS, Decode
-from ser_ray.plots.scores import clip_figure
+from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.svg import inline_svg
 
 if TYPE_CHECKING:

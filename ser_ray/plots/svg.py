@@ -8,7 +8,7 @@ import threading
 import matplotlib
 from matplotlib.figure import Figure
 
-from ser_ray.plots.scores import WIDTH
+from ser_ray.plots.style import WIDTH
 
 _DRAWING = threading.Lock()
 """matplotlib's settings are the whole program's, and a search draws in its own thread."""

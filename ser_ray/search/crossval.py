@@ -26,11 +26,12 @@ from ser_ray.corpus.splits import dependence_of, num_folds
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.evaluation.evaluate import Evaluation, Part, evaluate
-from ser_ray.evaluation.page import render_report
-from ser_ray.evaluation.run_page import record_evaluation, report_of
+from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.evaluation.pages import run_page
+from ser_ray.evaluation.record import record_evaluation
+from ser_ray.evaluation.results import Evaluation, Part, group_rows
 from ser_ray.evaluation.statistics import Intervals, bootstrap
-from ser_ray.plots.scores import confusion_figure, group_rows
+from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialSetup
@@ -41,9 +42,9 @@ from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.registry import local_checkpoint
 from ser_ray.tracking.tracker import Tracker, now_ms
-from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard, read_card
+from ser_ray.training.checkpoint import CARD, MODEL, read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import Normalisation, label_indices, select_rows
+from ser_ray.training.data import label_indices, select_rows
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.trainer import require_workers_fit
@@ -241,7 +242,7 @@ def crossval(
             lock.check()
             _require_all_finished(study.logs)
             result = pool(plan, location, folder.name, study.parent)
-            page = crossval_page(result, pretrained[recipe.weights].origin, audio=run.audio)
+            page = crossval_page(result, audio=run.audio)
             _log_outcome(study.parent, result, page)
             if config.part == "test":
                 _record_tests(study, location, audio=run.audio)
@@ -362,21 +363,13 @@ def _require_all_finished(trials: list[TrialLog]) -> None:
         )
 
 
-def crossval_page(result: CrossvalResult, started_from: str, *, audio: bool) -> str:
+def crossval_page(result: CrossvalResult, *, audio: bool) -> str:
     """The page of all folds' parts together, as `evaluate` writes that of one."""
-    about = result.plan.shards.card
-    card = CheckpointCard(
-        labels=result.labels,
-        config=result.plan.recipe,
-        features=about.features,
-        normalisation=Normalisation(np.zeros(0), np.ones(0)),  # every fold has its own
-        corpus=about.corpus,
-        shards_fingerprint=about.fingerprint,
-        split={"label": result.label},
-        initial_weights=started_from,
-    )
+    first = fold_folder(result.location, result.plan.folds[0], result.plan.seeds[0])
+    with local_checkpoint(first) as checkpoint:
+        card = read_card(checkpoint)
     pooled = Evaluation(
-        card=card,
+        card=replace(card, config=result.plan.recipe),
         part=result.part,
         protocol=result.plan.caption,
         corpus=card.corpus,
@@ -384,7 +377,7 @@ def crossval_page(result: CrossvalResult, started_from: str, *, audio: bool) -> 
         seen_speakers=(),
         predictions=result.predictions,
     )
-    return render_report(report_of(pooled, (), (), audio=audio))
+    return run_page(pooled, name=result.name, audio=audio)
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:

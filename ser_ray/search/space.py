@@ -61,6 +61,12 @@ class Dimension:
             return tuple(spread)
         return tuple(dict.fromkeys(round(value) for value in spread))
 
+    def __str__(self) -> str:
+        """Its distribution in words, as in `loguniform 0.001 to 0.1`."""
+        between = ", " if self.kind == "choice" else " to "
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in self.values]
+        return f"{self.kind} {between.join(values)}"
+
     def holds(self, value: Any) -> bool:
         """Whether a value could be drawn."""
         if self.kind == "choice":

@@ -187,9 +187,18 @@ class Study:
         if trial.state == "finished":  # what ended before keeps no epoch
             tracker.log_metrics(selected_metrics(trial.selected), 0, trial.times_ms[-1])
             tracker.deliver()
-        from ser_ray.search.page import trial_page  # slow: matplotlib
+        from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
 
-        page = trial_page(self._name_of(trial), trial, self.labels, self.tags, of=self.name)
+        page = trial_page(
+            self._name_of(trial),
+            f"Trial {trial.number} of {self.name}: {trial.state}. {trial.problem}",
+            recipe=trial.recipe,
+            history=trial.rows,
+            learning_rates=[rate for epoch in trial.rates for rate in epoch],
+            confusion=trial.selected_confusion if trial.rows else (),
+            labels=self.labels,
+            tags=self.tags,
+        )
         tracker.log_files({"report.html": page})
         tracker.set_tags({"trial.state": trial.state, "problem": trial.problem})
         tracker.finish(STATUS[trial.state])

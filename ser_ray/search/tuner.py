@@ -24,6 +24,7 @@ from ser_ray.cluster import cluster, require_shared
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
+from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.space import Dimension, SlotConfig, TuneConfig, values_of
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import Slots, TrialSetup
@@ -298,31 +299,33 @@ def _optuna(seed: int, first: list[dict[str, Any]], slots: Slots) -> Searcher:
 def _log_outcome(
     study: Study, best: TrialLog, dimensions: tuple[Dimension, ...], title: str, again: str
 ) -> None:
-    from ser_ray.search.figures import (
-        bounds_figure,
-        history_figure,
-        importance_figure,
-        importance_of,
-        trial_rows,
-    )
-    from ser_ray.search.page import search_page
+    from ser_ray.evaluation.pages import search_page  # slow: matplotlib
+    from ser_ray.plots.search import bounds_figure, history_figure, importance_figure
 
     tracker, trials = study.parent, study.logs
+    rows, importance = trial_rows(trials), importance_of(trials, dimensions)
     scores = selected_metrics(best.selected)
     states = [trial.state for trial in trials]
     counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
     tracker.log_metrics(scores | counts, 0, now_ms())
     tracker.deliver()
     tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
-    importance = importance_of(trials, dimensions)
     files: dict[str, Any] = {
         "report.html": search_page(
-            study.name, trials, best, dimensions, importance, study.tags, again
+            study.name,
+            rows,
+            best=best.number,
+            selected=best.selected,
+            recipe=best.recipe,
+            searched={item.name: str(item) for item in dimensions},
+            importance=importance,
+            tags=study.tags,
+            again=again,
         ),
         "config.json": best.recipe.to_dict(),
-        "plots/history.png": history_figure(trials, title),
-        "plots/learning_rate_bounds.png": bounds_figure(trials, title),
-        "tables/trials.csv": pa.Table.from_pylist(trial_rows(trials)),
+        "plots/history.png": history_figure(rows, title),
+        "plots/learning_rate_bounds.png": bounds_figure(rows, title),
+        "tables/trials.csv": pa.Table.from_pylist(rows),
     }
     if importance:
         files["plots/importance.png"] = importance_figure(importance, title)

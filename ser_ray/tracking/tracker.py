@@ -139,6 +139,12 @@ class Tracker:
         """Id of the run's experiment."""
         return str(self._client.get_run(self.run_id).info.experiment_id)
 
+    @property
+    def run_name(self) -> str:
+        """Name of the run."""
+        with self._delivering():
+            return str(self._client.get_run(self.run_id).info.run_name)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Queue metrics of one step, until `flush` or `deliver`.
 

@@ -1,8 +1,7 @@
-"""Scores of a checkpoint against scikit-learn, and who may be scored; statistics against scipy."""
+"""Scores of a checkpoint against scikit-learn, who may be scored, and what a run keeps of them."""
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +9,15 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pytest
-import scipy.stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ser_ray.cli.main import main
 from ser_ray.distributed.launch import _log_outcome
 from ser_ray.errors import CheckpointError, ConfigError
-from ser_ray.evaluation import statistics
+from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluate import compare, evaluate
-from ser_ray.evaluation.run_page import record_evaluation, report_of, training_page, typical_rows
+from ser_ray.evaluation.pages import run_page
+from ser_ray.evaluation.record import record_evaluation
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
@@ -89,14 +88,15 @@ def test_scores_are_those_of_scikit_learn_on_the_test_speakers(shards, checkpoin
 def test_hardest_clips_are_wrong_and_sorted_by_how_sure(shards, checkpoint):
     found = evaluate(checkpoint, "here")
     rows = found.hardest(3)
+    assert len(rows) == 3
     assert (found.predicted[rows] != found.truth[rows]).all()
     sure = found.probabilities.max(axis=1)
-    assert list(sure[rows]) == sorted(sure[found.predicted != found.truth], reverse=True)[:3]
+    assert sure[rows].tolist() == sorted(sure[found.predicted != found.truth], reverse=True)[:3]
 
 
-def test_typical_rows_have_one_clip_of_each_label(shards, checkpoint):
+def test_typical_rows_are_one_clip_of_each_label(shards, checkpoint):
     found = evaluate(checkpoint, "here")
-    rows = typical_rows(found)
+    rows = found.typical()
     assert found.truth[rows].tolist() == [0, 1, 2, 3]
     for row in rows:
         label = found.truth[row]
@@ -188,7 +188,7 @@ def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
 class Recorder:
     """What a tracker was told to store."""
 
-    uri, run_id = "somewhere", "0123"
+    uri, run_id, run_name = "somewhere", "0123", "the run"
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
@@ -210,7 +210,9 @@ def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, chec
     record_evaluation(evaluation, cast(Tracker, tracker), audio=False)
     page = tracker.files["report_test.html"]
     ua = f"{evaluation.scores.ua:.1%}"
-    assert re.search(f'class="value">{ua}</dd>.*test, {re.escape(evaluation.label)}', page)
+    assert f'class="value">{ua}</dd>' in page
+    assert f"<strong>test, {evaluation.label}, " in page
+    assert "<h1>the run</h1>" in page
     assert "<h2>Training</h2>" not in page
     assert tracker.metrics["test_ua"] == evaluation.scores.ua
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
@@ -236,8 +238,9 @@ def test_a_page_has_no_clips_where_the_corpus_is_out_of_reach(shards, checkpoint
     paths = pa.array([place] * len(evaluation.truth))
     table = evaluation.predictions
     table = table.set_column(table.schema.get_field_index("path"), "path", paths)
-    report = report_of(dataclasses.replace(evaluation, predictions=table), (), (), audio=False)
-    assert (report.examples, report.hardest) == ([], [])
+    moved = dataclasses.replace(evaluation, predictions=table)
+    assert read_clips(moved, [0, 1], audio=False) == []
+    assert "<h2>Examples</h2>" not in run_page(moved, name="run", audio=False)
 
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
@@ -251,56 +254,13 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
         "history": history,
         "selected_confusion": np.eye(4, dtype=int),
     }
-    page, tracker = (
-        training_page(checkpoint, "here", history, [1e-4, 1e-3], audio=False),
-        Recorder(),
+    validation, tracker = evaluate(checkpoint, "here", part="validation"), Recorder()
+    page = run_page(
+        validation, name="run", history=history, learning_rates=[1e-4, 1e-3], audio=False
     )
     _log_outcome(cast(Tracker, tracker), checkpoint, read_card(checkpoint), progress, page)
-    validation = evaluate(checkpoint, "here", part="validation")
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
     assert "marked: epoch 2, validation UA 20.0%" in page
     assert tracker.metrics["selected_val_ua"] == 0.2
     assert tracker.calls[-2:] == ["log_model", "finish"]
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (1, 0), (5, 5), (3, 14), (40, 22)])
-def test_mcnemar_is_the_exact_binomial_test(one, other):
-    expected = scipy.stats.binomtest(one, one + other).pvalue if one + other else 1
-    assert statistics.mcnemar_exact(one, other) == pytest.approx(expected)
-
-
-def test_calibration_by_hand():
-    """Ten clips at 0.95, of which eight are right, and ten at 0.55, of which five are."""
-    probabilities = np.array([[0.95, 0.05]] * 10 + [[0.45, 0.55]] * 10)
-    truth = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)
-    found = statistics.calibration(truth, probabilities)
-    assert found.count.tolist() == [0, 0, 0, 0, 0, 10, 0, 0, 0, 10]
-    assert found.accuracy[[5, 9]].tolist() == [0.5, 0.8]
-    assert np.isnan(found.accuracy[0])
-    assert found.ece == pytest.approx((0.15 + 0.05) / 2)
-
-
-def test_bootstrap_agrees_with_drawing_the_clips_themselves():
-    """Whole speakers drawn one by one, scored by scikit-learn, give the same interval."""
-    rng = np.random.default_rng(3)
-    speakers = np.repeat([f"s{n}" for n in range(8)], 24)
-    truth = np.tile([0, 1, 2], 64)
-    skill = np.repeat(rng.uniform(0.2, 0.9, 8), 24)
-    predicted = np.where(rng.random(192) < skill, truth, rng.integers(0, 3, 192))
-    found = statistics.bootstrap(list(speakers), truth, predicted, 3)
-    assert (found.drawn, found.count) == ("speakers", 8)
-    drawn = []
-    for _ in range(1000):
-        rows = np.concatenate(
-            [np.flatnonzero(speakers == name) for name in rng.choice(np.unique(speakers), 8)]
-        )
-        drawn.append(balanced_accuracy_score(truth[rows], predicted[rows]))
-    np.testing.assert_allclose(found.ua, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
-
-
-def test_one_speaker_is_drawn_by_clips():
-    truth = np.array([0, 1] * 20)
-    found = statistics.bootstrap(["01"] * 40, truth, truth, 2)
-    assert (found.drawn, found.count) == ("clips", 40)
-    assert found.ua == (1.0, 1.0)

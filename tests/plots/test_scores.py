@@ -1,4 +1,4 @@
-"""Figures and tables of a run, read back from the drawn artists and compared with scikit-learn."""
+"""Figures of scores, read back from the drawn artists."""
 
 import subprocess
 import sys
@@ -8,34 +8,15 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
 
 from ser_ray.plots.scores import (
     bars_figure,
     confusion_figure,
-    curves_figure,
-    group_rows,
-    learning_rate_figure,
-    per_class_rows,
+    reliability_figure,
 )
+from tests.plots.drawn import lines
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(5)
-
-
-def row(epoch: int, val_ua: float, val_loss: float = 1.0) -> dict[str, float]:
-    return {
-        "epoch": epoch,
-        "train_loss": 2.0 / epoch,
-        "train_wa": 0.1 * epoch,
-        "val_loss": val_loss,
-        "val_wa": val_ua + 0.02,
-        "val_ua": val_ua,
-    }
 
 
 def luminance(colour: np.ndarray) -> float:
@@ -103,40 +84,8 @@ def test_text_is_readable_on_every_shade(paper: str, ink: tuple[float, ...]) -> 
         assert contrast(letters, cell) > 3.9, f"{right} % on {paper}"
 
 
-def test_curves_hold_the_history_and_mark_the_kept_epoch() -> None:
-    history = [row(1, 0.3), row(2, 0.6, 1.2), row(3, 0.5), row(4, 0.6, 1.1), row(5, 0.4)]
-    figure = curves_figure(history, history[3], "validation, emobox-6")
-    losses, accuracies = figure.axes
-    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    for label, key in {
-        "training": "train_loss",
-        "validation": "val_loss",
-        "training WA": "train_wa",
-        "validation WA": "val_wa",
-        "validation UA": "val_ua",
-    }.items():
-        assert np.asarray(drawn[label].get_xdata()).tolist() == [1, 2, 3, 4, 5]
-        assert np.asarray(drawn[label].get_ydata()).tolist() == [item[key] for item in history]
-    for axes in (losses, accuracies):
-        assert [4, 4] in [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
-    assert "marked: epoch 4, validation UA 60.0%" in figure.get_suptitle()
-    assert "emobox-6" in figure.get_suptitle()
-
-
-def test_learning_rate_is_drawn_by_step_between_its_bounds() -> None:
-    rates = [1e-4, 1e-3, 2e-3, 1e-5]
-    figure = learning_rate_figure(rates, 1e-4, 2e-3, "OneCycle")
-    axes = figure.axes[0]
-    low, high, curve = axes.lines
-    assert np.asarray(curve.get_xdata()).tolist() == [1, 2, 3, 4]
-    assert np.asarray(curve.get_ydata()).tolist() == rates
-    assert np.unique([low.get_ydata(), high.get_ydata()]).tolist() == [1e-4, 2e-3]
-    assert axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.texts] == ["lr_min 0.0001", "lr_max 0.002"]
-
-
 def test_bars_show_shares_with_their_clips() -> None:
-    figure = bars_figure(["01", "02"], [0.25, 1.0], [60, 44], "test", "accuracy")
+    figure = bars_figure(["01", "02"], [0.25, 1.0], [60, 44], "accuracy", "test")
     axes = figure.axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.25, 1.0]  # type: ignore[attr-defined]
     assert [text.get_text() for text in axes.texts] == ["25.0% of 60", "100.0% of 44"]
@@ -145,14 +94,24 @@ def test_bars_show_shares_with_their_clips() -> None:
         assert text.get_window_extent().x1 <= figure.bbox.x1, "cut off at the right"
 
 
-@pytest.mark.parametrize("draw", ["confusion", "curves", "rates", "bars"])
+def test_reliability_shows_accuracy_and_clips_at_every_confidence() -> None:
+    nan = float("nan")
+    figure = reliability_figure([0.2, nan, 0.9], [0.5, nan, 1.0], [6, 0, 12])
+    upper, lower = figure.axes
+    confidence, accuracy = lines(upper)["this model"]
+    np.testing.assert_array_equal(confidence, [0.2, nan, 0.9])
+    np.testing.assert_array_equal(accuracy, [0.5, nan, 1.0])
+    assert lines(upper)["confidence = accuracy"] == ([0, 1], [0, 1])
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in lower.patches]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(bars, [(1 / 6, 6), (1 / 2, 0), (5 / 6, 12)])
+
+
+@pytest.mark.parametrize("draw", ["confusion", "bars"])
 def test_a_long_title_stays_inside_the_picture(draw: str) -> None:
     title = "test, emobox-6 fold 3 of 6 (speaker-independent), the synthetic corpus"
     figures: dict[str, Figure] = {
         "confusion": confusion_figure(np.eye(8, dtype=int), LABELS, title),
-        "curves": curves_figure([row(1, 0.2)], row(1, 0.2), title),
-        "rates": learning_rate_figure([1e-3], 1e-4, 1e-3, title),
-        "bars": bars_figure(["01"], [0.5], [2], title, "accuracy"),
+        "bars": bars_figure(["01"], [0.5], [2], "accuracy", title),
     }
     figure = figures[draw]
     figure.draw_without_rendering()
@@ -160,35 +119,6 @@ def test_a_long_title_stays_inside_the_picture(draw: str) -> None:
     box = figure.texts[0].get_window_extent()
     assert figure.bbox.x0 <= box.x0
     assert box.x1 <= figure.bbox.x1
-
-
-def test_table_of_labels_agrees_with_scikit_learn(rng: np.random.Generator) -> None:
-    truth, predicted = rng.integers(0, 7, (2, 500))  # label 7 neither occurs nor is predicted
-    truth[truth == 3] = 2  # label 3 is predicted and never occurs
-    predicted[predicted == 5] = 6  # label 5 occurs and is never predicted
-    confusion = np.zeros((8, 8), dtype=int)
-    np.add.at(confusion, (truth, predicted), 1)
-    rows = per_class_rows(confusion, LABELS)
-    wanted = precision_recall_fscore_support(truth, predicted, labels=range(8), zero_division=0)
-    assert [item["label"] for item in rows] == list(LABELS)
-    for key, values in zip(("precision", "recall", "f1", "support"), wanted, strict=True):
-        np.testing.assert_allclose([float(item[key]) for item in rows], values, err_msg=key)
-
-
-def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) -> None:
-    truth, predicted = rng.integers(0, 4, (2, 300))
-    speakers = rng.choice(["03", "01", "22"], 300)
-    truth[(speakers == "22") & (truth == 2)] = 1  # a speaker without one of the labels
-    rows = group_rows("speaker", list(speakers), truth, predicted)
-    assert [item["speaker"] for item in rows] == ["01", "03", "22"]
-    for item in rows:
-        mine = speakers == item["speaker"]
-        occurring = np.unique(truth[mine])
-        assert item["clips"] == mine.sum()
-        assert item["wa"] == pytest.approx(accuracy_score(truth[mine], predicted[mine]))
-        assert item["ua"] == pytest.approx(
-            recall_score(truth[mine], predicted[mine], labels=occurring, average="macro")
-        )
 
 
 def test_drawing_leaves_pyplot_alone() -> None:

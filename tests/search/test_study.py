@@ -13,8 +13,7 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search import display
 from ser_ray.search import study as module
 from ser_ray.search.display import TrialTable
-from ser_ray.search.figures import importance_of, trial_rows
-from ser_ray.search.page import search_page
+from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.study_journal import StudyJournal
@@ -22,7 +21,6 @@ from ser_ray.search.trial_journal import JournalCallback
 from ser_ray.search.trial_log import TrialLog
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
-from tests.evaluation.test_page import Page
 
 RECIPE = TrainConfig(epochs=3, keep="best")
 TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
@@ -178,21 +176,6 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     assert "epoch 2, validation, speaker-3 fold 1 of 3 (speaker-independent)" in pages[1]
     assert "Trial 2 of search: finished" in pages[1]
     assert "Trial 3 of search: failed. ValueError: no good" in pages[2]
-
-
-def test_the_page_of_a_search_shows_every_trial(server, tmp_path):
-    write(tmp_path)
-    trials = open_study(tmp_path).logs
-    dimensions = TuneConfig(space=("lr_ratio=choice(25)", "feature=choice(mel)")).dimensions
-    text = search_page("search", trials, trials[1], dimensions, {"lr_max": 1.0}, TAGS, "ser-ray x")
-    page = Page(text)
-    assert "Train it to the full with ser-ray x" in page.text
-    assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2" in page.text
-    assert "60.0%" in page.text
-    assert "lr_max loguniform 0.0003 to 0.01" in page.text
-    rows = [row.split("<td>")[0] for row in text.split('<th scope="row">')[1:4]]
-    assert [row[0] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
-    assert text.count("<svg") == 3
 
 
 def test_half_a_line_is_left_for_later(server, tmp_path):

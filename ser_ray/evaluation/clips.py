@@ -1,0 +1,77 @@
+"""The clips that a page shows, read again from the corpus, where it is still in reach."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from ser_ray.errors import ConfigError
+from ser_ray.evaluation.results import Evaluation
+from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.storage.paths import filesystem_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipView:
+    """One clip as a page shows it."""
+
+    name: str
+    """File name."""
+    truth: str
+    """Its label."""
+    predicted: str
+    """The predicted label."""
+    probability: float
+    """Of the predicted label."""
+    waveform: np.ndarray
+    """Its sound without the silent ends [num_samples], full scale ±1."""
+    sample_rate: int
+    """Hertz."""
+    spectrogram: np.ndarray
+    """Power in dB [bins, frames], from 0 Hz to half the sample rate."""
+    mp3: bytes | None
+    """The same sound for the player; None shows no player."""
+
+
+def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[ClipView]:
+    """Read some clips of an evaluation again, and leave out those that cannot be read any more.
+
+    Args:
+        rows: of `evaluation.predictions`.
+        audio: compress their sound for a player.
+    """
+    extract = FeatureExtractor(evaluation.card.features)
+    rate = evaluation.card.features.sample_rate
+    views = []
+    for clip in evaluation.predictions.take(rows).to_pylist():
+        try:
+            filesystem, path = filesystem_of(clip["path"])
+            with filesystem.open_input_file(path) as file:
+                waveform = extract.waveform(*decode(file))
+        except (OSError, ConfigError, ClipError):
+            continue
+        views.append(
+            ClipView(
+                name=Path(path).name,
+                truth=clip["emotion"],
+                predicted=clip["predicted"],
+                probability=clip[f"p_{clip['predicted']}"],
+                waveform=waveform,
+                sample_rate=rate,
+                spectrogram=extract.features(waveform)["spectrogram"],
+                mp3=_mp3(waveform, rate) if audio else None,
+            )
+        )
+    return views
+
+
+def _mp3(waveform: np.ndarray, sample_rate: int) -> bytes:
+    """Compress a waveform [num_samples] so that any browser plays it, about 4 kB a second."""
+    sound = BytesIO()
+    soundfile.write(sound, waveform, sample_rate, format="MP3")
+    return sound.getvalue()

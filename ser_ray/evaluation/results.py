@@ -1,0 +1,259 @@
+"""What an evaluation found: predictions of every clip, and the scores that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.evaluation import statistics
+from ser_ray.evaluation.statistics import Calibration, Intervals
+from ser_ray.training.checkpoint import CheckpointCard
+from ser_ray.training.data import label_indices
+from ser_ray.training.metrics import Scores, count_confusion, scores_of
+
+Part = Literal["validation", "test"]
+GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
+"""Columns of the clips by which scores are broken down, where a corpus has them."""
+KEPT = ("path", "take", *GROUPS, "emotion")
+"""Columns of the clips that stand beside their predictions."""
+HARDEST = 12
+
+Row = dict[str, str | int | float]
+"""Of a table: names and counts, and scores as shares from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of a model on one part of a fold, or on shards it was not trained on."""
+
+    card: CheckpointCard
+    """Of the checkpoint that was scored; where all folds are put together, of one of them."""
+    part: Part
+    """Which side of the fold the clips are."""
+    protocol: str
+    """Protocol and fold in words, or that these are other shards."""
+    corpus: str
+    """What was scored: ravdess, synthetic or table."""
+    is_own_test: bool
+    """Whether this is the test part of the fold that the model was trained on. Only that is
+    recorded in the training's run."""
+    seen_speakers: tuple[str, ...]
+    """Speakers of these clips that the model was trained on, where the user allowed that."""
+    predictions: pa.Table
+    """One row a clip, as `predictions_table` makes it."""
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """MLflow run that trained the model, `run_id` and `tracking_uri`; empty if none is known."""
+
+    @property
+    def label(self) -> str:
+        """Protocol and fold, as shown beside every score."""
+        if not self.seen_speakers:
+            return self.protocol
+        return f"{self.protocol}, SPEAKERS SEEN IN TRAINING: {', '.join(self.seen_speakers)}"
+
+    @property
+    def measured_on(self) -> str:
+        """Part, protocol and corpus: without them a score says nothing."""
+        return f"{self.part}, {self.label}, {CORPORA[self.corpus]}"
+
+    @cached_property
+    def truth(self) -> np.ndarray:
+        """Label indices [clips]."""
+        return label_indices(self.predictions, self.card.labels)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Of every label [clips, labels]."""
+        columns = [self.predictions[f"p_{label}"].to_numpy() for label in self.card.labels]
+        return np.stack(columns, axis=1)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """Label indices [clips]."""
+        return self.probabilities.argmax(axis=1)
+
+    @cached_property
+    def speakers(self) -> list[str]:
+        """Of every clip."""
+        speakers: list[str] = self.predictions["speaker"].to_pylist()
+        return speakers
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The exact scores."""
+        return scores_of(self.truth, self.probabilities)
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """95 % intervals of the scores."""
+        return statistics.bootstrap(
+            self.speakers, self.truth, self.predicted, len(self.card.labels)
+        )
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Confidence against accuracy."""
+        return statistics.calibration(self.truth, self.probabilities)
+
+    @cached_property
+    def groups(self) -> dict[str, list[Row]]:
+        """Clips, WA and UA by speaker, sex, channel, intensity and statement."""
+        return {
+            name: group_rows(
+                name, [str(v) for v in self.predictions[name].to_pylist()],
+                self.truth, self.predicted,
+            )
+            for name in GROUPS
+            if name in self.predictions.schema.names and not self.predictions[name].null_count
+        }  # fmt: skip
+
+    def hardest(self, count: int = HARDEST) -> list[int]:
+        """Rows of the wrong predictions with the highest confidence, the highest first."""
+        wrong = np.flatnonzero(self.predicted != self.truth)
+        confidence = self.probabilities[wrong].max(axis=1)
+        hardest: list[int] = wrong[np.argsort(-confidence, kind="stable")][:count].tolist()
+        return hardest
+
+    def typical(self) -> list[int]:
+        """One row of each label: the clip whose true label has the median probability."""
+        rows = []
+        for label in np.unique(self.truth):
+            own = np.flatnonzero(self.truth == label)
+            order = np.argsort(self.probabilities[own, label], kind="stable")
+            rows.append(int(own[order[len(own) // 2]]))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in values that JSON has."""
+        labels = self.card.labels
+        intervals = asdict(self.intervals)
+        hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
+        return {
+            "protocol": self.label,
+            "part": self.part,
+            "corpus": self.corpus,
+            "seen_speakers": list(self.seen_speakers),
+            "clips": self.scores.num_clips,
+            **self.scores.to_dict(),
+            "recall": dict(zip(labels, self.scores.recall.tolist(), strict=True)),
+            "intervals": intervals
+            | {"recall": dict(zip(labels, intervals["recall"], strict=True))},
+            "groups": self.groups,
+            "ece": self.calibration.ece,
+            "hardest": hardest.to_pylist(),
+            "confusion": self.scores.confusion.tolist(),
+            **self.origin,
+        }
+
+    def __str__(self) -> str:
+        """The scores in a few lines."""
+        scores, intervals = self.scores, self.intervals
+        named = (
+            ("UA", scores.ua, intervals.ua),
+            ("WA", scores.wa, intervals.wa),
+            ("macro F1", scores.macro_f1, intervals.f1),
+        )
+        shown = ", ".join(
+            f"{name} {score:.1%} [{low:.1%}, {high:.1%}]" for name, score, (low, high) in named
+        )
+        return (
+            f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {scores.num_clips} clips: "
+            f"{shown}, ECE {self.calibration.ece:.1%}\n"
+            f"in brackets 95 % intervals over draws of {intervals.count} {intervals.drawn}"
+        )
+
+
+def predictions_table(
+    clips: pa.Table, probabilities: np.ndarray, labels: Sequence[str]
+) -> pa.Table:
+    """Put predictions beside their clips: `KEPT`, predicted, and p_<label> for each label.
+
+    Args:
+        clips: one row a clip, with the columns of a shard set.
+        probabilities: [clips, labels].
+        labels: names of the probabilities' columns.
+    """
+    table = clips.select([name for name in KEPT if name in clips.schema.names])
+    predicted = [labels[index] for index in probabilities.argmax(axis=1)]
+    table = table.append_column("predicted", pa.array(predicted))
+    for index, name in enumerate(labels):
+        table = table.append_column(f"p_{name}", pa.array(probabilities[:, index]))
+    return table
+
+
+def label_rows(confusion: np.ndarray, labels: Sequence[str]) -> list[Row]:
+    """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
+
+    Where a score would divide by zero it is 0: the precision of a label never predicted, the recall
+    of one that does not occur, the F1 of one with neither.
+
+    Args:
+        confusion: counts [labels, labels], row = true, column = predicted.
+        labels: names of the rows.
+    """
+    scores = Scores(confusion, loss=0.0)
+    columns = zip(
+        labels, scores.precision, scores.recall, scores.f1, confusion.sum(axis=1), strict=True
+    )
+    return [
+        {
+            "label": label,
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "support": int(support),
+        }
+        for label, precision, recall, f1, support in columns
+    ]
+
+
+def group_rows(
+    kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> list[Row]:
+    """Tabulate clips, WA and UA (shares) of every group of clips, by name.
+
+    Args:
+        kind: what the groups are, such as speaker or sex; the name of their column.
+        groups: of every clip [clips].
+        truth: label indices [clips].
+        predicted: label indices [clips].
+    """
+    num_labels = int(max(truth.max(), predicted.max())) + 1
+    rows: list[Row] = []
+    for group in sorted(set(groups)):
+        mine = np.asarray(groups) == group
+        scores = Scores(count_confusion(truth[mine], predicted[mine], num_labels), loss=0.0)
+        rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
+    return rows
+
+
+def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
+    """Name the labels with the highest and lowest recall, and the most frequent confusion.
+
+    Args:
+        confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
+        labels: names of the rows.
+    """
+    support = confusion.sum(axis=1)
+    recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
+    best, worst = int(np.nanargmax(recall)), int(np.nanargmin(recall))
+    if recall[best] == recall[worst]:
+        sentence = f"Every label that occurs has a recall of {recall[best]:.0%}."
+    else:
+        sentence = (
+            f"Best recognised: {labels[best]} (recall {recall[best]:.0%}). "
+            f"Worst: {labels[worst]} ({recall[worst]:.0%})."
+        )
+    wrong = confusion - np.diag(np.diag(confusion))
+    shares = wrong / np.maximum(support, 1)[:, None]
+    true, predicted = np.unravel_index(shares.argmax(), shares.shape)
+    if wrong[true, predicted]:
+        sentence += (
+            f" Most confused: {wrong[true, predicted]} of {support[true]} {labels[true]} clips "
+            f"were predicted as {labels[predicted]}."
+        )
+    return sentence

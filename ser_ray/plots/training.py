@@ -1,0 +1,89 @@
+"""Figures of a training: its curves, its learning rate, and a learning-rate range test."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
+
+_SERIES = {
+    "train_loss": ("training", BLUE, "--"),
+    "val_loss": ("validation", VERMILION, "-"),
+    "train_wa": ("training WA", BLUE, "--"),
+    "val_wa": ("validation WA", GREEN, "-."),
+    "val_ua": ("validation UA", VERMILION, "-"),
+}
+
+
+def curves_figure(
+    history: Sequence[Mapping[str, float]], selected: Mapping[str, float], title: str = ""
+) -> Figure:
+    """Draw the loss, and WA and UA, of every epoch, and mark the selected one.
+
+    Args:
+        history: rows with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua.
+        selected: the row of the epoch whose weights were kept.
+        title: shown above.
+    """
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    losses, accuracies = figure.subplots(2, 1, sharex=True)
+    epochs = [row["epoch"] for row in history]
+    for key, (name, colour, dashes) in _SERIES.items():
+        axes = losses if key.endswith("loss") else accuracies
+        values = [row[key] for row in history]
+        axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
+    accuracies.plot(selected["epoch"], selected["val_ua"], "o", color=VERMILION, fillstyle="none")
+    losses.set_ylabel("loss")
+    accuracies.set_ylabel("accuracy")
+    accuracies.set_ylim(0, 1)
+    accuracies.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracies.set_xlabel("epoch")
+    accuracies.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    accuracies.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    for axes in (losses, accuracies):
+        axes.axvline(selected["epoch"], color=GREY, linestyle=":")
+        legend_above(axes, columns=3)
+        tidy(axes)
+    marked = f"marked: epoch {selected['epoch']:.0f}, validation UA {selected['val_ua']:.1%}"
+    return entitle(figure, title, marked)
+
+
+def learning_rate_figure(
+    learning_rates: Sequence[float], lr_min: float, lr_max: float, title: str = ""
+) -> Figure:
+    """Draw the learning rate of every step [steps] on a logarithmic scale, between its bounds."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="learning rate", yscale="log")
+    for name, bound, shift in (("lr_min", lr_min, -12), ("lr_max", lr_max, 4)):
+        axes.axhline(bound, color=GREY, linestyle=":")
+        axes.annotate(f"{name} {bound:.3g}", (1, bound), (0, shift), textcoords="offset points")
+    axes.plot(np.arange(1, len(learning_rates) + 1), learning_rates, color=BLUE)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.margins(y=0.12)
+    tidy(axes)
+    return entitle(figure, title)
+
+
+def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
+    """Draw the loss of a range test against the learning rate, with the proposed bounds.
+
+    Args:
+        found: `learning_rates` and `losses` of every step as measured, `smooth`, the losses
+            averaged over neighbouring steps, each [steps], and the proposed `lr_min` and `lr_max`.
+        title: shown above.
+    """
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss", xscale="log")
+    axes.plot(
+        found["learning_rates"], found["losses"], color=GREY, linewidth=0.8, label="each step"
+    )
+    axes.plot(found["learning_rates"], found["smooth"], color=BLUE, label="averaged")
+    for name, dashes in (("lr_min", ":"), ("lr_max", "-.")):
+        label = f"{name} {found[name]:.1e}"
+        axes.axvline(found[name], color=VERMILION, linestyle=dashes, label=label)
+    legend_above(axes, columns=2)
+    tidy(axes)
+    return entitle(figure, title)

@@ -1,0 +1,356 @@
+"""Pages of runs, parsed as a browser does and searched for what must be there."""
+
+import base64
+import dataclasses
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ser_ray.evaluation import pages
+from ser_ray.evaluation.clips import ClipView
+from ser_ray.evaluation.pages import range_page, run_page, search_page, trial_page
+from ser_ray.evaluation.results import Evaluation, predictions_table
+from ser_ray.training.config import TrainConfig
+from tests.models import make_checkpoint
+
+VOID = {"meta", "br", "hr", "img", "link"}
+PROTOCOL = "emobox-6 fold 1 of 6 (speaker-independent)"
+MEASURED_ON = f"test, {PROTOCOL}, RAVDESS"
+LABELS = ("happy", "sad & low", "<angry>")
+HISTORY = [
+    {"epoch": e, "train_loss": 1 / e, "train_wa": 0.2 * e, "val_loss": 2 / e, "val_wa": 0.15 * e,
+     "val_ua": 0.1 * e, "val_f1": 0.05 * e}
+    for e in (1, 2, 3)
+]  # fmt: skip
+RATES = [1e-4, 2e-3, 1e-5]
+TAGS = {"protocol": PROTOCOL, "corpus": "ravdess", "version.torch": "2.11.0", "mlflow.user": "me"}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page; an element closed out of order is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.words: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.references.append(value or "")
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def words_of(svg: str) -> str:
+    """The text in a figure."""
+    return " ".join("".join(ElementTree.fromstring(svg).itertext()).split())
+
+
+def figure_of(text: str, description: str) -> str:
+    """The one figure of a page with this description."""
+    (svg,) = re.findall(rf'<svg role="img" aria-label="{description}".*?</svg>', text, re.DOTALL)
+    return str(svg)
+
+
+def polylines(svg: str) -> list[list[tuple[float, float]]]:
+    """The points, in pixels, of every line inside a figure's axes, but for the faint grid."""
+    found = []
+    for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"):
+        if path.get("clip-path") and "stroke-opacity" not in path.get("style", ""):
+            numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.get("d", ""))]
+            found.append(list(zip(numbers[::2], numbers[1::2], strict=True)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory) -> Evaluation:
+    """Ninety clips of three speakers, three labels and both sexes, 71 of them predicted right."""
+    rng = np.random.default_rng(2)
+    truth = np.arange(90) // 5 % 3
+    predicted = np.where(np.arange(90) < 71, truth, (truth + 1) % 3)
+    probabilities = rng.dirichlet([1, 1, 1], 90)
+    probabilities[np.arange(90), predicted] += 1
+    clips = pa.table(
+        {
+            "path": [f"/nowhere/{n}.wav" for n in range(90)],
+            "take": [str(n) for n in range(90)],
+            "speaker": ["01", "11", "20"] * 30,
+            "sex": ["male", "female"] * 45,
+            "emotion": [LABELS[label] for label in truth],
+        }
+    )
+    card = make_checkpoint(
+        tmp_path_factory.mktemp("model"),
+        labels=LABELS,
+        config=TrainConfig(feature="mel", lr_min=1e-4, lr_max=2e-3, keep="best"),
+        initial_weights='"><img src=x>',
+    )
+    return Evaluation(
+        card=card,
+        part="test",
+        protocol=PROTOCOL,
+        corpus="ravdess",
+        is_own_test=True,
+        seen_speakers=(),
+        predictions=predictions_table(clips, probabilities / 2, LABELS),
+    )
+
+
+@pytest.fixture
+def clip() -> ClipView:
+    return ClipView(
+        name="<clip>.wav",
+        truth="happy",
+        predicted="<angry>",
+        probability=0.81,
+        waveform=np.sin(np.arange(16_000) / 9).astype(np.float32),
+        sample_rate=16_000,
+        spectrogram=np.random.default_rng(2).normal(-40, 10, (321, 51)),
+        mp3=b"sound",
+    )
+
+
+def render(evaluation: Evaluation, **changes: Any) -> str:
+    settings = {"name": "run <script>1</script>", "history": HISTORY, "learning_rates": RATES}
+    return run_page(evaluation, **(settings | {"audio": True} | changes))
+
+
+@pytest.fixture
+def text(evaluation: Evaluation, clip: ClipView, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A training's page with two clips, the second without a player."""
+    views = iter([[clip], [dataclasses.replace(clip, mp3=None)]])
+    monkeypatch.setattr(pages, "read_clips", lambda *_, **__: next(views))
+    return render(evaluation)
+
+
+def search_rows() -> list[dict[str, Any]]:
+    found = []
+    for number, (state, val_ua) in enumerate(
+        [("pruned", 0.1), ("finished", 0.6), ("failed", None)], start=1
+    ):
+        lr_max = 0.001 * number
+        found.append(
+            {
+                "trial": number, "state": state, "lr_max": lr_max, "lr_ratio": 25.0,
+                "feature": "mel", "lr_min": lr_max / 25, "epochs": number,
+                "selected_val_ua": val_ua, "selected_val_wa": val_ua, "selected_val_loss": 1.0,
+            }
+        )  # fmt: skip
+    return found
+
+
+def render_search(**changes: Any) -> str:
+    settings: dict[str, Any] = {
+        "best": 2,
+        "selected": HISTORY[1],
+        "recipe": TrainConfig(feature="mel"),
+        "searched": {"lr_max": "loguniform 0.0003 to 0.01", "lr_ratio": "choice 25"},
+        "importance": {"lr_max": 0.75, "lr_ratio": 0.25},
+        "tags": TAGS,
+        "again": "ser-ray train --like <id>",
+    }
+    return search_page("search", search_rows(), **(settings | changes))
+
+
+def render_trial(**changes: Any) -> str:
+    settings: dict[str, Any] = {
+        "recipe": TrainConfig(lr_min=1e-4, lr_max=2e-3, keep="best"),
+        "history": HISTORY,
+        "learning_rates": RATES,
+        "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 9]],
+        "labels": LABELS,
+        "tags": TAGS,
+    }
+    return trial_page("search-002", "Trial 2 of search: finished.", **(settings | changes))
+
+
+def render_range() -> str:
+    found = {
+        "learning_rates": [1e-5, 1e-4, 1e-3, 1e-2],
+        "losses": [2.0, 1.0, 1.5, 3.0],
+        "smooth": [2.0, 1.4, 1.6, 2.5],
+        "lr_min": 2e-5,
+        "lr_max": 5e-4,
+    }
+    return range_page("range", found, settings={"feature": "mel"}, tags=TAGS)
+
+
+@pytest.mark.parametrize("kind", ["run", "trial", "search", "range"])
+def test_every_page_is_well_formed_and_loads_nothing(kind: str, text: str) -> None:
+    shown = {"run": text, "trial": render_trial(), "search": render_search()}.get(kind)
+    shown = shown or render_range()
+    page = Page(shown)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.references, "figures refer to their own parts"
+    for reference in page.references:
+        inside = reference.strip("'\"")
+        assert inside.startswith(("#", "data:image/png;base64,", "data:audio/mpeg;base64,"))
+        assert not inside.startswith("#") or inside[1:] in page.ids
+    assert not page.tags & {"script", "img", "link", "iframe", "object"}
+    assert "@import" not in shown
+    assert "url(" not in re.search(r"<style>(.*?)</style>", shown, re.DOTALL).group(1)  # type: ignore[union-attr]
+
+
+def test_every_figure_is_an_svg_with_a_description(text: str) -> None:
+    figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(figures) == 7
+    for figure in figures:
+        root = ElementTree.fromstring(figure)
+        assert root.get("role") == "img"
+        assert root.get("aria-label")
+        assert "#000000" not in figure, "black vanishes on a dark page"
+    assert "<angry>" in words_of(figure_of(text, "Confusion matrix"))
+
+
+def test_text_of_others_is_shown_as_text(text: str) -> None:
+    page = Page(text)
+    for words in ("run <script>1</script>", "sad & low", "<angry>", '"><img src=x>', "<clip>.wav"):
+        assert words in page.text
+    assert "Train it to the full with ser-ray train --like <id>" in Page(render_search()).text
+
+
+def test_what_the_scores_were_measured_on_stands_above_them(text: str) -> None:
+    assert re.search(rf"{re.escape(MEASURED_ON)}</strong></p>\s*<dl class=\"scores\">", text)
+    validated = f"epoch 3, validation, {PROTOCOL}, RAVDESS</strong></p>"
+    assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_trial())
+    validated = f"epoch 2, validation, {PROTOCOL}, RAVDESS</strong></p>"
+    assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_search())
+    assert f"training loss, {PROTOCOL}, RAVDESS" in Page(render_range()).text
+
+
+def test_a_page_of_a_run_holds_the_numbers(text: str, evaluation: Evaluation) -> None:
+    page, scores = Page(text), evaluation.scores
+    assert re.findall(r'class="value">([\d.]+%)</dd>', text) == [
+        f"{share:.1%}" for share in (scores.ua, scores.wa, scores.macro_f1)
+    ]
+    low, high = evaluation.intervals.ua
+    assert f"95 % interval {low:.1%} to {high:.1%}, over draws of 3 speakers" in page.text
+    for kind, rows in evaluation.groups.items():
+        for row in rows:
+            assert f"{row[kind]} {row['clips']} {row['wa']:.1%} {row['ua']:.1%}" in page.text
+    assert f"Expected calibration error: {evaluation.calibration.ece:.1%}" in page.text
+    confusion = words_of(figure_of(text, "Confusion matrix"))
+    for label, count in zip(LABELS, np.diag(scores.confusion), strict=True):
+        assert f"{label} (30)" in confusion
+        assert f" {count}" in confusion
+    assert "feature mel" in page.text
+    assert "version.torch 2.11.0" in page.text
+    assert page.text.count("run <script>1</script>") == 2, "as the heading and the tab's title"
+    assert f"RAVDESS, {datetime.now(UTC).date()}" in page.text
+
+
+def test_a_page_begins_with_the_best_and_worst_label(text: str, evaluation: Evaluation) -> None:
+    assert "</p>\n<p>Best recognised: happy (recall 83%). Worst:" in text
+    assert (
+        "Best recognised: sad & low (recall 100%). Worst: happy (75%)." in Page(render_trial()).text
+    )
+
+
+@pytest.mark.parametrize("kind", ["run", "trial"])
+def test_the_curve_of_the_page_is_the_learning_rate_of_every_step(kind: str, text: str) -> None:
+    page = text if kind == "run" else render_trial()
+    low, high, curve = polylines(figure_of(page, "Learning rate of every step"))
+    assert len(curve) == len(RATES)
+    steps = [x for x, _ in curve]
+    assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1])
+    # The bounds, whose values are known, calibrate the logarithmic axis.
+    per_decade = (high[0][1] - low[0][1]) / np.log10(2e-3 / 1e-4)
+    drawn = [1e-4 * 10 ** ((y - low[0][1]) / per_decade) for _, y in curve]
+    assert drawn == pytest.approx(RATES, rel=1e-3)
+
+
+def test_the_curves_of_the_page_are_those_of_the_history(text: str) -> None:
+    figure = figure_of(text, "Loss and accuracy of every epoch")
+    assert "marked: epoch 3, validation UA 30.0%" in words_of(figure)
+    curves = [line for line in polylines(figure) if len(line) == len(HISTORY)]
+    keys = ("train_loss", "val_loss", "train_wa", "val_wa", "val_ua")
+    for key, curve in zip(keys, curves, strict=True):
+        heights = [-y for _, y in curve]
+        values = [row[key] for row in HISTORY]
+        between = (values[1] - values[0]) / (values[2] - values[0])
+        assert (heights[1] - heights[0]) / (heights[2] - heights[0]) == pytest.approx(between)
+
+
+def test_the_synthetic_corpus_is_named_where_its_results_are(evaluation: Evaluation) -> None:
+    synthetic = Page(render(dataclasses.replace(evaluation, corpus="synthetic"))).text
+    assert "not results on RAVDESS" in synthetic
+    assert f"All scores and figures: test, {PROTOCOL}, the synthetic corpus" in synthetic
+    assert "ynthetic" not in render(evaluation)
+
+
+def test_a_clip_is_shown_with_its_verdict_and_a_player_where_there_is_sound(text: str) -> None:
+    page = Page(text)
+    assert page.text.count("happy : predicted <angry> (81%), wrong <clip>.wav") == 2
+    players = [item for item in page.references if item.startswith("data:audio")]
+    assert players == [f"data:audio/mpeg;base64,{base64.b64encode(b'sound').decode()}"]
+
+
+def test_a_page_without_history_or_clips_has_no_such_sections(evaluation: Evaluation) -> None:
+    text = Page(render(evaluation, history=(), learning_rates=())).text
+    assert not {"Training", "Examples", "Hardest"} & set(text.split())
+
+
+def test_the_page_of_a_trial_without_an_epoch_says_why() -> None:
+    text = render_trial(history=(), learning_rates=(), confusion=())
+    assert "Trial 2 of search: finished." in Page(text).text
+    assert "<svg" not in text
+    assert 'class="value"' not in text
+    assert "lr_max 0.002" in Page(text).text
+
+
+def test_the_page_of_a_search_shows_every_trial() -> None:
+    text = render_search()
+    page = Page(text)
+    assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2" in page.text
+    assert "lr_max loguniform 0.0003 to 0.01" in page.text
+    assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
+    rows = text.split('<th scope="row">')[1:4]
+    assert [row[0] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
+    assert " ".join(re.findall("<td>(.*?)</td>", rows[0])) == "finished 0.002 25 2 60.0% 60.0%"
+    assert text.count("<svg") == 3
+    assert render_search(importance={}).count("<svg") == 2
+
+
+def test_the_page_of_a_range_test_shows_the_loss_and_the_proposed_bounds() -> None:
+    text = render_range()
+    assert "Range test of 4 steps." in Page(text).text
+    assert "--lr-min 2.0e-05 --lr-max 5.0e-04" in Page(text).text
+    lines = polylines(figure_of(text, "Loss by learning rate"))
+    assert [len(line) for line in lines] == [4, 4, 2, 2]
+    assert "mlflow.user" not in text
+
+
+def test_the_same_run_gives_the_same_page(evaluation: Evaluation) -> None:
+    assert render(evaluation) == render(evaluation)

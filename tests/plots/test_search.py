@@ -1,0 +1,59 @@
+"""Figures of a search, read back from the drawn artists."""
+
+from typing import Any
+
+import pytest
+
+from ser_ray.plots.search import bounds_figure, history_figure, importance_figure, rank_of
+from tests.plots.drawn import lines, points
+
+
+def row(number: int, state: str, val_ua: float | None, **values: Any) -> dict[str, Any]:
+    known = {"trial": number, "state": state, "selected_val_ua": val_ua, "selected_val_loss": 1.0}
+    return known | {"feature": "mel", "lr_min": 1e-4 * number, "lr_max": 1e-2 * number} | values
+
+
+TRIALS = [
+    row(1, "pruned", 0.5),
+    row(2, "finished", 0.3),
+    row(3, "failed", None),
+    row(4, "pruned", 0.6, feature="mfcc"),
+    row(5, "finished", 0.4),
+    row(6, "finished", 0.4, selected_val_loss=2.0),
+    row(7, "failed", 0.9),
+]
+
+
+def test_history_shows_every_scored_trial_and_the_best_so_far() -> None:
+    (axes,) = history_figure(TRIALS).axes
+    assert points(axes) == {
+        "finished (3)": [[2, 0.3], [5, 0.4], [6, 0.4]],
+        "pruned (2)": [[1, 0.5], [4, 0.6]],
+    }
+    # A finished trial comes before every pruned one, of which no weights are kept.
+    assert lines(axes)["best so far"] == ([1, 2, 4, 5, 6], [0.5, 0.3, 0.3, 0.4, 0.4])
+
+
+def test_bounds_show_every_scored_trial_by_its_feature_kind() -> None:
+    lower, upper = bounds_figure(TRIALS).axes
+    for axes, unit in ((lower, 1e-4), (upper, 1e-2)):
+        drawn = points(axes)
+        assert drawn["spectrogram (0)"] == []
+        assert drawn["mfcc (1)"] == [[4 * unit, 0.6]]
+        assert drawn["mel (4)"] == [
+            [1 * unit, 0.5], [2 * unit, 0.3], [5 * unit, 0.4], [6 * unit, 0.4],
+        ]  # fmt: skip
+        assert axes.get_xscale() == "log"
+
+
+def test_importance_has_the_largest_share_at_the_top() -> None:
+    (axes,) = importance_figure({"feature": 0.1, "lr_max": 0.7, "lr_ratio": 0.2}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "feature", "lr_ratio", "lr_max",
+    ]  # fmt: skip
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.1, 0.2, 0.7])  # type: ignore[attr-defined]
+
+
+def test_trials_rank_by_state_then_score_then_loss() -> None:
+    order = [item["trial"] for item in sorted(TRIALS, key=rank_of, reverse=True)]
+    assert order == [5, 6, 2, 7, 4, 1, 3]
