@@ -13,15 +13,6 @@ Keep = Literal["last", "best"]
 """Which epoch's weights a training keeps."""
 
 
-def _require_known(kind: type, values: dict[str, Any]) -> None:
-    known = {item.name for item in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(
-            f"unknown training settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """What is done to a training batch; every field has a value that switches it off."""
@@ -159,16 +150,23 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Read what `to_dict` wrote; what an older program did not know it did not do.
+        """Read what `to_dict` wrote. A missing setting has its default.
 
         Raises:
-            ConfigError: a key is unknown; the known ones are listed.
+            ConfigError: a setting is unknown; the message lists the known ones.
         """
         augment = values.get("augment", {})
-        _require_known(cls, values)
-        _require_known(AugmentConfig, augment)
-        augment = AugmentConfig(**({"mix_style": 0.0} | augment))
-        return cls(**({"keep": "best"} | values | {"augment": augment}))
+        _require_known(cls, values, "training")
+        _require_known(AugmentConfig, augment, "augmentation")
+        return cls(**(values | {"augment": AugmentConfig(**augment)}))
+
+
+def _require_known(kind: type, values: dict[str, Any], what: str) -> None:
+    known = {item.name for item in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(
+            f"unknown {what} settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

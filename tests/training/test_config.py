@@ -1,0 +1,36 @@
+"""What a recipe accepts, and that it survives being written down."""
+
+from dataclasses import replace
+
+import pytest
+
+from ser_ray.errors import ConfigError
+from ser_ray.training.config import AugmentConfig, TrainConfig
+
+
+def test_an_empty_mapping_is_the_default_recipe():
+    assert TrainConfig.from_dict({}) == TrainConfig()
+    assert TrainConfig.from_dict({"augment": {}}) == TrainConfig()
+
+
+def test_a_recipe_is_read_back_as_it_was_written():
+    recipe = TrainConfig(fold=2, lr_max=1e-3, augment=AugmentConfig(mixup=0.3, vtlp=0.1))
+    assert TrainConfig.from_dict(recipe.to_dict()) == recipe
+
+
+def test_every_setting_changes_the_fingerprint():
+    recipe = TrainConfig()
+    assert replace(recipe, seed=1).fingerprint != recipe.fingerprint
+    assert replace(recipe, augment=AugmentConfig(tempo=0.1)).fingerprint != recipe.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0.1}, r"unknown training settings learning_rate; known are augment, "),
+        ({"augment": {"echo": 1}}, r"unknown augmentation settings echo; known are freq_mask_"),
+    ],
+)
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
