@@ -169,7 +169,7 @@ class _Learner:
         from ser_ray.shards.read import open_shards
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
-        from ser_ray.training.model import build_network
+        from ser_ray.training.model import ResNet18, to_channels_last
         from ser_ray.training.trainer import supports_bfloat16
 
         device = torch.device("cpu") if bench.device == "cpu" else torch.device("cuda", rank)
@@ -184,8 +184,7 @@ class _Learner:
         response = gain_response(config.feature, mels, data.normalisation, device)
         self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
         self.augment = Augment(config, len(data.labels), response)
-        network = build_network(len(data.labels))
-        network = network.to(device, memory_format=torch.channels_last)
+        network = to_channels_last(ResNet18(len(data.labels)), device)
         network.train()
         self.network: torch.nn.Module = network
         if workers > 1:

@@ -11,7 +11,7 @@ from ser_ray.features.config import FeatureConfig
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-from ser_ray.training.model import build_network
+from ser_ray.training.model import ResNet18
 
 LABELS = EMOTIONS[:4]
 FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, hop_length=320, max_seconds=3.0)
@@ -21,7 +21,7 @@ CONFIG = TrainConfig(protocol="speaker-3", crop_frames=64, weights="none")
 def make_checkpoint(directory: Path, *, seed: int = 0, **changes: object) -> CheckpointCard:
     """Write an untrained network whose answers differ from clip to clip, and its card."""
     torch.manual_seed(seed)
-    network = build_network(len(LABELS))
+    network = ResNet18(len(LABELS))
     for name, value in network.named_buffers():  # as after training: no batch norm is the identity
         if name.endswith("running_mean"):
             value.normal_(0, 0.1)

@@ -23,6 +23,7 @@ from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CheckpointCard, read_card, read_network
 from ser_ray.training.data import label_indices, load_clips, on_channel, select_rows
+from ser_ray.training.model import to_channels_last
 from ser_ray.training.scoring import predict_clips
 
 
@@ -174,5 +175,5 @@ def _score(
     clips = load_clips(
         shards, card.config.feature, rows, labels, num_frames, card.normalisation, device
     )
-    network = read_network(checkpoint, card).to(device, memory_format=torch.channels_last)
+    network = to_channels_last(read_network(checkpoint, card), device)
     return predict_clips(network, clips, np.arange(len(rows)), card.config, len(card.labels))

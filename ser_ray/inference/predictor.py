@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from ser_ray.inference.network import load_network
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
-from ser_ray.training.checkpoint import read_card
+from ser_ray.training.checkpoint import read_card, read_network
 from ser_ray.training.data import window_batches
+from ser_ray.training.model import fold_batch_norm, to_channels_last
 
 BATCH_SIZE = 32
 """Crops scored at once."""
@@ -80,8 +80,9 @@ class Predictor:
     def __init__(self, checkpoint: Path) -> None:
         self.card = read_card(checkpoint)
         self.labels = self.card.labels
-        self.network = load_network(checkpoint)
         self.device = torch.device("cpu")
+        network = fold_batch_norm(read_network(checkpoint, self.card)).requires_grad_(False)
+        self.network = to_channels_last(network, self.device)
         config = self.card.config
         self.reader = RecordingReader(self.card.features, config.feature, config.crop_frames)
 

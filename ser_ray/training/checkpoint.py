@@ -14,9 +14,10 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,9 +28,7 @@ from ser_ray.errors import CheckpointError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-
-if TYPE_CHECKING:
-    from torchvision.models import ResNet
+from ser_ray.training.model import ResNet18
 
 SCHEMA_VERSION = 1
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
@@ -218,20 +217,20 @@ def read_card(directory: Path) -> CheckpointCard:
         raise CheckpointError(f"{path}: not a checkpoint's card ({error})") from error
 
 
-def read_network(directory: Path, card: CheckpointCard) -> "ResNet":
-    """Build the network of a checkpoint, in evaluation mode, on the CPU.
+def read_network(directory: Path, card: CheckpointCard) -> ResNet18:
+    """Read the network of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: the weights are missing, broken or another network's.
     """
-    # torchvision takes longer to import than torch; prediction reads cards without it.
-    from ser_ray.training.model import build_network
-
-    network = build_network(len(card.labels))
+    with torch.device("meta"):  # takes no time for initial weights
+        network = ResNet18(len(card.labels))
     try:
-        network.load_state_dict(load_file(directory / MODEL))
+        # Cloned, because what is loaded lies in the mapped file, which must not be held.
+        weights = {name: value.clone() for name, value in load_file(directory / MODEL).items()}
+        network.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory / MODEL}: cannot be loaded ({reason})") from error
     return network.eval()
 

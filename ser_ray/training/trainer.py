@@ -44,7 +44,7 @@ from ser_ray.training.data import (
     steps_per_epoch,
 )
 from ser_ray.training.metrics import Scores, count_confusion, selected_epoch
-from ser_ray.training.model import NETWORK_STRIDE, Pretrained, build_network
+from ser_ray.training.model import NETWORK_STRIDE, Pretrained, ResNet18, to_channels_last
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.world import World
@@ -157,9 +157,9 @@ class Trainer:
         self.batch_size = min(config.batch_size, num_rows)
         self.steps_per_epoch = steps_per_epoch(num_rows, self.batch_size)
         torch.manual_seed(seed_of(config.seed))
-        network = build_network(len(data.labels))
+        network = ResNet18(len(data.labels))
         network.load_state_dict(network.state_dict() | pretrained.state)
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = to_channels_last(network, device)
         self.parallel = _data_parallel(network) if world.size > 1 else network
         self.average = copy.deepcopy(network) if config.ema_decay else None
         self.optimiser = AdamW(

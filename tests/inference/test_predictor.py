@@ -1,4 +1,4 @@
-"""One file to an emotion, compared with torchvision's network on features made by hand."""
+"""One file to an emotion, compared with the trained network on features made by hand."""
 
 import io
 import json
@@ -15,7 +15,6 @@ from ser_ray.cli.main import main
 from ser_ray.errors import CheckpointError, CorpusError
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.inference.network import load_network
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import list_audio, segment_starts
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
@@ -28,7 +27,7 @@ RATE = 48_000
 
 
 def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:
-    """Probabilities by torchvision's network and the training's own windows."""
+    """Probabilities by the trained network and the training's own windows."""
     samples, rate = decode(str(path))
     extract = FeatureExtractor(FEATURES)
     features = extract.features(extract.waveform(samples, rate))["mel"].astype(np.float16)
@@ -43,11 +42,11 @@ def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.n
     return predict_clips(network, clips, np.array([0]), CONFIG, len(LABELS))[0]
 
 
-def test_folded_network_is_torchvisions(checkpoint, predictor):
+def test_the_predictors_network_answers_as_the_trained_one(checkpoint, predictor):
     batch = torch.randn(3, 1, 32, 64)
     with torch.inference_mode():
         expected = read_network(checkpoint, predictor.card)(batch)
-        found = load_network(checkpoint)(batch)
+        found = predictor.network(batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

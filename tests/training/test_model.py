@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchvision.models import resnet18
+from torch import nn
+from torchvision.models import ResNet18_Weights, resnet18
 
 from ser_ray.errors import CheckpointError
-from ser_ray.training.model import build_network, read_pretrained
+from ser_ray.training.model import IMAGENET_URL, ResNet18, fold_batch_norm, read_pretrained
 
 
 @pytest.fixture
@@ -15,14 +16,68 @@ def rgb_network() -> torch.nn.Module:
     return resnet18(num_classes=1000).eval()
 
 
+def one_channel_torchvision(num_labels: int) -> nn.Module:
+    """torchvision's ResNet18 whose first layer is replaced by one of one channel."""
+    network = resnet18(num_classes=num_labels)
+    network.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def test_a_seed_gives_the_weights_and_names_of_torchvision():
+    torch.manual_seed(7)
+    own = ResNet18(5)
+    torch.manual_seed(7)
+    expected = one_channel_torchvision(5).state_dict()
+    assert list(own.state_dict()) == list(expected)
+    for name, value in own.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_outputs_and_gradients_are_those_of_torchvision(layout):
+    own, expected = ResNet18(5), one_channel_torchvision(5)
+    expected.load_state_dict(own.state_dict())
+    batch = torch.randn(3, 1, 48, 70)
+    for network in (own, expected):
+        network.to(memory_format=layout)  # type: ignore[call-overload]
+        network(batch.contiguous(memory_format=layout)).square().sum().backward()
+    for one, other in zip(own.parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+    for name, buffer in own.named_buffers():
+        assert torch.equal(buffer, expected.get_buffer(name))
+    with torch.no_grad():
+        assert torch.equal(own.eval()(batch), expected.eval()(batch))
+
+
+def test_folding_batch_norm_leaves_the_function_as_it_was():
+    torch.manual_seed(1)
+    network = ResNet18(5)
+    for _ in range(3):  # so that the statistics are not those of a fresh network
+        network(torch.randn(8, 1, 64, 64) * 3 + 1)
+    batch = torch.randn(3, 1, 64, 64)
+    with torch.no_grad():
+        expected = network.eval()(batch)
+        folded = fold_batch_norm(network)
+        torch.testing.assert_close(folded(batch), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_the_address_of_the_imagenet_weights_is_torchvisions():
+    assert ResNet18_Weights.IMAGENET1K_V1.url == IMAGENET_URL
+
+
 def test_one_channel_answers_as_rgb_does_to_three_equal_channels(rgb_network, tmp_path):
     torch.save(rgb_network.state_dict(), tmp_path / "rgb.pth")
     pretrained = read_pretrained(str(tmp_path / "rgb.pth"), num_labels=8)
-    network = build_network(8).eval()
+    network = ResNet18(8).eval()
     network.load_state_dict(network.state_dict() | pretrained.state)
     image = torch.randn(2, 1, 64, 50)
     # The last layers differ in size, so compare what enters them.
-    network.fc, rgb_network.fc = torch.nn.Identity(), torch.nn.Identity()
+    for either in (network, rgb_network):
+        setattr(either, "fc", nn.Identity())  # noqa: B010 - the type of `fc` is narrower
     with torch.no_grad():
         torch.testing.assert_close(
             network(image), rgb_network(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5

@@ -86,7 +86,7 @@ class Spy:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network, and windows of three steps: 18 clips of 16 bins and 24 frames."""
-    monkeypatch.setattr(loop, "build_network", SmallNetwork)
+    monkeypatch.setattr(loop, "ResNet18", SmallNetwork)
     monkeypatch.setattr(stream, "WINDOW_BYTES", 18 * 16 * 24 * 2)
 
 
