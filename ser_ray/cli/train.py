@@ -36,8 +36,9 @@ class Train(TrainingVerb):
         from ser_ray.tracking.tracker import name_like
 
         theirs = api.recipe_like(self.like, self.run_config.tracking_uri)
-        name = self.run_config.name or name_like(self.like)
         verb = parse_over(flags, type(self)(recipe=theirs))
+        changed = verb.recipe.fingerprint if verb.recipe != theirs else ""
+        name = self.run_config.name or name_like(self.like, changed)
         return replace(verb, run_config=replace(self.run_config, name=name))
 
     def run(self) -> Outcome:

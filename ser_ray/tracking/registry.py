@@ -19,7 +19,8 @@ from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.tracker import (
     configure_mlflow_client,
-    name_like,
+    flatten,
+    recipe_of_run,
     require_reachable,
     resolve_uri,
     store_answers,
@@ -28,8 +29,13 @@ from ser_ray.tracking.tracker import (
 SELECTED_BY = "selected_val_ua"
 """Metric of a finished training; the lower `TIE_BROKEN_BY` where it is equal."""
 TIE_BROKEN_BY = "selected_val_loss"
+SHARDS_TAG = "shards.fingerprint"
+"""Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated one."""
+
+RUNS_PER_CALL = 1000
+"""Runs that a search returns in one page."""
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -93,13 +99,14 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
-    """The run itself, or of a search or cross-validation the training of the best validation UA.
+    """Find the run with the model of a training, a search or a cross-validation.
 
-    The best fold of a cross-validation keeps its model. A search's trial keeps none; what
-    `tune --refit` or `train --like` made of its recipe does.
+    Of a search or cross-validation, that is the trial or fold with the best validation UA. A fold
+    has a model. A trial has none, so the newest run that trained the same recipe on the same shards
+    and has a model takes its place: `tune --refit` and `train --like` make one.
 
     Raises:
-        TrackingError: no such run, or neither it nor what came of it keeps a model.
+        TrackingError: there is no such run, or none of these runs has a model.
     """
     configure_mlflow_client()
     from mlflow import MlflowClient
@@ -109,23 +116,45 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
         client = MlflowClient(tracking_uri=uri)
         run = client.get_run(run_id)
-        within = [run.info.experiment_id]
-        trials = client.search_runs(
-            within, f"tags.mlflow.parentRunId = '{run_id}'", max_results=1000
-        )
-        scored = [found for found in trials or [run] if SELECTED_BY in found.data.metrics]
+        experiment = run.info.experiment_id
+        children = list(_search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
+        scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
         if not scored:
-            raise TrackingError(f"{run_id}: neither this run nor one below it has a validation UA")
-        best = max(scored, key=_rank).info.run_id
-        again = client.search_runs(within, f"attributes.run_name = '{name_like(best)}'")
-        for candidate in (best, *(found.info.run_id for found in again)):
-            outputs = client.get_run(candidate).outputs
-            if outputs and outputs.model_outputs:
-                return str(candidate)
+            raise TrackingError(
+                f"{run_id}: neither this run nor one nested in it has a validation UA"
+            )
+        best = max(scored, key=_rank)
+        best_id = str(best.info.run_id)
+        if _has_model(client, best_id):
+            return best_id
+        recipe = {name: best.data.params[name] for name in flatten(recipe_of_run(best_id, uri))}
+        shards = best.data.tags[SHARDS_TAG]
+        for found in _search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
+            is_same = recipe.items() <= found.data.params.items()
+            if is_same and _has_model(client, found.info.run_id):
+                return str(found.info.run_id)
     raise TrackingError(
-        f"{run_id}: its best training, {best}, keeps no model: train it again with ser-ray train "
-        f"--like {best}, then give this command again"
+        f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
+        f"--like {best_id}, then repeat this command"
     )
+
+
+def _search_runs(client: Any, experiment_id: str, condition: str) -> Iterator[Any]:
+    """Yield all runs of an experiment that meet a condition, the newest first."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], condition, max_results=RUNS_PER_CALL, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _has_model(client: Any, run_id: str) -> bool:
+    outputs = client.get_run(run_id).outputs
+    return bool(outputs and outputs.model_outputs)
 
 
 def _rank(run: Any) -> tuple[float, float]:

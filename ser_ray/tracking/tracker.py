@@ -300,9 +300,14 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
     return recipe
 
 
-def name_like(run_id: str) -> str:
-    """Name of a run that trains the recipe of another one."""
-    return f"like-{run_id[:12]}"
+def name_like(run_id: str, changed_recipe: str = "") -> str:
+    """Name of a run that trains the recipe of another one.
+
+    Args:
+        run_id: the other run.
+        changed_recipe: fingerprint of the recipe, where it differs from the other run's.
+    """
+    return f"like-{run_id[:12]}" + (f"-{changed_recipe[:8]}" if changed_recipe else "")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

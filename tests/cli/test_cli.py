@@ -86,6 +86,21 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
     assert recipe == replace(theirs, lr_max=2e-3, ema_decay=0.0, augment=augment)
 
 
+def test_only_the_same_recipe_has_the_name_of_the_run_it_is_like(capsys, monkeypatch):
+    theirs = TrainConfig(feature="mel")
+    monkeypatch.setattr(tracking, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+
+    def name_of(*flags: str) -> str:
+        assert main(["train", "--like", "f00d", "--dry-run", *flags]) == 0
+        return json.loads(capsys.readouterr().out)["train"]["run_config"]["name"]
+
+    assert name_of() == name_of("--feature", "mel") == "like-f00d"
+    names = {name_of(), name_of("--feature", "mfcc"), name_of("--lr-max", "0.5")}
+    assert len(names) == 3
+    assert name_of("--feature", "mfcc") in names
+    assert name_of("--feature", "mfcc", "--name", "mine") == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

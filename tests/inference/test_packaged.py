@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from ser_ray.errors import TrackingError
 from ser_ray.evaluation.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
+from ser_ray.tracking import registry
 from ser_ray.tracking.registry import best_training_of, local_checkpoint
-from ser_ray.tracking.tracker import Tracker, name_like
+from ser_ray.tracking.tracker import Tracker
+from ser_ray.training.config import TrainConfig
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
 
@@ -41,19 +44,36 @@ class Store:
         make_checkpoint(checkpoint)
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         self.predictor = Predictor(checkpoint)
-        self.search = self.start("search", {}).run_id
-        self.start("worse", {"mlflow.parentRunId": self.search}, selected_val_ua=0.4)
-        best = self.start("best", {"mlflow.parentRunId": self.search}, selected_val_ua=0.6)
-        self.trial = best.run_id
-        tracker = self.start(name_like(self.trial), {}, selected_val_ua=0.58)
+        self.search = self.start("search").run_id
+        best = TrainConfig(lr_max=0.002)
+        self.trial = self.start("best", best, self.search, selected_val_ua=0.6).run_id
+        self.start("worse", TrainConfig(), self.search, selected_val_ua=0.4)
+        tracker = self.start("any name", best, selected_val_ua=0.58)
         tracker.log_files({"tables/test.json": SCORES})
         tracker.log_model(checkpoint, LABELS)
         self.run_id = tracker.run_id
+        for name, recipe, shards in (
+            (f"like-{self.trial[:12]}", replace(best, feature="mfcc"), "f00d"),
+            ("other shards", best, "beef"),
+        ):
+            other = self.start(name, recipe, shards=shards, selected_val_ua=0.9)
+            other.log_model(checkpoint, LABELS)
 
-    def start(self, name: str, tags: dict[str, str], **metrics: float) -> Tracker:
-        tracker = Tracker.start(self.uri, "test", name=name, params={}, tags=tags)
+    def start(
+        self,
+        name: str,
+        recipe: TrainConfig | None = None,
+        parent: str = "",
+        shards: str = "f00d",
+        **metrics: float,
+    ) -> Tracker:
+        params = recipe.to_dict() if recipe else {}
+        tags = {"shards.fingerprint": shards} | ({"mlflow.parentRunId": parent} if parent else {})
+        tracker = Tracker.start(self.uri, "test", name=name, params=params, tags=tags)
         tracker.log_metrics(metrics, 0, 1)
         tracker.deliver()
+        if recipe:
+            tracker.log_files({"config.json": params})
         return tracker
 
     @property
@@ -227,10 +247,15 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
 
 
 def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
-    worse = store.start("alone", {}, selected_val_ua=0.4).run_id
+    worse = store.start("alone", TrainConfig(lr_max=0.5), selected_val_ua=0.4).run_id
     with pytest.raises(TrackingError, match=f"train --like {worse}"):
         best_training_of(worse, store.uri)
     assert best_training_of(store.trial, store.uri) == store.run_id
+
+
+def test_the_best_of_a_search_is_found_on_any_page_of_its_trials(store, monkeypatch):
+    monkeypatch.setattr(registry, "RUNS_PER_CALL", 1)
+    assert best_training_of(store.search, store.uri) == store.run_id
 
 
 @pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion"])
