@@ -325,7 +325,7 @@ def provenance() -> dict[str, str]:
     """What ran where: versions, git commit, machine and Ray job, as tags."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
     tags["version.ser_ray"] = __version__
-    tags["mlflow.user"] = getpass.getuser()
+    tags["mlflow.user"] = _user()
     tags["mlflow.source.name"] = Path(sys.argv[0]).name
     tags["version.python"] = platform.python_version()
     tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
@@ -334,6 +334,14 @@ def provenance() -> dict[str, str]:
     if commit:
         tags["git.commit"] = commit + ("-dirty" if _git("status", "--porcelain") else "")
     return tags
+
+
+def _user() -> str:
+    """Name of the user, or the number of one without an account, as containers often have."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13
+        return str(os.getuid())
 
 
 def now_ms() -> int:
@@ -392,10 +400,12 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
 
 
 def require_reachable(uri: str) -> None:
-    """Make room for a local store, and check that a server answers.
+    """Make the folder of a local database, or check that a server answers this client.
+
+    The client asks, so that its credentials, certificates and proxies count.
 
     Raises:
-        TrackingError: there is no room, or no server answers.
+        TrackingError: the folder cannot be made, or no server answers.
     """
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).parent
@@ -405,15 +415,15 @@ def require_reachable(uri: str) -> None:
             raise TrackingError(f"{uri}: {folder} cannot be made ({error})") from error
     if not uri.startswith("http"):
         return
-    import requests
+    from mlflow import MlflowClient
 
-    try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=ATTEMPT_SECONDS).raise_for_status()
-    except requests.RequestException as error:
-        raise TrackingError(
-            f"no MLflow server answers at {uri} ({type(error).__name__}): start one with `mlflow "
-            "server`, or leave --tracking-uri out to record in a local file"
-        ) from error
+    advice = (
+        "; start one with `mlflow server`, give the user and password of a closed one in "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri out to "
+        "record in a local file"
+    )
+    with store_answers(f"{uri}: no MLflow server answers", advice):
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
 def configure_mlflow_client() -> None:

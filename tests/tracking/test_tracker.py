@@ -1,11 +1,15 @@
 """The tracker with a real MLflow server that is away at the start, for a while, or for good."""
 
+import base64
 import csv
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pyarrow as pa
 import pytest
@@ -14,7 +18,7 @@ from mlflow import MlflowClient
 from ser_ray.distributed.callbacks import JournalReader, JournalWriter
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import tracker as tracking
-from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.tracking.tracker import Tracker, now_ms, provenance, require_reachable
 from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
@@ -163,6 +167,55 @@ def test_an_epoch_is_logged_under_these_names_and_steps_however_often(tmp_path: 
         "system/node-b/cpu": [(3, 50.0, 7000)],
         "lr_step": [(4, 0.1, 7000), (5, 0.2, 7000)],
     }
+
+
+class Closed(BaseHTTPRequestHandler):
+    """MLflow behind a proxy that asks for a password in front of every path."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        token = base64.b64encode(b"ann:secret").decode()
+        is_known = self.headers.get("Authorization") == f"Basic {token}"
+        self.send_response(200 if is_known else 401)
+        self.end_headers()
+        self.wfile.write(b"{}" if is_known else b"who are you?")
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def closed_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_is_asked_with_the_credentials_of_the_client(
+    closed_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    with pytest.raises(TrackingError, match=r"401.*MLFLOW_TRACKING_PASSWORD"):
+        require_reachable(closed_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    require_reachable(closed_server)
+
+
+def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert provenance()["mlflow.user"] == str(os.getuid())
 
 
 def test_a_store_that_does_not_know_the_run_says_so(server: Server) -> None:
