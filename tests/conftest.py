@@ -1,6 +1,7 @@
 """Worlds that several tests share."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from ser_ray.training.config import AugmentConfig
 
 if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor
+    from tests.mlflow_server import MlflowServer
 
 # The same examples in every run: a change must not fail by the luck of the draw.
 settings.register_profile("fixed", derandomize=True)
@@ -90,6 +92,27 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test in an empty directory, where the program's default output goes."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MlflowServer"]:
+    from tests.mlflow_server import MlflowServer
+    from tests.processes import held_port
+
+    with held_port() as port:
+        server = MlflowServer(tmp_path_factory.mktemp("mlflow"), port)
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def mlflow_server(
+    _session_server: "MlflowServer", monkeypatch: pytest.MonkeyPatch
+) -> "MlflowServer":
+    """The one MLflow server of the session, running; a test may stop and start it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # the machine may be busy
+    _session_server.start()
+    return _session_server
 
 
 @pytest.fixture(scope="module")

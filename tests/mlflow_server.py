@@ -1,58 +1,46 @@
 """A real MLflow server to be stopped and started."""
 
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import requests
 
+from tests.processes import started
 
-class Server:
-    """`mlflow server` on a free port, to be stopped and started; its database stays."""
+SECONDS = 60
+"""For one answer, on a machine that is busy with other tests."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
+
+def is_ready(uri: str, auth: tuple[str, str] | None = None) -> bool:
+    """Whether a server answers from its database, which it opens at the first such request."""
+    url = f"{uri}/api/2.0/mlflow/experiments/search"
+    answer = requests.post(url, json={"max_results": 1}, auth=auth, timeout=SECONDS)
+    return answer.ok
+
+
+class MlflowServer:
+    """`mlflow server` on a port of its own; its database stays while it is stopped."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.uri = folder, f"http://127.0.0.1:{port}"
+        database, artifacts = f"sqlite:///{folder}/server.db", f"{folder}/artifacts"
+        self._command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", database, "--artifacts-destination", artifacts),
+        ]
+        self._running: ExitStack | None = None
 
     def start(self) -> None:
         """Start it, unless it runs, and wait until it answers."""
-        if self.process is not None:
-            return
-        options = {
-            "--backend-store-uri": f"sqlite:///{self.folder}/server.db",
-            "--artifacts-destination": f"{self.folder}/artifacts",
-            "--host": "127.0.0.1",
-            "--port": str(self.port),
-            "--workers": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            *(w for o in options.items() for w in o),
-        ]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(600):
-            try:
-                if requests.get(f"{self.uri}/health", timeout=5).ok:
-                    return
-            except requests.ConnectionError:
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "server.log").read_text())
+        if self._running is None:
+            log = self.folder / "server.log"
+            self._running = ExitStack()
+            self._running.enter_context(started(self._command, log, lambda: is_ready(self.uri)))
 
     def stop(self) -> None:
         """Kill it and its workers, if it runs."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+        if self._running is not None:
+            self._running.close()
+            self._running = None

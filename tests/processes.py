@@ -1,4 +1,4 @@
-"""What runs on this machine, asked of `ps`, and waiting for it."""
+"""Processes, ports and servers of the tests on this machine."""
 
 import contextlib
 import os
@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -33,6 +34,46 @@ def answers_at(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this machine that no other process is given, for a server of the test's own.
+
+    Linux lets sockets that set SO_REUSEADDR, as servers do, share a port of which only one listens.
+    So the port stays taken while its server is not running, and connections are refused.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], log: Path, answers: Callable[[], Any], **how: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program until the block ends, which it enters when the program answers.
+
+    Args:
+        log: file that the program's output is appended to.
+        answers: whether it does; an OSError means no.
+        how: further arguments of `subprocess.Popen`.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, **how)
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            return bool(answers())
+        return False
+
+    try:
+        wait_for(f"an answer of {command[:4]}", is_ready)
+        yield process
+    finally:
+        end(process)
 
 
 def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
