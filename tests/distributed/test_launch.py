@@ -37,7 +37,7 @@ from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.config import AugmentConfig, TrainConfig
-from tests.mlflow_server import Server
+from tests.mlflow_server import MlflowServer
 from tests.processes import wait_for
 from tests.shard_files import write_shard_files
 
@@ -362,29 +362,24 @@ def test_another_recipe_or_other_shards_under_a_name_are_refused(
 def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
     world: World,
     uninterrupted: TrainResult,
-    tmp_path: Path,
+    mlflow_server: MlflowServer,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = Server(tmp_path)
-    monkeypatch.setattr(world, "store", server.uri)
-    server.start()
-    try:
-        away = world.train("server-away", lambda epoch: server.stop() if epoch == 2 else None)
-        assert [row["val_ua"] for row in away.history] == [
-            row["val_ua"] for row in uninterrupted.history
-        ]
-        assert "the same command is given then" in caplog.text
-        server.start()
-        assert MlflowClient(server.uri).get_run(away.run_id).info.status == "RUNNING"
-        # As from another machine, which has none of the driver's files: the checkpoint tells.
-        (world.run_folder("server-away") / "epochs.jsonl").unlink()
-        again = world.train("server-away", lambda epoch: pytest.fail("it trains"))
-        assert again.run_id == away.run_id
-        assert MlflowClient(server.uri).get_run(away.run_id).info.status == "FINISHED"
-        assert [step for step, _ in world.learning_rates(away.run_id)] == list(range(STEPS))
-    finally:
-        server.stop()
+    monkeypatch.setattr(world, "store", mlflow_server.uri)
+    away = world.train("server-away", lambda epoch: mlflow_server.stop() if epoch == 2 else None)
+    assert [row["val_ua"] for row in away.history] == [
+        row["val_ua"] for row in uninterrupted.history
+    ]
+    assert "the same command is given then" in caplog.text
+    mlflow_server.start()
+    assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "RUNNING"
+    # As from another machine, which has none of the driver's files: the checkpoint tells.
+    (world.run_folder("server-away") / "epochs.jsonl").unlink()
+    again = world.train("server-away", lambda epoch: pytest.fail("it trains"))
+    assert again.run_id == away.run_id
+    assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "FINISHED"
+    assert [step for step, _ in world.learning_rates(away.run_id)] == list(range(STEPS))
 
 
 def test_every_preemption_notice_is_news_once(monkeypatch: pytest.MonkeyPatch) -> None:

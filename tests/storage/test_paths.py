@@ -13,9 +13,9 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError
 from ser_ray.shards.layout import write_table
+from ser_ray.storage.atomic import write_file
 from ser_ray.storage.listing import list_files
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
-from ser_ray.tracking.server import back_up
 from tests.s3_server import s3_bucket
 
 # Characters that percent-encoding, query strings and fragments trip over.
@@ -128,7 +128,7 @@ def test_one_client_serves_all_objects_of_a_bucket(bucket):
     assert path == "clips/b/c d"
 
 
-def test_a_table_and_a_database_are_one_object_each_of_a_bucket_with_versions(tmp_path):
+def test_a_table_and_a_small_file_are_one_object_each_of_a_bucket_with_versions(tmp_path):
     """What is copied and deleted there is kept, and paid for, as long as what is overwritten."""
     with s3_bucket("versions") as uri:
         settings = dict(parse_qsl(urlsplit(uri).query))
@@ -141,10 +141,9 @@ def test_a_table_and_a_database_are_one_object_each_of_a_bucket_with_versions(tm
         table = pa.table({"number": range(9)})
         write_table(filesystem, f"{folder}/a.parquet", table)
         assert pq.read_table(f"{folder}/a.parquet", filesystem=filesystem).equals(table)
-        (tmp_path / "mlflow.db").touch()
-        assert back_up(tmp_path / "mlflow.db", filesystem, f"{folder}/mlflow.db")
+        write_file(filesystem, f"{folder}/b.txt", b"card")
         kept = client.list_object_versions(Bucket="versions")
-    assert [version["Key"] for version in kept["Versions"]] == ["a.parquet", "mlflow.db"]
+    assert [version["Key"] for version in kept["Versions"]] == ["a.parquet", "b.txt"]
     assert "DeleteMarkers" not in kept
 
 

@@ -4,75 +4,64 @@ import configparser
 import contextlib
 import os
 import signal
-import socket
-import sqlite3
 import stat
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from mlflow import MlflowClient
 
 from ser_ray.errors import TrackingError
-from ser_ray.storage.paths import filesystem_of
-from ser_ray.tracking.server import back_up, restore
+from ser_ray.tracking.server import local_folder
 from ser_ray.tracking.tracker import Tracker
-from tests.s3_server import s3_bucket
+from tests.mlflow_server import is_ready
+from tests.processes import held_port, started
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def credentials_of(home: Path) -> tuple[str, str]:
+    """User and password that the server wrote into a home directory."""
+    credentials = configparser.ConfigParser()
+    with (home / ".mlflow" / "credentials").open() as file:
+        credentials.read_file(file)
+    mlflow = credentials["mlflow"]
+    return mlflow["mlflow_tracking_username"], mlflow["mlflow_tracking_password"]
 
 
 @contextlib.contextmanager
 def running(store: Path, home: Path) -> Iterator[str]:
     """Serve a store on a machine with this home directory; stopped as a machine is shut down."""
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    home.mkdir()
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "ser_ray.tracking.server", str(store), "--port", str(port)],
+    home.mkdir(exist_ok=True)
+    with held_port() as port:
+        uri = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "ser_ray.tracking.server", str(store), "--port", str(port)]
+        with started(
+            command,
+            home / "log",
+            lambda: is_ready(uri, credentials_of(home)),
             env=os.environ | {"HOME": str(home)},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        for _ in range(900):
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{uri}/health", timeout=60).ok:
-                    break
-            assert server.poll() is None, (home / "log").read_text()
-            time.sleep(0.1)
-        yield uri
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-        with pytest.raises(requests.ConnectionError):  # the server went with its keeper
-            requests.get(f"{uri}/health", timeout=60)
+        ) as server:
+            yield uri
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0, (home / "log").read_text()
+            with pytest.raises(requests.ConnectionError):  # the server went with its keeper
+                requests.get(uri, timeout=60)
 
 
-def use_credentials(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = home / ".mlflow" / "credentials"
-    credentials = configparser.ConfigParser()
-    credentials.read(path)
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, credentials["mlflow"][name.lower()])
-    return path
+def use_credentials(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, password = credentials_of(home)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
 
 
 @pytest.mark.slow
-def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_head(
+def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_runs(
     tmp_path, monkeypatch
 ):
     store = tmp_path / "store"
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # of a busy machine
 
     def start(uri: str) -> Tracker:
         return Tracker.start(uri, "locked", name="a run", params={"lr": 1.0}, tags={"by": "me"})
@@ -97,7 +86,8 @@ def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_he
         with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD"):
             start(uri)
 
-        credentials = use_credentials(tmp_path / "head", monkeypatch)
+        use_credentials(tmp_path / "head", monkeypatch)
+        credentials = tmp_path / "head" / ".mlflow" / "credentials"
         assert stat.S_IMODE(credentials.stat().st_mode) == 0o600
         tracker = start(uri)
         tracker.log_metrics({"val_ua": 0.5}, 1, 1000)
@@ -108,53 +98,22 @@ def test_nothing_is_read_or_written_without_the_password_and_runs_outlive_the_he
     assert password not in (tmp_path / "head" / "log").read_text()
     assert list((store / "artifacts").rglob("notes.txt"))
 
+    def status_and_metrics(uri: str, run_id: str) -> tuple[str, list[float]]:
+        found = MlflowClient(uri).get_run(run_id)
+        return found.info.status, list(found.data.metrics.values())
+
     with running(store, tmp_path / "next") as uri:  # another machine: nothing but the store
         use_credentials(tmp_path / "next", monkeypatch)
         assert os.environ["MLFLOW_TRACKING_PASSWORD"] != password
-        auth = (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"])
-        found = requests.get(
-            f"{uri}/api/2.0/mlflow/runs/get",
-            params={"run_id": tracker.run_id},
-            auth=auth,
-            timeout=60,
-        ).json()["run"]
-    assert found["info"]["status"] == "FINISHED"
-    assert [metric["value"] for metric in found["data"]["metrics"]] == [0.5]
+        assert status_and_metrics(uri, tracker.run_id) == ("FINISHED", [0.5])
+        later = start(uri)
+    with running(store, tmp_path / "head") as uri:  # the first machine again, with its old disk
+        use_credentials(tmp_path / "head", monkeypatch)
+        assert status_and_metrics(uri, tracker.run_id) == ("FINISHED", [0.5])
+        assert status_and_metrics(uri, later.run_id) == ("RUNNING", [])
 
 
-def test_the_copy_in_a_bucket_is_whole_and_only_made_of_a_changed_database(tmp_path):
-    database = tmp_path / "mlflow.db"
-    with s3_bucket("kept") as uri, contextlib.closing(sqlite3.connect(database)) as writer:
-        filesystem, copy = filesystem_of(uri.format("mlflow.db"))
-        restore(filesystem, copy, tmp_path / "new.db")
-        assert not (tmp_path / "new.db").exists()  # the first head of a new bucket
-
-        writer.execute("PRAGMA journal_mode=WAL")
-        writer.execute("CREATE TABLE runs (name)")
-        writer.execute("INSERT INTO runs VALUES ('first')")
-        writer.commit()
-        assert back_up(database, filesystem, copy)
-        assert not back_up(database, filesystem, copy)
-        writer.execute("INSERT INTO runs VALUES ('second')")
-        writer.commit()  # still in the log beside the file
-        assert back_up(database, filesystem, copy)
-
-        writer.execute("INSERT INTO runs VALUES ('third')")
-        writer.commit()
-        with pytest.raises(OSError, match="bucket"):
-            back_up(database, filesystem, "no-such-bucket/mlflow.db")
-        assert back_up(database, filesystem, copy), "nothing changed since, but it was not stored"
-
-        restore(filesystem, copy, tmp_path / "next.db")
-        with contextlib.closing(sqlite3.connect(tmp_path / "next.db")) as reader:
-            assert reader.execute("SELECT name FROM runs").fetchall() == [
-                ("first",), ("second",), ("third",),
-            ]  # fmt: skip
-
-
-def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(tmp_path):
-    with s3_bucket("gone") as uri:
-        filesystem, copy = filesystem_of(uri.format("mlflow.db"))
-    with pytest.raises(TrackingError, match="cannot be read"):
-        restore(filesystem, copy, tmp_path / "mlflow.db")
-    assert not (tmp_path / "mlflow.db").exists()
+def test_every_store_has_a_database_of_its_own_on_a_machine(in_tmp):
+    folders = {local_folder(store) for store in ("s3://a/mlflow", "s3://b/mlflow", "here")}
+    assert len(folders) == 3
+    assert local_folder("here") == local_folder(str(in_tmp / "here"))
