@@ -6,7 +6,6 @@ a field, and its help is the field's description. Nothing heavy is imported befo
 """
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from ser_ray.cli.pipeline import Pipeline
 from ser_ray.cli.train import Crossval, LrRange, Train, Tune
 from ser_ray.cli.verb import PARSING, Verb
 from ser_ray.errors import SerRayError
+from ser_ray.storage.json_text import to_json
 
 VERBS: dict[str, Callable[..., Verb]] = {
     "pipeline": Pipeline,
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         verb = verb.resolved(given[1:])
         if verb.dry_run:
-            print(json.dumps({type(verb).__name__.lower(): dataclasses.asdict(verb)}, indent=2))
+            print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
             return 0
         outcome = verb.run()
-        print(json.dumps(outcome.data, indent=2) if verb.json else outcome.text)
+        print(to_json(outcome.data) if verb.json else outcome.text)
         if outcome.problem:
             raise SerRayError(outcome.problem)
     except SerRayError as error:

@@ -1,11 +1,11 @@
 """The model as MLflow packages it: it works alone, without Ray and without this repository.
 
-MLflow's `loader_module` protocol: the checkpoint's directory is the data, `_load_pyfunc` opens it.
-Input: a row for each recording, with one of the columns of `INPUTS` filled. Output: a row for each
-with `emotion`, a probability for every label, `status` and `reason`.
+This module implements MLflow's `loader_module` protocol: the checkpoint's directory is the data,
+and `_load_pyfunc` opens it. The input has a row for each recording with one of the columns of
+`INPUTS` filled. The output has a row for each with `emotion`, a probability for every label,
+`status` and `reason`.
 """
 
-import math
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
                 "safetensors", "pandas")  # fmt: skip
-"""What loading and predicting import."""
+"""Packages that loading the model and predicting import."""
 
 INPUTS = {
     "path": "string: path or URI of a recording that the model's machine can open",
@@ -44,23 +44,27 @@ class PackagedModel:
     def predict(
         self, model_input: "pd.DataFrame", params: dict[str, Any] | None = None
     ) -> "pd.DataFrame":
-        """Name the emotion of the recording in each row."""
+        """Name the emotion of the recording in each row.
+
+        The probabilities of a recording that cannot be scored are None: MLflow's server would
+        write NaN, which is not JSON.
+        """
         import pandas as pd
 
-        rows = model_input.to_dict(orient="records")
-        return pd.DataFrame([self._row({str(k): v for k, v in row.items()}) for row in rows])
+        rows = [self._row(row) for row in model_input.to_dict(orient="records")]
+        is_scored = all(row["status"] == "ok" for row in rows)
+        return pd.DataFrame(rows, dtype=None if is_scored else object)
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        found = self._predict({name: value for name, value in row.items() if _is_given(value)})
-        empty = dict.fromkeys(self.predictor.labels, math.nan)
+    def _row(self, row: dict[Any, Any]) -> dict[str, Any]:
+        prediction = self._predict({name: v for name, v in row.items() if _is_given(v)})
         return {
-            "emotion": found.emotion or "",
-            **(found.probabilities or empty),
-            "status": found.status,
-            "reason": found.reason or "",
+            "emotion": prediction.emotion or "",
+            **(prediction.probabilities or dict.fromkeys(self.predictor.labels)),
+            "status": prediction.status,
+            "reason": prediction.reason or "",
         }
 
-    def _predict(self, row: dict[str, Any]) -> Prediction:
+    def _predict(self, row: dict[Any, Any]) -> Prediction:
         if "path" in row:
             return self.predictor.predict(row["path"])
         if "audio" in row:
@@ -82,7 +86,7 @@ class PackagedModel:
 
 
 def example_input() -> "pd.DataFrame":
-    """A row that any machine can score: a tone as samples."""
+    """Make a row that any machine can score: a tone as samples."""
     import pandas as pd
 
     seconds = np.arange(int(EXAMPLE_SECONDS * WAVEFORM_RATE)) / WAVEFORM_RATE
@@ -91,7 +95,7 @@ def example_input() -> "pd.DataFrame":
 
 
 def _is_given(value: Any) -> bool:
-    return not (value is None or (isinstance(value, float) and math.isnan(value)))
+    return not (value is None or (isinstance(value, float) and np.isnan(value)))
 
 
 def _load_pyfunc(data_path: str) -> PackagedModel:

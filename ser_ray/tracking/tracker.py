@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ser_ray.errors import TrackingError
+from ser_ray.storage.json_text import to_json
 from ser_ray.version import __version__
 
 LOCAL_STORE = Path("ser-ray-out")
@@ -218,7 +219,7 @@ class Tracker:
                 self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts by their path in the run: figures, text, tables, JSON-able values."""
+        """Store artifacts by their path in the run: figures, text, tables, and values as JSON."""
         import pyarrow as pa
         from matplotlib.figure import Figure
         from pyarrow import csv
@@ -234,7 +235,7 @@ class Tracker:
                 elif isinstance(content, pa.Table):
                     csv.write_csv(content, path)
                 else:
-                    path.write_text(json.dumps(content, indent=2))
+                    path.write_text(to_json(content))
             self._client.log_artifacts(self.run_id, folder)
 
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:

@@ -1,16 +1,18 @@
 """The exported files on waveforms that the export itself did not try."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ser_ray.cli.main import main
 from ser_ray.cluster import JOB_CONFIG
 from ser_ray.errors import ResourcesError, SerRayError
 from ser_ray.inference import export as export_module
-from ser_ray.inference.export import TOLERANCE, WaveformModel, export
+from ser_ray.inference.export import TOLERANCE, ExportResult, WaveformModel, export
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.config import TrainConfig
@@ -116,3 +118,11 @@ def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(tmp_path: Path, monkey
     monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
     with pytest.raises(ResourcesError, match="that Ray deletes after the job"):
         export(tmp_path, "ser-ray-out/model.onnx", "onnx")
+
+
+def test_json_output_has_null_where_a_number_is_not_finite(checkpoint, monkeypatch, capsys):
+    result = ExportResult(output="model.onnx", largest_difference=math.nan)
+    monkeypatch.setattr(export_module, "export", lambda *_: result)
+    assert main(["export", str(checkpoint), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["largest_difference"] is None

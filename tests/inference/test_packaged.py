@@ -134,7 +134,7 @@ def ask(server: str, records: list[dict]) -> list[dict]:
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())["predictions"]
+        return json.loads(answer.read(), parse_constant=pytest.fail)["predictions"]
 
 
 def require_answer(row: dict, expected: dict[str, float]) -> None:
@@ -160,6 +160,7 @@ def test_a_real_server_says_what_is_wrong_row_by_row(server, store, clip):
     assert rows[0]["status"] == "unreadable"
     assert rows[0]["reason"]
     assert rows[0]["emotion"] == ""
+    assert [rows[0][label] for label in LABELS] == [None] * len(LABELS)
     require_answer(rows[1], store.predictor.predict(str(clip)).probabilities)
     (silent,) = ask(server, [{"waveform": [0.0] * 16_000}])
     assert silent["status"] == "silent"
@@ -222,6 +223,7 @@ def test_rows_that_hold_no_recording_are_answered_with_a_reason(store, row, reas
     (answer,) = model.predict(frame).to_dict(orient="records")
     assert reason in answer["reason"]
     assert answer["status"] != "ok"
+    assert [answer[label] for label in LABELS] == [None] * len(LABELS), "NaN is not JSON"
 
 
 def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):

@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -62,12 +63,13 @@ def test_files_are_stored_as_what_they_are(mlflow_server: MlflowServer, tmp_path
         {"clip": 'said "no"', "p": 1, "problem": "x"},
     ]
     table = pa.Table.from_pylist(rows)
-    tracker.log_files({"a/page.html": "<p>é</p>", "a/b.json": {"c": [1]}, "tables/rows.csv": table})
+    numbers = {"c": [1, math.nan]}
+    tracker.log_files({"a/page.html": "<p>é</p>", "a/b.json": numbers, "tables/rows.csv": table})
     folder = Path(
         MlflowClient(mlflow_server.uri).download_artifacts(tracker.run_id, "", str(tmp_path))
     )
     assert (folder / "a" / "page.html").read_text() == "<p>é</p>"
-    assert json.loads((folder / "a" / "b.json").read_text()) == {"c": [1]}
+    assert json.loads((folder / "a" / "b.json").read_text()) == {"c": [1, None]}
     with (folder / "tables" / "rows.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [
             {"clip": "a,b", "p": "0.5", "problem": ""},
