@@ -16,11 +16,10 @@ import torch
 
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.checkpoint import read_card, read_network
-from ser_ray.training.data import window_batches
+from ser_ray.training.data import Clips
 from ser_ray.training.model import fold_batch_norm, to_channels_last
+from ser_ray.training.scoring import predict_clips
 
-BATCH_SIZE = 32
-"""Crops scored at once."""
 BAR_WIDTH = 40
 """Characters of a bar for 100 %."""
 
@@ -113,42 +112,29 @@ class Predictor:
 
     def predict_features(self, recordings: Sequence[RecordingFeatures]) -> list[Prediction]:
         """Score the features of some files, together."""
-        scores = self.probabilities([array for item in recordings for array in item.features])
+        scores = self._probabilities([clip for item in recordings for clip in item.features])
         ends = np.cumsum([len(item.features) for item in recordings])[:-1]
         own = np.split(scores, ends)
         return [self._answer(item, rows) for item, rows in zip(recordings, own, strict=True)]
 
-    @torch.inference_mode()
-    def probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Score clips: the mean over the windows that cover each, as in validation.
+    def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
+        """Score clips as validation does.
 
         Args:
-            features: of every clip, [bins, frames] float16.
+            features: [bins, frames] float16 of each clip.
 
         Returns:
             Probability of every label, float64 [clips, labels].
         """
-        crop_frames = self.card.config.crop_frames
-        num_frames = np.array([array.shape[1] for array in features], dtype=np.int64)
-        sums = np.zeros((len(features), len(self.labels)))
-        counts = np.zeros(len(features))
-        every = np.arange(len(features))
-        for clips, starts in window_batches(num_frames, every, crop_frames, BATCH_SIZE):
-            pairs = zip(clips, starts, strict=True)
-            crops = np.stack([self._crop(features[clip], start) for clip, start in pairs])
-            batch = torch.from_numpy(crops[:, None])
-            batch = batch.to(self.device).contiguous(memory_format=torch.channels_last)
-            np.add.at(sums, clips, self.network(batch).double().softmax(dim=1).cpu().numpy())
-            np.add.at(counts, clips, 1)
-        return sums / counts[:, None]
-
-    def _crop(self, features: np.ndarray, start: int) -> np.ndarray:
-        """Cut [bins, crop_frames] float32 from a clip, normalised; what lies outside it is 0."""
-        crop_frames = self.card.config.crop_frames
-        inside = self.card.normalisation.apply(features[:, max(start, 0) : start + crop_frames])
-        crop = np.zeros((len(features), crop_frames), np.float32)
-        crop[:, max(-start, 0) :][:, : inside.shape[1]] = inside
-        return crop
+        if not features:
+            return np.zeros((0, len(self.labels)))
+        num_frames = np.array([clip.shape[1] for clip in features])
+        padded = np.zeros((len(features), len(features[0]), num_frames.max()), np.float16)
+        for row, clip in zip(padded, features, strict=True):
+            row[:, : clip.shape[1]] = clip
+        rows, unlabelled = np.arange(len(features)), np.zeros(len(features))
+        clips = Clips.resident(padded, num_frames, unlabelled, self.card.normalisation, self.device)
+        return predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
 
     def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
         """Put one file's scores [windows, labels] into words."""
