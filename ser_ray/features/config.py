@@ -1,4 +1,4 @@
-"""What a feature is: the numbers that fix the shapes in the shards, without importing torch."""
+"""What a feature is: the settings that fix the arrays in the shards. Nothing heavy is imported."""
 
 import dataclasses
 import hashlib
@@ -14,10 +14,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def require_finite(config: Any) -> None:
-    """Refuse a dataclass of settings with one that is not a finite number.
+    """Check that all float fields of a dataclass of settings are finite.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: names the field that is not.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -42,13 +42,13 @@ class FeatureConfig:
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
-    """Silence at the two ends is what lies this many dB below the clip's loudest 10 ms."""
+    """Sound at the two ends counts as silence if it is this many dB below the loudest 10 ms."""
     trim_margin: float = 0.1
-    """Seconds kept beyond the first and the last sound, so that no quiet onset is lost."""
+    """Seconds kept before the first and after the last sound, so that no quiet onset is lost."""
     min_seconds: float = 0.2
-    """Clips with less sound than this are `too_short`."""
+    """Clips with fewer seconds of sound are `too_short`."""
     max_seconds: float = 6.5
-    """Room for the longest trimmed clip (RAVDESS song: 6.37 s untrimmed); longer is `too_long`."""
+    """Clips with more seconds of sound are `too_long`; the longest of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -79,15 +79,15 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Frames of the fixed shape in the shards: those of `max_seconds` of sound."""
+        """Frames of every array in the shards: those of `max_seconds` of sound."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:
-        """Frames of `num_samples` samples at `sample_rate`: centred windows, one a started hop."""
+        """Frames of `num_samples` samples at `sample_rate`: one centred window a started hop."""
         return num_samples // self.hop_length + 1
 
     def num_bins(self, kind: Kind) -> int:
-        """Rows of one feature kind."""
+        """Bins, the first dimension of an array, of one kind of feature."""
         bins = {
             "spectrogram": self.window_length // 2 + 1,
             "mel": self.num_mels,
@@ -97,6 +97,6 @@ class FeatureConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when any field does."""
+        """Twelve hex digits that differ when any field differs."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

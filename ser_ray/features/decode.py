@@ -1,14 +1,14 @@
 """First stage of a clip: the bytes of a file become mono samples.
 
-What a file holds is told by its first bytes, not by its name. wav goes through soundfile, which
-hands over 16-bit samples as they are stored; everything else through PyAV, which reads only the
-audio packets of a video. A clip is hostile until it is decoded: its length is bounded before and
-while samples are read, only formats that hold their sound themselves are recognised (a playlist
-names other files), and every way to fail is a `ClipError` with a reason in words.
+The first bytes of a file say what it holds; its name does not count. soundfile reads wav and
+returns 16-bit samples as they are stored. PyAV reads all other formats, of a video only the packets
+of its sound. A clip is treated as hostile until it is decoded: its length is limited before and
+while samples are read, only formats that contain their sound are recognised (a playlist names other
+files), and every failure is a `ClipError` with a reason in words.
 """
 
 import io
-import re
+import struct
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -26,32 +26,33 @@ from ser_ray.storage.paths import filesystem_of
 
 MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
-"""Rates in hertz that are taken for sound; with channels and seconds they bound memory."""
+"""Sample rates that are accepted, in hertz. With channels and seconds they limit the memory."""
 MAX_PEAK = 8.0
-"""Full scale of float samples is 1, beyond which a mix may go a little."""
+"""Largest float sample that is accepted: full scale is 1, and a mix may exceed it a little."""
 INTEGER_PEAK = 2.0**15
-"""Full scale where a tool forgot to divide; beyond is no sound."""
+"""Full scale of float samples that a tool wrote as 16-bit numbers; larger ones are no sound."""
 FORMATS = "aac,aiff,amr,asf,avi,caf,flac,matroska,mov,mp3,mpegts,ogg,w64,wav"
-"""FFmpeg's readers that may look at a clip."""
+"""FFmpeg's demuxers that may open a clip."""
 CODECS = (
     "aac,ac3,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,eac3,flac,mp2float,mp3float,opus,pcm_alaw,"
     "pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,"
     "pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,vorbis,wavpack,wmapro,wmav1,wmav2"
 )
-"""FFmpeg's decoders that may run. None is for pictures: to learn their format FFmpeg would decode
-the first one, which takes 20 ms of the 22 that opening a video of 720 lines takes."""
+"""FFmpeg's decoders that may run. None is for pictures: FFmpeg would decode the first picture to
+learn its format, which takes 20 of the 22 ms that opening a video of 720 lines takes."""
 MISSING_SECONDS = 0.25
-"""A clip that ends this long before its header says so was cut short; less is a sloppy header."""
+"""A clip with this much less sound than its header declares was cut short. Many headers are off by
+less."""
 UNKNOWN_LENGTHS = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000)
-"""Bytes of samples that a wav declares when it was written to a pipe."""
-SURE_OF_THEIR_LENGTH = ("mp4", "aiff")
-"""Formats whose header tells the number of samples; others are estimates."""
-WHOLE = 1 << 21
-"""Files in a bucket up to so many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
+"""Bytes of samples that a wav declares if it was written to a pipe."""
+MAX_CHUNKS = 100
+"""Chunks of a wav that are searched for the samples; a real file has fewer than ten."""
+EXACT_LENGTH = ("mp4", "aiff")
+"""Formats whose header declares the number of samples; in others it is an estimate."""
+SMALL_FILE = 1 << 21
+"""Files in a bucket up to this many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
 READ_AHEAD = 1 << 18
-"""Bytes fetched at once of larger ones: a video may have no sound, which its header tells."""
-START = 12
-"""Bytes that tell a wav from everything else."""
+"""Bytes fetched at once from larger files: a video's header may say that it has no sound."""
 
 
 def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndarray, int]:
@@ -59,11 +60,11 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
 
     Args:
         file: a path or URI, or a seekable binary stream.
-        max_seconds: longer clips are `too_long`; not more than this is ever decoded.
+        max_seconds: longer clips are `too_long`, and no more than this is ever decoded.
 
     Returns:
-        Samples `[num_samples]`: int16 as stored where a wav is 16-bit mono, else the mean over
-        channels as float32 with full scale ±1; and the rate they were recorded at.
+        Samples `[num_samples]` and the rate at which they were recorded. Samples of a 16-bit mono
+        wav are int16 as stored, all others the mean over channels as float32 with full scale ±1.
 
     Raises:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
@@ -73,18 +74,17 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
             return _decode_stream(file, max_seconds)
         filesystem, path = filesystem_of(file)
         if isinstance(filesystem, fs.LocalFileSystem):
-            with Path(path).open("rb", buffering=0) as opened:
-                start = opened.read(START)
-            return _decode(path, start, max_seconds)  # its readers are fastest with a path
-        with filesystem.open_input_file(path) as stream:
-            is_small = stream.size() <= WHOLE
-            return _decode_stream(io.BytesIO(stream.read()) if is_small else stream, max_seconds)
+            with Path(path).open("rb") as local:
+                return _decode(path, local, max_seconds)  # libraries are fastest with a path
+        with filesystem.open_input_file(path) as remote:
+            is_small = remote.size() <= SMALL_FILE
+            return _decode_stream(io.BytesIO(remote.read()) if is_small else remote, max_seconds)
     except (ClipError, MemoryError):
         raise
     except ConfigError as error:  # no filesystem opens it
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
-        # With its folder gone, this is a disk that is not mounted rather than a clip deleted.
+        # If its folder is gone too, a disk is not mounted; if not, the clip was deleted.
         is_alone = not isinstance(file, str) or "://" in file or Path(file).parent.exists()
         reason = "there is no such file any more" if is_alone else "its folder is not there"
         failed: Failure = "file" if is_alone else "storage"
@@ -93,7 +93,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
         failed = "storage" if isinstance(file, str) and "://" in file else "file"
         reason = f"reading failed: {error.strerror or error}"
         raise ClipError("unreadable", reason, failed=failed) from error
-    except Exception as error:  # a library that was not made for what this clip holds
+    except Exception as error:  # a library fails in its own way on what this clip holds
         reason = f"decoding failed: {type(error).__name__}: {error}"
         raise ClipError("unreadable", reason) from error
 
@@ -101,18 +101,22 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
 def _decode_stream(stream: BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
     buffered = io.BufferedReader(cast(io.RawIOBase, stream), READ_AHEAD)
     try:
-        return _decode(buffered, buffered.peek(START)[:START], max_seconds)
+        return _decode(buffered, buffered, max_seconds)
     finally:
-        buffered.detach()  # or its end would close the stream
+        buffered.detach()  # otherwise it would close the stream when it is deleted
 
 
-def _decode(source: str | BinaryIO, start: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Decode what starts with the bytes `start`."""
+def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Decode `source`, a path or stream, after a look into `file`, which reads the same bytes."""
+    start = file.read(12)
     if not start:
         raise ClipError("unreadable", "the file is empty")
     decoded = None
     if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
-        decoded = _decode_wav(source, max_seconds)
+        declared, held = _sample_bytes(file, is_big_endian=start[:4] == b"RIFX")
+        file.seek(0)
+        decoded = _decode_wav(source, max_seconds, declared, held)
+    file.seek(0)
     samples, sample_rate = decoded or _decode_any(source, max_seconds)
     if samples.size == 0:
         raise ClipError("unreadable", "it holds no samples")
@@ -120,10 +124,10 @@ def _decode(source: str | BinaryIO, start: bytes, max_seconds: float) -> tuple[n
 
 
 def full_scale(samples: np.ndarray) -> np.ndarray:
-    """Samples [num_samples] whose full scale is ±1, or as they are where they are int16.
+    """Scale float samples `[num_samples]` to full scale ±1; int16 samples are returned unchanged.
 
     Raises:
-        ClipError: they are no sound.
+        ClipError: the samples are not finite or too large to be sound.
     """
     if samples.dtype == np.int16 or not samples.size:
         return samples
@@ -136,38 +140,48 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
     raise ClipError("unreadable", f"it holds samples {what}")
 
 
-def _decode_wav(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int] | None:
-    """Decode with soundfile; None for a wav that is damaged or coded as only FFmpeg knows."""
+def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int]:
+    """Return how many bytes of samples a wav declares, and how many it holds.
+
+    soundfile reports only the samples that are there. `wav` stands after the 12 bytes of its start.
+    """
+    for _ in range(MAX_CHUNKS):
+        if len(header := wav.read(8)) < 8:
+            break
+        name, size = struct.unpack(">4sI" if is_big_endian else "<4sI", header)
+        if name == b"data":
+            start = wav.tell()
+            return size, wav.seek(0, io.SEEK_END) - start
+        wav.seek(size + size % 2, io.SEEK_CUR)  # chunks start at even positions
+    return 0, 0
+
+
+def _decode_wav(
+    source: str | BinaryIO, max_seconds: float, declared: int, held: int
+) -> tuple[np.ndarray, int] | None:
+    """Decode with soundfile; None for a wav that is damaged or whose codec only FFmpeg knows.
+
+    `declared` and `held` are as `_sample_bytes` returns them.
+    """
     try:
         with soundfile.SoundFile(source) as sound:
+            seconds = sound.frames / sound.samplerate
             _check_shape(sound.channels, sound.samplerate)
-            _check_length(sound.frames / sound.samplerate, max_seconds)
-            _check_whole(sound)
+            _check_length(seconds, max_seconds)
+            if declared > held and declared not in UNKNOWN_LENGTHS:
+                missing = seconds * (declared / max(held, 1) - 1)
+                if missing > MISSING_SECONDS or seconds == 0:
+                    raise _cut_short(seconds, seconds + missing)
             if sound.channels == 1 and sound.subtype == "PCM_16":
                 return sound.read(dtype="int16"), sound.samplerate
             channels = sound.read(dtype="float32", always_2d=True)  # [num_samples, channels]
             return _mean(channels.T), sound.samplerate
-    except (soundfile.LibsndfileError, TypeError):  # this: named .raw, which it believes
-        if not isinstance(source, str):
-            source.seek(0)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: soundfile believes a name in .raw
         return None
 
 
-def _check_whole(sound: soundfile.SoundFile) -> None:
-    """Refuse a wav with fewer samples than its header declares; libsndfile only notes it."""
-    note = re.search(r"^data : (\d+) \(should be (\d+)\)$", sound.extra_info, re.MULTILINE)
-    if note is None or int(note[1]) in UNKNOWN_LENGTHS:
-        return
-    declared, held = (int(number) for number in note.groups())
-    seconds = sound.frames / sound.samplerate
-    missing = seconds * (declared / max(held, 1) - 1)
-    if missing > MISSING_SECONDS or seconds == 0:
-        whole = seconds + missing
-        raise _cut_short(seconds, whole)
-
-
 def _decode_any(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Decode the first audio stream with PyAV, passing over the packets of all others."""
+    """Decode the first audio stream with PyAV and skip the packets of all other streams."""
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
     try:
         with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
@@ -195,22 +209,22 @@ def _decode_packets(
     num_samples = 0
     for frame in clip.decode(stream):
         if not num_samples:
-            sample_rate = frame.sample_rate  # AAC's header may say half of it
+            sample_rate = frame.sample_rate  # the header of AAC may declare half of it
         if frame.sample_rate != sample_rate:
             raise ClipError("unreadable", "its sample rate changes in the middle")
         for block in to_float.resample(frame):
-            blocks.append(_mean(block.to_ndarray()))  # of [channels, num_samples], which may vary
+            blocks.append(_mean(block.to_ndarray()))  # [channels, num_samples], both may vary
             num_samples += block.samples
         _check_length(num_samples / sample_rate, max_seconds)
     declared = float((stream.duration or 0) * (stream.time_base or 0))
-    is_sure = any(name in clip.format.name for name in SURE_OF_THEIR_LENGTH)
-    if is_sure and num_samples / sample_rate < declared - MISSING_SECONDS:
+    is_exact = any(name in clip.format.name for name in EXACT_LENGTH)
+    if is_exact and num_samples / sample_rate < declared - MISSING_SECONDS:
         raise _cut_short(num_samples / sample_rate, declared)
     return np.concatenate(blocks), sample_rate
 
 
 def _mean(channels: np.ndarray) -> np.ndarray:
-    """Average `[channels, num_samples]`; what is not finite stays so, to be refused."""
+    """Average `[channels, num_samples]`. Samples that are not finite stay so, to be refused."""
     with np.errstate(invalid="ignore", over="ignore"):
         return channels.mean(axis=0)
 

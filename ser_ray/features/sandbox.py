@@ -1,11 +1,16 @@
-"""Decoding clips that may never end or take their process down with them.
+"""Decoding clips that may never end, or that kill the process that decodes them.
 
-A first attempt decodes in its own process and ends that where a clip keeps it for too long; the
-next one decodes in a sandbox, which finds the clip and goes on without it. A sandbox takes a second
-to start and half a millisecond more for every clip.
+A first attempt (`time_limited`) decodes in its own process and ends that process if a clip takes
+too long. The next attempt decodes in a `Sandbox`, a process beside it, which finds the clip and
+continues without it. A sandbox takes a second to start and half a millisecond more for every clip.
 
-Run as a module this is a sandbox's other end: it answers each request with a message of JSON and,
-for a clip that was decoded, one with the samples.
+Run as a module, this is the process inside a sandbox: it answers each request with a JSON message
+and, for a clip that was decoded, with a second message of its samples.
+
+`concurrent.futures` and `multiprocessing` would be shorter, but a pool cannot end a worker that
+hangs, and both import the caller's main module again in the new process: Ray in a Ray worker, or a
+script that has no guard. Both also unpickle what the process sends, and a hostile clip may have
+taken that over; JSON and raw samples are safe to read.
 """
 
 import contextlib
@@ -26,22 +31,24 @@ from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 
 SECONDS_PER_CLIP = 60.0
-"""A clip that is not decoded by then is given up."""
+"""A clip that takes longer to decode is given up."""
 
 
 @contextlib.contextmanager
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> Iterator[Callable[..., tuple[np.ndarray, int]]]:
-    """Yield a `decode` that ends this process where a clip keeps it for one to two time limits.
+    """Yield a `decode` that ends this process if a clip takes one to two time limits.
 
-    A library that hangs cannot be interrupted, and need not let another thread of Python run.
+    A library that hangs cannot be interrupted, and may not let another Python thread run, so a
+    timer of the C library ends the process.
     """
     began = -math.inf
 
     def read(location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
         nonlocal began
-        if (now := time.monotonic()) - began > seconds_per_clip:  # not for each: it costs a thread
+        # Each timer costs a thread, so one serves all clips that begin within a time limit.
+        if (now := time.monotonic()) - began > seconds_per_clip:
             began = now
             faulthandler.dump_traceback_later(
                 2 * seconds_per_clip, exit=True, file=sys.__stderr__ or sys.stderr
@@ -55,7 +62,7 @@ def time_limited(
 
 
 class Sandbox:
-    """Decodes as `decode` does, while its context lasts."""
+    """Decodes clips in a process of its own, while its context lasts."""
 
     def __init__(self, seconds_per_clip: float = SECONDS_PER_CLIP) -> None:
         self._seconds_per_clip = seconds_per_clip
@@ -68,16 +75,16 @@ class Sandbox:
         self._stop()
 
     def decode(self, location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
-        """Return what `decode` returns, `[num_samples]` and their rate.
+        """Return the samples `[num_samples]` and their rate, as `ser_ray.features.decode` does.
 
         Raises:
-            ClipError: what `decode` raises; and `unreadable` for a clip that kills the process or
-                keeps it for too long.
+            ClipError: as `decode` does, and `unreadable` for a clip that kills the process or takes
+                too long.
         """
         request = json.dumps([location, max_seconds]).encode()
         try:
             self._pipe.send_bytes(request)
-        except BrokenPipeError:  # it was killed since the last clip
+        except BrokenPipeError:  # the process was killed after the last clip
             self._restart()
             self._pipe.send_bytes(request)
         if not self._pipe.poll(self._seconds_per_clip):
@@ -101,7 +108,7 @@ class Sandbox:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         theirs.close()
-        self._pipe.recv_bytes()  # that it is ready, so that no clip is charged with its start
+        self._pipe.recv_bytes()  # it is ready: the first clip's time does not include the start
 
     def _stop(self) -> None:
         self._pipe.close()
@@ -114,7 +121,7 @@ class Sandbox:
 
 
 def _answer_requests(pipe: Connection) -> None:
-    """Be the other end, until the first one goes away."""
+    """Decode what is requested until the other end of the pipe is closed."""
     pipe.send_bytes(b"ready")
     while True:
         try:

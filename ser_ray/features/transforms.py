@@ -1,9 +1,9 @@
 """Second stage of a clip: mono samples become spectrogram, mel and mfcc.
 
-The silent ends go first, so that only sound is resampled; then one Fourier transform serves all
-three kinds. They are what torchaudio defines as Spectrogram, MelScale and MFCC, but computed by
-scipy: torch takes seconds to import into every worker, and BLAS would set its threads to fight over
-the cores for matrices as small as these.
+The silent ends are cut off first, so that only sound is resampled. Then one Fourier transform
+serves all three kinds. They equal torchaudio's Spectrogram, MelScale and MFCC, but scipy computes
+them: torch takes seconds to import into every worker, and the threads of BLAS would compete for the
+cores over matrices as small as these.
 """
 
 import numpy as np
@@ -15,15 +15,15 @@ from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.errors import ClipError
 
 ENERGY_SECONDS = 0.01
-"""Stretch over which loudness is measured."""
+"""Loudness is measured over stretches of this many seconds."""
 SILENCE_POWER = 1e-8
-"""Mean square of the loudest stretch of a silent clip: -80 dB of full scale."""
+"""A clip whose loudest stretch has a lower mean square is silent: -80 dB of full scale."""
 POWER_FLOOR = 1e-10
-"""Power below this is -100 dB."""
+"""Lower power counts as this much: -100 dB."""
 
 
 class FeatureExtractor:
-    """Makes features as a `FeatureConfig` says. Holds plain arrays, so it travels to workers."""
+    """Computes features as a `FeatureConfig` says. It holds plain arrays, so it can be pickled."""
 
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
@@ -31,7 +31,7 @@ class FeatureExtractor:
         self._mel_bands = scipy.sparse.csr_array(_mel_bands(config))
 
     def waveform(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Return the sound between the silent ends at the configured rate, `[num_samples]` float32.
+        """Cut off the silent ends and resample to the configured rate, `[num_samples]` float32.
 
         Args:
             samples: `[num_samples]`, int16 or float32, as `decode` returns them.
@@ -57,14 +57,15 @@ class FeatureExtractor:
         if sample_rate == config.sample_rate:
             return sound
         resampled = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
-        return resampled[: round(config.max_seconds * config.sample_rate)]  # rounded up by soxr
+        return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds up
 
     def features(self, waveform: np.ndarray) -> dict[Kind, np.ndarray]:
-        """Return each kind of a waveform, `[bins, frames]` float32, with its `frames_of` frames.
+        """Return each kind of feature of a waveform `[num_samples]`, `[bins, frames]` float32.
 
         Spectrogram and mel are powers in dB, 10 log10(max(power, 1e-10)), of Hann windows centred
-        on every `hop_length`-th sample of the waveform, which is mirrored at its ends; mfcc is the
-        orthonormal DCT-II of the mel dB (Davis and Mermelstein 1980).
+        on every `hop_length`-th sample of the waveform, which is mirrored at its ends. mfcc is the
+        orthonormal DCT-II of the mel dB (Davis and Mermelstein 1980). There are
+        `FeatureConfig.frames_of(num_samples)` frames.
         """
         length, hop = self.config.window_length, self.config.hop_length
         mirrored = np.pad(waveform, (length // 2, length - length // 2), mode="reflect")
@@ -79,14 +80,14 @@ class FeatureExtractor:
 
 
 def _sound_bounds(samples: np.ndarray, sample_rate: int, trim_db: float) -> tuple[int, int]:
-    """First sample of the sound and the one after its last, to 10 ms.
+    """Return the first sample of the sound and the one after its last, to 10 ms.
 
     Raises:
         ClipError: `silent`.
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
-    whole = len(samples) // stretch * stretch
-    stretches, rest = samples[:whole].reshape(-1, stretch), samples[whole:]
+    even = len(samples) // stretch * stretch
+    stretches, rest = samples[:even].reshape(-1, stretch), samples[even:]
     power = np.append(np.vecdot(stretches, stretches), np.vdot(rest, rest)) / stretch
     if power.max() < SILENCE_POWER:
         raise ClipError("silent", "nothing in it is louder than -80 dB of full scale")

@@ -28,6 +28,12 @@ def failure(path: Path, max_seconds: float = 600.0) -> ClipError:
     return caught.value
 
 
+def failure_of_stream(path: Path) -> ClipError:
+    with path.open("rb") as file, pytest.raises(ClipError) as caught:
+        decode(file)
+    return caught.value
+
+
 def test_sixteen_bits_come_as_stored(tmp_path: Path, samples: np.ndarray) -> None:
     path = write_wav(tmp_path / "A.WAV", samples, 44_100)
     decoded, sample_rate = decode(str(path))
@@ -107,7 +113,7 @@ def test_a_clip_in_a_bucket_takes_two_requests(
         asked.clear()
         whole, _ = decode(uri.format(name))
         assert asked == ["HEAD", "GET"]
-        monkeypatch.setattr("ser_ray.features.decode.WHOLE", 0)
+        monkeypatch.setattr("ser_ray.features.decode.SMALL_FILE", 0)
         in_pieces, _ = decode(uri.format(name))
         assert len(asked) > 4
     expected, _ = decode(str(tmp_path / name))
@@ -245,6 +251,28 @@ def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declare
     data[40:44] = struct.pack("<I", declared)
     (tmp_path / "a.wav").write_bytes(data)
     np.testing.assert_array_equal(decode(str(tmp_path / "a.wav"))[0], samples)
+
+
+@pytest.mark.parametrize("form", ["RIFF", "RIFX"])
+@pytest.mark.parametrize("chunk", [0, 7, 4004])
+def test_a_wav_that_is_cut_short_is_refused(
+    tmp_path: Path, samples: np.ndarray, form: str, chunk: int
+) -> None:
+    """In either byte order, and whatever chunk, even of odd length, stands before its samples."""
+    endian = "BIG" if form == "RIFX" else "LITTLE"
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples, 48_000, endian=endian, subtype="PCM_16")
+    data = path.read_bytes()
+    assert data[:4] == form.encode()
+    size = struct.pack(">I" if form == "RIFX" else "<I", chunk)
+    data = data[:36] + b"FLLR" + size + bytes(chunk + chunk % 2) + data[36:]
+    path.write_bytes(data)
+    np.testing.assert_array_equal(decode(str(path))[0], samples)
+    path.write_bytes(data[: -2 * 24_000])
+    for found in (failure(path), failure_of_stream(path)):
+        assert found.reason == "cut short: 0.50 s of the 1.00 s it declares"
+    path.write_bytes(data[: -2 * 6_000])
+    assert len(decode(str(path))[0]) == 42_000, "an eighth of a second is a sloppy header"
 
 
 def test_an_aiff_that_is_cut_short_is_refused(tmp_path: Path) -> None:
