@@ -37,7 +37,7 @@ class Bench:
 
 
 def write_table(bench: Bench, path: Path) -> None:
-    """List clips that are nowhere as an own corpus, a little at a time to leave memory alone."""
+    """Write a table of clips that do not exist, in pieces so that it takes little memory."""
     schema = pa.schema(dict.fromkeys(("path", "label", "speaker"), pa.string()))
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, bench.clips, 10_000):

@@ -100,19 +100,22 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     """Write the same parts without an engine."""
     from ser_ray.features.transforms import FeatureExtractor
+    from ser_ray.shards.layout import CLIPS, OUTCOMES
     from ser_ray.shards.part import write_part
     from ser_ray.shards.plan import make_plan
 
-    plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, None)
+    plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, {})
+    for name in (CLIPS, OUTCOMES):
+        Path(shards, name).mkdir()
     filesystem, extractor = fs.LocalFileSystem(), FeatureExtractor(CONFIG)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(bench.processes, mp_context=context) as executor:
         parts = [
-            executor.submit(write_part, filesystem, shards, part, plan.rows(part), extractor)
-            for part in plan.parts
+            executor.submit(write_part, filesystem, shards, part, rows, extractor)
+            for part, rows in plan.pending.items()
         ]
         for part in as_completed(parts):
-            mark(sum(part.result().counts.values()))
+            mark(sum(part.result().values()))
         peaks = [executor.submit(_peak_memory) for _ in range(4 * bench.processes)]
         return max(peak.result() for peak in peaks)
 

@@ -2,7 +2,7 @@
 
 Every message names the item, says what is wrong with it and what to do next; `ser_ray.cli`
 prints it in one line and exits with status 2. A single bad clip is not an error of the run: see
-`ser_ray.features.decode.ClipError`, which becomes a row of the outcomes.
+`ser_ray.features.errors.ClipError`, which becomes a row of the outcomes.
 """
 
 

@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.layout import part_name, write_table
+from ser_ray.shards.layout import CLIPS, part_name, write_table
 from tests.conftest import MemoryShards, make_memory_shards
 
 
@@ -31,7 +31,7 @@ def write_shard_files(
         stored = padded[:, : features.num_bins(kind)]
         column = pa.array([clip.tobytes() for clip in stored], pa.binary(stored[0].nbytes))
         table = table.append_column(kind, column)
-    folder.mkdir(parents=True)
+    (folder / CLIPS).mkdir(parents=True)
     filesystem = fs.LocalFileSystem()
     write_table(filesystem, f"{folder}/{part_name(0)}", table)
     card = ShardCard(

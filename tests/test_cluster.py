@@ -109,7 +109,7 @@ def test_clips_that_only_this_machine_has_are_refused_though_their_table_is_shar
     table.write_text("\n".join(["path,label,speaker", *rows]))
     with pytest.raises(ResourcesError, match=clips[1]):
         prepare.prepare(PrepareConfig(corpus=str(table), shards=str(shards)))
-    assert not list(shards.glob("*.parquet"))
+    assert not list(shards.rglob("*.parquet"))
 
 
 def test_files_to_score_that_only_this_machine_has_are_refused_though_the_first_is_shared(

@@ -1,8 +1,9 @@
-"""The card of a shard set: what it holds, written last. A folder without one is unfinished."""
+"""The card of a shard set says what it holds. It is written last: without one it is unfinished."""
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,17 +16,16 @@ from ser_ray.corpus.manifest import Corpus
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
-from ser_ray.shards.plan import Plan
 from ser_ray.storage.atomic import write_file
 
 SCHEMA_VERSION = 1
-DATA = ["take", "speaker", "emotion", "content"]
-"""The columns that, with the features' configuration, are what a training depends on."""
+FINGERPRINTED = ["take", "speaker", "emotion", "content"]
+"""The columns that a training depends on, besides the configuration of the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCard:
-    """What a committed shard set says of itself."""
+    """What a committed shard set says about itself."""
 
     corpus: str
     """`ravdess`, `synthetic` or `table`."""
@@ -42,8 +42,8 @@ class ShardCard:
     clips: tuple[int, ...]
     """Decoded clips in each part."""
     fingerprint: str
-    """Sixteen hex digits that differ when features, clips, labels or speakers do, wherever the
-    corpus lies."""
+    """Sixteen hex digits that differ when features, clips, labels or speakers do. Where the corpus
+    lies makes no difference."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
 
@@ -58,33 +58,48 @@ class ShardCard:
         return sum(self.clips)
 
 
-def make_card(filesystem: fs.FileSystem, folder: str, corpus: Corpus, plan: Plan) -> ShardCard:
-    """Sum up the committed parts of a plan."""
+def make_card(
+    filesystem: fs.FileSystem,
+    folder: str,
+    corpus: Corpus,
+    features: FeatureConfig,
+    parts: Sequence[int],
+) -> ShardCard:
+    """Sum up the committed parts of a shard set.
+
+    Args:
+        filesystem: where the shard set is.
+        folder: path of the shard set on it.
+        corpus: what was listed.
+        features: what a feature is.
+        parts: numbers of the parts, ascending.
+    """
 
     def read_part(part: int) -> tuple[list[str], pa.Table]:
         outcomes = f"{folder}/{outcomes_name(part)}"
         statuses = pq.read_table(outcomes, columns=["status"], filesystem=filesystem)["status"]
         clips = f"{folder}/{part_name(part)}"
-        return statuses.to_pylist(), pq.read_table(clips, columns=DATA, filesystem=filesystem)
+        return statuses.to_pylist(), pq.read_table(
+            clips, columns=FINGERPRINTED, filesystem=filesystem
+        )
 
     counts: Counter[str] = Counter()
     clips = []
-    digest = hashlib.sha256(json.dumps([plan.features.fingerprint, corpus.labels]).encode())
+    digest = hashlib.sha256(json.dumps([features.fingerprint, corpus.labels]).encode())
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        for statuses, table in pool.map(read_part, plan.parts):
+        for statuses, table in pool.map(read_part, parts):
             counts.update(statuses)
             clips.append(len(table))
             for row in zip(*table.to_pydict().values(), strict=True):
                 digest.update(json.dumps(row).encode())
-    assert sum(counts.values()) == len(plan.files), "an outcome for every file"
-    assert sum(clips) == counts[OK], "a row for every decoded clip"
+    assert sum(clips) == counts[OK], "one row for every decoded clip"
     return ShardCard(
         corpus=corpus.name,
         source=corpus.root,
         labels=corpus.labels,
-        features=plan.features,
+        features=features,
         counts=dict(sorted(counts.items())),
-        parts=tuple(plan.parts),
+        parts=tuple(parts),
         clips=tuple(clips),
         fingerprint=digest.hexdigest()[:16],
     )
@@ -97,18 +112,18 @@ def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
 
 
 def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
-    """Return the card of a folder, None if it has none.
+    """Return the card of a folder, or None if it has none.
 
     Raises:
-        ShardsError: the card is of another version, or no card, or the folder cannot be read.
+        ShardsError: the card has another version, is damaged, or the folder cannot be read.
     """
     try:
         with filesystem.open_input_file(f"{folder}/{CARD_NAME}") as file:
             values: dict[str, Any] = json.loads(file.read())
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             raise ShardsError(
-                f"{folder}: its layout is version {version}, this program reads {SCHEMA_VERSION}; "
-                "prepare the corpus again into another folder"
+                f"{folder}: has layout version {version}, and this program reads version "
+                f"{SCHEMA_VERSION}: prepare the corpus again into another folder"
             )
         values["features"] = FeatureConfig(**values["features"])
         for name in ("labels", "parts", "clips"):
@@ -119,4 +134,6 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
     except OSError as error:
         raise ShardsError(f"{folder}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardsError(f"{folder}/{CARD_NAME}: not the card of a shard set ({error})") from error
+        raise ShardsError(
+            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error})"
+        ) from error

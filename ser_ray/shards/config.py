@@ -1,4 +1,4 @@
-"""What `prepare` is asked for; imported by `--help`, so nothing heavy is imported here."""
+"""Settings of `prepare`. `--help` imports this module, so it imports nothing heavy."""
 
 from dataclasses import dataclass, field
 
@@ -16,9 +16,9 @@ class PrepareConfig:
     shards: str
     """Folder or URI that the shards are written to."""
     include: tuple[str, ...] = ("av", "video", "audio")
-    """Modalities to decode; files of the others are counted as `excluded`."""
+    """Modalities to decode; all other files are counted as `excluded`."""
     rows_per_part: int = 128
-    """Files of one part at most: the unit that is worked on, committed and done again."""
+    """Most files in one part, the unit that one task decodes and commits."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """What a feature is."""
 

@@ -1,15 +1,19 @@
-"""One part: a slice of the manifest becomes two Parquet files, the same bytes whoever writes them.
+"""One part: some rows of the manifest become two Parquet files, the same bytes whoever writes them.
 
-`part-00012.parquet` holds the decoded clips with their features, `part-00012.outcomes.parquet` one
-row for every listed file. The second is written last and carries the part's key: where it is found,
-the part is whole. Knows nothing of Ray.
+The clips are written first and the outcomes last, so a part with outcomes is complete. Nothing here
+knows Ray.
+
+Ray Data's `write_parquet` with its checkpoints could write the clips, and was tried. It is not used
+for four promises. A file that fails gets a row of the outcomes in the same pass. A writer that is
+killed leaves no broken file among the clips. A file that went away or changed takes its clip with
+it, while a checkpoint only knows which rows to leave out. Names and order of the parts do not
+depend on interruptions, so trainings on the shards do not either.
 """
 
 import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,89 +24,56 @@ from ser_ray.features.config import KINDS, Kind
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.shards.layout import (
-    KEY,
-    OK,
-    mark_name,
-    outcomes_name,
-    part_key,
-    part_name,
-    to_binary,
-    write_table,
-)
+from ser_ray.shards.layout import OK, mark_name, outcomes_name, part_name, write_table
+from ser_ray.shards.plan import part_key, part_metadata
 
 DECODE_FACTOR = 10
-"""A clip may be this many times as long as the features' room, if most of it is silence."""
+"""A clip may be this many times as long as `max_seconds`, if most of it is silence."""
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
-        "duration": pa.float64(),  # of the whole clip, in seconds
-        "sample_rate": pa.int32(),  # of the clip, in hertz
-        "num_frames": pa.int32(),  # valid ones; the rest of the fixed shape is zero
+        "duration": pa.float64(),  # of the clip before trimming, in seconds
+        "sample_rate": pa.int32(),  # of the file, in hertz
+        "num_frames": pa.int32(),  # valid frames; the rest of the fixed shape is zero
     }
 )
-"""What a part says of a clip beyond the manifest and its features."""
-
-
-@dataclass(frozen=True)
-class PartResult:
-    """What became of a part."""
-
-    part: int
-    """The part's number."""
-    counts: dict[str, int]
-    """Files by status."""
-
-
-def rows_to_bytes(rows: pa.Table) -> bytes:
-    """Serialise a slice of the manifest as an Arrow stream."""
-    sink = pa.BufferOutputStream()
-    rows = rows.replace_schema_metadata(None).combine_chunks()
-    with pa.ipc.new_stream(sink, rows.schema) as writer:
-        writer.write_table(rows)
-    return sink.getvalue().to_pybytes()
-
-
-def rows_from_bytes(data: bytes) -> pa.Table:
-    """Undo `rows_to_bytes`."""
-    return pa.ipc.open_stream(data).read_all()
+"""What a part says about a clip besides the manifest's columns and the features."""
 
 
 def write_part(
     filesystem: fs.FileSystem, folder: str, part: int, rows: pa.Table, extractor: FeatureExtractor
-) -> PartResult:
-    """Decode the files of a part and commit its clips and outcomes.
+) -> dict[str, int]:
+    """Decode the files of a part, commit its clips and outcomes, and return the files by status.
 
-    Where a file could not be read, which may be mended, they get no key: the next run does the part
-    again.
+    If a file could not be read for a reason that may go away, the part is committed without a key,
+    so the next run makes it again.
 
     Args:
-        filesystem: where the shards are.
-        folder: their path on it.
+        filesystem: where the shard set is.
+        folder: path of the shard set on it.
         part: the part's number.
-        rows: the manifest's rows of the part; those with a status are not opened.
-        extractor: makes the features.
+        rows: the manifest's rows of the part; files that have a status already are not opened.
+        extractor: computes the features.
 
     Raises:
-        OSError: its files could not be fetched or it could not be written; nothing of it is
+        OSError: the clips could not be fetched or the part could not be written. Nothing of it is
             committed.
     """
-    with _reader(filesystem, f"{folder}/{mark_name(part)}") as read:
-        clips, outcomes, is_final = _make_tables(rows, extractor, read)
-    key = {KEY: part_key(rows, extractor.config).encode()} if is_final else None
+    with _decoder(filesystem, f"{folder}/{mark_name(part)}") as decode:
+        clips, outcomes, is_final = _make_tables(rows, extractor, decode)
+    key = part_key(rows, extractor.config) if is_final else ""
+    outcomes = outcomes.replace_schema_metadata(part_metadata(key, extractor.config))
     write_table(filesystem, f"{folder}/{part_name(part)}", clips)
-    write_table(
-        filesystem, f"{folder}/{outcomes_name(part)}", outcomes.replace_schema_metadata(key)
-    )
-    return PartResult(part, dict(Counter(outcomes["status"].to_pylist())))
+    write_table(filesystem, f"{folder}/{outcomes_name(part)}", outcomes)
+    return dict(Counter(outcomes["status"].to_pylist()))
 
 
 @contextlib.contextmanager
-def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
-    """Yield what decodes clips: a sandbox's `decode` where an attempt before this one died.
+def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
+    """Yield the function that decodes clips: a sandbox's if an earlier attempt at the part died.
 
-    A mark is left only by a process that was killed. The engine gives its part to another one, as
-    often as it takes; a clip that kills whoever decodes it would keep the job from ever ending.
+    Only a process that was killed leaves its mark behind. Ray gives the part to another process, as
+    often as it takes, so a clip that kills its decoder would keep the job from ever ending.
     """
     try:
         if filesystem.get_file_info(mark).is_file:
@@ -111,44 +82,47 @@ def _reader(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]
         else:
             with filesystem.open_output_stream(mark):
                 pass
-            with time_limited() as read:
-                yield read
+            with time_limited() as decode:
+                yield decode
     finally:
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_file(mark)
 
 
 def _make_tables(
-    rows: pa.Table, extractor: FeatureExtractor, read: Callable[..., tuple[np.ndarray, int]]
+    rows: pa.Table, extractor: FeatureExtractor, decode: Callable[..., tuple[np.ndarray, int]]
 ) -> tuple[pa.Table, pa.Table, bool]:
-    """Return the decoded clips, the outcomes of all rows, and whether another try would add none.
+    """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
 
-    `read` is as `decode`.
+    Outcomes are not final if a file could not be read for a reason that may go away.
     """
     config = extractor.config
     longest = DECODE_FACTOR * config.max_seconds
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
-    waiting = [row for row, (status, _) in enumerate(outcomes) if status is None]
-    shape = {kind: (len(waiting), config.num_bins(kind), config.num_frames) for kind in KINDS}
-    features = {kind: np.zeros(shape[kind], np.float16) for kind in KINDS}
+    undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
+    features = {
+        kind: np.zeros((len(undecided), config.num_bins(kind), config.num_frames), np.float16)
+        for kind in KINDS
+    }
+    decoded: list[int] = []  # rows of the clips
     facts: list[dict[str, Any]] = []
     is_final = True
-    for row in waiting:
+    for row in undecided:
         path = rows["path"][row].as_py()
         try:
-            samples, sample_rate = read(path, max_seconds=longest)
+            samples, sample_rate = decode(path, max_seconds=longest)
             waveform = extractor.waveform(samples, sample_rate)
         except ClipError as error:
-            if error.failed == "storage":  # not to be committed as if it were the clip
+            if error.failed == "storage":  # must not be committed as if the clip were at fault
                 raise OSError(f"{path}: {error.reason}") from error
             outcomes[row] = error.status, error.reason
             is_final &= error.failed == "clip"
             continue
         for kind, feature in extractor.features(waveform).items():
-            features[kind][len(facts), :, : feature.shape[1]] = feature
+            features[kind][len(decoded), :, : feature.shape[1]] = feature
+        decoded.append(row)
         facts.append(
             {
-                "row": row,
                 "content": hashlib.sha256(samples.data).hexdigest()[:16],
                 "duration": len(samples) / sample_rate,
                 "sample_rate": sample_rate,
@@ -157,24 +131,28 @@ def _make_tables(
         )
         outcomes[row] = OK, None
     listed = rows.drop_columns(["status", "reason"])
-    columns = {kind: to_binary(features[kind][: len(facts)]) for kind in KINDS}
-    return _clips_of(listed, facts, columns), _outcomes_of(listed, outcomes), is_final
+    clips = _append(listed.take(pa.array(decoded, pa.int64())), pa.Table.from_pylist(facts, FACTS))
+    clips = _append(clips, _feature_columns(features, len(decoded)))
+    schema = pa.schema({"status": pa.string(), "reason": pa.string()})
+    columns = [list(values) for values in zip(*outcomes, strict=True)]
+    return clips, _append(listed, pa.table(columns, schema)), is_final
 
 
-def _clips_of(
-    listed: pa.Table, facts: list[dict[str, Any]], features: dict[Kind, pa.Array]
-) -> pa.Table:
-    """Put what the manifest, decoding and the features say of each decoded clip side by side."""
-    clips = listed.take(pa.array([fact["row"] for fact in facts], pa.int64()))
-    for name, values in zip(FACTS.names, pa.Table.from_pylist(facts, FACTS), strict=True):
-        clips = clips.append_column(name, values)
-    for kind, values in features.items():
-        clips = clips.append_column(kind, values)
-    return clips
+def _feature_columns(features: dict[Kind, np.ndarray], num_clips: int) -> pa.Table:
+    """The first `num_clips` of arrays `[clips, bins, frames]` as columns, without copying.
+
+    Each clip is one fixed-size binary value.
+    """
+    columns = {}
+    for kind, array in features.items():
+        width = array[0].nbytes if len(array) else array.shape[1] * array.shape[2] * array.itemsize
+        buffers = [None, pa.py_buffer(array[:num_clips])]
+        columns[kind] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), num_clips, buffers)
+    return pa.table(columns)
 
 
-def _outcomes_of(listed: pa.Table, outcomes: list[tuple[str, str | None]]) -> pa.Table:
-    """Put the final status and reason of each file beside what the manifest says of it."""
-    for name, values in zip(("status", "reason"), zip(*outcomes, strict=True), strict=True):
-        listed = listed.append_column(name, pa.array(values, pa.string()))
-    return listed
+def _append(table: pa.Table, columns: pa.Table) -> pa.Table:
+    """Put the columns of a table of equal length to the right of another's."""
+    for name in columns.column_names:
+        table = table.append_column(name, columns[name])
+    return table

@@ -1,14 +1,18 @@
-"""Which files make which part, what of it is committed already, and what a resumed run does again.
+"""Which listed files belong to which part, and which committed parts still hold.
 
-The plan is written before the first part, so that a resumed run cuts the manifest as the first one
-did, on whatever machine. A part keeps its number as long as any of its files is listed; files that
-came since make new parts. Whether a committed part still holds is decided by its key alone.
+The outcomes that are committed say what was done, so nothing else is stored. A committed part is
+kept if all its files are still listed with the same facts and the features are the same. All other
+files are cut into parts in the order of their paths, and these take the free numbers from 0 up. An
+interrupted run therefore continues with exactly the parts that it would have written next, on
+whatever machine.
 """
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -16,128 +20,179 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.errors import ConfigError, ShardsError
+from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.layout import PLAN_NAME, part_key, write_table
+from ser_ray.shards.layout import OUTCOMES, REQUESTS_AT_ONCE, outcomes_name, part_name
 
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that more than one core has work."""
-_FEATURES = b"ser_ray.features"
+KEY, FEATURES = b"ser_ray.part_key", b"ser_ray.features"
+"""Metadata of a part's outcomes. Parts where another run may add clips have no key."""
+
+
+@dataclass(frozen=True)
+class CommittedPart:
+    """What the outcomes of a part say about it."""
+
+    files: pa.Table
+    """What the manifest said about its files, without their status and reason."""
+    key: str
+    """The `part_key` it was made from; empty if it is to be made again."""
+    features: FeatureConfig
+    """What a feature was."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The manifest cut into parts."""
+    """What a run has to do."""
 
-    files: pa.Table
-    """The manifest with a column `part`, sorted by part and path."""
-    features: FeatureConfig
-    """What a feature is."""
-
-    @cached_property
-    def _slices(self) -> dict[int, tuple[int, int]]:
-        """First row and number of rows of each part."""
-        found = np.unique(self.files["part"], return_index=True, return_counts=True)
-        return {part: (first, count) for part, first, count in np.transpose(found).tolist()}
+    kept: list[int]
+    """Numbers of the committed parts that still hold, ascending."""
+    pending: dict[int, pa.Table]
+    """The manifest's rows of each part that is to be written, by its number."""
+    num_files: int
+    """Files listed."""
 
     @property
     def parts(self) -> list[int]:
-        """The parts' numbers, ascending."""
-        return list(self._slices)
+        """Numbers of all parts of the finished shard set, ascending."""
+        return sorted([*self.kept, *self.pending])
 
-    def rows(self, part: int) -> pa.Table:
-        """The manifest's rows of a part."""
-        return self.files.slice(*self._slices[part]).drop_columns("part")
+    @property
+    def num_pending(self) -> int:
+        """Files of the parts that are to be written."""
+        return sum(len(rows) for rows in self.pending.values())
 
-    def num_files(self, parts: Iterable[int]) -> int:
-        """Files listed in some of the parts."""
-        return sum(self._slices[part][1] for part in parts)
 
-    def key(self, part: int) -> str:
-        """What the committed part says of itself if it holds these files and features."""
-        return part_key(self.rows(part), self.features)
+def part_key(rows: pa.Table, features: FeatureConfig) -> str:
+    """Sixteen hex digits that differ when the manifest's rows of a part or the features do."""
+    text = json.dumps([features.fingerprint, rows.to_pydict()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
+    """The metadata to write into a part's outcomes."""
+    return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
+
+
+def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
+    """Read what is committed in a shard set, by the numbers of the parts."""
+
+    def read_part(part: int) -> CommittedPart | None:
+        try:
+            files = pq.read_table(f"{folder}/{outcomes_name(part)}", filesystem=filesystem)
+            pq.read_schema(f"{folder}/{part_name(part)}", filesystem=filesystem)
+            metadata = files.schema.metadata or {}
+            features = FeatureConfig(**json.loads(metadata[FEATURES]))
+            files = files.drop_columns(["status", "reason"]).replace_schema_metadata(None)
+            return CommittedPart(files, metadata[KEY].decode(), features)
+        except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
+            return None  # incomplete, damaged or of another version
+        except OSError:
+            if isinstance(filesystem, fs.LocalFileSystem):
+                return None  # bytes that are no Parquet; a bucket may only be away
+            raise
+
+    entries = filesystem.get_file_info(
+        fs.FileSelector(f"{folder}/{OUTCOMES}", allow_not_found=True)
+    )
+    stems = [entry.base_name.removesuffix(".parquet").removeprefix("part-") for entry in entries]
+    parts = sorted(int(stem) for stem in stems if stem.isdecimal())
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        found = zip(parts, pool.map(read_part, parts), strict=True)
+        return {part: committed for part, committed in found if committed is not None}
 
 
 def make_plan(
-    manifest: pa.Table, features: FeatureConfig, rows_per_part: int, before: Plan | None
+    manifest: pa.Table,
+    features: FeatureConfig,
+    rows_per_part: int,
+    committed: Mapping[int, CommittedPart],
 ) -> Plan:
-    """Cut a manifest into parts, keeping the numbers that files had `before`."""
-    paths = manifest["path"]
-    if before is None:
-        parts = np.full(len(manifest), -1)
-        first = 0
-    else:
-        known = pc.index_in(paths, value_set=before.files["path"])
-        parts = pc.fill_null(before.files["part"].take(known), -1).to_numpy().copy()
-        first = pc.max(before.files["part"]).as_py() + 1
-    new = np.flatnonzero(parts < 0)
-    size = max(1, min(rows_per_part, -(-len(new) // MIN_PARTS)))
-    parts[new] = first + np.arange(len(new)) // size
-    files = manifest.append_column("part", pa.array(parts, pa.int32()))
-    return Plan(files.sort_by([("part", "ascending"), ("path", "ascending")]), features)
-
-
-def read_plan(filesystem: fs.FileSystem, folder: str) -> Plan | None:
-    """Return the plan of an earlier run, if there is one.
-
-    Raises:
-        ShardsError: it is of another version, or no plan.
-    """
-    path = f"{folder}/{PLAN_NAME}"
-    try:
-        files = pq.read_table(path, filesystem=filesystem)
-        features = FeatureConfig(**json.loads(files.schema.metadata[_FEATURES]))
-    except FileNotFoundError:
-        return None
-    except (pa.ArrowInvalid, TypeError, KeyError, ValueError, ConfigError) as error:
-        raise ShardsError(
-            f"{path}: no plan that this version reads ({error}); give another folder"
-        ) from error
-    return Plan(files.replace_schema_metadata(None), features)
-
-
-def write_plan(filesystem: fs.FileSystem, folder: str, plan: Plan) -> None:
-    """Write a plan for the runs that resume this one."""
-    metadata = {_FEATURES: json.dumps(asdict(plan.features)).encode()}
-    write_table(filesystem, f"{folder}/{PLAN_NAME}", plan.files.replace_schema_metadata(metadata))
-
-
-def require_same_corpus(before: Plan, after: Plan, shards: str) -> None:
-    """Refuse to put the shards of one corpus in the place of another's.
+    """Decide which committed parts are kept, and cut all other files into parts.
 
     Args:
-        before: what the folder holds.
-        after: what it is to hold.
+        manifest: one row a listed file.
+        features: what a feature is to be.
+        rows_per_part: files of one part at most.
+        committed: what `read_committed` found.
+    """
+    manifest = manifest.sort_by("path")
+    parts = np.full(len(manifest), -1)
+    if committed:
+        paths, numbers = _known_files(committed)
+        index = pc.index_in(manifest["path"], value_set=paths)
+        parts = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
+    order = np.argsort(parts, kind="stable")
+    found, firsts, counts = np.unique(parts[order], return_index=True, return_counts=True)
+    kept = []
+    for part, first, count in zip(found.tolist(), firsts, counts, strict=True):
+        if part < 0 or count != len(committed[part].files):
+            continue
+        rows = manifest.take(order[first : first + count])
+        if part_key(rows, features) == committed[part].key:
+            kept.append(part)
+    rest = manifest.filter(pa.array(~np.isin(parts, kept)))
+    size = max(1, min(rows_per_part, -(-len(manifest) // MIN_PARTS)))
+    free = itertools.filterfalse(set(kept).__contains__, itertools.count())
+    pending = {next(free): rest.slice(first, size) for first in range(0, len(rest), size)}
+    return Plan(kept, pending, len(manifest))
+
+
+def require_same_corpus(
+    committed: Mapping[int, CommittedPart], manifest: pa.Table, shards: str
+) -> None:
+    """Refuse to replace the shards of one corpus by those of another.
+
+    Args:
+        committed: what the folder holds.
+        manifest: what it is to hold.
         shards: the folder, as the user gave it.
 
     Raises:
         ShardsError: none of the files that it holds is listed any more.
     """
-    known = pc.index_in(after.files["path"], value_set=before.files["path"])
-    if known.null_count == len(known) and len(before.files):
+    if not committed:
+        return
+    paths, _ = _known_files(committed)
+    if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
-            f"{shards}: holds the shards of another corpus, {len(before.files)} files like "
-            f"{before.files['path'][0]}, none of which is in this one: give another folder with "
-            "--shards, or delete that one"
+            f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
+            "none of which is in this one: give another folder with --shards, or delete that one"
         )
 
 
-def describe_changes(before: Plan, after: Plan) -> list[str]:
-    """Say what differs between the plan of an earlier run and this one, a line each."""
-    old, new = asdict(before.features), asdict(after.features)
+def describe_changes(
+    committed: Mapping[int, CommittedPart], manifest: pa.Table, features: FeatureConfig, plan: Plan
+) -> tuple[str, ...]:
+    """Say what an earlier run left and what has changed since, a line each."""
+    if not committed:
+        return ()
+    old, new = asdict(next(iter(committed.values())).features), asdict(features)
     lines = [
         f"{name} was {old[name]} and is {new[name]}: all features are made again"
         for name in new
         if old[name] != new[name]
     ]
-    known = pc.index_in(after.files["path"], value_set=before.files["path"])
-    is_new = pc.is_null(known)
-    came = pc.sum(is_new).as_py() or 0
-    gone = len(before.files) - (len(after.files) - came)
-    was = before.files.take(known.filter(pc.invert(is_new))).drop_columns("part")
-    now = after.files.filter(pc.invert(is_new)).drop_columns("part")
+    before = pa.concat_tables(part.files for part in committed.values())
+    after = manifest.select(before.column_names)
+    index = pc.index_in(after["path"], value_set=before["path"])
+    num_known = len(index) - index.null_count
+    was, now = before.take(index.drop_null()), after.filter(pc.is_valid(index))
     changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))
-    for count, what in ((came, "came"), (gone, "went"), (changed, "changed")):
+    for count, one, several in (
+        (index.null_count, "file has no outcome yet", "files have no outcome yet"),
+        (len(before) - num_known, "file is no longer listed", "files are no longer listed"),
+        (changed, "file has changed", "files have changed"),
+    ):
         if count:
-            lines.append(f"{count} file{'s'[: count > 1]} {what} since the last run")
-    return lines
+            lines.append(f"{count} {one if count == 1 else several}")
+    prepared = plan.num_files - plan.num_pending
+    return (*lines, f"{prepared} of {plan.num_files} files are prepared already")
+
+
+def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Paths of all committed files, and the number of the part that each is in."""
+    paths = pa.concat_tables(part.files.select(["path"]) for part in committed.values())["path"]
+    counts = [len(part.files) for part in committed.values()]
+    return paths, np.repeat(list(committed), counts)

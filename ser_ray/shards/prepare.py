@@ -1,22 +1,22 @@
 """From a corpus to its shards: a Ray Data job over the parts of a plan.
 
-One row of the dataset is one part, and the job's tasks write the parts themselves: they come out
-the same bytes in whatever order, on whatever worker and after whatever interruption. What flows
-back to the driver is a count of outcomes. A run that is given again does only the parts whose key
-is not committed; the card is written when all are.
+One block of the dataset is the manifest's rows of one part, and each task decodes its block and
+writes the part (`part` says why it does so itself). What flows back to the driver is the number of
+files by status. A run that is started again does only what `plan` finds missing; the card is
+written when all parts are there.
+
+Tasks rather than an actor pool: measured on 1,440 clips and two CPUs, Ray Data runs a pool and the
+writing as two operators with the features copied in between, in 27 s instead of 7.
 """
 
 import contextlib
-import json
 import logging
 import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,36 +28,25 @@ from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.layout import (
-    CARD_NAME,
-    PLAN_NAME,
-    REQUESTS_AT_ONCE,
-    mark_name,
-    outcomes_name,
-    part_name,
-    read_key,
-)
-from ser_ray.shards.part import PartResult, rows_from_bytes, rows_to_bytes, write_part
+from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
+from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     Plan,
     describe_changes,
     make_plan,
-    read_plan,
+    read_committed,
     require_same_corpus,
-    write_plan,
 )
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of
 
-AGAIN = "; what is committed stays, so when that is mended give the same command again"
+AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
 IN_USE = "is writing these shards; wait for it to end, or give another folder"
 ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
-_PART = r"part-\d+(\.outcomes)?\.parquet"
-_LEFT_BEHIND = re.compile(
-    rf"{_PART}|part-\d+\.trying|({_PART}|{CARD_NAME}|{PLAN_NAME})\.[0-9a-f]{{8}}\.tmp"
-)
+_OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
+"""Names of the files that are ours in the folders of clips and outcomes."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +56,9 @@ class PrepareSummary:
     card: ShardCard
     """The shard set."""
     notes: tuple[str, ...]
-    """What was found of an earlier run, a line each."""
+    """What an earlier run left and what has changed since, a line each."""
     files_done: int
-    """Files that this run answered, the others being committed already."""
+    """Files that this run gave an outcome; the others had one already."""
     seconds: float
     """Wall time of this run."""
 
@@ -91,10 +80,10 @@ def prepare(
 
     Args:
         config: which clips, where to, which features.
-        address: cluster to join, as `ser_ray.cluster.cluster` takes it; nothing is joined or
-            started where nothing is missing.
-        progress: called after every part; by default a bar or log lines on standard error, after
-            what was found of an earlier run.
+        address: cluster to join, as `ser_ray.cluster.cluster` takes it. If no part is missing, no
+            cluster is joined or started.
+        progress: called after every part; by default a bar or log lines appear on standard error,
+            after what is known about an earlier run.
 
     Raises:
         CorpusError: no corpus is found, or none of its files becomes a clip.
@@ -108,45 +97,73 @@ def prepare(
     filesystem, folder = filesystem_of(config.shards)
     try:
         with Lock(config.shards, ShardsError, IN_USE) as lock:
-            before = read_plan(filesystem, folder)
-            if before is None:
-                _require_no_parts(filesystem, folder, config.shards)
-            plan = make_plan(manifest, config.features, config.rows_per_part, before)
-            if before is not None:
-                require_same_corpus(before, plan, config.shards)
-            waiting = _uncommitted(filesystem, folder, plan)
-            notes = () if before is None else _notes(before, plan, waiting)
+            _require_own(filesystem, folder, config.shards)
+            committed = read_committed(filesystem, folder)
+            require_same_corpus(committed, manifest, config.shards)
+            plan = make_plan(manifest, config.features, config.rows_per_part, committed)
+            notes = describe_changes(committed, manifest, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             card = read_card(filesystem, folder)
-            if waiting or card is None or before is None or not plan.files.equals(before.files):
-                with cluster(address) if waiting else contextlib.nullcontext():
-                    if waiting:
-                        clips = one_of_each_folder(_clips_of(plan, waiting))
+            if card is None or plan.pending or card.parts != tuple(plan.kept):
+                if plan.pending:
+                    with cluster(address):
+                        clips = one_of_each_folder(_files_to_open(plan))
                         require_shared(config.corpus, config.shards, *clips)
-                    _clear(filesystem, folder, plan, waiting)
-                    write_plan(filesystem, folder, plan)
-                    _watch(_write_parts(config, plan, waiting), plan, waiting, lock, progress)
-                card = make_card(filesystem, folder, corpus, plan)
+                        _keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
+                        _write_pending(config, plan, lock, progress)
+                _keep_only(filesystem, folder, plan.parts)
+                card = make_card(filesystem, folder, corpus, config.features, plan.parts)
+                assert card.num_files == len(manifest), "one outcome for every listed file"
                 write_card(filesystem, folder, card)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
     if card.num_clips == 0:
         raise _nothing_usable(ShardSet(config.shards, card).outcomes(), config)
-    return PrepareSummary(card, notes, plan.num_files(waiting), time.monotonic() - started)
+    return PrepareSummary(card, notes, plan.num_pending, time.monotonic() - started)
 
 
-def _require_no_parts(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
-    """Refuse a folder of files that are named like parts but were made by something else."""
-    entries = filesystem.get_file_info(fs.FileSelector(folder))
-    names = [entry.base_name for entry in entries if entry.is_file]
-    foreign = sorted(name for name in names if re.fullmatch(_PART, name))
+def _require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
+    """Refuse a folder in which something else keeps files where the clips belong.
+
+    Raises:
+        ShardsError: names one of the files.
+    """
+    names = sorted(_entries(filesystem, f"{folder}/{CLIPS}"))
+    has_outcomes = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
+    foreign = [name for name in names if not (has_outcomes and _OWN.fullmatch(name))]
     if foreign:
         raise ShardsError(
-            f"{shards}: holds {foreign[0]}, but no plan that says what it is; shards would take "
-            "its place, so give another folder"
+            f"{shards}: holds {CLIPS}/{foreign[0]}, which is not part of a shard set; give "
+            "another folder"
         )
+
+
+def _entries(filesystem: fs.FileSystem, folder: str) -> dict[str, str]:
+    """Paths of the files in a folder, by their names; none if there is no folder."""
+    entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    return {entry.base_name: entry.path for entry in entries if entry.is_file}
+
+
+def _keep_only(
+    filesystem: fs.FileSystem, folder: str, parts: list[int], marks: list[int] | None = None
+) -> None:
+    """Delete the card, the outcomes and clips of all other parts, and all other marks.
+
+    In this order, so that what is interrupted in between is never taken for a complete part.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(f"{folder}/{CARD_NAME}")
+    outcomes, clips, tops = (
+        _entries(filesystem, path) for path in (f"{folder}/{OUTCOMES}", f"{folder}/{CLIPS}", folder)
+    )
+    kept = {f"{folder}/{name(part)}" for part in parts for name in (outcomes_name, part_name)}
+    kept |= {f"{folder}/{mark_name(part)}" for part in marks or ()}
+    old_marks = [path for name, path in tops.items() if re.fullmatch(r"part-\d+\.trying", name)]
+    for path in (*outcomes.values(), *clips.values(), *old_marks):
+        if path not in kept:
+            filesystem.delete_file(path)
 
 
 def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
@@ -157,83 +174,49 @@ def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
     )
 
 
-def _uncommitted(filesystem: fs.FileSystem, folder: str, plan: Plan) -> list[int]:
-    """The parts of a plan that are not there, or hold other files or features."""
-    names = {entry.base_name for entry in filesystem.get_file_info(fs.FileSelector(folder))}
-
-    def is_committed(part: int) -> bool:
-        is_there = {part_name(part), outcomes_name(part)} <= names
-        return is_there and read_key(filesystem, folder, part) == plan.key(part)
-
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        committed = pool.map(is_committed, plan.parts)
-        return [part for part, there in zip(plan.parts, committed, strict=True) if not there]
-
-
-def _clips_of(plan: Plan, parts: list[int]) -> Iterator[str]:
-    """Yield the paths that will be opened for some of the parts."""
-    for part in parts:
-        rows = plan.rows(part)
+def _files_to_open(plan: Plan) -> Iterator[str]:
+    """Yield the paths of the files that will be decoded."""
+    for rows in plan.pending.values():
         yield from rows["path"].filter(pc.is_null(rows["status"])).to_pylist()
 
 
-def _notes(before: Plan, plan: Plan, waiting: list[int]) -> tuple[str, ...]:
-    """Say what an earlier run left and what will be done about it."""
-    again = f"{len(plan.parts) - len(waiting)} of {len(plan.parts)} parts are committed already"
-    return (*describe_changes(before, plan), again)
-
-
-def _clear(filesystem: fs.FileSystem, folder: str, plan: Plan, waiting: list[int]) -> None:
-    """Delete the card, the parts that will be done again and what nobody listed any more needs."""
-    committed = set(plan.parts) - set(waiting)
-    kept = {name(part) for part in committed for name in (part_name, outcomes_name)}
-    kept |= {mark_name(part) for part in waiting}
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(f"{folder}/{CARD_NAME}")
-    for entry in filesystem.get_file_info(fs.FileSelector(folder)):
-        if (
-            entry.is_file
-            and entry.base_name not in kept
-            and _LEFT_BEHIND.fullmatch(entry.base_name)
-        ):
-            filesystem.delete_file(entry.path)
-
-
-def _watch(
-    results: Iterator[PartResult],
+def _write_pending(
+    config: PrepareConfig,
     plan: Plan,
-    waiting: list[int],
     lock: Lock,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Follow the parts as they are committed, and stop if another run took over."""
-    if not waiting:
-        return
-    watch = Watch(len(plan.files), len(plan.files) - plan.num_files(waiting))
-    with show(progress) as report:
-        for result in results:
-            lock.check()
-            report(watch.add(result.counts))
+    """Run the job, report each part, and stop if another run took over.
 
-
-def _write_parts(config: PrepareConfig, plan: Plan, waiting: list[int]) -> Iterator[PartResult]:
-    """Run the job and yield each part as it is committed."""
+    Raises:
+        ShardsError: a part could not be written, or the job failed.
+    """
     import ray
     import ray.data
 
+    filesystem, folder = filesystem_of(config.shards)
+    for name in (OUTCOMES, CLIPS):
+        filesystem.create_dir(f"{folder}/{name}")
     _set_up_ray_data()
-    parts = ray.data.from_items(
-        [{"part": part, "rows": rows_to_bytes(plan.rows(part))} for part in waiting],
-        override_num_blocks=len(waiting),
-    )
+    blocks = [
+        rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
+        for part, rows in plan.pending.items()
+    ]
     writer = _PartWriter(absolute(config.shards), FeatureExtractor(config.features))
+    results = ray.data.from_arrow(blocks).map_batches(
+        writer.write, batch_size=None, batch_format="pyarrow"
+    )
+    num_files = plan.num_files
+    watch = Watch(num_files, num_files - plan.num_pending)
     try:
-        for row in parts.map(writer.write).iter_rows():
-            if row["failure"]:
-                raise ShardsError(
-                    f"{config.shards}/{part_name(row['part'])}: {row['failure']}{AGAIN}"
-                )
-            yield PartResult(row["part"], json.loads(row["counts"]))
+        with show(progress) as report:
+            for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                part, failure, statuses, counts = result.to_pydict().values()
+                if failure[0]:
+                    where = f"{config.shards}/{part_name(part[0])}"
+                    raise ShardsError(f"{where}: {failure[0]}{AGAIN}")
+                lock.check()
+                report(watch.add(dict(zip(statuses, counts, strict=True))))
     except ray.exceptions.RayError as error:
         last_line = str(error).strip().rpartition("\n")[2]
         raise ShardsError(f"{config.shards}: the job broke off ({last_line}){AGAIN}") from error
@@ -245,8 +228,8 @@ def _set_up_ray_data() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Else a second part starts only when the first has come back and its size is known: that is
-    # seconds, as each worker process first imports Ray Data. Ours are a line each.
+    # Otherwise a second part starts only when the first is done and the size of its result is
+    # known. That takes seconds, as each worker process first imports Ray Data.
     context.op_resource_reservation_enabled = False
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # Ray Data's own; its log files stay as they are
@@ -255,21 +238,30 @@ def _set_up_ray_data() -> None:
 
 @dataclass(frozen=True)
 class _PartWriter:
-    """What every worker needs beyond its part."""
+    """What every worker needs besides the rows of its part."""
 
     shards: str
     extractor: FeatureExtractor
 
-    def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write the part that is one row of the dataset."""
+    def write(self, rows: pa.Table) -> pa.Table:
+        """Write the part that is one block, and return its number of files by status, or why not.
+
+        Columns of the result are `part`, `failure`, `status` and `count`.
+        """
         filesystem, folder = filesystem_of(self.shards)
-        counts: dict[str, int] = {}
-        failure = ""
+        part = rows["part"][0].as_py()
+        counts, failure = {"": 0}, ""
         try:
-            if not filesystem.get_file_info(f"{folder}/{PLAN_NAME}").is_file:
+            if filesystem.get_file_info(f"{folder}/{OUTCOMES}").type == fs.FileType.NotFound:
                 raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
-            rows = rows_from_bytes(row["rows"])
-            counts = write_part(filesystem, folder, row["part"], rows, self.extractor).counts
+            counts = write_part(filesystem, folder, part, rows.drop_columns("part"), self.extractor)
         except OSError as error:
             failure = error.strerror or str(error)
-        return {"part": row["part"], "counts": json.dumps(counts), "failure": failure}
+        return pa.table(
+            {
+                "part": pa.array([part] * len(counts), pa.int32()),
+                "failure": [failure] * len(counts),
+                "status": list(counts),
+                "count": list(counts.values()),
+            }
+        )

@@ -1,6 +1,14 @@
-"""Reading shards back: what is known of the clips as a table, one kind of feature as an array."""
+"""Reading shards back: a table of what is known about the clips, an array of their features.
 
-from collections.abc import Iterator
+Other tools read the Parquet files in the set's folder `clips`, and `ShardSet.to_array` turns one of
+their feature columns into an array:
+
+    shards = open_shards("ser-ray-out/shards")
+    table = pandas.read_parquet("ser-ray-out/shards/clips", columns=["emotion", "mel"])
+    mel = shards.to_array("mel", table["mel"])  # [rows, bins, frames] float16
+"""
+
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.layout import PLAN_NAME, outcomes_name, part_name, to_array
+from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 READ_THREADS = 4
@@ -21,7 +30,7 @@ READ_THREADS = 4
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A committed shard set; its rows are in the order of the parts, then of the rows in a part."""
+    """A committed shard set. Its rows are in the order of the parts, and by path within a part."""
 
     uri: str
     """Folder or URI of the shards."""
@@ -29,7 +38,7 @@ class ShardSet:
     """What they hold."""
 
     def clips(self) -> pa.Table:
-        """Return every column but the features, one row a decoded clip."""
+        """Return every column except the features, one row a decoded clip."""
         filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
@@ -49,12 +58,34 @@ class ShardSet:
                 tables.append(pq.read_table(path, filesystem=filesystem))
         return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
 
-    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return one kind of feature, reading nothing else.
+    def to_array(self, kind: Kind, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
+        """Turn a feature column of this set's Parquet files into an array.
 
         Args:
-            kind: which.
-            rows: row numbers of `clips()`, `[num_rows]` in any order; None for all.
+            kind: which feature the column holds.
+            column: the column as any library reads it: a column of pyarrow, which is not copied,
+                a series of pandas or polars, an array or a list of bytes.
+
+        Returns:
+            `[len(column), bins, num_frames]` float16, read-only, in decibels for spectrogram and
+            mel, and zero from a clip's `num_frames` on.
+        """
+        config = self.card.features
+        shape = config.num_bins(kind), config.num_frames
+        if not isinstance(column, pa.ChunkedArray):
+            return np.frombuffer(b"".join(column), np.float16).reshape(-1, *shape)
+        if len(column) == 0:
+            return np.empty((0, *shape), np.float16)
+        array = column.combine_chunks()
+        numbers = np.frombuffer(array.buffers()[1], np.float16)
+        return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]
+
+    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return one kind of feature. No bytes of the other kinds are read.
+
+        Args:
+            kind: which feature.
+            rows: row numbers of `clips()`, `[num_rows]` in any order; None for all rows.
 
         Returns:
             `[num_rows, bins, num_frames]` float16, zero from a clip's `num_frames` on.
@@ -77,8 +108,7 @@ class ShardSet:
                 table = pq.read_table(
                     path, columns=[kind], filesystem=filesystem, use_threads=False
                 )
-            stored = to_array(table[kind], features.shape[1:])
-            features[wanted] = stored[rows[wanted] - starts[index]]
+            features[wanted] = self.to_array(kind, table[kind])[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_part, range(len(self.card.parts))))
@@ -91,8 +121,8 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         raise ShardsError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); where it is damaged, delete "
-            "it, and the same `ser-ray prepare` makes it again"
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); if it is damaged, delete it, "
+            "and the same `ser-ray prepare` makes it again"
         ) from error
 
 
@@ -106,9 +136,9 @@ def open_shards(uri: str) -> ShardSet:
     card = read_card(filesystem, folder)
     if card is not None:
         return ShardSet(uri, card)
-    has_plan = filesystem.get_file_info(f"{folder}/{PLAN_NAME}").is_file
+    is_begun = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
-        if has_plan
+        if is_begun
         else f"{uri}: there are no shards; make them with `ser-ray prepare`"
     )

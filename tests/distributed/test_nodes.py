@@ -78,7 +78,9 @@ def test_a_lost_node_costs_a_preparation_nothing(nodes, tmp_path):
     def make(target: Path) -> dict[str, bytes]:
         config = PrepareConfig(corpus=str(corpus), shards=str(target), features=FEATURES)
         prepare(config, progress=lose_one)
-        return {path.name: path.read_bytes() for path in target.glob("part-*")}
+        return {
+            str(path.relative_to(target)): path.read_bytes() for path in target.glob("*/part-*")
+        }
 
     def lose_one(_: Any) -> None:
         nonlocal lost

@@ -17,6 +17,7 @@ from pyarrow import fs
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.shards.layout import CLIPS, OUTCOMES
 from ser_ray.shards.part import write_part
 from tests.clips import voice, write_sound, write_video, write_wav
 
@@ -142,10 +143,11 @@ def corpus(tmp_path: Path) -> tuple[Path, dict[str, str]]:
 
 def write_alone(root: Path, target: Path) -> tuple[pa.Table, pa.Table]:
     """Make one part of a folder, in this process: its clips and outcomes."""
-    target.mkdir()
+    for name in (CLIPS, OUTCOMES):
+        (target / name).mkdir(parents=True)
     rows = list_corpus(str(root)).manifest
     write_part(fs.LocalFileSystem(), str(target), 0, rows, FeatureExtractor(FeatureConfig()))
-    return tuple(pq.read_table(target / f"part-00000{end}.parquet") for end in ("", ".outcomes"))
+    return tuple(pq.read_table(target / name / "part-00000.parquet") for name in (CLIPS, OUTCOMES))
 
 
 def test_one_row_each(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:

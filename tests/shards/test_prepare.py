@@ -17,7 +17,7 @@ import pytest
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.layout import outcomes_name, part_name
+from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, outcomes_name, part_name
 from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.progress import Progress
 from ser_ray.shards.read import open_shards
@@ -76,11 +76,20 @@ def whole(ray_cluster: None, corpus: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The content of every file of a shard set, by its path in it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def written(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    """When every file of a shard set was written, by its path in it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in found}
+
+
+def committed_parts(folder: Path) -> list[str]:
+    """The paths of all outcomes in a shard set."""
+    return [path.relative_to(folder).as_posix() for path in folder.glob(f"{OUTCOMES}/*.parquet")]
 
 
 def test_the_whole_job(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
@@ -99,8 +108,8 @@ def test_the_whole_job(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
     outcomes = {Path(row["path"]).name: row["status"] for row in shards.outcomes().to_pylist()}
     assert len(outcomes) == 25
     assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
-    left = {path.suffix for path in (tmp_path / "shards").iterdir()}
-    assert left == {".parquet", ".json"}, "no lock, mark or temporary file"
+    parts = [name(part) for part in range(13) for name in (part_name, outcomes_name)]
+    assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, mark, temporary"
 
 
 def test_given_again_it_does_nothing(
@@ -108,9 +117,9 @@ def test_given_again_it_does_nothing(
 ) -> None:
     before = written(whole)
     summary = run(corpus, whole, progress=None)
-    assert capsys.readouterr().err == "13 of 13 parts are committed already\n"
+    assert capsys.readouterr().err == "25 of 25 files are prepared already\n"
     assert summary.files_done == 0
-    assert summary.notes == ("13 of 13 parts are committed already",)
+    assert summary.notes == ("25 of 25 files are prepared already",)
     assert written(whole) == before
 
 
@@ -124,7 +133,7 @@ def test_stopped_by_hand(whole: Path, corpus: Path, tmp_path: Path) -> None:
     assert not (target / LOCK_NAME).exists()
     with pytest.raises(ShardsError, match="not finished"):
         open_shards(str(target))
-    committed = [path.name for path in target.glob("*.outcomes.parquet")]
+    committed = committed_parts(target)
     before = written(target)
     summary = run(corpus, target)
     assert committed
@@ -156,7 +165,7 @@ prepare(
         [sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL
     )
     try:
-        while len(committed := list(target.glob("*.outcomes.parquet"))) < 2:
+        while len(committed := committed_parts(target)) < 2:
             assert driver.poll() is None, "the driver ended before it could be killed"
             time.sleep(0.002)
     finally:
@@ -205,14 +214,15 @@ def test_only_what_changed_is_done(
     (here / "Actor_01" / names[19]).unlink()
     summary = run(here, target)
     assert summary.notes == (
-        "5 files came since the last run",
-        "1 file went since the last run",
-        "1 file changed since the last run",
-        "11 of 17 parts are committed already",
+        "5 files have no outcome yet",
+        "1 file is no longer listed",
+        "1 file has changed",
+        "22 of 29 files are prepared already",
     )
     after = written(target)
     same = {name for name in after if after[name] == before.get(name)}
-    assert len([name for name in same if name.endswith(".outcomes.parquet")]) == 11
+    assert len([name for name in same if name.startswith(OUTCOMES)]) == 11
+    assert summary.files_done == 7
     shards = open_shards(str(target))
     assert shards.card.num_files == 29
     paths = {Path(path).name for path in shards.outcomes()["path"].to_pylist()}
@@ -227,7 +237,7 @@ def test_what_is_lost_or_damaged_is_made_again(whole: Path, corpus: Path, tmp_pa
     (target / f"{part_name(7)}.0badc0de.tmp").touch()
     (target / "mine.tmp").touch()
     summary = run(corpus, target)
-    assert summary.notes == ("11 of 13 parts are committed already",)
+    assert summary.notes[-1] == "21 of 25 files are prepared already"
     (target / "mine.tmp").unlink()
     assert files_of(target) == files_of(whole)
 
@@ -239,7 +249,7 @@ def test_other_features_are_all_made_again(whole: Path, corpus: Path, tmp_path: 
     assert summary.notes == (
         "num_mels was 64 and is 96: all features are made again",
         "num_mfcc was 40 and is 13: all features are made again",
-        "0 of 13 parts are committed already",
+        "0 of 25 files are prepared already",
     )
     assert summary.files_done == 25
     assert open_shards(str(target)).features("mel").shape[1] == 96
@@ -267,7 +277,7 @@ def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Pa
     """A folder in the way of a part stands for what the system may say."""
     target = tmp_path / "shards"
     (target / part_name(4)).mkdir(parents=True)
-    with pytest.raises(ShardsError, match=r"part-00004.parquet: .*give the same command again"):
+    with pytest.raises(ShardsError, match=r"clips/part-00004.parquet: .*give the same"):
         run(corpus, target)
     assert not (target / outcomes_name(4)).exists()
     (target / part_name(4)).rmdir()
@@ -275,11 +285,22 @@ def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Pa
     assert files_of(target) == files_of(whole)
 
 
-def test_parts_that_something_else_made_stay(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "part-0.parquet").write_text("mine")
-    with pytest.raises(ShardsError, match=r"holds part-0.parquet, but no plan.*another folder"):
+@pytest.mark.parametrize("name", ["part-00000.parquet", "mine.wav"])
+def test_files_that_something_else_made_stay(corpus: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / CLIPS).mkdir()
+    (tmp_path / CLIPS / name).write_text("mine")
+    with pytest.raises(ShardsError, match=rf"holds clips/{name}, which is not part.*another fol"):
         run(corpus, tmp_path)
-    assert (tmp_path / "part-0.parquet").read_text() == "mine"
+    assert (tmp_path / CLIPS / name).read_text() == "mine"
+
+
+def test_a_file_among_the_clips_that_is_not_ours_stays(
+    whole: Path, corpus: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+    (target / CLIPS / "mine.wav").write_text("mine")
+    with pytest.raises(ShardsError, match=r"holds clips/mine.wav, which is not part of a shard"):
+        run(corpus, target)
 
 
 def test_a_corpus_without_one_clip_is_an_error(ray_cluster: None, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parts, plan and reading back in this process; the whole job on Ray is in test_prepare."""
+"""Parts, plan and reading back in this process; the complete job on Ray is in test_prepare."""
 
 import dataclasses
 import os
@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -25,14 +28,16 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import make_card, write_card
-from ser_ray.shards.layout import mark_name, outcomes_name, part_key, part_name, read_key
+from ser_ray.shards.layout import CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
+    CommittedPart,
+    Plan,
     describe_changes,
     make_plan,
-    read_plan,
+    part_key,
+    read_committed,
     require_same_corpus,
-    write_plan,
 )
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet, open_shards
@@ -49,13 +54,26 @@ def manifest(paths: list[str], size: int = 100) -> pa.Table:
     return pa.table(columns | nothing, MANIFEST_SCHEMA)
 
 
+def set_folder(folder: Path) -> Path:
+    """The folders of an empty shard set."""
+    for name in (CLIPS, OUTCOMES):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path in it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
 def write_shards(corpus: Corpus, target: Path, rows_per_part: int = 4) -> ShardSet:
-    """What the job does, one part after the other in this process."""
-    target.mkdir()
-    plan = make_plan(corpus.manifest, FEATURES, rows_per_part, None)
-    for part in plan.parts:
-        write_part(LOCAL, str(target), part, plan.rows(part), FeatureExtractor(FEATURES))
-    write_card(LOCAL, str(target), make_card(LOCAL, str(target), corpus, plan))
+    """Do what the job does, one part after the other in this process."""
+    set_folder(target)
+    plan = make_plan(corpus.manifest, FEATURES, rows_per_part, {})
+    for part, rows in plan.pending.items():
+        write_part(LOCAL, str(target), part, rows, FeatureExtractor(FEATURES))
+    write_card(LOCAL, str(target), make_card(LOCAL, str(target), corpus, FEATURES, plan.parts))
     return open_shards(str(target))
 
 
@@ -113,6 +131,7 @@ def test_a_row_that_is_not_there(shards: ShardSet) -> None:
 
 def test_reading_one_kind_reads_its_bytes_alone(shards: ShardSet, tmp_path: Path) -> None:
     """The other kinds' bytes are overwritten, and nobody notices."""
+    set_folder(tmp_path)
     for part in shards.card.parts:
         path = Path(shards.uri) / part_name(part)
         data = bytearray(path.read_bytes())
@@ -123,7 +142,7 @@ def test_reading_one_kind_reads_its_bytes_alone(shards: ShardSet, tmp_path: Path
                 data[start : start + column.total_compressed_size] = bytes(
                     column.total_compressed_size
                 )
-        (tmp_path / path.name).write_bytes(data)
+        (tmp_path / part_name(part)).write_bytes(data)
     damaged = dataclasses.replace(shards, uri=str(tmp_path))
     np.testing.assert_array_equal(damaged.features("mel"), shards.features("mel"))
     assert damaged.clips().equals(shards.clips())
@@ -136,7 +155,7 @@ def test_equal_sound_has_equal_content(corpus: Corpus, shards: ShardSet, tmp_pat
     twin = tmp_path / "twin.wav"
     first = shards.clips().to_pylist()[-1]
     twin.write_bytes(Path(first["path"]).read_bytes() + b"junk" + bytes(6))
-    (tmp_path / "set").mkdir()
+    set_folder(tmp_path / "set")
     write_part(LOCAL, str(tmp_path / "set"), 0, manifest([str(twin)]), FeatureExtractor(FEATURES))
     clip = pq.read_table(tmp_path / "set" / part_name(0), columns=["content"])
     assert clip["content"].to_pylist() == [first["content"]]
@@ -144,8 +163,7 @@ def test_equal_sound_has_equal_content(corpus: Corpus, shards: ShardSet, tmp_pat
 
 def test_parts_are_the_same_bytes_again(corpus: Corpus, shards: ShardSet, tmp_path: Path) -> None:
     again = write_shards(corpus, tmp_path / "again")
-    for path in sorted(Path(shards.uri).iterdir()):
-        assert path.read_bytes() == (Path(again.uri) / path.name).read_bytes(), path.name
+    assert files_of(Path(again.uri)) == files_of(Path(shards.uri))
 
 
 def test_the_fingerprint_is_of_the_data(corpus: Corpus, shards: ShardSet, tmp_path: Path) -> None:
@@ -164,17 +182,14 @@ def test_a_part_after_a_crash_is_made_in_a_sandbox(
     """A mark that nobody took away makes the difference; the bytes are the same."""
     rows, extractor = corpus.manifest.slice(0, 6), FeatureExtractor(FEATURES)
     for name in ("direct", "sandboxed"):
-        (tmp_path / name).mkdir()
+        set_folder(tmp_path / name)
     write_part(LOCAL, str(tmp_path / "direct"), 0, rows, extractor)
     (tmp_path / "sandboxed" / mark_name(0)).touch()
     monkeypatch.setattr("ser_ray.shards.part.time_limited", None)
     write_part(LOCAL, str(tmp_path / "sandboxed"), 0, rows, extractor)
-    for folder in ("direct", "sandboxed"):
-        names = {path.name for path in (tmp_path / folder).iterdir()}
-        assert names == {part_name(0), outcomes_name(0)}
-    for name in names:
-        direct, sandboxed = (tmp_path / folder / name for folder in ("direct", "sandboxed"))
-        assert direct.read_bytes() == sandboxed.read_bytes()
+    direct = files_of(tmp_path / "direct")
+    assert set(direct) == {part_name(0), outcomes_name(0)}
+    assert files_of(tmp_path / "sandboxed") == direct
 
 
 def test_a_clip_that_stalls_or_kills(tmp_path: Path) -> None:
@@ -236,8 +251,7 @@ except OSError as error:
         noise = np.random.default_rng(number).normal(0, 0.1, 48_000).astype(np.float32)
         write_wav(tmp_path / "corpus" / f"{name}.wav", noise)
     rows = list_corpus(str(tmp_path / "corpus")).manifest
-    target = tmp_path / "shards"
-    target.mkdir()
+    target = set_folder(tmp_path / "shards")
     done = subprocess.run(
         [sys.executable, "-c", program],
         input=pickle.dumps((rows, FeatureExtractor(FEATURES), str(target))),
@@ -245,25 +259,61 @@ except OSError as error:
         check=True,
     )
     assert b"File too large" in done.stdout, done.stderr
-    assert {path.name for path in target.iterdir()} == {part_name(0), outcomes_name(0)}
+    assert set(files_of(target)) == {part_name(0), outcomes_name(0)}
 
 
 # --- the plan ---
 
 
+def numbered(numbers: Iterable[int]) -> pa.Table:
+    return manifest([f"{number:05d}" for number in sorted(numbers)])
+
+
+def paths_of(rows: pa.Table) -> list[str]:
+    return rows["path"].to_pylist()
+
+
+def committed_by(
+    plan: Plan, features: FeatureConfig, parts: Iterable[int]
+) -> dict[int, CommittedPart]:
+    """What is found of a plan of which some parts were written."""
+    return {
+        part: CommittedPart(
+            plan.pending[part].drop_columns(["status", "reason"]),
+            part_key(plan.pending[part], features),
+            features,
+        )
+        for part in parts
+    }
+
+
 @settings(deadline=None)
 @given(num_files=st.integers(1, 3000), rows_per_part=st.integers(1, 300))
 def test_parts_hold_every_file_once(num_files: int, rows_per_part: int) -> None:
-    plan = make_plan(
-        manifest([f"{n:05d}" for n in range(num_files)]), FEATURES, rows_per_part, None
-    )
-    sizes = [len(plan.rows(part)) for part in plan.parts]
-    assert plan.parts == list(range(len(sizes)))
-    assert sum(sizes) == num_files
+    plan = make_plan(numbered(range(num_files)), FEATURES, rows_per_part, {})
+    sizes = [len(rows) for rows in plan.pending.values()]
+    assert plan.parts == list(plan.pending) == list(range(len(sizes)))
+    assert sum(sizes) == plan.num_pending == plan.num_files == num_files
     assert max(sizes) <= rows_per_part
     assert min(sizes[:-1], default=max(sizes)) == max(sizes)
-    paths = [path for part in plan.parts for path in plan.rows(part)["path"].to_pylist()]
+    paths = [path for rows in plan.pending.values() for path in paths_of(rows)]
     assert paths == sorted(paths)
+
+
+@settings(deadline=None)
+@given(data=st.data(), num_files=st.integers(1, 200), rows_per_part=st.integers(1, 9))
+def test_an_interrupted_run_continues_with_the_parts_it_would_have_written(
+    data: st.DataObject, num_files: int, rows_per_part: int
+) -> None:
+    listed = numbered(range(num_files))
+    first = make_plan(listed, FEATURES, rows_per_part, {})
+    written = data.draw(st.sets(st.sampled_from(first.parts)))
+    second = make_plan(
+        listed, FEATURES, rows_per_part, committed_by(first, FEATURES, sorted(written))
+    )
+    assert second.kept == sorted(written)
+    assert second.parts == first.parts
+    assert all(rows.equals(first.pending[part]) for part, rows in second.pending.items())
 
 
 @settings(deadline=None)
@@ -272,61 +322,76 @@ def test_parts_hold_every_file_once(num_files: int, rows_per_part: int) -> None:
     new=st.sets(st.integers(0, 60), min_size=1),
     rows_per_part=st.integers(1, 9),
 )
-def test_only_what_changed_is_done_again(old: set[int], new: set[int], rows_per_part: int) -> None:
-    """Parts that lost no file keep their key, whatever else came or went."""
-    before = make_plan(manifest([f"{n:02d}" for n in sorted(old)]), FEATURES, rows_per_part, None)
-    after = make_plan(manifest([f"{n:02d}" for n in sorted(new)]), FEATURES, rows_per_part, before)
-    assert sorted(after.files["path"].to_pylist()) == [f"{n:02d}" for n in sorted(new)]
-    for part in before.parts:
-        listed = {int(path) for path in before.rows(part)["path"].to_pylist()}
-        if listed <= new:
-            assert after.key(part) == before.key(part)
-        elif listed & new:
-            assert after.key(part) != before.key(part)
-        else:
-            assert part not in after.parts
-    came = [part for part in after.parts if part not in before.parts]
-    assert all(part > max(before.parts) for part in came)
-    assert sum(len(after.rows(part)) for part in came) == len(new - old)
+def test_only_parts_that_lost_a_file_are_written_again(
+    old: set[int], new: set[int], rows_per_part: int
+) -> None:
+    """Other files may come and go."""
+    before = make_plan(numbered(old), FEATURES, rows_per_part, {})
+    committed = committed_by(before, FEATURES, before.parts)
+    after = make_plan(numbered(new), FEATURES, rows_per_part, committed)
+    listed = set(paths_of(numbered(new)))
+    complete = [part for part, rows in before.pending.items() if set(paths_of(rows)) <= listed]
+    assert after.kept == complete
+    assert not set(after.kept) & set(after.pending)
+    kept = [path for part in after.kept for path in paths_of(before.pending[part])]
+    pending = [path for rows in after.pending.values() for path in paths_of(rows)]
+    assert sorted([*kept, *pending]) == sorted(listed)
+    assert all(len(rows) <= rows_per_part for rows in after.pending.values())
 
 
-def test_keys_follow_sizes_and_features() -> None:
-    plan = make_plan(manifest(["a", "b"]), FEATURES, 2, None)
-    bigger = make_plan(manifest(["a", "b"], size=101), FEATURES, 2, plan)
-    other = make_plan(manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96), 2, plan)
-    assert len({p.key(part) for p in (plan, bigger, other) for part in p.parts}) == 6
+def test_a_part_is_kept_only_for_the_same_rows_and_features() -> None:
+    listed, other = manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96)
+    plan = make_plan(listed, FEATURES, 2, {})
+    committed = committed_by(plan, FEATURES, plan.parts)
+    excluded = listed.set_column(
+        listed.column_names.index("status"), "status", pa.array(["excluded", None])
+    )
+    assert make_plan(listed, FEATURES, 2, committed).kept == [0, 1]
+    assert make_plan(excluded, FEATURES, 2, committed).kept == [1]
+    assert make_plan(manifest(["a", "b"], size=101), FEATURES, 2, committed).kept == []
+    assert make_plan(listed, other, 2, committed).kept == []
+    unfinished = {0: dataclasses.replace(committed[0], key=""), 1: committed[1]}
+    assert make_plan(listed, FEATURES, 2, unfinished).kept == [1]
 
 
 def test_another_corpus_does_not_take_the_place_of_one() -> None:
-    before = make_plan(manifest(["a", "b"]), FEATURES, 2, None)
-    require_same_corpus(before, make_plan(manifest(["b", "c"]), FEATURES, 2, before), "out")
+    plan = make_plan(manifest(["a", "b"]), FEATURES, 2, {})
+    committed = committed_by(plan, FEATURES, plan.parts)
+    require_same_corpus(committed, manifest(["b", "c"]), "out")
+    require_same_corpus({}, manifest(["c"]), "out")
     with pytest.raises(ShardsError, match=r"^out: holds the shards of another corpus, 2 files "):
-        require_same_corpus(before, make_plan(manifest(["c"]), FEATURES, 2, before), "out")
+        require_same_corpus(committed, manifest(["c"]), "out")
 
 
-def test_what_changed_is_said() -> None:
-    before = make_plan(manifest(["a", "b", "c"]), FEATURES, 2, None)
+def test_changes_since_the_last_run_are_described() -> None:
+    before = make_plan(manifest(["a", "b", "c", "e"]), FEATURES, 1, {})
+    committed = committed_by(before, FEATURES, before.parts)
     features = dataclasses.replace(FEATURES, num_mels=96)
-    sizes = [101, 100, 100]
-    now = manifest(["b", "c", "d"]).set_column(1, "size", pa.array(sizes, pa.int64()))
-    assert describe_changes(before, make_plan(now, features, 2, before)) == [
+    sizes = [101, 100, 100, 100]
+    now = manifest(["b", "c", "d", "f"]).set_column(1, "size", pa.array(sizes, pa.int64()))
+    plan = make_plan(now, features, 1, committed)
+    assert describe_changes(committed, now, features, plan) == (
         "num_mels was 64 and is 96: all features are made again",
-        "1 file came since the last run",
-        "1 file went since the last run",
-        "1 file changed since the last run",
-    ]
-    assert describe_changes(before, before) == []
+        "2 files have no outcome yet",
+        "2 files are no longer listed",
+        "1 file has changed",
+        "0 of 4 files are prepared already",
+    )
+    same = manifest(["a", "b", "c", "e"])
+    plan = make_plan(same, FEATURES, 1, committed)
+    assert describe_changes(committed, same, FEATURES, plan) == (
+        "4 of 4 files are prepared already",
+    )
+    assert describe_changes({}, same, FEATURES, plan) == ()
 
 
-def test_a_plan_is_read_as_written(tmp_path: Path) -> None:
-    plan = make_plan(manifest(["a", "b", "c"]), FEATURES, 2, None)
-    assert read_plan(LOCAL, str(tmp_path)) is None
-    write_plan(LOCAL, str(tmp_path), plan)
-    found = read_plan(LOCAL, str(tmp_path))
-    assert found is not None
-    assert found.features == FEATURES
-    assert found.files.equals(plan.files)
-    assert [found.key(part) for part in found.parts] == [plan.key(part) for part in plan.parts]
+def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> None:
+    committed = read_committed(LOCAL, shards.uri)
+    assert tuple(committed) == shards.card.parts
+    assert {part.features for part in committed.values()} == {FEATURES}
+    files = pa.concat_tables(part.files for part in committed.values())
+    assert files.equals(corpus.manifest.drop_columns(["status", "reason"]))
+    assert make_plan(corpus.manifest, FEATURES, 4, committed).pending == {}
 
 
 # --- opening ---
@@ -337,9 +402,8 @@ def test_no_shards(tmp_path: Path) -> None:
         open_shards(str(tmp_path / "nowhere"))
 
 
-def test_unfinished_shards(corpus: Corpus, tmp_path: Path) -> None:
-    plan = make_plan(corpus.manifest, FEATURES, 4, None)
-    write_plan(LOCAL, str(tmp_path), plan)
+def test_unfinished_shards(tmp_path: Path) -> None:
+    set_folder(tmp_path)
     with pytest.raises(ShardsError, match="not finished; give the same"):
         open_shards(str(tmp_path))
 
@@ -359,8 +423,8 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
     (tmp_path / "shards" / part_name(first)).unlink()
     with pytest.raises(ShardsError, match=r"part-.*: cannot be read"):
         shards.features("mel", np.arange(shards.card.num_clips))
-    keys = [read_key(LOCAL, str(tmp_path / "shards"), part) for part in (first, second, fourth)]
-    assert [key is None for key in keys] == [True, True, False]
+    committed = read_committed(LOCAL, str(tmp_path / "shards"))
+    assert [part in committed for part in (first, second, fourth)] == [False, False, True]
 
 
 def test_a_file_is_no_folder_of_shards(tmp_path: Path) -> None:
@@ -375,12 +439,13 @@ def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
     rows = corpus.manifest.slice(0, 2)
     gone = str(tmp_path / "gone.wav")
     rows = rows.set_column(0, "path", pa.array([rows["path"][0].as_py(), gone]))
-    result = write_part(LOCAL, str(tmp_path), 0, rows, FeatureExtractor(FEATURES))
-    assert result.counts == {"ok": 1, "unreadable": 1}
-    assert read_key(LOCAL, str(tmp_path), 0) is None
-    shutil.copy(corpus.manifest["path"][1].as_py(), gone)
-    assert write_part(LOCAL, str(tmp_path), 0, rows, FeatureExtractor(FEATURES)).counts == {"ok": 2}
-    assert read_key(LOCAL, str(tmp_path), 0) == part_key(rows, FEATURES)
+    set_folder(tmp_path / "set")
+    for counts, kept in (({"ok": 1, "unreadable": 1}, []), ({"ok": 2}, [0])):
+        written = write_part(LOCAL, str(tmp_path / "set"), 0, rows, FeatureExtractor(FEATURES))
+        assert written == counts
+        committed = read_committed(LOCAL, str(tmp_path / "set"))
+        assert make_plan(rows, FEATURES, 2, committed).kept == kept
+        shutil.copy(corpus.manifest["path"][1].as_py(), gone)
 
 
 @pytest.mark.parametrize(
@@ -393,10 +458,28 @@ def test_a_card_that_does_not_fit(tmp_path: Path, text: str, message: str) -> No
         open_shards(str(tmp_path))
 
 
-def test_a_plan_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "plan.parquet").write_text("not a table")
-    with pytest.raises(ShardsError, match="no plan that this version reads"):
-        read_plan(LOCAL, str(tmp_path))
+# --- other readers ---
+
+
+def test_other_libraries_see_clips_and_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
+    shards = write_shards(corpus, tmp_path / "shards")
+    folder = f"{shards.uri}/{CLIPS}"
+    for table in (pa.dataset.dataset(folder).to_table(), pq.read_table(folder)):
+        assert table.drop_columns(list(KINDS)).equals(shards.clips())
+    frame = pandas.read_parquet(folder)
+    assert frame["path"].to_list() == shards.clips()["path"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_feature_column_of_any_library_becomes_an_array(shards: ShardSet, kind: Kind) -> None:
+    table = pa.dataset.dataset(f"{shards.uri}/{CLIPS}").to_table(columns=[kind])
+    series = pandas.read_parquet(f"{shards.uri}/{CLIPS}", columns=[kind])[kind]
+    expected = shards.features(kind)
+    for column in (table[kind], series, series.to_numpy(), series.to_list()):
+        np.testing.assert_array_equal(shards.to_array(kind, column), expected)
+    np.testing.assert_array_equal(shards.to_array(kind, table[kind][3:7]), expected[3:7])
+    for nothing in (table[kind][:0], series[:0]):
+        assert shards.to_array(kind, nothing).shape == (0, *expected.shape[1:])
 
 
 # --- watching ---
@@ -416,24 +499,14 @@ def test_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(last) == "80 of 100 files, 3 errors, 10 files/s, 0:02 left"
 
 
-def test_a_log_gets_plain_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_progress_is_shown_as_a_line_unless_a_function_takes_it(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clock = iter(range(1000, 1100))
-    monkeypatch.setattr("ser_ray.shards.progress.time.monotonic", lambda: next(clock))
+    seen: list[Progress] = []
+    step = Progress(25, 25, 1, 9.0)
+    with show(seen.append) as report:
+        report(step)
+    assert (seen, capsys.readouterr().err) == ([step], "")
     with show(None) as report:
-        for done in range(1, 26):
-            report(Progress(done, 25, 0, 1.0))
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" of")[0] for line in lines] == ["1", "11", "21", "25"]
-
-
-def test_a_terminal_gets_a_bar(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with show(None) as report:
-        report(Progress(25, 25, 1, 9.0))
-    text = capsys.readouterr().err
-    assert "━━━" in text
-    assert "25 of 25 files, 1 errors" in text
+        report(step)
+    assert capsys.readouterr().err == "25 of 25 files, 1 errors, 9 files/s, 0:00 left\n"
