@@ -1,4 +1,4 @@
-"""The whole job on Ray: told apart from an uninterrupted run by nothing, byte for byte."""
+"""The complete job on Ray: interrupted in any way, it writes the same bytes as uninterrupted."""
 
 import dataclasses
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -68,9 +69,11 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def whole(ray_cluster: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(
+    ray_cluster: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The shards of an uninterrupted run."""
-    target = tmp_path_factory.mktemp("whole") / "shards"
+    target = tmp_path_factory.mktemp("uninterrupted") / "shards"
     run(corpus, target)
     return target
 
@@ -92,7 +95,7 @@ def committed_parts(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.glob(f"{OUTCOMES}/*.parquet")]
 
 
-def test_the_whole_job(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
+def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     summary = run(corpus, tmp_path / "shards", progress=seen.append)
     assert summary.card.counts == {"no_audio": 2, "ok": 22, "unreadable": 1}
@@ -112,18 +115,20 @@ def test_the_whole_job(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
     assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, mark, temporary"
 
 
-def test_given_again_it_does_nothing(
-    whole: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+def test_a_second_run_does_nothing(
+    uninterrupted: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = written(whole)
-    summary = run(corpus, whole, progress=None)
+    before = written(uninterrupted)
+    summary = run(corpus, uninterrupted, progress=None)
     assert capsys.readouterr().err == "25 of 25 files are prepared already\n"
     assert summary.files_done == 0
     assert summary.notes == ("25 of 25 files are prepared already",)
-    assert written(whole) == before
+    assert written(uninterrupted) == before
 
 
-def test_stopped_by_hand(whole: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_by_hand_resumes(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
@@ -139,11 +144,13 @@ def test_stopped_by_hand(whole: Path, corpus: Path, tmp_path: Path) -> None:
     assert committed
     assert summary.files_done == 25 - sum(len(pq.read_table(target / name)) for name in committed)
     assert all(written(target)[name] == before[name] for name in committed)
-    assert files_of(target) == files_of(whole)
+    assert files_of(target) == files_of(uninterrupted)
 
 
-def test_the_driver_is_killed(whole: Path, corpus: Path, tmp_path: Path) -> None:
-    """With it dies the cluster that it started; the lock it leaves is taken over."""
+def test_a_run_whose_driver_was_killed_resumes(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Its cluster dies with it, and the next run takes over the lock that it leaves."""
     target = tmp_path / "shards"
     program = """
 import sys
@@ -169,17 +176,18 @@ prepare(
             assert driver.poll() is None, "the driver ended before it could be killed"
             time.sleep(0.002)
     finally:
+        cluster = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.wait()
     assert (target / LOCK_NAME).exists()
     assert len(committed) < 13
-    time.sleep(2)  # for its workers to notice
+    assert not psutil.wait_procs(cluster, timeout=60)[1], "its workers noticed"
     summary = run(corpus, target)
     assert 0 < summary.files_done < 25
-    assert files_of(target) == files_of(whole)
+    assert files_of(target) == files_of(uninterrupted)
 
 
-def test_a_worker_is_killed(whole: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_survives_killed_workers(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     import ray
 
     @ray.remote
@@ -197,11 +205,11 @@ def test_a_worker_is_killed(whole: Path, corpus: Path, tmp_path: Path) -> None:
     summary = run(corpus, target, progress=kill_one)
     assert not workers, "both workers were killed, one after the other"
     assert summary.files_done == 25
-    assert files_of(target) == files_of(whole)
+    assert files_of(target) == files_of(uninterrupted)
 
 
 def test_only_what_changed_is_done(
-    whole: Path, ray_cluster: None, corpus: Path, tmp_path: Path
+    uninterrupted: Path, ray_cluster: None, corpus: Path, tmp_path: Path
 ) -> None:
     here = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     target = tmp_path / "shards"
@@ -230,8 +238,10 @@ def test_only_what_changed_is_done(
     assert names[19] not in paths
 
 
-def test_what_is_lost_or_damaged_is_made_again(whole: Path, corpus: Path, tmp_path: Path) -> None:
-    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+def test_lost_or_damaged_parts_are_made_again(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
     (target / part_name(3)).unlink()
     (target / outcomes_name(5)).write_bytes(b"PAR1 half a file")
     (target / f"{part_name(7)}.0badc0de.tmp").touch()
@@ -239,11 +249,13 @@ def test_what_is_lost_or_damaged_is_made_again(whole: Path, corpus: Path, tmp_pa
     summary = run(corpus, target)
     assert summary.notes[-1] == "21 of 25 files are prepared already"
     (target / "mine.tmp").unlink()
-    assert files_of(target) == files_of(whole)
+    assert files_of(target) == files_of(uninterrupted)
 
 
-def test_other_features_are_all_made_again(whole: Path, corpus: Path, tmp_path: Path) -> None:
-    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+def test_other_features_are_all_made_again(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
     features = dataclasses.replace(FEATURES, num_mels=96, num_mfcc=13)
     summary = run(corpus, target, features)
     assert summary.notes == (
@@ -254,10 +266,12 @@ def test_other_features_are_all_made_again(whole: Path, corpus: Path, tmp_path: 
     assert summary.files_done == 25
     assert open_shards(str(target)).features("mel").shape[1] == 96
     run(corpus, target)
-    assert files_of(target) == files_of(whole), "and back again"
+    assert files_of(target) == files_of(uninterrupted), "and back again"
 
 
-def test_what_is_not_included_is_counted(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_included_are_counted(
+    ray_cluster: None, corpus: Path, tmp_path: Path
+) -> None:
     config = PrepareConfig(
         corpus=str(corpus), shards=str(tmp_path), include=("av",), features=FEATURES
     )
@@ -265,16 +279,18 @@ def test_what_is_not_included_is_counted(ray_cluster: None, corpus: Path, tmp_pa
     assert counts == {"excluded": 23, "ok": 2}
 
 
-def test_a_run_is_already_there(whole: Path, corpus: Path) -> None:
-    before = files_of(whole)
-    lock = Lock(str(whole), ShardsError, "")
+def test_a_second_run_at_the_same_time_is_refused(uninterrupted: Path, corpus: Path) -> None:
+    before = files_of(uninterrupted)
+    lock = Lock(str(uninterrupted), ShardsError, "")
     with lock, pytest.raises(ShardsError, match=f"process {os.getpid()} .* is writing these"):
-        run(corpus, whole)
-    assert files_of(whole) == before
+        run(corpus, uninterrupted)
+    assert files_of(uninterrupted) == before
 
 
-def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Path) -> None:
-    """A folder in the way of a part stands for what the system may say."""
+def test_a_full_disk_is_reported_and_the_next_run_resumes(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """A folder at the path of a part makes the system refuse to write it, as a full disk does."""
     target = tmp_path / "shards"
     (target / part_name(4)).mkdir(parents=True)
     with pytest.raises(ShardsError, match=r"clips/part-00004.parquet: .*give the same"):
@@ -282,7 +298,7 @@ def test_a_full_disk_is_told_and_resumed(whole: Path, corpus: Path, tmp_path: Pa
     assert not (target / outcomes_name(4)).exists()
     (target / part_name(4)).rmdir()
     run(corpus, target)
-    assert files_of(target) == files_of(whole)
+    assert files_of(target) == files_of(uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["part-00000.parquet", "mine.wav"])
@@ -295,9 +311,9 @@ def test_files_that_something_else_made_stay(corpus: Path, tmp_path: Path, name:
 
 
 def test_a_file_among_the_clips_that_is_not_ours_stays(
-    whole: Path, corpus: Path, tmp_path: Path
+    uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    target = Path(shutil.copytree(whole, tmp_path / "shards"))
+    target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
     (target / CLIPS / "mine.wav").write_text("mine")
     with pytest.raises(ShardsError, match=r"holds clips/mine.wav, which is not part of a shard"):
         run(corpus, target)
@@ -309,8 +325,10 @@ def test_a_corpus_without_one_clip_is_an_error(ray_cluster: None, tmp_path: Path
         run(tmp_path / "table.csv", tmp_path / "shards")
 
 
-def test_a_corpus_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:
-    """Any format, any labels; the table's paths are relative to it."""
+def test_a_table_of_clips_in_any_format_becomes_a_shard_set(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Its labels are its own, and its paths are relative to it."""
     formats = {
         "a.mp3": ("libmp3lame", "mp3"),
         "b.flac": ("flac", "flac"),
@@ -332,7 +350,7 @@ def test_a_corpus_of_ones_own(ray_cluster: None, tmp_path: Path) -> None:
     assert clips["num_frames"].to_pylist() == pytest.approx([41] * 6, abs=2)
 
 
-def test_from_a_bucket_to_a_bucket(whole: Path, corpus: Path, bucket: str) -> None:
+def test_from_a_bucket_to_a_bucket(uninterrupted: Path, corpus: Path, bucket: str) -> None:
     import pyarrow.fs
 
     from ser_ray.storage.paths import filesystem_of
@@ -340,7 +358,7 @@ def test_from_a_bucket_to_a_bucket(whole: Path, corpus: Path, bucket: str) -> No
     filesystem, folder = filesystem_of(bucket.format("corpus"))
     pyarrow.fs.copy_files(str(corpus), folder, destination_filesystem=filesystem)
     summary = run(bucket.format("corpus"), bucket.format("shards"))
-    local, remote = open_shards(str(whole)), open_shards(bucket.format("shards"))
+    local, remote = open_shards(str(uninterrupted)), open_shards(bucket.format("shards"))
     assert summary.card.counts == local.card.counts
     assert remote.card.fingerprint == local.card.fingerprint
     for kind in KINDS:

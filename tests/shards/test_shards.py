@@ -415,7 +415,7 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
         (tmp_path / "shards" / name).write_bytes(b"")
     path = tmp_path / "shards" / part_name(third)
     content = bytearray(path.read_bytes())
-    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # its footer is whole
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # its footer is intact
     path.write_bytes(content)
     for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
         with pytest.raises(ShardsError, match=r"part-.*: cannot be read .* delete it, and the sam"):
