@@ -1,11 +1,11 @@
-"""Joining a Ray cluster, or starting one on this machine, and asking what it has."""
+"""Joining a Ray cluster, or starting one on this machine, and finding out what it offers."""
 
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,28 @@ from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""On the head of a cluster that `ray up` started: what its autoscaler may start."""
+"""On the head of a cluster that `ray up` started: the nodes that its autoscaler may add."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""By this variable Ray tells the driver of a job its runtime environment, before it connects."""
+"""The variable in which a job's driver finds its runtime environment before it connects to Ray."""
 ANSWER_SECONDS = 60.0
-"""Time for a node to start a worker and look for files."""
+"""Time for a node to start a worker process and look for files."""
 FOLDERS_ASKED = 256
-"""Folders of listed files that every node is asked for, at most."""
+"""The most folders of listed files that every node is asked to look for."""
 
 
 @contextmanager
 def cluster(address: str = "") -> Iterator[None]:
-    """Be connected to Ray within the block.
+    """Connect to Ray for the duration of the block.
 
-    Joins the cluster at `address`, else the one that `RAY_ADDRESS` or a Ray job names, else starts
-    one on this machine and stops it at the end. Nested use joins the outer block's. One that it
-    starts listens on the loopback alone.
+    Joins the cluster at `address`, or else the one that `RAY_ADDRESS` or a Ray job names. Without
+    either it starts Ray on this machine, listening on the loopback only, and stops it at the end.
+    A nested block uses the connection of the outer one.
 
     Raises:
-        ResourcesError: no cluster answers at the address, it is a job server's, or none could be
-            started.
+        ResourcesError: no cluster answers at the address, the address is that of a job server, or
+            Ray does not start on this machine.
     """
     import ray
-    from ray._private import ray_constants
 
     if ray.is_initialized():
         yield
@@ -45,22 +44,18 @@ def cluster(address: str = "") -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://")):
         raise ResourcesError(
-            f"{address} is a job server, which takes submissions: name it by "
-            "RAY_API_SERVER_ADDRESS, for `ray job submit` alone; --address and RAY_ADDRESS take "
-            "HOST:6379"
+            f"{address} is a job server, which only takes submissions: give it to `ray job submit` "
+            "in RAY_API_SERVER_ADDRESS; --address and RAY_ADDRESS take HOST:6379"
         )
-    may_be_joined = ray_constants.ENABLE_RAY_CLUSTER
     try:
-        # Off, as by itself on a Mac, Ray takes the loopback for the machine's address. Its variable
-        # for this is read when Ray is imported, which may be long ago.
-        ray_constants.ENABLE_RAY_CLUSTER = may_be_joined and bool(address)
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            logging_level=logging.ERROR,
-            # Progress and errors reach the driver by our own hand; Ray keeps its logs in files.
-            log_to_driver=False,
-        )
+        with nullcontext() if address else _on_loopback():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                logging_level=logging.ERROR,
+                # ser_ray reports progress and errors to the driver itself; Ray's logs are in files.
+                log_to_driver=False,
+            )
     except (ValueError, RuntimeError) as error:
         if not address:
             raise
@@ -68,29 +63,49 @@ def cluster(address: str = "") -> Iterator[None]:
     except ConnectionError as error:
         raise ResourcesError(
             f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`; if "
-            "it is there, it may ask for a token: set RAY_AUTH_MODE=token where ~/.ray/auth_token "
-            "or RAY_AUTH_TOKEN holds it; or leave --address out to use this machine alone"
+            "it is running, it may require a token: set RAY_AUTH_MODE=token, with the token in "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave out --address to use this machine only"
         ) from error
     except Exception as error:
-        if type(error) is not Exception:  # Ray has no class for a start that takes over 30 s
+        if type(error) is not Exception:  # what Ray raises when its start takes over 30 s
             raise
         raise ResourcesError(
             f"Ray did not start on this machine ({error}): it is too busy, or short of memory; "
-            "give the same command again when it is not, or name a cluster with --address"
+            "run the same command again later, or name a cluster with --address"
         ) from error
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = may_be_joined
     try:
         yield
     finally:
         ray.shutdown()
 
 
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started in the block use the loopback as this machine's address.
+
+    Ray has no public setting for this: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
+    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster has, or may come to have, room for so many workers of one size.
+    """Check that the cluster has room for this many workers, or can grow until it has.
+
+    Args:
+        workers: how many.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
 
     Raises:
-        ResourcesError: names what was asked for and what there is.
+        ResourcesError: names what was requested and what is available.
     """
     have = resources_within_reach()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
@@ -103,12 +118,12 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has, or may come to have, a GPU."""
+    """Whether the cluster has a GPU, or can add a node that has one."""
     return resources_within_reach().get("GPU", 0) >= 1
 
 
 def resources_within_reach() -> dict[str, float]:
-    """What the cluster has and, where machines are started on demand, how far that may grow."""
+    """Resources of the cluster at the largest size that its autoscaler may give it."""
     reach: dict[str, float] = {}
     for node in nodes_within_reach():
         for name, amount in node.items():
@@ -117,7 +132,7 @@ def resources_within_reach() -> dict[str, float]:
 
 
 def nodes_within_reach() -> list[dict[str, float]]:
-    """Resources of each node that the cluster has, and of those that it may start on demand."""
+    """Resources of each node of the cluster, and of each that its autoscaler may add."""
     import ray
     import yaml
 
@@ -132,10 +147,11 @@ def nodes_within_reach() -> list[dict[str, float]]:
 
 
 def require_shared(*locations: str) -> None:
-    """Check that local paths lead to the same places on every node; a URI is taken to.
+    """Check that local paths lead to the same place on every node; URIs are assumed to do so.
 
     Raises:
-        ResourcesError: a node does not see one, or will not, or Ray will delete it after the job.
+        ResourcesError: a node does not see a path, a node that the autoscaler adds would not, or
+            Ray deletes the path after the job.
     """
     import ray
 
@@ -150,18 +166,18 @@ def require_shared(*locations: str) -> None:
             seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
             blind = dict(zip(local, _nodes_without(seen_by, others), strict=True))
     elif AUTOSCALER_CONFIG.expanduser().exists():
-        to_come = ["the machines that are to be started"]
-        blind = {location: to_come for location, path in local.items() if _on_own_disk(path)}
+        added = ["the machines that the autoscaler starts"]
+        blind = {location: added for location, path in local.items() if _is_on_root_disk(path)}
     for location, names in blind.items():
         if names:
             raise ResourcesError(
-                f"{location}: is on this machine, but not on {', '.join(names)}: give a folder "
+                f"{location}: is on this machine, but not on {', '.join(names)}: use a folder "
                 "that all nodes of the cluster share, or a URI like s3://bucket/folder"
             )
 
 
 def one_of_each_folder(files: Iterable[str]) -> list[str]:
-    """Return a local file of every folder that files lie in, of `FOLDERS_ASKED` at most."""
+    """Return one local file from each folder, from at most `FOLDERS_ASKED` of the folders."""
     found: dict[str, str] = {}
     for file in files:
         if "://" not in file:
@@ -170,28 +186,28 @@ def one_of_each_folder(files: Iterable[str]) -> list[str]:
 
 
 def require_kept(location: str) -> None:
-    """Check that a path or SQLite store is not in the copy of the code that a Ray job runs in.
+    """Check that Ray does not delete a path or SQLite store after the job, with its working folder.
 
     Raises:
-        ResourcesError: it is.
+        ResourcesError: the location is in the copy of the code that Ray made for the job.
     """
     location = location.removeprefix("sqlite:///")
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
     is_copy = "working_dir" in job.get("runtime_env", {})
     if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):
         raise ResourcesError(
-            f"{location}: is inside the copy of the code that Ray deletes after the job: give an "
-            "absolute path or, where one is taken, a URI like s3://bucket/folder"
+            f"{location}: is inside the copy of the code that Ray deletes after the job: use an "
+            "absolute path or, where a URI is accepted, one like s3://bucket/folder"
         )
 
 
 @contextmanager
 def _marker(path: Path) -> Iterator[Path]:
-    """A path that exists in the block and leads nowhere on a machine that does not share it."""
+    """Yield a path that exists for the duration of the block, on machines that share the folder."""
     marker = path / f".seen-by-all-{os.getpid()}"
     try:
         marker.touch()
-    except OSError:  # a file, or a folder that may only be read
+    except OSError:  # a file or a read-only folder: the nodes look for the path itself
         yield path
         return
     try:
@@ -200,13 +216,13 @@ def _marker(path: Path) -> Iterator[Path]:
         marker.unlink()
 
 
-def _on_own_disk(path: Path) -> bool:
-    """Whether a path is on the disk that the machine started from; what is shared is mounted."""
+def _is_on_root_disk(path: Path) -> bool:
+    """Whether a path is on the disk that this machine booted from; shared folders are mounted."""
     return path.exists() and path.stat().st_dev == Path("/").stat().st_dev
 
 
 def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:
-    """Names of the nodes on which each path does not exist; those that do not answer count not."""
+    """Names of the nodes that lack each path, [num_paths]. Unresponsive nodes are ignored."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -225,7 +241,7 @@ def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[
     for answer in answered:
         try:
             there = ray.get(answer)
-        except ray.exceptions.RayError:  # the node was lost meanwhile
+        except ray.exceptions.RayError:  # the node was lost in the meantime
             continue
         for names, is_there in zip(blind, there, strict=True):
             if not is_there:
@@ -234,7 +250,7 @@ def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[
 
 
 def cpus_per_worker(workers: int) -> int:
-    """CPUs that each of so many CPU workers may have when all find room at once."""
+    """The most CPUs that each worker can have if all of them are to run at the same time."""
     sizes = [int(node.get("CPU", 0)) for node in nodes_within_reach()]
     fitting = range(max(sizes, default=1), 1, -1)
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
@@ -245,7 +261,7 @@ def placement_groups() -> set[str]:
     import ray
     from ray.util.placement_group import placement_group_table
 
-    # The id of a group ends in that of the job that made it.
+    # The id of a placement group ends with the id of the job that created it.
     job = ray.get_runtime_context().get_job_id()
     return {
         name
@@ -255,7 +271,7 @@ def placement_groups() -> set[str]:
 
 
 def remove_placement_groups(names: set[str]) -> None:
-    """Give placement groups back to the cluster."""
+    """Release placement groups, so that the cluster can use their resources again."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 

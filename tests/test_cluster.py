@@ -1,6 +1,6 @@
-"""What a user is told when there is no Ray to work on, or not all of it sees what it is to read.
+"""Errors that a user meets when Ray does not start, or when a node cannot see the files.
 
-Ray itself stands aside.
+Most tests replace Ray.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tests.clips import voice, write_wav
 
 
 @pytest.mark.parametrize(
-    ("failure", "told"),
+    ("failure", "message"),
     [
         (
             ConnectionError("refused"),
@@ -33,40 +33,40 @@ from tests.clips import voice, write_wav
         (Exception("timed out"), r"did not start on this machine \(timed out\): it is too busy"),
     ],
 )
-def test_ray_that_does_not_start_is_told(
-    failure: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+def test_a_ray_that_does_not_start_is_a_resources_error(
+    failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**_: object) -> None:
         raise failure
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ResourcesError, match=told), cluster("127.0.0.1:1"):
-        pytest.fail("it is not connected")
+    with pytest.raises(ResourcesError, match=message), cluster("127.0.0.1:1"):
+        pytest.fail("the block ran without a connection")
 
 
-def test_a_bug_is_not_taken_for_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_programming_error_is_not_reported_as_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def init(**_: object) -> None:
         raise TypeError("no such option")
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(TypeError, match="no such option"), cluster():
-        pytest.fail("it is not connected")
+        pytest.fail("the block ran without a connection")
 
 
 @pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
-def test_a_job_servers_address_is_told_from_a_clusters(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_address_of_a_job_server_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     address = "http://localhost:8265"
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if name == "RAY_ADDRESS":
         monkeypatch.setenv(name, address)
-    told = pytest.raises(ResourcesError, match=r"is a job server.* RAY_API_SERVER_ADDRESS")
-    with told, cluster(address if name == "--address" else ""):
-        pytest.fail("it is not connected")
+    refused = pytest.raises(ResourcesError, match=r"is a job server.* RAY_API_SERVER_ADDRESS")
+    with refused, cluster(address if name == "--address" else ""):
+        pytest.fail("the block ran without a connection")
 
 
-def test_a_file_of_every_folder_is_looked_for_up_to_a_bound(
+def test_one_file_of_every_folder_is_looked_for_up_to_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = [f"/{folder}/{name}.wav" for name in "ab" for folder in range(9)]
@@ -78,7 +78,7 @@ def test_a_file_of_every_folder_is_looked_for_up_to_a_bound(
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that other machines do not see; what is asked for in it is refused."""
+    """A folder that other machines do not see, so that `require_shared` refuses what is in it."""
     own = tmp_path / "own"
 
     def refuse(*locations: str) -> None:
@@ -100,7 +100,7 @@ def some_clips(*folders: Path) -> list[str]:
     return [str(write_wav(folder / "a.wav", sound, 16_000)) for folder in folders]
 
 
-def test_clips_that_only_this_machine_has_are_refused_though_their_table_is_shared(
+def test_clips_that_only_this_machine_has_are_refused_even_if_their_table_is_shared(
     refused: Path, tmp_path: Path
 ) -> None:
     table, shards = tmp_path / "table.csv", tmp_path / "shards"
@@ -112,7 +112,7 @@ def test_clips_that_only_this_machine_has_are_refused_though_their_table_is_shar
     assert not list(shards.rglob("*.parquet"))
 
 
-def test_files_to_score_that_only_this_machine_has_are_refused_though_the_first_is_shared(
+def test_files_to_score_that_only_this_machine_has_are_refused_even_if_the_first_is_shared(
     refused: Path, tmp_path: Path
 ) -> None:
     clips = some_clips(tmp_path / "shared", refused)
@@ -121,9 +121,19 @@ def test_files_to_score_that_only_this_machine_has_are_refused_though_the_first_
         batch.predict_many(clips, predictor, str(tmp_path / "found.csv"))
 
 
+def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
+    """If an upgrade of Ray moves the name that `_on_loopback` sets, this fails first."""
+    usual = ray.util.get_node_ip_address()
+    with cluster_module._on_loopback():
+        assert ray.util.get_node_ip_address() == "127.0.0.1"
+    assert ray.util.get_node_ip_address() == usual
+
+
 @pytest.mark.ray
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
-def test_a_ray_of_ones_own_listens_on_the_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_is_started_here_listens_on_the_loopback_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     us = psutil.Process()
     before = {process.pid for process in us.children(recursive=True)} | {us.pid}
@@ -141,7 +151,7 @@ def test_a_ray_of_ones_own_listens_on_the_loopback_alone(monkeypatch: pytest.Mon
     assert [item for item in listening if item[1] not in loopback] == []
 
 
-def test_a_store_inside_a_jobs_copy_of_the_code_is_refused(in_tmp, monkeypatch):
+def test_a_store_inside_the_code_copy_of_a_job_is_refused(in_tmp, monkeypatch):
     job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
     monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
     for inside in ("sqlite:///out/mlflow.db", f"sqlite:///{in_tmp}/mlflow.db", "out"):
