@@ -1,9 +1,9 @@
-"""RAVDESS from its Zenodo record: which archives, where to, and nothing twice.
+"""Downloading RAVDESS from its Zenodo record.
 
-A `DownloadConfig` comes in; out come folders of clips as `ser_ray.corpus.manifest` lists them. Each
-archive is fetched (`ser_ray.corpus.fetch`), checked against the record's own checksum and unpacked
-(`ser_ray.corpus.unpack`) into a folder of its name, which appears whole or not at all. Interrupted
-anywhere, the same call goes on where it was.
+A `DownloadConfig` comes in, folders of clips that `ser_ray.corpus.manifest` can list go out. Each
+archive is fetched (`ser_ray.corpus.fetch`), checked against the checksum in the record, and
+unpacked (`ser_ray.corpus.unpack`) into a folder of the same name, which appears only when it is
+complete. After an interruption the same call resumes the download.
 
 RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 """
@@ -27,11 +27,12 @@ Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(range(1, 25))
 ACTORS_WITHOUT_SONG = (18,)
+IN_USE = "is downloading into this folder; wait until it ends, or choose another target"
 
-# Bytes that a byte of an archive becomes. Measured: 208 MB of speech are 514 MB of wav.
+# Unpacked bytes for each byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
-"""An archive that would unpack to more than this is taken for a bomb."""
+"""An archive that would unpack to more than this many times its size is refused as a bomb."""
 
 Progress = Callable[[str, int, int], None]
 """Called with an archive's name, the bytes of it that have arrived, and its size in bytes."""
@@ -39,40 +40,40 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
-    """What to take of RAVDESS, and where to put it."""
+    """Which parts of RAVDESS to download, and where to put them."""
 
     target: str = "ser-ray-out/ravdess"
-    """Local folder that gets one folder an archive; give it to `prepare` as the corpus."""
+    """Local folder that receives one folder for each archive; `prepare` takes it as the corpus."""
     parts: tuple[Part, ...] = ("speech",)
-    """speech and song are the wavs of all actors (0.2 GB each); video-speech and video-song the
-    mp4s with and without sound, one archive an actor (about 0.5 GB each)."""
+    """speech and song are the wavs of all actors (0.2 GB each). video-speech and video-song are
+    the mp4s with and without sound, in one archive for each actor (about 0.5 GB each)."""
     actors: tuple[int, ...] = ACTORS
-    """Actors whose video is taken, 1 to 24."""
+    """Actors whose videos are downloaded, 1 to 24."""
     keep_archives: bool = False
-    """Leave the zip files in the target after unpacking them."""
+    """Keep the zip files in the target after unpacking them."""
     record_url: str = "https://zenodo.org/api/records/1188976"
-    """The record's listing: names, sizes, checksums and links of the archives."""
+    """Address of the record's listing: names, sizes, checksums and links of the archives."""
 
     def __post_init__(self) -> None:
         for part in self.parts:
             if part not in PARTS:
-                raise ConfigError(f"parts holds {part!r}: it takes {', '.join(PARTS)}")
+                raise ConfigError(f"parts has {part!r}: it must be one of {', '.join(PARTS)}")
         for actor in self.actors:
             if actor not in ACTORS:
-                raise ConfigError(f"actors holds {actor}: RAVDESS has actors 1 to 24")
+                raise ConfigError(f"actors has {actor}: RAVDESS has actors 1 to 24")
         if "://" in self.target:
             raise ConfigError(f"target is {self.target}: it must be a folder on this machine")
         if not self.record_url.startswith(("https://", "http://")):
             raise ConfigError(f"record_url is {self.record_url!r}: it must be an http(s) address")
         if not self.archive_names:
             raise ConfigError(
-                f"parts {self.parts} of actors {self.actors} are no archive at all: name a part of "
-                "each, and mind that actor 18 has no song"
+                f"parts is {self.parts} and actors is {self.actors}: no archive matches both; give "
+                "at least one of each, and note that actor 18 has no song"
             )
 
     @property
     def archive_names(self) -> tuple[str, ...]:
-        """File names in the record, each once."""
+        """Names of the archives in the record, without repetition."""
         names: list[str] = []
         for part in self.parts:
             channel = "Song" if part.endswith("song") else "Speech"
@@ -88,21 +89,23 @@ class DownloadConfig:
 
 
 def download(config: DownloadConfig, progress: Progress | None = None) -> tuple[Path, ...]:
-    """Fetch, check and unpack what is not there yet.
+    """Fetch, check and unpack the archives that are not there yet.
 
     Args:
-        config: what and where.
-        progress: called for every chunk that arrives; without it a bar is shown on a terminal and
-            plain lines elsewhere.
+        config: which archives, and where to put them.
+        progress: called for every chunk that arrives. By default progress is shown on standard
+            error.
 
     Returns:
-        The folders of the archives asked for, all of them finished.
+        The complete folders of the requested archives.
 
     Raises:
-        CorpusError: the record cannot be read, lacks an archive, or sends something else than it
-            lists; the disk is too small; or a folder is in the way. What has arrived is kept.
+        CorpusError: the record cannot be read, does not list an archive, or sends other bytes than
+            it lists; the disk is too small; a folder of that name exists already; or another
+            process downloads into the target. What has arrived is kept.
     """
     from ser_ray.corpus.unpack import is_unpacked
+    from ser_ray.storage.lock import Lock
 
     target = Path(config.target).expanduser()
     folders = {name: target / Path(name).stem for name in config.archive_names}
@@ -111,21 +114,20 @@ def download(config: DownloadConfig, progress: Progress | None = None) -> tuple[
         _require_absent(folder)
     if missing:
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            with _only_writer(target), _shown(progress) as progress:
-                _bring(missing, target, config, progress)
+            with Lock(str(target), CorpusError, IN_USE), _shown(progress) as progress:
+                _fetch_and_unpack(missing, target, config, progress)
         except OSError as error:
             raise CorpusError(
-                f"{target}: cannot be written ({error}); make room or choose another target, and "
-                "the same command goes on from what has arrived"
+                f"{target}: cannot be written ({error}); free some space or choose another target. "
+                "The same command resumes from what has arrived"
             ) from error
     return tuple(folders.values())
 
 
-def _bring(
+def _fetch_and_unpack(
     missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Progress
 ) -> None:
-    """Fetch and unpack archives, one after the other, into the folders given by their names."""
+    """Fetch the named archives one after the other, and unpack each into its folder."""
     from ser_ray.corpus import fetch
     from ser_ray.corpus.unpack import unpack
 
@@ -139,41 +141,25 @@ def _bring(
                 path.unlink()
 
 
-@contextlib.contextmanager
-def _only_writer(target: Path) -> Iterator[None]:
-    """Hold a lock on the target that ends with the process, however it ends."""
-    import fcntl  # not on Windows, where the rest of this module is imported too
-
-    with (target / ".download.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CorpusError(
-                f"{target}: another ser-ray download is writing here; wait for its end, or choose "
-                "another target"
-            ) from None
-        yield
-
-
 def _require_absent(folder: Path) -> None:
     if folder.exists():
         raise CorpusError(
-            f"{folder}: is there already and was not unpacked by ser-ray, so it may be incomplete; "
-            "move it away, choose another target, or leave this part out if the folder is whole"
+            f"{folder}: exists already and was not unpacked by ser-ray, so it may be incomplete; "
+            "move it away, choose another target, or leave out this part if the folder is complete"
         )
 
 
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:
-    """Check that what will come fits on the disk, beside the zip files while they are needed."""
+    """Check that the unpacked clips fit on the disk, together with the zip files needed."""
     sizes = [archive.size for archive in archives]
     unpacked = sum(archive.size * _GROWTH[archive.name[:5]] for archive in archives)
-    here = sum(file.stat().st_size for archive in archives for file in archive.files_in(target))
-    needed = round(unpacked) + (sum(sizes) if keep_archives else max(sizes)) - here
+    present = sum(file.stat().st_size for archive in archives for file in archive.files_in(target))
+    needed = round(unpacked) + (sum(sizes) if keep_archives else max(sizes)) - present
     free = shutil.disk_usage(target).free
     if needed > free:
         raise CorpusError(
-            f"{target}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
-            "room, choose another target, or take fewer parts or actors"
+            f"{target}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free "
+            "some space, choose another target, or select fewer parts or actors"
         )
 
 

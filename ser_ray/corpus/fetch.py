@@ -1,8 +1,8 @@
-"""Files of a Zenodo record over HTTP: listed, fetched with resume, checked.
+"""Fetching files of a Zenodo record over HTTP, which `pooch` does without resuming.
 
-A connection may be cut, a server busy, a partial file left by an earlier run: what has arrived is
-kept in `NAME.part` and asked for no more, every wait and every number of attempts is bounded, and
-nothing is believed before it has the checksum that the record lists.
+What has arrived of a file is kept in `NAME.part`. After a cut connection, a busy server or an
+interrupted run, only the rest is requested. The number of attempts and the pauses between them are
+limited. A file gets its name only when it has the checksum that the record lists.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ MAX_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = (10.0, 60.0)
 """For a connection, and for the next bytes on it."""
 BUSY = (429, 500, 502, 503, 504)
-"""Answers after which the same question is worth asking again."""
+"""Statuses of a response after which the same request is worth repeating."""
 CHUNK_BYTES = 1 << 14
-"""Small, because a chunk that is cut off in the middle is lost and has to be asked for again."""
+"""Small, because a chunk that is cut off is lost and has to be requested again."""
 
 logger = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,19 @@ class Archive:
     url: str
 
     def files_in(self, folder: Path) -> list[Path]:
-        """What there is of it in a folder: nothing, the whole or a part."""
+        """The complete file, the partial file, or neither: what a folder has of this archive."""
         paths = (folder / self.name, self.part_in(folder))
         return [path for path in paths if path.is_file()]
 
     def part_in(self, folder: Path) -> Path:
-        """Where it grows until it is whole."""
+        """Path of the partial file."""
         return folder / f"{self.name}.part"
 
 
 def open_session() -> requests.Session:
-    """Open connections that are kept between requests."""
+    """Open a session, which keeps connections open between requests."""
     session = requests.Session()
-    # Bytes as they lie on the server: a compressed transfer could not be resumed.
+    # A compressed transfer could not be resumed.
     session.headers["Accept-Encoding"] = "identity"
     return session
 
@@ -66,15 +66,15 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
     """Read the record's listing and return the named files, in the order of `names`.
 
     Raises:
-        CorpusError: the record does not answer, its answer is no listing, or a name is not in it.
+        CorpusError: the record cannot be read, is not a listing, or does not list a name.
     """
 
-    def ask() -> str:
+    def request() -> str:
         with session.get(url, timeout=TIMEOUT_SECONDS) as response:
             _require_ok(response, "the record")
             return response.text
 
-    text = _retry(f"the record {url}", ask)
+    text = _retry(f"the record {url}", request)
     try:
         listed = {
             item["key"]: Archive(
@@ -87,8 +87,8 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(
-            f"{url}: the answer is no listing of a Zenodo record ({type(error).__name__}: "
-            f"{error}); check the address, and whether a proxy answers in its place"
+            f"{url}: the response is not the listing of a Zenodo record ({type(error).__name__}: "
+            f"{error}); check the address, and whether a proxy responds in its place"
         ) from error
     absent = [name for name in names if name not in listed]
     if absent:
@@ -104,47 +104,47 @@ def fetch(
     folder: Path,
     report: Callable[[str, int, int], None],
 ) -> Path:
-    """Bring an archive into a folder, going on from what is there, and return its path.
+    """Fetch an archive into a folder, resuming from a partial file, and return its path.
 
-    A partial file whose whole turns out wrong is deleted and fetched once more from the start.
+    A file with the wrong checksum is deleted and fetched once more from the start.
 
     Raises:
-        CorpusError: it is not on the server, the server stays away, or what it sends has another
-            checksum than the record lists.
+        CorpusError: the server does not have the archive, does not respond, or sends bytes with
+            another checksum than the record lists.
     """
-    whole, part = folder / archive.name, archive.part_in(folder)
-    if whole.is_file():
-        if _md5(whole) == archive.md5:
-            return whole
+    complete, part = folder / archive.name, archive.part_in(folder)
+    if complete.is_file():
+        if _md5(complete) == archive.md5:
+            return complete
         raise CorpusError(
-            f"{whole}: is not the file that the record lists (MD5 {archive.md5}); delete it, and "
-            "it will be downloaded"
+            f"{complete}: is not the file that the record lists (MD5 {archive.md5}); delete it to "
+            "download it again"
         )
     for _ in range(2):
-        _retry(archive.name, lambda: _go_on(session, archive, part, report))
+        _retry(archive.name, lambda: _fetch_rest(session, archive, part, report))
         if _md5(part) == archive.md5:
-            return part.replace(whole)
+            return part.replace(complete)
         logger.warning("%s: wrong checksum, starting over", archive.name)
         part.unlink()
     raise CorpusError(
         f"{archive.name}: {archive.url} sent it twice with another checksum than the record lists "
-        f"(MD5 {archive.md5}); try again later, and if it stays so tell the record's authors"
+        f"(MD5 {archive.md5}); try again later, and tell the record's authors if it persists"
     )
 
 
-def _go_on(
+def _fetch_rest(
     session: requests.Session,
     archive: Archive,
     part: Path,
     report: Callable[[str, int, int], None],
 ) -> None:
-    """Ask for the bytes that are not there yet, until all are.
+    """Request the bytes that the partial file lacks, and append them.
 
     Raises:
-        requests.RequestException: try again; what came is kept.
+        requests.RequestException: some bytes did not arrive; those that did are kept.
     """
     done = part.stat().st_size if part.exists() else 0
-    if done >= archive.size:  # its checksum will tell
+    if done >= archive.size:  # the checksum decides
         part.touch()
         return
     headers = {"Range": f"bytes={done}-"} if done else {}
@@ -152,10 +152,10 @@ def _go_on(
         archive.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS
     ) as response:
         _require_ok(response, archive.name)
-        starts_here = response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-        if not starts_here:  # the server sends all of it, whatever it was asked for
+        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+        if not resumes:  # the server ignored the range and sends the complete file
             done = 0
-        with part.open("ab" if starts_here else "wb") as file:
+        with part.open("ab" if resumes else "wb") as file:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
                 done += len(chunk)
@@ -166,16 +166,16 @@ def _go_on(
         raise requests.ConnectionError(f"ended after {done} of {archive.size} bytes")
 
 
-def _retry(name: str, ask: Callable[[], Answer]) -> Answer:
-    """Ask until there is an answer, with growing pauses, a bounded number of times."""
+def _retry(name: str, request: Callable[[], Result]) -> Result:
+    """Repeat a request until it succeeds, up to `ATTEMPTS` times with growing pauses."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return ask()
+            return request()
         except requests.RequestException as error:
             if attempt == ATTEMPTS:
                 raise CorpusError(
-                    f"{name}: given up after {ATTEMPTS} attempts ({_reason(error)}); what has "
-                    "arrived is kept, and the same command goes on from there"
+                    f"{name}: failed {ATTEMPTS} times ({_reason(error)}); what has arrived is "
+                    "kept, and the same command resumes from there"
                 ) from error
             seconds = _pause(attempt, error.response)
             logger.warning("%s: %s; trying again in %.0f s", name, _reason(error), seconds)
@@ -184,7 +184,7 @@ def _retry(name: str, ask: Callable[[], Answer]) -> Answer:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom; the layers above repeat the address and each other."""
+    """The innermost cause; the messages of the outer layers repeat the address and each other."""
     while error.args:
         inner = getattr(error.args[0], "reason", error.args[0])
         if not isinstance(inner, BaseException):
@@ -194,9 +194,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _pause(attempt: int, response: requests.Response | None) -> float:
-    """Seconds before the next attempt: what the server asks for, else doubling."""
-    wish = response.headers.get("Retry-After", "") if response is not None else ""
-    seconds = float(wish) if wish.isdecimal() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
+    """Seconds until the next attempt: as the server requests, or else doubling."""
+    requested = response.headers.get("Retry-After", "") if response is not None else ""
+    seconds = float(requested) if requested.isdecimal() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(seconds, MAX_WAIT_SECONDS)
 
 
@@ -205,8 +205,8 @@ def _require_ok(response: requests.Response, name: str) -> None:
         response.raise_for_status()
     if response.status_code not in (200, 206):
         raise CorpusError(
-            f"{name}: {response.url} answers {response.status_code} {response.reason}; check the "
-            "record's address, and whether the record still holds it"
+            f"{name}: {response.url} returned {response.status_code} {response.reason}; check the "
+            "record's address, and whether the record still has this file"
         )
 
 

@@ -1,4 +1,4 @@
-"""The download, against a server on this machine that behaves like the record, and misbehaves."""
+"""Downloads from a server on this machine that acts as the record does, or fails as servers do."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -47,11 +48,11 @@ def corpus_zip(channel: int) -> bytes:
 
 
 class Record(http.server.ThreadingHTTPServer):
-    """A Zenodo record: `files` by name, and for each a script of what to do wrong, in turn.
+    """A Zenodo record: `files` by name, and for each a list of faults, one for each request.
 
-    Acts: "404", "503" and the like; "cut:N" closes the connection after N bytes of the body;
-    "ignore range" sends the whole whatever was asked; "other" sends other bytes of the same length;
-    "longer" sends more than listed. An empty script means good behaviour.
+    Faults: "404", "503" and the like; "cut:N" closes the connection after N bytes of the body;
+    "ignore range" sends the complete file whatever the request; "other" sends other bytes of the
+    same length; "longer" sends more than listed. Without a fault the server behaves.
     """
 
     def __init__(self) -> None:
@@ -177,7 +178,7 @@ def lines() -> Iterator[Any]:
     yield print
 
 
-# What is asked for
+# What is requested
 
 
 @pytest.mark.parametrize(
@@ -207,20 +208,20 @@ def test_everything_is_the_49_archives_of_the_record() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": ("speach",)}, "'speach': it takes speech, song"),
-        ({"parts": ()}, "no archive"),
+        ({"parts": ("speach",)}, "'speach': it must be one of speech, song"),
+        ({"parts": ()}, "no archive matches"),
         ({"parts": ("video-song",), "actors": (18,)}, "actor 18 has no song"),
         ({"actors": (0,)}, "actors 1 to 24"),
         ({"target": "s3://bucket/ravdess"}, "folder on this machine"),
         ({"record_url": "file:///etc/passwd"}, "http"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DownloadConfig(**settings)
 
 
-def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(
+def test_a_job_cannot_download_into_the_copy_of_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -255,7 +256,9 @@ def test_archives_are_fetched_checked_and_unpacked(record: Record, config_for: C
         assert sorted(steps) == steps
 
 
-def test_nothing_is_asked_for_twice(record: Record, config_for: Configure) -> None:
+def test_a_second_download_requests_only_what_is_missing(
+    record: Record, config_for: Configure
+) -> None:
     first = download(config_for(), quiet)
     record.asked.clear()
     assert download(config_for(), quiet) == first
@@ -264,7 +267,9 @@ def test_nothing_is_asked_for_twice(record: Record, config_for: Configure) -> No
     assert [name for name, _ in record.asked] == ["record", SONG]
 
 
-def test_kept_archives_are_the_servers_bytes(record: Record, config_for: Configure) -> None:
+def test_kept_archives_are_identical_to_those_on_the_server(
+    record: Record, config_for: Configure
+) -> None:
     config = config_for(keep_archives=True)
     (folder,) = download(config, quiet)
     kept = Path(config.target, SPEECH)
@@ -287,7 +292,7 @@ def test_progress_says_how_fast_and_how_long(
         for megabytes in (100, 300, 500):
             arguments[-1](SPEECH, megabytes * 10**6, 500 * 10**6)
 
-    monkeypatch.setattr(downloading, "_bring", bring)
+    monkeypatch.setattr(downloading, "_fetch_and_unpack", bring)
     monkeypatch.setattr(downloading, "show_progress", lines)
     download(config_for())
     assert capsys.readouterr().out.splitlines() == [
@@ -306,21 +311,19 @@ def test_progress_is_shown_on_standard_error(
         assert any(line.startswith(f"{name}: 0.2 of 0.2 MB") for line in shown)
 
 
-# A server that does not
+# A server that misbehaves
 
 
-def test_cut_connection_goes_on_from_the_last_byte(record: Record, config_for: Configure) -> None:
+def test_a_cut_connection_resumes_from_the_last_byte(record: Record, config_for: Configure) -> None:
     record.acts[SPEECH] = ["cut:1000", "cut:5000"]
     (folder,) = download(config_for(), quiet)
     assert ranges(record, SPEECH) == [None, "bytes=1000-", "bytes=6000-"]
     assert content_of(folder.parent) == wanted_content(record, SPEECH)
 
 
-def test_partial_file_of_an_earlier_run_is_gone_on_with(
-    record: Record, config_for: Configure
-) -> None:
+def test_a_partial_file_of_an_earlier_run_is_resumed(record: Record, config_for: Configure) -> None:
     record.acts[SPEECH] = ["cut:7000"] + ["503"] * fetch.ATTEMPTS
-    with pytest.raises(CorpusError, match="goes on from there"):
+    with pytest.raises(CorpusError, match="resumes from there"):
         download(config_for(), quiet)
     record.asked.clear()
     record.acts.clear()
@@ -328,7 +331,9 @@ def test_partial_file_of_an_earlier_run_is_gone_on_with(
     assert ranges(record, SPEECH) == ["bytes=7000-"]
 
 
-def test_range_that_is_ignored_starts_over(record: Record, config_for: Configure) -> None:
+def test_a_server_that_ignores_the_range_sends_all_of_it_again(
+    record: Record, config_for: Configure
+) -> None:
     record.acts[SPEECH] = ["cut:1000", "ignore range"]
     (folder,) = download(config_for(), quiet)
     assert ranges(record, SPEECH) == [None, "bytes=1000-"]
@@ -336,21 +341,23 @@ def test_range_that_is_ignored_starts_over(record: Record, config_for: Configure
 
 
 @pytest.mark.parametrize("status", ["429", "500", "502", "503", "504"])
-def test_busy_server_is_asked_again(record: Record, config_for: Configure, status: str) -> None:
+def test_a_request_to_a_busy_server_is_repeated(
+    record: Record, config_for: Configure, status: str
+) -> None:
     record.acts = {"record": [status], SPEECH: [status, status]}
     (folder,) = download(config_for(), quiet)
     assert content_of(folder.parent) == wanted_content(record, SPEECH)
     assert len(record.asked) == 2 + 3
 
 
-def test_attempts_are_bounded(record: Record, config_for: Configure) -> None:
+def test_the_number_of_attempts_is_limited(record: Record, config_for: Configure) -> None:
     record.acts["record"] = ["503"] * 100
-    with pytest.raises(CorpusError, match=f"given up after {fetch.ATTEMPTS} attempts.*503"):
+    with pytest.raises(CorpusError, match=f"failed {fetch.ATTEMPTS} times.*503"):
         download(config_for(), quiet)
     assert len(record.asked) == fetch.ATTEMPTS
 
 
-def test_pauses_double_and_follow_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_double_unless_the_server_requests_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import requests
 
     busy = requests.Response()
@@ -360,30 +367,32 @@ def test_pauses_double_and_follow_the_server(monkeypatch: pytest.MonkeyPatch) ->
         assert fetch._pause(3, busy) == seconds
 
 
-def test_server_that_is_away_is_named(config_for: Configure) -> None:
+def test_an_unreachable_server_is_named(config_for: Configure) -> None:
     config = config_for(record_url="http://127.0.0.1:9/api/records/1188976")
     with pytest.raises(CorpusError, match=r"1188976: .* \(Failed [^()]*refused\); what"):
         download(config, quiet)
 
 
-def test_missing_file_is_an_error_at_once_that_names_it(
+def test_a_missing_file_is_an_immediate_error_that_names_it(
     record: Record, config_for: Configure
 ) -> None:
     record.acts[SPEECH] = ["404"]
-    with pytest.raises(CorpusError, match=rf"^{SPEECH}: {record.url}.* answers 404"):
+    with pytest.raises(CorpusError, match=rf"^{SPEECH}: {record.url}.* returned 404"):
         download(config_for(), quiet)
     assert len(ranges(record, SPEECH)) == 1
 
 
 @pytest.mark.parametrize("act", ["other", "longer"])
-def test_wrong_checksum_starts_over_once(record: Record, config_for: Configure, act: str) -> None:
+def test_a_wrong_checksum_starts_the_download_over_once(
+    record: Record, config_for: Configure, act: str
+) -> None:
     record.acts[SPEECH] = [act]
     (folder,) = download(config_for(), quiet)
     assert ranges(record, SPEECH) == [None, None]
     assert content_of(folder.parent) == wanted_content(record, SPEECH)
 
 
-def test_wrong_checksum_twice_is_an_error_and_leaves_nothing(
+def test_a_second_wrong_checksum_is_an_error_and_leaves_nothing(
     record: Record, config_for: Configure
 ) -> None:
     record.acts[SPEECH] = ["other", "other"]
@@ -394,7 +403,7 @@ def test_wrong_checksum_twice_is_an_error_and_leaves_nothing(
     assert len(ranges(record, SPEECH)) == 2
 
 
-def test_broken_partial_file_is_thrown_away(record: Record, config_for: Configure) -> None:
+def test_a_broken_partial_file_is_deleted(record: Record, config_for: Configure) -> None:
     config = config_for()
     part = Path(config.target, f"{SPEECH}.part")
     part.parent.mkdir()
@@ -407,13 +416,13 @@ def test_broken_partial_file_is_thrown_away(record: Record, config_for: Configur
 @pytest.mark.parametrize(
     ("listing", "message"),
     [
-        (b"<html>log in</html>", "no listing"),
-        (b'{"files": [{"key": "x"}]}', "no listing"),
-        (b"[]", "no listing"),
+        (b"<html>log in</html>", "is not the listing"),
+        (b'{"files": [{"key": "x"}]}', "is not the listing"),
+        (b"[]", "is not the listing"),
         (b'{"files": []}', f"does not list {SPEECH}"),
     ],
 )
-def test_answer_that_is_no_listing_is_named(
+def test_a_response_that_is_not_a_listing_is_an_error(
     record: Record, config_for: Configure, listing: bytes, message: str
 ) -> None:
     record.listing = listing
@@ -424,7 +433,9 @@ def test_answer_that_is_no_listing_is_named(
 # The target
 
 
-def test_folder_that_we_did_not_unpack_is_left_alone(record: Record, config_for: Configure) -> None:
+def test_a_folder_that_the_download_did_not_make_is_left_alone(
+    record: Record, config_for: Configure
+) -> None:
     config = config_for()
     mine = Path(config.target, "Audio_Speech_Actors_01-24", "mine.wav")
     mine.parent.mkdir(parents=True)
@@ -435,7 +446,7 @@ def test_folder_that_we_did_not_unpack_is_left_alone(record: Record, config_for:
     assert record.asked == []
 
 
-def test_other_archive_of_the_same_name_is_left_alone(config_for: Configure) -> None:
+def test_another_file_with_the_name_of_an_archive_is_left_alone(config_for: Configure) -> None:
     config = config_for()
     mine = Path(config.target, SPEECH)
     mine.parent.mkdir()
@@ -445,31 +456,33 @@ def test_other_archive_of_the_same_name_is_left_alone(config_for: Configure) -> 
     assert mine.read_text() == "precious"
 
 
-def test_small_disk_is_noticed_before_anything_is_fetched(
+def test_a_small_disk_is_noticed_before_anything_is_fetched(
     record: Record, config_for: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(record.files[SPEECH])
     full = shutil._ntuple_diskusage(10**9, 10**9 - 3 * size, 3 * size)
     monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: full)
-    with pytest.raises(CorpusError, match="are free; make room"):
+    with pytest.raises(CorpusError, match="are free; free some space"):
         download(config_for(), quiet)
     assert [name for name, _ in record.asked] == ["record"]
 
 
-def test_second_download_into_the_same_target_says_so(
+def test_a_second_process_cannot_download_into_the_same_target(
     record: Record, config_for: Configure
 ) -> None:
     config = config_for()
 
     def meanwhile(*_: object) -> None:
-        with pytest.raises(CorpusError, match="another ser-ray download"):
+        with pytest.raises(
+            CorpusError, match=f"process {os.getpid()} on .* is downloading into this folder"
+        ):
             download(config, quiet)
 
     download(config, meanwhile)
     assert len(ranges(record, SPEECH)) == 1
 
 
-def test_target_that_cannot_be_written_is_one_clear_error(
+def test_a_target_that_cannot_be_written_is_one_error(
     config_for: Configure, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -526,10 +539,10 @@ def bomb() -> bytes:
         (zip_of({"x" * 300: b"1"}), "cannot be unpacked"),
         (corpus_zip(1)[:-30], "cannot be unpacked"),
         (b"no zip at all", "cannot be unpacked"),
-        (zip_of({}), "holds 0 files"),
+        (zip_of({}), "has 0 files"),
     ],
 )
-def test_hostile_archive_is_refused_and_leaves_nothing(
+def test_a_hostile_archive_is_refused_and_leaves_nothing(
     record: Record, config_for: Configure, tmp_path: Path, content: bytes, message: str
 ) -> None:
     record.files[SPEECH] = content
@@ -537,20 +550,20 @@ def test_hostile_archive_is_refused_and_leaves_nothing(
     with pytest.raises(CorpusError, match=message):
         download(config, quiet)
     inside = {path.name for path in Path(config.target).iterdir()}
-    assert inside == {SPEECH, ".download.lock"}, "only the archive itself, to be looked at"
+    assert inside == {SPEECH}, "only the archive itself, for inspection"
     assert [path.name for path in tmp_path.iterdir()] == ["ravdess"]
     assert not Path("/tmp/escaped.wav").exists()
 
 
-def test_archive_of_too_many_files_is_refused(
+def test_an_archive_of_too_many_files_is_refused(
     record: Record, config_for: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unpack, "MAX_MEMBERS", 1)
-    with pytest.raises(CorpusError, match="holds 2 files"):
+    with pytest.raises(CorpusError, match="has 2 files"):
         download(config_for(), quiet)
 
 
-def test_unpacking_that_was_killed_is_done_again(
+def test_an_interrupted_unpacking_is_repeated(
     record: Record, config_for: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
@@ -566,5 +579,5 @@ def test_unpacking_that_was_killed_is_done_again(
     leftover.write_text("half")
     record.asked.clear()
     (folder,) = download(config, quiet)
-    assert ranges(record, SPEECH) == [], "the archive is here already"
+    assert ranges(record, SPEECH) == [], "the archive was there already"
     assert content_of(folder.parent) == wanted_content(record, SPEECH)
