@@ -1,11 +1,11 @@
-"""What the clips are: files and their labels, and who may be tested on whom.
+"""The clips: files, their labels, and the folds that they are trained and tested in.
 
-    folder, bucket or table ──manifest──> one row a file ──protocols──> train, validation, test rows
+    folder, bucket or table ──manifest──> one row per file ──splits──> train, validation, test rows
 
-`names` reads RAVDESS file names; `manifest` lists RAVDESS in any layout, or a corpus of one's own;
-`census` compares it with what RAVDESS should hold; `splits` names the folds; `synthetic` makes a
-small corpus with the same names, and `download` fetches the real one. Only `names` is imported with
-the package: it needs nothing but Python.
+`ravdess` reads RAVDESS file names, `manifest` lists RAVDESS in any layout or the user's own corpus,
+`census` compares a listing with the complete RAVDESS, `splits` defines the folds, `synthetic` makes
+a small corpus with the same file names, and `download` fetches the real one. Only `ravdess` is
+imported with the package: it needs nothing but Python.
 """
 
 from ser_ray.corpus.ravdess import EMOTIONS, ClipName, NameProblem, format_name, parse_name

@@ -1,8 +1,8 @@
-"""Manifest or outcomes -> what of RAVDESS is there: missing, doubled and unexpected files by name.
+"""Comparing a manifest or outcomes with the complete RAVDESS: missing, doubled, unexpected files.
 
-RAVDESS holds 7,356 files: each of 24 actors speaks 60 and sings 44 performances, but actor 18 sings
-none, and each performance is an audio-video mp4, a video-only mp4 and a wav. Few need all of them,
-so a kind of file of which nothing is there is one line of the report and no loss.
+RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except that actor 18
+does not sing, and each performance is an audio-video mp4, a video-only mp4 and a wav. Few users
+need all of them, so a modality and channel of which nothing is listed is not reported as missing.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _NAMES_SHOWN = 3
 
 @cache
 def expected_ravdess() -> tuple[ClipName, ...]:
-    """Every file that RAVDESS holds, in the order of the names, [7356]."""
+    """Every file of RAVDESS in the order of the names, [7356]."""
     actors = [f"{number:02d}" for number in range(1, NUM_SPEAKERS + 1)]
     clips = []
     for fields in itertools.product(
@@ -47,16 +47,16 @@ def expected_ravdess() -> tuple[ClipName, ...]:
 
 @dataclass(frozen=True)
 class CorpusComparison:
-    """What of RAVDESS is listed. Files are told by name; what is in them, the outcomes say."""
+    """Which files of RAVDESS are listed, judged by their names alone."""
 
     present: tuple[ClipName, ...]
-    """Files that RAVDESS holds and that are listed, each once."""
+    """Files of RAVDESS that are listed, without repetition."""
     missing: tuple[ClipName, ...]
-    """Files not listed, though others of their modality and channel are."""
+    """Files that are not listed, although others of their modality and channel are."""
     doubled: tuple[ClipName, ...]
-    """Files listed more than once."""
+    """Files that are listed more than once."""
     unexpected: tuple[str, ...]
-    """Paths of clips that RAVDESS does not hold, their names understood or not."""
+    """Paths of clips that RAVDESS does not have, whether or not their names are valid."""
 
     @property
     def is_complete(self) -> bool:
@@ -64,7 +64,7 @@ class CorpusComparison:
         return not (self.missing or self.doubled or self.unexpected)
 
     def text(self) -> str:
-        """A few lines: one a modality and channel, then what is doubled and what unexpected."""
+        """A line for each modality and channel, then the doubled and the unexpected files."""
         lines = [f"{len(self.present)} of the {len(expected_ravdess())} files of RAVDESS"]
         for kind in itertools.product(MODALITIES, CHANNELS):
             expected, present, missing = (
@@ -80,10 +80,10 @@ class CorpusComparison:
 
 
 def compare_with_ravdess(rows: pa.Table) -> CorpusComparison:
-    """Compare the files listed with those that RAVDESS holds.
+    """Compare the listed files with those of the complete RAVDESS.
 
     Args:
-        rows: a manifest, or outcomes with its columns; one row a file listed, whatever its status.
+        rows: a manifest or outcomes; one row per listed file, whatever its status.
     """
     fields = [field.name for field in dataclasses.fields(ClipName)]
     is_named = pc.is_valid(rows["modality"])
@@ -107,7 +107,7 @@ def compare_with_ravdess(rows: pa.Table) -> CorpusComparison:
 
 
 def _group_text(expected: list[ClipName], present: list[ClipName], missing: list[ClipName]) -> str:
-    """What is there of one modality and channel."""
+    """Describe which files of one modality and channel are listed."""
     if not present:
         return f"none of {len(expected)}"
     if not missing:
@@ -133,7 +133,7 @@ def _file_name(clip: ClipName) -> str:
 
 
 def _shorten(names: Iterable[str]) -> str:
-    """The first names, and how many more."""
+    """Join the first names and count the others."""
     names = list(names)
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more

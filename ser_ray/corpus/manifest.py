@@ -1,9 +1,9 @@
-"""Folder, bucket or table -> manifest: one row for every file that is, or is named like, a clip.
+"""Listing a folder, bucket or table as a manifest: one row for each file named like a clip.
 
-RAVDESS is recognised by its file names alone, so any layout will do: Zenodo's zips unpacked, the
+RAVDESS is recognised by its file names alone, in any layout: the unpacked archives of Zenodo, the
 Kaggle archive with its second copy, one flat folder. Other corpora come as a CSV or Parquet table
-with the columns `path,label,speaker` and optionally `take`. No clip is opened here; a row that can
-be answered without opening has its `status` and `reason` already.
+with the columns `path,label,speaker` and optionally `take`. No clip is opened here. A file whose
+outcome is known without opening it already has its `status` and `reason`.
 """
 
 import itertools
@@ -34,23 +34,23 @@ from ser_ray.storage.listing import DEVICE, ListedFile, list_files, stat_file
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside, refuse_password
 
 SYNTHETIC_MARKER = "SYNTHETIC.txt"
-"""A file of this name in a corpus folder says that its clips are synthetic."""
+"""A file of this name marks a corpus folder whose clips are synthetic."""
 
 MANIFEST_SCHEMA = pa.schema(
     {
-        "path": pa.string(),  # full path or URI, as any worker opens it
+        "path": pa.string(),  # absolute path or URI, which every worker can open
         "size": pa.int64(),  # bytes; null where the listing does not say
         "modality": pa.string(),  # av | video | audio
-        "channel": pa.string(),  # speech | song; null in own corpora, as are the next but emotion
+        "channel": pa.string(),  # speech | song; null for tables, like intensity to repetition
         "emotion": pa.string(),  # the label
         "intensity": pa.string(),  # normal | strong
         "statement": pa.int8(),
         "repetition": pa.int8(),
         "speaker": pa.string(),
-        "sex": pa.string(),  # male | female; null in own corpora
-        "take": pa.string(),  # the performance, equal for its wav and its mp4s
-        "status": pa.string(),  # null: to be decoded; else one of `PRE_DECODE`
-        "reason": pa.string(),  # in words, where there is a status
+        "sex": pa.string(),  # male | female; null for tables
+        "take": pa.string(),  # the performance: equal for its wav and its mp4s
+        "status": pa.string(),  # one of `PRE_DECODE`; null for a file to decode
+        "reason": pa.string(),  # explains the status
     }
 )
 PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
@@ -67,11 +67,11 @@ class Corpus:
     """A listed corpus."""
 
     name: Literal["ravdess", "synthetic", "table"]
-    """Real RAVDESS, the synthetic corpus with its names, or a corpus of the user's own."""
+    """Real RAVDESS, the synthetic corpus with the same names, or the user's own corpus."""
     root: str
-    """The folder, bucket or table, as given."""
+    """The folder, bucket or table, as the user wrote it."""
     labels: tuple[str, ...]
-    """The label set; a label's place in it is its class index."""
+    """The label set; the position of a label is its class index."""
     manifest: pa.Table
     """`MANIFEST_SCHEMA`, sorted by path."""
 
@@ -79,27 +79,26 @@ class Corpus:
 def list_corpus(source: str) -> Corpus:
     """List a folder or URI that holds RAVDESS in any layout, or a `.csv` or `.parquet` table.
 
-    In a folder every `.wav` and `.mp4` (any case) is a row; other files and hidden ones, such as
-    macOS's `._name.wav`, are none.
+    In a folder every `.wav` and `.mp4` (any case) becomes a row. Other files and hidden ones, such
+    as the `._name.wav` of macOS, are ignored.
 
     Raises:
-        CorpusError: there is no such place, nothing in it is recognised, or a table contradicts
-            itself.
+        CorpusError: the location does not exist, no clip in it is recognised, or a table
+            contradicts itself.
         ConfigError: no filesystem opens the location.
     """
     filesystem, path = filesystem_of(source)
     try:
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
-            raise CorpusError(f"{source}: there is no such folder or table")
+            raise CorpusError(f"{source}: this folder or table does not exist; check the path")
         if kind == fs.FileType.Directory:
             is_synthetic = _is_in_synthetic(filesystem, path)
             name: Literal["synthetic", "ravdess"] = "synthetic" if is_synthetic else "ravdess"
             return Corpus(name, source, EMOTIONS, _list_folder(source, is_synthetic))
         if not path.lower().endswith(_TABLE_SUFFIXES):
             raise CorpusError(
-                f"{source}: neither a folder nor a .csv or .parquet table; an archive has to be "
-                "unpacked first"
+                f"{source}: neither a folder nor a .csv or .parquet table; unpack an archive first"
             )
         rows = _read_table(source, filesystem, path)
     except OSError as error:
@@ -116,13 +115,13 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
     return _with_status(manifest, left_out, "excluded", f"only {','.join(wanted)} is included")
 
 
-# --- RAVDESS: what the file names say ---
+# --- RAVDESS: labels from file names ---
 
 
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
-    """Whether a folder, or one that it is in, says that its clips are synthetic."""
+    """Whether a folder, or one that it is in, is marked as a synthetic corpus."""
     folders = [path]
-    if isinstance(filesystem, fs.LocalFileSystem):  # of a bucket one may not see more
+    if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, only the folder may be readable
         folders += map(str, PurePosixPath(path).parents)
     markers = [f"{folder.rstrip('/')}/{SYNTHETIC_MARKER}" for folder in folders]
     return any(found.is_file for found in filesystem.get_file_info(markers))
@@ -143,11 +142,11 @@ def _list_folder(source: str, is_synthetic: bool) -> pa.Table:
 
 
 def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Iterator[ListedFile]:
-    """List what is named like a clip and count the rest by extension.
+    """Yield the files that are named like clips, and count the others by extension.
 
     Raises:
-        CorpusError: what may be a folder, of a disk that is away, leads nowhere; or synthetic clips
-            lie among others.
+        CorpusError: an entry that may be a folder cannot be read, such as a link to a disk that is
+            not mounted; or there are synthetic clips among others.
     """
     for file in list_files(source):
         extension = os.path.splitext(file.inside)[1].lower()  # noqa: PTH122 - a million of them
@@ -157,19 +156,19 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
             if not is_synthetic and file.inside.endswith(f"/{SYNTHETIC_MARKER}"):
                 folder = file.inside.removesuffix(f"/{SYNTHETIC_MARKER}")
                 raise CorpusError(
-                    f"{source}: {folder} in it holds synthetic clips, which must not pass for "
-                    "RAVDESS: name the one corpus or the other"
+                    f"{source}: {folder} in it has synthetic clips, which must not be mistaken for "
+                    "RAVDESS: give one of the two folders"
                 )
             others[extension or "without extension"] += 1
         elif not extension and file.problem != DEVICE:
             raise CorpusError(
-                f"{file.location}: {file.problem}: if it is a folder, its clips would be lost; "
-                "mend it, or remove it"
+                f"{file.location}: {file.problem}; if it should be a folder, its clips would be "
+                "missing: repair it or remove it"
             )
 
 
 def _read_names(files: list[ListedFile]) -> pa.Table:
-    """One row a file: `MANIFEST_SCHEMA`, and the name and depth by which copies are told."""
+    """Return one row per file: `MANIFEST_SCHEMA`, and the name and depth that identify copies."""
     names = [file.inside.rpartition("/")[2] for file in files]
     clips: list[ClipName | None] = []
     statuses: list[str | None] = []
@@ -202,21 +201,21 @@ def _nothing_recognised(source: str, table: pa.Table | None, others: Counter[str
         found.insert(0, f"{len(table)} .wav or .mp4, the first {first['path']}: {first['reason']}")
     hint = " Unpack the archives first." if ".zip" in others else ""
     return CorpusError(
-        f"{source}: no RAVDESS clip in it (found: {'; '.join(found) or 'no file at all'}). RAVDESS "
+        f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
         f"files are named like {EXAMPLE_NAME}; other corpora need a .csv or .parquet table with "
         f"the columns path,label,speaker.{hint}"
     )
 
 
-# --- own corpora: what a table says ---
+# --- own corpora: labels from a table ---
 
 
 def _read_table(source: str, filesystem: fs.FileSystem, path: str) -> pa.Table:
-    """Read a table: string columns `path,label,speaker,take`, none of them empty."""
+    """Read string columns `path,label,speaker` and perhaps `take`, without empty values."""
     try:
         with filesystem.open_input_file(path) as file:
             if path.lower().endswith(".csv"):
-                # As text, or speaker 01 would be read as the number 1.
+                # As text, because speaker 01 would otherwise be read as the number 1.
                 as_text = pa.csv.ConvertOptions(
                     column_types=dict.fromkeys(_TABLE_COLUMNS, "string")
                 )
@@ -226,12 +225,12 @@ def _read_table(source: str, filesystem: fs.FileSystem, path: str) -> pa.Table:
         given = [name for name in _TABLE_COLUMNS if name in table.column_names]
         if missing := {"path", "label", "speaker"} - set(given):
             raise CorpusError(
-                f"{source}: no column {', '.join(sorted(missing))}; it needs path,label,speaker "
-                f"and may have take, and it has {','.join(table.column_names)}"
+                f"{source}: no column {', '.join(sorted(missing))}; the table needs "
+                f"path,label,speaker and may have take, but it has {','.join(table.column_names)}"
             )
         columns = {name: pc.utf8_trim_whitespace(table[name].cast("string")) for name in given}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, KeyError) as error:
-        raise CorpusError(f"{source}: not a table that can be read ({error})") from error
+        raise CorpusError(f"{source}: the table cannot be read ({error}); save it with one header row") from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
     for name, column in columns.items():
@@ -262,7 +261,8 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
     for row, (path, (status, problem)) in enumerate(zip(paths, seen, strict=True), start=1):
         if problem and status is None and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
             raise CorpusError(
-                f"{source}: row {row} (after the header): the folder of {path} is not there"
+                f"{source}: row {row} (after the header): the folder of {path} does not exist; "
+                "paths are relative to the folder of the table"
             )
     nothing = pa.nulls(len(rows))
     columns = dict.fromkeys(MANIFEST_SCHEMA.names, nothing) | {
@@ -281,7 +281,7 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
 
 
 def _refuse_passwords(source: str, paths: list[str]) -> None:
-    """Refuse URIs that hold a password: they would get into the shards."""
+    """Refuse URIs with a password in them, which the shards would repeat."""
     for row, path in enumerate(paths, start=1):
         if "://" in path:
             try:
@@ -293,13 +293,13 @@ def _refuse_passwords(source: str, paths: list[str]) -> None:
 def _require_one(
     source: str, rows: pa.Table, what: Literal["take", "file"], column: Literal["speaker", "label"]
 ) -> None:
-    """Refuse a take or a file of two speakers or labels: no split could keep it on one side.
+    """Refuse a take or file with two speakers or labels, which no split could keep on one side.
 
     Args:
-        source: the table, as given.
-        rows: with the name of its take, or its path, in the column `take`.
-        what: which of these.
-        column: what must be one.
+        source: the table, as the user wrote it.
+        rows: the table; its column `take` has the take, or the path of the file.
+        what: which of the two the column has.
+        column: the column that must have only one value per take or file.
     """
     counts = rows.group_by("take", use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
@@ -310,7 +310,7 @@ def _require_one(
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
     hint = (
-        "; a take is one performance, named by the column take or else by the path without its "
+        "; a take is one performance, named by the column take, or else by the path without its "
         "extension"
     )
     raise CorpusError(
@@ -326,10 +326,10 @@ def _require_one(
 def _mark_duplicates(
     manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
 ) -> pa.Table:
-    """Of the rows to be decoded with equal keys, leave one.
+    """Keep one of the rows to decode that have the same key, and mark the others as duplicates.
 
-    That is the largest file, for a copy may be cut short; then the shallowest; then the first by
-    path.
+    The largest file is kept, because a copy may be truncated; of equal sizes the one with the
+    fewest folders above it, and of those the first by path.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}
@@ -353,7 +353,7 @@ def _mark_duplicates(
 def _with_status(
     manifest: pa.Table, mask: pa.Array, status: str, reason: str | pa.ChunkedArray
 ) -> pa.Table:
-    """Answer the rows under a mask before they are decoded."""
+    """Set the status and reason of the rows under a mask."""
     for name, value in (("status", status), ("reason", reason)):
         column = pc.if_else(mask, value, manifest[name])
         manifest = manifest.set_column(manifest.schema.get_field_index(name), name, column)

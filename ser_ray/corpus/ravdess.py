@@ -1,7 +1,7 @@
 """RAVDESS file names: the seven two-digit fields that say what a clip is.
 
-A name comes in, a `ClipName` goes out, and back. The name is the only label RAVDESS has, so a name
-understood only in part is a `NameProblem`, never a guess.
+A file name comes in, a `ClipName` goes out, and the reverse. The file name is the only label that
+RAVDESS has, so a name that is not completely valid raises a `NameProblem`; nothing is guessed.
 
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """
@@ -29,19 +29,19 @@ CORPORA = {
     "synthetic": "the synthetic corpus",
     "table": "an own corpus",
 }
-"""What a corpus is called beside every score."""
+"""The name of a corpus that stands next to every score."""
 
 _FIELDS = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)", re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
 
 class NameProblem(ValueError):  # noqa: N818 - a property of the file, not an error of the run
-    """A file name that is not a RAVDESS name; the message is the reason in words."""
+    """A file name is not a RAVDESS name; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClipName:
-    """What a RAVDESS file name says of its clip."""
+    """The fields of a RAVDESS file name."""
 
     modality: Modality
     """Sound and picture (`av`), picture only (`video`) or sound only (`audio`)."""
@@ -50,13 +50,13 @@ class ClipName:
     emotion: str
     """One of `EMOTIONS`."""
     intensity: Intensity
-    """Of the emotion; neutral is always normal."""
+    """Intensity of the emotion; neutral is always normal."""
     statement: int
-    """1 "Kids are talking by the door", 2 "Dogs are sitting by the door"."""
+    """1 is "Kids are talking by the door", 2 is "Dogs are sitting by the door"."""
     repetition: int
     """1 or 2."""
     speaker: str
-    """Actor "01" to "24"; odd ones are male."""
+    """Actor "01" to "24"; actors with odd numbers are male."""
 
     def __post_init__(self) -> None:
         if self.emotion == "neutral" and self.intensity == "strong":
@@ -75,12 +75,12 @@ class ClipName:
         return "male" if int(self.speaker) % 2 else "female"
 
 
-@lru_cache(maxsize=16_384)  # 7,356 names, met again in every copy of the corpus
+@lru_cache(maxsize=16_384)  # 7,356 names, which every copy of the corpus repeats
 def parse_name(file_name: str) -> ClipName:
     """Read a file name (no folder), with or without its `.wav` or `.mp4` in any case.
 
     Raises:
-        NameProblem: it is not a RAVDESS name; the message says why in words.
+        NameProblem: it is not a RAVDESS name; the message says why.
     """
     stem = file_name[:-4] if file_name.lower().endswith(SUFFIXES) else file_name
     match = _FIELDS.fullmatch(stem)
@@ -106,7 +106,7 @@ def parse_name(file_name: str) -> ClipName:
 
 
 def format_name(clip: ClipName, suffix: str) -> str:
-    """The file name of a clip, the inverse of `parse_name`; `suffix` with its dot."""
+    """Return the file name of a clip, the inverse of `parse_name`; `suffix` includes its dot."""
     return "-".join(_codes(clip)) + suffix
 
 

@@ -1,14 +1,14 @@
-"""Who is trained on and who is tested: a protocol is a named list of folds.
+"""Splitting clips into train, validation and test sides; a protocol is a named list of folds.
 
-Clips come in, as rows of who spoke what; the row numbers of a fold's train, validation and test
-sides go out. Rows of one take (a performance's wav and mp4s) or of identical content never stand on
-two sides, nor, but for `random`, does a speaker. Choices are made on the validation side, whose
-speakers are held out of the training part; the test side is read once.
+A table of clips comes in; the row numbers of the three sides of a fold go out. All rows of a take
+(the wav and mp4s of a performance) and all rows with identical content are on the same side, and so
+are all clips of a speaker, except in `random`. Choices are made by the scores on the validation
+side, whose speakers are not trained on. The test side is used once.
 
-Everything here is a pure function of its arguments, whatever the order of the rows.
+Every function here is pure and independent of the order of the rows.
 
 Sources: the six folds of EmoBox (https://github.com/emo-box/EmoBox) and the five of Luna-Jimenez
-(https://github.com/cristinalunaj/MMEmotionRecognition), which name test actors and no validation.
+(https://github.com/cristinalunaj/MMEmotionRecognition), which define test actors but no validation.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PROTOCOLS = {
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
     "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
 }
-"""The names `--protocol` takes and what they mean."""
+"""The names that `--protocol` accepts, and their meaning."""
 
 _NAMED_FOLDS = {
     "emobox-6": (
@@ -56,47 +56,47 @@ _NAMED_FOLDS = {
 _RANDOM_FOLDS = 5  # a fifth of the takes is the test side
 _RANDOM_VALIDATION = 8  # an eighth of the rest, a tenth of all, is the validation side
 
-_LEFT_OUT, _TRAIN, _VALIDATION, _TEST = -1, 0, 1, 2  # a group keeps to its highest side
+_LEFT_OUT, _TRAIN, _VALIDATION, _TEST = -1, 0, 1, 2  # a group stays on its highest side
 
 Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Split:
-    """One fold: the rows of each side, as numbers into the clips it was drawn for, ascending."""
+    """One fold: the numbers of the clips on each side, ascending."""
 
     protocol: str
     fold: int
     train: Rows
     """[num_train]"""
     validation: Rows
-    """[num_validation]: recipes, trials and, if told so, epochs are selected by it."""
+    """[num_validation]: selects recipes, trials and, where configured, epochs."""
     test: Rows
-    """[num_test]: is read once."""
+    """[num_test]: is used once."""
     left_out: Rows
-    """Rows on no side: their take or content is another speaker's on a side that counts more."""
+    """Rows on no side: their take or content also belongs to a speaker on a higher side."""
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
 
     @property
     def speaker_dependent(self) -> bool:
-        """The same speakers are on all sides: figures do not compare with other protocols'."""
+        """Whether a speaker may be on several sides, so that scores are not comparable."""
         return self.protocol == "random"
 
     @property
     def label(self) -> str:
-        """How every figure of this fold is to be captioned."""
+        """The caption of every figure of this fold."""
         return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
 
 
 def dependence_of(protocol: str) -> str:
-    """Whether the tested speakers were learned from, as it is to stand beside every figure."""
+    """Whether the model was trained on the tested speakers, in the words of every caption."""
     return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
 
 
 def num_folds(protocol: str, speakers: Iterable[str]) -> int:
-    """Count the folds of a protocol over a corpus's speakers.
+    """Count the folds of a protocol for the speakers of a corpus.
 
     Raises:
         ConfigError: the protocol is unknown, or does not fit these speakers.
@@ -107,16 +107,16 @@ def num_folds(protocol: str, speakers: Iterable[str]) -> int:
 def split(
     protocol: str, fold: int, clips: "pa.Table", *, seed: int = 0, validation_speakers: int = 0
 ) -> Split:
-    """Draw one fold of a protocol.
+    """Split clips by one fold of a protocol.
 
     Args:
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
-        clips: string columns `speaker`, `sex` (may be null), `take`, `emotion` and `content`, equal
-            where the decoded samples are; one row a clip.
-        seed: for `random` alone; the folds of every other protocol are fixed.
-        validation_speakers: how many speakers validate, of every protocol but `random`; 0 leaves it
-            to the protocol. The test side does not depend on it.
+        clips: one row per clip, with the string columns `speaker`, `sex` (may be null), `take`,
+            `emotion` and `content`, which is equal where the decoded samples are.
+        seed: only used by `random`; the folds of every other protocol are fixed.
+        validation_speakers: how many speakers are on the validation side, except in `random`; 0
+            leaves it to the protocol. The test side does not depend on it.
 
     Raises:
         ConfigError: the protocol is unknown, the fold out of range, or a side would be empty.
@@ -147,10 +147,10 @@ def split(
 
 
 def one_clip_per_take(clips: "pa.Table") -> Rows:
-    """Choose the rows to count performances by: the wav of a take where it has one, else its mp4.
+    """Select one row of every RAVDESS take: its wav, or its mp4 if there is no wav.
 
-    The wav and the mp4 of RAVDESS are one performance recorded once; figures over both would count
-    it twice. In own corpora (no `channel`) a take may group several recordings; all are selected.
+    The wav and the mp4 have the same recording, so scores over both would count it twice. In other
+    corpora (no `channel`) a take may group several recordings, and all of them are selected.
 
     Args:
         clips: string columns `path`, `take`, `modality` and `channel`.
@@ -171,7 +171,7 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
 
 
 def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[str, ...]]:
-    """The test speakers of every fold; of `random`, whose folds are drawn by take, none."""
+    """The test speakers of every fold; none for `random`, whose folds are drawn by take."""
     if protocol == "random":
         return [()] * _RANDOM_FOLDS
     if protocol == "loso":
@@ -180,7 +180,7 @@ def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[st
         folds = _NAMED_FOLDS[protocol]
         if strangers := sorted(set(sexes) - set(itertools.chain(*folds))):
             raise ConfigError(
-                f"{protocol} names RAVDESS's actors 01 to 24, and this corpus has "
+                f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
                 f"{_shorten(strangers)}: use {_alternative(len(sexes))}"
             )
         return list(folds)
@@ -192,7 +192,7 @@ def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[st
             f"{protocol} needs {count} speakers and the corpus has {len(sexes)}: use "
             f"{_alternative(len(sexes))}"
         )
-    # Dealt out one sex after the other, in an order that no name or number decides.
+    # Dealt one sex after the other, in an order that does not follow the names.
     dealt = sorted(sexes, key=lambda s: (sexes[s] or "", hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(dealt[fold::count])) for fold in range(count)]
 
@@ -200,14 +200,19 @@ def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[st
 def _validation_speakers(
     tests: Sequence[tuple[str, ...]], sexes: Mapping[str, str | None], wanted: int
 ) -> list[str]:
-    """Choose who validates the last of the folds whose test speakers are given, 0 to that one.
+    """Choose the validation speakers of the last fold in `tests`.
 
-    As many women as men, and whoever had the fewest turns in the folds before. If no number is
-    wanted, a twelfth of the corpus's speakers and at least two, but no more than a third of those
-    that are not tested: the voices that are learned from are what scores hang on most.
+    There are as many women as men, and speakers with the fewest turns in the folds before come
+    first. By default they are a twelfth of the corpus's speakers and at least two, but at most a
+    third of those that are not tested: scores depend most on the number of training speakers.
+
+    Args:
+        tests: the test speakers of fold 0 up to the fold in question.
+        sexes: the sex of every speaker.
+        wanted: how many validation speakers; 0 for the default.
 
     Raises:
-        ConfigError: so many are wanted that nobody is left to learn from.
+        ConfigError: `wanted` leaves no speaker to train on.
     """
     kinds = sorted(set(sexes.values()), key=str)
     turns: Counter[str] = Counter()
@@ -216,11 +221,11 @@ def _validation_speakers(
         free = sorted(sexes.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
         if 0 < len(free) <= wanted:
             raise ConfigError(
-                f"validation_speakers is {wanted}: {len(free)} speakers are left to learn from and "
-                "to validate on; hold out fewer"
+                f"validation_speakers is {wanted}: {len(free)} speakers are left to train and "
+                "validate on; hold out fewer"
             )
         count = wanted or min(max(2, len(sexes) // 12), max(1, len(free) // 3))
-        first = fold % len(kinds)  # takes the odd one
+        first = fold % len(kinds)  # gets the odd speaker
         queues = [[s for s in free if sexes[s] == kind] for kind in kinds[first:] + kinds[:first]]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))
         selected = [speaker for speaker in in_turn if speaker is not None][:count]
@@ -229,10 +234,10 @@ def _validation_speakers(
 
 
 def _groups(takes: Sequence[str], contents: Sequence[str | None]) -> Rows:
-    """Number the rows so that rows of one take or of one content share a number, [num_rows].
+    """Number the rows so that rows with the same take or content share a number, [num_rows].
 
-    Takes are joined through shared content, directly or through others. The numbers follow the
-    smallest take of each group and so do not depend on the order of the rows.
+    Takes with a common content form one group, directly or through other takes. Groups are numbered
+    by their smallest take, so the numbers do not depend on the order of the rows.
     """
     leader = {take: take for take in takes}
 
@@ -250,7 +255,7 @@ def _groups(takes: Sequence[str], contents: Sequence[str | None]) -> Rows:
 
 
 def _draw_takes(fold: int, groups: Rows, labels: Sequence[str], seed: int) -> Rows:
-    """The side of every row in a random split of the groups, stratified by label, [num_rows]."""
+    """Assign every row a side by a random split of the groups, stratified by label, [num_rows]."""
     label_of: dict[int, str] = {}
     for group, label in zip(groups.tolist(), labels, strict=True):
         label_of[group] = min(label, label_of.get(group, label))
@@ -272,13 +277,13 @@ def _check_sides(drawn: Split, present: Sequence[str], wanted: Sequence[str]) ->
         if len(getattr(drawn, side)) == 0:
             tests = f" and the fold tests {', '.join(wanted)}" if wanted else ""
             raise ConfigError(
-                f"{drawn.label}: no clip for its {side} side; the corpus has speakers "
-                f"{_shorten(present)}{tests}. Use {_alternative(len(present))}, or more clips"
+                f"{drawn.label}: its {side} side has no clips; the corpus has the speakers "
+                f"{_shorten(present)}{tests}. Use {_alternative(len(present))}, or add clips"
             )
 
 
 def _alternative(num_speakers: int) -> str:
-    """A protocol that can be held with so many speakers."""
+    """A protocol that works with this number of speakers."""
     return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"
 
 

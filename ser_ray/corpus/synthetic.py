@@ -1,10 +1,9 @@
-"""Synthetic corpus: RAVDESS names, layout and modalities with synthesised voices.
+"""The synthetic corpus: RAVDESS names, layout and modalities with synthesised voices.
 
-Nothing comes in, a folder comes out that the rest of the program cannot tell from RAVDESS but for
-its marker file: 24 actors speak the 8 emotions once each, every take as wav, as mp4 with sound and
-as mp4 without. It lets the whole way of a clip run where the corpus is not at hand. The voices are
-made so that emotion can be heard (pitch, loudness, tempo, timbre) and speakers differ; a score on
-them says that the program works and nothing about RAVDESS.
+It lets every stage run without the real corpus. Only a marker file distinguishes its folder from
+RAVDESS: 24 actors speak each of the 8 emotions once, and every take is a wav, an mp4 with sound and
+an mp4 without. Emotions differ audibly (in pitch, loudness, tempo and timbre), and so do speakers.
+A score on these clips shows that the program works and says nothing about RAVDESS.
 
 A voice is a source and a filter (Fant 1960): glottal pulses and breath noise, shaped frame by frame
 by the formants of the vowels and by a spectral tilt.
@@ -28,7 +27,7 @@ from ser_ray.corpus.ravdess import EMOTIONS, ClipName, format_name
 from ser_ray.errors import CorpusError
 
 VERSION = 1
-"""Part of the marker: raise it when the clips change, and old folders are made again."""
+"""Part of the marker. Raise it when the clips change, so that old folders are replaced."""
 
 SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 
@@ -36,12 +35,12 @@ _SAMPLE_RATE = 48_000
 _WINDOW = 1024  # samples, of the filter's frames
 _HOP = _WINDOW // 4
 _SYLLABLES_PER_SECOND = 5.0
-_LEVEL = -34.0  # dBFS of a neutral voice's RMS: room for angry, strong and loud together
-_FLOOR = -62.0  # dB below the voice: the room's noise, quiet enough to be trimmed as silence
+_LEVEL = -34.0  # dBFS, RMS of a neutral voice: leaves headroom for a loud, strong, angry one
+_FLOOR = -62.0  # dB relative to the voice: room noise, quiet enough to be trimmed as silence
 _SIDE = 64  # pixels
 _FRAMES_PER_SECOND = 8
 
-# Formants of men in hertz (Peterson and Barney 1952); above them every vowel has those of a tube.
+# Formants of men in hertz (Peterson and Barney 1952); the higher ones are those of a tube.
 _VOWELS = {
     "i": (390, 1990, 2550),  # bit
     "a": (730, 1090, 2440),  # father
@@ -58,15 +57,15 @@ class Manner(NamedTuple):
     pitch: float
     """Semitones."""
     swing: float
-    """Semitones that the accents of syllables add to the contour."""
+    """Semitones by which accented syllables rise above the contour."""
     slope: float
-    """Semitones the contour rises from the first to the last syllable."""
+    """Semitones by which the contour rises from the first to the last syllable."""
     level: float
     """Decibels."""
     tempo: float
     """Octaves of the speaking rate: 1 is twice as fast."""
     tilt: float
-    """Decibels per octave above 500 Hz: positive is pressed and bright, negative soft and dark."""
+    """Decibels per octave above 500 Hz: positive sounds bright and pressed, negative dark."""
     breath: float
     """Decibels of the breath noise."""
     tremor: float
@@ -93,12 +92,12 @@ _STRENGTH = {"normal": 0.85, "strong": 1.2}
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """What makes a speaker recognisable."""
+    """The characteristics of a speaker's voice."""
 
     pitch: float
     """Hertz of the neutral voice."""
     formant_scale: float
-    """Formants relative to a man's: above 1 is a shorter vocal tract."""
+    """Formants relative to those of a man: above 1 is a shorter vocal tract."""
     level: float
     """Decibels."""
     tempo: float
@@ -106,17 +105,17 @@ class Voice:
     tilt: float
     """Decibels per octave."""
     expressiveness: float
-    """Factor on every manner."""
+    """Factor on every manner of speaking."""
 
 
 def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
-    """Make the synthetic corpus at `target`: 192 takes, 576 files, in seconds.
+    """Make the synthetic corpus at `target`: 192 takes in 576 files, within seconds.
 
-    The folder appears whole, with the marker in it, or not at all. A synthetic corpus of the same
-    seed and version is left as it is, one of another is replaced.
+    The folder appears only when it is complete. A synthetic corpus of the same seed and version is
+    kept, one of another seed or version is replaced.
 
     Raises:
-        CorpusError: `target` holds something that is not a synthetic corpus, or cannot be written.
+        CorpusError: `target` has something else in it, or cannot be written.
     """
     marker = target / SYNTHETIC_MARKER
     text = _marker_text(seed)
@@ -126,33 +125,33 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         shutil.rmtree(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CorpusError(
-            f"{target}: holds something else than a synthetic corpus, and would have to be removed "
-            "to make one here; name an empty or a new folder"
+            f"{target}: has something other than a synthetic corpus in it, which would be lost; "
+            "choose an empty or a new folder"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as workshop:
-            made = Path(workshop) / target.name
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+            made = Path(temporary) / target.name
             for speaker in SPEAKERS:
                 _write_speaker(made, speaker, seed)
             (made / SYNTHETIC_MARKER).write_text(text)
             made.replace(target)
     except OSError as error:
         raise CorpusError(
-            f"{target}: cannot be written ({error}); work in another folder"
+            f"{target}: cannot be written ({error}); choose another folder"
         ) from error
 
 
 def _marker_text(seed: int) -> str:
     return (
-        "A synthetic for RAVDESS, made by ser_ray: its names and layout, synthesised voices.\n"
+        "A synthetic corpus made by ser_ray, with the names and layout of RAVDESS.\n"
         "Results on these clips are not results on RAVDESS.\n"
         f"version {VERSION}, seed {seed}\n"
     )
 
 
 def _write_speaker(root: Path, speaker: str, seed: int) -> None:
-    """Write one actor's takes in all three modalities, laid out as Zenodo's archives unpack."""
+    """Write the takes of one actor in all three modalities, in the layout of Zenodo's archives."""
     audio = root / "Audio_Speech_Actors_01-24" / f"Actor_{speaker}"
     video = root / f"Video_Speech_Actor_{speaker}" / f"Actor_{speaker}"
     audio.mkdir(parents=True)
@@ -171,7 +170,7 @@ def _write_speaker(root: Path, speaker: str, seed: int) -> None:
 
 
 def _clips(speaker: str) -> Iterator[ClipName]:
-    """Yield one take an emotion; intensity, statement and repetition alternate over the actors."""
+    """Yield one take per emotion; intensity, statement and repetition alternate over the actors."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
         intensity: Literal["normal", "strong"] = "strong" if turn % 2 else "normal"
@@ -202,7 +201,7 @@ def _draw_voice(speaker: str, seed: int) -> Voice:
 def speak(
     vowels: str, voice: Voice, manner: Manner, rng: np.random.Generator
 ) -> npt.NDArray[np.int16]:
-    """Synthesise an utterance of one syllable a vowel, with silence before and after.
+    """Synthesise an utterance with one syllable per vowel, and silence before and after.
 
     Returns:
         Samples [num_samples] at 48 kHz.
@@ -211,7 +210,9 @@ def speak(
     time = np.arange(round(seconds * _SAMPLE_RATE)) / _SAMPLE_RATE
     place = time / seconds * len(vowels)  # 1.5 is the middle of the second syllable
     pitch = _pitch_contour(time, place, voice, manner, rng)
-    opening = np.sin(np.pi * (place % 1)) ** 0.7  # of the mouth: from 0 to 1 and back a syllable
+    opening = (
+        np.sin(np.pi * (place % 1)) ** 0.7
+    )  # of the mouth: from 0 to 1 and back in each syllable
     onset = np.exp(-(place % 1) * 20)  # the consonant's burst of noise
 
     cycles = np.cumsum(pitch) / _SAMPLE_RATE
@@ -264,7 +265,7 @@ def _gain(formants: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _filter(source: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Shape a source [num_samples] by one magnitude a hop [frames, bins], by overlap and add."""
+    """Filter a source [num_samples] with one magnitude per hop [frames, bins], by overlap-add."""
     padded = np.pad(source, (_WINDOW // 2, _WINDOW))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP][: len(gain)]
     window = np.hanning(_WINDOW + 1)[:-1]
@@ -276,17 +277,17 @@ def _filter(source: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
 
 def _write_mp4(path: Path, samples: npt.NDArray[np.int16], *, sound: bool) -> None:
-    """Write a grey picture that lights up with the voice, H.264, with or without its AAC sound."""
+    """Write an H.264 video that brightens with the voice, with or without AAC sound."""
     step = _SAMPLE_RATE // _FRAMES_PER_SECOND
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=_FRAMES_PER_SECOND)
         video.width = video.height = _SIDE
         video.pix_fmt = "yuv420p"
-        video.thread_count = 1  # the same bytes on any machine
+        video.thread_count = 1  # the same bytes on every machine
         audio = None
         if sound:
             audio = container.add_stream("aac", rate=_SAMPLE_RATE, layout="mono")
-            audio.options = {"aac_coder": "fast"}  # half of all the time went into the default one
+            audio.options = {"aac_coder": "fast"}  # the default coder took half of the total time
         for start in range(0, len(samples), step):
             loudness = np.abs(samples[start : start + step].astype(float)).max() / 2**15
             image = np.full((_SIDE, _SIDE), round(60 + 180 * loudness**0.5), np.uint8)

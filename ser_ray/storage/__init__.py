@@ -1,1 +1,1 @@
-"""Paths and URIs, whole files, one writer for a folder."""
+"""Where files are: paths and URIs, listings, atomic writes, and one writer for a folder."""

@@ -16,23 +16,23 @@ _LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Inf
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """One entry below a folder that is a file, or is named like one."""
+    """An entry below a folder that is a file or is named like one."""
 
     inside: str
     """Path relative to the folder, with forward slashes."""
     location: str
     """Local path or URI that `filesystem_of` opens, on any machine that sees the folder."""
     size: int | None
-    """Bytes, where the listing says."""
+    """Bytes; None where the listing does not say."""
     problem: str | None
-    """Why it cannot be opened, in words; None for a file."""
+    """Why it cannot be opened; None for a file that can."""
 
 
 def list_files(location: str) -> Iterator[ListedFile]:
-    """Yield every file below a folder, in no particular order and without opening any.
+    """Yield every file below a folder, in no particular order.
 
-    Folders named like a file (with an extension) are yielded too, with a problem. Hidden entries
-    (`.DS_Store`, `._name.wav`) and what systems leave behind (`__MACOSX`) are not.
+    Folders with an extension in their name are yielded too, with a problem. Hidden entries
+    (`.DS_Store`, `._name.wav`) and folders of the operating system (`__MACOSX`) are left out.
 
     Raises:
         OSError: the folder or one below it cannot be listed.
@@ -46,10 +46,10 @@ def list_files(location: str) -> Iterator[ListedFile]:
 
 
 def _list_local(root: str) -> Iterator[ListedFile]:
-    """Walk local folders, following links, but into no folder that the walk is already inside.
+    """Walk local folders and follow links, except into a folder that the walk is already inside.
 
-    pyarrow's own recursive listing leaves out dangling links, does not end in a folder linked into
-    itself, and fails as a whole on one name that is not UTF-8.
+    The recursive listing of pyarrow leaves out dangling links, never ends in a folder that links to
+    itself, and fails completely on a name that is not UTF-8.
     """
     waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
     while waiting:
@@ -71,12 +71,12 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """What a local path leads to, links followed, and why that is no file that can be opened."""
+    """Follow a local path: return its status, and why it is not a file that can be opened."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
     except FileNotFoundError:
         return None, "a link to nothing" if os.path.islink(path) else "there is no such file"  # noqa: PTH114
-    except (OSError, ValueError) as error:  # a link to itself, for one; a zero byte
+    except (OSError, ValueError) as error:  # such as a link to itself, or a zero byte
         return None, getattr(error, "strerror", None) or str(error)
     if stat.S_ISDIR(status.st_mode):
         return status, "a folder, not a file"
@@ -90,7 +90,7 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def _as_utf8(path: str) -> str:
-    r"""Spell bytes that are not UTF-8 as \xff, for such a path cannot stand in a table."""
+    r"""Write bytes that are not UTF-8 as \xff, because a table cannot store such a path."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

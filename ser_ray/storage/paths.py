@@ -1,8 +1,7 @@
 """Paths and URIs: the one place where a location becomes a filesystem.
 
 A location is a local path or any URI that pyarrow or fsspec opens (`s3://`, `gs://`, `file://`,
-`memory://`). Everything the program reads or writes goes through `filesystem_of`, every folder of
-clips through `list_files`.
+`memory://`). Everything that the program reads or writes goes through `filesystem_of`.
 """
 
 import os
@@ -16,25 +15,26 @@ from pyarrow import fs
 from ser_ray.errors import ConfigError, LocationError
 
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-_PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")  # pyarrow's own
+# The schemes that pyarrow opens itself.
+_PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
-"""`://user:password@`; keys of S3 may hold slashes, and `://host:9000/` is a port."""
+"""`://user:password@`. Secret keys of S3 may have slashes; `://host:9000/` is a port."""
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a location and the path inside it.
 
-    Local paths are made absolute, so that a Ray worker in another directory opens the same file.
+    Local paths become absolute, so that a Ray worker in another directory opens the same file.
 
     Raises:
         LocationError: no filesystem opens the URI.
-        ConfigError: it holds a password.
+        ConfigError: the location has a password in it.
     """
     if "://" not in location:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     refuse_password(location)
     if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
-        location = location.replace("#", "%23")  # a key may hold it, and has no fragment
+        location = location.replace("#", "%23")  # part of the key: objects have no fragments
     parts = urlsplit(location)
     try:
         if parts.scheme in _BUCKET_SCHEMES:
@@ -49,18 +49,18 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def refuse_password(location: str) -> None:
-    """Refuse what would be written into every manifest, shard and run that names the location."""
+    """Refuse a password, which every manifest, shard and run with this location would repeat."""
     for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
         if _PASSWORD.search(link):
             raise ConfigError(
-                f"{link.partition('://')[0]}://...: a location must not hold a password or secret "
-                "key; give it to the filesystem by its environment (AWS_SECRET_ACCESS_KEY for s3)"
+                f"{link.partition('://')[0]}://...: a location must not have a password or secret "
+                "key in it; set it in the environment instead (AWS_SECRET_ACCESS_KEY for s3)"
             )
 
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """One client for all objects of a bucket: building it takes 13 ms, and it keeps connections."""
+    """Return one client for all of a bucket: it takes 13 ms to build and keeps connections."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
@@ -77,12 +77,12 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(location: str) -> str:
-    """Make a local path absolute; a URI is as it is."""
+    """Make a local path absolute, and return a URI unchanged."""
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 def location_inside(folder: str, path: str) -> str:
-    """The location of the relative `path` in a folder, whose URI query or chain it keeps."""
+    """Return the location of a relative path in a folder, with the query or chain of its URI."""
     if "://" not in folder:
         return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - as `stat_file`
     before, after = _split_uri(folder)
@@ -94,7 +94,7 @@ def location_inside(folder: str, path: str) -> str:
 
 
 def folder_of(location: str) -> str:
-    """The location of the folder that holds a file."""
+    """Return the location of the folder that a file is in."""
     if "://" not in location:
         return str(Path(location).expanduser().absolute().parent)
     before, after = _split_uri(location)
@@ -102,7 +102,7 @@ def folder_of(location: str) -> str:
 
 
 def _split_uri(location: str) -> tuple[str, str]:
-    """Split a URI after its path, before pyarrow's `?region=...` or fsspec's `::file://...`."""
+    """Split a URI after its path: before pyarrow's `?region=...` or fsspec's `::file://...`."""
     mark = "?" if urlsplit(location).scheme in _PERCENT_ENCODED else "::"
     before, mark, after = location.partition(mark)
     return before, mark + after

@@ -203,7 +203,7 @@ def test_the_stand_in_is_never_taken_for_the_corpus(tmp_path):
 
 
 def test_without_a_clip_the_error_says_what_was_found_and_what_is_needed(tmp_path):
-    with pytest.raises(CorpusError, match=r"found: no file at all.*03-01-06-01-02-01-12\.wav"):
+    with pytest.raises(CorpusError, match=r"found: no files.*03-01-06-01-02-01-12\.wav"):
         list_corpus(str(tmp_path))
     touch(tmp_path, "Audio_Speech_Actors_01-24.zip", "Audio_Song_Actors_01-24.ZIP", "LICENCE")
     with pytest.raises(CorpusError, match=r"2 \.zip; 1 without extension.*Unpack the archives"):
@@ -222,20 +222,20 @@ def test_a_stand_in_does_not_pass_for_ravdess(tmp_path):
     touch(tmp_path, "ravdess/03-01-02-01-01-01-02.wav")
     assert list_corpus(str(tmp_path / "synthetic" / "Actor_01")).name == "synthetic"
     assert list_corpus(str(tmp_path / "ravdess")).name == "ravdess"
-    with pytest.raises(CorpusError, match="synthetic in it holds synthetic clips"):
+    with pytest.raises(CorpusError, match="synthetic in it has synthetic clips"):
         list_corpus(str(tmp_path))
 
 
 def test_a_folder_that_is_out_of_reach_is_an_error(tmp_path):
     touch(tmp_path, "Actor_01/03-01-02-01-01-01-01.wav")
     (tmp_path / "Actor_02").symlink_to("/mnt/unmounted/Actor_02")
-    with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing: if it is a folder"):
+    with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing; if it should be a folder"):
         list_corpus(str(tmp_path))
 
 
 def test_a_table_on_a_disk_that_is_away_is_an_error(tmp_path):
     source = table(tmp_path, f"path,label,speaker\na.wav,x,1\n{tmp_path}/mnt/b.wav,x,1\n")
-    with pytest.raises(CorpusError, match=r"row 2 .* the folder of .*mnt/b.wav is not there"):
+    with pytest.raises(CorpusError, match=r"row 2 .* the folder of .*mnt/b.wav does not exist"):
         list_corpus(source)
 
 
@@ -252,7 +252,7 @@ def test_of_copies_the_largest_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("s3://key:secret@bucket/a.wav,y,2", r"row 2 .*must not hold a password"),
+        ("s3://key:secret@bucket/a.wav,y,2", r"row 2 .*must not have a password"),
         ("{folder}/a.wav,y,1", r"rows 1 and 2 .* are one file, '.*a.wav', but their label is"),
     ],
 )
@@ -407,10 +407,10 @@ def test_a_table_is_one_row_a_listed_file(tmp_path):
     [
         ("path,label\na.wav,x\n", "no column speaker; .* it has path,label$"),
         ("path;label;speaker\na.wav;x;1\n", "no column label, path, speaker"),
-        ("path,path,label,speaker\na,b,x,1\n", 'not a table that can be read .*"path" exists 2'),
+        ("path,path,label,speaker\na,b,x,1\n", 'the table cannot be read .*"path" exists 2'),
         ("path,label,speaker\n", "the table has no rows"),
-        ("", "not a table that can be read"),
-        ("path,label,speaker\na.wav,x\n", "not a table that can be read .*Expected 3 columns"),
+        ("", "the table cannot be read"),
+        ("path,label,speaker\na.wav,x\n", "the table cannot be read .*Expected 3 columns"),
         ("path,label,speaker\na.wav,x,1\nb.wav, ,1\n", r"row 2 \(after the header\) has no label"),
         ("path,label,speaker\n,x,1\n", "row 1 .* has no path"),
         ("path,label,speaker,take\na.wav,x,1,\n", "row 1 .* has no take"),
@@ -435,7 +435,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
     nested = {"path": [["a.wav"]], "label": ["x"], "speaker": ["1"]}
     pa.parquet.write_table(pa.table(nested), tmp_path / "nested.parquet")
     for name in ("t.parquet", "t.csv", "nested.parquet"):
-        with pytest.raises(CorpusError, match="not a table that can be read"):
+        with pytest.raises(CorpusError, match="the table cannot be read"):
             list_corpus(str(tmp_path / name))
     nulls = {"path": ["a.wav", "b.wav"], "label": ["x", None], "speaker": ["1", "1"]}
     pa.parquet.write_table(pa.table(nulls), tmp_path / "nulls.parquet")

@@ -271,10 +271,10 @@ def test_speakers_absent_from_the_corpus_are_just_absent():
         ("emobox-6", 6, 24, "fold is 6: emobox-6 has folds 0 to 5 here"),
         ("loso", -1, 24, "fold is -1: loso has folds 0 to 23 here"),
         ("speaker-9", 0, 8, "speaker-9 needs 9 speakers and the corpus has 8: use speaker-5"),
-        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*no clip for its test side; the corpus has speakers "
+        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*its test side has no clips; the corpus has the speakers "
          r"01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
-        ("loso", 0, 2, r"no clip for its train side; .* Use random"),
-        ("loso", 0, 1, r"no clip for its train side"),
+        ("loso", 0, 2, r"its train side has no clips; .* Use random"),
+        ("loso", 0, 1, r"its train side has no clips"),
     ],
 )  # fmt: skip
 def test_a_fold_that_cannot_be_held_is_refused_with_a_way_out(protocol, fold, speakers, message):
