@@ -230,7 +230,9 @@ def _read_table(source: str, filesystem: fs.FileSystem, path: str) -> pa.Table:
             )
         columns = {name: pc.utf8_trim_whitespace(table[name].cast("string")) for name in given}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, KeyError) as error:
-        raise CorpusError(f"{source}: the table cannot be read ({error}); save it with one header row") from error
+        raise CorpusError(
+            f"{source}: the table cannot be read ({error}); save it again with one header row"
+        ) from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
     for name, column in columns.items():

@@ -66,7 +66,7 @@ def statuses(corpus):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_whole_corpus_is_understood_in_any_layout(tmp_path, layout):
+def test_the_complete_corpus_is_recognised_in_every_layout(tmp_path, layout):
     codes = list(ravdess_codes())
     assert len(codes) == 7356
     touch(tmp_path, *map(LAYOUTS[layout], codes))
@@ -97,7 +97,7 @@ def test_the_whole_corpus_is_understood_in_any_layout(tmp_path, layout):
     assert statuses(corpus) == {None: 7356}
 
 
-def test_of_the_kaggle_archives_two_copies_the_shallower_is_taken(tmp_path):
+def test_the_shallower_copy_of_the_kaggle_archive_is_kept(tmp_path):
     speech = [codes for codes in ravdess_codes() if codes[:2] == ("03", "01")]
     for codes in speech:
         inside = f"Actor_{codes[6]}/{name_of(codes)}"
@@ -115,13 +115,13 @@ def test_of_the_kaggle_archives_two_copies_the_shallower_is_taken(tmp_path):
     assert not comparison.missing
 
 
-def test_the_shallower_copy_is_taken_wherever_its_path_sorts(tmp_path):
+def test_the_shallower_copy_is_kept_wherever_its_path_sorts(tmp_path):
     touch(tmp_path, "a/a/03-01-02-01-01-01-01.wav", "b/03-01-02-01-01-01-01.wav")
     deeper, shallower = list_corpus(str(tmp_path)).manifest.to_pylist()
     assert (deeper["status"], shallower["status"]) == ("duplicate", None)
 
 
-def test_of_equally_deep_copies_the_first_by_path_is_taken_and_case_is_no_difference(tmp_path):
+def test_the_first_of_equally_deep_copies_is_kept_and_case_is_ignored(tmp_path):
     touch(tmp_path, "b/03-01-02-01-01-01-01.wav", "a/03-01-02-01-01-01-01.WAV")
     first, second = list_corpus(str(tmp_path)).manifest.to_pylist()
     assert first["path"].endswith("a/03-01-02-01-01-01-01.WAV")
@@ -137,7 +137,7 @@ def test_a_copy_that_can_be_opened_is_preferred_to_one_that_cannot(tmp_path):
     assert clip["status"] is None
 
 
-def test_every_clip_name_is_a_row_whatever_it_is(tmp_path):
+def test_every_entry_named_like_a_clip_is_a_row(tmp_path):
     touch(tmp_path, "03-01-02-01-01-01-01.wav", "song.wav", "03-01-01-02-01-01-01.wav")
     (tmp_path / "03-01-02-01-01-01-02.wav").mkdir()
     os.mkfifo(tmp_path / "03-01-02-01-01-01-03.wav")
@@ -155,7 +155,7 @@ def test_every_clip_name_is_a_row_whatever_it_is(tmp_path):
     }
 
 
-def test_the_manifest_does_not_depend_on_how_the_listing_is_cut(tmp_path, monkeypatch):
+def test_the_manifest_does_not_depend_on_the_size_of_listing_batches(tmp_path, monkeypatch):
     names = [name_of(codes) for codes in ravdess_codes() if codes[6] == "07"]
     touch(tmp_path, *names, *(f"copy/{name}" for name in names))
     whole = list_corpus(str(tmp_path)).manifest
@@ -180,7 +180,7 @@ def test_twenty_thousand_links_are_listed(tmp_path):
     assert set(listed.manifest["size"].to_pylist()) == {4}
 
 
-def test_a_bucket_is_listed_as_a_folder_is(tmp_path):
+def test_a_bucket_is_listed_like_a_folder(tmp_path):
     names = ["Actor_01/03-01-02-01-01-01-01.wav", "Actor 02/01-01-02-01-01-01-02.MP4", "x.wav"]
     touch(tmp_path, *names)
     local = list_corpus(str(tmp_path)).manifest
@@ -197,7 +197,7 @@ def test_a_bucket_is_listed_as_a_folder_is(tmp_path):
                 assert filesystem.get_file_info(path).is_file
 
 
-def test_the_stand_in_is_never_taken_for_the_corpus(tmp_path):
+def test_the_synthetic_corpus_is_never_called_ravdess(tmp_path):
     touch(tmp_path, "Actor_01/03-01-02-01-01-01-01.wav", "SYNTHETIC.txt")
     assert list_corpus(str(tmp_path)).name == "synthetic"
 
@@ -211,13 +211,13 @@ def test_without_a_clip_the_error_says_what_was_found_and_what_is_needed(tmp_pat
     touch(tmp_path, "happy_1.wav")
     with pytest.raises(CorpusError, match=r"1 \.wav or \.mp4, the first .*happy_1\.wav: not seven"):
         list_corpus(str(tmp_path))
-    with pytest.raises(CorpusError, match="no such folder"):
+    with pytest.raises(CorpusError, match="this folder or table does not exist"):
         list_corpus(str(tmp_path / "elsewhere"))
     with pytest.raises(CorpusError, match=r"neither a folder nor a \.csv or \.parquet table"):
         list_corpus(str(tmp_path / "Audio_Speech_Actors_01-24.zip"))
 
 
-def test_a_stand_in_does_not_pass_for_ravdess(tmp_path):
+def test_synthetic_clips_among_others_are_refused(tmp_path):
     touch(tmp_path, "synthetic/SYNTHETIC.txt", "synthetic/Actor_01/03-01-02-01-01-01-01.wav")
     touch(tmp_path, "ravdess/03-01-02-01-01-01-02.wav")
     assert list_corpus(str(tmp_path / "synthetic" / "Actor_01")).name == "synthetic"
@@ -226,20 +226,20 @@ def test_a_stand_in_does_not_pass_for_ravdess(tmp_path):
         list_corpus(str(tmp_path))
 
 
-def test_a_folder_that_is_out_of_reach_is_an_error(tmp_path):
+def test_a_folder_on_a_disk_that_is_not_mounted_is_an_error(tmp_path):
     touch(tmp_path, "Actor_01/03-01-02-01-01-01-01.wav")
     (tmp_path / "Actor_02").symlink_to("/mnt/unmounted/Actor_02")
     with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing; if it should be a folder"):
         list_corpus(str(tmp_path))
 
 
-def test_a_table_on_a_disk_that_is_away_is_an_error(tmp_path):
+def test_a_table_with_clips_on_a_disk_that_is_not_mounted_is_an_error(tmp_path):
     source = table(tmp_path, f"path,label,speaker\na.wav,x,1\n{tmp_path}/mnt/b.wav,x,1\n")
     with pytest.raises(CorpusError, match=r"row 2 .* the folder of .*mnt/b.wav does not exist"):
         list_corpus(source)
 
 
-def test_of_copies_the_largest_is_kept(tmp_path):
+def test_the_largest_copy_is_kept(tmp_path):
     name = "03-01-02-01-01-01-01.wav"
     touch(tmp_path, name, f"copy/{name}", f"copy/again/{name}")
     (tmp_path / "copy" / name).write_bytes(b"whole")
@@ -256,14 +256,14 @@ def test_of_copies_the_largest_is_kept(tmp_path):
         ("{folder}/a.wav,y,1", r"rows 1 and 2 .* are one file, '.*a.wav', but their label is"),
     ],
 )
-def test_a_row_that_must_not_get_into_the_shards_is_named(tmp_path, row, message):
+def test_a_row_that_must_not_enter_the_shards_is_named(tmp_path, row, message):
     text = "path,label,speaker\na.wav,x,1\n" + row.format(folder=tmp_path) + "\n"
     with pytest.raises(CorpusError, match=message) as caught:
         list_corpus(table(tmp_path, text))
     assert "secret" not in str(caught.value).replace("secret key", "")
 
 
-def test_modalities_left_out_are_marked_and_other_answers_stay(tmp_path):
+def test_excluded_modalities_are_marked_and_other_statuses_are_kept(tmp_path):
     touch(tmp_path, "01-01-02-01-01-01-01.mp4", "02-01-02-01-01-01-01.mp4")
     touch(tmp_path, "03-01-02-01-01-01-01.wav", "copy/01-01-02-01-01-01-01.mp4", "x.mp4")
     listed = list_corpus(str(tmp_path))
@@ -361,7 +361,7 @@ def test_a_table_names_files_labels_and_speakers(tmp_path):
         assert corpus.manifest[column].null_count == 4
 
 
-def test_csv_parquet_and_a_bucket_say_the_same(tmp_path):
+def test_a_table_reads_alike_from_csv_parquet_and_a_bucket(tmp_path):
     columns = {
         "path": ["b.wav", "a.wav", "c.wav"],
         "label": pa.array(["yes", "no", "yes"]).dictionary_encode(),
@@ -385,7 +385,7 @@ def test_csv_parquet_and_a_bucket_say_the_same(tmp_path):
     assert remote.labels == from_csv.labels == ("no", "yes")
 
 
-def test_a_table_is_one_row_a_listed_file(tmp_path):
+def test_a_table_has_one_row_per_listed_file(tmp_path):
     touch(tmp_path, "a.wav", "b.wav")
     (tmp_path / "folder.wav").mkdir()
     source = table(
@@ -429,7 +429,7 @@ def test_a_table_that_contradicts_itself_is_refused_by_row(tmp_path, text, messa
     assert source in str(error.value)
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     (tmp_path / "t.csv").write_bytes(b"path,label,speaker\n\xff.wav,x,1\n")
     nested = {"path": [["a.wav"]], "label": ["x"], "speaker": ["1"]}

@@ -23,7 +23,7 @@ def exists(codes):
     ]
 
 
-def test_a_name_says_what_the_corpus_description_says():
+def test_a_name_is_read_as_the_corpus_description_defines_it():
     # The example of the corpus's own page: "Video-only, speech, fearful, normal intensity,
     # statement 'dogs', 1st repetition, 12th actor, female".
     clip = parse_name("02-01-06-01-02-01-12.mp4")
@@ -34,7 +34,7 @@ def test_a_name_says_what_the_corpus_description_says():
     )
 
 
-def test_every_possible_name_is_understood_and_no_other():
+def test_every_valid_name_is_accepted_and_no_other():
     understood = 0
     for codes in ALL_CODES:
         name = "-".join(codes) + ".wav"
@@ -58,7 +58,7 @@ def test_a_take_is_shared_by_the_three_files_of_a_performance_and_by_no_others()
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".WAV", ".mp4", ".Mp4", ""])
-def test_the_suffix_and_its_case_say_nothing(suffix):
+def test_the_suffix_and_its_case_do_not_matter(suffix):
     assert parse_name("03-01-01-01-01-01-01" + suffix) == parse_name("03-01-01-01-01-01-01.wav")
 
 
@@ -84,11 +84,11 @@ def test_the_suffix_and_its_case_say_nothing(suffix):
         ("03-02-08-01-01-01-01.wav", "surprised was not sung"),
     ],
 )
-def test_a_name_that_cannot_be_is_refused_in_words(name, reason):
+def test_an_invalid_name_is_refused_with_the_reason(name, reason):
     with pytest.raises(NameProblem, match=reason):
         parse_name(name)
 
 
-def test_no_impossible_clip_can_be_made():
+def test_an_impossible_clip_cannot_be_constructed():
     with pytest.raises(NameProblem, match="was not sung"):
         ClipName("audio", "song", "disgust", "normal", 1, 1, "01")

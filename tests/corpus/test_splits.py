@@ -1,4 +1,4 @@
-"""Protocols: nothing of the test side is ever trained on, whatever the corpus and its order."""
+"""Protocols never train on the test side, whatever the corpus and the order of its rows."""
 
 import itertools
 from collections import Counter
@@ -56,7 +56,7 @@ def test_the_named_folds_are_the_published_ones(protocol, folds):
 
 
 @pytest.mark.parametrize("protocol", ["emobox-6", "luna-5", "loso", "speaker-4"])
-def test_validation_speakers_are_of_both_sexes_and_all_have_their_turn(protocol):
+def test_validation_speakers_are_of_both_sexes_and_take_turns(protocol):
     clips = ravdess()
     turns: Counter[str] = Counter()
     for fold in range(num_folds(protocol, clips["speaker"].to_pylist())):
@@ -73,7 +73,7 @@ def test_validation_speakers_are_of_both_sexes_and_all_have_their_turn(protocol)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 12])
-def test_as_many_speakers_validate_as_are_wanted_and_the_same_are_tested(wanted):
+def test_the_requested_number_of_speakers_validates_and_the_tested_ones_stay(wanted):
     clips = ravdess()
     turns: Counter[str] = Counter()
     for fold in range(6):
@@ -96,14 +96,14 @@ def test_as_many_speakers_validate_as_are_wanted_and_the_same_are_tested(wanted)
     ("speakers", "protocol", "count"),
     [(3, "loso", 1), (6, "speaker-2", 1), (8, "speaker-4", 2), (60, "speaker-5", 5)],
 )
-def test_a_twelfth_of_the_speakers_validates_but_no_more_than_a_third_of_the_rest(
+def test_a_twelfth_of_the_speakers_validates_but_at_most_a_third_of_the_rest(
     speakers, protocol, count
 ):
     rows = [(f"s{n % speakers:02d}", None, f"t{n}", "sad", str(n)) for n in range(2 * speakers)]
     assert len(split(protocol, 0, clips_of(rows)).validation_speakers) == count
 
 
-def test_the_random_split_is_in_proportion_and_marked_wherever_it_appears():
+def test_the_random_split_is_stratified_and_labelled_everywhere():
     clips = ravdess(("av", "audio"))
     emotions, takes = np.array(clips["emotion"]), np.array(clips["take"])
     num_takes = Counter(emotions[one_row_per(takes)])
@@ -157,7 +157,7 @@ def test_a_recording_filed_under_two_speakers_is_only_tested():
 
 @st.composite
 def corpora(draw):
-    """Clips with takes of one speaker, contents shared at will, sexes known or not."""
+    """Clips whose takes have one speaker; contents are shared at random, sexes known or not."""
     num_speakers = draw(st.integers(3, 9))
     sexes = draw(
         st.lists(
@@ -202,7 +202,7 @@ def test_no_take_content_or_speaker_is_on_two_sides(rows, protocol):
         for side, part in parts.items():
             assert len(part) > 0
             assert getattr(drawn, f"{side}_speakers") == tuple(sorted({rows[i][0] for i in part}))
-        # What is left out is taken from training: the clips of the test speakers are all tested.
+        # Only training clips are left out: all clips of the test speakers are tested.
         if protocol != "random":
             assert not {rows[i][0] for i in drawn.left_out} & set(drawn.test_speakers)
 
@@ -223,7 +223,7 @@ def test_the_folds_test_every_speaker_once(rows, protocol):
     protocol=st.sampled_from(["loso", "speaker-3", "random"]),
     order=st.randoms(use_true_random=False),
 )
-def test_the_order_of_the_rows_decides_nothing(rows, protocol, order):
+def test_the_order_of_the_rows_does_not_matter(rows, protocol, order):
     mixed = list(rows)
     order.shuffle(mixed)
     one, other = (split_if_possible(protocol, 1, order, seed=3) for order in (rows, mixed))
@@ -248,12 +248,12 @@ def test_speaker_folds_are_even_in_size_and_sex_and_fixed():
         men = [sum(int(actor) % 2 for actor in fold) for fold in folds]
         assert max(sizes) - min(sizes) <= 1
         assert max(men) - min(men) <= 1
-    # Written down once: a change of these makes every published figure of ours another protocol's.
+    # Fixed here, because published scores are no longer comparable if these folds change.
     assert split("speaker-5", 0, clips).test_speakers == ("01", "08", "13", "22", "24")
     assert split("speaker-5", 4, clips).test_speakers == ("04", "09", "16", "21")
 
 
-def test_speakers_absent_from_the_corpus_are_just_absent():
+def test_test_speakers_that_the_corpus_lacks_are_ignored():
     clips = ravdess()
     clips = clips.filter(pa.compute.less_equal(clips["speaker"], "08"))
     drawn = split("emobox-6", 3, clips)
@@ -271,32 +271,32 @@ def test_speakers_absent_from_the_corpus_are_just_absent():
         ("emobox-6", 6, 24, "fold is 6: emobox-6 has folds 0 to 5 here"),
         ("loso", -1, 24, "fold is -1: loso has folds 0 to 23 here"),
         ("speaker-9", 0, 8, "speaker-9 needs 9 speakers and the corpus has 8: use speaker-5"),
-        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*its test side has no clips; the corpus has the speakers "
-         r"01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
+        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*its test side has no clips; the corpus has the "
+         r"speakers 01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
         ("loso", 0, 2, r"its train side has no clips; .* Use random"),
         ("loso", 0, 1, r"its train side has no clips"),
     ],
 )  # fmt: skip
-def test_a_fold_that_cannot_be_held_is_refused_with_a_way_out(protocol, fold, speakers, message):
+def test_an_impossible_fold_is_refused_with_a_way_out(protocol, fold, speakers, message):
     clips = ravdess()
     clips = clips.filter(pa.compute.less_equal(clips["speaker"], f"{speakers:02d}"))
     with pytest.raises(ConfigError, match=message):
         split(protocol, fold, clips)
 
 
-def test_the_actors_folds_are_refused_for_other_corpora():
+def test_folds_of_ravdess_actors_are_refused_for_other_corpora():
     rows = [(f"p{n % 4}", None, f"t{n}", "sad", str(n)) for n in range(20)]
     with pytest.raises(ConfigError, match=r"actors 01 to 24, .* has p0, p1, p2, p3: use speaker-4"):
         split("emobox-6", 0, clips_of(rows))
 
 
-def test_the_documented_protocols_are_those_that_run():
+def test_every_documented_protocol_runs():
     speakers = [f"{actor:02d}" for actor in range(1, 25)]
     folds = {name: num_folds(name.replace("-K", "-7"), speakers) for name in PROTOCOLS}
     assert folds == {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "random": 5}
 
 
-def test_a_performance_is_counted_once_by_its_wav_where_it_has_one():
+def test_a_performance_is_counted_once_by_its_wav_if_it_has_one():
     rows = [
         ("b/01-x.mp4", "x", "av", "speech"),
         ("a/03-x.wav", "x", "audio", "speech"),

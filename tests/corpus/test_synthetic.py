@@ -1,4 +1,4 @@
-"""The synthetic corpus: measured on the files it wrote, not on what the synthesis was told."""
+"""The synthetic corpus: measured on the files it wrote, not on the parameters of the synthesis."""
 
 import itertools
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_every_take_of_24_actors_is_there_in_three_modalities(corpus: Path) -> N
         assert {getattr(clip, field) for _, clip in clips} == {1, 2}
 
 
-def test_wav_is_short_48_khz_16_bit_mono_with_silent_ends(corpus: Path) -> None:
+def test_a_wav_is_short_48_khz_16_bit_mono_with_silent_ends(corpus: Path) -> None:
     for path in corpus.rglob("*.wav"):
         info = soundfile.info(path)
         assert (info.samplerate, info.channels, info.subtype) == (48_000, 1, "PCM_16")
@@ -98,7 +98,7 @@ def test_wav_is_short_48_khz_16_bit_mono_with_silent_ends(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(("modality", "streams"), [("01", ["h264", "aac"]), ("02", ["h264"])])
-def test_mp4_holds_the_streams_of_its_modality(
+def test_an_mp4_has_the_streams_of_its_modality(
     corpus: Path, modality: str, streams: list[str]
 ) -> None:
     paths = list(corpus.rglob(f"{modality}-*.mp4"))
@@ -108,7 +108,9 @@ def test_mp4_holds_the_streams_of_its_modality(
             assert [stream.codec_context.name for stream in container.streams] == streams
 
 
-def test_sound_of_mp4_is_that_of_the_wav(corpus: Path, wavs: dict[ClipName, np.ndarray]) -> None:
+def test_the_sound_of_an_mp4_is_that_of_its_wav(
+    corpus: Path, wavs: dict[ClipName, np.ndarray]
+) -> None:
     samples = next(samples for clip, samples in wavs.items() if clip.speaker == "11")
     take = next(clip.take for clip in wavs if clip.speaker == "11")
     path = next(corpus.rglob(f"01-{take}.mp4"))
@@ -144,7 +146,7 @@ def test_women_speak_higher_than_men(wavs: dict[ClipName, np.ndarray]) -> None:
     assert np.std(men) > 0.5
 
 
-def test_emotion_is_told_from_simple_statistics_of_unseen_speakers(
+def test_simple_statistics_classify_the_emotion_of_unseen_speakers(
     wavs: dict[ClipName, np.ndarray],
 ) -> None:
     def statistics(samples: np.ndarray) -> list[float]:
@@ -181,7 +183,7 @@ def test_the_same_seed_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("two_speakers")
-def test_a_finished_folder_stays_and_one_of_another_seed_is_replaced(tmp_path: Path) -> None:
+def test_a_complete_folder_is_kept_and_one_of_another_seed_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "nested" / "synthetic"
     synthetic.make_synthetic_corpus(target)
     marker = (target / SYNTHETIC_MARKER).read_text()
@@ -195,7 +197,7 @@ def test_a_finished_folder_stays_and_one_of_another_seed_is_replaced(tmp_path: P
 
 
 @pytest.mark.usefixtures("two_speakers")
-def test_an_interrupted_making_leaves_nothing_that_looks_finished(
+def test_an_interruption_leaves_no_folder_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:

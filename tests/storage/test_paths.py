@@ -1,4 +1,4 @@
-"""Locations: what is written under one is found by listing and read back, wherever it lies."""
+"""Files are written, listed and read back under their locations on every kind of filesystem."""
 
 import os
 import uuid
@@ -66,19 +66,19 @@ def test_files_are_listed_with_their_sizes_and_opened_by_their_location(folder, 
         assert read(listed[name].location) == b"x" * size
 
 
-def test_what_systems_leave_behind_is_not_listed(folder):
+def test_hidden_files_and_system_folders_are_not_listed(folder):
     for name in ["a.wav", ".DS_Store", "._a.wav", "__MACOSX/a.wav", ".cache/a.wav"]:
         write(location_inside(folder, name), b"")
     assert [file.inside for file in list_files(folder)] == ["a.wav"]
 
 
-def test_a_hidden_folder_above_the_one_given_hides_nothing(tmp_path):
+def test_a_corpus_inside_a_hidden_folder_is_listed(tmp_path):
     (tmp_path / ".data" / "corpus").mkdir(parents=True)
     (tmp_path / ".data" / "corpus" / "a.wav").touch()
     assert [file.inside for file in list_files(str(tmp_path / ".data"))] == ["corpus/a.wav"]
 
 
-def test_a_table_beside_its_clips_finds_them(folder):
+def test_paths_relative_to_a_table_lead_to_its_clips(folder):
     table = location_inside(folder, "table.csv")
     write(location_inside(folder, "sub/a b.wav"), b"clip")
     assert read(location_inside(folder_of(table), "sub/a b.wav")) == b"clip"
@@ -86,11 +86,11 @@ def test_a_table_beside_its_clips_finds_them(folder):
     assert read(location_inside(folder_of(beside), "../sub/a b.wav")) == b"clip"
 
 
-def test_a_hash_is_a_letter_of_a_bucket_s_keys():
+def test_a_hash_is_part_of_the_key_in_a_bucket():
     assert filesystem_of("s3://bucket/clips#2/a%20b?region=eu-west-1")[1] == "bucket/clips#2/a b"
 
 
-def test_local_entries_that_are_no_files_are_listed_with_a_problem(tmp_path):
+def test_local_entries_that_are_not_files_are_listed_with_a_problem(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "plain").mkdir()
     (tmp_path / "dangling.wav").symlink_to("nowhere")
@@ -129,7 +129,7 @@ def test_one_client_serves_all_objects_of_a_bucket(bucket):
 
 
 def test_a_table_and_a_small_file_are_one_object_each_of_a_bucket_with_versions(tmp_path):
-    """What is copied and deleted there is kept, and paid for, as long as what is overwritten."""
+    """Such a bucket keeps, and charges for, copies and deleted objects."""
     with s3_bucket("versions") as uri:
         settings = dict(parse_qsl(urlsplit(uri).query))
         endpoint = f"http://{settings['endpoint_override']}"
@@ -180,5 +180,5 @@ def test_a_password_in_a_location_is_refused_and_not_repeated(location):
 @pytest.mark.parametrize(
     "location", ["memory://me@host/x.wav", "memory://host:9000/a@b.wav", "memory://a b/c:d@e.wav"]
 )
-def test_a_user_a_port_and_odd_names_are_no_password(location):
+def test_a_user_a_port_and_odd_names_are_not_taken_for_a_password(location):
     filesystem_of(location)
