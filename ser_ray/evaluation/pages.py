@@ -120,7 +120,7 @@ def trial_page(
         tags["corpus"],
         subtitle="trial",
         about=about,
-        measured_on=_selected_on(selected, tags) if history else "",
+        measured_on=f"epoch {selected['epoch']:.0f}, {_validated_on(tags)}" if history else "",
         headline=headline(counts, labels) if history else "",
         scores=_selected_scores(selected),
         labels=_labels(counts, labels) if history else None,
@@ -169,8 +169,9 @@ def search_page(
         subtitle="search",
         counts=", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         best=best,
+        selected_epoch=int(selected["epoch"]),
         again=again,
-        measured_on=_selected_on(selected, tags),
+        measured_on=_validated_on(tags),
         scores=_selected_scores(selected),
         figures=figures,
         trials=[
@@ -270,9 +271,8 @@ def _selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
     return {title: selected[key] for key, title in SCORES.items() if key in selected}
 
 
-def _selected_on(selected: Mapping[str, float], tags: Mapping[str, str]) -> str:
-    corpus = CORPORA[tags["corpus"]]
-    return f"epoch {selected['epoch']:.0f}, validation, {tags['protocol']}, {corpus}"
+def _validated_on(tags: Mapping[str, str]) -> str:
+    return f"validation, {tags['protocol']}, {CORPORA[tags['corpus']]}"
 
 
 def _settings(recipe: TrainConfig) -> dict[str, object]:

@@ -245,7 +245,7 @@ def test_what_the_scores_were_measured_on_stands_above_them(text: str) -> None:
     assert re.search(rf"{re.escape(MEASURED_ON)}</strong></p>\s*<dl class=\"scores\">", text)
     validated = f"epoch 3, validation, {PROTOCOL}, RAVDESS</strong></p>"
     assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_trial())
-    validated = f"epoch 2, validation, {PROTOCOL}, RAVDESS</strong></p>"
+    validated = f"<strong>validation, {PROTOCOL}, RAVDESS</strong></p>"
     assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_search())
     assert f"training loss, {PROTOCOL}, RAVDESS" in Page(render_range()).text
 
@@ -306,7 +306,7 @@ def test_the_curves_of_the_page_are_those_of_the_history(text: str) -> None:
 def test_the_synthetic_corpus_is_named_where_its_results_are(evaluation: Evaluation) -> None:
     synthetic = Page(render(dataclasses.replace(evaluation, corpus="synthetic"))).text
     assert "not results on RAVDESS" in synthetic
-    assert f"All scores and figures: test, {PROTOCOL}, the synthetic corpus" in synthetic
+    assert f"Measured on: test, {PROTOCOL}, the synthetic corpus" in synthetic
     assert "ynthetic" not in render(evaluation)
 
 
@@ -333,7 +333,7 @@ def test_the_page_of_a_trial_without_an_epoch_says_why() -> None:
 def test_the_page_of_a_search_shows_every_trial() -> None:
     text = render_search()
     page = Page(text)
-    assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2" in page.text
+    assert "3 trials: 1 pruned, 1 finished, 1 failed. The best is trial 2, at its epoch 2" in page.text
     assert "lr_max loguniform 0.0003 to 0.01" in page.text
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
     rows = text.split('<th scope="row">')[1:4]
