@@ -5,7 +5,6 @@ Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations, on
 here one set of draws of each speaker's counts serves all scores at once.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +33,8 @@ class Intervals:
     wa: Interval
     f1: Interval
     """Macro F1."""
-    recall: tuple[Interval, ...]
-    """Of every label."""
+    recall: tuple[Interval | None, ...]
+    """Of every label; None for one that does not occur."""
 
 
 def bootstrap(
@@ -62,7 +61,8 @@ def bootstrap(
         wa=_interval(hits.sum(axis=1) / occurring.sum(axis=1)),
         f1=_interval(_mean_where(f1, seen)),
         recall=tuple(
-            _interval(recall[occurring[:, label] > 0, label]) for label in range(num_labels)
+            _interval(of_label[occurs]) if occurs.any() else None
+            for of_label, occurs in zip(recall.T, occurring.T > 0, strict=True)
         ),
     )
 
@@ -211,7 +211,5 @@ def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> Interval:
-    if len(values) == 0:
-        return math.nan, math.nan
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -11,21 +11,25 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import WIDTH
 
 _DRAWING = threading.Lock()
-"""matplotlib's settings are the whole program's, and a search draws in its own thread."""
+"""matplotlib's settings belong to the process, and several threads may draw."""
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """Write a figure as an element of the page: transparent, black made the text's colour."""
+    """Write a figure as an element of a page, on no background and in the colour of the text.
+
+    Args:
+        figure: wider than `WIDTH`, it scrolls instead of shrinking.
+        description: read to people who do not see the figure; different ones on one page.
+    """
     buffer = io.StringIO()
-    # Text stays text, and equal figures get equal ids: the page of a run is the same every time.
+    # Text stays text, and equal figures get equal ids, so that a run's page is reproducible.
     with _DRAWING, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r' id="[\w.]+_\d+"', "", svg
-    )  # group ids, the same in every figure; never referred to
+    # Ids of groups would be the same in every figure, and nothing refers to them.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
     wide = "scroll" if figure.get_figwidth() > WIDTH else "fit"
     return f'<div class="{wide}">{svg}</div>'

@@ -85,7 +85,7 @@ def test_scores_are_those_of_scikit_learn_on_the_test_speakers(shards, checkpoin
     assert json.loads(json.dumps(found.to_dict()))["clips"] == table.num_rows
 
 
-def test_hardest_clips_are_wrong_and_sorted_by_how_sure(shards, checkpoint):
+def test_hardest_clips_are_wrong_and_sorted_by_confidence(shards, checkpoint):
     found = evaluate(checkpoint, "here")
     rows = found.hardest(3)
     assert len(rows) == 3
@@ -104,23 +104,23 @@ def test_typical_rows_are_one_clip_of_each_label(shards, checkpoint):
         assert abs((own < found.probabilities[row, label]).mean() - 0.5) <= 0.5 / len(own) + 1e-9
 
 
-def test_speakers_it_was_trained_on_are_refused_unless_told(shards, checkpoint):
+def test_speakers_seen_in_training_are_refused_unless_allowed(shards, checkpoint):
     with pytest.raises(CheckpointError, match=r"trained on 2 of these speakers.*--allow-seen"):
         evaluate(checkpoint, "here", fold=1)
-    told = evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True)
-    assert not told.is_own_test
-    assert "SPEAKERS SEEN IN TRAINING" in told.label
-    assert set(told.seen_speakers) == set(told.predictions["speaker"].to_pylist())
+    allowed = evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True)
+    assert not allowed.is_own_test
+    assert "SPEAKERS SEEN IN TRAINING" in allowed.label
+    assert set(allowed.seen_speakers) == set(allowed.predictions["speaker"].to_pylist())
 
 
-def test_how_many_validated_says_nothing_of_another_protocols_folds(shards, tmp_path):
-    """Three of six speakers validate here; speaker-2 has but three that it does not test."""
+def test_the_number_of_validation_speakers_does_not_matter_for_another_protocol(shards, tmp_path):
+    """Three of six speakers validated; a fold of speaker-2 has only three that it does not test."""
     checkpoint = checkpoint_for(shards, tmp_path / "three", validation_speakers=3)
     found = evaluate(checkpoint, "here", protocol="speaker-2", allow_seen_speakers=True)
     assert len(set(found.predictions["speaker"].to_pylist())) == 3
 
 
-def test_other_shards_are_scored_whole_where_nobody_was_heard(shards, checkpoint):
+def test_all_clips_of_other_shards_are_scored_if_their_speakers_are_unseen(shards, checkpoint):
     found = evaluate(checkpoint, "elsewhere")
     assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
     assert found.label == "all speakers of other shards"
@@ -168,7 +168,7 @@ def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint,
 
 
 def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
-    """The page is drawn from the newest checkpoint's."""
+    """The page is drawn from those of the newest checkpoint."""
     from ser_ray.training.model import Pretrained
     from ser_ray.training.trainer import fit
 
@@ -186,7 +186,7 @@ def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
 
 
 class Recorder:
-    """What a tracker was told to store."""
+    """A tracker that keeps what it is asked to store."""
 
     uri, run_id, run_name = "somewhere", "0123", "the run"
 
@@ -226,8 +226,8 @@ def test_scores_are_reported_although_their_run_is_out_of_reach(
     origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
     (checkpoint / "run.json").write_text(json.dumps(origin))
     assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ua"] == evaluate(checkpoint, "here").scores.ua
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ua"] == evaluate(checkpoint, "here").scores.ua
     assert "the training's run does not have these scores yet" in caplog.text
     assert not (tmp_path / "gone.db").exists()
 

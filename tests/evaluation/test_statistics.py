@@ -35,7 +35,7 @@ def test_calibration_by_hand():
 
 
 def test_bootstrap_agrees_with_drawing_the_clips_themselves():
-    """Whole speakers drawn one by one, scored by scikit-learn, give the same interval."""
+    """Complete speakers drawn one by one, scored by scikit-learn, give the same interval."""
     rng = np.random.default_rng(3)
     speakers = np.repeat([f"s{n}" for n in range(8)], 24)
     truth = np.tile([0, 1, 2], 64)
@@ -52,8 +52,14 @@ def test_bootstrap_agrees_with_drawing_the_clips_themselves():
     np.testing.assert_allclose(found.ua, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
 
 
-def test_one_speaker_is_drawn_by_clips():
+def test_the_clips_of_a_single_speaker_are_drawn():
     truth = np.array([0, 1] * 20)
     found = statistics.bootstrap(["01"] * 40, truth, truth, 2)
     assert (found.drawn, found.count) == ("clips", 40)
     assert found.ua == (1.0, 1.0)
+
+
+def test_a_label_that_does_not_occur_has_no_interval():
+    truth = np.array([0, 2] * 20)
+    found = statistics.bootstrap(["01", "02", "03", "04"] * 10, truth, truth, 3)
+    assert found.recall == ((1.0, 1.0), None, (1.0, 1.0))
