@@ -105,7 +105,7 @@ def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
     Raises:
         TrackingError: there is no such run, or it holds no recipe.
     """
-    from ser_ray.tracking.tracker import recipe_of_run
+    from ser_ray.tracking.registry import recipe_of_run
 
     return TrainConfig.from_dict(recipe_of_run(run_id, tracking_uri))
 
@@ -173,7 +173,7 @@ def refit(
     result: "TuneResult", shards: str, run_config: RunConfig, *, address: str = ""
 ) -> "TrainResult":
     """Train the best recipe of a search again, so that its model is kept."""
-    from ser_ray.tracking.tracker import name_like
+    from ser_ray.tracking.registry import name_like
 
     run_config = replace(run_config, name=name_like(result.best.run_id))
     return train(shards, result.best.recipe, run_config, address=address)

@@ -33,7 +33,7 @@ class Train(TrainingVerb):
         """Fill in the recipe of the run named by --like."""
         if not self.like:
             return self
-        from ser_ray.tracking.tracker import name_like
+        from ser_ray.tracking.registry import name_like
 
         theirs = api.recipe_like(self.like, self.run_config.tracking_uri)
         verb = parse_over(flags, type(self)(recipe=theirs))
@@ -72,7 +72,7 @@ def train_outcome(result: "api.TrainResult") -> Outcome:
 
 
 def _run_lines(run_id: str, tracking_uri: str) -> tuple[str, str]:
-    from ser_ray.tracking.tracker import ui_command
+    from ser_ray.tracking.store import ui_command
 
     return f"MLflow run   {run_id}", f"MLflow UI    {ui_command(tracking_uri)}"
 

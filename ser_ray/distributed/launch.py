@@ -43,7 +43,9 @@ from ser_ray.distributed.worker import run_worker
 from ser_ray.errors import CheckpointError, SerRayError, TrackingError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
-from ser_ray.tracking.tracker import Tracker, now_ms, provenance, resolve_uri
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import resolve_uri
+from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import describe_split, select_rows

@@ -21,7 +21,9 @@ from ser_ray.evaluation.pages import range_page
 from ser_ray.plots.training import range_figure
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
-from ser_ray.tracking.tracker import Tracker, first_line, flatten, now_ms, provenance, resolve_uri
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import first_line, resolve_uri
+from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.lr_range import LrRange, range_test

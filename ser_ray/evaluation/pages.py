@@ -27,7 +27,7 @@ from ser_ray.plots.search import (
 )
 from ser_ray.plots.svg import inline_svg
 from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
-from ser_ray.tracking.tracker import provenance
+from ser_ray.tracking.provenance import provenance
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
 

@@ -50,7 +50,9 @@ from ser_ray.search.trial import (
     trial_metrics,
 )
 from ser_ray.search.trial_journal import JournalCallback
-from ser_ray.tracking.tracker import Tracker, provenance, resolve_uri
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import resolve_uri
+from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import PROGRESS, STATE, Snapshot, read_progress
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained

@@ -1,8 +1,7 @@
-"""Where models are: a name becomes a checkpoint's directory, a run's model a registered version.
+"""What a name leads to in MLflow: a run's recipe, a model's checkpoint, a registered version.
 
-A model is a checkpoint's folder or URI, an MLflow run's id, or a registered version
-(`models:/ser-ray@champion`, `models:/ser-ray/3`). Beside `tracking`, which records runs, the only
-module that imports MLflow.
+A model is named by a checkpoint's folder or URI, by an MLflow run's id, or by a registered version
+(`models:/ser-ray@champion`, `models:/ser-ray/3`).
 """
 
 import json
@@ -17,22 +16,16 @@ from pyarrow import fs
 
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.tracking.tracker import (
-    configure_mlflow_client,
-    flatten,
-    recipe_of_run,
-    require_reachable,
-    resolve_uri,
-    store_answers,
-)
+from ser_ray.tracking.store import connect, resolve_uri, store_answers
+from ser_ray.tracking.tracker import flatten
 
 SELECTED_BY = "selected_val_ua"
-"""Metric of a finished training; the lower `TIE_BROKEN_BY` where it is equal."""
+"""Metric of a finished training; among equals, the lower `TIE_BROKEN_BY` is better."""
 TIE_BROKEN_BY = "selected_val_loss"
 SHARDS_TAG = "shards.fingerprint"
 """Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"
-"""Artifact of an evaluated one."""
+"""Artifact of an evaluated training."""
 
 RUNS_PER_CALL = 1000
 """Runs that a search returns in one page."""
@@ -42,14 +35,14 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 @contextmanager
 def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
-    """A model as a local checkpoint directory, fetched for the block where it is not one.
+    """Yield a model as a local checkpoint directory, downloaded until the block ends if necessary.
 
     Args:
         model: checkpoint folder or URI, MLflow run id, or `models:/name@alias`.
         tracking_uri: as `resolve_uri` takes it.
 
     Raises:
-        TrackingError: no such run or registered model.
+        TrackingError: there is no such run or registered model.
         CheckpointError: the folder's storage does not answer.
     """
     if model.startswith("models:/") or (_RUN_ID.fullmatch(model) and not Path(model).exists()):
@@ -65,26 +58,24 @@ def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
             if filesystem.get_file_info(path).type == fs.FileType.Directory:
                 fs.copy_files(path, folder, source_filesystem=filesystem)
         except OSError as error:
-            raise CheckpointError(f"{model}: cannot be fetched ({error})") from error
+            raise CheckpointError(f"{model}: cannot be read ({error})") from error
         yield Path(folder)
 
 
 def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
-    """Fetch the checkpoint in a packaged model into an empty folder; returns its directory.
+    """Download the checkpoint in a packaged model into an empty folder; returns its directory.
 
     Args:
         model: id of the run that logged it, or a registered version: `models:/name@alias`.
         tracking_uri: as `resolve_uri` takes it.
 
     Raises:
-        TrackingError: no such run, model or alias, or the store cannot be reached.
+        TrackingError: there is no such run, model or alias, or the store does not answer.
     """
-    configure_mlflow_client()
+    uri = resolve_uri(tracking_uri)
+    connect(uri)
     import mlflow
 
-    uri = resolve_uri(tracking_uri)
-    require_reachable(uri)
-    mlflow.set_tracking_uri(uri)
     location = model if model.startswith("models:/") else f"runs:/{model}/model"
     advice = (
         "; name a run's id, models:/name@alias or a checkpoint folder, and the store with "
@@ -98,6 +89,37 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
     return Path(path, flavour["data"])
 
 
+def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
+    """Return the recipe that a run recorded, as `TrainConfig.to_dict` wrote it.
+
+    Raises:
+        TrackingError: there is no such run, it has no recipe, or the store does not answer.
+    """
+    uri = resolve_uri(tracking_uri)
+    connect(uri)
+    import mlflow
+
+    advice = (
+        "; name the store with --tracking-uri, and the id of a run that ser-ray train or tune "
+        "recorded"
+    )
+    with store_answers(f"{run_id}: no run with a recipe in {uri}", advice):
+        recipe: dict[str, Any] = json.loads(
+            mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
+        )
+    return recipe
+
+
+def name_like(run_id: str, changed_recipe: str = "") -> str:
+    """Name of a run that trains the recipe of another one.
+
+    Args:
+        run_id: the other run.
+        changed_recipe: fingerprint of the recipe, where it differs from the other run's.
+    """
+    return f"like-{run_id[:12]}" + (f"-{changed_recipe[:8]}" if changed_recipe else "")
+
+
 def best_training_of(run_id: str, tracking_uri: str) -> str:
     """Find the run with the model of a training, a search or a cross-validation.
 
@@ -108,13 +130,9 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.
     """
-    configure_mlflow_client()
-    from mlflow import MlflowClient
-
     uri = resolve_uri(tracking_uri)
-    require_reachable(uri)
+    client = connect(uri)
     with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
-        client = MlflowClient(tracking_uri=uri)
         run = client.get_run(run_id)
         experiment = run.info.experiment_id
         children = list(_search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
@@ -163,16 +181,14 @@ def _rank(run: Any) -> tuple[float, float]:
 
 
 def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:
-    """The scores of a run's test part, None if it was not evaluated, and its validation UA.
+    """Return the scores of a run's test part, None if it was not evaluated, and its validation UA.
 
     Raises:
         TrackingError: the store does not answer, or has no such run.
     """
-    from mlflow import MlflowClient
-
     uri = resolve_uri(tracking_uri)
+    client = connect(uri)
     with store_answers(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
-        client = MlflowClient(tracking_uri=uri)
         stored = {item.path for item in client.list_artifacts(run_id, "tables")}
         scores = None
         if TEST_SCORES in stored:
@@ -191,15 +207,13 @@ def register_model(
         card: description of the version, Markdown.
 
     Raises:
-        TrackingError: the store refused.
+        TrackingError: the store refused the version.
     """
-    configure_mlflow_client()
+    uri = resolve_uri(tracking_uri)
+    client = connect(uri)
     import mlflow
 
-    uri = resolve_uri(tracking_uri)
-    mlflow.set_tracking_uri(uri)
     with store_answers(f"{uri}: {name} was not registered"):
-        client = mlflow.MlflowClient(tracking_uri=uri)
         made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
         client.update_model_version(name, made.version, description=card)
         if alias:

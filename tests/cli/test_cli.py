@@ -7,7 +7,7 @@ import pytest
 
 from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
-from ser_ray.tracking import tracker as tracking
+from ser_ray.tracking import registry
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files
 
@@ -78,7 +78,7 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
     theirs = TrainConfig(
         lr_max=5e-3, ema_decay=0.99, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
     )
-    monkeypatch.setattr(tracking, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+    monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
     flags = "--lr-max 2e-3 --ema-decay 0 --mixup 0 --time-masks 1 --balanced --dry-run"
     assert main(["train", "--like", "f00d", *flags.split()]) == 0
     recipe = TrainConfig.from_dict(json.loads(capsys.readouterr().out)["train"]["recipe"])
@@ -88,7 +88,7 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
 
 def test_only_the_same_recipe_has_the_name_of_the_run_it_is_like(capsys, monkeypatch):
     theirs = TrainConfig(feature="mel")
-    monkeypatch.setattr(tracking, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
+    monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
 
     def name_of(*flags: str) -> str:
         assert main(["train", "--like", "f00d", "--dry-run", *flags]) == 0
@@ -127,11 +127,11 @@ def test_only_the_same_recipe_has_the_name_of_the_run_it_is_like(capsys, monkeyp
         ("pipeline --weights nowhere.pth", "nowhere.pth: no such file"),
         (
             "register 00000000000000000000000000000000 --name a --tracking-uri foo://bar",
-            "no such run in foo",
+            "foo://bar: no MLflow database can be opened",
         ),
         (
             "train --like 00000000000000000000000000000000 --tracking-uri foo://bar",
-            "no run with a recipe in foo",
+            "foo://bar: no MLflow database can be opened",
         ),
     ],
 )

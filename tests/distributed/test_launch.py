@@ -371,7 +371,7 @@ def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
     assert [row["val_ua"] for row in away.history] == [
         row["val_ua"] for row in uninterrupted.history
     ]
-    assert "the same command is given then" in caplog.text
+    assert "the same command is run again" in caplog.text
     mlflow_server.start()
     assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "RUNNING"
     # As from another machine, which has none of the driver's files: the checkpoint tells.

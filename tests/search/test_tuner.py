@@ -58,7 +58,7 @@ from ser_ray.search.tuner import (
     warn_of_baseline,
 )
 from ser_ray.shards.read import open_shards
-from ser_ray.tracking.tracker import recipe_of_run
+from ser_ray.tracking.registry import recipe_of_run
 from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained

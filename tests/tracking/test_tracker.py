@@ -18,7 +18,9 @@ from mlflow import MlflowClient
 from ser_ray.distributed.callbacks import JournalReader, JournalWriter
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import tracker as tracking
-from ser_ray.tracking.tracker import Tracker, now_ms, provenance, require_reachable
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import connect
+from ser_ray.tracking.tracker import Tracker, now_ms
 from tests.mlflow_server import MlflowServer
 
 pytestmark = pytest.mark.slow
@@ -198,9 +200,9 @@ def test_a_server_is_asked_with_the_credentials_of_the_client(
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(TrackingError, match=r"401.*MLFLOW_TRACKING_PASSWORD"):
-        require_reachable(closed_server)
+        connect(closed_server)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
-    require_reachable(closed_server)
+    connect(closed_server)
 
 
 def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
