@@ -116,7 +116,7 @@ def test_files_to_score_that_only_this_machine_has_are_refused_even_if_the_first
     refused: Path, tmp_path: Path
 ) -> None:
     clips = some_clips(tmp_path / "shared", refused)
-    predictor: Any = SimpleNamespace(fingerprint="a model", reader=None)
+    predictor: Any = SimpleNamespace(fingerprint="a model", labels=("calm",))
     with pytest.raises(ResourcesError, match=clips[1]):
         batch.predict_many(clips, predictor, str(tmp_path / "found.csv"))
 

@@ -1,19 +1,25 @@
-"""Predictions of many files on their way to a table: a journal while it lasts, then one file.
+"""Predictions of many files as a table: parts while the pass runs, one file at its end.
 
-The journal is a local file of JSON lines: answers come in any order, whatever was delivered
-before an interruption stays, and half a line at its end is dropped. When every file is answered,
-the lines are written in the order of the files as Parquet, CSV or JSON lines, by the output's
-suffix. The journal of a table with files whose storage did not answer stays: given again, the same
-command asks for those alone. Memory holds one number a file, not the answers.
+The driver keeps the answers in a folder beside the output (`OUTPUT.partial`, on a disk or in a
+bucket), as Parquet files in the order in which the answers come. The same command resumes from
+there. When every file is answered, the parts become one Parquet, CSV or JSON lines file in the
+order of the files, and the folder is deleted. It stays while files are unreachable, so that the
+same command scores only those again.
+
+Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, keeps files that
+were unreachable as answered, and its result is the folder of parts.
 """
 
-import fcntl
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,17 +28,23 @@ from pyarrow import csv, fs
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.predictor import Prediction
 from ser_ray.inference.recordings import UNREACHABLE
+from ser_ray.storage.atomic import atomic_write
+from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
+SECONDS_PER_PART = 5.0
+"""Answers wait in memory for this long before they become a part; a killed driver loses them."""
 ROWS_AT_ONCE = 4096
-REMOTE_JOURNALS = Path("~/.cache/ser-ray/journals")
-"""Where the journal of an output in a bucket, which cannot be appended to, is kept: not in the
-folder of a job, which is another one for every submission."""
+"""Rows that are written at once, and so the size of a Parquet row group."""
+PARTS_IN_MEMORY = 4
+"""Blocks finish out of order, so the rows of neighbouring parts alternate in the files' order."""
+
+Item = TypeVar("Item")
 
 
 def output_suffix(output: str) -> str:
-    """The suffix of an output, which says its format.
+    """Return the suffix of an output, which decides its format.
 
     Raises:
         ConfigError: it is none of `SUFFIXES`.
@@ -43,156 +55,188 @@ def output_suffix(output: str) -> str:
     return suffix
 
 
-class Journal:
-    """The answers so far, while its context lasts.
-
-    Args:
-        output: where the table will go.
-        model: what the answers are from; those of another model are dropped.
-    """
-
-    def __init__(self, output: str, model: str) -> None:
-        filesystem, path = filesystem_of(output)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            self.path = Path(f"{path}.partial")
-        else:
-            digest = hashlib.sha256(output.encode()).hexdigest()[:8]
-            self.path = REMOTE_JOURNALS.expanduser() / f"{digest}-{Path(path).name}.partial"
-        self.output = output
-        self._header = json.dumps({"model": model}).encode() + b"\n"
-        self._places: dict[str, int] = {}  # of each answered path's line
-
-    def __enter__(self) -> Self:
-        """Take up what an interrupted run left.
-
-        Raises:
-            ConfigError: another run is writing there, or nobody can.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ConfigError(
-                f"{self.output}: another run is writing it; wait for that, or choose another "
-                "--output"
-            ) from error
-        self._require_writable()
-        self._file.seek(0)
-        whole = len(self._header) if self._file.readline() == self._header else 0
-        while whole and (line := self._file.readline()).endswith(b"\n"):
-            answer = json.loads(line)
-            if answer["status"] != UNREACHABLE:
-                self._places[answer["path"]] = whole
-            whole += len(line)
-        self._file.truncate(whole)
-        if not whole:
-            self._file.write(self._header)
-        return self
-
-    def _require_writable(self) -> None:
-        """Find out now, and not when all is scored; where it is local, the journal has."""
-        filesystem, path = filesystem_of(absolute(self.output))
-        if isinstance(filesystem, fs.LocalFileSystem):
-            return
-        try:
-            with filesystem.open_output_stream(f"{path}.tmp"):
-                pass
-            filesystem.delete_file(f"{path}.tmp")
-        except OSError as error:
-            self._file.close()
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"{self.output}: cannot be written ({error}); choose another --output")
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def is_done(self, path: str) -> bool:
-        """Whether a file is answered."""
-        return path in self._places
-
-    def append(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Keep the answers of some files, whatever happens next."""
-        self._file.seek(0, 2)
-        for answer in answers:
-            self._places[answer["path"]] = self._file.tell()
-            self._file.write(json.dumps(answer).encode() + b"\n")
-        self._file.flush()
-
-    def answers(self, files: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The answers of these files, in their order."""
-        for path in files:
-            self._file.seek(self._places[path])
-            yield json.loads(self._file.readline())
-
-    def conclude(self, files: Sequence[str], labels: Sequence[str]) -> None:
-        """Write the table of these files, under a temporary name first, and drop the journal
-        unless files are to be asked for again.
-
-        Raises:
-            SerRayError: it could not be written; the journal stays.
-        """
-        filesystem, path = filesystem_of(absolute(self.output))
-        suffix, schema = output_suffix(self.output), table_schema(labels)
-        try:
-            with filesystem.open_output_stream(f"{path}.tmp") as stream:
-                _write(suffix, stream, schema, _tables(self.answers(files), schema))
-            filesystem.move(f"{path}.tmp", path)
-        except OSError as error:
-            raise SerRayError(
-                f"{self.output}: could not be written ({error}); the answers are kept, and the "
-                "same command writes them"
-            ) from error
-        if all(answer["status"] != UNREACHABLE for answer in self.answers(files)):
-            self.path.unlink()
-
-
-def prediction_row(found: Prediction) -> dict[str, Any]:
-    """A prediction as a row of the table: probabilities become p_<label>, None without one."""
-    shares = {f"p_{label}": share for label, share in (found.probabilities or {}).items()}
+def prediction_row(prediction: Prediction) -> dict[str, Any]:
+    """Make a row of the table; the probability of a label is in the column `p_<label>`."""
     timeline = [
         {"start": segment.start, "end": segment.end, "emotion": segment.emotion}
-        | {f"p_{label}": share for label, share in segment.probabilities.items()}
-        for segment in found.timeline
+        | _columns(segment.probabilities)
+        for segment in prediction.timeline
     ]
     return {
-        "path": found.path,
-        "status": found.status,
-        "reason": found.reason,
-        "emotion": found.emotion,
-        "duration": found.duration,
-        **shares,
+        "path": prediction.path,
+        "status": prediction.status,
+        "reason": prediction.reason,
+        "emotion": prediction.emotion,
+        "duration": prediction.duration,
+        **_columns(prediction.probabilities or {}),
         "timeline": timeline,
     }
 
 
+def _columns(probabilities: dict[str, float]) -> dict[str, float]:
+    return {f"p_{label}": probability for label, probability in probabilities.items()}
+
+
 def table_schema(labels: Sequence[str]) -> pa.Schema:
-    """Columns of the table, one row a file."""
-    shares = [(f"p_{label}", pa.float64()) for label in labels]
-    segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string()), *shares]
+    """Return the columns of the table, which has one row for each file."""
+    probabilities = [(f"p_{label}", pa.float64()) for label in labels]
+    segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
     texts = [(name, pa.string()) for name in ("path", "status", "reason", "emotion")]
-    timeline = ("timeline", pa.list_(pa.struct(segment)))
-    return pa.schema([*texts, ("duration", pa.float64()), *shares, timeline])
+    timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
+    return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
 
 
-def _tables(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
-    while block := list(islice(rows, ROWS_AT_ONCE)):
-        yield pa.Table.from_pylist(block, schema)
+@contextmanager
+def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["PartialResults"]:
+    """Resume the results of an interrupted pass, or start new ones, and keep other runs away.
+
+    Args:
+        output: where the table will be.
+        model: fingerprint of the model; the answers of another model are ignored.
+        labels: the model's labels.
+
+    Raises:
+        ConfigError: another run writes this table, or the location cannot be written.
+    """
+    filesystem, path = filesystem_of(absolute(output))
+    folder = f"{path}.partial"
+    try:
+        filesystem.create_dir(folder, recursive=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{output}: cannot be written ({error}); choose another --output"
+        ) from error
+    advice = f"is writing {output}: wait until it ends, or choose another --output"
+    with Lock(filesystem, folder, ConfigError, advice) as lock:
+        results = PartialResults(filesystem, path, lock, model, labels)
+        try:
+            yield results
+        finally:
+            with suppress(SerRayError):  # the error that ended the pass matters more
+                results.write_part()
 
 
-def _write(suffix: str, stream: Any, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+class PartialResults:
+    """The answers so far of a pass. Memory holds a path and two numbers for each file."""
+
+    def __init__(
+        self, filesystem: fs.FileSystem, path: str, lock: Lock, model: str, labels: Sequence[str]
+    ) -> None:
+        self._filesystem, self._path, self._folder = filesystem, path, f"{path}.partial"
+        self._lock, self._model, self._schema = lock, model, table_schema(labels)
+        self._waiting: list[pa.Table] = []
+        self._last_part = time.monotonic()
+        self._read_part = lru_cache(PARTS_IN_MEMORY)(self._read)
+        self._places: dict[str, tuple[str, int]] = {}  # part and row of each answered file
+        for file in filesystem.get_file_info(fs.FileSelector(self._folder)):
+            if file.base_name.startswith(model) and file.extension == "parquet":
+                answers = self._read(file.base_name, ["path", "status"]).to_pylist()
+                for row, answer in enumerate(answers):
+                    if answer["status"] != UNREACHABLE:
+                        self._places[answer["path"]] = file.base_name, row
+
+    def is_answered(self, path: str) -> bool:
+        """Whether an interrupted pass answered a file."""
+        return path in self._places
+
+    def append(self, answers: pa.Table) -> None:
+        """Keep the answers of some files."""
+        self._waiting.append(answers)
+        if time.monotonic() - self._last_part > SECONDS_PER_PART:
+            self.write_part()
+
+    def write_part(self) -> None:
+        """Write the answers that wait in memory, if there are any.
+
+        Raises:
+            SerRayError: they cannot be written.
+        """
+        self._last_part = time.monotonic()
+        if not self._waiting:
+            return
+        answers = pa.concat_tables(self._waiting)
+        part = f"{self._model}-{uuid4().hex}.parquet"
+        try:
+            with atomic_write(self._filesystem, f"{self._folder}/{part}") as path:
+                pq.write_table(answers, path, filesystem=self._filesystem)
+        except OSError as error:
+            raise SerRayError(
+                f"{self._folder}: answers cannot be written ({error}); make room for them or wait "
+                "until the storage is back, and the same command resumes"
+            ) from error
+        self._waiting = []
+        for row, name in enumerate(answers["path"].to_pylist()):
+            self._places[name] = part, row
+
+    def finish(self, files: Sequence[str]) -> tuple[Counter[str], Counter[str]]:
+        """Write the table of these files, and delete the parts unless a file was unreachable.
+
+        Returns:
+            The number of files by status, and by emotion.
+
+        Raises:
+            SerRayError: the table cannot be written; the parts stay.
+        """
+        statuses: Counter[str] = Counter()
+        emotions: Counter[str] = Counter()
+
+        def counted() -> Iterator[pa.Table]:
+            for tables in in_groups(self._in_order(files), len, ROWS_AT_ONCE):
+                table = pa.concat_tables(tables)
+                statuses.update(table["status"].to_pylist())
+                emotions.update(table["emotion"].drop_null().to_pylist())
+                yield table
+
+        # A stream into a bucket that an error closes leaves an object that looks complete.
+        temporary = f"{self._path}.tmp"
+        self.write_part()
+        self._lock.check()
+        try:
+            with self._filesystem.open_output_stream(temporary) as stream:
+                _write(output_suffix(self._path), stream, self._schema, counted())
+            self._filesystem.move(temporary, self._path)
+            if UNREACHABLE not in statuses:
+                self._filesystem.delete_dir(self._folder)
+        except OSError as error:
+            raise SerRayError(
+                f"{self._path}: could not be written ({error}); the answers are kept in "
+                f"{self._folder}, and the same command writes the table"
+            ) from error
+        return statuses, emotions
+
+    def _in_order(self, files: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the answers of these files, in their order."""
+        for part, group in groupby(files, key=lambda path: self._places[path][0]):
+            yield self._read_part(part).take([self._places[path][1] for path in group])
+
+    def _read(self, part: str, columns: Sequence[str] | None = None) -> pa.Table:
+        path = f"{self._folder}/{part}"
+        return pq.read_table(path, columns=columns, filesystem=self._filesystem, partitioning=None)
+
+
+def in_groups(
+    items: Iterable[Item], size_of: Callable[[Item], int], size: int
+) -> Iterator[list[Item]]:
+    """Yield the items in groups that end with the item that makes their size reach `size`."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size_of(item)
+        if total >= size:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+def _write(suffix: str, stream: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     if suffix == ".parquet":
         with pq.ParquetWriter(stream, schema) as parquet:
             for table in tables:
                 parquet.write_table(table)
     elif suffix == ".csv":
-        # A cell holds no table: the timeline is JSON there.
+        # A cell cannot hold a list, so the timeline is JSON there.
         place = schema.get_field_index("timeline")
         flat = schema.set(place, pa.field("timeline", pa.string()))
         with csv.CSVWriter(stream, flat) as lines:

@@ -1,11 +1,10 @@
 """Many files through Ray, compared with one after the other, and interrupted."""
 
-import contextlib
 import json
 import os
 import signal
 import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from ser_ray.cluster import cluster
 from ser_ray.errors import ConfigError
 from ser_ray.inference import batch
+from ser_ray.inference import results as results_module
 from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Prediction, Predictor
-from ser_ray.inference.recordings import RecordingFeatures
-from ser_ray.inference.results import Journal, prediction_row, table_schema
+from ser_ray.inference.results import in_groups, open_results, prediction_row, table_schema
+from ser_ray.storage.paths import filesystem_of
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
 from tests.s3_server import s3_bucket
@@ -58,9 +59,12 @@ def ray_on_two_cpus():
     ray.shutdown()
 
 
+def table_of(rows: list[dict]) -> pa.Table:
+    return pa.Table.from_pylist(rows, table_schema(LABELS))
+
+
 def rows_of(predictor: Predictor, files: list[str]) -> list[dict]:
-    rows = [prediction_row(predictor.predict(path)) for path in files]
-    return pa.Table.from_pylist(rows, table_schema(LABELS)).to_pylist()
+    return table_of([prediction_row(predictor.predict(path)) for path in files]).to_pylist()
 
 
 def require_close(found: list[dict], expected: list[dict]) -> None:
@@ -81,7 +85,7 @@ def require_close(found: list[dict], expected: list[dict]) -> None:
 def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(batch, "FILES_AT_ONCE", 4)
+    monkeypatch.setattr(batch, "FILES_PER_BLOCK", 4)
     monkeypatch.setattr(batch, "has_gpus", lambda: False)
     output = tmp_path / "found.parquet"
     seen: list[int] = []
@@ -94,8 +98,7 @@ def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
     with pytest.raises(KeyboardInterrupt):
         predict_many(files, predictor, str(output), progress=interrupt)
     assert not output.exists()
-    with Path(f"{output}.partial").open("a") as journal:
-        journal.write('{"path": "half a li')
+    Path(f"{output}.partial", f"{predictor.fingerprint}-a.parquet.tmp").write_text("half a part")
     summary = predict_many(files, predictor, str(output), progress=lambda _: None)
     assert summary.files_before == seen[-1] > 0
     assert summary.counts == {"ok": 11, "unreadable": 2, "silent": 1}
@@ -122,7 +125,7 @@ def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
     def kill_the_reader() -> None:
         with deadly.open("wb"):  # waits for somebody to open it
             for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     opened = {str(link.readlink()) for link in (process / "fd").iterdir()}
                     if str(deadly) in opened and int(process.name) != os.getpid():
                         os.kill(int(process.name), signal.SIGKILL)
@@ -143,9 +146,9 @@ def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
 def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, tmp_path, suffix):
     output = tmp_path / f"found.{suffix}"
     rows = {path: prediction_row(predictor.predict(path)) for path in files}
-    with Journal(str(output), "model") as journal:
-        journal.append([rows[path] for path in reversed(files)])
-        journal.conclude(files, LABELS)
+    with open_results(str(output), "model", LABELS) as results:
+        results.append(table_of([rows[path] for path in reversed(files)]))
+        results.finish(files)
     if suffix == "jsonl":
         found = [json.loads(line) for line in output.read_text().splitlines()]
     elif suffix == "csv":
@@ -160,30 +163,70 @@ def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, 
     require_close(found, rows_of(predictor, files))
 
 
-def test_answers_of_another_model_are_not_taken_over(tmp_path):
+def test_an_interrupted_pass_resumes_with_the_answers_of_the_same_model_alone(tmp_path):
     output = str(tmp_path / "found.csv")
-    with Journal(output, "one") as journal:
-        journal.append([{"path": "a", "status": "ok"}])
-    with Journal(output, "one") as journal:
-        assert journal.is_done("a")
-    with Journal(output, "other") as journal:
-        assert not journal.is_done("a")
+    with suppress(KeyboardInterrupt), open_results(output, "one", LABELS) as results:
+        results.append(table_of([{"path": "a", "status": "ok"}]))
+        raise KeyboardInterrupt
+    with open_results(output, "one", LABELS) as results:
+        assert results.is_answered("a")
+        assert not results.is_answered("b")
+    with open_results(output, "other", LABELS) as results:
+        assert not results.is_answered("a")
 
 
-def test_one_writer_at_a_time(tmp_path):
+def test_only_one_pass_writes_a_table(tmp_path):
     output = str(tmp_path / "found.csv")
     with (
-        Journal(output, "model"),
-        pytest.raises(ConfigError, match="another run is writing it"),
-        Journal(output, "model"),
+        open_results(output, "model", LABELS),
+        pytest.raises(ConfigError, match=r"is writing .*found\.csv.*choose another --output"),
+        open_results(output, "model", LABELS),
     ):
         pass
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(
+def test_parts_whose_rows_alternate_in_the_files_order_are_each_read_once(tmp_path, monkeypatch):
+    """As when two actors take turns: reading a part for every row would take hours."""
+    monkeypatch.setattr(results_module, "SECONDS_PER_PART", -1.0)
+    output = tmp_path / "found.jsonl"
+    files = [f"{number}.wav" for number in range(40)]
+    read = []
+
+    def read_table(path, *arguments, **options):
+        read.append(path)
+        return original(path, *arguments, **options)
+
+    original = pq.read_table
+    monkeypatch.setattr(pq, "read_table", read_table)
+    with open_results(str(output), "model", LABELS) as results:
+        for actor in range(2):
+            rows = [{"path": path, "status": "ok", "emotion": "calm"} for path in files[actor::2]]
+            results.append(table_of(rows))
+        counts = results.finish(files)
+    assert counts == ({"ok": 40}, {"calm": 40})
+    assert len(read) == len(set(read)) == 2
+    assert [json.loads(line)["path"] for line in output.read_text().splitlines()] == files
+
+
+def test_a_pass_into_a_bucket_resumes_from_the_bucket(in_tmp, monkeypatch):
+    with s3_bucket("kept") as uri:
+        output = uri.format("tables/found.csv")
+        for known in (False, True):
+            with open_results(output, "model", LABELS) as results:
+                assert results.is_answered("a") is known
+                results.append(table_of([{"path": "a", "status": "silent"}]))
+        with open_results(output, "model", LABELS) as results:
+            assert results.finish(["a"]) == ({"silent": 1}, {})
+        filesystem, path = filesystem_of(output)
+        assert b"silent" in filesystem.open_input_file(path).read()
+        left = filesystem.get_file_info(fs.FileSelector("kept", recursive=True))
+        assert [file.path for file in left if file.is_file] == [path]
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
     predictor, files, in_tmp, monkeypatch
 ):
-    monkeypatch.setenv("HOME", str(in_tmp))
     monkeypatch.setattr(batch, "require_kept", lambda output: None)
     (in_tmp / "file").touch()
     with s3_bucket("kept") as uri:
@@ -191,48 +234,30 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_scored(
         for output in (str(in_tmp / "file" / "table.csv"), gone):
             with pytest.raises(ConfigError, match=r"cannot be written .* another --output"):
                 predict_many(files, predictor, output)
-        with Journal(uri.format("table.csv"), "model") as journal:
-            assert journal.path.parent == in_tmp / ".cache" / "ser-ray" / "journals"
 
 
 def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeypatch):
     asked: list[str] = []
 
-    def score(files, predictor):
+    def predict(files, predictor):
         asked.extend(files)
-        yield [prediction_row(Prediction(path=path, status="silent")) for path in files]
+        yield table_of([prediction_row(Prediction(path=path, status="silent")) for path in files])
 
-    monkeypatch.setattr(batch, "_score", score)
+    monkeypatch.setattr(batch, "_predict", predict)
     monkeypatch.setattr(batch, "require_kept", lambda output: None)
     monkeypatch.setattr(batch, "require_shared", lambda *places: None)
     predict_many(["a.wav", "s3://bucket/b.wav"], predictor, "table.csv")
     assert asked == [str(in_tmp / "a.wav"), "s3://bucket/b.wav"]
 
 
-def test_long_recordings_are_scored_before_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(batch, "WINDOWS_AT_ONCE", 5)
-    lengths = {"a": 2, "b": 4, "c": 0, "d": 9, "e": 1}
-    recordings = (
-        RecordingFeatures(path=name, features=(np.zeros(1),) * n) for name, n in lengths.items()
-    )
-    groups = [[item.path for item in group] for group in batch.window_groups(recordings)]
-    assert groups == [["a", "b"], ["c", "d"], ["e"]]
+def test_a_group_ends_with_the_recording_that_makes_it_large():
+    windows = {"a": 2, "b": 4, "c": 0, "d": 9, "e": 1}
+    assert list(in_groups(windows, windows.__getitem__, 5)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_an_output_of_no_known_format_is_refused(predictor):
     with pytest.raises(ConfigError, match=r"found\.xlsx: it must end in one of \.parquet"):
         predict_many(["a.wav"], predictor, "found.xlsx")
-
-
-def test_a_million_answers_take_the_journal_seconds(tmp_path):
-    """Cost of the bookkeeping alone: it must not be what a large pass waits for."""
-    files = [f"clips/{number}.wav" for number in range(20_000)]
-    row = {"status": "ok", "emotion": "calm", "duration": 1.0, "timeline": []}
-    started = time.perf_counter()
-    with Journal(str(tmp_path / "found.jsonl"), "model") as journal:
-        journal.append({"path": path, **row} for path in files)
-        journal.conclude(files, ["calm"])
-    assert time.perf_counter() - started < 10  # 0.5 s on an idle machine
 
 
 @pytest.mark.ray
