@@ -30,7 +30,7 @@ from ser_ray.inference.predictor import Prediction
 from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
-from ser_ray.storage.paths import absolute, filesystem_of
+from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 SECONDS_PER_PART = 5.0
@@ -98,16 +98,10 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
     Raises:
         ConfigError: another run writes this table, or the location cannot be written.
     """
-    filesystem, path = filesystem_of(absolute(output))
-    folder = f"{path}.partial"
-    try:
-        filesystem.create_dir(folder, recursive=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{output}: cannot be written ({error}); choose another --output"
-        ) from error
+    filesystem, path = filesystem_of(output)
+    folder = location_inside(folder_of(output), f"{Path(path).name}.partial")
     advice = f"is writing {output}: wait until it ends, or choose another --output"
-    with Lock(filesystem, folder, ConfigError, advice) as lock:
+    with Lock(folder, ConfigError, advice) as lock:
         results = PartialResults(filesystem, path, lock, model, labels)
         try:
             yield results

@@ -232,7 +232,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
     with s3_bucket("kept") as uri:
         gone = uri.format("table.csv").replace("kept", "no-such-bucket")
         for output in (str(in_tmp / "file" / "table.csv"), gone):
-            with pytest.raises(ConfigError, match=r"cannot be written .* another --output"):
+            with pytest.raises(ConfigError, match=r"cannot be written .* choose another folder"):
                 predict_many(files, predictor, output)
 
 
