@@ -1,15 +1,15 @@
-"""How fast many files are predicted, against decoding them and doing nothing else.
+"""How fast many files are predicted, compared with only decoding them.
 
 `python jobs/bench.py predict --corpus DIR --model MODEL` prints a table of
 
 - decode: files to samples, in one process;
-- features: and to the network's input, in one process;
-- predict: and to probabilities, in one process with one thread;
-- pass: `ser-ray predict DIR --output`, on a Ray cluster of as many CPUs as are asked for.
+- features: files to the network's input, in one process;
+- predict: files to probabilities, in one process with one thread;
+- pass: `ser-ray predict DIR --output`, on a Ray cluster with `--cpus` CPUs.
 
-The rate of the pass is that of the files after its first block, so that starting Ray and the actors
-shows only in the seconds to the first one. What the figures do not say: how it is with files that
-come over a network, and with videos, where finding the sound takes longer than decoding it.
+The rate of the pass counts the files after its first block, so the start of Ray and its actors
+shows only in the seconds to the first block. The figures say nothing about files that come over a
+network, or about videos, where finding the sound takes longer than decoding it.
 """
 
 import tempfile
@@ -38,26 +38,26 @@ class Bench:
     model: str
     """Checkpoint, run id or registered name."""
     files: int = 0
-    """At most so many of the files; 0 for all."""
+    """Largest number of files; 0 for all."""
     sample: int = 200
-    """Files for the ways of one process."""
+    """Number of files that one process is measured with."""
     cpus: int = 2
-    """CPUs of Ray."""
+    """CPUs of the Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One way, measured."""
+    """The measurement of one way."""
 
     files: int
     first: float
     """Seconds to the first file or block."""
     rate: float
-    """Files a second after it."""
+    """Files per second after it."""
 
 
 def one_by_one(files: list[str], work: Callable[[str], object]) -> Timing:
-    """Measure a function on one file after the other; the first warms up."""
+    """Measure a function on one file after the other; the first is the warm-up."""
     started = time.perf_counter()
     work(files[0])
     first = time.perf_counter()
@@ -66,8 +66,8 @@ def one_by_one(files: list[str], work: Callable[[str], object]) -> Timing:
     return Timing(len(files), first - started, (len(files) - 1) / (time.perf_counter() - first))
 
 
-def whole_pass(files: list[str], predictor: Predictor, cpus: int) -> Timing:
-    """Measure the pass from the start of Ray on."""
+def batch_pass(files: list[str], predictor: Predictor, cpus: int) -> Timing:
+    """Measure the pass, which includes starting Ray."""
     import ray
 
     marks: list[tuple[float, int]] = []
@@ -96,7 +96,7 @@ def main() -> None:
         "decode": one_by_one(sample, decode),
         "features": one_by_one(sample, predictor.reader.read),
         "predict": one_by_one(sample, predictor.predict),
-        "pass": whole_pass(files, predictor, bench.cpus),
+        "pass": batch_pass(files, predictor, bench.cpus),
     }
     print(f"{'':10}{'files':>7}{'files/s':>9}{'first, s':>10}{'of decoding':>13}")
     for way, timing in timings.items():

@@ -1,8 +1,8 @@
-"""A page where a person records or drops a clip and sees what the model says of it.
+"""A page where a person records or drops a clip and sees what the model predicts.
 
-Gradio draws the page. Nothing leaves the machine: no share link, no analytics, no fonts or scripts
-from elsewhere, to which a content security policy holds the browser as well. What people record
-lies in a folder that goes with the server.
+Gradio draws the page. Nothing leaves the machine: there is no share link, no analytics and no font
+or script from elsewhere, and a content security policy makes the browser refuse them. Recordings
+are in a temporary folder, which is deleted when the server stops.
 """
 
 import html
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 DRAWN_SECONDS = 60.0
-"""So much of a recording is drawn, from its start."""
+"""Only the first seconds of a longer recording are drawn."""
 
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 _STYLE = """
@@ -41,7 +41,7 @@ _STYLE = """
 .ser-ray pre { max-height: 20rem; overflow: auto; font-size: .875rem }
 .ser-ray [role=alert] { font-size: 1.125rem; overflow-wrap: anywhere }
 """
-_LIMITS = "It says which of these a voice resembles as people acted them, not what a person feels."
+_LIMITS = "It says which acted emotion a voice resembles, not what a person feels."
 
 MAX_PORT = 65_535
 
@@ -53,7 +53,7 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         predictor: the model.
         host: address to listen on.
         port: 0 takes a free one.
-        announce: called with the page's URL when it can be opened.
+        announce: called with the page's URL once it can be opened.
 
     Raises:
         SerRayError: gradio is not installed.
@@ -65,7 +65,7 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         listening = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): name another with --host and "
+            f"{host}:{port} cannot be listened on ({error.strerror}): choose another --host or "
             "--port; --port 0 takes a free one"
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
@@ -73,8 +73,8 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         app = _make_app(predictor, partial(answer, predictor, sandbox.decode))
         import uvicorn
 
-        for name in (signal.SIGTERM, signal.SIGHUP):  # else they end it without tidying up
-            if signal.getsignal(name) is signal.SIG_DFL:  # nohup has it ignored
+        for name in (signal.SIGTERM, signal.SIGHUP):  # by default they skip the cleaning up
+            if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(name, lambda *_: sys.exit(0))
         announce(f"http://{host}:{listening.getsockname()[1]}")
         with suppress(KeyboardInterrupt):
@@ -84,7 +84,7 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
 def answer(
     predictor: Predictor, decode: Decode, path: str | None
 ) -> tuple[dict[str, float] | None, str]:
-    """What the page shows of a recording: the probabilities, and a picture or what is wrong."""
+    """Return what the page shows: the probabilities, and HTML with a picture or the fault."""
     if path is None:
         return None, ""
     name = Path(path).name
@@ -104,35 +104,35 @@ def answer(
 
 
 def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: str) -> str:
-    """The waveform and spectrogram as SVG, with the silent ends; none where the start is silent."""
+    """Draw waveform and spectrogram as SVG, silent ends included; "" if there is only silence."""
     seconds = DRAWN_SECONDS
-    whole = FeatureExtractor(
+    extract = FeatureExtractor(
         replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
     )
     try:
-        waveform = whole.waveform(samples[: round(seconds * sample_rate)], sample_rate)
+        waveform = extract.waveform(samples[: round(seconds * sample_rate)], sample_rate)
     except ClipError:
         return ""
-    spectrogram = whole.features(waveform)["spectrogram"]
+    spectrogram = extract.features(waveform)["spectrogram"]
     figure = clip_figure(waveform, predictor.card.features.sample_rate, spectrogram)
     return inline_svg(figure, f"Waveform and spectrogram of {name}")
 
 
 def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "FastAPI":
-    """The page as a web application; `respond` takes the path of a recording."""
+    """Make the page a web application; `respond` takes the path of a recording."""
     try:
         import gradio as gr
     except ImportError as error:
         raise SerRayError(
-            "the demo page needs gradio: in the clone, pip install -e '.[demo]'"
+            "the demo page needs the package gradio; in the clone, run pip install -e '.[demo]'"
         ) from error
     from fastapi import FastAPI, Request
 
     card = predictor.card
     about = (
         f"ResNet18 on {card.config.feature} of {card.trained_on}; {card.split['label']}. It names "
-        f"one of {', '.join(card.labels)}. {_LIMITS} Recordings stay on this machine, and are "
-        "deleted when the page is stopped."
+        f"one of {', '.join(card.labels)}. {_LIMITS} Recordings stay on this machine and "
+        "are deleted when the page is stopped."
     )
 
     def show(path: str | None) -> tuple[Any, str]:

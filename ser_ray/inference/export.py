@@ -1,11 +1,12 @@
-"""A checkpoint to one file that needs nothing of this program: ONNX, or torch's exported program.
+"""A checkpoint to one file that runs without this program: ONNX, or torch's exported program.
 
-In: a mono waveform [num_samples] float32 at the model's sample rate, of any length. Out: the
-probability of every label [labels] float32, or NaN where prediction would not guess: silent, too
-short, or with more sound than the longest training clip. Trimming, features, normalisation and
-windows are inside, so no shape in the graph but the input's depends on the recording: what is
-outside the sound is masked, not cut off. Each export is compared with `Predictor` before it is
-handed over.
+The input is a mono waveform [num_samples] float32 at the model's sample rate, of any length. The
+output is the probability of every label [labels] float32, or NaN for a waveform that `Predictor`
+would not score as one clip: silent, too short, or with more sound than the longest training clip.
+
+The graph holds trimming, features, normalisation and windows; it is the only second form of the
+features. Only the shape of its input depends on the recording, so it masks what is outside the
+sound instead of cutting it off. An export is compared with `Predictor` before it is written.
 """
 
 import json
@@ -28,18 +29,18 @@ from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 
 TOLERANCE = 1e-3
-"""Largest difference of a probability from that of `Predictor`: the graph sums in other orders."""
-TRIED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
+"""Largest allowed difference of a probability from `Predictor`: the graph sums in other orders."""
+CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportResult:
-    """A model as one file, checked."""
+    """An exported model, whose probabilities were compared with the original's."""
 
     output: str
     largest_difference: float
-    """Of a probability, from `Predictor`'s, over waveforms of `TRIED_SECONDS` and silent ends."""
+    """Of a probability, over waveforms of `CHECKED_SECONDS` with silent ends."""
     tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class ExportResult:
 
 
 class WaveformModel(nn.Module):
-    """The whole way of a clip as one graph: `FeatureExtractor`, windows and network."""
+    """A clip's complete computation as one graph: `FeatureExtractor`, windows and network."""
 
     mean: Tensor
     std: Tensor
@@ -87,7 +88,7 @@ class WaveformModel(nn.Module):
         begin, length, is_scored = self._sound(waveform)
         num_frames = length // self.features.hop_length + 1
         features = self._features(waveform.double(), begin, length)
-        # Rounded twice, as on its way through the shards into a training.
+        # Rounded twice, as the shards and the training's tensors round.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
         crops, weights = self._windows(normalised, num_frames)
@@ -96,7 +97,7 @@ class WaveformModel(nn.Module):
         return torch.where(is_scored, mean, torch.full_like(mean, torch.nan))
 
     def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First sample and number of samples of the sound, and whether it is a clip's."""
+        """Return the first sample and the length of the sound, and whether it can be scored."""
         config, num_samples = self.features, waveform.shape[0]
         stretch = round(ENERGY_SECONDS * config.sample_rate)
         place = torch.arange(num_samples // stretch + 1)
@@ -117,7 +118,7 @@ class WaveformModel(nn.Module):
         return begin, length, is_scored
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
-        """Features [bins, num_frames_max]; frames beyond those of the sound hold anything."""
+        """Compute features [bins, num_frames_max]; frames beyond the sound hold any value."""
         config = self.features
         starts = torch.arange(config.num_frames)[:, None] * config.hop_length
         places = starts + torch.arange(config.window_length) - config.window_length // 2
@@ -132,9 +133,9 @@ class WaveformModel(nn.Module):
         return mel if self.kind == "mel" else self.dct @ mel
 
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops [max_windows, 1, bins, crop_frames], and 1 for those that count [max_windows].
+        """Cut crops [max_windows, 1, bins, crop_frames] and weigh [max_windows] those in use by 1.
 
-        As `ser_ray.training.data.window_starts` places them.
+        They are placed as `ser_ray.training.data.window_starts` places them.
         """
         spare = num_frames - self.crop_frames
         count = (num_frames + self.crop_frames - 1) // self.crop_frames
@@ -149,20 +150,19 @@ class WaveformModel(nn.Module):
 
 
 def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
-    """Write a checkpoint as one file, at a path or URI, once it agrees with the original.
+    """Write a checkpoint as one file, at a path or URI, if it agrees with the original.
 
     Raises:
-        CheckpointError: no checkpoint there.
+        CheckpointError: there is no checkpoint.
         ConfigError: no filesystem opens the output.
-        ResourcesError: Ray deletes the output after the job.
-        SerRayError: the packages for it are missing, the file's answers differ, or it cannot be
-            written.
+        ResourcesError: Ray would delete the output after the job.
+        SerRayError: a package is missing, the file's probabilities differ, or it cannot be written.
     """
     require_kept(output)
     filesystem, path = filesystem_of(output)
     predictor = Predictor(checkpoint)
     num_samples = torch.export.Dim("num_samples", min=predictor.card.features.window_length)
-    sample = torch.from_numpy(_tried(1.0, predictor.card.features.sample_rate))
+    sample = torch.from_numpy(_checked_waveform(1.0, predictor.card.features.sample_rate))
     with torch.no_grad():
         program = torch.export.export(
             WaveformModel(predictor), (sample,), dynamic_shapes=({0: num_samples},)
@@ -186,7 +186,9 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             fs.copy_files(str(file), path, destination_filesystem=filesystem)
         except OSError as error:
-            raise SerRayError(f"{output}: cannot be written ({error})") from error
+            raise SerRayError(
+                f"{output}: cannot be written ({error}); choose another --output"
+            ) from error
     return ExportResult(output=output, largest_difference=largest)
 
 
@@ -197,10 +199,11 @@ Run = Callable[[np.ndarray], np.ndarray]
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) -> Run:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it and says so only in a traceback
+        import onnxscript  # noqa: F401 - torch's exporter needs it, and fails without it with a traceback
     except ImportError as error:
         raise SerRayError(
-            f"ONNX export needs {error.name}: in the clone, pip install -e '.[export]'"
+            f"ONNX export needs the package {error.name}; in the clone, run "
+            "pip install -e '.[export]'"
         ) from error
     graph = torch.onnx.export(
         program,
@@ -219,18 +222,18 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
 
 def _run_torch(path: Path) -> Run:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch's, of its own archive's buffers
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of its own archive's buffers
         module = torch.export.load(path).module()
     return lambda waveform: module(torch.from_numpy(waveform)).numpy()
 
 
 def _compare(run: Run, predictor: Predictor, output: str) -> float:
-    """Largest difference of a probability over waveforms of several lengths."""
+    """Return the largest difference of a probability over waveforms of several lengths."""
     rate = predictor.card.features.sample_rate
     largest = 0.0
-    for seconds in TRIED_SECONDS:
-        waveform = _tried(seconds, rate)
-        found = predictor.predict_samples(waveform, rate, "tried")
+    for seconds in CHECKED_SECONDS:
+        waveform = _checked_waveform(seconds, rate)
+        found = predictor.predict_samples(waveform, rate, "checked")
         if found.probabilities is None or found.timeline:
             if not np.isnan(run(waveform)).all():
                 largest = np.inf
@@ -239,15 +242,15 @@ def _compare(run: Run, predictor: Predictor, output: str) -> float:
         largest = max(largest, float(difference.max()))
     if not largest <= TOLERANCE:
         raise SerRayError(
-            f"{output}: not written: its probabilities differ from the original's by "
-            f"{largest:.2g}, more than {TOLERANCE:g}; this is a fault of the program: please "
-            "report it with the model's card.json"
+            f"{output}: not written, because its probabilities differ from the original's by "
+            f"{largest:.2g}, which is more than {TOLERANCE:g}; this is a fault of the program, so "
+            "please report it with the model's card.json"
         )
     return largest
 
 
-def _tried(seconds: float, rate: int) -> np.ndarray:
-    """Harmonics that swell and fade over faint noise, with silent ends, float32 [num_samples]."""
+def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
+    """Make harmonics over faint noise, with silent ends, float32 [num_samples]."""
     time = np.arange(round(seconds * rate)) / rate
     pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
     voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))

@@ -1,15 +1,17 @@
 """A checkpoint and an audio file to an emotion.
 
-The features are computed by the same code and configuration as those the model was trained on, and
-a clip is scored by the same windows as in validation. One file is answered in about the time that
-Python needs to import torch: nothing here needs Ray, MLflow or torchvision.
+A file, a stream or samples become features of one or more windows (`RecordingReader`), these become
+probabilities by the function that scores validation clips, and these become a `Prediction`. Every
+other way to an answer, such as the batch pass, the packaged model and the demo, calls `Predictor`.
+It imports neither Ray nor MLflow nor torchvision, so one file takes little more than the import of
+torch.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """What the model says of one window of a long recording."""
+    """The answer for one window of a long recording."""
 
     start: float
     """Seconds from the beginning."""
@@ -43,18 +45,18 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What the model says of one file, or why it says nothing."""
+    """The answer for one file, or the reason why there is none."""
 
     path: str
     emotion: str | None = None
     probabilities: dict[str, float] | None = None
-    """Probability of every label; they sum to 1. Of a long recording, the mean of its windows."""
+    """Probability of every label; they sum to 1. A long recording has the mean of its windows."""
     duration: float | None = None
-    """Seconds of the whole recording."""
+    """Seconds of the complete recording."""
     timeline: tuple[Segment, ...] = ()
     """The windows with sound of a recording longer than the clips the model was trained on."""
     status: str = "ok"
-    """ok, or what is wrong with the file: unreadable, no_audio, too_short, too_long, silent."""
+    """ok, or what is wrong: unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
     """The status in words."""
 
@@ -62,18 +64,18 @@ class Prediction:
         name = Path(self.path).name
         if self.probabilities is None or self.emotion is None:
             return f"{name}: {self.status} ({self.reason})"
-        whole = f" over {_clock(self.duration or 0)}" if self.timeline else ""
-        return f"{name}: {self.emotion} ({self.probabilities[self.emotion]:.0%}){whole}"
+        length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
+        return f"{name}: {self.emotion} ({self.probabilities[self.emotion]:.0%}){length}"
 
 
 class Predictor:
-    """A model ready to name emotions.
+    """A trained model and the reader that computes its features.
 
     Args:
         checkpoint: directory of a checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint there, or not a whole one.
+        CheckpointError: the checkpoint is missing or incomplete.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -87,7 +89,7 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that differ when the card or any weight does."""
+        """Sixteen hex digits that change when the card or any weight changes."""
         digest = hashlib.blake2b(self.card.to_json().encode(), digest_size=8)
         for weight in self.network.parameters():
             digest.update(weight.detach().cpu().contiguous().numpy().data)
@@ -99,7 +101,7 @@ class Predictor:
         return self
 
     def predict(self, location: str) -> Prediction:
-        """Score one file; what is wrong with it ends in the answer, not in an exception."""
+        """Score one file; a fault of the file is part of the answer and raises nothing."""
         return self.predict_features([self.reader.read(location)])[0]
 
     def predict_stream(self, file: BinaryIO, name: str) -> Prediction:
@@ -114,8 +116,8 @@ class Predictor:
         """Score the features of some files, together."""
         scores = self._probabilities([clip for item in recordings for clip in item.features])
         ends = np.cumsum([len(item.features) for item in recordings])[:-1]
-        own = np.split(scores, ends)
-        return [self._answer(item, rows) for item, rows in zip(recordings, own, strict=True)]
+        by_file = zip(recordings, np.split(scores, ends), strict=True)
+        return [self._answer(recording, rows) for recording, rows in by_file]
 
     def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
         """Score clips as validation does.
@@ -137,7 +139,7 @@ class Predictor:
         return predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
 
     def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
-        """Put one file's scores [windows, labels] into words."""
+        """Make the answer from the probabilities [windows, labels] of one file."""
         if recording.status != "ok":
             return Prediction(
                 path=recording.path,
@@ -145,34 +147,31 @@ class Predictor:
                 status=recording.status,
                 reason=recording.reason,
             )
-        emotion, probabilities = self._name(scores.mean(axis=0))
-        timeline = []
-        for (start, end), row in zip(
-            recording.windows, scores if recording.windows else (), strict=True
-        ):
-            named, shares = self._name(row)
-            timeline.append(Segment(start=start, end=end, emotion=named, probabilities=shares))
+        timeline = tuple(
+            Segment(start=start, end=end, **self._most_probable(row))
+            for (start, end), row in zip(recording.windows, scores, strict=False)  # a clip has none
+        )
         return Prediction(
             path=recording.path,
-            emotion=emotion,
-            probabilities=probabilities,
+            **self._most_probable(scores.mean(axis=0)),
             duration=recording.duration,
-            timeline=tuple(timeline),
+            timeline=timeline,
         )
 
-    def _name(self, scores: np.ndarray) -> tuple[str, dict[str, float]]:
-        best = self.labels[int(scores.argmax())]
-        return best, dict(zip(self.labels, scores.tolist(), strict=True))
+    def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
+        """Name the most probable label of probabilities [labels], and each by its label."""
+        by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
+        return {"emotion": self.labels[int(probabilities.argmax())], "probabilities": by_label}
 
 
-def format_predictions(found: Sequence[Prediction]) -> str:
-    """A line for each file, its timeline below; of a single file the probabilities as bars."""
+def format_predictions(predictions: Sequence[Prediction]) -> str:
+    """Write a line for each file with its timeline, and for a single file bars of probabilities."""
     lines = []
-    for item in found:
-        lines.append(str(item))
-        lines += [f"  {segment}" for segment in item.timeline]
-    if len(found) == 1 and found[0].probabilities:
-        lines += _bars(found[0].probabilities)
+    for prediction in predictions:
+        lines.append(str(prediction))
+        lines += [f"  {segment}" for segment in prediction.timeline]
+    if len(predictions) == 1 and predictions[0].probabilities:
+        lines += _bars(predictions[0].probabilities)
     return "\n".join(lines)
 
 

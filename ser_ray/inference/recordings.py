@@ -1,10 +1,10 @@
-"""Files to what the network can be shown: the features of a clip, or of a recording's windows.
+"""Files to features: of a clip, or of the windows of a long recording.
 
 The features are computed by the code and with the configuration of the shards that the model was
 trained on. A recording with more sound than the longest training clip is cut into overlapping
-windows as long as the network's crop, each treated as a clip of its own; windows without sound are
-left out, not guessed. `list_audio` says which files a user means. Knows neither torch nor Ray, so
-decoding workers start in a moment.
+windows as long as the network's crop, and each is treated as a clip. Windows without sound are left
+out. `list_audio` finds the files that a user means. This module imports neither torch nor Ray, so
+that decoding processes start quickly.
 """
 
 import os
@@ -29,17 +29,17 @@ AUDIO_SUFFIXES = (
     ".wav", ".mp4", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".webm", ".mkv", ".mov", ".aac",
     ".aiff", ".amr", ".avi", ".wma",
 )  # fmt: skip
-"""What counts as audio or video in a folder; a file named itself may have any name."""
+"""Files in a folder with these suffixes are read; a file that is named itself may have any name."""
 MAX_RECORDING_SECONDS = 3600.0
-"""Longer recordings are `too_long`: they would not fit into a worker's memory."""
+"""Longer recordings have the status `too_long`: they would not fit into a worker's memory."""
 
 UNREACHABLE = "unreachable"
-"""Status of a file whose storage did not answer: nothing is said of the file itself."""
+"""Status of a file whose storage did not answer; the file itself may be all right."""
 
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
 Decode = Callable[..., tuple[np.ndarray, int]]
-"""`decode`, or a sandbox's, which outlives a clip that kills the process decoding it."""
+"""`decode`, or the method of a sandbox, which survives a clip that kills the decoding process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +48,11 @@ class RecordingFeatures:
 
     path: str
     duration: float | None = None
-    """Seconds of the whole recording; None where it could not be decoded."""
+    """Seconds of the complete recording; None if it could not be decoded."""
     windows: tuple[Window, ...] = ()
-    """Where each of the features is from in a long recording; empty for a clip."""
+    """The window that each of the features covers in a long recording; empty for a clip."""
     features: tuple[np.ndarray, ...] = ()
-    """One array for a clip, one a window for a long recording, each [bins, frames] float16."""
+    """One array for a clip, or one for each window; each is [bins, frames] float16."""
     status: str = "ok"
     """ok, or why there are no features: unreadable, no_audio, too_short, too_long, silent, or
     `UNREACHABLE`.
@@ -62,12 +62,12 @@ class RecordingFeatures:
 
 
 class RecordingReader:
-    """Turns files into features. Holds plain arrays, so it travels to workers.
+    """Turns files into features; it holds plain arrays, so Ray can send it to workers.
 
     Args:
         config: the model's feature configuration.
-        kind: the feature that the network sees.
-        crop_frames: frames that the network sees at once, and so the length of a window.
+        kind: the feature that the network takes.
+        crop_frames: frames that the network takes at once, which is the length of a window.
     """
 
     def __init__(self, config: FeatureConfig, kind: Kind, crop_frames: int) -> None:
@@ -75,10 +75,9 @@ class RecordingReader:
         self.kind = kind
         frames = min(crop_frames, config.num_frames)
         self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
-        self.step_seconds = self.window_seconds / 2
 
     def read(self, location: str, decode: Decode = decode) -> RecordingFeatures:
-        """Read the file at a path or URI, decoded here or where `decode` does it."""
+        """Read the file at a path or URI, which `decode` decodes."""
         return self._read(location, location, decode)
 
     def read_stream(self, file: BinaryIO, name: str) -> RecordingFeatures:
@@ -88,24 +87,27 @@ class RecordingReader:
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
         """Take mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
         duration = len(samples) / sample_rate
-        windows: tuple[Window, ...] = ()
-        features: tuple[np.ndarray, ...]
         try:
-            try:
-                features = (self._features(samples, sample_rate),)
-            except ClipError as error:
-                if error.status != "too_long":
-                    raise
-                found = list(self._windows(samples, sample_rate))
-                windows = tuple(window for window, _ in found)
-                features = tuple(array for _, array in found)
-                if not found:
-                    raise ClipError("silent", "no window of it holds enough sound") from error
+            features = (self._features(samples, sample_rate),)
         except ClipError as error:
+            if error.status == "too_long":
+                return self._read_windows(samples, sample_rate, name)
             return RecordingFeatures(
                 path=name, duration=duration, status=error.status, reason=error.reason
             )
-        return RecordingFeatures(path=name, duration=duration, windows=windows, features=features)
+        return RecordingFeatures(path=name, duration=duration, features=features)
+
+    def _read_windows(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
+        """Take a recording with more sound than the longest training clip."""
+        found = list(self._windows(samples, sample_rate))
+        return RecordingFeatures(
+            path=name,
+            duration=len(samples) / sample_rate,
+            windows=tuple(window for window, _ in found),
+            features=tuple(features for _, features in found),
+            status="ok" if found else "silent",
+            reason=None if found else "no window of it holds enough sound",
+        )
 
     def _read(self, source: str | BinaryIO, name: str, decode: Decode) -> RecordingFeatures:
         try:
@@ -122,48 +124,49 @@ class RecordingReader:
     def _windows(
         self, samples: np.ndarray, sample_rate: int
     ) -> Iterator[tuple[Window, np.ndarray]]:
-        """Yield the features of every window that holds sound.
+        """Yield every window that holds sound, and its features.
 
-        Sound is what a training clip's silent ends were told from: less than `trim_db` below the
-        loudest of the recording, for `min_seconds` of the window.
+        A window holds sound if `min_seconds` of it are louder than `trim_db` below the loudest
+        part of the recording, which is how the silent ends of training clips are found.
         """
         stretch = round(ENERGY_SECONDS * sample_rate)
         loud = _loud_stretches(samples, stretch, self.extract.config.trim_db)
         for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
-            samples_inside = slice(*(round(second * sample_rate) for second in window))
-            sounding = loud[
-                round(samples_inside.start / stretch) : round(samples_inside.stop / stretch)
-            ].sum()
-            if sounding * stretch / sample_rate < self.extract.config.min_seconds:
+            first, end = (round(second * sample_rate) for second in window)
+            num_loud = loud[round(first / stretch) : round(end / stretch)].sum()
+            if num_loud * stretch / sample_rate < self.extract.config.min_seconds:
                 continue
             try:
-                yield window, self._features(samples[samples_inside], sample_rate)
-            except ClipError:  # silent: quiet beside the recording's loudest, and in full scale
+                yield window, self._features(samples[first:end], sample_rate)
+            except ClipError:  # too quiet even where nothing louder stands beside it
                 continue
 
 
 def segment_starts(seconds: float, window_seconds: float) -> list[float]:
-    """First second of every window of a recording: one every half window, the last at its end."""
+    """Return the start in seconds of every window: one every half window, the last at the end."""
     last = max(seconds - window_seconds, 0.0)
     return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
 
 
 def _loud_stretches(samples: np.ndarray, stretch: int, trim_db: float) -> np.ndarray:
-    """Which stretches of so many samples are sound, bool [num_stretches]."""
-    whole = len(samples) // stretch * stretch
-    stretches = samples[:whole].reshape(-1, stretch)
-    # Summed in blocks: an hour of int16 samples is not copied to float as a whole.
+    """Return which stretches of `stretch` samples are sound, bool [num_stretches]."""
+    num_stretches = len(samples) // stretch
+    stretches = samples[: num_stretches * stretch].reshape(-1, stretch)
+    # Summed in blocks, so that an hour of int16 samples is not copied to float at once.
     power = np.einsum("ij,ij->i", stretches, stretches, dtype=np.float64, casting="safe")
     return power > power.max() * 10 ** (-trim_db / 10)
 
 
 def list_audio(sources: Sequence[str]) -> list[str]:
-    """Files to score, each once: those named, those of audio or video in the folders named, and
-    those that a pattern matches (`*` and `?` within a name, `**` over any number of folders).
+    """List the files to score, each once.
+
+    Args:
+        sources: files, folders whose audio and video files are meant, or patterns (`*` and `?`
+            match within a name, `**` matches any number of folders).
 
     Raises:
-        CorpusError: a source does not exist or cannot be listed, or holds or matches no such file.
+        CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
     """
     files: list[str] = []
     for source in sources:
@@ -171,7 +174,9 @@ def list_audio(sources: Sequence[str]) -> list[str]:
             files += _files_of(source)
         except (OSError, UnicodeEncodeError) as error:
             name = os.fsencode(source).decode(errors="backslashreplace")
-            raise CorpusError(f"{name}: cannot be listed ({error})") from error
+            raise CorpusError(
+                f"{name}: cannot be listed ({error}); check its name and your access to it"
+            ) from error
     return list(dict.fromkeys(files))
 
 
@@ -183,15 +188,18 @@ def _files_of(source: str) -> list[str]:
     if kind == fs.FileType.Directory:
         found = [file for file in list_files(source) if _is_audio(file.inside)]
         if not found:
-            raise CorpusError(f"{source}: no audio or video file in this folder")
+            raise CorpusError(
+                f"{source}: no audio or video file in this folder; a file with another suffix must "
+                "be named itself"
+            )
         return sorted(file.location for file in found)
     if set("*?[") & set(source):
         return _matching(source)
-    raise CorpusError(f"{source}: no such file or folder")
+    raise CorpusError(f"{source}: no such file or folder; name another, or a pattern in quotes")
 
 
 def _matching(pattern: str) -> list[str]:
-    """Audio and video files that a pattern matches; other files only where it says their suffix."""
+    """List the audio and video files that a pattern matches, and any files if it has a suffix."""
     fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
     base = fixed[0] if fixed else ""
     wanted = pattern.removeprefix(base).split("/")
@@ -202,7 +210,9 @@ def _matching(pattern: str) -> list[str]:
         and (_is_audio(file.inside) or "." in wanted[-1])
     ]
     if not found:
-        raise CorpusError(f"{pattern}: matches no audio or video file")
+        raise CorpusError(
+            f"{pattern}: matches no audio or video file; `**` matches folders at any depth"
+        )
     return sorted(found)
 
 
