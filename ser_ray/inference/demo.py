@@ -91,16 +91,16 @@ def answer(
     try:
         samples, sample_rate = decode(path, max_seconds=MAX_RECORDING_SECONDS)
     except ClipError as error:
-        found = Prediction(path=name, status=error.status, reason=error.reason)
+        prediction = Prediction(path=name, status=error.status, reason=error.reason)
     else:
-        found = predictor.predict_samples(samples, sample_rate, name)
-    if found.probabilities is None:
-        return None, f'<p role="alert">{html.escape(str(found))}</p>'
+        prediction = predictor.predict_samples(samples, sample_rate, name)
+    if prediction.probabilities is None:
+        return None, f'<p role="alert">{html.escape(str(prediction))}</p>'
     timeline = ""
-    if found.timeline:
-        lines = "\n".join(str(segment) for segment in found.timeline)
+    if prediction.timeline:
+        lines = "\n".join(str(segment) for segment in prediction.timeline)
         timeline = f"<p>The mean over these windows:</p><pre>{html.escape(lines)}</pre>"
-    return found.probabilities, _picture(predictor, samples, sample_rate, name) + timeline
+    return prediction.probabilities, _picture(predictor, samples, sample_rate, name) + timeline
 
 
 def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: str) -> str:

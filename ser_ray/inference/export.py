@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pyarrow import fs
+from scipy.fft import dct
 from torch import Tensor, nn
 
 from ser_ray.cluster import require_kept
@@ -75,7 +76,7 @@ class WaveformModel(nn.Module):
             "cosines": window * np.cos(angles),  # [window_length, bins]
             "sines": window * np.sin(angles),
             "mel_bands": extract._mel_bands.toarray(),  # [mels, bins]
-            "dct": _dct(config.num_mfcc, config.num_mels),  # [coefficients, mels]
+            "dct": dct(np.eye(config.num_mels), axis=0, norm="ortho")[: config.num_mfcc],
         }
         for name, values in constants.items():
             self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float64)))
@@ -257,14 +258,6 @@ def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
     inside = (time > 0.1 * seconds) & (time < 0.8 * seconds)
     noise = np.random.default_rng(0).normal(0, 1e-5, len(time))
     return (0.1 * voice * inside * (1.2 + np.sin(2 * np.pi * 3 * time)) + noise).astype(np.float32)
-
-
-def _dct(num_mfcc: int, num_mels: int) -> np.ndarray:
-    """Orthonormal DCT-II [num_mfcc, num_mels]."""
-    angles = np.outer(np.arange(num_mfcc), np.arange(num_mels) + 0.5) * (np.pi / num_mels)
-    scale = np.full((num_mfcc, 1), np.sqrt(2 / num_mels))
-    scale[0] = np.sqrt(1 / num_mels)
-    return scale * np.cos(angles)
 
 
 def _decibels(power: Tensor) -> Tensor:

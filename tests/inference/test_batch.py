@@ -36,7 +36,7 @@ def predictor(tmp_path_factory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
-    """Ten voices, a long one, a silent one, what is no sound, and what is not there."""
+    """Ten voices, a long one, a silent file, a text file and a file that does not exist."""
     folder = tmp_path_factory.mktemp("clips")
     paths = [
         write_wav(folder / f"{seed}.wav", voice(0.6 + seed / 10, 16_000, seed), 16_000)
@@ -50,7 +50,7 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ray_on_two_cpus():
-    """And a GPU in name alone, on which the model runs as on a CPU."""
+    """Start Ray with two CPUs, and a GPU in name only, on which the model runs as on a CPU."""
     import ray
 
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, address="local", log_to_driver=False)
@@ -68,7 +68,7 @@ def rows_of(predictor: Predictor, files: list[str]) -> list[dict]:
 
 
 def require_close(found: list[dict], expected: list[dict]) -> None:
-    """Equal, but that shares are computed in other batches."""
+    """Compare rows, whose probabilities were computed in other batches."""
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():
@@ -82,7 +82,7 @@ def require_close(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
-def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
+def test_an_interrupted_pass_resumes_and_ends_like_one_file_after_the_other(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(batch, "FILES_PER_BLOCK", 4)
@@ -115,10 +115,10 @@ def test_an_interrupted_pass_goes_on_and_ends_as_one_file_after_the_other(
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
-def test_decoding_beside_the_model_and_a_file_that_kills_its_decoder(
+def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_the_model(
     ray_on_two_cpus, predictor, files, tmp_path
 ):
-    """A pipe stalls the process that opens it; who does is killed while it waits."""
+    """A pipe stalls the process that opens it; that process is killed while it waits."""
     deadly = tmp_path / "deadly.wav"
     os.mkfifo(deadly)
 
@@ -262,7 +262,7 @@ def test_an_output_of_no_known_format_is_refused(predictor):
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
-def test_files_on_a_disk_that_was_away_are_asked_for_again(
+def test_files_that_were_unreachable_are_scored_by_the_same_command(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(batch, "has_gpus", lambda: False)
@@ -278,5 +278,5 @@ def test_files_on_a_disk_that_was_away_are_asked_for_again(
     write_wav(mounted / "voice.wav", voice(0.8, 16_000, 3), 16_000)
     second = predict_many(asked, predictor, str(output), progress=lambda _: None)
     assert second.counts == {"ok": 2}
-    assert second.files_before == 1, "only the other one was asked for again"
+    assert second.files_before == 1, "only the other file is scored again"
     assert not list(tmp_path.glob("*.partial"))

@@ -32,7 +32,7 @@ def clip(tmp_path_factory) -> Path:
     return write_wav(tmp_path_factory.mktemp("clips") / "clip.wav", voice(2.5))
 
 
-def test_a_clip_is_answered_as_predict_does_and_drawn_whole(predictor, clip):
+def test_a_clip_is_answered_as_predict_does_and_drawn_completely(predictor, clip):
     probabilities, seen = answer(predictor, decode, str(clip))
     assert probabilities == predictor.predict(str(clip)).probabilities
     svg = ElementTree.fromstring(seen[seen.index("<svg") : seen.index("</div>")])
@@ -49,7 +49,7 @@ def test_a_long_recording_shows_its_windows(predictor, tmp_path):
     assert shown.splitlines() == [str(segment) for segment in found.timeline]
 
 
-def test_what_is_wrong_is_said_and_shown_as_text(predictor, tmp_path):
+def test_the_reason_of_a_refusal_is_shown_as_text(predictor, tmp_path):
     write_wav(tmp_path / "silent.wav", np.zeros(48_000))
     (tmp_path / "<b>.wav").write_text("no sound")
     for name, problem in (("silent.wav", "silent: silent"), ("<b>.wav", "unreadable")):
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_said_and_shown_as_text(predictor, tmp_path):
     assert answer(predictor, decode, None) == (None, "")
 
 
-def test_without_gradio_the_way_to_get_it_is_named(checkpoint, monkeypatch, capsys):
+def test_without_gradio_the_command_that_installs_it_is_named(checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo-ui", str(checkpoint), "--port", "0"]) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
@@ -74,13 +74,13 @@ def test_a_port_in_use_is_named(checkpoint, capsys):
     assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
 
 
-def test_a_port_that_is_none_is_named(checkpoint, capsys):
+def test_an_invalid_port_is_named(checkpoint, capsys):
     assert main(["demo-ui", str(checkpoint), "--port", "70000"]) == 2
     assert "port is 70000: it must be 0, for a free one, to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
-def test_recordings_go_however_it_is_stopped(checkpoint, tmp_path, how):
+def test_recordings_are_deleted_however_the_server_is_stopped(checkpoint, tmp_path, how):
     before = signal.signal(how, signal.SIG_DFL)  # `nohup pytest` would have it ignore SIGHUP too
     try:
         server = subprocess.Popen(
@@ -126,7 +126,7 @@ def page_url(checkpoint, tmp_path_factory) -> Iterator[str]:
         way_out.setblocking(False)
         with pytest.raises(BlockingIOError):  # nobody knocked
             way_out.accept()
-    assert list(folder.iterdir()) == [], "recordings are gone with the server"
+    assert list(folder.iterdir()) == [], "recordings are deleted with the server"
 
 
 @pytest.fixture

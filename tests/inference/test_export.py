@@ -44,7 +44,7 @@ def require_same(run, predictor: Predictor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["spectrogram", "mel", "mfcc"])
-def test_the_graph_before_it_is_exported_is_the_predictor(tmp_path, kind):
+def test_the_graph_before_it_is_exported_equals_the_predictor(tmp_path, kind):
     bins = FEATURES.num_bins(kind)
     make_checkpoint(
         tmp_path,
@@ -63,7 +63,7 @@ def test_the_graph_before_it_is_exported_is_the_predictor(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_onnx_runs_in_onnxruntime_and_says_what_it_is(tmp_path):
+def test_onnx_runs_in_onnxruntime_and_describes_itself(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     make_checkpoint(tmp_path / "model")
     exported = export(tmp_path / "model", str(tmp_path / "model.onnx"), "onnx")
@@ -89,7 +89,7 @@ def test_torchs_exported_program_runs_without_this_package(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of its own archive's buffers
-def test_it_goes_to_a_bucket(tmp_path, monkeypatch):
+def test_an_export_is_written_to_a_bucket(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     with s3_bucket("models") as uri:
@@ -103,7 +103,7 @@ def test_it_goes_to_a_bucket(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_file_whose_answers_differ_is_not_handed_over(tmp_path: Path, monkeypatch):
+def test_a_file_whose_probabilities_differ_is_not_written(tmp_path: Path, monkeypatch):
     make_checkpoint(tmp_path)
     wrong = np.array([1, 0, 0, 0], np.float32)
     monkeypatch.setattr(export_module, "_run_torch", lambda _: lambda _: wrong)
@@ -112,7 +112,7 @@ def test_a_file_whose_answers_differ_is_not_handed_over(tmp_path: Path, monkeypa
     assert not (tmp_path / "model.pt2").exists()
 
 
-def test_in_a_job_the_copy_of_the_code_is_no_place_for_it(tmp_path: Path, monkeypatch):
+def test_a_job_refuses_an_output_in_its_copy_of_the_code(tmp_path: Path, monkeypatch):
     """Before the checkpoint is read: there is none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')

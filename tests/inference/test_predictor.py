@@ -112,7 +112,7 @@ def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
     assert predictor.predict_samples(samples, rate, "samples").probabilities == expected
 
 
-def test_what_is_wrong_is_said_and_nothing_is_guessed(predictor, tmp_path):
+def test_a_file_that_cannot_be_scored_gets_a_reason_and_no_guess(predictor, tmp_path):
     silence = np.zeros(RATE, np.float32)
     blip = silence.copy()
     blip[1000:3000] = 0.5
@@ -226,12 +226,12 @@ def test_command_line_shows_bars_and_json(checkpoint, tmp_path, capsys):
     assert f"{item['emotion']} ({item['probabilities'][item['emotion']]:.0%})" in shown
 
 
-def test_a_file_that_cannot_be_scored_is_told_and_fails(checkpoint, tmp_path, capsys):
+def test_a_command_that_can_score_no_file_says_so_and_fails(checkpoint, tmp_path, capsys):
     silent = write_wav(tmp_path / "a.wav", np.zeros(RATE, np.float32))
     assert main(["predict", str(silent), "--model", str(checkpoint), "--json"]) == 2
-    told = capsys.readouterr()
-    assert json.loads(told.out)["predictions"][0]["status"] == "silent"
-    assert told.err == "error: none of these files could be scored\n"
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["predictions"][0]["status"] == "silent"
+    assert printed.err == "error: none of these files could be scored\n"
 
 
 def test_command_line_shows_a_timeline(checkpoint, tmp_path, capsys):
