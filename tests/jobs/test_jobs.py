@@ -264,7 +264,10 @@ def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("prepare --corpus /nowhere --shards {shared}/none", "/nowhere: there is no such folder"),
+        (
+            "prepare --corpus /nowhere --shards {shared}/none",
+            "/nowhere: this folder or table does not exist",
+        ),
         (
             "prepare --corpus {shared}/corpus --shards ser-ray-out/out",
             "that Ray deletes after the job",
