@@ -136,7 +136,7 @@ class WaveformModel(nn.Module):
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
         """Cut crops [max_windows, 1, bins, crop_frames] and weigh [max_windows] those in use by 1.
 
-        They are placed as `ser_ray.training.data.window_starts` places them.
+        They are placed as `ser_ray.training.scoring.window_starts` places them.
         """
         spare = num_frames - self.crop_frames
         count = (num_frames + self.crop_frames - 1) // self.crop_frames

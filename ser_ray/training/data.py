@@ -300,30 +300,3 @@ def epoch_order(seed: int, epoch: int, labels: Tensor, *, balanced: bool = False
     labels = labels.cpu()
     weights = 1.0 / torch.bincount(labels).double()[labels]
     return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
-
-
-def window_starts(num_frames: int, crop_frames: int) -> list[int]:
-    """First frames of the windows that cover a clip.
-
-    A clip that fits is centred in one window (the start is then 0 or negative); a longer one is
-    covered by as few windows as reach both ends, evenly spread.
-    """
-    spare = num_frames - crop_frames
-    if spare <= 0:
-        return [spare // 2]
-    count = -(-num_frames // crop_frames)
-    return [round(index * spare / (count - 1)) for index in range(count)]
-
-
-def window_batches(
-    num_frames: np.ndarray, clips: np.ndarray, crop_frames: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of (clip, first frame) that cover the selected clips, int64 [batch] each."""
-    pairs = [
-        (clip, start)
-        for clip in clips
-        for start in window_starts(int(num_frames[clip]), crop_frames)
-    ]
-    for first in range(0, len(pairs), batch_size):
-        batch = np.asarray(pairs[first : first + batch_size], dtype=np.int64)
-        yield batch[:, 0], batch[:, 1]

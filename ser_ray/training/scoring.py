@@ -1,11 +1,20 @@
-"""Clips to probabilities: what validation, evaluation and the loop share."""
+"""Clips to probabilities: how validation, evaluation and prediction score a clip.
+
+A clip is covered by windows as long as the network's crop. Its probabilities are the mean of those
+of its windows.
+"""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import Clips, window_batches
+from ser_ray.training.data import Clips
+
+MIN_BATCH_SIZE = 32
+"""Windows that the network sees at once, though a training step takes fewer clips."""
 
 
 @torch.inference_mode()
@@ -16,13 +25,17 @@ def predict_clips(
     config: TrainConfig,
     num_labels: int,
 ) -> np.ndarray:
-    """Probabilities of some clips: the mean over the windows that cover each, in float32.
+    """Compute the probabilities of some clips in float32, and their means in float64.
 
     Args:
+        network: [batch, 1, bins, frames] -> logits [batch, num_labels], on the clips' device.
+        clips: where the clips are.
         rows: indices of the clips to score [scored].
+        config: the recipe, whose `crop_frames` is the length of a window.
+        num_labels: outputs of the network.
 
     Returns:
-        float64 [scored, labels], rows summing to 1.
+        float64 [scored, num_labels], rows summing to 1.
     """
     was_training = network.training
     network.eval()
@@ -32,7 +45,7 @@ def predict_clips(
     position[rows] = np.arange(len(rows))
     sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
     counts = torch.zeros(len(rows), 1, dtype=torch.float64, device=device)
-    batch_size = max(config.batch_size, 32)
+    batch_size = max(config.batch_size, MIN_BATCH_SIZE)
     # All of them before the first batch: a copy to the device waits for the work that it has.
     batches = [
         [torch.from_numpy(values).to(device) for values in (clip, start, position[clip])]
@@ -45,3 +58,37 @@ def predict_clips(
         counts.index_add_(0, where, torch.ones_like(sums[where, :1]))
     network.train(was_training)
     return (sums / counts).cpu().numpy()
+
+
+def window_starts(num_frames: int, crop_frames: int) -> list[int]:
+    """First frames of the windows that cover a clip.
+
+    A clip that fits into one window is centred in it, so its start is 0 or negative. A longer clip
+    is covered by as few windows as reach both ends, evenly spread.
+    """
+    spare = num_frames - crop_frames
+    if spare <= 0:
+        return [spare // 2]
+    count = -(-num_frames // crop_frames)
+    return [round(index * spare / (count - 1)) for index in range(count)]
+
+
+def window_batches(
+    num_frames: np.ndarray, rows: np.ndarray, crop_frames: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of (clip, first frame) for all windows of some clips, int64 [batch] each.
+
+    Args:
+        num_frames: valid frames of all clips [clips].
+        rows: indices of the clips to cover [rows].
+        crop_frames: length of a window.
+        batch_size: windows in a batch, at most.
+    """
+    pairs = [
+        (clip, start)
+        for clip in rows
+        for start in window_starts(int(num_frames[clip]), crop_frames)
+    ]
+    for first in range(0, len(pairs), batch_size):
+        batch = np.asarray(pairs[first : first + batch_size], dtype=np.int64)
+        yield batch[:, 0], batch[:, 1]

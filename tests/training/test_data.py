@@ -18,8 +18,6 @@ from ser_ray.training.data import (
     seed_of,
     select_rows,
     steps_per_epoch,
-    window_batches,
-    window_starts,
 )
 from tests.conftest import PLAIN
 
@@ -39,28 +37,7 @@ def ramp_clips() -> Clips:
     return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), identity, CPU)
 
 
-@given(st.integers(1, 2000), st.integers(1, 400))
-def test_windows_cover_every_frame_and_reach_both_ends(num_frames, crop):
-    starts = window_starts(num_frames, crop)
-    covered = np.zeros(num_frames, bool)
-    for start in starts:
-        covered[max(start, 0) : max(start + crop, 0)] = True
-    assert covered.all()
-    assert len(starts) == max(1, -(-num_frames // crop))
-    if num_frames >= crop:
-        assert starts[0] == 0
-        assert starts[-1] + crop == num_frames
-
-
-def test_window_batches_name_every_window_once():
-    num_frames = np.array([10, 25, 7])
-    batches = list(window_batches(num_frames, np.array([0, 1, 2]), crop_frames=10, batch_size=2))
-    pairs = [(int(c), int(s)) for clip, start in batches for c, s in zip(clip, start, strict=True)]
-    assert pairs == [(0, 0), (1, 0), (1, 8), (1, 15), (2, -2)]
-    assert max(len(clip) for clip, _ in batches) == 2
-
-
-def test_take_cuts_inside_and_pads_outside():
+def test_a_crop_is_cut_from_the_clip_and_padded_beyond_it():
     crops, valid = ramp_clips().crop(torch.tensor([0, 1]), torch.tensor([-1, 6]), 4)
     assert crops.shape == (2, 1, 3, 4)
     assert crops[0, 0, 0].tolist() == [0, 1, 2, 3]

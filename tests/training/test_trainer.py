@@ -289,15 +289,6 @@ def test_validation_equals_scikit_learn_on_the_predictions(memory_shards, tmp_pa
     assert np.sum(report.confusion) == len(truth)
 
 
-def test_a_prediction_does_not_depend_on_the_clips_beside_it(memory_shards):
-    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
-    network = SmallNetwork(len(data.labels))
-    rows = np.arange(len(data.train))
-    together = predict_clips(network, data.train, rows, CONFIG, len(data.labels))
-    alone = [predict_clips(network, data.train, rows[i : i + 1], CONFIG, 4)[0] for i in range(5)]
-    np.testing.assert_allclose(together[:5], alone, atol=1e-5)
-
-
 def test_patience_stops_early(memory_shards, tmp_path):
     with pytest.raises(ConfigError, match=r"give --keep best"):
         replace(CONFIG, patience=1)
