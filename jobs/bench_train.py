@@ -180,10 +180,10 @@ class _Learner:
         self.device = device
         self.normalisation = data.normalisation
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
-        mels = opened.card.features.num_mels
-        response = gain_response(config.feature, mels, data.normalisation, device)
+        features = opened.card.features
+        response = gain_response(config.feature, features.num_mels, data.normalisation, device)
         self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
-        self.augment = Augment(config, len(data.labels), response)
+        self.augment = Augment(config, features, len(data.labels), response)
         network = to_channels_last(ResNet18(len(data.labels)), device)
         network.train()
         self.network: torch.nn.Module = network

@@ -12,12 +12,15 @@ from torch import Tensor
 from torchaudio.transforms import SpecAugment
 from torchvision.transforms.v2 import MixUp
 
-from ser_ray.features.config import Kind
+from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 MIN_VARIANCE = 1e-5
 """Of a bin over a clip's frames, in squared standard deviations of the corpus."""
+VTLP_BOUNDARY = 0.6
+"""Frequency up to which VTLP multiplies, as a share of half the sample rate. It is
+F_hi of the paper: 4.8 kHz of 8, above the formants that matter most."""
 
 
 class Augment:
@@ -26,11 +29,18 @@ class Augment:
 
     Args:
         recipe: what to draw, and from what feature.
+        features: what fixes the frequencies of the bins.
         num_labels: how many labels there are.
         gain_response: change of every normalised bin for +1 dB of level [bins].
     """
 
-    def __init__(self, recipe: TrainConfig, num_labels: int, gain_response: Tensor) -> None:
+    def __init__(
+        self,
+        recipe: TrainConfig,
+        features: FeatureConfig,
+        num_labels: int,
+        gain_response: Tensor,
+    ) -> None:
         config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(gain_response)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
@@ -39,6 +49,7 @@ class Augment:
         self.gain_db = config.gain_db
         self.gain_response = gain_response
         self.tempo = config.tempo
+        self.kind, self.features = recipe.feature, features
         self.vtlp = config.vtlp if recipe.feature != "mfcc" else 0.0
         self.longest = math.ceil(crop_frames * (1 + self.tempo))
         self.mask = SpecAugment(
@@ -74,8 +85,9 @@ class Augment:
             gain = (torch.rand(len(rows), 1, 1, 1, device=rows.device) * 2 - 1) * self.gain_db
             batch = batch + gain * self.gain_response[:, None] * valid
         if self.tempo or self.vtlp:
-            shares = lengths / self.longest, _around_one(self.vtlp, rows)
-            batch = _stretch(batch, *shares, self.crop_frames)
+            factors = _around_one(self.vtlp, rows)
+            bins = vtlp_bins(factors, self.kind, self.features) if self.vtlp else None
+            batch = _resample(batch, lengths / self.longest, bins, self.crop_frames)
         batch = self.mask(batch)
         labels = clips.labels[rows]
         if self.mix is not None and len(rows) > 1:
@@ -104,17 +116,70 @@ def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
     return (apart / spread * new + mean) * valid
 
 
-def _stretch(batch: Tensor, frames: Tensor, bins: Tensor, num_frames: int) -> Tensor:
-    """Stretch the first `frames` and the lowest `bins`, as shares [batch], over the whole picture.
+def _resample(batch: Tensor, frames: Tensor, bins: Tensor | None, num_frames: int) -> Tensor:
+    """Read a batch at other frames and bins, linearly between them.
 
-    Of [batch, 1, bins, any] it makes [batch, 1, bins, num_frames]; beyond the highest bin it is 0.
+    Args:
+        batch: [batch, 1, bins, any].
+        frames: share of the frames, from the first, that fill the result [batch].
+        bins: bin, with fractions, that each bin of the result is read from [batch, bins]; None
+            leaves the bins as they are.
+        num_frames: frames of the result.
+
+    Returns:
+        [batch, 1, bins, num_frames].
     """
     shape = (*batch.shape[:3], num_frames)
     move = torch.zeros(len(batch), 2, 3, device=batch.device)
-    move[:, 0, 0], move[:, 0, 2] = frames, frames - 1
-    move[:, 1, 1], move[:, 1, 2] = bins, bins - 1
+    move[:, 0, 0], move[:, 0, 2], move[:, 1, 1] = frames, frames - 1, 1
     grid = torch.nn.functional.affine_grid(move, list(shape), align_corners=False)
+    if bins is not None:
+        # grid_sample counts from -1 to 1, from the first bin's edge to the last one's.
+        grid[..., 1] = ((2 * bins + 1) / shape[2] - 1)[:, :, None]
     return torch.nn.functional.grid_sample(batch, grid, align_corners=False)
+
+
+def vtlp_bins(factors: Tensor, kind: Kind, features: FeatureConfig) -> Tensor:
+    """Bin that each bin is read from, so that frequencies are warped by some factors.
+
+    A factor moves a tone at f hertz to `warp_frequency(f, factor)`; its inverse, which is needed
+    here, is the warp by 1 / factor.
+
+    Args:
+        factors: [batch].
+        kind: spectrogram or mel.
+        features: what fixes the frequencies of the bins.
+
+    Returns:
+        Bins with fractions [batch, bins].
+    """
+    nyquist, num_bins = features.sample_rate / 2, features.num_bins(kind)
+    bins = torch.arange(num_bins, device=factors.device)
+    if kind == "spectrogram":
+        per_bin = nyquist / (num_bins - 1)
+        source = warp_frequency(bins * per_bin, 1 / factors[:, None], nyquist) / per_bin
+    else:  # band i is centred on corner i + 1 of num_mels + 2, evenly spaced on the mel scale
+        lowest, highest = (
+            2595 * math.log10(1 + hertz / 700) for hertz in (features.f_min, nyquist)
+        )
+        per_bin = (highest - lowest) / (num_bins + 1)
+        hertz = 700 * (10 ** ((lowest + (bins + 1) * per_bin) / 2595) - 1)
+        warped = warp_frequency(hertz, 1 / factors[:, None], nyquist)
+        source = (2595 * torch.log10(1 + warped / 700) - lowest) / per_bin - 1
+    return source.clamp(0, num_bins - 1)
+
+
+def warp_frequency(hertz: Tensor, factor: Tensor, nyquist: float) -> Tensor:
+    """Warp frequencies piecewise linearly (Jaitly and Hinton 2013, section 3).
+
+    Up to a boundary a frequency is multiplied by the factor; from there on a straight line leads
+    to half the sample rate, which stays where it is.
+    """
+    boundary = VTLP_BOUNDARY * nyquist * factor.clamp(max=1)
+    slope = (nyquist - boundary) / (nyquist - boundary / factor)
+    return torch.where(
+        hertz <= boundary / factor, hertz * factor, nyquist - slope * (nyquist - hertz)
+    )
 
 
 def gain_response(

@@ -28,8 +28,9 @@ class AugmentConfig:
     tempo: float = 0.0
     """Each clip is spoken up to this share slower or faster; 0 is off."""
     vtlp: float = 0.0
-    """Vocal-tract-length perturbation (Jaitly and Hinton 2013): frequencies stretched by up to this
-    share either way, so that a voice becomes another's; not for mfcc; 0 is off."""
+    """Vocal-tract-length perturbation (Jaitly and Hinton 2013): multiply the frequencies of each
+    clip by a factor within 1 ± this share, up to 4.8 kHz of 8, as if the speaker had a shorter or
+    longer vocal tract. Has no effect on mfcc; 0 is off."""
     time_masks: int = 2
     """SpecAugment: masks in time for each clip; 0 is off."""
     time_mask_frames: int = 16
@@ -47,9 +48,11 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("mix_style", "freq_mask_share", "tempo", "vtlp"):
+        for name in ("mix_style", "freq_mask_share", "tempo"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
+        if self.vtlp >= 1:
+            raise ConfigError(f"vtlp is {self.vtlp}: it must be below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,7 +62,7 @@ def range_test(
         DivergedError: the loss never fell.
     """
     data = load_fold(shards, config, device)
-    run = Trainer(config, data, pretrained, shards.card.features.num_mels, device, World())
+    run = Trainer(config, data, pretrained, shards.card.features, device, World())
     learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
     losses: list[float] = []
     run.begin_epoch()

@@ -30,6 +30,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
+from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card
@@ -119,7 +120,7 @@ def fit(
         data = stream_fold(shards, config, device, world, stream, known)
     require_workers_fit(config, len(data.train), world.size)
     card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
-    run = Trainer(config, data, pretrained, shards.card.features.num_mels, device, world)
+    run = Trainer(config, data, pretrained, shards.card.features, device, world)
     if resume is not None and before is not None:
         card.require_same(before, str(resume))
         run.restore(Snapshot.read(resume))
@@ -148,7 +149,7 @@ class Trainer:
         config: TrainConfig,
         data: FoldData[Source],
         pretrained: Pretrained,
-        num_mels: int,
+        features: FeatureConfig,
         device: torch.device,
         world: World,
     ) -> None:
@@ -167,8 +168,8 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedule = one_cycle(self.optimiser, config, self.total_steps)
-        response = gain_response(config.feature, num_mels, data.normalisation, device)
-        self.augment = Augment(config, len(data.labels), response)
+        response = gain_response(config.feature, features.num_mels, data.normalisation, device)
+        self.augment = Augment(config, features, len(data.labels), response)
         self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.num_correct = torch.zeros((), device=device)

@@ -112,12 +112,13 @@ def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
     assert max(rates[1:], default=config.lr_max) == pytest.approx(config.lr_max, rel=0.01)
 
 
-def new_training(shards, config: TrainConfig) -> loop.Trainer:
-    return loop.Trainer(config, load_fold(shards, config, CPU), FRESH, 16, CPU, loop.World())
+def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> loop.Trainer:
+    data = load_fold(shards, config, device)
+    return loop.Trainer(config, data, FRESH, shards.card.features, device, loop.World())
 
 
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
-    run = new_training(memory_shards, replace(CONFIG, pct_start=0.5))
+    run = new_trainer(memory_shards, replace(CONFIG, pct_start=0.5))
     betas = [run.optimiser.param_groups[0]["betas"][0]]
     for _ in run.begin_epoch():
         run.train_step()
@@ -147,7 +148,7 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
     config = replace(CONFIG, label_smoothing=smoothing)
     data = load_fold(memory_shards, config, CPU)
     data.train.labels.zero_()
-    run = loop.Trainer(config, data, FRESH, 16, CPU, loop.World())
+    run = loop.Trainer(config, data, FRESH, memory_shards.card.features, CPU, loop.World())
     with torch.no_grad():  # it is sure that every clip has label 0, and right
         run.network.fc.weight.zero_()
         run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
@@ -160,7 +161,7 @@ def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
     monkeypatch.setattr(loop, "supports_bfloat16", lambda *_: False)
     radius = 0.5
     config = replace(CONFIG, augment=PLAIN, sam_rho=radius)
-    run = new_training(memory_shards, config)
+    run = new_trainer(memory_shards, config)
     network, climber = copy.deepcopy(run.network), copy.deepcopy(run.network)
     batch = next(run.data.train.batches(config, loop.World(), 0, 0))
     torch.manual_seed(batch.seed)
@@ -201,7 +202,7 @@ def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "sam_rho": 0.1}])
 def test_no_step_waits_for_the_gpu(memory_shards, extra):
     config, gpu = replace(CONFIG, **extra), torch.device("cuda")
-    run = loop.Trainer(config, load_fold(memory_shards, config, gpu), FRESH, 16, gpu, loop.World())
+    run = new_trainer(memory_shards, config, gpu)
     run.begin_epoch()
     run.train_step()
     torch.cuda.set_sync_debug_mode("error")
@@ -366,7 +367,7 @@ def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch)
     shards = make_memory_shards()
     config = replace(CONFIG, feature="mfcc")
     data = load_fold(shards, config, CPU)  # type: ignore[arg-type]
-    loop.Trainer(config, data, FRESH, 40, CPU, loop.World.current())
+    loop.Trainer(config, data, FRESH, shards.card.features, CPU, loop.World.current())
     assert asked == [(data.train.features.shape[2], CONFIG.crop_frames)]
     assert asked[0][0] != 40
 
