@@ -169,8 +169,7 @@ class _Learner:
         from ser_ray.shards.read import open_shards
         from ser_ray.training.augment import Augment, gain_response
         from ser_ray.training.data import load_fold, steps_per_epoch
-        from ser_ray.training.model import ResNet18, to_channels_last
-        from ser_ray.training.trainer import supports_bfloat16
+        from ser_ray.training.model import ResNet18, supports_bfloat16, to_channels_last
 
         device = torch.device("cpu") if bench.device == "cpu" else torch.device("cuda", rank)
         config = bench.recipe

@@ -77,6 +77,11 @@ def count_confusion(truth: np.ndarray, predicted: np.ndarray, num_labels: int) -
     return np.bincount(flat, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
+def log_losses(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of every clip's true label, in nats [clips]."""
+    return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-12))
+
+
 def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     """Score predictions.
 
@@ -86,8 +91,7 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     """
     num_labels = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
-    likelihood = probabilities[np.arange(len(truth)), truth]
-    loss = float(-np.log(np.maximum(likelihood, 1e-12)).mean()) if len(truth) else 0.0
+    loss = float(log_losses(truth, probabilities).mean()) if len(truth) else 0.0
     return Scores(count_confusion(truth, predicted, num_labels), loss)
 
 

@@ -121,6 +121,21 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:
     return fuse_conv_bn_eval(convolution, norm)
 
 
+def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, and may train on such inputs in it.
+
+    GPUs and x86 CPUs with AVX512_BF16 or AMX do; others emulate it, which is slow. These CPUs train
+    in float32 where the network's last stage leaves a single row or column: for one pixel torch
+    2.11 leaves NaN in the weights that meet nothing but padding.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 @dataclass(frozen=True, slots=True)
 class Pretrained:
     """Weights to start from: a state dict that fits the network, and a sentence on its origin."""

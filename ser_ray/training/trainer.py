@@ -1,20 +1,19 @@
 """The training loop in plain torch: tensors in, checkpoints and scores out.
 
-It knows nothing of Ray. Alone it trains in one process; where `torch.distributed` is initialised,
-by Ray Train or torchrun, it is one worker of many. Batches, learning rates and augmentation are
-functions of (seed, epoch, step), not of the number of workers: each worker draws the whole batch
-and takes its stride, so a run may change its number of workers and stay the same run. (Clips that
-are streamed keep less of this: `ser_ray.training.streaming`.)
+By itself the loop trains in one process. Where Ray Train or torchrun has initialised
+`torch.distributed`, it is one worker of several. Batches, learning rates and augmentation are
+functions of (seed, epoch, step), not of the number of workers: every worker draws the complete
+batch and trains on each world-size-th clip of it, so a run may change its number of workers and
+stay the same run. (Streamed clips keep less of this: see `ser_ray.training.streaming`.)
 
-Nothing in a step waits for the device; counts and losses leave it once an epoch. A checkpoint is a
-copy of the training held still, which somebody else may write while the loop goes on.
+Nothing in a step waits for the device: counts and losses leave it once an epoch. A checkpoint is a
+copy of the training's state, which another thread may write while the loop continues.
 """
 
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,9 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim import AdamW
 
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
@@ -44,8 +41,9 @@ from ser_ray.training.data import (
     seed_of,
     steps_per_epoch,
 )
-from ser_ray.training.metrics import Scores, count_confusion, selected_epoch
-from ser_ray.training.model import NETWORK_STRIDE, Pretrained, ResNet18, to_channels_last
+from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
+from ser_ray.training.model import Pretrained, ResNet18, supports_bfloat16, to_channels_last
+from ser_ray.training.optim import one_cycle, sam_perturbation, update_ema
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.world import World
@@ -98,12 +96,13 @@ def fit(
         config: the recipe.
         shards: the shard set to train on.
         pretrained: weights to start from (`ser_ray.training.model.read_pretrained`).
-        report: called after every epoch with the scores and the means to keep a checkpoint.
-        resume: checkpoint directory of the same training to go on from.
+        report: called after every epoch with its scores and a function that makes a snapshot.
+        resume: directory of a checkpoint of the same training, to resume from.
         device: where to train; the CPU by default.
         preemption_check: called on every worker each PREEMPTION_CHECK_STEPS steps; where it returns
             True, on all workers alike, a checkpoint is reported in mid-epoch.
-        stream: how to read training clips that are not to be resident (`map` reads them here).
+        stream: how to read training clips that do not stay in memory; `map` reads them in this
+            process. Without it, all clips are resident.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
@@ -120,29 +119,29 @@ def fit(
         data = stream_fold(shards, config, device, world, stream, known)
     require_workers_fit(config, len(data.train), world.size)
     card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
-    run = Trainer(config, data, pretrained, shards.card.features, device, world)
+    trainer = Trainer(config, data, pretrained, shards.card.features, device, world)
     if resume is not None and before is not None:
         card.require_same(before, str(resume))
-        run.restore(Snapshot.read(resume))
+        trainer.restore(Snapshot.read(resume))
 
     def make_snapshot() -> Snapshot:
-        return run.snapshot(card)
+        return trainer.snapshot(card)
 
-    while not run.finished:
-        for _ in run.begin_epoch():
-            run.train_step()
+    while not trainer.finished:
+        for _ in trainer.begin_epoch():
+            trainer.train_step()
             if (
                 preemption_check is not None
-                and run.steps_taken % PREEMPTION_CHECK_STEPS == 0
+                and trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
                 and preemption_check()
             ):
-                run.reduce_counts()
+                trainer.reduce_counts()
                 report(None, make_snapshot)
-        report(run.close_epoch(), make_snapshot)
+        report(trainer.finish_epoch(), make_snapshot)
 
 
 class Trainer:
-    """The state of a training between two steps, and the two halves of an epoch."""
+    """The state of a training, and the steps that change it: `train_step`, `validate`, ..."""
 
     def __init__(
         self,
@@ -176,18 +175,18 @@ class Trainer:
         self.learning_rates: list[float] = []
         """Learning rate of every step so far."""
         self.epoch, self.step = 0, 0
-        """Epochs done, and steps of the next."""
+        """Epochs done, and steps done of the next."""
         self.batches = data.train.batches(config, world, 0, 0)
         self.selected: dict[str, float] = {}
         self.selected_confusion: list[list[int]] = []
-        """Row and validation counts of the epoch whose weights are kept, so far."""
+        """Row and validation counts of the selected epoch, so far."""
         self.history: list[dict[str, float]] = []
         self.times_ms: list[int] = []
         """Rows of all epochs so far, and when each ended."""
 
     @property
     def finished(self) -> bool:
-        """All epochs done, or no better validation UA for `patience` of them."""
+        """Whether all epochs are done, or the last `patience` of them did not improve."""
         patience = self.config.patience
         stale = bool(self.selected) and self.epoch - self.selected["epoch"] >= patience > 0
         return self.epoch >= self.config.epochs or stale
@@ -198,13 +197,13 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.step
 
     def begin_epoch(self) -> range:
-        """Begin an epoch, or go on with it; returns the steps that it still has."""
+        """Begin or resume an epoch, and return the steps that remain of it."""
         self.first_step, self.began = self.step, time.perf_counter()
         self.network.train()
         return range(self.step, self.steps_per_epoch)
 
     def train_step(self) -> None:
-        """Learn from the next batch."""
+        """Train on the next batch, and move the learning rate one step on."""
         self.learning_rates.append(float(self.schedule.get_last_lr()[0]))
         self.losses[self.step], num_correct = self.update_weights(next(self.batches))
         self.num_correct += num_correct
@@ -213,7 +212,11 @@ class Trainer:
             self.schedule.step()
 
     def update_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Learn from a batch; returns this worker's share of its mean loss and correct clips."""
+        """Take an optimiser step on a batch.
+
+        Returns:
+            This worker's share of the batch's mean loss, and how many of its clips were correct.
+        """
         torch.manual_seed(batch.seed)
         features, targets = self.augment(batch.clips, batch.rows)
         features = features[batch.rank_slice].contiguous(memory_format=torch.channels_last)
@@ -224,11 +227,12 @@ class Trainer:
                 self._forward_backward(features, targets)
         self.optimiser.step()
         if self.average is not None:
-            self._update_average(self.average)
+            decay = self.config.ema_decay if self.steps_taken else 0.0  # the first step starts it
+            update_ema(self.average, self.network, decay)
         return share, num_correct
 
     def validate(self) -> Scores:
-        """Score the validation clips, each once, over all workers."""
+        """Score every validation clip once. Each worker scores its share; all get the sums."""
         self._share_batch_norm()
         clips = self.data.validation
         mine = np.arange(len(clips))[self.world.rank_slice]
@@ -238,13 +242,12 @@ class Trainer:
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)
         ).to(self.device)
-        likelihood = probabilities[np.arange(len(truth)), truth]
-        loss = torch.tensor(-np.log(np.maximum(likelihood, 1e-12)).sum(), device=self.device)
+        loss = torch.tensor(log_losses(truth, probabilities).sum(), device=self.device)
         self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
-    def close_epoch(self) -> EpochReport:
-        """Score the epoch and count it as done.
+    def finish_epoch(self) -> EpochReport:
+        """Validate, record the epoch, and make ready for the next.
 
         Raises:
             DivergedError: the loss of one of its steps, or a weight after them, is not finite.
@@ -285,7 +288,7 @@ class Trainer:
             self.losses.zero_(), self.num_correct.zero_()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy what a checkpoint holds; the order of clips follows from seed and epoch."""
+        """Copy everything a checkpoint holds. (The order of the clips follows from the seed.)"""
         optimiser = self.optimiser.state_dict()
         state = {"losses": self.losses, "num_correct": self.num_correct} | {
             f"{OPTIMISER}{index}.{name}": value
@@ -306,8 +309,8 @@ class Trainer:
             "history": self.history,
             "times_ms": self.times_ms,
         }
-        # Laid out here: done by the thread that writes, it would start a second team of CPU
-        # threads, and while there are more of these than CPUs they sleep at every barrier.
+        # The copies are made here because in the thread that writes them they would start a second
+        # team of CPU threads; with more of these than CPUs, each sleeps at every barrier.
         weights, state = (
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
             for part in (self._evaluated().state_dict(), state)
@@ -355,7 +358,7 @@ class Trainer:
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the weights the batch's gradient; returns what `update_weights` does."""
+        """Compute the gradient of a batch's loss; returns what `update_weights` returns."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.parallel(features)
             total = F.cross_entropy(
@@ -386,15 +389,6 @@ class Trainer:
                 "may be at fault"
             )
 
-    def _update_average(self, average: nn.Module) -> None:
-        # torch's own AveragedModel copies a counter to the device, and so waits for it, every step.
-        mine, theirs = average.state_dict(), self.network.state_dict()
-        floats = [key for key, value in mine.items() if value.is_floating_point()]
-        weight = 1 - self.config.ema_decay if self.steps_taken else 1.0
-        torch._foreach_lerp_([mine[key] for key in floats], [theirs[key] for key in floats], weight)
-        for key in mine.keys() - floats:
-            mine[key].copy_(theirs[key])
-
     def _evaluated(self) -> nn.Module:
         return self.network if self.average is None else self.average
 
@@ -414,7 +408,7 @@ def make_card(
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """The card of every checkpoint of this training."""
+    """Make the card of every checkpoint of this training."""
     return CheckpointCard(
         labels=data.labels,
         config=config,
@@ -428,26 +422,11 @@ def make_card(
     )
 
 
-def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
-    """Whether to learn from such pictures in bfloat16: where it is no imitation, which is slow.
-
-    That is on GPUs, and on x86 CPUs with AVX512_BF16 or AMX; but these take float32 for pictures of
-    which the network leaves a single row or column: of one pixel there torch 2.11 leaves NaN in the
-    weights that meet nothing but padding.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
-        return False
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
 def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
-    """Refuse more workers than a batch, or the training clips, can be divided among.
+    """Refuse more workers than there are clips in a batch or in the training set.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: there are too many workers.
     """
     if config.batch_size < workers:
         raise ConfigError(
@@ -459,7 +438,7 @@ def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> No
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+    """Select the tensors whose names begin with a prefix, and take it off."""
     names = [name for name in state if name.startswith(prefix)]
     return {name.removeprefix(prefix): state[name] for name in names}
 
@@ -468,44 +447,4 @@ def _data_parallel(network: nn.Module) -> nn.Module:
     # Batch-norm statistics are averaged once an epoch instead of sent from rank 0 in every step.
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-
-
-@contextmanager
-def sam_perturbation(network: nn.Module, radius: float) -> Iterator[None]:
-    """Move the weights up their gradient, together by `radius`; afterwards they are as before.
-
-    Batch norm keeps the statistics of the weights as they were.
-    """
-    weights: list[Tensor] = list(network.parameters())
-    gradients = [value.grad for value in weights if value.grad is not None]
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad():
-        before = [value.clone() for value in weights]
-        scale = radius / (get_total_norm(gradients) + 1e-12)
-        torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-        with torch.no_grad():
-            torch._foreach_copy_(weights, before)
-
-
-def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
-    """The learning rate of every step of a training (Smith 2018).
-
-    The first step has `lr_min`, so the peak is the second step at the earliest.
-    """
-    total_steps = max(total_steps, 2)
-    return OneCycleLR(
-        optimiser,
-        max_lr=config.lr_max,
-        total_steps=total_steps,
-        pct_start=max(config.pct_start, 2 / total_steps),
-        div_factor=config.lr_max / config.lr_min,
-        final_div_factor=config.final_div_factor,
     )

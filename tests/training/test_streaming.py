@@ -20,6 +20,7 @@ from ser_ray.training import streaming as stream
 from ser_ray.training import trainer as loop
 from ser_ray.training.checkpoint import MODEL
 from ser_ray.training.data import load_fold, steps_per_epoch
+from ser_ray.training.optim import one_cycle
 from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fold, stream_order
 from ser_ray.training.world import World
 from tests.conftest import PLAIN
@@ -190,7 +191,7 @@ def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
     client = MlflowClient(run.tracking_uri)
     rates = client.get_metric_history(result.run_id, "lr_step")
     optimiser = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    schedule = loop.one_cycle(optimiser, config, 4 * config.epochs)
+    schedule = one_cycle(optimiser, config, 4 * config.epochs)
     for step, metric in enumerate(sorted(rates, key=lambda metric: metric.step)):
         assert (metric.step, metric.value) == (step, schedule.get_last_lr()[0])
         optimiser.step()

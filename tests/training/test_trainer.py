@@ -20,6 +20,7 @@ from ser_ray.training.checkpoint import MODEL, STATE
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
+from ser_ray.training.optim import one_cycle
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import PLAIN, make_memory_shards
@@ -102,7 +103,7 @@ def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_pat
 def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
     config = replace(CONFIG, pct_start=peak_at)
     optimiser = AdamW([nn.Parameter(torch.zeros(1))], lr=config.lr_min)
-    schedule = loop.one_cycle(optimiser, config, steps)
+    schedule = one_cycle(optimiser, config, steps)
     rates = [float(schedule.get_last_lr()[0])]
     for _ in range(steps - 1):
         optimiser.step()
@@ -225,16 +226,16 @@ def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
 
 def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_path, monkeypatch):
     averages: list[AveragedModel] = []
-    update = loop.Trainer._update_average
+    update = loop.update_ema
 
-    def spy(self: loop.Trainer, average: nn.Module) -> None:
+    def spy(average: nn.Module, network: nn.Module, decay: float) -> None:
         if not averages:
-            rule = get_ema_multi_avg_fn(self.config.ema_decay)
-            averages.append(AveragedModel(self.network, multi_avg_fn=rule, use_buffers=True))
-        averages[0].update_parameters(self.network)
-        update(self, average)
+            rule = get_ema_multi_avg_fn(0.9)
+            averages.append(AveragedModel(network, multi_avg_fn=rule, use_buffers=True))
+        averages[0].update_parameters(network)
+        update(average, network, decay)
 
-    monkeypatch.setattr(loop.Trainer, "_update_average", spy)
+    monkeypatch.setattr(loop, "update_ema", spy)
     trained(memory_shards, tmp_path, replace(CONFIG, ema_decay=0.9))
     found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
     floats = [key for key, value in expected.items() if value.is_floating_point()]
