@@ -163,26 +163,30 @@ def require_same_corpus(
 
 
 def describe_changes(
-    committed: Mapping[int, CommittedPart], manifest: pa.Table, features: FeatureConfig, plan: Plan
+    committed: Mapping[int, CommittedPart], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
     """Say what an earlier run left and what has changed since, a line each."""
     if not committed:
         return ()
-    old, new = asdict(next(iter(committed.values())).features), asdict(features)
+    first = next(iter(committed.values()))
+    old, new = asdict(first.features), asdict(features)
     lines = [
         f"{name} was {old[name]} and is {new[name]}: all features are made again"
         for name in new
         if old[name] != new[name]
     ]
-    before = pa.concat_tables(part.files for part in committed.values())
-    after = manifest.select(before.column_names)
+    kept = set(plan.kept)
+    nothing = first.files.schema.empty_table()
+    lost = [part.files for number, part in committed.items() if number not in kept]
+    before = pa.concat_tables([nothing, *lost])
+    pending = [rows.select(nothing.column_names) for rows in plan.pending.values()]
+    after = pa.concat_tables([nothing, *pending])
     index = pc.index_in(after["path"], value_set=before["path"])
-    num_known = len(index) - index.null_count
     was, now = before.take(index.drop_null()), after.filter(pc.is_valid(index))
     changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))
     for count, one, several in (
         (index.null_count, "file has no outcome yet", "files have no outcome yet"),
-        (len(before) - num_known, "file is no longer listed", "files are no longer listed"),
+        (len(before) - len(was), "file is no longer listed", "files are no longer listed"),
         (changed, "file has changed", "files have changed"),
     ):
         if count:

@@ -101,7 +101,7 @@ def prepare(
             committed = read_committed(filesystem, folder)
             require_same_corpus(committed, manifest, config.shards)
             plan = make_plan(manifest, config.features, config.rows_per_part, committed)
-            notes = describe_changes(committed, manifest, config.features, plan)
+            notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             card = read_card(filesystem, folder)

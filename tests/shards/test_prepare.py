@@ -200,6 +200,8 @@ def test_a_run_survives_killed_workers(uninterrupted: Path, corpus: Path, tmp_pa
     def kill_one(progress: Progress) -> None:
         if workers:
             os.kill(workers.pop(), signal.SIGKILL)
+            # A worker that is killed while it writes leaves such a file.
+            (target / f"{part_name(3)}.0badc0de.tmp").touch()
 
     target = tmp_path / "shards"
     summary = run(corpus, target, progress=kill_one)

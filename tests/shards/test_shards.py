@@ -370,7 +370,7 @@ def test_changes_since_the_last_run_are_described() -> None:
     sizes = [101, 100, 100, 100]
     now = manifest(["b", "c", "d", "f"]).set_column(1, "size", pa.array(sizes, pa.int64()))
     plan = make_plan(now, features, 1, committed)
-    assert describe_changes(committed, now, features, plan) == (
+    assert describe_changes(committed, features, plan) == (
         "num_mels was 64 and is 96: all features are made again",
         "2 files have no outcome yet",
         "2 files are no longer listed",
@@ -379,10 +379,8 @@ def test_changes_since_the_last_run_are_described() -> None:
     )
     same = manifest(["a", "b", "c", "e"])
     plan = make_plan(same, FEATURES, 1, committed)
-    assert describe_changes(committed, same, FEATURES, plan) == (
-        "4 of 4 files are prepared already",
-    )
-    assert describe_changes({}, same, FEATURES, plan) == ()
+    assert describe_changes(committed, FEATURES, plan) == ("4 of 4 files are prepared already",)
+    assert describe_changes({}, FEATURES, plan) == ()
 
 
 def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> None:
