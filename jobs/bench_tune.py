@@ -31,10 +31,11 @@ from ray.tune.schedulers import TrialScheduler
 
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.distributed.config import RunConfig
+from ser_ray.search.plan import asha
 from ser_ray.search.space import SlotConfig, TuneConfig
-from ser_ray.search.trial import OBJECTIVE, Slots
-from ser_ray.search.trial_log import TrialLog
-from ser_ray.search.tuner import make_plan, search
+from ser_ray.search.trial import OBJECTIVE
+from ser_ray.search.trial_record import TrialRecord
+from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import read_pretrained
@@ -61,7 +62,7 @@ class Bench:
     """Trials that are trained one after another as well; they take long."""
 
 
-def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialLog]:
+def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
     """Search once, on a fresh record, every trial to its end."""
     run = RunConfig(storage=str(folder), name=f"{seed}", tracking_uri=f"sqlite:///{folder}/db")
     recipe = replace(bench.recipe, seed=seed)
@@ -70,7 +71,7 @@ def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialLog]:
     return result.trials
 
 
-def starts(trials: list[TrialLog], slots: int) -> tuple[list[float], list[float]]:
+def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[float]]:
     """Seconds to the first step: of every slot's first trial, and of the others."""
     ran = sorted((trial for trial in trials if trial.rows), key=lambda trial: trial.started_ms)
     seconds = [
@@ -80,14 +81,14 @@ def starts(trials: list[TrialLog], slots: int) -> tuple[list[float], list[float]
     return seconds[:slots], seconds[slots:]
 
 
-def busy(trials: list[TrialLog], slots: int) -> float:
+def busy(trials: list[TrialRecord], slots: int) -> float:
     """Share of the slots' time in which an epoch was running."""
     ran = [trial for trial in trials if trial.rows]
     wall = max(t.ended_ms for t in ran) - min(t.started_ms for t in ran)
     return sum(row["epoch_seconds"] for trial in ran for row in trial.rows) * 1000 / wall / slots
 
 
-def trials_an_hour(trials: list[TrialLog]) -> float:
+def trials_an_hour(trials: list[TrialRecord]) -> float:
     """From the first start to the last end."""
     wall = max(t.ended_ms for t in trials) - min(t.started_ms for t in trials)
     return len(trials) / wall * 3.6e6
@@ -104,11 +105,9 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
     return len(recipes) / (time.perf_counter() - started) * 3600
 
 
-def replay(bench: Bench, trials: list[TrialLog]) -> tuple[int, float]:
+def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
     """Epochs and best UA of trials under ASHA, where the slots take them in the order given."""
-    slots = Slots(count=bench.slots, workers=1, cpus=1, gpus=0.0)
-    scheduler = make_plan(bench.recipe, replace(bench.search, scheduler="asha"), slots).scheduler
-    assert scheduler is not None
+    scheduler = asha(bench.recipe, bench.search)
     scheduler.set_search_properties(OBJECTIVE, "max")
     waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
     for trial in waiting:
@@ -137,7 +136,7 @@ def replay(bench: Bench, trials: list[TrialLog]) -> tuple[int, float]:
     return epochs, best
 
 
-def compare_asha(bench: Bench, trials: list[TrialLog]) -> str:
+def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
     """Say what ASHA makes of the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)

@@ -153,7 +153,7 @@ def tune(
     from ser_ray.corpus.splits import dependence_of
     from ser_ray.distributed.display import stderr_console
     from ser_ray.search.display import TrialTable
-    from ser_ray.search.tuner import num_trials
+    from ser_ray.search.plan import num_trials
     from ser_ray.search.tuner import search as run
 
     total = num_trials(recipe, search)

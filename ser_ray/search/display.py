@@ -1,4 +1,4 @@
-"""Watching a training, or the trials of a study: in place on a terminal, as lines in a log."""
+"""Shows the trials of a study: as a table on a terminal, as lines in a log."""
 
 import time
 from typing import Self
@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from ser_ray.search.trial_log import TrialLog
+from ser_ray.search.trial_record import TrialRecord
 
 STYLE = {
     "waiting": "dim",
@@ -15,24 +15,24 @@ STYLE = {
     "finished": "green",
     "pruned": "dim",
     "failed": "red",
-    "lost": "red",
 }
 LINE_SECONDS = 60.0
-"""Between two looks at the running trials in a log."""
+"""In a log, the time between two lines about the same running trial."""
 COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "UA")
 
 
 class TrialTable:
-    """Shows trials while its block lasts.
+    """Shows trials until its block ends.
 
     Args:
-        total: trials that there will be.
-        label: goes beside every score, as `SPEAKER-DEPENDENT` does.
+        console: where to show them.
+        total: number of trials.
+        label: shown beside every score, such as `SPEAKER-DEPENDENT`.
     """
 
     def __init__(self, console: Console, total: int, label: str = "") -> None:
         self.console, self.total, self.label = console, total, label
-        self._trials: list[TrialLog] = []
+        self._trials: list[TrialRecord] = []
         self._said: dict[str, str] = {}
         self._looked = time.monotonic()
         self._live = Live(
@@ -50,8 +50,8 @@ class TrialTable:
             if self._trials:
                 self.console.print(self.table())
 
-    def __call__(self, trials: list[TrialLog]) -> None:
-        """Show the trials as they are now."""
+    def __call__(self, trials: list[TrialRecord]) -> None:
+        """Show the current state of the trials."""
         self._trials = trials
         if self.console.is_terminal:
             return
@@ -66,7 +66,7 @@ class TrialTable:
                     self.console.print(self._line(trial))
 
     def table(self) -> RenderableType:
-        """The running trials and the best of the others, as many as fit."""
+        """The running trials and the best of the others, as many as fit on the screen."""
         done = sum(trial.ended for trial in self._trials)
         table = Table(caption=f"{done} of {self.total} trials done {self.label}", box=None)
         for name in COLUMNS:
@@ -87,7 +87,7 @@ class TrialTable:
             )
         return table
 
-    def _shown(self) -> list[TrialLog]:
+    def _shown(self) -> list[TrialRecord]:
         room = max(self.console.height - 4, 5)
         ranked = sorted(
             self._trials,
@@ -95,7 +95,7 @@ class TrialTable:
         )
         return sorted(ranked[:room], key=lambda trial: trial.number)
 
-    def _line(self, trial: TrialLog) -> str:
+    def _line(self, trial: TrialRecord) -> str:
         drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
         head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
         if trial.problem:

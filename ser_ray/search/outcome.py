@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ser_ray.search.space import Dimension
-from ser_ray.search.trial_log import TrialLog
+from ser_ray.search.trial_record import TrialRecord
 
 
-def trial_rows(trials: Sequence[TrialLog]) -> list[dict[str, Any]]:
+def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     """Tabulate the trials, every row with the same columns; `ser_ray.plots.search` draws them."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.values))
     return [
@@ -30,7 +30,9 @@ def trial_rows(trials: Sequence[TrialLog]) -> list[dict[str, Any]]:
     ]
 
 
-def importance_of(trials: Sequence[TrialLog], dimensions: Sequence[Dimension]) -> dict[str, float]:
+def importance_of(
+    trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
+) -> dict[str, float]:
     """Importance of every searched name by PED-ANOVA (Watanabe et al. 2023).
 
     Returns:

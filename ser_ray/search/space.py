@@ -1,8 +1,8 @@
-"""What is searched and cross-validated, apart from where it runs. Importing this is cheap.
+"""What a search draws and what a cross-validation trains. Importing this is cheap.
 
-A search space is a few lines of `name=distribution(...)`: a name is a field of the recipe, and its
-distribution one of `loguniform`, `uniform`, `integer` and `choice`. The lower bound of the learning
-rate is drawn as a ratio, `lr_min = lr_max / lr_ratio`, so that the two are never upside down.
+A search space is a few lines of `name=distribution(...)`: each name is a field of the recipe, and
+its distribution is `loguniform`, `uniform`, `integer` or `choice`. The lower bound of the learning
+rate is drawn as a ratio, `lr_min = lr_max / lr_ratio`, so it is always below the upper bound.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ DEFAULT_SPACE = (
     "lr_ratio=loguniform(2,100)",
     f"feature=choice({','.join(KINDS)})",
 )
-"""What is searched unless `--space` says otherwise of the same name."""
+"""The default space. `--space` adds names to it or replaces those it gives again."""
 RATIO = "lr_ratio"
-"""lr_max / lr_min, which stands in the space for lr_min."""
+"""The space holds lr_max / lr_min instead of lr_min."""
 GRID_POINTS = 3
-"""Values that a grid takes of a range: both ends and, evenly or by ratio, what lies between."""
+"""Values that a grid takes from a range: both ends, and between them equal steps or ratios."""
 
 _NOT_SEARCHED = {
     "lr_min": "draw lr_ratio, lr_max / lr_min, instead",
@@ -33,7 +33,7 @@ _NOT_SEARCHED = {
     "fold": "trials of different folds do not compare",
     "validation_speakers": "trials validated on different clips do not compare",
     "channel": "trials validated on different clips do not compare",
-    "keep": "the best of many epochs nearly always validates better than the last, by luck",
+    "keep": "the best of many epochs nearly always validates better than the last one, by luck",
     "patience": "the search stops the worse trials itself",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
@@ -76,24 +76,24 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """What a search draws, how it chooses and which trials it stops early."""
+    """What a search draws, by which searcher, and which trials it stops early."""
 
     trials: int = 32
-    """Trainings to try; a grid has as many as it has points."""
+    """Number of trials; a grid has one for each of its points."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
     scheduler: Literal["asha", "none"] = "asha"
     """Stop the worse trials early by their validation UA (Li 2018), or train all to the end."""
     grace_epochs: int = 4
-    """ASHA: epochs that every trial may take."""
+    """ASHA: epochs that every trial completes."""
     reduction: int = 3
-    """ASHA: one in so many trials goes on at each rung, and rungs are so many times further on."""
+    """ASHA: at each rung one in this many trials continues; rungs grow by the same factor."""
     space: tuple[str, ...] = ()
-    """More to search, or instead of the default of the same name: any field of the recipe, as in
+    """Further fields of the recipe to search, or other distributions than the defaults, as in
     weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is drawn as lr_max / lr_ratio.
     """
     refit: bool = False
-    """Train the best configuration afterwards, as ser-ray train does."""
+    """Train the best recipe afterwards, as ser-ray train does."""
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("grace_epochs", 1), ("reduction", 2)):
@@ -106,7 +106,7 @@ class TuneConfig:
         """The search space, in a fixed order.
 
         Raises:
-            ConfigError: an unknown field or distribution, or bounds that cannot be met.
+            ConfigError: an unknown field or distribution, or bounds in the wrong order.
         """
         lines = {line.partition("=")[0].strip(): line for line in (*DEFAULT_SPACE, *self.space)}
         return tuple(parse_dimension(line) for line in lines.values())
@@ -119,27 +119,27 @@ class CrossvalConfig:
     seeds: int = 1
     """Trainings of each fold, with the seeds from the recipe's upwards."""
     folds: tuple[int, ...] = ()
-    """Folds to train; every fold of the protocol if none is named."""
+    """Folds to train; all folds of the protocol if empty."""
     part: Literal["test", "validation"] = "test"
-    """Score the test parts, once and with the final recipe, or the validation parts, to choose a
-    recipe by: then no test part is read."""
+    """Score the test parts, once and with the final recipe, or the validation parts, to choose
+    between recipes; then no test part is read."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
         if len(set(self.folds)) < len(self.folds):
             raise ConfigError(f"folds are {self.folds}: each is trained once a seed")
-        object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order says nothing
+        object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order has no meaning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotConfig:
-    """What one of many parallel trainings gets."""
+    """CPUs and GPUs of each of many parallel trials."""
 
     cpus_per_worker: int = 1
-    """CPUs of each worker of a trial."""
+    """CPUs of a trial."""
     gpus_per_worker: float = 0.25
-    """Share of a GPU of each worker of a trial, where trials run on GPUs."""
+    """Share of a GPU of a trial, or number of GPUs, if trials run on GPUs."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_worker < 1:
@@ -153,7 +153,7 @@ class SlotConfig:
 
 
 def searchable() -> dict[str, Any]:
-    """Names that a space may hold and the type of each: the recipe's fields and `lr_ratio`."""
+    """Names that a space may contain, each with its type: the recipe's fields and `lr_ratio`."""
     types = get_type_hints(TrainConfig) | get_type_hints(AugmentConfig) | {RATIO: float}
     return {name: kind for name, kind in types.items() if name not in ("augment", *_NOT_SEARCHED)}
 
@@ -189,10 +189,10 @@ def parse_dimension(line: str) -> Dimension:
 
 
 def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
-    """The recipe with drawn values of a space in it.
+    """The recipe with the values that were drawn.
 
     Raises:
-        ConfigError: no such recipe can be.
+        ConfigError: a field cannot take its value.
     """
     values = dict(drawn)
     if RATIO in values:
@@ -205,7 +205,7 @@ def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
 
 
 def values_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
-    """What the space would have to draw to give this recipe."""
+    """The values that the space would have to draw for this recipe."""
     flat = recipe.to_dict() | dataclasses.asdict(recipe.augment)
     flat[RATIO] = recipe.lr_max / recipe.lr_min
     return {dimension.name: flat[dimension.name] for dimension in dimensions}
@@ -242,15 +242,14 @@ def _check_range(kind: str, values: tuple[Any, ...], field_type: Any, line: str)
     low, high = values
     if low >= high:
         raise ConfigError(
-            f"space {line!r}: no value is at least {low:g} and at most {high:g}: give the lower "
-            "bound first"
+            f"space {line!r}: the low value {low:g} must be below the high value {high:g}"
         )
     if kind == "loguniform" and low <= 0:
         raise ConfigError(f"space {line!r}: the low value is {low:g}: it must be above 0")
 
 
 def _check_field(dimension: Dimension, line: str) -> None:
-    """Let the recipe itself judge the values at the ends: what it takes there it takes between."""
+    """Check the smallest and largest value with the recipe; those between are valid if both are."""
     if dimension.name == RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:

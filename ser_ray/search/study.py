@@ -1,236 +1,274 @@
 """A study as its driver sees it: what every trial did, shown and recorded in MLflow.
 
-The journal that `ser_ray.search.trials` writes is the one source: it is read from its first line
-whenever a study is started or goes on, so the table, the runs in MLflow and the result are the same
-however often the driver died. A study has one run, and every trial a run nested in it. A tracking
-server that goes away costs nothing: what it missed is delivered when it answers again.
+Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers it to
+MLflow (`ser_ray.search.trial_runs`), so a slow or absent tracking server does not hold up the loop.
+
+Nothing is lost with the driver: what a trial did is in its last result, which Ray Tune stores in
+its snapshots together with the study's own state (`get_state`). A study that has ended leaves its
+records in `trials.json`.
 """
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from threading import Event, Lock, Thread
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
+import ray
+from ray import tune
+
+from ser_ray.cluster import require_kept
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
-from ser_ray.search.space import RATIO, recipe_of
-from ser_ray.search.study_journal import StudyJournal
-from ser_ray.search.trial_log import TrialLog
-from ser_ray.tracking.tracker import Tracker
+from ser_ray.search.ray_internals import last_result
+from ser_ray.search.space import recipe_of
+from ser_ray.search.trial import TrialSetup
+from ser_ray.search.trial_record import TrialRecord
+from ser_ray.search.trial_runs import TrialRuns
+from ser_ray.storage.atomic import write_file
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import resolve_uri
+from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import selected_metrics
 
+RECORDS = "trials.json"
+"""In a study's folder once it has ended: the records of its trials."""
 POLL_SECONDS = 0.2
-RETRY_SECONDS = 10.0
-"""Between two attempts to reach a tracking server that did not answer."""
-STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
-"""MLflow's status of a trial's run."""
+REMEMBERED = ("number", "delivered", "recorded", "started_ms", "ended_ms")
+"""Fields of a record that do not follow from the trial's last result."""
 
-logger = logging.getLogger(__name__)
-
-
-Show = Callable[[list[TrialLog]], None]
-"""Shows the trials as they are now; called whenever something happened."""
+Show = Callable[[list[TrialRecord]], None]
+"""Shows the trials; called whenever something happened to one."""
 
 
-class Study:
-    """Reads a study's journal, shows its trials and delivers them to MLflow.
+class Study(tune.Callback):
+    """Keeps the records of a study's trials, shows them and delivers them to MLflow.
 
     Args:
-        journal: what `JournalCallback` appends to; what an earlier start left is read at once.
+        folder: the study's folder.
         recipe: the recipe that drawn values go into.
-        parent: the study's own run.
-        experiment: MLflow experiment of the runs.
-        labels: names of the rows of a confusion matrix.
-        tags: tags of every trial's run; `protocol` and `corpus` stand beside every score.
+        runs: the trials' runs in MLflow.
         show: shows the trials.
     """
 
-    def __init__(
-        self,
-        journal: StudyJournal,
-        recipe: TrainConfig,
-        parent: Tracker,
-        *,
-        name: str,
-        experiment: str,
-        labels: Sequence[str],
-        tags: Mapping[str, str],
-        show: Show,
-    ) -> None:
-        self.journal, self.recipe, self.parent = journal, recipe, parent
-        self.name, self.experiment, self.labels = name, experiment, labels
-        self.tags, self.show = dict(tags), show
-        self.trials: dict[str, TrialLog] = {}
-        self._trackers: dict[str, Tracker] = {}
-        self._retry_at = 0.0
-        self._lock, self._stop = Lock(), Event()
-        self._thread = Thread(target=self._follow, daemon=True)
-        self.read()
+    def __init__(self, folder: RunFolder, recipe: TrainConfig, runs: TrialRuns, show: Show) -> None:
+        self.folder, self.recipe, self.runs, self.show = folder, recipe, runs, show
+        self.parent = runs.parent
+        self.records: dict[str, TrialRecord] = {}
+        self.has_ended = False
+        """All trials ended under an earlier driver, which stored their records."""
+        self._remembered: dict[str, dict[str, Any]] = {}
+        self._has_met_trials = False
+        self._lock, self._stop = runs.lock, Event()
+        self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
+        self._read_records()
 
     def __enter__(self) -> "Study":
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._end()
+        self._deliver_all()
         if error is not None:
             self.parent.abandon(error)
 
-    def settle(self, expected: int) -> None:
-        """End the study, after so many trials, and deliver the last of it.
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """The records by number."""
+        with self._lock:
+            return sorted(self.records.values(), key=lambda trial: trial.number)
 
-        Where enough have ended, Tune does not know the others any more: they are lost, and new ones
-        have taken their place.
+    def settle(self, expected: int) -> None:
+        """Make sure that all trials have ended and that MLflow has them.
 
         Raises:
-            SerRayError: fewer trials have ended.
-            TrackingError: MLflow does not take it; the same command delivers it.
+            SerRayError: fewer than `expected` trials have ended.
+            TrackingError: the tracking server does not answer; the same command delivers them.
         """
-        self.read()
-        ended = sum(trial.ended for trial in self.logs)
+        ended = sum(trial.ended for trial in self.trials)
         if ended < expected:
             raise SerRayError(
-                f"{self.name}: only {ended} of {expected} trials have ended, although Ray Tune has "
-                "stopped; the same command resumes the others"
+                f"{self.folder.name}: only {ended} of {expected} trials have ended, although Ray "
+                "Tune has stopped; the same command resumes the others"
             )
-        for trial in self.logs:
-            if not trial.ended:
-                trial.state, trial.problem = "lost", "forgotten when the driver was killed"
-        if not self._end():
+        if not self._deliver_all():
             raise TrackingError(
                 f"{self.parent.uri}: the tracking server does not answer, so some of the "
-                f"{len(self.trials)} trials are not in it yet; they have all ended, and the same "
+                f"{len(self.records)} trials are not in it yet; they have all ended, and the same "
                 "command delivers them when it answers again"
             )
 
-    def _end(self) -> bool:
-        """Stop following; says whether all is delivered."""
+    def finish(self) -> None:
+        """Store the records, so that the same command reads them, and close the study's run."""
+        records = json.dumps([trial.to_dict() for trial in self.trials]).encode()
+        write_file(self.folder.filesystem, f"{self.folder.path}/{RECORDS}", records)
+        self.parent.finish("FINISHED")
+
+    def _read_records(self) -> None:
+        try:
+            with self.folder.filesystem.open_input_stream(
+                f"{self.folder.path}/{RECORDS}"
+            ) as stream:
+                saved = json.loads(stream.read())
+        except FileNotFoundError:
+            return
+        for values in saved:
+            record = TrialRecord.from_dict(values, self.recipe)
+            self.runs.claim(record)
+            self.records[record.trial_id] = record
+        self.has_ended = True
+
+    # What Ray Tune calls, in its loop.
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Trials may have been restored or drawn."""
+        self._meet(trials)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial starts or resumes, perhaps in the step in which it was drawn."""
+        self._meet(trials)
+        self._change(
+            trial, state="running", problem="", stopped=False, started_ms=now_ms(), recorded=False
+        )
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial completed an epoch or found that it cannot continue."""
+        # Ray Tune has set `done` if the scheduler stops the trial here, and stores what is added.
+        result["stopped"] = bool(result.get("done"))
+        with self._lock:
+            self.records[trial.trial_id].update(result)
+        self.show(self.trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended by itself or its scheduler stopped it."""
+        state = self.records[trial.trial_id].end_state
+        self._change(trial, state=state, ended_ms=now_ms())
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process failed too often, perhaps before its first start."""
+        self._meet(trials)
+        lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
+        reasons = [line.strip() for line in lines if line.strip()]
+        problem = reasons[-1] if reasons else "no reason given"
+        self._change(trial, state="failed", problem=problem, ended_ms=now_ms())
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Delete the checkpoints of ended trials, now that Ray Tune has stored its last snapshot.
+
+        An earlier snapshot may still have had such a trial running, and would resume it.
+        """
+        if not self._has_met_trials:  # all restored trials had ended, so there was no step
+            self._meet(trials)
+        for trial in trials:
+            record = self.records.get(trial.trial_id)
+            if record is not None and record.ended and trial.checkpoint is not None:
+                self.folder.delete(f"{trial.trial_id}/{Path(trial.checkpoint.path).name}")
+
+    def get_state(self) -> dict[str, Any]:
+        """What Ray Tune stores with every snapshot of the trials."""
+        return {
+            trial.trial_id: {name: getattr(trial, name) for name in REMEMBERED}
+            for trial in self.trials
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_state` returned under an earlier driver."""
+        self._remembered = state
+
+    def _meet(self, trials: list[Any]) -> None:
+        """Open a record for every new trial; the order of new ones gives their numbers."""
+        if len(trials) > len(self.records):
+            for trial in trials:
+                if trial.trial_id not in self.records:
+                    self._open_record(trial)
+            self.show(self.trials)
+        if not self._has_met_trials:
+            self._has_met_trials = True
+            self.runs.give_up_unclaimed()
+
+    def _open_record(self, trial: Any) -> None:
+        taken = [item["number"] for item in self._remembered.values()]
+        taken += [record.number for record in self.records.values()]
+        record = TrialRecord(
+            trial_id=trial.trial_id,
+            number=max(taken, default=0) + 1,
+            values=trial.config,
+            recipe=recipe_of(self.recipe, trial.config),
+        )
+        if "history" in (result := last_result(trial)):
+            record.update(result)
+        for name, value in self._remembered.get(trial.trial_id, {}).items():
+            setattr(record, name, value)
+        self.runs.claim(record)
+        if trial.status == trial.TERMINATED:
+            record.state = record.end_state
+        with self._lock:
+            self.records[trial.trial_id] = record
+
+    def _change(self, trial: Any, **values: Any) -> None:
+        with self._lock:
+            for name, value in values.items():
+                setattr(self.records[trial.trial_id], name, value)
+        self.show(self.trials)
+
+    def _deliver_until_stopped(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self.runs.deliver(self.trials)
+
+    def _deliver_all(self) -> bool:
         self._stop.set()
         self._thread.join()
-        self.read()
-        self._retry_at = 0.0
-        delivered = self.deliver()
-        self.journal.store()
-        return delivered
+        return self.runs.deliver(self.trials, at_once=True)
 
-    @property
-    def logs(self) -> list[TrialLog]:
-        """The trials by number."""
-        return list(self.trials.values())
 
-    def read(self) -> None:
-        """Take up the journal's lines since the last call."""
-        with self._lock:
-            entries = self.journal.read()
-            for entry in entries:
-                self._take(entry)
-        if entries:
-            self.show(self.logs)
+def open_study(
+    setup: TrialSetup,
+    folder: RunFolder,
+    run: RunConfig,
+    label: str,
+    identity: dict[str, Any],
+    show: Show,
+) -> Study:
+    """Open a study's run in MLflow, or the run of an interrupted study.
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        trial = self.trials.get(entry["trial"])
-        if trial is None:
-            trial = TrialLog(
-                trial_id=entry["trial"],
-                number=len(self.trials) + 1,
-                values=entry["values"],
-                recipe=recipe_of(self.recipe, entry["values"]),
-            )
-            self.trials[trial.trial_id] = trial
-        match entry["event"]:
-            case "start":
-                # Once more after a lost process: it goes on from its checkpoint.
-                trial.state, trial.problem, trial.stopped = "running", "", False
-                trial.started_ms, trial.recorded = entry["timestamp_ms"], False
-            case "epoch":
-                trial.stopped = entry["stopped"]
-                if entry["row"]["epoch"] > trial.epochs:  # else done again: the same numbers
-                    trial.rows.append(entry["row"])
-                    trial.rates.append(entry["lr"])
-                    trial.confusions.append(entry["confusion"])
-                    trial.times_ms.append(entry["timestamp_ms"])
-            case "problem":
-                trial.problem = entry["problem"]
-            case "end":
-                trial.state = trial.end_state
-                trial.ended_ms = entry["timestamp_ms"]
-            case "run" if entry["uri"] == self.parent.uri:
-                trial.run_id = entry["run_id"]
-            case "recorded" if entry["uri"] == self.parent.uri:
-                trial.recorded = True
+    Args:
+        setup: what all trials share.
+        folder: the study's.
+        run: where the study is recorded.
+        label: the protocol, and whether it is speaker-dependent.
+        identity: what the study is, apart from its shards and where it runs.
+        show: shows the trials.
 
-    def deliver(self) -> bool:
-        """Deliver what MLflow has not got of the trials yet; says whether all of it was."""
-        if time.monotonic() < self._retry_at:
-            return False
-        try:
-            for trial in self.logs:
-                if trial.state != "waiting" and not trial.recorded:
-                    self._deliver_trial(trial)
-        except TrackingError as error:
-            logger.warning("%s", error)
-            self._retry_at = time.monotonic() + RETRY_SECONDS
-            return False
-        return True
-
-    def _deliver_trial(self, trial: TrialLog) -> None:
-        tracker, ended = self._tracker(trial), trial.ended  # as now: rows may come meanwhile
-        for row, rates, when in list(zip(trial.rows, trial.rates, trial.times_ms, strict=False))[
-            trial.delivered :
-        ]:
-            tracker.log_epoch(row, rates, when)
-            trial.delivered += 1
-        tracker.deliver()
-        if not ended:
-            return
-        if trial.state == "finished":  # what ended before keeps no epoch
-            tracker.log_metrics(selected_metrics(trial.selected), 0, trial.times_ms[-1])
-            tracker.deliver()
-        from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
-
-        page = trial_page(
-            self._name_of(trial),
-            f"Trial {trial.number} of {self.name}: {trial.state}. {trial.problem}",
-            recipe=trial.recipe,
-            history=trial.rows,
-            learning_rates=[rate for epoch in trial.rates for rate in epoch],
-            confusion=trial.selected_confusion if trial.rows else (),
-            labels=self.labels,
-            tags=self.tags,
-        )
-        tracker.log_files({"report.html": page})
-        tracker.set_tags({"trial.state": trial.state, "problem": trial.problem})
-        tracker.finish(STATUS[trial.state])
-        self._note(trial, event="recorded")
-        trial.recorded = True
-
-    def _tracker(self, trial: TrialLog) -> Tracker:
-        """The trial's run, opened at first use."""
-        if trial.trial_id not in self._trackers:
-            tracker = Tracker.start(
-                self.parent.uri,
-                self.experiment,
-                name=self._name_of(trial),
-                params=trial.recipe.to_dict()
-                | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min, "trial": trial.number},
-                tags=self.tags | {"mlflow.parentRunId": self.parent.run_id},
-                run_id=trial.run_id,
-            )
-            if not trial.run_id:
-                self._note(trial, event="run", run_id=tracker.run_id)
-                trial.run_id = tracker.run_id
-                tracker.log_files({"config.json": trial.recipe.to_dict()})
-            self._trackers[trial.trial_id] = tracker
-        return self._trackers[trial.trial_id]
-
-    def _name_of(self, trial: TrialLog) -> str:
-        return f"{self.name}-{trial.number:03d}"
-
-    def _note(self, trial: TrialLog, **entry: str) -> None:
-        self.journal.append(trial.trial_id, **entry, uri=self.parent.uri)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self.read()
-            self.deliver()
+    Raises:
+        CheckpointError: the folder is another study's.
+        ResourcesError: the tracking store is in a folder that Ray deletes after the job.
+        TrackingError: the tracking store cannot be reached.
+    """
+    card = setup.shards.card
+    identity = identity | {"shards": card.fingerprint}
+    folder.require_same(identity)
+    tags = provenance() | {
+        "protocol": label,
+        "corpus": card.corpus,
+        "shards.fingerprint": card.fingerprint,
+        "shards.location": setup.shards.uri,
+        "ray.job_id": ray.get_runtime_context().get_job_id(),
+        "storage": folder.location,
+    }
+    uri, record = resolve_uri(run.tracking_uri), folder.record()
+    require_kept(uri)
+    tracker = Tracker.start(
+        uri,
+        run.experiment,
+        name=folder.name,
+        params=identity | {"slots": asdict(setup.slots)},
+        tags=tags,
+        run_id=record.get("run_id", "") if record.get("tracking_uri") == uri else "",
+    )
+    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    runs = TrialRuns(tracker, folder.name, run.experiment, card.labels, tags)
+    return Study(folder, setup.recipe, runs, show)

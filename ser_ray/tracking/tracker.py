@@ -107,6 +107,19 @@ class Tracker:
         with self._writing():
             return str(self._client.get_run(self.run_id).info.run_name)
 
+    def nested_runs(self, tag: str) -> dict[str, str]:
+        """Ids of the runs nested in this one, by the value of one of their tags."""
+        found: dict[str, str] = {}
+        nested, page_token = f"tags.`mlflow.parentRunId` = '{self.run_id}'", None
+        with self._writing():
+            while True:
+                page = self._client.search_runs([self.experiment_id], nested, page_token=page_token)
+                found |= {
+                    run.data.tags[tag]: run.info.run_id for run in page if tag in run.data.tags
+                }
+                if not (page_token := page.token):
+                    return found
+
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Queue metrics of one step, until `flush` or `deliver`.
 

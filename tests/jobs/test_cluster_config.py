@@ -27,8 +27,8 @@ from ser_ray import cluster
 from ser_ray.cluster import cpus_per_worker, has_gpus, require_shared, require_workers
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import ResourcesError
+from ser_ray.search.slots import find_slots
 from ser_ray.search.space import SlotConfig
-from ser_ray.search.trials import find_slots
 
 ROOT = Path(__file__).parents[2]
 EDITS = {"us-east-1": "eu-central-1", "key_name: ser-ray": "key_name: mine", "my-bucket": "ours"}

@@ -21,20 +21,22 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.search import crossval as module
 from ser_ray.search.crossval import (
+    crossval,
+    crossval_name,
+    plan_crossval,
+    require_all_finished,
+)
+from ser_ray.search.pooled import (
     FIGURES,
     CrossvalPlan,
     CrossvalResult,
-    _ensemble,
-    _require_all_finished,
-    _truth,
-    crossval,
-    crossval_name,
+    ensemble_scores,
     fold_folder,
-    plan_crossval,
+    label_indices_of,
     pool,
 )
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.trial_log import TrialLog
+from ser_ray.search.trial_record import TrialRecord
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of, local_checkpoint
@@ -119,11 +121,11 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
     recipe = replace(RECIPE, epochs=4)
     seen: dict[str, str] = {}
 
-    def hide_the_shards(trials: list[TrialLog]) -> None:
+    def hide_the_shards(trials: list[TrialRecord]) -> None:
         if any(trial.state == "running" for trial in trials) and shards.exists():
             shards.rename(in_tmp / "hidden")
 
-    def remember(trials: list[TrialLog]) -> None:
+    def remember(trials: list[TrialRecord]) -> None:
         seen.update({trial.trial_id: trial.state for trial in trials})
 
     with s3_bucket("ser-ray-folds") as uri:
@@ -160,12 +162,12 @@ def test_places_inside_a_folder_keep_the_query_of_its_uri():
 
 
 def test_a_failed_fold_is_named_with_the_way_out():
-    trial = TrialLog("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
+    trial = TrialRecord("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
     with pytest.raises(
         SerRayError,
         match=r"1 of 1 folds failed; fold 3, seed 2: full; the same command trains .* again",
     ):
-        _require_all_finished([trial])
+        require_all_finished([trial])
 
 
 def pooled(folder: Path) -> CrossvalResult:
@@ -183,7 +185,7 @@ def pooled(folder: Path) -> CrossvalResult:
             pq.write_table(pa.table(rows), place / "predictions.parquet")
     shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
     tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
-    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), 4, "speaker-2, 2 folds")
+    plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), "speaker-2, 2 folds")
     return pool(plan, str(folder), "cv", tracker)
 
 
@@ -202,13 +204,13 @@ def test_an_ensemble_is_scored_by_the_mean_of_its_seeds_whatever_their_order():
     truth = np.array([1, 0, 0, 1])
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9], [0.0, 1.0]])
     # a: (0.6 + 0.1) / 2 for label 0, wrong; b: (0.1 + 1.0) / 2 for label 1, right.
-    scores = _ensemble(paths, seeds, truth, probabilities)
+    scores = ensemble_scores(paths, seeds, truth, probabilities)
     assert scores is not None
     assert scores.confusion.tolist() == [[0, 1], [0, 1]]
     assert scores.loss == pytest.approx(-np.mean(np.log([0.35, 0.55])))
-    assert _ensemble(["a", "b", "a", "c"], seeds, truth, probabilities) is None
-    assert _ensemble(paths, np.array([3, 4, 4, 4]), truth, probabilities) is None
-    assert _ensemble(paths[:2], seeds[:2], truth[:2], probabilities[:2]) is None
+    assert ensemble_scores(["a", "b", "a", "c"], seeds, truth, probabilities) is None
+    assert ensemble_scores(paths, np.array([3, 4, 4, 4]), truth, probabilities) is None
+    assert ensemble_scores(paths[:2], seeds[:2], truth[:2], probabilities[:2]) is None
 
 
 def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, monkeypatch):
@@ -253,7 +255,7 @@ def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
     torch.set_num_threads(threads)
     mine = kept.filter(np.logical_and(kept["seed"].to_numpy() == 1, kept["fold"].to_numpy() == 1))
     labels = alone.card.labels
-    truth, _ = _truth(mine, labels)
+    truth, _ = label_indices_of(mine, labels)
     probabilities = np.stack([mine[f"p_{label}"].to_numpy() for label in labels], axis=1)
     assert mine["take"].to_pylist() == alone.predictions["take"].to_pylist()
     assert scores_of(truth, probabilities).loss == pytest.approx(alone.scores.loss, rel=1e-3)

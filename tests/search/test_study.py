@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,27 +12,31 @@ from rich.console import Console
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search import display
-from ser_ray.search import study as module
+from ser_ray.search import trial_runs as module
 from ser_ray.search.display import TrialTable
 from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
-from ser_ray.search.study_journal import StudyJournal
-from ser_ray.search.trial_journal import JournalCallback
-from ser_ray.search.trial_log import TrialLog
+from ser_ray.search.trial import Progress
+from ser_ray.search.trial_record import TrialRecord
+from ser_ray.search.trial_runs import TrialRuns
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.trainer import EpochReport
 
 RECIPE = TrainConfig(epochs=3, keep="best")
 TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
 
 
 class Server:
-    """A tracking server in memory, which can be away."""
+    """A tracking server in memory, which can be away; it stands in for the class `Tracker`."""
 
     def __init__(self) -> None:
         self.away = False
         self.runs: dict[str, SimpleNamespace] = {}
+
+    def __call__(self, uri: str, run_id: str) -> "Client":
+        return Client(self, run_id)
 
     def start(self, uri, experiment, *, name, params, tags, run_id):
         self.require()
@@ -53,10 +58,10 @@ class Client:
         self.waiting: list[tuple[str, int, float]] = []
         self.run = server.runs[run_id]
 
+    log_epoch = Tracker.log_epoch
+
     def log_metrics(self, metrics, step, timestamp_ms):
         self.waiting += [(name, step, value) for name, value in metrics.items()]
-
-    log_epoch = Tracker.log_epoch
 
     def deliver(self):
         self.server.require()
@@ -84,61 +89,91 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-def open_study(storage: Path | str) -> Study:
-    journal = StudyJournal(RunFolder(str(storage), "search"))
-    parent = SimpleNamespace(uri="memory", run_id="parent", abandon=lambda error: None)
-    return Study(
-        journal, RECIPE, parent,  # type: ignore[arg-type]
-        name="search", experiment="tests", labels=("calm", "sad"), tags=TAGS,
-        show=lambda trials: None,
+def open_study(server: Server, storage: Path | str) -> Study:
+    folder = RunFolder(str(storage), "search")
+    folder.filesystem.create_dir(folder.path, recursive=True)
+
+    def nested_runs(tag: str) -> dict[str, str]:
+        return {run.tags[tag]: run_id for run_id, run in server.runs.items()}
+
+    parent: Any = SimpleNamespace(
+        uri="memory", run_id="parent", abandon=lambda error: None, nested_runs=nested_runs,
+        finish=lambda status: server.require(),
     )  # fmt: skip
+    runs = TrialRuns(parent, "search", "tests", ("calm", "sad"), TAGS)
+    return Study(folder, RECIPE, runs, show=lambda trials: None)
 
 
-def tune_trial(trial_id: str, **values: object) -> SimpleNamespace:
-    return SimpleNamespace(
-        trial_id=trial_id, config=values, checkpoint=None, error_file=None, status="RUNNING",
-        TERMINATED="TERMINATED",
-    )  # fmt: skip
+class TuneTrial:
+    """What Ray Tune gives its callbacks, and what it keeps of the trial in its snapshots."""
+
+    TERMINATED = "TERMINATED"
+
+    def __init__(self, trial_id: str, **values: object) -> None:
+        self.trial_id, self.config, self.status = trial_id, values, "PENDING"
+        self.error_file: str | None = None
+        self.checkpoint: SimpleNamespace | None = None
+        self.last_result: dict[str, Any] = {}
+        self.progress = Progress()
+
+    def epoch(self, study: Study, number: int, val_ua: float, *, done: bool = False) -> None:
+        """Report an epoch, as `run_trial` does; `done` where the scheduler stops the trial."""
+        row = {"epoch": float(number), "train_loss": 1.0, "train_wa": 0.3}
+        row |= {"val_ua": val_ua, "val_wa": val_ua, "val_f1": 0.25, "val_loss": 1.0}
+        best = max([0.0, *(earlier["val_ua"] for earlier in self.progress.values["history"])])
+        self.progress.add(
+            EpochReport(1000 * number, row, [0.1, 0.2], [[number, 0], [0, 1]], val_ua > best),
+            RECIPE,
+        )
+        self.report(study, self.progress.result() | {"done": done})
+
+    def report(self, study: Study, result: dict[str, Any]) -> None:
+        study.on_trial_result(0, [self], self, result)
+        self.last_result = result
+
+    def complete(self, study: Study) -> None:
+        study.on_trial_complete(0, [self], self)
+        self.status = self.TERMINATED
 
 
-def epoch(number: int, val_ua: float, *, done: bool = False) -> dict[str, object]:
-    row = {"epoch": float(number), "train_loss": 1.0, "train_wa": 0.3}
-    row |= {"val_ua": val_ua, "val_wa": val_ua, "val_f1": 0.25, "val_loss": 1.0}
-    confusion = [[number, 0], [0, 1]]
-    return {"row": row, "lr": [0.1, 0.2], "confusion": confusion, "done": done}
-
-
-def write(storage: Path | str) -> JournalCallback:
+def run(study: Study, folder: Path) -> list[TuneTrial]:
     """One trial that is stopped, one whose process is lost and then finishes, one that fails."""
-    journal = StudyJournal(RunFolder(str(storage), "search"))
-    tell = JournalCallback(journal)
-    stopped, finished, failed = (
-        tune_trial("s", lr_max=1e-2),
-        tune_trial("f", lr_max=2e-2),
-        tune_trial("x", lr_max=3e-2),
-    )
-    trials = [stopped, finished, failed]
-    tell.on_step_begin(0, trials)
+    trials = [
+        TuneTrial("s", lr_max=1e-2), TuneTrial("f", lr_max=2e-2), TuneTrial("x", lr_max=3e-2),
+    ]  # fmt: skip
+    stopped, finished, failed = trials
+    study.on_step_begin(0, [])
     for trial in reversed(trials):
-        tell.on_trial_start(0, trials, trial)
-    tell.on_trial_result(0, trials, stopped, epoch(1, 0.1, done=True))
-    tell.on_trial_complete(0, trials, stopped)
-    tell.on_trial_result(0, trials, finished, epoch(1, 0.2))
-    tell.on_trial_result(0, trials, finished, epoch(2, 0.6))
-    tell.on_trial_start(0, trials, finished)  # it goes on from a checkpoint after the first epoch
-    tell.on_trial_result(0, trials, finished, epoch(2, 0.6))
-    tell.on_trial_result(0, trials, finished, epoch(3, 0.5, done=True))
-    tell.on_trial_complete(0, trials, finished)
-    error = journal.path.with_name("error.txt")
+        study.on_trial_start(1, trials, trial)
+    stopped.epoch(study, 1, 0.1, done=True)
+    stopped.complete(study)
+    finished.epoch(study, 1, 0.2)
+    after_the_first = finished.progress.values
+    finished.epoch(study, 2, 0.6)
+    study.on_trial_start(2, trials, finished)  # resumes from a checkpoint after the first epoch
+    finished.progress.values = after_the_first
+    finished.epoch(study, 2, 0.6)
+    finished.epoch(study, 3, 0.5, done=True)
+    finished.complete(study)
+    error = folder / "error.txt"
     error.write_text("Failure # 1\nTraceback\n  File\nValueError: no good\n\n")
     failed.error_file = str(error)
-    tell.on_trial_error(0, trials, failed)
-    return tell
+    study.on_trial_error(3, trials, failed)
+    failed.status = "ERROR"
+    return trials
 
 
-def test_the_journal_tells_how_every_trial_went(server, tmp_path):
-    write(tmp_path)
-    stopped, finished, failed = open_study(tmp_path).logs
+def resumed(study: Study, before: Study, trials: list[TuneTrial]) -> Study:
+    """The study under a new driver, to which Ray Tune has restored its snapshot."""
+    study.set_state(json.loads(json.dumps(before.get_state())))
+    study.on_step_begin(0, list(reversed(trials)))  # Ray Tune does not keep their order
+    return study
+
+
+def test_a_study_knows_how_every_trial_went(server, tmp_path):
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
+    stopped, finished, failed = study.trials
     assert [trial.number for trial in (stopped, finished, failed)] == [1, 2, 3]
     assert (stopped.state, stopped.recipe.lr_max) == ("pruned", 1e-2)
     assert (failed.state, failed.problem) == ("failed", "ValueError: no good")
@@ -152,14 +187,14 @@ def test_the_journal_tells_how_every_trial_went(server, tmp_path):
 
 def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     server.away = True
-    write(tmp_path)
-    study = open_study(tmp_path)
-    assert not study.deliver()
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
+    assert not study.runs.deliver(study.trials)
     server.away = False
-    assert study.deliver()
-    assert study.deliver()
-    again = open_study(tmp_path)
-    assert again.deliver()
+    assert study.runs.deliver(study.trials)
+    assert study.runs.deliver(study.trials)
+    again = resumed(open_study(server, tmp_path), study, trials)
+    assert again.runs.deliver(again.trials)
     assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
     finished = server.runs["run-2"]
     assert finished.tags["mlflow.parentRunId"] == "parent"
@@ -178,116 +213,128 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     assert "Trial 3 of search: failed. ValueError: no good" in pages[2]
 
 
-def test_half_a_line_is_left_for_later(server, tmp_path):
-    write(tmp_path)
-    journal = tmp_path / "search" / "epochs.jsonl"
-    lines = journal.read_text()
-    journal.write_text(lines[:-8])
-    study = open_study(tmp_path)
-    assert study.logs[2].state == "running"
-    journal.write_text(lines)
-    study.read()
-    assert study.logs[2].state == "failed"
+def test_epochs_that_a_server_missed_are_delivered_after_the_driver_was_killed(server, tmp_path):
+    study, trial = open_study(server, tmp_path), TuneTrial("r", lr_max=1e-2)
+    study.on_step_begin(0, [trial])
+    study.on_trial_start(0, [trial], trial)
+    trial.epoch(study, 1, 0.2)
+    assert study.runs.deliver(study.trials)
+    server.away = True
+    trial.epoch(study, 2, 0.3)
+    assert not study.runs.deliver(study.trials)
+    server.away = False
+    again = resumed(open_study(server, tmp_path), study, [trial])
+    again.on_trial_start(0, [trial], trial)
+    assert again.runs.deliver(again.trials)
+    points = [point for point in server.runs["run-1"].points if point[0] == "val_ua"]
+    assert points == [("val_ua", 1, 0.2), ("val_ua", 2, 0.3)]
 
 
-def test_a_line_that_was_cut_short_for_good_is_left_out(server, tmp_path):
-    write(tmp_path)
-    journal = tmp_path / "search" / "epochs.jsonl"
-    journal.write_text(journal.read_text()[:-8])
-    trial = tune_trial("x", lr_max=3e-2)
-    JournalCallback(StudyJournal(RunFolder(str(tmp_path), "search"))).on_trial_complete(
-        1, [trial], trial
-    )
-    assert [trial.state for trial in open_study(tmp_path).logs] == ["pruned", "finished", "failed"]
+def test_a_resumed_study_knows_what_the_killed_driver_knew(server, tmp_path):
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
+    running = TuneTrial("r", lr_max=4e-2)
+    study.on_step_begin(4, [*trials, running])
+    study.on_trial_start(4, trials, running)
+    running.epoch(study, 1, 0.4)
+    assert study.runs.deliver(study.trials)
+    again = resumed(open_study(server, tmp_path), study, [*trials, running])
+    known = {trial.trial_id: trial for trial in study.trials}
+    assert [trial.trial_id for trial in again.trials] == ["s", "f", "x", "r"]
+    for trial in again.trials[:2]:
+        assert trial == known[trial.trial_id]
+    for trial in again.trials[2:]:  # these are trained again
+        assert trial.state == "waiting"
+        assert trial.rows == known[trial.trial_id].rows
+        assert trial.run_id == known[trial.trial_id].run_id
 
 
-@pytest.fixture
-def elsewhere(in_tmp, monkeypatch):
-    """Move to another directory, as a driver on another machine would start in."""
+def test_a_study_whose_snapshot_is_newer_than_its_state_derives_how_trials_ended(server, tmp_path):
+    """A driver that is killed between two files of one snapshot leaves an older state."""
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
+    again = open_study(server, tmp_path)
+    again.on_experiment_end(trials[:2])  # all had ended, so Ray Tune takes no step
+    assert [trial.state for trial in again.trials] == ["pruned", "finished"]
+    assert [trial.rows for trial in again.trials] == [trial.rows for trial in study.trials[:2]]
+    with again:
+        again.settle(2)
 
-    def move() -> None:
-        (in_tmp / "elsewhere").mkdir()
-        monkeypatch.chdir(in_tmp / "elsewhere")
 
-    return move
-
-
-def test_a_driver_elsewhere_knows_what_was_stored(server, in_tmp, elsewhere):
+def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_tmp, monkeypatch):
     storage = f"memory://{in_tmp}"
-    write(storage).get_state()
-    known = open_study(storage).logs
-    elsewhere()
-    logs = open_study(storage).logs
-    assert [trial.state for trial in logs] == ["pruned", "finished", "failed"]
-    assert logs == known
-
-
-def test_the_end_of_a_study_is_stored_with_its_runs(server, in_tmp, elsewhere):
-    storage = f"memory://{in_tmp}"
-    write(storage)
-    with open_study(storage):
-        pass
-    elsewhere()
-    assert [trial.run_id for trial in open_study(storage).logs] == ["run-1", "run-2", "run-3"]
-    assert all(trial.recorded for trial in open_study(storage).logs)
-
-
-def test_the_stored_journal_gives_way_only_to_what_goes_on_from_it(in_tmp):
-    folder = RunFolder(f"memory://{in_tmp}", "search")
-    journal = StudyJournal(folder)
-    journal.append("a", event="start")
-    journal.store()
-    journal.append("a", event="end")
-    assert [entry["event"] for entry in StudyJournal(folder).read()] == ["start", "end"]
-    journal.path.write_text(journal.path.read_text().replace('"a"', '"b"'))  # another driver's
-    assert [(e["trial"], e["event"]) for e in StudyJournal(folder).read()] == [("a", "start")]
+    study = open_study(server, storage)
+    run(study, in_tmp)
+    with study:
+        study.settle(3)
+        study.finish()
+    assert not open_study(server, in_tmp / "other").has_ended
+    (in_tmp / "elsewhere").mkdir()
+    monkeypatch.chdir(in_tmp / "elsewhere")
+    again = open_study(server, storage)
+    assert again.has_ended
+    assert again.trials == study.trials
+    assert [trial.run_id for trial in again.trials] == ["run-1", "run-2", "run-3"]
+    server.runs.clear()  # another tracking server gets all of it
+    again = open_study(server, storage)
+    with again:
+        again.settle(3)
+    assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
 
 
 def test_a_failed_trial_that_is_trained_again_is_recorded_again(server, tmp_path):
-    tell = write(tmp_path)
-    assert open_study(tmp_path).deliver()
-    trial = tune_trial("x", lr_max=3e-2)
-    tell.on_trial_start(0, [trial], trial)
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
+    assert study.runs.deliver(study.trials)
+    failed = trials[2]
+    again = resumed(open_study(server, tmp_path), study, trials)
+    again.on_trial_start(0, trials, failed)
     for number in (1, 2, 3):
-        tell.on_trial_result(0, [trial], trial, epoch(number, 0.7, done=number == 3))
-    tell.on_trial_complete(0, [trial], trial)
-    study = open_study(tmp_path)
-    assert study.deliver()
-    assert study.logs[2].state == "finished"
-    run = server.runs["run-3"]
-    assert (run.status, run.tags["trial.state"], run.tags["problem"]) == (
-        "FINISHED",
-        "finished",
-        "",
-    )
+        failed.epoch(again, number, 0.7, done=number == 3)
+    failed.complete(again)
+    assert again.runs.deliver(again.trials)
+    assert again.trials[2].state == "finished"
+    recorded = server.runs["run-3"]
+    assert recorded.status == "FINISHED"
+    assert (recorded.tags["trial.state"], recorded.tags["problem"]) == ("finished", "")
     assert len(server.runs) == 3
 
 
 def test_a_study_does_not_end_before_its_trials_are_recorded(server, tmp_path):
-    write(tmp_path)
     server.away = True
-    study = open_study(tmp_path)
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
     with pytest.raises(SerRayError, match=r"only 3 of 4 trials have ended.*resumes"), study:
         study.settle(4)
-    study = open_study(tmp_path)
-    with pytest.raises(TrackingError, match="the same command delivers them"), study:
-        study.settle(3)
+    again = open_study(server, tmp_path)
+    again.set_state(study.get_state())
+    again.on_experiment_end(trials[:2])
+    with pytest.raises(TrackingError, match="the same command delivers them"), again:
+        again.settle(2)
     server.away = False
-    with open_study(tmp_path) as study:
-        study.settle(3)
-    assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
+    last = open_study(server, tmp_path)
+    last.set_state(again.get_state())
+    last.on_experiment_end(trials[:2])
+    with last:
+        last.settle(2)
+    assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED"]
 
 
-def test_trials_that_tune_forgot_are_lost(server, tmp_path):
-    tell = write(tmp_path)
-    forgotten = tune_trial("gone", lr_max=4e-2)
-    tell.on_step_begin(1, [forgotten])
-    tell.on_trial_start(1, [forgotten], forgotten)
-    for _ in range(2):  # the same command again
-        with open_study(tmp_path) as study:
-            study.settle(3)
-        assert [trial.state for trial in study.logs] == ["pruned", "finished", "failed", "lost"]
-    assert server.runs["run-4"].status == "KILLED"
+def test_runs_of_trials_that_ray_tune_forgot_end_as_lost(server, tmp_path):
+    study = open_study(server, tmp_path)
+    trials = run(study, tmp_path)
+    state = study.get_state()
+    forgotten = TuneTrial("gone", lr_max=4e-2)
+    study.on_step_begin(1, [*trials, forgotten])
+    study.on_trial_start(1, trials, forgotten)
+    assert study.runs.deliver(study.trials)
+    again = open_study(server, tmp_path)
+    again.set_state(state)
+    again.on_step_begin(0, trials)
+    assert again.runs.deliver(again.trials)
+    assert [trial.trial_id for trial in again.trials] == ["s", "f", "x"]
+    lost = server.runs["run-4"]
+    assert (lost.status, lost.tags["trial.state"]) == ("KILLED", "lost")
 
 
 @pytest.mark.parametrize(
@@ -295,47 +342,44 @@ def test_trials_that_tune_forgot_are_lost(server, tmp_path):
     [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
 )
 def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error, status):
-    study = open_study(tmp_path)
-    told: list[str] = []
-    monkeypatch.setattr(study.parent, "finish", told.append, raising=False)
+    study = open_study(server, tmp_path)
+    ends: list[str] = []
+    monkeypatch.setattr(study.parent, "finish", ends.append, raising=False)
     abandon = partial(Tracker.abandon, study.parent)
     monkeypatch.setattr(study.parent, "abandon", abandon, raising=False)
     with pytest.raises(error), study:
         raise error
-    assert told == [status]
+    assert ends == [status]
 
 
-def test_checkpoints_of_ended_trials_go_at_the_end_and_not_before(tmp_path):
-    """A snapshot of Tune's may not know yet that the trial ended; and an interruption ends none."""
-    folder = RunFolder(str(tmp_path), "search")
-    tell = JournalCallback(StudyJournal(folder))
+def test_checkpoints_of_ended_trials_are_deleted_at_the_end_and_not_before(server, tmp_path):
+    """An earlier snapshot of Ray Tune may not know that the trial ended; Ctrl-C ends no trial."""
     names = ["ended", "before", "gone", "interrupted"]
-    trials = [tune_trial(name) for name in names]
-    kept = {name: Path(folder.path, name, "checkpoint_000000") for name in names}
-    groups = {name: Path(folder.path, "groups", name) for name in names}
+    trials = [TuneTrial(name) for name in names]
+    study = open_study(server, tmp_path)
+    kept = {name: Path(study.folder.path, name, "checkpoint_000000") for name in names}
     for trial in trials:
         kept[trial.trial_id].mkdir(parents=True)
-        groups[trial.trial_id].mkdir(parents=True)
         trial.checkpoint = SimpleNamespace(path=str(kept[trial.trial_id]))
     kept["gone"].rmdir()
-    trials[1].status = "TERMINATED"  # in an earlier start
-    tell.on_step_begin(0, trials)
+    trials[1].status = "TERMINATED"  # under an earlier driver
+    study.on_step_begin(0, trials)
     for trial in (trials[0], trials[2]):
-        tell.on_trial_complete(0, trials, trial)
+        trial.complete(study)
     assert kept["ended"].exists()
     for trial in trials:
-        trial.status = "TERMINATED"  # as Tune calls whatever it stopped
-    tell.on_experiment_end(trials)
-    for paths in (kept, groups):
-        assert [name for name in names if paths[name].exists()] == ["interrupted"]
+        trial.status = "TERMINATED"  # as Ray Tune calls every trial that it stopped
+    study.on_experiment_end(trials)
+    assert [name for name in names if kept[name].exists()] == ["interrupted"]
 
 
 def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
-    write(tmp_path)
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
     output = io.StringIO()
     with TrialTable(Console(file=output, width=200), 3, "SPEAKER-DEPENDENT") as table:
-        table(open_study(tmp_path).logs)
-        table(open_study(tmp_path).logs)
+        table(study.trials)
+        table(study.trials)
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "trial   1/3 pruned" in lines[0]
@@ -344,7 +388,7 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
 
 
 def test_a_log_gets_a_line_of_what_runs_now_and_then(server, tmp_path, monkeypatch):
-    running = TrialLog("r", 1, {"seed": 0}, RECIPE, rows=[], state="running")
+    running = TrialRecord("r", 1, {"seed": 0}, RECIPE, rows=[], state="running")
     output = io.StringIO()
     with TrialTable(Console(file=output, width=200), 1) as table:
         table([running])
@@ -359,10 +403,11 @@ def test_a_log_gets_a_line_of_what_runs_now_and_then(server, tmp_path, monkeypat
 
 
 def test_a_terminal_gets_a_table(server, tmp_path):
-    write(tmp_path)
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
     output = io.StringIO()
     with TrialTable(Console(file=output, width=120, force_terminal=True), 3) as table:
-        table(open_study(tmp_path).logs)
+        table(study.trials)
     text = output.getvalue()
     assert all(word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.0e-02"))
 
@@ -376,7 +421,9 @@ def test_importance_points_at_the_name_that_matters():
         lr_max = 1e-4 * 100 ** (index / 23)
         values = {"lr_max": lr_max, "lr_ratio": 10.0, "feature": ("mel", "mfcc")[index % 2]}
         row = {"epoch": 1.0, "val_ua": index / 24, "val_wa": 0.0, "val_loss": 1.0}
-        trials.append(TrialLog(str(index), index + 1, values, RECIPE, rows=[row], state="finished"))
+        trials.append(
+            TrialRecord(str(index), index + 1, values, RECIPE, rows=[row], state="finished")
+        )
     importance = importance_of(trials, dimensions)
     assert importance["lr_max"] > 0.9
     assert sum(importance.values()) == pytest.approx(1.0)
@@ -384,7 +431,8 @@ def test_importance_points_at_the_name_that_matters():
 
 
 def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
-    write(tmp_path)
-    rows = trial_rows(open_study(tmp_path).logs)
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
+    rows = trial_rows(study.trials)
     assert len({tuple(row) for row in rows}) == 1
     assert json.loads(json.dumps(rows))[1]["selected_val_ua"] == 0.6

@@ -1,10 +1,9 @@
 import json
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-from collections import deque
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,8 @@ import ray
 import torch
 from mlflow import MlflowClient
 from ray import tune as ray_tune
-from ray.train import WorkerGroupError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
-from ray.util.queue import Empty
 
 from ser_ray import api
 from ser_ray.cli.train import Tune
@@ -33,37 +30,32 @@ from ser_ray.errors import (
     ShardsError,
     TrackingError,
 )
-from ser_ray.search import trials as trials_module
+from ser_ray.search import study as study_module
+from ser_ray.search import trial as trial_module
 from ser_ray.search import tuner as tune_module
-from ser_ray.search.group_trial import GroupTrial, _told_of
-from ser_ray.search.space import SlotConfig, TuneConfig
-from ser_ray.search.trial import Slots, TrialSetup, problem_metrics, trial_metrics
-from ser_ray.search.trial_log import TrialLog, best_of
-from ser_ray.search.trials import (
+from ser_ray.search.plan import (
     ResumableAsha,
-    RetryFailed,
     SlotLimiter,
     SlotVariants,
-    _room,
-    find_slots,
-    open_study,
-    run_trial,
-)
-from ser_ray.search.tuner import (
     baseline,
-    make_plan,
     num_trials,
-    search,
-    train_command,
+    search_plan,
     warn_of_baseline,
 )
+from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
+from ser_ray.search.space import SlotConfig, TuneConfig
+from ser_ray.search.study import open_study
+from ser_ray.search.trial import Progress, TrialSetup, next_objective, run_trial
+from ser_ray.search.trial_record import TrialRecord, best_of
+from ser_ray.search.tuner import search, train_command
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import recipe_of_run
 from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import fit
+from ser_ray.training.trainer import EpochReport, fit
 from tests.conftest import make_memory_shards
+from tests.processes import end
 from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
@@ -107,18 +99,18 @@ def require_nothing_left() -> None:
     raise AssertionError(f"{ray.available_resources()} free, {ray.util.placement_group_table()}")
 
 
-def ended(trials: list[TrialLog]) -> list[TrialLog]:
+def ended(trials: list[TrialRecord]) -> list[TrialRecord]:
     return [trial for trial in trials if trial.ended]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shards, tmp_path):
+def test_a_search_prunes_fails_resumes_and_leaves_nothing_behind(two_cpus, shards, tmp_path):
     config = TuneConfig(trials=8, space=SPACE, grace_epochs=1, reduction=2)
     run = run_config(tmp_path)
-    seen: list[list[TrialLog]] = []
+    seen: list[list[TrialRecord]] = []
 
-    def interrupt_after_three(trials: list[TrialLog]) -> None:
+    def interrupt_after_three(trials: list[TrialRecord]) -> None:
         if len(ended(trials)) >= 3 and not seen:
             seen.append([replace(trial, rows=list(trial.rows)) for trial in ended(trials)])
             os.kill(os.getpid(), signal.SIGINT)
@@ -135,7 +127,7 @@ def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shard
     for trial in seen[0]:  # finished ones are kept as they were
         assert trials[trial.trial_id].rows == trial.rows
         assert trials[trial.trial_id].state == trial.state
-    states = [trial.state for trial in result.trials if trial.state != "lost"]
+    states = [trial.state for trial in result.trials]
     assert len(states) == 8
     assert "pruned" in states
     assert result.trials[0].recipe == RECIPE
@@ -156,6 +148,62 @@ def test_a_search_prunes_fails_goes_on_and_leaves_nothing_behind(two_cpus, shard
     assert TrainConfig.from_dict(kept["recipe"]) == best.recipe
     assert recipe_of_run(best.run_id, run.tracking_uri) == best.recipe.to_dict()
     check_mlflow(result, run.tracking_uri)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from tests.search import test_tuner as here
+trials = here.search_that_is_killed(sys.argv[1], Path(sys.argv[2]), here.show_progress)
+"""
+
+
+def search_that_is_killed(shards: str, folder: Path, show):
+    config = TuneConfig(
+        trials=4, searcher="random", scheduler="none", space=("feature=choice(mel)",)
+    )
+    recipe = replace(RECIPE, epochs=8)
+    return search(shards, recipe, run_config(folder), config, SlotConfig(), show=show)
+
+
+def show_progress(trials: list[TrialRecord]) -> None:
+    running = [trial.epochs for trial in trials if trial.state == "running"]
+    print(len(ended(trials)), max(running, default=0), flush=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_whose_driver_was_killed_resumes_with_what_it_knew(two_cpus, shards, tmp_path):
+    command = [sys.executable, "-c", DRIVER, shards, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            num_ended, num_epochs = map(int, line.split())
+            if num_ended >= 1 and num_epochs >= 2:
+                break
+        end(driver)
+    shown: list[list[TrialRecord]] = []
+    result = search_that_is_killed(shards, tmp_path, shown.append)
+    assert sorted(trial.number for trial in result.trials) == [1, 2, 3, 4]
+    for trial in result.trials:
+        assert trial.state == "finished"
+        assert [row["epoch"] for row in trial.rows] == list(range(1, 9))
+    rows = plain_rows(result.best.recipe, shards)
+    for row, alone in zip(result.best.rows, rows, strict=True):
+        assert row["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    parent = client.get_run(result.run_id)
+    nested = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
+    )
+    assert {run.data.tags["trial.state"] for run in nested} <= {"finished", "lost"}
+    assert "RUNNING" not in {run.info.status for run in nested}
+    for trial in result.trials:
+        curve = client.get_metric_history(trial.run_id, "val_ua")
+        assert {point.step: point.value for point in curve} == {
+            int(row["epoch"]): row["val_ua"] for row in trial.rows
+        }
 
 
 def plain_rows(recipe: TrainConfig, shards: str) -> list[dict[str, float]]:
@@ -191,7 +239,7 @@ def check_mlflow(result, uri: str) -> None:
     )
     by_id = {run.info.run_id: run for run in nested}
     assert set(by_id) == {trial.run_id for trial in result.trials}
-    status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "lost": "KILLED"}
+    status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
     for trial in result.trials:
         run = by_id[trial.run_id]
         assert run.info.status == status[trial.state]
@@ -201,23 +249,8 @@ def check_mlflow(result, uri: str) -> None:
             curve = client.get_metric_history(trial.run_id, "val_ua")
             assert [point.value for point in curve] == [row["val_ua"] for row in trial.rows]
             assert len(client.get_metric_history(trial.run_id, "lr_step")) == sum(
-                len(rates) for rates in trial.rates
+                len(rates) for rates in trial.learning_rates
             )
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.soak
-def test_stopped_trials_of_two_workers_free_their_only_slot(two_cpus, shards, tmp_path):
-    config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",), grace_epochs=1)
-    run, recipe = run_config(tmp_path, workers="2"), replace(RECIPE, epochs=2)
-    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
-    require_nothing_left()
-    assert len(result.trials) == 2
-    for trial in result.trials:
-        assert trial.stopped, "ASHA stops a trial at its last epoch too"
-        assert trial.succeeded
-    assert not list(Path(result.location, "groups").iterdir())
 
 
 @pytest.mark.ray
@@ -235,29 +268,27 @@ def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("slots", "changes"),
-    [
-        (SlotConfig(cpus_per_worker=3), {}),
-        (SlotConfig(), {"workers": "3"}),
-        (SlotConfig(), {"device": "gpu"}),
-    ],
+    [(SlotConfig(cpus_per_worker=3), {}), (SlotConfig(), {"device": "gpu"})],
 )
-def test_what_can_never_start_is_said_at_once(two_cpus, shards, tmp_path, slots, changes):
-    started = time.monotonic()
+def test_a_trial_that_can_never_start_is_refused(two_cpus, shards, tmp_path, slots, changes):
     with pytest.raises(ResourcesError, match="can never start: the cluster's nodes"):
         search(
             shards, RECIPE, run_config(tmp_path, **changes), TuneConfig(), slots, show=print
         )  # fmt: skip
-    assert time.monotonic() - started < 20
-    assert threading.active_count() < 20
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 @pytest.mark.ray
 def test_slots_are_what_the_nodes_hold(two_cpus):
     slots = find_slots(RunConfig(), SlotConfig())
-    assert (slots.count, slots.workers, slots.bundle()) == (2, 1, {"CPU": 1.0})
-    assert find_slots(RunConfig(workers="2"), SlotConfig()).count == 1
-    with pytest.raises(ConfigError, match="trials take a number"):
-        find_slots(RunConfig(workers="1..2"), SlotConfig())
+    assert (slots.count, slots.bundle()) == (2, {"CPU": 1.0})
+    assert find_slots(RunConfig(), SlotConfig(cpus_per_worker=2)).count == 1
+
+
+@pytest.mark.parametrize("workers", ["2", "1..2"])
+def test_trials_of_several_workers_are_refused_with_the_way_out(workers):
+    with pytest.raises(ConfigError, match=rf"has one worker; .* --workers {workers}$"):
+        require_one_worker(RunConfig(workers=workers))
 
 
 @pytest.mark.parametrize(
@@ -271,11 +302,16 @@ def test_slots_are_what_the_nodes_hold(two_cpus):
         ({"CPU": 16.0}, 1, 0.25, 0),
     ],
 )
-def test_workers_that_a_node_has_room_for(node, cpus, gpus, room):
-    assert _room(node, cpus, gpus) == room
+def test_trials_that_a_node_has_room_for(node, cpus, gpus, room):
+    assert trials_on(node, cpus, gpus) == room
 
 
-def test_ashas_rungs_are_the_same_after_a_restore():
+def report_of(epoch: int, val_ua: float, *, is_selected: bool = True) -> EpochReport:
+    row = {"epoch": float(epoch), "val_ua": val_ua, "val_loss": 1.0}
+    return EpochReport(1000 * epoch, row, [0.1], [[epoch]], is_selected)
+
+
+def test_asha_decides_after_a_restore_as_it_would_have_without():
     curves = {
         "a": [0.2, 0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9],
         "b": [0.1],
@@ -293,17 +329,35 @@ def test_ashas_rungs_are_the_same_after_a_restore():
     for name, curve in curves.items():
         trial = SimpleNamespace(trial_id=name, last_result={})
         before.on_trial_add(None, trial)
-        objective: list[float] = []
+        progress = Progress()
         for epoch, val_ua in enumerate(curve, start=1):
-            told = trial_metrics(RECIPE, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
-            before.on_trial_result(None, trial, told)
-            trial.last_result = told
+            progress.add(report_of(epoch, val_ua), RECIPE)
+            before.on_trial_result(None, trial, progress.result())
+            trial.last_result = progress.result()
         if name == "d":  # it diverges after its fourth epoch
-            trial.last_result = problem_metrics(SerRayError("diverged"), objective)
+            trial.last_result = progress.failure(DivergedError("diverged"))
             before.on_trial_result(None, trial, trial.last_result)
         after.on_trial_add(None, trial)
-    assert after._brackets[0]._rungs == before._brackets[0]._rungs
-    assert before._brackets[0]._rungs[-1][1] == {"a": 0.2, "b": 0.1, "c": 0.3, "d": 0.5}
+    decisions = []
+    for index in range(40):
+        val_ua = 0.05 + index % 13 / 13
+        trial = SimpleNamespace(trial_id=f"new {index}", last_result={})
+        for epoch in (1, 3, 9, 10):
+            result = {"epoch": epoch, "best_val_ua": val_ua}
+            pair = []
+            for asha in (before, after):
+                if epoch == 1:
+                    asha.on_trial_add(None, trial)
+                pair.append(asha.on_trial_result(None, trial, result))
+            decisions.append(pair)
+    assert all(without == restored for without, restored in decisions)
+    assert {without for without, _ in decisions} == {"CONTINUE", "STOP"}
+    fresh = scheduler(ASHAScheduler)
+    fresh.on_trial_add(None, SimpleNamespace(trial_id="x"))
+    low = {"epoch": 1, "best_val_ua": 0.05}
+    assert fresh.on_trial_result(None, SimpleNamespace(trial_id="x"), low) == "CONTINUE"
+    after.on_trial_add(None, SimpleNamespace(trial_id="x", last_result={}))
+    assert after.on_trial_result(None, SimpleNamespace(trial_id="x"), low) == "STOP"
 
 
 def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
@@ -317,27 +371,13 @@ def test_a_space_without_the_recipe_is_said_to_have_no_baseline(caplog):
     warn_of_baseline(RECIPE, TuneConfig(space=SPACE))
     assert not caplog.text
     warn_of_baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)")))
-    assert "the space leaves it out by feature mel, epochs 4" in caplog.text
+    assert "the space excludes its feature mel, epochs 4" in caplog.text
 
 
 def test_seeds_are_not_searched_where_they_draw_the_split():
     config, recipe = TuneConfig(space=("seed=choice(0,1)",)), replace(RECIPE, protocol="random")
     with pytest.raises(ConfigError, match=r"seed cannot be searched.*another --protocol"):
         search("nowhere", recipe, RunConfig(), config, SlotConfig(), show=print)
-
-
-def test_a_failed_trial_is_put_back_where_every_one_is_needed():
-    def restored(**result: object) -> ray_tune.experiment.Trial:
-        trial = ray_tune.experiment.Trial("trial", stub=True)
-        trial.set_status(trial.TERMINATED)
-        trial.run_metadata.last_result = result
-        return trial
-
-    scheduler = RetryFailed()
-    failed, finished = restored(problem="diverged"), restored(epoch=4)
-    for trial in (failed, finished):
-        scheduler.on_trial_add(None, trial)
-    assert (failed.status, finished.status) == ("PENDING", "TERMINATED")
 
 
 @pytest.mark.parametrize("kind", [SlotLimiter, SlotVariants])
@@ -355,8 +395,8 @@ def test_a_restored_searcher_has_the_slots_of_now(kind):
 
 
 @pytest.fixture
-def told(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
-    """What a trial run in this process tells Tune: metrics, and the files of a checkpoint."""
+def reports(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
+    """What a trial in this process reports to Ray Tune: metrics, and the files of a checkpoint."""
     reports = []
 
     def report(metrics, checkpoint=None):
@@ -368,13 +408,13 @@ def told(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
 
     monkeypatch.setattr(ray_tune, "report", report)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: None)
-    monkeypatch.setattr(trials_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
     return reports
 
 
 def setup_of(shards: str, **changes: object) -> TrialSetup:
-    slots = Slots(count=1, workers=1, cpus=1, gpus=0)
-    values = {"recipe": RECIPE, "shards": open_shards(shards), "slots": slots, "storage": ""}
+    slots = Slots(count=1, cpus=1, gpus=0)
+    values = {"recipe": RECIPE, "shards": open_shards(shards), "slots": slots}
     return TrialSetup(**values | changes)  # type: ignore[arg-type]
 
 
@@ -382,7 +422,9 @@ FRESH = {"none": Pretrained("fresh weights", {})}
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
-def test_a_trial_goes_on_with_its_selected_epoch(keep: Keep, told, shards, tmp_path, monkeypatch):
+def test_a_trial_resumes_with_its_selected_epoch(
+    keep: Keep, reports, shards, tmp_path, monkeypatch
+):
     """After a lost process: as if it had not been interrupted, the selected epoch included."""
     kept: list[bytes] = []
 
@@ -392,53 +434,81 @@ def test_a_trial_goes_on_with_its_selected_epoch(keep: Keep, told, shards, tmp_p
     recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
     setup = setup_of(shards, finish=finish, recipe=recipe)
     run_trial({}, setup, FRESH)
-    whole, told[:] = list(told), []
+    whole, reports[:] = list(reports), []
     for name, content in whole[1][1].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
     run_trial({}, setup, FRESH)
-    assert [metrics["epoch"] for metrics, _ in told] == [3, 4]
-    for (again, _), (alone, _) in zip(told, whole[2:], strict=True):
+    assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
+    for (again, _), (alone, _) in zip(reports, whole[2:], strict=True):
         assert again["objective_by_epoch"] == alone["objective_by_epoch"]
-        assert again["row"]["val_loss"] == pytest.approx(alone["row"]["val_loss"], rel=1e-5)
-    rows = [metrics["row"] for metrics, _ in whole]
+        losses = [metrics["history"][-1]["val_loss"] for metrics in (again, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    rows = whole[-1][0]["history"]
     expected = selected_epoch(rows, keep) + 1
     assert (expected == 4) is (keep == "last")
     assert [json.loads(progress)["selected"]["epoch"] for progress in kept] == [expected] * 2
 
 
-def test_what_a_search_raises_ends_with_the_epoch_that_is_kept():
-    objective: list[float] = []
+def test_the_objective_of_a_trial_ends_with_its_selected_epoch():
     lasts: dict[Keep, float] = {"last": 0.3, "best": 0.6}
     for keep, last in lasts.items():
+        recipe = replace(RECIPE, keep=keep, epochs=4)
+        objective: list[float] = []
         for epoch, val_ua in enumerate((0.2, 0.6, 0.5, 0.3), start=1):
-            recipe = replace(RECIPE, keep=keep, epochs=4)
-            told = trial_metrics(recipe, {"epoch": epoch, "val_ua": val_ua}, [], [], objective)
-        assert told["objective_by_epoch"] == [0.2, 0.6, 0.6, last]
+            row = {"epoch": float(epoch), "val_ua": val_ua}
+            objective.append(next_objective(recipe, row, objective))
+        assert objective == [0.2, 0.6, 0.6, last]
 
 
-def test_a_checkpoint_that_is_gone_is_a_beginning(told, shards, tmp_path, monkeypatch):
+def test_progress_continues_from_a_checkpoint_as_if_it_had_not_been_interrupted():
+    recipe = replace(RECIPE, keep="best")
+    whole, resumed = Progress(), Progress()
+    epochs = [report_of(1, 0.4), report_of(2, 0.3, is_selected=False)]
+    for epoch in epochs:
+        whole.add(epoch, recipe)
+    checkpoint: dict[str, Any] = {
+        "history": [epoch.row for epoch in epochs], "learning_rates": [0.1, 0.1, 0.5], "step": 1,
+        "times_ms": [1000, 2000], "selected_confusion": [[1]],
+    }  # fmt: skip
+    resumed.restore(checkpoint, recipe)
+    last = report_of(3, 0.5)
+    earlier = resumed.values
+    for progress in (whole, resumed):
+        progress.add(last, recipe)
+    assert resumed.result() == whole.result()
+    assert whole.result() == {
+        "best_val_ua": 0.5, "epoch": 3, "history": [*checkpoint["history"], last.row],
+        "learning_rates": [[0.1]] * 3, "times_ms": [1000, 2000, 3000],
+        "selected_confusion": [[3]], "objective_by_epoch": [0.4, 0.4, 0.5],
+    }  # fmt: skip
+    assert len(earlier["history"]) == 2, "what was reported before does not change"
+
+
+def test_a_trial_whose_checkpoint_is_gone_starts_again(reports, shards, tmp_path, monkeypatch):
     gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
     run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), FRESH)
-    assert [metrics.get("epoch") for metrics, _ in told] == [1]
+    assert [metrics.get("epoch") for metrics, _ in reports] == [1]
 
 
-def test_a_problem_is_told_with_the_epochs_before_it(told, shards):
+def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards):
     def finish(*_: object) -> None:
         raise DivergedError("no good")
 
     run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), FRESH)
-    last = told[-1][0]
+    last = reports[-1][0]
     assert last["problem"] == "DivergedError: no good"
-    assert last["objective_by_epoch"] == told[1][0]["objective_by_epoch"]
-    assert len(told[1][0]["objective_by_epoch"]) == 2
+    assert last["objective_by_epoch"] == reports[1][0]["objective_by_epoch"]
+    assert len(reports[1][0]["objective_by_epoch"]) == 2
 
 
 @pytest.mark.parametrize("error", [ShardsError, CheckpointError, TrackingError, OSError])
-def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(told, shards, error):
+def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
+    reports, shards, error
+):
     """Ray Tune then retries the trial; as the trial's result it would stand for good."""
 
     def finish(*_: object) -> None:
@@ -447,7 +517,7 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(t
     setup = setup_of(shards, recipe=replace(RECIPE, epochs=1), finish=finish)
     with pytest.raises(error, match="does not answer"):
         run_trial({}, setup, FRESH)
-    assert not [metrics for metrics, _ in told if "problem" in metrics]
+    assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
 @pytest.mark.ray
@@ -457,7 +527,7 @@ def test_a_resumed_search_trains_trials_that_storage_failed_again(two_cpus, shar
     run, recipe = run_config(tmp_path, max_failures=0), replace(RECIPE, epochs=2)
     folder, hidden = Path(shards), Path(shards).with_name("hidden")
 
-    def hide_the_shards(trials: list[TrialLog]) -> None:
+    def hide_the_shards(trials: list[TrialRecord]) -> None:
         if any(trial.state == "running" for trial in trials) and folder.exists():
             folder.rename(hidden)
 
@@ -469,74 +539,24 @@ def test_a_resumed_search_trains_trials_that_storage_failed_again(two_cpus, shar
     assert all(trial.succeeded and not trial.problem for trial in result.trials)
 
 
-def test_a_group_out_of_memory_is_a_problem_and_not_tried_again():
-    trial = GroupTrial.__new__(GroupTrial)
-    trial.told = {"objective_by_epoch": [0.2, 0.3]}
-    trial.training = Future()
-    trial.training.set_exception(
-        WorkerGroupError("lost", {0: ValueError("peer"), 1: torch.OutOfMemoryError("full")})
-    )
-    told = trial._conclude()
-    assert told["problem"] == "OutOfMemoryError: full"
-    assert (told["done"], told["objective_by_epoch"]) == (True, [0.2, 0.3])
-    trial.training = Future()
-    trial.training.set_exception(WorkerGroupError("lost", {0: ValueError("peer")}))
-    with pytest.raises(WorkerGroupError):
-        trial._conclude()
-
-
-def _nothing(timeout: float) -> None:
-    raise Empty
-
-
-@pytest.mark.parametrize("keep", ["last", "best"])
-def test_a_group_that_goes_on_tells_again_what_its_checkpoint_knows(keep):
-    """Its trial was lost after the group stored an epoch, and before Tune was told of it."""
-    rows = [
-        {"epoch": epoch, "val_ua": val_ua, "val_loss": 1.0}
-        for epoch, val_ua in ((1.0, 0.4), (2.0, 0.3))
-    ]
-    progress = {
-        "history": rows,
-        "learning_rates": [0.1, 0.2, 0.3, 0.4, 0.5],
-        "step": 1,
-        "selected_confusion": [[1]],
-    }
-    trial: Any = GroupTrial.__new__(GroupTrial)
-    trial.recipe, trial.told, trial.is_asked = replace(RECIPE, epochs=2, keep=keep), {}, False
-    trial.past = deque(_told_of(trial.recipe, progress))
-    trial.study, trial.reports = SimpleNamespace(finish=None), SimpleNamespace(get=_nothing)
-    trial.training = Future()
-    trial.training.set_result(SimpleNamespace(return_value=None))
-    first, second, end = trial.step(), trial.step(), trial.step()
-    assert [told["row"] for told in (first, second, end)] == [rows[0], rows[1], rows[1]]
-    assert [told["lr"] for told in (first, second)] == [[0.1, 0.2], [0.3, 0.4]]
-    kept, other = (second, first) if keep == "last" else (first, second)
-    assert (kept["confusion"], other["confusion"]) == ([[1]], [])
-    assert (end["complete"], end["done"]) == (True, True)
-    assert end["objective_by_epoch"] == [0.4, 0.3 if keep == "last" else 0.4]
-
-
-def test_a_study_keeps_its_workers_and_its_record(shards, tmp_path, monkeypatch):
-    """Ray Tune cannot restore trials of another kind; a store in a job's copy would be deleted."""
+def test_a_study_keeps_its_recipe_and_its_record(shards, tmp_path, monkeypatch):
+    """A tracking store in a job's own folder would be deleted after the job."""
     kept: list[str] = []
     context = SimpleNamespace(get_job_id=lambda: "job")
-    monkeypatch.setattr(trials_module.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(trials_module, "require_kept", kept.append)
+    monkeypatch.setattr(study_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(study_module, "require_kept", kept.append)
     run = run_config(tmp_path)
 
-    def start(workers: int) -> None:
-        slots = Slots(count=1, workers=workers, cpus=1, gpus=0)
+    def start(recipe: TrainConfig) -> str:
         folder = RunFolder(run.storage, "search")
-        open_study(
-            setup_of(shards, slots=slots), folder, run, "label", {"recipe": RECIPE.to_dict()}, print
-        )  # fmt: skip
+        identity = {"recipe": recipe.to_dict()}
+        study = open_study(setup_of(shards), folder, run, "label", identity, print)
+        return study.parent.run_id
 
-    start(1)
-    start(1)
+    assert start(RECIPE) == start(RECIPE)
     assert kept == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
-    with pytest.raises(CheckpointError, match="whose workers is 1 instead of 2; give another"):
-        start(2)
+    with pytest.raises(CheckpointError, match="recipe is epochs 4 instead of 9; give another"):
+        start(replace(RECIPE, epochs=9))
 
 
 def test_the_command_that_trains_the_best_names_what_is_not_the_default():
@@ -560,7 +580,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_best_recipe(tmp_path, monkeypat
     full = "ser_ray.search.tuner.json.dumps"
     monkeypatch.setattr(full, lambda *_, **__: SimpleNamespace(encode=lambda: "not bytes"))
     row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
-    best = TrialLog("a", 1, {}, RECIPE, rows=[row], state="finished")
+    best = TrialRecord("a", 1, {}, RECIPE, rows=[row], state="finished")
     study: Any = SimpleNamespace(parent=None)
     with pytest.raises(TypeError):
         tune_module._conclude(folder, study, best, TuneConfig(), "title", "again")
@@ -570,10 +590,10 @@ def test_a_disk_that_fills_up_leaves_the_earlier_best_recipe(tmp_path, monkeypat
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     row = {"epoch": 3.0, "val_ua": 0.5, "val_wa": 0.6, "val_loss": 1.0}
-    best = TrialLog("a", 2, {}, RECIPE, rows=[row], state="finished", run_id="0123456789abcdef")
+    best = TrialRecord("a", 2, {}, RECIPE, rows=[row], state="finished", run_id="0123456789abcdef")
     result = tune_module.TuneResult(
         name="search", label="validation, speaker-3, table", best=best,
-        trials=[best, TrialLog("b", 3, {}, RECIPE, state="failed")], run_id="parent",
+        trials=[best, TrialRecord("b", 3, {}, RECIPE, state="failed")], run_id="parent",
         tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
     )  # fmt: skip
     card = SimpleNamespace(
@@ -614,7 +634,7 @@ def test_a_grid_that_holds_the_recipe_begins_with_it():
     space = ("feature=choice(mfcc,mel)", "lr_max=choice(2e-3,4e-3)", "lr_ratio=choice(40)")
     config = TuneConfig(searcher="grid", space=space)
     assert num_trials(RECIPE, config) == 2 * 2 * 1
-    plan = make_plan(RECIPE, config, Slots(count=1, workers=1, cpus=1, gpus=0))
+    plan = search_plan(RECIPE, config, Slots(count=1, cpus=1, gpus=0))
     first = {name: values["grid_search"][0] for name, values in plan.space.items()}
     assert first == {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
     assert plan.num_samples == 1
@@ -623,11 +643,11 @@ def test_a_grid_that_holds_the_recipe_begins_with_it():
 def test_the_best_trial_did_not_fail():
     row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
     trials = [
-        TrialLog("a", 1, {}, RECIPE, rows=[row], state="pruned"),
-        TrialLog("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
-        TrialLog("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
-        TrialLog("e", 5, {}, RECIPE, rows=[row | {"val_ua": 0.8}], state="pruned"),
-        TrialLog("d", 4, {}, RECIPE, state="failed", problem="no"),
+        TrialRecord("a", 1, {}, RECIPE, rows=[row], state="pruned"),
+        TrialRecord("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
+        TrialRecord("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
+        TrialRecord("e", 5, {}, RECIPE, rows=[row | {"val_ua": 0.8}], state="pruned"),
+        TrialRecord("d", 4, {}, RECIPE, state="failed", problem="no"),
     ]
     assert best_of(trials).number == 2
     with pytest.raises(SerRayError, match="none of 1 trials succeeded; the first failed with: no"):

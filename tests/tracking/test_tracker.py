@@ -254,3 +254,19 @@ def test_a_silent_store_is_left_alone_for_a_while(
     tracker.log_metrics({"loss": 1.0}, 1, now_ms())
     assert [tracker.flush() for _ in range(20)] == [False] * 20
     assert len(calls) == 1
+
+
+def test_nested_runs_are_found_by_their_tag(in_tmp):
+    uri = f"sqlite:///{in_tmp}/mlflow.db"
+
+    def start(**tags: str) -> Tracker:
+        return Tracker.start(uri, "tests", name="run", params={}, tags=tags)
+
+    parent = start()
+    nested = {
+        name: start(**{"mlflow.parentRunId": parent.run_id, "trial.id": name}).run_id
+        for name in ("a", "b")
+    }
+    start(**{"mlflow.parentRunId": parent.run_id})
+    start(**{"mlflow.parentRunId": nested["a"], "trial.id": "c"})
+    assert parent.nested_runs("trial.id") == nested

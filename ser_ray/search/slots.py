@@ -1,0 +1,71 @@
+"""How many trials the cluster trains at once."""
+
+import math
+from dataclasses import dataclass
+
+from ser_ray.cluster import has_gpus, nodes_within_reach
+from ser_ray.distributed.config import RunConfig
+from ser_ray.errors import ConfigError, ResourcesError
+from ser_ray.search.space import SlotConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """Room for trials, all of one size."""
+
+    count: int
+    cpus: int
+    """CPUs of a trial."""
+    gpus: float
+    """GPUs of a trial; 0 trains on CPUs."""
+
+    def bundle(self) -> dict[str, float]:
+        """Ray's resources of one trial."""
+        return {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
+    """Count the trials that the cluster has room for at once.
+
+    Raises:
+        ResourcesError: there is not room for one.
+    """
+    gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+    cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
+    nodes = nodes_within_reach()
+    count = sum(trials_on(node, cpus, gpus) for node in nodes)
+    if count < 1:
+        sizes = [f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes]
+        raise ResourcesError(
+            f"a trial with {cpus} CPUs and {gpus:g} GPUs can never start: the cluster's nodes "
+            f"({'; '.join(dict.fromkeys(sizes))}) are too small; ask for less with "
+            "--cpus-per-worker or --gpus-per-worker"
+            + (", or train on CPUs with --device cpu" if gpu else "")
+        )
+    return Slots(count=count, cpus=cpus, gpus=gpus)
+
+
+def require_one_worker(run: RunConfig) -> None:
+    """Refuse trials of several workers: Ray Tune does not free the resources of one it stops.
+
+    Raises:
+        ConfigError: `workers` is not 1.
+    """
+    # https://github.com/ray-project/ray/issues/54305: the placement group of a Ray Train group in a
+    # stopped trial remains, and the next trial waits for its resources forever.
+    if run.worker_range != (1, 1):
+        raise ConfigError(
+            f"workers is {run.workers}: every trial of tune and crossval has one worker; leave "
+            "--workers out, and train the best recipe with ser-ray train --like RUN_ID --workers "
+            f"{run.workers}"
+        )
+
+
+def trials_on(node: dict[str, float], cpus: int, gpus: float) -> int:
+    """Trials that fit on a node; a share of a GPU is always of a single GPU."""
+    room = int(node.get("CPU", 0) // cpus)
+    if gpus >= 1:
+        return min(room, int(node.get("GPU", 0) // gpus))
+    if gpus:
+        return min(room, int(node.get("GPU", 0)) * math.floor(1 / gpus + 1e-9))
+    return room

@@ -1,0 +1,151 @@
+"""The runs of a study's trials in MLflow, each nested in the study's own run.
+
+A tracking server that goes away costs a warning: the trials continue, and what the server missed is
+delivered when it answers again, or when the same command is given. Runs carry the id of their
+trial, by which a later driver finds them.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from threading import Lock
+
+from ser_ray.errors import TrackingError
+from ser_ray.search.space import RATIO
+from ser_ray.search.trial_record import TrialRecord
+from ser_ray.tracking.tracker import Tracker
+from ser_ray.training.metrics import selected_metrics
+
+TRIAL_ID = "trial.id"
+"""Tag of a trial's run."""
+RETRY_SECONDS = 10.0
+"""Time between two attempts to reach a tracking server that did not answer."""
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+"""MLflow's status of a trial's run."""
+
+logger = logging.getLogger(__name__)
+
+
+class TrialRuns:
+    """The runs of a study's trials.
+
+    Args:
+        parent: the study's own run.
+        study: name of the study.
+        experiment: MLflow experiment of the runs.
+        labels: names of the rows of a confusion matrix.
+        tags: tags of every run; `protocol` and `corpus` are shown beside every score.
+    """
+
+    def __init__(
+        self,
+        parent: Tracker,
+        study: str,
+        experiment: str,
+        labels: Sequence[str],
+        tags: Mapping[str, str],
+    ) -> None:
+        self.parent, self.study, self.experiment = parent, study, experiment
+        self.labels, self.tags = labels, tags
+        self.lock = Lock()
+        """Held while a trial's record changes."""
+        self._unclaimed = parent.nested_runs(TRIAL_ID)
+        """Runs that an earlier driver opened, by the id of their trial."""
+        self._lost: list[str] = []
+        self._trackers: dict[str, Tracker] = {}
+        self._retry_at = 0.0
+
+    def claim(self, trial: TrialRecord) -> None:
+        """Find the run that an earlier driver opened for a trial."""
+        trial.run_id = self._unclaimed.pop(trial.trial_id, "")
+        if not trial.run_id:  # there is none yet, or it is on another tracking server
+            trial.delivered, trial.recorded = 0, False
+
+    def give_up_unclaimed(self) -> None:
+        """End the remaining runs: Ray Tune forgot their trials when its driver was killed."""
+        self._lost, self._unclaimed = list(self._unclaimed.values()), {}
+
+    def deliver(self, trials: Sequence[TrialRecord], *, at_once: bool = False) -> bool:
+        """Deliver what MLflow does not have yet; returns whether it has everything.
+
+        Args:
+            trials: all trials of the study; this updates what is delivered of each.
+            at_once: do not wait for `RETRY_SECONDS` after a failed attempt.
+        """
+        if time.monotonic() < self._retry_at and not at_once:
+            return False
+        try:
+            for trial in trials:
+                if trial.state != "waiting" and not trial.recorded:
+                    self._deliver_trial(trial)
+            while self._lost:
+                run = Tracker(self.parent.uri, self._lost[0])
+                run.set_tags({"trial.state": "lost"})
+                run.finish("KILLED")
+                self._lost.pop(0)
+        except TrackingError as error:
+            logger.warning("%s", error)
+            self._trackers.clear()  # the next attempt logs again what they could not deliver
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            return False
+        return True
+
+    def _deliver_trial(self, trial: TrialRecord) -> None:
+        with self.lock:
+            seen = replace(trial)  # Ray Tune's loop may change the record meanwhile
+        run = self._run(trial)
+        epochs = zip(seen.rows, seen.learning_rates, seen.times_ms, strict=True)
+        for row, learning_rates, timestamp_ms in list(epochs)[seen.delivered :]:
+            run.log_epoch(row, learning_rates, timestamp_ms)
+        run.deliver()
+        trial.delivered = max(seen.delivered, seen.epochs)
+        if not seen.ended:
+            return
+        if seen.state == "finished":  # only a finished trial has selected weights
+            run.log_metrics(selected_metrics(seen.selected), 0, seen.times_ms[-1])
+            run.deliver()
+        run.log_files({"report.html": self._page(seen)})
+        run.set_tags({"trial.state": seen.state, "problem": seen.problem})
+        run.finish(STATUS[seen.state])
+        with self.lock:
+            trial.recorded = trial.started_ms == seen.started_ms
+
+    def _page(self, trial: TrialRecord) -> str:
+        from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
+
+        return trial_page(
+            self._name(trial),
+            f"Trial {trial.number} of {self.study}: {trial.state}. {trial.problem}",
+            recipe=trial.recipe,
+            history=trial.rows,
+            learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
+            confusion=trial.selected_confusion,
+            labels=self.labels,
+            tags=self.tags,
+        )
+
+    def _run(self, trial: TrialRecord) -> Tracker:
+        """The trial's run, opened at its first use."""
+        if trial.trial_id not in self._trackers:
+            ratio = trial.recipe.lr_max / trial.recipe.lr_min
+            run = Tracker.start(
+                self.parent.uri,
+                self.experiment,
+                name=self._name(trial),
+                params=trial.recipe.to_dict() | {RATIO: ratio, "trial": trial.number},
+                tags={
+                    **self.tags,
+                    "mlflow.parentRunId": self.parent.run_id,
+                    TRIAL_ID: trial.trial_id,
+                },
+                run_id=trial.run_id,
+            )
+            if not trial.run_id:
+                trial.run_id = run.run_id
+                run.log_files({"config.json": trial.recipe.to_dict()})
+            self._trackers[trial.trial_id] = run
+        return self._trackers[trial.trial_id]
+
+    def _name(self, trial: TrialRecord) -> str:
+        return f"{self.study}-{trial.number:03d}"

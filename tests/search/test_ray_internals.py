@@ -1,0 +1,49 @@
+"""These tests fail when an upgrade of Ray moves what `ray_internals` relies on."""
+
+from pathlib import Path
+
+import pytest
+from ray import tune
+from ray.tune.experiment import Trial
+
+from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.search.ray_internals import RetryFailed, has_snapshot, last_result
+
+
+@pytest.mark.ray
+def test_a_snapshot_is_found_once_ray_tune_has_stored_one(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    folder = RunFolder(str(tmp_path), "study")
+    assert not has_snapshot(folder)
+    Path(folder.path).mkdir()
+    assert not has_snapshot(folder)
+    ray.init(num_cpus=1, include_dashboard=False, address="local", logging_level="ERROR")
+    try:
+        tune.run(
+            lambda values: tune.report({"score": values["value"]}),
+            name=folder.name, storage_path=folder.root, config={"value": 1}, verbose=0,
+        )  # fmt: skip
+    finally:
+        ray.shutdown()
+    assert has_snapshot(folder)
+
+
+def restored(**result: object) -> Trial:
+    trial = Trial("trial", stub=True)
+    trial.set_status(Trial.TERMINATED)
+    trial.run_metadata.last_result = result
+    return trial
+
+
+def test_a_trial_that_reported_a_problem_is_queued_again():
+    scheduler = RetryFailed()
+    failed, finished = restored(problem="diverged"), restored(epoch=4)
+    for trial in (failed, finished):
+        scheduler.on_trial_add(None, trial)
+    assert (failed.status, finished.status) == ("PENDING", "TERMINATED")
+
+
+def test_the_last_result_of_a_trial_is_what_it_reported():
+    assert last_result(restored(epoch=4))["epoch"] == 4
