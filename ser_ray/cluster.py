@@ -13,11 +13,11 @@ from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
 AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""On the head of a cluster that `ray up` started: the nodes that its autoscaler may add."""
+"""File on the head node of a cluster that `ray up` started, with the nodes that it may add."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable in which a job's driver finds its runtime environment before it connects to Ray."""
 ANSWER_SECONDS = 60.0
-"""Time for a node to start a worker process and look for files."""
+"""Time that a node has to start a worker process and look for files."""
 FOLDERS_ASKED = 256
 """The most folders of listed files that every node is asked to look for."""
 
@@ -100,7 +100,7 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
     """Check that the cluster has room for this many workers, or can grow until it has.
 
     Args:
-        workers: how many.
+        workers: how many workers run at the same time.
         cpus: CPUs of each worker.
         gpus: GPUs of each worker.
 
@@ -111,7 +111,7 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
     for name, each in (("GPU", gpus), ("CPU", cpus)):
         if each and workers * each > have.get(name, 0):
             raise ResourcesError(
-                f"{workers} workers need {workers * each:g} {name}s, the cluster has "
+                f"{workers} workers need {workers * each:g} {name}s, but the cluster has "
                 f"{have.get(name, 0):g}: ask for fewer with --workers"
                 + (", or train on CPUs with --device cpu" if name == "GPU" else "")
             )
@@ -123,7 +123,7 @@ def has_gpus() -> bool:
 
 
 def resources_within_reach() -> dict[str, float]:
-    """Resources of the cluster at the largest size that its autoscaler may give it."""
+    """Return the resources of the cluster at the largest size that its autoscaler may give it."""
     reach: dict[str, float] = {}
     for node in nodes_within_reach():
         for name, amount in node.items():
@@ -132,7 +132,7 @@ def resources_within_reach() -> dict[str, float]:
 
 
 def nodes_within_reach() -> list[dict[str, float]]:
-    """Resources of each node of the cluster, and of each that its autoscaler may add."""
+    """Return the resources of each node of the cluster, and of each that its autoscaler may add."""
     import ray
     import yaml
 
@@ -150,8 +150,8 @@ def require_shared(*locations: str) -> None:
     """Check that local paths lead to the same place on every node; URIs are assumed to do so.
 
     Raises:
-        ResourcesError: a node does not see a path, a node that the autoscaler adds would not, or
-            Ray deletes the path after the job.
+        ResourcesError: a node does not see a path, a node that the autoscaler adds would not see
+            it, or Ray deletes it after the job.
     """
     import ray
 
@@ -160,15 +160,15 @@ def require_shared(*locations: str) -> None:
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     local = {location: Path(absolute(location)) for location in locations if "://" not in location}
-    blind: dict[str, list[str]] = {}
+    missing_on: dict[str, list[str]] = {}
     if others:
         with ExitStack() as stack:
             seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
-            blind = dict(zip(local, _nodes_without(seen_by, others), strict=True))
+            missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
     elif AUTOSCALER_CONFIG.expanduser().exists():
         added = ["the machines that the autoscaler starts"]
-        blind = {location: added for location, path in local.items() if _is_on_root_disk(path)}
-    for location, names in blind.items():
+        missing_on = {location: added for location, path in local.items() if _is_on_root_disk(path)}
+    for location, names in missing_on.items():
         if names:
             raise ResourcesError(
                 f"{location}: is on this machine, but not on {', '.join(names)}: use a folder "
@@ -186,10 +186,10 @@ def one_of_each_folder(files: Iterable[str]) -> list[str]:
 
 
 def require_kept(location: str) -> None:
-    """Check that Ray does not delete a path or SQLite store after the job, with its working folder.
+    """Check that a path or SQLite store is outside the working folder that Ray deletes after a job.
 
     Raises:
-        ResourcesError: the location is in the copy of the code that Ray made for the job.
+        ResourcesError: the location is in that folder, the copy of the code that Ray made.
     """
     location = location.removeprefix("sqlite:///")
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
@@ -222,7 +222,7 @@ def _is_on_root_disk(path: Path) -> bool:
 
 
 def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:
-    """Names of the nodes that lack each path, [num_paths]. Unresponsive nodes are ignored."""
+    """Return the names of the nodes that lack each path, [num_paths]; ignore unresponsive nodes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -237,27 +237,27 @@ def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[
         for node in nodes
     }
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-    blind: list[list[str]] = [[] for _ in paths]
+    missing_on: list[list[str]] = [[] for _ in paths]
     for answer in answered:
         try:
-            there = ray.get(answer)
+            found = ray.get(answer)
         except ray.exceptions.RayError:  # the node was lost in the meantime
             continue
-        for names, is_there in zip(blind, there, strict=True):
-            if not is_there:
+        for names, is_found in zip(missing_on, found, strict=True):
+            if not is_found:
                 names.append(asked[answer])
-    return [sorted(names) for names in blind]
+    return [sorted(names) for names in missing_on]
 
 
 def cpus_per_worker(workers: int) -> int:
-    """The most CPUs that each worker can have if all of them are to run at the same time."""
+    """Return how many CPUs each worker can have at most if all of them run at the same time."""
     sizes = [int(node.get("CPU", 0)) for node in nodes_within_reach()]
     fitting = range(max(sizes, default=1), 1, -1)
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
 def placement_groups() -> set[str]:
-    """Ids of the placement groups that this job holds."""
+    """Return the ids of the placement groups that this job holds."""
     import ray
     from ray.util.placement_group import placement_group_table
 

@@ -11,11 +11,11 @@ class SerRayError(Exception):
 
 
 class ConfigError(SerRayError):
-    """A setting that cannot be: names the field, what it got and what is allowed."""
+    """An invalid setting. The message names the field, its value and what is allowed."""
 
 
 class LocationError(ConfigError):
-    """A location that cannot be opened: it is wrong, or its storage does not answer now."""
+    """A location that cannot be opened, because it is wrong or its storage does not respond."""
 
 
 class CorpusError(SerRayError):
@@ -23,19 +23,19 @@ class CorpusError(SerRayError):
 
 
 class ShardsError(SerRayError):
-    """A shard set that is missing, unfinished, in use or not what was asked for."""
+    """A shard set that is missing, unfinished, in use or not the requested one."""
 
 
 class CheckpointError(SerRayError):
-    """A checkpoint that is missing, broken or does not fit."""
+    """A checkpoint that is missing, damaged or does not fit."""
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint or a run's folder that belongs to another training."""
+    """A checkpoint or a run's folder that belongs to a different training run."""
 
 
 class ResourcesError(SerRayError):
-    """More CPUs or GPUs asked for than the cluster has."""
+    """A cluster that cannot be joined, or lacks the CPUs, GPUs or files that a command needs."""
 
 
 class TrackingError(SerRayError):
@@ -43,14 +43,14 @@ class TrackingError(SerRayError):
 
 
 class DivergedError(SerRayError):
-    """A loss or a weight that is not a finite number any more."""
+    """A loss or a weight that is no longer a finite number."""
 
 
 def is_permanent(error: BaseException) -> bool:
     """Whether another attempt would fail in the same way.
 
-    That is so where the error lies in the recipe, the shards or the checkpoint. Any other error,
-    such as a storage that does not answer, may not come again.
+    It would if the recipe, the shards or the checkpoint are at fault. Any other error, such as a
+    storage that does not respond, may be temporary.
     """
     permanent = isinstance(error, ConfigError | MismatchError | DivergedError)
     return permanent and not isinstance(error, LocationError)

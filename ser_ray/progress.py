@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_SECONDS = 10.0
-"""A log gets at most one line in this time, and one at the end."""
+"""A log gets at most one line in this time, and one more at the end."""
 
 Report = Callable[[str, int, int], None]
-"""Takes a text that says how far the job is, the amount that is done, and the total amount."""
+"""Called with a text that says how far the job is, the amount that is done, and the total."""
 
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Yield the function to call with each step; what it is given appears on standard error."""
+    """Yield a function to call after each step, which shows the step on standard error."""
     if not sys.stderr.isatty():
         yield _log_lines()
         return

@@ -66,7 +66,7 @@ def test_the_address_of_a_job_server_is_refused(name: str, monkeypatch: pytest.M
         pytest.fail("the block ran without a connection")
 
 
-def test_one_file_of_every_folder_is_looked_for_up_to_a_limit(
+def test_one_file_of_every_folder_is_checked_up_to_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = [f"/{folder}/{name}.wav" for name in "ab" for folder in range(9)]

@@ -1,1 +1,1 @@
-"""Where files are: paths and URIs, listings, atomic writes, and one writer for a folder."""
+"""Files on disks and in buckets: paths and URIs, listings, atomic writes, and locks of folders."""

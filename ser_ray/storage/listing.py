@@ -90,7 +90,7 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def _as_utf8(path: str) -> str:
-    r"""Write bytes that are not UTF-8 as \xff, because a table cannot store such a path."""
+    r"""Replace bytes that are not UTF-8 by text like \xff, because a table stores only UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

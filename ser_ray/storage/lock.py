@@ -1,12 +1,12 @@
-"""One writer for one folder: of shards, of a run's checkpoints, of a tracking server's database.
+"""A lock that gives a folder one writer: shards, a run's checkpoints, a tracking server's database.
 
 The lock is a file in the folder, so it works on any filesystem that pyarrow opens and between
 machines that share nothing else; `filelock` needs a local disk, and pyarrow has no conditional put
 for a bucket. The holder rewrites the file every `BEAT_SECONDS` with the next number.
 
-Clocks of two machines are never compared. Whoever finds the lock of a process on this machine asks
-the system whether that process is running. Whoever finds any other watches the file by the clock
-of its own machine: a holder is alive if the file changes, and gone if it does not for
+Clocks of two machines are never compared. A process that finds the lock of another one on the same
+machine asks the system whether that one is running. A process that finds any other lock watches the
+file by its own clock: the holder is alive if the file changes, and gone if it does not change for
 `STALE_SECONDS`.
 """
 
@@ -69,7 +69,7 @@ class Lock:
         self._thread = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
-        """Take the lock.
+        """Acquire the lock.
 
         Raises:
             SerRayError: of the type `error`: another process holds the lock, or the folder cannot
@@ -104,7 +104,7 @@ class Lock:
             )
 
     def check(self) -> None:
-        """Raise `error` if another process took the lock over, as it may when this one is silent.
+        """Raise `error` if another process took over the lock, as it may after some missed beats.
 
         Reads the storage only if the last beat is overdue, so it can be called at every step.
         """
@@ -125,14 +125,14 @@ class Lock:
             except FileExistsError:
                 raise self._in_use(self._read()) from None
             return
-        # Nothing replaces a file, or makes an object, only if nobody else did: the last one wins.
+        # Files cannot be replaced, nor objects written, on a condition: the last writer wins.
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
             raise self._in_use(self._read())
 
     def _wait_for_end_of(self, claim: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a claim whose holder is gone, or None once it is released; raise if it is held."""
+        """Return the claim if its holder is gone, or None if it was released; else raise."""
         is_running = _is_running(claim)
         if is_running:
             raise self._in_use(claim)
@@ -176,7 +176,7 @@ class Lock:
         write_file(self._filesystem, self._path, self._text().encode())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim; `{}` for one that is being written; None for no lock."""
+        """Return the holder's claim, `{}` if it is being written, or None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -212,13 +212,13 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
         return False
     except psutil.AccessDenied:
         return None
-    # A number is given to another process in time, and a corrected clock shifts all start times.
+    # Process ids are used again, and a corrected clock shifts all start times.
     return True if abs(started - claim["process_started"]) < 1 else None
 
 
 def _pid_namespace() -> str:
-    """Equal for two processes of a machine that see each other's ids; containers have their own."""
+    """Return the same text in all processes that see each other's ids, unlike in a container."""
     try:
-        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - it is no path
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux
         return ""

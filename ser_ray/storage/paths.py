@@ -31,7 +31,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         ConfigError: the location has a password in it.
     """
     if "://" not in location:
-        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+        return fs.LocalFileSystem(), absolute(location)
     refuse_password(location)
     if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
         location = location.replace("#", "%23")  # part of the key: objects have no fragments
@@ -60,7 +60,7 @@ def refuse_password(location: str) -> None:
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """Return one client for all of a bucket: it takes 13 ms to build and keeps connections."""
+    """Return the one client of a bucket, which takes 13 ms to build and keeps its connections."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
@@ -84,7 +84,7 @@ def absolute(location: str) -> str:
 def location_inside(folder: str, path: str) -> str:
     """Return the location of a relative path in a folder, with the query or chain of its URI."""
     if "://" not in folder:
-        return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - as `stat_file`
+        return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - a million of them
     before, after = _split_uri(folder)
     while path.startswith("../"):
         before, path = before.rstrip("/").rpartition("/")[0], path.removeprefix("../")
@@ -96,7 +96,7 @@ def location_inside(folder: str, path: str) -> str:
 def folder_of(location: str) -> str:
     """Return the location of the folder that a file is in."""
     if "://" not in location:
-        return str(Path(location).expanduser().absolute().parent)
+        return str(Path(absolute(location)).parent)
     before, after = _split_uri(location)
     return before.rpartition("/")[0] + after
 

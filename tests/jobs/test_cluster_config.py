@@ -230,14 +230,14 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 def test_what_an_autoscaler_may_start_counts_as_reachable(edited, nodes, tmp_path):
     """A head without CPUs, all workers gone home: jobs must not be refused."""
     assert not has_gpus()
-    with pytest.raises(ResourcesError, match="2 workers need 2 GPUs, the cluster has 0"):
+    with pytest.raises(ResourcesError, match="2 workers need 2 GPUs, but the cluster has 0"):
         require_workers(2, cpus=1, gpus=1)
     (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(edited))
     gpu = edited["available_node_types"]["gpu-worker"]["resources"]
     for _ in range(2):  # with none of them there, and with one
         assert has_gpus()
         require_workers(8, cpus=1, gpus=1)
-        with pytest.raises(ResourcesError, match="9 workers need 9 GPUs, the cluster has 8"):
+        with pytest.raises(ResourcesError, match="9 workers need 9 GPUs, but the cluster has 8"):
             require_workers(9, cpus=1, gpus=1)
         assert [cpus_per_worker(workers) for workers in (1, 16, 17, 40, 999)] == [16, 16, 8, 8, 1]
         assert find_slots(RunConfig(), SlotConfig(gpus_per_worker=0.25)).count == 8 * 4

@@ -1,4 +1,4 @@
-"""A file is there complete or not at all, whatever interrupts the writing."""
+"""A file is complete or does not exist, whatever interrupts the writing."""
 
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""One process at a time holds a lock, whatever happens to processes, machines, clocks and disks."""
+
 import json
 import os
 import resource
@@ -41,7 +43,7 @@ def dead_process() -> int:
 
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time passes only while the lock sleeps; returns what was slept."""
+    """Let time pass only while the lock sleeps, and return the seconds of each sleep."""
     slept: list[float] = []
     monkeypatch.setattr(module.time, "sleep", slept.append)
     monkeypatch.setattr(module.time, "monotonic", lambda: sum(slept))
@@ -60,7 +62,7 @@ def test_the_holder_is_named_at_once_and_leaves_nothing(
     assert watching == []
 
 
-def test_a_process_that_ended_on_this_machine_is_followed_without_waiting(
+def test_the_lock_of_a_process_that_ended_on_this_machine_is_taken_over_without_waiting(
     tmp_path: Path, watching: list[float]
 ) -> None:
     write_claim(tmp_path, pid=dead_process())
@@ -77,9 +79,9 @@ def test_a_process_that_ended_on_this_machine_is_followed_without_waiting(
         {"pid_namespace": "pid:[1]", "pid": dead_process()},
         {"process_started": 1.0},
     ],
-    ids=["another machine", "another container", "this machine, its number taken again"],
+    ids=["another machine", "another container", "this machine, process id used again"],
 )
-def test_a_holder_out_of_sight_is_followed_only_after_it_was_silent(
+def test_the_lock_of_a_holder_that_cannot_be_seen_is_taken_over_only_after_a_silence(
     tmp_path: Path, watching: list[float], changes: dict[str, object]
 ) -> None:
     write_claim(tmp_path, **changes)
@@ -93,7 +95,7 @@ def test_a_holder_out_of_sight_is_followed_only_after_it_was_silent(
 def test_a_living_holder_keeps_its_lock_whatever_its_clock_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
 ) -> None:
-    """Its machine is elsewhere, and so is its time: the file's own time says nothing either."""
+    """The holder is on another machine, so neither its clock nor the file's times can be used."""
     write_claim(tmp_path, host="elsewhere", alive=time.time() + clock)
     slept: list[float] = []
 
@@ -110,7 +112,7 @@ def test_a_living_holder_keeps_its_lock_whatever_its_clock_says(
     assert read_claim(tmp_path)["beat"] == 1
 
 
-def test_a_lock_that_is_released_while_it_is_watched_is_taken(
+def test_a_lock_that_is_released_while_it_is_watched_is_acquired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_claim(tmp_path, host="elsewhere")
@@ -119,7 +121,7 @@ def test_a_lock_that_is_released_while_it_is_watched_is_taken(
         assert read_claim(tmp_path)["token"] == held._claim["token"]
 
 
-def test_a_claim_that_nobody_can_read_is_followed_once_it_is_old(
+def test_an_unreadable_lock_is_taken_over_once_it_is_old(
     tmp_path: Path, watching: list[float]
 ) -> None:
     (tmp_path / LOCK_NAME).touch()  # a full disk left this
@@ -154,7 +156,7 @@ def test_a_disk_that_is_full_for_a_beat_leaves_the_claim(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
+def test_of_many_processes_at_once_exactly_one_gets_the_lock(tmp_path: Path) -> None:
     start, end = (threading.Barrier(8, timeout=30) for _ in range(2))
 
     def run(_: int) -> str:
@@ -173,7 +175,7 @@ def test_of_many_at_once_one_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_last", [True, False])
 def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looked before anybody wrote writes too, within the time that all of them wait."""
+    """All processes that saw no lock write one within the time that each of them waits."""
     folder = f"memory://{uuid.uuid4().hex}"
     other, lock = lock_of(folder), lock_of(folder)
     monkeypatch.setattr(module.time, "sleep", lambda _: None if is_last else other._write())
@@ -204,7 +206,7 @@ def test_a_successors_lock_survives_a_release_between_two_beats(tmp_path: Path) 
     assert read_claim(tmp_path)["host"] == "elsewhere"
 
 
-def test_a_check_looks_for_itself_once_a_beat_is_overdue(
+def test_a_check_reads_the_lock_once_a_beat_is_overdue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A laptop that slept for an hour wakes up in the middle of an epoch."""
@@ -245,14 +247,16 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path, place: str
     assert str(caught.value).endswith("; choose another folder, or make this one writable")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="no folder there that root may not write")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has a folder that root cannot write"
+)
 def test_a_read_only_folder_is_one_error() -> None:
     with pytest.raises(ShardsError, match=r"^/sys/lock.json: cannot be written \(.*Permission"):
         lock_of("/sys").__enter__()
 
 
 @pytest.mark.parametrize("is_failing", [True, False])
-def test_storage_that_is_away_at_the_release_hides_nothing(
+def test_a_failed_release_is_a_warning_and_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_failing
 ) -> None:
     def away() -> None:

@@ -60,7 +60,7 @@ def test_files_are_listed_with_their_sizes_and_opened_by_their_location(folder, 
         write(location_inside(folder, name), b"x" * size)
     listed = {file.inside: file for file in list_files(folder)}
     assert sorted(listed) == sorted(NAMES)
-    monkeypatch.chdir("/")  # a worker's folder is another one
+    monkeypatch.chdir("/")  # a worker runs in another folder
     for size, name in enumerate(NAMES):
         assert (listed[name].size, listed[name].problem) == (size, None)
         assert read(listed[name].location) == b"x" * size
