@@ -5,6 +5,8 @@ from typing import Literal
 
 from ser_ray.errors import ConfigError
 
+Ingest = Literal["auto", "resident", "stream"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -14,7 +16,7 @@ class RunConfig:
     """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
-    ingest: Literal["auto", "resident", "stream"] = "auto"
+    ingest: Ingest = "auto"
     """Keep the clips in each worker's memory, or read the training clips anew in every epoch; auto
     streams what would fill more than half of a worker's memory. Concerns `train` alone."""
     name: str = ""

@@ -1,46 +1,35 @@
-"""Ray Train around the loop: workers, storage, failures, and the run's record.
+"""One training on a cluster: its shards, its folder, its workers and its MLflow run.
 
-The loop runs in Ray's workers. Once an epoch's checkpoint is stored, Ray's controller, which lives
-on the driver's machine, appends a line to a journal file there; the driver reads it, shows the
-epoch and delivers it to MLflow. So neither the tracker nor the terminal sees workers come and go.
-
-A worker or its node may be lost: Ray starts others, which go on from the newest checkpoint. Where
-Ray's controller is lost the driver starts another, and where the driver is lost the same command
-does: a run's name follows from its recipe and shards, and its folder holds all it needs.
+The tracker lives in the driver, so that neither MLflow nor the terminal sees workers come and go.
+Where the driver is lost, the same command resumes: the name of a run follows from its recipe and
+shards, and its folder holds everything that is needed.
 """
 
 import hashlib
 import json
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray as core
-import ray.train
-from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train import ScalingConfig
 
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
     has_gpus,
-    placement_groups,
-    remove_placement_groups,
     require_kept,
     require_shared,
     require_workers,
 )
-from ser_ray.distributed.callbacks import EpochLine, JournalReader, JournalWriter
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.process_group import torch_config
-from ser_ray.distributed.run_folder import SELECTED, RunFolder, Stored
-from ser_ray.distributed.worker import run_worker
-from ser_ray.errors import CheckpointError, SerRayError, TrackingError
+from ser_ray.distributed.group import WorkerGroup, restored_epochs
+from ser_ray.distributed.run_folder import SELECTED, RunFolder
+from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.provenance import provenance
@@ -50,13 +39,15 @@ from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import Pretrained, read_pretrained
-from ser_ray.training.streaming import require_streamable, resident_bytes
+from ser_ray.training.model import read_pretrained
+from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 
-POLL_SECONDS = 0.2
 RESIZE_SECONDS = 30.0
-"""Between two looks whether an elastic training has room for more workers."""
+"""How often an elastic training looks whether there is room for more workers."""
+
+ShowEpoch = Callable[[dict[str, float]], None]
+"""Shows the row of an epoch that has just ended."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,42 +73,38 @@ def train(
     config: TrainConfig,
     run: RunConfig,
     *,
-    on_epoch: EpochLine,
+    on_epoch: ShowEpoch,
     address: str = "",
 ) -> TrainResult:
-    """Train one fold of a shard set on a cluster, or go on with it.
+    """Train one fold of a shard set on a cluster, or resume that training.
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
-            starts where that can be known.
-        SerRayError: the training failed; says why.
+            starts, where that can be known.
+        SerRayError: the training failed; the message gives the reason.
     """
     shards = open_shards(absolute(shards_location))
-    parts = select_rows(shards.clips(), config)
-    require_workers_fit(config, len(parts.train), run.worker_range[1])
-    if run.ingest == "stream":
-        require_streamable(config)
-    split = describe_split(parts)
+    split = _require_trainable(shards, config, run)
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
-    with folder.lock() as lock:
+    with folder.lock():
         folder.require_same(identity_of(config, shards))
-        if folder.record().get("delivered"):
-            return _finished(folder)
-        pretrained = read_pretrained(config.weights, len(shards.card.labels))
-        with cluster(address):
-            scaling = _scaling(run)
-            require_shared(shards.uri, folder.storage)
-            tracker = _start_tracker(config, run, folder, shards, split)
-            try:
-                journal = JournalReader(folder.journal(), tracker, on_epoch)
-                if not folder.record().get("finished"):
-                    _Job(config, run, shards, pretrained, folder, scaling).run(journal)
-                lock.check()
-                _conclude(folder, journal, shards.uri, audio=run.audio)
-            except BaseException as error:
-                tracker.abandon(error)
-                raise
-        return _finished(folder)
+        if not folder.record().get("delivered"):
+            pretrained = read_pretrained(config.weights, len(shards.card.labels))
+            with cluster(address):
+                require_shared(shards.uri, folder.storage)
+                scaling = _scaling(run)
+                group = WorkerGroup(
+                    folder, config, shards, pretrained, scaling,
+                    ingest=run.ingest, max_failures=run.max_failures,
+                )  # fmt: skip
+                tracker = _start_tracker(config, run, folder, shards, split)
+                try:
+                    _follow(group, tracker, on_epoch)
+                    _conclude(folder, tracker, shards, audio=run.audio)
+                except BaseException as error:
+                    tracker.abandon(error)
+                    raise
+        return _result(folder)
 
 
 def run_name(config: TrainConfig, shards: ShardSet) -> str:
@@ -136,11 +123,20 @@ def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     }
 
 
-def _scaling(run: RunConfig) -> ray.train.ScalingConfig:
+def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) -> dict[str, Any]:
+    """Check the recipe against the shards and the number of workers; returns the split in words."""
+    parts = select_rows(shards.clips(), config)
+    require_workers_fit(config, len(parts.train), run.worker_range[1])
+    if run.ingest == "stream":
+        require_streamable(config)
+    return describe_split(parts)
+
+
+def _scaling(run: RunConfig) -> ScalingConfig:
     fewest, most = run.worker_range
     gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
     require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
-    return ray.train.ScalingConfig(
+    return ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=gpu,
         resources_per_worker=None if gpu else {"CPU": float(cpus_per_worker(most))},
@@ -181,144 +177,47 @@ def _start_tracker(
     return tracker
 
 
-class _Job:
-    """A training as Ray runs it."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunConfig,
-        shards: ShardSet,
-        pretrained: Pretrained,
-        folder: RunFolder,
-        scaling: ray.train.ScalingConfig,
-    ) -> None:
-        self.folder, self.scaling, self.max_failures = folder, scaling, run.max_failures
-        self.arguments = {
-            "config": config,
-            "shards": shards,
-            "pretrained": core.put(pretrained),
-            "ingest": run.ingest,
-            "resident_bytes": resident_bytes(shards, config),
-        }
-
-    def run(self, journal: JournalReader) -> None:
-        """Train to the end; a lost controller is replaced as lost workers are.
-
-        Raises:
-            SerRayError: the training failed, or the user has something to mend.
-        """
-        failures, before = 0, placement_groups()
-        while True:
-            try:
-                self._run_once(journal)
-            except core.exceptions.RayActorError as error:
-                failures += 1
-                if failures > self.max_failures != -1:
-                    raise self._failed(error) from error
-                logger.warning("Ray's training controller was lost: starting another")
-                # Ray's own cleaner asks the dashboard who lives, and local clusters have none.
-                remove_placement_groups(placement_groups() - before)
-            except TrainingFailedError as error:
-                raise own_error(error) or self._failed(error) from error
-            else:
-                return
-
-    def _run_once(self, journal: JournalReader) -> None:
-        """Start workers where the training stands, and wait until they are done."""
-        newest = self.folder.newest()
-        self.folder.tidy(newest)
-        if newest is not None:
-            journal.recover(newest.progress)
-        # Ray's fit takes Ctrl-C for itself in the main thread.
-        executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
-        result = executor.submit(self._trainer(newest, journal.journal).fit)
-        executor.shutdown(wait=False)
-        try:
-            while not result.done():
-                wait([result], timeout=POLL_SECONDS)
-                journal.read()
-        finally:
-            journal.read()
-        result.result()
-
-    def _trainer(self, newest: Stored | None, journal: Path) -> TorchTrainer:
-        folder = self.folder
-        start = f"{folder.path}/{newest.name}" if newest is not None else ""
-        # Ray asks the workers for what they report this often, and takes one report each time.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
-        if self.scaling.elasticity_enabled:
-            # It first counts a lost node's places as still there, and waits this long for them.
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-        return TorchTrainer(
-            run_worker,
-            train_loop_config=self.arguments | {"start": start},
-            scaling_config=self.scaling,
-            torch_config=torch_config(gpu=self.scaling.use_gpu),
-            run_config=ray.train.RunConfig(
-                name=folder.name,
-                storage_path=folder.root,
-                storage_filesystem=folder.filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=self.max_failures),
-                # The two selected last, for one may not be whole, and, always, the latest: `score`
-                # rises with every newly selected epoch.
-                checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=2, checkpoint_score_attribute="score"
-                ),
-                callbacks=[JournalWriter(journal)],
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            ),
-        )
-
-    def _failed(self, error: Exception) -> SerRayError:
-        trace = self.folder.journal().with_name("error.txt")
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        where = ""
-        with suppress(OSError):  # a full disk may be what it is about
-            trace.write_text(str(error))
-            where = f" (the whole trace is in {trace})"
-        return SerRayError(
-            f"the training failed: {lines[-1] if lines else 'no reason given'}{where}; the same "
-            "command goes on from the last epoch"
-        )
+def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
+    """Run the training, if it has not finished, and log every epoch."""
+    if group.folder.record().get("finished"):  # but the tracking server was away at its end
+        epochs = restored_epochs(group.folder.newest())
+    else:
+        epochs = group.epochs()
+    with closing(epochs):
+        for epoch in epochs:
+            tracker.log_epoch(
+                epoch.row, epoch.learning_rates, epoch.timestamp_ms, epoch.system_metrics
+            )
+            tracker.flush()
+            if not epoch.is_restored:
+                on_epoch(epoch.row)
 
 
-def own_error(error: TrainingFailedError) -> SerRayError | None:
-    """The error whose message is written for the user, among those that a training failed for."""
-    causes: list[Exception] = []
-    if isinstance(error, ControllerError):
-        causes = [error.controller_failure]
-    elif isinstance(error, WorkerGroupError):
-        causes = list(error.worker_failures.values())
-    return next((cause for cause in causes if isinstance(cause, SerRayError)), None)
+def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: bool) -> None:
+    """Keep the selected checkpoint under a fixed name, and complete the MLflow run.
 
-
-def _conclude(folder: RunFolder, journal: JournalReader, shards: str, *, audio: bool) -> None:
-    """Keep the selected checkpoint under a fixed name, and deliver what the run has shown.
-
-    A tracking server that is away now costs a warning: the same command delivers it later.
+    A tracking server that is away now costs a warning: the same command delivers the rest later.
     """
+    from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
+    from ser_ray.evaluation.pages import run_page
+
     newest = folder.newest()
     if newest is None:
         raise CheckpointError(f"{folder.location}: the training left no checkpoint")
-    tracker = journal.tracker
-    journal.recover(newest.progress)  # a driver elsewhere may have shown what this one has not
-    with TemporaryDirectory() as selected:
+    with TemporaryDirectory() as directory:
+        selected = Path(directory)
         origin = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
-        card = folder.keep_selected(newest, origin, Path(selected))
+        card = folder.keep_selected(newest, origin, selected)
         folder.update_record(finished=True)
-        from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
-        from ser_ray.evaluation.pages import run_page
-
         try:
             page = run_page(
-                evaluate(Path(selected), shards, part="validation"),
+                evaluate(selected, shards.uri, part="validation"),
                 name=folder.name,
                 history=newest.progress["history"],
                 learning_rates=newest.progress["learning_rates"],
                 audio=audio,
             )
-            _log_outcome(tracker, Path(selected), card, newest.progress, page)
+            _log_outcome(tracker, selected, card, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
             logger.warning("%s", error)
@@ -358,13 +257,13 @@ def _log_outcome(
     tracker.finish("FINISHED")
 
 
-def _finished(folder: RunFolder) -> TrainResult:
-    """What a finished run's folder says of it."""
+def _result(folder: RunFolder) -> TrainResult:
+    """What a finished run's folder says about it."""
     newest, record = folder.newest(), folder.record()
     if newest is None:
         raise CheckpointError(
-            f"{folder.location}: the run is finished, but its last checkpoints are gone or cut "
-            "short; give another --name to train again"
+            f"{folder.location}: the run is finished, but its last checkpoints are missing or "
+            "incomplete; give another --name to train again"
         )
     return TrainResult(
         name=folder.name,

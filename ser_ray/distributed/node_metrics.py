@@ -1,8 +1,9 @@
-"""What a node does while it trains: how busy its processors are and how full its memories.
+"""Metrics of a node while it trains: how busy its processors are and how full its memories.
 
-One worker of each node samples it beside the loop; the means ride along with its report of an epoch
-to the tracker, so no worker talks to MLflow. Names and units are those of MLflow's own system
-metrics, which its UI shows on a page of their own.
+One worker of each node samples them beside the loop, and sends the means with its report of an
+epoch. MLflow's own monitor is not used, because it would have every node write to the tracking
+store, which may be a file on the driver's machine. Names and units are MLflow's, whose UI shows
+such metrics on a page of their own.
 """
 
 import time
@@ -20,16 +21,16 @@ MEGABYTE = 1e6
 
 
 class NodeMetrics:
-    """Samples this machine for as long as the process lives."""
+    """Samples this machine until the process ends."""
 
     def __init__(self) -> None:
         self._gpus = gpu_handles()
         self._samples: list[dict[str, float]] = []
-        psutil.cpu_percent()  # the first call only begins to count
+        psutil.cpu_percent()  # the first call starts the count
         Thread(target=self._run, name="node-metrics", daemon=True).start()
 
-    def take(self) -> dict[str, float]:
-        """Means of the samples since the last call; empty where there was no time for any."""
+    def means_since_last_call(self) -> dict[str, float]:
+        """Means of the samples since the last call; empty if there was no time for any."""
         samples, self._samples = self._samples, []
         names = dict.fromkeys(name for each in samples for name in each)
         return {name: fmean(each[name] for each in samples if name in each) for name in names}
@@ -41,7 +42,7 @@ class NodeMetrics:
 
 
 def sample(gpus: Sequence[Any]) -> dict[str, float]:
-    """Read this machine now; the CPUs, since the last reading."""
+    """Read this machine's metrics: the CPUs' since the last reading, others as of now."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -51,7 +52,7 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in enumerate(gpus):
-        # What a GPU does not tell, as one in MIG mode its utilisation, is left out.
+        # Some GPUs do not report everything: one in MIG mode has no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             values |= {
@@ -65,7 +66,7 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
 
 
 def gpu_handles() -> list[Any]:
-    """NVIDIA's handles of all GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says."""
+    """NVIDIA's handles of all GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -7,22 +7,30 @@ from typing import Any
 import psutil
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+
+TorchBackend: Any = TorchConfig().backend_cls
+"""Ray's class that starts torch's process group; only its configuration names it publicly."""
 
 
 def torch_config(*, gpu: bool) -> TorchConfig:
     """Ray Train's settings for workers on GPUs (NCCL) or on CPUs (gloo)."""
-    return TorchConfig(backend="nccl") if gpu else _GlooConfig(backend="gloo")
+    return TorchConfig(backend="nccl") if gpu else GlooConfig(backend="gloo")
 
 
-class _GlooConfig(TorchConfig):
+class GlooConfig(TorchConfig):
+    """The process group of CPU workers."""
+
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _GlooBackend
+    def backend_cls(self) -> type[Any]:
+        """The class that starts and ends the process group."""
+        return GlooBackend
 
 
-class _GlooBackend(_TorchBackend):
+class GlooBackend(TorchBackend):
+    """Ray's backend, with gloo on the network of Ray."""
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Start the process group."""
         worker_group.execute(use_network_of_ray)
         super().on_start(worker_group, backend_config)
 
@@ -30,8 +38,8 @@ class _GlooBackend(_TorchBackend):
 def use_network_of_ray() -> None:
     """Let gloo listen where Ray does.
 
-    By itself it takes the address that the machine's own name resolves to. On many that is
-    127.0.1.1, and workers on other machines wait for it in vain.
+    By default it takes the address that the machine's own name resolves to. On many machines that
+    is 127.0.1.1, and workers on other machines wait for it until they time out.
     """
     interface = interface_of(ray.util.get_node_ip_address())
     if interface:

@@ -1,16 +1,15 @@
-"""A run's folder on the storage: its record, its checkpoints, its lock and its journal.
+"""A run's folder on the storage: its lock, its record and its checkpoints.
 
     run.json                what the run is, which MLflow run it has, whether it is finished
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next
-    selected                  the selected checkpoint, once the training is finished
+    selected                the selected checkpoint, once the training is finished
 
-What a run goes on from is read from the checkpoints themselves: the newest that was written to its
-end and whose selected epoch is there too. Ray's own list of them is rewritten in place, so a full
-disk or a lost machine can leave half of it; it is dropped whenever a driver starts.
+Where a run resumes is read from the checkpoints themselves: it is the newest one that was written
+completely and whose selected epoch is there too. Ray keeps a list of them as well, but rewrites it
+in place, so a full disk or a lost machine can leave half of it; a driver deletes it when it starts.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from ser_ray.errors import CheckpointError, ConfigError, MismatchError
+from ser_ray.errors import CheckpointError, MismatchError
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -34,13 +33,13 @@ from ser_ray.training.checkpoint import (
     read_card,
     read_progress,
 )
-from ser_ray.training.config import TrainConfig
 
 RECORD = "run.json"
 SELECTED = "selected"
-GROUPS = "groups"
-"""In a study's folder: those of its trials of several workers, until they have ended."""
+TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
+"""Ray's list of checkpoints. Ray has no public way to start without it; a test of `train` fails
+where it has another name."""
 DYING_SECONDS = 5.0
 """How long a worker may outlive the controller that owned it."""
 
@@ -48,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A checkpoint that was written to its end."""
+class StoredCheckpoint:
+    """A checkpoint that was written completely."""
 
     name: str
     progress: dict[str, Any]
@@ -57,7 +56,7 @@ class Stored:
 
     @property
     def selected(self) -> str:
-        """Name of the checkpoint to keep as it was known then; empty before any epoch."""
+        """Name of the checkpoint that was selected at that time; empty before the first epoch."""
         row = self.progress["selected"]
         return checkpoint_name(int(row["epoch"])) if row else ""
 
@@ -67,29 +66,36 @@ class RunFolder:
 
     Args:
         storage: folder or URI that holds the folders of many runs.
-        name: the run's.
+        name: name of the run.
     """
 
     def __init__(self, storage: str, name: str) -> None:
         self.storage, self.name = storage, name
         self.filesystem, self.root = filesystem_of(storage)
         self.path = f"{self.root.rstrip('/')}/{name}"
+        self._lock: Lock | None = None
 
     @property
     def location(self) -> str:
-        """Where it is, as a user would type it."""
+        """The folder, as a user would type it."""
         return location_inside(self.storage, self.name)
 
     def lock(self) -> Lock:
-        """The right to train under this name."""
+        """Make the lock that a process holds while it trains under this name."""
         advice = "is training under this name; wait for it to end, or give another --name"
-        return Lock(self.location, CheckpointError, advice)
+        self._lock = Lock(self.location, CheckpointError, advice)
+        return self._lock
+
+    def check_lock(self) -> None:
+        """Raise CheckpointError where another process has taken over the lock of this one."""
+        if self._lock is not None:
+            self._lock.check()
 
     def record(self) -> dict[str, Any]:
-        """The run's record; empty before its first start.
+        """Read the run's record; it is empty before the first start.
 
         Raises:
-            CheckpointError: it is not one.
+            CheckpointError: the file is no record.
         """
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{RECORD}") as stream:
@@ -110,46 +116,41 @@ class RunFolder:
         write_file(self.filesystem, f"{self.path}/{RECORD}", content)
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """Refuse to go on with a run that was another recipe or had other shards.
+        """Refuse to resume a run that had another recipe or other shards.
 
         Raises:
             MismatchError: names what differs.
         """
-        identity, record = json.loads(json.dumps(identity)), self.record()
-        if not record:
-            self.journal().unlink(missing_ok=True)  # of a run whose folder is gone
-        difference = name_difference(_as_now(record.get("identity", identity)), identity)
+        identity = json.loads(json.dumps(identity))
+        difference = name_difference(self.record().get("identity", identity), identity)
         if difference:
             raise MismatchError(
                 f"{self.location}: this name was given to a run whose {difference}; give another "
                 "--name to start afresh, or restore what it was trained with"
             )
 
-    def journal(self) -> Path:
-        """The driver's own file of epoch lines: beside a local run, else in the output folder."""
-        if isinstance(self.filesystem, fs.LocalFileSystem):
-            folder = Path(self.path)
-        else:  # the same name may be in use on another storage
-            digest = hashlib.sha256(self.location.encode()).hexdigest()[:8]
-            folder = Path("ser-ray-out/journals", f"{self.name}-{digest}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / "epochs.jsonl").absolute()
+    def newest(self) -> StoredCheckpoint | None:
+        """Find the newest checkpoint from which the training can resume; None to begin.
 
-    def newest(self) -> Stored | None:
-        """The newest checkpoint from which the training can go on; None to begin.
-
-        One that was cut short, or whose selected epoch was, is passed over with a warning.
+        One that is incomplete, or whose selected checkpoint is, is skipped with a warning.
         """
         for name in sorted(self._checkpoints(), reverse=True):
             progress = read_progress(self.filesystem, f"{self.path}/{name}")
-            stored = Stored(name, progress) if progress is not None else None
-            if stored is not None and self._is_whole(stored.selected):
-                return stored
-            logger.warning("%s/%s is not whole: going on without it", self.location, name)
+            if progress is not None:
+                stored = StoredCheckpoint(name, progress)
+                selected = f"{self.path}/{stored.selected}"
+                if not stored.selected or read_progress(self.filesystem, selected) is not None:
+                    return stored
+            logger.warning("%s/%s is incomplete: it is skipped", self.location, name)
         return None
 
-    def tidy(self, newest: Stored | None) -> None:
-        """Delete Ray's list, and all checkpoints but `newest` and its selected one."""
+    def tidy(self, newest: StoredCheckpoint | None) -> None:
+        """Delete Ray's list, and all checkpoints except `newest` and its selected one.
+
+        Raises:
+            CheckpointError: another process trains here now.
+        """
+        self.check_lock()
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.path}/{RAY_LIST}")
         kept = {newest.name, newest.selected} if newest is not None else set()
@@ -158,18 +159,24 @@ class RunFolder:
                 self.delete(name)
 
     def selected_card(self) -> CheckpointCard:
-        """Card of the selected checkpoint of a finished run."""
+        """Read the card of the selected checkpoint of a finished run."""
         with self.filesystem.open_input_stream(f"{self.path}/{SELECTED}/{CARD}") as stream:
             return CheckpointCard.from_json(stream.read().decode())
 
-    def keep_selected(self, newest: Stored, origin: dict[str, str], into: Path) -> CheckpointCard:
+    def keep_selected(
+        self, newest: StoredCheckpoint, origin: dict[str, str], into: Path
+    ) -> CheckpointCard:
         """Copy the selected checkpoint to its fixed name, and into an empty local folder.
 
         Args:
-            origin: which MLflow run it came from, written beside it.
+            origin: the MLflow run that it came from, written beside it.
+
+        Raises:
+            CheckpointError: another process trains here now.
         """
+        self.check_lock()
         source = f"{self.path}/{newest.selected}"
-        for name in (CARD, MODEL):  # what going on needs is not needed any more
+        for name in (CARD, MODEL):  # the rest is only needed to resume
             with (
                 self.filesystem.open_input_stream(f"{source}/{name}") as stored,
                 (into / name).open("wb") as local,
@@ -181,10 +188,19 @@ class RunFolder:
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)
         return read_card(into)
 
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint, if it is there; a lost controller's worker may be writing into it.
+    def keep_trace(self, text: str) -> str:
+        """Write an error's trace into the folder; returns where it is, or why there is none."""
+        try:
+            write_file(self.filesystem, f"{self.path}/{TRACE}", text.encode())
+        except OSError as error:  # the storage may be what the trace is about
+            return f"no trace could be written: {error}"
+        return f"the trace is in {location_inside(self.location, TRACE)}"
 
-        Such a worker ends soon; what it leaves all the same is no obstacle, only disk space.
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint, if it is there.
+
+        The worker of a lost controller may still be writing to it, but ends soon. What it leaves
+        all the same costs only disk space.
         """
         until = time.monotonic() + DYING_SECONDS
         while True:
@@ -207,14 +223,3 @@ class RunFolder:
             for entry in self.filesystem.get_file_info(selector)
             if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint-")
         ]
-
-    def _is_whole(self, name: str) -> bool:
-        return not name or read_progress(self.filesystem, f"{self.path}/{name}") is not None
-
-
-def _as_now(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity whose recipe, of an older program perhaps, says all that today's say."""
-    recipes = {name: identity[name] for name in ("config", "recipe") if name in identity}
-    with contextlib.suppress(ConfigError):  # of a newer one: what differs is named
-        recipes = {name: TrainConfig.from_dict(it).to_dict() for name, it in recipes.items()}
-    return identity | recipes

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -14,44 +14,62 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.ingest import choose_ingest
 from ser_ray.distributed.node_metrics import NodeMetrics
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 
-def run_worker(arguments: dict[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerTask:
+    """What every worker of a group is given."""
+
+    config: TrainConfig
+    shards: ShardSet
+    pretrained: core.ObjectRef
+    """The weights to start from (`ser_ray.training.model.Pretrained`)."""
+    ingest: Ingest
+    resident_bytes: int
+    """Memory that all clips would take; only used if `ingest` is auto."""
+    start: str = ""
+    """Path of the checkpoint to resume from, on the run's storage; empty to begin."""
+
+
+def run_worker(task: WorkerTask) -> None:
     """Run the loop as one of Ray Train's workers.
 
     Every error is raised, so that Ray ends the group at once: a worker that returned would leave
     the others waiting for it in their next collective operation.
     """
-    if device_threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(device_threads))
+    if num_threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(num_threads))
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None and arguments.get("start"):
+    if checkpoint is None and task.start:
         storage = ray.train.get_context().get_storage()
-        checkpoint = Checkpoint(arguments["start"], storage.storage_filesystem)
+        checkpoint = Checkpoint(task.start, storage.storage_filesystem)
     device = get_device()
     with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
         resume = Path(directory) if directory else None
         fit(
-            arguments["config"],
-            arguments["shards"],
-            core.get(arguments["pretrained"]),
+            task.config,
+            task.shards,
+            core.get(task.pretrained),
             Reporter(),
             resume=resume,
             device=device,
-            preemption_check=preemption_notice(),
-            stream=choose_ingest(arguments["ingest"], arguments["resident_bytes"], device, resume),
+            preemption_check=preemption_check(),
+            stream=choose_ingest(task.ingest, task.resident_bytes, device, resume),
         )
 
 
 class Reporter:
-    """Hands the loop's reports to Ray Train and writes their checkpoints beside the loop."""
+    """Passes the loop's reports to Ray Train, and writes their checkpoints beside the loop."""
 
     def __init__(self) -> None:
         self._writer = Semaphore()
-        """Free when no copy of the training waits to be written: memory holds one at most."""
+        """Taken while a copy of the training waits to be written, so that memory holds only one."""
         is_first_of_node = ray.train.get_context().get_local_rank() == 0
         self._node = NodeMetrics() if is_first_of_node else None
 
@@ -61,7 +79,8 @@ class Reporter:
         if epoch is not None:
             metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_selected else 0}
             if self._node is not None:
-                metrics["node"] = {core.util.get_node_ip_address(): self._node.take()}
+                address = core.util.get_node_ip_address()
+                metrics["system_metrics"] = {address: self._node.means_since_last_call()}
         context = ray.train.get_context()
         if context.get_world_rank() > 0:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
@@ -88,13 +107,13 @@ class Reporter:
         )
 
 
-def preemption_notice() -> Callable[[], bool]:
-    """Make a question: is there news of a node about to be taken away?"""
-    heard = None
+def preemption_check() -> Callable[[], bool]:
+    """Make a function that says whether Ray has announced a preemption since its last call."""
+    known = None
 
-    def ask() -> bool:
-        nonlocal heard
-        before, heard = heard, ray.train.get_preemption_info()
-        return heard is not None and heard != before
+    def check() -> bool:
+        nonlocal known
+        before, known = known, ray.train.get_preemption_info()
+        return known is not None and known != before
 
-    return ask
+    return check

@@ -25,16 +25,19 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
+from ser_ray.distributed import group
 from ser_ray.distributed import launch as distributed
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import TrainResult, train
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
-from ser_ray.distributed.worker import preemption_notice
+from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage.lock import Lock
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.mlflow_server import MlflowServer
@@ -207,9 +210,10 @@ def test_the_driver_is_killed_and_what_it_wrote_is_cut_short(
     state = newest / STATE
     if state.exists():  # else the kill has cut it short already
         state.write_bytes(state.read_bytes()[:1000])
+    assert (folder / RAY_LIST).exists(), "Ray has renamed its list: see run_folder.RAY_LIST"
     (folder / RAY_LIST).write_text('{"ray_ver')
     result = world.train("driver-killed")
-    assert f"{newest.name} is not whole: going on without it" in caplog.text
+    assert f"{newest.name} is incomplete: it is skipped" in caplog.text
     assert result.run_id == run_id
     assert_same(world, result, uninterrupted)
 
@@ -251,7 +255,7 @@ def test_the_disk_is_full_while_checkpointing(
     assert (tmp_path / "first").read_text() == "2\n"
     errors = (tmp_path / "errors").read_text()
     assert "No space left on device" in errors
-    assert "the same command goes on from the last epoch" in errors
+    assert "the same command resumes from the last epoch" in errors
     assert (tmp_path / "second").read_text() == "0\n"
     require_same_weights(tmp_path, Path(uninterrupted.checkpoint))
 
@@ -329,6 +333,45 @@ def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
     assert num_lines(shards.attempts) == num_attempts
 
 
+@pytest.mark.parametrize("workers", ["1", "1..2"])
+def test_without_room_for_the_workers_the_training_ends_with_an_error(
+    world: World, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setattr(group, "START_SECONDS", 1.0)
+    monkeypatch.setattr(group, "START_ATTEMPTS", 3)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    occupant = placement_group([{"CPU": 1}])
+    assert occupant.wait(60)
+    try:
+        with pytest.raises(SerRayError, match=r"no room for|timed out .* waiting for 1"):
+            world.train(f"no-room-{workers}", workers=workers)
+    finally:
+        remove_placement_group(occupant)
+
+
+def test_a_training_that_loses_its_lock_ends_before_it_deletes_anything(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = world.run_folder("robbed")
+    seen: list[int] = []
+    kept: set[str] = set()
+
+    def on_epoch(epoch: int) -> None:
+        seen.append(epoch)
+        if epoch == 2:  # another driver took the lock over, and has begun
+            monkeypatch.setattr(Lock, "check", refuse)
+            (folder / checkpoint_name(1, 1)).mkdir()
+            kept.update(path.name for path in folder.glob("checkpoint-*"))
+
+    def refuse(lock: Lock) -> None:
+        raise CheckpointError("process 1 on elsewhere is training under this name")
+
+    with pytest.raises(CheckpointError, match="on elsewhere is training"):
+        world.train("robbed", on_epoch)
+    assert seen == [1, 2], "it ends at once, not after its last epoch"
+    assert checkpoint_name(1, 1) in {path.name for path in folder.glob("checkpoint-*")}
+
+
 def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:
     folder = RunFolder(str(world.folder / "runs"), "taken")
     with (
@@ -374,20 +417,18 @@ def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
     assert "the same command is run again" in caplog.text
     mlflow_server.start()
     assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "RUNNING"
-    # As from another machine, which has none of the driver's files: the checkpoint tells.
-    (world.run_folder("server-away") / "epochs.jsonl").unlink()
     again = world.train("server-away", lambda epoch: pytest.fail("it trains"))
     assert again.run_id == away.run_id
     assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "FINISHED"
     assert [step for step, _ in world.learning_rates(away.run_id)] == list(range(STEPS))
 
 
-def test_every_preemption_notice_is_news_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, both = object(), object()
     infos = iter([None, first, first, both, both])
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(infos))
-    ask = preemption_notice()
-    assert [ask() for _ in range(5)] == [False, True, False, True, False]
+    check = preemption_check()
+    assert [check() for _ in range(5)] == [False, True, False, True, False]
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""A run's folder without Ray: which checkpoint it goes on from, what it keeps, what it refuses."""
+"""A run's folder without Ray: from which checkpoint it resumes, what it keeps, what it refuses."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from pyarrow import fs
 from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.storage.lock import Lock
 from ser_ray.training.checkpoint import (
     MODEL,
     PROGRESS,
@@ -21,8 +22,6 @@ from ser_ray.training.checkpoint import (
 )
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-
-pytestmark = pytest.mark.usefixtures("in_tmp")  # where a remote run's journal goes
 
 CARD = CheckpointCard(
     labels=("happy", "sad"),
@@ -58,26 +57,14 @@ def names(folder: RunFolder) -> set[str]:
     return {entry.base_name for entry in found if entry.base_name.startswith("checkpoint-")}
 
 
-def test_a_journal_is_of_one_storage_and_goes_with_its_run(in_tmp: Path) -> None:
-    one, other = RunFolder("memory://team-a", "run"), RunFolder("memory://team-b", "run")
-    assert one.journal() != other.journal()
-    one.journal().write_text("an epoch\n")
-    one.update_record(identity={"a": 1})
-    one.require_same({"a": 1})
-    assert one.journal().exists()
-    one.filesystem.delete_file(f"{one.path}/{RECORD}")  # somebody cleared the bucket
-    one.require_same({"a": 1})
-    assert not one.journal().exists()
-
-
-def test_a_place_where_no_folder_can_be_says_so(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (RunFolder(str(tmp_path / "file"), "run"), RunFolder(str(tmp_path), "n" * 300)):
         with pytest.raises(CheckpointError, match=r"lock\.json: cannot be .*choose another folder"):
             folder.lock().__enter__()
 
 
-def test_a_record_cut_short_says_so(tmp_path: Path) -> None:
+def test_an_incomplete_record_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RECORD).write_text('{"run_id": "f0')
     with pytest.raises(CheckpointError, match=r"is not a run's record .* delete the folder"):
@@ -89,7 +76,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
 
 
-def test_it_goes_on_from_the_newest_and_keeps_the_selected(storage: str) -> None:
+def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_the_selected_one(storage: str) -> None:
     made = [snapshot(1, 1), snapshot(2, 2), snapshot(3, 2), snapshot(4, 2), snapshot(4, 2, step=7)]
     folder = folder_of(storage, *made)
     newest = folder.newest()
@@ -103,7 +90,25 @@ def test_it_goes_on_from_the_newest_and_keeps_the_selected(storage: str) -> None
     assert folder.filesystem.get_file_info(f"{folder.path}/{RAY_LIST}").type.name == "NotFound"
 
 
-def test_a_checkpoint_that_a_dying_worker_still_writes_is_deleted_all_the_same(
+def test_nothing_is_deleted_once_another_process_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(lock: Lock) -> None:
+        raise CheckpointError("another process is training under this name")
+
+    folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
+    newest = folder.newest()
+    assert newest is not None
+    with folder.lock():
+        monkeypatch.setattr(Lock, "check", refuse)
+        with pytest.raises(CheckpointError, match="another process"):
+            folder.tidy(newest)
+        with pytest.raises(CheckpointError, match="another process"):
+            folder.keep_selected(newest, {}, tmp_path)
+    assert names(folder) == {checkpoint_name(epoch) for epoch in (1, 2, 3)}
+
+
+def test_a_checkpoint_to_which_a_dying_worker_still_writes_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
@@ -132,7 +137,7 @@ def test_a_checkpoint_that_a_dying_worker_still_writes_is_deleted_all_the_same(
 
 @pytest.mark.parametrize("lacking", [MODEL, STATE, PROGRESS])
 @pytest.mark.parametrize("harm", ["gone", "cut short"])
-def test_one_that_is_not_whole_is_passed_over(
+def test_an_incomplete_checkpoint_is_skipped(
     tmp_path: Path, lacking: str, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2))
@@ -144,10 +149,10 @@ def test_one_that_is_not_whole_is_passed_over(
     newest = folder.newest()
     assert newest is not None
     assert newest.name == checkpoint_name(1)
-    assert f"{checkpoint_name(2)} is not whole" in caplog.text
+    assert f"{checkpoint_name(2)} is incomplete: it is skipped" in caplog.text
 
 
-def test_without_its_selected_one_a_newer_one_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_selected_one_is_incomplete_is_skipped(tmp_path: Path) -> None:
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
     (tmp_path / "run" / checkpoint_name(2) / MODEL).unlink()
     newest = folder.newest()
@@ -155,7 +160,7 @@ def test_without_its_selected_one_a_newer_one_is_passed_over(tmp_path: Path) -> 
     assert newest.name == checkpoint_name(1)
 
 
-def test_nothing_whole_is_a_beginning(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_the_training_begins(tmp_path: Path) -> None:
     assert RunFolder(str(tmp_path), "run").newest() is None
     folder = folder_of(str(tmp_path), snapshot(1, 1))
     (tmp_path / "run" / checkpoint_name(1) / STATE).unlink()
@@ -172,7 +177,7 @@ def test_a_checkpoint_replaces_what_an_interruption_left(storage: str) -> None:
     assert folder.newest() is not None
 
 
-def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+def test_a_stored_checkpoint_is_read_back(tmp_path: Path) -> None:
     folder_of(str(tmp_path), snapshot(2, 1, step=5))
     found = Snapshot.read(tmp_path / "run" / checkpoint_name(2, 5))
     assert (found.progress["epoch"], found.progress["step"]) == (2, 5)
@@ -189,7 +194,7 @@ def test_the_state_of_another_version_is_named(tmp_path: Path) -> None:
         Snapshot.read(checkpoint)
 
 
-def test_the_selected_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
+def test_the_selected_checkpoint_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
     folder = folder_of(storage, snapshot(1, 1), snapshot(2, 1))
     newest = folder.newest()
     assert newest is not None
@@ -200,7 +205,7 @@ def test_the_selected_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
     assert json.loads((local / "run.json").read_text()) == {"run_id": "abc"}
 
 
-def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) -> None:
+def test_another_recipe_under_the_name_is_refused_and_the_difference_named(storage: str) -> None:
     folder = RunFolder(storage, "run")
 
     def identity(lr_max: float) -> dict:
@@ -211,16 +216,3 @@ def test_another_recipe_under_the_name_is_refused_by_what_differs(storage: str) 
     folder.require_same(identity(0.1))
     with pytest.raises(CheckpointError, match=r"config is lr_max 0\.1 instead of 0\.2; give anot"):
         folder.require_same(identity(0.2))
-
-
-def test_a_named_run_of_an_older_program_goes_on_where_what_is_new_is_off(tmp_path: Path) -> None:
-    folder, config = RunFolder(str(tmp_path), "run"), TrainConfig().to_dict()
-    older = {name: value for name, value in config.items() if name != "sam_rho"}
-    folder.update_record(identity={"recipe": older})
-    folder.require_same({"recipe": config})
-    with pytest.raises(CheckpointError, match=r"recipe is sam_rho 0\.0 instead of 0\.1"):
-        folder.require_same({"recipe": config | {"sam_rho": 0.1}})
-    newer = config | {"unheard_of": 1, "epochs": 3}
-    folder.update_record(identity={"recipe": newer})
-    with pytest.raises(CheckpointError, match=r"recipe is epochs 3 instead of 48"):
-        folder.require_same({"recipe": config})

@@ -28,9 +28,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 from ray.train.torch import TorchConfig
 
 from ser_ray import cluster
-from ser_ray.distributed import launch as distributed
+from ser_ray.distributed import group
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train
+from ser_ray.distributed.worker import WorkerTask
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import TrainConfig
@@ -156,14 +157,14 @@ def shared() -> Iterator[Path]:
         yield Path(folder)
 
 
-def without_gpu(arguments: dict[str, Any]) -> Any:
-    """The training's worker on a machine whose GPU is only counted."""
+def without_gpu(task: WorkerTask) -> None:
+    """Run the training's worker on a machine that has no GPU, although Ray counts one."""
     import torch
 
     from ser_ray.distributed import worker
 
     worker.get_device = lambda: torch.device("cpu")
-    return worker.run_worker(arguments)
+    worker.run_worker(task)
 
 
 def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(
@@ -180,8 +181,8 @@ def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(
     wait_for("the CPU machines' end", lambda: not machines())
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(distributed, "run_worker", without_gpu)
-    monkeypatch.setattr(distributed, "torch_config", lambda *, gpu: TorchConfig("gloo"))
+    monkeypatch.setattr(group, "run_worker", without_gpu)
+    monkeypatch.setattr(group, "torch_config", lambda *, gpu: TorchConfig("gloo"))
     with Watch() as watch:
         result = train(
             write_shard_files(shared / "shards"),

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
-from ser_ray.distributed.callbacks import JournalReader, JournalWriter
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import tracker as tracking
 from ser_ray.tracking.provenance import provenance
@@ -35,9 +34,10 @@ def metrics(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in history)
 
 
-def line(epoch: int) -> str:
-    report = {"row": {"epoch": epoch, "val_ua": epoch / 10}, "learning_rates": [epoch, epoch + 0.5]}
-    return f"\n{json.dumps(report | {'timestamp_ms': 1000 * epoch})}\n"
+def log(tracker: Tracker, epoch: int) -> None:
+    row = {"epoch": epoch, "val_ua": epoch / 10}
+    tracker.log_epoch(row, [epoch, epoch + 0.5], timestamp_ms=1000 * epoch)
+    tracker.flush()
 
 
 def test_away_at_the_start_is_an_error_at_once(mlflow_server: MlflowServer) -> None:
@@ -80,62 +80,35 @@ def test_files_are_stored_as_what_they_are(mlflow_server: MlflowServer, tmp_path
 
 
 def test_away_in_the_middle_costs_nothing(
-    mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
     tracker = start(mlflow_server.uri)
-    journal, shown = tmp_path / "epochs.jsonl", []
-    reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
-    journal.write_text(line(1))
-    reader.read()
+    log(tracker, 1)
     mlflow_server.stop()
     for epoch in (2, 3):
-        with journal.open("a") as file:
-            file.write(line(epoch))
-        reader.read()
-    assert shown == [1, 2, 3]
+        log(tracker, epoch)
     with pytest.raises(TrackingError, match="nothing is lost"):
         tracker.finish("FINISHED")
     mlflow_server.start()
-    reader.read()
+    assert tracker.flush()
     assert metrics(mlflow_server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert [step for step, _ in metrics(mlflow_server.uri, tracker.run_id, "lr_step")] == list(
         range(6)
     )
 
 
-def test_the_next_start_delivers_what_the_journal_kept(
-    mlflow_server: MlflowServer, tmp_path: Path
-) -> None:
+def test_the_next_start_continues_the_run(mlflow_server: MlflowServer) -> None:
     tracker = start(mlflow_server.uri)
-    journal = tmp_path / "epochs.jsonl"
-    # A line cut short by a full disk, one whose epoch was done again, and one being written.
-    journal.write_text(line(1) + line(2)[:30] + line(2) + line(2) + line(3)[:30])
-    JournalReader(journal, tracker, lambda _: None)
+    log(tracker, 1)
     again = start(mlflow_server.uri, run_id=tracker.run_id)
-    JournalReader(journal, again, lambda _: None)
+    for epoch in (1, 2):
+        log(again, epoch)
     assert again.run_id == tracker.run_id
     assert metrics(mlflow_server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2)]
     run = MlflowClient(mlflow_server.uri).get_run(tracker.run_id)
     assert run.data.params == {"a.b": "1"}
     assert run.info.status == "RUNNING"
-
-
-def test_an_epoch_whose_line_was_lost_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
-    uri, journal = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "epochs.jsonl"
-    tracker = start(uri)
-    journal.write_text(line(2) + line(3)[:30])
-    rows = [json.loads(line(epoch))["row"] for epoch in (1, 2, 3)]
-    rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
-    JournalReader(journal, tracker, lambda _: pytest.fail("it is no news")).recover(
-        {"learning_rates": rates, "step": 1, "history": rows, "times_ms": [1000, 2000, 3000]}
-    )
-    for _ in range(2):  # delivered again, they are what they were
-        JournalReader(journal, tracker, lambda _: None)
-    assert metrics(uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
-    found = metrics(uri, tracker.run_id, "lr_step")
-    assert [step for step, _ in found] == [0, 1, 2, 3, 4, 5]
-    assert [rate for step, rate in found if step not in (2, 3)] == [0.0, 0.1, 0.4, 0.5]
 
 
 def test_an_epoch_is_logged_under_these_names_and_steps_however_often(tmp_path: Path) -> None:
@@ -218,26 +191,6 @@ def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.Monkey
 def test_a_store_that_does_not_know_the_run_says_so(mlflow_server: MlflowServer) -> None:
     with pytest.raises(TrackingError, match="refused the run 0123456789abcdef"):
         start(mlflow_server.uri, run_id="0123456789abcdef")
-
-
-def test_the_journal_has_a_line_an_epoch_and_survives_a_line_cut_short(tmp_path: Path) -> None:
-    journal = tmp_path / "epochs.jsonl"
-    shown: list[float] = []
-    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
-    reader = JournalReader(journal, tracker, lambda row: shown.append(row["epoch"]))
-    writer = JournalWriter(journal)
-    writer.after_report(
-        None, [{"timestamp_ms": 1, "row": {"epoch": 1.0}, "learning_rates": []}, {}], None
-    )
-    writer.after_report(None, [{"score": 0}], None)  # a checkpoint in mid-epoch
-    with journal.open("a") as file:
-        file.write('{"row": {"ep')
-    writer.after_report(
-        None, [{"timestamp_ms": 2, "row": {"epoch": 2.0}, "learning_rates": []}], None
-    )
-    reader.read()
-    reader.read()
-    assert shown == [1.0, 2.0]
 
 
 def test_a_silent_store_is_left_alone_for_a_while(

@@ -1,0 +1,249 @@
+"""A group of Ray Train's workers around the loop, and its epochs as they end.
+
+    loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.epochs` in the caller
+
+Ray replaces a lost worker, and `WorkerGroup` a lost controller; the new ones resume from the newest
+checkpoint. The queue may be lost with its driver, because a checkpoint holds the numbers of all
+epochs before it: a report that did not reach the caller is restored from there.
+"""
+
+import logging
+import os
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from time import monotonic
+
+import ray as core
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ser_ray.cluster import placement_groups, remove_placement_groups
+from ser_ray.distributed.callbacks import DriverCallback
+from ser_ray.distributed.config import Ingest
+from ser_ray.distributed.process_group import torch_config
+from ser_ray.distributed.run_folder import RunFolder, StoredCheckpoint
+from ser_ray.distributed.worker import WorkerTask, run_worker
+from ser_ray.errors import ResourcesError, SerRayError
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.checkpoint import learning_rates_by_epoch
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.model import Pretrained
+from ser_ray.training.streaming import resident_bytes
+
+POLL_SECONDS = 0.2
+"""Time between two looks at the workers' reports, of the controller and of the caller."""
+START_SECONDS = 30.0
+"""How long Ray waits for the places of a new group before it looks again how many there are.
+
+Its list of nodes may be 20 s old: the second attempt knows that a node is gone. Workers that have
+their places may take as long as they need, to install their environment for instance."""
+START_ATTEMPTS = 60
+"""With START_SECONDS, half an hour for a cluster to start machines or to finish other work."""
+STOP_SECONDS = 60.0
+"""Time that a stopped group has to end the epoch it is in."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """An epoch whose checkpoint is stored."""
+
+    row: dict[str, float]
+    """Its numbers, by the names they are logged under."""
+    learning_rates: list[float]
+    """Learning rate of every step."""
+    timestamp_ms: int
+    """When it ended."""
+    system_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of every node, by its address."""
+    is_restored: bool = False
+    """It was read from a checkpoint, because it ended before this start or its report was lost."""
+
+
+class WorkerGroup:
+    """The workers that train in one run's folder, by Ray Train.
+
+    Args:
+        folder: holds the checkpoints; the training resumes from the newest one.
+        scaling: number and size of the workers.
+        ingest: how a worker gets its training clips (`ser_ray.distributed.ingest`).
+        max_failures: how often lost workers are replaced, and controllers that were lost before
+            they stored a checkpoint; -1 is without limit.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        shards: ShardSet,
+        pretrained: Pretrained,
+        scaling: ScalingConfig,
+        *,
+        ingest: Ingest = "resident",
+        max_failures: int = 0,
+    ) -> None:
+        self.folder, self.scaling, self.max_failures = folder, scaling, max_failures
+        self.task = WorkerTask(
+            config=config,
+            shards=shards,
+            pretrained=core.put(pretrained),
+            ingest=ingest,
+            resident_bytes=resident_bytes(shards, config) if ingest == "auto" else 0,
+        )
+        self.other_groups = placement_groups()
+        """Ids of the placement groups that this job held before."""
+
+    def epochs(self) -> Generator[Epoch]:
+        """Train to the end, and yield every epoch once; the first are those done before.
+
+        Closing the iterator stops the group.
+
+        Raises:
+            CheckpointError: another process has taken over the folder.
+            ResourcesError: there was no room for the workers.
+            SerRayError: the training failed.
+        """
+        yielded: set[float] = set()
+        failures = 0
+        while True:
+            start = self.folder.newest()
+            self.folder.tidy(start)
+            try:
+                with closing(self._run_controller(start)) as running:
+                    for epoch in chain(restored_epochs(start), running):
+                        # After a loss an epoch may be done again, with the same numbers.
+                        if epoch.row["epoch"] not in yielded:
+                            yielded.add(epoch.row["epoch"])
+                            yield epoch
+            except (RayActorError, TrainingFailedError) as error:
+                has_progressed = _name(self.folder.newest()) != _name(start)
+                failures = 0 if has_progressed else failures + 1
+                is_replaceable = has_progressed or isinstance(error, RayActorError)
+                is_over = isinstance(error, WorkerGroupError) or not is_replaceable
+                if is_over or failures > self.max_failures != -1:
+                    raise self._failure(error) from error
+                logger.warning("Ray's training controller was lost: starting another")
+                # Ray's own cleaner asks the dashboard who is alive, and local clusters have none.
+                remove_placement_groups(placement_groups() - self.other_groups)
+            else:
+                return
+
+    def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
+        """Yield the epochs of one of Ray's controllers until it ends."""
+        here = core.get_runtime_context().get_node_id()
+        affinity = NodeAffinitySchedulingStrategy(here, soft=False)
+        queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})
+        # In the main thread, Ray's fit would handle Ctrl-C itself.
+        executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
+        training = executor.submit(self._trainer(start, queue).fit)
+        executor.shutdown(wait=False)
+        watch = PlaceWatch(self.other_groups)
+        try:
+            while True:
+                is_done = training.done()
+                self.folder.check_lock()
+                try:
+                    report = queue.get(block=not is_done, timeout=POLL_SECONDS)
+                except Empty:
+                    if is_done:
+                        break
+                    watch.require_places()
+                else:
+                    yield Epoch(**report)
+            training.result()
+        except BaseException as error:
+            queue.shutdown(force=True)  # the next epoch's report fails, and that ends the group
+            if not isinstance(error, KeyboardInterrupt):
+                wait([training], timeout=STOP_SECONDS)
+            raise
+
+    def _trainer(self, start: StoredCheckpoint | None, queue: Queue) -> TorchTrainer:
+        folder = self.folder
+        path = f"{folder.path}/{start.name}" if start is not None else ""
+        # Ray has no other settings for these two than environment variables.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
+        return TorchTrainer(
+            partial(run_worker, replace(self.task, start=path)),
+            scaling_config=self.scaling,
+            torch_config=torch_config(gpu=self.scaling.use_gpu),
+            run_config=ray.train.RunConfig(
+                name=folder.name,
+                storage_path=folder.root,
+                storage_filesystem=folder.filesystem,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=self.max_failures, controller_failure_limit=START_ATTEMPTS
+                ),
+                # The two that were selected last, for one may be incomplete, and, always, the
+                # latest: `score` rises with every newly selected epoch.
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2, checkpoint_score_attribute="score"
+                ),
+                callbacks=[DriverCallback(queue)],
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+
+    def _failure(self, error: Exception) -> SerRayError:
+        """The error for the user: our own where there is one, else what Ray says."""
+        causes: list[Exception] = []
+        if isinstance(error, ControllerError):
+            causes = [error.controller_failure]
+        elif isinstance(error, WorkerGroupError):
+            causes = list(error.worker_failures.values())
+        for cause in causes:
+            if isinstance(cause, SerRayError):
+                return cause
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return SerRayError(
+            f"the training failed: {lines[-1] if lines else 'no reason given'}"
+            f" ({self.folder.keep_trace(str(error))}); the same command resumes from the last epoch"
+        )
+
+
+class PlaceWatch:
+    """Ends a training that waits for room without end, as an elastic one does in Ray."""
+
+    def __init__(self, other_groups: set[str]) -> None:
+        self.other_groups = other_groups
+        self.had_places = self.looked = monotonic()
+
+    def require_places(self) -> None:
+        """Look from time to time whether this training has a placement group.
+
+        Raises:
+            ResourcesError: it has had none for START_ATTEMPTS times START_SECONDS.
+        """
+        if monotonic() - self.looked < START_SECONDS:
+            return
+        self.looked = monotonic()
+        if placement_groups() - self.other_groups:
+            self.had_places = self.looked
+        elif self.looked - self.had_places >= START_SECONDS * START_ATTEMPTS:
+            raise ResourcesError(
+                f"the cluster had no room for the workers for {START_SECONDS * START_ATTEMPTS:g} "
+                "seconds: give the same command again when it has, or ask for fewer workers"
+            )
+
+
+def restored_epochs(checkpoint: StoredCheckpoint | None) -> Generator[Epoch]:
+    """Every epoch that a checkpoint holds the numbers of."""
+    if checkpoint is None:
+        return
+    progress = checkpoint.progress
+    rates = learning_rates_by_epoch(progress)
+    for row, of_steps, when in zip(progress["history"], rates, progress["times_ms"], strict=True):
+        yield Epoch(row, of_steps, when, is_restored=True)
+
+
+def _name(checkpoint: StoredCheckpoint | None) -> str:
+    return checkpoint.name if checkpoint is not None else ""

@@ -1,0 +1,105 @@
+"""What passes between a group of workers and its driver, without Ray."""
+
+from typing import Any
+
+import pytest
+
+from ser_ray.distributed import group
+from ser_ray.distributed.callbacks import DriverCallback
+from ser_ray.distributed.group import PlaceWatch, restored_epochs
+from ser_ray.distributed.run_folder import StoredCheckpoint
+from ser_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    LocationError,
+    MismatchError,
+    ResourcesError,
+    ShardsError,
+)
+
+
+class ListQueue:
+    """Keeps what is put into it."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self.items.append(item)
+
+
+def test_an_epoch_is_forwarded_with_the_metrics_of_every_node() -> None:
+    queue = ListQueue()
+    epoch = {
+        "timestamp_ms": 1, "row": {"epoch": 3.0}, "learning_rates": [0.1], "confusion": [[1]],
+        "is_selected": True, "score": 3.0,
+    }  # fmt: skip
+    reports: list[dict[str, Any]] = [
+        epoch | {"system_metrics": {"10.0.0.1": {"cpu": 90.0}}},
+        epoch,  # the second worker of the first node
+        epoch | {"system_metrics": {"10.0.0.2": {"cpu": 30.0}}},
+    ]
+    callback = DriverCallback(queue)
+    callback.after_report(None, [{"score": 0}, {"score": 0}], None)  # a checkpoint in mid-epoch
+    callback.after_report(None, reports, None)
+    assert queue.items == [
+        {
+            "row": {"epoch": 3.0},
+            "learning_rates": [0.1],
+            "timestamp_ms": 1,
+            "system_metrics": {"10.0.0.1": {"cpu": 90.0}, "10.0.0.2": {"cpu": 30.0}},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("x"), MismatchError("x"), DivergedError("x")],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_permanent_error_ends_the_training(error: Exception) -> None:
+    callback = DriverCallback(ListQueue())
+    with pytest.raises(type(error)):
+        callback.after_exception(None, {0: RuntimeError("connection reset"), 1: error})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ShardsError("x"), CheckpointError("x"), LocationError("x"), OSError("x"), MemoryError("x")],
+    ids=lambda e: type(e).__name__,
+)
+def test_another_error_is_left_to_rays_retries(error: Exception) -> None:
+    DriverCallback(ListQueue()).after_exception(None, {1: error})
+
+
+def test_the_epochs_before_a_checkpoint_are_restored_from_it() -> None:
+    rows = [{"epoch": float(epoch), "val_ua": epoch / 10} for epoch in (1, 2, 3)]
+    rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
+    progress = {"learning_rates": rates, "step": 1, "history": rows, "times_ms": [10, 20, 30]}
+    found = list(restored_epochs(StoredCheckpoint("checkpoint-0003-000001", progress)))
+    assert [epoch.row for epoch in found] == rows
+    assert [epoch.learning_rates for epoch in found] == [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]
+    assert [epoch.timestamp_ms for epoch in found] == [10, 20, 30]
+    assert all(epoch.is_restored for epoch in found)
+    assert list(restored_epochs(None)) == []
+
+
+def test_waiting_for_places_ends_with_an_error_unless_there_are_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, ours = 0.0, {"other", "ours"}
+    monkeypatch.setattr(group, "monotonic", lambda: now)
+    monkeypatch.setattr(group, "placement_groups", lambda: ours)
+    watch = PlaceWatch({"other"})
+    limit = group.START_SECONDS * group.START_ATTEMPTS
+    for _ in range(5):  # a training that holds places waits for its epochs as long as they take
+        now += limit
+        watch.require_places()
+    held = now
+    ours = {"other"}
+    with pytest.raises(ResourcesError, match="no room for the workers for 1800 seconds"):  # noqa: PT012
+        while True:
+            now += group.START_SECONDS
+            watch.require_places()
+    assert now - held == limit
