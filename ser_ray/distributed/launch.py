@@ -211,7 +211,13 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
         folder.update_record(finished=True)
         try:
             page = run_page(
-                evaluate(selected, shards.uri, part="validation"),
+                # Scored by the workers: all validation clips may not fit into the driver's memory.
+                evaluate(
+                    selected,
+                    shards.uri,
+                    part="validation",
+                    probabilities=folder.validation_probabilities(newest),
+                ),
                 name=folder.name,
                 history=newest.progress["history"],
                 learning_rates=newest.progress["learning_rates"],

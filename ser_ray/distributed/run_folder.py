@@ -13,12 +13,15 @@ import contextlib
 import json
 import logging
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pyarrow import fs
+from safetensors import safe_open
 
 from ser_ray.errors import CheckpointError, MismatchError
 from ser_ray.storage.atomic import write_file
@@ -27,6 +30,8 @@ from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
+    STATE,
+    VALIDATION,
     CheckpointCard,
     checkpoint_name,
     name_difference,
@@ -187,6 +192,19 @@ class RunFolder:
         self.filesystem.create_dir(target, recursive=True)
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)
         return read_card(into)
+
+    def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
+        """Read what the workers computed for the selected epoch's validation [clips, labels]."""
+        path = f"{self.path}/{newest.selected}/{STATE}"
+        with (
+            self.filesystem.open_input_stream(path) as stored,
+            tempfile.NamedTemporaryFile() as local,
+        ):
+            shutil.copyfileobj(stored, local)
+            local.flush()
+            with safe_open(local.name, framework="numpy") as tensors:
+                probabilities: np.ndarray = tensors.get_tensor(VALIDATION)
+        return probabilities
 
     def keep_trace(self, text: str) -> str:
         """Write an error's trace into the folder; returns where it is, or why there is none."""

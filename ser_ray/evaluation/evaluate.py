@@ -35,6 +35,7 @@ def evaluate(
     protocol: str = "",
     fold: int | None = None,
     allow_seen_speakers: bool = False,
+    probabilities: np.ndarray | None = None,
 ) -> Evaluation:
     """Score a checkpoint on one part of a fold, or on all clips of other shards.
 
@@ -45,6 +46,8 @@ def evaluate(
         protocol: if empty, the protocol of the training; on other shards, all clips.
         fold: of `protocol`. None is the fold of the training, or 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained on.
+        probabilities: what the model said of the part's clips [clips, labels], if that is known;
+            else the clips are read and scored here.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or the shards hold other features, other
@@ -65,7 +68,8 @@ def evaluate(
             "shards of other speakers, or add --allow-seen-speakers (also if these are other "
             "people with the same names)"
         )
-    probabilities = _score(checkpoint, card, shards, table, rows)
+    if probabilities is None:
+        probabilities = _score(checkpoint, card, shards, table, rows)
     return Evaluation(
         card=card,
         part=part,

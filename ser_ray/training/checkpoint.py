@@ -33,6 +33,9 @@ from ser_ray.training.model import ResNet18
 SCHEMA_VERSION = 1
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
+VALIDATION = "validation_probabilities"
+"""Name of the tensor in STATE that holds the probabilities of the validation clips [clips, labels].
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.checkpoint import CheckpointCard, Snapshot, read_card
+from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Batch,
@@ -177,6 +177,8 @@ class Trainer:
         self.epoch, self.step = 0, 0
         """Epochs done, and steps done of the next."""
         self.batches = data.train.batches(config, world, 0, 0)
+        self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
+        """Of the last epoch's validation [clips, labels]; empty before the first one."""
         self.selected: dict[str, float] = {}
         self.selected_confusion: list[list[int]] = []
         """Row and validation counts of the selected epoch, so far."""
@@ -244,6 +246,9 @@ class Trainer:
         ).to(self.device)
         loss = torch.tensor(log_losses(truth, probabilities).sum(), device=self.device)
         self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
+        of_all = torch.zeros(len(clips), num_labels, dtype=torch.float64, device=self.device)
+        of_all[self.world.rank_slice] = torch.from_numpy(probabilities).to(self.device)
+        self.validation_probabilities = self.world.all_reduce_sum(of_all)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
     def finish_epoch(self) -> EpochReport:
@@ -290,7 +295,11 @@ class Trainer:
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy everything a checkpoint holds. (The order of the clips follows from the seed.)"""
         optimiser = self.optimiser.state_dict()
-        state = {"losses": self.losses, "num_correct": self.num_correct} | {
+        state = {
+            "losses": self.losses,
+            "num_correct": self.num_correct,
+            VALIDATION: self.validation_probabilities,
+        } | {
             f"{OPTIMISER}{index}.{name}": value
             for index, values in optimiser["state"].items()
             for name, value in values.items()

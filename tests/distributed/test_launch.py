@@ -35,6 +35,7 @@ from ser_ray.distributed.launch import TrainResult, train
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
 from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
+from ser_ray.evaluation import evaluate as evaluation
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.lock import Lock
@@ -298,7 +299,7 @@ def second_node(world: World) -> Iterator[None]:
     world.cluster.remove_node(node)
 
 
-@pytest.mark.timeout(240)  # the first worker would wait 30 minutes for the second
+@pytest.mark.timeout(600)  # the first worker would wait 30 minutes for the second
 def test_a_storage_error_of_one_of_two_workers_is_tried_again_at_once(
     world: World, second_node: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +313,25 @@ def test_a_storage_error_of_one_of_two_workers_is_tried_again_at_once(
     assert num_lines(shards.attempts) == 3, "one failed; then the training and validation clips"
 
 
-@pytest.mark.timeout(240)
+def test_the_workers_score_the_validation_clips_for_the_drivers_page(
+    world: World, second_node: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("the driver scores clips, which may not fit into its memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_score", refuse)
+        result = world.train("scored", config=replace(CONFIG, epochs=2), workers="2")
+    folder = RunFolder(str(world.folder / "runs"), "scored")
+    newest = folder.newest()
+    assert newest is not None
+    scored = evaluation.evaluate(Path(result.checkpoint), world.shards, part="validation")
+    found = folder.validation_probabilities(newest)
+    np.testing.assert_allclose(found, scored.probabilities, atol=1e-6)
+    assert scored.scores.ua == pytest.approx(result.selected["val_ua"])
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("fault", "num_attempts"), [(ShardsError("no answer"), 2), (ConfigError("bad recipe"), 1)]
 )
