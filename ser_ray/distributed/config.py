@@ -1,4 +1,4 @@
-"""Where a training runs and what it is called, apart from its recipe. Importing this is cheap."""
+"""Settings of a run that are not part of its recipe. Importing this module is cheap."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,28 +15,28 @@ class RunConfig:
     workers: str = "1"
     """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Train on GPUs, one a worker, or on CPUs; auto takes GPUs where the cluster has any."""
+    """Train on GPUs, one for each worker, or on CPUs; auto uses GPUs if the cluster has any."""
     ingest: Ingest = "auto"
-    """Keep the clips in each worker's memory, or read the training clips anew in every epoch; auto
-    streams what would fill more than half of a worker's memory. Concerns `train` alone."""
+    """Keep the clips in each worker's memory, or read the training clips again in every epoch; auto
+    streams clips that would fill more than half of a worker's memory. Only `train` uses this."""
     name: str = ""
-    """Name of the run; the same name goes on where it stopped. Derived from the recipe if empty."""
+    """Name of the run; the same name resumes it. Derived from the recipe and shards if empty."""
     storage: str = "ser-ray-out/runs"
-    """Folder or URI for checkpoints; on several nodes, one that all of them reach."""
+    """Folder or URI for checkpoints; with several nodes, one that all of them can reach."""
     experiment: str = "ser-ray"
     """MLflow experiment."""
     tracking_uri: str = ""
     """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
     audio: bool = True
-    """Put the sound of the validation clips that the report shows into it."""
+    """Include in the report the sound of the validation clips that it shows."""
     max_failures: int = 3
-    """Times that lost workers are replaced before the run gives up."""
+    """How often lost workers are replaced before the run fails; -1 is without limit."""
 
     def __post_init__(self) -> None:
         fewest, most = self.worker_range
         if not 1 <= fewest <= most:
             raise ConfigError(
-                f"workers is {self.workers}: it must be at least 1, and a range goes upwards"
+                f"workers is {self.workers}: it must be at least 1, and a range must not go down"
             )
         if self.max_failures < -1:
             raise ConfigError(
@@ -44,7 +44,8 @@ class RunConfig:
             )
         if "/" in self.name or self.name.startswith("."):
             raise ConfigError(
-                f"name is {self.name!r}: it becomes a folder's name, so no / and no ."
+                f"name is {self.name!r}: it becomes a folder's name, so it must not contain / or "
+                "start with ."
             )
 
     @property
@@ -52,7 +53,7 @@ class RunConfig:
         """Fewest and most workers that `workers` allows.
 
         Raises:
-            ConfigError: it is neither a number nor a range.
+            ConfigError: `workers` is neither a number nor a range.
         """
         fewest, mark, most = self.workers.partition("..")
         try:

@@ -1,43 +1,45 @@
 """How a worker gets its training clips: resident, or as a stream that Ray Data's tasks read ahead.
 
-Ray Data is told what to read, a task a window of steps. It keeps the order, reads ahead as far as
-memory allows, and reads again what a lost node had. Its own ways of sharing out and shuffling a
-dataset are not used: `get_dataset_shard` gives a worker whatever block is next, so that an epoch
-could be neither repeated nor gone on with in its middle, and drops rows to give all workers as
-many; a local shuffle gives short batches in mid-stream, on which data-parallel workers wait for
-each other for ever (ray issue 66085). The first window took 15 s on two busy cores; so the tasks
-are started once a training, not once an epoch, and the next epoch is read during validation.
+Each of Ray Data's tasks reads one window of steps. Ray Data keeps their order, reads ahead as far
+as memory allows, and reads again what was lost with a node. Its own ways to split and to shuffle a
+dataset are not used. `get_dataset_shard` gives a worker whichever block is next, so an epoch could
+not be repeated or resumed in its middle, and it drops rows to give all workers the same number. A
+local shuffle yields short batches in mid-stream, on which data-parallel workers wait for each other
+forever (ray issue 66085). The first window took 15 s on two busy cores. Therefore the tasks are
+started once for a training, not once for an epoch, and the next epoch is read during validation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray as core
 import ray.train
 import torch
 
+from ser_ray.distributed.config import Ingest
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.streaming import Fetch
 from ser_ray.training.world import World
 
 READERS = 2
-"""Windows that are read at once for a worker."""
+"""Windows that are read at the same time for one worker."""
 RESIDENT_SHARE = 0.5
-"""Of a worker's memory: the rest is for the raw features while they are read, and the network."""
+"""Share of a worker's memory that resident clips may fill. The rest is needed by the network, and
+by the raw features while they are read."""
 
 
 def choose_ingest(
-    ingest: Literal["auto", "resident", "stream"],
+    ingest: Ingest,
     resident_bytes: int,
     device: torch.device,
     resume: Path | None,
 ) -> Fetch | None:
     """Choose how to read a stream; None for resident clips. All workers choose the same.
 
-    Left to itself a training goes on as it began, else streams where `resident_bytes` of clips
-    would fill more than RESIDENT_SHARE of the memory of any worker.
+    With `auto`, a resumed training continues as it began; a new one streams if `resident_bytes` of
+    clips would fill more than RESIDENT_SHARE of the memory of any worker.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
@@ -49,7 +51,7 @@ def choose_ingest(
 
 
 def worker_memory(device: torch.device) -> int:
-    """Bytes of a worker's GPU, or of its share of what Ray may use of its node's memory."""
+    """Bytes of this worker's GPU, or its share of the memory that Ray may use on its node."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     here = core.get_runtime_context().get_node_id()
@@ -58,7 +60,7 @@ def worker_memory(device: torch.device) -> int:
 
 
 def fetch(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """`ser_ray.training.streaming.Fetch` by Ray Data's tasks, on whatever nodes."""
+    """Read the items by Ray Data's tasks on any nodes (a `ser_ray.training.streaming.Fetch`)."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -69,9 +71,9 @@ def fetch(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[n
         return {"values": read(items[int(batch["item"][0])])}
 
     numbers = ray.data.from_items(list(range(len(items))), override_num_blocks=len(items))
-    # They take no CPU of Ray's account: the workers may hold all there are.
+    # The tasks reserve no CPU, because the workers may hold all of them.
     windows = numbers.map_batches(
         read_item, batch_size=None, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
     )
     for batch in windows.iter_batches(batch_size=None, prefetch_batches=1):
-        yield batch["values"].copy()  # what Ray gives is its store's own memory
+        yield batch["values"].copy()  # Ray's array lies in the memory of its object store

@@ -48,11 +48,11 @@ def find_range(
     *,
     address: str = "",
 ) -> RangeResult:
-    """Propose bounds for a recipe's learning rate, by one worker on a GPU where there is one.
+    """Propose bounds for a recipe's learning rate, by one worker, on a GPU if there is one.
 
     Raises:
         ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
-        DivergedError: the loss never fell.
+        DivergedError: the loss did not fall at any learning rate.
     """
     shards = open_shards(absolute(shards_location))
     split = describe_split(select_rows(shards.clips(), config))
@@ -90,7 +90,7 @@ def find_range(
 def _test(
     config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
 ) -> LrRange | SerRayError:
-    """Run as a Ray task; what is the user's to mend is returned, as Ray wraps what is raised."""
+    """Run as a Ray task. Errors for the user are returned, because Ray wraps what is raised."""
     try:
         device = torch.device("cuda" if gpu else "cpu")
         return range_test(config, shards, pretrained, test, device)

@@ -1,7 +1,7 @@
-"""Trainings through Ray Train that lose what they run on.
+"""Trainings by Ray Train that lose what they run on.
 
-Every scenario ends with what an uninterrupted run ends with: the same weights, bit for bit where
-one CPU worker did all of it, and the same learning rates in one MLflow run.
+Every scenario ends as an uninterrupted run does: with the same weights, bit for bit where one CPU
+worker did all of it, and the same learning rates in one MLflow run.
 """
 
 import json
@@ -165,7 +165,9 @@ def assert_same(world: World, result: TrainResult, expected: TrainResult) -> Non
     assert MlflowClient(world.store).get_run(result.run_id).info.status == "FINISHED"
 
 
-def test_a_worker_is_killed_twice(world: World, uninterrupted: TrainResult) -> None:
+def test_a_training_whose_worker_is_killed_twice_ends_the_same(
+    world: World, uninterrupted: TrainResult
+) -> None:
     kills = []
 
     def on_epoch(epoch: int) -> None:
@@ -178,7 +180,9 @@ def test_a_worker_is_killed_twice(world: World, uninterrupted: TrainResult) -> N
     assert_same(world, result, uninterrupted)
 
 
-def test_the_controller_is_killed(world: World, uninterrupted: TrainResult) -> None:
+def test_a_training_whose_controller_is_killed_ends_the_same(
+    world: World, uninterrupted: TrainResult
+) -> None:
     kills = []
 
     def on_epoch(epoch: int) -> None:
@@ -191,7 +195,7 @@ def test_the_controller_is_killed(world: World, uninterrupted: TrainResult) -> N
     assert_same(world, result, uninterrupted)
 
 
-def test_the_driver_is_killed_and_what_it_wrote_is_cut_short(
+def test_a_killed_driver_resumes_past_its_incomplete_files_and_ends_the_same(
     world: World, uninterrupted: TrainResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = world.run_folder("driver-killed")
@@ -238,7 +242,7 @@ def can_mount() -> bool:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")
-def test_the_disk_is_full_while_checkpointing(
+def test_a_disk_that_was_full_while_checkpointing_costs_nothing(
     world: World, uninterrupted: TrainResult, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -391,7 +395,7 @@ def test_a_training_that_loses_its_lock_ends_before_it_deletes_anything(
     assert checkpoint_name(1, 1) in {path.name for path in folder.glob("checkpoint-*")}
 
 
-def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) -> None:
+def test_a_second_run_of_the_same_name_is_refused(world: World, uninterrupted: TrainResult) -> None:
     folder = RunFolder(str(world.folder / "runs"), "taken")
     with (
         folder.lock(),
@@ -400,7 +404,7 @@ def test_two_runs_of_one_name_at_once(world: World, uninterrupted: TrainResult) 
         world.train("taken")
 
 
-def test_a_finished_run_is_not_done_again(world: World, uninterrupted: TrainResult) -> None:
+def test_a_finished_run_is_not_trained_again(world: World, uninterrupted: TrainResult) -> None:
     again = world.train("uninterrupted", on_epoch=lambda epoch: pytest.fail("it trains"))
     assert again.history == uninterrupted.history
     assert (again.checkpoint, again.run_id) == (uninterrupted.checkpoint, uninterrupted.run_id)
@@ -421,7 +425,7 @@ def test_another_recipe_or_other_shards_under_a_name_are_refused(
         card.write_text(content)
 
 
-def test_the_tracking_server_goes_away_and_the_same_command_delivers_the_rest(
+def test_when_the_tracking_server_returns_the_same_command_delivers_the_rest(
     world: World,
     uninterrupted: TrainResult,
     mlflow_server: MlflowServer,
@@ -451,7 +455,9 @@ def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.soak
-def test_workers_come_and_go_with_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_elastic_training_follows_the_nodes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "RESIZE_SECONDS", 1.0)
     epochs = 80  # a new node is used after some ten seconds, or more where the CPUs are busy
     config = replace(CONFIG, epochs=epochs)
