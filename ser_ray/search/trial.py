@@ -19,7 +19,7 @@ import torch
 from ray import tune
 
 from ser_ray.distributed.run_folder import SELECTED
-from ser_ray.errors import ConfigError, DivergedError
+from ser_ray.errors import ConfigError, DivergedError, LocationError
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
@@ -134,6 +134,8 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, P
             _train(recipe, setup, pretrained[recipe.weights], reporter)
             if setup.finish is not None:
                 setup.finish(reporter.selected, setup.shards, recipe)
+    except LocationError:
+        raise  # the storage may answer the next time
     except PROBLEMS as problem:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
