@@ -1,18 +1,19 @@
-"""Checkpoints: a directory that describes itself.
+"""Checkpoints: directories that describe themselves.
 
-    model.safetensors      the network's weights (the averaged ones where averaging is on)
-    card.json              what they are: recipe, labels, normalisation, protocol and fold, data
-    training_state.safetensors  tensors that going on needs beside them: the optimiser's, above all
-    progress.json          how far it is, how it went, what else going on needs, and the sizes of
-                           the files above
+    model.safetensors           the network's weights (the averaged ones where averaging is on)
+    card.json                   recipe, labels, normalisation, protocol and fold, shard set
+    training_state.safetensors  the other tensors that a resume needs, mostly the optimiser's
+    progress.json               the `Progress` of the training, the other values that a resume
+                                needs, and the sizes of the files above
 
-`progress.json` is written last: a directory whose files have the sizes that it names was written to
-its end. One that lacks a file or does not fit is refused with the difference named.
+`progress.json` is written last: a checkpoint is complete if its files have the sizes given there.
+An incomplete checkpoint is not used, and one of another training is refused with the first
+difference named.
 """
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,14 +41,14 @@ VALIDATION = "validation_probabilities"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointCard:
-    """Everything a reader must know of the weights beside it."""
+    """Describes the weights beside it: all that a reader needs in order to use them."""
 
     labels: tuple[str, ...]
     """Label of every output."""
     config: TrainConfig
     """The recipe."""
     features: FeatureConfig
-    """How a clip becomes what the network sees."""
+    """How features are computed from a clip."""
     normalisation: Normalisation
     """Applied to the features before the network."""
     corpus: str
@@ -55,19 +56,19 @@ class CheckpointCard:
     shards_fingerprint: str
     """Identity of the shard set trained on."""
     split: dict[str, Any]
-    """The protocol and fold in words, whether speaker-dependent, the speakers of each side."""
+    """The fold (`ser_ray.training.data.describe_split`)."""
     initial_weights: str
-    """Where the network started."""
+    """Origin of the weights that training started from."""
     ingest: Literal["resident", "stream"] = "resident"
-    """How the training clips came, and so in what order."""
+    """How the training clips were read. It decides their order."""
 
     @property
     def trained_on(self) -> str:
-        """The corpus in words, as it is shown beside every score."""
+        """Name of the corpus, as shown beside every score."""
         return CORPORA[self.corpus]
 
     def to_json(self) -> str:
-        """Serialise."""
+        """Serialise to JSON."""
         values = asdict(self) | {
             "schema_version": SCHEMA_VERSION,
             "normalisation": {
@@ -82,14 +83,14 @@ class CheckpointCard:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: another schema version.
+            CheckpointError: the card has another schema version.
         """
         values = json.loads(text)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise CheckpointError(
-                f"the card has schema version {version}, this program reads {SCHEMA_VERSION}: "
-                "use the ser-ray version that wrote it, or train again"
+                f"the card has schema version {version}, but this version of ser-ray reads "
+                f"{SCHEMA_VERSION}: use the version that wrote it, or train again"
             )
         normalisation = values.pop("normalisation")
         return cls(
@@ -103,30 +104,56 @@ class CheckpointCard:
         )
 
     def require_same(self, other: "CheckpointCard", where: str) -> None:
-        """Refuse to go on from a checkpoint of another training.
+        """Refuse to resume from a checkpoint of another training.
+
+        Args:
+            other: card of the checkpoint.
+            where: location of the checkpoint, for the message.
 
         Raises:
-            MismatchError: names the first field that differs.
+            MismatchError: a field differs; the message names the first one.
         """
-        mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
         keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest")
-        difference = name_difference(*({key: card[key] for key in keys} for card in (theirs, mine)))
-        if difference:
+        ours, theirs = (
+            {key: values[key] for key in keys}
+            for values in (json.loads(card.to_json()) for card in (self, other))
+        )
+        if difference := name_difference(theirs, ours):
             raise MismatchError(
-                f"{where}: its {difference}; give the run another --name to start afresh, or "
-                "restore what it was trained with"
+                f"{where}: its {difference}; give the run another --name to start afresh, or use "
+                "the settings it was trained with"
             )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a training is, and its results so far. Every checkpoint holds it."""
+
+    epoch: int = 0
+    """Completed epochs."""
+    step: int = 0
+    """Completed steps of the epoch after those."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Learning rate of every completed step."""
+    selected: dict[str, float] = field(default_factory=dict)
+    """Metrics of the selected epoch so far; empty before the first."""
+    selected_confusion: list[list[int]] = field(default_factory=list)
+    """Confusion matrix of the selected epoch so far."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of every completed epoch."""
+    times_ms: list[int] = field(default_factory=list)
+    """When each completed epoch ended, in milliseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A training between two steps, held still: nothing in it changes while it is written.
+    """A copy of a training's state between two steps. Training on does not change it.
 
     Args:
-        weights: the network's weights that a reader gets, each contiguous.
-        state: tensors that going on needs beside them, each contiguous.
-        progress: how far the training is, how it went and what else going on needs, in JSON's own
-            types.
+        card: describes the weights.
+        weights: the network's weights, each contiguous.
+        state: the other tensors that a resume needs, each contiguous.
+        progress: the fields of `Progress` and the other values that a resume needs, as JSON types.
     """
 
     card: CheckpointCard
@@ -136,34 +163,34 @@ class Snapshot:
 
     @classmethod
     def read(cls, directory: Path) -> "Snapshot":
-        """Read a whole checkpoint, its tensors onto the CPU.
+        """Read all of a checkpoint, with its tensors on the CPU.
 
         Raises:
-            CheckpointError: missing or broken.
+            CheckpointError: the checkpoint is missing or broken.
         """
         card = read_card(directory)
         if not (directory / STATE).exists():
             raise CheckpointError(
-                f"{directory}: without {STATE}, so another version of ser-ray wrote it: go on with "
-                "that one, or give another --name to start afresh"
+                f"{directory}: it has no {STATE}, so another version of ser-ray wrote it: resume "
+                "with that version, or give another --name to start afresh"
             )
         try:
             weights, state = (load_file(directory / name) for name in (MODEL, STATE))
             return cls(card, weights, state, json.loads((directory / PROGRESS).read_text()))
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(
-                f"{directory}: the state of a training cannot be loaded from it ({error}); delete "
-                "this folder, and the same command goes on from the checkpoint before it"
+                f"{directory}: the training's state cannot be loaded from it ({error}); delete "
+                "this folder and run the same command again to resume from the checkpoint before"
             ) from error
 
     @property
     def name(self) -> str:
-        """Name of its directory: epochs done and steps of the next; sorts by age."""
+        """Name of the checkpoint's directory. Names sort by age."""
         return checkpoint_name(self.progress["epoch"], self.progress["step"])
 
     def write(self, directory: Path) -> None:
-        """Write a whole checkpoint into an existing directory."""
-        # torch.save keeps Python to itself for long: on a GPU the training beside it would wait.
+        """Write a checkpoint into an existing directory."""
+        # safetensors, because torch.save holds the GIL for long and would delay training on a GPU.
         save_file(self.weights, directory / MODEL)
         save_file(self.state, directory / STATE)
         (directory / CARD).write_text(self.card.to_json())
@@ -171,7 +198,7 @@ class Snapshot:
         (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
 
     def store(self, filesystem: fs.FileSystem, path: str) -> None:
-        """Write a whole checkpoint into a storage, in place of what an interruption left there."""
+        """Write a checkpoint to storage. An incomplete one at the same path is replaced."""
         if filesystem.get_file_info(path).type != fs.FileType.NotFound:
             filesystem.delete_dir(path)
         filesystem.create_dir(path, recursive=True)
@@ -180,17 +207,17 @@ class Snapshot:
             return
         with tempfile.TemporaryDirectory() as directory:
             self.write(Path(directory))
-            # Threads spoil uploads to S3: https://github.com/apache/arrow/issues/32372
+            # Threads break uploads to S3: https://github.com/apache/arrow/issues/32372
             fs.copy_files(directory, path, destination_filesystem=filesystem, use_threads=False)
 
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:
-    """Name of the checkpoint after so many epochs and so many steps of the next."""
+    """Name the checkpoint after `epoch` completed epochs and `step` steps of the next one."""
     return f"checkpoint-{epoch:04d}-{step:06d}"
 
 
 def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    """Read how far a stored checkpoint's training was; None where it was not written to its end."""
+    """Read the progress file of a stored checkpoint; None if the checkpoint is incomplete."""
     try:
         with filesystem.open_input_stream(f"{path}/{PROGRESS}") as stream:
             progress: dict[str, Any] = json.loads(stream.read())
@@ -198,21 +225,21 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
         files = filesystem.get_file_info([f"{path}/{name}" for name in sizes])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
-    whole = all(file.size == size for file, size in zip(files, sizes.values(), strict=True))
-    return progress if whole else None
+    complete = all(file.size == size for file, size in zip(files, sizes.values(), strict=True))
+    return progress if complete else None
 
 
 def read_card(directory: Path) -> CheckpointCard:
     """Read a checkpoint's card.
 
     Raises:
-        CheckpointError: no checkpoint there, or its card cannot be read.
+        CheckpointError: there is no checkpoint, or its card cannot be read.
     """
     path = directory / CARD
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: no checkpoint here (no {CARD}); ser-ray train writes one and prints "
-            "where it is"
+            f"{directory}: no checkpoint here (no {CARD}); ser-ray train writes checkpoints and "
+            "prints where they are"
         )
     try:
         return CheckpointCard.from_json(path.read_text())
@@ -224,12 +251,12 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18:
     """Read the network of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the weights are missing, broken or another network's.
+        CheckpointError: the weights are missing or broken, or belong to another network.
     """
-    with torch.device("meta"):  # takes no time for initial weights
+    with torch.device("meta"):  # draws no initial weights, which saves time
         network = ResNet18(len(card.labels))
     try:
-        # Cloned, because what is loaded lies in the mapped file, which must not be held.
+        # safetensors maps the file into memory; cloning the tensors releases it.
         weights = {name: value.clone() for name, value in load_file(directory / MODEL).items()}
         network.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -239,22 +266,22 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18:
 
 
 def learning_rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
-    """Learning rate of every step of each epoch that a checkpoint knows whole."""
+    """Learning rates of all steps of each completed epoch, from a checkpoint's progress."""
     learning_rates, num_epochs = progress["learning_rates"], len(progress["history"])
     steps = (len(learning_rates) - progress["step"]) // max(num_epochs, 1)
     return [learning_rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]
 
 
-def name_difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    """Name the first entry in which two JSON mappings differ, with both values; empty for none."""
-    for key in mine:
-        if theirs.get(key) != mine[key]:
-            return f"{key} is {_short(theirs.get(key), mine[key])}"
+def name_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Describe the first entry in which two JSON mappings differ; empty if none does."""
+    for key in ours:
+        if theirs.get(key) != ours[key]:
+            return f"{key} is {_describe_difference(theirs.get(key), ours[key])}"
     return ""
 
 
-def _short(theirs: Any, mine: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        names = [key for key in mine if theirs.get(key) != mine[key]]
-        return ", ".join(f"{key} {theirs.get(key)!r} instead of {mine[key]!r}" for key in names[:3])
-    return f"{theirs!r} instead of {mine!r}"
+def _describe_difference(theirs: Any, ours: Any) -> str:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = [key for key in ours if theirs.get(key) != ours[key]]
+        return ", ".join(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in names[:3])
+    return f"{theirs!r} instead of {ours!r}"

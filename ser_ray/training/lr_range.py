@@ -1,7 +1,7 @@
-"""The learning-rate range test (Smith 2015, arXiv 1506.01186), over the loop's own pieces.
+"""The learning-rate range test (Smith 2015, arXiv 1506.01186), with the training loop's own step.
 
-The learning rate rises a little with every step, from far too small to far too large. Where the
-loss begins to fall is OneCycle's lower bound, where it is done falling its upper one.
+The learning rate rises a little with every step, from far too small to far too large. OneCycle's
+lower bound is where the loss begins to fall, and its upper bound is where the loss stops falling.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import Trainer
+from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.trainer import Trainer, build_network
 from ser_ray.training.world import World
 
 SMOOTHING_STEPS = 8.0
@@ -22,19 +23,19 @@ SMOOTHING_STEPS = 8.0
 DIVERGED = 2.0
 """The test ends when the smoothed loss is this many times its first value."""
 LEAST_FALL = 0.02
-"""A loss that falls by less than this share has not fallen."""
+"""A loss that falls by less than this share counts as not fallen."""
 BEGINS, ENDS = 0.1, 0.9
-"""Shares of its fall at which the loss is taken to begin falling, and to be done with it."""
+"""Shares of the whole fall at which the loss counts as beginning to fall, and as fallen."""
 
 
 @dataclass(frozen=True, slots=True)
 class LrRange:
-    """What a range test found.
+    """The result of a range test.
 
     Args:
         learning_rates: learning rate of every step.
         losses: training loss of every step, as measured.
-        smooth: the same, averaged over neighbouring steps.
+        smooth: the losses averaged over neighbouring steps.
         lr_min, lr_max: the proposed bounds.
     """
 
@@ -52,24 +53,28 @@ def range_test(
     test: LrRangeConfig,
     device: torch.device,
 ) -> LrRange:
-    """Raise the learning rate by an equal factor a step, and propose bounds for OneCycle.
+    """Raise the learning rate by the same factor in every step, and propose bounds for OneCycle.
 
     Args:
-        config: the recipe; its own bounds and number of epochs are not used.
-        test: where the learning rate goes from and to; it ends earlier where the loss goes off.
+        config: the recipe. Its learning rates and number of epochs are not used.
+        test: the range of learning rates. The test ends early when the loss diverges.
 
     Raises:
         DivergedError: the loss never fell.
     """
     data = load_fold(shards, config, device)
-    run = Trainer(config, data, pretrained, shards.card.features, device, World())
+    network = build_network(config, pretrained, len(data.labels), device)
+    optimiser = build_optimiser(network, config)
+    # The schedule is not stepped, but it sets the momentum with which a training starts.
+    schedule = one_cycle(optimiser, config, test.steps)
+    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, World())
     learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
     losses: list[float] = []
-    run.begin_epoch()
+    trainer.begin_epoch()
     for rate in learning_rates:
-        for group in run.optimiser.param_groups:
+        for group in optimiser.param_groups:
             group["lr"] = float(rate)
-        loss, _ = run.update_weights(next(run.batches))
+        loss, _ = trainer.update_weights(next(trainer.batches))
         losses.append(float(loss))
         if not np.isfinite(losses[-1]) or _smooth(losses)[-1] > DIVERGED * losses[0]:
             break
@@ -88,7 +93,7 @@ def propose(learning_rates: np.ndarray, losses: np.ndarray) -> LrRange:
     highest = int(smooth[: lowest + 1].argmax()) if lowest else 0
     if not lowest or (fall := smooth[highest] - smooth[lowest]) < LEAST_FALL * smooth[highest]:
         raise DivergedError(
-            "the loss did not fall at any learning rate: begin with a smaller one (--lowest), or "
+            "the loss did not fall at any learning rate: start from a smaller one (--lowest), or "
             "look for broken clips in the shards"
         )
     fallen = (smooth[highest] - smooth[highest : lowest + 1]) / fall

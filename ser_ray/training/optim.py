@@ -1,21 +1,54 @@
-"""What moves the weights beside AdamW: the OneCycle schedule, SAM's perturbation and the EMA."""
+"""The optimiser and what is built around it: AdamW, OneCycle, SAM and the moving average."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.training.config import TrainConfig
 
 
+def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
+    """Build AdamW over all weights of a network. Its learning rate is set by `one_cycle`."""
+    return AdamW(
+        network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
+    """Name the optimiser's moments and step counts, by the index of their weight: `0.exp_avg`."""
+    return {
+        f"{index}.{name}": value
+        for index, values in optimiser.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimiser(
+    optimiser: Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]
+) -> None:
+    """Load what `optimiser_tensors` named and the groups of the optimiser's state dict."""
+    weights = optimiser.param_groups[0]["params"]
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        # Fused AdamW requires each moment to have its weight's memory layout. The copy also
+        # releases the file, which safetensors maps into memory.
+        like = value if name == "step" else weights[int(index)]
+        state[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
+    optimiser.load_state_dict({"state": state, "param_groups": param_groups})
+
+
 def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
     """Schedule the learning rate of every step of a training (Smith 2018).
 
-    The first step has `lr_min`, so the peak is the second step at the earliest.
+    The first step has `lr_min`, so the second step is the earliest possible peak.
     """
     total_steps = max(total_steps, 2)
     return OneCycleLR(
@@ -30,10 +63,10 @@ def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> On
 
 @contextmanager
 def sam_perturbation(network: nn.Module, rho: float) -> Iterator[None]:
-    """Move the weights up their gradient by `rho`, as a norm over all of them (Foret 2021, eq. 2).
+    """Move the weights along their gradient by a step of norm `rho` (Foret 2021, eq. 2).
 
-    On leaving, the weights are what they were. Meanwhile batch norm keeps its statistics, which are
-    those of the unmoved weights.
+    The weights are restored on leaving. Batch norm does not update its statistics meanwhile: they
+    stay those of the unmoved weights.
     """
     weights: list[Tensor] = list(network.parameters())
     gradients = [value.grad for value in weights if value.grad is not None]
@@ -54,9 +87,9 @@ def sam_perturbation(network: nn.Module, rho: float) -> Iterator[None]:
 
 
 def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Move an exponential moving average of a network's weights and buffers one step on.
+    """Update an exponential moving average of a network's weights and buffers.
 
-    torch's AveragedModel does the same, but copies a counter to the device in every step, and so
+    torch's AveragedModel computes the same, but copies a counter to the device in every step, which
     waits for the device.
     """
     averaged, current = average.state_dict(), network.state_dict()

@@ -1,36 +1,35 @@
-"""The training loop in plain torch: tensors in, checkpoints and scores out.
+"""The training loop in plain torch: a fold's clips in, checkpoints and scores out.
 
-By itself the loop trains in one process. Where Ray Train or torchrun has initialised
+The loop trains in one process by default. Where Ray Train or torchrun has initialised
 `torch.distributed`, it is one worker of several. Batches, learning rates and augmentation are
 functions of (seed, epoch, step), not of the number of workers: every worker draws the complete
-batch and trains on each world-size-th clip of it, so a run may change its number of workers and
-stay the same run. (Streamed clips keep less of this: see `ser_ray.training.streaming`.)
+batch and trains on each world-size-th clip of it, so a run may resume with another number of
+workers. (Streamed clips guarantee less: see `ser_ray.training.streaming`.)
 
-Nothing in a step waits for the device: counts and losses leave it once an epoch. A checkpoint is a
+No step waits for the device: losses and counts are copied from it once per epoch. A snapshot is a
 copy of the training's state, which another thread may write while the loop continues.
 """
 
 import copy
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Snapshot, read_card
+from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Batch,
@@ -43,27 +42,35 @@ from ser_ray.training.data import (
 )
 from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
 from ser_ray.training.model import Pretrained, ResNet18, supports_bfloat16, to_channels_last
-from ser_ray.training.optim import one_cycle, sam_perturbation, update_ema
+from ser_ray.training.optim import (
+    build_optimiser,
+    one_cycle,
+    optimiser_tensors,
+    restore_optimiser,
+    sam_perturbation,
+    update_ema,
+)
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.world import World
 
 NETWORK, OPTIMISER = "network.", "optimiser."
-"""How the names of a checkpoint's tensors begin: the network's own weights, and its moments."""
+"""Prefixes of the tensor names in a checkpoint's training state: the network's weights before
+averaging, and the optimiser's moments."""
 PREEMPTION_CHECK_STEPS = 32
-"""Steps between two preemption checks: each one waits for all workers."""
+"""Steps between two preemption checks. Each check waits for all workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpochReport:
-    """What is known after an epoch, equal on every worker.
+    """Results of an epoch, equal on every worker.
 
     Args:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
-        row: plain numbers, by the names they are logged under.
+        row: the epoch's metrics, by the names they are logged under.
         learning_rates: learning rate of every step of the epoch.
         confusion: counts of the validation clips [labels, labels], row = true label.
-        is_selected: of the epochs so far, this one's weights are kept (`TrainConfig.keep`).
+        is_selected: whether this epoch is the selected one so far (`TrainConfig.keep`).
     """
 
     timestamp_ms: int
@@ -96,125 +103,128 @@ def fit(
         config: the recipe.
         shards: the shard set to train on.
         pretrained: weights to start from (`ser_ray.training.model.read_pretrained`).
-        report: called after every epoch with its scores and a function that makes a snapshot.
+        report: called after every epoch with its results and a function that makes a snapshot.
         resume: directory of a checkpoint of the same training, to resume from.
         device: where to train; the CPU by default.
-        preemption_check: called on every worker each PREEMPTION_CHECK_STEPS steps; where it returns
-            True, on all workers alike, a checkpoint is reported in mid-epoch.
-        stream: how to read training clips that do not stay in memory; `map` reads them in this
-            process. Without it, all clips are resident.
+        preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
+            the same on all workers; after True, a checkpoint is reported in mid-epoch.
+        stream: reads training clips that do not stay in memory; `map` reads them in this process.
+            Without it, all clips are resident.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
-        MismatchError: `resume` is another training's.
-        DivergedError: a loss or a weight was not finite; names the epoch.
+        MismatchError: the checkpoint belongs to another training.
+        DivergedError: a loss or a weight was not finite; the message names the epoch.
     """
     world, device = World.current(), device or torch.device("cpu")
-    before = read_card(resume) if resume is not None else None
+    previous = read_card(resume) if resume is not None else None
+
     data: FoldData[Source]
     if stream is None:
         data = load_fold(shards, config, device)
     else:
-        known = before.normalisation if before is not None else None
+        known = previous.normalisation if previous is not None else None
         data = stream_fold(shards, config, device, world, stream, known)
     require_workers_fit(config, len(data.train), world.size)
-    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
-    trainer = Trainer(config, data, pretrained, shards.card.features, device, world)
-    if resume is not None and before is not None:
-        card.require_same(before, str(resume))
-        trainer.restore(Snapshot.read(resume))
 
-    def make_snapshot() -> Snapshot:
-        return trainer.snapshot(card)
+    network = build_network(config, pretrained, len(data.labels), device)
+    optimiser = build_optimiser(network, config)
+    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    schedule = one_cycle(optimiser, config, num_steps)
+    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, world)
+
+    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
+    if resume is not None and previous is not None:
+        card.require_same(previous, str(resume))
+        trainer.restore(Snapshot.read(resume))
+    make_snapshot = partial(trainer.snapshot, card)
 
     while not trainer.finished:
         for _ in trainer.begin_epoch():
             trainer.train_step()
-            if (
-                preemption_check is not None
-                and trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
-                and preemption_check()
-            ):
+            is_due = trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
+            if preemption_check is not None and is_due and preemption_check():
                 trainer.reduce_counts()
                 report(None, make_snapshot)
-        report(trainer.finish_epoch(), make_snapshot)
+        trainer.finish_steps()
+        scores = trainer.validate()
+        report(trainer.finish_epoch(scores), make_snapshot)
+
+
+def build_network(
+    config: TrainConfig, pretrained: Pretrained, num_labels: int, device: torch.device
+) -> ResNet18:
+    """Draw the initial weights from the recipe's seed, and load the pretrained ones over them."""
+    torch.manual_seed(seed_of(config.seed))
+    network = ResNet18(num_labels)
+    network.load_state_dict(network.state_dict() | pretrained.state)
+    return to_channels_last(network, device)
 
 
 class Trainer:
-    """The state of a training, and the steps that change it: `train_step`, `validate`, ..."""
+    """The state of a training, and the methods that advance it."""
 
     def __init__(
         self,
         config: TrainConfig,
         data: FoldData[Source],
-        pretrained: Pretrained,
         features: FeatureConfig,
-        device: torch.device,
+        network: ResNet18,
+        optimiser: Optimizer,
+        schedule: LRScheduler,
         world: World,
     ) -> None:
+        device = next(network.parameters()).device
         self.config, self.data, self.device, self.world = config, data, device, world
-        num_rows = len(data.train)
-        self.batch_size = min(config.batch_size, num_rows)
-        self.steps_per_epoch = steps_per_epoch(num_rows, self.batch_size)
-        torch.manual_seed(seed_of(config.seed))
-        network = ResNet18(len(data.labels))
-        network.load_state_dict(network.state_dict() | pretrained.state)
-        self.network = to_channels_last(network, device)
+        self.network, self.optimiser, self.schedule = network, optimiser, schedule
         self.parallel = _data_parallel(network) if world.size > 1 else network
-        self.average = copy.deepcopy(network) if config.ema_decay else None
-        self.optimiser = AdamW(
-            network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
-        )
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.schedule = one_cycle(self.optimiser, config, self.total_steps)
+        self.ema_network = copy.deepcopy(network) if config.ema_decay else None
         response = gain_response(config.feature, features.num_mels, data.normalisation, device)
         self.augment = Augment(config, features, len(data.labels), response)
         self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
+        self.batch_size = min(config.batch_size, len(data.train))
+        self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.num_correct = torch.zeros((), device=device)
-        self.learning_rates: list[float] = []
-        """Learning rate of every step so far."""
-        self.epoch, self.step = 0, 0
-        """Epochs done, and steps done of the next."""
-        self.batches = data.train.batches(config, world, 0, 0)
         self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
-        """Of the last epoch's validation [clips, labels]; empty before the first one."""
-        self.selected: dict[str, float] = {}
-        self.selected_confusion: list[list[int]] = []
-        """Row and validation counts of the selected epoch, so far."""
-        self.history: list[dict[str, float]] = []
-        self.times_ms: list[int] = []
-        """Rows of all epochs so far, and when each ended."""
+        """Those of the last epoch's validation [clips, labels]; empty before the first one."""
+        self.progress = Progress()
+        self.batches = data.train.batches(config, world, epoch=0, step=0)
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the last `patience` of them did not improve."""
-        patience = self.config.patience
-        stale = bool(self.selected) and self.epoch - self.selected["epoch"] >= patience > 0
-        return self.epoch >= self.config.epochs or stale
+        epoch, selected, patience = (
+            self.progress.epoch,
+            self.progress.selected,
+            self.config.patience,
+        )
+        stale = bool(selected) and epoch - selected["epoch"] >= patience > 0
+        return epoch >= self.config.epochs or stale
 
     @property
     def steps_taken(self) -> int:
-        """Steps since the beginning of the training."""
-        return self.epoch * self.steps_per_epoch + self.step
+        """Completed steps since the beginning of the training."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     def begin_epoch(self) -> range:
-        """Begin or resume an epoch, and return the steps that remain of it."""
-        self.first_step, self.began = self.step, time.perf_counter()
+        """Begin or resume an epoch, and return its remaining steps."""
+        self.first_step, self.began = self.progress.step, time.perf_counter()
         self.network.train()
-        return range(self.step, self.steps_per_epoch)
+        return range(self.first_step, self.steps_per_epoch)
 
     def train_step(self) -> None:
-        """Train on the next batch, and move the learning rate one step on."""
-        self.learning_rates.append(float(self.schedule.get_last_lr()[0]))
-        self.losses[self.step], num_correct = self.update_weights(next(self.batches))
+        """Train on the next batch, and advance the learning rate."""
+        self.progress.learning_rates.append(float(self.schedule.get_last_lr()[0]))
+        loss, num_correct = self.update_weights(next(self.batches))
+        self.losses[self.progress.step] = loss
         self.num_correct += num_correct
-        self.step += 1
-        if self.steps_taken < self.total_steps:
+        self.progress.step += 1
+        if self.steps_taken < self.config.epochs * self.steps_per_epoch:
             self.schedule.step()
 
     def update_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Take an optimiser step on a batch.
+        """Make an optimiser step on a batch.
 
         Returns:
             This worker's share of the batch's mean loss, and how many of its clips were correct.
@@ -223,24 +233,35 @@ class Trainer:
         features, targets = self.augment(batch.clips, batch.rows)
         features = features[batch.rank_slice].contiguous(memory_format=torch.channels_last)
         targets = targets[batch.rank_slice]
-        share, num_correct = self._forward_backward(features, targets)
+        loss, num_correct = self._forward_backward(features, targets)
         if self.config.sam_rho:
             with sam_perturbation(self.network, self.config.sam_rho):
                 self._forward_backward(features, targets)
         self.optimiser.step()
-        if self.average is not None:
-            decay = self.config.ema_decay if self.steps_taken else 0.0  # the first step starts it
-            update_ema(self.average, self.network, decay)
-        return share, num_correct
+        if self.ema_network is not None:
+            # A decay of 0 copies the weights: the average starts at those after the first step.
+            decay = self.config.ema_decay if self.steps_taken else 0.0
+            update_ema(self.ema_network, self.network, decay)
+        return loss, num_correct
+
+    def finish_steps(self) -> None:
+        """Sum the losses and counts of the epoch over the workers, and check that all is finite.
+
+        Raises:
+            DivergedError: the loss of one of the epoch's steps, or a weight after them, is not
+                finite.
+        """
+        self.reduce_counts(on_all_workers=True)
+        self._require_finite()
+        self.training_seconds = time.perf_counter() - self.began
 
     def validate(self) -> Scores:
         """Score every validation clip once. Each worker scores its share; all get the sums."""
-        self._share_batch_norm()
-        clips = self.data.validation
-        mine = np.arange(len(clips))[self.world.rank_slice]
-        num_labels = len(self.data.labels)
-        probabilities = predict_clips(self._evaluated(), clips, mine, self.config, num_labels)
-        truth = clips.labels[torch.from_numpy(mine).to(self.device)].cpu().numpy()
+        self._average_batch_norm()
+        clips, num_labels = self.data.validation, len(self.data.labels)
+        rows = np.arange(len(clips))[self.world.rank_slice]
+        probabilities = predict_clips(self.kept_network, clips, rows, self.config, num_labels)
+        truth = clips.labels[torch.from_numpy(rows).to(self.device)].cpu().numpy()
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)
         ).to(self.device)
@@ -251,163 +272,136 @@ class Trainer:
         self.validation_probabilities = self.world.all_reduce_sum(of_all)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
-    def finish_epoch(self) -> EpochReport:
-        """Validate, record the epoch, and make ready for the next.
-
-        Raises:
-            DivergedError: the loss of one of its steps, or a weight after them, is not finite.
-        """
-        self.reduce_counts(everywhere=True)
-        self._require_finite()
-        trained = time.perf_counter()
-        scores = self.validate()
-        ended = time.perf_counter()
-        steps_here = self.step - self.first_step
+    def finish_epoch(self, scores: Scores) -> EpochReport:
+        """Record the epoch with its validation scores, and prepare the next."""
+        progress, num_steps = self.progress, self.progress.step - self.first_step
         row = {
-            "epoch": float(self.epoch + 1),
+            "epoch": float(progress.epoch + 1),
             "train_loss": float(self.losses.mean()),
             "train_wa": float(self.num_correct) / (self.steps_per_epoch * self.batch_size),
             **{f"val_{name}": value for name, value in scores.to_dict().items()},
-            "lr": self.learning_rates[-1],
+            "lr": progress.learning_rates[-1],
             "workers": float(self.world.size),
             "bfloat16": float(self.autocast),
-            "epoch_seconds": ended - self.began,
-            "clips_per_second": steps_here * self.batch_size / (trained - self.began),
+            "epoch_seconds": time.perf_counter() - self.began,
+            "clips_per_second": num_steps * self.batch_size / self.training_seconds,
         }
-        self.history.append(row)
-        is_selected = selected_epoch(self.history, self.config.keep) == self.epoch
+        progress.history.append(row)
+        progress.times_ms.append(time.time_ns() // 1_000_000)
+        is_selected = selected_epoch(progress.history, self.config.keep) == progress.epoch
         confusion = scores.confusion.tolist()
         if is_selected:
-            self.selected, self.selected_confusion = row, confusion
-        self.times_ms.append(time.time_ns() // 1_000_000)
-        learning_rates = self.learning_rates[-self.steps_per_epoch :]
-        report = EpochReport(self.times_ms[-1], row, learning_rates, confusion, is_selected)
-        self.epoch, self.step = self.epoch + 1, 0
+            progress.selected, progress.selected_confusion = row, confusion
+        learning_rates = progress.learning_rates[-self.steps_per_epoch :]
+        progress.epoch, progress.step = progress.epoch + 1, 0
         self.losses.zero_(), self.num_correct.zero_()
-        return report
+        return EpochReport(progress.times_ms[-1], row, learning_rates, confusion, is_selected)
 
-    def reduce_counts(self, *, everywhere: bool = False) -> None:
-        """Sum the epoch's losses and correct clips over the workers, on the first one or on all."""
+    def reduce_counts(self, *, on_all_workers: bool = False) -> None:
+        """Sum the epoch's losses and counts over the workers, onto the first or onto all.
+
+        After a sum onto the first worker the others count from 0 again, so that a later sum counts
+        each clip once.
+        """
         self.world.all_reduce_sum(self.losses), self.world.all_reduce_sum(self.num_correct)
-        if self.world.rank > 0 and not everywhere:
+        if self.world.rank > 0 and not on_all_workers:
             self.losses.zero_(), self.num_correct.zero_()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy everything a checkpoint holds. (The order of the clips follows from the seed.)"""
-        optimiser = self.optimiser.state_dict()
+        """Copy everything that a checkpoint holds."""
         state = {
             "losses": self.losses,
             "num_correct": self.num_correct,
             VALIDATION: self.validation_probabilities,
-        } | {
-            f"{OPTIMISER}{index}.{name}": value
-            for index, values in optimiser["state"].items()
-            for name, value in values.items()
         }
-        if self.average is not None:
-            network = self.network.state_dict()
-            state |= {f"{NETWORK}{name}": value for name, value in network.items()}
-        progress = {
-            "param_groups": optimiser["param_groups"],
-            "schedule": self.schedule.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "learning_rates": self.learning_rates,
-            "selected": self.selected,
-            "selected_confusion": self.selected_confusion,
-            "history": self.history,
-            "times_ms": self.times_ms,
-        }
-        # The copies are made here because in the thread that writes them they would start a second
-        # team of CPU threads; with more of these than CPUs, each sleeps at every barrier.
+        state |= _add_prefix(OPTIMISER, optimiser_tensors(self.optimiser))
+        if self.ema_network is not None:
+            state |= _add_prefix(NETWORK, self.network.state_dict())
+        # The tensors are copied here because the thread that writes them would start a second team
+        # of CPU threads for it; with more of these than CPUs, each sleeps at every barrier.
         weights, state = (
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
-            for part in (self._evaluated().state_dict(), state)
+            for part in (self.kept_network.state_dict(), state)
         )
-        return Snapshot(card, weights, state, copy.deepcopy(progress))
+        progress = {
+            "param_groups": self.optimiser.state_dict()["param_groups"],
+            "schedule": self.schedule.state_dict(),
+        }
+        return Snapshot(card, weights, state, copy.deepcopy(progress) | asdict(self.progress))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from what a `snapshot` held.
+        """Continue from a snapshot.
 
         Raises:
-            MismatchError: it is another network's.
+            MismatchError: the snapshot is of another network.
         """
         state, progress = snapshot.state, snapshot.progress
         try:
-            self._evaluated().load_state_dict(snapshot.weights)
-            if self.average is not None:
-                self.network.load_state_dict(_under(NETWORK, state))
-            self._restore_optimiser(_under(OPTIMISER, state), progress["param_groups"])
+            self.kept_network.load_state_dict(snapshot.weights)
+            if self.ema_network is not None:
+                self.network.load_state_dict(_remove_prefix(NETWORK, state))
+            moments = _remove_prefix(OPTIMISER, state)
+            restore_optimiser(self.optimiser, moments, progress["param_groups"])
             self.schedule.load_state_dict(progress["schedule"])
             if self.world.rank == 0:
                 self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise MismatchError(
-                f"the checkpoint holds another network's state ({str(error)[:200]}): give another "
-                "--name to start afresh"
+                f"the checkpoint holds the state of another network ({str(error)[:200]}): give "
+                "another --name to start afresh"
             ) from error
-        self.epoch, self.step = progress["epoch"], progress["step"]
-        self.learning_rates, self.history = progress["learning_rates"], progress["history"]
-        self.times_ms = progress["times_ms"]
-        self.selected, self.selected_confusion = (
-            progress["selected"],
-            progress["selected_confusion"],
+        self.progress = Progress(**{item.name: progress[item.name] for item in fields(Progress)})
+        self.batches = self.data.train.batches(
+            self.config, self.world, self.progress.epoch, self.progress.step
         )
-        self.batches = self.data.train.batches(self.config, self.world, self.epoch, self.step)
 
-    def _restore_optimiser(self, state: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
-        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        weights = list(self.network.parameters())
-        for key, value in state.items():
-            index, name = key.split(".")
-            # Fused AdamW takes a moment to lie in memory as its weight does. What is read lies in
-            # the mapped file, which must not be held.
-            like = value if name == "step" else weights[int(index)]
-            moments[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
-        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    @property
+    def kept_network(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one where averaging is on."""
+        return self.network if self.ema_network is None else self.ema_network
 
     def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of a batch's loss; returns what `update_weights` returns."""
+        """Compute the gradient of a batch's loss, and return what `update_weights` returns."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.parallel(features)
             total = F.cross_entropy(
                 logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
             )
-        share = total / self.batch_size
+        loss = total / self.batch_size
         self.optimiser.zero_grad(set_to_none=True)
-        # DDP averages over workers; the batch's gradient is the sum of their shares.
-        (share * self.world.size).backward()
+        # DDP averages the workers' gradients, but the batch's gradient is their sum.
+        (loss * self.world.size).backward()
         num_correct = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
-        return share.detach(), num_correct
+        return loss.detach(), num_correct
 
     def _require_finite(self) -> None:
+        epoch = self.progress.epoch
         bad = torch.nonzero(~torch.isfinite(self.losses))
         if len(bad):
             step = int(bad[0])
-            rate = self.learning_rates[self.epoch * self.steps_per_epoch + step]
+            rate = self.progress.learning_rates[epoch * self.steps_per_epoch + step]
             raise DivergedError(
-                f"the loss of step {step} of epoch {self.epoch + 1} is not finite (learning rate "
+                f"the loss of step {step} of epoch {epoch + 1} is not finite (learning rate "
                 f"{rate:.2g}): lower --lr-max, or look for broken clips in the shards"
             )
         names, values = zip(*self.network.named_parameters(), strict=True)
         finite = torch.stack([value.isfinite().all() for value in values]).tolist()
         if not all(finite):
             raise DivergedError(
-                f"{names[finite.index(False)]} is not finite after epoch {self.epoch + 1}, though "
-                "the loss is: lower --lr-max, or train on another machine: this one's arithmetic "
-                "may be at fault"
+                f"{names[finite.index(False)]} is not finite after epoch {epoch + 1}, though "
+                "the loss is: lower --lr-max, or train on another machine, because this one may "
+                "compute wrongly"
             )
 
-    def _evaluated(self) -> nn.Module:
-        return self.network if self.average is None else self.average
-
-    def _share_batch_norm(self) -> None:
+    def _average_batch_norm(self) -> None:
         """Give every worker the mean of all workers' batch-norm statistics."""
-        networks = [self.network] if self.average is None else [self.network, self.average]
-        for name, value in chain.from_iterable(network.named_buffers() for network in networks):
-            if self.world.size > 1 and not name.endswith("num_batches_tracked"):
-                dist.all_reduce(value)
-                value /= self.world.size
+        if self.world.size == 1:
+            return
+        networks = [self.network] if self.ema_network is None else [self.network, self.ema_network]
+        for network in networks:
+            for value in network.buffers():
+                if value.is_floating_point():  # the counter of batches is equal on all workers
+                    self.world.all_reduce_sum(value).div_(self.world.size)
 
 
 def make_card(
@@ -446,14 +440,18 @@ def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> No
         raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
 
 
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors whose names begin with a prefix, and take it off."""
-    names = [name for name in state if name.startswith(prefix)]
-    return {name.removeprefix(prefix): state[name] for name in names}
+def _add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def _remove_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors whose names begin with a prefix, and name them without it."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:
-    # Batch-norm statistics are averaged once an epoch instead of sent from rank 0 in every step.
+    # Batch-norm statistics are averaged once per epoch instead of sent from rank 0 in every step.
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -18,9 +18,9 @@ from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import trainer as loop
 from ser_ray.training.checkpoint import MODEL, STATE
 from ser_ray.training.config import AugmentConfig, TrainConfig
-from ser_ray.training.data import Batch, load_fold
+from ser_ray.training.data import Batch, load_fold, steps_per_epoch
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
-from ser_ray.training.optim import one_cycle
+from ser_ray.training.optim import build_optimiser, one_cycle
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import PLAIN, make_memory_shards
@@ -115,7 +115,11 @@ def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
 
 def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> loop.Trainer:
     data = load_fold(shards, config, device)
-    return loop.Trainer(config, data, FRESH, shards.card.features, device, loop.World())
+    network = loop.build_network(config, FRESH, len(data.labels), device)
+    optimiser = build_optimiser(network, config)
+    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    schedule, features = one_cycle(optimiser, config, num_steps), shards.card.features
+    return loop.Trainer(config, data, features, network, optimiser, schedule, loop.World())
 
 
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
@@ -124,7 +128,8 @@ def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
     for _ in run.begin_epoch():
         run.train_step()
         betas.append(run.optimiser.param_groups[0]["betas"][0])
-    assert run.learning_rates == sorted(run.learning_rates)
+    learning_rates = run.progress.learning_rates
+    assert learning_rates == sorted(learning_rates)
     assert betas == sorted(betas, reverse=True)
     assert betas[0] - betas[-1] > 0.03
 
@@ -147,9 +152,8 @@ def test_the_epoch_kept_is_the_last_or_the_best_on_validation(memory_shards, tmp
 @pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
 def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
     config = replace(CONFIG, label_smoothing=smoothing)
-    data = load_fold(memory_shards, config, CPU)
-    data.train.labels.zero_()
-    run = loop.Trainer(config, data, FRESH, memory_shards.card.features, CPU, loop.World())
+    run = new_trainer(memory_shards, config)
+    run.data.train.labels.zero_()  # type: ignore[attr-defined]
     with torch.no_grad():  # it is sure that every clip has label 0, and right
         run.network.fc.weight.zero_()
         run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
@@ -367,9 +371,8 @@ def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch)
     monkeypatch.setattr(loop, "ResNet18", NoBatchNorm)
     shards = make_memory_shards()
     config = replace(CONFIG, feature="mfcc")
-    data = load_fold(shards, config, CPU)  # type: ignore[arg-type]
-    loop.Trainer(config, data, FRESH, shards.card.features, CPU, loop.World.current())
-    assert asked == [(data.train.features.shape[2], CONFIG.crop_frames)]
+    data = new_trainer(shards, config).data
+    assert asked == [(data.validation.features.shape[2], CONFIG.crop_frames)]
     assert asked[0][0] != 40
 
 
