@@ -1,4 +1,4 @@
-"""Comparing a manifest or outcomes with the complete RAVDESS: missing, doubled, unexpected files.
+"""Finding missing, doubled and unexpected files by comparing a manifest with the complete RAVDESS.
 
 RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except that actor 18
 does not sing, and each performance is an audio-video mp4, a video-only mp4 and a wav. Few users
@@ -19,7 +19,7 @@ from ser_ray.corpus.ravdess import (
     EMOTIONS,
     INTENSITIES,
     MODALITIES,
-    NUM_SPEAKERS,
+    SPEAKERS,
     ClipName,
     NameProblem,
     format_name,
@@ -30,11 +30,10 @@ _NAMES_SHOWN = 3
 
 @cache
 def expected_ravdess() -> tuple[ClipName, ...]:
-    """Every file of RAVDESS in the order of the names, [7356]."""
-    actors = [f"{number:02d}" for number in range(1, NUM_SPEAKERS + 1)]
+    """Return every file of RAVDESS in the order of the names, [7356]."""
     clips = []
     for fields in itertools.product(
-        MODALITIES, CHANNELS, EMOTIONS, INTENSITIES, (1, 2), (1, 2), actors
+        MODALITIES, CHANNELS, EMOTIONS, INTENSITIES, (1, 2), (1, 2), SPEAKERS
     ):
         try:
             clip = ClipName(*fields)
@@ -60,18 +59,18 @@ class CorpusComparison:
 
     @property
     def is_complete(self) -> bool:
-        """Nothing is missing, doubled or unexpected."""
+        """Whether nothing is missing, doubled or unexpected."""
         return not (self.missing or self.doubled or self.unexpected)
 
     def text(self) -> str:
-        """A line for each modality and channel, then the doubled and the unexpected files."""
+        """Return a line for each modality and channel, then the doubled and unexpected files."""
         lines = [f"{len(self.present)} of the {len(expected_ravdess())} files of RAVDESS"]
         for kind in itertools.product(MODALITIES, CHANNELS):
             expected, present, missing = (
                 [clip for clip in clips if _kind(clip) == kind]
                 for clips in (expected_ravdess(), self.present, self.missing)
             )
-            lines.append(f"{' '.join(kind)}: {_group_text(expected, present, missing)}")
+            lines.append(f"{' '.join(kind)}: {_group_text(len(expected), present, missing)}")
         doubled = [_file_name(clip) for clip in self.doubled]
         for what, names in (("doubled", doubled), ("unexpected", self.unexpected)):
             if names:
@@ -106,13 +105,13 @@ def compare_with_ravdess(rows: pa.Table) -> CorpusComparison:
     )
 
 
-def _group_text(expected: list[ClipName], present: list[ClipName], missing: list[ClipName]) -> str:
+def _group_text(num_expected: int, present: list[ClipName], missing: list[ClipName]) -> str:
     """Describe which files of one modality and channel are listed."""
     if not present:
-        return f"none of {len(expected)}"
+        return f"none of {num_expected}"
     if not missing:
-        return f"all {len(expected)}"
-    parts = [f"{len(present)} of {len(expected)}"]
+        return f"all {num_expected}"
+    parts = [f"{len(present)} of {num_expected}"]
     actors_present = {clip.speaker for clip in present}
     absent = sorted({clip.speaker for clip in missing} - actors_present)
     if absent:

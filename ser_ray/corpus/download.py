@@ -11,21 +11,22 @@ RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from ser_ray.corpus.ravdess import SPEAKERS
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.progress import show_progress
+from ser_ray.progress import Report, show_progress
 
 if TYPE_CHECKING:
     from ser_ray.corpus.fetch import Archive
 
 Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
-ACTORS = tuple(range(1, 25))
+ACTORS = tuple(map(int, SPEAKERS))
 ACTORS_WITHOUT_SONG = (18,)
 IN_USE = "is downloading into this folder; wait until it ends, or choose another target"
 
@@ -34,16 +35,13 @@ _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
 """An archive that would unpack to more than this many times its size is refused as a bomb."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with an archive's name, the bytes of it that have arrived, and its size in bytes."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
     """Which parts of RAVDESS to download, and where to put them."""
 
     target: str = "ser-ray-out/ravdess"
-    """Local folder that receives one folder for each archive; `prepare` takes it as the corpus."""
+    """Local folder that receives one folder for each archive. It is a corpus for `prepare`."""
     parts: tuple[Part, ...] = ("speech",)
     """speech and song are the wavs of all actors (0.2 GB each). video-speech and video-song are
     the mp4s with and without sound, in one archive for each actor (about 0.5 GB each)."""
@@ -88,13 +86,13 @@ class DownloadConfig:
         return tuple(dict.fromkeys(names))
 
 
-def download(config: DownloadConfig, progress: Progress | None = None) -> tuple[Path, ...]:
+def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Path, ...]:
     """Fetch, check and unpack the archives that are not there yet.
 
     Args:
         config: which archives, and where to put them.
-        progress: called for every chunk that arrives. By default progress is shown on standard
-            error.
+        progress: called for every chunk that arrives, with the archive's name, the bytes of it that
+            have arrived, and its size in bytes. By default progress is shown on standard error.
 
     Returns:
         The complete folders of the requested archives.
@@ -125,7 +123,7 @@ def download(config: DownloadConfig, progress: Progress | None = None) -> tuple[
 
 
 def _fetch_and_unpack(
-    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Progress
+    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Report
 ) -> None:
     """Fetch the named archives one after the other, and unpack each into its folder."""
     from ser_ray.corpus import fetch
@@ -164,8 +162,8 @@ def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bo
 
 
 @contextlib.contextmanager
-def _shown(progress: Progress | None) -> Iterator[Progress]:
-    """Yield the function to call with the progress: the given one, or one that shows it."""
+def _shown(progress: Report | None) -> Iterator[Report]:
+    """Yield the given function, or one that shows the progress of each archive."""
     if progress is not None:
         yield progress
         return

@@ -1,8 +1,9 @@
-"""Fetching files of a Zenodo record over HTTP, which `pooch` does without resuming.
+"""Fetching files of a Zenodo record over HTTP, and resuming where a transfer stopped.
 
 What has arrived of a file is kept in `NAME.part`. After a cut connection, a busy server or an
-interrupted run, only the rest is requested. The number of attempts and the pauses between them are
-limited. A file gets its name only when it has the checksum that the record lists.
+interrupted run, only the rest is requested (`pooch` starts over). The number of attempts and the
+pauses between them are limited. A file gets its name only when it has the checksum that the record
+lists.
 """
 
 import hashlib
@@ -17,13 +18,14 @@ from typing import TypeVar
 import requests
 
 from ser_ray.errors import CorpusError
+from ser_ray.progress import Report
 
 ATTEMPTS = 8
 FIRST_WAIT_SECONDS = 1.0
 """Doubled after every failed attempt."""
 MAX_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = (10.0, 60.0)
-"""For a connection, and for the next bytes on it."""
+"""Time for connecting, and for the next bytes of an open connection."""
 BUSY = (429, 500, 502, 503, 504)
 """Statuses of a response after which the same request is worth repeating."""
 CHUNK_BYTES = 1 << 14
@@ -45,12 +47,12 @@ class Archive:
     url: str
 
     def files_in(self, folder: Path) -> list[Path]:
-        """The complete file, the partial file, or neither: what a folder has of this archive."""
+        """Return those of the complete and the partial file that are in a folder."""
         paths = (folder / self.name, self.part_in(folder))
         return [path for path in paths if path.is_file()]
 
     def part_in(self, folder: Path) -> Path:
-        """Path of the partial file."""
+        """Return the path of the partial file."""
         return folder / f"{self.name}.part"
 
 
@@ -98,12 +100,7 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
     return [listed[name] for name in names]
 
 
-def fetch(
-    session: requests.Session,
-    archive: Archive,
-    folder: Path,
-    report: Callable[[str, int, int], None],
-) -> Path:
+def fetch(session: requests.Session, archive: Archive, folder: Path, report: Report) -> Path:
     """Fetch an archive into a folder, resuming from a partial file, and return its path.
 
     A file with the wrong checksum is deleted and fetched once more from the start.
@@ -132,19 +129,14 @@ def fetch(
     )
 
 
-def _fetch_rest(
-    session: requests.Session,
-    archive: Archive,
-    part: Path,
-    report: Callable[[str, int, int], None],
-) -> None:
+def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report: Report) -> None:
     """Request the bytes that the partial file lacks, and append them.
 
     Raises:
         requests.RequestException: some bytes did not arrive; those that did are kept.
     """
     done = part.stat().st_size if part.exists() else 0
-    if done >= archive.size:  # the checksum decides
+    if done >= archive.size:  # `fetch` checks whether these are the right bytes
         part.touch()
         return
     headers = {"Range": f"bytes={done}-"} if done else {}
@@ -163,7 +155,7 @@ def _fetch_rest(
                 if done > archive.size:
                     return
     if done < archive.size:
-        raise requests.ConnectionError(f"ended after {done} of {archive.size} bytes")
+        raise requests.ConnectionError(f"it ended after {done} of {archive.size} bytes")
 
 
 def _retry(name: str, request: Callable[[], Result]) -> Result:
@@ -184,7 +176,7 @@ def _retry(name: str, request: Callable[[], Result]) -> Result:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause; the messages of the outer layers repeat the address and each other."""
+    """Return the innermost cause; the outer layers repeat the address and each other's messages."""
     while error.args:
         inner = getattr(error.args[0], "reason", error.args[0])
         if not isinstance(inner, BaseException):
@@ -194,7 +186,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _pause(attempt: int, response: requests.Response | None) -> float:
-    """Seconds until the next attempt: as the server requests, or else doubling."""
+    """Return the seconds until the next attempt: as the server requests, or else doubling."""
     requested = response.headers.get("Retry-After", "") if response is not None else ""
     seconds = float(requested) if requested.isdecimal() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(seconds, MAX_WAIT_SECONDS)

@@ -119,7 +119,7 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 
 
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
-    """Whether a folder, or one that it is in, is marked as a synthetic corpus."""
+    """Whether a folder, or a folder above it, is marked as a synthetic corpus."""
     folders = [path]
     if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, only the folder may be readable
         folders += map(str, PurePosixPath(path).parents)
@@ -168,7 +168,7 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
 
 
 def _read_names(files: list[ListedFile]) -> pa.Table:
-    """Return one row per file: `MANIFEST_SCHEMA`, and the name and depth that identify copies."""
+    """Return one row per file: `MANIFEST_SCHEMA`, and its name and depth for finding copies."""
     names = [file.inside.rpartition("/")[2] for file in files]
     clips: list[ClipName | None] = []
     statuses: list[str | None] = []
@@ -255,10 +255,10 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
         for path in given
     ]
     _refuse_passwords(source, paths)
-    by_file = rows.set_column(rows.column_names.index("take"), "take", pa.array(paths))
+    rows = rows.set_column(rows.column_names.index("path"), "path", pa.array(paths))
     for column in ("speaker", "label"):
         _require_one(source, rows, "take", column)
-        _require_one(source, by_file, "file", column)
+        _require_one(source, rows, "path", column)
     seen = [(None, None) if "://" in path else stat_file(path) for path in paths]
     for row, (path, (status, problem)) in enumerate(zip(paths, seen, strict=True), start=1):
         if problem and status is None and not os.path.isdir(os.path.dirname(path)):  # noqa: PTH112, PTH120
@@ -268,7 +268,7 @@ def _list_table(source: str, rows: pa.Table) -> pa.Table:
             )
     nothing = pa.nulls(len(rows))
     columns = dict.fromkeys(MANIFEST_SCHEMA.names, nothing) | {
-        "path": pa.array(paths),
+        "path": rows["path"],
         "size": [status.st_size if status and not problem else None for status, problem in seen],
         "modality": ["audio"] * len(rows),
         "emotion": rows["label"],
@@ -293,22 +293,15 @@ def _refuse_passwords(source: str, paths: list[str]) -> None:
 
 
 def _require_one(
-    source: str, rows: pa.Table, what: Literal["take", "file"], column: Literal["speaker", "label"]
+    source: str, rows: pa.Table, key: Literal["take", "path"], column: Literal["speaker", "label"]
 ) -> None:
-    """Refuse a take or file with two speakers or labels, which no split could keep on one side.
-
-    Args:
-        source: the table, as the user wrote it.
-        rows: the table; its column `take` has the take, or the path of the file.
-        what: which of the two the column has.
-        column: the column that must have only one value per take or file.
-    """
-    counts = rows.group_by("take", use_threads=False).aggregate([(column, "count_distinct")])
+    """Refuse a take or file with two speakers or labels, which no split could keep on one side."""
+    counts = rows.group_by(key, use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
     if len(mixed) == 0:
         return
-    name = mixed["take"][0].as_py()
-    numbers = np.flatnonzero(pc.equal(rows["take"], name).to_numpy())
+    name = mixed[key][0].as_py()
+    numbers = np.flatnonzero(pc.equal(rows[key], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
     hint = (
@@ -317,8 +310,8 @@ def _require_one(
     )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
-        f"{what}, {name!r}, but their {column} is {values[0]!r} and {values[other]!r}"
-        + (hint if what == "take" else "")
+        f"{'take' if key == 'take' else 'file'}, {name!r}, but their {column} is {values[0]!r} and "
+        f"{values[other]!r}" + (hint if key == "take" else "")
     )
 
 
@@ -330,8 +323,8 @@ def _mark_duplicates(
 ) -> pa.Table:
     """Keep one of the rows to decode that have the same key, and mark the others as duplicates.
 
-    The largest file is kept, because a copy may be truncated; of equal sizes the one with the
-    fewest folders above it, and of those the first by path.
+    The largest file is kept, because a copy may be truncated. Among files of equal size the one
+    with the fewest folders above it is kept, and among those the first by path.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}
@@ -355,7 +348,7 @@ def _mark_duplicates(
 def _with_status(
     manifest: pa.Table, mask: pa.Array, status: str, reason: str | pa.ChunkedArray
 ) -> pa.Table:
-    """Set the status and reason of the rows under a mask."""
+    """Set the status and reason of the rows where the mask is true."""
     for name, value in (("status", status), ("reason", reason)):
         column = pc.if_else(mask, value, manifest[name])
         manifest = manifest.set_column(manifest.schema.get_field_index(name), name, column)

@@ -1,7 +1,7 @@
 """RAVDESS file names: the seven two-digit fields that say what a clip is.
 
-A file name comes in, a `ClipName` goes out, and the reverse. The file name is the only label that
-RAVDESS has, so a name that is not completely valid raises a `NameProblem`; nothing is guessed.
+`parse_name` turns a file name into a `ClipName`, and `format_name` does the reverse. RAVDESS has no
+other labels, so a name that is not completely valid raises a `NameProblem`; nothing is guessed.
 
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """
@@ -20,16 +20,16 @@ EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "s
 MODALITIES: tuple[Modality, ...] = ("av", "video", "audio")
 CHANNELS: tuple[Channel, ...] = ("speech", "song")
 INTENSITIES: tuple[Intensity, ...] = ("normal", "strong")
-NUM_SPEAKERS = 24
+SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 SUFFIXES = (".wav", ".mp4")
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
 CORPORA = {
     "ravdess": "RAVDESS",
     "synthetic": "the synthetic corpus",
-    "table": "an own corpus",
+    "table": "a custom corpus",
 }
-"""The name of a corpus that stands next to every score."""
+"""The name of a corpus that is printed next to every score."""
 
 _FIELDS = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)", re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
@@ -93,7 +93,7 @@ def parse_name(file_name: str) -> ClipName:
     _check_range("intensity", intensity, len(INTENSITIES))
     _check_range("statement", statement, 2)
     _check_range("repetition", repetition, 2)
-    _check_range("actor", actor, NUM_SPEAKERS)
+    _check_range("actor", actor, len(SPEAKERS))
     return ClipName(
         MODALITIES[modality - 1],
         CHANNELS[channel - 1],
@@ -116,7 +116,7 @@ def _check_range(field: str, code: int, last: int) -> None:
 
 
 def _codes(clip: ClipName) -> tuple[str, ...]:
-    """The seven two-digit fields."""
+    """Return the seven two-digit fields."""
     return (
         f"{MODALITIES.index(clip.modality) + 1:02d}",
         f"{CHANNELS.index(clip.channel) + 1:02d}",

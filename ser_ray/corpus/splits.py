@@ -1,9 +1,9 @@
 """Splitting clips into train, validation and test sides; a protocol is a named list of folds.
 
-A table of clips comes in; the row numbers of the three sides of a fold go out. All rows of a take
-(the wav and mp4s of a performance) and all rows with identical content are on the same side, and so
-are all clips of a speaker, except in `random`. Choices are made by the scores on the validation
-side, whose speakers are not trained on. The test side is used once.
+`split` reads a table of clips and returns the row numbers of the three sides of a fold. All rows of
+a take (the wav and mp4s of a performance) and all rows with identical content are on the same side,
+and so are all clips of a speaker, except in `random`. Models are selected by their scores on the
+validation side, whose speakers are not trained on. The test side is used once.
 
 Every function here is pure and independent of the order of the rows.
 
@@ -70,11 +70,11 @@ class Split:
     train: Rows
     """[num_train]"""
     validation: Rows
-    """[num_validation]: selects recipes, trials and, where configured, epochs."""
+    """[num_validation]. It selects recipes, trials and, if so configured, epochs."""
     test: Rows
-    """[num_test]: is used once."""
+    """[num_test]. It is used once."""
     left_out: Rows
-    """Rows on no side: their take or content also belongs to a speaker on a higher side."""
+    """Rows on no side, because their take or content is on a later side: validation or test."""
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
@@ -86,12 +86,12 @@ class Split:
 
     @property
     def label(self) -> str:
-        """The caption of every figure of this fold."""
+        """The protocol and fold in the words of every caption."""
         return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
 
 
 def dependence_of(protocol: str) -> str:
-    """Whether the model was trained on the tested speakers, in the words of every caption."""
+    """Say in the words of every caption whether training includes the tested speakers."""
     return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
 
 
@@ -115,8 +115,9 @@ def split(
         clips: one row per clip, with the string columns `speaker`, `sex` (may be null), `take`,
             `emotion` and `content`, which is equal where the decoded samples are.
         seed: only used by `random`; the folds of every other protocol are fixed.
-        validation_speakers: how many speakers are on the validation side, except in `random`; 0
-            leaves it to the protocol. The test side does not depend on it.
+        validation_speakers: how many speakers are on the validation side, except in `random`. 0
+            means a twelfth of the speakers, as `_validation_speakers` explains. The test side does
+            not depend on it.
 
     Raises:
         ConfigError: the protocol is unknown, the fold out of range, or a side would be empty.
@@ -171,7 +172,7 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
 
 
 def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[str, ...]]:
-    """The test speakers of every fold; none for `random`, whose folds are drawn by take."""
+    """Return the test speakers of every fold; none for `random`, whose folds are drawn by take."""
     if protocol == "random":
         return [()] * _RANDOM_FOLDS
     if protocol == "loso":
@@ -192,7 +193,7 @@ def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[st
             f"{protocol} needs {count} speakers and the corpus has {len(sexes)}: use "
             f"{_alternative(len(sexes))}"
         )
-    # Dealt one sex after the other, in an order that does not follow the names.
+    # Speakers are dealt out one sex after the other, in a fixed order unrelated to their names.
     dealt = sorted(sexes, key=lambda s: (sexes[s] or "", hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(dealt[fold::count])) for fold in range(count)]
 
@@ -202,9 +203,10 @@ def _validation_speakers(
 ) -> list[str]:
     """Choose the validation speakers of the last fold in `tests`.
 
-    There are as many women as men, and speakers with the fewest turns in the folds before come
+    There are as many women as men, and the speakers with the fewest turns in earlier folds come
     first. By default they are a twelfth of the corpus's speakers and at least two, but at most a
-    third of those that are not tested: scores depend most on the number of training speakers.
+    third of those that are not tested, because scores depend most on the number of training
+    speakers.
 
     Args:
         tests: the test speakers of fold 0 up to the fold in question.
@@ -236,8 +238,8 @@ def _validation_speakers(
 def _groups(takes: Sequence[str], contents: Sequence[str | None]) -> Rows:
     """Number the rows so that rows with the same take or content share a number, [num_rows].
 
-    Takes with a common content form one group, directly or through other takes. Groups are numbered
-    by their smallest take, so the numbers do not depend on the order of the rows.
+    Takes that share a content form one group, directly or through other takes. Groups are numbered
+    in the order of their first takes, so the numbers do not depend on the order of the rows.
     """
     leader = {take: take for take in takes}
 
@@ -283,7 +285,7 @@ def _check_sides(drawn: Split, present: Sequence[str], wanted: Sequence[str]) ->
 
 
 def _alternative(num_speakers: int) -> str:
-    """A protocol that works with this number of speakers."""
+    """Return a protocol that works with this number of speakers."""
     return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"
 
 

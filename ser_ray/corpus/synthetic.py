@@ -1,9 +1,9 @@
 """The synthetic corpus: RAVDESS names, layout and modalities with synthesised voices.
 
-It lets every stage run without the real corpus. Only a marker file distinguishes its folder from
-RAVDESS: 24 actors speak each of the 8 emotions once, and every take is a wav, an mp4 with sound and
-an mp4 without. Emotions differ audibly (in pitch, loudness, tempo and timbre), and so do speakers.
-A score on these clips shows that the program works and says nothing about RAVDESS.
+It lets every stage run without the real corpus. 24 actors speak each of the 8 emotions once, and
+every take is a wav, an mp4 with sound and an mp4 without. A marker file tells the folder from one
+of RAVDESS. Emotions differ audibly (in pitch, loudness, tempo and timbre), and so do speakers. A
+score on these clips shows that the program works and says nothing about RAVDESS.
 
 A voice is a source and a filter (Fant 1960): glottal pulses and breath noise, shaped frame by frame
 by the formants of the vowels and by a spectral tilt.
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -23,13 +23,11 @@ import numpy.typing as npt
 import soundfile
 
 from ser_ray.corpus.manifest import SYNTHETIC_MARKER
-from ser_ray.corpus.ravdess import EMOTIONS, ClipName, format_name
+from ser_ray.corpus.ravdess import EMOTIONS, SPEAKERS, ClipName, Intensity, format_name
 from ser_ray.errors import CorpusError
 
 VERSION = 1
 """Part of the marker. Raise it when the clips change, so that old folders are replaced."""
-
-SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 
 _SAMPLE_RATE = 48_000
 _WINDOW = 1024  # samples, of the filter's frames
@@ -52,7 +50,7 @@ _STATEMENTS = {1: "iaoi", 2: "oaii"}
 
 
 class Manner(NamedTuple):
-    """How a take is spoken: differences from the speaker's own neutral voice."""
+    """How a take is spoken: its differences from the speaker's neutral voice."""
 
     pitch: float
     """Semitones."""
@@ -173,7 +171,7 @@ def _clips(speaker: str) -> Iterator[ClipName]:
     """Yield one take per emotion; intensity, statement and repetition alternate over the actors."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
-        intensity: Literal["normal", "strong"] = "strong" if turn % 2 else "normal"
+        intensity: Intensity = "strong" if turn % 2 else "normal"
         yield ClipName(
             modality="audio",
             channel="speech",
@@ -210,9 +208,8 @@ def speak(
     time = np.arange(round(seconds * _SAMPLE_RATE)) / _SAMPLE_RATE
     place = time / seconds * len(vowels)  # 1.5 is the middle of the second syllable
     pitch = _pitch_contour(time, place, voice, manner, rng)
-    opening = (
-        np.sin(np.pi * (place % 1)) ** 0.7
-    )  # of the mouth: from 0 to 1 and back in each syllable
+    # The mouth opens from 0 to 1 and closes again in each syllable.
+    opening = np.sin(np.pi * (place % 1)) ** 0.7
     onset = np.exp(-(place % 1) * 20)  # the consonant's burst of noise
 
     cycles = np.cumsum(pitch) / _SAMPLE_RATE

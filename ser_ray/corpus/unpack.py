@@ -76,7 +76,7 @@ def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list
 
 
 def _problem(info: zipfile.ZipInfo) -> str:
-    """Why a member must not be unpacked, or an empty string."""
+    """Say why a member must not be unpacked; an empty string means that it may be."""
     path = PurePosixPath(info.filename)
     kind = stat.S_IFMT(info.external_attr >> 16)
     is_plain = path.parts and not path.is_absolute() and ".." not in path.parts

@@ -114,7 +114,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             try:
                 self.wfile.write(content)
-            except ConnectionError:  # the client had enough
+            except ConnectionError:  # the client closed the connection
                 self.close_connection = True
 
     def log_message(self, *_: object) -> None:
@@ -160,7 +160,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def wanted_content(record: Record, *names: str) -> dict[str, bytes]:
-    """What unpacking by hand gives."""
+    """Return what Python's zipfile unpacks from the archives."""
     content = {}
     for name in names:
         with zipfile.ZipFile(io.BytesIO(record.files[name])) as opened:

@@ -1,4 +1,4 @@
-"""Listing: the same 7356 files in every layout, own corpora from tables, and what errors say."""
+"""RAVDESS is listed from any layout and other corpora from tables; errors name what is wrong."""
 
 import itertools
 import os

@@ -126,8 +126,8 @@ def one_row_per(values):
 
 
 def test_identical_recordings_stay_together_in_a_random_split():
-    # As 03-01-03-01-02-01-07 and 03-01-03-01-02-02-07 of the originals are, here chained through
-    # an mp4: a and b share their sound, b's mp4 shares c's.
+    # 03-01-03-01-02-01-07 and 03-01-03-01-02-02-07 of RAVDESS are identical. Here a and b are, and
+    # so are the mp4 of b and c, so all of them belong together.
     rows = [("07", "male", f"t{number}", "happy", str(number)) for number in range(40)]
     rows += [("07", "male", "a", "happy", "X"), ("07", "male", "b", "happy", "X")]
     rows += [("07", "male", "b", "happy", "Y"), ("07", "male", "c", "happy", "Y")]
@@ -178,7 +178,7 @@ def corpora(draw):
 
 
 def split_if_possible(protocol, fold, rows, seed=0):
-    """None where shared contents leave a side of so few clips empty."""
+    """Split, or return None if shared contents leave a side of so few clips empty."""
     try:
         return split(protocol, fold, clips_of(rows), seed=seed)
     except ConfigError:
@@ -229,8 +229,8 @@ def test_the_order_of_the_rows_does_not_matter(rows, protocol, order):
     one, other = (split_if_possible(protocol, 1, order, seed=3) for order in (rows, mixed))
     assert (one is None) == (other is None)
     for side in (*SIDES, "left_out") if one else ():
-        taken = Counter(rows[i] for i in getattr(one, side))
-        assert taken == Counter(mixed[i] for i in getattr(other, side))
+        expected = Counter(rows[i] for i in getattr(one, side))
+        assert Counter(mixed[i] for i in getattr(other, side)) == expected
 
 
 def test_every_clip_is_tested_once_by_the_random_folds():
