@@ -1,1 +1,1 @@
-"""Tensors to a checkpoint: the recipe, the loop in plain torch, and Ray Train around it."""
+"""Features to a checkpoint: the recipe, the data, the network and the loop, without Ray."""

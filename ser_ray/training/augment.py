@@ -1,8 +1,8 @@
 """Augmentation of a training batch, on the batch's device.
 
-Everything is drawn from torch's generator of that device, which the loop seeds from (seed, epoch,
-step) before each step, and for the whole batch at once: every worker augments all of it and keeps
-its stride, so the augmented clips do not depend on the number of workers.
+All random numbers come from torch's generator of that device, which the loop seeds from (seed,
+epoch, step) before each step. Every worker augments the complete batch and keeps its share, so the
+augmented clips do not depend on the number of workers.
 """
 
 import math
@@ -17,20 +17,21 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 MIN_VARIANCE = 1e-5
-"""Of a bin over a clip's frames, in squared standard deviations of the corpus."""
+"""Added to the variance of a bin over a clip's frames, in squared standard deviations of the
+training clips."""
 VTLP_BOUNDARY = 0.6
-"""Frequency up to which VTLP multiplies, as a share of half the sample rate. It is
+"""Frequency up to which VTLP multiplies frequencies, as a share of half the sample rate. It is
 F_hi of the paper: 4.8 kHz of 8, above the formants that matter most."""
 
 
 class Augment:
-    """Random crop, MixStyle (Zhou 2021), level, tempo and voice, SpecAugment (Park 2019) and mixup
-    (Zhang 2018), in this order.
+    """Augments a batch by a random crop, MixStyle (Zhou 2021), level, tempo, VTLP, SpecAugment
+    (Park 2019) and mixup (Zhang 2018), in this order.
 
     Args:
-        recipe: what to draw, and from what feature.
-        features: what fixes the frequencies of the bins.
-        num_labels: how many labels there are.
+        recipe: the recipe, with the strength of each augmentation and the feature kind.
+        features: defines the frequencies of the bins.
+        num_labels: number of labels.
         gain_response: change of every normalised bin for +1 dB of level [bins].
     """
 
@@ -63,7 +64,7 @@ class Augment:
         self.mix = MixUp(alpha=config.mixup, num_classes=num_labels) if config.mixup else None
 
     def __call__(self, clips: Clips, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the batch of these rows.
+        """Crop and augment clips.
 
         Args:
             clips: the training clips.
@@ -76,7 +77,7 @@ class Augment:
         lengths = (self.crop_frames * _around_one(self.tempo, rows)).round().long()
         spare = clips.num_frames[rows] - lengths
         draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
-        # A longer clip is cut at random, a shorter one lies at random inside the crop.
+        # A longer clip is cut at a random frame, a shorter one is placed at random in the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
         batch, valid = clips.crop(rows, starts, self.longest)
         if self.mix_style:
@@ -102,9 +103,10 @@ def _around_one(spread: float, rows: Tensor) -> Tensor:
 
 
 def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
-    """Move a share of the clips towards another clip's mean and spread over time in every bin.
+    """Mix the mean and spread over time of a share of the clips with those of another clip, by bin.
 
-    Of [batch, 1, bins, frames] the `valid` frames [batch, 1, 1, frames] count; the others stay 0.
+    Only the `valid` frames [batch, 1, 1, frames] of the batch [batch, 1, bins, frames] are used.
+    The others stay 0.
     """
     frames = valid.sum(dim=3, keepdim=True).clamp(min=1)
     mean = batch.sum(dim=3, keepdim=True) / frames
@@ -117,14 +119,14 @@ def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
 
 
 def _resample(batch: Tensor, frames: Tensor, bins: Tensor | None, num_frames: int) -> Tensor:
-    """Read a batch at other frames and bins, linearly between them.
+    """Resample a batch in time and frequency by linear interpolation.
 
     Args:
-        batch: [batch, 1, bins, any].
-        frames: share of the frames, from the first, that fill the result [batch].
-        bins: bin, with fractions, that each bin of the result is read from [batch, bins]; None
-            leaves the bins as they are.
-        num_frames: frames of the result.
+        batch: [batch, 1, bins, frames].
+        frames: share of each clip's frames, from the first, that the result covers [batch].
+        bins: fractional bin to read for each bin of the result [batch, bins]. If None, the bins
+            are unchanged.
+        num_frames: number of frames of the result.
 
     Returns:
         [batch, 1, bins, num_frames].
@@ -134,24 +136,24 @@ def _resample(batch: Tensor, frames: Tensor, bins: Tensor | None, num_frames: in
     move[:, 0, 0], move[:, 0, 2], move[:, 1, 1] = frames, frames - 1, 1
     grid = torch.nn.functional.affine_grid(move, list(shape), align_corners=False)
     if bins is not None:
-        # grid_sample counts from -1 to 1, from the first bin's edge to the last one's.
+        # grid_sample's coordinates go from -1 to 1, from the first bin's edge to the last one's.
         grid[..., 1] = ((2 * bins + 1) / shape[2] - 1)[:, :, None]
     return torch.nn.functional.grid_sample(batch, grid, align_corners=False)
 
 
 def vtlp_bins(factors: Tensor, kind: Kind, features: FeatureConfig) -> Tensor:
-    """Bin that each bin is read from, so that frequencies are warped by some factors.
+    """Compute the fractional bin to read for each bin, so that frequencies are warped by factors.
 
-    A factor moves a tone at f hertz to `warp_frequency(f, factor)`; its inverse, which is needed
+    A factor moves a tone at f hertz to `warp_frequency(f, factor)`. The inverse, which is needed
     here, is the warp by 1 / factor.
 
     Args:
-        factors: [batch].
+        factors: warp factor of each clip [batch].
         kind: spectrogram or mel.
-        features: what fixes the frequencies of the bins.
+        features: defines the frequencies of the bins.
 
     Returns:
-        Bins with fractions [batch, bins].
+        Fractional bins [batch, bins].
     """
     nyquist, num_bins = features.sample_rate / 2, features.num_bins(kind)
     bins = torch.arange(num_bins, device=factors.device)
@@ -172,8 +174,8 @@ def vtlp_bins(factors: Tensor, kind: Kind, features: FeatureConfig) -> Tensor:
 def warp_frequency(hertz: Tensor, factor: Tensor, nyquist: float) -> Tensor:
     """Warp frequencies piecewise linearly (Jaitly and Hinton 2013, section 3).
 
-    Up to a boundary a frequency is multiplied by the factor; from there on a straight line leads
-    to half the sample rate, which stays where it is.
+    Frequencies up to a boundary are multiplied by the factor. Above it the warp is a straight line
+    to half the sample rate, which does not move.
     """
     boundary = VTLP_BOUNDARY * nyquist * factor.clamp(max=1)
     slope = (nyquist - boundary) / (nyquist - boundary / factor)
@@ -185,10 +187,10 @@ def warp_frequency(hertz: Tensor, factor: Tensor, nyquist: float) -> Tensor:
 def gain_response(
     kind: Kind, num_mels: int, normalisation: Normalisation, device: torch.device
 ) -> Tensor:
-    """What +1 dB of level adds to every normalised bin [bins].
+    """Compute the change of every normalised bin for +1 dB of level [bins].
 
-    Log-power bins all rise by 1 dB; of the orthonormal DCT of `num_mels` such rises only
-    coefficient 0 is not zero, but sqrt(num_mels).
+    Every log-power bin rises by 1 dB. The orthonormal DCT of `num_mels` such rises is
+    sqrt(num_mels) in coefficient 0, and 0 in all others.
     """
     rise = torch.ones(len(normalisation.std), device=device)
     if kind == "mfcc":

@@ -1,10 +1,10 @@
-"""Shards to resident tensors, and what a step, a window or an epoch takes from them.
+"""Shards to resident tensors, and from these to the batches of an epoch.
 
-A training reads its feature column once and keeps it in memory, on the device. An epoch is an order
-of rows drawn from (seed, epoch), the same on every worker; nothing is launched, read or copied from
-the host while it runs.
+A training reads its feature column once and keeps it in the device's memory. The order of the rows
+in an epoch is drawn from (seed, epoch), equally on every worker. No step reads from storage or
+copies from the host.
 
-Clips that do not fit into memory come from `training.streaming` instead: both are a `Source`.
+Clips that do not fit into memory come from `training.streaming` instead. Both are a `Source`.
 
 Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames.
 """
@@ -27,7 +27,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.world import World
 
 MIN_STD = 1e-3
-"""Bins that hardly vary (dB) are not blown up."""
+"""Smallest standard deviation to divide by, in dB: bins that hardly vary are not amplified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Normalisation:
 
     @classmethod
     def from_sums(cls, sums: np.ndarray, num_frames: int) -> "Normalisation":
-        """Make it of what `frame_sums` gives for so many frames."""
+        """Compute it from the `frame_sums` over `num_frames` frames [2, bins]."""
         mean, squares = sums / max(num_frames, 1)
         std = np.sqrt(np.maximum(squares - mean**2, 0.0))
         return cls(mean, np.maximum(std, MIN_STD))
@@ -56,19 +56,21 @@ class Normalisation:
         )
         return scaled.astype(np.float16)
 
-    def frames_first(self, features: np.ndarray, num_frames: np.ndarray, room: int) -> np.ndarray:
-        """Normalise clips [clips, bins, frames] for training: [clips, room, bins] float16.
+    def frames_first(
+        self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
+    ) -> np.ndarray:
+        """Normalise clips [clips, bins, frames] for training: [clips, max_frames, bins] float16.
 
-        What lies beyond a clip's `num_frames` is 0.
+        Frames beyond a clip's `num_frames` are 0.
         """
-        kept = np.zeros((len(features), room, features.shape[1]), np.float16)
+        padded = np.zeros((len(features), max_frames, features.shape[1]), np.float16)
         for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
-            kept[row, :length] = self.apply(clip[:, :length]).T
-        return kept
+            padded[row, :length] = self.apply(clip[:, :length]).T
+        return padded
 
 
 def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """Sum of the valid frames of features [clips, bins, frames] and of their squares [2, bins]."""
+    """Sum the valid frames of features [clips, bins, frames], and their squares [2, bins]."""
     sums = np.zeros((2, features.shape[1]))
     for clip, length in zip(features, num_frames, strict=True):
         valid = clip[:, :length].astype(np.float64)
@@ -100,10 +102,10 @@ class Clips:
         device: torch.device,
     ) -> "Clips":
         """Normalise raw features [clips, bins, frames] and put them on the device."""
-        longest = int(num_frames.max(initial=1))
-        kept = normalisation.frames_first(features, num_frames, longest)
+        max_frames = int(num_frames.max(initial=1))
+        padded = normalisation.frames_first(features, num_frames, max_frames)
         return cls(
-            torch.from_numpy(kept).to(device),
+            torch.from_numpy(padded).to(device),
             torch.from_numpy(num_frames.astype(np.int64)).to(device),
             torch.from_numpy(labels.astype(np.int64)).to(device),
         )
@@ -112,11 +114,11 @@ class Clips:
         return len(self.labels)
 
     def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
-        """Cut one crop from each of the rows.
+        """Cut crops from clips.
 
         Args:
-            rows: clip of each crop [crops].
-            starts: first frame of each crop [crops]; what lies outside the clip is 0.
+            rows: index of each crop's clip [crops].
+            starts: first frame of each crop [crops]. Frames outside the clip are 0.
             crop_frames: length of every crop.
 
         Returns:
@@ -132,7 +134,7 @@ class Clips:
     def batches(
         self, config: TrainConfig, world: World, epoch: int, step: int
     ) -> Iterator["Batch"]:
-        """Every worker draws the whole of every batch, and learns from its share of it."""
+        """Yield batches (`Source`). Each worker gets the complete batch and its share of it."""
         size = min(config.batch_size, len(self))
         for number in count(epoch):
             order = epoch_order(config.seed, number, self.labels, balanced=config.balanced)
@@ -145,13 +147,13 @@ class Clips:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a worker sees of the batch of a step.
+    """One step's batch, for one worker.
 
     Args:
-        clips: where the clips are.
-        rows: those to augment [rows].
-        rank_slice: those of the augmented to learn from.
-        seed: of the augmentation.
+        clips: the clips that `rows` index.
+        rows: clips to augment [rows].
+        rank_slice: which of the augmented clips this worker trains on.
+        seed: seed of the augmentation.
     """
 
     clips: Clips
@@ -161,16 +163,16 @@ class Batch:
 
 
 class Source(Protocol):
-    """Training clips, wherever they are."""
+    """Training clips, resident or streamed."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of training clips."""
 
     def batches(self, config: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
-        """Batches from a step of an epoch on to the end of the training.
+        """Yield the batches from this step of this epoch to the end of the training.
 
-        They follow from the arguments: every epoch has `steps_per_epoch` of them, and the clips of
-        each, over all workers, do not depend on the number of workers.
+        The arguments alone determine the batches. Every epoch has `steps_per_epoch` of them, and
+        the clips of a batch over all workers do not depend on the number of workers.
         """
 
 
@@ -179,7 +181,7 @@ Train_co = TypeVar("Train_co", bound=Source, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class FoldData(Generic[Train_co]):
-    """A fold's training and validation clips, and what the network needs to know of them."""
+    """A fold's training and validation clips, with its split, labels and normalisation."""
 
     train: Train_co
     validation: Clips
@@ -189,13 +191,13 @@ class FoldData(Generic[Train_co]):
 
 
 def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
-    """Choose the rows of each side of the configured fold.
+    """Select the rows of `clips` that each part of the configured fold consists of.
 
-    One clip for each take (the wav where there is one), in the order of the takes, the channels as
-    configured. Rows index `clips`.
+    Each part has one clip per take (the wav if there is one) of the configured channel, in the
+    order of the takes.
 
     Raises:
-        ConfigError: a side of the fold is empty.
+        ConfigError: a part of the fold is empty.
     """
     rows = one_clip_per_take(clips)
     rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
@@ -207,33 +209,35 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
         validation_speakers=config.validation_speakers,
     )
 
-    def selected(side: np.ndarray, wanted: str, name: str) -> np.ndarray:
-        kept = on_channel(clips, rows[side], wanted)
+    def select(part: np.ndarray, channel: str, name: str) -> np.ndarray:
+        kept = on_channel(clips, rows[part], channel)
         if not len(kept):
             raise ConfigError(
-                f"{parts.label}: the {name} part holds no {wanted} clip; choose another channel"
+                f"{parts.label}: the {name} part holds no {channel} clip; choose another channel"
             )
         return kept
 
     return replace(
         parts,
-        train=selected(parts.train, config.train_channel, "training"),
-        validation=selected(parts.validation, config.channel, "validation"),
-        test=selected(parts.test, config.channel, "test"),
+        train=select(parts.train, config.train_channel, "training"),
+        validation=select(parts.validation, config.channel, "validation"),
+        test=select(parts.test, config.channel, "test"),
         left_out=rows[parts.left_out],
     )
 
 
-def on_channel(clips: pa.Table, rows: np.ndarray, wanted: str) -> np.ndarray:
-    """Those of some rows [rows] that are speech, or song, as wanted, or `all` of them."""
-    # Own corpora have no channel: nothing to choose from.
+def on_channel(clips: pa.Table, rows: np.ndarray, channel: str) -> np.ndarray:
+    """Select the rows [rows] of a channel: speech, song or all.
+
+    Clips without a channel (those of a table) are always selected.
+    """
     channels = clips["channel"].take(rows).to_pylist()
-    keep = [wanted == "all" or channel in (wanted, None) for channel in channels]
+    keep = [channel == "all" or found in (channel, None) for found in channels]
     return rows[np.asarray(keep, dtype=bool)]
 
 
 def describe_split(parts: Split) -> dict[str, Any]:
-    """What a card says of a split: its name, and who is on which side."""
+    """Describe a split for a card: its name, and the speakers of each part."""
     return {
         "label": parts.label,
         "speaker_dependent": parts.speaker_dependent,
@@ -267,32 +271,33 @@ def load_clips(
     normalisation: Normalisation,
     device: torch.device,
 ) -> Clips:
-    """Read some rows of a shard set into the device's memory."""
+    """Read these rows of a shard set into the device's memory."""
     raw = shards.features(kind, rows)
     return Clips.resident(raw, num_frames[rows], labels[rows], normalisation, device)
 
 
 def label_indices(clips: pa.Table, labels: tuple[str, ...]) -> np.ndarray:
-    """Position of every clip's emotion among the labels, int64 [clips]."""
+    """Index of every clip's emotion among the labels, int64 [clips]."""
     position = {label: index for index, label in enumerate(labels)}
     return np.asarray([position[name] for name in clips["emotion"].to_pylist()], dtype=np.int64)
 
 
 def seed_of(*parts: int) -> int:
-    """Fold (seed, epoch, step) into one 63-bit seed; streams of different parts do not meet."""
+    """Hash integers, such as (seed, epoch, step), into one 63-bit seed."""
     high, low = np.random.SeedSequence(parts).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Full batches in an epoch; a set smaller than a batch is one step."""
+    """Number of full batches in an epoch; at least 1, for a set smaller than a batch."""
     return max(num_rows // batch_size, 1)
 
 
 def epoch_order(seed: int, epoch: int, labels: Tensor, *, balanced: bool = False) -> Tensor:
     """Order of the training rows in an epoch, int64 [rows], equal on every worker.
 
-    Balanced, every label is drawn equally often, with replacement.
+    It is a permutation. If `balanced`, rows are drawn with replacement instead, so that every label
+    is equally likely.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     if not balanced:

@@ -1,7 +1,7 @@
-"""Counts to scores, and epochs to the one that is kept.
+"""Confusion counts to scores, and an epoch's scores to the selected epoch.
 
-Scores are functions of one confusion matrix, so that those summed over workers are exactly those of
-one worker.
+Accuracies are functions of one confusion matrix. Summed over workers, its counts are exactly those
+of one worker, and so are the accuracies.
 
 Terms as in the field: WA, weighted accuracy, is plain accuracy; UA, unweighted accuracy (also UAR),
 is the mean recall over the labels that occur; macro F1 is the mean F1 over the labels that occur or
@@ -30,12 +30,12 @@ class Scores:
 
     @property
     def num_clips(self) -> int:
-        """Clips scored."""
+        """Number of scored clips."""
         return int(self.confusion.sum())
 
     @property
     def wa(self) -> float:
-        """Share of clips named right."""
+        """Share of the clips whose predicted label is correct."""
         return float(np.trace(self.confusion) / max(self.num_clips, 1))
 
     @property
@@ -100,10 +100,10 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
-    """Index of the epoch whose weights are kept: the last, or the best by validation UA, then loss.
+    """Index of the selected epoch: the last one, or the best by validation UA, then by loss.
 
     Args:
-        rows: what is known of each epoch, at least one.
+        rows: metrics of each epoch; at least one epoch.
         keep: `TrainConfig.keep`.
     """
     if keep == "last":
@@ -112,17 +112,17 @@ def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
 
 
 def selected_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str, float]:
-    """What is known of that epoch, so far; empty before the first."""
+    """Metrics of the selected epoch so far; empty before the first epoch ends."""
     return rows[selected_epoch(rows, keep)] if rows else {}
 
 
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
-    """The higher the better."""
+    """Key that orders epochs from worst to best: validation UA, then the negative loss."""
     return row["val_ua"], -row["val_loss"]
 
 
 def selected_metrics(row: Mapping[str, float]) -> dict[str, float]:
-    """What a run's record says of its selected epoch, by the names it is logged under."""
+    """Number and validation metrics of the selected epoch, by the names they are logged under."""
     return {
         f"selected_{name}": value
         for name, value in row.items()

@@ -1,14 +1,16 @@
 """The network: ResNet18 (He 2016) with one input channel and one output for each label.
 
-It is torchvision's network, layer for layer and name for name, so torchvision's weights fit it and
-a seed gives it the same initial weights (tests compare both). It is defined here because importing
-torchvision takes longer than importing torch, and a prediction would wait for it.
+Its layers and their names are torchvision's, so torchvision's weights fit it and a seed gives it
+the same initial weights (tests compare both). It is defined here because importing torchvision
+takes longer than importing torch, which would delay every prediction.
 
 Pretrained weights come from torchvision's download or from a file. The RGB kernels of their first
-convolution are *summed*: the network then answers to a one-channel image as the original does to
-the same image in all three channels.
+convolution are *summed*: the network then answers a one-channel image as the original answers the
+same image in all three channels.
 """
 
+import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +18,35 @@ from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ser_ray.errors import CheckpointError
 
 NETWORK_STRIDE = 32
-"""Bins, and frames, of the input for every pixel that the network's last stage leaves."""
+"""Bins and frames of the input for each pixel of the last stage's output."""
 IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 """torchvision's IMAGENET1K_V1. The name holds the first digits of the file's SHA-256, which are
 checked."""
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
-COUNTER = "num_batches_tracked"
+"""Keys under which other programs store the weights in a file."""
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
+"""Prefixes that wrappers of a network put before the names of its weights."""
+COUNTER = "num_batches_tracked"
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
+    pickle.UnpicklingError, struct.error, SafetensorError,
+)  # fmt: skip
+"""What `torch.load` and safetensors raise for files that are damaged or not weights."""
 
 
 class ResNet18(nn.Module):
-    """[batch, 1, bins, frames] -> logits [batch, labels], with fresh weights.
+    """Maps features [batch, 1, bins, frames] to logits [batch, labels].
 
-    The weights are drawn in torchvision's order, for an RGB network whose first layer is then
-    replaced: the same seed gives the same weights as there.
+    The initial weights are drawn in torchvision's order, for an RGB network whose first layer is
+    then replaced, so a seed gives the same weights as in torchvision.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -88,7 +99,7 @@ class BasicBlock(nn.Module):
 
 
 def _draw_weights(convolution: nn.Conv2d) -> None:
-    # On the meta device there is nothing to draw, but torch would import sympy for it: seconds.
+    # On the meta device there is nothing to draw, but torch would import sympy: seconds.
     if not convolution.weight.is_meta:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
@@ -122,11 +133,11 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:
 
 
 def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, and may train on such inputs in it.
+    """Whether to train on inputs of this size in bfloat16 on this device.
 
-    GPUs and x86 CPUs with AVX512_BF16 or AMX do; others emulate it, which is slow. These CPUs train
-    in float32 where the network's last stage leaves a single row or column: for one pixel torch
-    2.11 leaves NaN in the weights that meet nothing but padding.
+    GPUs and x86 CPUs with AVX512_BF16 or AMX multiply bfloat16 in hardware. Other CPUs emulate it,
+    which is slow. All CPUs train in float32 if the output of the network's last stage is a single
+    row or column, because torch 2.11 computes NaN gradients for kernels that cover only padding.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -147,11 +158,12 @@ class Pretrained:
 def read_pretrained(weights: str, num_labels: int) -> Pretrained:
     """Read the weights that `TrainConfig.weights` names.
 
-    Layers that the source lacks start fresh and are named in `origin`; its last layer is always
-    replaced, unless it has as many outputs as there are labels.
+    Layers that the source lacks get fresh weights and are named in `origin`. The last layer is kept
+    only if it has as many outputs as there are labels.
 
     Raises:
-        CheckpointError: no network for `imagenet`, no such file, not weights, or wrong shapes.
+        CheckpointError: the ImageNet weights cannot be downloaded, or the file does not exist,
+            holds no weights, or holds weights of other shapes.
     """
     if weights == "none":
         return Pretrained("fresh weights", {})
@@ -161,11 +173,10 @@ def read_pretrained(weights: str, num_labels: int) -> Pretrained:
         state, origin = _read_state(Path(weights).expanduser()), f"weights of {Path(weights).name}"
     expected = ResNet18(num_labels).state_dict()
     state = _fit(state, expected, origin)
-    # Files of before torch 0.4.1 lack the counters, which decide nothing here.
+    # Files from before torch 0.4.1 lack the batch-norm counters, which have no effect here.
     missing = {key for key in expected.keys() - state.keys() if not key.endswith(COUNTER)}
-    fresh = sorted({_layer(key) for key in missing})
-    if fresh:
-        origin += f"; fresh: {', '.join(fresh)}"
+    if missing:
+        origin += f"; fresh: {', '.join(sorted({key.split('.')[0] for key in missing}))}"
     return Pretrained(origin, state)
 
 
@@ -175,7 +186,7 @@ def _download_imagenet() -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"the ImageNet weights could not be downloaded from {IMAGENET_URL} ({error}): give "
-            "--weights PATH with a file of ResNet18 weights, or --weights none to start fresh"
+            "--weights PATH with a file of ResNet18 weights, or --weights none for fresh weights"
         ) from error
 
 
@@ -183,13 +194,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; --weights takes imagenet, none or a file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable weights file ({error})") from error
     for key in WRAPPER_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -206,7 +216,7 @@ def _strip(key: str) -> str:
 
 
 def _fit(state: dict[str, Tensor], expected: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Keep what belongs to the network, with the first convolution summed to one channel."""
+    """Select the network's own weights, and sum the first convolution to one channel."""
     state = {key: value for key, value in state.items() if key in expected}
     if not any(key.startswith(("conv1", "layer")) for key in state):
         raise CheckpointError(f"{origin}: holds no layer of a ResNet18 (conv1, layer1, ...)")
@@ -223,7 +233,3 @@ def _fit(state: dict[str, Tensor], expected: dict[str, Tensor], origin: str) -> 
     if wrong:
         raise CheckpointError(f"{origin}: {len(wrong)} shapes differ: {'; '.join(wrong[:3])}")
     return state
-
-
-def _layer(key: str) -> str:
-    return key.split(".", 1)[0]

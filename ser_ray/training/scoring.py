@@ -1,7 +1,7 @@
 """Clips to probabilities: how validation, evaluation and prediction score a clip.
 
-A clip is covered by windows as long as the network's crop. Its probabilities are the mean of those
-of its windows.
+A clip is covered by windows as long as a training crop. Its probabilities are the mean of its
+windows' probabilities.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips
 
 MIN_BATCH_SIZE = 32
-"""Windows that the network sees at once, though a training step takes fewer clips."""
+"""Smallest batch of windows, also if the recipe's batches are smaller."""
 
 
 @torch.inference_mode()
@@ -25,14 +25,14 @@ def predict_clips(
     config: TrainConfig,
     num_labels: int,
 ) -> np.ndarray:
-    """Compute the probabilities of some clips in float32, and their means in float64.
+    """Compute the probabilities of clips: logits in float32, softmax and means in float64.
 
     Args:
         network: [batch, 1, bins, frames] -> logits [batch, num_labels], on the clips' device.
-        clips: where the clips are.
+        clips: the clips that `rows` index.
         rows: indices of the clips to score [scored].
         config: the recipe, whose `crop_frames` is the length of a window.
-        num_labels: outputs of the network.
+        num_labels: number of the network's outputs.
 
     Returns:
         float64 [scored, num_labels], rows summing to 1.
@@ -46,7 +46,7 @@ def predict_clips(
     sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
     counts = torch.zeros(len(rows), 1, dtype=torch.float64, device=device)
     batch_size = max(config.batch_size, MIN_BATCH_SIZE)
-    # All of them before the first batch: a copy to the device waits for the work that it has.
+    # Copy all indices before the first batch: a copy to the device waits for its queued work.
     batches = [
         [torch.from_numpy(values).to(device) for values in (clip, start, position[clip])]
         for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size)
@@ -63,8 +63,8 @@ def predict_clips(
 def window_starts(num_frames: int, crop_frames: int) -> list[int]:
     """First frames of the windows that cover a clip.
 
-    A clip that fits into one window is centred in it, so its start is 0 or negative. A longer clip
-    is covered by as few windows as reach both ends, evenly spread.
+    A clip that fits into one window is centred in it, so the start is 0 or negative. A longer clip
+    is covered from end to end by as few evenly spaced windows as possible.
     """
     spare = num_frames - crop_frames
     if spare <= 0:
@@ -76,13 +76,13 @@ def window_starts(num_frames: int, crop_frames: int) -> list[int]:
 def window_batches(
     num_frames: np.ndarray, rows: np.ndarray, crop_frames: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches of (clip, first frame) for all windows of some clips, int64 [batch] each.
+    """Yield (clip, first frame) of all windows of the given clips in batches, int64 [batch] each.
 
     Args:
         num_frames: valid frames of all clips [clips].
         rows: indices of the clips to cover [rows].
         crop_frames: length of a window.
-        batch_size: windows in a batch, at most.
+        batch_size: largest number of windows in a batch.
     """
     pairs = [
         (clip, start)

@@ -1,23 +1,23 @@
-"""Training clips that memory does not hold: read again in every epoch, in an order that suits it.
+"""Training clips that do not fit into memory: every epoch reads them again from storage.
 
-As with resident clips an epoch's batches follow from (seed, epoch), for any number of workers, and
-no clip is in two of them; so steps, learning rates and going on in mid-epoch are the same. But the
-clips of a part lie together on the storage, and are best read together. So the parts are shuffled,
-and the clips in each; this sequence is cut into *lanes*, as many as a batch has clips, and a step
-takes the next clip of every lane. Its clips come from all over the sequence, and a worker, which
-owns every W-th lane, reads the parts of its own lanes alone.
+As with resident clips, the batches of an epoch follow from (seed, epoch) for any number of workers,
+and no clip is in two of them. Steps, learning rates and resuming in mid-epoch are therefore the
+same. But the clips of a shard part are stored together and are best read together, so the parts are
+shuffled, and the clips within each part. This sequence is cut into *lanes*, as many as a batch has
+clips, and each step uses the next clip of every lane. The clips of a step come from all over the
+sequence. A worker owns every world-size-th lane, and reads only the parts that its lanes reach.
 
-What a stream does not keep:
+Streaming differs from resident clips in this:
 
-- A lane passes through one part after another: batches are shuffled less than by a permutation.
-- A worker augments its own clips alone, where with resident clips it draws the whole batch. So with
-  several workers the augmentation, the pairs of MixStyle and mixup above all, depends on their
-  number.
-- There are no balanced draws, which take clips again and again.
-- A part is read by each worker that has a lane in it, and again for each window it reaches into.
-- The validation clips are resident all the same.
+- Each lane reads one part after another, so batches are shuffled less than by a permutation.
+- A worker augments only its own clips, where with resident clips it augments the complete batch.
+  With several workers the augmentation, above all the pairs of MixStyle and mixup, therefore
+  depends on their number.
+- Balanced draws are not possible, because they repeat clips.
+- Every worker with a lane in a part reads that part, once for each window that reaches into it.
+- The validation clips are still resident.
 
-It knows nothing of Ray: a `Fetch` reads ahead in whatever way.
+This module does not use Ray: a `Fetch` decides how clips are read ahead.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,15 +47,15 @@ from ser_ray.training.data import (
 from ser_ray.training.world import World
 
 WINDOW_BYTES = 128 * 2**20
-"""What a worker reads at once; also the size that Ray Data likes its blocks to have."""
+"""Size of the clips that a worker reads at once; also the block size that Ray Data prefers."""
 
 Fetch = Callable[[Callable[[Any], np.ndarray], Sequence[Any]], Iterable[np.ndarray]]
-"""A `map` of a function over items, in order. It may work ahead, in other processes too, and may
-give an array in several pieces along its first axis."""
+"""Maps a function over items, in order, as `map` does. It may work ahead, also in other processes,
+and may split an array into several along the first axis."""
 
 
 class Window(NamedTuple):
-    """Steps `first` to `last`, exclusive, of an epoch."""
+    """Steps of an epoch from `first` up to, but not including, `last`."""
 
     epoch: int
     first: int
@@ -66,37 +66,37 @@ def stream_order(seed: int, epoch: int, parts: np.ndarray, batch_size: int) -> n
     """Training clips of every step of an epoch, int64 [steps, batch].
 
     Args:
-        parts: the part that each training clip is in [clips].
+        parts: shard part of each training clip [clips].
     """
     rng = np.random.default_rng(seed_of(seed, epoch))
-    turn = rng.permutation(int(parts.max()) + 1)
+    part_position = rng.permutation(int(parts.max()) + 1)
     clips = rng.permutation(len(parts))
-    sequence = clips[np.argsort(turn[parts[clips]], kind="stable")]
+    sequence = clips[np.argsort(part_position[parts[clips]], kind="stable")]
     steps = steps_per_epoch(len(parts), batch_size)
     return sequence[: steps * batch_size].reshape(batch_size, steps).T
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The clips of one worker's lanes; goes to other processes, as the reader does."""
+    """The clips of one worker's lanes. Other processes get copies of it, as of the reader."""
 
     config: TrainConfig
     world: World
     parts: np.ndarray
-    """The part that each training clip is in [clips]."""
+    """Shard part of each training clip [clips]."""
 
     @property
     def batch_size(self) -> int:
-        """Clips in a step, over all workers."""
+        """Clips per step over all workers."""
         return min(self.config.batch_size, len(self.parts))
 
     @property
     def share(self) -> int:
-        """Clips in a step for this worker."""
+        """Clips per step for this worker."""
         return len(range(self.batch_size)[self.world.rank_slice])
 
     def windows(self, epoch: int, step: int, length: int) -> list[Window]:
-        """The steps from one on to the end of the training, `length` at a time."""
+        """Windows of at most `length` steps, from this step to the end of the training."""
         steps = steps_per_epoch(len(self.parts), self.batch_size)
         return [
             Window(number, first, min(first + length, steps))
@@ -112,29 +112,29 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads training clips."""
+    """Reads training clips from the shards."""
 
     shards: ShardSet
     kind: Kind
     rows: np.ndarray
     """Row of every training clip in the shards [clips]."""
     num_frames: np.ndarray
-    """Their valid frames, int64 [clips]."""
+    """Valid frames of every training clip, int64 [clips]."""
 
     @property
     def clips_at_once(self) -> int:
-        """How many clips WINDOW_BYTES hold."""
+        """Number of clips that WINDOW_BYTES hold; at least 1."""
         num_bins = self.shards.card.features.num_bins(self.kind)
         return max(WINDOW_BYTES // clip_bytes(num_bins, self.num_frames), 1)
 
     def measure(self, clips: np.ndarray) -> np.ndarray:
-        """`frame_sums` of some clips [1, 2, bins]."""
+        """Compute `frame_sums` over these clips [1, 2, bins]."""
         return frame_sums(self._features(clips), self.num_frames[clips])[None]
 
     def read(self, clips: np.ndarray, normalisation: Normalisation) -> np.ndarray:
-        """Some clips as `Clips` holds them [clips, frames, bins]."""
-        longest = int(self.num_frames.max())
-        return normalisation.frames_first(self._features(clips), self.num_frames[clips], longest)
+        """Read these clips in the layout of `Clips.features` [clips, frames, bins]."""
+        max_frames = int(self.num_frames.max())
+        return normalisation.frames_first(self._features(clips), self.num_frames[clips], max_frames)
 
     def _features(self, clips: np.ndarray) -> np.ndarray:
         return self.shards.features(self.kind, self.rows[clips])
@@ -142,12 +142,14 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Training clips that pass by, a window at a time.
+    """Training clips that are read one window at a time.
 
     Args:
-        parts: the part that each clip is in [clips].
-        labels: label indices [clips], on the device where batches are wanted.
-        fetch: how windows are read.
+        reader: reads the clips.
+        parts: shard part of each clip [clips].
+        labels: label indices [clips], on the device that trains.
+        normalisation: applied to the clips.
+        fetch: maps the reader over the windows.
     """
 
     reader: Reader
@@ -160,9 +162,9 @@ class Stream:
         return len(self.parts)
 
     def batches(self, config: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
-        """Every worker reads and augments its own share of every batch, and learns from it.
+        """Yield batches (`Source`). Each worker gets only its own share of every batch.
 
-        Clips come to the device once a window: nothing is copied to it, or waited for, in a step.
+        Clips are copied to the device once per window, not in every step.
         """
         reader, normalisation = self.reader, self.normalisation
         lanes = Lanes(config, world, self.parts)
@@ -170,7 +172,7 @@ class Stream:
         windows = lanes.windows(epoch, step, max(reader.clips_at_once // share, 1))
         pieces = iter(self.fetch(lambda w: reader.read(lanes.clips(w), normalisation), windows))
         num_frames = torch.from_numpy(reader.num_frames).to(device)
-        whole = torch.arange(share, device=device)
+        all_rows = torch.arange(share, device=device)
         ready = torch.empty(0)
         for window in windows:
             clips = torch.from_numpy(lanes.clips(window)).to(device)
@@ -178,10 +180,10 @@ class Stream:
                 while len(ready) < share:
                     piece = torch.from_numpy(next(pieces)).to(device)
                     ready = torch.cat((ready, piece)) if len(ready) else piece
-                place = (config.seed, window.epoch, index)
-                seed = seed_of(*place, world.rank) if world.size > 1 else seed_of(*place)
+                rank = (world.rank,) if world.size > 1 else ()
+                seed = seed_of(config.seed, window.epoch, index, *rank)
                 batch = Clips(ready[:share], num_frames[rows], self.labels[rows])
-                yield Batch(batch, whole, slice(None), seed)
+                yield Batch(batch, all_rows, slice(None), seed)
                 ready = ready[share:]
 
 
@@ -189,12 +191,12 @@ def require_streamable(config: TrainConfig) -> None:
     """Refuse a recipe whose training clips cannot be streamed.
 
     Raises:
-        ConfigError: it draws labels equally often.
+        ConfigError: the recipe draws balanced batches.
     """
     if config.balanced:
         raise ConfigError(
-            "balanced draws take clips again and again, a stream passes each once an epoch: train "
-            "with --ingest resident, or without --balanced"
+            "--balanced repeats clips within an epoch, but streaming reads each clip once per "
+            "epoch: train with --ingest resident, or without --balanced"
         )
 
 
@@ -206,14 +208,19 @@ def stream_fold(
     fetch: Fetch,
     normalisation: Normalisation | None,
 ) -> FoldData[Stream]:
-    """Prepare to stream a fold's training clips; its validation clips are read at once.
+    """Prepare to stream a fold's training clips, and read its validation clips into memory.
 
     Args:
-        normalisation: that of the checkpoint to go on from; without one, all workers read the
+        shards: the shard set.
+        config: the recipe.
+        device: where the batches and the validation clips are needed.
+        world: the workers.
+        fetch: maps the reader over the windows.
+        normalisation: that of the checkpoint to resume from. If None, the workers read all
             training clips once and measure it.
 
     Raises:
-        ConfigError: the recipe draws clips in a way that a stream cannot.
+        ConfigError: the recipe's training clips cannot be streamed.
     """
     require_streamable(config)
     table = shards.clips()
@@ -226,13 +233,13 @@ def stream_fold(
         shards, config.feature, split.validation, labels, num_frames, normalisation, device
     )
     part_of = np.repeat(np.arange(len(shards.card.clips)), shards.card.clips)
-    own_labels = torch.from_numpy(labels[split.train]).to(device)
-    train = Stream(reader, part_of[split.train], own_labels, normalisation, fetch)
+    train_labels = torch.from_numpy(labels[split.train]).to(device)
+    train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
 
 
 def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
-    """Memory that a fold's training and validation clips take when they are resident."""
+    """Memory that a fold's training and validation clips need if they are resident."""
     table = shards.clips()
     split = select_rows(table, config)
     num_frames = table["num_frames"].to_numpy()
@@ -242,12 +249,12 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
 
 
 def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:
-    """Memory of one clip among clips of so many frames [clips]."""
+    """Memory of one clip, padded to the longest of clips of `num_frames` frames [clips]."""
     return num_bins * int(num_frames.max()) * np.dtype(np.float16).itemsize
 
 
 def _measure(reader: Reader, device: torch.device, world: World, fetch: Fetch) -> Normalisation:
-    """Normalisation of the training clips; each worker reads its share of them."""
+    """Measure the normalisation of the training clips. Each worker reads a share of them."""
     clips, length = np.argsort(reader.rows), reader.clips_at_once
     chunks = [clips[first : first + length] for first in range(0, len(clips), length)][
         world.rank_slice

@@ -129,8 +129,28 @@ def _text(path: Path) -> None:
     path.write_text("not weights")
 
 
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _truncated(path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _pickled_network(path: Path) -> None:
+    torch.save(nn.Linear(1, 1), path)
+
+
 def _absent(path: Path) -> None:
     path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"\x05" + bytes(7) + b"{abc}"])
+def test_a_damaged_safetensors_file_is_refused(tmp_path, content):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
+        read_pretrained(str(tmp_path / "w.safetensors"), 8)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +159,9 @@ def _absent(path: Path) -> None:
         (_wrong_shape, r"layer1.0.conv1.weight is \[2, 2\], a ResNet18 has \[64, 64, 3, 3\]"),
         (_foreign, "holds no layer of a ResNet18"),
         (_text, "not a readable weights file"),
+        (_empty, "not a readable weights file"),
+        (_truncated, "not a readable weights file"),
+        (_pickled_network, "not a readable weights file"),
         (_absent, "no such file; --weights takes imagenet, none or a file"),
     ],
 )
