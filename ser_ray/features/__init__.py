@@ -1,5 +1,5 @@
 """From a clip to its features: `decode` reads the sound, `transforms` computes the three kinds.
 
-Preparing shards and predicting use the same functions, so both see the same numbers. Nothing here
-knows Ray.
+`sandbox` decodes clips that hang or kill the process. Preparing shards and predicting use the same
+functions, so both see the same numbers. Nothing here imports Ray.
 """

@@ -1,4 +1,4 @@
-"""What a feature is: the settings that fix the arrays in the shards. Nothing heavy is imported."""
+"""The settings of the features, which determine the arrays in the shards. Imports nothing heavy."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ class FeatureConfig:
     """How a clip becomes features. Two shard sets with equal configurations hold equal features."""
 
     sample_rate: int = 16_000
-    """Rate every clip is resampled to, in hertz."""
+    """Rate that every clip is resampled to, in hertz."""
     window_length: int = 800
     """Hann window and FFT length in samples: 50 ms resolve the harmonics of a voice."""
     hop_length: int = 400
@@ -38,7 +38,7 @@ class FeatureConfig:
     num_mels: int = 64
     """Bands of the mel filter bank."""
     num_mfcc: int = 40
-    """Cepstral coefficients kept."""
+    """Number of cepstral coefficients."""
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
@@ -79,15 +79,15 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Frames of every array in the shards: those of `max_seconds` of sound."""
+        """Number of frames of every array in the shards, which has room for `max_seconds`."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:
-        """Frames of `num_samples` samples at `sample_rate`: one centred window a started hop."""
+        """Return the number of frames of a waveform: one for every `hop_length`-th sample."""
         return num_samples // self.hop_length + 1
 
     def num_bins(self, kind: Kind) -> int:
-        """Bins, the first dimension of an array, of one kind of feature."""
+        """Return the number of bins of one kind of feature, the first dimension of its arrays."""
         bins = {
             "spectrogram": self.window_length // 2 + 1,
             "mel": self.num_mels,
@@ -97,6 +97,6 @@ class FeatureConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that differ when any field differs."""
+        """Twelve hex digits that differ if any field differs."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

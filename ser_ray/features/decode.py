@@ -1,10 +1,10 @@
 """First stage of a clip: the bytes of a file become mono samples.
 
-The first bytes of a file say what it holds; its name does not count. soundfile reads wav and
-returns 16-bit samples as they are stored. PyAV reads all other formats, of a video only the packets
-of its sound. A clip is treated as hostile until it is decoded: its length is limited before and
-while samples are read, only formats that contain their sound are recognised (a playlist names other
-files), and every failure is a `ClipError` with a reason in words.
+The first bytes of a file determine its format; its name is ignored. soundfile reads wav and returns
+16-bit samples as they are stored. PyAV reads all other formats, and only the audio packets of a
+video. A clip is treated as hostile until it is decoded: its length is limited before and while
+samples are read, playlists are refused because they can name other files, and every failure is a
+`ClipError` with a reason in words.
 """
 
 import io
@@ -26,11 +26,11 @@ from ser_ray.storage.paths import filesystem_of
 
 MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
-"""Sample rates that are accepted, in hertz. With channels and seconds they limit the memory."""
+"""Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
 MAX_PEAK = 8.0
 """Largest float sample that is accepted: full scale is 1, and a mix may exceed it a little."""
 INTEGER_PEAK = 2.0**15
-"""Full scale of float samples that a tool wrote as 16-bit numbers; larger ones are no sound."""
+"""Full scale of float samples that a tool left in the 16-bit range. Larger ones are not sound."""
 FORMATS = "aac,aiff,amr,asf,avi,caf,flac,matroska,mov,mp3,mpegts,ogg,w64,wav"
 """FFmpeg's demuxers that may open a clip."""
 CODECS = (
@@ -38,13 +38,13 @@ CODECS = (
     "pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,"
     "pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,vorbis,wavpack,wmapro,wmav1,wmav2"
 )
-"""FFmpeg's decoders that may run. None is for pictures: FFmpeg would decode the first picture to
-learn its format, which takes 20 of the 22 ms that opening a video of 720 lines takes."""
+"""FFmpeg's decoders that may run. None of them decodes pictures: FFmpeg would decode the first
+picture to learn its format, which is 20 of the 22 ms of opening a video of 720 lines."""
 MISSING_SECONDS = 0.25
-"""A clip with this much less sound than its header declares was cut short. Many headers are off by
-less."""
+"""A clip was cut short if its header declares more than this many additional seconds. Many headers
+are off by less."""
 UNKNOWN_LENGTHS = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000)
-"""Bytes of samples that a wav declares if it was written to a pipe."""
+"""The numbers of bytes that a wav declares if it was written to a pipe."""
 MAX_CHUNKS = 100
 """Chunks of a wav that are searched for the samples; a real file has fewer than ten."""
 EXACT_LENGTH = ("mp4", "aiff")
@@ -84,10 +84,11 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> tuple[np.ndar
     except ConfigError as error:  # no filesystem opens it
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
-        # If its folder is gone too, a disk is not mounted; if not, the clip was deleted.
-        is_alone = not isinstance(file, str) or "://" in file or Path(file).parent.exists()
-        reason = "there is no such file any more" if is_alone else "its folder is not there"
-        failed: Failure = "file" if is_alone else "storage"
+        # If the folder is missing too, a disk may not be mounted; if not, the clip was deleted.
+        parent = Path(file).expanduser().parent if isinstance(file, str) else None
+        has_folder = parent is None or "://" in str(file) or parent.exists()
+        reason = "the file does not exist" if has_folder else "its folder does not exist"
+        failed: Failure = "file" if has_folder else "storage"
         raise ClipError("unreadable", reason, failed=failed) from error
     except OSError as error:
         failed = "storage" if isinstance(file, str) and "://" in file else "file"
@@ -107,7 +108,7 @@ def _decode_stream(stream: BinaryIO, max_seconds: float) -> tuple[np.ndarray, in
 
 
 def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> tuple[np.ndarray, int]:
-    """Decode `source`, a path or stream, after a look into `file`, which reads the same bytes."""
+    """Decode `source`, a path or stream, after a look at `file`, which has the same bytes."""
     start = file.read(12)
     if not start:
         raise ClipError("unreadable", "the file is empty")
@@ -119,7 +120,7 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> tuple
     file.seek(0)
     samples, sample_rate = decoded or _decode_any(source, max_seconds)
     if samples.size == 0:
-        raise ClipError("unreadable", "it holds no samples")
+        raise ClipError("unreadable", "it has no samples")
     return full_scale(samples), sample_rate
 
 
@@ -137,13 +138,13 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
     if peak <= INTEGER_PEAK:
         return samples / np.float32(INTEGER_PEAK)
     what = f"as large as {peak:g}" if np.isfinite(peak) else "that are not finite numbers"
-    raise ClipError("unreadable", f"it holds samples {what}")
+    raise ClipError("unreadable", f"it has samples {what}")
 
 
 def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int]:
-    """Return how many bytes of samples a wav declares, and how many it holds.
+    """Return how many bytes of samples a wav declares, and how many it has.
 
-    soundfile reports only the samples that are there. `wav` stands after the 12 bytes of its start.
+    soundfile reports only the latter. `wav` must be positioned after its first 12 bytes.
     """
     for _ in range(MAX_CHUNKS):
         if len(header := wav.read(8)) < 8:
@@ -176,7 +177,7 @@ def _decode_wav(
                 return sound.read(dtype="int16"), sound.samplerate
             channels = sound.read(dtype="float32", always_2d=True)  # [num_samples, channels]
             return _mean(channels.T), sound.samplerate
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: soundfile believes a name in .raw
+    except (soundfile.LibsndfileError, TypeError):  # soundfile takes any .raw to have no header
         return None
 
 
@@ -186,14 +187,14 @@ def _decode_any(source: str | BinaryIO, max_seconds: float) -> tuple[np.ndarray,
     try:
         with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
             if not clip.streams.audio:
-                raise ClipError("no_audio", "it holds no audio stream")
+                raise ClipError("no_audio", "it has no audio stream")
             stream = clip.streams.audio[0]
             for other in clip.streams:
                 if other is not stream:
                     other.discard = av.stream.Discard.all
             return _decode_packets(clip, stream, max_seconds)
     except av.error.FFmpegError as error:
-        reason = "not a sound or video format that is read, or damaged"
+        reason = "damaged, or not a supported audio or video format"
         raise ClipError("unreadable", reason) from error
 
 
@@ -201,7 +202,7 @@ def _decode_packets(
     clip: av.container.InputContainer, stream: av.AudioStream, max_seconds: float
 ) -> tuple[np.ndarray, int]:
     if stream.codec_context is None:
-        raise ClipError("unreadable", "its sound is coded in a way that is not read")
+        raise ClipError("unreadable", "its audio codec is not supported")
     sample_rate = stream.sample_rate
     _check_shape(stream.channels, sample_rate)
     to_float = av.AudioResampler(format="fltp")
@@ -224,7 +225,7 @@ def _decode_packets(
 
 
 def _mean(channels: np.ndarray) -> np.ndarray:
-    """Average `[channels, num_samples]`. Samples that are not finite stay so, to be refused."""
+    """Average `[channels, num_samples]`. `full_scale` refuses samples that are not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         return channels.mean(axis=0)
 

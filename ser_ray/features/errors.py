@@ -1,4 +1,4 @@
-"""What goes wrong with one clip on its way to features."""
+"""The error of a clip that cannot become features."""
 
 from typing import Literal
 
@@ -7,18 +7,18 @@ Failure = Literal["clip", "file", "storage"]
 
 
 class ClipError(Exception):
-    """One clip that cannot become features. It costs one row of the outcomes and no run."""
+    """One clip cannot become features. It is a row of the outcomes and does not end the run."""
 
     def __init__(self, status: ClipStatus, reason: str, *, failed: Failure = "clip") -> None:
         super().__init__(status, reason)
         self.status: ClipStatus = status
-        """What became of the clip."""
+        """The clip's outcome."""
         self.reason = reason
-        """Why, in words for the owner of the corpus."""
+        """The reason, in words for the owner of the corpus."""
         self.failed: Failure = failed
-        """`clip`: its content, and reading it again changes nothing. `file`: this one file could
-        not be read, which may be repaired. `storage`: the disk or bucket failed, and may for all
-        other clips too."""
+        """What failed. `clip`: the content, so another attempt would fail in the same way. `file`:
+        reading this one file, which may be temporary. `storage`: the disk or bucket, so that other
+        clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

@@ -1,16 +1,16 @@
-"""Decoding clips that may never end, or that kill the process that decodes them.
+"""Decoding clips whose decoding may never end, or may kill the process.
 
-A first attempt (`time_limited`) decodes in its own process and ends that process if a clip takes
-too long. The next attempt decodes in a `Sandbox`, a process beside it, which finds the clip and
-continues without it. A sandbox takes a second to start and half a millisecond more for every clip.
+The first attempt (`time_limited`) decodes in its own process and ends that process if a clip takes
+too long. The next attempt decodes in a `Sandbox`, a child process, and so finds the bad clip and
+continues with the others. A sandbox takes a second to start and half a millisecond per clip.
 
 Run as a module, this is the process inside a sandbox: it answers each request with a JSON message
 and, for a clip that was decoded, with a second message of its samples.
 
 `concurrent.futures` and `multiprocessing` would be shorter, but a pool cannot end a worker that
 hangs, and both import the caller's main module again in the new process: Ray in a Ray worker, or a
-script that has no guard. Both also unpickle what the process sends, and a hostile clip may have
-taken that over; JSON and raw samples are safe to read.
+script without an `if __name__ == "__main__"`. Both also unpickle what the process sends, and a
+hostile clip may control that process; JSON and raw samples are safe to read.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 
 SECONDS_PER_CLIP = 60.0
-"""A clip that takes longer to decode is given up."""
+"""A clip that takes longer to decode is `unreadable`."""
 
 
 @contextlib.contextmanager
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> Iterator[Callable[..., tuple[np.ndarray, int]]]:
-    """Yield a `decode` that ends this process if a clip takes one to two time limits.
+    """Yield a `decode` that ends this process if a clip takes longer than one to two time limits.
 
-    A library that hangs cannot be interrupted, and may not let another Python thread run, so a
-    timer of the C library ends the process.
+    A library that hangs cannot be interrupted and may not let another Python thread run, so
+    `faulthandler`, which needs no Python thread, ends the process.
     """
     began = -math.inf
 
@@ -62,7 +62,7 @@ def time_limited(
 
 
 class Sandbox:
-    """Decodes clips in a process of its own, while its context lasts."""
+    """Decodes clips in a child process that runs for the duration of a `with` block."""
 
     def __init__(self, seconds_per_clip: float = SECONDS_PER_CLIP) -> None:
         self._seconds_per_clip = seconds_per_clip
@@ -97,7 +97,7 @@ class Sandbox:
             samples = np.frombuffer(self._pipe.recv_bytes(), answer["dtype"])
         except (EOFError, ConnectionResetError):
             self._restart()
-            raise ClipError("unreadable", "decoding it kills the process that does it") from None
+            raise ClipError("unreadable", "decoding it kills the process") from None
         return samples, answer["sample_rate"]
 
     def _start(self) -> None:
@@ -108,7 +108,7 @@ class Sandbox:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         theirs.close()
-        self._pipe.recv_bytes()  # it is ready: the first clip's time does not include the start
+        self._pipe.recv_bytes()  # "ready": the first clip's time must not include the start
 
     def _stop(self) -> None:
         self._pipe.close()

@@ -1,9 +1,9 @@
 """Second stage of a clip: mono samples become spectrogram, mel and mfcc.
 
-The silent ends are cut off first, so that only sound is resampled. Then one Fourier transform
-serves all three kinds. They equal torchaudio's Spectrogram, MelScale and MFCC, but scipy computes
-them: torch takes seconds to import into every worker, and the threads of BLAS would compete for the
-cores over matrices as small as these.
+The silent ends are cut off first, so that only sound is resampled. One Fourier transform serves all
+three kinds. They equal torchaudio's Spectrogram, MelScale and MFCC, but scipy computes them:
+importing torch would take seconds in every worker, and on matrices as small as these the threads of
+BLAS would only compete for the cores.
 """
 
 import numpy as np
@@ -19,11 +19,11 @@ ENERGY_SECONDS = 0.01
 SILENCE_POWER = 1e-8
 """A clip whose loudest stretch has a lower mean square is silent: -80 dB of full scale."""
 POWER_FLOOR = 1e-10
-"""Lower power counts as this much: -100 dB."""
+"""Lower power is raised to this value: -100 dB."""
 
 
 class FeatureExtractor:
-    """Computes features as a `FeatureConfig` says. It holds plain arrays, so it can be pickled."""
+    """Computes the features of a `FeatureConfig`. It holds plain arrays, so it can be pickled."""
 
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
@@ -80,7 +80,7 @@ class FeatureExtractor:
 
 
 def _sound_bounds(samples: np.ndarray, sample_rate: int, trim_db: float) -> tuple[int, int]:
-    """Return the first sample of the sound and the one after its last, to 10 ms.
+    """Return the index of the first sample of the sound and of the one after its last, to 10 ms.
 
     Raises:
         ClipError: `silent`.
@@ -96,7 +96,7 @@ def _sound_bounds(samples: np.ndarray, sample_rate: int, trim_db: float) -> tupl
 
 
 def _mel_bands(config: FeatureConfig) -> np.ndarray:
-    """Triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
+    """Return triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
     top = config.sample_rate / 2
     lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))
     corners = 700 * (10 ** (np.linspace(lowest, highest, config.num_mels + 2) / 2595) - 1)

@@ -1,3 +1,5 @@
+"""Every supported format is decoded to its samples; any other file is refused with a reason."""
+
 import io
 import struct
 from pathlib import Path
@@ -34,7 +36,7 @@ def failure_of_stream(path: Path) -> ClipError:
     return caught.value
 
 
-def test_sixteen_bits_come_as_stored(tmp_path: Path, samples: np.ndarray) -> None:
+def test_16_bit_samples_are_returned_as_stored(tmp_path: Path, samples: np.ndarray) -> None:
     path = write_wav(tmp_path / "A.WAV", samples, 44_100)
     decoded, sample_rate = decode(str(path))
     assert decoded.dtype == np.int16
@@ -55,7 +57,9 @@ def test_channels_are_averaged(tmp_path: Path, samples: np.ndarray) -> None:
     [("PCM_U8", 2**-7), ("PCM_24", 2**-23), ("PCM_32", 2**-30), ("FLOAT", 0), ("DOUBLE", 2**-24)],
 )
 @pytest.mark.parametrize("sample_rate", [8_000, 96_000])
-def test_any_depth_and_rate(tmp_path: Path, subtype: str, step: float, sample_rate: int) -> None:
+def test_a_wav_may_have_any_bit_depth_and_sample_rate(
+    tmp_path: Path, subtype: str, step: float, sample_rate: int
+) -> None:
     sound = voice(0.5, sample_rate)
     path = write_wav(tmp_path / "a.wav", sound, sample_rate, subtype=subtype)
     decoded, rate = decode(str(path))
@@ -63,7 +67,7 @@ def test_any_depth_and_rate(tmp_path: Path, subtype: str, step: float, sample_ra
     np.testing.assert_allclose(decoded, sound, atol=step)
 
 
-def test_extra_chunks_are_passed_over(tmp_path: Path, samples: np.ndarray) -> None:
+def test_extra_chunks_of_a_wav_are_skipped(tmp_path: Path, samples: np.ndarray) -> None:
     plain = write_wav(tmp_path / "a.wav", samples).read_bytes()
     filler = b"FLLR" + struct.pack("<I", 4004) + bytes(4004)
     trailer = b"_PMX" + struct.pack("<I", 10) + b"<xmp/>    "
@@ -73,7 +77,7 @@ def test_extra_chunks_are_passed_over(tmp_path: Path, samples: np.ndarray) -> No
     np.testing.assert_array_equal(decode(str(path))[0], samples)
 
 
-def test_a_stream_gives_what_its_path_gives(tmp_path: Path, samples: np.ndarray) -> None:
+def test_a_stream_is_decoded_like_its_path(tmp_path: Path, samples: np.ndarray) -> None:
     paths = [
         write_wav(tmp_path / "a.wav", samples),
         write_video(tmp_path / "a.mp4", voice()),
@@ -84,7 +88,7 @@ def test_a_stream_gives_what_its_path_gives(tmp_path: Path, samples: np.ndarray)
         np.testing.assert_array_equal(from_stream, decode(str(path))[0])
 
 
-def test_a_uri_is_opened(samples: np.ndarray) -> None:
+def test_a_uri_is_decoded(samples: np.ndarray) -> None:
     import fsspec
 
     buffer = io.BytesIO()
@@ -100,7 +104,7 @@ def test_a_uri_is_opened(samples: np.ndarray) -> None:
 def test_a_clip_in_a_bucket_takes_two_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sample_rate: int
 ) -> None:
-    """One for its size and one for its bytes; a large file is read in pieces."""
+    """One request is for its size and one for its bytes. A large file is read in pieces."""
     sound = np.round(voice(3.7, sample_rate) * 20_000).astype(np.int16)
     soundfile.write(tmp_path / name, sound, sample_rate)
     asked: list[str] = []
@@ -121,7 +125,7 @@ def test_a_clip_in_a_bucket_takes_two_requests(
     np.testing.assert_array_equal(in_pieces, expected)
 
 
-def test_the_sound_of_a_video(tmp_path: Path) -> None:
+def test_the_sound_of_a_video_is_decoded(tmp_path: Path) -> None:
     sound = voice(2.0)
     path = write_video(tmp_path / "a.mp4", sound, seconds=2.0)
     decoded, sample_rate = decode(str(path))
@@ -157,7 +161,7 @@ class CountingFile(io.BytesIO):
         return num_bytes
 
 
-def test_a_video_without_sound_costs_its_header(
+def test_only_the_header_of_a_video_without_sound_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ser_ray.features.decode.READ_AHEAD", 1 << 15)  # the clip is small too
@@ -188,7 +192,9 @@ def test_a_stream_stays_open(tmp_path: Path, samples: np.ndarray) -> None:
         ("adpcm.wav", "adpcm_ms", "wav"),
     ],
 )
-def test_other_formats(tmp_path: Path, name: str, codec: str, container: str) -> None:
+def test_other_formats_are_recognised_by_their_content(
+    tmp_path: Path, name: str, codec: str, container: str
+) -> None:
     sound = voice(1.0)
     path = write_sound(tmp_path / name, sound, codec, container)
     decoded, sample_rate = decode(str(path))
@@ -199,15 +205,15 @@ def test_other_formats(tmp_path: Path, name: str, codec: str, container: str) ->
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac"])
-def test_length_is_bounded(tmp_path: Path, name: str) -> None:
+def test_a_clip_above_the_longest_length_is_refused(tmp_path: Path, name: str) -> None:
     codec, container = ("pcm_s16le", "wav") if name == "a.wav" else ("flac", "flac")
     path = write_sound(tmp_path / name, voice(3.0), codec, container)
     assert len(decode(str(path), max_seconds=3.0)[0]) == 3 * 48_000
     assert failure(path, max_seconds=2.9).status == "too_long"
 
 
-def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
-    """FFmpeg would follow these to any other file."""
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
+    """FFmpeg would open any file that these name."""
     secret = write_wav(tmp_path / "secret.wav", np.zeros(100, np.int16))
     for text in (
         f"ffconcat version 1.0\nfile {secret.name}\n",
@@ -218,7 +224,7 @@ def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
         assert failure(path).status == "unreadable"
 
 
-def test_channels_may_change_in_the_middle(tmp_path: Path) -> None:
+def test_the_number_of_channels_may_change_in_the_middle(tmp_path: Path) -> None:
     parts = []
     for channels in (1, 2):
         file = io.BytesIO()
@@ -230,12 +236,12 @@ def test_channels_may_change_in_the_middle(tmp_path: Path) -> None:
     assert len(decoded) / sample_rate == pytest.approx(2.0, abs=0.2)
 
 
-def test_a_wav_of_another_name_is_a_wav(tmp_path: Path, samples: np.ndarray) -> None:
+def test_a_wav_is_decoded_whatever_its_name(tmp_path: Path, samples: np.ndarray) -> None:
     path = write_wav(tmp_path / "a.wav", samples).rename(tmp_path / "a.raw")
     np.testing.assert_allclose(decode(str(path))[0], samples / 32768, atol=1e-4)
 
 
-def test_samples_that_nobody_divided_are_brought_to_full_scale(tmp_path: Path) -> None:
+def test_float_samples_in_the_range_of_16_bits_are_scaled_to_1(tmp_path: Path) -> None:
     sound = voice()
     path = write_wav(tmp_path / "a.wav", sound * 32768, subtype="FLOAT")
     np.testing.assert_allclose(decode(str(path))[0], sound, atol=1e-6)
@@ -246,7 +252,9 @@ def test_samples_that_nobody_divided_are_brought_to_full_scale(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
-def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declared: int) -> None:
+def test_a_wav_from_a_pipe_is_decoded_to_its_end(
+    tmp_path: Path, samples: np.ndarray, declared: int
+) -> None:
     data = bytearray(write_wav(tmp_path / "a.wav", samples).read_bytes())
     data[40:44] = struct.pack("<I", declared)
     (tmp_path / "a.wav").write_bytes(data)
@@ -258,7 +266,7 @@ def test_a_wav_from_a_pipe_is_whole(tmp_path: Path, samples: np.ndarray, declare
 def test_a_wav_that_is_cut_short_is_refused(
     tmp_path: Path, samples: np.ndarray, form: str, chunk: int
 ) -> None:
-    """In either byte order, and whatever chunk, even of odd length, stands before its samples."""
+    """The byte order and a chunk before the samples, even of odd length, make no difference."""
     endian = "BIG" if form == "RIFX" else "LITTLE"
     path = tmp_path / "a.wav"
     soundfile.write(path, samples, 48_000, endian=endian, subtype="PCM_16")
@@ -282,7 +290,7 @@ def test_an_aiff_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     assert failure(path).reason.startswith("cut short: 1.0")
 
 
-def test_whatever_a_library_raises_is_the_clips_outcome(
+def test_any_error_of_a_library_is_the_outcome_of_the_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -294,9 +302,11 @@ def test_whatever_a_library_raises_is_the_clips_outcome(
     assert found.reason == "decoding failed: IndexError: nobody thought of this"
 
 
-def test_what_may_be_mended_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clip that went is an outcome; a disk or bucket that went is not its clips' fault."""
-    assert failure(tmp_path / "a.wav").failed == "file"
+def test_a_missing_file_is_distinguished_from_missing_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert failure(tmp_path / "a.wav").failed == failure(Path("~/a.wav")).failed == "file"
     assert failure(tmp_path / "unmounted" / "a.wav").failed == "storage"
     with pytest.raises(ClipError, match="no filesystem opens") as caught:
         decode("nowhere://a.wav")

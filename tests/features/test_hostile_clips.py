@@ -1,4 +1,4 @@
-"""Every clip that hurts costs one row, in words, and leaves the clips beside it as they were."""
+"""Every hostile clip becomes one outcome with a reason, and does not affect the other clips."""
 
 import itertools
 import struct
@@ -99,16 +99,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "too_long",
         "10.00 s of sound, more than 6.5 s",
     ),
-    "text": (lambda path: path.write_text("sixteen bits\n" * 999), "unreadable", "not a sound"),
+    "text": (
+        lambda path: path.write_text("sixteen bits\n" * 999),
+        "unreadable",
+        "not a supported audio",
+    ),
     "a picture": (
         lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9999)),
         "unreadable",
-        "not a sound",
+        "not a supported audio",
     ),
     "noise": (
         lambda path: path.write_bytes(np.random.default_rng(0).bytes(1 << 20)),
         "unreadable",
-        "not a sound",
+        "not a supported audio",
     ),
     "mp3": (lambda path: write_sound(path, voice(), "libmp3lame", "mp3"), "ok", ""),
     "mp4 with sound": (lambda path: write_video(path, voice()), "ok", ""),
@@ -150,7 +154,9 @@ def write_alone(root: Path, target: Path) -> tuple[pa.Table, pa.Table]:
     return tuple(pq.read_table(target / name / "part-00000.parquet") for name in (CLIPS, OUTCOMES))
 
 
-def test_one_row_each(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_every_hostile_clip_has_one_outcome_with_a_reason(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     root, cases = corpus
     _, outcomes = write_alone(root, tmp_path / "shards")
     found = {Path(row["path"]).name: row for row in outcomes.to_pylist()}
@@ -167,7 +173,7 @@ def test_one_row_each(corpus: tuple[Path, dict[str, str]], tmp_path: Path) -> No
         assert "Error" not in (row["reason"] or "")
 
 
-def test_the_others_are_as_without_them(
+def test_the_good_clips_are_the_same_without_the_hostile_ones(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
     root, cases = corpus
@@ -181,8 +187,8 @@ def test_the_others_are_as_without_them(
     assert among.filter(good).equals(alone)
 
 
-def test_memory_and_time_are_bounded(corpus: tuple[Path, dict[str, str]]) -> None:
-    """A process that decodes them all, limited to 300 MB above what its imports take."""
+def test_hostile_clips_need_little_memory_and_time(corpus: tuple[Path, dict[str, str]]) -> None:
+    """A process decodes them all within 300 MB more than its imports need."""
     root, _ = corpus
     program = """
 import resource, sys, time

@@ -1,3 +1,5 @@
+"""Features equal those of torchaudio and librosa; trimming and resampling lose no sound."""
+
 import pickle
 import subprocess
 import sys
@@ -60,7 +62,7 @@ def by_torchaudio(waveform: np.ndarray, config: FeatureConfig) -> dict[str, np.n
 
 def by_librosa(waveform: np.ndarray, config: FeatureConfig) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own use of what others deprecate
+        warnings.simplefilter("ignore")  # librosa uses deprecated functions of other libraries
         import librosa
     length, hop = config.window_length, config.hop_length
     sound = np.pad(waveform.astype(np.float64), length // 2, mode="reflect")
@@ -96,7 +98,7 @@ def by_librosa(waveform: np.ndarray, config: FeatureConfig) -> dict[str, np.ndar
     ],
     ids=["default", "other"],
 )
-def test_as_the_references(
+def test_features_equal_those_of_the_references(
     reference: Callable[[np.ndarray, FeatureConfig], dict[str, np.ndarray]],
     sound: np.ndarray,
     config: FeatureConfig,
@@ -123,7 +125,7 @@ def test_a_tone_is_in_its_bin_at_its_power() -> None:
     assert found["mel"][:, 25].argmax() == round((1000 - 77.75) / ((2840 - 77.75) / 65)) - 1
 
 
-def test_silence_is_the_floor() -> None:
+def test_the_power_of_silence_is_the_floor() -> None:
     found = EXTRACTOR.features(np.zeros(16_000, np.float32))
     np.testing.assert_allclose(found["spectrogram"], -100, rtol=1e-6)
     np.testing.assert_allclose(found["mel"], -100, rtol=1e-6)
@@ -133,7 +135,7 @@ def test_silence_is_the_floor() -> None:
 
 @given(num_samples=st.integers(1, 104_000))
 @settings(max_examples=50, deadline=None)
-def test_frames_are_counted_right(num_samples: int) -> None:
+def test_the_number_of_frames_is_the_promised_one(num_samples: int) -> None:
     found = EXTRACTOR.features(np.zeros(num_samples, np.float32))
     assert found["mel"].shape[1] == CONFIG.frames_of(num_samples) <= CONFIG.num_frames
 
@@ -145,10 +147,10 @@ def test_frames_are_counted_right(num_samples: int) -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=30, deadline=None)
-def test_silent_ends_go_and_no_sound_does(
+def test_silent_ends_are_cut_off_and_all_sound_is_kept(
     before: float, after: float, seconds: float, seed: int
 ) -> None:
-    """What is left starts and ends within the margin and a stretch of where the sound does."""
+    """The silence that is kept at both ends is the margin, or at most a stretch more."""
     sound = voice(seconds, 16_000, seed)
     hush = np.random.default_rng(seed).normal(0, 1e-5, 80_000).astype(np.float32)
     start, stop = round(before * 16_000), round(after * 16_000)
@@ -170,7 +172,7 @@ def test_resampling_keeps_a_tone_and_its_power(sample_rate: int) -> None:
     np.testing.assert_allclose(waveform[inside], tone(1000.0)[inside], atol=1e-3)
 
 
-def test_resampling_folds_nothing_back() -> None:
+def test_resampling_causes_no_aliasing() -> None:
     loud_above = tone(1000.0, 1.0, 48_000) + tone(9_000.0, 1.0, 48_000)
     spectrogram = EXTRACTOR.features(EXTRACTOR.waveform(loud_above, 48_000))["spectrogram"]
     middle = spectrogram[:, 20:30]
@@ -178,7 +180,7 @@ def test_resampling_folds_nothing_back() -> None:
     assert middle[alias - 2 : alias + 3].max() < middle.max() - 90
 
 
-def test_sixteen_bits_are_full_scale_one() -> None:
+def test_full_scale_of_16_bit_samples_is_1() -> None:
     sound = np.round(voice(1.0, 16_000) * 32_767).astype(np.int16)
     from_integers = EXTRACTOR.waveform(sound, 16_000)
     from_floats = EXTRACTOR.waveform((sound / 32_768).astype(np.float32), 16_000)
@@ -195,21 +197,21 @@ def test_sixteen_bits_are_full_scale_one() -> None:
         (tone(440.0, 6.51, 48_000), "too_long"),
     ],
 )
-def test_clips_that_are_no_features(samples: np.ndarray, status: str) -> None:
+def test_clips_without_usable_sound_are_refused(samples: np.ndarray, status: str) -> None:
     with pytest.raises(ClipError) as caught:
         EXTRACTOR.waveform(samples, 48_000)
     assert caught.value.status == status
 
 
 @pytest.mark.parametrize("sample_rate", [8_000, 11_025, 44_100, 48_000])
-def test_the_longest_clip_has_room(sample_rate: int) -> None:
+def test_the_longest_clip_fits_into_the_arrays(sample_rate: int) -> None:
     sound = tone(440.0, CONFIG.max_seconds, sample_rate)
     found = EXTRACTOR.features(EXTRACTOR.waveform(sound, sample_rate))
     assert CONFIG.num_frames - 1 <= found["mel"].shape[1] <= CONFIG.num_frames
 
 
-def test_an_extractor_travels_without_torch() -> None:
-    """A worker that unpickles one and uses it imports neither torch nor Ray."""
+def test_an_extractor_is_unpickled_and_used_without_torch_or_ray() -> None:
+    """A worker needs nothing else of the package to compute the same features."""
     program = """
 import pickle, sys
 import numpy as np

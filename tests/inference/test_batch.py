@@ -138,7 +138,7 @@ def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_t
     killer.join(1)
     assert summary.counts == {"ok": 11, "unreadable": 3, "silent": 1}
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert rows.pop(3)["reason"] == "decoding it kills the process that does it"
+    assert rows.pop(3)["reason"] == "decoding it kills the process"
     require_close(rows, rows_of(predictor, files))
 
 
@@ -272,7 +272,7 @@ def test_files_that_were_unreachable_are_scored_by_the_same_command(
     first = predict_many(asked, predictor, str(output), progress=lambda _: None)
     assert first.counts == {"ok": 1, "unreachable": 1}
     away = json.loads(output.read_text().splitlines()[1])
-    assert (away["status"], away["reason"]) == ("unreachable", "its folder is not there")
+    assert (away["status"], away["reason"]) == ("unreachable", "its folder does not exist")
 
     mounted.mkdir()
     write_wav(mounted / "voice.wav", voice(0.8, 16_000, 3), 16_000)

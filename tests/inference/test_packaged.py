@@ -211,7 +211,7 @@ assert ser_ray.__file__.endswith("model/code/ser_ray/__init__.py"), ser_ray.__fi
         ({"waveform": [0.1] * 999, "sample_rate": 16}, "rate is not 1000 to 192000 Hz"),
         ({"waveform": [1e25] * 999}, "as large as 1e+25"),
         ({"path": "nowhere://a.wav"}, "no filesystem opens"),
-        ({"audio": b"no sound"}, "not a sound"),
+        ({"audio": b"no sound"}, "not a supported audio"),
     ],
 )
 def test_rows_that_hold_no_recording_are_answered_with_a_reason(store, row, reason):
