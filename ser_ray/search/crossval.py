@@ -1,9 +1,10 @@
-"""Every fold of a protocol, trained, validated and tested once: plan, run, pool, record.
+"""Train, validate and test every fold of a protocol: plan, run, pool, record.
 
-Folds and seeds are the trials of a study (`ser_ray.search.trials`): each trains, keeps the selected
-epoch's checkpoint, scores its own test part with it in the same process, and leaves the predictions
-as a table beside the checkpoint. All figures come from these tables (`ser_ray.search.pooled`). The
-same command resumes an interrupted cross-validation and trains failed folds again.
+Every fold with every seed is a trial of a study (`ser_ray.search.trials`). The trial trains, keeps
+the selected epoch's checkpoint, scores its own test part with it in the same process, and writes
+the predictions as a table beside the checkpoint. All figures come from these tables
+(`ser_ray.search.pooled`). The same command resumes an interrupted cross-validation and trains
+failed folds again.
 
 To choose between recipes, `--part validation` scores the validation parts and reads no test part.
 """
@@ -56,14 +57,17 @@ from ser_ray.training.model import read_pretrained
 def plan_crossval(
     shards_location: str, recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
-    """Find the folds to train: the selected ones, or every one of the protocol.
+    """Find the folds to train: those of `config.folds`, or all of the protocol.
 
     Raises:
         ShardsError: no shard set is there.
-        ConfigError: the recipe names a fold, there is no such fold, or one has an empty side.
+        ConfigError: the recipe names a fold, there is no such fold, or one has an empty part.
     """
     if recipe.fold:
-        raise ConfigError(f"fold is {recipe.fold}: crossval trains every fold, or those of --folds")
+        raise ConfigError(
+            f"fold is {recipe.fold}: crossval trains every fold, or those of --folds; leave --fold "
+            "out"
+        )
     shards = open_shards(absolute(shards_location))
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())
@@ -121,7 +125,7 @@ def crossval(
 
 
 def crossval_name(plan: CrossvalPlan) -> str:
-    """Name of a cross-validation, equal for equal ones on equal shards."""
+    """Name of a cross-validation; the same settings on the same shards give the same name."""
     recipe, config = plan.recipe, plan.config
     identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint}{asdict(config)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
@@ -149,7 +153,7 @@ def keep_fold(
 
 
 def require_all_finished(trials: list[TrialRecord]) -> None:
-    """Refuse to pool folds of which some failed.
+    """Refuse to pool the folds if any of them failed.
 
     Raises:
         SerRayError: names the first that failed, and why.
@@ -159,12 +163,12 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
         first = failed[0]
         raise SerRayError(
             f"{len(failed)} of {len(trials)} folds failed; fold {first.recipe.fold}, seed "
-            f"{first.recipe.seed}: {first.problem}; the same command trains those that failed again"
+            f"{first.recipe.seed}: {first.problem}; the same command trains the failed folds again"
         )
 
 
 def crossval_page(result: CrossvalResult, *, audio: bool) -> str:
-    """The page of all folds together, as `evaluate` writes that of one fold."""
+    """Render the page of all folds together, as `evaluate` does for one fold."""
     first = fold_folder(result.location, result.plan.folds[0], result.plan.seeds[0])
     with local_checkpoint(first) as checkpoint:
         card = read_card(checkpoint)
@@ -224,7 +228,7 @@ def _record_tests(study: Study, location: str, *, audio: bool) -> None:
 
 
 def _log_best(study: Study, location: str) -> None:
-    """Keep the best fold by validation as a model of its own run."""
+    """Log the model of the fold that validates best, in that fold's own run."""
     best = best_of(study.trials)
     folder = fold_folder(location, best.recipe.fold, best.recipe.seed)
     with local_checkpoint(folder) as checkpoint:

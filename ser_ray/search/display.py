@@ -17,7 +17,7 @@ STYLE = {
     "failed": "red",
 }
 LINE_SECONDS = 60.0
-"""In a log, the time between two lines about the same running trial."""
+"""In a log, the time between two lines about each running trial."""
 COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "UA")
 
 
@@ -33,8 +33,8 @@ class TrialTable:
     def __init__(self, console: Console, total: int, label: str = "") -> None:
         self.console, self.total, self.label = console, total, label
         self._trials: list[TrialRecord] = []
-        self._said: dict[str, str] = {}
-        self._looked = time.monotonic()
+        self._logged_states: dict[str, str] = {}
+        self._logged_at = time.monotonic()
         self._live = Live(
             get_renderable=self.table, console=console, refresh_per_second=2, transient=True
         )
@@ -56,11 +56,11 @@ class TrialTable:
         if self.console.is_terminal:
             return
         for trial in trials:
-            if trial.state != "waiting" and self._said.get(trial.trial_id) != trial.state:
-                self._said[trial.trial_id] = trial.state
+            if trial.state not in ("waiting", self._logged_states.get(trial.trial_id)):
+                self._logged_states[trial.trial_id] = trial.state
                 self.console.print(self._line(trial))
-        if (now := time.monotonic()) - self._looked >= LINE_SECONDS:
-            self._looked = now
+        if (now := time.monotonic()) - self._logged_at >= LINE_SECONDS:
+            self._logged_at = now
             for trial in trials:
                 if trial.state == "running" and trial.rows:
                     self.console.print(self._line(trial))

@@ -1,4 +1,4 @@
-"""What a search found: one row a trial, and how much each searched name mattered."""
+"""The tables of a search: one row for each trial, and the importance of each searched name."""
 
 from collections.abc import Sequence
 from typing import Any

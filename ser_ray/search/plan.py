@@ -35,29 +35,27 @@ class Plan:
 def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     """Tune's search space, searcher and scheduler for a search."""
     dimensions, first = config.dimensions, baseline(recipe, config)
-    scheduler = asha(recipe, config) if config.scheduler == "asha" else None
     if config.searcher == "grid":
         own = values_of(recipe, dimensions)
-        return Plan(
-            space={
-                item.name: tune.grid_search(_own_first(item.grid(), own[item.name]))
-                for item in dimensions
-            },
-            algorithm=_variants(recipe.seed, first, slots),
-            num_samples=1 + len(first),
-            scheduler=scheduler,
-        )
-    draw = _optuna if config.searcher == "optuna" else _variants
+        space = {
+            item.name: tune.grid_search(_own_first(item.grid(), own[item.name]))
+            for item in dimensions
+        }
+        num_samples = 1 + len(first)  # to Ray Tune, the complete grid is one sample
+    else:
+        space = {item.name: _domain(item) for item in dimensions}
+        num_samples = config.trials
+    searcher = _optuna if config.searcher == "optuna" else _variants
     return Plan(
-        space={item.name: _domain(item) for item in dimensions},
-        algorithm=draw(recipe.seed, first, slots),
-        num_samples=config.trials,
-        scheduler=scheduler,
+        space=space,
+        algorithm=searcher(recipe.seed, first, slots),
+        num_samples=num_samples,
+        scheduler=asha(recipe, config) if config.scheduler == "asha" else None,
     )
 
 
 def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
-    """Every combination of some values once, with the last name changing fastest."""
+    """Every combination of the values once; the last name changes fastest."""
     return Plan(
         space={name: tune.grid_search(values) for name, values in grid.items()},
         algorithm=SlotVariants(max_concurrent=slots.count),
@@ -67,7 +65,7 @@ def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
 
 
 def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
-    """Trials that a search has."""
+    """Number of trials that a search has."""
     if config.searcher != "grid":
         return config.trials
     points = math.prod(len(item.grid()) for item in config.dimensions)
@@ -75,9 +73,9 @@ def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
 
 
 def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """The recipe itself as the first point of the space to try.
+    """The recipe itself, as the first point of the space to try.
 
-    Empty if the space excludes it, or if a grid already contains it.
+    Empty if the space excludes it, or if the grid contains it anyway.
     """
     values = values_of(recipe, config.dimensions)
     on_grid = all(values[item.name] in item.grid() for item in config.dimensions)
@@ -87,10 +85,10 @@ def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
 
 
 def warn_of_baseline(recipe: TrainConfig, config: TuneConfig) -> None:
-    """Warn if no trial will be the recipe as given."""
+    """Warn if no trial will train the recipe as given."""
     if excluded := _excluded(recipe, config):
         logger.warning(
-            "no trial is the recipe as given, because the space excludes its %s",
+            "no trial trains the recipe as given, because the space excludes its %s",
             ", ".join(excluded),
         )
 
@@ -160,11 +158,11 @@ class ResumableAsha(ASHAScheduler):
     """ASHA (Li 2018) that continues after a restart.
 
     Ray Tune's snapshots do not contain the scheduler. On restore Ray Tune adds every trial again
-    with its last result, which holds the objective of every epoch, and ASHA gets them once more.
+    with its last result, which holds the objective of every epoch; this class replays them.
     """
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Replay the epochs of a restored trial; the decisions were carried out before."""
+        """Replay the epochs of a restored trial; ASHA's decisions were carried out before."""
         super().on_trial_add(tune_controller, trial)
         past = last_result(trial).get("objective_by_epoch", [])
         for epoch, value in enumerate(past, start=1):
@@ -172,7 +170,7 @@ class ResumableAsha(ASHAScheduler):
 
 
 def asha(recipe: TrainConfig, config: TuneConfig) -> ResumableAsha:
-    """The scheduler of a search whose longest trials have the most epochs that may be drawn."""
+    """ASHA for a search; its `max_t` is the largest number of epochs that a trial may have."""
     drawn = [max(item.values) for item in config.dimensions if item.name == "epochs"]
     epochs = max([recipe.epochs, *drawn])
     return ResumableAsha(

@@ -26,7 +26,7 @@ FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 @dataclass(frozen=True, slots=True)
 class CrossvalPlan:
-    """Which folds are trained, on which clips; no fold has an empty part."""
+    """The trainings of a cross-validation; no fold has an empty part."""
 
     shards: ShardSet
     recipe: TrainConfig
@@ -37,7 +37,7 @@ class CrossvalPlan:
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of every training of a fold."""
+        """The seeds that every fold is trained with."""
         return [self.recipe.seed + index for index in range(self.config.seeds)]
 
     @property
@@ -156,8 +156,8 @@ def pool(plan: CrossvalPlan, location: str, name: str, tracker: Tracker) -> Cros
     Args:
         plan: what was trained.
         location: folder of the cross-validation.
-        name: of the cross-validation.
-        tracker: of its MLflow run.
+        name: name of the cross-validation.
+        tracker: its MLflow run.
     """
     tables = []
     for seed, fold in itertools.product(plan.seeds, plan.folds):

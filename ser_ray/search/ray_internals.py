@@ -27,7 +27,7 @@ def has_snapshot(folder: RunFolder) -> bool:
 
 
 class RetryFailed(FIFOScheduler):
-    """Trains trials in their order, and in a resumed study those that reported a problem again.
+    """Trains trials in their order; a resumed study trains those that reported a problem again.
 
     For Ray Tune such a trial has ended like any other, and `ResumeConfig` resumes all ended trials
     or none. There is no public way to put a single trial back into the queue.
@@ -43,6 +43,6 @@ class RetryFailed(FIFOScheduler):
 def last_result(trial: Any) -> dict[str, Any]:
     """What a trial reported last; empty before its first report.
 
-    The callbacks of Ray Tune get trials, whose results have no documented interface.
+    Ray Tune passes trials to its callbacks, but does not document how to read their results.
     """
     return trial.last_result or {}

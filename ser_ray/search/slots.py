@@ -28,7 +28,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
     """Count the trials that the cluster has room for at once.
 
     Raises:
-        ResourcesError: there is not room for one.
+        ResourcesError: there is no room for a single trial.
     """
     gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
     cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
@@ -46,7 +46,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
 
 
 def require_one_worker(run: RunConfig) -> None:
-    """Refuse trials of several workers: Ray Tune does not free the resources of one it stops.
+    """Refuse trials with several workers: Ray Tune does not free their resources if it stops them.
 
     Raises:
         ConfigError: `workers` is not 1.

@@ -21,18 +21,18 @@ DEFAULT_SPACE = (
     "lr_ratio=loguniform(2,100)",
     f"feature=choice({','.join(KINDS)})",
 )
-"""The default space. `--space` adds names to it or replaces those it gives again."""
+"""The default space. `--space` adds names to it, or gives those in it another distribution."""
 RATIO = "lr_ratio"
 """The space holds lr_max / lr_min instead of lr_min."""
 GRID_POINTS = 3
-"""Values that a grid takes from a range: both ends, and between them equal steps or ratios."""
+"""Number of grid points in a range: both ends and the middle, in equal steps or ratios."""
 
 _NOT_SEARCHED = {
-    "lr_min": "draw lr_ratio, lr_max / lr_min, instead",
-    "protocol": "trials of different folds do not compare",
-    "fold": "trials of different folds do not compare",
-    "validation_speakers": "trials validated on different clips do not compare",
-    "channel": "trials validated on different clips do not compare",
+    "lr_min": "draw lr_ratio instead, which is lr_max / lr_min",
+    "protocol": "trials of different folds cannot be compared",
+    "fold": "trials of different folds cannot be compared",
+    "validation_speakers": "trials validated on different clips cannot be compared",
+    "channel": "trials validated on different clips cannot be compared",
     "keep": "the best of many epochs nearly always validates better than the last one, by luck",
     "patience": "the search stops the worse trials itself",
 }
@@ -49,7 +49,7 @@ class Dimension:
     """Lowest and highest value, both included, or the choices."""
 
     def grid(self) -> tuple[Any, ...]:
-        """The values that a grid search takes."""
+        """The values that a grid search tries."""
         if self.kind == "choice":
             return self.values
         low, high = self.values
@@ -128,7 +128,7 @@ class CrossvalConfig:
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
         if len(set(self.folds)) < len(self.folds):
-            raise ConfigError(f"folds are {self.folds}: each is trained once a seed")
+            raise ConfigError(f"folds are {self.folds}: each must be given only once")
         object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order has no meaning
 
 
@@ -205,7 +205,7 @@ def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
 
 
 def values_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
-    """The values that the space would have to draw for this recipe."""
+    """The values of this recipe for the names of the space."""
     flat = recipe.to_dict() | dataclasses.asdict(recipe.augment)
     flat[RATIO] = recipe.lr_max / recipe.lr_min
     return {dimension.name: flat[dimension.name] for dimension in dimensions}

@@ -1,11 +1,12 @@
-"""A study as its driver sees it: what every trial did, shown and recorded in MLflow.
+"""The driver's side of a study: it keeps a record of every trial, for display and for MLflow.
 
-Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers it to
-MLflow (`ser_ray.search.trial_runs`), so a slow or absent tracking server does not hold up the loop.
+Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers the
+records to MLflow (`ser_ray.search.trial_runs`), so a slow or absent tracking server does not delay
+the loop.
 
-Nothing is lost with the driver: what a trial did is in its last result, which Ray Tune stores in
-its snapshots together with the study's own state (`get_state`). A study that has ended leaves its
-records in `trials.json`.
+A killed driver loses nothing: the last result of a trial holds all its epochs, and Ray Tune stores
+it in its snapshots together with the study's own state (`get_state`). When a study has ended, its
+records are written to `trials.json`.
 """
 
 import json
@@ -34,13 +35,13 @@ from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.config import TrainConfig
 
 RECORDS = "trials.json"
-"""In a study's folder once it has ended: the records of its trials."""
+"""File in the folder of a study that has ended: the records of its trials."""
 POLL_SECONDS = 0.2
 REMEMBERED = ("number", "delivered", "recorded", "started_ms", "ended_ms")
 """Fields of a record that do not follow from the trial's last result."""
 
 Show = Callable[[list[TrialRecord]], None]
-"""Shows the trials; called whenever something happened to one."""
+"""Shows the trials; called whenever something has happened to one."""
 
 
 class Study(tune.Callback):
@@ -60,7 +61,6 @@ class Study(tune.Callback):
         self.has_ended = False
         """All trials ended under an earlier driver, which stored their records."""
         self._remembered: dict[str, dict[str, Any]] = {}
-        self._has_met_trials = False
         self._lock, self._stop = runs.lock, Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
         self._read_records()
@@ -85,7 +85,7 @@ class Study(tune.Callback):
 
         Raises:
             SerRayError: fewer than `expected` trials have ended.
-            TrackingError: the tracking server does not answer; the same command delivers them.
+            TrackingError: the tracking server does not answer; the same command delivers the rest.
         """
         ended = sum(trial.ended for trial in self.trials)
         if ended < expected:
@@ -101,7 +101,7 @@ class Study(tune.Callback):
             )
 
     def finish(self) -> None:
-        """Store the records, so that the same command reads them, and close the study's run."""
+        """Store the records, which the same command will read, and close the study's run."""
         records = json.dumps([trial.to_dict() for trial in self.trials]).encode()
         write_file(self.folder.filesystem, f"{self.folder.path}/{RECORDS}", records)
         self.parent.finish("FINISHED")
@@ -120,15 +120,15 @@ class Study(tune.Callback):
             self.records[record.trial_id] = record
         self.has_ended = True
 
-    # What Ray Tune calls, in its loop.
+    # Ray Tune calls the following methods in its loop.
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Trials may have been restored or drawn."""
-        self._meet(trials)
+        """Open records for the trials that Ray Tune has restored or drawn."""
+        self._open_records(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts or resumes, perhaps in the step in which it was drawn."""
-        self._meet(trials)
+        self._open_records(trials)
         self._change(
             trial, state="running", problem="", stopped=False, started_ms=now_ms(), recorded=False
         )
@@ -137,20 +137,20 @@ class Study(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial completed an epoch or found that it cannot continue."""
-        # Ray Tune has set `done` if the scheduler stops the trial here, and stores what is added.
+        # Ray Tune has set `done` if the scheduler stops the trial now. It stores this addition.
         result["stopped"] = bool(result.get("done"))
         with self._lock:
             self.records[trial.trial_id].update(result)
         self.show(self.trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by itself or its scheduler stopped it."""
+        """A trial ended by itself, or the scheduler stopped it."""
         state = self.records[trial.trial_id].end_state
         self._change(trial, state=state, ended_ms=now_ms())
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process failed too often, perhaps before its first start."""
-        self._meet(trials)
+        self._open_records(trials)
         lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
         reasons = [line.strip() for line in lines if line.strip()]
         problem = reasons[-1] if reasons else "no reason given"
@@ -159,13 +159,11 @@ class Study(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Delete the checkpoints of ended trials, now that Ray Tune has stored its last snapshot.
 
-        An earlier snapshot may still have had such a trial running, and would resume it.
+        In an earlier snapshot such a trial may still be running; it would resume from there.
         """
-        if not self._has_met_trials:  # all restored trials had ended, so there was no step
-            self._meet(trials)
+        self._open_records(trials)  # if all restored trials had ended, there was no step before
         for trial in trials:
-            record = self.records.get(trial.trial_id)
-            if record is not None and record.ended and trial.checkpoint is not None:
+            if self.records[trial.trial_id].ended and trial.checkpoint is not None:
                 self.folder.delete(f"{trial.trial_id}/{Path(trial.checkpoint.path).name}")
 
     def get_state(self) -> dict[str, Any]:
@@ -179,16 +177,14 @@ class Study(tune.Callback):
         """Restore what `get_state` returned under an earlier driver."""
         self._remembered = state
 
-    def _meet(self, trials: list[Any]) -> None:
-        """Open a record for every new trial; the order of new ones gives their numbers."""
-        if len(trials) > len(self.records):
-            for trial in trials:
-                if trial.trial_id not in self.records:
-                    self._open_record(trial)
+    def _open_records(self, trials: list[Any]) -> None:
+        """Open a record for every new trial; the order of new trials gives their numbers."""
+        new = [trial for trial in trials if trial.trial_id not in self.records]
+        for trial in new:
+            self._open_record(trial)
+        if new:
             self.show(self.trials)
-        if not self._has_met_trials:
-            self._has_met_trials = True
-            self.runs.give_up_unclaimed()
+        self.runs.give_up_unclaimed()  # Ray Tune restores all trials at once
 
     def _open_record(self, trial: Any) -> None:
         taken = [item["number"] for item in self._remembered.values()]
@@ -237,14 +233,14 @@ def open_study(
 
     Args:
         setup: what all trials share.
-        folder: the study's.
+        folder: the study's folder.
         run: where the study is recorded.
         label: the protocol, and whether it is speaker-dependent.
-        identity: what the study is, apart from its shards and where it runs.
+        identity: the settings that identify the study, without its shards.
         show: shows the trials.
 
     Raises:
-        CheckpointError: the folder is another study's.
+        CheckpointError: the folder belongs to another study.
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
         TrackingError: the tracking store cannot be reached.
     """

@@ -1,9 +1,8 @@
 """One trial of a study: a training with one worker inside Ray Tune's actor.
 
 The trial trains exactly as `ser-ray train` does and reports every epoch to Ray Tune. Every report
-holds the trial's complete progress, so Ray Tune's own snapshot of a trial tells a later driver all
-of its epochs. Every `CHECKPOINT_SECONDS` a report carries a checkpoint, from which an interrupted
-trial resumes.
+holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. Every
+`CHECKPOINT_SECONDS` a report carries a checkpoint, from which an interrupted trial resumes.
 """
 
 import json
@@ -38,8 +37,8 @@ OBJECTIVE = "best_val_ua"
 """What a search maximizes: the best validation UA so far, because a single epoch at a high learning
 rate says little. After a trial's last epoch it is the validation UA of the selected epoch."""
 PROBLEMS = (ConfigError, DivergedError, torch.OutOfMemoryError)
-"""What the recipe itself causes. It is the trial's result, because a new process would meet it too.
-Every other error fails the trial's process, and Ray Tune retries the trial."""
+"""Errors that the recipe itself causes. They are reported as the trial's result, because they would
+recur in a new process. Every other error fails the trial's process, and Ray Tune retries it."""
 CHECKPOINT_SECONDS = 30.0
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]
@@ -55,11 +54,11 @@ class TrialSetup:
     shards: ShardSet
     slots: Slots
     finish: Finish | None = None
-    """If set, the study needs every trial, so a resumed study trains failed trials again."""
+    """None for a search, whose trials keep no weights."""
 
 
 class Progress:
-    """The epochs of one trial, as every report to Ray Tune holds them."""
+    """The epochs of one trial. Every report to Ray Tune holds all of them."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[Any]] = {
@@ -103,12 +102,12 @@ class Progress:
         }
 
     def result(self) -> dict[str, Any]:
-        """What Ray Tune gets after an epoch."""
+        """What a trial reports after an epoch."""
         objective = self.values["objective_by_epoch"]
         return {OBJECTIVE: objective[-1], "epoch": len(objective)} | self.values
 
     def failure(self, problem: BaseException) -> dict[str, Any]:
-        """What Ray Tune gets of a trial that cannot continue; without `epoch`, ASHA ignores it."""
+        """What a trial reports when it cannot continue; without `epoch`, ASHA ignores it."""
         return {OBJECTIVE: 0.0, "problem": f"{type(problem).__name__}: {problem}"} | self.values
 
 
@@ -148,7 +147,7 @@ def _train(
     torch.set_num_threads(setup.slots.cpus)
     device = torch.device("cuda" if setup.slots.gpus else "cpu")
     checkpoint = tune.get_checkpoint()
-    # The checkpoints of an ended trial are deleted, and Ray's snapshot may not know that it ended.
+    # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.
     if checkpoint is None or read_progress(checkpoint.filesystem, checkpoint.path) is None:
         fit(recipe, setup.shards, pretrained, reporter, device=device)
         return
@@ -159,10 +158,10 @@ def _train(
 
 
 class Reporter:
-    """Reports the loop's epochs to Ray Tune, now and then with a checkpoint.
+    """Reports the loop's epochs to Ray Tune, every CHECKPOINT_SECONDS with a checkpoint.
 
     Args:
-        recipe: the trial's.
+        recipe: the trial's recipe.
         progress: the trial's epochs; this adds each one.
         scratch: an empty directory.
         keep_selected: also keep the checkpoint of the selected epoch, in `selected`.
@@ -173,17 +172,17 @@ class Reporter:
     ) -> None:
         self.recipe, self.progress, self.keep_selected = recipe, progress, keep_selected
         self.latest, self.selected = scratch / "latest", scratch / SELECTED
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         """Report one epoch."""
         assert epoch is not None, "only a preemption notice asks for a report in mid-epoch"
         self.progress.add(epoch, self.recipe)
-        # With keep="last" every epoch is the selected one so far; only the last is worth a file.
+        # With keep="last" every epoch is the selected one so far; only the last one is written.
         is_final = self.recipe.keep == "best" or epoch.row["epoch"] == self.recipe.epochs
         if self.keep_selected and epoch.is_selected and is_final:
             _write(make_snapshot(), self.selected)
-        if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+        if time.monotonic() - self._saved_at < CHECKPOINT_SECONDS:
             tune.report(self.progress.result())
             return
         _write(make_snapshot(), self.latest)
@@ -193,10 +192,10 @@ class Reporter:
             )
         checkpoint = tune.Checkpoint.from_directory(self.latest)
         tune.report(self.progress.result(), checkpoint=checkpoint)
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue after the epochs that a checkpoint knows."""
+        """Continue after the epochs that a checkpoint holds."""
         self.progress.restore(json.loads((checkpoint / PROGRESS).read_text()), self.recipe)
         if (checkpoint / SELECTED).exists():
             shutil.copytree(checkpoint / SELECTED, self.selected)

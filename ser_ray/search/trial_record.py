@@ -32,7 +32,7 @@ class TrialRecord:
     selected_confusion: list[list[int]] = field(default_factory=list)
     """Validation counts of the selected epoch."""
     started_ms: int = 0
-    """When its process was ready, at the last start."""
+    """When its process last started."""
     ended_ms: int = 0
     state: State = "waiting"
     problem: str = ""
@@ -62,7 +62,7 @@ class TrialRecord:
         return {name: getattr(self, name) for name in names}
 
     def update(self, result: Mapping[str, Any]) -> None:
-        """Take over what the trial reported last (`ser_ray.search.trial.Progress`)."""
+        """Copy what the trial reported last (`ser_ray.search.trial.Progress`)."""
         self.rows, self.learning_rates = result["history"], result["learning_rates"]
         self.times_ms = result["times_ms"]
         self.selected_confusion = result["selected_confusion"]
@@ -85,12 +85,12 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        """Nothing more happens to it."""
+        """Whether it neither waits nor runs."""
         return self.state not in ("waiting", "running")
 
     @property
     def succeeded(self) -> bool:
-        """It ended with a score that counts."""
+        """Whether it ended without an error and has a score."""
         return self.state in ("finished", "pruned") and bool(self.rows)
 
     @property

@@ -1,8 +1,8 @@
 """The runs of a study's trials in MLflow, each nested in the study's own run.
 
-A tracking server that goes away costs a warning: the trials continue, and what the server missed is
-delivered when it answers again, or when the same command is given. Runs carry the id of their
-trial, by which a later driver finds them.
+If the tracking server stops answering, the study logs a warning and the trials continue. What the
+server missed is delivered when it answers again, or when the same command is given. Each run is
+tagged with the id of its trial, so a later driver finds it.
 """
 
 import logging
@@ -53,6 +53,7 @@ class TrialRuns:
         self._unclaimed = parent.nested_runs(TRIAL_ID)
         """Runs that an earlier driver opened, by the id of their trial."""
         self._lost: list[str] = []
+        """Runs of trials that Ray Tune has forgotten."""
         self._trackers: dict[str, Tracker] = {}
         self._retry_at = 0.0
 
@@ -63,14 +64,15 @@ class TrialRuns:
             trial.delivered, trial.recorded = 0, False
 
     def give_up_unclaimed(self) -> None:
-        """End the remaining runs: Ray Tune forgot their trials when its driver was killed."""
-        self._lost, self._unclaimed = list(self._unclaimed.values()), {}
+        """Mark the other runs as lost: Ray Tune forgot their trials when its driver was killed."""
+        self._lost += self._unclaimed.values()
+        self._unclaimed = {}
 
     def deliver(self, trials: Sequence[TrialRecord], *, at_once: bool = False) -> bool:
         """Deliver what MLflow does not have yet; returns whether it has everything.
 
         Args:
-            trials: all trials of the study; this updates what is delivered of each.
+            trials: all trials of the study; their `delivered` and `recorded` are updated.
             at_once: do not wait for `RETRY_SECONDS` after a failed attempt.
         """
         if time.monotonic() < self._retry_at and not at_once:
@@ -86,7 +88,7 @@ class TrialRuns:
                 self._lost.pop(0)
         except TrackingError as error:
             logger.warning("%s", error)
-            self._trackers.clear()  # the next attempt logs again what they could not deliver
+            self._trackers.clear()  # the next attempt logs what they could not deliver again
             self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
         return True

@@ -2,8 +2,8 @@
 
 Every trial runs in an actor, which the next trial reuses with its imports and CUDA context. Ray
 Tune restores an interrupted study from its own snapshots: ended trials are kept, running ones
-resume from their checkpoints, and those whose process failed for good are tried again. Snapshots
-hold the trials, the searcher and the callbacks; ASHA continues from the results of the trials.
+resume from their checkpoints, and those whose process failed too often are retried. Snapshots hold
+the trials, the searcher and the callbacks; ASHA continues from the results of the trials.
 """
 
 import os
@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import attrgetter
 
 from ray import tune
 
@@ -38,9 +38,9 @@ def run_trials(
     Args:
         setup: what all trials share.
         pretrained: initial weights for every value of `TrainConfig.weights` that may be drawn.
-        plan: which trials there are.
-        folder: the study's.
-        study: learns of everything that happens to a trial.
+        plan: which trials the study has and in which order they run.
+        folder: the study's folder.
+        study: Ray Tune calls it for everything that happens to a trial.
         max_failures: how often a trial is retried after its process failed.
 
     Raises:
@@ -55,7 +55,7 @@ def run_trials(
         tune.PlacementGroupFactory([setup.slots.bundle()]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
-    # `Tuner` would restore searcher and callbacks with the slots and paths of the first start.
+    # `Tuner.restore` would keep the slots and paths of the first start in searcher and callbacks.
     with _interruptible():
         tune.run(
             trainable,
@@ -73,22 +73,18 @@ def run_trials(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             max_failures=max_failures,
             reuse_actors=True,
-            trial_dirname_creator=_trial_folder,
+            trial_dirname_creator=attrgetter("trial_id"),
             raise_on_failed_trial=False,
             verbose=0,
         )
-
-
-def _trial_folder(trial: Any) -> str:
-    return str(trial.trial_id)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
 
-    Tune installs its own handler for SIGINT and then returns as if all trials had ended. At the
-    first signal it restores the handler it found, and otherwise it leaves its own.
+    Tune handles SIGINT itself, and then returns as if all trials had ended. At the first signal it
+    restores the handler that was there before; without a signal it leaves its own.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

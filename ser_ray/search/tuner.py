@@ -1,4 +1,4 @@
-"""A search for the best recipe: plan the trials, run them, and conclude.
+"""A search for the best recipe: plan the trials, run them, and record the best.
 
 Every trial trains the same fold and is judged by its validation clips; the test part is never read.
 The first trial is the recipe as given if the space contains it. The same command resumes an
@@ -36,7 +36,7 @@ from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 
 BEST_RECIPE = "best.json"
-"""Beside the trials: the best recipe and where it came from."""
+"""File beside the trials: the best recipe and the run that it came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +111,14 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
     """
     if recipe.protocol == "random" and any(item.name == "seed" for item in config.dimensions):
         raise ConfigError(
-            "space: seed cannot be searched with protocol random, whose split it draws: trials "
-            "validated on different clips do not compare; leave it out, or search with another "
-            "--protocol"
+            "space: seed cannot be searched with protocol random: the seed draws the split, and "
+            "trials validated on different clips cannot be compared; leave the seed out of "
+            "--space, or choose another --protocol"
         )
 
 
 def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
-    """Command that trains the recipe of a run of MLflow, on the same shards and store."""
+    """Command that trains the recipe of an MLflow run with the same shards, storage and store."""
     words = ["ser-ray", "train", "--like", run_id, "--shards", shards_location]
     for name in ("tracking_uri", "experiment", "storage"):
         if (value := getattr(run, name)) != getattr(RunConfig(), name):
@@ -127,7 +127,7 @@ def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
 
 
 def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
-    """Name of a search, equal for equal searches on equal shards."""
+    """Name of a search; the same settings on the same shards give the same name."""
     settings = json.dumps(_settings(config), sort_keys=True)
     identity = settings + recipe.fingerprint + shards.card.fingerprint
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
@@ -137,21 +137,21 @@ def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> st
 def read_initial_weights(
     recipe: TrainConfig, dimensions: tuple[Dimension, ...], shards: ShardSet
 ) -> dict[str, Pretrained]:
-    """Read the recipe's initial weights and all that may be drawn, by `TrainConfig.weights`."""
+    """Read the initial weights of every `TrainConfig.weights` that a trial may have."""
     names = {recipe.weights}
     names.update(*(item.values for item in dimensions if item.name == "weights"))
     return {name: read_pretrained(name, len(shards.card.labels)) for name in sorted(names)}
 
 
 def _settings(config: TuneConfig) -> dict[str, Any]:
-    """What a search is; to refit its best afterwards does not change it."""
+    """The settings that identify a search. `refit` is none of them: it changes no trial."""
     return {name: value for name, value in asdict(config).items() if name != "refit"}
 
 
 def _conclude(
     folder: RunFolder, study: Study, best: TrialRecord, config: TuneConfig, title: str, again: str
 ) -> TuneResult:
-    """Keep the best recipe beside the trials and complete the search's run."""
+    """Write the best recipe beside the trials and complete the search's run in MLflow."""
     tracker = study.parent
     content = {"run_id": best.run_id, "selected": best.selected, "recipe": best.recipe.to_dict()}
     encoded = json.dumps(content, indent=2).encode()
