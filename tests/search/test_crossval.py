@@ -77,7 +77,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shards, tmp_path):
+def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(shards, tmp_path):
     with two_cpus():
         run = RunConfig(
             storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
@@ -87,7 +87,7 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
         again = crossval(
             plan_crossval(shards, RECIPE, SEEDS), run, SlotConfig(), show=lambda trials: None
         )
-    assert again.to_dict() == result.to_dict()  # a finished one is read, not trained again
+    assert again.to_dict() == result.to_dict()  # a finished cross-validation is not repeated
     assert again.run_id == result.run_id
 
     clips = open_shards(shards).clips()
@@ -115,7 +115,7 @@ def test_every_clip_is_tested_once_a_seed_with_the_fold_it_was_held_out_of(shard
 @pytest.mark.ray
 @pytest.mark.slow
 def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatch):
-    """On a bucket whose URI has a query, started again from another directory."""
+    """The storage is a bucket whose URI has a query; the second driver has another directory."""
     memory = make_memory_shards(num_frames=26)
     shards = Path(write_shard_files(in_tmp / "shards", memory, ("mel",)))
     recipe = replace(RECIPE, epochs=4)
@@ -152,7 +152,7 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
     assert names == {"card.json", "model.safetensors", "predictions.parquet"}
 
 
-def test_places_inside_a_folder_keep_the_query_of_its_uri():
+def test_locations_inside_a_folder_keep_the_query_of_its_uri():
     folder = RunFolder("s3://b/runs?region=us-east-1", "cv")
     assert folder.location == "s3://b/runs/cv?region=us-east-1"
     assert filesystem_of(folder.location)[1] == folder.path == "b/runs/cv"
@@ -161,7 +161,7 @@ def test_places_inside_a_folder_keep_the_query_of_its_uri():
     assert filesystem_of(place)[1] == "b/runs/cv/models/fold1-seed2"
 
 
-def test_a_failed_fold_is_named_with_the_way_out():
+def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
     trial = TrialRecord("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
     with pytest.raises(
         SerRayError,
@@ -171,7 +171,7 @@ def test_a_failed_fold_is_named_with_the_way_out():
 
 
 def pooled(folder: Path) -> CrossvalResult:
-    """Two folds with two seeds, three of four clips right with each seed."""
+    """Pool two folds with two seeds; with each seed three of four clips are right."""
     for seed in (0, 1):
         for fold in (0, 1):
             rows = {
@@ -199,7 +199,7 @@ def test_the_text_has_the_label_beside_every_number(tmp_path):
     assert "mean probability of 2 networks, not one of them" in lines[-1]
 
 
-def test_an_ensemble_is_scored_by_the_mean_of_its_seeds_whatever_their_order():
+def test_the_order_of_rows_does_not_change_the_mean_that_an_ensemble_is_scored_by():
     paths, seeds = ["b", "a", "a", "b"], np.array([3, 3, 4, 4])
     truth = np.array([1, 0, 0, 1])
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9], [0.0, 1.0]])
@@ -238,7 +238,7 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
 
 
 def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
-    """Fold 1 of seed 1 trained here, its selected epoch kept, and tested: the same scores."""
+    """Train fold 1 of seed 1 in this process and test its selected epoch: the scores are equal."""
     recipe = replace(RECIPE, fold=1, seed=1)
     selected = folder / "alone"
     selected.mkdir()
@@ -342,7 +342,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
     assert "report_test.html" not in files
 
 
-def test_a_fold_makes_no_sense(shards):
+def test_a_recipe_that_names_a_fold_is_refused(shards):
     with pytest.raises(ConfigError, match=r"crossval trains every fold, or those of --folds"):
         plan_crossval(shards, replace(RECIPE, fold=1), SEEDS)
 

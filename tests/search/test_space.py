@@ -14,7 +14,7 @@ from ser_ray.search.space import (
 from ser_ray.training.config import TrainConfig
 
 
-def test_the_default_space_holds_the_default_recipe():
+def test_the_default_space_contains_the_default_recipe():
     dimensions = TuneConfig().dimensions
     assert [item.name for item in dimensions] == ["lr_max", "lr_ratio", "feature"]
     values = values_of(TrainConfig(), dimensions)
@@ -22,7 +22,7 @@ def test_the_default_space_holds_the_default_recipe():
     assert recipe_of(TrainConfig(), values) == TrainConfig()
 
 
-def test_the_bounds_of_a_drawn_recipe_are_never_upside_down():
+def test_the_lower_bound_of_a_drawn_recipe_is_always_below_the_upper():
     dimensions = {item.name: item for item in TuneConfig().dimensions}
     for lr_max in dimensions["lr_max"].values:
         for ratio in dimensions["lr_ratio"].values:
@@ -77,20 +77,20 @@ def test_the_grid_of_a_dimension(line, grid):
         ("balanced=choice(yes)", "'yes' is not of type bool"),
     ],
 )
-def test_a_space_that_cannot_be_is_told_when_it_is_read(line, message):
+def test_an_impossible_space_is_refused_when_it_is_read(line, message):
     with pytest.raises(ConfigError, match=r"space ") as error:
         TuneConfig(space=(line,))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("gpus", [0, -1, 1.5, math.nan])
-def test_a_share_of_a_gpu_is_a_share_or_whole(gpus):
+def test_a_trial_has_a_share_of_a_gpu_or_a_whole_number(gpus):
     with pytest.raises(ConfigError, match="gpus_per_worker"):
         SlotConfig(gpus_per_worker=gpus)
 
 
 def test_every_searchable_name_is_a_flag_of_the_recipe_or_the_ratio():
     assert {"lr_ratio", "weight_decay", "mixup", "weights", "seed"} <= set(searchable())
-    apart = {"lr_min", "augment", "protocol", "fold", "validation_speakers", "channel"}
-    apart |= {"keep", "patience"}
-    assert not apart & set(searchable())
+    excluded = {"lr_min", "augment", "protocol", "fold", "validation_speakers", "channel"}
+    excluded |= {"keep", "patience"}
+    assert not excluded & set(searchable())

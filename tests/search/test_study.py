@@ -1,5 +1,6 @@
 import io
 import json
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "ta
 
 
 class Server:
-    """A tracking server in memory, which can be away; it stands in for the class `Tracker`."""
+    """A tracking server in memory that can be away; it replaces the class `Tracker` in tests."""
 
     def __init__(self) -> None:
         self.away = False
@@ -117,7 +118,7 @@ class TuneTrial:
         self.progress = Progress()
 
     def epoch(self, study: Study, number: int, val_ua: float, *, done: bool = False) -> None:
-        """Report an epoch, as `run_trial` does; `done` where the scheduler stops the trial."""
+        """Report an epoch as `run_trial` does; `done` if the scheduler stops the trial then."""
         row = {"epoch": float(number), "train_loss": 1.0, "train_wa": 0.3}
         row |= {"val_ua": val_ua, "val_wa": val_ua, "val_f1": 0.25, "val_loss": 1.0}
         best = max([0.0, *(earlier["val_ua"] for earlier in self.progress.values["history"])])
@@ -137,7 +138,7 @@ class TuneTrial:
 
 
 def run(study: Study, folder: Path) -> list[TuneTrial]:
-    """One trial that is stopped, one whose process is lost and then finishes, one that fails."""
+    """Run a trial that is stopped, one that finishes after a lost process, and one that fails."""
     trials = [
         TuneTrial("s", lr_max=1e-2), TuneTrial("f", lr_max=2e-2), TuneTrial("x", lr_max=3e-2),
     ]  # fmt: skip
@@ -163,14 +164,18 @@ def run(study: Study, folder: Path) -> list[TuneTrial]:
     return trials
 
 
+def thread_names() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
 def resumed(study: Study, before: Study, trials: list[TuneTrial]) -> Study:
-    """The study under a new driver, to which Ray Tune has restored its snapshot."""
+    """Resume the study under a new driver, for which Ray Tune has restored the snapshot."""
     study.set_state(json.loads(json.dumps(before.get_state())))
     study.on_step_begin(0, list(reversed(trials)))  # Ray Tune does not keep their order
     return study
 
 
-def test_a_study_knows_how_every_trial_went(server, tmp_path):
+def test_a_study_records_how_every_trial_ended(server, tmp_path):
     study = open_study(server, tmp_path)
     run(study, tmp_path)
     stopped, finished, failed = study.trials
@@ -185,7 +190,7 @@ def test_a_study_knows_how_every_trial_went(server, tmp_path):
     assert finished.selected["epoch"] == 3
 
 
-def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
+def test_a_server_that_answers_again_gets_everything_once(server, tmp_path):
     server.away = True
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
@@ -213,7 +218,7 @@ def test_a_server_that_comes_back_gets_everything_once(server, tmp_path):
     assert "Trial 3 of search: failed. ValueError: no good" in pages[2]
 
 
-def test_epochs_that_a_server_missed_are_delivered_after_the_driver_was_killed(server, tmp_path):
+def test_epochs_that_a_server_missed_are_delivered_by_the_next_driver(server, tmp_path):
     study, trial = open_study(server, tmp_path), TuneTrial("r", lr_max=1e-2)
     study.on_step_begin(0, [trial])
     study.on_trial_start(0, [trial], trial)
@@ -230,7 +235,7 @@ def test_epochs_that_a_server_missed_are_delivered_after_the_driver_was_killed(s
     assert points == [("val_ua", 1, 0.2), ("val_ua", 2, 0.3)]
 
 
-def test_a_resumed_study_knows_what_the_killed_driver_knew(server, tmp_path):
+def test_a_resumed_study_has_the_records_of_the_killed_driver(server, tmp_path):
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
     running = TuneTrial("r", lr_max=4e-2)
@@ -249,12 +254,12 @@ def test_a_resumed_study_knows_what_the_killed_driver_knew(server, tmp_path):
         assert trial.run_id == known[trial.trial_id].run_id
 
 
-def test_a_study_whose_snapshot_is_newer_than_its_state_derives_how_trials_ended(server, tmp_path):
+def test_a_study_whose_state_is_older_than_the_snapshot_derives_how_trials_ended(server, tmp_path):
     """A driver that is killed between two files of one snapshot leaves an older state."""
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
     again = open_study(server, tmp_path)
-    again.on_experiment_end(trials[:2])  # all had ended, so Ray Tune takes no step
+    again.on_experiment_end(trials[:2])  # all had ended, so Ray Tune makes no step
     assert [trial.state for trial in again.trials] == ["pruned", "finished"]
     assert [trial.rows for trial in again.trials] == [trial.rows for trial in study.trials[:2]]
     with again:
@@ -266,8 +271,10 @@ def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_t
     study = open_study(server, storage)
     run(study, in_tmp)
     with study:
+        assert "study" in thread_names()
         study.settle(3)
         study.finish()
+    assert "study" not in thread_names()
     assert not open_study(server, in_tmp / "other").has_ended
     (in_tmp / "elsewhere").mkdir()
     monkeypatch.chdir(in_tmp / "elsewhere")
@@ -275,7 +282,7 @@ def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_t
     assert again.has_ended
     assert again.trials == study.trials
     assert [trial.run_id for trial in again.trials] == ["run-1", "run-2", "run-3"]
-    server.runs.clear()  # another tracking server gets all of it
+    server.runs.clear()  # as if on another tracking server, which gets everything
     again = open_study(server, storage)
     with again:
         again.settle(3)
@@ -341,7 +348,9 @@ def test_runs_of_trials_that_ray_tune_forgot_end_as_lost(server, tmp_path):
     ("error", "status"),
     [(KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (ValueError, "FAILED")],
 )
-def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error, status):
+def test_the_run_of_a_study_that_an_error_ends_is_killed_or_failed(
+    server, tmp_path, monkeypatch, error, status
+):
     study = open_study(server, tmp_path)
     ends: list[str] = []
     monkeypatch.setattr(study.parent, "finish", ends.append, raising=False)
@@ -350,10 +359,11 @@ def test_a_study_that_was_stopped_is_killed(server, tmp_path, monkeypatch, error
     with pytest.raises(error), study:
         raise error
     assert ends == [status]
+    assert "study" not in thread_names()
 
 
-def test_checkpoints_of_ended_trials_are_deleted_at_the_end_and_not_before(server, tmp_path):
-    """An earlier snapshot of Ray Tune may not know that the trial ended; Ctrl-C ends no trial."""
+def test_checkpoints_of_ended_trials_are_deleted_only_when_the_study_ends(server, tmp_path):
+    """Trials that Ctrl-C interrupted keep theirs."""
     names = ["ended", "before", "gone", "interrupted"]
     trials = [TuneTrial(name) for name in names]
     study = open_study(server, tmp_path)
@@ -362,13 +372,13 @@ def test_checkpoints_of_ended_trials_are_deleted_at_the_end_and_not_before(serve
         kept[trial.trial_id].mkdir(parents=True)
         trial.checkpoint = SimpleNamespace(path=str(kept[trial.trial_id]))
     kept["gone"].rmdir()
-    trials[1].status = "TERMINATED"  # under an earlier driver
+    trials[1].status = "TERMINATED"  # it ended under an earlier driver
     study.on_step_begin(0, trials)
     for trial in (trials[0], trials[2]):
         trial.complete(study)
     assert kept["ended"].exists()
     for trial in trials:
-        trial.status = "TERMINATED"  # as Ray Tune calls every trial that it stopped
+        trial.status = "TERMINATED"  # Ray Tune sets this on interrupted trials as well
     study.on_experiment_end(trials)
     assert [name for name in names if kept[name].exists()] == ["interrupted"]
 
@@ -387,7 +397,7 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
     assert "after 0 epochs: ValueError: no good" in lines[2]
 
 
-def test_a_log_gets_a_line_of_what_runs_now_and_then(server, tmp_path, monkeypatch):
+def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_path, monkeypatch):
     running = TrialRecord("r", 1, {"seed": 0}, RECIPE, rows=[], state="running")
     output = io.StringIO()
     with TrialTable(Console(file=output, width=200), 1) as table:
@@ -412,7 +422,7 @@ def test_a_terminal_gets_a_table(server, tmp_path):
     assert all(word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.0e-02"))
 
 
-def test_importance_points_at_the_name_that_matters():
+def test_the_name_that_determines_the_score_has_the_highest_importance():
     dimensions = TuneConfig(
         space=("lr_max=loguniform(1e-4,1e-2)", "lr_ratio=choice(10)", "feature=choice(mel,mfcc)")
     ).dimensions

@@ -87,8 +87,8 @@ def run_config(folder: Path, **changes: object) -> RunConfig:
     return RunConfig(**values)  # type: ignore[arg-type]
 
 
-def require_nothing_left() -> None:
-    """Actors and placement groups are gone: all that the cluster has is free again."""
+def require_all_resources_free() -> None:
+    """Wait until actors and placement groups are gone and all CPUs of the cluster are free."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         groups = ray.util.placement_group_table().values()
@@ -105,7 +105,9 @@ def ended(trials: list[TrialRecord]) -> list[TrialRecord]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_prunes_fails_resumes_and_leaves_nothing_behind(two_cpus, shards, tmp_path):
+def test_a_search_with_pruned_and_failed_trials_resumes_and_frees_its_resources(
+    two_cpus, shards, tmp_path
+):
     config = TuneConfig(trials=8, space=SPACE, grace_epochs=1, reduction=2)
     run = run_config(tmp_path)
     seen: list[list[TrialRecord]] = []
@@ -117,14 +119,14 @@ def test_a_search_prunes_fails_resumes_and_leaves_nothing_behind(two_cpus, shard
 
     with pytest.raises(KeyboardInterrupt):
         search(shards, RECIPE, run, config, SlotConfig(), show=interrupt_after_three)
-    require_nothing_left()
+    require_all_resources_free()
     handler = signal.getsignal(signal.SIGINT)
     result = search(shards, RECIPE, run, config, SlotConfig(), show=lambda trials: None)
-    require_nothing_left()
+    require_all_resources_free()
     assert signal.getsignal(signal.SIGINT) is handler
 
     trials = {trial.trial_id: trial for trial in result.trials}
-    for trial in seen[0]:  # finished ones are kept as they were
+    for trial in seen[0]:  # trials that had ended are kept as they were
         assert trials[trial.trial_id].rows == trial.rows
         assert trials[trial.trial_id].state == trial.state
     states = [trial.state for trial in result.trials]
@@ -154,7 +156,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from tests.search import test_tuner as here
-trials = here.search_that_is_killed(sys.argv[1], Path(sys.argv[2]), here.show_progress)
+here.search_that_is_killed(sys.argv[1], Path(sys.argv[2]), here.show_progress)
 """
 
 
@@ -173,7 +175,7 @@ def show_progress(trials: list[TrialRecord]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_whose_driver_was_killed_resumes_with_what_it_knew(two_cpus, shards, tmp_path):
+def test_a_search_whose_driver_was_killed_resumes_and_loses_no_epoch(two_cpus, shards, tmp_path):
     command = [sys.executable, "-c", DRIVER, shards, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
         assert driver.stdout is not None
@@ -207,7 +209,7 @@ def test_a_search_whose_driver_was_killed_resumes_with_what_it_knew(two_cpus, sh
 
 
 def plain_rows(recipe: TrainConfig, shards: str) -> list[dict[str, float]]:
-    """The same training in this process, without Ray."""
+    """Train the same recipe in this process, without Ray."""
     rows: list[dict[str, float]] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -215,14 +217,14 @@ def plain_rows(recipe: TrainConfig, shards: str) -> list[dict[str, float]]:
         recipe,
         open_shards(shards),
         Pretrained("fresh weights", {}),
-        lambda epoch, take: rows.append(epoch.row),  # type: ignore[union-attr]
+        lambda epoch, make_snapshot: rows.append(epoch.row),  # type: ignore[union-attr]
     )
     torch.set_num_threads(threads)
     return rows
 
 
 def check_mlflow(result, uri: str) -> None:
-    """One run for the search, one nested run for each trial with its curves and its end."""
+    """The search has a run, and each trial a run nested in it, with its curves and its end."""
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
@@ -279,7 +281,7 @@ def test_a_trial_that_can_never_start_is_refused(two_cpus, shards, tmp_path, slo
 
 
 @pytest.mark.ray
-def test_slots_are_what_the_nodes_hold(two_cpus):
+def test_there_are_as_many_slots_as_trials_fit_on_the_nodes(two_cpus):
     slots = find_slots(RunConfig(), SlotConfig())
     assert (slots.count, slots.bundle()) == (2, {"CPU": 1.0})
     assert find_slots(RunConfig(), SlotConfig(cpus_per_worker=2)).count == 1
@@ -295,14 +297,14 @@ def test_trials_of_several_workers_are_refused_with_the_way_out(workers):
     ("node", "cpus", "gpus", "room"),
     [
         ({"CPU": 16.0, "GPU": 1.0}, 1, 0.25, 4),
-        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.3, 6),  # a share lies on one GPU
+        ({"CPU": 16.0, "GPU": 2.0}, 1, 0.3, 6),  # a share is of a single GPU
         ({"CPU": 16.0, "GPU": 2.0}, 1, 0.1, 16),
         ({"CPU": 16.0, "GPU": 3.0}, 2, 2, 1),
         ({"CPU": 3.0}, 2, 0, 1),
         ({"CPU": 16.0}, 1, 0.25, 0),
     ],
 )
-def test_trials_that_a_node_has_room_for(node, cpus, gpus, room):
+def test_the_number_of_trials_that_fit_on_a_node(node, cpus, gpus, room):
     assert trials_on(node, cpus, gpus) == room
 
 
@@ -311,7 +313,7 @@ def report_of(epoch: int, val_ua: float, *, is_selected: bool = True) -> EpochRe
     return EpochReport(1000 * epoch, row, [0.1], [[epoch]], is_selected)
 
 
-def test_asha_decides_after_a_restore_as_it_would_have_without():
+def test_asha_decides_after_a_restore_as_it_would_without_one():
     curves = {
         "a": [0.2, 0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9],
         "b": [0.1],
@@ -360,28 +362,28 @@ def test_asha_decides_after_a_restore_as_it_would_have_without():
     assert after.on_trial_result(None, SimpleNamespace(trial_id="x"), low) == "STOP"
 
 
-def test_the_first_trial_is_the_recipe_where_the_space_holds_it():
+def test_the_first_trial_is_the_recipe_if_the_space_contains_it():
     assert baseline(RECIPE, TuneConfig(space=SPACE)) == [
         {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
     ]
     assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
 
 
-def test_a_space_without_the_recipe_is_said_to_have_no_baseline(caplog):
+def test_a_warning_names_the_values_that_exclude_the_recipe_from_the_space(caplog):
     warn_of_baseline(RECIPE, TuneConfig(space=SPACE))
     assert not caplog.text
     warn_of_baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)")))
     assert "the space excludes its feature mel, epochs 4" in caplog.text
 
 
-def test_seeds_are_not_searched_where_they_draw_the_split():
+def test_the_seed_cannot_be_searched_if_it_draws_the_split():
     config, recipe = TuneConfig(space=("seed=choice(0,1)",)), replace(RECIPE, protocol="random")
     with pytest.raises(ConfigError, match=r"seed cannot be searched.*another --protocol"):
         search("nowhere", recipe, RunConfig(), config, SlotConfig(), show=print)
 
 
 @pytest.mark.parametrize("kind", [SlotLimiter, SlotVariants])
-def test_a_restored_searcher_has_the_slots_of_now(kind):
+def test_a_restored_searcher_uses_the_current_number_of_slots(kind):
     def with_slots(count: int) -> SlotLimiter | SlotVariants:
         if kind is SlotLimiter:
             return SlotLimiter(Searcher(metric="score", mode="max"), max_concurrent=count)
@@ -396,7 +398,7 @@ def test_a_restored_searcher_has_the_slots_of_now(kind):
 
 @pytest.fixture
 def reports(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
-    """What a trial in this process reports to Ray Tune: metrics, and the files of a checkpoint."""
+    """What a trial in this process reports to Ray Tune: metrics and the files of its checkpoint."""
     reports = []
 
     def report(metrics, checkpoint=None):
@@ -425,7 +427,7 @@ FRESH = {"none": Pretrained("fresh weights", {})}
 def test_a_trial_resumes_with_its_selected_epoch(
     keep: Keep, reports, shards, tmp_path, monkeypatch
 ):
-    """After a lost process: as if it had not been interrupted, the selected epoch included."""
+    """A lost process changes nothing, not even which epoch is selected."""
     kept: list[bytes] = []
 
     def finish(selected: Path, *_: object) -> None:
@@ -434,19 +436,19 @@ def test_a_trial_resumes_with_its_selected_epoch(
     recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
     setup = setup_of(shards, finish=finish, recipe=recipe)
     run_trial({}, setup, FRESH)
-    whole, reports[:] = list(reports), []
-    for name, content in whole[1][1].items():
+    uninterrupted, reports[:] = list(reports), []
+    for name, content in uninterrupted[1][1].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
     run_trial({}, setup, FRESH)
     assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
-    for (again, _), (alone, _) in zip(reports, whole[2:], strict=True):
+    for (again, _), (alone, _) in zip(reports, uninterrupted[2:], strict=True):
         assert again["objective_by_epoch"] == alone["objective_by_epoch"]
         losses = [metrics["history"][-1]["val_loss"] for metrics in (again, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    rows = whole[-1][0]["history"]
+    rows = uninterrupted[-1][0]["history"]
     expected = selected_epoch(rows, keep) + 1
     assert (expected == 4) is (keep == "last")
     assert [json.loads(progress)["selected"]["epoch"] for progress in kept] == [expected] * 2
@@ -465,10 +467,10 @@ def test_the_objective_of_a_trial_ends_with_its_selected_epoch():
 
 def test_progress_continues_from_a_checkpoint_as_if_it_had_not_been_interrupted():
     recipe = replace(RECIPE, keep="best")
-    whole, resumed = Progress(), Progress()
+    uninterrupted, resumed = Progress(), Progress()
     epochs = [report_of(1, 0.4), report_of(2, 0.3, is_selected=False)]
     for epoch in epochs:
-        whole.add(epoch, recipe)
+        uninterrupted.add(epoch, recipe)
     checkpoint: dict[str, Any] = {
         "history": [epoch.row for epoch in epochs], "learning_rates": [0.1, 0.1, 0.5], "step": 1,
         "times_ms": [1000, 2000], "selected_confusion": [[1]],
@@ -476,10 +478,10 @@ def test_progress_continues_from_a_checkpoint_as_if_it_had_not_been_interrupted(
     resumed.restore(checkpoint, recipe)
     last = report_of(3, 0.5)
     earlier = resumed.values
-    for progress in (whole, resumed):
+    for progress in (uninterrupted, resumed):
         progress.add(last, recipe)
-    assert resumed.result() == whole.result()
-    assert whole.result() == {
+    assert resumed.result() == uninterrupted.result()
+    assert uninterrupted.result() == {
         "best_val_ua": 0.5, "epoch": 3, "history": [*checkpoint["history"], last.row],
         "learning_rates": [[0.1]] * 3, "times_ms": [1000, 2000, 3000],
         "selected_confusion": [[3]], "objective_by_epoch": [0.4, 0.4, 0.5],
@@ -487,7 +489,9 @@ def test_progress_continues_from_a_checkpoint_as_if_it_had_not_been_interrupted(
     assert len(earlier["history"]) == 2, "what was reported before does not change"
 
 
-def test_a_trial_whose_checkpoint_is_gone_starts_again(reports, shards, tmp_path, monkeypatch):
+def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
+    reports, shards, tmp_path, monkeypatch
+):
     gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
     run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), FRESH)
@@ -509,7 +513,7 @@ def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards):
 def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
     reports, shards, error
 ):
-    """Ray Tune then retries the trial; as the trial's result it would stand for good."""
+    """Ray Tune then retries the trial; it does not retry a trial that reports a problem."""
 
     def finish(*_: object) -> None:
         raise error("the storage does not answer")
@@ -522,7 +526,7 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_resumed_search_trains_trials_that_storage_failed_again(two_cpus, shards, tmp_path):
+def test_a_resumed_search_retries_the_trials_whose_storage_failed(two_cpus, shards, tmp_path):
     config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",))
     run, recipe = run_config(tmp_path, max_failures=0), replace(RECIPE, epochs=2)
     folder, hidden = Path(shards), Path(shards).with_name("hidden")
@@ -539,8 +543,8 @@ def test_a_resumed_search_trains_trials_that_storage_failed_again(two_cpus, shar
     assert all(trial.succeeded and not trial.problem for trial in result.trials)
 
 
-def test_a_study_keeps_its_recipe_and_its_record(shards, tmp_path, monkeypatch):
-    """A tracking store in a job's own folder would be deleted after the job."""
+def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
+    """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
     context = SimpleNamespace(get_job_id=lambda: "job")
     monkeypatch.setattr(study_module.ray, "get_runtime_context", lambda: context)
@@ -559,7 +563,7 @@ def test_a_study_keeps_its_recipe_and_its_record(shards, tmp_path, monkeypatch):
         start(replace(RECIPE, epochs=9))
 
 
-def test_the_command_that_trains_the_best_names_what_is_not_the_default():
+def test_the_command_that_trains_the_best_has_a_flag_for_every_changed_default():
     assert train_command("abc", "shards", RunConfig()) == (
         "ser-ray train --like abc --shards shards"
     )
@@ -572,7 +576,7 @@ def test_the_command_that_trains_the_best_names_what_is_not_the_default():
     )
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_best_recipe(tmp_path, monkeypatch):
+def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
     folder = RunFolder(str(tmp_path), "search")
     place = tmp_path / "search" / "best.json"
     place.parent.mkdir()
@@ -624,13 +628,13 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     assert [(recipe, run.name) for recipe, run in trained] == [(RECIPE, "like-0123456789ab")]
 
 
-def test_a_grid_has_its_points_and_the_recipe():
+def test_a_grid_has_one_trial_for_each_point_and_one_for_the_recipe():
     config = TuneConfig(searcher="grid", space=("feature=choice(mel,mfcc)",))
     assert num_trials(RECIPE, config) == 3 * 3 * 2 + 1
     assert num_trials(RECIPE, TuneConfig(trials=5)) == 5
 
 
-def test_a_grid_that_holds_the_recipe_begins_with_it():
+def test_a_grid_that_contains_the_recipe_begins_with_it():
     space = ("feature=choice(mfcc,mel)", "lr_max=choice(2e-3,4e-3)", "lr_ratio=choice(40)")
     config = TuneConfig(searcher="grid", space=space)
     assert num_trials(RECIPE, config) == 2 * 2 * 1
