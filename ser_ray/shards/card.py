@@ -1,4 +1,4 @@
-"""The card of a shard set says what it holds. It is written last: without one it is unfinished."""
+"""The card describes a shard set. It is written last, so a set without a card is unfinished."""
 
 import hashlib
 import json
@@ -20,41 +20,41 @@ from ser_ray.storage.atomic import write_file
 
 SCHEMA_VERSION = 1
 FINGERPRINTED = ["take", "speaker", "emotion", "content"]
-"""The columns that a training depends on, besides the configuration of the features."""
+"""The columns that training depends on, besides the settings of the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCard:
-    """What a committed shard set says about itself."""
+    """The description of a committed shard set."""
 
     corpus: str
     """`ravdess`, `synthetic` or `table`."""
     source: str
     """Folder, bucket or table that was listed."""
     labels: tuple[str, ...]
-    """The label set; a label's place in it is its class index."""
+    """The label set; the position of a label is its class index."""
     features: FeatureConfig
-    """What a feature is."""
+    """The settings of the features."""
     counts: dict[str, int]
-    """Files by outcome; they add up to the files listed."""
+    """Number of files by outcome. Together they are all listed files."""
     parts: tuple[int, ...]
     """Numbers of the parts, ascending."""
     clips: tuple[int, ...]
-    """Decoded clips in each part."""
+    """Number of decoded clips in each part."""
     fingerprint: str
-    """Sixteen hex digits that differ when features, clips, labels or speakers do. Where the corpus
-    lies makes no difference."""
+    """Sixteen hex digits that differ if features, clips, labels or speakers do. They do not depend
+    on the location of the corpus."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
 
     @property
     def num_files(self) -> int:
-        """Files listed."""
+        """Number of listed files."""
         return sum(self.counts.values())
 
     @property
     def num_clips(self) -> int:
-        """Clips decoded: the rows of the shards."""
+        """Number of decoded clips, which are the rows of the shards."""
         return sum(self.clips)
 
 
@@ -65,13 +65,13 @@ def make_card(
     features: FeatureConfig,
     parts: Sequence[int],
 ) -> ShardCard:
-    """Sum up the committed parts of a shard set.
+    """Describe the committed parts of a shard set.
 
     Args:
         filesystem: where the shard set is.
         folder: path of the shard set on it.
-        corpus: what was listed.
-        features: what a feature is.
+        corpus: the listed corpus.
+        features: the settings of the features.
         parts: numbers of the parts, ascending.
     """
 
@@ -106,7 +106,7 @@ def make_card(
 
 
 def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
-    """Commit a shard set."""
+    """Write the card, which commits the shard set."""
     content = json.dumps(asdict(card), indent=1).encode()
     write_file(filesystem, f"{folder}/{CARD_NAME}", content)
 

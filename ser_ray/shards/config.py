@@ -9,18 +9,18 @@ from ser_ray.features.config import FeatureConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Which clips become which shards, and where."""
+    """Which clips become shards, and where the shards are written."""
 
     corpus: str
     """Folder or URI with RAVDESS in any layout, or a .csv or .parquet table of other clips."""
     shards: str
     """Folder or URI that the shards are written to."""
-    include: tuple[str, ...] = ("av", "video", "audio")
+    include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""
     rows_per_part: int = 128
-    """Most files in one part, the unit that one task decodes and commits."""
+    """The most files in a part, which is the unit that one task decodes and commits."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
-    """What a feature is."""
+    """The settings of the features."""
 
     def __post_init__(self) -> None:
         for name in ("corpus", "shards"):

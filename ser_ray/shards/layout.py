@@ -1,13 +1,13 @@
 """The files of a shard set: their names, and how each is written.
 
-    SHARDS/card.json                       what the set holds; absent while it is unfinished
+    SHARDS/card.json                       describes the set; absent while it is unfinished
     SHARDS/clips/part-00012.parquet        the decoded clips of a part with their features
     SHARDS/outcomes/part-00012.parquet     one row for every listed file of the part
     SHARDS/part-00012.trying               a worker is decoding the part
 
 Features are stored as fixed-size binary, the bytes of a float16 array `[bins, num_frames]`, padded
 with zeros on the right. Parquet would store Arrow's fixed-shape tensors as nested lists, with a
-level for every number: measured on 128 clips, writing takes 5 times and reading 7 times as long.
+level for every number. Measured on 128 clips, they take 5 times as long to write and 7 to read.
 """
 
 import pyarrow as pa
@@ -22,23 +22,23 @@ CLIPS, OUTCOMES = "clips", "outcomes"
 OK = "ok"
 """The status of a clip whose features are written."""
 REQUESTS_AT_ONCE = 16
-"""Parts requested at once: a bucket answers many small requests in the time of one."""
+"""Number of parts read at once: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"
 """Saves nine tenths of what zstd saves, and is read twice as fast."""
 
 
 def part_name(part: int) -> str:
-    """Path of a part's clips inside the shard set."""
+    """Return the path of a part's clips inside the shard set."""
     return f"{CLIPS}/part-{part:05d}.parquet"
 
 
 def outcomes_name(part: int) -> str:
-    """Path of a part's outcomes inside the shard set. This file commits the part."""
+    """Return the path of a part's outcomes inside the shard set. This file commits the part."""
     return f"{OUTCOMES}/part-{part:05d}.parquet"
 
 
 def mark_name(part: int) -> str:
-    """Path of the mark that says that a part is being decoded."""
+    """Return the path of the file that marks a part as being decoded."""
     return f"part-{part:05d}.trying"
 
 

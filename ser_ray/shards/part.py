@@ -1,13 +1,13 @@
-"""One part: some rows of the manifest become two Parquet files, the same bytes whoever writes them.
+"""One part: some rows of the manifest become two Parquet files, with the same bytes on any machine.
 
 The clips are written first and the outcomes last, so a part with outcomes is complete. Nothing here
-knows Ray.
+imports Ray.
 
-Ray Data's `write_parquet` with its checkpoints could write the clips, and was tried. It is not used
-for four promises. A file that fails gets a row of the outcomes in the same pass. A writer that is
-killed leaves no broken file among the clips. A file that went away or changed takes its clip with
-it, while a checkpoint only knows which rows to leave out. Names and order of the parts do not
-depend on interruptions, so trainings on the shards do not either.
+Ray Data's `write_parquet` with its checkpoints could write the clips, and was tried. It cannot keep
+four promises. A file that fails gets a row of the outcomes in the same pass. A killed writer leaves
+no broken file among the clips. If a file is removed or changed, so is its clip, while a checkpoint
+only knows which rows to leave out. Names and order of the parts do not depend on interruptions, so
+training on the shards does not either.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ FACTS = pa.schema(
         "num_frames": pa.int32(),  # valid frames; the rest of the fixed shape is zero
     }
 )
-"""What a part says about a clip besides the manifest's columns and the features."""
+"""The columns of a decoded clip besides those of the manifest and the features."""
 
 
 def write_part(
     filesystem: fs.FileSystem, folder: str, part: int, rows: pa.Table, extractor: FeatureExtractor
 ) -> dict[str, int]:
-    """Decode the files of a part, commit its clips and outcomes, and return the files by status.
+    """Decode the files of a part, commit its clips and outcomes, and count the files by status.
 
-    If a file could not be read for a reason that may go away, the part is committed without a key,
-    so the next run makes it again.
+    If a file could not be read for a reason that may be temporary, the part is committed without a
+    key, so the next run writes it again.
 
     Args:
         filesystem: where the shard set is.
@@ -70,10 +70,10 @@ def write_part(
 
 @contextlib.contextmanager
 def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
-    """Yield the function that decodes clips: a sandbox's if an earlier attempt at the part died.
+    """Yield the function that decodes clips: that of a sandbox if an earlier attempt was killed.
 
-    Only a process that was killed leaves its mark behind. Ray gives the part to another process, as
-    often as it takes, so a clip that kills its decoder would keep the job from ever ending.
+    Only a killed process leaves its mark behind. Ray then gives the part to another process, any
+    number of times, so without a sandbox one clip could keep the job from ever ending.
     """
     try:
         if filesystem.get_file_info(mark).is_file:
@@ -94,7 +94,7 @@ def _make_tables(
 ) -> tuple[pa.Table, pa.Table, bool]:
     """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
 
-    Outcomes are not final if a file could not be read for a reason that may go away.
+    Outcomes are not final if a file could not be read for a reason that may be temporary.
     """
     config = extractor.config
     longest = DECODE_FACTOR * config.max_seconds
@@ -139,7 +139,7 @@ def _make_tables(
 
 
 def _feature_columns(features: dict[Kind, np.ndarray], num_clips: int) -> pa.Table:
-    """The first `num_clips` of arrays `[clips, bins, frames]` as columns, without copying.
+    """Turn the first `num_clips` of arrays `[clips, bins, frames]` into columns without copying.
 
     Each clip is one fixed-size binary value.
     """

@@ -1,10 +1,9 @@
-"""Which listed files belong to which part, and which committed parts still hold.
+"""Which listed files belong to which part, and which committed parts are still valid.
 
-The outcomes that are committed say what was done, so nothing else is stored. A committed part is
-kept if all its files are still listed with the same facts and the features are the same. All other
-files are cut into parts in the order of their paths, and these take the free numbers from 0 up. An
-interrupted run therefore continues with exactly the parts that it would have written next, on
-whatever machine.
+The plan is derived from the committed outcomes, so nothing else is stored. A committed part is kept
+if the manifest's rows of its files and the features are the same as before. All other files are cut
+into parts in the order of their paths, and these get the free numbers from 0 up. An interrupted run
+therefore continues on any machine with exactly the parts that it would have written next.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from ser_ray.shards.layout import OUTCOMES, REQUESTS_AT_ONCE, outcomes_name, par
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that more than one core has work."""
 KEY, FEATURES = b"ser_ray.part_key", b"ser_ray.features"
-"""Metadata of a part's outcomes. Parts where another run may add clips have no key."""
+"""Names of the metadata in a part's outcomes. Parts that the next run must write have no key."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,11 @@ class CommittedPart:
     """What the outcomes of a part say about it."""
 
     files: pa.Table
-    """What the manifest said about its files, without their status and reason."""
+    """The manifest's rows of its files, without their status and reason."""
     key: str
-    """The `part_key` it was made from; empty if it is to be made again."""
+    """The `part_key` that it was written with; empty if it must be written again."""
     features: FeatureConfig
-    """What a feature was."""
+    """The settings of its features."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ class Plan:
     """What a run has to do."""
 
     kept: list[int]
-    """Numbers of the committed parts that still hold, ascending."""
+    """Numbers of the committed parts that are still valid, ascending."""
     pending: dict[int, pa.Table]
     """The manifest's rows of each part that is to be written, by its number."""
     num_files: int
-    """Files listed."""
+    """Number of listed files."""
 
     @property
     def parts(self) -> list[int]:
@@ -60,23 +59,28 @@ class Plan:
 
     @property
     def num_pending(self) -> int:
-        """Files of the parts that are to be written."""
+        """Number of files in the parts that are to be written."""
         return sum(len(rows) for rows in self.pending.values())
+
+    @property
+    def num_prepared(self) -> int:
+        """Number of files in the parts that are kept."""
+        return self.num_files - self.num_pending
 
 
 def part_key(rows: pa.Table, features: FeatureConfig) -> str:
-    """Sixteen hex digits that differ when the manifest's rows of a part or the features do."""
+    """Return 16 hex digits that differ if the manifest's rows of a part or the features do."""
     text = json.dumps([features.fingerprint, rows.to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
-    """The metadata to write into a part's outcomes."""
+    """Return the metadata to write into a part's outcomes."""
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
 
 
 def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
-    """Read what is committed in a shard set, by the numbers of the parts."""
+    """Read the outcomes of the committed parts of a shard set, by the numbers of the parts."""
 
     def read_part(part: int) -> CommittedPart | None:
         try:
@@ -90,7 +94,7 @@ def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, Committe
             return None  # incomplete, damaged or of another version
         except OSError:
             if isinstance(filesystem, fs.LocalFileSystem):
-                return None  # bytes that are no Parquet; a bucket may only be away
+                return None  # not a Parquet file; in a bucket the error may be temporary
             raise
 
     entries = filesystem.get_file_info(
@@ -112,10 +116,10 @@ def make_plan(
     """Decide which committed parts are kept, and cut all other files into parts.
 
     Args:
-        manifest: one row a listed file.
-        features: what a feature is to be.
-        rows_per_part: files of one part at most.
-        committed: what `read_committed` found.
+        manifest: one row per listed file.
+        features: the settings of the features.
+        rows_per_part: the most files in a part.
+        committed: what `read_committed` returned.
     """
     manifest = manifest.sort_by("path")
     parts = np.full(len(manifest), -1)
@@ -145,12 +149,12 @@ def require_same_corpus(
     """Refuse to replace the shards of one corpus by those of another.
 
     Args:
-        committed: what the folder holds.
-        manifest: what it is to hold.
-        shards: the folder, as the user gave it.
+        committed: the parts in the folder.
+        manifest: one row per listed file.
+        shards: the folder, as the user wrote it.
 
     Raises:
-        ShardsError: none of the files that it holds is listed any more.
+        ShardsError: none of the files of the committed parts is listed any more.
     """
     if not committed:
         return
@@ -158,20 +162,20 @@ def require_same_corpus(
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
             f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
-            "none of which is in this one: give another folder with --shards, or delete that one"
+            "none of which is in this one: choose another folder with --shards, or delete that one"
         )
 
 
 def describe_changes(
     committed: Mapping[int, CommittedPart], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Say what an earlier run left and what has changed since, a line each."""
+    """Return lines that say what an earlier run left and what has changed since."""
     if not committed:
         return ()
     first = next(iter(committed.values()))
     old, new = asdict(first.features), asdict(features)
     lines = [
-        f"{name} was {old[name]} and is {new[name]}: all features are made again"
+        f"{name} was {old[name]} and is {new[name]}: all features are computed again"
         for name in new
         if old[name] != new[name]
     ]
@@ -191,12 +195,11 @@ def describe_changes(
     ):
         if count:
             lines.append(f"{count} {one if count == 1 else several}")
-    prepared = plan.num_files - plan.num_pending
-    return (*lines, f"{prepared} of {plan.num_files} files are prepared already")
+    return (*lines, f"{plan.num_prepared} of {plan.num_files} files are prepared already")
 
 
 def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Paths of all committed files, and the number of the part that each is in."""
+    """Return the paths of all committed files, and the number of the part of each."""
     paths = pa.concat_tables(part.files.select(["path"]) for part in committed.values())["path"]
     counts = [len(part.files) for part in committed.values()]
     return paths, np.repeat(list(committed), counts)

@@ -1,12 +1,12 @@
 """From a corpus to its shards: a Ray Data job over the parts of a plan.
 
-One block of the dataset is the manifest's rows of one part, and each task decodes its block and
-writes the part (`part` says why it does so itself). What flows back to the driver is the number of
-files by status. A run that is started again does only what `plan` finds missing; the card is
-written when all parts are there.
+Each block of the dataset has the manifest's rows of one part, and each task decodes its block and
+writes the part (`part` says why Ray Data does not write it). A task returns its number of files by
+status. A run that is started again writes only the parts that `plan` finds missing. The card is
+written when all parts are committed.
 
-Tasks rather than an actor pool: measured on 1,440 clips and two CPUs, Ray Data runs a pool and the
-writing as two operators with the features copied in between, in 27 s instead of 7.
+Tasks are used and not an actor pool, which takes 27 s instead of 7 for 1,440 clips on two CPUs: Ray
+Data runs the pool and the writing as two operators and copies the features in between.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
-IN_USE = "is writing these shards; wait for it to end, or give another folder"
+IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
 _OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
-"""Names of the files that are ours in the folders of clips and outcomes."""
+"""Names of the files that this module writes into the folders of clips and outcomes."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class PrepareSummary:
     card: ShardCard
     """The shard set."""
     notes: tuple[str, ...]
-    """What an earlier run left and what has changed since, a line each."""
+    """Lines that say what an earlier run left and what has changed since."""
     files_done: int
-    """Files that this run gave an outcome; the others had one already."""
+    """Number of files that got their outcome in this run; the others had one already."""
     seconds: float
     """Wall time of this run."""
 
@@ -76,20 +76,20 @@ def prepare(
     address: str = "",
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareSummary:
-    """Write the shards of a corpus, or what is missing of them.
+    """Write the shards of a corpus, or those that are missing.
 
     Args:
-        config: which clips, where to, which features.
-        address: cluster to join, as `ser_ray.cluster.cluster` takes it. If no part is missing, no
+        config: which clips become shards, with which features, and where the shards are written.
+        address: cluster to join, as for `ser_ray.cluster.cluster`. If no part is missing, no
             cluster is joined or started.
-        progress: called after every part; by default a bar or log lines appear on standard error,
-            after what is known about an earlier run.
+        progress: called after every part. By default the notes on an earlier run are printed to
+            standard error, and then a bar or log lines.
 
     Raises:
         CorpusError: no corpus is found, or none of its files becomes a clip.
-        ShardsError: another run writes there, another corpus is there, or a part could not be
-            written.
-        ResourcesError: no cluster answers, or a node of it does not see the corpus or the shards.
+        ShardsError: another run writes to the folder, the folder holds another corpus, or a part
+            could not be written.
+        ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
     """
     started = time.monotonic()
     corpus = list_corpus(config.corpus)
@@ -125,7 +125,7 @@ def prepare(
 
 
 def _require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
-    """Refuse a folder in which something else keeps files where the clips belong.
+    """Refuse a folder that has other files where the clips belong.
 
     Raises:
         ShardsError: names one of the files.
@@ -135,13 +135,13 @@ def _require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
     foreign = [name for name in names if not (has_outcomes and _OWN.fullmatch(name))]
     if foreign:
         raise ShardsError(
-            f"{shards}: holds {CLIPS}/{foreign[0]}, which is not part of a shard set; give "
+            f"{shards}: holds {CLIPS}/{foreign[0]}, which is not part of a shard set; choose "
             "another folder"
         )
 
 
 def _entries(filesystem: fs.FileSystem, folder: str) -> dict[str, str]:
-    """Paths of the files in a folder, by their names; none if there is no folder."""
+    """Return the paths of the files in a folder by their names, or none if there is no folder."""
     entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     return {entry.base_name: entry.path for entry in entries if entry.is_file}
 
@@ -151,7 +151,7 @@ def _keep_only(
 ) -> None:
     """Delete the card, the outcomes and clips of all other parts, and all other marks.
 
-    In this order, so that what is interrupted in between is never taken for a complete part.
+    They are deleted in this order, so that an interruption never leaves a part that looks complete.
     """
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{folder}/{CARD_NAME}")
@@ -186,7 +186,7 @@ def _write_pending(
     lock: Lock,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Run the job, report each part, and stop if another run took over.
+    """Run the job, report each part, and stop if another run took over the lock.
 
     Raises:
         ShardsError: a part could not be written, or the job failed.
@@ -206,8 +206,7 @@ def _write_pending(
     results = ray.data.from_arrow(blocks).map_batches(
         writer.write, batch_size=None, batch_format="pyarrow"
     )
-    num_files = plan.num_files
-    watch = Watch(num_files, num_files - plan.num_pending)
+    watch = Watch(plan.num_files, plan.num_prepared)
     try:
         with show(progress) as report:
             for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -219,11 +218,11 @@ def _write_pending(
                 report(watch.add(dict(zip(statuses, counts, strict=True))))
     except ray.exceptions.RayError as error:
         last_line = str(error).strip().rpartition("\n")[2]
-        raise ShardsError(f"{config.shards}: the job broke off ({last_line}){AGAIN}") from error
+        raise ShardsError(f"{config.shards}: the job failed ({last_line}){AGAIN}") from error
 
 
 def _set_up_ray_data() -> None:
-    """Leave the console to our own progress, and all CPUs to the parts from the start."""
+    """Silence Ray Data's output, and let parts use all CPUs from the start."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -244,9 +243,10 @@ class _PartWriter:
     extractor: FeatureExtractor
 
     def write(self, rows: pa.Table) -> pa.Table:
-        """Write the part that is one block, and return its number of files by status, or why not.
+        """Write the part whose rows are given, and return its number of files by status.
 
-        Columns of the result are `part`, `failure`, `status` and `count`.
+        Columns of the result are `part`, `failure`, `status` and `count`. `failure` is empty, or
+        says why the part was not written.
         """
         filesystem, folder = filesystem_of(self.shards)
         part = rows["part"][0].as_py()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ser_ray.progress import show_progress
 
 EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
-"""Outcomes that follow from what a file is or from the command; all others count as errors."""
+"""Outcomes that the kind of file or the command explains. All others count as errors."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Progress:
     errors: int
     """Files of this run that should have become features and did not."""
     rate: float
-    """Files a second, counted from the first result of this run on; 0 until there is a second."""
+    """Files per second since the first result of this run; 0 until there is a second result."""
 
     @property
     def seconds_left(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Reading shards back: a table of what is known about the clips, an array of their features.
+"""Reading shards back: a table of facts about the clips, and an array of their features.
 
 Other tools read the Parquet files in the set's folder `clips`, and `ShardSet.to_array` turns one of
 their feature columns into an array:
@@ -25,7 +25,7 @@ from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 READ_THREADS = 4
-"""Parts read at once: a disk keeps two cores busy, a bucket answers several requests."""
+"""Number of parts read at once: a disk keeps two cores busy, a bucket answers several requests."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class ShardSet:
     uri: str
     """Folder or URI of the shards."""
     card: ShardCard
-    """What they hold."""
+    """The description of the set."""
 
     def clips(self) -> pa.Table:
-        """Return every column except the features, one row a decoded clip."""
+        """Return every column except the features, one row per decoded clip."""
         filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
@@ -49,7 +49,7 @@ class ShardSet:
         return pa.concat_tables(tables)
 
     def outcomes(self) -> pa.Table:
-        """Return the manifest with the final status and reason, one row a listed file."""
+        """Return the manifest with the final status and reason, one row per listed file."""
         filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
@@ -63,8 +63,8 @@ class ShardSet:
 
         Args:
             kind: which feature the column holds.
-            column: the column as any library reads it: a column of pyarrow, which is not copied,
-                a series of pandas or polars, an array or a list of bytes.
+            column: the column as any library reads it: a pyarrow column (which is not copied), a
+                series of pandas or polars, or an array or list of bytes.
 
         Returns:
             `[len(column), bins, num_frames]` float16, read-only, in decibels for spectrogram and
@@ -120,9 +120,10 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
+        first_line = str(error).partition("\n")[0]
         raise ShardsError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); if it is damaged, delete it, "
-            "and the same `ser-ray prepare` makes it again"
+            f"{path}: cannot be read ({first_line}); if it is damaged, delete it, and the same "
+            "`ser-ray prepare` writes it again"
         ) from error
 
 
@@ -130,7 +131,7 @@ def open_shards(uri: str) -> ShardSet:
     """Open a committed shard set.
 
     Raises:
-        ShardsError: there is none, or it is unfinished.
+        ShardsError: there is no shard set, or it is unfinished.
     """
     filesystem, folder = filesystem_of(uri)
     card = read_card(filesystem, folder)

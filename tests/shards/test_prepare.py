@@ -240,7 +240,7 @@ def test_only_what_changed_is_done(
     assert names[19] not in paths
 
 
-def test_lost_or_damaged_parts_are_made_again(
+def test_lost_or_damaged_parts_are_written_again(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
@@ -254,15 +254,15 @@ def test_lost_or_damaged_parts_are_made_again(
     assert files_of(target) == files_of(uninterrupted)
 
 
-def test_other_features_are_all_made_again(
+def test_other_settings_compute_all_features_again(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
     features = dataclasses.replace(FEATURES, num_mels=96, num_mfcc=13)
     summary = run(corpus, target, features)
     assert summary.notes == (
-        "num_mels was 64 and is 96: all features are made again",
-        "num_mfcc was 40 and is 13: all features are made again",
+        "num_mels was 64 and is 96: all features are computed again",
+        "num_mfcc was 40 and is 13: all features are computed again",
         "0 of 25 files are prepared already",
     )
     assert summary.files_done == 25
@@ -292,7 +292,7 @@ def test_a_second_run_at_the_same_time_is_refused(uninterrupted: Path, corpus: P
 def test_a_full_disk_is_reported_and_the_next_run_resumes(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """A folder at the path of a part makes the system refuse to write it, as a full disk does."""
+    """A folder at the path of a part makes writing the part fail, as a full disk does."""
     target = tmp_path / "shards"
     (target / part_name(4)).mkdir(parents=True)
     with pytest.raises(ShardsError, match=r"clips/part-00004.parquet: .*give the same"):

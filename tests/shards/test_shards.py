@@ -1,4 +1,4 @@
-"""Parts, plan and reading back in this process; the complete job on Ray is in test_prepare."""
+"""Parts, plan and reading back without Ray; `test_prepare` tests the complete job."""
 
 import dataclasses
 import os
@@ -68,7 +68,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def write_shards(corpus: Corpus, target: Path, rows_per_part: int = 4) -> ShardSet:
-    """Do what the job does, one part after the other in this process."""
+    """Write a shard set as the job does, one part after the other in this process."""
     set_folder(target)
     plan = make_plan(corpus.manifest, FEATURES, rows_per_part, {})
     for part, rows in plan.pending.items():
@@ -101,7 +101,9 @@ def test_every_file_has_one_outcome(corpus: Corpus, shards: ShardSet) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_read_is_what_is_computed(shards: ShardSet, kind: Kind) -> None:
+def test_the_features_that_are_read_are_those_that_were_computed(
+    shards: ShardSet, kind: Kind
+) -> None:
     stored = shards.features(kind)
     extractor = FeatureExtractor(FEATURES)
     clips = shards.clips().to_pylist()
@@ -119,18 +121,18 @@ def test_what_is_read_is_what_is_computed(shards: ShardSet, kind: Kind) -> None:
 
 @settings(deadline=None)
 @given(rows=st.lists(st.integers(0, 21), max_size=30))
-def test_any_rows_in_any_order(shards: ShardSet, rows: list[int]) -> None:
+def test_any_rows_can_be_read_in_any_order(shards: ShardSet, rows: list[int]) -> None:
     found = shards.features("mfcc", np.array(rows, np.int64))
     np.testing.assert_array_equal(found, shards.features("mfcc")[rows])
 
 
-def test_a_row_that_is_not_there(shards: ShardSet) -> None:
+def test_a_row_out_of_range_is_an_index_error(shards: ShardSet) -> None:
     with pytest.raises(IndexError, match="22"):
         shards.features("mel", np.array([3, 22]))
 
 
 def test_reading_one_kind_reads_its_bytes_alone(shards: ShardSet, tmp_path: Path) -> None:
-    """The other kinds' bytes are overwritten, and nobody notices."""
+    """The same features are read after the bytes of the other kinds were overwritten."""
     set_folder(tmp_path)
     for part in shards.card.parts:
         path = Path(shards.uri) / part_name(part)
@@ -161,12 +163,16 @@ def test_equal_sound_has_equal_content(corpus: Corpus, shards: ShardSet, tmp_pat
     assert clip["content"].to_pylist() == [first["content"]]
 
 
-def test_parts_are_the_same_bytes_again(corpus: Corpus, shards: ShardSet, tmp_path: Path) -> None:
+def test_parts_have_the_same_bytes_when_written_again(
+    corpus: Corpus, shards: ShardSet, tmp_path: Path
+) -> None:
     again = write_shards(corpus, tmp_path / "again")
     assert files_of(Path(again.uri)) == files_of(Path(shards.uri))
 
 
-def test_the_fingerprint_is_of_the_data(corpus: Corpus, shards: ShardSet, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_clips_and_not_on_their_location(
+    corpus: Corpus, shards: ShardSet, tmp_path: Path
+) -> None:
     elsewhere = shutil.copytree(corpus.root, tmp_path / "elsewhere")
     moved = write_shards(list_corpus(str(elsewhere)), tmp_path / "moved", rows_per_part=7)
     assert moved.card.fingerprint == shards.card.fingerprint
@@ -176,10 +182,10 @@ def test_the_fingerprint_is_of_the_data(corpus: Corpus, shards: ShardSet, tmp_pa
     assert changed.card.fingerprint != shards.card.fingerprint
 
 
-def test_a_part_after_a_crash_is_made_in_a_sandbox(
+def test_a_part_is_decoded_in_a_sandbox_after_a_crash(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mark that nobody took away makes the difference; the bytes are the same."""
+    """The sandbox is used if a mark was left behind; the bytes are the same."""
     rows, extractor = corpus.manifest.slice(0, 6), FeatureExtractor(FEATURES)
     for name in ("direct", "sandboxed"):
         set_folder(tmp_path / name)
@@ -192,8 +198,8 @@ def test_a_part_after_a_crash_is_made_in_a_sandbox(
     assert files_of(tmp_path / "sandboxed") == direct
 
 
-def test_a_clip_that_stalls_or_kills(tmp_path: Path) -> None:
-    """Opening a pipe that nobody writes to waits for ever."""
+def test_a_clip_that_hangs_or_kills_the_process_is_unreadable(tmp_path: Path) -> None:
+    """Opening a pipe that nobody writes to hangs."""
     good = write_wav(tmp_path / "good.wav", voice())
     stuck = tmp_path / "stuck.wav"
     os.mkfifo(stuck)
@@ -211,7 +217,7 @@ def test_a_clip_that_stalls_or_kills(tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples, decode(str(good))[0])
 
 
-def test_a_first_attempt_that_stalls_ends_its_process(tmp_path: Path) -> None:
+def test_a_first_attempt_that_hangs_ends_its_process(tmp_path: Path) -> None:
     program = """
 import sys
 from ser_ray.features.sandbox import time_limited
@@ -276,7 +282,7 @@ def paths_of(rows: pa.Table) -> list[str]:
 def committed_by(
     plan: Plan, features: FeatureConfig, parts: Iterable[int]
 ) -> dict[int, CommittedPart]:
-    """What is found of a plan of which some parts were written."""
+    """Return what `read_committed` would return after some parts of a plan were written."""
     return {
         part: CommittedPart(
             plan.pending[part].drop_columns(["status", "reason"]),
@@ -325,7 +331,7 @@ def test_an_interrupted_run_continues_with_the_parts_it_would_have_written(
 def test_only_parts_that_lost_a_file_are_written_again(
     old: set[int], new: set[int], rows_per_part: int
 ) -> None:
-    """Other files may come and go."""
+    """Files of other parts may be added and removed."""
     before = make_plan(numbered(old), FEATURES, rows_per_part, {})
     committed = committed_by(before, FEATURES, before.parts)
     after = make_plan(numbered(new), FEATURES, rows_per_part, committed)
@@ -354,7 +360,7 @@ def test_a_part_is_kept_only_for_the_same_rows_and_features() -> None:
     assert make_plan(listed, FEATURES, 2, unfinished).kept == [1]
 
 
-def test_another_corpus_does_not_take_the_place_of_one() -> None:
+def test_the_shards_of_another_corpus_are_not_replaced() -> None:
     plan = make_plan(manifest(["a", "b"]), FEATURES, 2, {})
     committed = committed_by(plan, FEATURES, plan.parts)
     require_same_corpus(committed, manifest(["b", "c"]), "out")
@@ -371,7 +377,7 @@ def test_changes_since_the_last_run_are_described() -> None:
     now = manifest(["b", "c", "d", "f"]).set_column(1, "size", pa.array(sizes, pa.int64()))
     plan = make_plan(now, features, 1, committed)
     assert describe_changes(committed, features, plan) == (
-        "num_mels was 64 and is 96: all features are made again",
+        "num_mels was 64 and is 96: all features are computed again",
         "2 files have no outcome yet",
         "2 files are no longer listed",
         "1 file has changed",
@@ -395,12 +401,12 @@ def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> Non
 # --- opening ---
 
 
-def test_no_shards(tmp_path: Path) -> None:
+def test_a_folder_without_shards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardsError, match="there are no shards; make them with `ser-ray prepare`"):
         open_shards(str(tmp_path / "nowhere"))
 
 
-def test_unfinished_shards(tmp_path: Path) -> None:
+def test_unfinished_shards_are_an_error(tmp_path: Path) -> None:
     set_folder(tmp_path)
     with pytest.raises(ShardsError, match="not finished; give the same"):
         open_shards(str(tmp_path))
@@ -425,7 +431,7 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
     assert [part in committed for part in (first, second, fourth)] == [False, False, True]
 
 
-def test_a_file_is_no_folder_of_shards(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "table.csv").touch()
     with pytest.raises(ShardsError, match=r"table.csv: cannot be read"):
         open_shards(str(tmp_path / "table.csv"))
@@ -450,7 +456,9 @@ def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
     ("text", "message"),
     [('{"schema_version": 99}', "version 99"), ("{}", "not the card"), ("{", "not the card")],
 )
-def test_a_card_that_does_not_fit(tmp_path: Path, text: str, message: str) -> None:
+def test_a_card_of_another_version_or_a_damaged_one_is_an_error(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(ShardsError, match=message):
         open_shards(str(tmp_path))
@@ -484,7 +492,7 @@ def test_a_feature_column_of_any_library_becomes_an_array(shards: ShardSet, kind
 
 
 def test_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten files a second once the first part, at whose return the clock starts, is there."""
+    """The clock starts when the first part is done; from then on there are 10 files per second."""
     clock = iter([100.0, 102.0, 104.0])
     monkeypatch.setattr("ser_ray.shards.progress.time.monotonic", lambda: next(clock))
     watch = Watch(total=100, committed=30)
@@ -497,7 +505,7 @@ def test_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(last) == "80 of 100 files, 3 errors, 10 files/s, 0:02 left"
 
 
-def test_progress_is_shown_as_a_line_unless_a_function_takes_it(
+def test_progress_is_shown_as_a_line_unless_a_function_is_given(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen: list[Progress] = []
