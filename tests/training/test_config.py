@@ -1,4 +1,4 @@
-"""What a recipe accepts, and that it survives being written down."""
+"""Which settings a recipe accepts, and that it can be written and read."""
 
 from dataclasses import replace
 

@@ -1,3 +1,5 @@
+"""Crops, normalisation, the order of an epoch, and each augmentation against a known answer."""
+
 import dataclasses
 from typing import Any
 
@@ -26,13 +28,13 @@ FEATURES = FeatureConfig()
 
 
 def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfig:
-    """A recipe with no augmentation but what is asked for."""
+    """A recipe with only the given augmentations."""
     changed = dataclasses.replace(PLAIN, **({"random_crop": False} | augment))
     return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
 
 
 def ramp_clips() -> Clips:
-    """Two clips whose value is the frame's number plus one: 5 and 9 frames long, 3 bins."""
+    """Two clips of 5 and 9 frames and 3 bins, whose values are the frame's index plus one."""
     raw = np.tile(np.arange(1, 10, dtype=np.float32), (2, 3, 1))
     identity = Normalisation(np.zeros(3), np.ones(3))
     return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), identity, CPU)
@@ -46,7 +48,7 @@ def test_a_crop_is_cut_from_the_clip_and_padded_beyond_it():
     assert valid[1, 0, 0].tolist() == [True, True, True, False]
 
 
-def test_normalisation_is_that_of_the_valid_frames():
+def test_normalisation_is_measured_over_the_valid_frames():
     rng = np.random.default_rng(0)
     features = rng.normal(5, 3, (4, 6, 20)).astype(np.float32)
     lengths = np.array([20, 3, 11, 8])
@@ -77,14 +79,14 @@ def test_rows_do_not_depend_on_the_order_of_the_shards(memory_shards):
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 80))
-def test_an_epoch_is_a_permutation_of_its_own(seed, epoch, rows):
+def test_the_order_of_an_epoch_is_a_reproducible_permutation(seed, epoch, rows):
     labels = torch.zeros(rows, dtype=torch.long)
     order = epoch_order(seed, epoch, labels)
     assert sorted(order.tolist()) == list(range(rows))
     assert torch.equal(order, epoch_order(seed, epoch, labels))
 
 
-def test_balanced_order_draws_rare_labels_as_often():
+def test_balanced_order_draws_all_labels_equally_often():
     labels = torch.tensor([0] * 900 + [1] * 100)
     drawn = labels[epoch_order(0, 0, labels, balanced=True)]
     assert 0.4 < drawn.float().mean() < 0.6
@@ -95,11 +97,11 @@ def test_seeds_of_different_steps_differ():
 
 
 @pytest.mark.parametrize(("rows", "batch", "steps"), [(100, 32, 3), (32, 32, 1), (5, 32, 1)])
-def test_steps(rows, batch, steps):
+def test_steps_per_epoch(rows, batch, steps):
     assert steps_per_epoch(rows, batch) == steps
 
 
-def test_everything_off_is_the_plain_crop():
+def test_without_augmentation_the_batch_is_the_plain_crop():
     clips = ramp_clips()
     batch, targets = Augment(plain(9), FEATURES, 2, torch.ones(3))(clips, torch.tensor([1]))
     assert batch[0, 0, 0].tolist() == list(range(1, 10))
@@ -107,14 +109,14 @@ def test_everything_off_is_the_plain_crop():
 
 
 @pytest.mark.parametrize(("crop", "first", "last"), [(5, 3, 7), (3, 4, 6), (13, 0, 0)])
-def test_without_random_crop_the_middle_is_taken(crop, first, last):
+def test_without_random_crop_clips_are_centred(crop, first, last):
     augment = Augment(plain(crop), FEATURES, 2, torch.ones(3))
     batch, _ = augment(ramp_clips(), torch.tensor([1, 1, 1, 1]))
     assert batch[:, 0, 0, 0].tolist() == [first] * 4
     assert batch[:, 0, 0, -1].tolist() == [last] * 4
 
 
-def test_gain_raises_every_bin_by_its_response_where_there_is_sound():
+def test_gain_raises_every_bin_of_the_valid_frames_by_its_response():
     torch.manual_seed(0)
     response = torch.tensor([1.0, 0.5, 0.0])
     clips, rows = ramp_clips(), torch.zeros(64, dtype=torch.long)
@@ -147,7 +149,7 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
         for one, length in enumerate(lengths):
             x, y = before[one, :, :length], after[one, :, :length]
             other = before[1 - one, :, : lengths[1 - one]]
-            # The same course in every bin, with one share of the other clip in all of them.
+            # Every bin has the same course over time, and the same share of the other clip.
             torch.testing.assert_close(
                 (y - y.mean(1, keepdim=True)) / y.std(1, keepdim=True),
                 (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True),
@@ -159,7 +161,7 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
             assert -1e-3 <= float(shares[0]) <= 1.001
 
 
-def test_masks_blank_frames_and_bins():
+def test_masks_zero_frames_and_bins():
     torch.manual_seed(0)
     ones = Clips(torch.ones(1, 40, 20).half(), torch.tensor([40]), torch.tensor([0]))
     rows = torch.zeros(200, dtype=torch.long)
@@ -176,7 +178,7 @@ def test_masks_blank_frames_and_bins():
     assert 5 < bins.max() < 10
 
 
-def test_augmentation_follows_the_seed():
+def test_the_seed_determines_the_augmentation():
     config = TrainConfig(crop_frames=6, augment=AugmentConfig(time_mask_frames=3, tempo=0.1))
     augment = Augment(config, FEATURES, 2, torch.ones(3))
     clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
@@ -195,7 +197,7 @@ def require_spread(factors: torch.Tensor) -> None:
     assert factors.max() == pytest.approx(1.18, abs=0.021)
 
 
-def test_tempo_stretches_every_clip_by_a_factor_of_its_own():
+def test_tempo_stretches_each_clip_by_another_factor():
     torch.manual_seed(0)
     picture = torch.arange(100.0)[:, None].expand(100, 20)
     clips = Clips(picture[None].half(), torch.tensor([100]), torch.tensor([0]))
@@ -207,7 +209,7 @@ def test_tempo_stretches_every_clip_by_a_factor_of_its_own():
     require_spread(speeds)
 
 
-def test_vtlp_warps_every_clip_by_a_factor_of_its_own_and_leaves_mfcc():
+def test_vtlp_warps_each_clip_by_another_factor_and_does_not_change_mfcc():
     torch.manual_seed(0)
     features = FeatureConfig(window_length=100, hop_length=100, num_mels=40, num_mfcc=20)
     kinds: tuple[tuple[Kind, int], ...] = (("spectrogram", 51), ("mfcc", 20))
@@ -217,7 +219,7 @@ def test_vtlp_warps_every_clip_by_a_factor_of_its_own_and_leaves_mfcc():
         recipe = plain(40, feature, vtlp=0.2)
         augment = Augment(recipe, features, 2, torch.ones(num_bins))
         batch, _ = augment(clips, torch.zeros(50, dtype=torch.long))
-        # Below the boundary a bin shows what lay at a multiple of its frequency.
+        # Below the boundary, a bin holds what was at a multiple of its frequency.
         shares = batch[:, 0, 1:16] / torch.arange(1, 16)[:, None]
         torch.testing.assert_close(shares, shares[:, :1, :1].expand_as(shares), atol=1e-2, rtol=0)
         if feature == "mfcc":
@@ -226,7 +228,7 @@ def test_vtlp_warps_every_clip_by_a_factor_of_its_own_and_leaves_mfcc():
             require_spread(1 / shares[:, 0, 0])
 
 
-def test_mixup_targets_are_the_mixture():
+def test_mixup_mixes_targets_as_it_mixes_clips():
     torch.manual_seed(0)
     clips = Clips(
         torch.tensor([0.0, 1.0]).reshape(2, 1, 1).repeat(1, 4, 2).half(),
@@ -242,7 +244,7 @@ def test_mixup_targets_are_the_mixture():
 
 
 @pytest.mark.parametrize("kind", ["mel", "mfcc"])
-def test_gain_is_what_a_louder_recording_would_have(kind):
+def test_gain_response_equals_the_difference_of_a_louder_recording(kind):
     import torchaudio
 
     rng = np.random.default_rng(0)

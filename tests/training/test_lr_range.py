@@ -1,4 +1,4 @@
-"""The range test's proposal: on curves whose answer is known, and on clips that can be learned."""
+"""The range test's proposal on loss curves with a known answer, and on a small training."""
 
 import numpy as np
 import pytest
@@ -14,14 +14,14 @@ RATES = np.geomspace(1e-6, 1.0, 300)
 
 
 def test_the_bounds_are_where_the_loss_begins_and_ends_to_fall():
-    # Flat, a straight fall on the logarithmic scale from 1e-4 to 1e-2, flat, then away.
+    # Flat, then falling from 1e-4 to 1e-2, straight on the logarithmic scale, flat, then rising.
     losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
     found = propose(RATES, losses)
     assert found.lr_min == pytest.approx(10**-3.8, rel=0.3)
     assert found.lr_max == pytest.approx(10**-2.2, rel=0.3)
 
 
-def test_noise_moves_them_little():
+def test_noise_changes_the_bounds_little():
     losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
     clean = propose(RATES, losses)
     noisy = propose(RATES, losses + np.random.default_rng(0).normal(0, 0.15, len(losses)))
@@ -30,12 +30,12 @@ def test_noise_moves_them_little():
 
 
 @pytest.mark.parametrize("losses", [np.linspace(1, 5, 300), np.ones(300), np.ones(0)])
-def test_a_loss_that_never_falls_says_so(losses):
+def test_a_loss_that_never_falls_is_an_error(losses):
     with pytest.raises(DivergedError, match="did not fall"):
         propose(RATES[: len(losses)], losses)
 
 
-def test_it_ends_where_the_loss_goes_off_and_its_bounds_are_a_recipe(memory_shards):
+def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(memory_shards):
     config = TrainConfig(
         protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=PLAIN
     )

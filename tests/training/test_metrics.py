@@ -1,3 +1,5 @@
+"""Scores against scikit-learn's."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,14 +24,14 @@ def test_scores_equal_scikit_learn(pairs):
 
 
 @given(pairs, st.integers(1, 4))
-def test_counts_of_parts_sum_to_the_counts_of_the_whole(pairs, parts):
+def test_confusion_counts_of_subsets_sum_to_those_of_the_full_set(pairs, parts):
     truth, predicted = np.array(pairs).T
     whole = count_confusion(truth, predicted, 5)
     split = sum(count_confusion(truth[r::parts], predicted[r::parts], 5) for r in range(parts))
     assert (whole == split).all()
 
 
-def test_loss_is_the_mean_log_likelihood():
+def test_loss_is_the_mean_negative_log_likelihood():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(4), 50)
     truth = rng.integers(0, 4, 50)

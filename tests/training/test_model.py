@@ -1,3 +1,5 @@
+"""The network against torchvision's, and the weights files that it can start from."""
+
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ def rgb_network() -> torch.nn.Module:
 
 
 def one_channel_torchvision(num_labels: int) -> nn.Module:
-    """torchvision's ResNet18 whose first layer is replaced by one of one channel."""
+    """torchvision's ResNet18 with its first layer replaced by a one-channel convolution."""
     network = resnet18(num_classes=num_labels)
     network.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -52,10 +54,10 @@ def test_outputs_and_gradients_are_those_of_torchvision(layout):
         assert torch.equal(own.eval()(batch), expected.eval()(batch))
 
 
-def test_folding_batch_norm_leaves_the_function_as_it_was():
+def test_folding_batch_norm_does_not_change_the_outputs():
     torch.manual_seed(1)
     network = ResNet18(5)
-    for _ in range(3):  # so that the statistics are not those of a fresh network
+    for _ in range(3):  # so that the statistics differ from the initial ones
         network(torch.randn(8, 1, 64, 64) * 3 + 1)
     batch = torch.randn(3, 1, 64, 64)
     with torch.no_grad():
@@ -65,17 +67,17 @@ def test_folding_batch_norm_leaves_the_function_as_it_was():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
-def test_the_address_of_the_imagenet_weights_is_torchvisions():
+def test_the_url_of_the_imagenet_weights_is_torchvisions():
     assert ResNet18_Weights.IMAGENET1K_V1.url == IMAGENET_URL
 
 
-def test_one_channel_answers_as_rgb_does_to_three_equal_channels(rgb_network, tmp_path):
+def test_one_channel_gives_the_outputs_of_three_equal_rgb_channels(rgb_network, tmp_path):
     torch.save(rgb_network.state_dict(), tmp_path / "rgb.pth")
     pretrained = read_pretrained(str(tmp_path / "rgb.pth"), num_labels=8)
     network = ResNet18(8).eval()
     network.load_state_dict(network.state_dict() | pretrained.state)
     image = torch.randn(2, 1, 64, 50)
-    # The last layers differ in size, so compare what enters them.
+    # The last layers differ in size, so their inputs are compared.
     for either in (network, rgb_network):
         setattr(either, "fc", nn.Identity())  # noqa: B010 - the type of `fc` is narrower
     with torch.no_grad():
@@ -89,7 +91,7 @@ def test_one_channel_answers_as_rgb_does_to_three_equal_channels(rgb_network, tm
     "layout",
     ["plain", "state_dict", "module.", "_orig_mod.module.", "network.model.", "safetensors"],
 )
-def test_usual_layouts_are_read(rgb_network, tmp_path, layout):
+def test_common_layouts_of_weights_files_are_read(rgb_network, tmp_path, layout):
     state = rgb_network.state_dict()
     path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
     if layout == "safetensors":
@@ -103,7 +105,7 @@ def test_usual_layouts_are_read(rgb_network, tmp_path, layout):
     assert torch.equal(pretrained.state["conv1.weight"], state["conv1.weight"].sum(1, keepdim=True))
 
 
-def test_a_file_of_the_first_stages_names_what_starts_fresh(rgb_network, tmp_path):
+def test_layers_missing_from_the_file_are_named_as_fresh(rgb_network, tmp_path):
     state = {
         k: v for k, v in rgb_network.state_dict().items() if not k.startswith(("layer4", "fc"))
     }
@@ -111,7 +113,7 @@ def test_a_file_of_the_first_stages_names_what_starts_fresh(rgb_network, tmp_pat
     assert read_pretrained(str(tmp_path / "w.pth"), 8).origin.endswith("; fresh: fc, layer4")
 
 
-def test_a_file_without_the_counters_of_batch_norm_is_whole(rgb_network, tmp_path):
+def test_missing_batch_norm_counters_are_not_named_as_fresh(rgb_network, tmp_path):
     state = rgb_network.state_dict()
     torch.save({k: v for k, v in state.items() if "tracked" not in k}, tmp_path / "w.pth")
     assert read_pretrained(str(tmp_path / "w.pth"), 1000).origin == "weights of w.pth"
@@ -165,13 +167,13 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, content):
         (_absent, "no such file; --weights takes imagenet, none or a file"),
     ],
 )
-def test_unusable_weights_say_why(tmp_path, spoil, message):
+def test_the_error_of_unusable_weights_names_the_reason(tmp_path, spoil, message):
     spoil(tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=message):
         read_pretrained(str(tmp_path / "w.pth"), 8)
 
 
-def test_without_a_network_the_error_names_the_other_choices(monkeypatch):
+def test_the_error_of_a_failed_download_names_the_alternatives(monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 

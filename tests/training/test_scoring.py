@@ -1,4 +1,4 @@
-"""The windows of a clip, and that a clip's score is its own."""
+"""The windows of a clip, and that a clip's score does not depend on the other clips."""
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def test_windows_cover_every_frame_and_reach_both_ends(num_frames, crop):
         assert starts[-1] + crop == num_frames
 
 
-def test_window_batches_name_every_window_once():
+def test_window_batches_contain_every_window_once():
     num_frames = np.array([10, 25, 7])
     batches = list(window_batches(num_frames, np.array([0, 1, 2]), crop_frames=10, batch_size=2))
     pairs = [(int(c), int(s)) for clip, start in batches for c, s in zip(clip, start, strict=True)]
@@ -32,7 +32,7 @@ def test_window_batches_name_every_window_once():
     assert max(len(clip) for clip, _ in batches) == 2
 
 
-def test_a_clip_scores_as_the_mean_of_its_windows_whatever_is_scored_beside_it():
+def test_a_clips_probabilities_are_the_mean_of_its_windows_whatever_else_is_scored():
     torch.manual_seed(0)
     features, lengths = torch.randn(9, 90, 20).half(), torch.randint(5, 91, (9,))
     for clip, length in zip(features, lengths, strict=True):

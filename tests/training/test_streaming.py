@@ -1,4 +1,4 @@
-"""Streamed training clips: their order, the loop on them, and Ray Data under it."""
+"""Streamed training clips: their order, and training on them, with and without Ray Data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,7 +36,9 @@ CPU = torch.device("cpu")
     st.lists(st.integers(1, 9), min_size=1, max_size=12),
     st.integers(1, 8),
 )
-def test_an_epoch_takes_each_clip_once_and_each_lane_reads_whole_parts(seed, epoch, sizes, batch):
+def test_an_epoch_uses_each_clip_once_and_a_lane_does_not_return_to_a_part(
+    seed, epoch, sizes, batch
+):
     parts = np.repeat(np.arange(len(sizes)), sizes)
     batch = min(batch, len(parts))
     order = stream_order(seed, epoch, parts, batch)
@@ -44,17 +46,17 @@ def test_an_epoch_takes_each_clip_once_and_each_lane_reads_whole_parts(seed, epo
     assert len(np.unique(order)) == order.size
     np.testing.assert_array_equal(order, stream_order(seed, epoch, parts, batch))
     changes = sum(a != b for lane in parts[order].T for a, b in pairwise(lane))
-    assert changes < len(sizes)  # a part that a lane leaves is not met again
+    assert changes < len(sizes)  # no lane returns to a part
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     parts = np.repeat(np.arange(10), 20)
     orders = [stream_order(seed, epoch, parts, 8).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(one != other for one, other in pairwise([*orders, orders[0]]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_workers_share_out_every_batch_whatever_the_windows(size):
+def test_the_shares_of_all_workers_add_up_to_every_batch(size):
     parts = np.repeat(np.arange(10), 7)
     config = replace(CONFIG, batch_size=8)
     lanes = [Lanes(config, World(rank, size), parts) for rank in range(size)]
@@ -70,7 +72,7 @@ def test_workers_share_out_every_batch_whatever_the_windows(size):
 
 
 class Spy:
-    """A `Fetch` that notes what is asked for, and hands it over in pieces."""
+    """A `Fetch` that records the requested items and returns arrays in pieces."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
@@ -91,7 +93,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "WINDOW_BYTES", 18 * 16 * 24 * 2)
 
 
-def test_a_stream_brings_the_clips_and_labels_that_are_resident_otherwise(memory_shards, small):
+def test_streamed_clips_and_labels_equal_the_resident_ones(memory_shards, small):
     spy = Spy()
     streamed = stream_fold(memory_shards, CONFIG, CPU, World(), spy, None)
     resident = load_fold(memory_shards, CONFIG, CPU)
@@ -110,7 +112,7 @@ def test_a_stream_brings_the_clips_and_labels_that_are_resident_otherwise(memory
     assert windows == [Window(1, 1, 4), Window(2, 0, 3)], "nothing is read before it is needed"
 
 
-def test_a_streamed_training_takes_the_same_steps_and_learns(memory_shards, small, tmp_path):
+def test_a_streamed_training_has_the_same_learning_rates_and_learns(memory_shards, small, tmp_path):
     config = replace(CONFIG, epochs=8, batch_size=8, augment=PLAIN, label_smoothing=0)
     streamed = trained(memory_shards, tmp_path / "streamed", config, stream=map).reports
     resident = trained(memory_shards, tmp_path / "resident", config).reports
@@ -121,7 +123,7 @@ def test_a_streamed_training_takes_the_same_steps_and_learns(memory_shards, smal
     assert max(report.row["val_ua"] for report in streamed) > 0.6  # chance is 0.25
 
 
-def test_a_stream_resumed_in_mid_epoch_is_bit_for_bit_uninterrupted(
+def test_a_stream_resumed_in_mid_epoch_equals_an_uninterrupted_one_bit_for_bit(
     memory_shards, small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop, "PREEMPTION_CHECK_STEPS", 3)
@@ -135,7 +137,7 @@ def test_a_stream_resumed_in_mid_epoch_is_bit_for_bit_uninterrupted(
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_what_a_stream_cannot_do_is_refused(memory_shards, small, tmp_path):
+def test_balanced_draws_and_resident_checkpoints_cannot_be_streamed(memory_shards, small, tmp_path):
     with pytest.raises(ConfigError, match="--ingest resident, or without --balanced"):
         trained(memory_shards, tmp_path, replace(CONFIG, balanced=True), stream=map)
     trained(memory_shards, tmp_path / "resident")
@@ -143,7 +145,9 @@ def test_what_a_stream_cannot_do_is_refused(memory_shards, small, tmp_path):
         trained(memory_shards, tmp_path, resume=tmp_path / "resident" / "1", stream=map)
 
 
-def test_auto_streams_what_fills_half_of_a_workers_memory(memory_shards, monkeypatch):
+def test_auto_streams_if_the_clips_need_more_than_half_of_a_workers_memory(
+    memory_shards, monkeypatch
+):
     needed = resident_bytes(memory_shards, CONFIG)
     data = load_fold(memory_shards, CONFIG, CPU)
     assert needed == data.train.features.nbytes + data.validation.features.nbytes

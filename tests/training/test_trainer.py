@@ -39,7 +39,7 @@ CONFIG = TrainConfig(
 
 
 class Recorder:
-    """Keeps every epoch's report and checkpoint."""
+    """Records every epoch's report and writes its checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,13 +63,13 @@ def trained(shards, folder: Path, config: TrainConfig = CONFIG, **how) -> Record
 
 
 class SmallNetwork(nn.Module):
-    """What the loop knows of a network, in a thousandth of the time: convolutions, batch norm."""
+    """A network with convolutions and batch norm that takes a thousandth of ResNet18's time."""
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 8, 5, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(8)
-        # With several channels in and out, channels-last is another order in memory.
+        # Only with several channels in and out do memory formats differ.
         self.inner = nn.Conv2d(8, 8, 3, padding=1, bias=False)
         self.fc = nn.Linear(8 * 6, num_labels)
 
@@ -83,7 +83,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "ResNet18", SmallNetwork)
 
 
-def test_onecycle_goes_from_lr_min_over_lr_max_to_its_end(memory_shards, tmp_path):
+def test_onecycle_rises_from_lr_min_to_lr_max_and_falls_to_its_end(memory_shards, tmp_path):
     rates = [
         rate
         for report in trained(memory_shards, tmp_path).reports
@@ -134,7 +134,7 @@ def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
     assert betas[0] - betas[-1] > 0.03
 
 
-def test_the_epoch_kept_is_the_last_or_the_best_on_validation(memory_shards, tmp_path):
+def test_the_selected_epoch_is_the_last_or_the_best_on_validation(memory_shards, tmp_path):
     restless = replace(CONFIG, epochs=6, lr_max=0.5, pct_start=0.9)
     last, best = (
         trained(memory_shards, tmp_path / keep, replace(restless, keep=keep)).reports
@@ -150,11 +150,11 @@ def test_the_epoch_kept_is_the_last_or_the_best_on_validation(memory_shards, tmp
 
 
 @pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
-def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
+def test_the_loss_includes_label_smoothing(memory_shards, smoothing, expected):
     config = replace(CONFIG, label_smoothing=smoothing)
     run = new_trainer(memory_shards, config)
     run.data.train.labels.zero_()  # type: ignore[attr-defined]
-    with torch.no_grad():  # it is sure that every clip has label 0, and right
+    with torch.no_grad():  # the network predicts label 0, which is correct, with certainty
         run.network.fc.weight.zero_()
         run.network.fc.bias.copy_(torch.tensor([20.0, 0, 0, 0]))
     run.begin_epoch()
@@ -162,12 +162,12 @@ def test_label_smoothing_is_in_the_loss(memory_shards, smoothing, expected):
     assert float(run.losses[0]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
+def test_sam_uses_the_gradient_at_the_perturbed_weights(memory_shards, monkeypatch):
     monkeypatch.setattr(loop, "supports_bfloat16", lambda *_: False)
     radius = 0.5
     config = replace(CONFIG, augment=PLAIN, sam_rho=radius)
     run = new_trainer(memory_shards, config)
-    network, climber = copy.deepcopy(run.network), copy.deepcopy(run.network)
+    network, perturbed = copy.deepcopy(run.network), copy.deepcopy(run.network)
     batch = next(run.data.train.batches(config, loop.World(), 0, 0))
     torch.manual_seed(batch.seed)
     features, targets = run.augment(batch.clips, batch.rows)
@@ -180,23 +180,23 @@ def test_sam_steps_by_the_gradient_up_the_slope(memory_shards, monkeypatch):
     gradients = [value.grad for value in network.parameters() if value.grad is not None]
     length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     with torch.no_grad():
-        for value, gradient in zip(climber.parameters(), gradients, strict=True):
+        for value, gradient in zip(perturbed.parameters(), gradients, strict=True):
             value.add_(radius * gradient / length)
-    differentiate(climber)
+    differentiate(perturbed)
 
     before = copy.deepcopy(run.network)
     run.update_weights(batch)
     for found, expected, flat, first in zip(
-        *(net.parameters() for net in (run.network, climber, network, before)), strict=True
+        *(net.parameters() for net in (run.network, perturbed, network, before)), strict=True
     ):
         torch.testing.assert_close(found.grad, expected.grad)
         assert not torch.allclose(found.grad, flat.grad, rtol=0.01)
-        assert (found - first).abs().max() < 1.1 * config.lr_min  # it came down again
+        assert (found - first).abs().max() < 1.1 * config.lr_min  # the perturbation was undone
     for found, expected in zip(run.network.buffers(), network.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_it_learns_what_can_be_learned(memory_shards, tmp_path):
+def test_training_lowers_the_loss_and_beats_chance(memory_shards, tmp_path):
     config = replace(CONFIG, epochs=12, batch_size=8, augment=PLAIN, label_smoothing=0)
     reports = trained(memory_shards, tmp_path, config).reports
     assert reports[-1].row["train_loss"] < 0.7 * reports[0].row["train_loss"]
@@ -218,7 +218,7 @@ def test_no_step_waits_for_the_gpu(memory_shards, extra):
 
 
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "sam_rho": 0.1}])
-def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(memory_shards, tmp_path, extra):
     config = replace(CONFIG, **extra)
     whole = trained(memory_shards, tmp_path / "whole", config)
     rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
@@ -228,7 +228,9 @@ def test_resumed_is_bit_for_bit_uninterrupted(memory_shards, tmp_path, extra):
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_path, monkeypatch):
+def test_averaged_weights_equal_those_of_torchs_averaged_model(
+    memory_shards, tmp_path, monkeypatch
+):
     averages: list[AveragedModel] = []
     update = loop.update_ema
 
@@ -247,14 +249,12 @@ def test_averaged_weights_are_those_of_torchs_own_average(memory_shards, tmp_pat
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "after an epoch's last step"])
-def test_resumed_from_a_notice_is_bit_for_bit_uninterrupted(
+def test_resuming_after_a_preemption_notice_equals_an_uninterrupted_training(
     memory_shards, tmp_path, monkeypatch, step
 ):
     monkeypatch.setattr(loop, "PREEMPTION_CHECK_STEPS", step)
     config = replace(CONFIG, batch_size=6)
-    assert (
-        len(load_fold(memory_shards, config, torch.device("cpu")).train) // config.batch_size == 4
-    )
+    assert len(load_fold(memory_shards, config, CPU).train) // config.batch_size == 4
     asked = iter([False, True])
     whole = trained(
         memory_shards, tmp_path / "1", config, preemption_check=lambda: next(asked, False)
@@ -270,7 +270,7 @@ def test_resumed_from_a_notice_is_bit_for_bit_uninterrupted(
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_a_snapshot_holds_still_while_training_goes_on(memory_shards, tmp_path):
+def test_a_snapshot_does_not_change_while_training_continues(memory_shards, tmp_path):
     snapshots = []
     fit(CONFIG, memory_shards, FRESH, lambda _, make_snapshot: snapshots.append(make_snapshot()))
     again = trained(memory_shards, tmp_path)
@@ -281,9 +281,9 @@ def test_a_snapshot_holds_still_while_training_goes_on(memory_shards, tmp_path):
         assert len(snapshot.progress["history"]) == index + 1
 
 
-def test_validation_equals_scikit_learn_on_the_predictions(memory_shards, tmp_path):
+def test_validation_ua_equals_scikit_learns_on_the_same_predictions(memory_shards, tmp_path):
     report = trained(memory_shards, tmp_path).reports[-1]
-    data = load_fold(memory_shards, CONFIG, torch.device("cpu"))
+    data = load_fold(memory_shards, CONFIG, CPU)
     network = SmallNetwork(len(data.labels))
     network.load_state_dict(load_file(tmp_path / "3" / MODEL))
     rows = np.arange(len(data.validation))
@@ -305,14 +305,14 @@ def test_patience_stops_early(memory_shards, tmp_path):
     assert best == len(reports) - 2
 
 
-def test_a_loss_that_is_not_finite_names_its_step(memory_shards, tmp_path):
-    rows = load_fold(memory_shards, CONFIG, torch.device("cpu")).split.train
+def test_the_error_of_a_loss_that_is_not_finite_names_the_step(memory_shards, tmp_path):
+    rows = load_fold(memory_shards, CONFIG, CPU).split.train
     memory_shards.values[rows[0]] = np.nan
     with pytest.raises(DivergedError, match="loss of step 0 of epoch 1 is not finite"):
         trained(memory_shards, tmp_path)
 
 
-def test_a_weight_that_is_not_finite_is_named_though_the_loss_is(
+def test_a_weight_that_is_not_finite_is_named_even_if_the_loss_is_finite(
     memory_shards, tmp_path, monkeypatch
 ):
     class Unused(NoBatchNorm):
@@ -335,7 +335,7 @@ def test_a_weight_that_is_not_finite_is_named_though_the_loss_is(
         ({"avx512_bf16": True}, 64, 32, False),
     ],
 )
-def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
+def test_a_cpu_trains_in_bfloat16_if_it_supports_it_and_inputs_are_large(
     able, bins, frames, bfloat16, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
@@ -343,14 +343,14 @@ def test_a_cpu_learns_in_bfloat16_where_it_multiplies_it_and_pictures_are_large(
 
 
 @pytest.mark.parametrize(("bins", "frames"), [(33, 33), (40, 128)])
-def test_bfloat16_leaves_finite_gradients_that_another_run_has_too(bins, frames):
+def test_bfloat16_gradients_are_finite_and_reproducible(bins, frames):
     if not loop.supports_bfloat16(CPU, bins, frames):
         pytest.skip("needs a CPU that multiplies bfloat16")
     gradients = []
     for _ in range(2):
         torch.manual_seed(0)
         network = to_channels_last(ResNet18(4), CPU)
-        for _ in range(4):  # what a first one leaves in memory, the next ones find
+        for _ in range(4):  # later passes reuse the memory of the first
             with torch.autocast("cpu", torch.bfloat16):
                 network(torch.randn(8, 1, bins, frames)).square().mean().backward()
         gradients.append([value.grad for value in network.parameters() if value.grad is not None])
@@ -360,7 +360,7 @@ def test_bfloat16_leaves_finite_gradients_that_another_run_has_too(bins, frames)
         assert torch.equal(gradient, again)
 
 
-def test_whether_it_is_bfloat16_depends_on_the_feature_that_is_seen(monkeypatch):
+def test_bfloat16_is_chosen_by_the_size_of_the_trained_feature(monkeypatch):
     asked: list[tuple[int, int]] = []
 
     def ask(device: torch.device, num_bins: int, num_frames: int) -> bool:
@@ -398,7 +398,7 @@ def test_more_workers_than_clips_in_a_batch_are_refused(memory_shards, monkeypat
 
 
 class NoBatchNorm(nn.Module):
-    """A network whose result does not depend on how a batch is shared out."""
+    """A network whose result does not depend on how a batch is split over workers."""
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ class NoBatchNorm(nn.Module):
 def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
-    loop.supports_bfloat16 = lambda *_: False  # its rounding would hide what is to be seen
+    loop.supports_bfloat16 = lambda *_: False  # its rounding would hide differences
     if network == "no batch norm":
         loop.ResNet18 = NoBatchNorm  # type: ignore[misc,assignment]
     if size > 1:
@@ -428,7 +428,7 @@ def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainCo
     loop.Trainer.update_weights = spy  # type: ignore[assignment,method-assign]
     reports: list[EpochReport] = []
     validated: list[str] = []
-    """What each epoch's checkpoint holds, bit for bit: all ranks must have validated the same."""
+    """Hash of each epoch's weights: all ranks must have validated the same network."""
 
     def keep(epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         assert epoch is not None
@@ -458,7 +458,7 @@ def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFI
     return results[0]
 
 
-def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
+def test_bfloat16_trains_as_float32_does_and_validates_in_float32(
     memory_shards, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop, "ResNet18", NoBatchNorm)
@@ -481,7 +481,7 @@ def test_bfloat16_learns_what_float32_does_and_validates_in_float32(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sam_rho", [0.0, 0.1])
-def test_the_same_run_with_one_two_and_three_workers(tmp_path, sam_rho):
+def test_one_two_and_three_workers_train_the_same(tmp_path, sam_rho):
     config = replace(CONFIG, sam_rho=sam_rho)
     one, two, three = (run_world(n, "no batch norm", tmp_path / str(n), config) for n in (1, 2, 3))
     for many in (two, three):
@@ -493,7 +493,7 @@ def test_the_same_run_with_one_two_and_three_workers(tmp_path, sam_rho):
 
 
 @pytest.mark.slow
-def test_resnet18_takes_the_same_steps_and_all_workers_validate_the_same_network(tmp_path):
+def test_resnet18_sees_the_same_batches_and_all_workers_validate_the_same_network(tmp_path):
     # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
     config = replace(CONFIG, ema_decay=0.9)
     one, two = (run_world(n, "resnet18", tmp_path / str(n), config) for n in (1, 2))

@@ -1,4 +1,4 @@
-"""Where vocal-tract-length perturbation moves a tone."""
+"""The frequency to which vocal-tract-length perturbation moves a tone."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def tone(hertz: float, kind: Kind) -> np.ndarray:
 
 
 def height(features: np.ndarray) -> float:
-    """Bin of the tone in [bins, frames] dB: the centre of the power around the peak."""
+    """Fractional bin of the tone in [bins, frames] dB: the centre of the power around the peak."""
     decibels = features[:, 5:35].mean(axis=1)
     peak = int(decibels.argmax())
     bins = np.arange(max(peak - 2, 0), min(peak + 3, len(decibels)))
@@ -44,7 +44,7 @@ def height(features: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", ["mel", "spectrogram"])
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize("hertz", [500.0, 1000.0, 2500.0, 4000.0, 6500.0])
-def test_a_tone_lands_at_the_frequency_of_the_paper(kind, factor, hertz, monkeypatch):
+def test_a_tone_moves_to_the_frequency_of_the_papers_equation(kind, factor, hertz, monkeypatch):
     monkeypatch.setattr(module, "_around_one", lambda spread, rows: torch.full((1,), 1 + spread))
     plain = {name: getattr(PLAIN, name) for name in PLAIN.__dataclass_fields__}
     config = TrainConfig(
