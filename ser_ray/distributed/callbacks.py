@@ -1,4 +1,4 @@
-"""What Ray Train's controller does for the driver: it forwards epochs and permanent errors."""
+"""The callback by which Ray Train's controller forwards epochs and ends hopeless trainings."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from ser_ray.errors import is_permanent
 
 
 class DriverCallback(UserCallback):
-    """Runs in Ray's controller. A callback that raises ends the training, whatever failures remain.
+    """Runs in Ray's controller. If it raises, the training ends, whatever `max_failures` is.
 
     Args:
-        queue: gets the report of every epoch. Where it is gone, `put` raises: that is how
-            `ser_ray.distributed.group.WorkerGroup` stops a training.
+        queue: receives the report of every epoch. `put` raises once the queue is shut down, which
+            is how `ser_ray.distributed.group.WorkerGroup` stops a training.
     """
 
     def __init__(self, queue: Queue) -> None:

@@ -30,13 +30,13 @@ class RunConfig:
     audio: bool = True
     """Include in the report the sound of the validation clips that it shows."""
     max_failures: int = 3
-    """How often lost workers are replaced before the run fails; -1 is without limit."""
+    """How often lost workers are replaced before the run fails; -1 sets no limit."""
 
     def __post_init__(self) -> None:
         fewest, most = self.worker_range
         if not 1 <= fewest <= most:
             raise ConfigError(
-                f"workers is {self.workers}: it must be at least 1, and a range must not go down"
+                f"workers is {self.workers}: it must be at least 1, and a range must not decrease"
             )
         if self.max_failures < -1:
             raise ConfigError(

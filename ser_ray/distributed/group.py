@@ -2,9 +2,9 @@
 
     loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.epochs` in the caller
 
-Ray replaces a lost worker, and `WorkerGroup` a lost controller; the new ones resume from the newest
-checkpoint. The queue may be lost with its driver, because a checkpoint holds the numbers of all
-epochs before it: a report that did not reach the caller is restored from there.
+Ray replaces a lost worker, and `WorkerGroup` replaces a lost controller; both resume from the
+newest checkpoint. If the queue is lost with its driver, nothing is missing: a checkpoint holds the
+numbers of all epochs before it, so reports that did not reach the caller are restored from there.
 """
 
 import logging
@@ -39,14 +39,14 @@ from ser_ray.training.model import Pretrained
 from ser_ray.training.streaming import resident_bytes
 
 POLL_SECONDS = 0.2
-"""Time between two looks at the workers' reports, of the controller and of the caller."""
+"""How often the controller and the caller look for reports of the workers."""
 START_SECONDS = 30.0
-"""How long Ray waits for the places of a new group before it looks again how many there are.
+"""How long Ray waits for the placement group of new workers before it counts the nodes again.
 
-Its list of nodes may be 20 s old: the second attempt knows that a node is gone. Workers that have
-their places may take as long as they need, to install their environment for instance."""
+Ray's list of nodes may be 20 s old, so only the second attempt may notice that a node is gone.
+Workers that have their placement group are not limited, for instance to install packages."""
 START_ATTEMPTS = 60
-"""With START_SECONDS, half an hour for a cluster to start machines or to finish other work."""
+"""Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
 STOP_SECONDS = 60.0
 """Time that a stopped group has to end the epoch it is in."""
 
@@ -66,7 +66,7 @@ class Epoch:
     system_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of every node, by its address."""
     is_restored: bool = False
-    """It was read from a checkpoint, because it ended before this start or its report was lost."""
+    """Whether it was read from a checkpoint: it ended before this start, or its report was lost."""
 
 
 class WorkerGroup:
@@ -76,8 +76,8 @@ class WorkerGroup:
         folder: holds the checkpoints; the training resumes from the newest one.
         scaling: number and size of the workers.
         ingest: how a worker gets its training clips (`ser_ray.distributed.ingest`).
-        max_failures: how often lost workers are replaced, and controllers that were lost before
-            they stored a checkpoint; -1 is without limit.
+        max_failures: how often lost workers are replaced, and how often in a row a controller that
+            was lost before it stored a checkpoint; -1 sets no limit.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class WorkerGroup:
         """Ids of the placement groups that this job held before."""
 
     def epochs(self) -> Generator[Epoch]:
-        """Train to the end, and yield every epoch once; the first are those done before.
+        """Train to the end, and yield every epoch once, first those of earlier starts.
 
         Closing the iterator stops the group.
 
@@ -120,7 +120,7 @@ class WorkerGroup:
             try:
                 with closing(self._run_controller(start)) as running:
                     for epoch in chain(restored_epochs(start), running):
-                        # After a loss an epoch may be done again, with the same numbers.
+                        # After a loss an epoch may be repeated, with the same numbers.
                         if epoch.row["epoch"] not in yielded:
                             yielded.add(epoch.row["epoch"])
                             yield epoch
@@ -132,7 +132,7 @@ class WorkerGroup:
                 if is_over or failures > self.max_failures != -1:
                     raise self._failure(error) from error
                 logger.warning("Ray's training controller was lost: starting another")
-                # Ray's own cleaner asks the dashboard who is alive, and local clusters have none.
+                # Ray's own cleanup needs the dashboard, which local clusters do not have.
                 remove_placement_groups(placement_groups() - self.other_groups)
             else:
                 return
@@ -183,8 +183,8 @@ class WorkerGroup:
                 failure_config=ray.train.FailureConfig(
                     max_failures=self.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
-                # The two that were selected last, for one may be incomplete, and, always, the
-                # latest: `score` rises with every newly selected epoch.
+                # Ray always keeps the latest. Of the selected ones it keeps the last two, because
+                # the last may be incomplete: `score` rises with every newly selected epoch.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute="score"
                 ),
@@ -194,7 +194,7 @@ class WorkerGroup:
         )
 
     def _failure(self, error: Exception) -> SerRayError:
-        """The error for the user: our own where there is one, else what Ray says."""
+        """The error for the user: the SerRayError that caused it, or else Ray's message."""
         causes: list[Exception] = []
         if isinstance(error, ControllerError):
             causes = [error.controller_failure]
@@ -211,14 +211,14 @@ class WorkerGroup:
 
 
 class PlaceWatch:
-    """Ends a training that waits for room without end, as an elastic one does in Ray."""
+    """Ends a training that waits for room too long; Ray lets an elastic training wait forever."""
 
     def __init__(self, other_groups: set[str]) -> None:
         self.other_groups = other_groups
         self.had_places = self.looked = monotonic()
 
     def require_places(self) -> None:
-        """Look from time to time whether this training has a placement group.
+        """Check every START_SECONDS whether this training has a placement group.
 
         Raises:
             ResourcesError: it has had none for START_ATTEMPTS times START_SECONDS.
@@ -231,12 +231,12 @@ class PlaceWatch:
         elif self.looked - self.had_places >= START_SECONDS * START_ATTEMPTS:
             raise ResourcesError(
                 f"the cluster had no room for the workers for {START_SECONDS * START_ATTEMPTS:g} "
-                "seconds: give the same command again when it has, or ask for fewer workers"
+                "seconds: give the same command again when there is room, or ask for fewer workers"
             )
 
 
 def restored_epochs(checkpoint: StoredCheckpoint | None) -> Generator[Epoch]:
-    """Every epoch that a checkpoint holds the numbers of."""
+    """Yield every epoch whose numbers a checkpoint holds."""
     if checkpoint is None:
         return
     progress = checkpoint.progress

@@ -76,4 +76,4 @@ def fetch(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[n
         read_item, batch_size=None, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
     )
     for batch in windows.iter_batches(batch_size=None, prefetch_batches=1):
-        yield batch["values"].copy()  # Ray's array lies in the memory of its object store
+        yield batch["values"].copy()  # Ray's array is a view of its object store

@@ -1,8 +1,8 @@
 """One training on a cluster: its shards, its folder, its workers and its MLflow run.
 
-The tracker lives in the driver, so that neither MLflow nor the terminal sees workers come and go.
-Where the driver is lost, the same command resumes: the name of a run follows from its recipe and
-shards, and its folder holds everything that is needed.
+The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If the
+driver is lost, the same command resumes: the name of a run follows from its recipe and shards, and
+its folder holds everything that is needed.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 
 RESIZE_SECONDS = 30.0
-"""How often an elastic training looks whether there is room for more workers."""
+"""How often an elastic training checks whether there is room for more workers."""
 
 ShowEpoch = Callable[[dict[str, float]], None]
 """Shows the row of an epoch that has just ended."""
@@ -63,7 +63,7 @@ class TrainResult:
     run_id: str
     tracking_uri: str
     history: list[dict[str, float]]
-    """A row for every epoch."""
+    """One row per epoch."""
     selected: dict[str, float]
     """The row of the epoch whose weights are kept."""
 
@@ -108,14 +108,14 @@ def train(
 
 
 def run_name(config: TrainConfig, shards: ShardSet) -> str:
-    """Name that says what a run is, equal for equal recipes on equal shards."""
+    """Name of a run; the same recipe on the same shards gives the same name."""
     identity = f"{config.fingerprint}{shards.card.fingerprint}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return f"{config.feature}-{config.protocol}-fold{config.fold}-seed{config.seed}-{digest}"
 
 
 def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
-    """What must not change under a run's name."""
+    """What must be the same whenever a run of this name resumes."""
     return {
         "labels": list(shards.card.labels),
         "shards_fingerprint": shards.card.fingerprint,
@@ -179,7 +179,7 @@ def _start_tracker(
 
 def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
     """Run the training, if it has not finished, and log every epoch."""
-    if group.folder.record().get("finished"):  # but the tracking server was away at its end
+    if group.folder.record().get("finished"):  # the tracking server did not answer then
         epochs = restored_epochs(group.folder.newest())
     else:
         epochs = group.epochs()
@@ -196,7 +196,7 @@ def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
 def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: bool) -> None:
     """Keep the selected checkpoint under a fixed name, and complete the MLflow run.
 
-    A tracking server that is away now costs a warning: the same command delivers the rest later.
+    If the tracking server does not answer, it logs a warning: the same command delivers the rest.
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
     from ser_ray.evaluation.pages import run_page
@@ -264,7 +264,7 @@ def _log_outcome(
 
 
 def _result(folder: RunFolder) -> TrainResult:
-    """What a finished run's folder says about it."""
+    """Read the result of a finished run from its folder."""
     newest, record = folder.newest(), folder.record()
     if newest is None:
         raise CheckpointError(

@@ -48,7 +48,7 @@ def find_range(
     *,
     address: str = "",
 ) -> RangeResult:
-    """Propose bounds for a recipe's learning rate, by one worker, on a GPU if there is one.
+    """Propose bounds for a recipe's learning rate; one worker tests it, on a GPU if there is one.
 
     Raises:
         ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
@@ -90,7 +90,7 @@ def find_range(
 def _test(
     config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
 ) -> LrRange | SerRayError:
-    """Run as a Ray task. Errors for the user are returned, because Ray wraps what is raised."""
+    """Run as a Ray task. Errors for the user are returned, because Ray would wrap raised ones."""
     try:
         device = torch.device("cuda" if gpu else "cpu")
         return range_test(config, shards, pretrained, test, device)

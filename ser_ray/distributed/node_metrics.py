@@ -1,4 +1,4 @@
-"""Metrics of a node while it trains: how busy its processors are and how full its memories.
+"""Metrics of a node while it trains: the utilisation of its processors and memories.
 
 One worker of each node samples them beside the loop, and sends the means with its report of an
 epoch. MLflow's own monitor is not used, because it would have every node write to the tracking
@@ -73,6 +73,6 @@ def gpu_handles() -> list[Any]:
         return []  # no driver, no GPUs
     handles = []
     for index in range(pynvml.nvmlDeviceGetCount()):
-        with suppress(pynvml.NVMLError):  # it fell off the bus
+        with suppress(pynvml.NVMLError):  # a GPU that has failed has no handle
             handles.append(pynvml.nvmlDeviceGetHandleByIndex(index))
     return handles

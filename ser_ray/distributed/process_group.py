@@ -1,4 +1,4 @@
-"""How the workers of a training find each other: Ray Train's own way, over the network Ray uses."""
+"""The process group of a training: Ray Train sets it up, on the network that Ray uses."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import ray
 from ray.train.torch import TorchConfig
 
 TorchBackend: Any = TorchConfig().backend_cls
-"""Ray's class that starts torch's process group; only its configuration names it publicly."""
+"""Ray's class that starts torch's process group; it is public only through its configuration."""
 
 
 def torch_config(*, gpu: bool) -> TorchConfig:
@@ -38,7 +38,7 @@ class GlooBackend(TorchBackend):
 def use_network_of_ray() -> None:
     """Let gloo listen where Ray does.
 
-    By default it takes the address that the machine's own name resolves to. On many machines that
+    By default it uses the address that the machine's own name resolves to. On many machines that
     is 127.0.1.1, and workers on other machines wait for it until they time out.
     """
     interface = interface_of(ray.util.get_node_ip_address())

@@ -4,9 +4,9 @@
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next
     selected                the selected checkpoint, once the training is finished
 
-Where a run resumes is read from the checkpoints themselves: it is the newest one that was written
-completely and whose selected epoch is there too. Ray keeps a list of them as well, but rewrites it
-in place, so a full disk or a lost machine can leave half of it; a driver deletes it when it starts.
+A run resumes from the newest checkpoint that is complete and whose selected checkpoint is complete
+too. Ray also keeps a list of checkpoints, but rewrites it in place, so a full disk or a lost
+machine can truncate it. A driver therefore deletes the list when it starts.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ SELECTED = "selected"
 TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
 """Ray's list of checkpoints. Ray has no public way to start without it; a test of `train` fails
-where it has another name."""
+if Ray renames it."""
 DYING_SECONDS = 5.0
 """How long a worker may outlive the controller that owned it."""
 
@@ -57,7 +57,7 @@ class StoredCheckpoint:
 
     name: str
     progress: dict[str, Any]
-    """How far the training was and how it went (`ser_ray.training.checkpoint.Snapshot`)."""
+    """The epochs, steps and scores so far (`ser_ray.training.checkpoint.Snapshot`)."""
 
     @property
     def selected(self) -> str:
@@ -92,7 +92,7 @@ class RunFolder:
         return self._lock
 
     def check_lock(self) -> None:
-        """Raise CheckpointError where another process has taken over the lock of this one."""
+        """Raise CheckpointError if another process has taken over this one's lock."""
         if self._lock is not None:
             self._lock.check()
 
@@ -100,7 +100,7 @@ class RunFolder:
         """Read the run's record; it is empty before the first start.
 
         Raises:
-            CheckpointError: the file is no record.
+            CheckpointError: the file is damaged.
         """
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{RECORD}") as stream:
@@ -130,14 +130,14 @@ class RunFolder:
         difference = name_difference(self.record().get("identity", identity), identity)
         if difference:
             raise MismatchError(
-                f"{self.location}: this name was given to a run whose {difference}; give another "
+                f"{self.location}: in the earlier run of this name {difference}; give another "
                 "--name to start afresh, or restore what it was trained with"
             )
 
     def newest(self) -> StoredCheckpoint | None:
         """Find the newest checkpoint from which the training can resume; None to begin.
 
-        One that is incomplete, or whose selected checkpoint is, is skipped with a warning.
+        A checkpoint is skipped with a warning if it or its selected checkpoint is incomplete.
         """
         for name in sorted(self._checkpoints(), reverse=True):
             progress = read_progress(self.filesystem, f"{self.path}/{name}")
@@ -181,7 +181,7 @@ class RunFolder:
         """
         self.check_lock()
         source = f"{self.path}/{newest.selected}"
-        for name in (CARD, MODEL):  # the rest is only needed to resume
+        for name in (CARD, MODEL):  # the other files are only needed to resume
             with (
                 self.filesystem.open_input_stream(f"{source}/{name}") as stored,
                 (into / name).open("wb") as local,
@@ -194,7 +194,7 @@ class RunFolder:
         return read_card(into)
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
-        """Read what the workers computed for the selected epoch's validation [clips, labels]."""
+        """Read the workers' validation probabilities of the selected epoch [clips, labels]."""
         path = f"{self.path}/{newest.selected}/{STATE}"
         with (
             self.filesystem.open_input_stream(path) as stored,
@@ -207,7 +207,7 @@ class RunFolder:
         return probabilities
 
     def keep_trace(self, text: str) -> str:
-        """Write an error's trace into the folder; returns where it is, or why there is none."""
+        """Write an error's trace into the folder; returns a sentence about where it is."""
         try:
             write_file(self.filesystem, f"{self.path}/{TRACE}", text.encode())
         except OSError as error:  # the storage may be what the trace is about
@@ -217,8 +217,8 @@ class RunFolder:
     def delete(self, name: str) -> None:
         """Delete a checkpoint, if it is there.
 
-        The worker of a lost controller may still be writing to it, but ends soon. What it leaves
-        all the same costs only disk space.
+        The worker of a lost controller may write to it for some seconds more. What remains after
+        DYING_SECONDS only costs disk space.
         """
         until = time.monotonic() + DYING_SECONDS
         while True:

@@ -32,7 +32,7 @@ class WorkerTask:
     """The weights to start from (`ser_ray.training.model.Pretrained`)."""
     ingest: Ingest
     resident_bytes: int
-    """Memory that all clips would take; only used if `ingest` is auto."""
+    """Memory that all clips would need; only used if `ingest` is auto."""
     start: str = ""
     """Path of the checkpoint to resume from, on the run's storage; empty to begin."""
 
@@ -69,7 +69,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._writer = Semaphore()
-        """Taken while a copy of the training waits to be written, so that memory holds only one."""
+        """Held while a copy of the training is written, so that memory holds only one copy."""
         is_first_of_node = ray.train.get_context().get_local_rank() == 0
         self._node = NodeMetrics() if is_first_of_node else None
 
