@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
+import requests
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
@@ -23,6 +24,8 @@ def s3_bucket(name: str) -> Iterator[str]:
         server.start()
         try:
             host, port = server.get_host_and_port()
+            # All servers of a process share their buckets: an earlier test may have filled it.
+            requests.post(f"http://{host}:{port}/moto-api/reset", timeout=60).raise_for_status()
             client = fs.S3FileSystem(
                 endpoint_override=f"{host}:{port}",
                 scheme="http",
