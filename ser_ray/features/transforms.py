@@ -28,7 +28,7 @@ class FeatureExtractor:
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
         self._window = np.hanning(config.window_length + 1)[:-1].astype(np.float32)
-        self._mel_bands = scipy.sparse.csr_array(_mel_bands(config))
+        self.mel_bands = scipy.sparse.csr_array(_mel_bands(config))
 
     def waveform(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
         """Cut off the silent ends and resample to the configured rate, `[num_samples]` float32.
@@ -74,7 +74,7 @@ class FeatureExtractor:
         power = spectrum.real**2
         power += spectrum.imag**2
         power = np.ascontiguousarray(power)
-        mel = _decibels(self._mel_bands @ power)
+        mel = _decibels(self.mel_bands @ power)
         mfcc = scipy.fft.dct(mel, type=2, norm="ortho", axis=0)[: self.config.num_mfcc]
         return {"spectrogram": _decibels(power), "mel": mel, "mfcc": mfcc}
 

@@ -4,9 +4,9 @@ The input is a mono waveform [num_samples] float32 at the model's sample rate, o
 output is the probability of every label [labels] float32, or NaN for a waveform that `Predictor`
 would not score as one clip: silent, too short, or with more sound than the longest training clip.
 
-The graph holds trimming, features, normalisation and windows; it is the only second form of the
-features. Only the shape of its input depends on the recording, so it masks what is outside the
-sound instead of cutting it off. An export is compared with `Predictor` before it is written.
+The graph holds trimming, features, normalisation and windows. It is the only other implementation
+of the features. Only the shape of its input depends on the recording, so it masks what is outside
+the sound instead of cutting it off. An export is compared with `Predictor` before it is written.
 """
 
 import json
@@ -30,7 +30,7 @@ from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 
 TOLERANCE = 1e-3
-"""Largest allowed difference of a probability from `Predictor`: the graph sums in other orders."""
+"""Largest allowed difference of a probability from `Predictor`: the graph sums in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 OPSET = 20
 
@@ -64,7 +64,7 @@ class WaveformModel(nn.Module):
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         card = predictor.card
-        config, self.features = card.features, card.features
+        config = self.features = card.features
         self.kind, self.crop_frames = card.config.feature, card.config.crop_frames
         self.network = predictor.network
         self.max_windows = -(-config.num_frames // self.crop_frames)
@@ -75,7 +75,7 @@ class WaveformModel(nn.Module):
         constants = {
             "cosines": window * np.cos(angles),  # [window_length, bins]
             "sines": window * np.sin(angles),
-            "mel_bands": extract._mel_bands.toarray(),  # [mels, bins]
+            "mel_bands": extract.mel_bands.toarray(),  # [mels, bins]
             "dct": dct(np.eye(config.num_mels), axis=0, norm="ortho")[: config.num_mfcc],
         }
         for name, values in constants.items():
