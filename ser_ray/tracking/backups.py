@@ -5,8 +5,9 @@ generation, so the newest backup is the last by name, whatever the clocks say an
 upload of an earlier server arrives.
 
 A machine's own database is used only if it continues the newest backup: the file `backup` beside it
-names the backup that it was restored from or last stored as. Any other database is from before
-another machine took its place, so it is moved aside and the newest backup is restored.
+names the backup that it was restored from or last stored as. Any other database is out of date,
+because another machine has served the store since. It is moved aside and the newest backup is
+restored.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ class Backups:
         self._stored_version: int | None = None
 
     def __enter__(self) -> Self:
-        """Make this machine's database the newest one there is, and begin a generation.
+        """Restore the newest backup unless this machine's database continues it.
 
         Raises:
-            TrackingError: the backups cannot be read. An empty database must not replace them.
+            TrackingError: the backups cannot be read; an empty database must not replace them.
         """
         self._database.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -90,7 +91,7 @@ class Backups:
         return [entry.base_name for entry in listed if entry.base_name.endswith(".db")]
 
     def _continues(self, newest: str) -> bool:
-        """Whether this machine's database is the newest backup and what came after it."""
+        """Whether this machine's database is the newest backup plus what was recorded after it."""
         known = self._database.exists() and self._continued.exists()
         return known and self._continued.read_text() == newest
 
@@ -100,7 +101,7 @@ class Backups:
         aside = self._database.with_name("superseded")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        # With sqlite's journal or log beside it, which must not be applied to another database.
+        # Sqlite's journal or log is moved too: it must not be applied to another database.
         for file in list(self._database.parent.glob(f"{self._database.name}*")):
             file.rename(aside / file.name)
         downloaded.rename(self._database)

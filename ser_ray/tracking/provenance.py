@@ -1,4 +1,4 @@
-"""What ran where: versions, git commit, machine and command, as tags of a run."""
+"""The versions, git commit, machine and command of this process, as tags of a run."""
 
 import getpass
 import os
@@ -16,7 +16,7 @@ PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "ml
 
 
 def provenance() -> dict[str, str]:
-    """Tags that describe this process, its code and its machine."""
+    """Return tags that describe this process, its code and its machine."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
     tags["version.ser_ray"] = __version__
     tags["mlflow.user"] = _user()

@@ -1,4 +1,4 @@
-"""What a name leads to in MLflow: a run's recipe, a model's checkpoint, a registered version.
+"""Looks up in MLflow what a name means: a run's recipe, a model's checkpoint, a registered version.
 
 A model is named by a checkpoint's folder or URI, by an MLflow run's id, or by a registered version
 (`models:/ser-ray@champion`, `models:/ser-ray/3`).
@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.tracking.store import connect, resolve_uri, store_answers
+from ser_ray.tracking.store import connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten
 
 SELECTED_BY = "selected_val_ua"
@@ -26,9 +26,6 @@ SHARDS_TAG = "shards.fingerprint"
 """Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
-
-RUNS_PER_CALL = 1000
-"""Runs that a search returns in one page."""
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -135,7 +132,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
         run = client.get_run(run_id)
         experiment = run.info.experiment_id
-        children = list(_search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
+        children = list(search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
         scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
         if not scored:
             raise TrackingError(
@@ -147,7 +144,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             return best_id
         recipe = {name: best.data.params[name] for name in flatten(recipe_of_run(best_id, uri))}
         shards = best.data.tags[SHARDS_TAG]
-        for found in _search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
+        for found in search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
             is_same = recipe.items() <= found.data.params.items()
             if is_same and _has_model(client, found.info.run_id):
                 return str(found.info.run_id)
@@ -155,19 +152,6 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
         f"--like {best_id}, then repeat this command"
     )
-
-
-def _search_runs(client: Any, experiment_id: str, condition: str) -> Iterator[Any]:
-    """Yield all runs of an experiment that meet a condition, the newest first."""
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], condition, max_results=RUNS_PER_CALL, page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _has_model(client: Any, run_id: str) -> bool:

@@ -2,15 +2,15 @@
 
     python -m ser_ray.tracking.server s3://bucket/mlflow
 
-MLflow needs a SQL database, and a head node's disk goes when the node goes. So the database is a
+MLflow needs a SQL database, and the disk of a head node is lost with the node. So the database is a
 sqlite file that is backed up to the store every `BACKUP_SECONDS` if it changed, and a restarted or
-a new head continues from the newest backup. A head that is lost without warning loses what the last
-`BACKUP_SECONDS` recorded, and nobody has to pay for a database server. Artifacts go to the store
-through the server: its clients need no right to the bucket.
+a new head continues from the newest backup. A head that is lost without warning loses what was
+recorded in the last `BACKUP_SECONDS`; in return, nobody has to pay for a database server. Artifacts
+go to the store through the server, so its clients need no access to the bucket.
 
-The server listens on the loopback alone: jobs reach it because their drivers run on the head,
-people through an ssh tunnel. Its password is made at the first start on a machine and written where
-MLflow's own client looks for it, `~/.mlflow/credentials`.
+The server listens on the loopback alone. Jobs reach it because their drivers run on the head, and
+people reach it through an ssh tunnel. Its password is made at the first start on a machine and
+written where MLflow's own client looks for it, `~/.mlflow/credentials`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ IN_USE = "serves this store; stop it, or give another store"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until the process is told to stop; returns the exit status."""
+    """Serve until the process is stopped; returns the exit status."""
     parser = argparse.ArgumentParser(description="Serve MLflow; its runs are kept in a bucket.")
     parser.add_argument("store", help="folder or URI for the database's backups and the artifacts")
     parser.add_argument("--port", type=int, default=5000, help="port on the loopback")

@@ -1,4 +1,4 @@
-"""The connection to MLflow's store: which one, whether it answers, and what its errors mean."""
+"""The connection to MLflow's store: choosing it, checking it, searching it, and its errors."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ser_ray.errors import TrackingError
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 LOCAL_STORE = Path("ser-ray-out")
 """Where the database and the artifacts go when no server is named."""
 REQUEST_SECONDS = 10
-"""Time for one answer of a server."""
+"""Longest wait for one answer of a server."""
+RUNS_PER_CALL = 1000
+"""Runs that a search returns in one page."""
 
 
 def resolve_uri(tracking_uri: str) -> str:
-    """The store to use: the one named, the environment's, else a sqlite file beside the output.
+    """Return the store to use: the one named, the environment's, or a sqlite file with the output.
 
     Raises:
-        TrackingError: it holds a password, which would be written into every run and checkpoint.
+        TrackingError: the URI holds a password, which would be written into runs and checkpoints.
     """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if urlsplit(uri).password:
@@ -37,7 +39,7 @@ def resolve_uri(tracking_uri: str) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """What opens the MLflow UI on a store."""
+    """Return the command that opens the MLflow UI on a store."""
     if uri.startswith("http"):
         return f"open {uri}"
     return f"mlflow ui --backend-store-uri {uri}"
@@ -46,8 +48,9 @@ def ui_command(uri: str) -> str:
 def connect(uri: str) -> "MlflowClient":
     """Return MLflow's client of a store, after checking that the store answers it.
 
-    The client asks, so that its credentials, certificates and proxies count. For a local database,
-    its folder is made. MLflow's functions that take no client use the same store from then on.
+    The check is a request of that client, so it uses the client's credentials, certificates and
+    proxies. The folder of a local database is made. MLflow's functions that take no client use this
+    store from then on.
 
     Raises:
         TrackingError: no server answers, or the database cannot be opened.
@@ -65,7 +68,7 @@ def connect(uri: str) -> "MlflowClient":
     is_server = uri.startswith("http")
     problem = f"{uri}: no MLflow {'server answers' if is_server else 'database can be opened'}"
     advice = (
-        "; start one with `mlflow server`, give the user and password of a closed one in "
+        "; start one with `mlflow server`, give the user and password of a protected one in "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri out to "
         "record in a local file"
     )
@@ -76,10 +79,22 @@ def connect(uri: str) -> "MlflowClient":
     return client
 
 
+def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> Iterator[Any]:
+    """Yield all runs of an experiment that meet a condition, the newest first."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], condition, max_results=RUNS_PER_CALL, page_token=token
+        )
+        yield from page
+        if not (token := page.token):
+            return
+
+
 def configure_mlflow_client() -> None:
     """Set MLflow's client to fail in seconds, not minutes, and to be quiet.
 
-    What the environment sets already stays.
+    Values that the environment sets are kept.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))

@@ -18,12 +18,12 @@ from typing import Any
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.provenance import TAG_BYTES
-from ser_ray.tracking.store import connect, store_answers
+from ser_ray.tracking.store import connect, search_runs, store_answers
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 """MLflow's own limits of one batch."""
 RETRY_SECONDS = 5.0
-"""Rest between two attempts to reach a store that did not answer."""
+"""Pause between two attempts to reach a store that did not answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +109,13 @@ class Tracker:
 
     def nested_runs(self, tag: str) -> dict[str, str]:
         """Ids of the runs nested in this one, by the value of one of their tags."""
-        found: dict[str, str] = {}
-        nested, page_token = f"tags.`mlflow.parentRunId` = '{self.run_id}'", None
+        nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         with self._writing():
-            while True:
-                page = self._client.search_runs([self.experiment_id], nested, page_token=page_token)
-                found |= {
-                    run.data.tags[tag]: run.info.run_id for run in page if tag in run.data.tags
-                }
-                if not (page_token := page.token):
-                    return found
+            return {
+                run.data.tags[tag]: run.info.run_id
+                for run in search_runs(self._client, self.experiment_id, nested)
+                if tag in run.data.tags
+            }
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Queue metrics of one step, until `flush` or `deliver`.
@@ -278,11 +275,12 @@ def _signature(labels: Sequence[str]) -> Any:
         "waveform": samples,
         "sample_rate": "double",
     }
-    outputs = [("string", "emotion"), *(("double", label) for label in labels)]
-    outputs += [("string", "status"), ("string", "reason")]
+    # A recording that cannot be scored has no probabilities.
+    probabilities = [ColSpec("double", label, required=False) for label in labels]
+    texts = (ColSpec("string", name) for name in ("status", "reason"))
     return ModelSignature(
         Schema([ColSpec(kind, name, required=False) for name, kind in inputs.items()]),
-        Schema([ColSpec(kind, name) for kind, name in outputs]),
+        Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
     )
 
 

@@ -20,7 +20,6 @@ from ser_ray.errors import TrackingError
 from ser_ray.evaluation.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
-from ser_ray.tracking import registry
 from ser_ray.tracking.registry import best_training_of, local_checkpoint
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
@@ -173,6 +172,9 @@ def test_the_stored_model_has_a_signature_and_an_example_that_it_scores(store):
     assert model.metadata.signature is not None
     inputs = {column.name: column.required for column in model.metadata.signature.inputs}
     assert inputs == {"path": False, "audio": False, "waveform": False, "sample_rate": False}
+    outputs = {column.name: column.required for column in model.metadata.signature.outputs}
+    probabilities = dict.fromkeys(LABELS, False)  # a row that cannot be scored has none
+    assert outputs == {"emotion": True, **probabilities, "status": True, "reason": True}
     example = model.metadata.load_input_example(str(store.model))
     found = model.predict(example)
     assert example is not None
@@ -256,7 +258,7 @@ def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
 
 
 def test_the_best_of_a_search_is_found_on_any_page_of_its_trials(store, monkeypatch):
-    monkeypatch.setattr(registry, "RUNS_PER_CALL", 1)
+    monkeypatch.setattr("ser_ray.tracking.store.RUNS_PER_CALL", 1)
     assert best_training_of(store.search, store.uri) == store.run_id
 
 
