@@ -1,7 +1,7 @@
 """Jobs on a real cluster: a head with its job server and MLflow, and a worker.
 
-Both are nodes of this machine, started by the very commands of cluster.yaml but for their ports and
-places, with the token of a home directory of its own.
+Both are nodes on this machine, started by the commands of cluster.yaml with other ports and places,
+and with the token of a separate home directory.
 """
 
 import configparser
@@ -23,6 +23,7 @@ import pytest
 import requests
 import yaml
 
+from ser_ray.shards.layout import CLIPS, OUTCOMES
 from ser_ray.storage.lock import LOCK_NAME
 from tests.clips import six_speakers
 from tests.processes import end, family, wait_for
@@ -113,7 +114,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """Started by cluster.yaml's commands; stopped by the ids of its own processes."""
+    """Started by cluster.yaml's commands, and stopped by the ids of its processes."""
     home, store = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("store")
     temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
     (home / ".ray").mkdir()
@@ -129,8 +130,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "$RAY_HEAD_IP:6379": f"$RAY_HEAD_IP:{gcs} --num-cpus=2 {agent_ports(*agent[2:])}",
         "--autoscaling-config=~/ray_bootstrap_config.yaml": "",  # no machines to start here
     }
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    env = mine | {
+    inherited = {k: value for k, value in os.environ.items() if not k.startswith("RAY_")}
+    env = inherited | {
         "HOME": str(home),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -197,7 +198,7 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which somebody has worked: results, an environment, keys lying about."""
+    """A clone in which somebody has worked: it holds results, an environment and keys."""
     target = tmp_path_factory.mktemp("clone")
     listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split():
@@ -330,10 +331,10 @@ def test_the_command_line_joins_the_same_cluster(head, shared, shards):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 24
-    parts = sorted(path.name for path in shards.glob("part-*"))
-    assert parts
-    for name in parts:
-        assert (target / name).read_bytes() == (shards / name).read_bytes()
+    parts = sorted(path.relative_to(shards) for path in shards.rglob("part-*.parquet"))
+    assert {part.parts[0] for part in parts} == {CLIPS, OUTCOMES}
+    for part in parts:
+        assert (target / part).read_bytes() == (shards / part).read_bytes()
 
 
 def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
@@ -342,10 +343,10 @@ def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
     listed = head.run("ray", "job", "list", **server)
     assert listed.returncode == 0, listed.stderr
     options = ("--corpus", shared / "corpus", "--shards", shared / "alone")
-    told = head.run("ser-ray", "prepare", *options, RAY_ADDRESS=head.jobs)
-    assert told.returncode == 2
-    assert told.stderr.startswith(f"error: {head.jobs} is a job server")
-    assert told.stderr.count("\n") == 1
+    refused = head.run("ser-ray", "prepare", *options, RAY_ADDRESS=head.jobs)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {head.jobs} is a job server")
+    assert refused.stderr.count("\n") == 1
     done = head.run("ser-ray", "prepare", *options, **server)
     assert done.returncode == 0, done.stderr
 
