@@ -1,1 +1,1 @@
-"""A checkpoint to answers: scores on its test part, or the emotion in any file."""
+"""From a checkpoint to the emotion in any audio file."""

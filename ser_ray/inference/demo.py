@@ -41,8 +41,6 @@ _STYLE = """
 .ser-ray pre { max-height: 20rem; overflow: auto; font-size: .875rem }
 .ser-ray [role=alert] { font-size: 1.125rem; overflow-wrap: anywhere }
 """
-_LIMITS = "It says which acted emotion a voice resembles, not what a person feels."
-
 MAX_PORT = 65_535
 
 
@@ -131,8 +129,8 @@ def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "Fa
     card = predictor.card
     about = (
         f"ResNet18 on {card.config.feature} of {card.trained_on}; {card.split['label']}. It names "
-        f"one of {', '.join(card.labels)}. {_LIMITS} Recordings stay on this machine and "
-        "are deleted when the page is stopped."
+        f"one of {', '.join(card.labels)}. It says which acted emotion a voice resembles, not what "
+        "a person feels. Recordings stay on this machine and are deleted when the page is stopped."
     )
 
     def show(path: str | None) -> tuple[Any, str]:
@@ -155,7 +153,7 @@ def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "Fa
     app = FastAPI(openapi_url=None)
 
     @app.middleware("http")
-    async def hold_to_the_policy(request: Request, call_next: Callable[[Request], Any]) -> Any:
+    async def add_policy(request: Request, call_next: Callable[[Request], Any]) -> Any:
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = _POLICY
         return response

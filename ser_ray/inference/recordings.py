@@ -66,8 +66,8 @@ class RecordingReader:
 
     Args:
         config: the model's feature configuration.
-        kind: the feature that the network takes.
-        crop_frames: frames that the network takes at once, which is the length of a window.
+        kind: the feature that is the network's input.
+        crop_frames: frames of the network's input, which is the length of a window.
     """
 
     def __init__(self, config: FeatureConfig, kind: Kind, crop_frames: int) -> None:
@@ -85,7 +85,7 @@ class RecordingReader:
         return self._read(file, name, decode)
 
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Take mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
+        """Read mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
         duration = len(samples) / sample_rate
         try:
             features = (self._features(samples, sample_rate),)
@@ -98,7 +98,7 @@ class RecordingReader:
         return RecordingFeatures(path=name, duration=duration, features=features)
 
     def _read_windows(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Take a recording with more sound than the longest training clip."""
+        """Read the windows of a recording with more sound than the longest training clip."""
         found = list(self._windows(samples, sample_rate))
         return RecordingFeatures(
             path=name,
@@ -139,7 +139,7 @@ class RecordingReader:
                 continue
             try:
                 yield window, self._features(samples[first:end], sample_rate)
-            except ClipError:  # too quiet even where nothing louder stands beside it
+            except ClipError:  # by itself, the window is silent or its sound too short
                 continue
 
 

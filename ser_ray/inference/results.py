@@ -3,11 +3,11 @@
 The driver keeps the answers in a folder beside the output (`OUTPUT.partial`, on a disk or in a
 bucket), as Parquet files in the order in which the answers come. The same command resumes from
 there. When every file is answered, the parts become one Parquet, CSV or JSON lines file in the
-order of the files, and the folder is deleted. It stays while files are unreachable, so that the
-same command scores only those again.
+order of the files, and the folder is deleted. It stays if files were unreachable, so that the same
+command scores only those again.
 
-Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, keeps files that
-were unreachable as answered, and its result is the folder of parts.
+Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, counts unreachable
+files as answered, and its result is the folder of parts.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""Numbers to figures, for pages, the demo, notebooks and MLflow alike."""
+"""Turns numbers into figures for pages, the demo, notebooks and MLflow."""

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import BLUE
 
 STROKES = 300
-"""Strokes that a waveform is drawn with."""
+"""Number of vertical strokes that a waveform is drawn with."""
 DYNAMIC_RANGE = 70.0
 """Decibels below its loudest point that a spectrogram shows."""
 
@@ -22,7 +22,7 @@ def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray)
     seconds = len(waveform) / sample_rate
     figure = Figure(figsize=(3.3, 2.5), layout="constrained")
     wave, image = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    # One stroke from the lowest to the highest sample of each stretch, as an editor draws it.
+    # One stroke from the lowest to the highest sample of each stretch, as audio editors draw it.
     stretches = np.array_split(waveform, min(STROKES, len(waveform)))
     times = np.linspace(0, seconds, len(stretches))
     lows, highs = [s.min() for s in stretches], [s.max() for s in stretches]

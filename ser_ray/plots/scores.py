@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ser_ray.plots.style import BLUE, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
 
-# From nothing to dark blue, so that the page's own background, light or dark, shows through.
+# From transparent to dark blue, so that the page's own background, light or dark, shows through.
 _SHADES = LinearSegmentedColormap.from_list("share", [(0.03, 0.32, 0.61, a) for a in (0.0, 1.0)])
 _WHITE_ABOVE = 0.7  # share of a row from which white text is the more readable one
 
@@ -55,7 +55,7 @@ def bars_figure(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Draw one bar a name: a share from 0 to 1, with the number of clips it is a share of."""
+    """Draw a bar for each name: a share from 0 to 1, and the number of clips it is a share of."""
     figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(names)), values, color=BLUE, height=0.7)
@@ -89,7 +89,7 @@ def reliability_figure(
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
-    # A point at 0 or 100 % lies on the frame and is drawn over it.
+    # A point at 0 or 100 % is on the frame, and is drawn over it.
     over = {"clip_on": False, "zorder": 3}
     upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **over)
     upper.set_ylim(0, 1)

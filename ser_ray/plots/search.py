@@ -1,10 +1,12 @@
-"""Figures of a search, from one row a trial.
+"""Figures of a search, from one row for each trial.
 
-A row holds at least `trial` (its number), `state`, `feature`, `lr_min` and `lr_max`, and of the
-epoch that was selected `selected_val_ua` and `selected_val_loss`, None before a trial's first.
+A row holds at least `trial` (its number), `state`, `feature`, `lr_min` and `lr_max`, and the scores
+of the selected epoch, `selected_val_ua` and `selected_val_loss`. These are None until the trial has
+completed an epoch.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -32,9 +34,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
             marker=marker,
             label=f"{state} ({len(some)})",
         )
-    leaders: list[TrialRow] = []
-    for row in scored:
-        leaders.append(max([*leaders[-1:], row], key=rank_of))
+    leaders = accumulate(scored, lambda best, row: max(best, row, key=rank_of))
     axes.step(
         [row["trial"] for row in scored],
         [leader["selected_val_ua"] for leader in leaders],

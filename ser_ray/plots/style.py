@@ -1,8 +1,8 @@
 """What all figures share: their colours, their width, and how a frame and a title look.
 
 Figures are drawn without pyplot: they need no display and hold no global state. The colours can be
-told apart with any kind of colour vision (Okabe and Ito 2008); lines differ in their dashes and
-points in their shapes as well.
+distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ in their
+dashes, and points in their shapes.
 """
 
 import textwrap

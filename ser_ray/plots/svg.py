@@ -18,8 +18,8 @@ def inline_svg(figure: Figure, description: str) -> str:
     """Write a figure as an element of a page, on no background and in the colour of the text.
 
     Args:
-        figure: wider than `WIDTH`, it scrolls instead of shrinking.
-        description: read to people who do not see the figure; different ones on one page.
+        figure: if it is wider than `WIDTH`, it scrolls instead of shrinking.
+        description: what a screen reader reads out; it must be unique within the page.
     """
     buffer = io.StringIO()
     # Text stays text, and equal figures get equal ids, so that a run's page is reproducible.
