@@ -1,1 +1,1 @@
-"""A checkpoint's answers to scores, statistics, a model card and pages."""
+"""From a checkpoint's predictions to scores, statistics, a model card and pages."""

@@ -1,4 +1,4 @@
-"""The clips that a page shows, read again from the corpus, where it is still in reach."""
+"""The clips that a page shows, read again from the corpus if it is still reachable."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ClipView:
     predicted: str
     """The predicted label."""
     probability: float
-    """Of the predicted label."""
+    """Probability of the predicted label."""
     waveform: np.ndarray
     """Its sound without the silent ends [num_samples], full scale ±1."""
     sample_rate: int
@@ -35,14 +35,14 @@ class ClipView:
     spectrogram: np.ndarray
     """Power in dB [bins, frames], from 0 Hz to half the sample rate."""
     mp3: bytes | None
-    """The same sound for the player; None shows no player."""
+    """The same sound for the page's player, or None for a page without players."""
 
 
 def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[ClipView]:
     """Read some clips of an evaluation again, and leave out those that cannot be read any more.
 
     Args:
-        rows: of `evaluation.predictions`.
+        rows: row numbers of `evaluation.predictions`.
         audio: compress their sound for a player.
     """
     extract = FeatureExtractor(evaluation.card.features)

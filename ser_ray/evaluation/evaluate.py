@@ -42,9 +42,9 @@ def evaluate(
     Args:
         checkpoint: its directory.
         shards_location: the shards that it was trained on, or others with the same features.
-        part: side of the fold to score.
-        protocol: if empty, the protocol of the training; on other shards, all clips.
-        fold: of `protocol`. None is the fold of the training, or 0 of another protocol.
+        part: which part of the fold to score.
+        protocol: if empty, that of the training, or on other shards all clips.
+        fold: number of the fold; None is the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained on.
         probabilities: what the model said of the part's clips [clips, labels], if that is known;
             else the clips are read and scored here.
@@ -101,7 +101,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def origin_of(checkpoint: Path) -> Mapping[str, str]:
-    """The MLflow run that wrote a checkpoint: `run_id` and `tracking_uri`, or nothing."""
+    """Return `run_id` and `tracking_uri` of the MLflow run that wrote a checkpoint, or nothing."""
     path = checkpoint / "run.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -114,7 +114,7 @@ def _rows(
     protocol: str,
     fold: int | None,
 ) -> tuple[np.ndarray, str, bool]:
-    """Rows to score, what they are in words, and whether the model was trained on their fold.
+    """Select the rows to score.
 
     Returns:
         Row numbers [clips], the protocol and fold in words, and whether the fold is the training's.

@@ -1,7 +1,7 @@
 """The pages of runs: each is one HTML file that loads nothing, for any screen, light or dark.
 
-Plain rows and numbers come in, text goes out. How a page looks stands in `templates/`. Figures
-become inline SVG in the colour of the page's own text, so that they follow the reader's setting.
+Plain rows and numbers come in, text goes out. `templates/` defines how a page looks. Figures become
+inline SVG in the colour of the page's own text, so that they follow the reader's setting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,17 +100,17 @@ def trial_page(
     labels: Sequence[str],
     tags: Mapping[str, str],
 ) -> str:
-    """The page of one trial of a search or cross-validation. A trial keeps no model, so no clips.
+    """The page of one trial of a search or cross-validation; it shows no clips.
 
     Args:
         name: of the trial's run.
         about: which trial it is and how it ended, in a sentence.
-        recipe: what it trained.
-        history: of the trial; with no epoch the page has the recipe alone.
+        recipe: the trial's recipe.
+        history: of the trial; without an epoch, the page shows only the recipe.
         learning_rates: learning rate of every step [steps].
         confusion: validation counts of its selected epoch [labels, labels].
         labels: names of the confusion matrix's rows.
-        tags: of its run; `protocol` and `corpus` stand beside the scores.
+        tags: of its run; `protocol` and `corpus` are shown beside the scores.
     """
     selected = selected_row(history, recipe.keep)
     counts = np.asarray(confusion)
@@ -151,8 +151,8 @@ def search_page(
         selected: row of that trial's selected epoch.
         recipe: that trial's recipe.
         searched: every searched name, and its range in words.
-        importance: share of every searched name; may be empty.
-        tags: of its run; `protocol` and `corpus` stand beside the scores.
+        importance: share of the differences in UA that each searched name explains; may be empty.
+        tags: of its run; `protocol` and `corpus` are shown beside the scores.
         again: command that trains the best recipe.
     """
     figures = [
@@ -204,7 +204,7 @@ def range_page(
         name: of its run.
         found: its numbers, as `range_figure` takes them.
         settings: the recipe and the range, by name.
-        tags: of its run; `protocol` and `corpus` stand beside the figure.
+        tags: of its run; `protocol` and `corpus` are shown beside the figure.
     """
     return _page(
         "lr_range",

@@ -1,4 +1,4 @@
-"""An evaluation to MLflow: the scores, tables, plots and page that it adds to a training's run."""
+"""Records an evaluation in MLflow: scores, tables, plots and a page in the training's run."""
 
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.results import Evaluation
@@ -11,10 +11,10 @@ def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) 
 
     Args:
         tracker: of that run.
-        audio: put the sound of the clips shown into the page.
+        audio: put the sound of the clips that the page shows into the page.
 
     Raises:
-        TrackingError: the store does not take it.
+        TrackingError: the store does not accept them.
     """
     scores, labels = evaluation.scores, evaluation.card.labels
     test = {f"test_{name}": value for name, value in scores.to_dict().items()}

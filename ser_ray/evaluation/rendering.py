@@ -1,4 +1,4 @@
-"""Templates to text: the HTML pages and the Markdown of a model card."""
+"""Fills templates: the HTML pages and the Markdown of a model card."""
 
 import base64
 from functools import cache

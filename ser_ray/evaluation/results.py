@@ -1,4 +1,4 @@
-"""What an evaluation found: predictions of every clip, and the scores that follow from them."""
+"""The result of an evaluation: the prediction of every clip, and the scores computed from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,11 +19,11 @@ Part = Literal["validation", "test"]
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 """Columns of the clips by which scores are broken down, where a corpus has them."""
 KEPT = ("path", "take", *GROUPS, "emotion")
-"""Columns of the clips that stand beside their predictions."""
+"""Columns of the clips that are kept beside their predictions."""
 HARDEST = 12
 
 Row = dict[str, str | int | float]
-"""Of a table: names and counts, and scores as shares from 0 to 1."""
+"""A row of a table: names and counts, and scores as shares from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Evaluation:
     """Predictions of a model on one part of a fold, or on shards it was not trained on."""
 
     card: CheckpointCard
-    """Of the checkpoint that was scored; where all folds are put together, of one of them."""
+    """Card of the checkpoint that was scored; where folds are pooled, of one of them."""
     part: Part
-    """Which side of the fold the clips are."""
+    """Which part of the fold was scored."""
     protocol: str
     """Protocol and fold in words, or that these are other shards."""
     corpus: str
@@ -67,7 +67,7 @@ class Evaluation:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Of every label [clips, labels]."""
+        """Probability of every label [clips, labels]."""
         columns = [self.predictions[f"p_{label}"].to_numpy() for label in self.card.labels]
         return np.stack(columns, axis=1)
 
@@ -78,7 +78,7 @@ class Evaluation:
 
     @cached_property
     def speakers(self) -> list[str]:
-        """Of every clip."""
+        """Speaker of every clip [clips]."""
         speakers: list[str] = self.predictions["speaker"].to_pylist()
         return speakers
 
@@ -128,7 +128,7 @@ class Evaluation:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in values that JSON has."""
+        """Everything, in values that JSON has."""
         labels = self.card.labels
         intervals = asdict(self.intervals)
         hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
@@ -225,8 +225,8 @@ def group_rows(
     num_labels = int(max(truth.max(), predicted.max())) + 1
     rows: list[Row] = []
     for group in sorted(set(groups)):
-        mine = np.asarray(groups) == group
-        scores = Scores(count_confusion(truth[mine], predicted[mine], num_labels), loss=0.0)
+        own = np.asarray(groups) == group
+        scores = Scores(count_confusion(truth[own], predicted[own], num_labels), loss=0.0)
         rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows
 

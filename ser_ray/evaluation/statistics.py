@@ -112,10 +112,10 @@ class Comparison:
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
-    """Exact McNemar test of equal WA. It takes clips as independent, so p is too small."""
+    """Exact McNemar test of equal WA. It treats clips as independent, so p is too small."""
     ua_difference: float
     ua_interval: Interval
-    """Of the difference, over draws of complete speakers, the same for both models."""
+    """Interval of the UA difference, over draws of complete speakers, the same for both models."""
     drawn: str
     """What was resampled: `speakers`, or `clips` where there is only one speaker."""
     count: int
@@ -170,7 +170,7 @@ def compare(
 def _counts(
     speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, str]:
-    """Confusion counts of every speaker (or clip) [units, labels, labels], and which it is."""
+    """Count confusions of every speaker, or of every clip [units, labels, labels]; say which."""
     names, owners = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
     if len(names) == 1:
@@ -202,8 +202,8 @@ def _ua(counts: np.ndarray) -> np.ndarray:
     return _mean_where(recall, occurring > 0)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return np.divide(part, total, out=np.zeros(part.shape), where=total > 0)
 
 
 def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -239,7 +239,7 @@ def test_text_of_others_is_shown_as_text(text: str) -> None:
     page = Page(text)
     for words in ("run <script>1</script>", "sad & low", "<angry>", '"><img src=x>', "<clip>.wav"):
         assert words in page.text
-    assert "Train it to the full with ser-ray train --like <id>" in Page(render_search()).text
+    assert "keep the model: ser-ray train --like <id>" in Page(render_search()).text
 
 
 def test_what_the_scores_were_measured_on_stands_above_them(text: str) -> None:

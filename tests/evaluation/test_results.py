@@ -34,12 +34,12 @@ def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) ->
     rows = group_rows("speaker", list(speakers), truth, predicted)
     assert [item["speaker"] for item in rows] == ["01", "03", "22"]
     for item in rows:
-        mine = speakers == item["speaker"]
-        occurring = np.unique(truth[mine])
-        assert item["clips"] == mine.sum()
-        assert item["wa"] == pytest.approx(accuracy_score(truth[mine], predicted[mine]))
+        own = speakers == item["speaker"]
+        occurring = np.unique(truth[own])
+        assert item["clips"] == own.sum()
+        assert item["wa"] == pytest.approx(accuracy_score(truth[own], predicted[own]))
         assert item["ua"] == pytest.approx(
-            recall_score(truth[mine], predicted[mine], labels=occurring, average="macro")
+            recall_score(truth[own], predicted[own], labels=occurring, average="macro")
         )
 
 
