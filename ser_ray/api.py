@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ser_ray.shards.read import ShardSet
 
 OUT = "ser-ray-out"
-"""Folder in the current directory for everything whose place the user does not name."""
+"""Folder in the current directory for every output whose place the user does not name."""
 SHARDS = f"{OUT}/shards"
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ def train(
 
 
 def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
-    """Recipe of a training, of a trial or fold, or of a search's best trial, from its MLflow run.
+    """Read a recipe from the MLflow run of a training, of a trial or fold, or of a search.
+
+    The recipe of a search is that of its best trial.
 
     Raises:
         TrackingError: there is no such run, or it holds no recipe.
@@ -141,7 +143,7 @@ def tune(
 
     Args:
         shards: folder or URI of the shard set.
-        recipe: values of what is not searched, and the first trial.
+        recipe: values of the fields that are not searched; also the first trial.
         run_config: devices, names and places of all trials.
         search: space, searcher and scheduler.
         slots: CPUs and GPUs of a trial.
@@ -258,11 +260,11 @@ def evaluate(
 
     Args:
         model: as `load_model` takes it.
-        shards: the shard set it was trained on, or another of speakers it has not heard.
-        protocol: score the test part of this protocol's fold instead.
-        fold: fold to score instead of the model's own, from 0.
-        allow_seen_speakers: score speakers that the model was trained on all the same.
-        audio: put the sound of the clips that the report shows into it.
+        shards: the shard set that it was trained on, or one of speakers that it was not trained on.
+        protocol: score the test part of a fold of this protocol instead.
+        fold: number of the fold to score instead of the model's own, counted from 0.
+        allow_seen_speakers: also score speakers that the model was trained on.
+        audio: put the sound of the clips that the report shows into the report.
         tracking_uri: MLflow store in which a run id or registered name is looked up.
 
     Raises:

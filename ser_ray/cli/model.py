@@ -24,7 +24,7 @@ Model = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVerb(Verb):
-    """What every verb that takes a model has."""
+    """Flags of every verb that uses a model."""
 
     tracking_uri: str = ""
     """MLflow store in which a run id or a registered name is looked up."""
@@ -36,21 +36,21 @@ class Evaluate(ModelVerb):
 
     model: tyro.conf.Positional[Model]
     shards: str = ""
-    """The shard set it was trained on, or another of speakers it has not heard. If empty,
-    ser-ray-out/shards, or with --corpus a folder of its own in ser-ray-out."""
+    """The shard set that the model was trained on, or one of speakers that it was not trained on.
+    If empty, ser-ray-out/shards, or with --corpus a folder in ser-ray-out for corpus and model."""
     corpus: str = ""
-    """Corpus to score, as prepare takes it: prepared into the shard set first, with the model's own
-    features."""
+    """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
+    features that the model was trained on."""
     protocol: str = ""
-    """Score the test part of this protocol's fold instead of the one it was trained for."""
+    """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
-    """Fold to score instead of its own, from 0."""
+    """Number of the fold to score instead of the model's own, counted from 0."""
     against: str = ""
     """Another model to compare with on the same clips, by paired tests."""
     allow_seen_speakers: bool = False
-    """Score speakers that the model was trained on all the same; the result says so."""
+    """Also score speakers that the model was trained on; the result names them."""
     audio: bool = True
-    """Put the sound of the clips that the report shows into it."""
+    """Put the sound of the clips that the report shows into the report."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in where the shards are."""
@@ -155,7 +155,8 @@ class DemoUi(ModelVerb):
 
     model: tyro.conf.Positional[Model]
     host: str = "127.0.0.1"
-    """Address to listen on: 127.0.0.1 for this machine alone, or 0.0.0.0 for the whole network."""
+    """Address to listen on: 127.0.0.1 serves this machine alone, 0.0.0.0 every machine that reaches
+    this one."""
     port: int = 7860
     """Port to listen on; 0 takes a free one."""
 
@@ -197,8 +198,8 @@ class Register(Verb):
     """Make a run's model a registered version, described by its model card."""
 
     run_id: tyro.conf.Positional[str]
-    """MLflow run of a training, of a cross-validation, whose best fold's model is taken, or of a
-    search: then what `tune --refit` or `train --like` made of its best trial is taken."""
+    """MLflow run of a training, of a cross-validation (its best fold is registered) or of a search
+    (the training of its best recipe by `tune --refit` or `train --like` is registered)."""
     name: str = "ser-ray"
     """Registered model."""
     alias: str = "champion"

@@ -1,4 +1,4 @@
-"""The verb that does everything: prepare, train, evaluate, predict."""
+"""The verb that runs all steps: prepare, train, evaluate, predict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +16,11 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
-"""Where the synthetic corpus is made if no other is named."""
+"""Folder of the synthetic corpus, which is used if the user names no corpus."""
 SYNTHETIC_RECIPE = TrainConfig(
     weights="none", validation_speakers=4, crop_frames=64, epochs=24, batch_size=16
 )
-"""The recipe on the synthetic corpus, where the user does not change it."""
+"""The default recipe on the synthetic corpus."""
 SHOWN_PREDICTIONS = 8
 
 
@@ -30,7 +30,7 @@ class Pipeline(Verb):
 
     corpus: str = ""
     """RAVDESS folder or URI, or a table of your own recordings. Without it a small synthetic corpus
-    is made, and a short recipe without pretrained weights is used on it."""
+    is made, and a short recipe without pretrained weights is trained on it."""
     shards: str = ""
     """Where the shards go; `ser-ray-out/shards`, or `ser-ray-out/synthetic-shards`, if empty."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -82,7 +82,7 @@ class Pipeline(Verb):
         return Outcome({name: step.data for name, step in steps.items()}, "\n".join(lines))
 
     def _test_files(self) -> tuple[str, ...]:
-        """Paths of a few of the fold's test clips, spread evenly over it."""
+        """Paths of a few test clips of the fold, spread evenly over all of them."""
         from ser_ray.training.data import select_rows
 
         clips = api.open_shards(self.shards).clips()

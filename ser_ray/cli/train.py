@@ -13,7 +13,7 @@ from ser_ray.training.config import LrRangeConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingVerb(Verb):
-    """What every verb that trains takes."""
+    """Flags of every verb that trains."""
 
     shards: str = api.SHARDS
     """Folder or URI of the shard set that `prepare` wrote; one serves all feature kinds."""
@@ -26,11 +26,11 @@ class Train(TrainingVerb):
     """Train one fold; the same command resumes an interrupted training."""
 
     like: str = ""
-    """MLflow run whose recipe is taken, of a training, a search or one of its trials; further flags
-    replace single settings of it."""
+    """MLflow run of a training, a search or a trial, whose recipe is trained. Further flags replace
+    single settings of that recipe."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in the recipe of the run named by --like."""
+        """Fill in the recipe of the run that --like names."""
         if not self.like:
             return self
         from ser_ray.tracking.registry import name_like
@@ -49,7 +49,7 @@ class Train(TrainingVerb):
 
 
 def train_outcome(result: "api.TrainResult") -> Outcome:
-    """What is printed of a finished training."""
+    """Make the output of a finished training."""
     selected, card = result.selected, result.card
     data = {
         "name": result.name,

@@ -1,4 +1,4 @@
-"""What every verb of the command line has, and the result it returns."""
+"""The base of every verb of the command line, and the result that a verb returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +21,21 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """What every verb takes."""
+    """Flags of every verb."""
 
     address: str = ""
-    """Ray cluster to join; RAY_ADDRESS, the surrounding job's, or this machine alone if empty."""
+    """Ray cluster to join. If empty, that of RAY_ADDRESS or of the surrounding job, else one that
+    is started on this machine."""
     json: bool = False
     """Print the result as JSON on standard output; progress stays on standard error."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """This verb with every setting filled in that follows from the others.
+        """Return this verb with the settings filled in that follow from the others.
 
         Args:
-            flags: what the user gave after the verb's name.
+            flags: the command line after the verb's name.
         """
         return self
 
@@ -52,6 +53,6 @@ V = TypeVar("V", bound=Verb)
 
 def parse_over(flags: Sequence[str], defaults: V) -> V:
     """Parse a verb's flags again over other defaults: a flag wins even if it repeats a default."""
-    # Without FlagCreatePairsOff, a switch that is on by default may still be given.
+    # With FlagCreatePairsOff, a switch that is on in these defaults could not be given.
     parsing = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(type(defaults), args=flags, default=defaults, prog="ser-ray", config=parsing)

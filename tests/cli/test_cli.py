@@ -62,7 +62,7 @@ def test_dry_run_prints_what_would_run(capsys):
     assert TrainConfig.from_dict(recipe).augment.mixup == 0.3
 
 
-def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(capsys):
+def test_dry_run_on_the_synthetic_corpus_shows_its_recipe_and_keeps_the_flags_given(capsys):
     flags = ["--epochs", str(TrainConfig().epochs), "--time-masks", "1"]  # as good as any other
     assert main(["pipeline", "--dry-run", *flags]) == 0
     resolved = json.loads(capsys.readouterr().out)["pipeline"]
@@ -74,7 +74,7 @@ def test_dry_run_of_the_stand_in_shows_its_recipe_and_keeps_what_was_asked_for(c
     assert resolved["recipe"]["augment"]["mixup"] == SYNTHETIC_RECIPE.augment.mixup > 0
 
 
-def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeypatch):
+def test_flags_beside_like_replace_single_settings_of_that_recipe(capsys, monkeypatch):
     theirs = TrainConfig(
         lr_max=5e-3, ema_decay=0.99, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
     )
@@ -86,7 +86,7 @@ def test_what_is_given_besides_replaces_single_settings_of_a_run(capsys, monkeyp
     assert recipe == replace(theirs, lr_max=2e-3, ema_decay=0.0, augment=augment)
 
 
-def test_only_the_same_recipe_has_the_name_of_the_run_it_is_like(capsys, monkeypatch):
+def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsys, monkeypatch):
     theirs = TrainConfig(feature="mel")
     monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
 
@@ -135,7 +135,7 @@ def test_only_the_same_recipe_has_the_name_of_the_run_it_is_like(capsys, monkeyp
         ),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line_and_a_status(arguments, message, capsys, in_tmp):
+def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, capsys, in_tmp):
     assert main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -168,7 +168,7 @@ def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
 
 
 @pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1", "fly"])
-def test_what_cannot_be_parsed_ends_with_2(arguments):
+def test_flags_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments.split())
     assert exit_.value.code == 2
@@ -178,7 +178,7 @@ def test_every_verb_has_a_job():
     from pathlib import Path
 
     jobs = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.py")}
-    verbs = set(VERBS) - {"demo-ui"}  # a page for whoever sits at the machine
+    verbs = set(VERBS) - {"demo-ui"}  # a page for the person at this machine
     assert {verb.replace("-", "_") for verb in verbs} <= jobs
 
 
