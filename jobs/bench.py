@@ -1,4 +1,4 @@
-"""How fast the parts are against plainer ways of doing the same work, measured in one run.
+"""How fast the parts are, compared with plainer ways of doing the same work in the same run.
 
 `python jobs/bench.py prepare|train|tune|predict ...`; each part's own file, `bench_<part>.py`, says
 what it compares and what its figures do not say.
@@ -13,7 +13,7 @@ PARTS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.p
 
 
 def main() -> None:
-    """Become the part's own program: its worker processes import it by its file."""
+    """Replace this process by the part's own program; worker processes import it by its file."""
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
         sys.exit(f"{__doc__}\nusage: bench.py {{{','.join(PARTS)}}} [OPTIONS]")
     script = HERE / f"bench_{sys.argv[1]}.py"

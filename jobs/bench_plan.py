@@ -1,10 +1,10 @@
-"""What a long list of clips costs the driver of a preparation.
+"""The time and memory that a long list of clips costs the driver of `prepare`.
 
 `python jobs/bench.py plan --clips 1000000` prints the time and the driver's memory at the first
 part, every tenth of the way and at the end: listing and planning come before the first part, the
 card after the last. The listed files do not exist, so nothing is decoded: every row goes through
-the job and comes out as unreadable. What the figures do not say: how long a bucket takes to list,
-and the time of the decoding itself (`bench.py prepare`).
+the job and comes out as unreadable. The figures say nothing about the time to list a bucket, or
+about the decoding itself (`bench.py prepare`).
 """
 
 import resource
@@ -37,7 +37,7 @@ class Bench:
 
 
 def write_table(bench: Bench, path: Path) -> None:
-    """Write a table of clips that do not exist, in pieces so that it takes little memory."""
+    """Write a table of clips that do not exist, in pieces, to save memory."""
     schema = pa.schema(dict.fromkeys(("path", "label", "speaker"), pa.string()))
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, bench.clips, 10_000):

@@ -8,9 +8,9 @@
 - chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
 - notebook: librosa.load and three librosa features, in one process.
 
-Each runs in a fresh Python and is timed from before that starts. The rate is that of the files
-after the first part (or clip), so that starting shows in the seconds to the first one only. What
-the figures do not say: how it is on a cluster whose files come over a network.
+Each runs in a fresh Python and is timed from before Python starts. The rate counts the files after
+the first part (or clip), so the start shows only in the seconds to the first one. The figures say
+nothing about a cluster whose files come over a network.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from ser_ray.features.config import FeatureConfig
 
 CONFIG = FeatureConfig()
 Mark = Callable[[int], None]
-"""Called with the number of files, each time that some are done."""
+"""Called with the number of files each time that some are done."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Bench:
     corpus: str
     """Folder of the clips."""
     files: int = 0
-    """Links to the clips, over and over, to prepare in their place; 0 for the clips themselves."""
+    """Prepare this many links to the clips, each clip as often as needed; 0 for the clips alone."""
     processes: int = 2
     """CPUs of Ray and processes of the pool."""
     sample: int = 200
-    """Clips for the ways of one process."""
+    """Clips that the ways with one process are measured on."""
     rounds: int = 3
     """Times that each way is measured, in turn; the median is shown."""
     ways: tuple[str, ...] = ("job", "pool", "loop", "chain", "notebook")
@@ -98,7 +98,7 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Write the same parts without an engine."""
+    """Write the same parts without Ray; returns the peak memory of the workers in kilobytes."""
     from ser_ray.features.transforms import FeatureExtractor
     from ser_ray.shards.layout import CLIPS, OUTCOMES
     from ser_ray.shards.part import write_part
@@ -145,7 +145,7 @@ def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def chain(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """The straightforward way with the same libraries' usual functions."""
+    """Make features in the usual way, with the libraries' own functions."""
     import soundfile
     import torch
     from torchaudio.functional import create_dct
@@ -167,7 +167,7 @@ def chain(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def notebook(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """What a notebook does: each feature from the samples, with librosa."""
+    """Make each feature from the samples with librosa, as notebooks do."""
     import librosa
 
     rate, length, hop = CONFIG.sample_rate, CONFIG.window_length, CONFIG.hop_length
@@ -194,13 +194,13 @@ def _sample(bench: Bench, corpus: str) -> list[str]:
 
 
 def _peak_memory() -> int:
-    """Kilobytes that this process took at most."""
+    """Peak memory of this process in kilobytes."""
     time.sleep(0.05)  # so that every worker gets one of these
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
-    """Run one way, in a process of its own that was asked for when it `started`."""
+    """Run one way, in a new process that was requested at the time `started`."""
     marks: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as shards:
         largest = WAYS[way](
@@ -214,7 +214,7 @@ def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
 
 
 def make_links(corpus: str, files: int, folder: Path) -> str:
-    """Make a corpus of links to the clips of another one, over and over; returns its table."""
+    """Make a corpus of links to the clips of another, repeatedly; returns its table."""
     rows = list_corpus(corpus).manifest.to_pylist()
     lines = ["path,label,speaker"]
     for number in range(files):

@@ -4,17 +4,17 @@
 
 - ours: the loop through Ray Train, with its validation, checkpoints and reports;
 - bare: a PyTorch loop of the same arithmetic and nothing else;
-- ray: the bare loop in a worker of Ray Train, so ours / ray is what this project adds, and
-  ray / bare what Ray's own processes take where the training has all the CPUs;
+- ray: the bare loop in a worker of Ray Train, so ours / ray shows the cost of this project, and
+  ray / bare the cost of Ray's own processes where the training uses all CPUs;
 - ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo, or
-  over NCCL with `--device gpu`, where every worker takes a GPU;
-- ingest: ours with `--ingest stream`, which reads the training clips anew in every epoch;
+  over NCCL with `--device gpu`, where every worker has a GPU;
+- ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
 - stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
 
 Each way runs in a fresh Python. Clips per second are those of the training steps after the first
 epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
-of these epochs that is neither training step nor validation. What the figures do not say: how it
-is with workers on several nodes.
+of these epochs that is neither training step nor validation. The figures say nothing about workers
+on several nodes.
 """
 
 import json
@@ -160,7 +160,7 @@ def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
 
 
 class _Learner:
-    """A network, its optimiser and schedule: the arithmetic of a step without the loop's care."""
+    """A network, its optimiser and schedule: the arithmetic of a step without our loop."""
 
     def __init__(self, bench: Bench, rank: int, workers: int) -> None:
         import torch
@@ -197,7 +197,7 @@ class _Learner:
         self.schedule = OneCycleLR(self.optimiser, config.lr_max, total_steps=total + 1)
 
     def now(self) -> float:
-        """The time when all steps taken are done."""
+        """The time, after all steps so far have been computed."""
         import torch
 
         if self.device.type == "cuda":
@@ -205,15 +205,15 @@ class _Learner:
         return time.time()
 
     def learn(self, batch: Any, targets: Any) -> None:
-        """Take one step."""
+        """Make one step."""
         import torch
         import torch.nn.functional as F
 
-        mine = slice(self.rank, None, self.workers)
-        batch = batch[mine].contiguous(memory_format=torch.channels_last)
+        own = slice(self.rank, None, self.workers)
+        batch = batch[own].contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = F.cross_entropy(
-                self.network(batch), targets[mine], label_smoothing=self.config.label_smoothing
+                self.network(batch), targets[own], label_smoothing=self.config.label_smoothing
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -222,7 +222,7 @@ class _Learner:
 
 
 def stream(bench: Bench, started: float) -> Timing:
-    """Train on batches that Ray Data reads, decodes and shuffles anew in every epoch."""
+    """Train on batches that Ray Data reads, decodes and shuffles again in every epoch."""
     import ray.data
 
     from ser_ray.cluster import cluster
@@ -324,7 +324,7 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
 
 
 def measure(bench: Bench, way: str) -> Timing:
-    """Measure one way in a fresh Python: what the others left in memory is not there."""
+    """Measure one way in a fresh Python, whose memory holds nothing of the other ways."""
     order = asdict(bench) | {"way": way, "started": time.time()}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")

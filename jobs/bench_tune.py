@@ -10,8 +10,8 @@
   Ray Tune's own class: its share of the epochs, how often it ends with the same best UA, and what
   it loses where it does not.
 
-What the figures do not say: how it is where many slots read their shards over a network. The time
-to start Ray itself is left out on both sides.
+The figures say nothing about many slots that read their shards over a network. The time to start
+Ray itself is not counted on either side.
 """
 
 import heapq
@@ -42,7 +42,7 @@ from ser_ray.training.model import read_pretrained
 from ser_ray.training.trainer import fit
 
 ORDERS = 200
-"""In which ASHA meets the trials of one search."""
+"""Number of random orders in which ASHA gets the trials of one search."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Bench:
     seeds: int = 1
     """Searches, each with its own draws."""
     alone: int = 4
-    """Trials that are trained one after another as well; they take long."""
+    """Number of trials that are also trained one after another, which needs much time."""
 
 
 def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
-    """Search once, on a fresh record, every trial to its end."""
+    """Search once in a new folder, and train every trial to its end."""
     run = RunConfig(storage=str(folder), name=f"{seed}", tracking_uri=f"sqlite:///{folder}/db")
     recipe = replace(bench.recipe, seed=seed)
     config = replace(bench.search, scheduler="none")
@@ -89,7 +89,7 @@ def busy(trials: list[TrialRecord], slots: int) -> float:
 
 
 def trials_an_hour(trials: list[TrialRecord]) -> float:
-    """From the first start to the last end."""
+    """Trials for each hour between the first start and the last end."""
     wall = max(t.ended_ms for t in trials) - min(t.started_ms for t in trials)
     return len(trials) / wall * 3.6e6
 
@@ -101,12 +101,12 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
     pretrained = read_pretrained(bench.recipe.weights, len(shards.card.labels))
     started = time.perf_counter()
     for recipe in recipes:
-        fit(recipe, shards, pretrained, lambda epoch, take: None)
+        fit(recipe, shards, pretrained, lambda epoch, make_snapshot: None)
     return len(recipes) / (time.perf_counter() - started) * 3600
 
 
 def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
-    """Epochs and best UA of trials under ASHA, where the slots take them in the order given."""
+    """Epochs and best UA of the trials under ASHA, if they start in the order given."""
     scheduler = asha(bench.recipe, bench.search)
     scheduler.set_search_properties(OBJECTIVE, "max")
     waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
@@ -127,8 +127,8 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
         rows = trials[int(name)].rows[: epoch + 1]
         so_far = max(row["val_ua"] for row in rows)
         epochs, best = epochs + 1, max(best, so_far)
-        told = {"epoch": epoch + 1, OBJECTIVE: so_far}
-        decision = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), told)
+        result = {"epoch": epoch + 1, OBJECTIVE: so_far}
+        decision = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), result)
         if decision != TrialScheduler.STOP and epoch + 1 < len(trials[int(name)].rows):
             begin(now, name, epoch + 1)
         elif waiting:
@@ -137,7 +137,7 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
 
 
 def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
-    """Say what ASHA makes of the trials in many orders."""
+    """Summarise what ASHA makes of the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)
     full = max(row["val_ua"] for trial in scored for row in trial.rows)

@@ -100,11 +100,11 @@ def test_nothing_but_ssh_is_open(resolved):
 
 
 def test_its_machines_are_ones_that_ec2_would_start(resolved):
-    """The launcher's own call, against a synthetic that checks the parameters' names and types."""
+    """The launcher's own call, against a simulated EC2 that checks parameters' names and types."""
     provider = AWSNodeProvider(resolved["provider"], resolved["cluster_name"])
     for name, kind in resolved["available_node_types"].items():
         node = kind["node_config"] | {"ImageId": "ami-0123456789abcdef0"}
-        node.pop("IamInstanceProfile")  # an account's own, which the synthetic has not
+        node.pop("IamInstanceProfile")  # it belongs to an account, and the simulated one has none
         assert provider.create_node(node, {"ray-user-node-type": name}, 1)
 
 
@@ -164,7 +164,7 @@ def test_what_is_shipped_exists_and_the_pinned_versions_are_what_is_installed(ed
 
 @dataclass
 class Machine:
-    """A home of its own with what `ray up` ships, for the setup commands; without a network."""
+    """A separate home directory with what `ray up` ships, for setup commands without a network."""
 
     home: Path
 
@@ -203,10 +203,10 @@ def test_its_setup_installs_what_is_installed_here_and_asks_for_the_token(edited
     machine.run(remember)
     machine.run(remember)  # as `ray up` does on every change
     assert (machine.home / ".bashrc").read_text().count("export") == 1
-    told = machine.run(
+    printed = machine.run(
         ". ~/.bashrc; echo $RAY_AUTH_MODE $MLFLOW_TRACKING_URI; which -a python | head -1"
     )
-    assert told.split()[:2] == ["token", "http://127.0.0.1:5000"]
+    assert printed.split()[:2] == ["token", "http://127.0.0.1:5000"]
 
 
 def test_what_is_shipped_is_all_that_the_command_is_made_of(edited, machine):
