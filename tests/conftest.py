@@ -1,4 +1,4 @@
-"""Worlds that several tests share."""
+"""Fixtures that several tests share."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The same examples in every run: a change must not fail by the luck of the draw.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
-# A thread for networks as small as the tests' is faster than several, and bit for bit the same.
+# For the small networks of the tests, one thread is faster than several, and reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -117,8 +117,8 @@ def mlflow_server(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model, for tests that ask one."""
-    from tests.models import make_checkpoint  # it imports torch, which few tests of others need
+    """An untrained model, for tests that need any model."""
+    from tests.models import make_checkpoint  # it imports torch, which most tests do not need
 
     directory = tmp_path_factory.mktemp("model")
     make_checkpoint(directory)
@@ -127,7 +127,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(checkpoint: Path) -> "Predictor":
-    """That model, ready to name emotions."""
+    """A predictor with that model."""
     from ser_ray.inference.predictor import Predictor
 
     return Predictor(checkpoint)

@@ -1,4 +1,4 @@
-"""A real MLflow server to be stopped and started."""
+"""A real MLflow server that tests stop and start."""
 
 import sys
 from contextlib import ExitStack
@@ -9,7 +9,7 @@ import requests
 from tests.processes import started
 
 SECONDS = 60
-"""For one answer, on a machine that is busy with other tests."""
+"""Longest wait for one answer, on a machine that is busy with other tests."""
 
 
 def is_ready(uri: str, auth: tuple[str, str] | None = None) -> bool:
@@ -20,7 +20,7 @@ def is_ready(uri: str, auth: tuple[str, str] | None = None) -> bool:
 
 
 class MlflowServer:
-    """`mlflow server` on a port of its own; its database stays while it is stopped."""
+    """`mlflow server` on a fixed port; its database is kept while it is stopped."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.uri = folder, f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""The order of the rooms, read from every import of every file."""
+"""The order of the folders, read from every import of every file."""
 
 import ast
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
-ROOMS = [
+ORDER = [
     "version", "errors", "progress", "storage", "cluster", "corpus", "features", "shards",
     "training", "plots", "inference", "tracking", "evaluation", "distributed", "search", "api",
     "cli", "__main__",
 ]  # fmt: skip
-"""A room imports only from itself and from rooms to its left."""
+"""A folder imports only from itself and from folders to its left."""
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 TOP_LEVEL = {
     "ser_ray", "jobs", "tests", "pyproject.toml", "README.md", "cluster.yaml", "LICENSE",
@@ -38,7 +38,7 @@ def module_of(file: str) -> str:
     return "ser_ray." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -51,12 +51,12 @@ MODULES = {module_of(file): file for file in FILES if file != "__init__.py"}
 
 
 @pytest.mark.parametrize("file", MODULES.values())
-def test_a_room_imports_only_from_rooms_above_it(file):
-    place = ROOMS.index(room_of(module_of(file)))
+def test_a_folder_imports_only_from_folders_above_it(file):
+    place = ORDER.index(folder_of(module_of(file)))
     for name in imports_of(file):
         if name.split(".")[0] == "ser_ray":
-            assert name.partition(".")[2].split(".")[0] in ROOMS, f"{file} imports {name}"
-            assert ROOMS.index(room_of(name)) <= place, f"{file} imports {name}"
+            assert name.partition(".")[2].split(".")[0] in ORDER, f"{file} imports {name}"
+            assert ORDER.index(folder_of(name)) <= place, f"{file} imports {name}"
 
 
 def test_no_imports_form_a_circle():
@@ -71,19 +71,19 @@ def test_no_imports_form_a_circle():
 
 
 @pytest.mark.parametrize(
-    ("library", "rooms"),
+    ("library", "folders"),
     [
         ("mlflow", {"tracking"}),
-        ("ray", set(ROOMS) - {"training", "features", "corpus", "plots", "tracking", "evaluation"}),
+        ("ray", set(ORDER) - {"training", "features", "corpus", "plots", "tracking", "evaluation"}),
     ],
 )
-def test_a_library_is_imported_in_its_rooms_alone(library, rooms):
+def test_a_library_is_imported_in_its_folders_alone(library, folders):
     importing = {
-        room_of(module)
+        folder_of(module)
         for module, file in MODULES.items()
         if any(name.split(".")[0] == library for name in imports_of(file))
     }
-    assert importing <= rooms
+    assert importing <= folders
 
 
 def test_training_needs_torch_and_the_shards_alone():

@@ -130,7 +130,9 @@ def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+@pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:ray\..*"
+)  # Ray warns of settings that it makes itself
 def test_a_ray_that_is_started_here_listens_on_the_loopback_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

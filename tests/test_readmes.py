@@ -1,4 +1,4 @@
-"""What the README files show: commands that parse, links that lead somewhere."""
+"""The README files: their commands parse and their links lead to files."""
 
 import re
 import shlex
@@ -40,7 +40,7 @@ def test_the_readmes_show_every_verb():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_a_readme_is_one_that_the_program_understands(command, capsys, monkeypatch):
+def test_every_command_of_a_readme_parses(command, capsys, monkeypatch):
     monkeypatch.setattr(api, "recipe_like", lambda run_id, uri: TrainConfig())
     verb, *arguments = shlex.split(command, comments=True)
     named = {"predict": ["--model", "M"], "prepare": ["--corpus", "C", "--shards", "S"]}
@@ -49,7 +49,7 @@ def test_a_command_of_a_readme_is_one_that_the_program_understands(command, caps
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
-def test_the_links_of_a_readme_lead_to_files_of_a_bearable_size(readme):
+def test_the_links_of_a_readme_lead_to_files_and_small_pictures(readme):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)|src=\"([^\"]+)\"", readme.read_text()):
         path = readme.parent / (target[0] or target[1])
         assert path.exists(), f"{readme}: {target}"

@@ -167,7 +167,7 @@ def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint,
         compare(first, elsewhere)
 
 
-def test_learning_rates_of_the_page_are_those_of_the_loop(shards, tmp_path):
+def test_the_learning_rates_on_the_page_are_those_of_the_loop(shards, tmp_path):
     """The page is drawn from those of the newest checkpoint."""
     from ser_ray.training.model import Pretrained
     from ser_ray.training.trainer import fit
@@ -205,7 +205,7 @@ class Recorder:
         return lambda *_: self.calls.append(name)
 
 
-def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, checkpoint):
+def test_an_evaluation_stores_its_page_tables_and_scores_in_the_run(shards, checkpoint):
     evaluation, tracker = evaluate(checkpoint, "here"), Recorder()
     record_evaluation(evaluation, cast(Tracker, tracker), audio=False)
     page = tracker.files["report_test.html"]
@@ -220,7 +220,7 @@ def test_an_evaluation_leaves_its_page_tables_and_scores_in_the_run(shards, chec
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])
-def test_scores_are_reported_although_their_run_is_out_of_reach(
+def test_scores_are_printed_although_their_run_is_unreachable(
     shards, checkpoint, tmp_path, uri, capsys, caplog
 ):
     origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
@@ -233,7 +233,7 @@ def test_scores_are_reported_although_their_run_is_out_of_reach(
 
 
 @pytest.mark.parametrize("place", ["/gone/a.wav", "s3://user:password@bucket/a.wav", "no://b/a"])
-def test_a_page_has_no_clips_where_the_corpus_is_out_of_reach(shards, checkpoint, place):
+def test_a_page_has_no_clips_if_the_corpus_is_unreachable(shards, checkpoint, place):
     evaluation = evaluate(checkpoint, "here")
     paths = pa.array([place] * len(evaluation.truth))
     table = evaluation.predictions

@@ -235,14 +235,14 @@ def test_every_figure_is_an_svg_with_a_description(text: str) -> None:
     assert "<angry>" in words_of(figure_of(text, "Confusion matrix"))
 
 
-def test_text_of_others_is_shown_as_text(text: str) -> None:
+def test_labels_and_names_are_escaped(text: str) -> None:
     page = Page(text)
     for words in ("run <script>1</script>", "sad & low", "<angry>", '"><img src=x>', "<clip>.wav"):
         assert words in page.text
     assert "keep the model: ser-ray train --like <id>" in Page(render_search()).text
 
 
-def test_what_the_scores_were_measured_on_stands_above_them(text: str) -> None:
+def test_every_page_says_above_its_scores_what_they_were_measured_on(text: str) -> None:
     assert re.search(rf"{re.escape(MEASURED_ON)}</strong></p>\s*<dl class=\"scores\">", text)
     validated = f"epoch 3, validation, {PROTOCOL}, RAVDESS</strong></p>"
     assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_trial())
@@ -304,7 +304,7 @@ def test_the_curves_of_the_page_are_those_of_the_history(text: str) -> None:
         assert (heights[1] - heights[0]) / (heights[2] - heights[0]) == pytest.approx(between)
 
 
-def test_the_synthetic_corpus_is_named_where_its_results_are(evaluation: Evaluation) -> None:
+def test_results_on_the_synthetic_corpus_are_marked_as_such(evaluation: Evaluation) -> None:
     synthetic = Page(render(dataclasses.replace(evaluation, corpus="synthetic"))).text
     assert "not results on RAVDESS" in synthetic
     assert f"Measured on: test, {PROTOCOL}, the synthetic corpus" in synthetic
@@ -323,7 +323,7 @@ def test_a_page_without_history_or_clips_has_no_such_sections(evaluation: Evalua
     assert not {"Training", "Examples", "Hardest"} & set(text.split())
 
 
-def test_the_page_of_a_trial_without_an_epoch_says_why() -> None:
+def test_the_page_of_a_trial_without_an_epoch_shows_only_its_recipe() -> None:
     text = render_trial(history=(), learning_rates=(), confusion=())
     assert "Trial 2 of search: finished." in Page(text).text
     assert "<svg" not in text

@@ -81,7 +81,9 @@ def require_close(found: list[dict], expected: list[dict]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+@pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:ray\..*"
+)  # Ray warns of settings that it makes itself
 def test_an_interrupted_pass_resumes_and_ends_like_one_file_after_the_other(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):
@@ -186,7 +188,7 @@ def test_only_one_pass_writes_a_table(tmp_path):
 
 
 def test_parts_whose_rows_alternate_in_the_files_order_are_each_read_once(tmp_path, monkeypatch):
-    """As when two actors take turns: reading a part for every row would take hours."""
+    """Two actors alternate: reading a part for every row would take hours."""
     monkeypatch.setattr(results_module, "SECONDS_PER_PART", -1.0)
     output = tmp_path / "found.jsonl"
     files = [f"{number}.wav" for number in range(40)]
@@ -236,7 +238,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
                 predict_many(files, predictor, output)
 
 
-def test_relative_names_are_those_of_the_users_folder(predictor, in_tmp, monkeypatch):
+def test_relative_names_start_at_the_users_folder(predictor, in_tmp, monkeypatch):
     asked: list[str] = []
 
     def predict(files, predictor):
@@ -255,13 +257,15 @@ def test_a_group_ends_with_the_recording_that_makes_it_large():
     assert list(in_groups(windows, windows.__getitem__, 5)) == [["a", "b"], ["c", "d"], ["e"]]
 
 
-def test_an_output_of_no_known_format_is_refused(predictor):
+def test_an_output_in_an_unknown_format_is_refused(predictor):
     with pytest.raises(ConfigError, match=r"found\.xlsx: it must end in one of \.parquet"):
         predict_many(["a.wav"], predictor, "found.xlsx")
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
+@pytest.mark.filterwarnings(
+    r"ignore::DeprecationWarning:ray\..*"
+)  # Ray warns of settings that it makes itself
 def test_files_that_were_unreachable_are_scored_by_the_same_command(
     ray_on_two_cpus, predictor, files, tmp_path, monkeypatch
 ):

@@ -81,7 +81,7 @@ def test_an_invalid_port_is_named(checkpoint, capsys):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_recordings_are_deleted_however_the_server_is_stopped(checkpoint, tmp_path, how):
-    before = signal.signal(how, signal.SIG_DFL)  # `nohup pytest` would have it ignore SIGHUP too
+    before = signal.signal(how, signal.SIG_DFL)  # under `nohup pytest` it would ignore SIGHUP
     try:
         server = subprocess.Popen(
             [sys.executable, "-c", RUN, "demo-ui", str(checkpoint), "--port", "0"],
@@ -106,10 +106,10 @@ def test_recordings_are_deleted_however_the_server_is_stopped(checkpoint, tmp_pa
 
 @pytest.fixture(scope="module")
 def page_url(checkpoint, tmp_path_factory) -> Iterator[str]:
-    """The program itself, whose way out is a door where somebody counts."""
+    """The URL of the running program, whose proxy is a socket that notices any request."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as way_out:
-        proxy = f"http://127.0.0.1:{way_out.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as proxy_socket:
+        proxy = f"http://127.0.0.1:{proxy_socket.getsockname()[1]}"
         server = subprocess.Popen(
             [sys.executable, "-c", RUN, "demo-ui", str(checkpoint), "--port", "0"],
             env=os.environ | {"TMPDIR": str(folder), "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy},
@@ -123,15 +123,15 @@ def page_url(checkpoint, tmp_path_factory) -> Iterator[str]:
         assert server.wait(20) == 0
         assert server.stderr.read() == ""
         server.stderr.close()
-        way_out.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody knocked
-            way_out.accept()
+        proxy_socket.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nothing was requested from outside
+            proxy_socket.accept()
     assert list(folder.iterdir()) == [], "recordings are deleted with the server"
 
 
 @pytest.fixture
 def browser_page(clip) -> Iterator:
-    """A page of a real browser, at the width of a phone, that hears `clip` as its microphone."""
+    """A page of a real browser, at the width of a phone, with `clip` as its microphone."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")

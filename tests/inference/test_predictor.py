@@ -50,8 +50,8 @@ def test_the_predictors_network_answers_as_the_trained_one(checkpoint, predictor
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_windows_stay_with_the_sound_at_odd_rates(predictor):
-    """A hundredth of a second is no whole number of samples at 22,050 Hz."""
+def test_windows_are_where_the_sound_is_at_odd_rates(predictor):
+    """At 22,050 Hz, a hundredth of a second is not an integral number of samples."""
     rate, at = 22_050, 600
     sound = np.zeros(rate * 1000, np.int16)
     sound[rate * at : rate * (at + 8)] = 20_000 * voice(8, rate)
@@ -95,7 +95,7 @@ def test_any_format_gives_about_the_wavs_answer(predictor, tmp_path, name, codec
     assert found.probabilities == pytest.approx(wav.probabilities, abs=0.15)
 
 
-def test_stereo_at_another_rate(predictor, tmp_path):
+def test_stereo_at_another_rate_is_scored_as_mono(predictor, tmp_path):
     sound = voice(1.0, 22_050)
     path = write_wav(tmp_path / "a.wav", np.stack([sound, sound], axis=1), 22_050)
     mono = write_wav(tmp_path / "b.wav", sound, 22_050)
@@ -168,7 +168,7 @@ def test_windows_cover_a_recording_and_overlap_by_half(seconds):
     assert starts[-1] == max(seconds - 1.0, 0)
 
 
-def test_files_of_folders_patterns_and_names(tmp_path):
+def test_folders_patterns_and_names_list_their_files(tmp_path):
     for name in ("b.wav", "a.MP4", "notes.txt", ".hidden.wav", "sub/c.flac", "sub/deep/d.wav"):
         write_wav(tmp_path / name, voice(0.1))
     names = {
@@ -188,7 +188,7 @@ def test_files_of_folders_patterns_and_names(tmp_path):
     assert len(twice) == 1
 
 
-def test_a_pattern_on_a_uri():
+def test_a_pattern_may_be_a_uri():
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -215,7 +215,7 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path):
         Predictor(tmp_path)
 
 
-def test_command_line_shows_bars_and_json(checkpoint, tmp_path, capsys):
+def test_the_command_line_shows_bars_and_json(checkpoint, tmp_path, capsys):
     path = write_wav(tmp_path / "a.wav", voice())
     assert main(["predict", str(path), "--model", str(checkpoint)]) == 0
     shown = capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_a_command_that_can_score_no_file_says_so_and_fails(checkpoint, tmp_path
     assert printed.err == "error: none of these files could be scored\n"
 
 
-def test_command_line_shows_a_timeline(checkpoint, tmp_path, capsys):
+def test_the_command_line_shows_a_timeline(checkpoint, tmp_path, capsys):
     path = write_wav(tmp_path / "talk.wav", voice(70, 8_000), 8_000)
     assert main(["predict", str(path), "--model", str(checkpoint)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -155,7 +155,7 @@ def test_the_image_has_the_pinned_versions(manifests):
     )
 
 
-def test_it_is_as_closed_as_the_cluster_on_machines(manifests, pods):
+def test_it_is_as_protected_as_the_cluster_on_machines(manifests, pods):
     assert manifests["RayCluster"]["spec"]["authOptions"] == {"mode": "token"}
     assert "Secret" not in manifests
     aws = (ROOT / "cluster.yaml").read_text()

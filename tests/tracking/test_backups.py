@@ -78,7 +78,7 @@ def test_a_late_backup_of_a_replaced_machine_is_not_the_newest(machines):
     machines["a"].serve("1")
     with machines["a"].backups() as old:
         assert old.store()
-        machines["b"].serve()  # records nothing, but a started server is the one that counts
+        machines["b"].serve()  # records nothing, but its start begins a new generation
         machines["a"].record("late")
         assert old.store()
         machines["b"].serve("2")
@@ -105,7 +105,7 @@ def test_a_backup_is_complete_and_only_made_of_a_changed_database(tmp_path):
         assert other.serve() == [str(run) for run in range(BACKUPS_KEPT + 2)]
 
 
-def test_a_backup_that_failed_is_made_again_though_nothing_changed(machines, monkeypatch):
+def test_a_backup_that_failed_is_made_again_although_nothing_changed(machines, monkeypatch):
     machine = machines["a"]
 
     def fail(*_: object, **__: object) -> None:
@@ -121,7 +121,7 @@ def test_a_backup_that_failed_is_made_again_though_nothing_changed(machines, mon
     assert machines["b"].serve() == ["1"]
 
 
-def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(tmp_path):
+def test_an_unreachable_store_is_not_mistaken_for_an_empty_one(tmp_path):
     with s3_bucket("gone") as uri:
         store = filesystem_of(uri.format("database"))
     machine = Machine(tmp_path / "a", *store)

@@ -45,7 +45,9 @@ def running(store: Path, home: Path) -> Iterator[str]:
             yield uri
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0, (home / "log").read_text()
-            with pytest.raises(requests.ConnectionError):  # the server went with its keeper
+            with pytest.raises(
+                requests.ConnectionError
+            ):  # MLflow ended with the program that started it
                 requests.get(uri, timeout=60)
 
 
@@ -102,7 +104,7 @@ def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_
         found = MlflowClient(uri).get_run(run_id)
         return found.info.status, list(found.data.metrics.values())
 
-    with running(store, tmp_path / "next") as uri:  # another machine: nothing but the store
+    with running(store, tmp_path / "next") as uri:  # another machine, which has only the store
         use_credentials(tmp_path / "next", monkeypatch)
         assert os.environ["MLFLOW_TRACKING_PASSWORD"] != password
         assert status_and_metrics(uri, tracker.run_id) == ("FINISHED", [0.5])
@@ -113,7 +115,7 @@ def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_
         assert status_and_metrics(uri, later.run_id) == ("RUNNING", [])
 
 
-def test_every_store_has_a_database_of_its_own_on_a_machine(in_tmp):
+def test_every_store_has_a_separate_database_on_a_machine(in_tmp):
     folders = {local_folder(store) for store in ("s3://a/mlflow", "s3://b/mlflow", "here")}
     assert len(folders) == 3
     assert local_folder("here") == local_folder(str(in_tmp / "here"))

@@ -40,7 +40,7 @@ def log(tracker: Tracker, epoch: int) -> None:
     tracker.flush()
 
 
-def test_away_at_the_start_is_an_error_at_once(mlflow_server: MlflowServer) -> None:
+def test_a_server_that_is_down_at_the_start_is_an_error(mlflow_server: MlflowServer) -> None:
     mlflow_server.stop()
     with pytest.raises(TrackingError, match="no MLflow server answers"):
         start(mlflow_server.uri)
@@ -51,14 +51,16 @@ def test_away_at_the_start_is_an_error_at_once(mlflow_server: MlflowServer) -> N
     ["{folder}", "foo://bar", "postgresql://host/db", "mysql://host/db", "sqlite:////proc/no/db",
      "sqlite:///{folder}/no-database"],
 )  # fmt: skip
-def test_a_store_that_cannot_be_one_is_named(uri: str, tmp_path: Path) -> None:
+def test_a_uri_that_no_store_can_have_is_named(uri: str, tmp_path: Path) -> None:
     (tmp_path / "no-database").write_text("a text of more than a hundred letters" * 100)
     uri = uri.format(folder=tmp_path)
     with pytest.raises(TrackingError, match=re.escape(uri)):
         start(uri)
 
 
-def test_files_are_stored_as_what_they_are(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+def test_each_kind_of_file_is_stored_in_its_format(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
     tracker = start(mlflow_server.uri)
     rows = [
         {"clip": "a,b", "p": 0.5, "problem": None},
@@ -79,7 +81,7 @@ def test_files_are_stored_as_what_they_are(mlflow_server: MlflowServer, tmp_path
         ]
 
 
-def test_away_in_the_middle_costs_nothing(
+def test_no_epoch_is_lost_while_the_server_is_down_during_a_training(
     mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
@@ -111,7 +113,9 @@ def test_the_next_start_continues_the_run(mlflow_server: MlflowServer) -> None:
     assert run.info.status == "RUNNING"
 
 
-def test_an_epoch_is_logged_under_these_names_and_steps_however_often(tmp_path: Path) -> None:
+def test_an_epoch_that_is_logged_twice_is_stored_once_under_these_names_and_steps(
+    tmp_path: Path,
+) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracker = start(uri)
     for _ in range(2):
@@ -167,7 +171,7 @@ def closed_server() -> Iterator[str]:
         thread.join()
 
 
-def test_a_server_is_asked_with_the_credentials_of_the_client(
+def test_the_check_of_a_server_sends_the_credentials_of_the_client(
     closed_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
@@ -188,12 +192,12 @@ def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.Monkey
     assert provenance()["mlflow.user"] == str(os.getuid())
 
 
-def test_a_store_that_does_not_know_the_run_says_so(mlflow_server: MlflowServer) -> None:
+def test_a_run_that_the_store_does_not_have_is_an_error(mlflow_server: MlflowServer) -> None:
     with pytest.raises(TrackingError, match="refused the run 0123456789abcdef"):
         start(mlflow_server.uri, run_id="0123456789abcdef")
 
 
-def test_a_silent_store_is_left_alone_for_a_while(
+def test_a_store_that_does_not_answer_is_not_asked_again_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
