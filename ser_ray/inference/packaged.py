@@ -1,9 +1,15 @@
 """The model as MLflow packages it: it works alone, without Ray and without this repository.
 
 This module implements MLflow's `loader_module` protocol: the checkpoint's directory is the data,
-and `_load_pyfunc` opens it. The input has a row for each recording with one of the columns of
-`INPUTS` filled. The output has a row for each with `emotion`, a probability for every label,
-`status` and `reason`.
+and `_load_pyfunc` opens it. The input has a row for each recording, with one of these columns:
+
+path       string: path or URI of a recording that the model's machine can open
+audio      binary: the bytes of a recording's file, base64 in JSON
+waveform   array of double: mono samples in [-1, 1]; the column `sample_rate` (double) holds their
+           rate in hertz, 16000 if it is left out
+
+The output has a row for each recording with `emotion`, a probability for every label, `status` and
+`reason`.
 """
 
 from io import BytesIO
@@ -22,14 +28,6 @@ if TYPE_CHECKING:
 REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
                 "safetensors", "pandas")  # fmt: skip
 """Packages that loading the model and predicting import."""
-
-INPUTS = {
-    "path": "string: path or URI of a recording that the model's machine can open",
-    "audio": "binary: the bytes of a recording's file, base64 in JSON",
-    "waveform": "array of double: mono samples in [-1, 1]",
-    "sample_rate": "double: hertz of the waveform; 16000 if left out",
-}
-"""Columns of the input, all optional."""
 
 WAVEFORM_RATE = 16_000.0
 EXAMPLE_SECONDS = 0.25
@@ -81,7 +79,7 @@ class PackagedModel:
             except ClipError as error:
                 return Prediction(path="waveform", status=error.status, reason=error.reason)
             return self.predictor.predict_samples(samples, rate, "waveform")
-        reason = f"the row has none of {', '.join(INPUTS)}"
+        reason = "the row has none of path, audio and waveform"
         return Prediction(path="", status="unreadable", reason=reason)
 
 

@@ -97,11 +97,6 @@ class Tracker:
         return cls(uri, run_id)
 
     @property
-    def experiment_id(self) -> str:
-        """Id of the run's experiment."""
-        return str(self._client.get_run(self.run_id).info.experiment_id)
-
-    @property
     def run_name(self) -> str:
         """Name of the run."""
         with self._writing():
@@ -111,9 +106,10 @@ class Tracker:
         """Ids of the runs nested in this one, by the value of one of their tags."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         with self._writing():
+            experiment_id = self._client.get_run(self.run_id).info.experiment_id
             return {
                 run.data.tags[tag]: run.info.run_id
-                for run in search_runs(self._client, self.experiment_id, nested)
+                for run in search_runs(self._client, experiment_id, nested)
                 if tag in run.data.tags
             }
 
