@@ -6,7 +6,6 @@ completed an epoch.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -34,7 +33,9 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
             marker=marker,
             label=f"{state} ({len(some)})",
         )
-    leaders = accumulate(scored, lambda best, row: max(best, row, key=rank_of))
+    leaders: list[TrialRow] = []
+    for row in scored:
+        leaders.append(max([*leaders[-1:], row], key=rank_of))
     axes.step(
         [row["trial"] for row in scored],
         [leader["selected_val_ua"] for leader in leaders],
