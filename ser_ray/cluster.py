@@ -122,6 +122,11 @@ def has_gpus() -> bool:
     return resources_within_reach().get("GPU", 0) >= 1
 
 
+def trains_on_gpus(device: str) -> bool:
+    """Whether `RunConfig.device` means GPUs on this cluster."""
+    return device == "gpu" or (device == "auto" and has_gpus())
+
+
 def resources_within_reach() -> dict[str, float]:
     """Return the resources of the cluster at the largest size that its autoscaler may give it."""
     reach: dict[str, float] = {}

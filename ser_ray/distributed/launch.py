@@ -21,10 +21,10 @@ from ray.train import ScalingConfig
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
-    has_gpus,
     require_kept,
     require_shared,
     require_workers,
+    trains_on_gpus,
 )
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.group import WorkerGroup, restored_epochs
@@ -134,7 +134,7 @@ def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) ->
 
 def _scaling(run: RunConfig) -> ScalingConfig:
     fewest, most = run.worker_range
-    gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+    gpu = trains_on_gpus(run.device)
     require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
     return ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
@@ -151,7 +151,7 @@ def _start_tracker(
     shards: ShardSet,
     split: dict[str, Any],
 ) -> Tracker:
-    card, record = shards.card, folder.record()
+    card = shards.card
     tags = provenance() | {
         "protocol": split["label"],
         "corpus": card.corpus,
@@ -167,9 +167,8 @@ def _start_tracker(
     params |= {"workers": run.workers, "ingest": run.ingest}
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
-    known = record.get("run_id", "") if record.get("tracking_uri") == uri else ""
     tracker = Tracker.start(
-        uri, run.experiment, name=folder.name, params=params, tags=tags, run_id=known
+        uri, run.experiment, name=folder.name, params=params, tags=tags, run_id=folder.run_id(uri)
     )
     folder.update_record(
         run_id=tracker.run_id, tracking_uri=uri, identity=identity_of(config, shards)

@@ -9,10 +9,10 @@ import torch
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
-    has_gpus,
     require_kept,
     require_shared,
     require_workers,
+    trains_on_gpus,
 )
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
@@ -59,7 +59,7 @@ def find_range(
     pretrained = read_pretrained(config.weights, len(shards.card.labels))
     with cluster(address):
         require_shared(shards.uri)
-        gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+        gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         uri = resolve_uri(run.tracking_uri)
         require_kept(uri)

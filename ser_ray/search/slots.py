@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ser_ray.cluster import has_gpus, nodes_within_reach
+from ser_ray.cluster import nodes_within_reach, trains_on_gpus
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.space import SlotConfig
@@ -30,7 +30,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
     Raises:
         ResourcesError: there is no room for a single trial.
     """
-    gpu = run.device == "gpu" or (run.device == "auto" and has_gpus())
+    gpu = trains_on_gpus(run.device)
     cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
     nodes = nodes_within_reach()
     count = sum(trials_on(node, cpus, gpus) for node in nodes)

@@ -255,7 +255,7 @@ def open_study(
         "ray.job_id": ray.get_runtime_context().get_job_id(),
         "storage": folder.location,
     }
-    uri, record = resolve_uri(run.tracking_uri), folder.record()
+    uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
     tracker = Tracker.start(
         uri,
@@ -263,7 +263,7 @@ def open_study(
         name=folder.name,
         params=identity | {"slots": asdict(setup.slots)},
         tags=tags,
-        run_id=record.get("run_id", "") if record.get("tracking_uri") == uri else "",
+        run_id=folder.run_id(uri),
     )
     folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
     runs = TrialRuns(tracker, folder.name, run.experiment, card.labels, tags)
