@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def family(ancestor: int) -> dict[int, str]:
     """Command lines of a process and of all that come from it, by process id."""
@@ -74,6 +76,14 @@ def started(
         yield process
     finally:
         end(process)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended, even if its parent has not collected its status yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
