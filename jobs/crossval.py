@@ -1,4 +1,7 @@
-"""`ser-ray crossval` for `ray job submit --working-dir . -- python jobs/crossval.py ...`."""
+"""Runs `ser-ray crossval` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/crossval.py ...`.
+"""
 
 import sys
 

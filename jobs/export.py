@@ -1,4 +1,7 @@
-"""`ser-ray export` for `ray job submit --working-dir . -- python jobs/export.py ...`."""
+"""Runs `ser-ray export` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/export.py ...`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""`ser-ray pipeline` for `ray job submit --working-dir . -- python jobs/pipeline.py ...`."""
+"""Runs `ser-ray pipeline` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/pipeline.py ...`.
+"""
 
 import sys
 

@@ -1,11 +1,14 @@
-"""How a worker gets its training clips: resident, or as a stream that Ray Data's tasks read ahead.
+"""How a worker gets its training clips: it holds all of them in memory (resident), or streams them.
 
-Each of Ray Data's tasks reads one window of steps. Ray Data keeps their order, reads ahead as far
-as memory allows, and reads again what was lost with a node. Its own ways to split and to shuffle a
-dataset are not used. `get_dataset_shard` gives a worker whichever block is next, so an epoch could
-not be repeated or resumed in its middle, and it drops rows to give all workers the same number. A
-local shuffle yields short batches in mid-stream, on which data-parallel workers wait for each other
-forever (ray issue 66085). The first window took 15 s on two busy cores. Therefore the tasks are
+A stream is read ahead by the tasks of Ray Data, and each task reads one window of steps. Ray Data
+keeps the windows in order, reads ahead as far as memory allows, and reads a window again if its
+node was lost. Ray Data's own ways to split and to shuffle a dataset are not used.
+`get_dataset_shard` gives a worker whichever block is next, so an epoch could neither be repeated
+nor resumed in its middle. It also drops rows, so that all workers get the same number. A local
+shuffle yields short batches in mid-stream, and then data-parallel workers wait for each other
+forever (ray issue 66085).
+
+In a measurement on two busy cores, the first window arrived after 15 s. Therefore the tasks are
 started once for a training, not once for an epoch, and the next epoch is read during validation.
 """
 
@@ -36,10 +39,11 @@ def choose_ingest(
     device: torch.device,
     resume: Path | None,
 ) -> Fetch | None:
-    """Choose how to read a stream; None for resident clips. All workers choose the same.
+    """Return the function that reads the stream, or None if the clips are to be resident.
 
-    With `auto`, a resumed training continues as it began; a new one streams if `resident_bytes` of
-    clips would fill more than RESIDENT_SHARE of the memory of any worker.
+    All workers make the same choice. With `auto`, a resumed training reads its clips as it did
+    before. A new training streams if its clips, which need `resident_bytes`, would fill more than
+    RESIDENT_SHARE of the memory of any worker.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
@@ -51,7 +55,7 @@ def choose_ingest(
 
 
 def worker_memory(device: torch.device) -> int:
-    """Bytes of this worker's GPU, or its share of the memory that Ray may use on its node."""
+    """Bytes of this worker's GPU memory, or else the worker's share of Ray's memory on its node."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     here = core.get_runtime_context().get_node_id()
@@ -60,7 +64,7 @@ def worker_memory(device: torch.device) -> int:
 
 
 def fetch(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Read the items by Ray Data's tasks on any nodes (a `ser_ray.training.streaming.Fetch`)."""
+    """Read the items in tasks of Ray Data, on any node; a `ser_ray.training.streaming.Fetch`."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -1,4 +1,4 @@
-"""What runs in each of Ray Train's workers: the loop, and its reports on their way to Ray."""
+"""What runs in each worker of Ray Train: the training loop, and the reporter that it calls."""
 
 import os
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class WorkerTask:
     resident_bytes: int
     """Memory that all clips would need; only used if `ingest` is auto."""
     start: str = ""
-    """Path of the checkpoint to resume from, on the run's storage; empty to begin."""
+    """Path of the checkpoint to resume from, on the run's storage. If empty, start afresh."""
 
 
 def run_worker(task: WorkerTask) -> None:
@@ -65,7 +65,7 @@ def run_worker(task: WorkerTask) -> None:
 
 
 class Reporter:
-    """Passes the loop's reports to Ray Train, and writes their checkpoints beside the loop."""
+    """Passes the loop's reports to Ray Train, and writes checkpoints while the loop continues."""
 
     def __init__(self) -> None:
         self._writer = Semaphore()

@@ -1,1 +1,1 @@
-"""From a checkpoint's predictions to scores, statistics, a model card and pages."""
+"""Turns a checkpoint's predictions into scores, statistics, a model card and pages."""

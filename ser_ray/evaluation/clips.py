@@ -23,15 +23,15 @@ class ClipView:
     name: str
     """File name."""
     truth: str
-    """Its label."""
+    """The true label."""
     predicted: str
     """The predicted label."""
     probability: float
     """Probability of the predicted label."""
     waveform: np.ndarray
-    """Its sound without the silent ends [num_samples], full scale ±1."""
+    """Samples from -1 to 1, without the silence at both ends of the clip [num_samples]."""
     sample_rate: int
-    """Hertz."""
+    """Sample rate in hertz."""
     spectrogram: np.ndarray
     """Power in dB [bins, frames], from 0 Hz to half the sample rate."""
     mp3: bytes | None
@@ -42,8 +42,8 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
     """Read some clips of an evaluation again, and leave out those that cannot be read any more.
 
     Args:
-        rows: row numbers of `evaluation.predictions`.
-        audio: compress their sound for a player.
+        rows: which rows of `evaluation.predictions` to read, by number.
+        audio: whether to add the sound as MP3, for the page's player.
     """
     extract = FeatureExtractor(evaluation.card.features)
     rate = evaluation.card.features.sample_rate
@@ -71,7 +71,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
 
 
 def _mp3(waveform: np.ndarray, sample_rate: int) -> bytes:
-    """Compress a waveform [num_samples] so that any browser plays it, about 4 kB a second."""
+    """Compress a waveform [num_samples] to MP3, which any browser plays: about 4 kB per second."""
     sound = BytesIO()
     soundfile.write(sound, waveform, sample_rate, format="MP3")
     return sound.getvalue()

@@ -18,8 +18,8 @@ from ser_ray.training.checkpoint import CheckpointCard, read_card
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
     """Register a run's model, and return the new version's number and the model's card.
 
-    The model of a cross-validation is that of its best fold. The model of a search is that of its
-    best trial, trained again.
+    For a cross-validation, this is the model of the best fold. The trials of a search have no
+    models, so for a search it is that of the newest run that trained the best trial's recipe.
 
     Raises:
         TrackingError: there is no such run, or it has no model.
@@ -45,9 +45,10 @@ def model_card(card: CheckpointCard, scores: Mapping[str, Any] | None, validatio
     """Write a model's card as Markdown.
 
     Args:
-        card: of its checkpoint.
-        scores: `Evaluation.to_dict` of its test part, None if that was not evaluated.
-        validation_ua: UA of its validation part, a share.
+        card: card of the model's checkpoint.
+        scores: scores of the test part, as `Evaluation.to_dict` returns them; None if the test part
+            was not evaluated.
+        validation_ua: UA on the validation part, from 0 to 1.
     """
     return render(
         "model_card.md.jinja", card=card, scores=scores, validation_ua=validation_ua

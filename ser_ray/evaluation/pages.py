@@ -1,7 +1,9 @@
-"""The pages of runs: each is one HTML file that loads nothing, for any screen, light or dark.
+"""The HTML pages of runs.
 
-Plain rows and numbers come in, text goes out. `templates/` defines how a page looks. Figures become
-inline SVG in the colour of the page's own text, so that they follow the reader's setting.
+Each page is one file that loads no other file. It fits any screen size, in light and in dark mode.
+Each function here takes the results of a run, and returns its page as HTML text. `templates/`
+defines how a page looks. Figures are inline SVG. Their text and axes have the colour of the page's
+text, which depends on the reader's choice of light or dark mode.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +34,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
 
 History = Sequence[Mapping[str, float]]
-"""One row an epoch, with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua."""
+"""A row for each epoch, with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua."""
 
 SCORES = {"val_ua": "UA", "val_wa": "WA", "val_f1": "macro F1"}
 
@@ -48,11 +50,11 @@ def run_page(
     """The page of a training, of a cross-validation or of an evaluation.
 
     Args:
-        evaluation: what was scored.
-        name: of the run.
-        history: of the training; without it the page has no section on it.
+        evaluation: the predictions and their scores.
+        name: name of the run.
+        history: metrics of the training's epochs. If empty, the page has no section on training.
         learning_rates: learning rate of every step of the training [steps].
-        audio: put the sound of the clips shown into the page.
+        audio: whether the page contains the sound of the clips that it shows, with players.
     """
     card, scores, intervals = evaluation.card, evaluation.scores, evaluation.intervals
     speakers = evaluation.groups["speaker"]
@@ -103,14 +105,14 @@ def trial_page(
     """The page of one trial of a search or cross-validation; it shows no clips.
 
     Args:
-        name: of the trial's run.
+        name: name of the trial's run.
         about: which trial it is and how it ended, in a sentence.
         recipe: the trial's recipe.
-        history: of the trial; without an epoch, the page shows only the recipe.
+        history: metrics of the trial's epochs. If empty, the page has no scores and no figures.
         learning_rates: learning rate of every step [steps].
-        confusion: validation counts of its selected epoch [labels, labels].
+        confusion: counts of the validation clips in the selected epoch [labels, labels].
         labels: names of the confusion matrix's rows.
-        tags: of its run; `protocol` and `corpus` are shown beside the scores.
+        tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
     """
     selected = selected_row(history, recipe.keep)
     counts = np.asarray(confusion)
@@ -145,14 +147,15 @@ def search_page(
     """The page of a search.
 
     Args:
-        name: of the search.
-        trials: one row a trial, as `ser_ray.plots.search` describes it.
+        name: name of the search.
+        trials: one row for each trial, with the keys that `ser_ray.plots.search` describes.
         best: number of the selected trial.
         selected: row of that trial's selected epoch.
         recipe: that trial's recipe.
-        searched: every searched name, and its range in words.
-        importance: share of the differences in UA that each searched name explains; may be empty.
-        tags: of its run; `protocol` and `corpus` are shown beside the scores.
+        searched: name of each searched setting, and its range in words.
+        importance: for each searched setting, the share of the differences in UA between trials
+            that it explains; may be empty.
+        tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
         again: command that trains the best recipe.
     """
     figures = [
@@ -160,7 +163,7 @@ def search_page(
         _svg(bounds_figure(trials), "Validation UA by the bounds of the learning rate"),
     ]
     if importance:
-        figures.append(_svg(importance_figure(importance), "Importance of what was searched"))
+        figures.append(_svg(importance_figure(importance), "Importance of the searched settings"))
     states = [row["state"] for row in trials]
     return _page(
         "search",
@@ -201,10 +204,10 @@ def range_page(
     """The page of a learning-rate range test.
 
     Args:
-        name: of its run.
-        found: its numbers, as `range_figure` takes them.
-        settings: the recipe and the range, by name.
-        tags: of its run; `protocol` and `corpus` are shown beside the figure.
+        name: name of the test's run.
+        found: the measured losses and the proposed bounds, as `range_figure` takes them.
+        settings: name and value of each setting of the recipe and of the range.
+        tags: tags of the run; `protocol` and `corpus` are shown beside the figure.
     """
     return _page(
         "lr_range",
@@ -254,7 +257,8 @@ def _training(
 
 
 def _clips(section: str, clips: Sequence[ClipView]) -> list[tuple[ClipView, Markup]]:
-    # A clip may be in both sections: equal descriptions would give its figures equal ids.
+    # The description names the section, because a clip may be in both, and two figures with the
+    # same description would have the same ids.
     return [
         (
             clip,

@@ -1,13 +1,14 @@
-"""The training loop in plain torch: a fold's clips in, checkpoints and scores out.
+"""The training loop in plain torch, which reports scores and checkpoints as it goes.
 
-The loop trains in one process by default. Where Ray Train or torchrun has initialised
-`torch.distributed`, it is one worker of several. Batches, learning rates and augmentation are
-functions of (seed, epoch, step), not of the number of workers: every worker draws the complete
-batch and trains on each world-size-th clip of it, so a run may resume with another number of
-workers. (Streamed clips guarantee less: see `ser_ray.training.streaming`.)
+The loop trains in one process by default. If Ray Train or torchrun has initialised
+`torch.distributed`, this process is one of several workers. Batches, learning rates and
+augmentation depend on (seed, epoch, step), but not on the number of workers. Every worker draws the
+complete batch, and trains on its own share of the clips in it. Therefore a run may resume with a
+different number of workers. (With streamed clips, the augmentation does depend on this number: see
+`ser_ray.training.streaming`.)
 
 No step waits for the device: losses and counts are copied from it once per epoch. A snapshot is a
-copy of the training's state, which another thread may write while the loop continues.
+copy of the training's state, so another thread can write it to storage while the loop continues.
 """
 
 import copy
@@ -63,7 +64,7 @@ PREEMPTION_CHECK_STEPS = 32
 
 @dataclass(frozen=True, slots=True)
 class EpochReport:
-    """Results of an epoch, equal on every worker.
+    """Results of an epoch. The losses and scores are the same on every worker.
 
     Args:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
@@ -81,9 +82,11 @@ class EpochReport:
 
 
 MakeSnapshot = Callable[[], Snapshot]
-"""Copies the current state of the training, for a checkpoint. Call it before the report returns."""
+"""Copies the current state of the training, for a checkpoint. A `Report` may call it only
+before returning."""
 Report = Callable[[EpochReport | None, MakeSnapshot], None]
-"""Called on every worker after every epoch, and with None after a positive `preemption_check`."""
+"""Called on every worker after every epoch. It is also called in mid-epoch, with None instead of an
+`EpochReport`, when `preemption_check` has returned True."""
 
 
 def fit(
@@ -107,9 +110,10 @@ def fit(
         resume: directory of a checkpoint of the same training, to resume from.
         device: where to train; the CPU by default.
         preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
-            the same on all workers; after True, a checkpoint is reported in mid-epoch.
-        stream: reads training clips that do not stay in memory; `map` reads them in this process.
-            Without it, all clips are resident.
+            the same value on all workers. If it is True, `report` is called in mid-epoch, so that
+            it can write a checkpoint.
+        stream: function that reads the training clips again in every epoch. The built-in `map` is
+            one, which reads them in this process. If None, all clips stay in memory.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
@@ -187,13 +191,13 @@ class Trainer:
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         self.num_correct = torch.zeros((), device=device)
         self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
-        """Those of the last epoch's validation [clips, labels]; empty before the first one."""
+        """Probabilities of the last validation [clips, labels]; empty until there is one."""
         self.progress = Progress()
         self.batches = data.train.batches(config, world, epoch=0, step=0)
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or the last `patience` of them did not improve."""
+        """Whether all epochs are done, or none of the last `patience` was the best so far."""
         epoch, selected, patience = (
             self.progress.epoch,
             self.progress.selected,
@@ -227,7 +231,8 @@ class Trainer:
         """Make an optimiser step on a batch.
 
         Returns:
-            This worker's share of the batch's mean loss, and how many of its clips were correct.
+            This worker's share of the batch's mean loss, and how many of the clips in this worker's
+            share were predicted correctly.
         """
         torch.manual_seed(batch.seed)
         features, targets = self.augment(batch.clips, batch.rows)
@@ -239,24 +244,26 @@ class Trainer:
                 self._forward_backward(features, targets)
         self.optimiser.step()
         if self.ema_network is not None:
-            # A decay of 0 copies the weights: the average starts at those after the first step.
+            # After the first step the average becomes a copy of the weights, by a decay of 0.
             decay = self.config.ema_decay if self.steps_taken else 0.0
             update_ema(self.ema_network, self.network, decay)
         return loss, num_correct
 
     def finish_steps(self) -> None:
-        """Sum the losses and counts of the epoch over the workers, and check that all is finite.
+        """Sum the epoch's losses and counts over the workers, and check that they are finite.
+
+        The weights must be finite too.
 
         Raises:
-            DivergedError: the loss of one of the epoch's steps, or a weight after them, is not
-                finite.
+            DivergedError: the loss of a step of this epoch is not finite, or a weight at the end of
+                the epoch.
         """
         self.reduce_counts(on_all_workers=True)
         self._require_finite()
         self.training_seconds = time.perf_counter() - self.began
 
     def validate(self) -> Scores:
-        """Score every validation clip once. Each worker scores its share; all get the sums."""
+        """Score every validation clip once. Each worker scores its share; all get the total."""
         self._average_batch_norm()
         clips, num_labels = self.data.validation, len(self.data.labels)
         rows = np.arange(len(clips))[self.world.rank_slice]
@@ -298,10 +305,10 @@ class Trainer:
         return EpochReport(progress.times_ms[-1], row, learning_rates, confusion, is_selected)
 
     def reduce_counts(self, *, on_all_workers: bool = False) -> None:
-        """Sum the epoch's losses and counts over the workers, onto the first or onto all.
+        """Sum the epoch's losses and counts over the workers.
 
-        After a sum onto the first worker the others count from 0 again, so that a later sum counts
-        each clip once.
+        The first worker always gets the sums. The others get them if `on_all_workers` is set.
+        Otherwise they count from 0 again, so that a later sum counts each clip once.
         """
         self.world.all_reduce_sum(self.losses), self.world.all_reduce_sum(self.num_correct)
         if self.world.rank > 0 and not on_all_workers:
@@ -317,8 +324,9 @@ class Trainer:
         state |= _add_prefix(OPTIMISER, optimiser_tensors(self.optimiser))
         if self.ema_network is not None:
             state |= _add_prefix(NETWORK, self.network.state_dict())
-        # The tensors are copied here because the thread that writes them would start a second team
-        # of CPU threads for it; with more of these than CPUs, each sleeps at every barrier.
+        # The tensors are copied here, not in the thread that writes them: for a copy there, torch
+        # would start a second pool of CPU threads. When there are more of these threads than CPUs,
+        # each of them sleeps at every barrier.
         weights, state = (
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
             for part in (self.kept_network.state_dict(), state)
@@ -389,8 +397,8 @@ class Trainer:
         if not all(finite):
             raise DivergedError(
                 f"{names[finite.index(False)]} is not finite after epoch {epoch + 1}, though "
-                "the loss is: lower --lr-max, or train on another machine, because this one may "
-                "compute wrongly"
+                "the losses are finite: lower --lr-max, or train on another machine, because this "
+                "one may make errors in its arithmetic"
             )
 
     def _average_batch_norm(self) -> None:
@@ -411,7 +419,7 @@ def make_card(
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """Make the card of every checkpoint of this training."""
+    """Make the card, which is the same for all checkpoints of this training."""
     return CheckpointCard(
         labels=data.labels,
         config=config,
@@ -433,8 +441,8 @@ def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> No
     """
     if config.batch_size < workers:
         raise ConfigError(
-            f"batch_size is {config.batch_size} over {workers} workers: it is the batch of all "
-            "workers together, so it must be at least their number"
+            f"batch_size is {config.batch_size}, but there are {workers} workers: it counts the "
+            "clips of all workers together, so it must be at least the number of workers"
         )
     if num_clips < workers:
         raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")

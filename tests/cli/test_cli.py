@@ -146,7 +146,7 @@ def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --workers 7 --batch-size 6", "batch_size is 6 over 7 workers"),
+        ("train --workers 7 --batch-size 6", "batch_size is 6, but there are 7 workers"),
         ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
         ("train --ingest stream --balanced", "or without --balanced"),
         ("tune --workers 40", "every trial of tune and crossval has one worker"),

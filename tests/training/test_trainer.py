@@ -393,7 +393,7 @@ def test_a_checkpoint_cut_short_is_refused(memory_shards, tmp_path):
 
 def test_more_workers_than_clips_in_a_batch_are_refused(memory_shards, monkeypatch):
     monkeypatch.setattr(loop.World, "current", lambda: loop.World(rank=0, size=7))
-    with pytest.raises(ConfigError, match="batch_size is 6 over 7 workers"):
+    with pytest.raises(ConfigError, match="batch_size is 6, but there are 7 workers"):
         fit(CONFIG, memory_shards, FRESH, lambda *_: None)
 
 
