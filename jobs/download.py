@@ -1,4 +1,7 @@
-"""`ser-ray download` for `ray job submit --working-dir . -- python jobs/download.py ...`."""
+"""Runs `ser-ray download` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/download.py ...`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""`ser-ray evaluate` for `ray job submit --working-dir . -- python jobs/evaluate.py ...`."""
+"""Runs `ser-ray evaluate` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/evaluate.py ...`.
+"""
 
 import sys
 

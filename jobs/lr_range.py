@@ -1,4 +1,7 @@
-"""`ser-ray lr-range` for `ray job submit --working-dir . -- python jobs/lr_range.py ...`."""
+"""Runs `ser-ray lr-range` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/lr_range.py ...`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""`ser-ray predict` for `ray job submit --working-dir . -- python jobs/predict.py ...`."""
+"""Runs `ser-ray predict` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/predict.py ...`.
+"""
 
 import sys
 

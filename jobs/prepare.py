@@ -1,4 +1,7 @@
-"""`ser-ray prepare` for `ray job submit --working-dir . -- python jobs/prepare.py ...`."""
+"""Runs `ser-ray prepare` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/prepare.py ...`.
+"""
 
 import sys
 

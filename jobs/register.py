@@ -1,4 +1,7 @@
-"""`ser-ray register` for `ray job submit --working-dir . -- python jobs/register.py ...`."""
+"""Runs `ser-ray register` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/register.py ...`.
+"""
 
 import sys
 

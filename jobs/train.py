@@ -1,4 +1,7 @@
-"""`ser-ray train` for `ray job submit --working-dir . -- python jobs/train.py ...`."""
+"""Runs `ser-ray train` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/train.py ...`.
+"""
 
 import sys
 

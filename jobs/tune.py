@@ -1,4 +1,7 @@
-"""`ser-ray tune` for `ray job submit --working-dir . -- python jobs/tune.py ...`."""
+"""Runs `ser-ray tune` as a Ray job.
+
+Submit it by `ray job submit --working-dir . -- python jobs/tune.py ...`.
+"""
 
 import sys
 

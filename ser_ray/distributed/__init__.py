@@ -1,1 +1,1 @@
-"""Ray Train around the training: workers, storage, failures and the run's record."""
+"""Runs the training on a cluster, with Ray Train: workers, storage, failures, the run's record."""

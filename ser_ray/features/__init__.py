@@ -1,4 +1,4 @@
-"""From a clip to its features: `decode` reads the sound, `transforms` computes the three kinds.
+"""Turns a recording into features: `decode` reads the sound, `transforms` computes the three kinds.
 
 `sandbox` decodes clips that hang or kill the process. Preparing shards and predicting use the same
 functions, so both see the same numbers. Nothing here imports Ray.

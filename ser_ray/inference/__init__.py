@@ -1,1 +1,1 @@
-"""From a checkpoint to the emotion in any audio file."""
+"""Names the emotion in any audio file, with a trained checkpoint."""

@@ -1,1 +1,1 @@
-"""Ray Tune around the training: searches and cross-validations."""
+"""Runs searches and cross-validations, with Ray Tune around the training."""

@@ -1,4 +1,4 @@
-"""From a corpus to Parquet shards, and reading them back.
+"""Turns a corpus into Parquet shards, and reads them back.
 
 `prepare` lists a corpus, cuts it into parts (`plan`), has Ray Data decode and write them (`part`)
 and writes a card that describes the shard set (`card`). `read` opens a finished shard set and

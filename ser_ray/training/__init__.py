@@ -1,1 +1,1 @@
-"""Features to a checkpoint: the recipe, the data, the network and the loop, without Ray."""
+"""Trains a checkpoint on features: the recipe, the data, the network and the loop, without Ray."""
