@@ -77,7 +77,7 @@ def run_page(
         headline=headline(scores.confusion, card.labels),
         scores={"UA": scores.ua, "WA": scores.wa, "macro F1": scores.macro_f1},
         intervals={"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
-        drawn=f"over draws of {intervals.count} {intervals.drawn}",
+        drawn=f"by bootstrap over {intervals.count} {intervals.drawn}",
         labels=_labels(scores.confusion, card.labels),
         speakers=(_svg(bars, "WA of every speaker"), speakers),
         groups=[rows for kind, rows in evaluation.groups.items() if kind != "speaker"],

@@ -163,7 +163,7 @@ class Evaluation:
         return (
             f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {scores.num_clips} clips: "
             f"{shown}, ECE {self.calibration.ece:.1%}\n"
-            f"in brackets 95 % intervals over draws of {intervals.count} {intervals.drawn}"
+            f"in brackets 95 % intervals by bootstrap over {intervals.count} {intervals.drawn}"
         )
 
 

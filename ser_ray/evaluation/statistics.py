@@ -40,7 +40,7 @@ class Intervals:
 def bootstrap(
     speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
 ) -> Intervals:
-    """Intervals of the scores over draws of complete speakers; equal arguments give equal ones.
+    """Intervals of the scores by bootstrap over speakers; equal arguments give equal intervals.
 
     Args:
         speakers: of every clip [clips].
@@ -115,7 +115,7 @@ class Comparison:
     """Exact McNemar test of equal WA. It treats clips as independent, so p is too small."""
     ua_difference: float
     ua_interval: Interval
-    """Interval of the UA difference, over draws of complete speakers, the same for both models."""
+    """Interval of the UA difference, by bootstrap over speakers, the same draws for both models."""
     drawn: str
     """What was resampled: `speakers`, or `clips` where there is only one speaker."""
     count: int
@@ -124,9 +124,9 @@ class Comparison:
     def __str__(self) -> str:
         low, high = self.ua_interval
         return (
-            f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} over draws of "
-            f"{self.count} {self.drawn}), WA {self.wa_difference:+.1%}: {self.only_first_right} "
-            f"clips that only this model gets right, {self.only_second_right} that only the other "
+            f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} by bootstrap "
+            f"over {self.count} {self.drawn}), WA {self.wa_difference:+.1%}: "
+            f"{self.only_first_right} clips that only this model gets right, {self.only_second_right} that only the other "
             f"does, McNemar p = {self.mcnemar_p:.3g}"
         )
 

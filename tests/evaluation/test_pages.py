@@ -257,7 +257,7 @@ def test_a_page_of_a_run_holds_the_numbers(text: str, evaluation: Evaluation) ->
         f"{share:.1%}" for share in (scores.ua, scores.wa, scores.macro_f1)
     ]
     low, high = evaluation.intervals.ua
-    assert f"95 % interval {low:.1%} to {high:.1%}, over draws of 3 speakers" in page.text
+    assert f"95 % interval {low:.1%} to {high:.1%}, by bootstrap over 3 speakers" in page.text
     for kind, rows in evaluation.groups.items():
         for row in rows:
             assert f"{row[kind]} {row['clips']} {row['wa']:.1%} {row['ua']:.1%}" in page.text
