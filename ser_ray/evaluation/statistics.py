@@ -126,8 +126,8 @@ class Comparison:
         return (
             f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} by bootstrap "
             f"over {self.count} {self.drawn}), WA {self.wa_difference:+.1%}: "
-            f"{self.only_first_right} clips that only this model gets right, {self.only_second_right} that only the other "
-            f"does, McNemar p = {self.mcnemar_p:.3g}"
+            f"{self.only_first_right} clips that only this model gets right, "
+            f"{self.only_second_right} that only the other does, McNemar p = {self.mcnemar_p:.3g}"
         )
 
 
