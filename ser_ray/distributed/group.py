@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from time import monotonic
 
-import ray as core
+import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, ScalingConfig, TrainingFailedError, WorkerGroupError
@@ -95,7 +95,7 @@ class WorkerGroup:
         self.task = WorkerTask(
             config=config,
             shards=shards,
-            pretrained=core.put(pretrained),
+            pretrained=ray.put(pretrained),
             ingest=ingest,
             resident_bytes=resident_bytes(shards, config) if ingest == "auto" else 0,
         )
@@ -139,7 +139,7 @@ class WorkerGroup:
 
     def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
         """Yield the epochs of one of Ray's controllers until it ends."""
-        here = core.get_runtime_context().get_node_id()
+        here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})
         # In the main thread, Ray's fit would handle Ctrl-C itself.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray as core
+import ray
 import ray.train
 import torch
 
@@ -58,8 +58,8 @@ def worker_memory(device: torch.device) -> int:
     """Bytes of this worker's GPU memory, or else the worker's share of Ray's memory on its node."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    here = core.get_runtime_context().get_node_id()
-    node = next(node for node in core.nodes() if node["NodeID"] == here)
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()
 
 

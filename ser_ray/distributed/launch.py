@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import ray as core
+import ray
 from ray.train import ScalingConfig
 
 from ser_ray.cluster import (
@@ -158,9 +158,9 @@ def _start_tracker(
         "shards.fingerprint": card.fingerprint,
         "shards.location": shards.uri,
         "hardware.cluster": json.dumps(
-            {key: core.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}
+            {key: ray.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}
         ),
-        "ray.job_id": core.get_runtime_context().get_job_id(),
+        "ray.job_id": ray.get_runtime_context().get_job_id(),
         "storage": folder.location,
     }
     params = config.to_dict() | {"features": asdict(card.features)}

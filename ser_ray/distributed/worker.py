@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
-import ray as core
+import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
@@ -28,7 +28,7 @@ class WorkerTask:
 
     config: TrainConfig
     shards: ShardSet
-    pretrained: core.ObjectRef
+    pretrained: ray.ObjectRef
     """The weights to start from (`ser_ray.training.model.Pretrained`)."""
     ingest: Ingest
     resident_bytes: int
@@ -55,7 +55,7 @@ def run_worker(task: WorkerTask) -> None:
         fit(
             task.config,
             task.shards,
-            core.get(task.pretrained),
+            ray.get(task.pretrained),
             Reporter(),
             resume=resume,
             device=device,
@@ -79,7 +79,7 @@ class Reporter:
         if epoch is not None:
             metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_selected else 0}
             if self._node is not None:
-                address = core.util.get_node_ip_address()
+                address = ray.util.get_node_ip_address()
                 metrics["system_metrics"] = {address: self._node.means_since_last_call()}
         context = ray.train.get_context()
         if context.get_world_rank() > 0:
