@@ -48,7 +48,7 @@ Workers that have their placement group are not limited, for instance to install
 START_ATTEMPTS = 60
 """Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
 STOP_SECONDS = 60.0
-"""Time that a stopped group has to end the epoch it is in."""
+"""How long a group that is stopped may take to finish its current epoch."""
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,7 @@ from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CheckpointCard
@@ -155,7 +156,7 @@ def _start_tracker(
     tags = provenance() | {
         "protocol": split["label"],
         "corpus": card.corpus,
-        "shards.fingerprint": card.fingerprint,
+        SHARDS_TAG: card.fingerprint,
         "shards.location": shards.uri,
         "hardware.cluster": json.dumps(
             {key: ray.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}

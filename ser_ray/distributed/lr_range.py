@@ -22,6 +22,7 @@ from ser_ray.plots.training import range_figure
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import first_line, resolve_uri
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -67,7 +68,7 @@ def find_range(
         tags = provenance() | {
             "protocol": split["label"],
             "corpus": shards.card.corpus,
-            "shards.fingerprint": shards.card.fingerprint,
+            SHARDS_TAG: shards.card.fingerprint,
         }
         params = config.to_dict() | {"lr_range": asdict(test)}
         tracker = Tracker.start(uri, run.experiment, name=name, params=params, tags=tags)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ser_ray.evaluation.rendering import render
 from ser_ray.tracking.registry import (
+    SHARDS_TAG,
     best_training_of,
     fetch_checkpoint,
     read_evaluation,
@@ -33,7 +34,7 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
         "protocol": card.split["label"],
         "feature": card.config.feature,
         "corpus": card.corpus,
-        "shards.fingerprint": card.shards_fingerprint,
+        SHARDS_TAG: card.shards_fingerprint,
         "val_ua": f"{validation_ua:.4f}",
     }
     if scores is not None:

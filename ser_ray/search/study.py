@@ -30,6 +30,7 @@ from ser_ray.search.trial_record import TrialRecord
 from ser_ray.search.trial_runs import TrialRuns
 from ser_ray.storage.atomic import write_file
 from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.config import TrainConfig
@@ -250,7 +251,7 @@ def open_study(
     tags = provenance() | {
         "protocol": label,
         "corpus": card.corpus,
-        "shards.fingerprint": card.fingerprint,
+        SHARDS_TAG: card.fingerprint,
         "shards.location": setup.shards.uri,
         "ray.job_id": ray.get_runtime_context().get_job_id(),
         "storage": folder.location,
