@@ -1,6 +1,7 @@
 """Where standard error is a terminal, progress is a bar; in a log it is a line now and then."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(1000, 1025))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     with show_progress() as report:
         for done in range(1, 26):
             report(f"step {done}", done, 25)

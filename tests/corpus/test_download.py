@@ -15,6 +15,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,7 +287,7 @@ def test_progress_says_how_fast_and_how_long(
     config_for: Configure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter([0.0, 20.0, 30.0])
-    monkeypatch.setattr(downloading.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(downloading, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
 
     def bring(*arguments: Any) -> None:
         for megabytes in (100, 300, 500):

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -494,7 +495,9 @@ def test_a_feature_column_of_any_library_becomes_an_array(shards: ShardSet, kind
 def test_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock starts when the first part is done; from then on there are 10 files per second."""
     clock = iter([100.0, 102.0, 104.0])
-    monkeypatch.setattr("ser_ray.shards.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        "ser_ray.shards.progress.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
     watch = Watch(total=100, committed=30)
     first = watch.add({"ok": 8, "unreadable": 2})
     assert (first.done, first.errors, first.seconds_left) == (40, 2, None)

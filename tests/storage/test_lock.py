@@ -12,6 +12,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,11 +43,23 @@ def dead_process() -> int:
 
 
 @pytest.fixture
-def watching(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Give the lock a `time` module of its own, in which a test can replace functions.
+
+    Other threads of the process sleep too, so the real module stays as it is.
+    """
+    functions = {name: getattr(time, name) for name in ("time", "monotonic", "sleep", "strftime")}
+    clock = SimpleNamespace(**functions)
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def watching(clock: SimpleNamespace) -> list[float]:
     """Let time pass only while the lock sleeps, and return the seconds of each sleep."""
     slept: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
-    monkeypatch.setattr(module.time, "monotonic", lambda: sum(slept))
+    clock.sleep = slept.append
+    clock.monotonic = lambda: sum(slept)
     return slept
 
 
@@ -91,32 +104,32 @@ def test_the_lock_of_a_holder_that_cannot_be_seen_is_taken_over_only_after_a_sil
     assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
 
 
-@pytest.mark.parametrize("clock", [-3600.0, -60.0, 0.0, 3600.0])
+@pytest.mark.parametrize("offset", [-3600.0, -60.0, 0.0, 3600.0])
 def test_a_living_holder_keeps_its_lock_whatever_its_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+    tmp_path: Path, clock: SimpleNamespace, offset: float
 ) -> None:
     """The holder is on another machine, so neither its clock nor the file's times can be used."""
-    write_claim(tmp_path, host="elsewhere", alive=time.time() + clock)
+    write_claim(tmp_path, host="elsewhere", alive=time.time() + offset)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if sum(slept) == 9:
-            write_claim(tmp_path, host="elsewhere", alive=time.time() + clock, beat=1)
-        os.utime(tmp_path / LOCK_NAME, (1, time.time() + clock))
+            write_claim(tmp_path, host="elsewhere", alive=time.time() + offset, beat=1)
+        os.utime(tmp_path / LOCK_NAME, (1, time.time() + offset))
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
-    monkeypatch.setattr(module.time, "monotonic", lambda: sum(slept))
+    clock.sleep = sleep
+    clock.monotonic = lambda: sum(slept)
     with pytest.raises(ShardsError, match="on elsewhere since noon is here"):
         lock_of(tmp_path).__enter__()
     assert read_claim(tmp_path)["beat"] == 1
 
 
 def test_a_lock_that_is_released_while_it_is_watched_is_acquired(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: SimpleNamespace
 ) -> None:
     write_claim(tmp_path, host="elsewhere")
-    monkeypatch.setattr(module.time, "sleep", lambda _: (tmp_path / LOCK_NAME).unlink())
+    clock.sleep = lambda _: (tmp_path / LOCK_NAME).unlink()
     with lock_of(tmp_path) as held:
         assert read_claim(tmp_path)["token"] == held._claim["token"]
 
@@ -174,11 +187,11 @@ def test_of_many_processes_at_once_exactly_one_gets_the_lock(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("is_last", [True, False])
-def test_in_a_bucket_the_last_to_write_wins(is_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_bucket_the_last_to_write_wins(is_last: bool, clock: SimpleNamespace) -> None:
     """All processes that saw no lock write one within the time that each of them waits."""
     folder = f"memory://{uuid.uuid4().hex}"
     other, lock = lock_of(folder), lock_of(folder)
-    monkeypatch.setattr(module.time, "sleep", lambda _: None if is_last else other._write())
+    clock.sleep = lambda _: None if is_last else other._write()
     if is_last:
         with lock:
             assert lock._is_ours()
@@ -207,14 +220,14 @@ def test_a_successors_lock_survives_a_release_between_two_beats(tmp_path: Path) 
 
 
 def test_a_check_reads_the_lock_once_a_beat_is_overdue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: SimpleNamespace
 ) -> None:
     """A laptop that slept for an hour wakes up in the middle of an epoch."""
     with lock_of(tmp_path) as held:
         write_claim(tmp_path, host="elsewhere")
         held.check()
         woken = time.time() + 3600
-        monkeypatch.setattr(module.time, "time", lambda: woken)
+        clock.time = lambda: woken
         with pytest.raises(ShardsError, match="on elsewhere"):
             held.check()
 
