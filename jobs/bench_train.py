@@ -95,10 +95,10 @@ def ours(
         )
     rows = result.history
     steps = bench_steps(bench)
-    in_steps = [steps[1] / row["clips_per_second"] for row in rows]
+    in_steps = [steps[1] / row["speed/clips_per_second"] for row in rows]
     wall = ends[-1] - ends[1]
-    outside = 1 - sum(row["epoch_seconds"] for row in rows[1:]) / wall
-    first = ends[1] - rows[0]["epoch_seconds"] + in_steps[0] / steps[0] - started
+    outside = 1 - sum(row["speed/epoch_seconds"] for row in rows[1:]) / wall
+    first = ends[1] - rows[0]["speed/epoch_seconds"] + in_steps[0] / steps[0] - started
     return Timing(steps[1] * (len(rows) - 1) / sum(in_steps[1:]), outside, first)
 
 

@@ -75,7 +75,7 @@ def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[flo
     """Seconds to the first step: of every slot's first trial, and of the others."""
     ran = sorted((trial for trial in trials if trial.rows), key=lambda trial: trial.started_ms)
     seconds = [
-        (trial.times_ms[0] - trial.started_ms) / 1000 - trial.rows[0]["epoch_seconds"]
+        (trial.times_ms[0] - trial.started_ms) / 1000 - trial.rows[0]["speed/epoch_seconds"]
         for trial in ran
     ]
     return seconds[:slots], seconds[slots:]
@@ -85,7 +85,8 @@ def busy(trials: list[TrialRecord], slots: int) -> float:
     """Share of the slots' time in which an epoch was running."""
     ran = [trial for trial in trials if trial.rows]
     wall = max(t.ended_ms for t in ran) - min(t.started_ms for t in ran)
-    return sum(row["epoch_seconds"] for trial in ran for row in trial.rows) * 1000 / wall / slots
+    training = sum(row["speed/epoch_seconds"] for trial in ran for row in trial.rows)
+    return training * 1000 / wall / slots
 
 
 def trials_an_hour(trials: list[TrialRecord]) -> float:
@@ -117,7 +118,7 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
     epochs, best = 0, 0.0
 
     def begin(at: float, name: str, epoch: int) -> None:
-        ends = at + trials[int(name)].rows[epoch]["epoch_seconds"]
+        ends = at + trials[int(name)].rows[epoch]["speed/epoch_seconds"]
         heapq.heappush(running, (ends, name, epoch))
 
     for _ in range(min(bench.slots, len(trials))):
@@ -125,7 +126,7 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
     while running:
         now, name, epoch = heapq.heappop(running)
         rows = trials[int(name)].rows[: epoch + 1]
-        so_far = max(row["val_ua"] for row in rows)
+        so_far = max(row["val/ua"] for row in rows)
         epochs, best = epochs + 1, max(best, so_far)
         result = {"epoch": epoch + 1, OBJECTIVE: so_far}
         decision = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), result)
@@ -140,7 +141,7 @@ def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
     """Summarise what ASHA makes of the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)
-    full = max(row["val_ua"] for trial in scored for row in trial.rows)
+    full = max(row["val/ua"] for trial in scored for row in trial.rows)
     shares, losses = [], []
     for seed in range(ORDERS):
         epochs, best = replay(bench, random.Random(seed).sample(scored, len(scored)))

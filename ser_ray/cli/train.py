@@ -63,7 +63,7 @@ def train_outcome(result: "api.TrainResult") -> Outcome:
     }
     lines = (
         f"trained on   {card.trained_on}, {card.split['label']}",
-        f"validation   UA {selected['val_ua']:.1%}, WA {selected['val_wa']:.1%} in epoch "
+        f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
         f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}",
         f"checkpoint   {result.checkpoint}",
         *_run_lines(result.run_id, result.tracking_uri),
@@ -123,8 +123,8 @@ class Tune(TrainingVerb):
         counted = ", ".join(f"{count} {state}" for state, count in counts.items())
         lines = [
             f"searched     {len(result.trials)} trials: {counted}",
-            f"best         trial {best.number}: UA {best.selected['val_ua']:.1%}, WA "
-            f"{best.selected['val_wa']:.1%} in epoch {best.selected['epoch']:.0f} ({result.label})",
+            f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
+            f"{best.selected['val/wa']:.1%} in epoch {best.selected['epoch']:.0f} ({result.label})",
             f"             {recipe.feature}, lr_min {recipe.lr_min:.2e}, "
             f"lr_max {recipe.lr_max:.2e}",
             f"kept in      {result.best_recipe}",

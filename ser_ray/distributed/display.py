@@ -23,14 +23,14 @@ class EpochPrinter:
     def __call__(self, row: dict[str, float]) -> None:
         """Show one epoch."""
         done = int(row["epoch"])
-        left = (self.epochs - done) * row["epoch_seconds"]
+        left = (self.epochs - done) * row["speed/epoch_seconds"]
         # In place on a terminal, but for the last; a log keeps every line.
         self._in_place = self.console.is_terminal and done < self.epochs
         self.console.print(
             f"epoch {done:3d}/{self.epochs}  "
-            f"loss {row['train_loss']:.3f}, validation {row['val_loss']:.3f}  "
-            f"UA {row['val_ua']:6.1%}  WA {row['val_wa']:6.1%}  lr {row['lr']:.2e}  "
-            f"{row['clips_per_second']:5.0f} clips/s  {clock(left)} left",
+            f"loss {row['train/loss']:.3f}, validation {row['val/loss']:.3f}  "
+            f"UA {row['val/ua']:6.1%}  WA {row['val/wa']:6.1%}  lr {row['lr']:.2e}  "
+            f"{row['speed/clips_per_second']:5.0f} clips/s  {clock(left)} left",
             end="\r" if self._in_place else "\n",
             overflow="crop" if self._in_place else None,
             no_wrap=self._in_place,

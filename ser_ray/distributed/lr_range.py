@@ -102,8 +102,8 @@ def _test(
 def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]) -> None:
     when = now_ms()
     for step, (rate, loss) in enumerate(zip(found.learning_rates, found.losses, strict=True)):
-        tracker.log_metrics({"lr_step": rate, "train_loss": loss}, step, when)
-    tracker.log_metrics({"proposed_lr_min": found.lr_min, "proposed_lr_max": found.lr_max}, 0, when)
+        tracker.log_metrics({"train/lr": rate, "train/loss": loss}, step, when)
+    tracker.log_metrics({"proposed/lr_min": found.lr_min, "proposed/lr_max": found.lr_max}, 0, when)
     tracker.deliver()
     tracker.log_files(
         {

@@ -34,9 +34,9 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
 
 History = Sequence[Mapping[str, float]]
-"""A row for each epoch, with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua."""
+"""A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
 
-SCORES = {"val_ua": "UA", "val_wa": "WA", "val_f1": "macro F1"}
+SCORES = {"val/ua": "UA", "val/wa": "WA", "val/f1": "macro F1"}
 
 
 def run_page(
@@ -183,8 +183,8 @@ def search_page(
                 "state": row["state"],
                 **{name: _shown(row[name]) for name in searched},
                 "epochs": row["epochs"],
-                "ua": "" if row["selected_val_ua"] is None else row["selected_val_ua"],
-                "wa": "" if row["selected_val_wa"] is None else row["selected_val_wa"],
+                "ua": "" if row["selected/ua"] is None else row["selected/ua"],
+                "wa": "" if row["selected/wa"] is None else row["selected/wa"],
             }
             for row in sorted(trials, key=rank_of, reverse=True)
         ],

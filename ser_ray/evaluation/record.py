@@ -17,8 +17,8 @@ def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) 
         TrackingError: the store does not accept them.
     """
     scores, labels = evaluation.scores, evaluation.card.labels
-    test = {f"test_{name}": value for name, value in scores.to_dict().items()}
-    tracker.log_metrics(test | {"test_ece": evaluation.calibration.ece}, 0, now_ms())
+    test = {f"test/{name}": value for name, value in scores.to_dict().items()}
+    tracker.log_metrics(test | {"test/ece": evaluation.calibration.ece}, 0, now_ms())
     tracker.deliver()
     title, speakers = evaluation.measured_on, evaluation.groups["speaker"]
     recall = bars_figure(

@@ -1,7 +1,7 @@
 """Figures of a search, from one row for each trial.
 
 A row holds at least `trial` (its number), `state`, `feature`, `lr_min` and `lr_max`, and the scores
-of the selected epoch, `selected_val_ua` and `selected_val_loss`. These are None until the trial has
+of the selected epoch, `selected/ua` and `selected/loss`. These are None until the trial has
 completed an epoch.
 """
 
@@ -28,7 +28,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
         some = [row for row in scored if row["state"] == state]
         axes.scatter(
             [row["trial"] for row in some],
-            [row["selected_val_ua"] for row in some],
+            [row["selected/ua"] for row in some],
             color=colour,
             marker=marker,
             label=f"{state} ({len(some)})",
@@ -38,7 +38,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
         leaders.append(max([*leaders[-1:], row], key=rank_of))
     axes.step(
         [row["trial"] for row in scored],
-        [leader["selected_val_ua"] for leader in leaders],
+        [leader["selected/ua"] for leader in leaders],
         where="post",
         color=VERMILION,
         label="best so far",
@@ -59,7 +59,7 @@ def bounds_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
             some = [row for row in _scored(trials) if row["feature"] == kind]
             axes.scatter(
                 [row[name] for row in some],
-                [row["selected_val_ua"] for row in some],
+                [row["selected/ua"] for row in some],
                 color=colour,
                 marker=marker,
                 label=f"{kind} ({len(some)})",
@@ -88,14 +88,14 @@ def importance_figure(importance: Mapping[str, float], title: str = "") -> Figur
 
 def rank_of(row: TrialRow) -> tuple[float, ...]:
     """Sort key of a trial, the higher the better; finished trials come before pruned ones."""
-    if row["selected_val_ua"] is None:
+    if row["selected/ua"] is None:
         return ()
-    return row["state"] == "finished", row["selected_val_ua"], -row["selected_val_loss"]
+    return row["state"] == "finished", row["selected/ua"], -row["selected/loss"]
 
 
 def _scored(trials: Sequence[TrialRow]) -> list[TrialRow]:
     return [
         row
         for row in trials
-        if row["state"] in ("finished", "pruned") and row["selected_val_ua"] is not None
+        if row["state"] in ("finished", "pruned") and row["selected/ua"] is not None
     ]

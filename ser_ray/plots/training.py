@@ -10,11 +10,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
 
 _SERIES = {
-    "train_loss": ("training", BLUE, "--"),
-    "val_loss": ("validation", VERMILION, "-"),
-    "train_wa": ("training WA", BLUE, "--"),
-    "val_wa": ("validation WA", GREEN, "-."),
-    "val_ua": ("validation UA", VERMILION, "-"),
+    "train/loss": ("training", BLUE, "--"),
+    "val/loss": ("validation", VERMILION, "-"),
+    "train/wa": ("training WA", BLUE, "--"),
+    "val/wa": ("validation WA", GREEN, "-."),
+    "val/ua": ("validation UA", VERMILION, "-"),
 }
 
 
@@ -24,7 +24,7 @@ def curves_figure(
     """Draw the loss, and WA and UA, of every epoch, and mark the selected one.
 
     Args:
-        history: rows with the keys epoch, train_loss, train_wa, val_loss, val_wa and val_ua.
+        history: rows with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua.
         selected: the row of the epoch whose weights were kept.
         title: shown above.
     """
@@ -35,7 +35,7 @@ def curves_figure(
         axes = losses if key.endswith("loss") else accuracies
         values = [row[key] for row in history]
         axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
-    accuracies.plot(selected["epoch"], selected["val_ua"], "o", color=VERMILION, fillstyle="none")
+    accuracies.plot(selected["epoch"], selected["val/ua"], "o", color=VERMILION, fillstyle="none")
     losses.set_ylabel("loss")
     accuracies.set_ylabel("accuracy")
     accuracies.set_ylim(0, 1)
@@ -47,7 +47,7 @@ def curves_figure(
         axes.axvline(selected["epoch"], color=GREY, linestyle=":")
         legend_above(axes, columns=3)
         tidy(axes)
-    marked = f"marked: epoch {selected['epoch']:.0f}, validation UA {selected['val_ua']:.1%}"
+    marked = f"marked: epoch {selected['epoch']:.0f}, validation UA {selected['val/ua']:.1%}"
     return entitle(figure, title, marked)
 
 

@@ -185,15 +185,15 @@ def crossval_page(result: CrossvalResult, *, audio: bool) -> str:
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
-    prefix = "val" if result.part == "validation" else "test"  # as trainings name their metrics
-    scores = {f"{prefix}_{name}": result.mean(name) for name in FIGURES}
-    scores |= {f"{prefix}_{name}_spread": result.spread(name) for name in FIGURES}
+    section = "selected" if result.part == "validation" else "test"  # as in trainings
+    scores = {f"{section}/{name}": result.mean(name) for name in FIGURES}
+    scores |= {f"{section}/{name}_spread": result.spread(name) for name in FIGURES}
     for name in FIGURES:
         low, high = getattr(result.intervals, name)
-        scores |= {f"{prefix}_{name}_low": low, f"{prefix}_{name}_high": high}
+        scores |= {f"{section}/{name}_low": low, f"{section}/{name}_high": high}
     if result.ensemble is not None:
         ensemble = result.ensemble.to_dict()
-        scores |= {f"{prefix}_{name}_ensemble": ensemble[name] for name in FIGURES}
+        scores |= {f"{section}/{name}_ensemble": ensemble[name] for name in FIGURES}
     tracker.log_metrics(scores, 0, now_ms())
     tracker.deliver()
     tracker.log_files(

@@ -82,7 +82,7 @@ class TrialTable:
                 f"{recipe.lr_min:.1e}",
                 f"{recipe.lr_max:.1e}",
                 f"{trial.epochs}/{recipe.epochs}",
-                f"{trial.selected['val_ua']:.1%}" if trial.rows else trial.problem[:30],
+                f"{trial.selected['val/ua']:.1%}" if trial.rows else trial.problem[:30],
                 style=STYLE[trial.state],
             )
         return table
@@ -91,7 +91,7 @@ class TrialTable:
         room = max(self.console.height - 4, 5)
         ranked = sorted(
             self._trials,
-            key=lambda trial: (trial.ended, -trial.selected.get("val_ua", 0.0)),
+            key=lambda trial: (trial.ended, -trial.selected.get("val/ua", 0.0)),
         )
         return sorted(ranked[:room], key=lambda trial: trial.number)
 
@@ -102,7 +102,7 @@ class TrialTable:
             return f"{head}  after {trial.epochs} epochs: {trial.problem}"
         if not trial.rows:
             return head
-        score = f"{head}  UA {trial.selected['val_ua']:.1%} {self.label}".rstrip()
+        score = f"{head}  UA {trial.selected['val/ua']:.1%} {self.label}".rstrip()
         return f"{score} after {trial.epochs} of {trial.recipe.epochs} epochs"
 
 

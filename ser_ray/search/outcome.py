@@ -19,10 +19,10 @@ def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
             "lr_min": trial.recipe.lr_min,
             "lr_max": trial.recipe.lr_max,
             "epochs": trial.epochs,
-            "selected_epoch": trial.selected.get("epoch"),
-            "selected_val_ua": trial.selected.get("val_ua"),
-            "selected_val_wa": trial.selected.get("val_wa"),
-            "selected_val_loss": trial.selected.get("val_loss"),
+            "selected/epoch": trial.selected.get("epoch"),
+            "selected/ua": trial.selected.get("val/ua"),
+            "selected/wa": trial.selected.get("val/wa"),
+            "selected/loss": trial.selected.get("val/loss"),
             "problem": trial.problem,
             "run_id": trial.run_id,
         }
@@ -52,10 +52,10 @@ def importance_of(
     for trial in scored:
         study.add_trial(
             optuna.trial.create_trial(
-                params=trial.values, distributions=distributions, value=trial.selected["val_ua"]
+                params=trial.values, distributions=distributions, value=trial.selected["val/ua"]
             )
         )
-    if len({trial.selected["val_ua"] for trial in scored}) < 4:
+    if len({trial.selected["val/ua"] for trial in scored}) < 4:
         return {}
     shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(share) for name, share in shares.items()}

@@ -114,7 +114,7 @@ class Progress:
 def next_objective(recipe: TrainConfig, row: dict[str, float], before: list[float]) -> float:
     """The objective after an epoch, from its row and the objective of every epoch before it."""
     is_selected = recipe.keep == "last" and row["epoch"] == recipe.epochs
-    return row["val_ua"] if is_selected else max([row["val_ua"], *before[-1:]])
+    return row["val/ua"] if is_selected else max([row["val/ua"], *before[-1:]])
 
 
 def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, Pretrained]) -> None:

@@ -11,7 +11,6 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ser_ray.cluster import cluster, require_shared
@@ -179,9 +178,7 @@ def _log_outcome(
     tracker, trials = study.parent, study.trials
     rows, importance = trial_rows(trials), importance_of(trials, dimensions)
     scores = selected_metrics(best.selected)
-    states = [trial.state for trial in trials]
-    counts = {f"trials_{state}": float(states.count(state)) for state in np.unique(states)}
-    tracker.log_metrics(scores | counts, 0, now_ms())
+    tracker.log_metrics(scores, 0, now_ms())
     tracker.deliver()
     tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
     files: dict[str, Any] = {

@@ -19,9 +19,9 @@ from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.store import connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten
 
-SELECTED_BY = "selected_val_ua"
+SELECTED_BY = "selected/ua"
 """Metric of a finished training; among equals, the lower `TIE_BROKEN_BY` is better."""
-TIE_BROKEN_BY = "selected_val_loss"
+TIE_BROKEN_BY = "selected/loss"
 SHARDS_TAG = "shards.fingerprint"
 """Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"

@@ -130,19 +130,19 @@ class Tracker:
         """Queue everything that one epoch reported, until `flush` or `deliver`.
 
         Args:
-            row: the epoch's number (`epoch`, from 1) and its metrics.
-            learning_rates: one per step of the epoch; logged as `lr_step` over all steps.
+            row: the epoch's number (`epoch`, from 1) and its metrics, whose names have a slash.
+            learning_rates: one per step of the epoch; logged as `train/lr` over all steps.
             timestamp_ms: when the epoch ended, as `now_ms` gives it.
             system_metrics: for each node its metrics by name; logged as `system/NODE/NAME`.
         """
         epoch = int(row["epoch"])
-        metrics = {name: value for name, value in row.items() if name != "epoch"}
+        metrics = {name: value for name, value in row.items() if "/" in name}
         for node, values in (system_metrics or {}).items():
             metrics |= {f"system/{node}/{name}": value for name, value in values.items()}
         self.log_metrics(metrics, epoch, timestamp_ms)
         first_step = (epoch - 1) * len(learning_rates)
         for step, rate in enumerate(learning_rates, start=first_step):
-            self.log_metrics({"lr_step": rate}, step, timestamp_ms)
+            self.log_metrics({"train/lr": rate}, step, timestamp_ms)
 
     def flush(self) -> bool:
         """Try to send the queue to the store; returns whether the queue is empty.

@@ -118,13 +118,13 @@ def selected_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str
 
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
     """Key that orders epochs from worst to best: validation UA, then the negative loss."""
-    return row["val_ua"], -row["val_loss"]
+    return row["val/ua"], -row["val/loss"]
 
 
 def selected_metrics(row: Mapping[str, float]) -> dict[str, float]:
     """Number and validation metrics of the selected epoch, by the names they are logged under."""
     return {
-        f"selected_{name}": value
+        f"selected/{name.removeprefix('val/')}": value
         for name, value in row.items()
-        if name == "epoch" or name.startswith("val_")
+        if name == "epoch" or name.startswith("val/")
     }

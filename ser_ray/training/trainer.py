@@ -284,14 +284,14 @@ class Trainer:
         progress, num_steps = self.progress, self.progress.step - self.first_step
         row = {
             "epoch": float(progress.epoch + 1),
-            "train_loss": float(self.losses.mean()),
-            "train_wa": float(self.num_correct) / (self.steps_per_epoch * self.batch_size),
-            **{f"val_{name}": value for name, value in scores.to_dict().items()},
+            "train/loss": float(self.losses.mean()),
+            "train/wa": float(self.num_correct) / (self.steps_per_epoch * self.batch_size),
+            **{f"val/{name}": value for name, value in scores.to_dict().items()},
             "lr": progress.learning_rates[-1],
-            "workers": float(self.world.size),
+            "speed/workers": float(self.world.size),
             "bfloat16": float(self.autocast),
-            "epoch_seconds": time.perf_counter() - self.began,
-            "clips_per_second": num_steps * self.batch_size / self.training_seconds,
+            "speed/epoch_seconds": time.perf_counter() - self.began,
+            "speed/clips_per_second": num_steps * self.batch_size / self.training_seconds,
         }
         progress.history.append(row)
         progress.times_ms.append(time.time_ns() // 1_000_000)

@@ -74,7 +74,7 @@ def test_another_error_is_left_to_rays_retries(error: Exception) -> None:
 
 
 def test_the_epochs_before_a_checkpoint_are_restored_from_it() -> None:
-    rows = [{"epoch": float(epoch), "val_ua": epoch / 10} for epoch in (1, 2, 3)]
+    rows = [{"epoch": float(epoch), "val/ua": epoch / 10} for epoch in (1, 2, 3)]
     rates = [step / 10 for step in range(7)]  # two steps an epoch, and one of the fourth
     progress = {"learning_rates": rates, "step": 1, "history": rows, "times_ms": [10, 20, 30]}
     found = list(restored_epochs(StoredCheckpoint("checkpoint-0003-000001", progress)))

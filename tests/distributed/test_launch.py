@@ -125,7 +125,7 @@ class World:
             os.kill(pid, signal.SIGKILL)
 
     def learning_rates(self, run_id: str) -> list[tuple[int, float]]:
-        history = MlflowClient(self.store).get_metric_history(run_id, "lr_step")
+        history = MlflowClient(self.store).get_metric_history(run_id, "train/lr")
         return sorted((metric.step, metric.value) for metric in history)
 
 
@@ -155,7 +155,7 @@ def require_same_weights(checkpoint: Path, expected: Path) -> None:
 
 
 def assert_same(world: World, result: TrainResult, expected: TrainResult) -> None:
-    keys = ("train_loss", "val_loss", "val_ua", "lr")
+    keys = ("train/loss", "val/loss", "val/ua", "lr")
     for row, other in zip(result.history, expected.history, strict=True):
         assert {key: row[key] for key in keys} == {key: other[key] for key in keys}
     require_same_weights(Path(result.checkpoint), Path(expected.checkpoint))
@@ -313,7 +313,7 @@ def test_a_storage_error_of_one_of_two_workers_is_tried_again_at_once(
     )
     monkeypatch.setattr(distributed, "open_shards", lambda location: shards)
     result = world.train("hiccup", config=replace(CONFIG, epochs=2), workers="2")
-    assert [row["workers"] for row in result.history] == [2, 2]
+    assert [row["speed/workers"] for row in result.history] == [2, 2]
     assert num_lines(shards.attempts) == 3, "one failed; then the training and validation clips"
 
 
@@ -332,7 +332,7 @@ def test_the_workers_score_the_validation_clips_for_the_drivers_page(
     scored = evaluation.evaluate(Path(result.checkpoint), world.shards, part="validation")
     found = folder.validation_probabilities(newest)
     np.testing.assert_allclose(found, scored.probabilities, atol=1e-6)
-    assert scored.scores.ua == pytest.approx(result.selected["val_ua"])
+    assert scored.scores.ua == pytest.approx(result.selected["val/ua"])
 
 
 @pytest.mark.timeout(600)
@@ -434,8 +434,8 @@ def test_when_the_tracking_server_returns_the_same_command_delivers_the_rest(
 ) -> None:
     monkeypatch.setattr(world, "store", mlflow_server.uri)
     away = world.train("server-away", lambda epoch: mlflow_server.stop() if epoch == 2 else None)
-    assert [row["val_ua"] for row in away.history] == [
-        row["val_ua"] for row in uninterrupted.history
+    assert [row["val/ua"] for row in away.history] == [
+        row["val/ua"] for row in uninterrupted.history
     ]
     assert "the same command is run again" in caplog.text
     mlflow_server.start()
@@ -467,7 +467,7 @@ def test_an_elastic_training_follows_the_nodes(
     seen: list[int] = []
 
     def on_epoch(row: dict[str, float]) -> None:
-        seen.append(int(row["workers"]))
+        seen.append(int(row["speed/workers"]))
         if len(seen) == 2:
             world.cluster.remove_node(nodes[0], allow_graceful=False)  # its raylet gets SIGKILL
         if seen[-1] == 1 and len(nodes) == 1:

@@ -146,7 +146,7 @@ def test_a_training_survives_a_cable_that_is_pulled(machines, tmp_path):
     result = train(write_shard_files(tmp_path / "shards"), config, run, on_epoch=pull_a_cable)
     assert len(trained) == 2, "the workers were on two machines"
     assert [row["epoch"] for row in result.history] == list(range(1, EPOCHS + 1))
-    assert {row["workers"] for row in result.history} == {2.0}
+    assert {row["speed/workers"] for row in result.history} == {2.0}
     metrics = MlflowClient(tracking_uri=run.tracking_uri).get_run(result.run_id).data.metrics
     seen = {name.split("/")[1] for name in metrics if name.startswith("system/")}
     assert seen == {machine.address for machine in machines}, "the third took the lost one's place"

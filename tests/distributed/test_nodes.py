@@ -135,7 +135,7 @@ def test_a_training_on_several_nodes_outlives_one(nodes, tmp_path):
 
     run = MlflowClient(result.tracking_uri).get_run(result.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["val_ua"] == result.history[-1]["val_ua"]
+    assert run.data.metrics["val/ua"] == result.history[-1]["val/ua"]
 
 
 @contextlib.contextmanager
@@ -216,4 +216,4 @@ def test_only_the_driver_sees_the_database_of_its_runs(nodes, tmp_path):
 
     run = MlflowClient(result.tracking_uri).get_run(result.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["val_ua"] == result.history[-1]["val_ua"]
+    assert run.data.metrics["val/ua"] == result.history[-1]["val/ua"]

@@ -214,7 +214,7 @@ def test_an_evaluation_stores_its_page_tables_and_scores_in_the_run(shards, chec
     assert f"<strong>test, {evaluation.label}, " in page
     assert "<h1>the run</h1>" in page
     assert "<h2>Training</h2>" not in page
-    assert tracker.metrics["test_ua"] == evaluation.scores.ua
+    assert tracker.metrics["test/ua"] == evaluation.scores.ua
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
 
@@ -245,8 +245,8 @@ def test_a_page_has_no_clips_if_the_corpus_is_unreachable(shards, checkpoint, pl
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     history = [
-        {"epoch": epoch, "train_loss": 1.0, "train_wa": 0.5, "val_loss": 1.2, "val_wa": 0.4,
-         "val_ua": 0.1 * epoch}
+        {"epoch": epoch, "train/loss": 1.0, "train/wa": 0.5, "val/loss": 1.2, "val/wa": 0.4,
+         "val/ua": 0.1 * epoch}
         for epoch in (1, 2)
     ]  # fmt: skip
     progress = {
@@ -262,5 +262,5 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
     assert "marked: epoch 2, validation UA 20.0%" in page
-    assert tracker.metrics["selected_val_ua"] == 0.2
+    assert tracker.metrics["selected/ua"] == 0.2
     assert tracker.calls[-2:] == ["log_model", "finish"]

@@ -24,8 +24,8 @@ PROTOCOL = "emobox-6 fold 1 of 6 (speaker-independent)"
 MEASURED_ON = f"test, {PROTOCOL}, RAVDESS"
 LABELS = ("happy", "sad & low", "<angry>")
 HISTORY = [
-    {"epoch": e, "train_loss": 1 / e, "train_wa": 0.2 * e, "val_loss": 2 / e, "val_wa": 0.15 * e,
-     "val_ua": 0.1 * e, "val_f1": 0.05 * e}
+    {"epoch": e, "train/loss": 1 / e, "train/wa": 0.2 * e, "val/loss": 2 / e, "val/wa": 0.15 * e,
+     "val/ua": 0.1 * e, "val/f1": 0.05 * e}
     for e in (1, 2, 3)
 ]  # fmt: skip
 RATES = [1e-4, 2e-3, 1e-5]
@@ -166,7 +166,7 @@ def search_rows() -> list[dict[str, Any]]:
             {
                 "trial": number, "state": state, "lr_max": lr_max, "lr_ratio": 25.0,
                 "feature": "mel", "lr_min": lr_max / 25, "epochs": number,
-                "selected_val_ua": val_ua, "selected_val_wa": val_ua, "selected_val_loss": 1.0,
+                "selected/ua": val_ua, "selected/wa": val_ua, "selected/loss": 1.0,
             }
         )  # fmt: skip
     return found
@@ -296,7 +296,7 @@ def test_the_curves_of_the_page_are_those_of_the_history(text: str) -> None:
     figure = figure_of(text, "Loss and accuracy of every epoch")
     assert "marked: epoch 3, validation UA 30.0%" in words_of(figure)
     curves = [line for line in polylines(figure) if len(line) == len(HISTORY)]
-    keys = ("train_loss", "val_loss", "train_wa", "val_wa", "val_ua")
+    keys = ("train/loss", "val/loss", "train/wa", "val/wa", "val/ua")
     for key, curve in zip(keys, curves, strict=True):
         heights = [-y for _, y in curve]
         values = [row[key] for row in HISTORY]

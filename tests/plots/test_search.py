@@ -9,7 +9,7 @@ from tests.plots.drawn import lines, points
 
 
 def row(number: int, state: str, val_ua: float | None, **values: Any) -> dict[str, Any]:
-    known = {"trial": number, "state": state, "selected_val_ua": val_ua, "selected_val_loss": 1.0}
+    known = {"trial": number, "state": state, "selected/ua": val_ua, "selected/loss": 1.0}
     return known | {"feature": "mel", "lr_min": 1e-4 * number, "lr_max": 1e-2 * number} | values
 
 
@@ -19,7 +19,7 @@ TRIALS = [
     row(3, "failed", None),
     row(4, "pruned", 0.6, feature="mfcc"),
     row(5, "finished", 0.4),
-    row(6, "finished", 0.4, selected_val_loss=2.0),
+    row(6, "finished", 0.4, **{"selected/loss": 2.0}),
     row(7, "failed", 0.9),
 ]
 

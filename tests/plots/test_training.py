@@ -10,11 +10,11 @@ from tests.plots.drawn import lines
 def row(epoch: int, val_ua: float, val_loss: float = 1.0) -> dict[str, float]:
     return {
         "epoch": epoch,
-        "train_loss": 2.0 / epoch,
-        "train_wa": 0.1 * epoch,
-        "val_loss": val_loss,
-        "val_wa": val_ua + 0.02,
-        "val_ua": val_ua,
+        "train/loss": 2.0 / epoch,
+        "train/wa": 0.1 * epoch,
+        "val/loss": val_loss,
+        "val/wa": val_ua + 0.02,
+        "val/ua": val_ua,
     }
 
 
@@ -24,11 +24,11 @@ def test_curves_show_the_history_and_mark_the_selected_epoch() -> None:
     losses, accuracies = figure.axes
     drawn = lines(losses) | lines(accuracies)
     for label, key in {
-        "training": "train_loss",
-        "validation": "val_loss",
-        "training WA": "train_wa",
-        "validation WA": "val_wa",
-        "validation UA": "val_ua",
+        "training": "train/loss",
+        "validation": "val/loss",
+        "training WA": "train/wa",
+        "validation WA": "val/wa",
+        "validation UA": "val/ua",
     }.items():
         assert drawn[label] == ([1, 2, 3, 4, 5], [item[key] for item in history])
     for axes in (losses, accuracies):

@@ -265,7 +265,7 @@ def check_runs(result, shards: str, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["test_ua"] == pytest.approx(result.mean("ua"))
+    assert parent.data.metrics["test/ua"] == pytest.approx(result.mean("ua"))
     assert {file.path for file in client.list_artifacts(result.run_id, "tables")} == {
         "tables/crossval.json", "tables/speakers.csv", "tables/predictions.csv",
     }  # fmt: skip
@@ -284,15 +284,15 @@ def check_runs(result, shards: str, uri: str) -> None:
         fold, seed = int(run.data.params["fold"]), int(run.data.params["seed"])
         with local_checkpoint(fold_folder(result.location, fold, seed)) as checkpoint:
             own = evaluate(checkpoint, shards)
-        assert run.data.metrics["test_ua"] == pytest.approx(own.scores.ua)
+        assert run.data.metrics["test/ua"] == pytest.approx(own.scores.ua)
         assert {"report.html", "report_test.html"} <= {
             file.path for file in client.list_artifacts(run.info.run_id)
         }
-    best = max(nested, key=lambda run: run.data.metrics["selected_val_ua"])
+    best = max(nested, key=lambda run: run.data.metrics["selected/ua"])
     assert best_training_of(result.run_id, uri) in {
         run.info.run_id
         for run in nested
-        if run.data.metrics["selected_val_ua"] == best.data.metrics["selected_val_ua"]
+        if run.data.metrics["selected/ua"] == best.data.metrics["selected/ua"]
     }
 
 
@@ -335,7 +335,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shard
     (nested,) = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
-    assert parent.data.metrics["val_ua"] == nested.data.metrics["selected_val_ua"]
+    assert parent.data.metrics["selected/ua"] == nested.data.metrics["selected/ua"]
     assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
     files = {file.path for file in client.list_artifacts(nested.info.run_id)}
     assert "report.html" in files

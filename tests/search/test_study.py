@@ -119,9 +119,9 @@ class TuneTrial:
 
     def epoch(self, study: Study, number: int, val_ua: float, *, done: bool = False) -> None:
         """Report an epoch as `run_trial` does; `done` if the scheduler stops the trial then."""
-        row = {"epoch": float(number), "train_loss": 1.0, "train_wa": 0.3}
-        row |= {"val_ua": val_ua, "val_wa": val_ua, "val_f1": 0.25, "val_loss": 1.0}
-        best = max([0.0, *(earlier["val_ua"] for earlier in self.progress.values["history"])])
+        row = {"epoch": float(number), "train/loss": 1.0, "train/wa": 0.3}
+        row |= {"val/ua": val_ua, "val/wa": val_ua, "val/f1": 0.25, "val/loss": 1.0}
+        best = max([0.0, *(earlier["val/ua"] for earlier in self.progress.values["history"])])
         self.progress.add(
             EpochReport(1000 * number, row, [0.1, 0.2], [[number, 0], [0, 1]], val_ua > best),
             RECIPE,
@@ -205,11 +205,11 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path):
     assert finished.tags["mlflow.parentRunId"] == "parent"
     assert finished.tags["trial.state"] == "finished"
     assert finished.params["lr_max"] == 2e-2
-    assert [point for point in finished.points if point[0] == "val_ua"] == [
-        ("val_ua", 1, 0.2), ("val_ua", 2, 0.6), ("val_ua", 3, 0.5),
+    assert [point for point in finished.points if point[0] == "val/ua"] == [
+        ("val/ua", 1, 0.2), ("val/ua", 2, 0.6), ("val/ua", 3, 0.5),
     ]  # fmt: skip
-    assert [step for name, step, _ in finished.points if name == "lr_step"] == list(range(6))
-    assert ("selected_val_ua", 0, 0.6) in finished.points
+    assert [step for name, step, _ in finished.points if name == "train/lr"] == list(range(6))
+    assert ("selected/ua", 0, 0.6) in finished.points
     assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
     pages = [run.files["report.html"] for run in server.runs.values()]
     assert "60.0%" in pages[1]
@@ -231,8 +231,8 @@ def test_epochs_that_a_server_missed_are_delivered_by_the_next_driver(server, tm
     again = resumed(open_study(server, tmp_path), study, [trial])
     again.on_trial_start(0, [trial], trial)
     assert again.runs.deliver(again.trials)
-    points = [point for point in server.runs["run-1"].points if point[0] == "val_ua"]
-    assert points == [("val_ua", 1, 0.2), ("val_ua", 2, 0.3)]
+    points = [point for point in server.runs["run-1"].points if point[0] == "val/ua"]
+    assert points == [("val/ua", 1, 0.2), ("val/ua", 2, 0.3)]
 
 
 def test_a_resumed_study_has_the_records_of_the_killed_driver(server, tmp_path):
@@ -402,7 +402,7 @@ def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_pa
     output = io.StringIO()
     with TrialTable(Console(file=output, width=200), 1) as table:
         table([running])
-        running.rows.append({"epoch": 1.0, "val_ua": 0.25, "val_loss": 1.0})
+        running.rows.append({"epoch": 1.0, "val/ua": 0.25, "val/loss": 1.0})
         table([running])
         monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
         table([running])
@@ -430,7 +430,7 @@ def test_the_name_that_determines_the_score_has_the_highest_importance():
     for index in range(24):
         lr_max = 1e-4 * 100 ** (index / 23)
         values = {"lr_max": lr_max, "lr_ratio": 10.0, "feature": ("mel", "mfcc")[index % 2]}
-        row = {"epoch": 1.0, "val_ua": index / 24, "val_wa": 0.0, "val_loss": 1.0}
+        row = {"epoch": 1.0, "val/ua": index / 24, "val/wa": 0.0, "val/loss": 1.0}
         trials.append(
             TrialRecord(str(index), index + 1, values, RECIPE, rows=[row], state="finished")
         )
@@ -445,4 +445,4 @@ def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):
     run(study, tmp_path)
     rows = trial_rows(study.trials)
     assert len({tuple(row) for row in rows}) == 1
-    assert json.loads(json.dumps(rows))[1]["selected_val_ua"] == 0.6
+    assert json.loads(json.dumps(rows))[1]["selected/ua"] == 0.6

@@ -138,12 +138,12 @@ def test_a_search_with_pruned_and_failed_trials_resumes_and_frees_its_resources(
         assert (trial.state == "failed") == diverging, trial
         assert diverging == ("is not finite" in trial.problem)
     best = result.best
-    scores = [trial.selected["val_ua"] for trial in result.trials if trial.succeeded]
-    assert best.selected["val_ua"] == max(scores)
+    scores = [trial.selected["val/ua"] for trial in result.trials if trial.succeeded]
+    assert best.selected["val/ua"] == max(scores)
 
     rows = plain_rows(best.recipe, shards)
     for row, alone in zip(best.rows, rows, strict=False):
-        for name in ("train_loss", "val_loss", "val_ua"):
+        for name in ("train/loss", "val/loss", "val/ua"):
             assert row[name] == pytest.approx(alone[name], rel=1e-4), "a trial is a training"
 
     kept = json.loads((tmp_path / result.name / "best.json").read_text())
@@ -192,7 +192,7 @@ def test_a_search_whose_driver_was_killed_resumes_and_loses_no_epoch(two_cpus, s
         assert [row["epoch"] for row in trial.rows] == list(range(1, 9))
     rows = plain_rows(result.best.recipe, shards)
     for row, alone in zip(result.best.rows, rows, strict=True):
-        assert row["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+        assert row["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-4)
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     parent = client.get_run(result.run_id)
@@ -202,9 +202,9 @@ def test_a_search_whose_driver_was_killed_resumes_and_loses_no_epoch(two_cpus, s
     assert {run.data.tags["trial.state"] for run in nested} <= {"finished", "lost"}
     assert "RUNNING" not in {run.info.status for run in nested}
     for trial in result.trials:
-        curve = client.get_metric_history(trial.run_id, "val_ua")
+        curve = client.get_metric_history(trial.run_id, "val/ua")
         assert {point.step: point.value for point in curve} == {
-            int(row["epoch"]): row["val_ua"] for row in trial.rows
+            int(row["epoch"]): row["val/ua"] for row in trial.rows
         }
 
 
@@ -228,9 +228,9 @@ def check_mlflow(result, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["selected_val_ua"] == pytest.approx(result.best.selected["val_ua"])
+    assert parent.data.metrics["selected/ua"] == pytest.approx(result.best.selected["val/ua"])
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
-    assert f"{result.best.selected['val_ua']:.1%}" in page
+    assert f"{result.best.selected['val/ua']:.1%}" in page
     assert f"ser-ray train --like {result.best.run_id}" in page
     tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
     plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
@@ -248,9 +248,9 @@ def check_mlflow(result, uri: str) -> None:
         assert run.data.tags["trial.state"] == trial.state
         assert float(run.data.params["lr_max"]) == trial.recipe.lr_max
         if trial.rows:
-            curve = client.get_metric_history(trial.run_id, "val_ua")
-            assert [point.value for point in curve] == [row["val_ua"] for row in trial.rows]
-            assert len(client.get_metric_history(trial.run_id, "lr_step")) == sum(
+            curve = client.get_metric_history(trial.run_id, "val/ua")
+            assert [point.value for point in curve] == [row["val/ua"] for row in trial.rows]
+            assert len(client.get_metric_history(trial.run_id, "train/lr")) == sum(
                 len(rates) for rates in trial.learning_rates
             )
 
@@ -309,7 +309,7 @@ def test_the_number_of_trials_that_fit_on_a_node(node, cpus, gpus, room):
 
 
 def report_of(epoch: int, val_ua: float, *, is_selected: bool = True) -> EpochReport:
-    row = {"epoch": float(epoch), "val_ua": val_ua, "val_loss": 1.0}
+    row = {"epoch": float(epoch), "val/ua": val_ua, "val/loss": 1.0}
     return EpochReport(1000 * epoch, row, [0.1], [[epoch]], is_selected)
 
 
@@ -446,7 +446,7 @@ def test_a_trial_resumes_with_its_selected_epoch(
     assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
     for (again, _), (alone, _) in zip(reports, uninterrupted[2:], strict=True):
         assert again["objective_by_epoch"] == alone["objective_by_epoch"]
-        losses = [metrics["history"][-1]["val_loss"] for metrics in (again, alone)]
+        losses = [metrics["history"][-1]["val/loss"] for metrics in (again, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     rows = uninterrupted[-1][0]["history"]
     expected = selected_epoch(rows, keep) + 1
@@ -460,7 +460,7 @@ def test_the_objective_of_a_trial_ends_with_its_selected_epoch():
         recipe = replace(RECIPE, keep=keep, epochs=4)
         objective: list[float] = []
         for epoch, val_ua in enumerate((0.2, 0.6, 0.5, 0.3), start=1):
-            row = {"epoch": float(epoch), "val_ua": val_ua}
+            row = {"epoch": float(epoch), "val/ua": val_ua}
             objective.append(next_objective(recipe, row, objective))
         assert objective == [0.2, 0.6, 0.6, last]
 
@@ -583,7 +583,7 @@ def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, m
     place.write_text("the earlier one")
     full = "ser_ray.search.tuner.json.dumps"
     monkeypatch.setattr(full, lambda *_, **__: SimpleNamespace(encode=lambda: "not bytes"))
-    row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
+    row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
     best = TrialRecord("a", 1, {}, RECIPE, rows=[row], state="finished")
     study: Any = SimpleNamespace(parent=None)
     with pytest.raises(TypeError):
@@ -593,7 +593,7 @@ def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, m
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
-    row = {"epoch": 3.0, "val_ua": 0.5, "val_wa": 0.6, "val_loss": 1.0}
+    row = {"epoch": 3.0, "val/ua": 0.5, "val/wa": 0.6, "val/loss": 1.0}
     best = TrialRecord("a", 2, {}, RECIPE, rows=[row], state="finished", run_id="0123456789abcdef")
     result = tune_module.TuneResult(
         name="search", label="validation, speaker-3, table", best=best,
@@ -645,12 +645,12 @@ def test_a_grid_that_contains_the_recipe_begins_with_it():
 
 
 def test_the_best_trial_did_not_fail():
-    row = {"epoch": 1.0, "val_ua": 0.5, "val_loss": 1.0}
+    row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
     trials = [
         TrialRecord("a", 1, {}, RECIPE, rows=[row], state="pruned"),
-        TrialRecord("b", 2, {}, RECIPE, rows=[row | {"val_loss": 0.9}], state="finished"),
-        TrialRecord("c", 3, {}, RECIPE, rows=[row | {"val_ua": 0.9}], state="failed", problem="no"),
-        TrialRecord("e", 5, {}, RECIPE, rows=[row | {"val_ua": 0.8}], state="pruned"),
+        TrialRecord("b", 2, {}, RECIPE, rows=[row | {"val/loss": 0.9}], state="finished"),
+        TrialRecord("c", 3, {}, RECIPE, rows=[row | {"val/ua": 0.9}], state="failed", problem="no"),
+        TrialRecord("e", 5, {}, RECIPE, rows=[row | {"val/ua": 0.8}], state="pruned"),
         TrialRecord("d", 4, {}, RECIPE, state="failed", problem="no"),
     ]
     assert best_of(trials).number == 2

@@ -92,7 +92,7 @@ def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_
         credentials = tmp_path / "head" / ".mlflow" / "credentials"
         assert stat.S_IMODE(credentials.stat().st_mode) == 0o600
         tracker = start(uri)
-        tracker.log_metrics({"val_ua": 0.5}, 1, 1000)
+        tracker.log_metrics({"val/ua": 0.5}, 1, 1000)
         assert tracker.flush()
         tracker.log_files({"notes.txt": "kept"})
         tracker.finish("FINISHED")

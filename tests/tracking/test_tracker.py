@@ -35,7 +35,7 @@ def metrics(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def log(tracker: Tracker, epoch: int) -> None:
-    row = {"epoch": epoch, "val_ua": epoch / 10}
+    row = {"epoch": epoch, "val/ua": epoch / 10}
     tracker.log_epoch(row, [epoch, epoch + 0.5], timestamp_ms=1000 * epoch)
     tracker.flush()
 
@@ -94,8 +94,8 @@ def test_no_epoch_is_lost_while_the_server_is_down_during_a_training(
         tracker.finish("FINISHED")
     mlflow_server.start()
     assert tracker.flush()
-    assert metrics(mlflow_server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
-    assert [step for step, _ in metrics(mlflow_server.uri, tracker.run_id, "lr_step")] == list(
+    assert metrics(mlflow_server.uri, tracker.run_id, "val/ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert [step for step, _ in metrics(mlflow_server.uri, tracker.run_id, "train/lr")] == list(
         range(6)
     )
 
@@ -107,7 +107,7 @@ def test_the_next_start_continues_the_run(mlflow_server: MlflowServer) -> None:
     for epoch in (1, 2):
         log(again, epoch)
     assert again.run_id == tracker.run_id
-    assert metrics(mlflow_server.uri, tracker.run_id, "val_ua") == [(1, 0.1), (2, 0.2)]
+    assert metrics(mlflow_server.uri, tracker.run_id, "val/ua") == [(1, 0.1), (2, 0.2)]
     run = MlflowClient(mlflow_server.uri).get_run(tracker.run_id)
     assert run.data.params == {"a.b": "1"}
     assert run.info.status == "RUNNING"
@@ -120,7 +120,7 @@ def test_an_epoch_that_is_logged_twice_is_stored_once_under_these_names_and_step
     tracker = start(uri)
     for _ in range(2):
         tracker.log_epoch(
-            {"epoch": 3.0, "val_ua": 0.5, "train_loss": 1.25},
+            {"epoch": 3.0, "val/ua": 0.5, "train/loss": 1.25},
             [0.1, 0.2],
             7000,
             {"node-a": {"gpu_0_memory": 9.0}, "node-b": {"cpu": 50.0}},
@@ -135,11 +135,11 @@ def test_an_epoch_that_is_logged_twice_is_stored_once_under_these_names_and_step
         for name in names
     }
     assert points == {
-        "val_ua": [(3, 0.5, 7000)],
-        "train_loss": [(3, 1.25, 7000)],
+        "val/ua": [(3, 0.5, 7000)],
+        "train/loss": [(3, 1.25, 7000)],
         "system/node-a/gpu_0_memory": [(3, 9.0, 7000)],
         "system/node-b/cpu": [(3, 50.0, 7000)],
-        "lr_step": [(4, 0.1, 7000), (5, 0.2, 7000)],
+        "train/lr": [(4, 0.1, 7000), (5, 0.2, 7000)],
     }
 
 

@@ -119,8 +119,8 @@ def test_a_streamed_training_has_the_same_learning_rates_and_learns(memory_shard
     assert [report.learning_rates for report in streamed] == [
         report.learning_rates for report in resident
     ]
-    assert streamed[-1].row["train_loss"] < 0.8 * streamed[0].row["train_loss"]
-    assert max(report.row["val_ua"] for report in streamed) > 0.6  # chance is 0.25
+    assert streamed[-1].row["train/loss"] < 0.8 * streamed[0].row["train/loss"]
+    assert max(report.row["val/ua"] for report in streamed) > 0.6  # chance is 0.25
 
 
 def test_a_stream_resumed_in_mid_epoch_equals_an_uninterrupted_one_bit_for_bit(
@@ -190,10 +190,10 @@ def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
     assert result.card.ingest == "stream"
-    assert [row["workers"] for row in result.history] == [2, 2, 2]
-    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert [row["speed/workers"] for row in result.history] == [2, 2, 2]
+    assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     client = MlflowClient(run.tracking_uri)
-    rates = client.get_metric_history(result.run_id, "lr_step")
+    rates = client.get_metric_history(result.run_id, "train/lr")
     optimiser = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     schedule = one_cycle(optimiser, config, 4 * config.epochs)
     for step, metric in enumerate(sorted(rates, key=lambda metric: metric.step)):

@@ -141,12 +141,12 @@ def test_the_selected_epoch_is_the_last_or_the_best_on_validation(memory_shards,
         for keep in ("last", "best")
     )
     rows = [report.row for report in best]
-    assert len({row["val_ua"] for row in rows}) > 1
+    assert len({row["val/ua"] for row in rows}) > 1
     selected = [report.row for report in best if report.is_selected][-1]
-    assert selected == max(rows, key=lambda row: (row["val_ua"], -row["val_loss"]))
+    assert selected == max(rows, key=lambda row: (row["val/ua"], -row["val/loss"]))
     assert selected != rows[-1]
     assert all(report.is_selected for report in last)
-    assert [report.row["val_ua"] for report in last] == [row["val_ua"] for row in rows]
+    assert [report.row["val/ua"] for report in last] == [row["val/ua"] for row in rows]
 
 
 @pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.0), (0.5, 0.5 * 0.75 * 20)])
@@ -199,8 +199,8 @@ def test_sam_uses_the_gradient_at_the_perturbed_weights(memory_shards, monkeypat
 def test_training_lowers_the_loss_and_beats_chance(memory_shards, tmp_path):
     config = replace(CONFIG, epochs=12, batch_size=8, augment=PLAIN, label_smoothing=0)
     reports = trained(memory_shards, tmp_path, config).reports
-    assert reports[-1].row["train_loss"] < 0.7 * reports[0].row["train_loss"]
-    assert max(report.row["val_ua"] for report in reports) > 0.6  # chance is 0.25
+    assert reports[-1].row["train/loss"] < 0.7 * reports[0].row["train/loss"]
+    assert max(report.row["val/ua"] for report in reports) > 0.6  # chance is 0.25
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -263,8 +263,8 @@ def test_resuming_after_a_preemption_notice_equals_an_uninterrupted_training(
     rest = trained(memory_shards, tmp_path / "2", config, resume=tmp_path / "1" / "notice")
     for resumed, uninterrupted in zip(rest.reports, whole.reports[1:], strict=True):
         assert resumed.learning_rates == uninterrupted.learning_rates
-        assert resumed.row["train_loss"] == uninterrupted.row["train_loss"]
-        assert resumed.row["train_wa"] == uninterrupted.row["train_wa"]
+        assert resumed.row["train/loss"] == uninterrupted.row["train/loss"]
+        assert resumed.row["train/wa"] == uninterrupted.row["train/wa"]
     expected = load_file(tmp_path / "1" / "3" / MODEL)
     actual = load_file(tmp_path / "2" / "2" / MODEL)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
@@ -289,7 +289,7 @@ def test_validation_ua_equals_scikit_learns_on_the_same_predictions(memory_shard
     rows = np.arange(len(data.validation))
     found = predict_clips(network, data.validation, rows, CONFIG, len(data.labels))
     truth = data.validation.labels.numpy()
-    assert report.row["val_ua"] == pytest.approx(
+    assert report.row["val/ua"] == pytest.approx(
         balanced_accuracy_score(truth, found.argmax(axis=1))
     )
     assert np.sum(report.confusion) == len(truth)
@@ -439,8 +439,8 @@ def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainCo
     result = {
         "batches": batches,
         "lr": [rate for report in reports for rate in report.learning_rates],
-        "loss": [report.row["train_loss"] for report in reports],
-        "val_loss": [report.row["val_loss"] for report in reports],
+        "loss": [report.row["train/loss"] for report in reports],
+        "val/loss": [report.row["val/loss"] for report in reports],
         "confusion": [report.confusion for report in reports],
         "validated": validated,
     }
@@ -466,7 +466,7 @@ def test_bfloat16_trains_as_float32_does_and_validates_in_float32(
     for able in (False, True):
         monkeypatch.setattr(loop, "supports_bfloat16", lambda *_, able=able: able)
         recorder = trained(memory_shards, tmp_path / str(able))
-        losses.append([report.row["train_loss"] for report in recorder.reports])
+        losses.append([report.row["train/loss"] for report in recorder.reports])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -475,7 +475,7 @@ def test_bfloat16_trains_as_float32_does_and_validates_in_float32(
     clips = load_fold(memory_shards, CONFIG, CPU).validation
     probabilities = predict_clips(network, clips, np.arange(len(clips)), CONFIG, 4)
     truth = probabilities[np.arange(len(clips)), clips.labels.numpy()]
-    val_loss = recorder.reports[-1].row["val_loss"]
+    val_loss = recorder.reports[-1].row["val/loss"]
     assert val_loss == pytest.approx(-np.log(truth).mean(), rel=1e-6)
 
 
@@ -488,7 +488,7 @@ def test_one_two_and_three_workers_train_the_same(tmp_path, sam_rho):
         assert many["batches"] == one["batches"]
         assert many["lr"] == one["lr"]
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert many["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+        assert many["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
         assert many["confusion"] == one["confusion"]
 
 
