@@ -30,6 +30,7 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.group import WorkerGroup, restored_epochs
 from ser_ray.distributed.run_folder import SELECTED, RunFolder
 from ser_ray.errors import CheckpointError, TrackingError
+from ser_ray.evaluation.results import REPORT
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.provenance import provenance
@@ -67,6 +68,8 @@ class TrainResult:
     """One row per epoch."""
     selected: dict[str, float]
     """The row of the epoch whose weights are kept."""
+    report: str
+    """Location of the run's page."""
 
 
 def train(
@@ -200,13 +203,18 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
     from ser_ray.evaluation.pages import run_page
+    from ser_ray.evaluation.rendering import store_page
 
     newest = folder.newest()
     if newest is None:
         raise CheckpointError(f"{folder.location}: the training left no checkpoint")
     with TemporaryDirectory() as directory:
         selected = Path(directory)
-        origin = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        origin = {
+            "run_id": tracker.run_id,
+            "tracking_uri": tracker.uri,
+            "report": folder.report,
+        }
         card = folder.keep_selected(newest, origin, selected)
         folder.update_record(finished=True)
         try:
@@ -223,6 +231,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
                 learning_rates=newest.progress["learning_rates"],
                 audio=audio,
             )
+            store_page(page, folder.report)
             _log_outcome(tracker, selected, card, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
@@ -252,7 +261,7 @@ def _log_outcome(
     tracker.set_tags({"initial_weights": card.initial_weights})
     tracker.log_files(
         {
-            "report.html": page,
+            REPORT: page,
             "plots/validation_confusion.png": confusion_figure(confusion, card.labels, title),
             "plots/curves.png": curves_figure(history, selected, title),
             "tables/history.json": history,
@@ -279,4 +288,5 @@ def _result(folder: RunFolder) -> TrainResult:
         tracking_uri=record["tracking_uri"],
         history=newest.progress["history"],
         selected=newest.progress["selected"],
+        report=folder.report,
     )

@@ -16,8 +16,11 @@ from ser_ray.cluster import (
 )
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
 from ser_ray.evaluation.pages import range_page
+from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.results import REPORT
 from ser_ray.plots.training import range_figure
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
@@ -39,6 +42,8 @@ class RangeResult:
     label: str
     run_id: str
     tracking_uri: str
+    report: str
+    """Location of the test's page."""
 
 
 def find_range(
@@ -78,6 +83,8 @@ def find_range(
             if isinstance(found, SerRayError):
                 raise found
             page = range_page(name, asdict(found), settings=flatten(params), tags=tags)
+            report = RunFolder(absolute(run.storage), name).report
+            store_page(page, report)
             _record(tracker, found, page, tags)
         except BaseException as error:
             tracker.abandon(error)
@@ -85,7 +92,7 @@ def find_range(
                 raise SerRayError(f"the range test failed: {first_line(error)}") from error
             raise
         tracker.finish("FINISHED")
-    return RangeResult(found, split["label"], tracker.run_id, uri)
+    return RangeResult(found, split["label"], tracker.run_id, uri, report)
 
 
 def _test(
@@ -107,7 +114,7 @@ def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]
     tracker.deliver()
     tracker.log_files(
         {
-            "report.html": page,
+            REPORT: page,
             "plots/lr_range.png": range_figure(
                 asdict(found), f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}"
             ),

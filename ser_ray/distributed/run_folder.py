@@ -3,6 +3,7 @@
     run.json                what the run is, which MLflow run it has, whether it is finished
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next
     selected                the selected checkpoint, once the training is finished
+    report.html             the run's page, to which `evaluate` adds the test part
 
 A run resumes from the newest checkpoint that is complete and whose selected checkpoint is complete
 too. Ray also keeps a list of checkpoints, but rewrites it in place, so a full disk or a lost
@@ -24,6 +25,7 @@ from pyarrow import fs
 from safetensors import safe_open
 
 from ser_ray.errors import CheckpointError, MismatchError
+from ser_ray.evaluation.results import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -84,6 +86,11 @@ class RunFolder:
     def location(self) -> str:
         """The folder, as a user would type it."""
         return location_inside(self.storage, self.name)
+
+    @property
+    def report(self) -> str:
+        """Location of the run's page."""
+        return location_inside(self.location, REPORT)
 
     def lock(self) -> Lock:
         """Make the lock that a process holds while it trains under this name."""

@@ -1,17 +1,47 @@
-"""Fills templates: the HTML pages and the Markdown of a model card."""
+"""Fills templates: the HTML pages and the Markdown of a model card. Stores pages in run folders."""
 
 import base64
+import logging
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ser_ray.storage.atomic import write_file
+from ser_ray.storage.paths import filesystem_of
+
 TEMPLATES = Path(__file__).with_name("templates")
+
+logger = logging.getLogger(__name__)
 
 
 def render(template: str, **values: object) -> str:
     """Fill a template of `templates/`. HTML escapes the values; a missing value is an error."""
     return _environment().get_template(template).render(values)
+
+
+def store_page(page: str, location: str) -> None:
+    """Write a page to a path or URI, and create its folder.
+
+    A page that cannot be written costs only a warning: the numbers on it are stored elsewhere.
+    """
+    try:
+        filesystem, path = filesystem_of(location)
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        write_file(filesystem, path, page.encode())
+    except OSError as error:
+        logger.warning("%s: the report could not be written (%s)", location, error)
+
+
+def stored_page(location: str) -> str:
+    """Read the page at a path or URI; it is empty if none can be read."""
+    try:
+        filesystem, path = filesystem_of(location)
+        with filesystem.open_input_stream(path) as stream:
+            page: str = stream.read().decode()
+    except OSError:
+        return ""
+    return page
 
 
 @cache

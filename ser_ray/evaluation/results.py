@@ -16,6 +16,8 @@ from ser_ray.training.data import label_indices
 from ser_ray.training.metrics import Scores, count_confusion, scores_of
 
 Part = Literal["validation", "test"]
+REPORT = "report.html"
+"""Name of a run's page, in the run's folder and in its MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 """Columns of the clips by which scores are broken down, where a corpus has them."""
 KEPT = ("path", "take", *GROUPS, "emotion")
@@ -46,7 +48,8 @@ class Evaluation:
     predictions: pa.Table
     """One row a clip, as `predictions_table` makes it."""
     origin: Mapping[str, str] = field(default_factory=dict)
-    """MLflow run that trained the model, `run_id` and `tracking_uri`; empty if none is known."""
+    """Run that trained the model: `run_id` and `tracking_uri` of its MLflow run, and the location
+    of its `report`; empty if none is known."""
 
     @property
     def label(self) -> str:
@@ -59,6 +62,11 @@ class Evaluation:
     def measured_on(self) -> str:
         """Part, protocol and corpus: without them a score says nothing."""
         return f"{self.part}, {self.label}, {CORPORA[self.corpus]}"
+
+    @property
+    def report(self) -> str:
+        """Location of the page that has these scores; empty if they are recorded nowhere."""
+        return self.origin.get("report", "") if self.is_own_test else ""
 
     @cached_property
     def truth(self) -> np.ndarray:

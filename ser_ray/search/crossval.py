@@ -26,7 +26,8 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.record import record_evaluation
-from ser_ray.evaluation.results import Evaluation, Part
+from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.results import REPORT, Evaluation, Part
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.plan import grid_plan
 from ser_ray.search.pooled import (
@@ -116,6 +117,7 @@ def crossval(
             require_all_finished(study.trials)
             result = pool(plan, location, folder.name, study.parent)
             page = crossval_page(result, audio=run.audio)
+            store_page(page, result.report)
             _log_outcome(study.parent, result, page)
             if config.part == "test":
                 _record_tests(study, location, audio=run.audio)
@@ -198,7 +200,7 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     tracker.deliver()
     tracker.log_files(
         {
-            "report.html": page,
+            REPORT: page,
             f"plots/{result.part}_confusion.png": confusion_figure(
                 result.confusion, result.labels, f"{result.part}, {result.label}"
             ),

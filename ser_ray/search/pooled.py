@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.evaluation.results import Part, group_rows
+from ser_ray.evaluation.results import REPORT, Part, group_rows
 from ser_ray.evaluation.statistics import Intervals, bootstrap
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.shards.read import ShardSet
@@ -85,6 +85,11 @@ class CrossvalResult:
     def labels(self) -> tuple[str, ...]:
         """Emotions, in the order of the probabilities."""
         return self.plan.shards.card.labels
+
+    @property
+    def report(self) -> str:
+        """Location of the cross-validation's page."""
+        return location_inside(self.location, REPORT)
 
     @property
     def table(self) -> str:

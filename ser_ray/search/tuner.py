@@ -17,6 +17,8 @@ from ser_ray.cluster import cluster, require_shared
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
+from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.results import REPORT
 from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.plan import num_trials, search_plan, warn_of_baseline
 from ser_ray.search.slots import find_slots, require_one_worker
@@ -54,6 +56,11 @@ class TuneResult:
     """Folder of the search."""
     again: str
     """Command that trains the best recipe."""
+
+    @property
+    def report(self) -> str:
+        """Location of the search's page."""
+        return location_inside(self.location, REPORT)
 
     @property
     def best_recipe(self) -> str:
@@ -181,18 +188,20 @@ def _log_outcome(
     tracker.log_metrics(scores, 0, now_ms())
     tracker.deliver()
     tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
+    page = search_page(
+        study.folder.name,
+        rows,
+        best=best.number,
+        selected=best.selected,
+        recipe=best.recipe,
+        searched={item.name: str(item) for item in dimensions},
+        importance=importance,
+        tags=study.runs.tags,
+        again=again,
+    )
+    store_page(page, study.folder.report)
     files: dict[str, Any] = {
-        "report.html": search_page(
-            study.folder.name,
-            rows,
-            best=best.number,
-            selected=best.selected,
-            recipe=best.recipe,
-            searched={item.name: str(item) for item in dimensions},
-            importance=importance,
-            tags=study.runs.tags,
-            again=again,
-        ),
+        REPORT: page,
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(rows, title),
         "plots/learning_rate_bounds.png": bounds_figure(rows, title),
