@@ -71,10 +71,12 @@ def train_outcome(result: "api.TrainResult") -> Outcome:
     return Outcome(data, "\n".join(lines))
 
 
-def _run_lines(run_id: str, tracking_uri: str) -> tuple[str, str]:
-    from ser_ray.tracking.store import ui_command
+def _run_lines(run_id: str, tracking_uri: str) -> list[str]:
+    from ser_ray.tracking.views import links
 
-    return f"MLflow run   {run_id}", f"MLflow UI    {ui_command(tracking_uri)}"
+    found = links(tracking_uri, run_id)
+    lines = [f"MLflow run   {run_id}: {found.run}", f"all runs     {found.runs}"]
+    return [*lines, f"served by    {found.command}"] if found.command else lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,13 +38,6 @@ def resolve_uri(tracking_uri: str) -> str:
     return uri or f"sqlite:///{(LOCAL_STORE / 'mlflow.db').absolute()}"
 
 
-def ui_command(uri: str) -> str:
-    """Return the command that opens the MLflow UI on a store."""
-    if uri.startswith("http"):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}"
-
-
 def connect(uri: str) -> "MlflowClient":
     """Return MLflow's client of a store, after checking that the store answers it.
 

@@ -19,6 +19,7 @@ from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.provenance import TAG_BYTES
 from ser_ray.tracking.store import connect, search_runs, store_answers
+from ser_ray.tracking.views import save_view
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 """MLflow's own limits of one batch."""
@@ -74,6 +75,7 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 return cls(uri, run_id)
             experiment_id = _experiment_id(client, uri, experiment)
+            save_view(client, experiment_id)
             run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
             listed = [Param(key, str(value)) for key, value in flatten(params).items()]
             for first in range(0, len(listed), PARAMS_PER_CALL):

@@ -1,0 +1,116 @@
+"""Links to MLflow's pages: the page of a run, and the table of all runs that says which is best.
+
+The table is a saved view of the experiment: the scores, the settings that matter and the duration,
+the best validation UA first. MLflow's pages can save such a view and share its link, but MLflow has
+no Python function for either, and does not document how it stores a view. What is needed of both is
+in this module. `tests/tracking/test_views.py` fails if an upgrade of MLflow changes it.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ser_ray.errors import TrackingError
+from ser_ray.tracking.store import connect, store_answers
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` serves a local database."""
+VIEW_KEY = "ser-ray"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+"""Tag of the experiment that holds the view."""
+COLUMNS = (
+    "tags.`kind`",
+    "metrics.`selected/ua`",
+    "metrics.`test/ua`",
+    "tags.`protocol`",
+    "params.`feature`",
+    "params.`lr_min`",
+    "params.`lr_max`",
+    "params.`fold`",
+    "params.`seed`",
+    "attributes.`Duration`",
+    "attributes.`Dataset`",
+    "attributes.`Models`",
+)
+"""The columns of the table, as MLflow's pages name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Where a run is shown."""
+
+    run: str
+    """Page of the run."""
+    runs: str
+    """Table of all runs of its experiment, the best first."""
+    command: str
+    """Command that serves both pages; empty if a server does so already."""
+
+
+def links(uri: str, run_id: str) -> Links:
+    """Return the links to a run. Where the store does not answer, both lead to its first page.
+
+    Args:
+        uri: tracking store, as `resolve_uri` gives it.
+        run_id: id of the run.
+    """
+    is_server = uri.startswith("http")
+    pages = uri.rstrip("/") if is_server else LOCAL_UI
+    command = "" if is_server else f"mlflow ui --backend-store-uri {uri}"
+    try:
+        client = connect(uri)
+        with store_answers(uri):
+            experiment_id = client.get_run(run_id).info.experiment_id
+    except TrackingError:
+        return Links(pages, pages, command)
+    runs = f"{pages}/#/experiments/{experiment_id}/runs"
+    # Without this parameter, a browser that is new to MLflow opens the pages for language models.
+    training = "workflowType=machine_learning"
+    return Links(
+        run=f"{runs}/{run_id}?{training}",
+        runs=f"{runs}?viewStateShareKey={VIEW_KEY}&{training}",
+        command=command,
+    )
+
+
+def save_view(client: "MlflowClient", experiment_id: str) -> None:
+    """Save the view in an experiment, unless it is there.
+
+    Raises:
+        MlflowException: the store refused it.
+    """
+    view = json.dumps({"name": "Which run is best", "createdAt": 0, "state": json.dumps(_state())})
+    if client.get_experiment(experiment_id).tags.get(VIEW_TAG) != view:
+        client.set_experiment_tag(experiment_id, VIEW_TAG, view)
+
+
+def _state() -> dict[str, object]:
+    """What the page of an experiment shows, by the names that MLflow's pages use."""
+    return {
+        "selectedColumns": COLUMNS,
+        "columnOrder": [],
+        "columnWidths": {},
+        "orderByKey": "metrics.`selected/ua`",
+        "orderByAsc": False,
+        "searchFilter": "",
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsHiddenMode": "FIRST_10_RUNS",
+        "runsVisibilityMap": {},
+        "groupBy": None,
+        "groupsExpanded": {},
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": False,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "autoRefreshEnabled": True,
+    }

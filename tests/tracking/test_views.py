@@ -1,0 +1,73 @@
+"""The links to MLflow's pages, and the names by which its pages know a view."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from ser_ray.tracking.store import connect
+from ser_ray.tracking.tracker import Tracker
+from ser_ray.tracking.views import COLUMNS, VIEW_KEY, VIEW_TAG, links, save_view
+
+PAGES = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
+
+
+@pytest.fixture(scope="module")
+def pages() -> str:
+    """The program of MLflow's pages."""
+    return "\n".join(file.read_text(errors="replace") for file in sorted(PAGES.glob("*.js")))
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('views')}/mlflow.db"
+    return Tracker.start(uri, "views", name="run", params={}, tags={})
+
+
+def stored_view(tracker: Tracker) -> dict[str, str]:
+    client = connect(tracker.uri)
+    experiment = client.get_experiment_by_name("views")
+    view: dict[str, str] = json.loads(experiment.tags[VIEW_TAG])
+    return view
+
+
+def test_the_pages_of_this_mlflow_know_every_name_of_the_view(tracker: Tracker, pages: str) -> None:
+    view = stored_view(tracker)
+    state = json.loads(view["state"])
+    parameters = ("viewStateShareKey", "workflowType", "machine_learning")
+    columns = [column.split("`")[1] for column in COLUMNS if column.startswith("attributes.")]
+    missing = [
+        name
+        for name in (*parameters, VIEW_TAG.removesuffix(VIEW_KEY), *view, *state, *columns)
+        if f'"{name}"' not in pages and f"{name}:" not in pages
+    ]
+    assert not missing, (
+        "this version of MLflow stores views under other names: save a view in its pages, look at "
+        "the experiment's tags, and correct ser_ray/tracking/views.py"
+    )
+
+
+def test_links_lead_to_the_run_and_to_the_saved_view(tracker: Tracker) -> None:
+    found = links(tracker.uri, tracker.run_id)
+    runs = "http://127.0.0.1:5000/#/experiments/1/runs"
+    assert found.run == f"{runs}/{tracker.run_id}?workflowType=machine_learning"
+    assert found.runs == f"{runs}?viewStateShareKey=ser-ray&workflowType=machine_learning"
+    assert found.command == f"mlflow ui --backend-store-uri {tracker.uri}"
+
+
+def test_links_of_a_store_that_does_not_answer_lead_to_its_first_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = links("http://127.0.0.1:9/", "0" * 32)
+    assert (found.run, found.command) == ("http://127.0.0.1:9", "")
+
+
+def test_a_view_that_is_saved_already_is_not_written_again(tracker: Tracker) -> None:
+    class ReadOnly:
+        """A client that cannot write."""
+
+        get_experiment = staticmethod(connect(tracker.uri).get_experiment)
+
+    save_view(ReadOnly(), "1")  # type: ignore[arg-type]
