@@ -26,8 +26,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
 
 
 def stored_view(tracker: Tracker) -> dict[str, str]:
-    client = connect(tracker.uri)
-    experiment = client.get_experiment_by_name("views")
+    experiment = connect(tracker.uri).get_experiment("1")
     view: dict[str, str] = json.loads(experiment.tags[VIEW_TAG])
     return view
 
