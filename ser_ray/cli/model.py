@@ -111,15 +111,14 @@ class Predict(ModelVerb):
 
     def run(self) -> Outcome:
         """Answer the files here, or on a cluster."""
-        from ser_ray.inference.predictor import format_predictions
         from ser_ray.inference.recordings import list_audio
 
         files = list_audio(self.files)
         predictor = api.load_model(self.model, self.tracking_uri)
         if self.output or len(files) > FEW_FILES:
             return self._run_batch(files, predictor)
-        found = [predictor.predict(file) for file in files]
-        text = format_predictions(found)
+        found = predictor.predict(files)
+        text = str(found)
         if predictor.card.corpus == "synthetic":
             text += "\n(the model was trained on the synthetic corpus)"
         problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""

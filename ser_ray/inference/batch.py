@@ -27,14 +27,13 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import SerRayError
 from ser_ray.features.sandbox import Sandbox
+from ser_ray.inference.prediction import prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.inference.results import (
     in_groups,
     open_results,
     output_suffix,
-    prediction_row,
-    table_schema,
 )
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage.paths import absolute

@@ -3,24 +3,26 @@
 This module implements MLflow's `loader_module` protocol: the checkpoint's directory is the data,
 and `_load_pyfunc` opens it. The input has a row for each recording, with one of these columns:
 
-path       string: path or URI of a recording that the model's machine can open
-audio      binary: the bytes of a recording's file, base64 in JSON
-waveform   array of double: mono samples in [-1, 1]; the column `sample_rate` (double) holds their
-           rate in hertz, 16000 if it is left out
+path       path or URI of a recording that the model's machine can open
+audio      a recording's file: base64, a data URI, or bytes
+waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; the column
+           `sample_rate` holds their rate in hertz, 16000 if it is left out
 
 The output has a row for each recording with `emotion`, a probability for every label, `status` and
-`reason`.
+`reason`. The columns of the signature have the type Any: MLflow would refuse integers for the type
+double, and rows of different kinds for the type binary.
 """
 
+import base64
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ser_ray.features.decode import SAMPLE_RATES, full_scale
 from ser_ray.features.errors import ClipError
-from ser_ray.inference.predictor import Prediction, Predictor
+from ser_ray.inference.prediction import Prediction
+from ser_ray.inference.predictor import Predictor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,11 @@ REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av
 """Packages that loading the model and predicting import."""
 
 WAVEFORM_RATE = 16_000.0
+FORM = (
+    'send {"dataframe_records": [...]} with a row for each recording, as {"path": "clip.wav"}, '
+    '{"audio": "BASE64"} or {"waveform": [0.1, ...], "sample_rate": 16000}'
+)
+"""What to send instead of a row that cannot be read."""
 EXAMPLE_SECONDS = 0.25
 
 
@@ -45,16 +52,21 @@ class PackagedModel:
         """Name the emotion of the recording in each row.
 
         The probabilities of a recording that cannot be scored are None: MLflow's server would
-        write NaN, which is not JSON.
+        write NaN, which is not JSON. If no column is known, MLflow removes the rows too, and the
+        answer is one row with the reason.
         """
         import pandas as pd
 
-        rows = [self._row(row) for row in model_input.to_dict(orient="records")]
+        records = _one_recording_each(model_input).to_dict(orient="records") or [{}]
+        rows = [self._row({name: v for name, v in row.items() if _is_given(v)}) for row in records]
         is_scored = all(row["status"] == "ok" for row in rows)
         return pd.DataFrame(rows, dtype=None if is_scored else object)
 
     def _row(self, row: dict[Any, Any]) -> dict[str, Any]:
-        prediction = self._predict({name: v for name, v in row.items() if _is_given(v)})
+        try:
+            prediction = self._predict(row)
+        except ClipError as error:
+            prediction = Prediction(path="", status=error.status, reason=error.reason)
         return {
             "emotion": prediction.emotion or "",
             **(prediction.probabilities or dict.fromkeys(self.predictor.labels)),
@@ -63,24 +75,23 @@ class PackagedModel:
         }
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:
-        if "path" in row:
+        kinds = [kind for kind in ("path", "audio", "waveform") if kind in row]
+        if len(kinds) != 1 or (kinds == ["path"] and not isinstance(row["path"], str)):
+            found = " and ".join(kinds) or "none of path, audio and waveform"
+            raise ClipError("unreadable", f"the row has {found}; {FORM}")
+        if kinds == ["path"]:
             return self.predictor.predict(row["path"])
-        if "audio" in row:
-            return self.predictor.predict_stream(BytesIO(row["audio"]), "audio")
-        if "waveform" in row:
-            samples = np.asarray(row["waveform"], np.float32)
-            rate = round(row.get("sample_rate", WAVEFORM_RATE))
-            if samples.ndim != 1 or not len(samples) or rate not in SAMPLE_RATES:
-                rates = f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[-1]} Hz"
-                reason = f"the waveform is not a row of numbers, or its rate is not {rates}"
-                return Prediction(path="waveform", status="unreadable", reason=reason)
-            try:
-                samples = full_scale(samples)
-            except ClipError as error:
-                return Prediction(path="waveform", status=error.status, reason=error.reason)
-            return self.predictor.predict_samples(samples, rate, "waveform")
-        reason = "the row has none of path, audio and waveform"
-        return Prediction(path="", status="unreadable", reason=reason)
+        if kinds == ["audio"]:
+            return self.predictor.predict_stream(BytesIO(_file_bytes(row["audio"])), "audio")
+        try:
+            samples = np.asarray(row["waveform"])
+        except ValueError:  # rows of different lengths
+            raise ClipError(
+                "unreadable", f"the waveform is not a list of numbers; {FORM}"
+            ) from None
+        return self.predictor.predict_samples(
+            samples, row.get("sample_rate", WAVEFORM_RATE), "waveform"
+        )
 
 
 def example_input() -> "pd.DataFrame":
@@ -90,6 +101,41 @@ def example_input() -> "pd.DataFrame":
     seconds = np.arange(int(EXAMPLE_SECONDS * WAVEFORM_RATE)) / WAVEFORM_RATE
     tone = np.round(0.2 * np.sin(2 * np.pi * 220 * seconds), 4)
     return pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [WAVEFORM_RATE]})
+
+
+def _one_recording_each(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """Give each recording a row where MLflow's form `inputs` with columns does not.
+
+    MLflow makes one row of a list of paths, and a row of every sample of a single waveform.
+    """
+    if (
+        "waveform" in rows
+        and rows["waveform"].dtype.kind in "iuf"
+        and rows["waveform"].notna().all()
+    ):
+        return rows.head(1).assign(waveform=[rows["waveform"].tolist()])
+    lists = [
+        name
+        for name in ("path", "audio")
+        if name in rows and rows[name].map(lambda cell: isinstance(cell, list)).any()
+    ]
+    return rows.explode(lists, ignore_index=True) if len(lists) == 1 else rows
+
+
+def _file_bytes(audio: Any) -> bytes:
+    """Return the bytes of a file that is given as bytes, as base64 or as a data URI.
+
+    Raises:
+        ClipError: it is none of these.
+    """
+    if isinstance(audio, bytes):
+        return audio
+    text = str(audio).partition(";base64,")[2] if str(audio).startswith("data:") else str(audio)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        reason = f"audio is neither base64 nor a data URI with base64; {FORM}"
+        raise ClipError("unreadable", reason) from None
 
 
 def _is_given(value: Any) -> bool:

@@ -1,71 +1,29 @@
 """A checkpoint and an audio file to an emotion.
 
-A file, a stream or samples become features of one or more windows (`RecordingReader`), these become
-probabilities by the function that scores validation clips, and these become a `Prediction`. Every
-other way to an answer, such as the batch pass, the packaged model and the demo, calls `Predictor`.
-It imports neither Ray nor MLflow nor torchvision, so one file takes little more than the import of
-torch.
+`RecordingReader` turns a file, a stream or samples into the features of one or more windows. The
+function that scores validation clips turns these into probabilities, and these become a
+`Prediction`. Every other way to an answer, such as the batch pass, the packaged model and the demo,
+calls `Predictor`. It imports neither Ray nor MLflow nor torchvision, so one file takes little more
+than the import of torch.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import torch
 
+from ser_ray.errors import ConfigError
+from ser_ray.features.decode import SAMPLE_RATES, full_scale
+from ser_ray.features.errors import ClipError
+from ser_ray.inference.prediction import Prediction, Predictions, Segment
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.checkpoint import read_card, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.model import fold_batch_norm, to_channels_last
 from ser_ray.training.scoring import predict_clips
-
-BAR_WIDTH = 40
-"""Characters of a bar for 100 %."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """The answer for one window of a long recording."""
-
-    start: float
-    """Seconds from the beginning."""
-    end: float
-    """Seconds from the beginning."""
-    emotion: str
-    probabilities: dict[str, float]
-    """Probability of every label; they sum to 1."""
-
-    def __str__(self) -> str:
-        when = f"{_clock(self.start)}–{_clock(self.end)}"
-        return f"{when:>15}  {self.emotion} ({self.probabilities[self.emotion]:.0%})"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """The answer for one file, or the reason why there is none."""
-
-    path: str
-    emotion: str | None = None
-    probabilities: dict[str, float] | None = None
-    """Probability of every label; they sum to 1. A long recording has the mean of its windows."""
-    duration: float | None = None
-    """Seconds of the complete recording."""
-    timeline: tuple[Segment, ...] = ()
-    """The windows with sound of a recording longer than the clips the model was trained on."""
-    status: str = "ok"
-    """ok, or what is wrong: unreadable, unreachable, no_audio, too_short, too_long or silent."""
-    reason: str | None = None
-    """The status in words."""
-
-    def __str__(self) -> str:
-        name = Path(self.path).name
-        if self.probabilities is None or self.emotion is None:
-            return f"{name}: {self.status} ({self.reason})"
-        length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
-        return f"{name}: {self.emotion} ({self.probabilities[self.emotion]:.0%}){length}"
 
 
 class Predictor:
@@ -100,17 +58,53 @@ class Predictor:
         self.device, self.network = device, self.network.to(device)
         return self
 
-    def predict(self, location: str) -> Prediction:
-        """Score one file; a fault of the file is part of the answer and raises nothing."""
-        return self.predict_features([self.reader.read(location)])[0]
+    @overload
+    def predict(
+        self, audio: str | Path | np.ndarray, sample_rate: float | None = None
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        audio: list[Any] | tuple[Any, ...] | Iterator[Any],
+        sample_rate: float | None = None,
+    ) -> Predictions: ...
+
+    def predict(self, audio: Any, sample_rate: float | None = None) -> Prediction | Predictions:
+        """Name the emotion in a recording, or in each of several.
+
+        A fault of a recording is part of its answer and raises nothing.
+
+        Args:
+            audio: path or URI of an audio or video file, samples as `predict_samples` takes them,
+                or several of these.
+            sample_rate: of the samples, in hertz.
+
+        Raises:
+            ConfigError: samples without a sample rate.
+        """
+        if isinstance(audio, str | Path):
+            return self.predict_features([self.reader.read(str(audio))])[0]
+        if not hasattr(audio, "__array__"):
+            return Predictions(self.predict(item, sample_rate) for item in audio)
+        if sample_rate is None:
+            raise ConfigError("samples need their rate in hertz, as in predict(samples, 16000)")
+        return self.predict_samples(np.asarray(audio), sample_rate, "samples")
 
     def predict_stream(self, file: BinaryIO, name: str) -> Prediction:
         """Score the file behind a seekable stream; `name` is what the answer calls it."""
         return self.predict_features([self.reader.read_stream(file, name)])[0]
 
-    def predict_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> Prediction:
-        """Score mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
-        return self.predict_features([self.reader.read_samples(samples, sample_rate, name)])[0]
+    def predict_samples(self, samples: np.ndarray, sample_rate: float, name: str) -> Prediction:
+        """Score mono samples [num_samples] at a rate in hertz; `name` is what the answer calls it.
+
+        Floats are in [-1, 1], integers on the scale of int16.
+        """
+        try:
+            samples = _as_decoded(samples, sample_rate)
+        except ClipError as error:
+            return Prediction(path=name, status=error.status, reason=error.reason)
+        return self.predict_features([self.reader.read_samples(samples, int(sample_rate), name)])[0]
 
     def predict_features(self, recordings: Sequence[RecordingFeatures]) -> list[Prediction]:
         """Score the features of some files, together."""
@@ -164,23 +158,22 @@ class Predictor:
         return {"emotion": self.labels[int(probabilities.argmax())], "probabilities": by_label}
 
 
-def format_predictions(predictions: Sequence[Prediction]) -> str:
-    """Write a line for each file with its timeline, and for a single file bars of probabilities."""
-    lines = []
-    for prediction in predictions:
-        lines.append(str(prediction))
-        lines += [f"  {segment}" for segment in prediction.timeline]
-    if len(predictions) == 1 and predictions[0].probabilities:
-        lines += _bars(predictions[0].probabilities)
-    return "\n".join(lines)
+def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
+    """Return somebody's samples as `decode` does: float32 in [-1, 1] or int16.
 
-
-def _bars(probabilities: Mapping[str, float]) -> list[str]:
-    longest = max(len(label) for label in probabilities)
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
-
-
-def _clock(seconds: float) -> str:
-    minutes, tenths = divmod(round(seconds * 10), 600)
-    return f"{minutes}:{tenths / 10:04.1f}"
+    Raises:
+        ClipError: they are not one channel of numbers, or their rate is not possible.
+    """
+    if samples.ndim != 1 or not samples.size or samples.dtype.kind not in "iuf":
+        raise ClipError(
+            "unreadable",
+            f"samples of shape {list(samples.shape)} and type {samples.dtype} are not one channel "
+            "of numbers",
+        )
+    if sample_rate not in SAMPLE_RATES:
+        raise ClipError(
+            "unreadable",
+            f"the sample rate is {sample_rate}, but {SAMPLE_RATES[0]} to {SAMPLE_RATES[-1]} Hz are "
+            "read, in whole numbers",
+        )
+    return full_scale(samples if samples.dtype == np.int16 else samples.astype(np.float32))

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.inference.predictor import Prediction
+from ser_ray.inference.prediction import table_schema
 from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
@@ -53,37 +53,6 @@ def output_suffix(output: str) -> str:
     if suffix not in SUFFIXES:
         raise ConfigError(f"output is {output}: it must end in one of {', '.join(SUFFIXES)}")
     return suffix
-
-
-def prediction_row(prediction: Prediction) -> dict[str, Any]:
-    """Make a row of the table; the probability of a label is in the column `p_<label>`."""
-    timeline = [
-        {"start": segment.start, "end": segment.end, "emotion": segment.emotion}
-        | _columns(segment.probabilities)
-        for segment in prediction.timeline
-    ]
-    return {
-        "path": prediction.path,
-        "status": prediction.status,
-        "reason": prediction.reason,
-        "emotion": prediction.emotion,
-        "duration": prediction.duration,
-        **_columns(prediction.probabilities or {}),
-        "timeline": timeline,
-    }
-
-
-def _columns(probabilities: dict[str, float]) -> dict[str, float]:
-    return {f"p_{label}": probability for label, probability in probabilities.items()}
-
-
-def table_schema(labels: Sequence[str]) -> pa.Schema:
-    """Return the columns of the table, which has one row for each file."""
-    probabilities = [(f"p_{label}", pa.float64()) for label in labels]
-    segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
-    texts = [(name, pa.string()) for name in ("path", "status", "reason", "emotion")]
-    timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
-    return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
 
 
 @contextmanager

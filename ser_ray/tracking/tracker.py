@@ -263,21 +263,15 @@ def now_ms() -> int:
 def _signature(labels: Sequence[str]) -> Any:
     """Columns that the packaged model reads and returns, as `ser_ray.inference.packaged` says."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import AnyType
 
-    samples = Array(DataType.double)
-    inputs: dict[str, Any] = {
-        "path": "string",
-        "audio": "binary",
-        "waveform": samples,
-        "sample_rate": "double",
-    }
+    inputs = ("path", "audio", "waveform", "sample_rate")
     # A recording that cannot be scored has no probabilities.
     probabilities = [ColSpec("double", label, required=False) for label in labels]
     texts = (ColSpec("string", name) for name in ("status", "reason"))
     return ModelSignature(
-        Schema([ColSpec(kind, name, required=False) for name, kind in inputs.items()]),
+        Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
         Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
     )
 

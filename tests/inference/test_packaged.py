@@ -126,10 +126,10 @@ def server(store, tmp_path_factory) -> Iterator[str]:
             process.wait(20)
 
 
-def ask(server: str, records: list[dict]) -> list[dict]:
+def ask(server: str, content: list[dict] | dict, form: str = "dataframe_records") -> list[dict]:
     request = urllib.request.Request(
         f"{server}/invocations",
-        json.dumps({"dataframe_records": records}).encode(),
+        json.dumps({form: content}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -152,6 +152,60 @@ def test_a_real_server_answers_paths_bytes_and_waveforms(server, store, clip, tm
     (row,) = ask(server, [{"waveform": samples.tolist(), "sample_rate": 8_000}])
     waveform = store.predictor.predict_samples(samples, 8_000, "").probabilities
     require_answer(row, waveform)
+
+
+def in_columns(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+
+
+def in_split(rows: list[dict]) -> dict[str, list]:
+    columns = list(in_columns(rows))
+    return {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+
+
+def test_a_real_server_answers_every_form_of_request(server, store, clip):
+    """The forms of MLflow's documentation; samples and rates are integers, audio is a data URI."""
+    audio = base64.b64encode(clip.read_bytes()).decode()
+    samples = np.round(voice(1.2, 8_000) * 32_767).astype(int).tolist()
+    path, sound = {"path": str(clip)}, {"audio": f"data:audio/wav;base64,{audio}"}
+    numbers = {"waveform": samples, "sample_rate": 8_000}
+    from_file = store.predictor.predict(clip).probabilities
+    from_samples = store.predictor.predict(np.array(samples, np.int16), 8_000).probabilities
+    for row, expected in ((path, from_file), (sound, from_file), (numbers, from_samples)):
+        for rows in ([row], [row, row]):
+            contents = (
+                ("dataframe_records", rows), ("dataframe_split", in_split(rows)),
+                ("instances", rows), ("inputs", rows), ("inputs", in_columns(rows)),
+            )  # fmt: skip
+            for form, content in (*contents, *([("inputs", row)] if rows == [row] else [])):
+                answers = ask(server, content, form)
+                assert len(answers) == len(rows), (form, content)
+                for answer in answers:
+                    require_answer(answer, expected)
+    mixed = [path, numbers, sound]
+    for form, content in (
+        ("dataframe_records", mixed), ("dataframe_split", in_split(mixed)), ("inputs", mixed),
+    ):  # fmt: skip
+        answers = ask(server, content, form)
+        for answer, expected in zip(answers, (from_file, from_samples, from_file), strict=True):
+            require_answer(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [
+        ("dataframe_records", [{"pth": "a.wav"}]),
+        ("inputs", ["a.wav"]),
+        ("inputs", [0.1, 0.2]),
+        ("instances", [[0.1, 0.2]]),
+        ("dataframe_split", {"data": [["a.wav"]]}),
+        ("instances", [{"path": "a.wav"}, {"waveform": [0.1, 0.2]}]),  # MLflow joins these rows
+    ],
+)
+def test_a_real_server_names_the_form_to_send_instead(server, form, content):
+    (answer,) = ask(server, content, form)
+    assert answer["status"] == "unreadable"
+    assert 'send {"dataframe_records": [...]} with a row for each recording' in answer["reason"]
 
 
 def test_a_real_server_says_what_is_wrong_row_by_row(server, store, clip):
@@ -207,10 +261,17 @@ assert ser_ray.__file__.endswith("model/code/ser_ray/__init__.py"), ser_ray.__fi
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "none of path, audio"),
+        ({}, "none of path, audio and waveform; send"),
+        ({"path": "a.wav", "audio": b""}, "the row has path and audio; send"),
+        ({"path": 1}, "the row has path; send"),
+        ({"audio": "%"}, "neither base64 nor a data URI"),
+        ({"waveform": "a.wav"}, "not one channel of numbers"),
+        ({"waveform": [[0.1], [0.1, 0.2]]}, "not a list of numbers"),
+        ({"waveform": [[0.1], [0.2]]}, "shape [2, 1] and type float64 are not one channel"),
+        ({"waveform": [0.1] * 999, "sample_rate": "16 kHz"}, "the sample rate is 16 kHz"),
         ({"waveform": [0.1, float("inf")]}, "finite numbers"),
-        ({"waveform": [0.1] * 999, "sample_rate": -1}, "rate is not 1000 to 192000 Hz"),
-        ({"waveform": [0.1] * 999, "sample_rate": 16}, "rate is not 1000 to 192000 Hz"),
+        ({"waveform": [0.1] * 999, "sample_rate": -1}, "the sample rate is -1, but 1000 to 192000"),
+        ({"waveform": [0.1] * 999, "sample_rate": 16}, "the sample rate is 16, but 1000 to 192000"),
         ({"waveform": [1e25] * 999}, "as large as 1e+25"),
         ({"path": "nowhere://a.wav"}, "no filesystem opens"),
         ({"audio": b"no sound"}, "not a supported audio"),

@@ -1,0 +1,186 @@
+"""The answer for a recording, and the answers for many: as text, as a table, in a notebook."""
+
+import html
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BAR_WIDTH = 40
+"""Characters of a bar for 100 %."""
+SHOWN_ROWS = 100
+"""A notebook shows no more answers of a list than these."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """The answer for one window of a long recording."""
+
+    start: float
+    """Seconds from the beginning."""
+    end: float
+    """Seconds from the beginning."""
+    emotion: str
+    probabilities: dict[str, float]
+    """Probability of every label; they sum to 1."""
+
+    def __str__(self) -> str:
+        when = f"{_clock(self.start)}–{_clock(self.end)}"
+        return f"{when:>15}  {self.emotion} ({self.probabilities[self.emotion]:.0%})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """The answer for one recording, or the reason why there is none.
+
+    `print` writes a line; a notebook draws the probabilities.
+    """
+
+    path: str
+    emotion: str | None = None
+    probabilities: dict[str, float] | None = None
+    """Probability of every label; they sum to 1. A long recording has the mean of its windows."""
+    duration: float | None = None
+    """Seconds of the complete recording."""
+    timeline: tuple[Segment, ...] = ()
+    """The windows with sound of a recording longer than the clips the model was trained on."""
+    status: str = "ok"
+    """ok, or what is wrong: unreadable, unreachable, no_audio, too_short, too_long or silent."""
+    reason: str | None = None
+    """The status in words."""
+
+    def __str__(self) -> str:
+        return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a table of one row, with the columns of `Predictions.to_pandas`."""
+        return Predictions([self]).to_pandas()
+
+    def _answer(self) -> str:
+        if self.probabilities is None or self.emotion is None:
+            return f"{self.status} ({self.reason})"
+        length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
+        return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}"
+
+    def _repr_html_(self) -> str:
+        """Draw the probabilities, the highest first, and the timeline."""
+        lines = [f"<p><b>{html.escape(str(self))}</b></p>"]
+        if self.probabilities:
+            ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+            lines.append(_html_table([[html.escape(label), _html_bar(p)] for label, p in ranked]))
+        if self.timeline:
+            windows = html.escape("\n".join(str(segment) for segment in self.timeline))
+            lines.append(f"<pre style='max-height:20em;overflow:auto'>{windows}</pre>")
+        return "".join(lines)
+
+
+class Predictions(tuple[Prediction, ...]):
+    """The answers for several recordings, in their order; a notebook draws them as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Write a line for each recording with its timeline, and bars if there is only one."""
+        names = shortest_names([prediction.path for prediction in self])
+        lines = []
+        for prediction in self:
+            lines.append(f"{names[prediction.path]}: {prediction._answer()}")
+            lines += [f"  {segment}" for segment in prediction.timeline]
+        if len(self) == 1 and self[0].probabilities:
+            lines += _bars(self[0].probabilities)
+        return "\n".join(lines)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return a row for each recording, with the columns of the table that a batch pass writes.
+
+        These are `path`, `status`, `reason`, `emotion`, `duration` in seconds, `p_<label>` with the
+        probability of every label, and `timeline` with a list of windows.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([prediction_row(prediction) for prediction in self])
+
+    def _repr_html_(self) -> str:
+        names = shortest_names([prediction.path for prediction in self])
+        rows = []
+        for item in self[:SHOWN_ROWS]:
+            share = (item.probabilities or {}).get(item.emotion or "", 0.0)
+            bar = _html_bar(share) if item.probabilities else html.escape(item.reason or "")
+            label = html.escape(item.emotion or item.status)
+            rows.append([html.escape(names[item.path]), label, bar])
+        more = len(self) - len(rows)
+        return _html_table(rows) + (f"<p>and {more} more</p>" if more else "")
+
+
+def shortest_names(paths: Iterable[str]) -> dict[str, str]:
+    """Name each path by its file name, with as many folders as tell it from the other paths."""
+    names: dict[str, str] = {}
+    unnamed = list(dict.fromkeys(paths))
+    depth = 1
+    while unnamed:
+        tails = {path: "/".join(path.split("/")[-depth:]) for path in unnamed}
+        counts = Counter(tails.values())
+        names |= {path: tail for path, tail in tails.items() if tail == path or counts[tail] == 1}
+        unnamed = [path for path in unnamed if path not in names]
+        depth += 1
+    return names
+
+
+def prediction_row(prediction: Prediction) -> dict[str, Any]:
+    """Make a row of the table; the probability of a label is in the column `p_<label>`."""
+    timeline = [
+        {"start": segment.start, "end": segment.end, "emotion": segment.emotion}
+        | _columns(segment.probabilities)
+        for segment in prediction.timeline
+    ]
+    return {
+        "path": prediction.path,
+        "status": prediction.status,
+        "reason": prediction.reason,
+        "emotion": prediction.emotion,
+        "duration": prediction.duration,
+        **_columns(prediction.probabilities or {}),
+        "timeline": timeline,
+    }
+
+
+def _columns(probabilities: dict[str, float]) -> dict[str, float]:
+    return {f"p_{label}": probability for label, probability in probabilities.items()}
+
+
+def table_schema(labels: Sequence[str]) -> pa.Schema:
+    """Return the columns of the table, which has one row for each file."""
+    probabilities = [(f"p_{label}", pa.float64()) for label in labels]
+    segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
+    texts = [(name, pa.string()) for name in ("path", "status", "reason", "emotion")]
+    timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
+    return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
+
+
+def _bars(probabilities: Mapping[str, float]) -> list[str]:
+    longest = max(len(label) for label in probabilities)
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
+
+
+def _html_bar(share: float) -> str:
+    """Draw a share from 0 to 1 as a bar with its percentage."""
+    style = f"display:inline-block;height:.8em;background:#4c78a8;width:{share * 12:.2f}em"
+    return f"<span style='{style}'></span> {share:.0%}"
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of HTML cells as a table."""
+    cell = "<td style='text-align:left;padding:.1em .8em'>"
+    lines = ("".join(f"{cell}{text}</td>" for text in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _clock(seconds: float) -> str:
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    return f"{minutes}:{tenths / 10:04.1f}"

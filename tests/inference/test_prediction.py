@@ -1,0 +1,74 @@
+"""Answers as text, as a table and as HTML, and the forms of audio that `predict` takes."""
+
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ser_ray.errors import ConfigError
+from ser_ray.inference.prediction import Prediction, Predictions, shortest_names
+from tests.clips import voice, write_wav
+from tests.models import LABELS
+
+
+def test_equal_file_names_are_told_apart_by_the_folders_that_they_need():
+    paths = ["/a/x/1.wav", "/b/x/1.wav", "/b/y/1.wav", "/b/2.wav", "s3://b/2.wav", "3.wav"]
+    assert shortest_names([*paths, paths[0]]) == dict(
+        zip(
+            paths,
+            ["a/x/1.wav", "b/x/1.wav", "y/1.wav", "/b/2.wav", "s3://b/2.wav", "3.wav"],
+            strict=True,
+        )
+    )
+    same = Predictions(
+        Prediction(path=path, status="silent", reason="no sound") for path in paths[:2]
+    )
+    assert str(same) == "a/x/1.wav: silent (no sound)\nb/x/1.wav: silent (no sound)"
+    assert str(same[0]) == "1.wav: silent (no sound)"
+
+
+def test_files_samples_and_several_of_them_are_answered_alike(predictor, tmp_path):
+    path = write_wav(tmp_path / "a.wav", voice(sample_rate=16_000), 16_000)
+    from_file = predictor.predict(path)
+    assert predictor.predict(str(path)) == from_file
+    assert predictor.predict([path, str(path)]) == (from_file, from_file)
+    assert predictor.predict(tmp_path.glob("*.wav")) == (from_file,)
+    samples = np.round(voice(sample_rate=16_000) * 32_767).astype(np.int16)
+    answers = [
+        predictor.predict(form, 16_000)
+        for form in (samples, samples.astype(np.int64), samples / 32_768)
+    ]
+    assert answers[0].path == "samples"
+    assert answers[0].probabilities == answers[1].probabilities == answers[2].probabilities
+    assert predictor.predict([samples], 16_000) == (answers[0],)
+    with pytest.raises(ConfigError, match=r"predict\(samples, 16000\)"):
+        predictor.predict(samples)
+    stereo = predictor.predict(np.zeros((16_000, 2)), 16_000)
+    assert "shape [16000, 2] and type float64 are not one channel" in stereo.reason
+
+
+def test_answers_become_a_table_with_the_columns_of_the_batch_pass(predictor, tmp_path):
+    long = write_wav(tmp_path / "long.wav", voice(5, 16_000), 16_000)
+    answers = predictor.predict([long, tmp_path / "missing.wav"])
+    table = answers.to_pandas()
+    shares = [f"p_{label}" for label in LABELS]
+    assert list(table) == ["path", "status", "reason", "emotion", "duration", *shares, "timeline"]
+    assert table[shares].loc[0].tolist() == list(answers[0].probabilities.values())
+    assert table[shares].loc[1].isna().all()
+    assert [len(windows) for windows in table["timeline"]] == [len(answers[0].timeline), 0]
+    assert list(answers[0].to_pandas()["path"]) == [str(long)]
+
+
+def test_a_notebook_draws_answers_and_escapes_names(predictor, tmp_path):
+    sound = write_wav(tmp_path / "<i>.wav", voice(5, 16_000), 16_000)
+    answer = predictor.predict(sound)
+    drawn = ElementTree.fromstring(f"<div>{answer._repr_html_()}</div>")
+    shown = [cell.text for cell in drawn.iter("td") if cell.text]
+    assert shown == sorted(LABELS, key=lambda label: -answer.probabilities[label])
+    assert answer.emotion in "".join(drawn.find("p").itertext())
+    assert str(answer.timeline[0]) in drawn.find("pre").text
+    many = Predictions([answer] * 150)
+    drawn = ElementTree.fromstring(f"<div>{many._repr_html_()}</div>")
+    assert len(list(drawn.iter("tr"))) == 100
+    assert drawn.find("p").text == "and 50 more"
+    assert drawn.find("table")[0][0].text == "<i>.wav"
