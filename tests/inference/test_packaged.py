@@ -173,21 +173,22 @@ def test_a_real_server_answers_every_form_of_request(server, store, clip):
     from_samples = store.predictor.predict(np.array(samples, np.int16), 8_000).probabilities
     for row, expected in ((path, from_file), (sound, from_file), (numbers, from_samples)):
         for rows in ([row], [row, row]):
-            contents = (
+            contents: list[tuple[str, list[dict] | dict]] = [
                 ("dataframe_records", rows), ("dataframe_split", in_split(rows)),
                 ("instances", rows), ("inputs", rows), ("inputs", in_columns(rows)),
-            )  # fmt: skip
+            ]  # fmt: skip
             for form, content in (*contents, *([("inputs", row)] if rows == [row] else [])):
                 answers = ask(server, content, form)
                 assert len(answers) == len(rows), (form, content)
                 for answer in answers:
                     require_answer(answer, expected)
     mixed = [path, numbers, sound]
-    for form, content in (
-        ("dataframe_records", mixed), ("dataframe_split", in_split(mixed)), ("inputs", mixed),
+    expected_rows = (from_file, from_samples, from_file)
+    for answers in (
+        ask(server, mixed), ask(server, in_split(mixed), "dataframe_split"),
+        ask(server, mixed, "inputs"),
     ):  # fmt: skip
-        answers = ask(server, content, form)
-        for answer, expected in zip(answers, (from_file, from_samples, from_file), strict=True):
+        for answer, expected in zip(answers, expected_rows, strict=True):
             require_answer(answer, expected)
 
 
