@@ -37,7 +37,7 @@ class Prepare(Verb):
         """Prepare the shards and list the outcomes of all files."""
         from ser_ray.corpus.census import compare_with_ravdess
 
-        summary = api.prepare(self.prepare, address=self.address)
+        summary = api.prepare(self.prepare, address=self.common.address)
         card, lines = summary.card, [str(summary)]
         if card.corpus == "ravdess":
             outcomes = api.open_shards(self.prepare.shards).outcomes()

@@ -8,19 +8,19 @@ a field, and its help is the field's description. Nothing heavy is imported befo
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
-
-import tyro
+from collections.abc import Sequence
 
 from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
+from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import Pipeline
 from ser_ray.cli.train import Crossval, LrRange, Train, Tune
-from ser_ray.cli.verb import PARSING, Verb
+from ser_ray.cli.verb import Verb
 from ser_ray.errors import SerRayError
 from ser_ray.storage.json_text import to_json
+from ser_ray.version import __version__
 
-VERBS: dict[str, Callable[..., Verb]] = {
+VERBS: dict[str, type[Verb]] = {
     "pipeline": Pipeline,
     "download": Download,
     "prepare": Prepare,
@@ -40,19 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        verb: Verb = tyro.extras.subcommand_cli_from_dict(
-            VERBS,
-            args=given,
-            prog="ser-ray",
-            description="Speech emotion recognition at scale, on Ray and MLflow.",
-            config=PARSING,
-        )
-        verb = verb.resolved(given[1:])
-        if verb.dry_run:
+        if given == ["--version"]:
+            print(f"ser-ray {__version__}")
+            return 0
+        verb = parse_verb(VERBS, given)
+        if verb.common.dry_run:
             print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
             return 0
         outcome = verb.run()
-        print(to_json(outcome.data) if verb.json else outcome.text)
+        print(to_json(outcome.data) if verb.common.json else outcome.text)
         if outcome.problem:
             raise SerRayError(outcome.problem)
     except SerRayError as error:

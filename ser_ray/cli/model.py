@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
@@ -18,8 +18,12 @@ FEW_FILES = 48
 NOTHING_SCORED = "none of these files could be scored"
 
 Model = Annotated[
-    str, tyro.conf.arg(help="Checkpoint folder or URI, MLflow run id, or models:/name@alias.")
+    str,
+    tyro.conf.arg(
+        metavar="MODEL", help="Checkpoint folder or URI, MLflow run id, or models:/name@alias."
+    ),
 ]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,9 @@ class Evaluate(ModelVerb):
     """Another model to compare with on the same clips, by paired tests."""
     allow_seen_speakers: bool = False
     """Also score speakers that the model was trained on; the result names them."""
-    audio: bool = True
+    audio: bool = field(
+        default=True, metadata={"off": "Leave the sound of clips out of the report."}
+    )
     """Put the sound of the clips that the report shows into the report."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
@@ -71,7 +77,7 @@ class Evaluate(ModelVerb):
                 self.corpus,
                 self.shards,
                 tracking_uri=self.tracking_uri,
-                address=self.address,
+                address=self.common.address,
             )
             stderr_console().print(str(summary))
         evaluation = self._score(self.model)
@@ -102,7 +108,7 @@ class Predict(ModelVerb):
     of model actors into a table; the same command resumes an interrupted pass.
     """
 
-    files: tyro.conf.Positional[tuple[str, ...]]
+    files: tyro.conf.Positional[Files]
     """Files, folders, URIs, or patterns like 'clips/**/*.wav'."""
     model: Model
     output: str = ""
@@ -132,7 +138,7 @@ class Predict(ModelVerb):
 
         output = self.output or f"{api.OUT}/predictions.parquet"
         output_suffix(output)
-        with cluster(self.address):
+        with cluster(self.common.address):
             summary = predict_many(files, predictor, output)
         counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
         emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
@@ -196,7 +202,7 @@ class Export(ModelVerb):
 class Register(Verb):
     """Make a run's model a registered version, described by its model card."""
 
-    run_id: tyro.conf.Positional[str]
+    run_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_ID")]]
     """MLflow run of a training, of a cross-validation (its best fold is registered) or of a search
     (the training of its best recipe by `tune --refit` or `train --like` is registered)."""
     name: str = "ser-ray"

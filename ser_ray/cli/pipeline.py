@@ -8,8 +8,9 @@ from typing import Self
 from ser_ray import api
 from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Evaluate, Predict
+from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import Outcome, Verb, parse_over
+from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
@@ -59,7 +60,7 @@ class Pipeline(Verb):
             console.print(f"no --corpus: making the synthetic corpus in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
         config = PrepareConfig(corpus=self.corpus, shards=self.shards, features=self.features)
-        with cluster(self.address):
+        with cluster(self.common.address):
             prepared = Prepare(prepare=config).run()
             console.print(prepared.text)
             trained = Train(

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 from ser_ray import api
-from ser_ray.cli.verb import Outcome, Verb, parse_over
+from ser_ray.cli.parsing import parse_over
+from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.distributed.config import RunConfig
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -44,7 +45,7 @@ class Train(TrainingVerb):
     def run(self) -> Outcome:
         """Train and say where the checkpoint is."""
         return train_outcome(
-            api.train(self.shards, self.recipe, self.run_config, address=self.address)
+            api.train(self.shards, self.recipe, self.run_config, address=self.common.address)
         )
 
 
@@ -88,7 +89,7 @@ class LrRange(TrainingVerb):
     def run(self) -> Outcome:
         """Run the test and print the command that trains with its bounds."""
         result = api.lr_range(
-            self.shards, self.recipe, self.run_config, self.test, address=self.address
+            self.shards, self.recipe, self.run_config, self.test, address=self.common.address
         )
         found = result.found
         bounds = f"--lr-min {found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
@@ -117,7 +118,7 @@ class Tune(TrainingVerb):
             self.run_config,
             self.search,
             self.slots,
-            address=self.address,
+            address=self.common.address,
         )
         best, recipe = result.best, result.best.recipe
         states = [trial.state for trial in result.trials]
@@ -143,7 +144,7 @@ class Tune(TrainingVerb):
         }
         if self.search.refit:
             fitted = train_outcome(
-                api.refit(result, self.shards, self.run_config, address=self.address)
+                api.refit(result, self.shards, self.run_config, address=self.common.address)
             )
             lines[-1] = fitted.text
             data["refit"] = fitted.data
@@ -165,7 +166,7 @@ class Crossval(TrainingVerb):
             self.run_config,
             self.crossval,
             self.slots,
-            address=self.address,
+            address=self.common.address,
         )
         lines = (
             result.text(),

@@ -1,12 +1,8 @@
 """The base of every verb of the command line, and the result that a verb returns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
-
-import tyro
-
-PARSING = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +15,9 @@ class Outcome:
     """Reason why the verb failed although there is a result."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    """Flags of every verb."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Common:
+    """Options of every verb."""
 
     address: str = ""
     """Ray cluster to join. If empty, that of RAY_ADDRESS or of the surrounding job, else one that
@@ -30,6 +26,13 @@ class Verb:
     """Print the result as JSON on standard output; progress stays on standard error."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb; its flags are its fields."""
+
+    common: Common = field(default_factory=Common)
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Return this verb with the settings filled in that follow from the others.
@@ -46,13 +49,3 @@ class Verb:
             SerRayError: it failed; the message is for the user.
         """
         raise NotImplementedError
-
-
-V = TypeVar("V", bound=Verb)
-
-
-def parse_over(flags: Sequence[str], defaults: V) -> V:
-    """Parse a verb's flags again over other defaults: a flag wins even if it repeats a default."""
-    # With FlagCreatePairsOff, a switch that is on in these defaults could not be given.
-    parsing = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(type(defaults), args=flags, default=defaults, prog="ser-ray", config=parsing)

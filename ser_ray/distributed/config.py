@@ -1,6 +1,6 @@
 """Settings of a run that are not part of its recipe. Importing this module is cheap."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ser_ray.errors import ConfigError
@@ -27,7 +27,9 @@ class RunConfig:
     """MLflow experiment."""
     tracking_uri: str = ""
     """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
-    audio: bool = True
+    audio: bool = field(
+        default=True, metadata={"off": "Leave the sound of clips out of the report."}
+    )
     """Include in the report the sound of the validation clips that it shows."""
     max_failures: int = 3
     """How often lost workers are replaced before the run fails; -1 sets no limit."""

@@ -17,7 +17,10 @@ Keep = Literal["last", "best"]
 class AugmentConfig:
     """Augmentation of a training batch. Every field has a value that switches it off."""
 
-    random_crop: bool = True
+    random_crop: bool = field(
+        default=True,
+        metadata={"off": "Centre the crop of a longer clip, and a shorter clip in its crop."},
+    )
     """Choose the crop of a longer clip, and the place of a shorter clip in the crop, at random. If
     false, both are centred."""
     mix_style: float = 0.5

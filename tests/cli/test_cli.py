@@ -9,6 +9,7 @@ from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.tracking import registry
 from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.version import __version__
 from tests.shard_files import write_shard_files
 
 # What people type and scripts depend on; a change here is a change of the interface.
@@ -42,6 +43,56 @@ def test_help_names_the_flags(verb, capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert [flag for flag in FLAGS[verb].split() if flag not in text] == []
+
+
+def test_no_verb_prints_help_and_version_the_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert [verb for verb in VERBS if verb not in text] == []
+    assert "--tyro-write-completion" in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ser-ray {__version__}\n"
+
+
+def test_a_mistyped_verb_or_flag_names_the_nearest_one(capsys):
+    assert main(["trian", "--epochs", "3"]) == 2
+    assert capsys.readouterr().err == (
+        "error: there is no verb 'trian': ser-ray train is the nearest one\n"
+    )
+    assert main(["fly"]) == 2
+    assert "ser-ray --help lists the verbs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--lr-mim", "1"])
+    told = capsys.readouterr().err
+    assert "--lr-min FLOAT" in told
+    assert "crossval" not in told
+
+
+def test_help_is_wrapped_once_and_lists_a_verbs_own_flags_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    flags = [line.split()[0] for line in lines if line.startswith("--")]
+    order = ["--shards", "--trials", "--cpus-per-worker", "--feature", "--workers", "--address"]
+    assert [flag for flag in flags if flag in order] == order
+    assert flags[-2:] == ["--json", "--dry-run"]
+    assert (
+        "Centre the crop of a longer clip, and a shorter clip in its"
+        in lines[
+            flags_at := next(
+                i for i, line in enumerate(lines) if line.startswith("--no-random-crop")
+            )
+        ]
+        + " "
+        + lines[flags_at + 1]
+    )
+    start = next(i for i, line in enumerate(lines) if line.startswith("--validation-speakers"))
+    text = " ".join(lines[start + 1 : start + 5])
+    assert text.startswith("Number of speakers held out from training for validation, in every")
+    assert min(map(len, lines[start + 1 : start + 4])) > 48, "no line is broken twice"
 
 
 def test_help_imports_nothing_heavy():
@@ -167,7 +218,7 @@ def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1", "fly"])
+@pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1"])
 def test_flags_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments.split())

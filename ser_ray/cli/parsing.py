@@ -1,0 +1,117 @@
+"""Turns a command line into a verb: a flag is a field of a dataclass, its help the field's text.
+
+tyro's own rule for dataclasses keeps the line breaks of the source in the help, and lists inherited
+fields first. The rule here joins the lines, and lists a verb's own flags before those that it has
+in common with others. A switch that is on by default is described by `metadata["off"]`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+from docstring_parser import parse_from_object
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from ser_ray.cli.verb import Common, Verb
+from ser_ray.errors import ConfigError
+
+V = TypeVar("V", bound=Verb)
+DESCRIPTION = """Speech emotion recognition at scale, on Ray and MLflow.
+Options of a verb: `ser-ray VERB --help`. Version: `ser-ray --version`. Completion by the Tab key:
+write its script with `ser-ray --tyro-write-completion bash FILE` (or zsh), then `source FILE`."""
+
+
+def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Verb:
+    """Parse `VERB --flag value ...`.
+
+    Raises:
+        ConfigError: there is no such verb.
+        SystemExit: help was asked for, or a flag cannot be parsed; what to say has been printed.
+    """
+    name, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in verbs:
+        return _parse(verbs[name], flags, f"ser-ray {name}").resolved(flags)
+    if not name.startswith("-"):
+        near = difflib.get_close_matches(name, verbs, n=1) or ["--help"]
+        hint = "lists the verbs" if near == ["--help"] else "is the nearest one"
+        raise ConfigError(f"there is no verb {name!r}: ser-ray {near[0]} {hint}")
+    verb: Verb = tyro.extras.subcommand_cli_from_dict(
+        dict(verbs),
+        args=[name, *flags],
+        prog="ser-ray",
+        description=DESCRIPTION,
+        registry=_registry(),
+    )
+    return verb
+
+
+def parse_over(flags: Sequence[str], defaults: V) -> V:
+    """Parse a verb's flags again over other defaults: a flag wins even if it repeats a default."""
+    return _parse(type(defaults), flags, "ser-ray", defaults)
+
+
+def _parse(verb: type[V], flags: Sequence[str], prog: str, defaults: V | None = None) -> V:
+    # With FlagCreatePairsOff, a switch that is on in other defaults could not be given.
+    pairs = () if defaults is not None else (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(
+        verb,
+        args=flags,
+        prog=prog,
+        default=MISSING_NONPROP if defaults is None else defaults,
+        config=(tyro.conf.OmitArgPrefixes, *pairs),
+        registry=_registry(),
+    )
+
+
+@cache
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.struct_rule(_dataclass_rule)
+    return registry
+
+
+def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    kind = info.type
+    if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("ser_ray."):
+        return None  # tyro makes one of all verbs
+    texts = {item.arg_name: item.description or "" for item in parse_from_object(kind).params}
+    for base in kind.__mro__[1:-1]:
+        for item in parse_from_object(base).params:
+            texts.setdefault(item.arg_name, item.description or "")
+    hints = get_type_hints(kind, include_extras=True)
+    own = kind.__annotations__
+
+    def rank(field: dataclasses.Field[Any]) -> tuple[bool, bool, bool]:
+        is_group = dataclasses.is_dataclass(hints[field.name])
+        return hints[field.name] is Common, is_group, field.name not in own
+
+    fields = []
+    for field in sorted(dataclasses.fields(kind), key=rank):
+        default = _default_of(field, info.default)
+        is_on = default is True and "off" in field.metadata
+        text = field.metadata["off"] if is_on else " ".join(texts.get(field.name, "").split())
+        hint = hints[field.name]
+        if default is None or default in ("", ()) or isinstance(default, bool):
+            # The text says what these mean.
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+        fields.append(StructFieldSpec(field.name, hint, default, text))
+    return StructConstructorSpec(kind, tuple(fields))
+
+
+def _default_of(field: dataclasses.Field[Any], parent: Any) -> Any:
+    if dataclasses.is_dataclass(parent):
+        return getattr(parent, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING_NONPROP
