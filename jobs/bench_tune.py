@@ -31,10 +31,10 @@ from ray.tune.schedulers import TrialScheduler
 
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.distributed.config import RunConfig
+from ser_ray.search.actor import OBJECTIVE
 from ser_ray.search.plan import asha
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import SlotConfig, TuneConfig
-from ser_ray.search.trial import OBJECTIVE
-from ser_ray.search.trial_record import TrialRecord
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.training.config import TrainConfig

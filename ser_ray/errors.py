@@ -49,8 +49,13 @@ class DivergedError(SerRayError):
 def is_permanent(error: BaseException) -> bool:
     """Whether another attempt would fail in the same way.
 
-    It would if the recipe, the shards or the checkpoint are at fault. Any other error, such as a
-    storage that does not respond, may be temporary.
+    It would if the recipe, the shards or the checkpoint are at fault, or if a batch does not fit
+    into the memory of a GPU. Any other error, such as a storage that does not respond, may be
+    temporary.
     """
-    permanent = isinstance(error, ConfigError | MismatchError | DivergedError)
-    return permanent and not isinstance(error, LocationError)
+    if isinstance(error, LocationError):
+        return False
+    # Looked up by name, because importing torch takes seconds.
+    names = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
+    is_ours = isinstance(error, ConfigError | MismatchError | DivergedError)
+    return is_ours or "torch.OutOfMemoryError" in names

@@ -1,8 +1,8 @@
 """Train, validate and test every fold of a protocol: plan, run, pool, record.
 
-Every fold with every seed is a trial of a study (`ser_ray.search.trials`). The trial trains, keeps
-the selected epoch's checkpoint, scores its own test part with it in the same process, and writes
-the predictions as a table beside the checkpoint. All figures come from these tables
+Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). The trial trains,
+keeps the selected epoch's checkpoint, scores its own test part with it in the same process, and
+writes the predictions as a table beside the checkpoint. All figures come from these tables
 (`ser_ray.search.pooled`). The same command resumes an interrupted cross-validation and trains
 failed folds again.
 
@@ -29,6 +29,7 @@ from ser_ray.evaluation.record import record_evaluation
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT, Evaluation, Part
 from ser_ray.plots.scores import confusion_figure
+from ser_ray.search.actor import TrialSetup
 from ser_ray.search.plan import grid_plan
 from ser_ray.search.pooled import (
     FIGURES,
@@ -39,12 +40,11 @@ from ser_ray.search.pooled import (
     read_predictions,
     write_predictions,
 )
+from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.trial import TrialSetup
-from ser_ray.search.trial_record import TrialRecord, best_of
-from ser_ray.search.trials import run_trials
+from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.registry import local_checkpoint

@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from ser_ray.search.trial_record import TrialRecord
+from ser_ray.search.record import TrialRecord
 
 STYLE = {
     "waiting": "dim",

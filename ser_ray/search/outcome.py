@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import Dimension
-from ser_ray.search.trial_record import TrialRecord
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:

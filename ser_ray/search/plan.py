@@ -12,10 +12,10 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from ser_ray.search.actor import OBJECTIVE
 from ser_ray.search.ray_internals import RetryFailed, last_result
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import Dimension, TuneConfig, values_of
-from ser_ray.search.trial import OBJECTIVE
 from ser_ray.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation.results import REPORT, Part, group_rows
 from ser_ray.evaluation.statistics import Intervals, bootstrap
 from ser_ray.search.space import CrossvalConfig
@@ -48,7 +49,7 @@ class CrossvalPlan:
     @property
     def label(self) -> str:
         """Caption and corpus, as shown beside every score."""
-        return f"{self.caption}, {self.shards.card.corpus}"
+        return f"{self.caption}, {CORPORA[self.shards.card.corpus]}"
 
 
 @dataclass(frozen=True, slots=True)

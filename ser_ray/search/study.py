@@ -1,7 +1,7 @@
 """The driver's side of a study: it keeps a record of every trial, for display and for MLflow.
 
 Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers the
-records to MLflow (`ser_ray.search.trial_runs`), so a slow or absent tracking server does not delay
+records to MLflow (`ser_ray.search.mlflow_runs`), so a slow or absent tracking server does not delay
 the loop.
 
 A killed driver loses nothing: the last result of a trial holds all its epochs, and Ray Tune stores
@@ -23,11 +23,11 @@ from ser_ray.cluster import require_kept
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.search.actor import TrialSetup
+from ser_ray.search.mlflow_runs import TrialRuns
 from ser_ray.search.ray_internals import last_result
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import recipe_of
-from ser_ray.search.trial import TrialSetup
-from ser_ray.search.trial_record import TrialRecord
-from ser_ray.search.trial_runs import TrialRuns
 from ser_ray.storage.atomic import write_file
 from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.registry import SHARDS_TAG

@@ -14,19 +14,20 @@ from typing import Any
 import pyarrow as pa
 
 from ser_ray.cluster import cluster, require_shared
+from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT
+from ser_ray.search.actor import TrialSetup
 from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.plan import num_trials, search_plan, warn_of_baseline
+from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import find_slots, require_one_worker
 from ser_ray.search.space import Dimension, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.trial import TrialSetup
-from ser_ray.search.trial_record import TrialRecord, best_of
-from ser_ray.search.trials import run_trials
+from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
@@ -105,7 +106,7 @@ def search(
             lock.check()
             best = best_of(study.trials)
             again = train_command(best.run_id, shards_location, run)
-            title = f"validation, {parts.label}, {shards.card.corpus}"
+            title = f"validation, {parts.label}, {CORPORA[shards.card.corpus]}"
             return _conclude(folder, study, best, config, title, again)
 
 

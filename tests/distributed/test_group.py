@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from ser_ray.distributed import group
 from ser_ray.distributed.callbacks import DriverCallback
@@ -55,7 +56,7 @@ def test_an_epoch_is_forwarded_with_the_metrics_of_every_node() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [ConfigError("x"), MismatchError("x"), DivergedError("x")],
+    [ConfigError("x"), MismatchError("x"), DivergedError("x"), torch.OutOfMemoryError("x")],
     ids=lambda e: type(e).__name__,
 )
 def test_a_permanent_error_ends_the_training(error: Exception) -> None:

@@ -35,8 +35,8 @@ from ser_ray.search.pooled import (
     label_indices_of,
     pool,
 )
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.trial_record import TrialRecord
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of, local_checkpoint
@@ -192,7 +192,7 @@ def pooled(folder: Path) -> CrossvalResult:
 def test_the_text_has_the_label_beside_every_number(tmp_path):
     lines = pooled(tmp_path).text().splitlines()
     assert len(lines) == len(FIGURES) + 1
-    assert all(line.endswith("(speaker-2, 2 folds, table)") for line in lines)
+    assert all(line.endswith("(speaker-2, 2 folds, a custom corpus)") for line in lines)
     assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines[:-1])
     assert [line.split()[:2] for line in lines[:2]] == [["WA", "75.0%"], ["UA", "75.0%"]]
     assert lines[-1].startswith("ensemble  WA 75.0%, UA 75.0%, macro F1 ")
@@ -234,7 +234,7 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
     assert outcome.text.startswith(result.text())
     assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
     assert outcome.data["mean"]["wa"] == 0.75
-    assert outcome.data["protocol"] == "speaker-2, 2 folds, table"
+    assert outcome.data["protocol"] == "speaker-2, 2 folds, a custom corpus"
 
 
 def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
@@ -309,10 +309,13 @@ def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
     plan = plan_crossval(shards, recipe, SEEDS)
     assert plan.folds == tuple(range(folds))
     assert plan.num_trials == 2 * folds
-    assert plan.label == f"{protocol}, {folds} folds, {kind}, table"
+    assert plan.label == f"{protocol}, {folds} folds, {kind}, a custom corpus"
     plan = plan_crossval(shards, recipe, CrossvalConfig(folds=(1, 0), part="validation"))
     assert plan.folds == (0, 1)
-    assert plan.label == f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, table"
+    assert (
+        plan.label
+        == f"{protocol}, folds 0, 1 of {folds}, VALIDATION parts, {kind}, a custom corpus"
+    )
     with pytest.raises(ConfigError, match=rf"fold is {folds}: {protocol} has folds 0 to"):
         plan_crossval(shards, recipe, CrossvalConfig(folds=(folds,)))
 

@@ -13,14 +13,14 @@ from rich.console import Console
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search import display
-from ser_ray.search import trial_runs as module
+from ser_ray.search import mlflow_runs as module
+from ser_ray.search.actor import Progress
 from ser_ray.search.display import TrialTable
+from ser_ray.search.mlflow_runs import TrialRuns
 from ser_ray.search.outcome import importance_of, trial_rows
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
-from ser_ray.search.trial import Progress
-from ser_ray.search.trial_record import TrialRecord
-from ser_ray.search.trial_runs import TrialRuns
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport

@@ -25,14 +25,16 @@ from ser_ray.errors import (
     CheckpointError,
     ConfigError,
     DivergedError,
+    MismatchError,
     ResourcesError,
     SerRayError,
     ShardsError,
     TrackingError,
 )
+from ser_ray.search import actor as trial_module
 from ser_ray.search import study as study_module
-from ser_ray.search import trial as trial_module
 from ser_ray.search import tuner as tune_module
+from ser_ray.search.actor import Progress, TrialSetup, next_objective, run_trial
 from ser_ray.search.plan import (
     ResumableAsha,
     SlotLimiter,
@@ -42,11 +44,10 @@ from ser_ray.search.plan import (
     search_plan,
     warn_of_baseline,
 )
+from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.study import open_study
-from ser_ray.search.trial import Progress, TrialSetup, next_objective, run_trial
-from ser_ray.search.trial_record import TrialRecord, best_of
 from ser_ray.search.tuner import search, train_command
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import recipe_of_run
@@ -498,13 +499,14 @@ def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
     assert [metrics.get("epoch") for metrics, _ in reports] == [1]
 
 
-def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards):
+@pytest.mark.parametrize("error", [DivergedError, MismatchError, torch.OutOfMemoryError])
+def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards, error):
     def finish(*_: object) -> None:
-        raise DivergedError("no good")
+        raise error("no good")
 
     run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), FRESH)
     last = reports[-1][0]
-    assert last["problem"] == "DivergedError: no good"
+    assert last["problem"] == f"{error.__name__}: no good"
     assert last["objective_by_epoch"] == reports[1][0]["objective_by_epoch"]
     assert len(reports[1][0]["objective_by_epoch"]) == 2
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from threading import Lock
 
 from ser_ray.errors import TrackingError
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import RATIO
-from ser_ray.search.trial_record import TrialRecord
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 

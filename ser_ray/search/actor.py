@@ -18,7 +18,7 @@ import torch
 from ray import tune
 
 from ser_ray.distributed.run_folder import SELECTED
-from ser_ray.errors import ConfigError, DivergedError, LocationError
+from ser_ray.errors import is_permanent
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
@@ -36,9 +36,6 @@ from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 OBJECTIVE = "best_val_ua"
 """What a search maximizes: the best validation UA so far, because a single epoch at a high learning
 rate says little. After a trial's last epoch it is the validation UA of the selected epoch."""
-PROBLEMS = (ConfigError, DivergedError, torch.OutOfMemoryError)
-"""Errors that the recipe itself causes. They are reported as the trial's result, because they would
-recur in a new process. Every other error fails the trial's process, and Ray Tune retries it."""
 CHECKPOINT_SECONDS = 30.0
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]
@@ -133,9 +130,11 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, pretrained: dict[str, P
             _train(recipe, setup, pretrained[recipe.weights], reporter)
             if setup.finish is not None:
                 setup.finish(reporter.selected, setup.shards, recipe)
-    except LocationError:
-        raise  # the storage may answer the next time
-    except PROBLEMS as problem:
+    except Exception as problem:
+        # A permanent error is the trial's result. Any other one fails the trial's process, and Ray
+        # Tune tries again.
+        if not is_permanent(problem):
+            raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tune.report(progress.failure(problem))

@@ -16,9 +16,9 @@ from operator import attrgetter
 from ray import tune
 
 from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.search.actor import OBJECTIVE, TrialSetup, run_trial
 from ser_ray.search.plan import Plan
 from ser_ray.search.ray_internals import has_snapshot
-from ser_ray.search.trial import OBJECTIVE, TrialSetup, run_trial
 from ser_ray.training.model import Pretrained
 
 SNAPSHOT_SECONDS = 2

@@ -62,7 +62,7 @@ class TrialRecord:
         return {name: getattr(self, name) for name in names}
 
     def update(self, result: Mapping[str, Any]) -> None:
-        """Copy what the trial reported last (`ser_ray.search.trial.Progress`)."""
+        """Copy what the trial reported last (`ser_ray.search.actor.Progress`)."""
         self.rows, self.learning_rates = result["history"], result["learning_rates"]
         self.times_ms = result["times_ms"]
         self.selected_confusion = result["selected_confusion"]
