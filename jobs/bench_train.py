@@ -105,7 +105,8 @@ def ours(
 def bench_steps(bench: Bench) -> tuple[int, int]:
     """Steps of an epoch, and clips in them."""
     from ser_ray.shards.read import open_shards
-    from ser_ray.training.data import select_rows, steps_per_epoch
+    from ser_ray.training.data import steps_per_epoch
+    from ser_ray.training.parts import select_rows
 
     rows = len(select_rows(open_shards(bench.shards).clips(), bench.recipe).train)
     steps = steps_per_epoch(rows, bench.recipe.batch_size)
@@ -228,7 +229,7 @@ def stream(bench: Bench, started: float) -> Timing:
     from ser_ray.cluster import cluster
     from ser_ray.shards.layout import part_name
     from ser_ray.shards.read import open_shards
-    from ser_ray.training.data import select_rows
+    from ser_ray.training.parts import select_rows
 
     opened = open_shards(bench.shards)
     clips = opened.clips()

@@ -84,7 +84,7 @@ class Pipeline(Verb):
 
     def _test_files(self) -> tuple[str, ...]:
         """Paths of a few test clips of the fold, spread evenly over all of them."""
-        from ser_ray.training.data import select_rows
+        from ser_ray.training.parts import select_rows
 
         clips = api.open_shards(self.shards).clips()
         rows = select_rows(clips, self.recipe).test

@@ -39,9 +39,9 @@ from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import read_pretrained
+from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 

@@ -29,9 +29,9 @@ from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import first_line, resolve_uri
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
-from ser_ray.training.data import describe_split, select_rows
 from ser_ray.training.lr_range import LrRange, range_test
 from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.parts import describe_split, select_rows
 
 
 @dataclass(frozen=True, slots=True)

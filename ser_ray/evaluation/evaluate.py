@@ -22,8 +22,9 @@ from ser_ray.evaluation.results import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CheckpointCard, read_card, read_network
-from ser_ray.training.data import label_indices, load_clips, on_channel, select_rows
+from ser_ray.training.data import label_indices, load_clips
 from ser_ray.training.model import to_channels_last
+from ser_ray.training.parts import on_channel, select_rows
 from ser_ray.training.scoring import predict_clips
 
 

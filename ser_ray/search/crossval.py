@@ -51,8 +51,8 @@ from ser_ray.tracking.registry import local_checkpoint
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import select_rows
 from ser_ray.training.model import read_pretrained
+from ser_ray.training.parts import select_rows
 
 
 def plan_crossval(

@@ -33,9 +33,9 @@ from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import select_rows
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.parts import select_rows
 
 BEST_RECIPE = "best.json"
 """File beside the trials: the best recipe and the run that it came from."""

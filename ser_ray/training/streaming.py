@@ -41,9 +41,9 @@ from ser_ray.training.data import (
     label_indices,
     load_clips,
     seed_of,
-    select_rows,
     steps_per_epoch,
 )
+from ser_ray.training.parts import select_rows
 from ser_ray.training.world import World
 
 WINDOW_BYTES = 128 * 2**20

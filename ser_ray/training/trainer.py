@@ -32,15 +32,7 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment, gain_response
 from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import (
-    Batch,
-    FoldData,
-    Source,
-    describe_split,
-    load_fold,
-    seed_of,
-    steps_per_epoch,
-)
+from ser_ray.training.data import Batch, FoldData, Source, load_fold, seed_of, steps_per_epoch
 from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
 from ser_ray.training.model import Pretrained, ResNet18, supports_bfloat16, to_channels_last
 from ser_ray.training.optim import (
@@ -51,6 +43,7 @@ from ser_ray.training.optim import (
     sam_perturbation,
     update_ema,
 )
+from ser_ray.training.parts import describe_split
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.world import World

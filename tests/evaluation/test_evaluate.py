@@ -21,7 +21,8 @@ from ser_ray.evaluation.record import record_evaluation
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import Normalisation, describe_split, select_rows
+from ser_ray.training.data import Normalisation
+from ser_ray.training.parts import describe_split, select_rows
 from tests.conftest import MemoryShards, make_memory_shards
 from tests.models import make_checkpoint
 

@@ -41,9 +41,9 @@ from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of, local_checkpoint
 from ser_ray.training.config import AugmentConfig, TrainConfig
-from ser_ray.training.data import select_rows
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
+from ser_ray.training.parts import select_rows
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import make_memory_shards
 from tests.s3_server import s3_bucket

@@ -18,9 +18,9 @@ from ser_ray.training.data import (
     epoch_order,
     load_fold,
     seed_of,
-    select_rows,
     steps_per_epoch,
 )
+from ser_ray.training.parts import select_rows
 from tests.conftest import PLAIN
 
 CPU = torch.device("cpu")

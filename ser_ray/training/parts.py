@@ -1,0 +1,68 @@
+"""The clips of a fold's parts: training, validation and test. Importing this is cheap."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ser_ray.corpus.splits import Split, one_clip_per_take, split
+from ser_ray.errors import ConfigError
+from ser_ray.training.config import TrainConfig
+
+
+def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
+    """Select the rows of `clips` that each part of the configured fold consists of.
+
+    Each part has one clip per take (the wav if there is one) of the configured channel, in the
+    order of the takes.
+
+    Raises:
+        ConfigError: a part of the fold is empty.
+    """
+    rows = one_clip_per_take(clips)
+    rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
+    parts = split(
+        config.protocol,
+        config.fold,
+        clips.take(rows),
+        seed=config.seed,
+        validation_speakers=config.validation_speakers,
+    )
+
+    def select(part: np.ndarray, channel: str, name: str) -> np.ndarray:
+        kept = on_channel(clips, rows[part], channel)
+        if not len(kept):
+            raise ConfigError(
+                f"{parts.label}: the {name} part holds no {channel} clip; choose another channel"
+            )
+        return kept
+
+    return replace(
+        parts,
+        train=select(parts.train, config.train_channel, "training"),
+        validation=select(parts.validation, config.channel, "validation"),
+        test=select(parts.test, config.channel, "test"),
+        left_out=rows[parts.left_out],
+    )
+
+
+def on_channel(clips: pa.Table, rows: np.ndarray, channel: str) -> np.ndarray:
+    """Select the rows [rows] of a channel: speech, song or all.
+
+    Clips without a channel (those of a table) are always selected.
+    """
+    channels = clips["channel"].take(rows).to_pylist()
+    keep = [channel == "all" or found in (channel, None) for found in channels]
+    return rows[np.asarray(keep, dtype=bool)]
+
+
+def describe_split(parts: Split) -> dict[str, Any]:
+    """Describe a split for a card: its name, and the speakers of each part."""
+    return {
+        "label": parts.label,
+        "speaker_dependent": parts.speaker_dependent,
+        "train_speakers": list(parts.train_speakers),
+        "validation_speakers": list(parts.validation_speakers),
+        "test_speakers": list(parts.test_speakers),
+    }
