@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,11 +156,16 @@ def test_what_is_shipped_exists_and_the_pinned_versions_are_what_is_installed(ed
     assert all((ROOT / source).exists() for source in mounts.values())
     install = next(command for command in edited["setup_commands"] if "pip install" in command)
     assert "--requirements ~/ser-ray/pyproject.toml --extra cluster" in install
+    assert "--constraints ~/ser-ray/constraints.txt" in install
+    constraints = ROOT / mounts["~/ser-ray/constraints.txt"]
+    pins = {pin.name: pin.specifier for pin in map(Requirement, constraints.read_text().split())}
     project = tomllib.loads((ROOT / mounts["~/ser-ray/pyproject.toml"]).read_text())["project"]
-    pins = project["dependencies"] + project["optional-dependencies"]["cluster"]
-    for pin in pins:
-        requirement = Requirement(pin)
-        assert str(requirement.specifier) == f"=={version(requirement.name)}"
+    extras = project["optional-dependencies"].values()
+    for bounds in map(Requirement, [*project["dependencies"], *chain.from_iterable(extras)]):
+        if bounds.name != "ser-ray":
+            installed = version(bounds.name)
+            assert str(pins[bounds.name]) == f"=={installed}"
+            assert installed in bounds.specifier
 
 
 @dataclass
