@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,23 @@ settings.load_profile("fixed")
 # For the small networks of the tests, one thread is faster than several, and reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+SLOW = ("ray", "slow")
+MAX_PROCESSES = 4
+"""Most processes of `-n auto`: each may start a Ray cluster and an MLflow server."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The number of processes of `-n auto`: one a CPU, within limits."""
+    return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, begin with the files of most slow tests: no process then waits at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = Counter(item.path for item in items if any(map(item.get_closest_marker, SLOW)))
+        items.sort(key=lambda item: -slow[item.path])  # it keeps the order within a file
+
 
 PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, freq_masks=0, mixup=0)
 """No augmentation but the random crop."""

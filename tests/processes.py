@@ -39,7 +39,7 @@ def answers_at(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def held_port() -> Iterator[int]:
+def held_port(address: str = "127.0.0.1") -> Iterator[int]:
     """A port of this machine that no other process is given, for a server of the test's own.
 
     Linux lets sockets that set SO_REUSEADDR, as servers do, share a port of which only one listens.
@@ -47,7 +47,7 @@ def held_port() -> Iterator[int]:
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
+        holder.bind((address, 0))
         yield holder.getsockname()[1]
 
 

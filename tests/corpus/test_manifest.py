@@ -166,17 +166,17 @@ def test_the_manifest_does_not_depend_on_the_size_of_listing_batches(tmp_path, m
     assert list_corpus(str(tmp_path)).manifest.equals(whole)
 
 
-def test_twenty_thousand_links_are_listed(tmp_path):
+def test_thousands_of_links_are_listed(tmp_path):
     target = tmp_path / "target"
     target.write_bytes(b"abcd")
     corpus = tmp_path / "corpus"
     names = [name_of(codes) for codes in ravdess_codes()]
-    for place in range(20_000):
+    for place in range(8_000):
         folder = corpus / f"{place // len(names)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / names[place % len(names)]).symlink_to(target)
     listed = list_corpus(str(corpus))
-    assert statuses(listed) == {None: 7356, "duplicate": 20_000 - 7356}
+    assert statuses(listed) == {None: 7356, "duplicate": 8_000 - 7356}
     assert set(listed.manifest["size"].to_pylist()) == {4}
 
 

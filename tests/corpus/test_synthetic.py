@@ -17,11 +17,16 @@ from ser_ray.corpus.manifest import SYNTHETIC_MARKER
 from ser_ray.corpus.ravdess import EMOTIONS, ClipName, parse_name
 from ser_ray.errors import CorpusError
 
+SPEAKERS = tuple(f"{actor:02d}" for actor in range(3, 15))
+"""Half of the corpus's speakers: the files of the others would only take time."""
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("world") / "synthetic"
-    synthetic.make_synthetic_corpus(target, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "SPEAKERS", SPEAKERS)
+        synthetic.make_synthetic_corpus(target, seed=3)
     return target
 
 
@@ -62,9 +67,13 @@ def brightness(samples: np.ndarray) -> float:
     return 10 * np.log10(spectrum[edge:].sum() / spectrum[:edge].sum())
 
 
-def test_every_take_of_24_actors_is_there_in_three_modalities(corpus: Path) -> None:
+def test_the_corpus_has_24_speakers() -> None:
+    assert len(synthetic.SPEAKERS) == 24
+
+
+def test_every_take_of_the_speakers_is_there_in_three_modalities(corpus: Path) -> None:
     clips = [(path, parse_name(path.name)) for path in corpus.rglob("*.*") if path.parent != corpus]
-    assert len(clips) == 576
+    assert len(clips) == 288
     takes: dict[str, set[str]] = {modality: set() for modality in ("audio", "av", "video")}
     for path, clip in clips:
         takes[clip.modality].add(clip.take)
@@ -76,7 +85,7 @@ def test_every_take_of_24_actors_is_there_in_three_modalities(corpus: Path) -> N
         assert path.parent == corpus / part / f"Actor_{clip.speaker}"
         assert path.suffix == (".wav" if clip.modality == "audio" else ".mp4")
     assert takes["audio"] == takes["av"] == takes["video"]
-    wanted = set(itertools.product((f"{actor:02d}" for actor in range(1, 25)), EMOTIONS))
+    wanted = set(itertools.product(SPEAKERS, EMOTIONS))
     assert {(clip.speaker, clip.emotion) for _, clip in clips} == wanted
     for emotion in EMOTIONS[1:]:
         strong = [c.intensity == "strong" for _, c in clips if c.emotion == emotion]
@@ -102,7 +111,7 @@ def test_an_mp4_has_the_streams_of_its_modality(
     corpus: Path, modality: str, streams: list[str]
 ) -> None:
     paths = list(corpus.rglob(f"{modality}-*.mp4"))
-    assert len(paths) == 192
+    assert len(paths) == 96
     for path in paths:
         with av.open(str(path)) as container:
             assert [stream.codec_context.name for stream in container.streams] == streams
@@ -129,7 +138,7 @@ def test_anger_is_higher_louder_and_brighter_than_sadness(
     wavs: dict[ClipName, np.ndarray],
 ) -> None:
     by_part = {(clip.speaker, clip.emotion): samples for clip, samples in wavs.items()}
-    for speaker in synthetic.SPEAKERS:
+    for speaker in SPEAKERS:
         angry, sad = by_part[speaker, "angry"], by_part[speaker, "sad"]
         assert np.median(pitches(angry)) > np.median(pitches(sad)) + 1, speaker
         assert decibels(angry) > decibels(sad) + 6, speaker

@@ -5,7 +5,6 @@ They share one disk, as nodes of a cluster do. What is lost here is the network:
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from mlflow import MlflowClient
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train
 from ser_ray.training.config import TrainConfig
-from tests.processes import answers_at, end, wait_for
+from tests.processes import answers_at, end, held_port, wait_for
 from tests.shard_files import write_shard_files
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -77,13 +76,17 @@ class Machine:
 
 
 @pytest.fixture
-def machines() -> Iterator[list[Machine]]:
+def port() -> Iterator[int]:
+    """A port that is held at every address of this machine."""
+    with held_port("") as port:
+        yield port
+
+
+@pytest.fixture
+def machines(port: int) -> Iterator[list[Machine]]:
     """Three machines of one CPU beside a head without any."""
     if not may_make_networks():
         pytest.skip("needs the right to make network namespaces")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
     temp = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets need a short path
     machines, started = [Machine(number) for number in (2, 3, 4)], []
     try:

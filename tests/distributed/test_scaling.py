@@ -7,8 +7,6 @@ each so that they fit. No GPU is there: what a worker does on one, it does on th
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,7 +34,7 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import TrainConfig
 from tests.clips import voice, write_wav
-from tests.processes import answers_at, end, wait_for
+from tests.processes import answers_at, held_port, started, wait_for
 from tests.shard_files import write_shard_files
 
 pytestmark = [
@@ -84,13 +82,17 @@ def fake_config(gcs: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gcs() -> Iterator[str]:
+    """The address of the head's GCS."""
+    with held_port() as port:
+        yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def head(gcs: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A head without CPUs that may start the others; this process is its driver."""
     import ray
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        gcs = f"127.0.0.1:{probe.getsockname()[1]}"
     temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
     config = temp / "ray_bootstrap_config.yaml"
     config.write_text(yaml.safe_dump(fake_config(gcs)))
@@ -108,16 +110,14 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     start = [f"{Path(sys.executable).parent}/ray", "start", "--head", "--block", "--num-cpus=0"]
     start += ["--node-ip-address=127.0.0.1", f"--port={gcs.rpartition(':')[2]}"]
     start += ["--include-dashboard=false", f"--temp-dir={temp}", f"--autoscaling-config={config}"]
-    with (temp / "head.log").open("w") as log:
-        process = subprocess.Popen(start, env=env, stdout=log, stderr=log)
     try:
-        wait_for("the head", lambda: answers_at(gcs) or process.poll() is not None)
-        assert process.poll() is None, (temp / "head.log").read_text()
-        ray.init(address=gcs, log_to_driver=False)
-        yield
+        with started(start, temp / "head.log", lambda: answers_at(gcs), env=env):
+            ray.init(address=gcs, log_to_driver=False)
+            try:
+                yield
+            finally:
+                ray.shutdown()
     finally:
-        ray.shutdown()
-        end(process)
         shutil.rmtree(temp, ignore_errors=True)
 
 

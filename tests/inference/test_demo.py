@@ -79,6 +79,7 @@ def test_an_invalid_port_is_named(checkpoint, capsys):
     assert "port is 70000: it must be 0, for a free one, to 65535" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_recordings_are_deleted_however_the_server_is_stopped(checkpoint, tmp_path, how):
     before = signal.signal(how, signal.SIG_DFL)  # under `nohup pytest` it would ignore SIGHUP

@@ -3,10 +3,8 @@
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 
 from ser_ray.cli.main import main
 from ser_ray.errors import TrackingError
@@ -25,6 +24,7 @@ from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
+from tests.processes import held_port, started
 
 pytestmark = pytest.mark.slow
 SCORES = {
@@ -97,33 +97,20 @@ def clip(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(store, tmp_path_factory) -> Iterator[str]:
     """`mlflow models serve` on the logged model; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it looks for uvicorn
-    command = f"-m mlflow models serve -m {store.model} --env-manager local -h 127.0.0.1 -p {port}"
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command.split(), "--workers", "1"],
-            stdout=output, stderr=output, cwd=log.parent, env=os.environ | {"PATH": path},
-        )  # fmt: skip
-        try:
-            for _ in range(480):
-                if process.poll() is not None:
-                    break
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.25)
-            else:
-                pytest.fail(log.read_text())
-            assert process.poll() is None, log.read_text()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
+    folder = tmp_path_factory.mktemp("server")
+    with held_port() as port:
+        uri = f"http://127.0.0.1:{port}"
+        options = f"--env-manager local -h 127.0.0.1 -p {port} --workers 1"
+        command = f"{sys.executable} -m mlflow models serve -m {store.model} {options}"
+        with started(
+            command.split(),
+            folder / "log",
+            lambda: requests.get(f"{uri}/ping", timeout=60).ok,
+            cwd=folder,
+            env=os.environ | {"PATH": path},
+        ):
+            yield uri
 
 
 def ask(server: str, content: list[dict] | dict, form: str = "dataframe_records") -> list[dict]:

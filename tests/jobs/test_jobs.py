@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import yaml
 from ser_ray.shards.layout import CLIPS, OUTCOMES
 from ser_ray.storage.lock import LOCK_NAME
 from tests.clips import six_speakers
-from tests.processes import end, family, wait_for
+from tests.processes import end, family, held_port, wait_for
 
 pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -43,14 +42,6 @@ RECIPE = [
 ]
 TOKEN = "0123456789abcdef" * 4
 SECRET = "AKIA0SECRET0SECRET"
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
 
 
 @dataclass
@@ -113,13 +104,20 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def ports() -> Iterator[list[int]]:
+    """Of the GCS, the job server, MLflow, Ray's client server, and two for each node's agents."""
+    with contextlib.ExitStack() as held:
+        yield [held.enter_context(held_port()) for _ in range(8)]
+
+
+@pytest.fixture(scope="module")
+def head(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Started by cluster.yaml's commands, and stopped by the ids of its processes."""
     home, store = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("store")
     temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text(TOKEN)
-    gcs, jobs, mlflow, client, *agent = free_ports(8)
+    gcs, jobs, mlflow, client, *agent = ports
     changes = {
         "~/venv/bin": str(BIN),
         "~/ser-ray": str(ROOT),

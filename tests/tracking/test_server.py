@@ -58,7 +58,7 @@ def use_credentials(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_runs(
+def test_nothing_is_read_or_written_without_the_password_and_the_next_head_has_all_runs(
     tmp_path, monkeypatch
 ):
     store = tmp_path / "store"
@@ -100,19 +100,11 @@ def test_nothing_is_read_or_written_without_the_password_and_every_head_has_all_
     assert password not in (tmp_path / "head" / "log").read_text()
     assert list((store / "artifacts").rglob("notes.txt"))
 
-    def status_and_metrics(uri: str, run_id: str) -> tuple[str, list[float]]:
-        found = MlflowClient(uri).get_run(run_id)
-        return found.info.status, list(found.data.metrics.values())
-
     with running(store, tmp_path / "next") as uri:  # another machine, which has only the store
         use_credentials(tmp_path / "next", monkeypatch)
         assert os.environ["MLFLOW_TRACKING_PASSWORD"] != password
-        assert status_and_metrics(uri, tracker.run_id) == ("FINISHED", [0.5])
-        later = start(uri)
-    with running(store, tmp_path / "head") as uri:  # the first machine again, with its old disk
-        use_credentials(tmp_path / "head", monkeypatch)
-        assert status_and_metrics(uri, tracker.run_id) == ("FINISHED", [0.5])
-        assert status_and_metrics(uri, later.run_id) == ("RUNNING", [])
+        found = MlflowClient(uri).get_run(tracker.run_id)
+        assert (found.info.status, found.data.metrics) == ("FINISHED", {"val_ua": 0.5})
 
 
 def test_every_store_has_a_separate_database_on_a_machine(in_tmp):
