@@ -112,6 +112,14 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings in the test's process have a network that takes little time, for 16 bins."""
+    from tests.models import SmallNetwork  # it imports torch, which most tests do not need
+
+    monkeypatch.setattr("ser_ray.training.trainer.ResNet18", SmallNetwork)
+
+
 @pytest.fixture(scope="session")
 def _session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MlflowServer"]:
     from tests.mlflow_server import MlflowServer

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.evaluation import pages
 from ser_ray.search import display
 from ser_ray.search import mlflow_runs as module
 from ser_ray.search.actor import Progress
@@ -26,6 +27,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 RECIPE = TrainConfig(epochs=3, keep="best")
+TRIAL_PAGE = pages.trial_page
 TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
 
 
@@ -87,6 +89,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
     monkeypatch.setattr(module, "Tracker", server)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(pages, "trial_page", lambda *_, **__: "a page")  # figures take a second
     return server
 
 
@@ -190,7 +193,8 @@ def test_a_study_records_how_every_trial_ended(server, tmp_path):
     assert finished.selected["epoch"] == 3
 
 
-def test_a_server_that_answers_again_gets_everything_once(server, tmp_path):
+def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "trial_page", TRIAL_PAGE)
     server.away = True
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
@@ -211,11 +215,11 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path):
     assert [step for name, step, _ in finished.points if name == "train/lr"] == list(range(6))
     assert ("selected/ua", 0, 0.6) in finished.points
     assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
-    pages = [run.files["report.html"] for run in server.runs.values()]
-    assert "60.0%" in pages[1]
-    assert "epoch 2, validation, speaker-3 fold 1 of 3 (speaker-independent)" in pages[1]
-    assert "Trial 2 of search: finished" in pages[1]
-    assert "Trial 3 of search: failed. ValueError: no good" in pages[2]
+    reports = [run.files["report.html"] for run in server.runs.values()]
+    assert "60.0%" in reports[1]
+    assert "epoch 2, validation, speaker-3 fold 1 of 3 (speaker-independent)" in reports[1]
+    assert "Trial 2 of search: finished" in reports[1]
+    assert "Trial 3 of search: failed. ValueError: no good" in reports[2]
 
 
 def test_epochs_that_a_server_missed_are_delivered_by_the_next_driver(server, tmp_path):

@@ -398,7 +398,7 @@ def test_a_restored_searcher_uses_the_current_number_of_slots(kind):
 
 
 @pytest.fixture
-def reports(monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
+def reports(small_network, monkeypatch) -> list[tuple[dict[str, object], dict[str, bytes]]]:
     """What a trial in this process reports to Ray Tune: metrics and the files of its checkpoint."""
     reports = []
 

@@ -35,7 +35,9 @@ def test_a_loss_that_never_falls_is_an_error(losses):
         propose(RATES[: len(losses)], losses)
 
 
-def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(memory_shards):
+def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(
+    memory_shards, small_network
+):
     config = TrainConfig(
         protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=PLAIN
     )

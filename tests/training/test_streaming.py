@@ -25,7 +25,7 @@ from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fol
 from ser_ray.training.world import World
 from tests.conftest import PLAIN
 from tests.shard_files import write_shard_files
-from tests.training.test_trainer import CONFIG, SmallNetwork, trained
+from tests.training.test_trainer import CONFIG, trained
 
 CPU = torch.device("cpu")
 
@@ -87,9 +87,8 @@ class Spy:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network, and windows of three steps: 18 clips of 16 bins and 24 frames."""
-    monkeypatch.setattr(loop, "ResNet18", SmallNetwork)
     monkeypatch.setattr(stream, "WINDOW_BYTES", 18 * 16 * 24 * 2)
 
 

@@ -24,6 +24,9 @@ from ser_ray.training.optim import build_optimiser, one_cycle
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import PLAIN, make_memory_shards
+from tests.models import SmallNetwork
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 CPU = torch.device("cpu")
 FRESH = Pretrained("fresh weights", {})
@@ -60,27 +63,6 @@ def trained(shards, folder: Path, config: TrainConfig = CONFIG, **how) -> Record
     recorder = Recorder(folder)
     fit(config, shards, FRESH, recorder, **how)
     return recorder
-
-
-class SmallNetwork(nn.Module):
-    """A network with convolutions and batch norm that takes a thousandth of ResNet18's time."""
-
-    def __init__(self, num_labels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 5, stride=2, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        # Only with several channels in and out do memory formats differ.
-        self.inner = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.fc = nn.Linear(8 * 6, num_labels)
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        maps = torch.relu(self.norm(self.conv(batch)))
-        return self.fc(torch.relu(self.inner(maps)).mean(dim=3).flatten(1))
-
-
-@pytest.fixture(autouse=True)
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "ResNet18", SmallNetwork)
 
 
 def test_onecycle_rises_from_lr_min_to_lr_max_and_falls_to_its_end(memory_shards, tmp_path):
