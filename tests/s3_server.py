@@ -10,6 +10,8 @@ import requests
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+
 
 @contextlib.contextmanager
 def s3_bucket(name: str) -> Iterator[str]:
@@ -18,9 +20,8 @@ def s3_bucket(name: str) -> Iterator[str]:
     Credentials are in the environment, as on a user's machine, and inherited by child processes.
     """
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request otherwise
-    credentials = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    with mock.patch.dict(os.environ, credentials):
+    with mock.patch.dict(os.environ, CREDENTIALS):
         server.start()
         try:
             host, port = server.get_host_and_port()

@@ -1,9 +1,10 @@
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import make_memory_shards
-from tests.s3_server import s3_bucket
+from tests.s3_server import CREDENTIALS, s3_bucket
 from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
@@ -56,17 +57,16 @@ RECIPE = TrainConfig(
 SEEDS = CrossvalConfig(seeds=2)
 
 
-@contextmanager
+@pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    """A Ray cluster of this machine, with room for two trials."""
-    ray.init(
-        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    """A Ray cluster with room for two trials, whose workers have the credentials of buckets."""
+    with mock.patch.dict(os.environ, CREDENTIALS):
+        ray.init(
+            num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
+            logging_level="ERROR",
+        )  # fmt: skip
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +77,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(shards, tmp_path):
-    with two_cpus():
-        run = RunConfig(
-            storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
-        )
-        plan = plan_crossval(shards, RECIPE, SEEDS)
-        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
-        again = crossval(
-            plan_crossval(shards, RECIPE, SEEDS), run, SlotConfig(), show=lambda trials: None
-        )
+def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
+    two_cpus, shards, tmp_path
+):
+    run = RunConfig(storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    plan = plan_crossval(shards, RECIPE, SEEDS)
+    result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+    again = crossval(
+        plan_crossval(shards, RECIPE, SEEDS), run, SlotConfig(), show=lambda trials: None
+    )
     assert again.to_dict() == result.to_dict()  # a finished cross-validation is not repeated
     assert again.run_id == result.run_id
 
@@ -114,7 +113,7 @@ def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(s
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatch):
+def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, monkeypatch):
     """The storage is a bucket whose URI has a query; the second driver has another directory."""
     memory = make_memory_shards(num_frames=26)
     shards = Path(write_shard_files(in_tmp / "shards", memory, ("mel",)))
@@ -133,16 +132,15 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(in_tmp, monkeypatc
             storage=uri.format("runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db",
             max_failures=0,
         )  # fmt: skip
-        with two_cpus():
-            config, slots = CrossvalConfig(), SlotConfig()
-            plan = plan_crossval("shards", recipe, config)
-            with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
-                crossval(plan, run, slots, show=hide_the_shards)
-            (in_tmp / "hidden").rename(shards)
-            (in_tmp / "elsewhere").mkdir()
-            monkeypatch.chdir(in_tmp / "elsewhere")
-            plan = plan_crossval(str(shards), recipe, config)
-            result = crossval(plan, run, slots, show=remember)
+        config, slots = CrossvalConfig(), SlotConfig()
+        plan = plan_crossval("shards", recipe, config)
+        with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
+            crossval(plan, run, slots, show=hide_the_shards)
+        (in_tmp / "hidden").rename(shards)
+        (in_tmp / "elsewhere").mkdir()
+        monkeypatch.chdir(in_tmp / "elsewhere")
+        plan = plan_crossval(str(shards), recipe, config)
+        result = crossval(plan, run, slots, show=remember)
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)
         kept = pq.read_table(path, filesystem=filesystem)
@@ -322,12 +320,13 @@ def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(shards, in_tmp):
-    with two_cpus():
-        run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
-        config = CrossvalConfig(folds=(1,), part="validation")
-        plan = plan_crossval(shards, RECIPE, config)
-        result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
+    two_cpus, shards, in_tmp
+):
+    run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
+    config = CrossvalConfig(folds=(1,), part="validation")
+    plan = plan_crossval(shards, RECIPE, config)
+    result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
     parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
     scored = set(result.predictions["speaker"].to_pylist())
     assert scored == set(parts.validation_speakers)
