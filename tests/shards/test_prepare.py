@@ -198,9 +198,14 @@ prepare(
 def test_a_run_survives_killed_workers(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     import ray
 
+    present = tmp_path / "present"
+    present.mkdir()
+
     @ray.remote
     def worker() -> int:
-        time.sleep(0.5)
+        (present / str(os.getpid())).touch()
+        while len(list(present.iterdir())) < 2:  # so that no process does both tasks
+            time.sleep(0.01)
         return os.getpid()
 
     workers = set(ray.get([worker.remote() for _ in range(2)]))
