@@ -104,7 +104,7 @@ def test_nothing_is_read_or_written_without_the_password_and_the_next_head_has_a
         use_credentials(tmp_path / "next", monkeypatch)
         assert os.environ["MLFLOW_TRACKING_PASSWORD"] != password
         found = MlflowClient(uri).get_run(tracker.run_id)
-        assert (found.info.status, found.data.metrics) == ("FINISHED", {"val_ua": 0.5})
+        assert (found.info.status, found.data.metrics) == ("FINISHED", {"val/ua": 0.5})
 
 
 def test_every_store_has_a_separate_database_on_a_machine(in_tmp):
