@@ -583,8 +583,8 @@ def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, m
     place = tmp_path / "search" / "best.json"
     place.parent.mkdir()
     place.write_text("the earlier one")
-    full = "ser_ray.search.tuner.json.dumps"
-    monkeypatch.setattr(full, lambda *_, **__: SimpleNamespace(encode=lambda: "not bytes"))
+    not_bytes = SimpleNamespace(encode=lambda: "not bytes")
+    monkeypatch.setattr(tune_module, "json", SimpleNamespace(dumps=lambda *_, **__: not_bytes))
     row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
     best = TrialRecord("a", 1, {}, RECIPE, rows=[row], state="finished")
     study: Any = SimpleNamespace(parent=None)
