@@ -26,7 +26,7 @@ from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import list_audio
 from ser_ray.shards.progress import Progress
-from ser_ray.tracking.registry import local_checkpoint
+from ser_ray.tracking.models import local_model
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     files = list_audio([bench.corpus])[: bench.files or None]
     sample = files[:: max(1, len(files) // bench.sample)]
-    with local_checkpoint(bench.model) as checkpoint:
+    with local_model(bench.model) as checkpoint:
         predictor = Predictor(checkpoint)
     timings = {
         "decode": one_by_one(sample, decode),

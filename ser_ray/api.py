@@ -2,9 +2,9 @@
 
     import ser_ray
 
-    ser_ray.prepare(ser_ray.PrepareConfig(corpus="RAVDESS", shards="shards"))
-    result = ser_ray.train("shards")
-    evaluation = ser_ray.evaluate(result.checkpoint, "shards")
+    ser_ray.prepare(ser_ray.PrepareConfig(corpus="RAVDESS"))
+    result = ser_ray.train()
+    print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
 The verbs of `ser_ray.cli` call these functions. What a function needs is imported when it is
@@ -12,10 +12,11 @@ called, so that a quick answer does not wait for libraries it does not use.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from ser_ray.corpus.download import DownloadConfig
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import TrackingError
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ser_ray.distributed.lr_range import RangeResult
     from ser_ray.evaluation.results import Evaluation
     from ser_ray.evaluation.statistics import Comparison
+    from ser_ray.inference.batch import BatchSummary
+    from ser_ray.inference.export import ExportResult
     from ser_ray.inference.predictor import Predictor
     from ser_ray.search.crossval import CrossvalResult
     from ser_ray.search.tuner import TuneResult
@@ -38,8 +41,29 @@ if TYPE_CHECKING:
 OUT = "ser-ray-out"
 """Folder in the current directory for every output whose place the user does not name."""
 SHARDS = f"{OUT}/shards"
+SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
+"""Where `pipeline` puts the shards of the synthetic corpus."""
+
+PREDICTIONS = f"{OUT}/predictions.parquet"
 
 logger = logging.getLogger(__name__)
+
+
+def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
+    """Fetch and unpack RAVDESS from its Zenodo record; complete files are not requested again.
+
+    Returns:
+        The folders of the corpus.
+
+    Raises:
+        ResourcesError: the target is a folder that Ray deletes after the job.
+        CorpusError: an archive cannot be fetched or is damaged.
+    """
+    from ser_ray.cluster import require_kept
+    from ser_ray.corpus.download import download as run
+
+    require_kept(config.target)
+    return run(config)
 
 
 def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
@@ -172,7 +196,11 @@ def tune(
 
 
 def refit(
-    result: "TuneResult", shards: str, run_config: RunConfig, *, address: str = ""
+    result: "TuneResult",
+    shards: str = SHARDS,
+    run_config: RunConfig = RunConfig(),
+    *,
+    address: str = "",
 ) -> "TrainResult":
     """Train the best recipe of a search again, so that its model is kept."""
     from ser_ray.tracking.registry import name_like
@@ -214,7 +242,8 @@ def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
     """Load a model that names the emotion in audio files.
 
     Args:
-        model: a checkpoint's folder or URI, an MLflow run id, or `models:/name@alias`.
+        model: folder or URI of a checkpoint or of a finished run, a run's name or id,
+            `runs:/ID/model`, or `models:/NAME@ALIAS`.
         tracking_uri: MLflow store in which a run id or registered name is looked up.
 
     Raises:
@@ -222,10 +251,94 @@ def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
         TrackingError: there is no such run or registered model.
     """
     from ser_ray.inference.predictor import Predictor
-    from ser_ray.tracking.registry import local_checkpoint
+    from ser_ray.tracking.models import local_model
 
-    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+    with local_model(model, tracking_uri) as checkpoint:
         return Predictor(checkpoint)
+
+
+def predict_to_table(
+    files: "Sequence[str | Path]",
+    model: "str | Path | Predictor",
+    output: str = PREDICTIONS,
+    *,
+    tracking_uri: str = "",
+    address: str = "",
+) -> "BatchSummary":
+    """Name the emotion in many files on a cluster; the same call resumes an interrupted pass.
+
+    Args:
+        files: files, folders, URIs or patterns like `clips/**/*.wav`.
+        model: as `load_model` takes it, or a loaded model.
+        output: table to write, one row for each file: .parquet, .csv or .jsonl.
+        tracking_uri: MLflow store in which a run id or registered name is looked up.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
+
+    Raises:
+        CorpusError: there are no such files.
+        ConfigError, ResourcesError: the output or a file is in a place that does not serve.
+        SerRayError: the pass ended early; the answers so far are kept.
+    """
+    from ser_ray.cluster import cluster
+    from ser_ray.inference.batch import predict_many
+    from ser_ray.inference.predictor import Predictor
+    from ser_ray.inference.recordings import list_audio
+    from ser_ray.inference.results import output_suffix
+
+    found = list_audio([str(file) for file in files])
+    output_suffix(output)
+    predictor = model if isinstance(model, Predictor) else load_model(model, tracking_uri)
+    with cluster(address):
+        return predict_many(found, predictor, output)
+
+
+def export(
+    model: "str | Path",
+    output: str = "",
+    format: Literal["onnx", "torch"] = "onnx",
+    *,
+    tracking_uri: str = "",
+) -> "ExportResult":
+    """Write a model as one file: waveform at its sample rate in, probabilities out.
+
+    Args:
+        model: as `load_model` takes it.
+        output: file to write; `ser-ray-out/model.onnx` or `.pt2` if empty.
+        format: ONNX, or torch's exported program.
+        tracking_uri: MLflow store in which a run id or registered name is looked up.
+
+    Raises:
+        CheckpointError, TrackingError: no such model.
+        SerRayError: a package is missing, or the file's answers differ from the model's.
+    """
+    from ser_ray.inference.export import export as run
+    from ser_ray.tracking.models import local_model
+
+    output = output or f"{OUT}/model.{'onnx' if format == 'onnx' else 'pt2'}"
+    with local_model(model, tracking_uri) as checkpoint:
+        return run(checkpoint, output, format)
+
+
+def register(
+    run_id: str, name: str = "ser-ray", alias: str = "champion", *, tracking_uri: str = ""
+) -> tuple[str, str]:
+    """Make a run's model a registered version, described by its model card.
+
+    Args:
+        run_id: MLflow run of a training, of a search or of a cross-validation.
+        name: the registered model.
+        alias: alias that the version gets; `models:/NAME@ALIAS` then names it.
+        tracking_uri: MLflow store of the run and the registry.
+
+    Returns:
+        The version's number and the model card as Markdown.
+
+    Raises:
+        TrackingError: there is no such run, it has no model, or the store refuses the version.
+    """
+    from ser_ray.evaluation.model_card import register as run
+
+    return run(run_id, name, alias, tracking_uri)
 
 
 def prepare_for(
@@ -237,10 +350,10 @@ def prepare_for(
         CheckpointError, TrackingError: no such model.
         CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
     """
-    from ser_ray.tracking.registry import local_checkpoint
+    from ser_ray.tracking.models import local_model
     from ser_ray.training.checkpoint import read_card
 
-    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+    with local_model(model, tracking_uri) as checkpoint:
         features = read_card(checkpoint).features
     config = PrepareConfig(corpus=corpus, shards=shards, features=features)
     return prepare(config, address=address)
@@ -248,7 +361,7 @@ def prepare_for(
 
 def evaluate(
     model: "str | Path",
-    shards: str = SHARDS,
+    shards: str = "",
     *,
     protocol: str = "",
     fold: int | None = None,
@@ -260,7 +373,8 @@ def evaluate(
 
     Args:
         model: as `load_model` takes it.
-        shards: the shard set that it was trained on, or one of speakers that it was not trained on.
+        shards: the shard set that it was trained on, which is found if this is empty, or one of
+            speakers that it was not trained on.
         protocol: score the test part of a fold of this protocol instead.
         fold: number of the fold to score instead of the model's own, counted from 0.
         allow_seen_speakers: also score speakers that the model was trained on.
@@ -272,14 +386,15 @@ def evaluate(
             fit, or the model was trained on the speakers.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
+    from ser_ray.evaluation.evaluate import shards_of
     from ser_ray.evaluation.record import record_evaluation
-    from ser_ray.tracking.registry import local_checkpoint
+    from ser_ray.tracking.models import local_model
     from ser_ray.tracking.tracker import Tracker
 
-    with local_checkpoint(str(model), tracking_uri) as checkpoint:
+    with local_model(model, tracking_uri) as checkpoint:
         evaluation = run(
             checkpoint,
-            shards,
+            shards or shards_of(checkpoint, (SHARDS, SYNTHETIC_SHARDS)),
             protocol=protocol,
             fold=fold,
             allow_seen_speakers=allow_seen_speakers,

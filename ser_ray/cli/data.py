@@ -16,14 +16,9 @@ class Download(Verb):
 
     def run(self) -> Outcome:
         """Fetch and unpack the archives."""
-        from ser_ray.cluster import require_kept
-        from ser_ray.corpus.download import download
-
-        target = self.download.target
-        require_kept(target)
-        folders = download(self.download)
+        target, folders = self.download.target, api.download(self.download)
         lines = [f"{folder} is complete" for folder in folders]
-        lines.append(f"prepare it with ser-ray prepare --corpus {target} --shards FOLDER")
+        lines.append(f"prepare it with ser-ray prepare --corpus {target}")
         return Outcome({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
 
 

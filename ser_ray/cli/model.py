@@ -20,7 +20,9 @@ NOTHING_SCORED = "none of these files could be scored"
 Model = Annotated[
     str,
     tyro.conf.arg(
-        metavar="MODEL", help="Checkpoint folder or URI, MLflow run id, or models:/name@alias."
+        metavar="MODEL",
+        help="Folder or URI of a checkpoint or a run, a run's name or id, runs:/ID/model, or "
+        "models:/NAME@ALIAS.",
     ),
 ]
 Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]
@@ -31,7 +33,7 @@ class ModelVerb(Verb):
     """Flags of every verb that uses a model."""
 
     tracking_uri: str = ""
-    """MLflow store in which a run id or a registered name is looked up."""
+    """MLflow store in which a run or a registered name is looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Evaluate(ModelVerb):
     model: tyro.conf.Positional[Model]
     shards: str = ""
     """The shard set that the model was trained on, or one of speakers that it was not trained on.
-    If empty, ser-ray-out/shards, or with --corpus a folder in ser-ray-out for corpus and model."""
+    If empty, the former are found, or with --corpus a folder in ser-ray-out is used."""
     corpus: str = ""
     """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
     features that the model was trained on."""
@@ -59,11 +61,9 @@ class Evaluate(ModelVerb):
     """Put the sound of the clips that the report shows into the report."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in where the shards are."""
-        if self.shards:
+        """Fill in where the shards of a corpus go."""
+        if self.shards or not self.corpus:
             return self
-        if not self.corpus:
-            return replace(self, shards=api.SHARDS)
         digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
         return replace(self, shards=f"{api.OUT}/scored-{digest}")
 
@@ -131,15 +131,10 @@ class Predict(ModelVerb):
         return Outcome({"predictions": [asdict(item) for item in found]}, text, problem)
 
     def _run_batch(self, files: list[str], predictor: "Predictor") -> Outcome:
-        from ser_ray.cluster import cluster
-        from ser_ray.inference.batch import predict_many
         from ser_ray.inference.recordings import UNREACHABLE
-        from ser_ray.inference.results import output_suffix
 
-        output = self.output or f"{api.OUT}/predictions.parquet"
-        output_suffix(output)
-        with cluster(self.common.address):
-            summary = predict_many(files, predictor, output)
+        output = self.output or api.PREDICTIONS
+        summary = api.predict_to_table(files, predictor, output, address=self.common.address)
         counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
         emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
         before = f", {summary.files_before} of them before" if summary.files_before else ""
@@ -189,12 +184,7 @@ class Export(ModelVerb):
 
     def run(self) -> Outcome:
         """Export the model and check it against the original."""
-        from ser_ray.inference.export import export
-        from ser_ray.tracking.registry import local_checkpoint
-
-        output = self.output or f"{api.OUT}/model.{'onnx' if self.format == 'onnx' else 'pt2'}"
-        with local_checkpoint(self.model, self.tracking_uri) as checkpoint:
-            exported = export(checkpoint, output, self.format)
+        exported = api.export(self.model, self.output, self.format, tracking_uri=self.tracking_uri)
         return Outcome(asdict(exported), str(exported))
 
 
@@ -214,9 +204,9 @@ class Register(Verb):
 
     def run(self) -> Outcome:
         """Register the model and print its card."""
-        from ser_ray.evaluation.model_card import register
-
-        version, card = register(self.run_id, self.name, self.alias, self.tracking_uri)
+        version, card = api.register(
+            self.run_id, self.name, self.alias, tracking_uri=self.tracking_uri
+        )
         reference = f"@{self.alias}" if self.alias else f"/{version}"
         data = {"name": self.name, "version": version, "alias": self.alias}
         text = f"{card}\nregistered   models:/{self.name}{reference} (version {version})"

@@ -43,8 +43,7 @@ class Pipeline(Verb):
         if self.corpus:
             return replace(self, shards=self.shards or api.SHARDS)
         verb = parse_over(flags, type(self)(recipe=SYNTHETIC_RECIPE))
-        shards = self.shards or f"{api.OUT}/synthetic-shards"
-        return replace(verb, corpus=SYNTHETIC, shards=shards)
+        return replace(verb, corpus=SYNTHETIC, shards=self.shards or api.SYNTHETIC_SHARDS)
 
     def run(self) -> Outcome:
         """Run the steps on one cluster."""

@@ -214,6 +214,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
             "run_id": tracker.run_id,
             "tracking_uri": tracker.uri,
             "report": folder.report,
+            "shards": shards.uri,
         }
         card = folder.keep_selected(newest, origin, selected)
         folder.update_record(finished=True)

@@ -32,6 +32,7 @@ from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
+    SELECTED,
     STATE,
     VALIDATION,
     CheckpointCard,
@@ -42,7 +43,6 @@ from ser_ray.training.checkpoint import (
 )
 
 RECORD = "run.json"
-SELECTED = "selected"
 TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
 """Ray's list of checkpoints. Ray has no public way to start without it; a test of `train` fails

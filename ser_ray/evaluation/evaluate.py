@@ -7,7 +7,9 @@ named beside every score.
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,12 @@ import pyarrow as pa
 import torch
 
 from ser_ray.corpus.splits import one_clip_per_take
-from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsError
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.results import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.training.checkpoint import CheckpointCard, read_card, read_network
+from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card, read_network
 from ser_ray.training.data import label_indices, load_clips
 from ser_ray.training.model import to_channels_last
 from ser_ray.training.parts import on_channel, select_rows
@@ -102,9 +104,49 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def origin_of(checkpoint: Path) -> Mapping[str, str]:
-    """Return `run_id` and `tracking_uri` of the MLflow run that wrote a checkpoint, or nothing."""
+    """Return the places that a checkpoint's training recorded, or nothing.
+
+    They are `run_id` and `tracking_uri` of its MLflow run, the location of its `report` and of its
+    `shards`. If the run's folder was moved or copied, the store and the report are looked for where
+    they are now: nothing is written into the old place.
+    """
     path = checkpoint / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    origin: dict[str, str] = json.loads(path.read_text())
+    old, new = origin.get("report", "").rpartition("/")[0], str(checkpoint.absolute().parent)
+    if checkpoint.name == SELECTED and old and "://" not in old and old != new:
+        for name in ("tracking_uri", "report", "shards"):
+            scheme = "sqlite:///" if origin.get(name, "").startswith("sqlite:///") else ""
+            place = origin.get(name, "").removeprefix(scheme)
+            if place and "://" not in place:
+                moved = os.path.normpath(os.path.join(new, os.path.relpath(place, old)))  # noqa: PTH118
+                if name != "shards" or os.path.exists(moved):  # noqa: PTH110
+                    origin[name] = scheme + moved
+    return origin
+
+
+def shards_of(checkpoint: Path, usual: Sequence[str]) -> str:
+    """Return where the shards are that a model was trained on.
+
+    Args:
+        checkpoint: its directory.
+        usual: locations to look into if they are not where the training read them.
+
+    Raises:
+        ShardsError: they are in none of these places.
+    """
+    card = read_card(checkpoint)
+    recorded = origin_of(checkpoint).get("shards", "")
+    places = [place for place in (recorded, *usual) if place]
+    for place in places:
+        with suppress(ShardsError, LocationError):
+            if open_shards(place).card.fingerprint == card.shards_fingerprint:
+                return place
+    raise ShardsError(
+        f"the shards that the model was trained on ({card.trained_on}) are not in "
+        f"{' or '.join(places)}: name them, or shards of other speakers, with --shards"
+    )
 
 
 def _rows(

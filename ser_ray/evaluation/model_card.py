@@ -6,10 +6,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ser_ray.evaluation.rendering import render
+from ser_ray.tracking.models import fetch_checkpoint
 from ser_ray.tracking.registry import (
     SHARDS_TAG,
     best_training_of,
-    fetch_checkpoint,
     read_evaluation,
     register_model,
 )

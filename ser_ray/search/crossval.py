@@ -47,9 +47,8 @@ from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of
-from ser_ray.tracking.registry import local_checkpoint
 from ser_ray.tracking.tracker import Tracker, now_ms
-from ser_ray.training.checkpoint import CARD, MODEL, read_card
+from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.parts import select_rows

@@ -13,7 +13,7 @@ class PrepareConfig:
 
     corpus: str
     """Folder or URI with RAVDESS in any layout, or a .csv or .parquet table of other clips."""
-    shards: str
+    shards: str = "ser-ray-out/shards"
     """Folder or URI that the shards are written to."""
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""

@@ -1,21 +1,12 @@
-"""Looks up in MLflow what a name means: a run's recipe, a model's checkpoint, a registered version.
-
-A model is named by a checkpoint's folder or URI, by an MLflow run's id, or by a registered version
-(`models:/ser-ray@champion`, `models:/ser-ray/3`).
-"""
+"""Looks up runs in MLflow, their recipes and their scores, and registers their models."""
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pyarrow import fs
-
-from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.errors import TrackingError
 from ser_ray.tracking.store import connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten
 
@@ -26,64 +17,6 @@ SHARDS_TAG = "shards.fingerprint"
 """Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
-
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
-
-
-@contextmanager
-def local_checkpoint(model: str, tracking_uri: str = "") -> Iterator[Path]:
-    """Yield a model as a local checkpoint directory, downloaded until the block ends if necessary.
-
-    Args:
-        model: checkpoint folder or URI, MLflow run id, or `models:/name@alias`.
-        tracking_uri: as `resolve_uri` takes it.
-
-    Raises:
-        TrackingError: there is no such run or registered model.
-        CheckpointError: the folder's storage does not answer.
-    """
-    if model.startswith("models:/") or (_RUN_ID.fullmatch(model) and not Path(model).exists()):
-        with TemporaryDirectory() as folder:
-            yield fetch_checkpoint(model, tracking_uri, Path(folder))
-        return
-    filesystem, path = filesystem_of(model)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        yield Path(path)
-        return
-    with TemporaryDirectory() as folder:
-        try:
-            if filesystem.get_file_info(path).type == fs.FileType.Directory:
-                fs.copy_files(path, folder, source_filesystem=filesystem)
-        except OSError as error:
-            raise CheckpointError(f"{model}: cannot be read ({error})") from error
-        yield Path(folder)
-
-
-def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
-    """Download the checkpoint in a packaged model into an empty folder; returns its directory.
-
-    Args:
-        model: id of the run that logged it, or a registered version: `models:/name@alias`.
-        tracking_uri: as `resolve_uri` takes it.
-
-    Raises:
-        TrackingError: there is no such run, model or alias, or the store does not answer.
-    """
-    uri = resolve_uri(tracking_uri)
-    connect(uri)
-    import mlflow
-
-    location = model if model.startswith("models:/") else f"runs:/{model}/model"
-    advice = (
-        "; name a run's id, models:/name@alias or a checkpoint folder, and the store with "
-        "--tracking-uri"
-    )
-    with store_answers(f"{model}: no such model in {uri}", advice):
-        path = mlflow.artifacts.download_artifacts(location, dst_path=str(folder))
-        flavour = mlflow.models.Model.load(path).flavors.get("python_function", {})
-    if "data" not in flavour:
-        raise TrackingError(f"{model}: this model in {uri} is not one of ser_ray's{advice}")
-    return Path(path, flavour["data"])
 
 
 def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
@@ -191,15 +124,20 @@ def register_model(
         card: description of the version, Markdown.
 
     Raises:
-        TrackingError: the store refused the version.
+        TrackingError: the store refused the version or its alias; no version is left.
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     with store_answers(f"{uri}: {name} was not registered"):
         made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
-        client.update_model_version(name, made.version, description=card)
-        if alias:
-            client.set_registered_model_alias(name, alias, made.version)
+        try:
+            client.update_model_version(name, made.version, description=card)
+            if alias:
+                client.set_registered_model_alias(name, alias, made.version)
+        except MlflowException:
+            client.delete_model_version(name, made.version)
+            raise
     return str(made.version)

@@ -13,6 +13,8 @@ difference named.
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,7 @@ from torch import Tensor
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.errors import CheckpointError, MismatchError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from ser_ray.training.model import ResNet18
@@ -34,6 +37,8 @@ from ser_ray.training.model import ResNet18
 SCHEMA_VERSION = 1
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
+SELECTED = "selected"
+"""Folder of the selected checkpoint in the folder of a finished run."""
 VALIDATION = "validation_probabilities"
 """Name of the tensor in STATE that holds the probabilities of the validation clips [clips, labels].
 """
@@ -227,6 +232,32 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
         return None
     complete = all(file.size == size for file, size in zip(files, sizes.values(), strict=True))
     return progress if complete else None
+
+
+@contextmanager
+def local_checkpoint(location: str) -> Iterator[Path]:
+    """Yield a checkpoint as a local directory, downloaded until the block ends if necessary.
+
+    Args:
+        location: folder or URI of the checkpoint, or of a finished run.
+
+    Raises:
+        CheckpointError: the storage does not answer.
+    """
+    filesystem, path = filesystem_of(location)
+    try:
+        card, selected = filesystem.get_file_info([f"{path}/{CARD}", f"{path}/{SELECTED}/{CARD}"])
+        if card.type == fs.FileType.NotFound and selected.type == fs.FileType.File:
+            path = f"{path}/{SELECTED}"
+        if isinstance(filesystem, fs.LocalFileSystem):
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            if filesystem.get_file_info(path).type == fs.FileType.Directory:
+                fs.copy_files(path, folder, source_filesystem=filesystem)
+            yield Path(folder)
+    except OSError as error:
+        raise CheckpointError(f"{location}: cannot be read ({error})") from error
 
 
 def read_card(directory: Path) -> CheckpointCard:

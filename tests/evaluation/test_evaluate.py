@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +14,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ser_ray.cli.main import main
 from ser_ray.distributed.launch import _log_outcome
-from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.errors import CheckpointError, ConfigError, ShardsError
 from ser_ray.evaluation.clips import read_clips
-from ser_ray.evaluation.evaluate import compare, evaluate
+from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.record import record_evaluation
 from ser_ray.tracking.tracker import Tracker
@@ -39,7 +40,13 @@ def shards(monkeypatch) -> MemoryShards:
     others.table = others.table.set_column(place, "speaker", pa.array(names))
     others.card.fingerprint = "beef"
     known = {"here": here, "elsewhere": others}
-    monkeypatch.setattr("ser_ray.evaluation.evaluate.open_shards", known.__getitem__)
+
+    def open_shards(location: str) -> MemoryShards:
+        if location not in known:
+            raise ShardsError(location)
+        return known[location]
+
+    monkeypatch.setattr("ser_ray.evaluation.evaluate.open_shards", open_shards)
     here.card.elsewhere = others
     return here
 
@@ -231,6 +238,37 @@ def test_scores_are_printed_although_their_run_is_unreachable(
     assert printed["ua"] == evaluate(checkpoint, "here").scores.ua
     assert "the training's run does not have these scores yet" in caplog.text
     assert not (tmp_path / "gone.db").exists()
+
+
+def test_the_places_of_a_moved_run_are_those_beside_it_now(shards, tmp_path):
+    old, new = tmp_path / "old" / "ser-ray-out", tmp_path / "new" / "ser-ray-out"
+    selected = checkpoint_for(shards, old / "runs" / "a" / "selected")
+    origin = {
+        "run_id": "0123",
+        "tracking_uri": f"sqlite:///{old}/mlflow.db",
+        "report": f"{old}/runs/a/report.html",
+        "shards": f"{tmp_path}/old/shards",
+    }
+    (selected / "run.json").write_text(json.dumps(origin))
+    assert origin_of(selected) == origin
+    shutil.copytree(old, new)
+    (tmp_path / "new" / "shards").mkdir()
+    moved = {name: place.replace(str(tmp_path / "old"), str(tmp_path / "new"))
+             for name, place in origin.items()}  # fmt: skip
+    assert origin_of(new / "runs" / "a" / "selected") == moved
+    served = origin | {"tracking_uri": "http://127.0.0.1:9", "shards": "s3://bucket/shards"}
+    (new / "runs" / "a" / "selected" / "run.json").write_text(json.dumps(served))
+    expected = served | {"report": moved["report"]}
+    assert origin_of(new / "runs" / "a" / "selected") == expected
+
+
+def test_a_models_own_shards_are_found_where_they_were_or_in_the_usual_places(shards, checkpoint):
+    assert shards_of(checkpoint, ("elsewhere", "here")) == "here"
+    (checkpoint / "run.json").write_text(json.dumps({"shards": "here"}))
+    assert shards_of(checkpoint, ("elsewhere",)) == "here"
+    (checkpoint / "run.json").write_text(json.dumps({"shards": "gone"}))
+    with pytest.raises(ShardsError, match="not in gone or elsewhere: name them"):
+        shards_of(checkpoint, ("elsewhere",))
 
 
 @pytest.mark.parametrize("place", ["/gone/a.wav", "s3://user:password@bucket/a.wav", "no://b/a"])

@@ -19,7 +19,8 @@ from ser_ray.errors import TrackingError
 from ser_ray.evaluation.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
-from ser_ray.tracking.registry import best_training_of, local_checkpoint
+from ser_ray.tracking.models import local_model
+from ser_ray.tracking.registry import best_training_of
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from tests.clips import voice, write_wav
@@ -282,8 +283,9 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == "1"
     expected = store.predictor.predict(str(clip)).probabilities
-    for name in (store.run_id, "models:/ser-ray@champion", "models:/ser-ray/1"):
-        with local_checkpoint(name, store.uri) as checkpoint:
+    names = ("any name", store.run_id, f"runs:/{store.run_id}/model", f"runs:/{store.run_id}")
+    for name in (*names, "models:/ser-ray@champion", "models:/ser-ray/1"):
+        with local_model(name, store.uri) as checkpoint:
             found = Predictor(checkpoint).predict(str(clip))
         assert found.probabilities == pytest.approx(expected)
     from mlflow import MlflowClient
@@ -299,6 +301,17 @@ def test_registered_by_the_search_and_found_by_every_name(store, clip, capsys):
     assert "| female | 8 | 62.5% | 50.0% |" in version.description
 
 
+def test_an_alias_that_mlflow_refuses_leaves_no_version_behind(store, capsys):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store.uri)
+    before = len(client.search_model_versions("name='ser-ray'"))
+    arguments = ["register", store.search, "--tracking-uri", store.uri, "--alias", "v7"]
+    assert main(arguments) == 2
+    assert "ser-ray was not registered" in capsys.readouterr().err
+    assert len(client.search_model_versions("name='ser-ray'")) == before
+
+
 def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
     worse = store.start("alone", TrainConfig(lr_max=0.5), ua=0.4).run_id
     with pytest.raises(TrackingError, match=f"train --like {worse}"):
@@ -311,11 +324,11 @@ def test_the_best_of_a_search_is_found_on_any_page_of_its_trials(store, monkeypa
     assert best_training_of(store.search, store.uri) == store.run_id
 
 
-@pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion"])
+@pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion", "nobody"])
 def test_a_name_that_is_not_there_is_an_error_that_says_where_it_was_looked_up(store, name):
     with (
-        pytest.raises(TrackingError, match="no such model in sqlite"),
-        local_checkpoint(name, store.uri),
+        pytest.raises(TrackingError, match=r"(no such model|no run).* in (sqlite|the store)"),
+        local_model(name, store.uri),
     ):
         pass
 

@@ -40,7 +40,8 @@ from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.tracking.registry import best_training_of, local_checkpoint
+from ser_ray.tracking.registry import best_training_of
+from ser_ray.training.checkpoint import local_checkpoint
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
