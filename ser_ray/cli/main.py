@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb.common.dry_run:
             print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
             return 0
-        outcome = verb.run()
+        with redirect_stdout(sys.stderr):  # libraries print links and progress there
+            outcome = verb.run()
         print(to_json(outcome.data) if verb.common.json else outcome.text)
         if outcome.problem:
             raise SerRayError(outcome.problem)

@@ -9,6 +9,7 @@ import tyro
 
 from ser_ray import api
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor
@@ -119,6 +120,11 @@ class Predict(ModelVerb):
         """Answer the files here, or on a cluster."""
         from ser_ray.inference.recordings import list_audio
 
+        if not self.files:
+            raise ConfigError(
+                "no files: name files, folders or patterns, as in ser-ray predict clip.wav "
+                f"--model {self.model}"
+            )
         files = list_audio(self.files)
         predictor = api.load_model(self.model, self.tracking_uri)
         if self.output or len(files) > FEW_FILES:

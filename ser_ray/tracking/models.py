@@ -63,7 +63,12 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
         TrackingError: there is no such run, model or alias, or the store does not answer.
     """
     uri = resolve_uri(tracking_uri)
-    client = connect(uri)
+    try:
+        client = connect(uri)
+    except TrackingError as error:
+        raise TrackingError(
+            f"{model}: no checkpoint here, and it cannot be looked up in MLflow: {error}"
+        ) from error
     import mlflow
 
     with store_answers(f"{model}: no such model in {uri}", ADVICE):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from ser_ray import api
 from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.tracking import registry
@@ -34,6 +35,18 @@ FLAGS = {
     "export": "--format --output --tracking-uri --json --dry-run",
     "register": "--name --alias --tracking-uri --json --dry-run",
 }
+
+
+def test_standard_output_has_the_result_and_nothing_that_a_library_prints(capsys, monkeypatch):
+    def register(*_: object, **__: object) -> tuple[str, str]:
+        print("View run at http://server")
+        return "1", "card"
+
+    monkeypatch.setattr(api, "register", register)
+    assert main(["register", "0" * 32, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"name": "ser-ray", "version": "1", "alias": "champion"}
+    assert printed.err == "View run at http://server\n"
 
 
 @pytest.mark.parametrize("verb", FLAGS)
@@ -169,6 +182,7 @@ def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsy
         ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
         ("train --shards nowhere", "nowhere"),
         ("evaluate nowhere", "nowhere: no checkpoint here"),
+        ("predict --model nowhere", "no files: name files, folders or patterns"),
         ("predict nowhere.wav --model nowhere", "nowhere.wav: no such file or folder"),
         ("prepare --corpus nowhere --shards out", "nowhere"),
         ("prepare --corpus= --shards out", "corpus is empty: it must be a folder or URI"),
