@@ -389,7 +389,6 @@ def evaluate(
     from ser_ray.evaluation.evaluate import shards_of
     from ser_ray.evaluation.record import record_evaluation
     from ser_ray.tracking.models import local_model
-    from ser_ray.tracking.tracker import Tracker
 
     with local_model(model, tracking_uri) as checkpoint:
         evaluation = run(
@@ -399,11 +398,9 @@ def evaluate(
             fold=fold,
             allow_seen_speakers=allow_seen_speakers,
         )
-    origin = evaluation.origin
-    if origin and evaluation.is_own_test:
+    if evaluation.origin and evaluation.is_own_test:
         try:
-            tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
-            record_evaluation(evaluation, tracker, audio=audio)
+            record_evaluation(evaluation, audio=audio)
         except TrackingError as error:
             logger.warning("the training's run does not have these scores yet: %s", error)
     return evaluation

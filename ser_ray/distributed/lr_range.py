@@ -82,7 +82,9 @@ def find_range(
             found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
             if isinstance(found, SerRayError):
                 raise found
-            page = range_page(name, asdict(found), settings=flatten(params), tags=tags)
+            page = range_page(
+                name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
+            )
             report = RunFolder(absolute(run.storage), name).report
             store_page(page, report)
             _record(tracker, found, page, tags)

@@ -4,8 +4,12 @@ Each page is one file that loads no other file. It fits any screen size, in ligh
 Each function here takes the results of a run, and returns its page as HTML text. `templates/`
 defines how a page looks. Figures are inline SVG. Their text and axes have the colour of the page's
 text, which depends on the reader's choice of light or dark mode.
+
+A run has one page. When a training ends, it has the scores of the validation part; `add_test_part`
+puts those of the test part before them. Links lead to other pages in the same run's folder.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,21 +19,22 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.evaluation.clips import ClipView, read_clips
+from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.rendering import render
-from ser_ray.evaluation.results import Evaluation, headline, label_rows
+from ser_ray.evaluation.results import REPORT, Evaluation, headline, label_rows
 from ser_ray.plots.clip import clip_figure
-from ser_ray.plots.scores import bars_figure, confusion_figure, reliability_figure
+from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.search import (
     TrialRow,
-    bounds_figure,
     history_figure,
     importance_figure,
+    parameter_figure,
     rank_of,
 )
 from ser_ray.plots.svg import inline_svg
 from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
 from ser_ray.tracking.provenance import provenance
+from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
 
@@ -37,6 +42,11 @@ History = Sequence[Mapping[str, float]]
 """A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
 
 SCORES = {"val/ua": "UA", "val/wa": "WA", "val/f1": "macro F1"}
+PARTS = {"test": "Test part", "validation": "Validation part"}
+
+_TEST_PART = re.compile("(?<=<!-- test part -->).*(?=<!-- end of test part -->)", re.DOTALL)
+_CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
+_HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
 
 
 def run_page(
@@ -47,47 +57,85 @@ def run_page(
     learning_rates: Sequence[float] = (),
     audio: bool,
 ) -> str:
-    """The page of a training, of a cross-validation or of an evaluation.
+    """The page of a training, without its test part.
 
     Args:
-        evaluation: the predictions and their scores.
+        evaluation: the predictions of the validation part and their scores.
         name: name of the run.
         history: metrics of the training's epochs. If empty, the page has no section on training.
         learning_rates: learning rate of every step of the training [steps].
         audio: whether the page contains the sound of the clips that it shows, with players.
     """
-    card, scores, intervals = evaluation.card, evaluation.scores, evaluation.intervals
-    speakers = evaluation.groups["speaker"]
-    calibration = evaluation.calibration
-    reliability = reliability_figure(
-        calibration.confidence.tolist(), calibration.accuracy.tolist(), calibration.count.tolist()
-    )
-    bars = bars_figure(
-        [str(row["speaker"]) for row in speakers],
-        [float(row["wa"]) for row in speakers],
-        [int(row["clips"]) for row in speakers],
-        "WA",
-    )
+    card = evaluation.card
     return _page(
         "run",
+        "Training",
         name,
         evaluation.corpus,
-        subtitle=f"{card.config.feature} features, {evaluation.part} scores",
-        measured_on=evaluation.measured_on,
-        headline=headline(scores.confusion, card.labels),
-        scores={"UA": scores.ua, "WA": scores.wa, "macro F1": scores.macro_f1},
-        intervals={"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
-        drawn=f"by bootstrap over {intervals.count} {intervals.drawn}",
-        labels=_labels(scores.confusion, card.labels),
-        speakers=(_svg(bars, "WA of every speaker"), speakers),
-        groups=[rows for kind, rows in evaluation.groups.items() if kind != "speaker"],
-        ece=calibration.ece,
-        reliability=_svg(reliability, "Accuracy at every confidence"),
-        examples=_clips("Examples", read_clips(evaluation, evaluation.typical(), audio=audio)),
-        hardest=_clips("Hardest", read_clips(evaluation, evaluation.hardest(), audio=audio)),
+        facts=_facts_of(card) | {"MLflow run": evaluation.origin.get("run_id", "")},
+        part=_part(evaluation, audio=audio),
+        folds=[],
         training=_training(history, learning_rates, card.config),
         settings=_settings(card.config) | {"started from": card.initial_weights},
         versions=provenance() | {"shards": card.shards_fingerprint},
+    )
+
+
+def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
+    """Put the scores of a test part into the page of its run, in place of earlier ones.
+
+    Args:
+        page: what `run_page` or `trial_page` returned.
+        evaluation: the predictions of the test part and their scores.
+        audio: whether to add the sound of the clips that are shown.
+    """
+    section = render("part.html.jinja", part=_part(evaluation, audio=audio))
+    return _with_contents(_TEST_PART.sub(lambda _: section, page))
+
+
+def crossval_page(
+    pooled: Evaluation,
+    *,
+    name: str,
+    summary: str,
+    folds: Sequence[Mapping[str, Any]],
+    pages: Sequence[str],
+    run_id: str,
+    audio: bool,
+) -> str:
+    """The page of a cross-validation.
+
+    Args:
+        pooled: the predictions of all folds with all seeds, and their scores.
+        name: name of the cross-validation.
+        summary: the scores in sentences, as the command prints them.
+        folds: a row for each training; shares from 0 to 1 are floats.
+        pages: for each row, where the training's page is, seen from this page.
+        run_id: the cross-validation's MLflow run.
+        audio: whether the page contains the sound of the clips that it shows, with players.
+    """
+    card = pooled.card
+    linked = [
+        {key: _link(value, page) if key == "fold" else value for key, value in row.items()}
+        for row, page in zip(folds, pages, strict=True)
+    ]
+    return _page(
+        "run",
+        "Cross-validation",
+        name,
+        pooled.corpus,
+        summary=summary,
+        facts={
+            "Protocol": pooled.protocol,
+            "Features": card.config.feature,
+            "Shards": card.shards_fingerprint,
+            "MLflow run": run_id,
+        },
+        part=_part(pooled, audio=audio),
+        folds=linked,
+        training=[],
+        settings=_settings(card.config) | {"started from": card.initial_weights},
+        versions=provenance(),
     )
 
 
@@ -101,8 +149,10 @@ def trial_page(
     confusion: Sequence[Sequence[int]],
     labels: Sequence[str],
     tags: Mapping[str, str],
+    study: str,
+    run_id: str,
 ) -> str:
-    """The page of one trial of a search or cross-validation; it shows no clips.
+    """The page of one trial of a search or cross-validation; it shows no validation clips.
 
     Args:
         name: name of the trial's run.
@@ -113,19 +163,29 @@ def trial_page(
         confusion: counts of the validation clips in the selected epoch [labels, labels].
         labels: names of the confusion matrix's rows.
         tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
+        study: name of the search or cross-validation, whose page is in the folder above.
+        run_id: the trial's MLflow run.
     """
     selected = selected_row(history, recipe.keep)
-    counts = np.asarray(confusion)
+    part = None
+    if history:
+        where = f"epoch {selected['epoch']:.0f}, {_validated_on(tags)}"
+        scores = _selected_scores(selected)
+        part = _confusion_part("validation", where, np.asarray(confusion), labels, scores)
     return _page(
-        "trial",
+        "run",
+        "Trial",
         name,
         tags["corpus"],
-        subtitle="trial",
-        about=about,
-        measured_on=f"epoch {selected['epoch']:.0f}, {_validated_on(tags)}" if history else "",
-        headline=headline(counts, labels) if history else "",
-        scores=_selected_scores(selected),
-        labels=_labels(counts, labels) if history else None,
+        summary=about,
+        facts={
+            "Part of": _link(study, f"../{REPORT}"),
+            "Protocol": tags["protocol"],
+            "Features": recipe.feature,
+            "MLflow run": run_id,
+        },
+        part=part,
+        folds=[],
         training=_training(history, learning_rates, recipe),
         settings=_settings(recipe),
         versions=_versions(tags),
@@ -143,6 +203,9 @@ def search_page(
     importance: Mapping[str, float],
     tags: Mapping[str, str],
     again: str,
+    pages: Mapping[int, str],
+    num_labels: int,
+    run_id: str,
 ) -> str:
     """The page of a search.
 
@@ -157,29 +220,34 @@ def search_page(
             that it explains; may be empty.
         tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
         again: command that trains the best recipe.
+        pages: for the number of each trial, where its page is, seen from this page.
+        num_labels: number of labels.
+        run_id: the search's MLflow run.
     """
-    figures = [
-        _svg(history_figure(trials), "Validation UA of every trial"),
-        _svg(bounds_figure(trials), "Validation UA by the bounds of the learning rate"),
-    ]
+    figures = [_svg(history_figure(trials), "Validation UA of every trial")]
+    figures += [_svg(parameter_figure(trials, key), f"Validation UA by {key}") for key in searched]
     if importance:
         figures.append(_svg(importance_figure(importance), "Importance of the searched settings"))
     states = [row["state"] for row in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    row = next(row for row in trials if row["trial"] == best)
+    drawn = ", ".join(f"{key} {_shown(row[key])}" for key in searched)
     return _page(
         "search",
+        "Search",
         name,
         tags["corpus"],
-        subtitle="search",
-        counts=", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
-        best=best,
-        selected_epoch=int(selected["epoch"]),
+        summary=f"Trial {best} of {len(trials)} is the best ({counts}). It has {drawn}; "
+        f"its epoch {selected['epoch']:.0f} is selected.",
+        facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         again=again,
         measured_on=_validated_on(tags),
         scores=_selected_scores(selected),
+        num_labels=num_labels,
         figures=figures,
         trials=[
             {
-                "trial": row["trial"],
+                "trial": _link(row["trial"], pages[row["trial"]]),
                 "state": row["state"],
                 **{name: _shown(row[name]) for name in searched},
                 "epochs": row["epochs"],
@@ -200,6 +268,7 @@ def range_page(
     *,
     settings: Mapping[str, object],
     tags: Mapping[str, str],
+    run_id: str,
 ) -> str:
     """The page of a learning-rate range test.
 
@@ -208,39 +277,142 @@ def range_page(
         found: the measured losses and the proposed bounds, as `range_figure` takes them.
         settings: name and value of each setting of the recipe and of the range.
         tags: tags of the run; `protocol` and `corpus` are shown beside the figure.
+        run_id: the test's MLflow run.
     """
+    bounds = {key: f"{found[key]:.1e}" for key in ("lr_min", "lr_max")}
     return _page(
         "lr_range",
+        "Learning-rate range test",
         name,
         tags["corpus"],
-        subtitle="learning-rate range test",
+        summary=f"A test of {len(found['learning_rates'])} steps proposes learning rates from "
+        f"{bounds['lr_min']} to {bounds['lr_max']}.",
+        facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         measured_on=f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}",
-        num_steps=len(found["learning_rates"]),
-        bounds={key: f"{found[key]:.1e}" for key in ("lr_min", "lr_max")},
+        bounds=bounds,
         figure=_svg(range_figure(found), "Loss by learning rate"),
         settings=settings,
         versions=_versions(tags),
     )
 
 
-def _page(template: str, title: str, corpus: str, **values: object) -> str:
-    return render(
+def _page(
+    template: str,
+    kind: str,
+    title: str,
+    corpus: str,
+    *,
+    facts: Mapping[str, object],
+    summary: str = "",
+    **values: object,
+) -> str:
+    """Render a page with its header and contents."""
+    today = datetime.now(UTC).date().isoformat()
+    page = render(
         f"{template}.html.jinja",
+        kind=kind,
         title=title,
-        corpus=CORPORA[corpus],
+        summary=summary,
         is_synthetic=corpus == "synthetic",
-        date=datetime.now(UTC).date().isoformat(),
+        facts={"Date": today, "Corpus": CORPORA[corpus], **facts},
         **values,
     )
+    return _with_contents(page)
+
+
+def _with_contents(page: str) -> str:
+    """Fill the list of contents from the headings of a page."""
+    lines: list[str] = []
+    for level, anchor, title in _HEADING.findall(page):
+        link = f'<a href="#{anchor}">{title}</a>'
+        lines.append(f"<li>{link}") if level == "2" else lines.append(link)
+    items = " ".join(lines).replace(" <li>", "</li>\n<li>")
+    return _CONTENTS.sub(lambda _: f"<ul>\n{items}</li>\n</ul>", page, count=1)
+
+
+def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
+    """What `part.html.jinja` shows of an evaluation."""
+    scores, intervals, part = evaluation.scores, evaluation.intervals, evaluation.part
+    calibration = evaluation.calibration
+    reliability = reliability_figure(
+        calibration.confidence.tolist(), calibration.accuracy.tolist(), calibration.count.tolist()
+    )
+    shown = {"UA": scores.ua, "WA": scores.wa, "macro F1": scores.macro_f1}
+    base = _confusion_part(
+        part, evaluation.measured_on, scores.confusion, evaluation.card.labels, shown
+    )
+    return base | {
+        "intervals": {"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
+        "drawn": f"{intervals.count} {intervals.drawn}",
+        "speakers": evaluation.speaker_rows,
+        "speaker_bars": _svg(speakers_figure(evaluation.speaker_rows), f"{part}: WA of speakers"),
+        "groups": [rows for kind, rows in evaluation.groups.items() if kind != "speaker"],
+        "ece": calibration.ece,
+        "reliability": _svg(reliability, f"{part}: accuracy at every confidence"),
+        "examples": _clips(evaluation, "examples", evaluation.typical(), audio=audio),
+        "hardest": _clips(evaluation, "hardest", evaluation.hardest(), audio=audio),
+    }
+
+
+def _confusion_part(
+    part: str,
+    measured_on: str,
+    confusion: np.ndarray,
+    labels: Sequence[str],
+    scores: Mapping[str, float],
+) -> dict[str, Any]:
+    """What `part.html.jinja` shows where only the counts of the confusions are known."""
+    return {
+        "id": part,
+        "title": PARTS[part],
+        "headline": headline(confusion, labels),
+        "measured_on": f"{measured_on}, {confusion.sum()} clips",
+        "scores": scores,
+        "num_labels": int((confusion.sum(axis=1) > 0).sum()),
+        "confusion": _svg(confusion_figure(confusion, labels), f"{part}: confusion matrix"),
+        "labels": label_rows(confusion, labels),
+        "intervals": {},
+        "drawn": "",
+        "speakers": [],
+    }
+
+
+def _clips(
+    evaluation: Evaluation, section: str, rows: Sequence[int], *, audio: bool
+) -> list[tuple[Any, Markup]]:
+    # The description names the part and the section, because a clip may be in several, and two
+    # figures with the same description would have the same ids.
+    return [
+        (
+            clip,
+            _svg(
+                clip_figure(clip.waveform, clip.sample_rate, clip.spectrogram),
+                f"{evaluation.part}, {section}: waveform and spectrogram of {clip.name}",
+            ),
+        )
+        for clip in read_clips(evaluation, rows, audio=audio)
+    ]
 
 
 def _svg(figure: Figure, description: str) -> Markup:
     return Markup(inline_svg(figure, description))
 
 
-def _labels(confusion: np.ndarray, labels: Sequence[str]) -> tuple[Markup, list[Any]]:
-    figure = confusion_figure(confusion, labels)
-    return _svg(figure, "Confusion matrix"), list(label_rows(confusion, labels))
+def _link(text: object, page: str) -> Markup:
+    return Markup('<a href="{}">{}</a>').format(page, text)
+
+
+def _facts_of(card: CheckpointCard) -> dict[str, str]:
+    """The data and parts of a training, for the head of its page."""
+    speakers = {
+        f"{side.capitalize()} speakers": card.split[f"{side}_speakers"]
+        for side in ("train", "validation", "test")
+    }
+    return {
+        "Protocol": card.split["label"],
+        **{name: f"{len(those)}: {', '.join(those)}" for name, those in speakers.items()},
+        "Features": card.config.feature,
+    }
 
 
 def _training(
@@ -253,21 +425,6 @@ def _training(
     return [
         _svg(curves, "Loss and accuracy of every epoch"),
         _svg(schedule, "Learning rate of every step"),
-    ]
-
-
-def _clips(section: str, clips: Sequence[ClipView]) -> list[tuple[ClipView, Markup]]:
-    # The description names the section, because a clip may be in both, and two figures with the
-    # same description would have the same ids.
-    return [
-        (
-            clip,
-            _svg(
-                clip_figure(clip.waveform, clip.sample_rate, clip.spectrogram),
-                f"{section}: waveform and spectrogram of {clip.name}",
-            ),
-        )
-        for clip in clips
     ]
 
 

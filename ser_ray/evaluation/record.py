@@ -1,42 +1,44 @@
-"""Records an evaluation in MLflow: scores, tables, plots and a page in the training's run."""
+"""Records an evaluation in the run that trained the model: scores, tables, plots and its page."""
 
-from ser_ray.evaluation.pages import run_page
-from ser_ray.evaluation.results import Evaluation
-from ser_ray.plots.scores import bars_figure, confusion_figure
+from ser_ray.evaluation.pages import add_test_part
+from ser_ray.evaluation.rendering import store_page, stored_page
+from ser_ray.evaluation.results import REPORT, Evaluation
+from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
 from ser_ray.tracking.tracker import Tracker, now_ms
 
 
-def record_evaluation(evaluation: Evaluation, tracker: Tracker, *, audio: bool) -> None:
-    """Store the evaluation of a test part in the run that trained the model.
+def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
+    """Store the evaluation of a test part in the run that `evaluation.origin` names.
+
+    Its page in the run's folder gets the test part also if the tracking store does not answer.
 
     Args:
-        tracker: of that run.
+        evaluation: of the test part of the model's own fold.
         audio: put the sound of the clips that the page shows into the page.
 
     Raises:
-        TrackingError: the store does not accept them.
+        TrackingError: the store does not have the run, or does not accept the evaluation.
     """
-    scores, labels = evaluation.scores, evaluation.card.labels
+    origin, labels, scores = evaluation.origin, evaluation.card.labels, evaluation.scores
+    page = stored_page(evaluation.report)
+    if page:
+        page = add_test_part(page, evaluation, audio=audio)
+        store_page(page, evaluation.report)
+    tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
+    if not page:
+        page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
     tracker.log_metrics(test | {"test/ece": evaluation.calibration.ece}, 0, now_ms())
     tracker.deliver()
-    title, speakers = evaluation.measured_on, evaluation.groups["speaker"]
-    recall = bars_figure(
-        labels, scores.recall.tolist(), scores.confusion.sum(axis=1).tolist(), "recall", title
-    )
-    by_speaker = bars_figure(
-        [str(row["speaker"]) for row in speakers],
-        [float(row["wa"]) for row in speakers],
-        [int(row["clips"]) for row in speakers],
-        "accuracy",
-        title,
-    )
+    title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
     tracker.log_files(
         {
-            "report_test.html": run_page(evaluation, name=tracker.run_name, audio=audio),
+            REPORT: page,
             "plots/test_confusion.png": confusion_figure(scores.confusion, labels, title),
-            "plots/test_recall_by_emotion.png": recall,
-            "plots/test_accuracy_by_speaker.png": by_speaker,
+            "plots/test_recall_by_label.png": bars_figure(
+                labels, scores.recall.tolist(), support.tolist(), "recall", title
+            ),
+            "plots/test_accuracy_by_speaker.png": speakers_figure(evaluation.speaker_rows, title),
             "tables/test.json": evaluation.to_dict(),
             "tables/test_predictions.csv": evaluation.predictions,
         }

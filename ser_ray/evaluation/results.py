@@ -119,6 +119,11 @@ class Evaluation:
             if name in self.predictions.schema.names and not self.predictions[name].null_count
         }  # fmt: skip
 
+    @property
+    def speaker_rows(self) -> list[Row]:
+        """Clips, WA and UA of every speaker; the highest WA comes first."""
+        return sorted(self.groups["speaker"], key=lambda row: -float(row["wa"]))
+
     def hardest(self, count: int = HARDEST) -> list[int]:
         """Rows of the wrong predictions with the highest confidence, the highest first."""
         wrong = np.flatnonzero(self.predicted != self.truth)
@@ -240,7 +245,7 @@ def group_rows(
 
 
 def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Name the labels with the highest and lowest recall, and the most frequent confusion.
+    """Name in sentences the labels with the highest and lowest recall, and the worst confusion.
 
     Args:
         confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
@@ -250,18 +255,18 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
     recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
     best, worst = int(np.nanargmax(recall)), int(np.nanargmin(recall))
     if recall[best] == recall[worst]:
-        sentence = f"Every label that occurs has a recall of {recall[best]:.0%}."
+        sentence = f"Every label has a recall of {recall[best]:.0%}."
     else:
         sentence = (
-            f"Best recognised: {labels[best]} (recall {recall[best]:.0%}). "
-            f"Worst: {labels[worst]} ({recall[worst]:.0%})."
+            f"The model recognises {labels[best]} best ({recall[best]:.0%} of its clips) and "
+            f"{labels[worst]} worst ({recall[worst]:.0%})."
         )
     wrong = confusion - np.diag(np.diag(confusion))
     shares = wrong / np.maximum(support, 1)[:, None]
     true, predicted = np.unravel_index(shares.argmax(), shares.shape)
     if wrong[true, predicted]:
         sentence += (
-            f" Most confused: {wrong[true, predicted]} of {support[true]} {labels[true]} clips "
-            f"were predicted as {labels[predicted]}."
+            f" It most often mistakes {labels[true]} for {labels[predicted]} "
+            f"({wrong[true, predicted]} of {support[true]} clips)."
         )
     return sentence

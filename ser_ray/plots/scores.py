@@ -1,30 +1,51 @@
 """Figures of what was scored: confusions, shares by name, and calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ser_ray.plots.style import BLUE, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
+from ser_ray.plots.style import (
+    BLUE,
+    DARK_BLUE,
+    DARK_VERMILION,
+    GREY,
+    VERMILION,
+    WIDTH,
+    entitle,
+    legend_above,
+    tidy,
+)
 
-# From transparent to dark blue, so that the page's own background, light or dark, shows through.
-_SHADES = LinearSegmentedColormap.from_list("share", [(0.03, 0.32, 0.61, a) for a in (0.0, 1.0)])
+# Of -1 to 1: wrong from dark vermilion to transparent, then right from transparent to dark blue, so
+# that the page's own background, light or dark, shows through.
+_SHADES = LinearSegmentedColormap.from_list(
+    "verdict",
+    [
+        (0.0, to_rgba(DARK_VERMILION, 1)),
+        (0.5, to_rgba(DARK_VERMILION, 0)),
+        (0.5, to_rgba(DARK_BLUE, 0)),
+        (1.0, to_rgba(DARK_BLUE, 1)),
+    ],
+)
 _WHITE_ABOVE = 0.7  # share of a row from which white text is the more readable one
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
     """Draw counts [labels, labels] with their share of the row; an empty cell is 0.
 
-    Rows are true labels, columns predicted ones.
+    Rows are true labels, columns predicted ones. Right is blue and wrong is vermilion.
     """
     support = confusion.sum(axis=1)
     shares = confusion / np.maximum(support, 1)[:, None]
     side = 0.46 * len(labels) + 1.5
     figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
     axes = figure.add_subplot()
-    axes.pcolormesh(shares, cmap=_SHADES, vmin=0, vmax=1, edgecolors=GREY, linewidth=0.2)
+    verdicts = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
+    axes.pcolormesh(verdicts, cmap=_SHADES, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2)
     for row, column in zip(*np.nonzero(confusion), strict=True):
         share = shares[row, column]
         percent = f"{share:.0%}" if share >= 0.01 else "<1%"
@@ -55,21 +76,29 @@ def bars_figure(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Draw a bar for each name: a share from 0 to 1, and the number of clips it is a share of."""
+    """Draw a bar for each name: in blue a share from 0 to 1 of a number of clips, and the rest."""
     figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(names)), values, color=BLUE, height=0.7)
+    places, rest = range(len(names)), 1 - np.asarray(values)
+    axes.barh(places, values, color=BLUE, height=0.7)
+    axes.barh(places, rest, left=values, color=VERMILION, alpha=0.3, height=0.7)
     for place, (value, count) in enumerate(zip(values, counts, strict=True)):
-        axes.text(value + 0.01, place, f"{value:.1%} of {count}", va="center")
+        axes.text(1.02, place, f"{value:.1%} of {count}", va="center")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35)  # room for the text of a full bar
+    axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(xlabel)
     tidy(axes)
     axes.grid(visible=False, axis="y")
     return entitle(figure, title)
+
+
+def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Draw the WA of every speaker, in the order of the rows, which hold speaker, clips and wa."""
+    names, shares, clips = ([row[key] for row in rows] for key in ("speaker", "wa", "clips"))
+    return bars_figure(names, shares, clips, "clips recognised (WA)", title)
 
 
 def reliability_figure(

@@ -1,6 +1,6 @@
 """Figures of a search, from one row for each trial.
 
-A row holds at least `trial` (its number), `state`, `feature`, `lr_min` and `lr_max`, and the scores
+A row holds at least `trial` (its number), `state`, `feature` and what was searched, and the scores
 of the selected epoch, `selected/ua` and `selected/loss`. These are None until the trial has
 completed an epoch.
 """
@@ -8,15 +8,18 @@ completed an epoch.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
 
 TrialRow = Mapping[str, Any]
 
+FEW_VALUES = 5
+"""Numbers of which each gets a tick of its own."""
+
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
-_BOUNDS = {"lr_min": "lr_min, lower bound", "lr_max": "lr_max, upper bound"}
 
 
 def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
@@ -50,30 +53,48 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     return entitle(figure, title)
 
 
-def bounds_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
-    """Draw the validation UA against each bound of the learning rate, by feature kind."""
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
-    panels = figure.subplots(2, 1)
-    for axes, (name, label) in zip(panels, _BOUNDS.items(), strict=True):
-        for kind, (colour, marker) in _KINDS.items():
-            some = [row for row in _scored(trials) if row["feature"] == kind]
-            axes.scatter(
-                [row[name] for row in some],
-                [row["selected/ua"] for row in some],
-                color=colour,
-                marker=marker,
-                label=f"{kind} ({len(some)})",
-            )
+def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> Figure:
+    """Draw the validation UA of every trial against one searched name, by feature kind.
+
+    Values are on a logarithmic scale where the highest is ten or more times the lowest. Trials that
+    were stopped early have hollow points.
+    """
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel=name, ylabel="validation UA")
+    scored = _scored(trials)
+    places = _places(axes, [row[name] for row in scored])
+    for kind, (colour, marker) in _KINDS.items():
+        some = [(x, row) for x, row in zip(places, scored, strict=True) if row["feature"] == kind]
+        axes.scatter(
+            [x for x, _ in some],
+            [row["selected/ua"] for _, row in some],
+            edgecolors=colour,
+            facecolors=[colour if row["state"] == "finished" else "none" for _, row in some],
+            marker=marker,
+            label=f"{kind} ({len(some)})",
+        )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_above(axes, columns=3)
+    tidy(axes)
+    return entitle(figure, title)
+
+
+def _places(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
+    """Set the scale and ticks of the x-axis for values; returns where each of them is on it."""
+    distinct = sorted(set(values))
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        axes.set_xticks(range(len(distinct)), [str(value) for value in distinct])
+        axes.set_xlim(-0.5, len(distinct) - 0.5)
+        return [distinct.index(value) for value in values]
+    if distinct and distinct[0] > 0 and distinct[-1] >= 10 * distinct[0]:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter("{x:.0e}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(label)
-        axes.set_ylabel("validation UA")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        tidy(axes)
-    legend_above(panels[0], columns=3)
-    return entitle(figure, title)
+    else:
+        few = len(distinct) <= FEW_VALUES
+        axes.xaxis.set_major_locator(FixedLocator(distinct) if few else MaxNLocator(5))
+    axes.xaxis.set_major_formatter("{x:g}")
+    return values
 
 
 def importance_figure(importance: Mapping[str, float], title: str = "") -> Figure:

@@ -11,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
+"""Where a figure shows what is right and wrong, right is blue and wrong is vermilion."""
+DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
+"""Full shade of a cell that holds white text."""
 WIDTH = 5.2
 """Inches. A phone shows three quarters of it, so no text is smaller than matplotlib's 10 points."""
 LETTERS_PER_INCH = 12

@@ -24,18 +24,20 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
-from ser_ray.evaluation.pages import run_page
+from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.record import record_evaluation
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT, Evaluation, Part
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.mlflow_runs import page_of
 from ser_ray.search.plan import grid_plan
 from ser_ray.search.pooled import (
     FIGURES,
     CrossvalPlan,
     CrossvalResult,
     fold_folder,
+    fold_rows,
     pool,
     read_predictions,
     write_predictions,
@@ -46,7 +48,7 @@ from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.paths import absolute, filesystem_of
+from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
@@ -115,7 +117,7 @@ def crossval(
             lock.check()
             require_all_finished(study.trials)
             result = pool(plan, location, folder.name, study.parent)
-            page = crossval_page(result, audio=run.audio)
+            page = pooled_page(result, study.trials, audio=run.audio)
             store_page(page, result.report)
             _log_outcome(study.parent, result, page)
             if config.part == "test":
@@ -168,8 +170,8 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
         )
 
 
-def crossval_page(result: CrossvalResult, *, audio: bool) -> str:
-    """Render the page of all folds together, as `evaluate` does for one fold."""
+def pooled_page(result: CrossvalResult, trials: list[TrialRecord], *, audio: bool) -> str:
+    """Render the page of all folds together, with a row for each training."""
     first = fold_folder(result.location, result.plan.folds[0], result.plan.seeds[0])
     with local_checkpoint(first) as checkpoint:
         card = read_card(checkpoint)
@@ -182,7 +184,15 @@ def crossval_page(result: CrossvalResult, *, audio: bool) -> str:
         seen_speakers=(),
         predictions=result.predictions,
     )
-    return run_page(pooled, name=result.name, audio=audio)
+    return crossval_page(
+        pooled,
+        name=result.name,
+        summary=result.text(),
+        folds=fold_rows(result, trials),
+        pages=[page_of(trial) for trial in trials],
+        run_id=result.run_id,
+        audio=audio,
+    )
 
 
 def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
@@ -224,8 +234,13 @@ def _record_tests(study: Study, location: str, *, audio: bool) -> None:
             is_own_test=True,
             seen_speakers=(),
             predictions=read_predictions(folder),
+            origin={
+                "run_id": trial.run_id,
+                "tracking_uri": study.parent.uri,
+                "report": location_inside(location, page_of(trial)),
+            },
         )
-        record_evaluation(evaluation, Tracker(study.parent.uri, trial.run_id), audio=audio)
+        record_evaluation(evaluation, audio=audio)
 
 
 def _log_best(study: Study, location: str) -> None:

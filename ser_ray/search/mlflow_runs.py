@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
 
+from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import TrackingError
+from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.results import REPORT
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import RATIO
+from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
@@ -27,12 +31,17 @@ STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger(__name__)
 
 
+def page_of(trial: TrialRecord) -> str:
+    """Where a trial's page is, inside the study's folder."""
+    return f"trials/{trial.number:03d}.html"
+
+
 class TrialRuns:
     """The runs of a study's trials.
 
     Args:
         parent: the study's own run.
-        study: name of the study.
+        folder: the study's folder.
         experiment: MLflow experiment of the runs.
         labels: names of the rows of a confusion matrix.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
@@ -41,12 +50,12 @@ class TrialRuns:
     def __init__(
         self,
         parent: Tracker,
-        study: str,
+        folder: RunFolder,
         experiment: str,
         labels: Sequence[str],
         tags: Mapping[str, str],
     ) -> None:
-        self.parent, self.study, self.experiment = parent, study, experiment
+        self.parent, self.folder, self.experiment = parent, folder, experiment
         self.labels, self.tags = labels, tags
         self.lock = Lock()
         """Held while a trial's record changes."""
@@ -107,24 +116,28 @@ class TrialRuns:
         if seen.state == "finished":  # only a finished trial has selected weights
             run.log_metrics(selected_metrics(seen.selected), 0, seen.times_ms[-1])
             run.deliver()
-        run.log_files({"report.html": self._page(seen)})
+        page = self._page(seen, run.run_id)
+        store_page(page, location_inside(self.folder.location, page_of(seen)))
+        run.log_files({REPORT: page})
         run.set_tags({"trial.state": seen.state, "problem": seen.problem})
         run.finish(STATUS[seen.state])
         with self.lock:
             trial.recorded = trial.started_ms == seen.started_ms
 
-    def _page(self, trial: TrialRecord) -> str:
+    def _page(self, trial: TrialRecord, run_id: str) -> str:
         from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
 
         return trial_page(
             self._name(trial),
-            f"Trial {trial.number} of {self.study}: {trial.state}. {trial.problem}",
+            f"Trial {trial.number} of {self.folder.name}: {trial.state}. {trial.problem}",
             recipe=trial.recipe,
             history=trial.rows,
             learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
             confusion=trial.selected_confusion,
             labels=self.labels,
             tags=self.tags,
+            study=self.folder.name,
+            run_id=run_id,
         )
 
     def _run(self, trial: TrialRecord) -> Tracker:
@@ -150,4 +163,4 @@ class TrialRuns:
         return self._trackers[trial.trial_id]
 
     def _name(self, trial: TrialRecord) -> str:
-        return f"{self.study}-{trial.number:03d}"
+        return f"{self.folder.name}-{trial.number:03d}"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation.results import REPORT, Part, group_rows
 from ser_ray.evaluation.statistics import Intervals, bootstrap
+from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
@@ -19,7 +20,7 @@ from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import label_indices
-from ser_ray.training.metrics import Scores, scores_of
+from ser_ray.training.metrics import Scores, count_confusion, scores_of
 
 PREDICTIONS = "predictions.parquet"
 FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
@@ -154,6 +155,30 @@ class CrossvalResult:
                 f"one of them  ({self.label})"
             )
         return "\n".join(lines)
+
+
+def fold_rows(result: CrossvalResult, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """Tabulate the trainings: fold, seed, speakers and clips scored, scores, and validation UA."""
+    seeds, folds = (result.predictions[name].to_numpy() for name in ("seed", "fold"))
+    speakers = np.asarray(result.predictions["speaker"].to_pylist())
+    truth, predicted = label_indices_of(result.predictions, result.labels)
+    rows = []
+    for trial in trials:
+        own = (seeds == trial.recipe.seed) & (folds == trial.recipe.fold)
+        confusion = count_confusion(truth[own], predicted[own], len(result.labels))
+        scores = Scores(confusion, loss=0.0)
+        rows.append(
+            {
+                "fold": trial.recipe.fold,
+                "seed": trial.recipe.seed,
+                "speakers": ", ".join(sorted(set(speakers[own]))),
+                "clips": scores.num_clips,
+                "ua": scores.ua,
+                "wa": scores.wa,
+                "validation UA": trial.selected["val/ua"],
+            }
+        )
+    return rows
 
 
 def pool(plan: CrossvalPlan, location: str, name: str, tracker: Tracker) -> CrossvalResult:

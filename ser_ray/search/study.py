@@ -267,5 +267,5 @@ def open_study(
         run_id=folder.run_id(uri),
     )
     folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-    runs = TrialRuns(tracker, folder.name, run.experiment, card.labels, tags)
+    runs = TrialRuns(tracker, folder, run.experiment, card.labels, tags)
     return Study(folder, setup.recipe, runs, show)

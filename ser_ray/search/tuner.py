@@ -21,6 +21,7 @@ from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.mlflow_runs import page_of
 from ser_ray.search.outcome import importance_of, trial_rows
 from ser_ray.search.plan import num_trials, search_plan, warn_of_baseline
 from ser_ray.search.record import TrialRecord, best_of
@@ -181,7 +182,7 @@ def _log_outcome(
     study: Study, best: TrialRecord, dimensions: tuple[Dimension, ...], title: str, again: str
 ) -> None:
     from ser_ray.evaluation.pages import search_page  # slow: matplotlib
-    from ser_ray.plots.search import bounds_figure, history_figure, importance_figure
+    from ser_ray.plots.search import history_figure, importance_figure, parameter_figure
 
     tracker, trials = study.parent, study.trials
     rows, importance = trial_rows(trials), importance_of(trials, dimensions)
@@ -199,13 +200,19 @@ def _log_outcome(
         importance=importance,
         tags=study.runs.tags,
         again=again,
+        pages={trial.number: page_of(trial) for trial in trials},
+        num_labels=len(study.runs.labels),
+        run_id=tracker.run_id,
     )
     store_page(page, study.folder.report)
     files: dict[str, Any] = {
         REPORT: page,
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(rows, title),
-        "plots/learning_rate_bounds.png": bounds_figure(rows, title),
+        **{
+            f"plots/by_{item.name}.png": parameter_figure(rows, item.name, title)
+            for item in dimensions
+        },
         "tables/trials.csv": pa.Table.from_pylist(rows),
     }
     if importance:

@@ -187,6 +187,16 @@ class Tracker:
             for key, value in tags.items():
                 self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
 
+    def read_text(self, name: str) -> str:
+        """Read an artifact that is text.
+
+        Raises:
+            TrackingError: the store does not answer, or the run has no such artifact.
+        """
+        problem = f"{self.uri}: {name} of run {self.run_id} cannot be read"
+        with store_answers(problem), TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
+
     def log_files(self, files: Mapping[str, Any]) -> None:
         """Store artifacts by their path in the run: figures, text, tables, and values as JSON."""
         import pyarrow as pa

@@ -209,19 +209,38 @@ class Recorder:
     def log_files(self, files: Mapping[str, Any]) -> None:
         self.files |= files
 
+    def read_text(self, name: str) -> str:
+        return str(self.files[name])
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: self.calls.append(name)
 
 
-def test_an_evaluation_stores_its_page_tables_and_scores_in_the_run(shards, checkpoint):
-    evaluation, tracker = evaluate(checkpoint, "here"), Recorder()
-    record_evaluation(evaluation, cast(Tracker, tracker), audio=False)
-    page = tracker.files["report_test.html"]
-    ua = f"{evaluation.scores.ua:.1%}"
-    assert f'class="value">{ua}</dd>' in page
+def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_run(
+    shards, checkpoint, tmp_path, monkeypatch
+):
+    report, tracker = tmp_path / "report.html", Recorder()
+    origin = {"run_id": "0123", "tracking_uri": "somewhere", "report": str(report)}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(Tracker, "of_run", lambda uri, run_id: tracker)
+    validation = evaluate(checkpoint, "here", part="validation")
+    first = run_page(validation, name="the run", audio=False)
+    report.write_text(first)
+    evaluation = evaluate(checkpoint, "here")
+    assert evaluation.report == str(report)
+    assert validation.report == ""
+    record_evaluation(evaluation, audio=False)
+    page = report.read_text()
+    assert tracker.files["report.html"] == page
+    parts = [f'class="value">{item.scores.ua:.1%}</dd>' for item in (evaluation, validation)]
+    assert 0 < page.index(parts[0]) < page.index("Validation part</h2>") < page.rindex(parts[1])
     assert f"<strong>test, {evaluation.label}, " in page
-    assert "<h1>the run</h1>" in page
-    assert "<h2>Training</h2>" not in page
+    record_evaluation(evaluation, audio=False)
+    assert report.read_text() == page, "the test part replaces the earlier one"
+    report.unlink()
+    tracker.files["report.html"] = first
+    record_evaluation(evaluation, audio=False)
+    assert tracker.files["report.html"] == page, "the page is on another machine"
     assert tracker.metrics["test/ua"] == evaluation.scores.ua
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
@@ -231,13 +250,20 @@ def test_an_evaluation_stores_its_page_tables_and_scores_in_the_run(shards, chec
 def test_scores_are_printed_although_their_run_is_unreachable(
     shards, checkpoint, tmp_path, uri, capsys, caplog
 ):
-    origin = {"run_id": "0123", "tracking_uri": uri.format(folder=tmp_path)}
+    report = tmp_path / "report.html"
+    origin = {
+        "run_id": "0123",
+        "tracking_uri": uri.format(folder=tmp_path),
+        "report": str(report),
+    }
+    report.write_text(run_page(evaluate(checkpoint, "here"), name="run", audio=False))
     (checkpoint / "run.json").write_text(json.dumps(origin))
     assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["ua"] == evaluate(checkpoint, "here").scores.ua
     assert "the training's run does not have these scores yet" in caplog.text
     assert not (tmp_path / "gone.db").exists()
+    assert "Test part</h2>" in report.read_text()
 
 
 def test_the_places_of_a_moved_run_are_those_beside_it_now(shards, tmp_path):
@@ -279,7 +305,7 @@ def test_a_page_has_no_clips_if_the_corpus_is_unreachable(shards, checkpoint, pl
     table = table.set_column(table.schema.get_field_index("path"), "path", paths)
     moved = dataclasses.replace(evaluation, predictions=table)
     assert read_clips(moved, [0, 1], audio=False) == []
-    assert "<h2>Examples</h2>" not in run_page(moved, name="run", audio=False)
+    assert "Examples</h3>" not in run_page(moved, name="run", audio=False)
 
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):

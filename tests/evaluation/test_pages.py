@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import re
 from datetime import UTC, datetime
+from functools import partial
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -14,14 +15,20 @@ import pytest
 
 from ser_ray.evaluation import pages
 from ser_ray.evaluation.clips import ClipView
-from ser_ray.evaluation.pages import range_page, run_page, search_page, trial_page
+from ser_ray.evaluation.pages import (
+    add_test_part,
+    crossval_page,
+    range_page,
+    run_page,
+    search_page,
+    trial_page,
+)
 from ser_ray.evaluation.results import Evaluation, predictions_table
 from ser_ray.training.config import TrainConfig
 from tests.models import make_checkpoint
 
 VOID = {"meta", "br", "hr", "img", "link"}
 PROTOCOL = "emobox-6 fold 1 of 6 (speaker-independent)"
-MEASURED_ON = f"test, {PROTOCOL}, RAVDESS"
 LABELS = ("happy", "sad & low", "<angry>")
 HISTORY = [
     {"epoch": e, "train/loss": 1 / e, "train/wa": 0.2 * e, "val/loss": 2 / e, "val/wa": 0.15 * e,
@@ -149,11 +156,13 @@ def render(evaluation: Evaluation, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def text(evaluation: Evaluation, clip: ClipView) -> str:
-    """A training's page with two clips, the second without a player."""
-    views = iter([[clip], [dataclasses.replace(clip, mp3=None)]])
+    """A training's page with both parts, and in each two clips, the second without a player."""
+    views = [[clip], [dataclasses.replace(clip, mp3=None)]]
+    order = iter([*views, *views])
+    validation = dataclasses.replace(evaluation, part="validation", is_own_test=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "read_clips", lambda *_, **__: next(views))
-        return render(evaluation)
+        patch.setattr(pages, "read_clips", lambda *_, **__: next(order))
+        return add_test_part(render(validation), evaluation, audio=True)
 
 
 def search_rows() -> list[dict[str, Any]]:
@@ -181,6 +190,9 @@ def render_search(**changes: Any) -> str:
         "importance": {"lr_max": 0.75, "lr_ratio": 0.25},
         "tags": TAGS,
         "again": "ser-ray train --like <id>",
+        "pages": {number: f"trials/00{number}.html" for number in (1, 2, 3)},
+        "num_labels": 3,
+        "run_id": "0123",
     }
     return search_page("search", search_rows(), **(settings | changes))
 
@@ -193,6 +205,8 @@ def render_trial(**changes: Any) -> str:
         "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 9]],
         "labels": LABELS,
         "tags": TAGS,
+        "study": "search",
+        "run_id": "0123",
     }
     return trial_page("search-002", "Trial 2 of search: finished.", **(settings | changes))
 
@@ -205,19 +219,35 @@ def render_range() -> str:
         "lr_min": 2e-5,
         "lr_max": 5e-4,
     }
-    return range_page("range", found, settings={"feature": "mel"}, tags=TAGS)
+    return range_page("range", found, settings={"feature": "mel"}, tags=TAGS, run_id="0123")
 
 
-@pytest.mark.parametrize("kind", ["run", "trial", "search", "range"])
-def test_every_page_is_well_formed_and_loads_nothing(kind: str, text: str) -> None:
+def render_crossval(evaluation: Evaluation) -> str:
+    return crossval_page(
+        evaluation,
+        name="folds",
+        summary="UA 41.0%",
+        folds=[{"fold": 4, "seed": 0, "speakers": "01, <02>", "clips": 90, "ua": 0.41}],
+        pages=["trials/001.html"],
+        run_id="0123",
+        audio=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["run", "trial", "search", "range", "crossval"])
+def test_every_page_is_well_formed_and_loads_nothing(
+    kind: str, text: str, evaluation: Evaluation
+) -> None:
     others = {"trial": render_trial, "search": render_search, "range": render_range}
+    others["crossval"] = partial(render_crossval, evaluation)
     shown = others[kind]() if kind in others else text
     page = Page(shown)
     assert len(page.ids) == len(set(page.ids))
     assert page.references, "figures refer to their own parts"
     for reference in page.references:
         inside = reference.strip("'\"")
-        assert inside.startswith(("#", "data:image/png;base64,", "data:audio/mpeg;base64,"))
+        data = ("data:image/png;base64,", "data:audio/mpeg;base64,")
+        assert inside.startswith(("#", *data, "trials/", "../report.html"))
         assert not inside.startswith("#") or inside[1:] in page.ids
     assert not page.tags & {"script", "img", "link", "iframe", "object"}
     assert "@import" not in shown
@@ -226,25 +256,27 @@ def test_every_page_is_well_formed_and_loads_nothing(kind: str, text: str) -> No
 
 def test_every_figure_is_an_svg_with_a_description(text: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(figures) == 7
+    assert len(figures) == 12
     for figure in figures:
         root = ElementTree.fromstring(figure)
         assert root.get("role") == "img"
         assert root.get("aria-label")
         assert "#000000" not in figure, "black vanishes on a dark page"
-    assert "<angry>" in words_of(figure_of(text, "Confusion matrix"))
+    assert "<angry>" in words_of(figure_of(text, "test: confusion matrix"))
 
 
 def test_labels_and_names_are_escaped(text: str) -> None:
     page = Page(text)
     for words in ("run <script>1</script>", "sad & low", "<angry>", '"><img src=x>', "<clip>.wav"):
         assert words in page.text
-    assert "keep the model: ser-ray train --like <id>" in Page(render_search()).text
+    assert "keeps the model: ser-ray train --like <id>" in Page(render_search()).text
 
 
 def test_every_page_says_above_its_scores_what_they_were_measured_on(text: str) -> None:
-    assert re.search(rf"{re.escape(MEASURED_ON)}</strong></p>\s*<dl class=\"scores\">", text)
-    validated = f"epoch 3, validation, {PROTOCOL}, RAVDESS</strong></p>"
+    for part in ("test", "validation"):
+        measured_on = f"{part}, {PROTOCOL}, RAVDESS, 90 clips"
+        assert re.search(rf"{re.escape(measured_on)}</strong></p>\s*<dl class=\"scores\">", text)
+    validated = f"epoch 3, validation, {PROTOCOL}, RAVDESS, 15 clips</strong></p>"
     assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_trial())
     validated = f"<strong>validation, {PROTOCOL}, RAVDESS</strong></p>"
     assert re.search(rf"{re.escape(validated)}\s*<dl class=\"scores\">", render_search())
@@ -253,30 +285,51 @@ def test_every_page_says_above_its_scores_what_they_were_measured_on(text: str) 
 
 def test_a_page_of_a_run_holds_the_numbers(text: str, evaluation: Evaluation) -> None:
     page, scores = Page(text), evaluation.scores
-    assert re.findall(r'class="value">([\d.]+%)</dd>', text) == [
-        f"{share:.1%}" for share in (scores.ua, scores.wa, scores.macro_f1)
-    ]
+    shown = [f"{share:.1%}" for share in (scores.ua, scores.wa, scores.macro_f1)]
+    assert re.findall(r'class="value">([\d.]+%)</dd>', text) == shown * 2
     low, high = evaluation.intervals.ua
-    assert f"95 % interval {low:.1%} to {high:.1%}, by bootstrap over 3 speakers" in page.text
+    assert f"{low:.1%} to {high:.1%}" in page.text
+    assert page.text.count("95% interval, by bootstrap over 3 speakers") == 2
+    assert page.text.count("mean recall of the 3 labels") == 2
+    assert page.text.count("Guessing scores a UA of 33.3%") == 2
     for kind, rows in evaluation.groups.items():
         for row in rows:
             assert f"{row[kind]} {row['clips']} {row['wa']:.1%} {row['ua']:.1%}" in page.text
-    assert f"Expected calibration error: {evaluation.calibration.ece:.1%}" in page.text
-    confusion = words_of(figure_of(text, "Confusion matrix"))
+    shares = [row["wa"] for row in evaluation.speaker_rows]
+    assert shares == sorted(shares, reverse=True)
+    order = [page.text.index(f" {row['speaker']} 30 ") for row in evaluation.speaker_rows]
+    assert order == sorted(order)
+    assert f"calibration error is {evaluation.calibration.ece:.1%}" in page.text
+    confusion = words_of(figure_of(text, "test: confusion matrix"))
     for label, count in zip(LABELS, np.diag(scores.confusion), strict=True):
         assert f"{label} (30)" in confusion
         assert f" {count}" in confusion
     assert "feature mel" in page.text
     assert "version.torch 2.11.0" in page.text
     assert page.text.count("run <script>1</script>") == 2, "as the heading and the tab's title"
-    assert f"RAVDESS, {datetime.now(UTC).date()}" in page.text
+    assert f"Date {datetime.now(UTC).date()} Corpus RAVDESS Protocol" in page.text
 
 
-def test_a_page_begins_with_the_best_and_worst_label(text: str, evaluation: Evaluation) -> None:
-    assert "</p>\n<p>Best recognised: happy (recall 83%). Worst:" in text
-    assert (
-        "Best recognised: sad & low (recall 100%). Worst: happy (75%)." in Page(render_trial()).text
-    )
+def test_a_part_begins_with_the_best_and_worst_label(text: str) -> None:
+    assert text.count('<p class="lead">The model recognises happy best (83% of its clips)') == 2
+    trial = Page(render_trial()).text
+    assert "recognises sad & low best (100% of its clips) and happy worst (75%)." in trial
+
+
+def test_the_contents_lead_to_every_heading_of_the_finished_page(text: str) -> None:
+    (contents,) = re.findall(r"<nav.*?</nav>", text, re.DOTALL)
+    main = text[text.index("<main>") :]
+    headings = re.findall(r'<h[23] id="([\w-]+)">(.*?)</h', main)
+    assert re.findall(r'href="#([\w-]+)">(.*?)</a>', contents) == headings
+    assert [title for _, title in headings if "part" in title] == ["Test part", "Validation part"]
+
+
+def test_pages_of_a_study_and_of_its_trials_are_linked(evaluation: Evaluation) -> None:
+    assert '<a href="trials/002.html">2</a>' in render_search()
+    assert '<a href="../report.html">search</a>' in render_trial()
+    folds = render_crossval(evaluation)
+    assert '<a href="trials/001.html">4</a>' in folds
+    assert "4 0 01, <02> 90 41.0%" in Page(folds).text
 
 
 @pytest.mark.parametrize("kind", ["run", "trial"])
@@ -313,14 +366,14 @@ def test_results_on_the_synthetic_corpus_are_marked_as_such(evaluation: Evaluati
 
 def test_a_clip_is_shown_with_its_verdict_and_a_player_where_there_is_sound(text: str) -> None:
     page = Page(text)
-    assert page.text.count("happy : predicted <angry> (81%), wrong <clip>.wav") == 2
+    assert page.text.count("happy : ✗ predicted <angry> (81%) <clip>.wav") == 4
     players = [item for item in page.references if item.startswith("data:audio")]
-    assert players == [f"data:audio/mpeg;base64,{base64.b64encode(b'sound').decode()}"]
+    assert players == [f"data:audio/mpeg;base64,{base64.b64encode(b'sound').decode()}"] * 2
 
 
 def test_a_page_without_history_or_clips_has_no_such_sections(evaluation: Evaluation) -> None:
     text = Page(render(evaluation, history=(), learning_rates=())).text
-    assert not {"Training", "Examples", "Hardest"} & set(text.split())
+    assert not {"learning", "Examples", "Hardest"} & set(text.split())
 
 
 def test_the_page_of_a_trial_without_an_epoch_shows_only_its_recipe() -> None:
@@ -334,20 +387,20 @@ def test_the_page_of_a_trial_without_an_epoch_shows_only_its_recipe() -> None:
 def test_the_page_of_a_search_shows_every_trial() -> None:
     text = render_search()
     page = Page(text)
-    assert "3 trials: 1 pruned, 1 finished, 1 failed." in page.text
-    assert "The best is trial 2, at its epoch 2." in page.text
+    assert "Trial 2 of 3 is the best (1 pruned, 1 finished, 1 failed)." in page.text
+    assert "It has lr_max 0.002, lr_ratio 25; its epoch 2 is selected." in page.text
     assert "lr_max loguniform 0.0003 to 0.01" in page.text
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
-    rows = text.split('<th scope="row">')[1:4]
-    assert [row[0] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
+    rows = text.split('<th scope="row"><a href="trials/')[1:4]
+    assert [row[2] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
     assert " ".join(re.findall("<td>(.*?)</td>", rows[0])) == "finished 0.002 25 2 60.0% 60.0%"
-    assert text.count("<svg") == 3
-    assert render_search(importance={}).count("<svg") == 2
+    assert text.count("<svg") == 4, "the history, each searched name, and the importance"
+    assert render_search(importance={}).count("<svg") == 3
 
 
 def test_the_page_of_a_range_test_shows_the_loss_and_the_proposed_bounds() -> None:
     text = render_range()
-    assert "Range test of 4 steps." in Page(text).text
+    assert "A test of 4 steps proposes learning rates from 2.0e-05 to 5.0e-04." in Page(text).text
     assert "--lr-min 2.0e-05 --lr-max 5.0e-04" in Page(text).text
     lines = polylines(figure_of(text, "Loss by learning rate"))
     assert [len(line) for line in lines] == [4, 4, 2, 2]

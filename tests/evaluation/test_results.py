@@ -46,12 +46,12 @@ def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) ->
 def test_headline_names_best_worst_and_the_most_frequent_confusion() -> None:
     confusion = np.array([[9, 0, 1, 0], [2, 3, 5, 0], [30, 0, 70, 0], [0, 0, 0, 0]])
     assert headline(confusion, ("calm", "sad", "angry", "happy")) == (
-        "Best recognised: calm (recall 90%). Worst: sad (30%). "
-        "Most confused: 5 of 10 sad clips were predicted as angry."
+        "The model recognises calm best (90% of its clips) and sad worst (30%). "
+        "It most often mistakes sad for angry (5 of 10 clips)."
     )
 
 
 def test_headline_of_a_perfect_model_names_no_confusion() -> None:
     assert headline(np.diag([0, 4, 5]), ("calm", "sad", "angry")) == (
-        "Every label that occurs has a recall of 100%."
+        "Every label has a recall of 100%."
     )

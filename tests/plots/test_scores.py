@@ -46,7 +46,8 @@ def test_confusion_shows_counts_and_shares_of_the_row() -> None:
     }
     (mesh,) = (item for item in axes.collections if isinstance(item, QuadMesh))
     shades = np.asarray(mesh.get_array())
-    np.testing.assert_allclose(shades, np.array([[750, 250, 0], [0, 0, 0], [1, 299, 700]]) / 1000)
+    wanted = np.array([[750, -250, 0], [0, 0, 0], [-1, -299, 700]]) / 1000
+    np.testing.assert_allclose(shades, wanted, err_msg="right is positive, wrong negative")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a (40)", "b (0)", "c (1000)"]
     top, bottom = axes.get_ylim()[::-1]
     assert top < bottom, "the first label is the uppermost row"
@@ -77,17 +78,18 @@ def test_text_is_readable_on_every_shade(paper: str, ink: tuple[float, ...]) -> 
         figure.draw_without_rendering()
         axes = figure.axes[0]
         (mesh,) = (item for item in axes.collections if isinstance(item, QuadMesh))
-        *colour, alpha = np.asarray(mesh.get_facecolor()).reshape(2, 2, 4)[0, 0]
-        cell = alpha * np.array(colour) + (1 - alpha) * behind
-        (text,) = (item for item in axes.texts if item.get_position() == (0.5, 0.5))
-        letters = np.ones(3) if text.get_color() == "white" else np.array(ink)
-        assert contrast(letters, cell) > 3.9, f"{right} % on {paper}"
+        for column in (0, 1):
+            *colour, alpha = np.asarray(mesh.get_facecolor()).reshape(2, 2, 4)[0, column]
+            cell = alpha * np.array(colour) + (1 - alpha) * behind
+            (text,) = (item for item in axes.texts if item.get_position() == (column + 0.5, 0.5))
+            letters = np.ones(3) if text.get_color() == "white" else np.array(ink)
+            assert contrast(letters, cell) > 3.9, f"{right} % right, column {column}, on {paper}"
 
 
 def test_bars_show_shares_with_their_clips() -> None:
     figure = bars_figure(["01", "02"], [0.25, 1.0], [60, 44], "accuracy", "test")
     axes = figure.axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [0.25, 1.0]  # type: ignore[attr-defined]
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 1, 0.75, 0]  # type: ignore[attr-defined]
     assert [text.get_text() for text in axes.texts] == ["25.0% of 60", "100.0% of 44"]
     figure.draw_without_rendering()
     for text in axes.texts:

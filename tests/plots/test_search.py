@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ser_ray.plots.search import bounds_figure, history_figure, importance_figure, rank_of
+from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, rank_of
 from tests.plots.drawn import lines, points
 
 
@@ -34,16 +34,23 @@ def test_history_shows_every_scored_trial_and_the_best_so_far() -> None:
     assert lines(axes)["best so far"] == ([1, 2, 4, 5, 6], [0.5, 0.3, 0.3, 0.4, 0.4])
 
 
-def test_bounds_show_every_scored_trial_by_its_feature_kind() -> None:
-    lower, upper = bounds_figure(TRIALS).axes
-    for axes, unit in ((lower, 1e-4), (upper, 1e-2)):
+def test_a_searched_number_is_drawn_by_feature_kind_on_the_scale_of_its_range() -> None:
+    wide = [item | {"lr_max": 10.0 ** -item["trial"]} for item in TRIALS]
+    for trials, scale in ((wide, "log"), (TRIALS, "linear")):
+        (axes,) = parameter_figure(trials, "lr_max").axes
+        x = {item["trial"]: item["lr_max"] for item in trials}
         drawn = points(axes)
         assert drawn["spectrogram (0)"] == []
-        assert drawn["mfcc (1)"] == [[4 * unit, 0.6]]
-        assert drawn["mel (4)"] == [
-            [1 * unit, 0.5], [2 * unit, 0.3], [5 * unit, 0.4], [6 * unit, 0.4],
-        ]  # fmt: skip
-        assert axes.get_xscale() == "log"
+        assert drawn["mfcc (1)"] == [[x[4], 0.6]]
+        assert drawn["mel (4)"] == [[x[1], 0.5], [x[2], 0.3], [x[5], 0.4], [x[6], 0.4]]
+        assert (axes.get_xscale(), axes.get_xlabel()) == (scale, "lr_max")
+
+
+def test_a_searched_choice_has_a_place_for_each_of_its_values() -> None:
+    (axes,) = parameter_figure(TRIALS, "feature").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mel", "mfcc"]
+    assert points(axes)["mfcc (1)"] == [[1, 0.6]]
+    assert {x for x, _ in points(axes)["mel (4)"]} == {0}
 
 
 def test_importance_has_the_largest_share_at_the_top() -> None:

@@ -104,7 +104,7 @@ def open_study(server: Server, storage: Path | str) -> Study:
         uri="memory", run_id="parent", abandon=lambda error: None, nested_runs=nested_runs,
         finish=lambda status: server.require(),
     )  # fmt: skip
-    runs = TrialRuns(parent, "search", "tests", ("calm", "sad"), TAGS)
+    runs = TrialRuns(parent, folder, "tests", ("calm", "sad"), TAGS)
     return Study(folder, RECIPE, runs, show=lambda trials: None)
 
 
