@@ -108,7 +108,7 @@ def crossval_page(
     Args:
         pooled: the predictions of all folds with all seeds, and their scores.
         name: name of the cross-validation.
-        summary: the scores in sentences, as the command prints them.
+        summary: the mean score over the seeds, in a sentence.
         folds: a row for each training; shares from 0 to 1 are floats.
         pages: for each row, where the training's page is, seen from this page.
         run_id: the cross-validation's MLflow run.

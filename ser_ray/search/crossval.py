@@ -187,7 +187,7 @@ def pooled_page(result: CrossvalResult, trials: list[TrialRecord], *, audio: boo
     return crossval_page(
         pooled,
         name=result.name,
-        summary=result.text(),
+        summary=result.sentence,
         folds=fold_rows(result, trials),
         pages=[page_of(trial) for trial in trials],
         run_id=result.run_id,

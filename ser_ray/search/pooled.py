@@ -108,6 +108,17 @@ class CrossvalResult:
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     @property
+    def sentence(self) -> str:
+        """The UA in a sentence."""
+        seeds = len(self.by_seed)
+        text = f"The UA over the clips of {len(self.plan.folds)} folds is {self.mean('ua'):.1%}"
+        if seeds > 1:
+            text += f", the mean of {seeds} seeds (standard deviation {self.spread('ua'):.1%})"
+        if self.ensemble is not None:
+            text += f"; the mean probabilities of their networks have {self.ensemble.ua:.1%}"
+        return text + "."
+
+    @property
     def confusion(self) -> np.ndarray:
         """Counts summed over folds and seeds [labels, labels]."""
         return np.sum([scores.confusion for scores in self.by_seed.values()], axis=0)
