@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from ser_ray.corpus.download import DownloadConfig
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import TrackingError
+from ser_ray.progress import stderr_console
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -114,12 +115,12 @@ def train(
             starts, where that can be known.
         SerRayError: the training failed; the message gives the reason.
     """
-    from ser_ray.distributed.display import EpochPrinter, stderr_console
+    from ser_ray.distributed.display import EpochTable
     from ser_ray.distributed.launch import train as run
 
     if on_epoch is not None:
         return run(shards, recipe, run_config, on_epoch=on_epoch, address=address)
-    with EpochPrinter(stderr_console(), recipe.epochs) as show:
+    with EpochTable(stderr_console(), recipe.epochs) as show:
         return run(shards, recipe, run_config, on_epoch=show, address=address)
 
 
@@ -177,7 +178,6 @@ def tune(
         SerRayError: no trial succeeded; the message gives the first reason.
     """
     from ser_ray.corpus.splits import dependence_of
-    from ser_ray.distributed.display import stderr_console
     from ser_ray.search.display import TrialTable
     from ser_ray.search.plan import num_trials
     from ser_ray.search.tuner import search as run
@@ -228,13 +228,12 @@ def crossval(
         slots: CPUs and GPUs of one training.
         address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
     """
-    from ser_ray.distributed.display import stderr_console
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
     from ser_ray.search.display import TrialTable
 
     plan = plan_crossval(shards, recipe, config)
-    with TrialTable(stderr_console(), plan.num_trials, plan.label) as table:
+    with TrialTable(stderr_console(), plan.num_trials, plan.label, compared=False) as table:
         return run(plan, run_config, slots, show=table, address=address)
 
 

@@ -21,6 +21,8 @@ ANSWER_SECONDS = 60.0
 FOLDERS_ASKED = 256
 """The most folders of listed files that every node is asked to look for."""
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def cluster(address: str = "") -> Iterator[None]:
@@ -47,6 +49,7 @@ def cluster(address: str = "") -> Iterator[None]:
             f"{address} is a job server, which only takes submissions: give it to `ray job submit` "
             "in RAY_API_SERVER_ADDRESS; --address and RAY_ADDRESS take HOST:6379"
         )
+    logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     try:
         with nullcontext() if address else _on_loopback():
             ray.init(

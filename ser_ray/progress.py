@@ -1,9 +1,14 @@
-"""Showing how far a long job is: a bar on a terminal, lines of text in a log."""
+"""Showing how far a long job is on standard error: a bar on a terminal, lines of text in a log."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_SECONDS = 10.0
 """A log gets at most one line in this time, and one more at the end."""
@@ -12,19 +17,34 @@ Report = Callable[[str, int, int], None]
 """Called with a text that says how far the job is, the amount that is done, and the total."""
 
 
+@cache
+def stderr_console() -> "Console":
+    """Console for progress, which stays off standard output.
+
+    There is one for the process, so that a line printed while a bar is shown appears above it.
+    """
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as H:MM:SS or M:SS."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 @contextmanager
 def show_progress() -> Iterator[Report]:
     """Yield a function to call after each step, which shows the step on standard error."""
     if not sys.stderr.isatty():
         yield _log_lines()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    with Progress(
-        BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("starting")
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=stderr_console()) as bar:
+        task = bar.add_task("starting", total=None)
         yield lambda text, done, total: bar.update(
             task, description=text, completed=done, total=total
         )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from ser_ray import api
+from ser_ray.cli.command import next_command
+from ser_ray.cli.opening import say
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.corpus.download import DownloadConfig
 from ser_ray.shards.config import PrepareConfig
@@ -32,6 +34,7 @@ class Prepare(Verb):
         """Prepare the shards and list the outcomes of all files."""
         from ser_ray.corpus.census import compare_with_ravdess
 
+        say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)
         card, lines = summary.card, [str(summary)]
         if card.corpus == "ravdess":
@@ -45,4 +48,6 @@ class Prepare(Verb):
             "fingerprint": card.fingerprint,
             "seconds": summary.seconds,
         }
+        lines.append(f"shards       {self.prepare.shards}")
+        lines.append(f"train        {next_command('train', shards=self.prepare.shards)}")
         return Outcome(data, "\n".join(lines))

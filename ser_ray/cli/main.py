@@ -6,6 +6,7 @@ a field, and its help is the field's description. Nothing heavy is imported befo
 """
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ser_ray.cli.pipeline import Pipeline
 from ser_ray.cli.train import Crossval, LrRange, Train, Tune
 from ser_ray.cli.verb import Verb
 from ser_ray.errors import SerRayError
+from ser_ray.progress import stderr_console
 from ser_ray.storage.json_text import to_json
 from ser_ray.version import __version__
 
@@ -40,6 +42,9 @@ VERBS: dict[str, type[Verb]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    logger, handler = logging.getLogger("ser_ray"), Lines()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         if given == ["--version"]:
             print(f"ser-ray {__version__}")
@@ -63,4 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Nobody reads the output any more: close it, so that Python does not complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        logger.removeHandler(handler)
     return 0
+
+
+class Lines(logging.Handler):
+    """Prints what the package logs as lines of progress, above the bar or table if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        stderr_console().print(f"{level}{record.getMessage()}", markup=False)

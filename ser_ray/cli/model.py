@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import tyro
 
 from ser_ray import api
+from ser_ray.cli.command import next_command
+from ser_ray.cli.opening import say
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.errors import ConfigError
+from ser_ray.progress import stderr_console
 
 if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor
@@ -70,8 +73,8 @@ class Evaluate(ModelVerb):
 
     def run(self) -> Outcome:
         """Prepare the corpus if one is named, score the model, and compare it if asked to."""
-        from ser_ray.distributed.display import stderr_console
 
+        say("model", f"scoring {self.model} on {self.corpus or self.shards}")
         if self.corpus:
             summary = api.prepare_for(
                 self.model,
@@ -87,6 +90,10 @@ class Evaluate(ModelVerb):
             comparison = api.compare(evaluation, self._score(self.against))
             data["comparison"] = asdict(comparison)
             text += f"\nagainst {self.against}: {comparison}"
+        if evaluation.report:
+            text += f"\nreport       {evaluation.report}"
+        command = next_command("predict", "FILE", model=self.model, tracking_uri=self.tracking_uri)
+        text += f"\nuse it       {command}"
         return Outcome(data, text)
 
     def _score(self, model: str) -> "api.Evaluation":
@@ -125,6 +132,7 @@ class Predict(ModelVerb):
                 "no files: name files, folders or patterns, as in ser-ray predict clip.wav "
                 f"--model {self.model}"
             )
+        say("model", f"loading {self.model}")
         files = list_audio(self.files)
         predictor = api.load_model(self.model, self.tracking_uri)
         if self.output or len(files) > FEW_FILES:
@@ -168,7 +176,6 @@ class DemoUi(ModelVerb):
 
     def run(self) -> Outcome:
         """Serve the page until Ctrl-C."""
-        from ser_ray.distributed.display import stderr_console
         from ser_ray.inference.demo import serve
 
         predictor, console = api.load_model(self.model, self.tracking_uri), stderr_console()
@@ -215,5 +222,7 @@ class Register(Verb):
         )
         reference = f"@{self.alias}" if self.alias else f"/{version}"
         data = {"name": self.name, "version": version, "alias": self.alias}
-        text = f"{card}\nregistered   models:/{self.name}{reference} (version {version})"
+        model = f"models:/{self.name}{reference}"
+        command = next_command("predict", "FILE", model=model, tracking_uri=self.tracking_uri)
+        text = f"{card}\nregistered   {model} (version {version})\nuse it       {command}"
         return Outcome(data, text)

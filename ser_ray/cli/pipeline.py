@@ -1,18 +1,21 @@
 """The verb that runs all steps: prepare, train, evaluate, predict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ser_ray import api
+from ser_ray.cli.command import next_command
 from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Evaluate, Predict
+from ser_ray.cli.opening import say
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig
+from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.config import TrainConfig
 
@@ -48,44 +51,66 @@ class Pipeline(Verb):
     def run(self) -> Outcome:
         """Run the steps on one cluster."""
         from ser_ray.cluster import cluster
+        from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
-        from ser_ray.distributed.display import stderr_console
         from ser_ray.training.model import read_pretrained
 
-        console = stderr_console()
-        read_pretrained(self.recipe.weights, len(EMOTIONS))  # a missing file is reported at once
+        # Whatever is missing is reported before anything slow starts.
+        if self.corpus != SYNTHETIC:
+            say("corpus", f"{self.corpus}: {len(list_corpus(self.corpus).manifest)} files")
+        read_pretrained(self.recipe.weights, len(EMOTIONS))
         if self.corpus == SYNTHETIC:
-            console.print(f"no --corpus: making the synthetic corpus in {self.corpus}")
+            say("corpus", f"no --corpus: making the synthetic one in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
         config = PrepareConfig(corpus=self.corpus, shards=self.shards, features=self.features)
         with cluster(self.common.address):
             prepared = Prepare(prepare=config).run()
-            console.print(prepared.text)
+            stderr_console().print(prepared.text)
             trained = Train(
                 shards=self.shards, recipe=self.recipe, run_config=self.run_config
             ).run()
             model = trained.data["checkpoint"]
             evaluated = Evaluate(model=model, shards=self.shards, audio=self.run_config.audio).run()
-            predicted = Predict(files=self._test_files(), model=model).run()
+            truth = self._test_clips()
+            predicted = Predict(files=tuple(truth), model=model).run()
         steps = {
             "prepare": prepared, "train": trained, "evaluate": evaluated, "predict": predicted,
         }  # fmt: skip
         lines = (
             "",
-            predicted.text,
+            *marked_lines(truth, predicted.data["predictions"]),
             "",
             f"shards       {self.shards}",
             trained.text,
             f"test         {evaluated.text}",
+            f"try it       {next_command('demo-ui', model)}",
         )
         return Outcome({name: step.data for name, step in steps.items()}, "\n".join(lines))
 
-    def _test_files(self) -> tuple[str, ...]:
-        """Paths of a few test clips of the fold, spread evenly over all of them."""
+    def _test_clips(self) -> dict[str, str]:
+        """Path and emotion of a few test clips of the fold, spread evenly over all of them."""
         from ser_ray.training.parts import select_rows
 
         clips = api.open_shards(self.shards).clips()
         rows = select_rows(clips, self.recipe).test
         shown = rows[:: max(len(rows) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
-        return tuple(clips["path"].take(shown).to_pylist())
+        return dict(
+            zip(*(clips[name].take(shown).to_pylist() for name in ("path", "emotion")), strict=True)
+        )
+
+
+def marked_lines(truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a test clip: whether the prediction is right, both emotions, and the file.
+
+    Args:
+        truth: emotion of every clip by its path.
+        predictions: `path`, `emotion` and `probabilities` of every clip.
+    """
+    lines = ["test clips   true       predicted"]
+    for found in predictions:
+        emotion, named = truth[found["path"]], found["emotion"]
+        mark = "right" if named == emotion else "WRONG"
+        share = f"{found['probabilities'][named]:4.0%}" if named else found["status"]
+        lines.append(f"  {mark}      {emotion:9}  {named:9} {share}  {Path(found['path']).name}")
+    return lines

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Self
+from typing import Protocol, Self
 
 from ser_ray import api
+from ser_ray.cli.command import next_command
+from ser_ray.cli.opening import say, say_training
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.distributed.config import RunConfig
@@ -44,17 +46,21 @@ class Train(TrainingVerb):
 
     def run(self) -> Outcome:
         """Train and say where the checkpoint is."""
+        say_training(self.shards, self.recipe, [self.recipe.fold])
         return train_outcome(
-            api.train(self.shards, self.recipe, self.run_config, address=self.common.address)
+            api.train(self.shards, self.recipe, self.run_config, address=self.common.address),
+            self.shards,
         )
 
 
-def train_outcome(result: "api.TrainResult") -> Outcome:
-    """Make the output of a finished training."""
+def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
+    """Make the output of a finished training on a shard set."""
     selected, card = result.selected, result.card
+    best = max(result.history, key=lambda row: row["val/ua"])
     data = {
         "name": result.name,
         "checkpoint": result.checkpoint,
+        "report": result.report,
         "run_id": result.run_id,
         "tracking_uri": result.tracking_uri,
         "protocol": card.split["label"],
@@ -65,18 +71,40 @@ def train_outcome(result: "api.TrainResult") -> Outcome:
     lines = (
         f"trained on   {card.trained_on}, {card.split['label']}",
         f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
-        f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}",
+        f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}; "
+        f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}",
         f"checkpoint   {result.checkpoint}",
-        *_run_lines(result.run_id, result.tracking_uri),
+        *_report_lines(result),
+        f"test it      {next_command('evaluate', result.checkpoint, shards=shards)}",
     )
     return Outcome(data, "\n".join(lines))
 
 
-def _run_lines(run_id: str, tracking_uri: str) -> list[str]:
+class Reported(Protocol):
+    """A result with a report and a run in MLflow."""
+
+    @property
+    def report(self) -> str:
+        """Location of the page."""
+
+    @property
+    def run_id(self) -> str:
+        """Its run in MLflow."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """The store of that run."""
+
+
+def _report_lines(result: Reported) -> list[str]:
     from ser_ray.tracking.views import links
 
-    found = links(tracking_uri, run_id)
-    lines = [f"MLflow run   {run_id}: {found.run}", f"all runs     {found.runs}"]
+    found = links(result.tracking_uri, result.run_id)
+    lines = [
+        f"report       {result.report}",
+        f"MLflow run   {result.run_id}: {found.run}",
+        f"all runs     {found.runs}",
+    ]
     return [*lines, f"served by    {found.command}"] if found.command else lines
 
 
@@ -88,18 +116,32 @@ class LrRange(TrainingVerb):
 
     def run(self) -> Outcome:
         """Run the test and print the command that trains with its bounds."""
+        say_training(self.shards, self.recipe, [self.recipe.fold])
+        say("range test", f"{self.test.steps} steps, {self.test.lowest:g} to {self.test.highest:g}")
         result = api.lr_range(
             self.shards, self.recipe, self.run_config, self.test, address=self.common.address
         )
         found = result.found
-        bounds = f"--lr-min {found.lr_min:.1e} --lr-max {found.lr_max:.1e}"
+        lr_min, lr_max = float(f"{found.lr_min:.1e}"), float(f"{found.lr_max:.1e}")
+        command = next_command(
+            "train",
+            shards=self.shards,
+            recipe=replace(self.recipe, lr_min=lr_min, lr_max=lr_max),
+            run_config=replace(self.run_config, name=""),
+            address=self.common.address,
+        )
         lines = (
             f"range test   {result.label}: {len(found.learning_rates)} steps, "
             f"{found.learning_rates[0]:.0e} to {found.learning_rates[-1]:.0e}",
-            *_run_lines(result.run_id, result.tracking_uri),
-            f"train with   ser-ray train --shards {self.shards} {bounds}",
+            f"proposed     --lr-min {lr_min:g} --lr-max {lr_max:g}",
+            *_report_lines(result),
+            f"train with   {command}",
         )
-        data = asdict(found) | {"run_id": result.run_id, "tracking_uri": result.tracking_uri}
+        data = asdict(found) | {
+            "run_id": result.run_id,
+            "tracking_uri": result.tracking_uri,
+            "report": result.report,
+        }
         return Outcome(data, "\n".join(lines))
 
 
@@ -112,6 +154,12 @@ class Tune(TrainingVerb):
 
     def run(self) -> Outcome:
         """Search, and with --refit train the best recipe again."""
+        say_training(self.shards, self.recipe, [self.recipe.fold])
+        search = self.search
+        trials = "all points" if search.searcher == "grid" else f"{search.trials} trials"
+        say("search", f"{trials}, searcher {search.searcher}, scheduler {search.scheduler}")
+        for item in search.dimensions:
+            say("", f"{item.name}: {item}")
         result = api.tune(
             self.shards,
             self.recipe,
@@ -123,28 +171,36 @@ class Tune(TrainingVerb):
         best, recipe = result.best, result.best.recipe
         states = [trial.state for trial in result.trials]
         counts = {state: states.count(state) for state in dict.fromkeys(states)}
+        drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
+        drawn = {
+            name: f"{value:.3g}" if isinstance(value, float) else value
+            for name, value in drawn.items()
+        }
+        run_config = replace(self.run_config, name="")
+        command = next_command("train", like=best.run_id, shards=self.shards, run_config=run_config)
         counted = ", ".join(f"{count} {state}" for state, count in counts.items())
         lines = [
             f"searched     {len(result.trials)} trials: {counted}",
             f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
             f"{best.selected['val/wa']:.1%} in epoch {best.selected['epoch']:.0f} ({result.label})",
-            f"             {recipe.feature}, lr_min {recipe.lr_min:.2e}, "
-            f"lr_max {recipe.lr_max:.2e}",
+            *(f"             {name} {value}" for name, value in drawn.items()),
             f"kept in      {result.best_recipe}",
-            *_run_lines(result.run_id, result.tracking_uri),
-            f"train it     {result.again}",
+            *_report_lines(result),
+            f"train it     {command}",
         ]
         data = {
             "name": result.name,
             "run_id": result.run_id,
             "tracking_uri": result.tracking_uri,
+            "report": result.report,
             "protocol": result.label,
             "states": counts,
             "best": {"run_id": best.run_id, "selected": best.selected, "recipe": recipe.to_dict()},
         }
         if self.search.refit:
             fitted = train_outcome(
-                api.refit(result, self.shards, self.run_config, address=self.common.address)
+                api.refit(result, self.shards, self.run_config, address=self.common.address),
+                self.shards,
             )
             lines[-1] = fitted.text
             data["refit"] = fitted.data
@@ -160,6 +216,9 @@ class Crossval(TrainingVerb):
 
     def run(self) -> Outcome:
         """Train the folds and print the pooled scores."""
+        config = self.crossval
+        say_training(self.shards, self.recipe, config.folds or every_fold(self.shards, self.recipe))
+        say("trainings", f"{config.seeds} of every fold, scored by their {config.part} parts")
         result = api.crossval(
             self.shards,
             self.recipe,
@@ -168,10 +227,36 @@ class Crossval(TrainingVerb):
             self.slots,
             address=self.common.address,
         )
+        if config.part == "test":
+            after = next_command(
+                "register", result.run_id, tracking_uri=self.run_config.tracking_uri
+            )
+        else:
+            after = next_command(
+                "crossval",
+                shards=self.shards,
+                crossval=replace(config, part="test"),
+                slots=self.slots,
+                recipe=self.recipe,
+                run_config=replace(self.run_config, name=""),
+            )
         lines = (
+            *(
+                f"{row['training']:12} {config.part} UA {row['ua']:.1%}, WA {row['wa']:.1%}, "
+                f"{row['clips']} clips"
+                for row in result.trainings
+            ),
             result.text(),
             f"predictions  {result.table}",
-            *_run_lines(result.run_id, result.tracking_uri),
+            *_report_lines(result),
+            f"{'register it' if config.part == 'test' else 'test it':12} {after}",
         )
         data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}
         return Outcome(data, "\n".join(lines))
+
+
+def every_fold(shards: str, recipe: TrainConfig) -> range:
+    """Numbers of all folds of the recipe's protocol."""
+    from ser_ray.corpus.splits import num_folds
+
+    return range(num_folds(recipe.protocol, api.open_shards(shards).clips()["speaker"].to_pylist()))

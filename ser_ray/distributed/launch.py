@@ -97,6 +97,7 @@ def train(
             with cluster(address):
                 require_shared(shards.uri, folder.storage)
                 scaling = _scaling(run)
+                logger.info("%-12s %s, with %s", "workers", run.workers, _device(scaling))
                 group = WorkerGroup(
                     folder, config, shards, pretrained, scaling,
                     ingest=run.ingest, max_failures=run.max_failures,
@@ -146,6 +147,12 @@ def _scaling(run: RunConfig) -> ScalingConfig:
         resources_per_worker=None if gpu else {"CPU": float(cpus_per_worker(most))},
         elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
+
+
+def _device(scaling: ScalingConfig) -> str:
+    if scaling.use_gpu:
+        return "one GPU each"
+    return f"{scaling.resources_per_worker['CPU']:g} CPUs each"
 
 
 def _start_tracker(

@@ -1,6 +1,6 @@
 """A learning-rate range test on a cluster: one Ray task, one MLflow run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import ray
@@ -22,6 +22,7 @@ from ser_ray.evaluation.pages import range_page
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.plots.training import range_figure
+from ser_ray.progress import show_progress
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.provenance import provenance
@@ -29,7 +30,7 @@ from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import first_line, resolve_uri
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
-from ser_ray.training.lr_range import LrRange, range_test
+from ser_ray.training.lr_range import LrRange, propose, range_steps
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.parts import describe_split, select_rows
 
@@ -79,9 +80,8 @@ def find_range(
         tracker = Tracker.start(uri, run.experiment, name=name, params=params, tags=tags)
         size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
         try:
-            found = ray.get(ray.remote(**size)(_test).remote(config, shards, pretrained, test, gpu))
-            if isinstance(found, SerRayError):
-                raise found
+            task = ray.remote(num_returns="streaming", **size)(_test)
+            found = propose(*_follow(task.remote(config, shards, pretrained, test, gpu), test))
             page = range_page(
                 name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
             )
@@ -99,13 +99,31 @@ def find_range(
 
 def _test(
     config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
-) -> LrRange | SerRayError:
-    """Run as a Ray task. Errors for the user are returned, because Ray would wrap raised ones."""
+) -> Iterator[tuple[float, float] | SerRayError]:
+    """Run as a Ray task. Errors for the user are yielded, because Ray would wrap raised ones."""
     try:
         device = torch.device("cuda" if gpu else "cpu")
-        return range_test(config, shards, pretrained, test, device)
+        yield from range_steps(config, shards, pretrained, test, device)
     except SerRayError as problem:
-        return problem
+        yield problem
+
+
+def _follow(
+    steps: Iterable["ray.ObjectRef"], test: LrRangeConfig
+) -> tuple[list[float], list[float]]:
+    """Show the steps of the task as they end; returns their learning rates and losses."""
+    rates: list[float] = []
+    losses: list[float] = []
+    with show_progress() as report:
+        for reference in steps:
+            step = ray.get(reference)
+            if isinstance(step, SerRayError):
+                raise step
+            rates.append(step[0])
+            losses.append(step[1])
+            text = f"step {len(rates)} of {test.steps}, learning rate {step[0]:.1e}"
+            report(f"{text}, loss {step[1]:.3f}", len(rates), test.steps)
+    return rates, losses
 
 
 def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]) -> None:

@@ -3,10 +3,11 @@
 import time
 from typing import Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ser_ray.progress import clock
 from ser_ray.search.record import TrialRecord
 
 STYLE = {
@@ -18,7 +19,6 @@ STYLE = {
 }
 LINE_SECONDS = 60.0
 """In a log, the time between two lines about each running trial."""
-COLUMNS = ("trial", "state", "feature", "fold", "seed", "lr min", "lr max", "epoch", "UA")
 
 
 class TrialTable:
@@ -28,10 +28,15 @@ class TrialTable:
         console: where to show them.
         total: number of trials.
         label: shown beside every score, such as `SPEAKER-DEPENDENT`.
+        compared: whether the trials compete, so that the best one is marked.
     """
 
-    def __init__(self, console: Console, total: int, label: str = "") -> None:
-        self.console, self.total, self.label = console, total, label
+    def __init__(
+        self, console: Console, total: int, label: str = "", *, compared: bool = True
+    ) -> None:
+        self.console, self.total, self.label, self.compared = console, total, label, compared
+        self._started: tuple[float, float] | None = None
+        """When the trials were first shown, and how many were done then (`_done`)."""
         self._trials: list[TrialRecord] = []
         self._logged_states: dict[str, str] = {}
         self._logged_at = time.monotonic()
@@ -53,6 +58,7 @@ class TrialTable:
     def __call__(self, trials: list[TrialRecord]) -> None:
         """Show the current state of the trials."""
         self._trials = trials
+        self._started = self._started or (time.monotonic(), self._done())
         if self.console.is_terminal:
             return
         for trial in trials:
@@ -65,27 +71,43 @@ class TrialTable:
                 if trial.state == "running" and trial.rows:
                     self.console.print(self._line(trial))
 
-    def table(self) -> RenderableType:
+    def table(self) -> Table:
         """The running trials and the best of the others, as many as fit on the screen."""
-        done = sum(trial.ended for trial in self._trials)
-        table = Table(caption=f"{done} of {self.total} trials done {self.label}", box=None)
-        for name in COLUMNS:
+        ended = sum(trial.ended for trial in self._trials)
+        caption = f"{ended} of {self.total} trials done{self._time_left()} {self.label}"
+        table = Table(caption=caption, box=None)
+        names = list(dict.fromkeys(name for trial in self._trials for name in trial.values))
+        for name in ("trial", "state", *names, "epoch", "UA", ""):
             table.add_column(name, justify="right")
+        scored = [trial for trial in self._trials if trial.rows and not trial.problem]
+        mark = "best" if ended == self.total else "best so far"
+        best = max(scored, key=lambda trial: trial.rank, default=None) if self.compared else None
         for trial in self._shown():
-            recipe = trial.recipe
             table.add_row(
                 str(trial.number),
                 trial.state,
-                recipe.feature,
-                str(recipe.fold),
-                str(recipe.seed),
-                f"{recipe.lr_min:.1e}",
-                f"{recipe.lr_max:.1e}",
-                f"{trial.epochs}/{recipe.epochs}",
-                f"{trial.selected['val/ua']:.1%}" if trial.rows else trial.problem[:30],
+                *(_text(trial.values.get(name, "")) for name in names),
+                f"{trial.epochs}/{trial.recipe.epochs}",
+                f"{trial.selected['val/ua']:.1%}" if trial.rows else "",
+                mark if trial is best else trial.problem[:30],
                 style=STYLE[trial.state],
             )
         return table
+
+    def _done(self) -> float:
+        """Trials done; a running one counts by the share of its epochs."""
+        return sum(
+            1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
+        )
+
+    def _time_left(self) -> str:
+        if self._started is None:
+            return ""
+        (since, before), done = self._started, self._done()
+        if done <= before or done >= self.total:
+            return ""
+        left = (self.total - done) * (time.monotonic() - since) / (done - before)
+        return f", about {clock(left)} left"
 
     def _shown(self) -> list[TrialRecord]:
         room = max(self.console.height - 4, 5)

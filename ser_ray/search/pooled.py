@@ -132,6 +132,13 @@ class CrossvalResult:
             *label_indices_of(self.predictions, self.labels),
         )
 
+    @property
+    def trainings(self) -> list[dict[str, Any]]:
+        """Clips, WA and UA of every training, by fold and seed."""
+        folds, seeds = (self.predictions[name].to_pylist() for name in ("fold", "seed"))
+        names = [f"fold {fold}, seed {seed}" for fold, seed in zip(folds, seeds, strict=True)]
+        return group_rows("training", names, *label_indices_of(self.predictions, self.labels))
+
     def to_dict(self) -> dict[str, Any]:
         """The figures, in JSON's own types."""
         return {

@@ -1,5 +1,6 @@
 """How many trials the cluster trains at once."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from ser_ray.cluster import nodes_within_reach, trains_on_gpus
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.space import SlotConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,8 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
             "--cpus-per-worker or --gpus-per-worker"
             + (", or train on CPUs with --device cpu" if gpu else "")
         )
+    shared = f" and {gpus:g} of a GPU" if gpus else ""
+    logger.info("%-12s %d at once, each with %d CPUs%s", "trials", count, cpus, shared)
     return Slots(count=count, cpus=cpus, gpus=gpus)
 
 

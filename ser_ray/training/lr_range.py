@@ -4,6 +4,7 @@ The learning rate rises a little with every step, from far too small to far too 
 lower bound is where the loss begins to fall, and its upper bound is where the loss stops falling.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,21 +47,21 @@ class LrRange:
     lr_max: float
 
 
-def range_test(
+def range_steps(
     config: TrainConfig,
     shards: ShardSet,
     pretrained: Pretrained,
     test: LrRangeConfig,
     device: torch.device,
-) -> LrRange:
-    """Raise the learning rate by the same factor in every step, and propose bounds for OneCycle.
+) -> Iterator[tuple[float, float]]:
+    """Raise the learning rate by the same factor in every step, until the loss diverges.
 
     Args:
         config: the recipe. Its learning rates and number of epochs are not used.
-        test: the range of learning rates. The test ends early when the loss diverges.
+        test: the range of learning rates.
 
-    Raises:
-        DivergedError: the loss never fell.
+    Yields:
+        The learning rate and the training loss of every step; the loss is finite.
     """
     data = load_fold(shards, config, device)
     network = build_network(config, pretrained, len(data.labels), device)
@@ -76,14 +77,17 @@ def range_test(
             group["lr"] = float(rate)
         loss, _ = trainer.update_weights(next(trainer.batches))
         losses.append(float(loss))
-        if not np.isfinite(losses[-1]) or _smooth(losses)[-1] > DIVERGED * losses[0]:
-            break
-    kept = int(np.isfinite(losses).sum())
-    return propose(learning_rates[:kept], np.asarray(losses[:kept]))
+        if not np.isfinite(losses[-1]):
+            return
+        yield float(rate), losses[-1]
+        if _smooth(losses)[-1] > DIVERGED * losses[0]:
+            return
 
 
-def propose(learning_rates: np.ndarray, losses: np.ndarray) -> LrRange:
-    """Propose bounds from a range test's learning rates and losses [steps].
+def propose(
+    learning_rates: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray
+) -> LrRange:
+    """Propose bounds for OneCycle from a range test's learning rates and losses [steps].
 
     Raises:
         DivergedError: the loss never fell.
@@ -100,15 +104,15 @@ def propose(learning_rates: np.ndarray, losses: np.ndarray) -> LrRange:
     begins = highest + int((fallen >= BEGINS).argmax())
     ends = highest + int((fallen >= ENDS).argmax())
     return LrRange(
-        learning_rates=learning_rates.tolist(),
-        losses=losses.tolist(),
+        learning_rates=np.asarray(learning_rates).tolist(),
+        losses=np.asarray(losses).tolist(),
         smooth=smooth.tolist(),
         lr_min=float(learning_rates[begins]),
         lr_max=float(learning_rates[ends]),
     )
 
 
-def _smooth(losses: list[float] | np.ndarray) -> np.ndarray:
+def _smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
     """Average each loss with its neighbours by a Gaussian window."""
     values = np.asarray(losses, dtype=np.float64)
     place = np.arange(len(values))

@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,8 @@ import pytest
 from ser_ray import api
 from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
+from ser_ray.cli.train import Train
+from ser_ray.cli.verb import Outcome
 from ser_ray.tracking import registry
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.version import __version__
@@ -202,10 +205,9 @@ def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsy
 )
 def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, capsys, in_tmp):
     assert main(arguments.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if line.startswith("error: ")] == told[-1:]
+    assert message in told[-1]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,27 @@ def test_flags_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments.split())
     assert exit_.value.code == 2
+
+
+def test_a_mistyped_corpus_is_reported_before_weights_are_read(capsys, in_tmp, monkeypatch):
+    from ser_ray.training import model
+
+    monkeypatch.setattr(model, "read_pretrained", lambda *_: pytest.fail("weights were read"))
+    assert main(["pipeline", "--corpus", "RAVDES"]) == 2
+    assert "RAVDES" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_the_package_logs_is_printed_while_a_verb_runs(capsys, monkeypatch):
+    def run(verb: object) -> Outcome:
+        logging.getLogger("ser_ray.anything").info("starting [bold]Ray[/bold]")
+        logging.getLogger("ser_ray.anything").warning("no room")
+        return Outcome({"done": True}, "done")
+
+    monkeypatch.setattr(Train, "run", run)
+    assert main(["train", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "starting [bold]Ray[/bold]\nwarning: no room\n"
+    assert json.loads(captured.out) == {"done": True}
 
 
 def test_every_verb_has_a_job():

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import threading
 from dataclasses import replace
 from functools import partial
@@ -423,7 +424,28 @@ def test_a_terminal_gets_a_table(server, tmp_path):
     with TrialTable(Console(file=output, width=120, force_terminal=True), 3) as table:
         table(study.trials)
     text = output.getvalue()
-    assert all(word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.0e-02"))
+    assert all(
+        word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.00e-02")
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert {line.split()[1] for line in plain.splitlines() if "best" in line} == {"finished"}
+
+
+def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_take(monkeypatch):
+    now = iter([0.0, 0.0, 60.0])
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    records = [
+        TrialRecord(str(number), number, {"weight_decay": 0.1}, RECIPE, state="running")
+        for number in (1, 2)
+    ]
+    table = TrialTable(Console(file=io.StringIO(), force_terminal=True), 4)
+    table(records)
+    records[0].state = "finished"  # a quarter of the search in a minute
+    found = table.table()
+    assert [column.header for column in found.columns] == [
+        "trial", "state", "weight_decay", "epoch", "UA", "",
+    ]  # fmt: skip
+    assert "about 3:00 left" in str(found.caption)
 
 
 def test_the_name_that_determines_the_score_has_the_highest_importance():

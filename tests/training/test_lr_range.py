@@ -6,7 +6,7 @@ import torch
 
 from ser_ray.errors import ConfigError, DivergedError
 from ser_ray.training.config import LrRangeConfig, TrainConfig
-from ser_ray.training.lr_range import propose, range_test
+from ser_ray.training.lr_range import propose, range_steps
 from ser_ray.training.model import Pretrained
 from tests.conftest import PLAIN
 
@@ -42,7 +42,8 @@ def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(
         protocol="speaker-3", batch_size=8, crop_frames=16, weights="none", augment=PLAIN
     )
     test = LrRangeConfig(lowest=1e-6, highest=100.0, steps=60)
-    found = range_test(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))
+    steps = range_steps(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))
+    found = propose(*zip(*steps, strict=True))
     assert len(found.learning_rates) < 60
     assert found.learning_rates[0] == pytest.approx(1e-6)
     assert TrainConfig(lr_min=found.lr_min, lr_max=found.lr_max)

@@ -1,0 +1,52 @@
+"""The command that a user may give next, with the settings of the command that has just ended."""
+
+import dataclasses
+import shlex
+from collections.abc import Collection, Iterator
+from typing import Any
+
+
+def next_command(verb: str, *arguments: str, **settings: Any) -> str:
+    """Write a command of ser-ray.
+
+    Args:
+        verb: its name.
+        arguments: positional arguments.
+        settings: flags by field name. Of a dataclass, every field that differs from its default
+            is a flag. Empty values are left out.
+    """
+    words = ["ser-ray", verb, *arguments]
+    for name, value in settings.items():
+        is_group = dataclasses.is_dataclass(value)
+        words += flags_of(value) if is_group else _flag(name, value)
+    return shlex.join(words)
+
+
+def flags_of(settings: Any, without: Collection[str] = ()) -> list[str]:
+    """Flags for the fields of a configuration that differ from their defaults, but `without`."""
+    return [
+        word
+        for name, value in _changes(settings, type(settings)())
+        if name not in without
+        for word in _flag(name, value)
+    ]
+
+
+def _changes(settings: Any, defaults: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _changes(value, default)
+        elif value != default:
+            yield field.name, value
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if value in ("", ()):
+        return []
+    if isinstance(value, tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]

@@ -1,0 +1,55 @@
+"""The first lines of a verb: what it will work on, before anything slow is imported."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ser_ray.cli.command import flags_of
+from ser_ray.progress import stderr_console
+from ser_ray.training.config import TrainConfig
+
+NAMED = (
+    "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",
+)  # fmt: skip
+"""Fields of the recipe that the opening names in words."""
+
+
+def say(name: str, text: str) -> None:
+    """Print a line on standard error: a name, and what there is to say about it."""
+    stderr_console().print(f"{name:12} {text}", markup=False)
+
+
+def say_training(shards_location: str, recipe: TrainConfig, folds: Sequence[int]) -> None:
+    """Print the shards, the clips and speakers of each part of these folds, and the recipe.
+
+    Raises:
+        ShardsError: no shard set is there.
+        ConfigError: there is no such fold, or it has an empty part.
+    """
+    from ser_ray.shards.read import open_shards
+    from ser_ray.storage.paths import absolute
+    from ser_ray.training.parts import select_rows
+
+    shards = open_shards(absolute(shards_location))
+    clips = shards.clips()
+    speakers = len(set(clips["speaker"].to_pylist()))
+    size = f"{clips.num_rows} clips, {speakers} speakers, {len(shards.card.labels)} labels"
+    say("shards", f"{shards_location}: {size}")
+    splits = [select_rows(clips, replace(recipe, fold=fold)) for fold in folds]
+    say("protocol", splits[0].label if len(folds) == 1 else f"{recipe.protocol}, every fold has")
+    for name in ("train", "validation", "test"):
+        num_clips = _range(len(getattr(split, name)) for split in splits)
+        num_speakers = _range(len(getattr(split, f"{name}_speakers")) for split in splits)
+        say(name, f"{num_clips} clips, {num_speakers} speakers")
+    steps = _range(max(len(split.train) // recipe.batch_size, 1) for split in splits)
+    changed = "".join(f" {word}" for word in flags_of(recipe, without=NAMED))
+    say(
+        "recipe",
+        f"{recipe.feature}, {recipe.epochs} epochs, {steps} steps of {recipe.batch_size} clips "
+        f"each, learning rate {recipe.lr_min:g} to {recipe.lr_max:g}",
+    )
+    say("", f"initial weights {recipe.weights}, seed {recipe.seed}{changed}")
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(numbers)
+    return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
