@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import tyro
 
+from ser_ray.corpus.audio_files import list_audio
 from ser_ray.features.decode import decode
 from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import list_audio
 from ser_ray.shards.progress import Progress
 from ser_ray.tracking.models import local_model
 
@@ -88,7 +88,7 @@ def main() -> None:
     """Measure every way and print the table."""
     bench = tyro.cli(Bench, description=__doc__)
     torch.set_num_threads(1)
-    files = list_audio([bench.corpus])[: bench.files or None]
+    files = list_audio([bench.corpus]).files[: bench.files or None]
     sample = files[:: max(1, len(files) // bench.sample)]
     with local_model(bench.model) as checkpoint:
         predictor = Predictor(checkpoint)

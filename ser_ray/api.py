@@ -27,6 +27,7 @@ from ser_ray.training.config import LrRangeConfig, TrainConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ser_ray.corpus.audio_files import AudioFiles
     from ser_ray.distributed.launch import TrainResult
     from ser_ray.distributed.lr_range import RangeResult
     from ser_ray.evaluation.results import Evaluation
@@ -257,7 +258,7 @@ def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
 
 
 def predict_to_table(
-    files: "Sequence[str | Path]",
+    files: "Sequence[str | Path] | AudioFiles",
     model: "str | Path | Predictor",
     output: str = PREDICTIONS,
     *,
@@ -267,7 +268,7 @@ def predict_to_table(
     """Name the emotion in many files on a cluster; the same call resumes an interrupted pass.
 
     Args:
-        files: files, folders, URIs or patterns like `clips/**/*.wav`.
+        files: files, folders, URIs or patterns like `clips/**/*.wav`, or what `list_audio` found.
         model: as `load_model` takes it, or a loaded model.
         output: table to write, one row for each file: .parquet, .csv or .jsonl.
         tracking_uri: MLflow store in which a run id or registered name is looked up.
@@ -279,16 +280,16 @@ def predict_to_table(
         SerRayError: the pass ended early; the answers so far are kept.
     """
     from ser_ray.cluster import cluster
+    from ser_ray.corpus.audio_files import AudioFiles, list_audio
     from ser_ray.inference.batch import predict_many
     from ser_ray.inference.predictor import Predictor
-    from ser_ray.inference.recordings import list_audio
     from ser_ray.inference.results import output_suffix
 
-    found = list_audio([str(file) for file in files])
+    found = files if isinstance(files, AudioFiles) else list_audio([str(file) for file in files])
     output_suffix(output)
     predictor = model if isinstance(model, Predictor) else load_model(model, tracking_uri)
     with cluster(address):
-        return predict_many(found, predictor, output)
+        return predict_many(found.files, predictor, output, problems=found.problems)
 
 
 def export(

@@ -47,6 +47,7 @@ class Prepare(Verb):
             "outcomes": card.counts,
             "fingerprint": card.fingerprint,
             "seconds": summary.seconds,
+            "warnings": list(summary.warnings),
         }
         lines.append(f"shards       {self.prepare.shards}")
         lines.append(f"train        {next_command('train', shards=self.prepare.shards)}")

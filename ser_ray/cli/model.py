@@ -15,6 +15,7 @@ from ser_ray.errors import ConfigError
 from ser_ray.progress import stderr_console
 
 if TYPE_CHECKING:
+    from ser_ray.corpus.audio_files import AudioFiles
     from ser_ray.inference.predictor import Predictor
 
 FEW_FILES = 48
@@ -125,35 +126,43 @@ class Predict(ModelVerb):
 
     def run(self) -> Outcome:
         """Answer the files here, or on a cluster."""
-        from ser_ray.inference.recordings import list_audio
+        from ser_ray.corpus.audio_files import describe_left_out, list_audio
+        from ser_ray.inference.prediction import Prediction, Predictions
 
         if not self.files:
             raise ConfigError(
                 "no files: name files, folders or patterns, as in ser-ray predict clip.wav "
                 f"--model {self.model}"
             )
+        listed = list_audio(self.files)
+        if left_out := describe_left_out(listed.left_out):
+            stderr_console().print(left_out, markup=False)
         say("model", f"loading {self.model}")
-        files = list_audio(self.files)
         predictor = api.load_model(self.model, self.tracking_uri)
-        if self.output or len(files) > FEW_FILES:
-            return self._run_batch(files, predictor)
-        found = predictor.predict(files)
+        if self.output or len(listed.files) > FEW_FILES:
+            return self._run_batch(listed, predictor)
+        found = Predictions(
+            Prediction(path=path, status="unreadable", reason=listed.problems[path])
+            if path in listed.problems
+            else predictor.predict(path)
+            for path in listed.files
+        )
         text = str(found)
         if predictor.card.corpus == "synthetic":
             text += "\n(the model was trained on the synthetic corpus)"
         problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
         return Outcome({"predictions": [asdict(item) for item in found]}, text, problem)
 
-    def _run_batch(self, files: list[str], predictor: "Predictor") -> Outcome:
+    def _run_batch(self, listed: "AudioFiles", predictor: "Predictor") -> Outcome:
         from ser_ray.inference.recordings import UNREACHABLE
 
         output = self.output or api.PREDICTIONS
-        summary = api.predict_to_table(files, predictor, output, address=self.common.address)
+        summary = api.predict_to_table(listed, predictor, output, address=self.common.address)
         counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
         emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
         before = f", {summary.files_before} of them before" if summary.files_before else ""
         lines = [
-            f"{len(files)} files: {counts}",
+            f"{len(listed.files)} files: {counts}",
             emotions,
             f"in {summary.seconds:.1f} s{before}: {output}",
         ]

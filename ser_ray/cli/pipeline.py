@@ -13,6 +13,7 @@ from ser_ray.cli.opening import say
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
@@ -37,6 +38,8 @@ class Pipeline(Verb):
     is made, and a short recipe without pretrained weights is trained on it."""
     shards: str = ""
     """Where the shards go; `ser-ray-out/shards`, or `ser-ray-out/synthetic-shards`, if empty."""
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words in a table that mean a missing value, in any case; none if given without a word."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
@@ -63,7 +66,9 @@ class Pipeline(Verb):
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic one in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
-        config = PrepareConfig(corpus=self.corpus, shards=self.shards, features=self.features)
+        config = PrepareConfig(
+            corpus=self.corpus, shards=self.shards, missing=self.missing, features=self.features
+        )
         with cluster(self.common.address):
             prepared = Prepare(prepare=config).run()
             stderr_console().print(prepared.text)

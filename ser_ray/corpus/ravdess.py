@@ -21,7 +21,6 @@ MODALITIES: tuple[Modality, ...] = ("av", "video", "audio")
 CHANNELS: tuple[Channel, ...] = ("speech", "song")
 INTENSITIES: tuple[Intensity, ...] = ("normal", "strong")
 SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
-SUFFIXES = (".wav", ".mp4")
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
 CORPORA = {
@@ -77,12 +76,12 @@ class ClipName:
 
 @lru_cache(maxsize=16_384)  # 7,356 names, which every copy of the corpus repeats
 def parse_name(file_name: str) -> ClipName:
-    """Read a file name (no folder), with or without its `.wav` or `.mp4` in any case.
+    """Read a file name (no folder), with or without a suffix.
 
     Raises:
         NameProblem: it is not a RAVDESS name; the message says why.
     """
-    stem = file_name[:-4] if file_name.lower().endswith(SUFFIXES) else file_name
+    stem = file_name.rpartition(".")[0] or file_name
     match = _FIELDS.fullmatch(stem)
     if match is None:
         raise NameProblem(f"not seven two-digit numbers joined by hyphens, as in {EXAMPLE_NAME}")

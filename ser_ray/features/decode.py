@@ -31,12 +31,13 @@ MAX_PEAK = 8.0
 """Largest float sample that is accepted: full scale is 1, and a mix may exceed it a little."""
 INTEGER_PEAK = 2.0**15
 """Full scale of float samples that a tool left in the 16-bit range. Larger ones are not sound."""
-FORMATS = "aac,aiff,amr,asf,avi,caf,flac,matroska,mov,mp3,mpegts,ogg,w64,wav"
+FORMATS = "aac,aiff,amr,asf,avi,caf,flac,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav"
 """FFmpeg's demuxers that may open a clip."""
 CODECS = (
-    "aac,ac3,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,eac3,flac,mp2float,mp3float,opus,pcm_alaw,"
+    "aac,ac3,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,eac3,flac,mp1float,mp2float,mp3float,opus,"
+    "pcm_alaw,"
     "pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,"
-    "pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,vorbis,wavpack,wmapro,wmav1,wmav2"
+    "pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,vorbis,speex,wavpack,wmapro,wmav1,wmav2"
 )
 """FFmpeg's decoders that may run. None of them decodes pictures: FFmpeg would decode the first
 picture to learn its format, which is 20 of the 22 ms of opening a video of 720 lines."""

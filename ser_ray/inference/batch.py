@@ -11,7 +11,7 @@ which costs half a millisecond for each file.
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import SerRayError
 from ser_ray.features.sandbox import Sandbox
-from ser_ray.inference.prediction import prediction_row, table_schema
+from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.inference.results import (
@@ -70,12 +70,14 @@ def predict_many(
     predictor: Predictor,
     output: str,
     *,
+    problems: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> BatchSummary:
     """Score files, or those that an interrupted pass left, on the cluster that is connected.
 
     Args:
         files: paths or URIs, each once.
+        problems: why some of the files cannot be opened, by path.
         output: table to write, with one of the suffixes of `results.SUFFIXES`.
         progress: called after every block; by default a bar or log lines on standard error.
 
@@ -90,7 +92,14 @@ def predict_many(
     started = time.monotonic()
     files = [absolute(path) for path in files]  # a worker has another working directory
     with open_results(output, predictor.fingerprint, predictor.labels) as results:
-        remaining = [path for path in files if not results.is_answered(path)]
+        known = {absolute(path): reason for path, reason in (problems or {}).items()}
+        refused = [
+            prediction_row(Prediction(path=path, status="unreadable", reason=reason))
+            for path, reason in known.items()
+        ]
+        if refused:
+            results.append(pa.Table.from_pylist(refused, table_schema(predictor.labels)))
+        remaining = [p for p in files if p not in known and not results.is_answered(p)]
         require_shared(*one_of_each_folder(remaining))
         watch = Watch(len(files), len(files) - len(remaining))
         with show(progress) as report:

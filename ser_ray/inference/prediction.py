@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ser_ray.storage.paths import printable
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -118,7 +120,10 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Name each path by its file name, with as many folders as tell it from the other paths."""
+    """Name each path by its file name, with as many folders as tell it from the other paths.
+
+    Line ends and other characters that cannot be printed are escaped in the names.
+    """
     names: dict[str, str] = {}
     unnamed = list(dict.fromkeys(paths))
     depth = 1
@@ -128,7 +133,7 @@ def shortest_names(paths: Iterable[str]) -> dict[str, str]:
         names |= {path: tail for path, tail in tails.items() if tail == path or counts[tail] == 1}
         unnamed = [path for path in unnamed if path not in names]
         depth += 1
-    return names
+    return {path: printable(name) for path, name in names.items()}
 
 
 def prediction_row(prediction: Prediction) -> dict[str, Any]:

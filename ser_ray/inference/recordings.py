@@ -3,33 +3,20 @@
 The features are computed by the code and with the configuration of the shards that the model was
 trained on. A recording with more sound than the longest training clip is cut into overlapping
 windows as long as the network's crop, and each is treated as a clip. Windows without sound are left
-out. `list_audio` finds the files that a user means. This module imports neither torch nor Ray, so
-that decoding processes start quickly.
+out. This module imports neither torch nor Ray, so that decoding processes start quickly.
 """
 
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import BinaryIO
 
 import numpy as np
-from pyarrow import fs
 
-from ser_ray.errors import CorpusError
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import ENERGY_SECONDS, FeatureExtractor
-from ser_ray.storage.listing import list_files
-from ser_ray.storage.paths import filesystem_of
 
-AUDIO_SUFFIXES = (
-    ".wav", ".mp4", ".m4a", ".mp3", ".flac", ".ogg", ".opus", ".webm", ".mkv", ".mov", ".aac",
-    ".aiff", ".amr", ".avi", ".wma",
-)  # fmt: skip
-"""Files in a folder with these suffixes are read; a file that is named itself may have any name."""
 MAX_RECORDING_SECONDS = 3600.0
 """Longer recordings have the status `too_long`: they would not fit into a worker's memory."""
 
@@ -156,73 +143,3 @@ def _loud_stretches(samples: np.ndarray, stretch: int, trim_db: float) -> np.nda
     # Summed in blocks, so that an hour of int16 samples is not copied to float at once.
     power = np.einsum("ij,ij->i", stretches, stretches, dtype=np.float64, casting="safe")
     return power > power.max() * 10 ** (-trim_db / 10)
-
-
-def list_audio(sources: Sequence[str]) -> list[str]:
-    """List the files to score, each once.
-
-    Args:
-        sources: files, folders whose audio and video files are meant, or patterns (`*` and `?`
-            match within a name, `**` matches any number of folders).
-
-    Raises:
-        CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
-    """
-    files: list[str] = []
-    for source in sources:
-        try:
-            files += _files_of(source)
-        except (OSError, UnicodeEncodeError) as error:
-            name = os.fsencode(source).decode(errors="backslashreplace")
-            raise CorpusError(
-                f"{name}: cannot be listed ({error}); check its name and your access to it"
-            ) from error
-    return list(dict.fromkeys(files))
-
-
-def _files_of(source: str) -> list[str]:
-    filesystem, path = filesystem_of(source)
-    kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.File:
-        return [source]
-    if kind == fs.FileType.Directory:
-        found = [file for file in list_files(source) if _is_audio(file.inside)]
-        if not found:
-            raise CorpusError(
-                f"{source}: no audio or video file in this folder; a file with another suffix must "
-                "be named itself"
-            )
-        return sorted(file.location for file in found)
-    if set("*?[") & set(source):
-        return _matching(source)
-    raise CorpusError(f"{source}: no such file or folder; name another, or a pattern in quotes")
-
-
-def _matching(pattern: str) -> list[str]:
-    """List the audio and video files that a pattern matches, and any files if it has a suffix."""
-    fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
-    base = fixed[0] if fixed else ""
-    wanted = pattern.removeprefix(base).split("/")
-    found = [
-        file.location
-        for file in list_files(base or ".")
-        if _matches(file.inside.split("/"), wanted)
-        and (_is_audio(file.inside) or "." in wanted[-1])
-    ]
-    if not found:
-        raise CorpusError(
-            f"{pattern}: matches no audio or video file; `**` matches folders at any depth"
-        )
-    return sorted(found)
-
-
-def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
-    if not wanted:
-        return not names
-    if wanted[0] == "**":
-        return any(_matches(names[skip:], wanted[1:]) for skip in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], wanted[0]) and _matches(names[1:], wanted[1:])
-
-
-def _is_audio(name: str) -> bool:
-    return name.lower().endswith(AUDIO_SUFFIXES)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ser_ray.corpus.ravdess import MODALITIES
+from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig
 
@@ -12,11 +13,13 @@ class PrepareConfig:
     """Which clips become shards, and where the shards are written."""
 
     corpus: str
-    """Folder or URI with RAVDESS in any layout, or a .csv or .parquet table of other clips."""
+    """Folder or URI with RAVDESS in any layout, or a table of other clips."""
     shards: str = "ser-ray-out/shards"
     """Folder or URI that the shards are written to."""
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words in a table that mean a missing value, in any case; none if given without a word."""
     rows_per_part: int = 128
     """The most files in a part, which is the unit that one task decodes and commits."""
     features: FeatureConfig = field(default_factory=FeatureConfig)

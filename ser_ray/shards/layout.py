@@ -21,6 +21,8 @@ CARD_NAME = "card.json"
 CLIPS, OUTCOMES = "clips", "outcomes"
 OK = "ok"
 """The status of a clip whose features are written."""
+DIGEST = "digest"
+"""The column of the outcomes with the digest of a file's bytes."""
 REQUESTS_AT_ONCE = 16
 """Number of parts read at once: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"

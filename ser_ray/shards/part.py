@@ -20,11 +20,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.shards.layout import OK, mark_name, outcomes_name, part_name, write_table
+from ser_ray.shards.digest import file_digest, same_bytes
+from ser_ray.shards.layout import DIGEST, OK, mark_name, outcomes_name, part_name, write_table
 from ser_ray.shards.plan import part_key, part_metadata
 
 DECODE_FACTOR = 10
@@ -131,11 +133,54 @@ def _make_tables(
         )
         outcomes[row] = OK, None
     listed = rows.drop_columns(["status", "reason"])
-    clips = _append(listed.take(pa.array(decoded, pa.int64())), pa.Table.from_pylist(facts, FACTS))
+    clips = _append(
+        listed.drop_columns("modified").take(pa.array(decoded, pa.int64())),
+        pa.Table.from_pylist(facts, FACTS),
+    )
     clips = _append(clips, _feature_columns(features, len(decoded)))
+    _compare_copies(rows, outcomes, decode, longest)
     schema = pa.schema({"status": pa.string(), "reason": pa.string()})
     columns = [list(values) for values in zip(*outcomes, strict=True)]
-    return clips, _append(listed, pa.table(columns, schema)), is_final
+    digests: list[str | None] = [None] * len(rows)
+    for row in undecided:
+        digests[row] = file_digest(rows["path"][row].as_py())
+    facts_of_files = pa.table({DIGEST: pa.array(digests, pa.string())})
+    return clips, _append(_append(listed, facts_of_files), pa.table(columns, schema)), is_final
+
+
+def _compare_copies(
+    rows: pa.Table,
+    outcomes: list[tuple[str | None, str | None]],
+    decode: Callable[..., tuple[np.ndarray, int]],
+    longest: float,
+) -> None:
+    """Give files that have the name of another one but different sound the status `conflict`."""
+    for row, (status, reason) in enumerate(outcomes):
+        if status != "duplicate" or not (reason or "").startswith(SAME_NAME):
+            continue
+        path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
+        if not has_same_sound(path, other, lambda file: decode(file, max_seconds=longest)):
+            outcomes[row] = "conflict", f"{reason}, which was taken, but different sound"
+
+
+def has_same_sound(one: str, other: str, decode: Callable[[str], tuple[np.ndarray, int]]) -> bool:
+    """Whether two files have the same bytes or the same samples.
+
+    A file that cannot be decoded differs from one that can.
+    """
+    if same_bytes(one, other):
+        return True
+    sounds: list[tuple[str, int]] = []
+    for path in (one, other):
+        try:
+            samples, sample_rate = decode(path)
+        except ClipError as error:
+            if error.failed == "storage":
+                raise OSError(f"{path}: {error.reason}") from error
+            sounds.append((error.status, 0))
+        else:
+            sounds.append((hashlib.sha256(samples.data).hexdigest(), sample_rate))
+    return sounds[0] == sounds[1]
 
 
 def _feature_columns(features: dict[Kind, np.ndarray], num_clips: int) -> pa.Table:

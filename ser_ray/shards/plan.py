@@ -21,7 +21,15 @@ from pyarrow import fs
 
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.shards.layout import OUTCOMES, REQUESTS_AT_ONCE, outcomes_name, part_name
+from ser_ray.shards.digest import file_digest
+from ser_ray.shards.layout import (
+    DIGEST,
+    OUTCOMES,
+    REQUESTS_AT_ONCE,
+    outcomes_name,
+    part_name,
+    write_table,
+)
 
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that more than one core has work."""
@@ -34,7 +42,7 @@ class CommittedPart:
     """What the outcomes of a part say about it."""
 
     files: pa.Table
-    """The manifest's rows of its files, without their status and reason."""
+    """The manifest's rows of its files, without their status and reason, and their digests."""
     key: str
     """The `part_key` that it was written with; empty if it must be written again."""
     features: FeatureConfig
@@ -77,6 +85,35 @@ def part_key(rows: pa.Table, features: FeatureConfig) -> str:
 def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
     """Return the metadata to write into a part's outcomes."""
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
+
+
+def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
+    """Return the manifest with the committed times of files that were written again unchanged.
+
+    A file whose size is as before but not its time is compared by its bytes, which is quicker than
+    decoding it.
+
+    Args:
+        manifest: one row per listed file.
+        committed: what `read_committed` returned.
+    """
+    if not committed:
+        return manifest
+    before = pa.concat_tables(part.files for part in committed.values())
+    before = before.take(pc.index_in(manifest["path"], value_set=before["path"]))
+    touched = pc.and_(
+        pc.equal(before["size"], manifest["size"]),
+        pc.not_equal(before["modified"], manifest["modified"]),
+    )
+    rows = np.flatnonzero(pc.fill_null(touched, False).to_numpy())
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        digests = list(pool.map(file_digest, manifest["path"].take(rows).to_pylist()))
+    times = manifest["modified"].to_pylist()
+    for row, digest in zip(rows.tolist(), digests, strict=True):
+        if digest is not None and digest == before[DIGEST][row].as_py():
+            times[row] = before["modified"][row].as_py()
+    index = manifest.schema.get_field_index("modified")
+    return manifest.set_column(index, "modified", pa.array(times, pa.int64()))
 
 
 def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
@@ -143,6 +180,41 @@ def make_plan(
     return Plan(kept, pending, len(manifest))
 
 
+def adopt_times(
+    filesystem: fs.FileSystem,
+    folder: str,
+    listed: pa.Table,
+    recognised: pa.Table,
+    features: FeatureConfig,
+    kept: Mapping[int, CommittedPart],
+) -> None:
+    """Write the times of files that were recognised into the outcomes of the parts that are kept.
+
+    Their bytes are then not compared again by the next run.
+
+    Args:
+        filesystem: where the shard set is.
+        folder: path of the shard set on it.
+        listed: the manifest as it was listed.
+        recognised: the manifest with the committed times, as `recognise` returned it.
+        features: the settings of the features.
+        kept: the parts that are still valid, by number.
+    """
+    touched = pc.fill_null(pc.not_equal(listed["modified"], recognised["modified"]), False)
+    paths = listed["path"].filter(touched)
+    for part, committed in kept.items():
+        files = committed.files["path"]
+        if not pc.any(pc.is_in(files, value_set=paths)).as_py():
+            continue
+        rows = listed.take(pc.index_in(files, value_set=listed["path"]))
+        path = f"{folder}/{outcomes_name(part)}"
+        outcomes = pq.read_table(path, filesystem=filesystem)
+        index = outcomes.schema.get_field_index("modified")
+        outcomes = outcomes.set_column(index, "modified", rows["modified"])
+        metadata = part_metadata(part_key(rows, features), features)
+        write_table(filesystem, path, outcomes.replace_schema_metadata(metadata))
+
+
 def require_same_corpus(
     committed: Mapping[int, CommittedPart], manifest: pa.Table, shards: str
 ) -> None:
@@ -183,8 +255,10 @@ def describe_changes(
     nothing = first.files.schema.empty_table()
     lost = [part.files for number, part in committed.items() if number not in kept]
     before = pa.concat_tables([nothing, *lost])
-    pending = [rows.select(nothing.column_names) for rows in plan.pending.values()]
-    after = pa.concat_tables([nothing, *pending])
+    names = [name for name in nothing.column_names if name != DIGEST]
+    before = before.select(names)
+    pending = [rows.select(names) for rows in plan.pending.values()]
+    after = pa.concat_tables([before.schema.empty_table(), *pending])
     index = pc.index_in(after["path"], value_set=before["path"])
     was, now = before.take(index.drop_null()), after.filter(pc.is_valid(index))
     changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))

@@ -20,31 +20,49 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, one_of_each_folder, require_shared
 from ser_ray.corpus.manifest import exclude, list_corpus
+from ser_ray.corpus.slips import describe_clips, find_slips
+from ser_ray.corpus.table import MISSING_FILES
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
+from ser_ray.shards.layout import (
+    CARD_NAME,
+    CLIPS,
+    OK,
+    OUTCOMES,
+    mark_name,
+    outcomes_name,
+    part_name,
+)
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     Plan,
+    adopt_times,
     describe_changes,
     make_plan,
     read_committed,
+    recognise,
     require_same_corpus,
 )
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet
+from ser_ray.storage.atomic import atomic_write
+from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
 IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
+MISSING_NAME = "missing.csv"
+"""The file of a shard set that lists the files of a table that do not exist."""
+NAMES_SHOWN = 3
 _OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
 """Names of the files that this module writes into the folders of clips and outcomes."""
 
@@ -61,13 +79,20 @@ class PrepareSummary:
     """Number of files that got their outcome in this run; the others had one already."""
     seconds: float
     """Wall time of this run."""
+    contents: str
+    """The number of clips by label, and of speakers."""
+    warnings: tuple[str, ...]
+    """Lines that say what was left out or is missing, and point at likely slips."""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
-        return (
-            f"{self.card.num_files} files: {counts}\n"
-            f"{self.files_done} of them done now, in {self.seconds:.1f} s"
-        )
+        lines = [
+            f"{self.card.num_files} files: {counts}",
+            f"{self.files_done} of them done now, in {self.seconds:.1f} s",
+            self.contents,
+            *(f"note: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
 
 
 def prepare(
@@ -92,18 +117,22 @@ def prepare(
         ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
     """
     started = time.monotonic()
-    corpus = list_corpus(config.corpus)
+    corpus = list_corpus(config.corpus, config.missing)
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
     try:
         with Lock(config.shards, ShardsError, IN_USE) as lock:
             _require_own(filesystem, folder, config.shards)
+            missing = _report_missing(manifest, config)
             committed = read_committed(filesystem, folder)
             require_same_corpus(committed, manifest, config.shards)
+            listed, manifest = manifest, recognise(manifest, committed)
             plan = make_plan(manifest, config.features, config.rows_per_part, committed)
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
+            kept = {part: committed[part] for part in plan.kept}
+            adopt_times(filesystem, folder, listed, manifest, config.features, kept)
             card = read_card(filesystem, folder)
             if card is None or plan.pending or card.parts != tuple(plan.kept):
                 if plan.pending:
@@ -119,9 +148,48 @@ def prepare(
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
+    outcomes = ShardSet(config.shards, card).outcomes()
     if card.num_clips == 0:
-        raise _nothing_usable(ShardSet(config.shards, card).outcomes(), config)
-    return PrepareSummary(card, notes, plan.num_pending, time.monotonic() - started)
+        raise _nothing_usable(outcomes, config)
+    return PrepareSummary(
+        card,
+        notes,
+        plan.num_pending,
+        time.monotonic() - started,
+        describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
+        (*corpus.notes, *missing, *find_slips(outcomes)),
+    )
+
+
+def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
+    """Write which files of a table do not exist into the shard set, and name the first.
+
+    Raises:
+        CorpusError: no file exists, or a folder of some files does not, such as a disk that is not
+            mounted.
+    """
+    filesystem, folder = filesystem_of(config.shards)
+    listing = f"{folder}/{MISSING_NAME}"
+    is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
+    rows = manifest.filter(is_missing).select(["path", "reason"])
+    if len(rows) == 0:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(listing)
+        return []
+    with atomic_write(filesystem, listing) as path, filesystem.open_output_stream(path) as stream:
+        pa.csv.write_csv(rows, stream)
+    first = rows.slice(0, NAMES_SHOWN).to_pylist()
+    shown = ", ".join(f"{row['path']} ({row['reason']})" for row in first)
+    more = " and others" if len(rows) > NAMES_SHOWN else ""
+    text = (
+        f"{len(rows)} of {len(manifest)} files do not exist: {shown}{more}; all of them are listed "
+        f"in {config.shards}/{MISSING_NAME}"
+    )
+    if len(rows) == len(manifest) or set(rows["reason"].to_pylist()) != {NO_FILE}:
+        raise CorpusError(
+            f"{config.corpus}: {text}. Relative paths start at the folder of the table"
+        )
+    return [text]
 
 
 def _require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:

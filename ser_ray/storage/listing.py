@@ -2,15 +2,17 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyarrow import fs
 
-from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of, location_inside
 
 DEVICE = "a device or pipe, not a file"
+NO_FILE = "there is no such file"
 _LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
@@ -24,6 +26,8 @@ class ListedFile:
     """Local path or URI that `filesystem_of` opens, on any machine that sees the folder."""
     size: int | None
     """Bytes; None where the listing does not say."""
+    modified: int | None
+    """Time of the last change in nanoseconds since 1970; None where the listing does not say."""
     problem: str | None
     """Why it cannot be opened; None for a file that can."""
 
@@ -65,9 +69,11 @@ def _list_local(root: str) -> Iterator[ListedFile]:
                         waiting.append((entry.path, inside))
                     if "." not in entry.name:
                         continue
-                size = status.st_size if status is not None and problem is None else None
+                is_usable = status is not None and problem is None
+                size = status.st_size if status is not None and is_usable else None
+                modified = status.st_mtime_ns if status is not None and is_usable else None
                 below = entry.path.removeprefix(root).lstrip("/")
-                yield ListedFile(_as_utf8(below), _as_utf8(entry.path), size, problem)
+                yield ListedFile(as_utf8(below), as_utf8(entry.path), size, modified, problem)
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
@@ -75,23 +81,24 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
     try:
         status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
     except FileNotFoundError:
-        return None, "a link to nothing" if os.path.islink(path) else "there is no such file"  # noqa: PTH114
+        return None, "a link to nothing" if os.path.islink(path) else NO_FILE  # noqa: PTH114
     except (OSError, ValueError) as error:  # such as a link to itself, or a zero byte
         return None, getattr(error, "strerror", None) or str(error)
     if stat.S_ISDIR(status.st_mode):
         return status, "a folder, not a file"
     if not stat.S_ISREG(status.st_mode):
         return status, DEVICE
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return status, "the path is not UTF-8: rename it"
-    return status, None
+    return status, None if as_utf8(path) == path else NOT_UTF8
 
 
-def _as_utf8(path: str) -> str:
-    r"""Replace bytes that are not UTF-8 by text like \xff, because a table stores only UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+def find_local(path: str) -> str:
+    """Return the path of a file that is there, or the path itself if there is none.
+
+    Systems differ in how they store letters with accents, so a path that was written on one of them
+    may name a file of another only in the other normal form of Unicode.
+    """
+    forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
+    return next((form for form in forms if os.path.lexists(form)), path)
 
 
 def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterator[ListedFile]:
@@ -101,10 +108,11 @@ def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterato
         if any(_is_junk(name) for name in inside.split("/")):
             continue
         if entry.is_file:
-            yield ListedFile(inside, location_inside(location, inside), entry.size, None)
+            where, modified = location_inside(location, inside), entry.mtime_ns
+            yield ListedFile(inside, where, entry.size, modified, None)
         elif "." in entry.base_name:
             problem = "a folder, not a file"
-            yield ListedFile(inside, location_inside(location, inside), None, problem)
+            yield ListedFile(inside, location_inside(location, inside), None, None, problem)
 
 
 def _is_junk(name: str) -> bool:

@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError, LocationError
 
+NOT_UTF8 = "the path is not UTF-8: rename it"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 # The schemes that pyarrow opens itself.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
@@ -28,8 +29,10 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
 
     Raises:
         LocationError: no filesystem opens the URI.
-        ConfigError: the location has a password in it.
+        ConfigError: the location has a password in it, or is not UTF-8.
     """
+    if as_utf8(location) != location:
+        raise ConfigError(f"{as_utf8(location)}: {NOT_UTF8}")
     if "://" not in location:
         return fs.LocalFileSystem(), absolute(location)
     refuse_password(location)
@@ -46,6 +49,18 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         return _fsspec_filesystem(location)
     except OSError as error:
         raise LocationError(f"{location}: cannot be opened ({_first_line(error)})") from error
+
+
+def as_utf8(path: str) -> str:
+    r"""Replace bytes that are not UTF-8 by text like \xff, because a table stores only UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    r"""Escape what does not print, such as a line end in a file name as \n."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse_password(location: str) -> None:

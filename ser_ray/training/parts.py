@@ -18,7 +18,7 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
     order of the takes.
 
     Raises:
-        ConfigError: a part of the fold is empty.
+        ConfigError: a part of the fold is empty, or its training clips have one label only.
     """
     rows = one_clip_per_take(clips)
     rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
@@ -38,9 +38,16 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
             )
         return kept
 
+    train = select(parts.train, config.train_channel, "training")
+    labels = set(clips["emotion"].take(train).to_pylist())
+    if len(labels) < 2:
+        raise ConfigError(
+            f"{parts.label}: all its training clips have the label {labels.pop()!r}, so there is "
+            "nothing to tell apart; add clips with another label"
+        )
     return replace(
         parts,
-        train=select(parts.train, config.train_channel, "training"),
+        train=train,
         validation=select(parts.validation, config.channel, "validation"),
         test=select(parts.test, config.channel, "test"),
         left_out=rows[parts.left_out],

@@ -191,7 +191,8 @@ def test_a_bucket_is_listed_like_a_folder(tmp_path):
                 filesystem.create_dir(f"{path}/{name}".rpartition("/")[0])
                 filesystem.open_output_stream(f"{path}/{name}").close()
             remote = list_corpus(root).manifest
-            assert remote.drop_columns("path").equals(local.drop_columns("path"))
+            places = ["path", "modified"]
+            assert remote.drop_columns(places).equals(local.drop_columns(places))
             for location in remote["path"].to_pylist():
                 filesystem, path = filesystem_of(location)
                 assert filesystem.get_file_info(path).is_file
@@ -206,14 +207,14 @@ def test_without_a_clip_the_error_says_what_was_found_and_what_is_needed(tmp_pat
     with pytest.raises(CorpusError, match=r"found: no files.*03-01-06-01-02-01-12\.wav"):
         list_corpus(str(tmp_path))
     touch(tmp_path, "Audio_Speech_Actors_01-24.zip", "Audio_Song_Actors_01-24.ZIP", "LICENCE")
-    with pytest.raises(CorpusError, match=r"2 \.zip; 1 without extension.*Unpack the archives"):
+    with pytest.raises(CorpusError, match=r"2 \.zip, 1 without suffix; unpack archives"):
         list_corpus(str(tmp_path))
     touch(tmp_path, "happy_1.wav")
-    with pytest.raises(CorpusError, match=r"1 \.wav or \.mp4, the first .*happy_1\.wav: not seven"):
+    with pytest.raises(CorpusError, match=r"1 recordings, the first .*happy_1\.wav: not seven"):
         list_corpus(str(tmp_path))
     with pytest.raises(CorpusError, match="this folder or table does not exist"):
         list_corpus(str(tmp_path / "elsewhere"))
-    with pytest.raises(CorpusError, match=r"neither a folder nor a \.csv or \.parquet table"):
+    with pytest.raises(CorpusError, match=r"neither a folder nor a table"):
         list_corpus(str(tmp_path / "Audio_Speech_Actors_01-24.zip"))
 
 
@@ -231,12 +232,6 @@ def test_a_folder_on_a_disk_that_is_not_mounted_is_an_error(tmp_path):
     (tmp_path / "Actor_02").symlink_to("/mnt/unmounted/Actor_02")
     with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing; if it should be a folder"):
         list_corpus(str(tmp_path))
-
-
-def test_a_table_with_clips_on_a_disk_that_is_not_mounted_is_an_error(tmp_path):
-    source = table(tmp_path, f"path,label,speaker\na.wav,x,1\n{tmp_path}/mnt/b.wav,x,1\n")
-    with pytest.raises(CorpusError, match=r"row 2 .* the folder of .*mnt/b.wav does not exist"):
-        list_corpus(source)
 
 
 def test_the_largest_copy_is_kept(tmp_path):
@@ -406,10 +401,11 @@ def test_a_table_has_one_row_per_listed_file(tmp_path):
     ("text", "message"),
     [
         ("path,label\na.wav,x\n", "no column speaker; .* it has path,label$"),
-        ("path;label;speaker\na.wav;x;1\n", "no column label, path, speaker"),
-        ("path,path,label,speaker\na,b,x,1\n", 'the table cannot be read .*"path" exists 2'),
+        ("a.wav,x,1\n", "no column label, path, speaker; .* it has a.wav,x,1"),
+        ("path,Path,label,speaker\na,b,x,1\n", "column path twice, as 'path' and 'Path'"),
+        ("path,start,end,label,speaker\na,0,1,x,1\n", "column start, so .* segments of files"),
         ("path,label,speaker\n", "the table has no rows"),
-        ("", "the table cannot be read"),
+        ("", "the table is empty"),
         ("path,label,speaker\na.wav,x\n", "the table cannot be read .*Expected 3 columns"),
         ("path,label,speaker\na.wav,x,1\nb.wav, ,1\n", r"row 2 \(after the header\) has no label"),
         ("path,label,speaker\n,x,1\n", "row 1 .* has no path"),
@@ -431,7 +427,7 @@ def test_a_table_that_contradicts_itself_is_refused_by_row(tmp_path, text, messa
 
 def test_a_file_that_is_not_a_table_is_refused(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    (tmp_path / "t.csv").write_bytes(b"path,label,speaker\n\xff.wav,x,1\n")
+    (tmp_path / "t.csv").write_bytes(b"path,label,speaker\n\xff\x81.wav,x,1\n")
     nested = {"path": [["a.wav"]], "label": ["x"], "speaker": ["1"]}
     pa.parquet.write_table(pa.table(nested), tmp_path / "nested.parquet")
     for name in ("t.parquet", "t.csv", "nested.parquet"):

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ser_ray.cli.main import main
-from ser_ray.errors import CheckpointError, CorpusError
+from ser_ray.errors import CheckpointError
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import list_audio, segment_starts
+from ser_ray.inference.recordings import segment_starts
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
@@ -166,44 +166,6 @@ def test_windows_cover_a_recording_and_overlap_by_half(seconds):
     assert starts == sorted(set(starts))
     assert max(np.diff(starts), default=0) <= 0.5 + 1e-9
     assert starts[-1] == max(seconds - 1.0, 0)
-
-
-def test_folders_patterns_and_names_list_their_files(tmp_path):
-    for name in ("b.wav", "a.MP4", "notes.txt", ".hidden.wav", "sub/c.flac", "sub/deep/d.wav"):
-        write_wav(tmp_path / name, voice(0.1))
-    names = {
-        ".": "a.MP4 b.wav sub/c.flac sub/deep/d.wav",
-        "notes.txt": "notes.txt",
-        "*": "a.MP4 b.wav",
-        "*.wav": "b.wav",
-        "**/*.wav": "b.wav sub/deep/d.wav",
-        "sub/*": "sub/c.flac",
-        "s?b/**/?.wav": "sub/deep/d.wav",
-    }
-    for source, expected in names.items():
-        found = list_audio([f"{tmp_path}/{source}"])
-        inside = [Path(file).relative_to(tmp_path).as_posix() for file in found]
-        assert sorted(inside) == expected.split(), source
-    twice = list_audio([f"{tmp_path}/b.wav", f"{tmp_path}/*.wav"])
-    assert len(twice) == 1
-
-
-def test_a_pattern_may_be_a_uri():
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe({"/clips/x/1.wav": b"", "/clips/x/2.mp3": b"", "/clips/y/3.wav": b""})
-    assert list_audio(["memory://clips/*/*.wav"]) == [
-        "memory://clips/x/1.wav",
-        "memory://clips/y/3.wav",
-    ]
-
-
-@pytest.mark.parametrize("source", ["nowhere.wav", "*.ogg", "empty", "no/such/**"])
-def test_sources_without_a_file_are_named(source, in_tmp):
-    (in_tmp / "empty").mkdir()
-    with pytest.raises(CorpusError, match=source.replace("*", r"\*")):
-        list_audio([source])
 
 
 def test_a_broken_checkpoint_is_named(checkpoint, tmp_path):

@@ -22,24 +22,29 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
-from ser_ray.errors import ShardsError
+from ser_ray.corpus.slips import find_slips
+from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import make_card, write_card
+from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     CommittedPart,
     Plan,
+    adopt_times,
     describe_changes,
     make_plan,
     part_key,
     read_committed,
+    recognise,
     require_same_corpus,
 )
+from ser_ray.shards.prepare import prepare
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import clip_names, small_corpus, voice, write_wav
@@ -93,7 +98,7 @@ def shards(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> ShardSet
 
 def test_every_file_has_one_outcome(corpus: Corpus, shards: ShardSet) -> None:
     outcomes = shards.outcomes()
-    assert outcomes.drop_columns(["status", "reason"]).equals(
+    assert outcomes.drop_columns(["digest", "status", "reason"]).equals(
         corpus.manifest.drop_columns(["status", "reason"])
     )
     assert shards.card.counts == {"no_audio": 2, "ok": 22, "unreadable": 1}
@@ -395,8 +400,65 @@ def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> Non
     assert tuple(committed) == shards.card.parts
     assert {part.features for part in committed.values()} == {FEATURES}
     files = pa.concat_tables(part.files for part in committed.values())
-    assert files.equals(corpus.manifest.drop_columns(["status", "reason"]))
+    assert files.drop_columns("digest").equals(corpus.manifest.drop_columns(["status", "reason"]))
     assert make_plan(corpus.manifest, FEATURES, 4, committed).pending == {}
+
+
+def test_a_file_is_changed_by_its_bytes_and_not_by_its_time(tmp_path: Path) -> None:
+    """All times change, and the bytes of one file do; sizes stay."""
+    names = [f"{name}.wav" for name in clip_names(4)]
+    for number, name in enumerate(names):
+        samples = (voice(0.6, seed=number) * 20_000).astype(np.int16)
+        write_wav(tmp_path / "corpus" / name, samples)
+    shards = write_shards(list_corpus(str(tmp_path / "corpus")), tmp_path / "shards", 1)
+    replaced = tmp_path / "corpus" / names[2]
+    write_wav(replaced, (voice(0.6, seed=9) * 20_000).astype(np.int16))
+    for path in (tmp_path / "corpus").iterdir():
+        os.utime(path, ns=(1, 1))
+    listed = list_corpus(str(tmp_path / "corpus")).manifest
+    committed = read_committed(LOCAL, shards.uri)
+    recognised = recognise(listed, committed)
+    plan = make_plan(recognised, FEATURES, 1, committed)
+    assert [path for rows in plan.pending.values() for path in paths_of(rows)] == [str(replaced)]
+    assert "1 file has changed" in describe_changes(committed, FEATURES, plan)
+    kept = {part: committed[part] for part in plan.kept}
+    adopt_times(LOCAL, shards.uri, listed, recognised, FEATURES, kept)
+    again = read_committed(LOCAL, shards.uri)
+    assert make_plan(listed, FEATURES, 1, again).kept == plan.kept, "no bytes are compared again"
+
+
+def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
+    name, other = (f"{name}.wav" for name in clip_names(2))
+    samples = (voice(0.6) * 20_000).astype(np.int16)
+    for place, sound in {"": samples, "a/": samples[::-1], "a/b/": samples}.items():
+        write_wav(tmp_path / f"{place}{name}", sound)
+        write_wav(tmp_path / f"{place}{other}", samples)
+    tagged = (tmp_path / "a" / other).read_bytes() + b"LIST" + bytes([4, 0, 0, 0]) + b"INFO"
+    (tmp_path / "a" / other).write_bytes(tagged)  # other bytes, the same sound
+    shards = write_shards(list_corpus(str(tmp_path)), tmp_path.parent / "conflict-shards")
+    assert shards.card.counts == {"conflict": 1, "duplicate": 3, "ok": 2}
+    rows = {row["path"]: row for row in shards.outcomes().to_pylist()}
+    found = rows[str(tmp_path / "a" / name)]
+    kept = tmp_path / name
+    assert found["status"] == "conflict"
+    assert found["reason"] == f"has the file name of {kept}, which was taken, but different sound"
+    assert find_slips(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
+
+
+def test_files_that_a_table_names_and_that_do_not_exist_are_listed(tmp_path: Path) -> None:
+    """Before Ray starts: if all are missing, or a folder of some, which may not be mounted."""
+    write_wav(tmp_path / "clips" / "0.wav", voice(0.6))
+    config = PrepareConfig(corpus=str(tmp_path / "t.csv"), shards=str(tmp_path / "shards"))
+    for names in (["gone.wav", "clips/1.wav"], ["clips/0.wav", "disk/1.wav"]):
+        rows = "".join(f"{name},x,1\n" for name in names)
+        (tmp_path / "t.csv").write_text(f"path,label,speaker\n{rows}")
+        lost = [str(tmp_path / name) for name in names if name != "clips/0.wav"]
+        with pytest.raises(CorpusError, match=f"{len(lost)} of 2 files do not exist: ") as caught:
+            prepare(config)
+        assert all(path in str(caught.value) for path in lost)
+        listing = tmp_path / "shards" / "missing.csv"
+        assert str(listing) in str(caught.value)
+        assert sorted(pandas.read_csv(listing)["path"]) == sorted(lost)
 
 
 # --- opening ---

@@ -1,0 +1,181 @@
+"""Which files are recordings: those in a folder, and those that a pattern matches.
+
+`prepare` and `predict` take the same files from a folder. Everything that they leave out is counted
+by suffix, so that they can say it. No file is opened, except those whose suffix other kinds of file
+have too.
+"""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pyarrow import fs
+
+from ser_ray.errors import CorpusError
+from ser_ray.storage.listing import ListedFile, find_local, list_files
+from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of
+
+AUDIO_SUFFIXES = frozenset(
+    (
+        ".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".caf", ".sph",
+        ".flac", ".mp3", ".mp2", ".mp1", ".mpa", ".mpga", ".aac", ".adts", ".amr", ".awb", ".ogg",
+        ".oga", ".ogx", ".opus", ".spx", ".wma", ".m4a", ".m4b", ".m4p", ".m4r", ".mp4", ".m4v",
+        ".3ga", ".3gp", ".3gpp", ".3g2", ".3gpp2", ".mov", ".qt", ".f4a", ".f4v", ".mka", ".mkv",
+        ".weba", ".webm", ".ogv", ".avi", ".asf", ".wmv", ".mpg", ".mpeg", ".vob", ".m2ts", ".m2t",
+    )
+)  # fmt: skip
+"""Suffixes of the recordings that phones, recorders, cameras and editors write."""
+SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
+"""Suffixes that recordings share with other files, such as TypeScript: the first bytes decide."""
+_STARTS = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
+_PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
+
+
+@dataclass(frozen=True)
+class AudioFiles:
+    """The recordings that a user means."""
+
+    files: list[str] = field(default_factory=list)
+    """Paths or URIs, each once."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Why some of them cannot be opened, by path."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Number of files that are not recordings, by suffix."""
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file name in lower case, with its dot, or nothing."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million Path objects are slow
+
+
+def is_recording(file: ListedFile) -> bool:
+    """Whether a listed file is a recording, by its suffix or else by its first bytes."""
+    suffix = suffix_of(file.inside)
+    if suffix not in SHARED_SUFFIXES or file.problem is not None:
+        return suffix in AUDIO_SUFFIXES
+    try:
+        filesystem, path = filesystem_of(file.location)
+        with filesystem.open_input_file(path) as stream:
+            start = stream.read(2 * max(length for _, length in _PACKETS))
+    except OSError:
+        return True  # decoding it will name the reason
+    return start.startswith(_STARTS) or any(
+        start[offset::length][:2] == b"GG" for offset, length in _PACKETS
+    )
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Say how many files were left out, by suffix; nothing if there are none."""
+    if not left_out:
+        return ""
+    ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))
+    kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in ranked[:8]]
+    if rest := sum(count for _, count in ranked[8:]):
+        kinds.append(f"{rest} of other kinds")
+    hint = "; unpack archives to use what is in them" if ".zip" in left_out else ""
+    return f"left out, as they are not recordings: {', '.join(kinds)}{hint}"
+
+
+def list_audio(sources: Sequence[str]) -> AudioFiles:
+    """List the recordings that a user names.
+
+    Args:
+        sources: files, folders whose audio and video files are meant, or patterns (`*` and `?`
+            match within a name, `**` matches any number of folders). A file that is named itself
+            may have any suffix.
+
+    Raises:
+        CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
+    """
+    if not sources:
+        raise CorpusError("no files are named; name files, folders or patterns")
+    found = AudioFiles()
+    for source in sources:
+        try:
+            _add(found, source)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CorpusError(
+                f"{as_utf8(source)}: cannot be listed ({reason}); check its name and your access"
+            ) from error
+    found.files[:] = dict.fromkeys(found.files)
+    return found
+
+
+def _add(found: AudioFiles, source: str) -> None:
+    """Add the files of one source."""
+    if as_utf8(source) != source and Path(source).is_file():
+        found.files.append(as_utf8(source))
+        found.problems[as_utf8(source)] = NOT_UTF8
+        return
+    filesystem, path = filesystem_of(source)
+    if isinstance(filesystem, fs.LocalFileSystem) and not Path(path).exists():
+        path = find_local(path)
+        source = path if Path(path).exists() else source
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        _add_folder(found, source)
+    elif kind != fs.FileType.NotFound:  # of a device, decoding says what it is
+        found.files.append(source)
+    elif set("*?[") & set(source):
+        _add_matching(found, source)
+    else:
+        raise CorpusError(f"{source}: no such file or folder; name another, or a pattern in quotes")
+
+
+def _add_folder(found: AudioFiles, folder: str) -> None:
+    listed = list(list_files(folder))
+    if not _add_recordings(found, listed):
+        counts = describe_left_out(Counter(suffix_of(file.inside) for file in listed))
+        raise CorpusError(
+            f"{folder}: no audio or video file in this folder; a file with another suffix must be "
+            f"named itself ({counts or 'the folder is empty'})"
+        )
+
+
+def _add_matching(found: AudioFiles, pattern: str) -> None:
+    """Add the recordings that a pattern matches, and any other files whose suffix it names."""
+    fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
+    base = fixed[0] if fixed else ""
+    wanted = unicodedata.normalize("NFC", pattern.removeprefix(base)).split("/")
+    listed = [
+        file
+        for file in list_files(base or ".")
+        if _matches(unicodedata.normalize("NFC", file.inside).split("/"), wanted)
+    ]
+    names_suffix = re.search(r"\.\w", wanted[-1]) is not None
+    if not _add_recordings(found, listed, others=names_suffix):
+        raise CorpusError(
+            f"{pattern}: matches no audio or video file; `**` matches folders at any depth"
+        )
+
+
+def _add_recordings(found: AudioFiles, listed: list[ListedFile], *, others: bool = False) -> int:
+    """Add the recordings among listed files, count the other files, and return how many it added.
+
+    With `others`, files with suffixes of other kinds are added as well.
+    """
+    added = []
+    for file in listed:
+        suffix = suffix_of(file.inside)
+        if is_recording(file) or (others and suffix not in SHARED_SUFFIXES):
+            added.append(file.location)
+            if file.problem is not None:
+                found.problems[file.location] = file.problem
+        else:
+            found.left_out[suffix] += 1
+    found.files.extend(sorted(added))
+    return len(added)
+
+
+def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not names
+    if wanted[0] == "**":
+        return any(_matches(names[skip:], wanted[1:]) for skip in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], wanted[0]) and _matches(names[1:], wanted[1:])

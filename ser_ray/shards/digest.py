@@ -1,0 +1,46 @@
+"""The bytes of files: a digest that tells a replaced file from one that was only copied again."""
+
+import hashlib
+from collections.abc import Iterator
+
+from pyarrow import fs
+
+from ser_ray.storage.paths import filesystem_of
+
+CHUNK = 1 << 20  # bytes read at once
+
+
+def file_digest(path: str) -> str | None:
+    """Return 16 hex digits of a local file's bytes, or None where they would have to be fetched.
+
+    A file that cannot be read has no digest either.
+    """
+    if "://" in path:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        for chunk in _chunks(path):
+            digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def same_bytes(one: str, other: str) -> bool:
+    """Whether two files have the same bytes."""
+    sizes = []
+    for path in (one, other):
+        filesystem, inside = filesystem_of(path)
+        sizes.append(filesystem.get_file_info(inside).size)
+    if sizes[0] != sizes[1]:
+        return False
+    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
+
+
+def _chunks(path: str) -> Iterator[bytes]:
+    filesystem, inside = filesystem_of(path)
+    if filesystem.get_file_info(inside).type != fs.FileType.File:
+        return
+    with filesystem.open_input_file(inside) as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk

@@ -1,0 +1,110 @@
+"""A table is read where it has one meaning, whoever wrote it; all else is refused by its row."""
+
+import unicodedata
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ser_ray.corpus.manifest import list_corpus
+from ser_ray.corpus.table import NO_FOLDER, OTHER_DRIVE
+from ser_ray.errors import CorpusError
+from ser_ray.storage.listing import NO_FILE
+
+NAMES = ("clips/ä 1.wav", "clips/b.wav")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    for name in NAMES:
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def rows_of(table: Path) -> list[tuple[str, str, str, str | None]]:
+    rows = list_corpus(str(table)).manifest.to_pylist()
+    inside = [Path(row["path"]).relative_to(table.parent).as_posix() for row in rows]
+    return [
+        (name, row["emotion"], row["speaker"], row["reason"])
+        for name, row in zip(inside, rows, strict=True)
+    ]
+
+
+EXPECTED = [("clips/b.wav", "zorn", "01", None), ("clips/ä 1.wav", "fröhlich", "02", None)]
+PLAIN = "path,label,speaker\nclips/ä 1.wav,fröhlich,02\nclips/b.wav,zorn,01\n"
+DIALECTS = {
+    "plain": PLAIN.encode(),
+    "semicolon": PLAIN.replace(",", ";").encode(),
+    "tab": PLAIN.replace(",", "\t").encode(),
+    "excel": b"sep=;\r\n" + PLAIN.replace(",", ";").replace("\n", "\r\n").encode("cp1252"),
+    "utf-8 with a mark": PLAIN.encode("utf-8-sig"),
+    "utf-16": PLAIN.replace(",", "\t").encode("utf-16"),
+    "utf-16 without a mark": PLAIN.encode("utf-16-le"),
+    "windows-1252": PLAIN.encode("cp1252"),
+    "old line ends": PLAIN.replace("\n", "\r").encode(),
+    "header": PLAIN.replace("path,label,speaker", " Path , LABEL,Speaker ").encode(),
+    "quoted header": PLAIN.replace("path,label,speaker", '"path","label","speaker"').encode(),
+    "blanks": PLAIN.replace(",", " , ").encode(),
+    "backslashes": PLAIN.replace("clips/", "clips\\").encode(),
+    "other normal form": unicodedata.normalize("NFD", PLAIN).replace("o\u0308", "ö").encode(),
+    "index": b",path,label,speaker\n"
+    + "\n".join(f"{i},{row}" for i, row in enumerate(PLAIN.splitlines()[1:])).encode(),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_names_the_same_clips(folder: Path, dialect: str) -> None:
+    (folder / "t.csv").write_bytes(DIALECTS[dialect])
+    assert rows_of(folder / "t.csv") == EXPECTED
+    notes = list_corpus(str(folder / "t.csv")).notes
+    assert bool(notes) == (dialect in ("excel", "windows-1252"))
+
+
+def test_names_with_line_ends_and_signs_are_read(tmp_path: Path) -> None:
+    names = ["new\nline.wav", 'say "hi".wav', "100 %20 #1.wav", "a;b,c.wav"]
+    for name in names:
+        (tmp_path / name).touch()
+    quoted = ['"' + name.replace('"', '""') + '",x,1' for name in names]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,speaker", *quoted]))
+    assert [row[0] for row in rows_of(tmp_path / "t.csv")] == sorted(names)
+    assert {row[3] for row in rows_of(tmp_path / "t.csv")} == {None}
+
+
+@pytest.mark.parametrize("word", ["NaN", "nan", "N/A", "NULL", "<NA>", "None", " "])
+def test_words_for_missing_values_are_refused_with_their_row(folder: Path, word: str) -> None:
+    text = f"path,label,speaker\nclips/b.wav,zorn,{word}\nclips/ä 1.wav,{word},01\n"
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(CorpusError, match=r"row 1 .* has no speaker.*, row 2 has no label"):
+        list_corpus(str(folder / "t.csv"))
+    if word.strip():
+        assert list_corpus(str(folder / "t.csv"), missing=()).labels == tuple(
+            sorted([word, "zorn"])
+        )
+        with pytest.raises(CorpusError, match="has no label \\('zorn'\\)"):
+            list_corpus(str(folder / "t.csv"), missing=["ZORN"])
+
+
+def test_a_number_that_pandas_writes_for_a_missing_value_is_missing(folder: Path) -> None:
+    columns = {"path": list(NAMES), "label": [1.0, float("nan")], "speaker": ["1", "2"]}
+    pq.write_table(pa.table(columns), folder / "t.parquet")
+    for words in (["nan"], []):
+        with pytest.raises(CorpusError, match=r"row 2 \(after the header\) has no label"):
+            list_corpus(str(folder / "t.parquet"), missing=words)
+
+
+def test_files_that_are_not_there_have_the_true_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    paths = ["~/clips/b.wav", "clips/gone.wav", "other/b.wav", "C:\\clips\\b.wav"]
+    rows = "".join(f"{path},x,1\n" for path in paths)
+    (folder / "t.csv").write_text("path,label,speaker\n" + rows)
+    found = list_corpus(str(folder / "t.csv")).manifest.to_pylist()
+    assert {row["path"].rpartition("/")[2]: row["reason"] for row in found if row["reason"]} == {
+        "gone.wav": NO_FILE,
+        "b.wav": NO_FOLDER,
+        "C:\\clips\\b.wav": OTHER_DRIVE,
+    }
+    assert str(folder / "clips/b.wav") in {row["path"] for row in found if not row["reason"]}
