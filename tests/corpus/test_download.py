@@ -461,8 +461,8 @@ def test_a_small_disk_is_noticed_before_anything_is_fetched(
     record: Record, config_for: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(record.files[SPEECH])
-    full = shutil._ntuple_diskusage(10**9, 10**9 - 3 * size, 3 * size)
-    monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: full)
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=3 * size))
+    monkeypatch.setattr(downloading, "shutil", full)
     with pytest.raises(CorpusError, match="are free; free some space"):
         download(config_for(), quiet)
     assert [name for name, _ in record.asked] == ["record"]
@@ -572,7 +572,7 @@ def test_an_interrupted_unpacking_is_repeated(
 
     config = config_for()
     with monkeypatch.context() as patch:
-        patch.setattr(unpack.shutil, "copyfileobj", killed)
+        patch.setattr(unpack, "shutil", SimpleNamespace(rmtree=shutil.rmtree, copyfileobj=killed))
         with pytest.raises(KeyboardInterrupt):
             download(config, quiet)
     leftover = Path(config.target, ".Audio_Speech_Actors_01-24.unpacking", "half.wav")

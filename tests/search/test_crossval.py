@@ -118,7 +118,6 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, 
     """The storage is a bucket whose URI has a query; the second driver has another directory."""
     memory = make_memory_shards(num_frames=26)
     shards = Path(write_shard_files(in_tmp / "shards", memory, ("mel",)))
-    recipe = replace(RECIPE, epochs=4)
     seen: dict[str, str] = {}
 
     def hide_the_shards(trials: list[TrialRecord]) -> None:
@@ -134,13 +133,13 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, 
             max_failures=0,
         )  # fmt: skip
         config, slots = CrossvalConfig(), SlotConfig()
-        plan = plan_crossval("shards", recipe, config)
+        plan = plan_crossval("shards", RECIPE, config)
         with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
             crossval(plan, run, slots, show=hide_the_shards)
         (in_tmp / "hidden").rename(shards)
         (in_tmp / "elsewhere").mkdir()
         monkeypatch.chdir(in_tmp / "elsewhere")
-        plan = plan_crossval(str(shards), recipe, config)
+        plan = plan_crossval(str(shards), RECIPE, config)
         result = crossval(plan, run, slots, show=remember)
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)

@@ -526,25 +526,6 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
     assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_resumed_search_retries_the_trials_whose_storage_failed(two_cpus, shards, tmp_path):
-    config = TuneConfig(trials=2, searcher="random", space=("feature=choice(mel)",))
-    run, recipe = run_config(tmp_path, max_failures=0), replace(RECIPE, epochs=2)
-    folder, hidden = Path(shards), Path(shards).with_name("hidden")
-
-    def hide_the_shards(trials: list[TrialRecord]) -> None:
-        if any(trial.state == "running" for trial in trials) and folder.exists():
-            folder.rename(hidden)
-
-    with pytest.raises(SerRayError, match="none of 2 trials succeeded"):
-        search(shards, recipe, run, config, SlotConfig(), show=hide_the_shards)
-    hidden.rename(folder)
-    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
-    assert [len(trial.rows) for trial in result.trials] == [2, 2]
-    assert all(trial.succeeded and not trial.problem for trial in result.trials)
-
-
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []

@@ -3,12 +3,14 @@
 import contextlib
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import fs
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.paths import filesystem_of
+from ser_ray.tracking import backups as module
 from ser_ray.tracking.backups import BACKUPS_KEPT, Backups
 from tests.s3_server import s3_bucket
 
@@ -114,7 +116,8 @@ def test_a_backup_that_failed_is_made_again_although_nothing_changed(machines, m
     with machine.backups() as backups:
         machine.record("1")
         with monkeypatch.context() as patch:
-            patch.setattr("ser_ray.tracking.backups.fs.copy_files", fail)
+            full = SimpleNamespace(copy_files=fail, FileSelector=fs.FileSelector)
+            patch.setattr(module, "fs", full)
             with pytest.raises(OSError, match="no space left"):
                 backups.store()
         assert backups.store()
