@@ -185,7 +185,7 @@ def split_if_possible(protocol, fold, rows, seed=0):
         return None
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(rows=corpora(), protocol=st.sampled_from(["loso", "speaker-3", "speaker-2", "random"]))
 def test_no_take_content_or_speaker_is_on_two_sides(rows, protocol):
     for fold in range(num_folds(protocol, {row[0] for row in rows})):
