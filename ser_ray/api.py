@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from ser_ray.corpus.download import DownloadConfig
+from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.config import RunConfig
 from ser_ray.errors import TrackingError
 from ser_ray.progress import stderr_console
@@ -342,9 +343,23 @@ def register(
 
 
 def prepare_for(
-    model: "str | Path", corpus: str, shards: str, *, tracking_uri: str = "", address: str = ""
+    model: "str | Path",
+    corpus: str,
+    shards: str,
+    *,
+    missing: tuple[str, ...] = MISSING_WORDS,
+    tracking_uri: str = "",
+    address: str = "",
 ) -> "PrepareSummary":
     """Prepare a corpus with the features that a model was trained on.
+
+    Args:
+        model: as `load_model` takes it.
+        corpus: folder, URI or table, as in `PrepareConfig`.
+        shards: folder or URI that the shards are written to.
+        missing: words in a table that mean a missing value.
+        tracking_uri: MLflow store in which a run id or registered name is looked up.
+        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
         CheckpointError, TrackingError: no such model.
@@ -355,7 +370,7 @@ def prepare_for(
 
     with local_model(model, tracking_uri) as checkpoint:
         features = read_card(checkpoint).features
-    config = PrepareConfig(corpus=corpus, shards=shards, features=features)
+    config = PrepareConfig(corpus=corpus, shards=shards, missing=missing, features=features)
     return prepare(config, address=address)
 
 

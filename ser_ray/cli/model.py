@@ -11,6 +11,7 @@ from ser_ray import api
 from ser_ray.cli.command import next_command
 from ser_ray.cli.opening import say
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.progress import stderr_console
 
@@ -52,6 +53,8 @@ class Evaluate(ModelVerb):
     corpus: str = ""
     """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
     features that the model was trained on."""
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words in a table that mean a missing value, in any case; none if given without a word."""
     protocol: str = ""
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
@@ -81,6 +84,7 @@ class Evaluate(ModelVerb):
                 self.model,
                 self.corpus,
                 self.shards,
+                missing=self.missing,
                 tracking_uri=self.tracking_uri,
                 address=self.common.address,
             )

@@ -81,8 +81,11 @@ def read_table(
         }
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, KeyError) as error:
         reason = str(error).partition("\n")[0]
+        is_ragged = "columns, got" in reason
+        advice = "every row needs as many values as the first, the names of the columns"
         raise CorpusError(
-            f"{source}: the table cannot be read ({reason}); save it again with one header row"
+            f"{source}: the table cannot be read ({reason}); "
+            f"{advice if is_ragged else 'save it again with one header row'}"
         ) from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
@@ -110,8 +113,8 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{source}: the table cannot be read as {' or '.join(encodings or ['UTF-8'])} text; save "
-        "it again as UTF-8"
+        f"{source}: the table cannot be read, as it is not text in UTF-8, UTF-16 or Windows-1252; "
+        "save it again as UTF-8"
     )
 
 
@@ -252,9 +255,9 @@ def _locate(folder: str, path: str) -> tuple[str, str, str | None]:
     """
     if "://" in path:
         return path, path, None
-    if "\\" in path and not ("/" in path or _exists(folder, path)):  # written on Windows
-        if re.match(r"[A-Za-z]:\\|\\\\", path):
-            return path, path, OTHER_DRIVE
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", path) and not _exists(folder, path):
+        return path, path, OTHER_DRIVE
+    if "\\" in path and not _exists(folder, path):  # written on Windows
         path = path.replace("\\", "/")
     given = os.path.normpath(path)
     location = os.path.expanduser(given)  # noqa: PTH111 - a million Path objects are slow

@@ -1,28 +1,42 @@
 """Reading shards back: a table of facts about the clips, and an array of their features.
 
-Other tools read the Parquet files in the set's folder `clips`, and `ShardSet.to_array` turns one of
-their feature columns into an array:
+    shards = ser_ray.open_shards("ser-ray-out/shards")
+    shards.clips().to_pandas()                                  # one row per clip
+    shards.features("mel")                                      # [clips, bins, frames] float16
+    shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
+    shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
 
-    shards = open_shards("ser-ray-out/shards")
+Other tools (pandas, polars, `datasets`, `ray.data.read_parquet`) read the Parquet files in the
+set's folder `clips`. `ShardSet.to_array` turns a feature column of theirs into an array:
+
     table = pandas.read_parquet("ser-ray-out/shards/clips", columns=["emotion", "mel"])
-    mel = shards.to_array("mel", table["mel"])  # [rows, bins, frames] float16
+    mel = shards.to_array("mel", table["mel"])
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.corpus.splits import one_clip_per_take, split
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
+from ser_ray.shards.layout import CLIPS, OUTCOMES, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
+
+if TYPE_CHECKING:
+    import ray.data
+    from torch.utils.data import TensorDataset
+
+Side = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
 """Number of parts read at once: a disk keeps two cores busy, a bucket answers several requests."""
@@ -113,6 +127,91 @@ class ShardSet:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_part, range(len(self.card.parts))))
         return features
+
+    def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
+        """Return the clips on one side of a fold, with one clip for each RAVDESS performance.
+
+        Args:
+            protocol: name of the protocol, such as `emobox-6` or `speaker-5`.
+            fold: number of the fold, counted from 0.
+            side: train, validation or test.
+
+        Returns:
+            Row numbers of `clips()`, `[num_rows]`, ascending.
+
+        Raises:
+            ConfigError: the protocol does not fit the speakers, or there is no such fold.
+        """
+        clips = self.clips()
+        rows = one_clip_per_take(clips)
+        chosen: np.ndarray = getattr(split(protocol, fold, clips.take(rows)), side)
+        return rows[chosen]
+
+    def torch_dataset(
+        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
+    ) -> "TensorDataset":
+        """Read one side of a fold into memory, as a dataset for `torch.utils.data.DataLoader`.
+
+        Args:
+            kind: which feature.
+            protocol: as `rows_of` takes it, like `fold` and `side`.
+            fold: number of the fold.
+            side: train, validation or test.
+
+        Returns:
+            Items of a feature `[bins, num_frames]` float16, the index of the label in
+            `card.labels`, and the number of frames that are not padding.
+
+        Raises:
+            ConfigError: the protocol does not fit the speakers, or there is no such fold.
+        """
+        import torch
+        from torch.utils.data import TensorDataset
+
+        rows = self.rows_of(protocol, fold, side)
+        clips = self.clips().take(rows)
+        labels = pc.index_in(clips["emotion"], value_set=pa.array(self.card.labels))
+        return TensorDataset(
+            torch.from_numpy(self.features(kind, rows)),
+            torch.from_numpy(labels.to_numpy().astype(np.int64)),
+            torch.from_numpy(clips["num_frames"].to_numpy().astype(np.int64)),
+        )
+
+    def ray_dataset(
+        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
+    ) -> "ray.data.Dataset":
+        """Stream one side of a fold through Ray Data.
+
+        Args:
+            kind: which feature.
+            protocol: as `rows_of` takes it, like `fold` and `side`.
+            fold: number of the fold.
+            side: train, validation or test.
+
+        Returns:
+            Rows with `path`, `emotion`, `speaker`, `num_frames`, the index `label` of the emotion
+            in `card.labels`, and `feature` `[bins, num_frames]` float16.
+
+        Raises:
+            ConfigError: the protocol does not fit the speakers, or there is no such fold.
+        """
+        import ray.data
+
+        facts = ["path", "emotion", "speaker", "num_frames"]
+        paths = self.clips()["path"].take(self.rows_of(protocol, fold, side)).combine_chunks()
+
+        def select(batch: pa.Table) -> dict[str, np.ndarray]:
+            batch = batch.filter(pc.is_in(batch["path"], value_set=paths))
+            labels = pc.index_in(batch["emotion"], value_set=pa.array(self.card.labels))
+            columns = {name: batch[name].to_numpy() for name in facts}
+            feature = self.to_array(kind, batch[kind])
+            return columns | {"label": labels.to_numpy(), "feature": feature}
+
+        filesystem, folder = filesystem_of(self.uri)
+        stored = ray.data.read_parquet(
+            f"{folder}/{CLIPS}", filesystem=filesystem, columns=[*facts, kind]
+        )
+        return stored.map_batches(select, batch_format="pyarrow")
 
 
 @contextmanager

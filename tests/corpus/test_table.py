@@ -48,6 +48,7 @@ DIALECTS = {
     "quoted header": PLAIN.replace("path,label,speaker", '"path","label","speaker"').encode(),
     "blanks": PLAIN.replace(",", " , ").encode(),
     "backslashes": PLAIN.replace("clips/", "clips\\").encode(),
+    "both slashes": PLAIN.replace("clips/", ".\\./clips\\").encode(),
     "other normal form": unicodedata.normalize("NFD", PLAIN).replace("o\u0308", "ö").encode(),
     "index": b",path,label,speaker\n"
     + "\n".join(f"{i},{row}" for i, row in enumerate(PLAIN.splitlines()[1:])).encode(),
@@ -98,7 +99,7 @@ def test_files_that_are_not_there_have_the_true_reason(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(folder))
-    paths = ["~/clips/b.wav", "clips/gone.wav", "other/b.wav", "C:\\clips\\b.wav"]
+    paths = ["~/clips/b.wav", "clips/gone.wav", "other/b.wav", "C:\\clips\\b.wav", "D:/c.wav"]
     rows = "".join(f"{path},x,1\n" for path in paths)
     (folder / "t.csv").write_text("path,label,speaker\n" + rows)
     found = list_corpus(str(folder / "t.csv")).manifest.to_pylist()
@@ -106,5 +107,6 @@ def test_files_that_are_not_there_have_the_true_reason(
         "gone.wav": NO_FILE,
         "b.wav": NO_FOLDER,
         "C:\\clips\\b.wav": OTHER_DRIVE,
+        "c.wav": OTHER_DRIVE,
     }
     assert str(folder / "clips/b.wav") in {row["path"] for row in found if not row["reason"]}

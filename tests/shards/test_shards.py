@@ -47,7 +47,7 @@ from ser_ray.shards.plan import (
 from ser_ray.shards.prepare import prepare
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.shards.read import ShardSet, open_shards
-from tests.clips import clip_names, small_corpus, voice, write_wav
+from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
 
 LOCAL = fs.LocalFileSystem()
 FEATURES = FeatureConfig(max_seconds=2.0)
@@ -556,6 +556,24 @@ def test_a_feature_column_of_any_library_becomes_an_array(shards: ShardSet, kind
     np.testing.assert_array_equal(shards.to_array(kind, table[kind][3:7]), expected[3:7])
     for nothing in (table[kind][:0], series[:0]):
         assert shards.to_array(kind, nothing).shape == (0, *expected.shape[1:])
+
+
+def test_a_side_of_a_fold_is_a_torch_dataset(tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    shards = write_shards(list_corpus(str(six_speakers(tmp_path / "c"))), tmp_path / "shards")
+    clips = shards.clips().to_pandas()
+    features, seen = shards.features("mel"), []
+    for side in ("train", "validation", "test"):
+        rows = shards.rows_of("speaker-3", 1, side)
+        dataset = shards.torch_dataset("mel", protocol="speaker-3", fold=1, side=side)
+        feature, label, num_frames = next(iter(DataLoader(dataset, batch_size=99)))
+        np.testing.assert_array_equal(feature.numpy(), features[rows])
+        assert [shards.card.labels[i] for i in label] == clips["emotion"][rows].to_list()
+        assert num_frames.tolist() == clips["num_frames"][rows].to_list()
+        seen.append(set(clips["speaker"][rows]))
+    assert [len(speakers) for speakers in seen] == [3, 1, 2]
+    assert len(set.union(*seen)) == 6, "no speaker is on two sides"
 
 
 # --- watching ---
