@@ -327,7 +327,7 @@ def test_the_best_of_a_search_is_found_on_any_page_of_its_trials(store, monkeypa
 @pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion", "nobody"])
 def test_a_name_that_is_not_there_is_an_error_that_says_where_it_was_looked_up(store, name):
     with (
-        pytest.raises(TrackingError, match=r"(no such model|no run).* in (sqlite|the store)"),
+        pytest.raises(TrackingError, match=r"(no such model|no run).* in (sqlite|MLflow)"),
         local_model(name, store.uri),
     ):
         pass
