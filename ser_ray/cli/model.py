@@ -189,11 +189,21 @@ class DemoUi(ModelVerb):
 
     def run(self) -> Outcome:
         """Serve the page until Ctrl-C."""
+        from ser_ray.evaluation.introduction import introduce
         from ser_ray.inference.demo import serve
+        from ser_ray.inference.predictor import Predictor
+        from ser_ray.tracking.models import local_model
 
-        predictor, console = api.load_model(self.model, self.tracking_uri), stderr_console()
+        console = stderr_console()
+        with local_model(self.model, self.tracking_uri) as checkpoint:
+            predictor = Predictor(checkpoint)
+            introduction = introduce(checkpoint, self.model)
         serve(
-            predictor, self.host, self.port, lambda url: console.print(f"{url} (Ctrl-C stops it)")
+            predictor,
+            introduction,
+            self.host,
+            self.port,
+            lambda url: console.print(f"{url} (Ctrl-C stops it)"),
         )
         return Outcome({"stopped": True}, "stopped")
 

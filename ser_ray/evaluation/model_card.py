@@ -10,7 +10,8 @@ from ser_ray.tracking.models import fetch_checkpoint
 from ser_ray.tracking.registry import (
     SHARDS_TAG,
     best_training_of,
-    read_evaluation,
+    read_test_scores,
+    read_validation_ua,
     register_model,
 )
 from ser_ray.training.checkpoint import CheckpointCard, read_card
@@ -28,7 +29,8 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
     run_id = best_training_of(run_id, tracking_uri)
     with TemporaryDirectory() as folder:
         card = read_card(fetch_checkpoint(run_id, tracking_uri, Path(folder)))
-    scores, validation_ua = read_evaluation(run_id, tracking_uri)
+    scores = read_test_scores(run_id, tracking_uri)
+    validation_ua = read_validation_ua(run_id, tracking_uri)
     text = model_card(card, scores, validation_ua)
     tags = {
         "protocol": card.split["label"],

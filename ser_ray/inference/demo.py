@@ -10,9 +10,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,20 +36,44 @@ if TYPE_CHECKING:
 DRAWN_SECONDS = 60.0
 """Only the first seconds of a longer recording are drawn."""
 
+STAND_IN = (
+    '<p role="alert">This model was trained on synthetic sounds, not on speech. It shows that the '
+    "program works; what it says of a voice means nothing.</p>"
+)
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 _STYLE = """
 .ser-ray svg { display: block; width: 100%; height: auto } .ser-ray svg text { fill: currentColor }
 .ser-ray pre { max-height: 20rem; overflow: auto; font-size: .875rem }
 .ser-ray [role=alert] { font-size: 1.125rem; overflow-wrap: anywhere }
+.ser-ray [role=alert] { border-left: 4px solid #D55E00; padding-left: .75rem }
+.ser-ray summary { cursor: pointer }
 """
 MAX_PORT = 65_535
 
 
-def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], None]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Introduction:
+    """What the page says of the model, and the clips that people can click."""
+
+    name: str
+    score: str
+    """How well the model does on voices that it was not trained on, in a sentence."""
+    examples: Sequence[tuple[str, str]] = ()
+    """Path on this machine and true label of some clips."""
+
+
+def serve(
+    predictor: Predictor,
+    introduction: Introduction,
+    host: str,
+    port: int,
+    announce: Callable[[str], None],
+) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
         predictor: the model.
+        introduction: of the model.
         host: address to listen on.
         port: 0 takes a free one.
         announce: called with the page's URL once it can be opened.
@@ -69,7 +93,7 @@ def serve(predictor: Predictor, host: str, port: int, announce: Callable[[str], 
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
         os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported
-        app = _make_app(predictor, partial(answer, predictor, sandbox.decode))
+        app = _make_app(predictor, introduction, partial(answer, predictor, sandbox.decode))
         import uvicorn
 
         for name in (signal.SIGTERM, signal.SIGHUP):  # by default they skip the cleaning up
@@ -98,12 +122,18 @@ def answer(
     timeline = ""
     if prediction.timeline:
         lines = "\n".join(str(segment) for segment in prediction.timeline)
-        timeline = f"<p>The mean over these windows:</p><pre>{html.escape(lines)}</pre>"
-    return prediction.probabilities, _picture(predictor, samples, sample_rate, name) + timeline
+        timeline = (
+            "<details><summary>The answer is the mean over these windows</summary>"
+            f"<pre>{html.escape(lines)}</pre></details>"
+        )
+    picture = _picture(predictor, samples, sample_rate, prediction)
+    return prediction.probabilities, picture + timeline
 
 
-def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: str) -> str:
-    """Draw waveform and spectrogram as SVG, silent ends included; "" if there is only silence."""
+def _picture(
+    predictor: Predictor, samples: np.ndarray, sample_rate: int, prediction: Prediction
+) -> str:
+    """Draw a recording and its timeline as SVG, silent ends included; "" for mere silence."""
     seconds = DRAWN_SECONDS
     extract = FeatureExtractor(
         replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
@@ -113,11 +143,19 @@ def _picture(predictor: Predictor, samples: np.ndarray, sample_rate: int, name: 
     except ClipError:
         return ""
     spectrogram = extract.features(waveform)["spectrogram"]
-    figure = clip_figure(waveform, predictor.card.features.sample_rate, spectrogram)
-    return inline_svg(figure, f"Waveform and spectrogram of {name}")
+    timeline = [
+        (window.start, min(window.end, seconds), window.emotion)
+        for window in prediction.timeline
+        if window.start < seconds
+    ]
+    rate = predictor.card.features.sample_rate
+    figure = clip_figure(waveform, rate, spectrogram, timeline)
+    return inline_svg(figure, f"Waveform and spectrogram of {prediction.path}")
 
 
-def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "FastAPI":
+def _make_app(
+    predictor: Predictor, introduction: Introduction, respond: Callable[[str | None], Any]
+) -> "FastAPI":
     """Make the page a web application; `respond` takes the path of a recording."""
     try:
         import gradio as gr
@@ -129,9 +167,10 @@ def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "Fa
 
     card = predictor.card
     about = (
-        f"ResNet18 on {card.config.feature} of {card.trained_on}; {card.split['label']}. It names "
-        f"one of {', '.join(card.labels)}. It says which acted emotion a voice resembles, not what "
-        "a person feels. Recordings stay on this machine and are deleted when the page is stopped."
+        f"**{introduction.name}**: ResNet18 on {card.config.feature} of {card.trained_on}, "
+        f"{card.split['label']}. {introduction.score} It names one of {', '.join(card.labels)}. "
+        "It says which acted emotion a voice resembles, not what a person feels. Recordings stay "
+        "on this machine and are deleted when the page is stopped."
     )
 
     def show(path: str | None) -> tuple[Any, str]:
@@ -140,11 +179,20 @@ def _make_app(predictor: Predictor, respond: Callable[[str | None], Any]) -> "Fa
 
     with gr.Blocks(title="ser_ray", analytics_enabled=False) as page:
         gr.Markdown("## What emotion does a voice resemble?")
+        if card.corpus == "synthetic":
+            gr.HTML(STAND_IN, elem_classes="ser-ray")
         with gr.Row():
             with gr.Column():
                 clip = gr.Audio(
                     type="filepath", label="A clip", sources=["upload", "microphone"], buttons=[]
                 )
+                if introduction.examples:
+                    gr.Examples(
+                        [[path] for path, _ in introduction.examples],
+                        clip,
+                        label="Clips of voices that it was not trained on, by their true emotion",
+                        example_labels=[label for _, label in introduction.examples],
+                    )
             with gr.Column():
                 emotion = gr.Label(label="Emotion", visible=False)
                 seen = gr.HTML(elem_classes="ser-ray")

@@ -1,9 +1,11 @@
 """The figure of one clip."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 
-from ser_ray.plots.style import BLUE
+from ser_ray.plots.style import BLUE, VERMILION
 
 STROKES = 300
 """Number of vertical strokes that a waveform is drawn with."""
@@ -11,17 +13,27 @@ DYNAMIC_RANGE = 70.0
 """Decibels below its loudest point that a spectrogram shows."""
 
 
-def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray) -> Figure:
-    """Draw a clip's waveform above its spectrogram.
+def clip_figure(
+    waveform: np.ndarray,
+    sample_rate: int,
+    spectrogram: np.ndarray,
+    timeline: Sequence[tuple[float, float, str]] = (),
+) -> Figure:
+    """Draw a clip's waveform above its spectrogram, and a long recording's timeline below both.
 
     Args:
         waveform: [num_samples], full scale ±1.
         sample_rate: hertz.
         spectrogram: power in dB [bins, frames], from 0 Hz to half the sample rate.
+        timeline: start and end in seconds and the label of each window; windows may overlap.
     """
     seconds = len(waveform) / sample_rate
-    figure = Figure(figsize=(3.3, 2.5), layout="constrained")
-    wave, image = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    labels = list(dict.fromkeys(label for _, _, label in timeline))
+    height = 0.16 * (len(labels) + 1) if timeline else 0.0
+    figure = Figure(figsize=(3.3, 2.5 + height), layout="constrained")
+    ratios = (1.0, 2.0, height) if timeline else (1.0, 2.0)
+    panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+    wave, image = panels[:2]
     # One stroke from the lowest to the highest sample of each stretch, as audio editors draw it.
     stretches = np.array_split(waveform, min(STROKES, len(waveform)))
     times = np.linspace(0, seconds, len(stretches))
@@ -37,8 +49,16 @@ def clip_figure(waveform: np.ndarray, sample_rate: int, spectrogram: np.ndarray)
         vmax=top, extent=(0, seconds, 0, sample_rate / 2000),
     )  # fmt: skip
     image.set_ylabel("kHz", fontsize=8)
-    image.set_xlabel("seconds", fontsize=8)
-    for axes in (wave, image):
+    if timeline:
+        rows = [labels.index(label) for _, _, label in timeline]
+        starts, ends = [start for start, _, _ in timeline], [end for _, end, _ in timeline]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        panels[2].barh(rows, lengths, left=starts, height=0.7, color=VERMILION, alpha=0.6)
+        panels[2].set_yticks(range(len(labels)), labels)
+        panels[2].set_xlim(0, seconds)
+        panels[2].invert_yaxis()
+    panels[-1].set_xlabel("seconds", fontsize=8)
+    for axes in panels:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

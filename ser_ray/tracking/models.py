@@ -97,6 +97,4 @@ def _artifact(client: "MlflowClient", model: str) -> str:
         found = search_runs(client, experiment.experiment_id, f"attributes.run_name = '{model}'")
         for run in found:
             return f"runs:/{run.info.run_id}/model"
-    raise TrackingError(
-        f"{model}: no such folder here, and no run of this name in the store{ADVICE}"
-    )
+    raise TrackingError(f"{model}: no checkpoint here, and no run of this name in MLflow{ADVICE}")

@@ -97,8 +97,8 @@ def _rank(run: Any) -> tuple[float, float]:
     return metrics[SELECTED_BY], -metrics.get(TIE_BROKEN_BY, 0.0)
 
 
-def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | None, float]:
-    """Return the scores of a run's test part, None if it was not evaluated, and its validation UA.
+def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
+    """Return the scores of a run's test part, or None if it was not evaluated.
 
     Raises:
         TrackingError: the store does not answer, or has no such run.
@@ -106,13 +106,23 @@ def read_evaluation(run_id: str, tracking_uri: str) -> tuple[dict[str, Any] | No
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
     with store_answers(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
-        stored = {item.path for item in client.list_artifacts(run_id, "tables")}
-        scores = None
-        if TEST_SCORES in stored:
-            scores = json.loads(
-                Path(client.download_artifacts(run_id, TEST_SCORES, folder)).read_text()
-            )
-        return scores, float(client.get_run(run_id).data.metrics[SELECTED_BY])
+        if TEST_SCORES not in {item.path for item in client.list_artifacts(run_id, "tables")}:
+            return None
+        path = client.download_artifacts(run_id, TEST_SCORES, folder)
+        scores: dict[str, Any] = json.loads(Path(path).read_text())
+    return scores
+
+
+def read_validation_ua(run_id: str, tracking_uri: str) -> float:
+    """Return the UA of a finished training on its validation part, from 0 to 1.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such run.
+    """
+    uri = resolve_uri(tracking_uri)
+    client = connect(uri)
+    with store_answers(f"{run_id}: cannot be read from {uri}"):
+        return float(client.get_run(run_id).data.metrics[SELECTED_BY])
 
 
 def register_model(

@@ -47,6 +47,9 @@ def test_a_long_recording_shows_its_windows(predictor, tmp_path):
     assert len(found.timeline) > 2
     shown = seen[seen.index("<pre>") + 5 : seen.index("</pre>")]
     assert shown.splitlines() == [str(segment) for segment in found.timeline]
+    svg = ElementTree.fromstring(seen[seen.index("<svg") : seen.index("</div>")])
+    drawn = {text.strip() for text in svg.itertext()}
+    assert drawn >= {segment.emotion for segment in found.timeline}, "the timeline is in the figure"
 
 
 def test_the_reason_of_a_refusal_is_shown_as_text(predictor, tmp_path):

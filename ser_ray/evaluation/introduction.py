@@ -1,0 +1,65 @@
+"""What the demo page shows of a model: its name, its test score, and test clips to click."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.evaluation.evaluate import origin_of
+from ser_ray.inference.demo import Introduction
+from ser_ray.shards.read import open_shards
+from ser_ray.tracking.registry import read_test_scores
+from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card
+from ser_ray.training.parts import select_rows
+
+
+def introduce(checkpoint: Path, name: str) -> Introduction:
+    """Introduce a model. What cannot be found is left out.
+
+    Args:
+        checkpoint: its directory.
+        name: what the user calls the model; a run's folder has a name of its own.
+    """
+    card, origin = read_card(checkpoint), origin_of(checkpoint)
+    return Introduction(
+        name=checkpoint.parent.name if checkpoint.name == SELECTED else name,
+        score=_score(card, origin.get("run_id", ""), origin.get("tracking_uri", "")),
+        examples=_examples(card, origin.get("shards", "")),
+    )
+
+
+def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
+    """Say in a sentence how well the model does on its test part."""
+    scores = None
+    if run_id:
+        with suppress(TrackingError):
+            scores = read_test_scores(run_id, tracking_uri)
+    if scores is None:
+        return "It has not been scored on its test clips yet: ser-ray evaluate does that."
+    clips = (
+        "other clips of the voices that it was trained on"
+        if card.split["speaker_dependent"]
+        else "clips of voices that it was not trained on"
+    )
+    return (
+        f"On {scores['clips']} {clips}, its UA is {scores['ua']:.0%}; chance is "
+        f"{1 / len(card.labels):.0%}."
+    )
+
+
+def _examples(card: CheckpointCard, shards_location: str) -> list[tuple[str, str]]:
+    """Path and label of a test clip of each emotion, if these clips are on this machine."""
+    if not shards_location:
+        return []
+    try:
+        shards = open_shards(shards_location)
+        if shards.card.fingerprint != card.shards_fingerprint:
+            return []
+        clips = shards.clips()
+        test = clips.take(select_rows(clips, card.config).test)
+    except SerRayError:
+        return []
+    found: dict[str, str] = {}
+    for path, label in zip(test["path"].to_pylist(), test["emotion"].to_pylist(), strict=True):
+        if label not in found and Path(path).is_file():
+            found[label] = path
+    return [(found[label], label) for label in card.labels if label in found]

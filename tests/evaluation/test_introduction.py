@@ -1,0 +1,65 @@
+"""What the demo page says of a model, and which clips it offers."""
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+
+from ser_ray.errors import TrackingError
+from ser_ray.evaluation import introduction
+from ser_ray.evaluation.introduction import introduce
+from tests.conftest import make_memory_shards
+from tests.models import CONFIG, make_checkpoint
+
+
+def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_path, monkeypatch):
+    shards = make_memory_shards()
+    clip = tmp_path / "calm.wav"
+    clip.touch()
+    column = shards.table["emotion"].to_pylist()
+    paths = pa.array([str(clip) if label == "calm" else "/gone.wav" for label in column])
+    place = shards.table.schema.get_field_index("path")
+    shards.table = shards.table.set_column(place, "path", paths)
+    known = {"here": shards}
+    monkeypatch.setattr(introduction, "open_shards", known.__getitem__)
+    scores = {"clips": 16, "ua": 0.5}
+    monkeypatch.setattr(introduction, "read_test_scores", lambda *_: scores)
+
+    selected = tmp_path / "mel-fold0" / "selected"
+    card = make_checkpoint(selected, config=replace(CONFIG, validation_speakers=0))
+    origin = {"run_id": "0123", "tracking_uri": "http://server", "shards": "here"}
+    (selected / "run.json").write_text(json.dumps(origin))
+    found = introduce(selected, "its folder")
+    assert found.name == "mel-fold0"
+    assert found.examples == [(str(clip), "calm")]
+    score = "On 16 clips of voices that it was not trained on, its UA is 50%; chance is 25%."
+    assert found.score == score
+
+    shards.card.fingerprint = "other shards"
+    assert introduce(selected, "").examples == []
+    dependent = card.split | {"speaker_dependent": True}
+    make_checkpoint(tmp_path / "downloaded", split=dependent)
+    (tmp_path / "downloaded" / "run.json").write_text(json.dumps(origin))
+    found = introduce(tmp_path / "downloaded", "models:/ser-ray@champion")
+    assert found.name == "models:/ser-ray@champion"
+    assert "other clips of the voices that it was trained on" in found.score
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_model_without_a_reachable_run_says_how_its_score_is_found(
+    tmp_path, monkeypatch, has_record
+):
+    def away(*_: str) -> None:
+        raise TrackingError("the store does not answer")
+
+    monkeypatch.setattr(introduction, "read_test_scores", away)
+    make_checkpoint(tmp_path)
+    if has_record:
+        origin = {"run_id": "0123", "tracking_uri": "http://127.0.0.1:9"}
+        (tmp_path / "run.json").write_text(json.dumps(origin))
+    found = introduce(tmp_path, "a model")
+    assert found.score.endswith(
+        "not been scored on its test clips yet: ser-ray evaluate does that."
+    )
+    assert found.examples == []

@@ -1,0 +1,59 @@
+"""`ser_ray` from Python, run as the cells of a notebook."""
+
+import ast
+import inspect
+from typing import Any
+
+import pytest
+
+import ser_ray
+from tests.clips import voice, write_wav
+from tests.models import LABELS
+
+CELLS = (
+    "import ser_ray",
+    "model = ser_ray.load_model(MODEL)\nmodel.labels",
+    "answer = model.predict('a.wav')\nanswer",
+    "answers = model.predict(['a.wav', 'b.wav'])\nanswers",
+    "table = answers.to_pandas()\ntable",
+    "import soundfile\nsamples, rate = soundfile.read('a.wav')\nmodel.predict(samples, rate)",
+)
+
+
+def run_cell(cell: str, names: dict[str, Any]) -> Any:
+    """Run a cell and return the value of its last line, which a notebook shows."""
+    body = ast.parse(cell).body
+    last = body.pop() if isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    if last is None:
+        return None
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+
+
+def test_a_notebooks_cells_name_emotions_and_draw_them(in_tmp, checkpoint):
+    for seed, name in enumerate("ab"):
+        write_wav(in_tmp / f"{name}.wav", voice(1.0, 16_000, seed), 16_000)
+    names: dict[str, Any] = {"MODEL": checkpoint}
+    shown = [run_cell(cell, names) for cell in CELLS]
+    assert shown[1] == LABELS
+    answer, answers, table, from_samples = shown[2:]
+    assert [item.path for item in answers] == ["a.wav", "b.wav"]
+    assert list(table["emotion"]) == [item.emotion for item in answers]
+    assert table[f"p_{answer.emotion}"][0] == pytest.approx(answer.probabilities[answer.emotion])
+    assert from_samples.probabilities == pytest.approx(answer.probabilities, abs=1e-3)
+    for drawn in shown[2:]:
+        assert "<t" in drawn._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("function", "required"),
+    [
+        ("prepare", {"config"}), ("train", set()), ("tune", set()), ("crossval", set()),
+        ("lr_range", set()), ("evaluate", {"model"}), ("download", set()), ("refit", {"result"}),
+        ("export", {"model"}), ("register", {"run_id"}), ("predict_to_table", {"files", "model"}),
+    ],
+)  # fmt: skip
+def test_nothing_is_required_that_has_a_default(function, required):
+    parameters = inspect.signature(getattr(ser_ray, function)).parameters.values()
+    assert {item.name for item in parameters if item.default is item.empty} == required
+    assert set(ser_ray.__all__) >= {function}
