@@ -22,11 +22,10 @@ CELLS = (
 
 def run_cell(cell: str, names: dict[str, Any]) -> Any:
     """Run a cell and return the value of its last line, which a notebook shows."""
-    body = ast.parse(cell).body
-    last = body.pop() if isinstance(body[-1], ast.Expr) else None
-    exec(compile(ast.Module(body, []), "cell", "exec"), names)
-    if last is None:
-        return None
+    *lines, last = ast.parse(cell).body
+    if not isinstance(last, ast.Expr):
+        return exec(cell, names)
+    exec(compile(ast.Module(lines, []), "cell", "exec"), names)
     return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 
