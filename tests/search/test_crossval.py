@@ -1,4 +1,5 @@
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -283,9 +284,11 @@ def check_runs(result, shards: str, uri: str) -> None:
         with local_checkpoint(fold_folder(result.location, fold, seed)) as checkpoint:
             own = evaluate(checkpoint, shards)
         assert run.data.metrics["test/ua"] == pytest.approx(own.scores.ua)
-        assert {"report.html", "report_test.html"} <= {
-            file.path for file in client.list_artifacts(run.info.run_id)
-        }
+        own_page = Path(client.download_artifacts(run.info.run_id, "report.html")).read_text()
+        assert own_page.index("Test part</h2>") < own_page.index("Validation part</h2>")
+        assert f"{own.scores.ua:.1%}" in own_page
+    assert Path(result.report).read_text() == page
+    assert len(set(re.findall('href="(trials/[^"]+)"', page))) == len(nested)
     best = max(nested, key=lambda run: run.data.metrics["selected/ua"])
     assert best_training_of(result.run_id, uri) in {
         run.info.run_id
@@ -341,7 +344,8 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
     assert not [name for r in (parent, nested) for name in r.data.metrics if "test" in name]
     files = {file.path for file in client.list_artifacts(nested.info.run_id)}
     assert "report.html" in files
-    assert "report_test.html" not in files
+    page = Path(client.download_artifacts(nested.info.run_id, "report.html")).read_text()
+    assert "Test part</h2>" not in page
 
 
 def test_a_recipe_that_names_a_fold_is_refused(shards):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,12 +232,15 @@ def check_mlflow(result, uri: str) -> None:
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["selected/ua"] == pytest.approx(result.best.selected["val/ua"])
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
+    assert Path(result.report).read_text() == page
+    for linked in re.findall('href="(trials/[^"]+)"', page):
+        assert result.name in Path(result.location, linked).read_text()
     assert f"{result.best.selected['val/ua']:.1%}" in page
     assert f"ser-ray train --like {result.best.run_id}" in page
     tables = {file.path for file in client.list_artifacts(result.run_id, "tables")}
     plots = {file.path for file in client.list_artifacts(result.run_id, "plots")}
     assert "tables/trials.csv" in tables
-    assert {"plots/history.png", "plots/learning_rate_bounds.png"} <= plots
+    assert {"plots/history.png", "plots/by_lr_max.png", "plots/by_lr_ratio.png"} <= plots
     nested = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
     )
