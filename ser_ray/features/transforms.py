@@ -6,6 +6,8 @@ importing torch would take seconds in every worker, and on matrices as small as 
 BLAS would only compete for the cores.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.fft
 import scipy.sparse
@@ -20,6 +22,42 @@ SILENCE_POWER = 1e-8
 """A clip whose loudest stretch has a lower mean square is silent: -80 dB of full scale."""
 POWER_FLOOR = 1e-10
 """Lower power is raised to this value: -100 dB."""
+STEADY_RATIO = 10**0.2
+"""Quiet stretches are the steady noise of a room if a tenth and three tenths of all stretches are
+below levels that differ by less than this power ratio, 2 dB. In clean speech they differ by more:
+by 3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
+HEARD_RATIO = 10.0
+"""Unless the loudest stretch is this power ratio, 10 dB, above the noise, nothing is cut off."""
+NOISE_MARGIN_DB = 9.0
+"""Sound is this far above a tenth of a room's stretches; pink noise rises by up to 8 dB."""
+LOUD_STRETCHES = 20
+"""A recording is as loud as its 20th loudest stretch: 0.2 s, which no click lasts."""
+BLOCK_STRETCHES = 10_000
+"""Stretches that are measured at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loudness:
+    """How loud each stretch of `ENERGY_SECONDS` is, and from which loudness on it is sound."""
+
+    stretch: int
+    """Samples in a stretch."""
+    power: np.ndarray
+    """Mean square of every stretch `[num_stretches]`; the last one is shorter and may be empty."""
+    threshold: float
+    """Stretches of more power are sound."""
+    above_noise_db: float
+    """How far the loud stretches are above the quiet ones."""
+
+    @property
+    def is_sound(self) -> np.ndarray:
+        """Which stretches are sound, bool `[num_stretches]`."""
+        return self.power > self.threshold
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing in it is loud enough to be sound."""
+        return bool(self.power.max() < SILENCE_POWER)
 
 
 class FeatureExtractor:
@@ -28,7 +66,7 @@ class FeatureExtractor:
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
         self._window = np.hanning(config.window_length + 1)[:-1].astype(np.float32)
-        self.mel_bands = scipy.sparse.csr_array(_mel_bands(config))
+        self.mel_bands = scipy.sparse.csr_array(mel_bands(config))
 
     def waveform(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
         """Cut off the silent ends and resample to the configured rate, `[num_samples]` float32.
@@ -41,9 +79,12 @@ class FeatureExtractor:
             ClipError: `silent`, `too_short` or `too_long`.
         """
         config = self.config
-        if samples.dtype == np.int16:
-            samples = samples.astype(np.float32) * np.float32(2**-15)
-        start, stop = _sound_bounds(samples, sample_rate, config.trim_db)
+        loudness = measure_loudness(samples, sample_rate, config.trim_db)
+        if loudness.is_silent:
+            raise ClipError("silent", "nothing in it is louder than -80 dB of full scale")
+        sounding = np.flatnonzero(loudness.is_sound)
+        start = int(sounding[0]) * loudness.stretch
+        stop = min((int(sounding[-1]) + 1) * loudness.stretch, len(samples))
         if (seconds := (stop - start) / sample_rate) < config.min_seconds:
             raise ClipError(
                 "too_short", f"{seconds:.3f} s of sound, less than {config.min_seconds:g} s"
@@ -54,6 +95,9 @@ class FeatureExtractor:
             raise ClipError(
                 "too_long", f"{seconds:.2f} s of sound, more than {config.max_seconds:g} s"
             )
+        sound = sound - np.float32(samples.mean(dtype=np.float64))
+        if samples.dtype == np.int16:
+            sound *= np.float32(2**-15)
         if sample_rate == config.sample_rate:
             return sound
         resampled = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
@@ -79,23 +123,36 @@ class FeatureExtractor:
         return {"spectrogram": _decibels(power), "mel": mel, "mfcc": mfcc}
 
 
-def _sound_bounds(samples: np.ndarray, sample_rate: int, trim_db: float) -> tuple[int, int]:
-    """Return the index of the first sample of the sound and of the one after its last, to 10 ms.
+def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> Loudness:
+    """Measure samples `[num_samples]`, int16 or float32, without the constant offset in them.
 
-    Raises:
-        ClipError: `silent`.
+    Sound is louder than `trim_db` below the loudest stretch. Where the quiet stretches are equally
+    loud, they are the noise of a room, and sound must also be `NOISE_MARGIN_DB` above them.
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
-    even = len(samples) // stretch * stretch
-    stretches, rest = samples[:even].reshape(-1, stretch), samples[even:]
-    power = np.append(np.vecdot(stretches, stretches), np.vdot(rest, rest)) / stretch
-    if power.max() < SILENCE_POWER:
-        raise ClipError("silent", "nothing in it is louder than -80 dB of full scale")
-    loud = np.flatnonzero(power > power.max() * 10 ** (-trim_db / 10))
-    return int(loud[0]) * stretch, min((int(loud[-1]) + 1) * stretch, len(samples))
+    scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
+    offset = np.float32(samples.mean(dtype=np.float64)) if len(samples) else np.float32(0)
+    powers: list[np.ndarray] = []
+    for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # hours do not fit as float
+        block = (samples[first : first + BLOCK_STRETCHES * stretch] - offset) * scale
+        even = len(block) // stretch * stretch
+        stretches, rest = block[:even].reshape(-1, stretch), block[even:]
+        powers.append(np.vecdot(stretches, stretches))
+    power = np.append(np.concatenate(powers), np.vdot(rest, rest)) / stretch
+    loudest = power.max()
+    threshold = loudest * 10 ** (-trim_db / 10)
+    heard = np.sort(power[:-1][power[:-1] > POWER_FLOOR])
+    if not len(heard):
+        return Loudness(stretch, power, threshold, 0.0)
+    last = len(heard) - 1
+    quiet, less_quiet = heard[last // 10], heard[last * 3 // 10]
+    loud = heard[max(last * 19 // 20, last - LOUD_STRETCHES)]
+    if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
+        threshold = max(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
+    return Loudness(stretch, power, threshold, float(10 * np.log10(loud / quiet)))
 
 
-def _mel_bands(config: FeatureConfig) -> np.ndarray:
+def mel_bands(config: FeatureConfig) -> np.ndarray:
     """Return triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
     top = config.sample_rate / 2
     lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from ser_ray.cluster import require_kept
 from ser_ray.errors import SerRayError
-from ser_ray.features.transforms import ENERGY_SECONDS, POWER_FLOOR, SILENCE_POWER, FeatureExtractor
+from ser_ray.features.transforms import (
+    ENERGY_SECONDS,
+    HEARD_RATIO,
+    NOISE_MARGIN_DB,
+    POWER_FLOOR,
+    SILENCE_POWER,
+    STEADY_RATIO,
+    FeatureExtractor,
+)
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 
@@ -86,9 +94,10 @@ class WaveformModel(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Score a waveform [num_samples] -> probabilities [labels]."""
-        begin, length, is_scored = self._sound(waveform)
+        centred = waveform.double() - waveform.double().mean()
+        begin, length, is_scored = self._sound(centred)
         num_frames = length // self.features.hop_length + 1
-        features = self._features(waveform.double(), begin, length)
+        features = self._features(centred, begin, length)
         # Rounded twice, as the shards and the training's tensors round.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
@@ -105,7 +114,7 @@ class WaveformModel(nn.Module):
         samples = place[:, None] * stretch + torch.arange(stretch)
         inside = waveform[samples.clamp(max=num_samples - 1)] * (samples < num_samples)
         power = inside.square().mean(dim=1)
-        loud = power > power.max() * 10 ** (-config.trim_db / 10)
+        loud = power > self._threshold(power)
         first = torch.where(loud, place, num_samples).min() * stretch
         stop = ((torch.where(loud, place, -1).max() + 1) * stretch).clamp(max=num_samples)
         margin = round(config.trim_margin * config.sample_rate)
@@ -117,6 +126,20 @@ class WaveformModel(nn.Module):
             & (length <= config.max_seconds * config.sample_rate)
         )
         return begin, length, is_scored
+
+    def _threshold(self, power: Tensor) -> Tensor:
+        """The power above which a stretch [stretches] is sound, as `measure_loudness` finds it."""
+        loudest = power.max()
+        threshold = loudest * 10 ** (-self.features.trim_db / 10)
+        ranked = power[:-1].sort().values
+        num_silent = (ranked <= POWER_FLOOR).sum()
+        last = (ranked.shape[0] - 1 - num_silent).clamp(min=0)
+        places = num_silent + torch.stack((last // 10, last * 3 // 10))
+        quiet, less_quiet = ranked[places.clamp(max=ranked.shape[0] - 1)]
+        is_noise = (less_quiet < quiet * STEADY_RATIO) & (loudest > quiet * HEARD_RATIO)
+        is_noise = is_noise & (num_silent < ranked.shape[0])
+        raised = torch.maximum(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
+        return torch.where(is_noise, raised, threshold)
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
         """Compute features [bins, num_frames_max]; frames beyond the sound hold any value."""
@@ -251,13 +274,15 @@ def _compare(run: Run, predictor: Predictor, output: str) -> float:
 
 
 def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
-    """Make harmonics over faint noise, with silent ends, float32 [num_samples]."""
+    """Make harmonics over faint noise and an offset, with silent ends, float32 [num_samples]."""
     time = np.arange(round(seconds * rate)) / rate
     pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
     voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))
     inside = (time > 0.1 * seconds) & (time < 0.8 * seconds)
     noise = np.random.default_rng(0).normal(0, 1e-5, len(time))
-    return (0.1 * voice * inside * (1.2 + np.sin(2 * np.pi * 3 * time)) + noise).astype(np.float32)
+    return (0.1 * voice * inside * (1.2 + np.sin(2 * np.pi * 3 * time)) + noise + 0.02).astype(
+        np.float32
+    )
 
 
 def _decibels(power: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class PackagedModel:
             **(prediction.probabilities or dict.fromkeys(self.predictor.labels)),
             "status": prediction.status,
             "reason": prediction.reason or "",
+            "warning": prediction.warning or "",
         }
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:

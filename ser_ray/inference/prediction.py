@@ -55,6 +55,8 @@ class Prediction:
     """ok, or what is wrong: unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
     """The status in words."""
+    warning: str | None = None
+    """Why the answer may be worth little, in words: little sound above the background, say."""
 
     def __str__(self) -> str:
         return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
@@ -67,7 +69,8 @@ class Prediction:
         if self.probabilities is None or self.emotion is None:
             return f"{self.status} ({self.reason})"
         length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
-        return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}"
+        warning = f"; {self.warning}" if self.warning else ""
+        return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def _repr_html_(self) -> str:
         """Draw the probabilities, the highest first, and the timeline."""
@@ -100,8 +103,8 @@ class Predictions(tuple[Prediction, ...]):
     def to_pandas(self) -> "pd.DataFrame":
         """Return a row for each recording, with the columns of the table that a batch pass writes.
 
-        These are `path`, `status`, `reason`, `emotion`, `duration` in seconds, `p_<label>` with the
-        probability of every label, and `timeline` with a list of windows.
+        These are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds,
+        `p_<label>` with the probability of every label, and `timeline` with a list of windows.
         """
         import pandas as pd
 
@@ -147,6 +150,7 @@ def prediction_row(prediction: Prediction) -> dict[str, Any]:
         "path": prediction.path,
         "status": prediction.status,
         "reason": prediction.reason,
+        "warning": prediction.warning,
         "emotion": prediction.emotion,
         "duration": prediction.duration,
         **_columns(prediction.probabilities or {}),
@@ -162,7 +166,7 @@ def table_schema(labels: Sequence[str]) -> pa.Schema:
     """Return the columns of the table, which has one row for each file."""
     probabilities = [(f"p_{label}", pa.float64()) for label in labels]
     segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
-    texts = [(name, pa.string()) for name in ("path", "status", "reason", "emotion")]
+    texts = [(name, pa.string()) for name in ("path", "status", "reason", "warning", "emotion")]
     timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
     return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
 

@@ -150,6 +150,7 @@ class Predictor:
             **self._most_probable(scores.mean(axis=0)),
             duration=recording.duration,
             timeline=timeline,
+            warning=recording.warning,
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:

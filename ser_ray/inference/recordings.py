@@ -15,11 +15,13 @@ import numpy as np
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
-from ser_ray.features.transforms import ENERGY_SECONDS, FeatureExtractor
+from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
 
 MAX_RECORDING_SECONDS = 3600.0
 """Longer recordings have the status `too_long`: they would not fit into a worker's memory."""
 
+CLEAR_DB = 12.0
+"""A recording whose loud parts are less than this above its quiet ones gets a warning."""
 UNREACHABLE = "unreachable"
 """Status of a file whose storage did not answer; the file itself may be all right."""
 
@@ -46,6 +48,8 @@ class RecordingFeatures:
     """
     reason: str | None = None
     """The status in words."""
+    warning: str | None = None
+    """Why the answer may be worth little, in words."""
 
 
 class RecordingReader:
@@ -74,26 +78,32 @@ class RecordingReader:
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
         """Read mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
         duration = len(samples) / sample_rate
+        if not len(samples):
+            return RecordingFeatures(path=name, status="unreadable", reason="it has no samples")
+        loudness = measure_loudness(samples, sample_rate, self.extract.config.trim_db)
+        windows: tuple[Window, ...] = ()
         try:
             features = (self._features(samples, sample_rate),)
         except ClipError as error:
-            if error.status == "too_long":
-                return self._read_windows(samples, sample_rate, name)
-            return RecordingFeatures(
-                path=name, duration=duration, status=error.status, reason=error.reason
-            )
-        return RecordingFeatures(path=name, duration=duration, features=features)
-
-    def _read_windows(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Read the windows of a recording with more sound than the longest training clip."""
-        found = list(self._windows(samples, sample_rate))
+            if error.status != "too_long":
+                return RecordingFeatures(
+                    path=name, duration=duration, status=error.status, reason=error.reason
+                )
+            found = list(self._windows(samples, sample_rate, loudness))
+            if not found:
+                return RecordingFeatures(
+                    path=name,
+                    duration=duration,
+                    status="silent",
+                    reason="no window of it holds enough sound",
+                )
+            windows, features = zip(*found, strict=True)
         return RecordingFeatures(
             path=name,
-            duration=len(samples) / sample_rate,
-            windows=tuple(window for window, _ in found),
-            features=tuple(features for _, features in found),
-            status="ok" if found else "silent",
-            reason=None if found else "no window of it holds enough sound",
+            duration=duration,
+            windows=windows,
+            features=features,
+            warning=noise_warning(loudness),
         )
 
     def _read(self, source: str | BinaryIO, name: str, decode: Decode) -> RecordingFeatures:
@@ -109,19 +119,14 @@ class RecordingReader:
         return self.extract.features(waveform)[self.kind].astype(np.float16)  # as in the shards
 
     def _windows(
-        self, samples: np.ndarray, sample_rate: int
+        self, samples: np.ndarray, sample_rate: int, loudness: Loudness
     ) -> Iterator[tuple[Window, np.ndarray]]:
-        """Yield every window that holds sound, and its features.
-
-        A window holds sound if `min_seconds` of it are louder than `trim_db` below the loudest
-        part of the recording, which is how the silent ends of training clips are found.
-        """
-        stretch = round(ENERGY_SECONDS * sample_rate)
-        loud = _loud_stretches(samples, stretch, self.extract.config.trim_db)
+        """Yield every window in which `min_seconds` are sound, and its features."""
+        stretch, is_sound = loudness.stretch, loudness.is_sound
         for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
             first, end = (round(second * sample_rate) for second in window)
-            num_loud = loud[round(first / stretch) : round(end / stretch)].sum()
+            num_loud = is_sound[round(first / stretch) : round(end / stretch)].sum()
             if num_loud * stretch / sample_rate < self.extract.config.min_seconds:
                 continue
             try:
@@ -130,16 +135,17 @@ class RecordingReader:
                 continue
 
 
+def noise_warning(loudness: Loudness) -> str | None:
+    """Say so if the loud parts of a recording are hardly louder than its quiet ones."""
+    if loudness.above_noise_db >= CLEAR_DB:
+        return None
+    return (
+        f"the loudest parts are only {loudness.above_noise_db:.0f} dB above the background, so "
+        "there may be no voice in it"
+    )
+
+
 def segment_starts(seconds: float, window_seconds: float) -> list[float]:
     """Return the start in seconds of every window: one every half window, the last at the end."""
     last = max(seconds - window_seconds, 0.0)
     return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
-
-
-def _loud_stretches(samples: np.ndarray, stretch: int, trim_db: float) -> np.ndarray:
-    """Return which stretches of `stretch` samples are sound, bool [num_stretches]."""
-    num_stretches = len(samples) // stretch
-    stretches = samples[: num_stretches * stretch].reshape(-1, stretch)
-    # Summed in blocks, so that an hour of int16 samples is not copied to float at once.
-    power = np.einsum("ij,ij->i", stretches, stretches, dtype=np.float64, casting="safe")
-    return power > power.max() * 10 ** (-trim_db / 10)

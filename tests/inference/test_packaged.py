@@ -217,7 +217,13 @@ def test_the_stored_model_has_a_signature_and_an_example_that_it_scores(store):
     assert inputs == {"path": False, "audio": False, "waveform": False, "sample_rate": False}
     outputs = {column.name: column.required for column in model.metadata.signature.outputs}
     probabilities = dict.fromkeys(LABELS, False)  # a row that cannot be scored has none
-    assert outputs == {"emotion": True, **probabilities, "status": True, "reason": True}
+    assert outputs == {
+        "emotion": True,
+        **probabilities,
+        "status": True,
+        "reason": True,
+        "warning": True,
+    }
     example = model.metadata.load_input_example(str(store.model))
     found = model.predict(example)
     assert example is not None
