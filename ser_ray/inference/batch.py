@@ -111,7 +111,7 @@ def predict_many(
         output=output,
         counts=dict(statuses.most_common()),
         emotions=dict(emotions.most_common()),
-        files_before=len(files) - len(remaining),
+        files_before=len(files) - len(remaining) - len(known),
         seconds=time.monotonic() - started,
     )
 

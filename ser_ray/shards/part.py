@@ -132,20 +132,24 @@ def _make_tables(
             }
         )
         outcomes[row] = OK, None
-    listed = rows.drop_columns(["status", "reason"])
-    clips = _append(
-        listed.drop_columns("modified").take(pa.array(decoded, pa.int64())),
-        pa.Table.from_pylist(facts, FACTS),
-    )
+    clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
+    clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
     clips = _append(clips, _feature_columns(features, len(decoded)))
     _compare_copies(rows, outcomes, decode, longest)
-    schema = pa.schema({"status": pa.string(), "reason": pa.string()})
-    columns = [list(values) for values in zip(*outcomes, strict=True)]
+    return clips, _outcomes_table(rows, outcomes, undecided), is_final
+
+
+def _outcomes_table(
+    rows: pa.Table, outcomes: list[tuple[str | None, str | None]], opened: list[int]
+) -> pa.Table:
+    """Return the rows with their outcomes, and with the digests of the files that were opened."""
     digests: list[str | None] = [None] * len(rows)
-    for row in undecided:
+    for row in opened:
         digests[row] = file_digest(rows["path"][row].as_py())
-    facts_of_files = pa.table({DIGEST: pa.array(digests, pa.string())})
-    return clips, _append(_append(listed, facts_of_files), pa.table(columns, schema)), is_final
+    statuses, reasons = ([pair[place] for pair in outcomes] for place in (0, 1))
+    columns = {DIGEST: digests, "status": statuses, "reason": reasons}
+    schema = pa.schema(dict.fromkeys(columns, pa.string()))
+    return _append(rows.drop_columns(["status", "reason"]), pa.table(columns, schema))
 
 
 def _compare_copies(
@@ -160,7 +164,10 @@ def _compare_copies(
             continue
         path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
         if not has_same_sound(path, other, lambda file: decode(file, max_seconds=longest)):
-            outcomes[row] = "conflict", f"{reason}, which was taken, but different sound"
+            outcomes[row] = (
+                "conflict",
+                f"differs in sound from {other}, which has the same file name and was taken",
+            )
 
 
 def has_same_sound(one: str, other: str, decode: Callable[[str], tuple[np.ndarray, int]]) -> bool:

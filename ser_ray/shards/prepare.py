@@ -24,7 +24,7 @@ import pyarrow.csv
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, one_of_each_folder, require_shared
-from ser_ray.corpus.manifest import exclude, list_corpus
+from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.slips import describe_clips, find_slips
 from ser_ray.corpus.table import MISSING_FILES
 from ser_ray.errors import CorpusError, ShardsError
@@ -111,7 +111,7 @@ def prepare(
             standard error, and then a bar or log lines.
 
     Raises:
-        CorpusError: no corpus is found, or none of its files becomes a clip.
+        CorpusError: no corpus is found, files of a table do not exist, or none becomes a clip.
         ShardsError: another run writes to the folder, the folder holds another corpus, or a part
             could not be written.
         ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
@@ -135,16 +135,7 @@ def prepare(
             adopt_times(filesystem, folder, listed, manifest, config.features, kept)
             card = read_card(filesystem, folder)
             if card is None or plan.pending or card.parts != tuple(plan.kept):
-                if plan.pending:
-                    with cluster(address):
-                        clips = one_of_each_folder(_files_to_open(plan))
-                        require_shared(config.corpus, config.shards, *clips)
-                        _keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
-                        _write_pending(config, plan, lock, progress)
-                _keep_only(filesystem, folder, plan.parts)
-                card = make_card(filesystem, folder, corpus, config.features, plan.parts)
-                assert card.num_files == len(manifest), "one outcome for every listed file"
-                write_card(filesystem, folder, card)
+                card = _complete(config, corpus, plan, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
@@ -159,6 +150,29 @@ def prepare(
         describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
         (*corpus.notes, *missing, *find_slips(outcomes)),
     )
+
+
+def _complete(
+    config: PrepareConfig,
+    corpus: Corpus,
+    plan: Plan,
+    lock: Lock,
+    address: str,
+    progress: Callable[[Progress], None] | None,
+) -> ShardCard:
+    """Write the parts that the plan finds missing, and then the card of the shard set."""
+    filesystem, folder = filesystem_of(config.shards)
+    if plan.pending:
+        with cluster(address):
+            clips = one_of_each_folder(_files_to_open(plan))
+            require_shared(config.corpus, config.shards, *clips)
+            _keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
+            _write_pending(config, plan, lock, progress)
+    _keep_only(filesystem, folder, plan.parts)
+    card = make_card(filesystem, folder, corpus, config.features, plan.parts)
+    assert card.num_files == plan.num_files, "one outcome for every listed file"
+    write_card(filesystem, folder, card)
+    return card
 
 
 def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:

@@ -448,7 +448,9 @@ def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
     found = rows[str(tmp_path / "a" / name)]
     kept = tmp_path / name
     assert found["status"] == "conflict"
-    assert found["reason"] == f"has the file name of {kept}, which was taken, but different sound"
+    assert found["reason"] == (
+        f"differs in sound from {kept}, which has the same file name and was taken"
+    )
     assert find_slips(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
 
 
