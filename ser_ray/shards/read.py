@@ -4,7 +4,6 @@
     shards.clips().to_pandas()                                  # one row per clip
     shards.features("mel")                                      # [clips, bins, frames] float16
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
-    shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
 
 Other tools (pandas, polars, `datasets`, `ray.data.read_parquet`) read the Parquet files in the
 set's folder `clips`. `ShardSet.to_array` turns a feature column of theirs into an array:
@@ -29,11 +28,10 @@ from ser_ray.corpus.splits import one_clip_per_take, split
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.layout import CLIPS, OUTCOMES, outcomes_name, part_name
+from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 if TYPE_CHECKING:
-    import ray.data
     from torch.utils.data import TensorDataset
 
 Side = Literal["train", "validation", "test"]
@@ -176,42 +174,6 @@ class ShardSet:
             torch.from_numpy(labels.to_numpy().astype(np.int64)),
             torch.from_numpy(clips["num_frames"].to_numpy().astype(np.int64)),
         )
-
-    def ray_dataset(
-        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
-    ) -> "ray.data.Dataset":
-        """Stream one side of a fold through Ray Data.
-
-        Args:
-            kind: which feature.
-            protocol: as `rows_of` takes it, like `fold` and `side`.
-            fold: number of the fold.
-            side: train, validation or test.
-
-        Returns:
-            Rows with `path`, `emotion`, `speaker`, `num_frames`, the index `label` of the emotion
-            in `card.labels`, and `feature` `[bins, num_frames]` float16.
-
-        Raises:
-            ConfigError: the protocol does not fit the speakers, or there is no such fold.
-        """
-        import ray.data
-
-        facts = ["path", "emotion", "speaker", "num_frames"]
-        paths = self.clips()["path"].take(self.rows_of(protocol, fold, side)).combine_chunks()
-
-        def select(batch: pa.Table) -> dict[str, np.ndarray]:
-            batch = batch.filter(pc.is_in(batch["path"], value_set=paths))
-            labels = pc.index_in(batch["emotion"], value_set=pa.array(self.card.labels))
-            columns = {name: batch[name].to_numpy() for name in facts}
-            feature = self.to_array(kind, batch[kind])
-            return columns | {"label": labels.to_numpy(), "feature": feature}
-
-        filesystem, folder = filesystem_of(self.uri)
-        stored = ray.data.read_parquet(
-            f"{folder}/{CLIPS}", filesystem=filesystem, columns=[*facts, kind]
-        )
-        return stored.map_batches(select, batch_format="pyarrow")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.progress import Progress
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import LOCK_NAME, Lock
-from tests.clips import clip_names, six_speakers, small_corpus, voice, write_sound, write_wav
+from tests.clips import clip_names, small_corpus, voice, write_sound, write_wav
 from tests.processes import has_ended, wait_for
 from tests.s3_server import s3_bucket
 
@@ -114,22 +114,6 @@ def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path:
     assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
     parts = [name(part) for part in range(13) for name in (part_name, outcomes_name)]
     assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, mark, temporary"
-
-
-def test_ray_data_sees_the_clips_and_the_sides_of_a_fold(ray_cluster: None, tmp_path: Path) -> None:
-    import ray.data
-
-    run(six_speakers(tmp_path / "corpus"), tmp_path / "shards")
-    shards = open_shards(str(tmp_path / "shards"))
-    assert ray.data.read_parquet(f"{shards.uri}/{CLIPS}").count() == 24
-    rows = shards.ray_dataset("mel", protocol="speaker-3", fold=1, side="test").take_all()
-    expected = shards.rows_of("speaker-3", 1, "test")
-    paths = shards.clips()["path"].take(expected).to_pylist()
-    features = dict(zip(paths, shards.features("mel", expected), strict=True))
-    assert sorted(row["path"] for row in rows) == sorted(paths)
-    for row in rows:
-        np.testing.assert_array_equal(row["feature"], features[row["path"]])
-        assert shards.card.labels[row["label"]] == row["emotion"]
 
 
 def test_a_second_run_does_nothing(
