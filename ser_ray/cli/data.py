@@ -50,5 +50,5 @@ class Prepare(Verb):
             "warnings": list(summary.warnings),
         }
         lines.append(f"shards       {self.prepare.shards}")
-        lines.append(f"train        {next_command('train', shards=self.prepare.shards)}")
-        return Outcome(data, "\n".join(lines))
+        command = next_command("train", shards=self.prepare.shards)
+        return Outcome(data, "\n".join(lines), f"train on it  {command}")

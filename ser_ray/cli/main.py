@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with redirect_stdout(sys.stderr):  # libraries print links and progress there
             outcome = verb.run()
-        print(to_json(outcome.data) if verb.common.json else outcome.text)
+        text = "\n".join(part for part in (outcome.text, outcome.after) if part)
+        print(to_json(outcome.data) if verb.common.json else text)
         if outcome.problem:
             raise SerRayError(outcome.problem)
     except SerRayError as error:

@@ -77,8 +77,7 @@ class Evaluate(ModelVerb):
 
     def run(self) -> Outcome:
         """Prepare the corpus if one is named, score the model, and compare it if asked to."""
-
-        say("model", f"scoring {self.model} on {self.corpus or self.shards}")
+        say("model", f"scoring {self.model} on {self.corpus or self.shards or 'its own shards'}")
         if self.corpus:
             summary = api.prepare_for(
                 self.model,
@@ -95,11 +94,11 @@ class Evaluate(ModelVerb):
             comparison = api.compare(evaluation, self._score(self.against))
             data["comparison"] = asdict(comparison)
             text += f"\nagainst {self.against}: {comparison}"
-        if evaluation.report:
-            text += f"\nreport       {evaluation.report}"
         command = next_command("predict", "FILE", model=self.model, tracking_uri=self.tracking_uri)
-        text += f"\nuse it       {command}"
-        return Outcome(data, text)
+        after = f"use it       {command}"
+        if evaluation.report:
+            after = f"report       {evaluation.report}\n{after}"
+        return Outcome(data, text, after)
 
     def _score(self, model: str) -> "api.Evaluation":
         return api.evaluate(
@@ -155,7 +154,7 @@ class Predict(ModelVerb):
         if predictor.card.corpus == "synthetic":
             text += "\n(the model was trained on the synthetic corpus)"
         problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
-        return Outcome({"predictions": [asdict(item) for item in found]}, text, problem)
+        return Outcome({"predictions": [asdict(item) for item in found]}, text, problem=problem)
 
     def _run_batch(self, listed: "AudioFiles", predictor: "Predictor") -> Outcome:
         from ser_ray.inference.recordings import UNREACHABLE
@@ -173,7 +172,7 @@ class Predict(ModelVerb):
         problem = "" if "ok" in summary.counts else NOTHING_SCORED
         if missing := summary.counts.get(UNREACHABLE):
             problem = f"{missing} files were unreachable; the same command tries them again"
-        return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem)
+        return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem=problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,5 +246,5 @@ class Register(Verb):
         data = {"name": self.name, "version": version, "alias": self.alias}
         model = f"models:/{self.name}{reference}"
         command = next_command("predict", "FILE", model=model, tracking_uri=self.tracking_uri)
-        text = f"{card}\nregistered   {model} (version {version})\nuse it       {command}"
-        return Outcome(data, text)
+        text = f"{card}\nregistered   {model} (version {version})"
+        return Outcome(data, text, f"use it       {command}")

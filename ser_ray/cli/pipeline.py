@@ -89,9 +89,12 @@ class Pipeline(Verb):
             f"shards       {self.shards}",
             trained.text,
             f"test         {evaluated.text}",
+        )
+        return Outcome(
+            {name: step.data for name, step in steps.items()},
+            "\n".join(lines),
             f"try it       {next_command('demo-ui', model)}",
         )
-        return Outcome({name: step.data for name, step in steps.items()}, "\n".join(lines))
 
     def _test_clips(self) -> dict[str, str]:
         """Path and emotion of a few test clips of the fold, spread evenly over all of them."""

@@ -75,9 +75,9 @@ def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
         f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}",
         f"checkpoint   {result.checkpoint}",
         *_report_lines(result),
-        f"test it      {next_command('evaluate', result.checkpoint, shards=shards)}",
     )
-    return Outcome(data, "\n".join(lines))
+    command = next_command("evaluate", result.checkpoint, shards=shards)
+    return Outcome(data, "\n".join(lines), f"test it      {command}")
 
 
 class Reported(Protocol):
@@ -135,14 +135,13 @@ class LrRange(TrainingVerb):
             f"{found.learning_rates[0]:.0e} to {found.learning_rates[-1]:.0e}",
             f"proposed     --lr-min {lr_min:g} --lr-max {lr_max:g}",
             *_report_lines(result),
-            f"train with   {command}",
         )
         data = asdict(found) | {
             "run_id": result.run_id,
             "tracking_uri": result.tracking_uri,
             "report": result.report,
         }
-        return Outcome(data, "\n".join(lines))
+        return Outcome(data, "\n".join(lines), f"train with   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,6 @@ class Tune(TrainingVerb):
             *(f"             {name} {value}" for name, value in drawn.items()),
             f"kept in      {result.best_recipe}",
             *_report_lines(result),
-            f"train it     {command}",
         ]
         data = {
             "name": result.name,
@@ -197,14 +195,16 @@ class Tune(TrainingVerb):
             "states": counts,
             "best": {"run_id": best.run_id, "selected": best.selected, "recipe": recipe.to_dict()},
         }
+        after = f"train it     {command}"
         if self.search.refit:
             fitted = train_outcome(
                 api.refit(result, self.shards, self.run_config, address=self.common.address),
                 self.shards,
             )
-            lines[-1] = fitted.text
+            lines.append(fitted.text)
+            after = fitted.after
             data["refit"] = fitted.data
-        return Outcome(data, "\n".join(lines))
+        return Outcome(data, "\n".join(lines), after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +228,11 @@ class Crossval(TrainingVerb):
             address=self.common.address,
         )
         if config.part == "test":
-            after = next_command(
-                "register", result.run_id, tracking_uri=self.run_config.tracking_uri
-            )
+            uri = self.run_config.tracking_uri
+            command = next_command("register", result.run_id, tracking_uri=uri)
+            after = f"register it  {command}"
         else:
-            after = next_command(
+            command = next_command(
                 "crossval",
                 shards=self.shards,
                 crossval=replace(config, part="test"),
@@ -240,6 +240,7 @@ class Crossval(TrainingVerb):
                 recipe=self.recipe,
                 run_config=replace(self.run_config, name=""),
             )
+            after = f"test it      {command}"
         lines = (
             *(
                 f"{row['training']:12} {config.part} UA {row['ua']:.1%}, WA {row['wa']:.1%}, "
@@ -249,10 +250,9 @@ class Crossval(TrainingVerb):
             result.text(),
             f"predictions  {result.table}",
             *_report_lines(result),
-            f"{'register it' if config.part == 'test' else 'test it':12} {after}",
         )
         data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}
-        return Outcome(data, "\n".join(lines))
+        return Outcome(data, "\n".join(lines), after)
 
 
 def every_fold(shards: str, recipe: TrainConfig) -> range:

@@ -11,6 +11,8 @@ class Outcome:
 
     data: dict[str, Any]
     text: str
+    after: str = ""
+    """What may come next: a command, with its purpose. Only a person is shown it."""
     problem: str = ""
     """Reason why the verb failed although there is a result."""
 

@@ -8,6 +8,7 @@ would give its block to one actor after the other without end, so each actor dec
 which costs half a millisecond for each file.
 """
 
+import logging
 import pickle
 import time
 from collections import Counter
@@ -122,6 +123,7 @@ def _predict(files: Sequence[str], predictor: Predictor) -> Iterator[pa.Table]:
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it sets a level when it is imported
     blocks = -(-len(files) // FILES_PER_BLOCK)
     dataset = ray.data.from_items([{"path": path} for path in files], override_num_blocks=blocks)
     total, gpus = resources_within_reach(), has_gpus()

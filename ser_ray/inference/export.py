@@ -203,7 +203,9 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
             run = _write_onnx(program, file, about)
         else:
             file = Path(folder, "model.pt2")
-            torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about tensors that share memory
+                torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
             run = _run_torch(file)
         largest = _compare(run, predictor, output)
         try:
@@ -229,14 +231,18 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
             f"ONNX export needs the package {error.name}; in the clone, run "
             "pip install -e '.[export]'"
         ) from error
-    graph = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["waveform"],
-        output_names=["probabilities"],
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # torch's exporter still uses parts of torch that are deprecated.
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        graph = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["waveform"],
+            output_names=["probabilities"],
+            verbose=False,
+        )
     assert graph is not None
     graph.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     graph.save(file)

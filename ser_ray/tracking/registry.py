@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -142,7 +144,8 @@ def register_model(
     from mlflow.exceptions import MlflowException
 
     with store_answers(f"{uri}: {name} was not registered"):
-        made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
+        with redirect_stderr(StringIO()):  # it prints what the caller says anyway
+            made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
         try:
             client.update_model_version(name, made.version, description=card)
             if alias:

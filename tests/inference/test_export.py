@@ -62,7 +62,6 @@ def test_the_graph_before_it_is_exported_equals_the_predictor(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_runs_in_onnxruntime_and_describes_itself(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     make_checkpoint(tmp_path / "model")
