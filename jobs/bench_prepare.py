@@ -130,9 +130,9 @@ def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     paths = _sample(bench, corpus)
     for path in paths:
         times = [time.perf_counter()]
-        decoded = decode(path)
+        samples, sample_rate, _ = decode(path)
         times.append(time.perf_counter())
-        waveform = extractor.waveform(*decoded)
+        waveform = extractor.waveform(samples, sample_rate)
         times.append(time.perf_counter())
         extractor.features(waveform)
         times.append(time.perf_counter())

@@ -52,7 +52,8 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
         try:
             filesystem, path = filesystem_of(clip["path"])
             with filesystem.open_input_file(path) as file:
-                waveform = extract.waveform(*decode(file))
+                samples, sample_rate, _ = decode(file)
+            waveform = extract.waveform(samples, sample_rate)
         except (OSError, ConfigError, ClipError):
             continue
         views.append(

@@ -27,7 +27,7 @@ from typing import Self
 
 import numpy as np
 
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import Sound, decode
 from ser_ray.features.errors import ClipError
 
 SECONDS_PER_CLIP = 60.0
@@ -37,7 +37,7 @@ SECONDS_PER_CLIP = 60.0
 @contextlib.contextmanager
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
-) -> Iterator[Callable[..., tuple[np.ndarray, int]]]:
+) -> Iterator[Callable[..., Sound]]:
     """Yield a `decode` that ends this process if a clip takes longer than one to two time limits.
 
     A library that hangs cannot be interrupted and may not let another Python thread run, so
@@ -45,7 +45,7 @@ def time_limited(
     """
     began = -math.inf
 
-    def read(location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
+    def read(location: str, *, max_seconds: float) -> Sound:
         nonlocal began
         # Each timer costs a thread, so one serves all clips that begin within a time limit.
         if (now := time.monotonic()) - began > seconds_per_clip:
@@ -74,8 +74,8 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def decode(self, location: str, *, max_seconds: float) -> tuple[np.ndarray, int]:
-        """Return the samples `[num_samples]` and their rate, as `ser_ray.features.decode` does.
+    def decode(self, location: str, *, max_seconds: float) -> Sound:
+        """Return the sound of a clip, as `ser_ray.features.decode` does.
 
         Raises:
             ClipError: as `decode` does, and `unreadable` for a clip that kills the process or takes
@@ -98,7 +98,7 @@ class Sandbox:
         except (EOFError, ConnectionResetError):
             self._restart()
             raise ClipError("unreadable", "decoding it kills the process") from None
-        return samples, answer["sample_rate"]
+        return Sound(samples, answer["sample_rate"], answer["lost_seconds"])
 
     def _start(self) -> None:
         self._pipe, theirs = Pipe()
@@ -129,13 +129,13 @@ def _answer_requests(pipe: Connection) -> None:
         except (EOFError, ConnectionResetError):
             return
         try:
-            samples, sample_rate = decode(location, max_seconds=max_seconds)
+            samples, sample_rate, lost = decode(location, max_seconds=max_seconds)
         except ClipError as error:
             pipe.send_bytes(json.dumps(vars(error)).encode())
         else:
-            facts = {"dtype": str(samples.dtype), "sample_rate": sample_rate}
+            facts = {"dtype": str(samples.dtype), "sample_rate": sample_rate, "lost_seconds": lost}
             pipe.send_bytes(json.dumps(facts).encode())
-            pipe.send_bytes(samples.data)
+            pipe.send_bytes(np.ascontiguousarray(samples).data)
 
 
 if __name__ == "__main__":

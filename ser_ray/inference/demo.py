@@ -112,7 +112,8 @@ def answer(
         return None, ""
     name = Path(path).name
     try:
-        samples, sample_rate = decode(path, max_seconds=MAX_RECORDING_SECONDS)
+        sound = decode(path, max_seconds=MAX_RECORDING_SECONDS)
+        samples, sample_rate, _ = sound
     except ClipError as error:
         prediction = Prediction(path=name, status=error.status, reason=error.reason)
     else:
@@ -127,7 +128,8 @@ def answer(
             f"<pre>{html.escape(lines)}</pre></details>"
         )
     picture = _picture(predictor, samples, sample_rate, prediction)
-    return prediction.probabilities, picture + timeline
+    loss = f"<p>{html.escape(sound.loss)}</p>" if sound.loss else ""
+    return prediction.probabilities, loss + picture + timeline
 
 
 def _picture(

@@ -7,13 +7,13 @@ out. This module imports neither torch nor Ray, so that decoding processes start
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
 
 from ser_ray.features.config import FeatureConfig, Kind
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import Sound, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
 
@@ -27,7 +27,7 @@ UNREACHABLE = "unreachable"
 
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
-Decode = Callable[..., tuple[np.ndarray, int]]
+Decode = Callable[..., Sound]
 """`decode`, or the method of a sandbox, which survives a clip that kills the decoding process."""
 
 
@@ -108,11 +108,13 @@ class RecordingReader:
 
     def _read(self, source: str | BinaryIO, name: str, decode: Decode) -> RecordingFeatures:
         try:
-            samples, sample_rate = decode(source, max_seconds=MAX_RECORDING_SECONDS)
+            sound = decode(source, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             status = UNREACHABLE if error.failed == "storage" else error.status
             return RecordingFeatures(path=name, status=status, reason=error.reason)
-        return self.read_samples(samples, sample_rate, name)
+        found = self.read_samples(sound.samples, sound.sample_rate, name)
+        warnings = [text for text in (sound.loss, found.warning) if text]
+        return replace(found, warning="; ".join(warnings) or None)
 
     def _features(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
         waveform = self.extract.waveform(samples, sample_rate)

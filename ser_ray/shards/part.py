@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS, Kind
+from ser_ray.features.decode import Sound
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
@@ -92,7 +93,7 @@ def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any
 
 
 def _make_tables(
-    rows: pa.Table, extractor: FeatureExtractor, decode: Callable[..., tuple[np.ndarray, int]]
+    rows: pa.Table, extractor: FeatureExtractor, decode: Callable[..., Sound]
 ) -> tuple[pa.Table, pa.Table, bool]:
     """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
 
@@ -112,7 +113,8 @@ def _make_tables(
     for row in undecided:
         path = rows["path"][row].as_py()
         try:
-            samples, sample_rate = decode(path, max_seconds=longest)
+            sound = decode(path, max_seconds=longest)
+            samples, sample_rate, _ = sound
             waveform = extractor.waveform(samples, sample_rate)
         except ClipError as error:
             if error.failed == "storage":  # must not be committed as if the clip were at fault
@@ -131,7 +133,7 @@ def _make_tables(
                 "num_frames": config.frames_of(len(waveform)),
             }
         )
-        outcomes[row] = OK, None
+        outcomes[row] = OK, sound.loss
     clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
     clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
     clips = _append(clips, _feature_columns(features, len(decoded)))
@@ -155,7 +157,7 @@ def _outcomes_table(
 def _compare_copies(
     rows: pa.Table,
     outcomes: list[tuple[str | None, str | None]],
-    decode: Callable[..., tuple[np.ndarray, int]],
+    decode: Callable[..., Sound],
     longest: float,
 ) -> None:
     """Give files that have the name of another one but different sound the status `conflict`."""
@@ -170,7 +172,7 @@ def _compare_copies(
             )
 
 
-def has_same_sound(one: str, other: str, decode: Callable[[str], tuple[np.ndarray, int]]) -> bool:
+def has_same_sound(one: str, other: str, decode: Callable[[str], Sound]) -> bool:
     """Whether two files have the same bytes or the same samples.
 
     A file that cannot be decoded differs from one that can.
@@ -180,7 +182,7 @@ def has_same_sound(one: str, other: str, decode: Callable[[str], tuple[np.ndarra
     sounds: list[tuple[str, int]] = []
     for path in (one, other):
         try:
-            samples, sample_rate = decode(path)
+            samples, sample_rate, _ = decode(path)
         except ClipError as error:
             if error.failed == "storage":
                 raise OSError(f"{path}: {error.reason}") from error

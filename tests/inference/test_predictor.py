@@ -28,7 +28,7 @@ RATE = 48_000
 
 def as_in_validation(checkpoint: Path, predictor: Predictor, path: Path) -> np.ndarray:
     """Probabilities by the trained network and the training's own windows."""
-    samples, rate = decode(str(path))
+    samples, rate, _ = decode(str(path))
     extract = FeatureExtractor(FEATURES)
     features = extract.features(extract.waveform(samples, rate))["mel"].astype(np.float16)
     clips = Clips.resident(
@@ -108,7 +108,7 @@ def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
     expected = predictor.predict(str(path)).probabilities
     stream = predictor.predict_stream(io.BytesIO(path.read_bytes()), "bytes")
     assert stream.probabilities == expected
-    samples, rate = decode(str(path))
+    samples, rate, _ = decode(str(path))
     assert predictor.predict_samples(samples, rate, "samples").probabilities == expected
 
 
