@@ -64,11 +64,11 @@ def flac_of(path: Path, num_samples: int) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "zero bytes": (Path.touch, "unreadable", "the file is empty"),
     "header cut": (lambda path: cut(path, 30), "unreadable", "damaged"),
-    "data cut": (lambda path: cut(path, 40_000), "unreadable", "cut short: 0.42 s of the 1.00 s"),
+    "data cut": (lambda path: cut(path, 40_000), "unreadable", "only 0.42 s of its 1.00 s"),
     "2^31 samples": (
         lambda path: patched(path, 40, struct.pack("<I", 2**32 - 2)),
         "unreadable",
-        "cut short: 1.00 s of the 44739.24 s",
+        "only 1.00 s of its 44739.24 s",
     ),
     "2^31 samples, flac": (lambda path: flac_of(path, 2**31), "ok", ""),
     "rate of 2^31 Hz": (
