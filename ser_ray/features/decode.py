@@ -391,7 +391,8 @@ def _decode_packets(
     seconds, lost = sound.num_samples / rate, sound.num_lost / rate
     decoded = seconds - lost
     missing = _declared_seconds(clip, stream, exact_formats) - seconds
-    lost += missing if missing > MISSING_SECONDS else 0.0
+    if MISSING_SECONDS < missing <= max_seconds - seconds:  # a longer one is a false header
+        lost += missing
     return _Decoded(sound.samples(), rate, lost, decoded)
 
 
