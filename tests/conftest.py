@@ -94,7 +94,7 @@ def make_memory_shards(
                 )  # fmt: skip
     half = len(rows) // 2
     card = SimpleNamespace(
-        labels=labels, features=features, corpus="table", fingerprint="f00d",
+        labels=labels, features=features, corpus="table", source="own.csv", fingerprint="f00d",
         clips=(half, len(rows) - half),
     )  # fmt: skip
     return MemoryShards(pa.Table.from_pylist(rows), np.stack(values), card)

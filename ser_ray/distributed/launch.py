@@ -6,8 +6,8 @@ its folder holds everything that is needed.
 """
 
 import hashlib
-import json
 import logging
+import shlex
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -30,11 +30,11 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.group import WorkerGroup, restored_epochs
 from ser_ray.distributed.run_folder import SELECTED, RunFolder
 from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.evaluation.results import REPORT
+from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
+from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CheckpointCard
@@ -162,29 +162,47 @@ def _start_tracker(
     shards: ShardSet,
     split: dict[str, Any],
 ) -> Tracker:
-    card = shards.card
-    tags = provenance() | {
-        "protocol": split["label"],
-        "corpus": card.corpus,
-        SHARDS_TAG: card.fingerprint,
-        "shards.location": shards.uri,
-        "hardware.cluster": json.dumps(
-            {key: ray.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}
-        ),
-        "ray.job_id": ray.get_runtime_context().get_job_id(),
-        "storage": folder.location,
-    }
-    params = config.to_dict() | {"features": asdict(card.features)}
+    params = config.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
     tracker = Tracker.start(
-        uri, run.experiment, name=folder.name, params=params, tags=tags, run_id=folder.run_id(uri)
+        uri,
+        run.experiment,
+        name=folder.name,
+        params=params,
+        tags=run_tags("training", split["label"], shards),
+        dataset=dataset_of(shards),
+        run_id=folder.run_id(uri),
     )
+    tracker.describe(
+        Run=f"one training; its checkpoints are in `{folder.location}`",
+        Data=data_line(shards),
+        Again=f"`{train_command(tracker.run_id, shards.uri, run)}`",
+    )
+    tracker.log_files({"config.json": config.to_dict(), "environment.json": environment()})
     folder.update_record(
         run_id=tracker.run_id, tracking_uri=uri, identity=identity_of(config, shards)
     )
     return tracker
+
+
+def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
+    """Command that trains the recipe of an MLflow run with the same shards, storage and store."""
+    words = ["ser-ray", "train", "--like", run_id, "--shards", shards_location]
+    for name in ("tracking_uri", "experiment", "storage"):
+        if (value := getattr(run, name)) != getattr(RunConfig(), name):
+            words += [f"--{name.replace('_', '-')}", value]
+    return shlex.join(words)
+
+
+def environment() -> dict[str, Any]:
+    """Describe the program, this machine and the cluster."""
+    resources = ray.cluster_resources()
+    return provenance() | {
+        "hardware.cluster": {key: resources.get(key, 0) for key in ("CPU", "GPU")},
+        "ray.job_id": ray.get_runtime_context().get_job_id(),
+    }
 
 
 def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
@@ -223,24 +241,25 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
             "report": folder.report,
             "shards": shards.uri,
         }
-        card = folder.keep_selected(newest, origin, selected)
+        folder.keep_selected(newest, origin, selected)
         folder.update_record(finished=True)
         try:
+            # Scored by the workers: all validation clips may not fit into the driver's memory.
+            evaluation = evaluate(
+                selected,
+                shards.uri,
+                part="validation",
+                probabilities=folder.validation_probabilities(newest),
+            )
             page = run_page(
-                # Scored by the workers: all validation clips may not fit into the driver's memory.
-                evaluate(
-                    selected,
-                    shards.uri,
-                    part="validation",
-                    probabilities=folder.validation_probabilities(newest),
-                ),
+                evaluation,
                 name=folder.name,
                 history=newest.progress["history"],
                 learning_rates=newest.progress["learning_rates"],
                 audio=audio,
             )
             store_page(page, folder.report)
-            _log_outcome(tracker, selected, card, newest.progress, page)
+            _log_outcome(tracker, selected, evaluation, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
             logger.warning("%s", error)
@@ -252,7 +271,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
 def _log_outcome(
     tracker: Tracker,
     checkpoint: Path,
-    card: CheckpointCard,
+    evaluation: Evaluation,
     progress: dict[str, Any],
     page: str,
 ) -> None:
@@ -261,22 +280,23 @@ def _log_outcome(
     from ser_ray.plots.scores import confusion_figure
     from ser_ray.plots.training import curves_figure
 
-    selected, history = progress["selected"], progress["history"]
-    tracker.log_metrics(selected_metrics(selected), 0, now_ms())
+    selected, history, card = progress["selected"], progress["history"], evaluation.card
     tracker.deliver()
     title = f"validation, {card.split['label']}, {card.trained_on}"
     confusion = np.asarray(progress["selected_confusion"])
-    tracker.set_tags({"initial_weights": card.initial_weights})
+    precision = "bfloat16" if selected.get("bfloat16") else "float32"
+    tracker.log_params({"initial_weights": card.initial_weights, "precision": precision})
     tracker.log_files(
         {
             REPORT: page,
             "plots/validation_confusion.png": confusion_figure(confusion, card.labels, title),
             "plots/curves.png": curves_figure(history, selected, title),
             "tables/history.json": history,
-            "config.json": card.config.to_dict(),
         }
     )
     tracker.log_model(checkpoint, card.labels)
+    tracker.log_scores(selected_metrics(selected), now_ms())
+    tracker.describe(Validation=evaluation.sentence)
     tracker.finish("FINISHED")
 
 

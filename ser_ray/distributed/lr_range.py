@@ -25,8 +25,8 @@ from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
+from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.registry import SHARDS_TAG
 from ser_ray.tracking.store import first_line, resolve_uri
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -71,19 +71,28 @@ def find_range(
         uri = resolve_uri(run.tracking_uri)
         require_kept(uri)
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
-        tags = provenance() | {
-            "protocol": split["label"],
-            "corpus": shards.card.corpus,
-            SHARDS_TAG: shards.card.fingerprint,
-        }
+        tags = run_tags("range test", split["label"], shards)
         params = config.to_dict() | {"lr_range": asdict(test)}
-        tracker = Tracker.start(uri, run.experiment, name=name, params=params, tags=tags)
+        tracker = Tracker.start(
+            uri,
+            run.experiment,
+            name=name,
+            params=params,
+            tags=tags,
+            dataset=dataset_of(shards),
+        )
+        tracker.describe(
+            Run="a learning-rate range test, which proposes lr_min and lr_max",
+            Data=data_line(shards),
+            Again=f"`{tags['command']}`",
+        )
         size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
         try:
             task = ray.remote(num_returns="streaming", **size)(_test)
             found = propose(*_follow(task.remote(config, shards, pretrained, test, gpu), test))
+            facts = tags | provenance()
             page = range_page(
-                name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
+                name, asdict(found), settings=flatten(params), tags=facts, run_id=tracker.run_id
             )
             report = RunFolder(absolute(run.storage), name).report
             store_page(page, report)
@@ -132,6 +141,10 @@ def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]
         tracker.log_metrics({"train/lr": rate, "train/loss": loss}, step, when)
     tracker.log_metrics({"proposed/lr_min": found.lr_min, "proposed/lr_max": found.lr_max}, 0, when)
     tracker.deliver()
+    tracker.describe(
+        Result=f"lr_min {found.lr_min:.1e}, lr_max {found.lr_max:.1e} ({tags['protocol']}, "
+        f"{CORPORA[tags['corpus']]})"
+    )
     tracker.log_files(
         {
             REPORT: page,

@@ -6,9 +6,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ser_ray.evaluation.rendering import render
+from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.models import fetch_checkpoint
 from ser_ray.tracking.registry import (
-    SHARDS_TAG,
     best_training_of,
     read_test_scores,
     read_validation_ua,

@@ -28,8 +28,8 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
-    tracker.log_metrics(test | {"test/ece": evaluation.calibration.ece}, 0, now_ms())
-    tracker.deliver()
+    tracker.log_scores(test | {"test/ece": evaluation.calibration.ece}, now_ms())
+    tracker.describe(Test=evaluation.sentence)
     title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
     tracker.log_files(
         {

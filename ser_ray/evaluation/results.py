@@ -162,6 +162,17 @@ class Evaluation:
             **self.origin,
         }
 
+    @property
+    def sentence(self) -> str:
+        """UA and WA with their intervals and what they were measured on, in one line."""
+        scores, intervals = self.scores, self.intervals
+        (low, high), (wa_low, wa_high) = intervals.ua, intervals.wa
+        return (
+            f"UA {scores.ua:.1%} [{low:.1%}, {high:.1%}], WA {scores.wa:.1%} [{wa_low:.1%}, "
+            f"{wa_high:.1%}] on {scores.num_clips} clips ({self.label}, {CORPORA[self.corpus]}; "
+            f"95 % intervals by bootstrap over {intervals.count} {intervals.drawn})"
+        )
+
     def __str__(self) -> str:
         """The scores in a few lines."""
         scores, intervals = self.scores, self.intervals

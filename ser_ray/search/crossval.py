@@ -10,9 +10,11 @@ To choose between recipes, `--part validation` scores the validation parts and r
 """
 
 import hashlib
+import itertools
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +45,7 @@ from ser_ray.search.pooled import (
     write_predictions,
 )
 from ser_ray.search.record import TrialRecord, best_of
-from ser_ray.search.slots import find_slots, require_one_worker
+from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import run_trials
@@ -52,6 +54,7 @@ from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import read_pretrained
 from ser_ray.training.parts import select_rows
 
@@ -108,32 +111,64 @@ def crossval(
             slots=find_slots(run, slots),
             finish=partial(keep_fold, folder=location, part=config.part),
         )
-        identity = {"recipe": recipe.to_dict(), "crossval": asdict(config)}
-        with open_study(setup, folder, run, plan.caption, identity, show) as study:
-            if not study.has_ended:
-                grid = grid_plan({"seed": plan.seeds, "fold": list(plan.folds)}, setup.slots)
-                run_trials(setup, pretrained, grid, folder, study, run.max_failures)
+        identity = {"recipe": recipe.to_dict(), "part": config.part}
+        params = crossval_params(plan, setup.slots)
+        with open_study(
+            setup, folder, run, "cross-validation", plan.caption, identity, params, show
+        ) as study:
+            while missing := missing_folds(plan, study.trials):
+                grid = grid_plan(missing, setup.slots)
+                num_before = len(study.trials)
+                batch = batch_folder(folder, num_before)
+                run_trials(setup, pretrained, grid, batch, study, run.max_failures)
+                require_all_finished(study.trials)
+                ended = [trial for trial in study.trials if trial.ended]
+                if not num_before < len(study.trials) == len(ended):
+                    break
+                study.store()
             study.settle(plan.num_trials)
             lock.check()
-            require_all_finished(study.trials)
             result = pool(plan, location, folder.name, study.parent)
             page = pooled_page(result, study.trials, audio=run.audio)
             store_page(page, result.report)
             _log_outcome(study.parent, result, page)
+            _log_best(study, location)
             if config.part == "test":
                 _record_tests(study, location, audio=run.audio)
-            _log_best(study, location)
             study.finish()
     return result
 
 
 def crossval_name(plan: CrossvalPlan) -> str:
-    """Name of a cross-validation; the same settings on the same shards give the same name."""
+    """Name of a cross-validation. Seeds and folds do not change it, so more can be added later."""
     recipe, config = plan.recipe, plan.config
-    identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint}{asdict(config)}"
+    identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint}{config.part}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     kind = "crossval" if config.part == "test" else "validation"
-    return f"{kind}-{recipe.feature}-{recipe.protocol}-{config.seeds}seeds-{digest}"
+    return f"{kind}-{recipe.feature}-{recipe.protocol}-{digest}"
+
+
+def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:
+    """Folds and seeds of the plan that no trial has finished yet."""
+    done = [(trial.recipe.seed, trial.recipe.fold) for trial in trials if trial.ended]
+    wanted = itertools.product(plan.seeds, plan.folds)
+    return [{"seed": seed, "fold": fold} for seed, fold in wanted if (seed, fold) not in done]
+
+
+def batch_folder(folder: RunFolder, num_before: int) -> RunFolder:
+    """Folder of Ray Tune's files for the folds and seeds that come after those of an earlier call.
+
+    Ray Tune resumes the grid that it began, and cannot add to it. So what an earlier call completed
+    stays as it is, and the rest is a grid in a folder of its own.
+    """
+    return RunFolder(folder.location, f"after-{num_before}") if num_before else folder
+
+
+def crossval_params(plan: CrossvalPlan, slots: Slots) -> dict[str, Any]:
+    """Parameters of a cross-validation's run: what all folds and seeds share."""
+    recipe = plan.recipe.to_dict()
+    del recipe["fold"], recipe["seed"]
+    return recipe | {"crossval": {"part": plan.config.part, "slots": asdict(slots)}}
 
 
 def keep_fold(
@@ -205,8 +240,9 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     if result.ensemble is not None:
         ensemble = result.ensemble.to_dict()
         scores |= {f"{section}/{name}_ensemble": ensemble[name] for name in FIGURES}
-    tracker.log_metrics(scores, 0, now_ms())
-    tracker.deliver()
+    tracker.log_scores(scores, now_ms())
+    line = "Validation" if result.part == "validation" else "Test"
+    tracker.describe(**{line: f"UA {result.figure('ua')} ({result.label})"})
     tracker.log_files(
         {
             REPORT: page,
@@ -249,4 +285,7 @@ def _log_best(study: Study, location: str) -> None:
     folder = fold_folder(location, best.recipe.fold, best.recipe.seed)
     with local_checkpoint(folder) as checkpoint:
         labels = read_card(checkpoint).labels
-        Tracker(study.parent.uri, best.run_id).log_model(checkpoint, labels)
+        tracker = Tracker(study.parent.uri, best.run_id)
+        if not tracker.model_id:
+            tracker.log_model(checkpoint, labels)
+    tracker.log_scores(selected_metrics(best.selected), now_ms())

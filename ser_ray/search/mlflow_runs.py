@@ -7,17 +7,21 @@ tagged with the id of its trial, so a later driver finds it.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
 
+from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import TrackingError
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import RATIO
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside
+from ser_ray.tracking.about import Kind, data_line, dataset_of
+from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
@@ -43,8 +47,9 @@ class TrialRuns:
         parent: the study's own run.
         folder: the study's folder.
         experiment: MLflow experiment of the runs.
-        labels: names of the rows of a confusion matrix.
+        shards: what the trials are trained on.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
+        again: returns the command that trains the recipe of a run.
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class TrialRuns:
         parent: Tracker,
         folder: RunFolder,
         experiment: str,
-        labels: Sequence[str],
+        shards: ShardSet,
         tags: Mapping[str, str],
+        again: Callable[[str], str],
     ) -> None:
         self.parent, self.folder, self.experiment = parent, folder, experiment
-        self.labels, self.tags = labels, tags
+        self.shards, self.tags, self.again = shards, tags, again
+        self._dataset = dataset_of(shards)
         self.lock = Lock()
         """Held while a trial's record changes."""
         self._unclaimed = parent.nested_runs(TRIAL_ID)
@@ -114,12 +121,12 @@ class TrialRuns:
         if not seen.ended:
             return
         if seen.state == "finished":  # only a finished trial has selected weights
-            run.log_metrics(selected_metrics(seen.selected), 0, seen.times_ms[-1])
-            run.deliver()
+            run.log_scores(selected_metrics(seen.selected), seen.times_ms[-1])
         page = self._page(seen, run.run_id)
         store_page(page, location_inside(self.folder.location, page_of(seen)))
         run.log_files({REPORT: page})
         run.set_tags({"trial.state": seen.state, "problem": seen.problem})
+        run.describe(**self._outcome(seen))
         run.finish(STATUS[seen.state])
         with self.lock:
             trial.recorded = trial.started_ms == seen.started_ms
@@ -134,33 +141,58 @@ class TrialRuns:
             history=trial.rows,
             learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
             confusion=trial.selected_confusion,
-            labels=self.labels,
-            tags=self.tags,
+            labels=self.shards.card.labels,
+            tags={**self.tags, **provenance()},
             study=self.folder.name,
             run_id=run_id,
         )
 
+    def _outcome(self, trial: TrialRecord) -> dict[str, str]:
+        """The line of the description that says how a trial ended."""
+        if trial.problem:
+            return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
+        ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
+        if not trial.rows:
+            return {"Result": ended}
+        on = f"{self.tags['protocol']}, {CORPORA[self.tags['corpus']]}"
+        ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
+        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({on}); {ended}"}
+
     def _run(self, trial: TrialRecord) -> Tracker:
         """The trial's run, opened at its first use."""
         if trial.trial_id not in self._trackers:
-            ratio = trial.recipe.lr_max / trial.recipe.lr_min
+            is_fold = "fold" in trial.values
+            kind: Kind = "fold" if is_fold else "trial"
             run = Tracker.start(
                 self.parent.uri,
                 self.experiment,
                 name=self._name(trial),
-                params=trial.recipe.to_dict() | {RATIO: ratio, "trial": trial.number},
+                params=trial.recipe.to_dict() | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min},
                 tags={
                     **self.tags,
+                    "kind": kind,
                     "mlflow.parentRunId": self.parent.run_id,
                     TRIAL_ID: trial.trial_id,
                 },
+                dataset=self._dataset,
                 run_id=trial.run_id,
             )
             if not trial.run_id:
                 trial.run_id = run.run_id
                 run.log_files({"config.json": trial.recipe.to_dict()})
+                whole = "the cross-validation" if is_fold else "the search"
+                run.describe(
+                    Run=f"{kind} {trial.number} of {whole} {self.folder.name}",
+                    Data=data_line(self.shards),
+                    Again=f"`{self.again(run.run_id)}`",
+                )
             self._trackers[trial.trial_id] = run
         return self._trackers[trial.trial_id]
 
     def _name(self, trial: TrialRecord) -> str:
-        return f"{self.folder.name}-{trial.number:03d}"
+        """Name of a trial's run: what tells it from the others."""
+        recipe = trial.recipe
+        if "fold" in trial.values:
+            return f"fold {recipe.fold} seed {recipe.seed}"
+        lr_max = f"{recipe.lr_max:.1e}".replace("e-0", "e-")
+        return f"{trial.number:03d} {recipe.feature} {lr_max}"

@@ -1,6 +1,9 @@
-"""The tables of a search: one row for each trial, and the importance of each searched name."""
+"""What a search found: a table of its trials, the importance of each searched name, a study."""
 
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ser_ray.search.record import TrialRecord
@@ -43,22 +46,62 @@ def importance_of(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
-    distributions = {item.name: _optuna_distribution(item) for item in dimensions}
-    scored = [
-        trial
-        for trial in trials
-        if trial.succeeded and all(item.holds(trial.values[item.name]) for item in dimensions)
-    ]
+    scored = [trial for trial in trials if trial.succeeded and _is_drawn(trial, dimensions)]
     for trial in scored:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=trial.values, distributions=distributions, value=trial.selected["val/ua"]
-            )
-        )
+        study.add_trial(_optuna_trial(trial, dimensions, optuna.trial.TrialState.COMPLETE))
     if len({trial.selected["val/ua"] for trial in scored}) < 4:
         return {}
     shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(share) for name, share in shares.items()}
+
+
+def optuna_journal(
+    name: str, trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
+) -> str:
+    """Write a finished search as an Optuna study: the text of a file for Optuna's JournalStorage.
+
+    `optuna-dashboard FILE` shows it, and `optuna.load_study` reads it.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    states = {
+        "finished": optuna.trial.TrialState.COMPLETE,
+        "pruned": optuna.trial.TrialState.PRUNED,
+        "failed": optuna.trial.TrialState.FAIL,
+    }
+    with TemporaryDirectory() as folder:
+        journal = Path(folder, "journal")
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+        for trial in trials:
+            if trial.state in states and _is_drawn(trial, dimensions):
+                study.add_trial(_optuna_trial(trial, dimensions, states[trial.state]))
+        return journal.read_text()
+
+
+def _is_drawn(trial: TrialRecord, dimensions: Sequence[Dimension]) -> bool:
+    return all(item.holds(trial.values[item.name]) for item in dimensions)
+
+
+def _optuna_trial(trial: TrialRecord, dimensions: Sequence[Dimension], state: Any) -> Any:
+    """A trial as Optuna keeps it; its intermediate values are the validation UA by epoch."""
+    import optuna
+
+    frozen = optuna.trial.create_trial(
+        state=state,
+        params=trial.values,
+        distributions={item.name: _optuna_distribution(item) for item in dimensions},
+        value=None if trial.problem else trial.selected.get("val/ua"),
+        intermediate_values={int(row["epoch"]): row["val/ua"] for row in trial.rows},
+        user_attrs={"trial": trial.number, "MLflow run": trial.run_id, "problem": trial.problem},
+    )
+    if trial.started_ms and trial.ended_ms:
+        frozen.datetime_start = datetime.fromtimestamp(trial.started_ms / 1000)
+        frozen.datetime_complete = datetime.fromtimestamp(trial.ended_ms / 1000)
+    return frozen
 
 
 def _optuna_distribution(dimension: Dimension) -> Any:

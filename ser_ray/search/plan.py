@@ -54,12 +54,12 @@ def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
     )
 
 
-def grid_plan(grid: dict[str, list[Any]], slots: Slots) -> Plan:
-    """Every combination of the values once; the last name changes fastest."""
+def grid_plan(points: Sequence[dict[str, Any]], slots: Slots) -> Plan:
+    """Every point once, in this order; a point has a value for each name."""
     return Plan(
-        space={name: tune.grid_search(values) for name, values in grid.items()},
-        algorithm=SlotVariants(max_concurrent=slots.count),
-        num_samples=1,
+        space={name: tune.choice([point[name] for point in points]) for name in points[0]},
+        algorithm=SlotVariants(points_to_evaluate=list(points), max_concurrent=slots.count),
+        num_samples=len(points),
         scheduler=RetryFailed(),
     )
 

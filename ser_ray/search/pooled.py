@@ -155,16 +155,20 @@ class CrossvalResult:
             "confusion": self.confusion.tolist(),
         }
 
+    def figure(self, name: str) -> str:
+        """The mean of wa, ua or f1 over the seeds, with its spread and interval, in words."""
+        low, high = getattr(self.intervals, name)
+        spread = f" ± {self.spread(name):.1%} over seeds" if len(self.by_seed) > 1 else ""
+        return (
+            f"{self.mean(name):.1%}{spread}, 95 % interval over {self.intervals.drawn} "
+            f"{low:.1%} to {high:.1%}"
+        )
+
     def text(self) -> str:
         """The figures, each with the protocol it belongs to."""
-        lines = []
-        for name, title in FIGURES.items():
-            low, high = getattr(self.intervals, name)
-            spread = f" ± {self.spread(name):.1%} over seeds" if len(self.by_seed) > 1 else ""
-            lines.append(
-                f"{title:8}  {self.mean(name):.1%}{spread}, 95 % interval over "
-                f"{self.intervals.drawn} {low:.1%} to {high:.1%}  ({self.label})"
-            )
+        lines = [
+            f"{title:8}  {self.figure(name)}  ({self.label})" for name, title in FIGURES.items()
+        ]
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
             shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in FIGURES.items())

@@ -11,16 +11,16 @@ records are written to `trials.json`.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import ray
 from ray import tune
 
 from ser_ray.cluster import require_kept
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import environment, train_command
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search.actor import TrialSetup
@@ -29,8 +29,7 @@ from ser_ray.search.ray_internals import last_result
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import recipe_of
 from ser_ray.storage.atomic import write_file
-from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.registry import SHARDS_TAG
+from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.config import TrainConfig
@@ -102,10 +101,14 @@ class Study(tune.Callback):
             )
 
     def finish(self) -> None:
-        """Store the records, which the same command will read, and close the study's run."""
+        """Store the records and close the study's run."""
+        self.store()
+        self.parent.finish("FINISHED")
+
+    def store(self) -> None:
+        """Store the records of trials that have all ended; the same command will read them."""
         records = json.dumps([trial.to_dict() for trial in self.trials]).encode()
         write_file(self.folder.filesystem, f"{self.folder.path}/{RECORDS}", records)
-        self.parent.finish("FINISHED")
 
     def _read_records(self) -> None:
         try:
@@ -165,7 +168,7 @@ class Study(tune.Callback):
         self._open_records(trials)  # if all restored trials had ended, there was no step before
         for trial in trials:
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:
-                self.folder.delete(f"{trial.trial_id}/{Path(trial.checkpoint.path).name}")
+                self.folder.delete(trial.checkpoint.path.removeprefix(f"{self.folder.path}/"))
 
     def get_state(self) -> dict[str, Any]:
         """What Ray Tune stores with every snapshot of the trials."""
@@ -226,8 +229,10 @@ def open_study(
     setup: TrialSetup,
     folder: RunFolder,
     run: RunConfig,
+    kind: Kind,
     label: str,
     identity: dict[str, Any],
+    params: dict[str, Any],
     show: Show,
 ) -> Study:
     """Open a study's run in MLflow, or the run of an interrupted study.
@@ -236,8 +241,10 @@ def open_study(
         setup: what all trials share.
         folder: the study's folder.
         run: where the study is recorded.
+        kind: whether it is a search or a cross-validation.
         label: the protocol, and whether it is speaker-dependent.
         identity: the settings that identify the study, without its shards.
+        params: parameters of the study's run.
         show: shows the trials.
 
     Raises:
@@ -248,24 +255,25 @@ def open_study(
     card = setup.shards.card
     identity = identity | {"shards": card.fingerprint}
     folder.require_same(identity)
-    tags = provenance() | {
-        "protocol": label,
-        "corpus": card.corpus,
-        SHARDS_TAG: card.fingerprint,
-        "shards.location": setup.shards.uri,
-        "ray.job_id": ray.get_runtime_context().get_job_id(),
-        "storage": folder.location,
-    }
+    tags = run_tags(kind, label, setup.shards)
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
     tracker = Tracker.start(
         uri,
         run.experiment,
         name=folder.name,
-        params=identity | {"slots": asdict(setup.slots)},
+        params=params,
         tags=tags,
+        dataset=dataset_of(setup.shards),
         run_id=folder.run_id(uri),
     )
+    tracker.describe(
+        Run=f"a {kind}; its trials are nested in it, its files are in `{folder.location}`",
+        Data=data_line(setup.shards),
+        Again=f"`{tags['command']}`",
+    )
+    tracker.log_files({"environment.json": environment()})
     folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-    runs = TrialRuns(tracker, folder, run.experiment, card.labels, tags)
+    again = partial(train_command, shards_location=setup.shards.uri, run=run)
+    runs = TrialRuns(tracker, folder, run.experiment, setup.shards, tags, again)
     return Study(folder, setup.recipe, runs, show)

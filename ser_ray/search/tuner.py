@@ -7,7 +7,6 @@ interrupted search.
 
 import hashlib
 import json
-import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,28 +15,32 @@ import pyarrow as pa
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import train_command
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.mlflow_runs import page_of
-from ser_ray.search.outcome import importance_of, trial_rows
+from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
 from ser_ray.search.plan import num_trials, search_plan, warn_of_baseline
 from ser_ray.search.record import TrialRecord, best_of
-from ser_ray.search.slots import find_slots, require_one_worker
-from ser_ray.search.space import Dimension, SlotConfig, TuneConfig
+from ser_ray.search.slots import Slots, find_slots, require_one_worker
+from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
+from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.parts import select_rows
 
+OPTUNA_STUDY = "optuna.journal"
+"""File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
 BEST_RECIPE = "best.json"
 """File beside the trials: the best recipe and the run that it came from."""
 
@@ -98,7 +101,8 @@ def search(
         require_shared(shards.uri, folder.location)
         setup = TrialSetup(recipe=recipe, shards=shards, slots=find_slots(run, slots))
         identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
-        with open_study(setup, folder, run, parts.label, identity, show) as study:
+        params = search_params(recipe, config, setup.slots)
+        with open_study(setup, folder, run, "search", parts.label, identity, params, show) as study:
             if not study.has_ended:
                 warn_of_baseline(recipe, config)
                 plan = search_plan(recipe, config, setup.slots)
@@ -125,13 +129,21 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
         )
 
 
-def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
-    """Command that trains the recipe of an MLflow run with the same shards, storage and store."""
-    words = ["ser-ray", "train", "--like", run_id, "--shards", shards_location]
-    for name in ("tracking_uri", "experiment", "storage"):
-        if (value := getattr(run, name)) != getattr(RunConfig(), name):
-            words += [f"--{name.replace('_', '-')}", value]
-    return shlex.join(words)
+def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict[str, Any]:
+    """Parameters of a search's run: what all trials share, and under `search.` how it searches.
+
+    What is searched has no value yet; `_log_outcome` adds those of the best trial.
+    """
+    searched = {item.name for item in config.dimensions}
+    if RATIO in searched:
+        searched.add("lr_min")
+    shared = {name: value for name, value in recipe.to_dict().items() if name not in searched}
+    shared["augment"] = {k: v for k, v in shared["augment"].items() if k not in searched}
+    search = _settings(config) | {
+        "space": {item.name: str(item) for item in config.dimensions},
+        "slots": asdict(slots),
+    }
+    return shared | {"search": search}
 
 
 def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
@@ -187,9 +199,16 @@ def _log_outcome(
     tracker, trials = study.parent, study.trials
     rows, importance = trial_rows(trials), importance_of(trials, dimensions)
     scores = selected_metrics(best.selected)
-    tracker.log_metrics(scores, 0, now_ms())
-    tracker.deliver()
-    tracker.set_tags({"best.run_id": best.run_id, "best.trial": str(best.number)})
+    tracker.log_params(best.recipe.to_dict())
+    tracker.log_scores(scores, now_ms())
+    tracker.set_tags({"best.run_id": best.run_id})
+    states = [trial.state for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    ua, wa = best.selected["val/ua"], best.selected["val/wa"]
+    tracker.describe(
+        Validation=f"UA {ua:.1%}, WA {wa:.1%} ({title}), the best of {len(trials)} trials "
+        f"({counts}): trial {best.number}, run {best.run_id}. To train it: `{again}`"
+    )
     page = search_page(
         study.folder.name,
         rows,
@@ -198,16 +217,19 @@ def _log_outcome(
         recipe=best.recipe,
         searched={item.name: str(item) for item in dimensions},
         importance=importance,
-        tags=study.runs.tags,
+        tags={**study.runs.tags, **provenance()},
         again=again,
         pages={trial.number: page_of(trial) for trial in trials},
-        num_labels=len(study.runs.labels),
+        num_labels=len(study.runs.shards.card.labels),
         run_id=tracker.run_id,
     )
     store_page(page, study.folder.report)
+    journal = optuna_journal(study.folder.name, trials, dimensions)
+    write_file(study.folder.filesystem, f"{study.folder.path}/{OPTUNA_STUDY}", journal.encode())
     files: dict[str, Any] = {
         REPORT: page,
         "config.json": best.recipe.to_dict(),
+        OPTUNA_STUDY: journal,
         "plots/history.png": history_figure(rows, title),
         **{
             f"plots/by_{item.name}.png": parameter_figure(rows, item.name, title)

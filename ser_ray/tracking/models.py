@@ -92,9 +92,22 @@ def _artifact(client: "MlflowClient", model: str) -> str:
         return model
     run_id = model.removeprefix("runs:/").removesuffix("/model")
     if model.startswith("runs:/") or _RUN_ID.fullmatch(model):
-        return f"runs:/{run_id}/model"
+        return _require_model(client, run_id)
     for experiment in client.search_experiments():
         found = search_runs(client, experiment.experiment_id, f"attributes.run_name = '{model}'")
         for run in found:
-            return f"runs:/{run.info.run_id}/model"
+            return _require_model(client, run.info.run_id)
     raise TrackingError(f"{model}: no checkpoint here, and no run of this name in MLflow{ADVICE}")
+
+
+def _require_model(client: "MlflowClient", run_id: str) -> str:
+    if model := model_of(client, run_id):
+        return model
+    raise TrackingError(f"{run_id}: this run has no model{ADVICE}")
+
+
+def model_of(client: "MlflowClient", run_id: str) -> str:
+    """URI of the model that a run logged last; empty if it logged none."""
+    outputs = client.get_run(run_id).outputs
+    models = outputs.model_outputs if outputs else []
+    return f"models:/{models[-1].model_id}" if models else ""

@@ -1,8 +1,9 @@
-"""The versions, git commit, machine and command of this process, as tags of a run."""
+"""The versions, git commit, machine, user and command of this process."""
 
 import getpass
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,18 +17,24 @@ PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "ml
 
 
 def provenance() -> dict[str, str]:
-    """Return tags that describe this process, its code and its machine."""
+    """Describe this process, its code and its machine: text by name."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
     tags["version.ser_ray"] = __version__
     tags["mlflow.user"] = _user()
     tags["mlflow.source.name"] = Path(sys.argv[0]).name
     tags["version.python"] = platform.python_version()
     tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
-    tags["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:TAG_BYTES]
+    tags["command"] = shlex.join([_program(), *sys.argv[1:]])[:TAG_BYTES]
     commit = _git("rev-parse", "HEAD")
     if commit:
         tags["git.commit"] = commit + ("-dirty" if _git("status", "--porcelain") else "")
     return tags
+
+
+def _program() -> str:
+    """Name of the program as a user types it; `python -m ser_ray` is ser-ray."""
+    path = Path(sys.argv[0])
+    return "ser-ray" if path.parent.name == "ser_ray" else path.name
 
 
 def _user() -> str:

@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ser_ray.errors import TrackingError
+from ser_ray.tracking.about import SHARDS_TAG
+from ser_ray.tracking.models import model_of
 from ser_ray.tracking.store import connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten
 
 SELECTED_BY = "selected/ua"
 """Metric of a finished training; among equals, the lower `TIE_BROKEN_BY` is better."""
 TIE_BROKEN_BY = "selected/loss"
-SHARDS_TAG = "shards.fingerprint"
-"""Tag of every training: the shard set that it was trained on."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
 
@@ -75,23 +75,18 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             )
         best = max(scored, key=_rank)
         best_id = str(best.info.run_id)
-        if _has_model(client, best_id):
+        if model_of(client, best_id):
             return best_id
         recipe = {name: best.data.params[name] for name in flatten(recipe_of_run(best_id, uri))}
         shards = best.data.tags[SHARDS_TAG]
         for found in search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
             is_same = recipe.items() <= found.data.params.items()
-            if is_same and _has_model(client, found.info.run_id):
+            if is_same and model_of(client, found.info.run_id):
                 return str(found.info.run_id)
     raise TrackingError(
         f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
         f"--like {best_id}, then repeat this command"
     )
-
-
-def _has_model(client: Any, run_id: str) -> bool:
-    outputs = client.get_run(run_id).outputs
-    return bool(outputs and outputs.model_outputs)
 
 
 def _rank(run: Any) -> tuple[float, float]:
@@ -145,7 +140,7 @@ def register_model(
 
     with store_answers(f"{uri}: {name} was not registered"):
         with redirect_stderr(StringIO()):  # it prints what the caller says anyway
-            made = mlflow.register_model(f"runs:/{run_id}/model", name, tags=dict(tags))
+            made = mlflow.register_model(model_of(client, run_id), name, tags=dict(tags))
         try:
             client.update_model_version(name, made.version, description=card)
             if alias:

@@ -13,13 +13,17 @@ from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
+from ser_ray.tracking.about import NOTE, merge_note, model_name
 from ser_ray.tracking.provenance import TAG_BYTES
 from ser_ray.tracking.store import connect, search_runs, store_answers
 from ser_ray.tracking.views import save_view
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput, Metric
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 """MLflow's own limits of one batch."""
@@ -42,8 +46,8 @@ class Tracker:
 
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(tracking_uri=uri)
-        self._queue: list[tuple[str, float, int, int]] = []
-        """Metrics that the store does not have yet: name, value, timestamp, step."""
+        self._queue: list[Metric] = []
+        """Metrics that the store does not have yet."""
         self._retry_at = 0.0
         """When to try again, by time.monotonic; 0 while the store answers."""
 
@@ -56,16 +60,24 @@ class Tracker:
         name: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
+        dataset: "DatasetInput | None" = None,
         run_id: str = "",
     ) -> "Tracker":
         """Create a run, or resume the one of `run_id`.
+
+        Args:
+            uri: tracking store, as `resolve_uri` gives it.
+            experiment: name of the experiment; it is made if there is none.
+            name: name of a new run.
+            params: parameters of a new run; those of nested mappings are named with dots.
+            tags: tags of the run (`ser_ray.tracking.about.run_tags`).
+            dataset: input of a new run (`ser_ray.tracking.about.dataset_of`).
+            run_id: the run to resume; its name, parameters and input stay as they are.
 
         Raises:
             TrackingError: the store does not answer, or does not have the run.
         """
         client = connect(uri)
-        from mlflow.entities import Param
-
         problem = f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''}"
         advice = (
             "; check --tracking-uri and --experiment, or give another --name to start a new run"
@@ -73,15 +85,17 @@ class Tracker:
         with store_answers(problem, advice):
             if run_id:
                 client.update_run(run_id, status="RUNNING")
-                return cls(uri, run_id)
+                tracker = cls(uri, run_id)
+                tracker.set_tags(tags)
+                return tracker
             experiment_id = _experiment_id(client, uri, experiment)
             save_view(client, experiment_id)
             run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
-            listed = [Param(key, str(value)) for key, value in flatten(params).items()]
-            for first in range(0, len(listed), PARAMS_PER_CALL):
-                batch = listed[first : first + PARAMS_PER_CALL]
-                client.log_batch(run.info.run_id, params=batch)
-        return cls(uri, run.info.run_id)
+            if dataset is not None:
+                client.log_inputs(run.info.run_id, [dataset])
+        tracker = cls(uri, run.info.run_id)
+        tracker.log_params(params)
+        return tracker
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":
@@ -104,6 +118,14 @@ class Tracker:
         with self._writing():
             return str(self._client.get_run(self.run_id).info.run_name)
 
+    @property
+    def model_id(self) -> str:
+        """Id of the model that the run logged last; empty if it logged none."""
+        with self._writing():
+            outputs = self._client.get_run(self.run_id).outputs
+        models = outputs.model_outputs if outputs else []
+        return str(models[-1].model_id) if models else ""
+
     def nested_runs(self, tag: str) -> dict[str, str]:
         """Ids of the runs nested in this one, by the value of one of their tags."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
@@ -115,12 +137,47 @@ class Tracker:
                 if tag in run.data.tags
             }
 
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Store parameters; MLflow refuses to change one that the run has."""
+        from mlflow.entities import Param
+
+        listed = [Param(key, str(value)) for key, value in flatten(params).items()]
+        with self._writing():
+            for first in range(0, len(listed), PARAMS_PER_CALL):
+                batch = listed[first : first + PARAMS_PER_CALL]
+                self._client.log_batch(self.run_id, params=batch)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Queue metrics of one step, until `flush` or `deliver`.
 
         MLflow ignores a metric that it already has: same name, step, timestamp and value.
         """
-        self._queue += [(name, value, timestamp_ms, step) for name, value in metrics.items()]
+        from mlflow.entities import Metric
+
+        self._queue += [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
+
+    def log_scores(self, scores: Mapping[str, float], timestamp_ms: int) -> None:
+        """Store final scores, and link them to the run's data set and to its model if it has one.
+
+        MLflow compares models by the scores that are linked to them.
+
+        Raises:
+            TrackingError: the store did not accept them.
+        """
+        from mlflow.entities import Metric
+
+        with self._writing():
+            inputs = self._client.get_run(self.run_id).inputs
+        link: dict[str, str] = {}
+        if inputs and inputs.dataset_inputs:
+            dataset = inputs.dataset_inputs[0].dataset
+            link = {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
+        if model_id := self.model_id:
+            link["model_id"] = model_id
+        self._queue += [
+            Metric(key, value, timestamp_ms, 0, **link) for key, value in scores.items()
+        ]
+        self.deliver()
 
     def log_epoch(
         self,
@@ -170,14 +227,9 @@ class Tracker:
         Raises:
             TrackingError: the store did not accept all of it; the rest stays in the queue.
         """
-        from mlflow.entities import Metric
-
         while self._queue:
-            batch = self._queue[:METRICS_PER_CALL]
             with self._writing():
-                self._client.log_batch(
-                    self.run_id, metrics=[Metric(n, v, t, s) for n, v, t, s in batch]
-                )
+                self._client.log_batch(self.run_id, metrics=self._queue[:METRICS_PER_CALL])
             self._queue = self._queue[METRICS_PER_CALL:]
         self._retry_at = 0.0
 
@@ -197,18 +249,23 @@ class Tracker:
         with store_answers(problem), TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
 
+    def describe(self, **lines: str) -> None:
+        """Set lines of the run's description, named as in `ser_ray.tracking.about.LINES`."""
+        with self._writing():
+            note = self._client.get_run(self.run_id).data.tags.get(NOTE, "")
+        self.set_tags({NOTE: merge_note(note, lines)})
+
     def log_files(self, files: Mapping[str, Any]) -> None:
         """Store artifacts by their path in the run: figures, text, tables, and values as JSON."""
         import pyarrow as pa
-        from matplotlib.figure import Figure
         from pyarrow import csv
 
         with self._writing(), TemporaryDirectory() as folder:
             for name, content in files.items():
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, Figure):
-                    content.savefig(path, dpi=130)
+                if savefig := getattr(content, "savefig", None):
+                    savefig(path, dpi=130)
                 elif isinstance(content, str):
                     path.write_text(content)
                 elif isinstance(content, pa.Table):
@@ -218,15 +275,16 @@ class Tracker:
             self._client.log_artifacts(self.run_id, folder)
 
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
-        """Package the model in a checkpoint directory, and store it in the run."""
+        """Package the model in a checkpoint directory, and store it under the run's name."""
         import mlflow
 
         from ser_ray.inference import packaged
 
         mlflow.set_tracking_uri(self.uri)
+        name = model_name(self.run_name)
         with self._writing(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
-                name="model",
+                name=name,
                 loader_module=packaged.__name__,
                 data_path=str(checkpoint),
                 code_paths=[str(Path(__file__).parents[1])],

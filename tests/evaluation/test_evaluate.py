@@ -20,7 +20,6 @@ from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.record import record_evaluation
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.checkpoint import read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
@@ -201,10 +200,14 @@ class Recorder:
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self.files: dict[str, Any] = {}
+        self.lines: dict[str, str] = {}
         self.calls: list[str] = []
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        self.metrics |= metrics
+    def log_scores(self, scores: Mapping[str, float], timestamp_ms: int) -> None:
+        self.metrics |= scores
+
+    def describe(self, **lines: str) -> None:
+        self.lines |= lines
 
     def log_files(self, files: Mapping[str, Any]) -> None:
         self.files |= files
@@ -213,7 +216,7 @@ class Recorder:
         return str(self.files[name])
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
+        return lambda *_, **__: self.calls.append(name)
 
 
 def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_run(
@@ -242,6 +245,11 @@ def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_
     record_evaluation(evaluation, audio=False)
     assert tracker.files["report.html"] == page, "the page is on another machine"
     assert tracker.metrics["test/ua"] == evaluation.scores.ua
+    low, high = evaluation.intervals.ua
+    assert tracker.lines["Test"].startswith(
+        f"UA {evaluation.scores.ua:.1%} [{low:.1%}, {high:.1%}], WA "
+    )
+    assert evaluation.label in tracker.lines["Test"]
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
 
@@ -323,9 +331,10 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     page = run_page(
         validation, name="run", history=history, learning_rates=[1e-4, 1e-3], audio=False
     )
-    _log_outcome(cast(Tracker, tracker), checkpoint, read_card(checkpoint), progress, page)
+    _log_outcome(cast(Tracker, tracker), checkpoint, validation, progress, page)
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
     assert "marked: epoch 2, validation UA 20.0%" in page
     assert tracker.metrics["selected/ua"] == 0.2
+    assert tracker.lines["Validation"].startswith(f"UA {validation.scores.ua:.1%} [")
     assert tracker.calls[-2:] == ["log_model", "finish"]

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ from ser_ray.errors import TrackingError
 from ser_ray.evaluation.model_card import model_card
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
+from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.about import dataset_of
 from ser_ray.tracking.models import local_model
 from ser_ray.tracking.registry import best_training_of
+from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from tests.clips import voice, write_wav
+from tests.conftest import make_memory_shards
 from tests.models import LABELS, make_checkpoint
 from tests.processes import held_port, started
 
@@ -51,6 +56,7 @@ class Store:
         tracker = self.start("any name", best, ua=0.58)
         tracker.log_files({"tables/test.json": SCORES})
         tracker.log_model(checkpoint, LABELS)
+        tracker.log_scores({"test/ua": 0.5}, 1)
         self.run_id = tracker.run_id
         for name, recipe, shards in (
             (f"like-{self.trial[:12]}", replace(best, feature="mfcc"), "f00d"),
@@ -69,7 +75,10 @@ class Store:
     ) -> Tracker:
         params = recipe.to_dict() if recipe else {}
         tags = {"shards.fingerprint": shards} | ({"mlflow.parentRunId": parent} if parent else {})
-        tracker = Tracker.start(self.uri, "test", name=name, params=params, tags=tags)
+        dataset = dataset_of(cast(ShardSet, make_memory_shards()))
+        tracker = Tracker.start(
+            self.uri, "test", name=name, params=params, tags=tags, dataset=dataset
+        )
         tracker.log_metrics({} if ua is None else {"selected/ua": ua}, 0, 1)
         tracker.deliver()
         if recipe:
@@ -82,7 +91,7 @@ class Store:
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
-        return Path(mlflow.artifacts.download_artifacts(f"runs:/{self.run_id}/model"))
+        return Path(mlflow.artifacts.download_artifacts(f"runs:/{self.run_id}/any name"))
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +325,15 @@ def test_an_alias_that_mlflow_refuses_leaves_no_version_behind(store, capsys):
     assert main(arguments) == 2
     assert "ser-ray was not registered" in capsys.readouterr().err
     assert len(client.search_model_versions("name='ser-ray'")) == before
+
+
+def test_a_model_is_found_by_its_test_score_under_the_name_of_its_run(store):
+    client = connect(store.uri)
+    (found,) = client.search_logged_models(["1"], "metrics.`test/ua` > 0.4")
+    assert (found.name, found.source_run_id) == ("any name", store.run_id)
+    (metric,) = [metric for metric in found.metrics or () if metric.key == "test/ua"]
+    assert (metric.dataset_name, metric.dataset_digest) == ("own", "f00d")
+    assert not client.search_logged_models(["1"], "metrics.`test/ua` > 0.6")
 
 
 def test_a_trial_that_kept_no_model_says_how_to_get_one(store):

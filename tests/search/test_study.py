@@ -6,9 +6,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from ser_ray.distributed.run_folder import RunFolder
@@ -19,13 +22,15 @@ from ser_ray.search import mlflow_runs as module
 from ser_ray.search.actor import Progress
 from ser_ray.search.display import TrialTable
 from ser_ray.search.mlflow_runs import TrialRuns
-from ser_ray.search.outcome import importance_of, trial_rows
+from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
+from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport
+from tests.conftest import make_memory_shards
 
 RECIPE = TrainConfig(epochs=3, keep="best")
 TRIAL_PAGE = pages.trial_page
@@ -42,11 +47,11 @@ class Server:
     def __call__(self, uri: str, run_id: str) -> "Client":
         return Client(self, run_id)
 
-    def start(self, uri, experiment, *, name, params, tags, run_id):
+    def start(self, uri, experiment, *, name, params, tags, dataset, run_id):
         self.require()
         run_id = run_id or f"run-{len(self.runs) + 1}"
         run = SimpleNamespace(
-            name=name, params=params, tags=dict(tags), points=[], status="", files={}
+            name=name, params=params, tags=dict(tags), points=[], status="", files={}, lines={}
         )
         self.runs.setdefault(run_id, run)
         return Client(self, run_id)
@@ -66,6 +71,14 @@ class Client:
 
     def log_metrics(self, metrics, step, timestamp_ms):
         self.waiting += [(name, step, value) for name, value in metrics.items()]
+
+    def log_scores(self, scores, timestamp_ms):
+        self.log_metrics(scores, 0, timestamp_ms)
+        self.deliver()
+
+    def describe(self, **lines):
+        self.server.require()
+        self.run.lines |= lines
 
     def deliver(self):
         self.server.require()
@@ -105,7 +118,8 @@ def open_study(server: Server, storage: Path | str) -> Study:
         uri="memory", run_id="parent", abandon=lambda error: None, nested_runs=nested_runs,
         finish=lambda status: server.require(),
     )  # fmt: skip
-    runs = TrialRuns(parent, folder, "tests", ("calm", "sad"), TAGS)
+    shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
+    runs = TrialRuns(parent, folder, "tests", shards, TAGS, again="train {}".format)
     return Study(folder, RECIPE, runs, show=lambda trials: None)
 
 
@@ -209,6 +223,9 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monk
     finished = server.runs["run-2"]
     assert finished.tags["mlflow.parentRunId"] == "parent"
     assert finished.tags["trial.state"] == "finished"
+    assert (finished.name, finished.tags["kind"]) == ("002 mel 2.0e-2", "trial")
+    assert finished.lines["Validation"].startswith("UA 60.0%, WA 60.0% (speaker-3 fold 1 of 3")
+    assert finished.lines["Again"] == "`train run-2`"
     assert finished.params["lr_max"] == 2e-2
     assert [point for point in finished.points if point[0] == "val/ua"] == [
         ("val/ua", 1, 0.2), ("val/ua", 2, 0.6), ("val/ua", 3, 0.5),
@@ -464,6 +481,24 @@ def test_the_name_that_determines_the_score_has_the_highest_importance():
     assert importance["lr_max"] > 0.9
     assert sum(importance.values()) == pytest.approx(1.0)
     assert importance_of(trials[:3], dimensions) == {}
+
+
+def test_optuna_reads_the_search_from_the_file_that_is_kept(server, tmp_path):
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
+    dimensions = TuneConfig(
+        space=("lr_max=loguniform(1e-4,1e-1)", "lr_ratio=choice(10)", "feature=choice(mel)")
+    ).dimensions
+    for trial in study.trials:
+        trial.values = {"lr_max": trial.values["lr_max"], "lr_ratio": 10.0, "feature": "mel"}
+    journal = tmp_path / "optuna.journal"
+    journal.write_text(optuna_journal("a search", study.trials, dimensions))
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    read = optuna.load_study(study_name="a search", storage=storage)
+    found = [(t.user_attrs["trial"], t.state.name, t.params["lr_max"]) for t in read.trials]
+    assert sorted(found) == [(1, "PRUNED", 1e-2), (2, "COMPLETE", 2e-2), (3, "FAIL", 3e-2)]
+    assert read.best_value == 0.6
+    assert read.best_trial.intermediate_values == {1: 0.2, 2: 0.6, 3: 0.5}
 
 
 def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):

@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 from ser_ray import api
 from ser_ray.cli.train import Tune
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import train_command
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import (
     CheckpointError,
@@ -49,7 +50,7 @@ from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.study import open_study
-from ser_ray.search.tuner import search, train_command
+from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import recipe_of_run
 from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
@@ -533,15 +534,14 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
-    context = SimpleNamespace(get_job_id=lambda: "job")
-    monkeypatch.setattr(study_module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(study_module, "environment", dict)
     monkeypatch.setattr(study_module, "require_kept", kept.append)
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:
         folder = RunFolder(run.storage, "search")
         identity = {"recipe": recipe.to_dict()}
-        study = open_study(setup_of(shards), folder, run, "label", identity, print)
+        study = open_study(setup_of(shards), folder, run, "search", "label", identity, {}, print)
         return study.parent.run_id
 
     assert start(RECIPE) == start(RECIPE)

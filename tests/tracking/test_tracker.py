@@ -25,8 +25,9 @@ from tests.mlflow_server import MlflowServer
 pytestmark = pytest.mark.slow
 
 
-def start(uri: str, **how: str) -> Tracker:
-    return Tracker.start(uri, "away", name="run", params={"a": {"b": 1}}, tags={"t": "v"}, **how)
+def start(uri: str, run_id: str = "") -> Tracker:
+    tags = {"t": "v"}
+    return Tracker.start(uri, "away", name="run", params={"a": {"b": 1}}, tags=tags, run_id=run_id)
 
 
 def metrics(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:

@@ -1,0 +1,112 @@
+"""What MLflow shows of a run besides its numbers: its kind, its data set and a description.
+
+Every run of this package, whatever it trains, gets the same tags from `run_tags`, the same input
+from `dataset_of`, and a description of the same lines, which `merge_note` puts together.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from ser_ray.features.config import KINDS
+from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.provenance import provenance
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
+
+Kind = Literal["training", "range test", "search", "trial", "cross-validation", "fold"]
+
+SHARDS_TAG = "shards.fingerprint"
+"""Tag of every run: the shard set that it was trained on."""
+NOTE = "mlflow.note.content"
+"""Tag that holds a run's description, which MLflow shows as Markdown."""
+LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
+"""Lines of a description, in their order."""
+FEATURES = "binary"
+"""MLflow's type for the feature columns; `ShardSet.to_array` makes arrays of them."""
+
+
+def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
+    """Return the tags of a run: what it is, what it was trained on, and from which code.
+
+    Args:
+        kind: what the run does.
+        protocol: protocol and fold in words, as shown beside every score.
+        shards: what it is trained on.
+    """
+    facts = provenance()
+    tags = {
+        "kind": kind,
+        "protocol": protocol,
+        "corpus": shards.card.corpus,
+        SHARDS_TAG: shards.card.fingerprint,
+        "mlflow.source.git.commit": facts.get("git.commit", ""),
+        "command": facts["command"],
+        "mlflow.user": facts["mlflow.user"],
+        "mlflow.source.name": facts["mlflow.source.name"],
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def data_line(shards: ShardSet) -> str:
+    """Return the line of a description that says what a run was trained on."""
+    card = shards.card
+    return (
+        f"{dataset_name(shards)}, {sum(card.clips)} clips, {len(card.labels)} labels, in "
+        f"`{shards.uri}` (fingerprint {card.fingerprint})"
+    )
+
+
+def dataset_name(shards: ShardSet) -> str:
+    """Name of a shard set in MLflow: its corpus, or the name of the table that lists its clips."""
+    card = shards.card
+    return PurePosixPath(card.source).stem if card.corpus == "table" else card.corpus
+
+
+def dataset_of(shards: ShardSet) -> "DatasetInput":
+    """Describe a shard set as the input of a run: name, fingerprint, place and columns."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.types import ColSpec, Schema
+
+    card = shards.card
+    columns = [ColSpec(_mlflow_type(field.type), field.name) for field in shards.clips().schema]
+    schema = Schema([*columns, *(ColSpec(FEATURES, kind) for kind in KINDS)])
+    dataset = Dataset(
+        name=dataset_name(shards),
+        digest=card.fingerprint,
+        source_type="local" if "://" not in shards.uri else shards.uri.partition("://")[0],
+        source=json.dumps({"uri": shards.uri}),
+        schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
+        profile=json.dumps({"num_clips": sum(card.clips), "labels": list(card.labels)}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def merge_note(note: str, lines: Mapping[str, str]) -> str:
+    """Set lines of a description, and keep its others.
+
+    Args:
+        note: the present description, which may be empty.
+        lines: text by the name of its line, one of LINES.
+    """
+    merged = {**dict(re.findall(r"^\*\*(\w+)\*\*: (.*)$", note, re.MULTILINE)), **lines}
+    return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if name in merged)
+
+
+def model_name(run_name: str) -> str:
+    """Name of a run's model in MLflow: the run's name without the characters MLflow refuses."""
+    return re.sub(r"[/:.%\"']", "-", run_name)
+
+
+def _mlflow_type(kind: Any) -> str:
+    """MLflow's name of an Arrow type."""
+    import pyarrow as pa
+
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    if pa.types.is_floating(kind):
+        return "double"
+    return "long" if pa.types.is_integer(kind) else "string"
