@@ -1,6 +1,7 @@
 """Speech emotion recognition at scale: the way of a clip, in order.
 
 storage      paths and URIs, files written completely or not at all, one writer for a folder
+local_ray    how Ray is started on this machine
 cluster      joining a Ray cluster, or starting one on this machine
 corpus       a folder, bucket or table of recordings -> a manifest with one row for each file, and
              the speakers of each fold

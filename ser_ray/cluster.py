@@ -3,19 +3,24 @@
 import json
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ser_ray.errors import ResourcesError
+from ser_ray.local_ray import on_loopback, session_folder, signals_kept
 from ser_ray.storage.paths import absolute
 
-AUTOSCALER_CONFIG = Path("~/ray_bootstrap_config.yaml")
+AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
 """File on the head node of a cluster that `ray up` started, with the nodes that it may add."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable in which a job's driver finds its runtime environment before it connects to Ray."""
+CONNECT_SECONDS = 5.0
+"""Longest wait for the connection to a cluster; Ray would try a refused port for minutes."""
 ANSWER_SECONDS = 60.0
 """Time that a node has to start a worker process and look for files."""
 FOLDERS_ASKED = 256
@@ -33,8 +38,8 @@ def cluster(address: str = "") -> Iterator[None]:
     A nested block uses the connection of the outer one.
 
     Raises:
-        ResourcesError: no cluster answers at the address, the address is that of a job server, or
-            Ray does not start on this machine.
+        ResourcesError: no cluster answers at the address, the address is that of a job server, Ray
+            does not start on this machine, or there is no folder for its temporary files.
     """
     import ray
 
@@ -43,15 +48,25 @@ def cluster(address: str = "") -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    named = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")):
-        raise ResourcesError(
-            f"{address} is a job server, which only takes submissions: give it to `ray job submit` "
-            "in RAY_API_SERVER_ADDRESS; --address and RAY_ADDRESS take HOST:6379"
-        )
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
+    with nullcontext() if address else session_folder():
+        _init(address, named)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _init(address: str, named: str) -> None:
+    """Join the cluster at an address, which `named` gave, or start one if it is empty."""
+    import ray
+
     try:
-        with nullcontext() if address else _on_loopback():
+        if address:
+            _require_listener(address, named)
+        with signals_kept(), nullcontext() if address else on_loopback():
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
@@ -62,41 +77,53 @@ def cluster(address: str = "") -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         if not address:
             raise
-        raise ResourcesError(f"the Ray cluster at {address} cannot be joined: {error}") from error
-    except ConnectionError as error:
         raise ResourcesError(
-            f"no Ray cluster answers at {address} ({error}): start it with `ray start --head`; if "
-            "it is running, it may require a token: set RAY_AUTH_MODE=token, with the token in "
-            "RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave out --address to use this machine only"
+            f"the Ray cluster at {address}, which {named} names, cannot be joined: {error}"
+        ) from error
+    except OSError as error:
+        if not address:
+            raise _not_started(error) from error
+        raise ResourcesError(
+            f"no Ray cluster answers at {address}, which {named} names ({error}): start it with "
+            "`ray start --head`; if it is running, it may require a token: set "
+            "RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave "
+            f"out {named} to use this machine only"
         ) from error
     except Exception as error:
-        if type(error) is not Exception:  # what Ray raises when its start takes over 30 s
+        if type(error) is not Exception:  # Ray raises this type when its start takes over 30 s
             raise
-        raise ResourcesError(
-            f"Ray did not start on this machine ({error}): it is too busy, or short of memory; "
-            "run the same command again later, or name a cluster with --address"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        raise _not_started(error) from error
 
 
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a Ray that is started in the block use the loopback as this machine's address.
+def _not_started(error: Exception) -> ResourcesError:
+    return ResourcesError(
+        f"Ray did not start on this machine ({error}): it is too busy, or short of memory or disk "
+        "space; run the same command again later, or name a cluster with --address"
+    )
 
-    Ray has no public setting for this: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
-    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+
+def _require_listener(address: str, named: str) -> None:
+    """Find out within seconds whether anything listens at the address of a cluster.
+
+    Raises:
+        ResourcesError: the address has the wrong form.
+        OSError: nothing listens, or the name has no address.
     """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    if address in ("auto", "local"):
+        return
+    if address.startswith(("http://", "https://")):
+        raise ResourcesError(
+            f"{address} is a job server, which only takes submissions: give it to `ray job submit` "
+            "in RAY_API_SERVER_ADDRESS; --address and RAY_ADDRESS take HOST:6379"
+        )
+    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        host, port = parts.hostname, parts.port
+    except ValueError:  # the port is no number
+        host, port = None, None
+    if not host or not port:
+        raise ResourcesError(f"{named} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
+    socket.create_connection((host, port), CONNECT_SECONDS).close()
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
@@ -146,7 +173,7 @@ def nodes_within_reach() -> list[dict[str, float]]:
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     reach = [node["Resources"] for node in alive]
-    config = AUTOSCALER_CONFIG.expanduser()
+    config = AUTOSCALER_CONFIG
     if config.exists():
         started = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
         for name, kind in yaml.safe_load(config.read_text())["available_node_types"].items():
@@ -173,7 +200,7 @@ def require_shared(*locations: str) -> None:
         with ExitStack() as stack:
             seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
             missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
-    elif AUTOSCALER_CONFIG.expanduser().exists():
+    elif AUTOSCALER_CONFIG.exists():
         added = ["the machines that the autoscaler starts"]
         missing_on = {location: added for location, path in local.items() if _is_on_root_disk(path)}
     for location, names in missing_on.items():
@@ -264,8 +291,20 @@ def cpus_per_worker(workers: int) -> int:
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
-def placement_groups() -> set[str]:
-    """Return the ids of the placement groups that this job holds."""
+def free_resources() -> str:
+    """Return the CPUs and GPUs that nothing uses at present, in words."""
+    import ray
+
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+
+
+def placement_groups(*, with_room: bool = False) -> set[str]:
+    """Return the ids of the placement groups that this job holds.
+
+    Args:
+        with_room: leave out those that wait for room.
+    """
     import ray
     from ray.util.placement_group import placement_group_table
 
@@ -274,7 +313,8 @@ def placement_groups() -> set[str]:
     return {
         name
         for name, group in placement_group_table().items()
-        if name.endswith(job) and group["state"] != "REMOVED"
+        if name.endswith(job)
+        and (group["state"] == "CREATED" if with_room else group["state"] != "REMOVED")
     }
 
 

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
 ORDER = [
-    "version", "errors", "progress", "storage", "cluster", "corpus", "features", "shards",
-    "training", "plots", "inference", "tracking", "evaluation", "distributed", "search", "api",
-    "cli", "__main__",
+    "version", "errors", "progress", "storage", "local_ray", "cluster", "corpus", "features",
+    "shards", "training", "plots", "inference", "tracking", "evaluation", "distributed",
+    "search", "api", "cli", "__main__",
 ]  # fmt: skip
 """A folder imports only from itself and from folders to its left."""
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -5,6 +5,13 @@ Most tests replace Ray.
 
 import contextlib
 import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +21,15 @@ import pytest
 import ray
 
 from ser_ray import cluster as cluster_module
+from ser_ray import local_ray
 from ser_ray.cluster import JOB_CONFIG, cluster, one_of_each_folder, require_kept
 from ser_ray.errors import ResourcesError
 from ser_ray.inference import batch
+from ser_ray.local_ray import on_loopback
 from ser_ray.shards import prepare
 from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.read import open_shards
+from ser_ray.storage.paths import absolute
 from tests.clips import voice, write_wav
 
 
@@ -29,7 +40,10 @@ from tests.clips import voice, write_wav
             ConnectionError("refused"),
             r"no Ray cluster answers at .* start it with `ray start.* set RAY_AUTH_MODE=token",
         ),
-        (RuntimeError("Version mismatch"), r"at 127.0.0.1:1 cannot be joined: Version mismatch"),
+        (
+            RuntimeError("Version mismatch"),
+            r"at 127.0.0.1:\d+, which --address names, cannot be joined: Version mismatch",
+        ),
         (Exception("timed out"), r"did not start on this machine \(timed out\): it is too busy"),
     ],
 )
@@ -40,8 +54,117 @@ def test_a_ray_that_does_not_start_is_a_resources_error(
         raise failure
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ResourcesError, match=message), cluster("127.0.0.1:1"):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ResourcesError, match=message), cluster(address):
+            pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1, which RAY_ADDRESS names"),
+        ("no-such-name.invalid:6379", "no Ray cluster answers at no-such-name.invalid:6379, which"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at ray://127.0.0.1:1, which RAY_ADDRESS"),
+        ("head", "RAY_ADDRESS is head: it must be HOST:PORT, such as 10.0.0.1:6379"),
+        ("head:port", "RAY_ADDRESS is head:port: it must be HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_away_is_named_before_ray_is_asked(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray tries for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourcesError, match=message), cluster():
         pytest.fail("the block ran without a connection")
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The folders of the sessions that a stand-in for Ray was given, in short temporary paths."""
+    given: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: given.append(os.environ["RAY_TMPDIR"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    yield given
+    assert not any(Path(folder).exists() for folder in given), "a session leaves nothing"
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("fault", ["long", "missing", "full", "read-only"])
+def test_a_folder_that_cannot_hold_a_session_is_replaced(
+    variable: str, fault: str, session: list[str], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as root:
+        named = Path(root, "n" * (100 if fault == "long" else 1))
+        if fault != "missing":
+            named.mkdir()
+        if fault == "full":
+            empty = SimpleNamespace(free=0)
+            usage = {str(named): empty}
+            real = shutil.disk_usage
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage.get(path) or real(path))
+        if fault == "read-only":  # for any user, and root too
+            named.rmdir()
+            named.write_text("")
+        monkeypatch.setenv(variable, str(named))
+        with cluster():
+            assert session[0].startswith("/tmp/ray-")
+            assert len(session[0]) + local_ray.SESSION_BYTES <= 107
+        assert f"{variable}, {named}, cannot hold Ray's files (" in caplog.text
+        assert os.environ.get(variable) == str(named)
+
+
+def test_a_short_folder_holds_the_session(
+    session: list[str], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as root:
+        monkeypatch.setenv("TMPDIR", root)
+        with cluster():
+            assert Path(session[0]).parent == Path(root)
+            assert Path(session[0]).is_dir()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_a_machine_without_any_usable_folder_is_told_which_variable_helps(
+    session: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with (
+        pytest.raises(ResourcesError, match=r"\(No space left on device\): set RAY_TMPDIR to"),
+        cluster(),
+    ):
+        pytest.fail("the block ran without a folder")
+
+
+def test_a_signal_handler_outlives_the_start_of_ray(
+    session: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ours(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def init(**_: object) -> None:
+        """What Ray does: its processes inherit the signals that are blocked now."""
+        assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster():
+            assert signal.getsignal(signal.SIGTERM) is ours
+            assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+        def interrupted(**_: object) -> None:
+            init()
+            signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(ray, "init", interrupted)
+        with pytest.raises(KeyboardInterrupt), cluster():
+            pytest.fail("the block ran although a signal came while Ray started")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_programming_error_is_not_reported_as_a_busy_machine(
@@ -122,9 +245,9 @@ def test_files_to_score_that_only_this_machine_has_are_refused_even_if_the_first
 
 
 def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
-    """If an upgrade of Ray moves the name that `_on_loopback` sets, this fails first."""
+    """If an upgrade of Ray moves the name that `on_loopback` sets, this fails first."""
     usual = ray.util.get_node_ip_address()
-    with cluster_module._on_loopback():
+    with on_loopback():
         assert ray.util.get_node_ip_address() == "127.0.0.1"
     assert ray.util.get_node_ip_address() == usual
 
@@ -161,3 +284,12 @@ def test_a_store_inside_the_code_copy_of_a_job_is_refused(in_tmp, monkeypatch):
             require_kept(inside)
     for kept in (f"sqlite:///{in_tmp.parent}/mlflow.db", "http://host:5000", "s3://bucket/runs"):
         require_kept(kept)
+
+
+def test_in_a_job_a_relative_path_is_refused_before_shards_are_missed(in_tmp, monkeypatch):
+    monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {"working_dir": "gcs://code.zip"}}))
+    with pytest.raises(ResourcesError, match="shards: is inside the copy of the code"):
+        open_shards(absolute("shards"))
+    with pytest.raises(ResourcesError, match="shards: is inside the copy of the code"):
+        prepare.prepare(PrepareConfig(corpus="/nowhere", shards="shards"))
+    assert list(in_tmp.iterdir()) == []

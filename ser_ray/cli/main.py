@@ -6,6 +6,7 @@ a field, and its help is the field's description. Nothing heavy is imported befo
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import Pipeline
+from ser_ray.cli.stop import Stopped, make_output_safe, stopped_by_signals
 from ser_ray.cli.train import Crossval, LrRange, Train, Tune
 from ser_ray.cli.verb import Verb
 from ser_ray.errors import SerRayError
@@ -39,39 +41,65 @@ VERBS: dict[str, type[Verb]] = {
 }
 
 
+MACHINE_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
+    errno.ESTALE,
+}  # fmt: skip
+"""Errors of an operating system whose reason is the machine: a full or read-only disk, say."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one verb; returns the exit status.
+
+    It is 0, 2 for an error of the user or the machine, 130 for Ctrl-C, 143 for SIGTERM and 129 for
+    SIGHUP.
+    """
+    make_output_safe()
     logger, handler = logging.getLogger("ser_ray"), Lines()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        if given == ["--version"]:
-            print(f"ser-ray {__version__}")
-            return 0
-        verb = parse_verb(VERBS, given)
-        if verb.common.dry_run:
-            print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
-            return 0
-        with redirect_stdout(sys.stderr):  # libraries print links and progress there
-            outcome = verb.run()
-        text = "\n".join(part for part in (outcome.text, outcome.after) if part)
-        print(to_json(outcome.data) if verb.common.json else text)
-        if outcome.problem:
-            raise SerRayError(outcome.problem)
+        with stopped_by_signals():
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
     except SerRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", 2)
+    except Stopped as stop:
+        return _end(f"stopped by {stop.name}; the same command resumes from here", stop.status)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from here", file=sys.stderr)
-        return 130
+        return _end("interrupted; the same command resumes from here", 130)
     except BrokenPipeError:
         # Nobody reads the output any more: close it, so that Python does not complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _end(f"error: {place}{error.strerror or error}", 2)
     finally:
         logger.removeHandler(handler)
+
+
+def _run(given: list[str]) -> int:
+    if given == ["--version"]:
+        print(f"ser-ray {__version__}")
+        return 0
+    verb = parse_verb(VERBS, given)
+    if verb.common.dry_run:
+        print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
+        return 0
+    with redirect_stdout(sys.stderr):  # libraries print links and progress there
+        outcome = verb.run()
+    text = "\n".join(part for part in (outcome.text, outcome.after) if part)
+    print(to_json(outcome.data) if verb.common.json else text)
+    if outcome.problem:
+        raise SerRayError(outcome.problem)
     return 0
+
+
+def _end(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
 
 
 class Lines(logging.Handler):

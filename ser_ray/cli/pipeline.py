@@ -94,6 +94,7 @@ class Pipeline(Verb):
             {name: step.data for name, step in steps.items()},
             "\n".join(lines),
             f"try it       {next_command('demo-ui', model)}",
+            problem=trained.problem or predicted.problem,
         )
 
     def _test_clips(self) -> dict[str, str]:

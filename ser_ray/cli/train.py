@@ -77,7 +77,7 @@ def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
         *_report_lines(result),
     )
     command = next_command("evaluate", result.checkpoint, shards=shards)
-    return Outcome(data, "\n".join(lines), f"test it      {command}")
+    return Outcome(data, "\n".join(lines), f"test it      {command}", problem=result.undelivered)
 
 
 class Reported(Protocol):

@@ -6,6 +6,7 @@ from ray.train import Checkpoint, UserCallback
 from ray.util.queue import Queue
 
 from ser_ray.errors import is_permanent
+from ser_ray.tracking.store import first_line
 
 
 class DriverCallback(UserCallback):
@@ -33,7 +34,9 @@ class DriverCallback(UserCallback):
         self.queue.put(report | {"system_metrics": nodes})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """End a training whose workers would fail in the same way again."""
+        """End a training whose workers would fail in the same way again; else report the loss."""
         for error in worker_exceptions.values():
             if is_permanent(error):
                 raise error
+        reasons = {f"rank {rank}: {first_line(e)}" for rank, e in worker_exceptions.items()}
+        self.queue.put({"lost": "; ".join(sorted(reasons))})

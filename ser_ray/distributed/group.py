@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from time import monotonic
+from time import localtime, monotonic, strftime, time
 
 import ray
 import ray.train
@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ser_ray.cluster import placement_groups, remove_placement_groups
+from ser_ray.cluster import free_resources, placement_groups, remove_placement_groups
 from ser_ray.distributed.callbacks import DriverCallback
 from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.process_group import torch_config
@@ -47,6 +47,8 @@ Ray's list of nodes may be 20 s old, so only the second attempt may notice that 
 Workers that have their placement group are not limited, for instance to install packages."""
 START_ATTEMPTS = 60
 """Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
+TELL_SECONDS = 60.0
+"""How often a training that waits for room says so."""
 STOP_SECONDS = 60.0
 """How long a group that is stopped may take to finish its current epoch."""
 
@@ -101,6 +103,8 @@ class WorkerGroup:
         )
         self.other_groups = placement_groups()
         """Ids of the placement groups that this job held before."""
+        self.losses = 0
+        """How often workers were lost."""
 
     def epochs(self) -> Generator[Epoch]:
         """Train to the end, and yield every epoch once, first those of earlier starts.
@@ -146,7 +150,7 @@ class WorkerGroup:
         executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         training = executor.submit(self._trainer(start, queue).fit)
         executor.shutdown(wait=False)
-        watch = PlaceWatch(self.other_groups)
+        watch = PlaceWatch(self.other_groups, _need(self.scaling))
         try:
             while True:
                 is_done = training.done()
@@ -158,7 +162,10 @@ class WorkerGroup:
                         break
                     watch.require_places()
                 else:
-                    yield Epoch(**report)
+                    if "lost" in report:
+                        self._tell_loss(report["lost"])
+                    else:
+                        yield Epoch(**report)
             training.result()
         except BaseException as error:
             queue.shutdown(force=True)  # the next epoch's report fails, and that ends the group
@@ -193,6 +200,16 @@ class WorkerGroup:
             ),
         )
 
+    def _tell_loss(self, reason: str) -> None:
+        """Say in a line that a worker is replaced; a loss that ends the training raises instead."""
+        self.losses += 1
+        if self.max_failures == -1 or self.losses <= self.max_failures:
+            logger.warning(
+                "a worker was lost (%s): Ray replaces it, and the training resumes from its newest "
+                "checkpoint",
+                reason,
+            )
+
     def _failure(self, error: Exception) -> SerRayError:
         """The error for the user: the SerRayError that caused it, or else Ray's message."""
         causes: list[Exception] = []
@@ -211,14 +228,21 @@ class WorkerGroup:
 
 
 class PlaceWatch:
-    """Ends a training that waits for room too long; Ray lets an elastic training wait forever."""
+    """Says what a training waits for, and ends one that waits too long.
 
-    def __init__(self, other_groups: set[str]) -> None:
-        self.other_groups = other_groups
-        self.had_places = self.looked = monotonic()
+    Ray says nothing to a driver, and lets an elastic training wait forever.
+
+    Args:
+        other_groups: ids of the placement groups that are not this training's.
+        need: the workers that need room, in words.
+    """
+
+    def __init__(self, other_groups: set[str], need: str) -> None:
+        self.other_groups, self.need = other_groups, need
+        self.had_places = self.looked = self.told = monotonic()
 
     def require_places(self) -> None:
-        """Check every START_SECONDS whether this training has a placement group.
+        """Check every START_SECONDS whether this training has a placement group with room.
 
         Raises:
             ResourcesError: it has had none for START_ATTEMPTS times START_SECONDS.
@@ -226,12 +250,20 @@ class PlaceWatch:
         if monotonic() - self.looked < START_SECONDS:
             return
         self.looked = monotonic()
-        if placement_groups() - self.other_groups:
-            self.had_places = self.looked
+        if placement_groups(with_room=True) - self.other_groups:
+            self.had_places = self.told = self.looked
         elif self.looked - self.had_places >= START_SECONDS * START_ATTEMPTS:
             raise ResourcesError(
                 f"the cluster had no room for the workers for {START_SECONDS * START_ATTEMPTS:g} "
                 "seconds: give the same command again when there is room, or ask for fewer workers"
+            )
+        elif self.looked - self.told >= TELL_SECONDS:
+            self.told = self.looked
+            waited = self.looked - self.had_places
+            logger.warning(
+                "waiting for room for %s since %s (%.0f min); free now: %s",
+                *(self.need, strftime("%H:%M:%S", localtime(time() - waited)), waited / 60),
+                free_resources(),
             )
 
 
@@ -243,6 +275,17 @@ def restored_epochs(checkpoint: StoredCheckpoint | None) -> Generator[Epoch]:
     rates = learning_rates_by_epoch(progress)
     for row, of_steps, when in zip(progress["history"], rates, progress["times_ms"], strict=True):
         yield Epoch(row, of_steps, when, is_restored=True)
+
+
+def _need(scaling: ScalingConfig) -> str:
+    """The workers that a group needs room for, in words."""
+    fewest = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
+    each = (
+        "1 GPU"
+        if scaling.use_gpu
+        else f"{(scaling.resources_per_worker or {}).get('CPU', 1):g} CPUs"
+    )
+    return f"{fewest} workers with {each} each"
 
 
 def _name(checkpoint: StoredCheckpoint | None) -> str:

@@ -35,7 +35,7 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.store import resolve_uri
+from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
@@ -70,6 +70,8 @@ class TrainResult:
     """The row of the epoch whose weights are kept."""
     report: str
     """Location of the run's page."""
+    undelivered: str = ""
+    """Why MLflow does not have the complete run; the same call delivers the rest."""
 
 
 def train(
@@ -90,6 +92,7 @@ def train(
     shards = open_shards(absolute(shards_location))
     split = _require_trainable(shards, config, run)
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
+    require_server(run.tracking_uri)
     with folder.lock():
         folder.require_same(identity_of(config, shards))
         if not folder.record().get("delivered"):
@@ -224,7 +227,7 @@ def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
 def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: bool) -> None:
     """Keep the selected checkpoint under a fixed name, and complete the MLflow run.
 
-    If the tracking server does not answer, it logs a warning: the same command delivers the rest.
+    If the tracking server does not answer, the record says so: the same command delivers the rest.
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
     from ser_ray.evaluation.pages import run_page
@@ -262,7 +265,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
             _log_outcome(tracker, selected, evaluation, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
-            logger.warning("%s", error)
+            tracker.abandon(error)
         else:
             folder.update_record(delivered=True, undelivered="")
     folder.tidy(newest)
@@ -317,4 +320,5 @@ def _result(folder: RunFolder) -> TrainResult:
         history=newest.progress["history"],
         selected=newest.progress["selected"],
         report=folder.report,
+        undelivered=record.get("undelivered", ""),
     )

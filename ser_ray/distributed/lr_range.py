@@ -27,7 +27,7 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.store import first_line, resolve_uri
+from ser_ray.tracking.store import first_line, require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
@@ -64,6 +64,7 @@ def find_range(
     shards = open_shards(absolute(shards_location))
     split = describe_split(select_rows(shards.clips(), config))
     pretrained = read_pretrained(config.weights, len(shards.card.labels))
+    require_server(run.tracking_uri)
     with cluster(address):
         require_shared(shards.uri)
         gpu = trains_on_gpus(run.device)

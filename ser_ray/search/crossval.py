@@ -51,6 +51,7 @@ from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
+from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
@@ -103,6 +104,7 @@ def crossval(
     pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
+    require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
         require_shared(shards.uri, location)
         setup = TrialSetup(

@@ -109,6 +109,12 @@ class TrialRuns:
             return False
         return True
 
+    def abandon(self, trials: Sequence[TrialRecord], error: BaseException) -> None:
+        """Close the runs of the trials that an error ended; a resumed trial opens its run again."""
+        for trial in trials:
+            if trial.run_id and not trial.recorded:
+                Tracker(self.parent.uri, trial.run_id).abandon(error)
+
     def _deliver_trial(self, trial: TrialRecord) -> None:
         with self.lock:
             seen = replace(trial)  # Ray Tune's loop may change the record meanwhile

@@ -72,6 +72,7 @@ class Study(tune.Callback):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._deliver_all()
         if error is not None:
+            self.runs.abandon(self.trials, error)
             self.parent.abandon(error)
 
     @property

@@ -33,6 +33,7 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
@@ -97,6 +98,7 @@ def search(
     parts = select_rows(shards.clips(), recipe)
     pretrained = read_initial_weights(recipe, config.dimensions, shards)
     folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
+    require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
         require_shared(shards.uri, folder.location)
         setup = TrialSetup(recipe=recipe, shards=shards, slots=find_slots(run, slots))

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.cluster import cluster, one_of_each_folder, require_shared
+from ser_ray.cluster import cluster, one_of_each_folder, require_kept, require_shared
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.slips import describe_clips, find_slips
 from ser_ray.corpus.table import MISSING_FILES
@@ -117,6 +117,8 @@ def prepare(
         ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
     """
     started = time.monotonic()
+    for location in (config.corpus, config.shards):
+        require_kept(location)
     corpus = list_corpus(config.corpus, config.missing)
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)

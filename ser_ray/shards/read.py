@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.cluster import require_kept
 from ser_ray.corpus.splits import one_clip_per_take, split
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
@@ -193,12 +194,14 @@ def open_shards(uri: str) -> ShardSet:
 
     Raises:
         ShardsError: there is no shard set, or it is unfinished.
+        ResourcesError: there is none, and the path is in the folder that Ray deletes after a job.
     """
     filesystem, folder = filesystem_of(uri)
     card = read_card(filesystem, folder)
     if card is not None:
         return ShardSet(uri, card)
     is_begun = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
+    require_kept(uri)  # a relative path in a job is the reason then
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
         if is_begun

@@ -92,8 +92,17 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(location: str) -> str:
-    """Make a local path absolute, and return a URI unchanged."""
-    return location if "://" in location else str(Path(location).expanduser().absolute())
+    """Make a local path absolute, and return a URI unchanged.
+
+    Raises:
+        LocationError: the path begins with `~`, but the home folder is not known.
+    """
+    if "://" in location:
+        return location
+    try:
+        return str(Path(location).expanduser().absolute())
+    except RuntimeError as error:
+        raise LocationError(f"{location}: give the path without ~ ({error})") from error
 
 
 def location_inside(folder: str, path: str) -> str:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ser_ray.errors import TrackingError
+from ser_ray.tracking.database import SCHEME, open_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCAL_STORE = Path("ser-ray-out")
 """Where the database and the artifacts go when no server is named."""
+VARIABLE = "MLFLOW_TRACKING_URI"
 REQUEST_SECONDS = 10
 """Longest wait for one answer of a server."""
+CONNECT_SECONDS = 5.0
+"""Longest wait for the connection to a server."""
 RUNS_PER_CALL = 1000
 """Runs that a search returns in one page."""
 
@@ -25,51 +31,107 @@ RUNS_PER_CALL = 1000
 def resolve_uri(tracking_uri: str) -> str:
     """Return the store to use: the one named, the environment's, or a sqlite file with the output.
 
+    A relative path in a URI is made absolute, so that it means one place in every record.
+
     Raises:
         TrackingError: the URI holds a password, which would be written into runs and checkpoints.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = tracking_uri or os.environ.get(VARIABLE, "")
     if urlsplit(uri).password:
         raise TrackingError(
             f"the tracking URI of {urlsplit(uri).hostname} holds a password: give it in "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials; "
             "for a database, in the database's own password file"
         )
-    return uri or f"sqlite:///{(LOCAL_STORE / 'mlflow.db').absolute()}"
+    return _absolute(uri or f"{SCHEME}{LOCAL_STORE / 'mlflow.db'}")
 
 
-def connect(uri: str) -> "MlflowClient":
+def _absolute(uri: str) -> str:
+    """Make the path of a sqlite file or of a folder in a URI absolute."""
+    if uri.startswith(SCHEME):
+        return f"{SCHEME}{Path(uri.removeprefix(SCHEME)).expanduser().absolute()}"
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return Path(uri.removeprefix("file:")).absolute().as_uri()
+    if uri.startswith((".", "~")):
+        return str(Path(uri).expanduser().absolute())
+    return uri
+
+
+def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     """Return MLflow's client of a store, after checking that the store answers it.
 
     The check is a request of that client, so it uses the client's credentials, certificates and
-    proxies. The folder of a local database is made. MLflow's functions that take no client use this
-    store from then on.
+    proxies. MLflow's functions that take no client use this store from then on.
+
+    Args:
+        uri: a store, as `resolve_uri` gives it.
+        create: make the file of a local database if it does not exist.
 
     Raises:
-        TrackingError: no server answers, or the database cannot be opened.
+        TrackingError: no server answers, or the database does not exist or cannot be opened.
     """
     configure_mlflow_client()
     import mlflow
 
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrackingError(f"{uri}: {folder} cannot be made ({error})") from error
-    mlflow.set_tracking_uri(uri)
     is_server = uri.startswith("http")
-    problem = f"{uri}: no MLflow {'server answers' if is_server else 'database can be opened'}"
+    named = f"{VARIABLE} names {uri}" if uri == os.environ.get(VARIABLE) else uri
+    problem = f"{named}: no MLflow {'server answers' if is_server else 'database can be opened'}"
     advice = (
         "; start one with `mlflow server`, give the user and password of a protected one in "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri out to "
-        "record in a local file"
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri and "
+        f"{VARIABLE} out to record in a local file"
     )
     with store_answers(problem, advice if is_server else "; check --tracking-uri"):
+        if is_server:
+            _require_listener(uri)
+        open_database(uri, create=create)
+        set_tracking_uri(uri)
         client = mlflow.MlflowClient(tracking_uri=uri)
         if is_server:
             client.search_experiments(max_results=1)
     return client
+
+
+def require_server(tracking_uri: str) -> None:
+    """Check a tracking server before slow work begins; a local database is left for later.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    uri = resolve_uri(tracking_uri)
+    if uri.startswith("http"):
+        connect(uri)
+
+
+def _require_listener(uri: str) -> None:
+    """Find out within seconds whether anything listens at a server's address.
+
+    MLflow's client would try for several times as long. A proxy is left to the client.
+
+    Raises:
+        OSError: nothing does, or the name has no address.
+    """
+    from requests.utils import get_environ_proxies
+
+    parts = urlsplit(uri)
+    if not get_environ_proxies(uri):
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
+
+
+def set_tracking_uri(uri: str) -> None:
+    """Set the store of MLflow's functions, and leave the user's environment as it is.
+
+    MLflow also sets the variable, which then would name the store of the next command in Python.
+    """
+    import mlflow
+
+    before = os.environ.get(VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
 
 
 def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> Iterator[Any]:
@@ -92,9 +154,10 @@ def configure_mlflow_client() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    # At level ERROR it logs the traces of errors that it also raises.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="mlflow")
 
 
@@ -114,7 +177,7 @@ def store_answers(problem: str, advice: str = "") -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
         raise TrackingError(f"{problem} ({first_line(error)}){advice}") from error
 
 

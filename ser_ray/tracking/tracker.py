@@ -7,19 +7,22 @@ store answers again.
 """
 
 import logging
+import shlex
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.about import NOTE, merge_note, model_name
+from ser_ray.tracking.database import artifacts_of, await_database, database_of
 from ser_ray.tracking.provenance import TAG_BYTES
-from ser_ray.tracking.store import connect, search_runs, store_answers
+from ser_ray.tracking.store import connect, search_runs, set_tracking_uri, store_answers
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
@@ -65,6 +68,9 @@ class Tracker:
     ) -> "Tracker":
         """Create a run, or resume the one of `run_id`.
 
+        The parameters are also stored as the artifact `settings.json`, so that an artifact store
+        that cannot be written is found before anything is trained.
+
         Args:
             uri: tracking store, as `resolve_uri` gives it.
             experiment: name of the experiment; it is made if there is none.
@@ -75,9 +81,9 @@ class Tracker:
             run_id: the run to resume; its name, parameters and input stay as they are.
 
         Raises:
-            TrackingError: the store does not answer, or does not have the run.
+            TrackingError: the store does not answer, does not have the run, or stores no artifact.
         """
-        client = connect(uri)
+        client = connect(uri, create=True)
         problem = f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''}"
         advice = (
             "; check --tracking-uri and --experiment, or give another --name to start a new run"
@@ -87,15 +93,31 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 tracker = cls(uri, run_id)
                 tracker.set_tags(tags)
-                return tracker
-            experiment_id = _experiment_id(client, uri, experiment)
-            save_view(client, experiment_id)
-            run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
-            if dataset is not None:
-                client.log_inputs(run.info.run_id, [dataset])
-        tracker = cls(uri, run.info.run_id)
-        tracker.log_params(params)
+            else:
+                experiment_id = _experiment_id(client, uri, experiment)
+                save_view(client, experiment_id)
+                run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
+                if dataset is not None:
+                    client.log_inputs(run.info.run_id, [dataset])
+                tracker = cls(uri, run.info.run_id)
+        try:
+            if not run_id:
+                tracker.log_params(params)
+            tracker._require_artifacts(params)
+        except TrackingError as error:
+            tracker.abandon(error)
+            raise
         return tracker
+
+    def _require_artifacts(self, params: Mapping[str, Any]) -> None:
+        place = "its artifacts"
+        with store_answers(f"{self.uri}: run {self.run_id} cannot be read"):
+            place = self._client.get_run(self.run_id).info.artifact_uri
+        with store_answers(
+            f"{place}: MLflow cannot store artifacts here",
+            "; make the place writable, or choose another --experiment or --tracking-uri",
+        ):
+            self._client.log_text(self.run_id, to_json(params), "settings.json")
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":
@@ -104,9 +126,6 @@ class Tracker:
         Raises:
             TrackingError: the store does not answer, or does not have the run.
         """
-        database = uri.removeprefix("sqlite:///")
-        if database != uri and not Path(database).is_file():  # MLflow would create it
-            raise TrackingError(f"{uri}: no such file on this machine")
         client = connect(uri)
         with store_answers(f"{uri}: run {run_id} cannot be read"):
             client.get_run(run_id)
@@ -267,11 +286,11 @@ class Tracker:
                 if savefig := getattr(content, "savefig", None):
                     savefig(path, dpi=130)
                 elif isinstance(content, str):
-                    path.write_text(content)
+                    path.write_text(content, encoding="utf-8")
                 elif isinstance(content, pa.Table):
                     csv.write_csv(content, path)
                 else:
-                    path.write_text(to_json(content))
+                    path.write_text(to_json(content), encoding="utf-8")
             self._client.log_artifacts(self.run_id, folder)
 
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
@@ -280,7 +299,7 @@ class Tracker:
 
         from ser_ray.inference import packaged
 
-        mlflow.set_tracking_uri(self.uri)
+        set_tracking_uri(self.uri)
         name = model_name(self.run_name)
         with self._writing(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
@@ -304,12 +323,15 @@ class Tracker:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             self.finish("KILLED" if stopped else "FAILED")
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return store_answers(
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        await_database(self.uri)
+        with store_answers(
             f"{self.uri}: run {self.run_id} could not be written",
-            "; nothing is lost: what is missing is sent when the store answers again, or when the "
-            "same command is run again",
-        )
+            "; nothing is lost: the missing records are sent when the store answers again, or when "
+            "the same command is run again",
+        ):
+            yield
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,7 +359,7 @@ def _signature(labels: Sequence[str]) -> Any:
     inputs = ("path", "audio", "waveform", "sample_rate")
     # A recording that cannot be scored has no probabilities.
     probabilities = [ColSpec("double", label, required=False) for label in labels]
-    texts = (ColSpec("string", name) for name in ("status", "reason"))
+    texts = (ColSpec("string", name) for name in ("status", "reason", "warning"))
     return ModelSignature(
         Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
         Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
@@ -345,18 +367,26 @@ def _signature(labels: Sequence[str]) -> Any:
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:
+    """Return the id of an experiment, which is made if it does not exist."""
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"the experiment {name!r} is deleted: restore it in the UI, or choose another with "
-                "--experiment"
-            )
-        return str(found.experiment_id)
-    artifacts = None
-    if uri.startswith("sqlite:"):
-        # MLflow's own default, ./mlruns, depends on the directory the program runs in.
-        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
-        artifacts = (folder / name.replace("/", "_")).absolute().as_uri()
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
-    return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
+    if found is None:
+        artifacts = None
+        if (database := database_of(uri)) is not None:
+            # MLflow's own default, ./mlruns, depends on the directory the program runs in.
+            artifacts = f"{artifacts_of(database)}/{quote(name.replace('/', '_'))}"
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
+        except MlflowException:  # another process may have made it since
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        store = shlex.quote(f"MLFLOW_TRACKING_URI={uri}")
+        raise TrackingError(
+            f"the experiment {name!r} is deleted: restore it with `env {store} mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}`, or choose another with --experiment"
+        )
+    return str(found.experiment_id)

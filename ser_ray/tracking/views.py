@@ -7,6 +7,7 @@ in this module. `tests/tracking/test_views.py` fails if an upgrade of MLflow cha
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def links(uri: str, run_id: str) -> Links:
     """
     is_server = uri.startswith("http")
     pages = uri.rstrip("/") if is_server else LOCAL_UI
-    command = "" if is_server else f"mlflow ui --backend-store-uri {uri}"
+    command = "" if is_server else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     try:
         client = connect(uri)
         with store_answers(uri):

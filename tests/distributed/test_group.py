@@ -1,5 +1,6 @@
 """What passes between a group of workers and its driver, without Ray."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from ser_ray.distributed import group
 from ser_ray.distributed.callbacks import DriverCallback
-from ser_ray.distributed.group import PlaceWatch, restored_epochs
+from ser_ray.distributed.group import PlaceWatch, WorkerGroup, restored_epochs
 from ser_ray.distributed.run_folder import StoredCheckpoint
 from ser_ray.errors import (
     CheckpointError,
@@ -87,20 +88,44 @@ def test_the_epochs_before_a_checkpoint_are_restored_from_it() -> None:
 
 
 def test_waiting_for_places_ends_with_an_error_unless_there_are_some(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now, ours = 0.0, {"other", "ours"}
     monkeypatch.setattr(group, "monotonic", lambda: now)
-    monkeypatch.setattr(group, "placement_groups", lambda: ours)
-    watch = PlaceWatch({"other"})
+    monkeypatch.setattr(group, "placement_groups", lambda *, with_room: ours)
+    monkeypatch.setattr(group, "free_resources", lambda: "1 CPUs, 0 GPUs")
+    watch = PlaceWatch({"other"}, "2 workers with 3 CPUs each")
     limit = group.START_SECONDS * group.START_ATTEMPTS
     for _ in range(5):  # a training that holds places waits for its epochs as long as they take
         now += limit
         watch.require_places()
     held = now
+    assert caplog.messages == []
     ours = {"other"}
     with pytest.raises(ResourcesError, match="no room for the workers for 1800 seconds"):  # noqa: PT012
         while True:
             now += group.START_SECONDS
             watch.require_places()
     assert now - held == limit
+    # A minute after the places were lost, and every minute from then on, the last but one before
+    # the end.
+    assert len(caplog.messages) == limit / 60 - 1
+    pattern = r"waiting for room for 2 workers with 3 CPUs each since \d\d:\d\d:\d\d \(29 min\); "
+    assert re.match(pattern + "free now: 1 CPUs, 0 GPUs", caplog.messages[-1])
+
+
+@pytest.mark.parametrize(("max_failures", "expected"), [(0, 0), (1, 1), (-1, 2)])
+def test_a_lost_worker_that_is_replaced_gets_one_line(
+    max_failures: int, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = ListQueue()
+    error = RuntimeError("The actor died unexpectedly.\n\tclass_name: RayTrainWorker\n\tpid: 1")
+    DriverCallback(queue).after_exception(None, {1: error})
+    workers = object.__new__(WorkerGroup)  # its constructor needs Ray
+    workers.max_failures, workers.losses = max_failures, 0
+    for _ in range(2):
+        workers._tell_loss(queue.items[0]["lost"])
+    assert len(caplog.messages) == expected
+    for message in caplog.messages:
+        assert "lost (rank 1: The actor died unexpectedly.): Ray replaces it" in message
+        assert "\n" not in message

@@ -423,6 +423,7 @@ def test_when_the_tracking_server_returns_the_same_command_delivers_the_rest(
         row["val/ua"] for row in uninterrupted.history
     ]
     assert "the same command is run again" in caplog.text
+    assert "could not be written" in away.undelivered, "the command line ends with an error"
     mlflow_server.start()
     assert MlflowClient(mlflow_server.uri).get_run(away.run_id).info.status == "RUNNING"
     again = world.train("server-away", lambda epoch: pytest.fail("it trains"))

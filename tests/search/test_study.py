@@ -97,6 +97,8 @@ class Client:
         self.server.require()
         self.run.status = status
 
+    abandon = Tracker.abandon
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
@@ -382,6 +384,17 @@ def test_the_run_of_a_study_that_an_error_ends_is_killed_or_failed(
         raise error
     assert ends == [status]
     assert "study" not in thread_names()
+
+
+def test_no_run_of_a_study_that_is_stopped_is_left_running(server, tmp_path):
+    stopped = pytest.raises(KeyboardInterrupt)
+    with stopped, open_study(server, tmp_path) as study:
+        run(study, tmp_path)
+        running = TuneTrial("r", lr_max=4e-2)
+        study.on_trial_start(9, [running], running)
+        raise KeyboardInterrupt
+    statuses = sorted(found.status for found in server.runs.values())
+    assert statuses == ["FAILED", "FINISHED", "KILLED", "KILLED"]  # the scheduler stopped one too
 
 
 def test_checkpoints_of_ended_trials_are_deleted_only_when_the_study_ends(server, tmp_path):

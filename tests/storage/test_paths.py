@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from ser_ray.errors import ConfigError
+from ser_ray.errors import ConfigError, LocationError
 from ser_ray.shards.layout import write_table
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.listing import list_files
-from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
+from ser_ray.storage.paths import absolute, filesystem_of, folder_of, location_inside
 from tests.s3_server import s3_bucket
 
 # Characters that percent-encoding, query strings and fragments trip over.
@@ -182,3 +182,13 @@ def test_a_password_in_a_location_is_refused_and_not_repeated(location):
 )
 def test_a_user_a_port_and_odd_names_are_not_taken_for_a_password(location):
     filesystem_of(location)
+
+
+def test_a_home_folder_that_is_not_known_is_said(monkeypatch):
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(LocationError, match="~/corpus: give the path without ~"):
+        absolute("~/corpus")

@@ -1,0 +1,118 @@
+"""Signals and encodings, which every verb meets."""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ser_ray.cli import main as main_module
+from ser_ray.cli.main import main
+from ser_ray.cli.stop import make_output_safe
+from ser_ray.cli.verb import Outcome
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Outcome]], int]:
+    """Run a function as the verb `export` would be run; returns the exit status."""
+
+    def run(work: Callable[[], Outcome]) -> int:
+        monkeypatch.setattr(main_module.Export, "run", lambda self: work())
+        return main(["export", "model"])
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _default_signals() -> Any:
+    """Under `nohup pytest` SIGHUP would be ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_lets_a_verb_clean_up_and_says_one_line(verb, capfd, number, status):
+    cleaned = []
+
+    def work() -> Outcome:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGTERM)  # an impatient second one
+            cleaned.append(True)
+            raise
+        raise AssertionError("the signal was lost")
+
+    assert verb(work) == status
+    assert cleaned == [True]
+    name = signal.Signals(number).name
+    assert capfd.readouterr().err == f"stopped by {name}; the same command resumes from here\n"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored(verb):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+    def work() -> Outcome:
+        signal.raise_signal(signal.SIGHUP)
+        return Outcome({}, "done")
+
+    assert verb(work) == 0
+
+
+def test_a_closed_terminal_does_not_hinder_the_cleaning_up(verb):
+    keep = [os.dup(1), os.dup(2)]
+    leader, terminal = os.openpty()
+    try:
+        for descriptor in (1, 2):
+            os.dup2(terminal, descriptor)
+        os.close(terminal)
+
+        def work() -> Outcome:
+            os.close(leader)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(2, b"progress")
+            try:
+                signal.raise_signal(signal.SIGHUP)
+            finally:
+                os.write(2, b"more progress")
+            raise AssertionError("the signal was lost")
+
+        assert verb(work) == 129
+    finally:
+        for descriptor, kept in zip((1, 2), keep, strict=True):
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
+def test_output_is_readable_in_ascii(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    make_output_safe()
+    print("UA 71 % ± 2 %, 0:01–0:03 ██ Müller\udcff.wav", flush=True)
+    assert written.getvalue() == b"UA 71 % +- 2 %, 0:01-0:03 ## M\\xfcller\\udcff.wav\n"
+
+
+def test_a_full_disk_is_one_line(verb, capsys):
+    def work() -> Outcome:
+        with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+            full.write("model")
+        raise AssertionError("there was room")
+
+    assert verb(work) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+def test_another_error_of_the_system_keeps_its_trace(verb):
+    def work() -> Outcome:
+        raise FileNotFoundError("our own bug")
+
+    with pytest.raises(FileNotFoundError):
+        verb(work)
