@@ -195,16 +195,16 @@ class Tune(TrainingVerb):
             "states": counts,
             "best": {"run_id": best.run_id, "selected": best.selected, "recipe": recipe.to_dict()},
         }
-        after = f"train it     {command}"
+        after, problem = f"train it     {command}", ""
         if self.search.refit:
             fitted = train_outcome(
                 api.refit(result, self.shards, self.run_config, address=self.common.address),
                 self.shards,
             )
             lines.append(fitted.text)
-            after = fitted.after
+            after, problem = fitted.after, fitted.problem
             data["refit"] = fitted.data
-        return Outcome(data, "\n".join(lines), after)
+        return Outcome(data, "\n".join(lines), after, problem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "1000 channels",
     ),
     "no samples": (lambda path: write_wav(path, np.zeros(0)), "unreadable", "no samples"),
-    "1 sample": (lambda path: write_wav(path, np.ones(1)), "too_short", "0.000 s of sound"),
+    "2 samples": (
+        lambda path: write_wav(path, np.array([0.5, -0.5])),
+        "too_short",
+        "0.000 s of sound",
+    ),
     "nan": (lambda path: float_wav(path, np.nan), "ok", ""),
     "infinity": (lambda path: float_wav(path, -np.inf), "ok", ""),
     "float32 at its end": (lambda path: float_wav(path, 3e38), "unreadable", "as large as 3e+38"),

@@ -230,7 +230,7 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
     assert given[0].num_trials == 4
     assert given[0].recipe == RECIPE
     assert given[1:] == [verb.run_config, verb.slots]
-    assert outcome.text.startswith(result.text())
+    assert result.text() in outcome.text
     assert "predictions  s3://b/runs/cv/predictions.parquet?region=x" in outcome.text
     assert outcome.data["mean"]["wa"] == 0.75
     assert outcome.data["protocol"] == "speaker-2, 2 folds, a custom corpus"

@@ -19,6 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from ser_ray import api
+from ser_ray.cli import train as verbs
 from ser_ray.cli.train import Tune
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train_command
@@ -592,7 +593,8 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     )
     fitted = SimpleNamespace(
         name="like-0123456789ab", checkpoint="s3://b/runs/like/selected", card=card, run_id="refit",
-        tracking_uri="http://host:5000", history=[row], selected=row,
+        tracking_uri="http://host:5000", history=[row], selected=row, undelivered="",
+        report="s3://b/runs/like/report.html",
     )  # fmt: skip
     trained: list[tuple[TrainConfig, RunConfig]] = []
 
@@ -600,6 +602,7 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
         trained.append((recipe, run_config))
         return fitted
 
+    monkeypatch.setattr(verbs, "say_training", lambda *_: None)
     monkeypatch.setattr(tune_module, "search", lambda *_, **__: result)
     monkeypatch.setattr(api, "train", train)
     outcome = Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE).run()
@@ -607,7 +610,7 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
     assert "s3://b/runs/search/best.json?region=x" in outcome.text
     if not refit:
-        assert outcome.text.endswith("train it     ser-ray x")
+        assert outcome.after.startswith("train it     ser-ray train --like 0123456789abcdef")
         assert not trained
         return
     assert "checkpoint   s3://b/runs/like/selected" in outcome.text
