@@ -112,9 +112,9 @@ def server(store, tmp_path_factory) -> Iterator[str]:
     with held_port() as port:
         uri = f"http://127.0.0.1:{port}"
         options = f"--env-manager local -h 127.0.0.1 -p {port} --workers 1"
-        command = f"{sys.executable} -m mlflow models serve -m {store.model} {options}"
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(store.model)]
         with started(
-            command.split(),
+            [*command, *options.split()],
             folder / "log",
             lambda: requests.get(f"{uri}/ping", timeout=60).ok,
             cwd=folder,
@@ -252,7 +252,7 @@ model = mlflow.pyfunc.load_model({str(store.model)!r})
 print(model.predict(pd.DataFrame({{"path": [{str(clip)!r}]}}))["emotion"][0])
 import ser_ray
 assert "ray" not in sys.modules and "torchvision" not in sys.modules
-assert ser_ray.__file__.endswith("model/code/ser_ray/__init__.py"), ser_ray.__file__
+assert ser_ray.__file__.endswith("any name/code/ser_ray/__init__.py"), ser_ray.__file__
 """
     # The package of this repository is hidden: what is imported is the model's own copy.
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ser_ray' not in str(f)]\n"
