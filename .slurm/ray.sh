@@ -22,8 +22,10 @@ export RAY_AUTH_MODE=token
     { echo "there is no token: run 'ray get-auth-token --generate' once" >&2; exit 2; }
 
 nodes=${SLURM_JOB_NUM_NODES:?this script is run by sbatch}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):$((20000 + SLURM_JOB_ID % 10000))
+# Not with a pipe: one whose reader ends first would end this script too.
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r ip _ < <(getent ahostsv4 "$head")
+address=$ip:$((20000 + SLURM_JOB_ID % 10000))
 export TMPDIR=/tmp # SLURM's own is too long a path for Ray's sockets
 size=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}")
 

@@ -39,10 +39,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, begin with the files of most slow tests: no process then waits at the end."""
+    """With `-n`, begin with the files of most slow tests: no process then waits at the end.
+
+    Those of `distributed` come before all others. Their clusters ask for no token, and a process
+    that has started Ray for itself expects one from then on.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = Counter(item.path for item in items if any(map(item.get_closest_marker, SLOW)))
-        items.sort(key=lambda item: -slow[item.path])  # it keeps the order within a file
+        # Sorting keeps the order within a file.
+        items.sort(key=lambda item: (item.path.parent.name != "distributed", -slow[item.path]))
 
 
 PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, freq_masks=0, mixup=0)

@@ -335,8 +335,9 @@ def test_a_file_among_the_clips_that_is_not_ours_stays(
 
 
 def test_a_corpus_without_one_clip_is_an_error(ray_cluster: None, tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("path,label,speaker\ngone.wav,joy,x\n")
-    with pytest.raises(CorpusError, match=r"none of its 1 files became a clip; .*gone.wav is unre"):
+    (tmp_path / "table.csv").write_text("path,label,speaker\ntext.wav,joy,x\n")
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(CorpusError, match=r"none of its 1 files became a clip; .*text.wav is unre"):
         run(tmp_path / "table.csv", tmp_path / "shards")
 
 
