@@ -99,8 +99,8 @@ def serve(
         for name in (signal.SIGTERM, signal.SIGHUP):  # by default they skip the cleaning up
             if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(name, lambda *_: sys.exit(0))
-        announce(f"http://{host}:{listening.getsockname()[1]}")
         with suppress(KeyboardInterrupt):
+            announce(f"http://{host}:{listening.getsockname()[1]}")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
 
 

@@ -100,7 +100,7 @@ def test_recordings_are_deleted_however_the_server_is_stopped(checkpoint, tmp_pa
         assert any("http://" in line for line in server.stderr)
         assert list(tmp_path.iterdir())
         server.send_signal(how)
-        assert server.wait(20) == 0
+        assert server.wait(20) in (0, 128 + how), "0 from the moment when it serves the page"
     finally:
         server.kill()
         server.wait()
