@@ -1,17 +1,13 @@
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from mlflow import MlflowClient
 from pyarrow import fs
@@ -49,7 +45,7 @@ from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import make_memory_shards
-from tests.s3_server import CREDENTIALS, s3_bucket
+from tests.s3_server import s3_bucket
 from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
@@ -57,24 +53,6 @@ RECIPE = TrainConfig(
     augment=AugmentConfig(time_mask_frames=4),
 )  # fmt: skip
 SEEDS = CrossvalConfig(seeds=2)
-
-
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    """A Ray cluster with room for two trials, whose workers have the credentials of buckets."""
-    with mock.patch.dict(os.environ, CREDENTIALS):
-        ray.init(
-            num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-            logging_level="ERROR",
-        )  # fmt: skip
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    memory = make_memory_shards(num_frames=26)  # as many as half a second has
-    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
 
 
 @pytest.mark.ray

@@ -58,9 +58,7 @@ from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
 from ser_ray.training.trainer import EpochReport, fit
-from tests.conftest import make_memory_shards
 from tests.processes import end
-from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
     protocol="speaker-3", weights="none", crop_frames=24, batch_size=8, epochs=4, lr_max=4e-3,
@@ -68,22 +66,6 @@ RECIPE = TrainConfig(
 )  # fmt: skip
 DIVERGES = 1e30
 SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    memory = make_memory_shards(num_frames=26)  # as many as half a second has
-    return write_shard_files(tmp_path_factory.mktemp("shards") / "shards", memory, ("mel", "mfcc"))
-
-
-@pytest.fixture(scope="module")
-def two_cpus():
-    ray.init(
-        num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
-    yield
-    ray.shutdown()
 
 
 def run_config(folder: Path, **changes: object) -> RunConfig:
