@@ -38,16 +38,18 @@ BLOCK_STRETCHES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Loudness:
-    """How loud each stretch of `ENERGY_SECONDS` is, and from which loudness on it is sound."""
+    """The loudness of every stretch of `ENERGY_SECONDS`, and the threshold of sound."""
 
+    offset: np.float32
+    """Constant offset of the samples, in their own units."""
     stretch: int
     """Samples in a stretch."""
     power: np.ndarray
     """Mean square of every stretch `[num_stretches]`; the last one is shorter and may be empty."""
     threshold: float
-    """Stretches of more power are sound."""
+    """A stretch with more power than this is sound."""
     above_noise_db: float
-    """How far the loud stretches are above the quiet ones."""
+    """Difference in level between the loud and the quiet stretches, in dB."""
 
     @property
     def is_sound(self) -> np.ndarray:
@@ -95,7 +97,7 @@ class FeatureExtractor:
             raise ClipError(
                 "too_long", f"{seconds:.2f} s of sound, more than {config.max_seconds:g} s"
             )
-        sound = sound - np.float32(samples.mean(dtype=np.float64))
+        sound = sound - loudness.offset
         if samples.dtype == np.int16:
             sound *= np.float32(2**-15)
         if sample_rate == config.sample_rate:
@@ -143,13 +145,13 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     threshold = loudest * 10 ** (-trim_db / 10)
     heard = np.sort(power[:-1][power[:-1] > POWER_FLOOR])
     if not len(heard):
-        return Loudness(stretch, power, threshold, 0.0)
+        return Loudness(offset, stretch, power, threshold, 0.0)
     last = len(heard) - 1
     quiet, less_quiet = heard[last // 10], heard[last * 3 // 10]
     loud = heard[max(last * 19 // 20, last - LOUD_STRETCHES)]
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
         threshold = max(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
-    return Loudness(stretch, power, threshold, float(10 * np.log10(loud / quiet)))
+    return Loudness(offset, stretch, power, threshold, float(10 * np.log10(loud / quiet)))
 
 
 def mel_bands(config: FeatureConfig) -> np.ndarray:
