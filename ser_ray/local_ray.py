@@ -14,9 +14,9 @@ from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
 SESSION_BYTES = len("/ray/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
-"""Length of what Ray adds to the path of its folder for temporary files."""
+"""Bytes that Ray adds to the path of its temporary folder to name a socket."""
 LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Bytes that the path of a folder may have in which Ray's is made: Linux allows a socket 107."""
+"""Longest path, in bytes, in which Ray's folder can be made: Linux allows a socket's path 107."""
 FREE_BYTES = 100_000_000
 """Space that the logs of a session may need."""
 

@@ -55,7 +55,7 @@ def _stop(number: int, _: object) -> None:
 
 
 def _leave_terminal() -> None:
-    """Send further output to a terminal nowhere: the terminal is gone, and writing would fail."""
+    """Discard further output to the terminal, which is closed: writing to it would fail."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             nowhere = os.open(os.devnull, os.O_WRONLY)

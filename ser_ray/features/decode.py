@@ -72,7 +72,7 @@ FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")
 HEAD_BYTES = 4096
 """Bytes that are searched for such a table."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
-"""Codecs for which these headers count packets instead of samples."""
+"""Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""
 PAUSES = "mp4"
 """The format whose time stamps are in an index, apart from the sound: a gap in them is a pause of
 the recorder. In other formats, packets are missing."""
@@ -90,7 +90,7 @@ class Sound(NamedTuple):
     sample_rate: int
     """Hertz."""
     lost_seconds: float = 0.0
-    """Seconds that the file once had and that cannot be decoded any more."""
+    """Seconds of the recording that are missing from the file or cannot be decoded."""
 
     @property
     def loss(self) -> str | None:
@@ -202,7 +202,7 @@ class _Decoded(NamedTuple):
     sample_rate: int
     lost_seconds: float
     decoded_seconds: float
-    """Seconds of samples that are not the silence in place of lost sound."""
+    """Seconds of decoded sound, without the silence that replaces lost sound."""
 
 
 def _finite(sound: _Decoded) -> Sound:
@@ -399,7 +399,7 @@ def _decode_packets(
 def _declared_seconds(
     clip: av.container.InputContainer, stream: av.AudioStream, exact_formats: tuple[str, ...]
 ) -> float:
-    """Return the length that the header declares, or 0 if it does not declare the sound's."""
+    """Return the seconds of sound that the header declares, or 0 if it declares no exact length."""
     is_exact = any(name in clip.format.name for name in exact_formats)
     if not is_exact or stream.codec_context.name.startswith(ESTIMATED_CODECS):
         return 0.0
@@ -423,9 +423,9 @@ def _packets(
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
 
-    This is the mean. Channels of opposite phase would cancel each other in it, so if the mean has
-    less than half the power that it would have with only one channel in use, the loudest channel is
-    taken. Constant offsets do not count as power.
+    The result is usually the mean of the channels. Channels of opposite phase cancel each other in
+    the mean. Therefore the loudest channel is returned if the mean has less than half the power
+    that it would have if only one channel held sound. Constant offsets do not count as power.
     """
     if len(channels) == 1 or not channels.size:
         return channels.mean(axis=0)

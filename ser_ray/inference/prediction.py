@@ -56,7 +56,7 @@ class Prediction:
     reason: str | None = None
     """The status in words."""
     warning: str | None = None
-    """Why the answer may be worth little, in words: little sound above the background, say."""
+    """A reason to doubt the answer, such as a loud background; None if there is no reason."""
 
     def __str__(self) -> str:
         return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
@@ -178,7 +178,7 @@ def _bars(probabilities: Mapping[str, float]) -> list[str]:
 
 
 def _html_bar(share: float) -> str:
-    """Draw a share from 0 to 1 as a bar with its percentage."""
+    """Draw a share from 0 to 1 as a bar, followed by its percentage."""
     style = f"display:inline-block;height:.8em;background:#4c78a8;width:{share * 12:.2f}em"
     return f"<span style='{style}'></span> {share:.0%}"
 

@@ -51,7 +51,7 @@ class RecordingFeatures:
     reason: str | None = None
     """The status in words."""
     warning: str | None = None
-    """Why the answer may be worth little, in words."""
+    """A reason to doubt the answer; None if there is no reason."""
 
 
 class RecordingReader:
@@ -140,7 +140,7 @@ class RecordingReader:
 
 
 def noise_warning(loudness: Loudness) -> str | None:
-    """Say so if the loud parts of a recording are hardly louder than its quiet ones."""
+    """Return a warning if the loud parts of a recording are hardly louder than its quiet parts."""
     if loudness.above_noise_db >= CLEAR_DB:
         return None
     return (

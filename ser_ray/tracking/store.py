@@ -23,7 +23,7 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 REQUEST_SECONDS = 10
 """Longest wait for one answer of a server."""
 CONNECT_SECONDS = 5.0
-"""Longest wait for the connection to a server."""
+"""Seconds to wait for a connection to a server."""
 RUNS_PER_CALL = 1000
 """Runs that a search returns in one page."""
 

@@ -50,7 +50,7 @@ class Tracker:
         self.uri, self.run_id = uri, run_id
         self._client = MlflowClient(tracking_uri=uri)
         self._queue: list[Metric] = []
-        """Metrics that the store does not have yet."""
+        """Metrics that have not been sent to the store yet."""
         self._retry_at = 0.0
         """When to try again, by time.monotonic; 0 while the store answers."""
 

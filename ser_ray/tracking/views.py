@@ -48,7 +48,7 @@ class Links:
     runs: str
     """Table of all runs of its experiment, the best first."""
     command: str
-    """Command that serves both pages; empty if a server does so already."""
+    """Command that starts a local server for both pages; empty if the store is a server itself."""
 
 
 def links(uri: str, run_id: str) -> Links:

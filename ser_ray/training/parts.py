@@ -1,4 +1,4 @@
-"""The clips of a fold's parts: training, validation and test. Importing this is cheap."""
+"""Selects the clips of a fold's training, validation and test parts. It does not import torch."""
 
 from dataclasses import replace
 from typing import Any
