@@ -4,6 +4,7 @@
     shards.clips().to_pandas()                                  # one row per clip
     shards.features("mel")                                      # [clips, bins, frames] float16
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
+    shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
 
 Other tools (pandas, polars, `datasets`, `ray.data.read_parquet`) read the Parquet files in the
 set's folder `clips`. `ShardSet.to_array` turns a feature column of theirs into an array:
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 if TYPE_CHECKING:
+    from ray.data import Dataset
     from torch.utils.data import TensorDataset
 
 Side = Literal["train", "validation", "test"]
@@ -175,6 +178,36 @@ class ShardSet:
             torch.from_numpy(labels.to_numpy().astype(np.int64)),
             torch.from_numpy(clips["num_frames"].to_numpy().astype(np.int64)),
         )
+
+    def ray_dataset(
+        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
+    ) -> "Dataset":
+        """Make one side of a fold a dataset of Ray Data, whose tasks read a part of the set each.
+
+        Args:
+            kind: which feature.
+            protocol: as `rows_of` takes it, like `fold` and `side`.
+            fold: number of the fold.
+            side: train, validation or test.
+
+        Returns:
+            The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
+            float16. Joins the Ray cluster, or starts one, as every dataset of Ray Data does.
+
+        Raises:
+            ConfigError: the protocol does not fit the speakers, or there is no such fold.
+        """
+        import ray.data
+
+        rows = self.rows_of(protocol, fold, side)
+        clips = self.clips().take(rows).append_column("row", [rows])
+        ends = np.searchsorted(rows, np.cumsum(self.card.clips))
+        parts = [clips[start:end] for start, end in pairwise((0, *ends)) if start < end]
+
+        def add_feature(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {kind: self.features(kind, batch.pop("row")), **batch}
+
+        return ray.data.from_arrow(parts).map_batches(add_feature, batch_size=None)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.progress import Progress
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import LOCK_NAME, Lock
-from tests.clips import clip_names, small_corpus, voice, write_sound, write_wav
+from tests.clips import clip_names, six_speakers, small_corpus, voice, write_sound, write_wav
 from tests.processes import has_ended, wait_for
 from tests.s3_server import s3_bucket
 
@@ -114,6 +114,26 @@ def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path:
     assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
     parts = [name(part) for part in range(13) for name in (part_name, outcomes_name)]
     assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, mark, temporary"
+
+
+def test_ray_data_reads_the_clips_of_a_set_and_one_side_of_a_fold(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    import ray.data
+
+    target = tmp_path / "shards"
+    run(six_speakers(tmp_path / "corpus"), target)
+    shards = open_shards(str(target))
+    clips, features = shards.clips().to_pandas(), shards.features("mel")
+    for side in ("train", "validation", "test"):
+        rows = shards.rows_of("speaker-3", 1, side)
+        dataset = shards.ray_dataset("mel", protocol="speaker-3", fold=1, side=side)
+        found = dataset.take_batch(99)
+        assert found["path"].tolist() == clips["path"][rows].to_list()
+        np.testing.assert_array_equal(found["mel"], features[rows])
+    everything = ray.data.read_parquet(str(target / CLIPS)).take_batch(99)
+    assert sorted(everything["path"]) == sorted(clips["path"])
+    assert shards.to_array("mel", everything["mel"]).shape == features.shape
 
 
 def test_a_second_run_does_nothing(
