@@ -14,6 +14,7 @@ called, so that a quick answer does not wait for libraries it does not use.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
 
 from ser_ray.corpus.download import DownloadConfig
@@ -337,7 +338,7 @@ def register(
     Raises:
         TrackingError: there is no such run, it has no model, or the store refuses the version.
     """
-    from ser_ray.evaluation.model_card import register as run
+    from ser_ray.evaluation.record import register as run
 
     return run(run_id, name, alias, tracking_uri)
 
@@ -386,6 +387,8 @@ def evaluate(
 ) -> "Evaluation":
     """Score a model, by default on the test part of its own fold, and record that in its run.
 
+    The scores of other clips go to a page of their own, in `ser-ray-out/evaluations`.
+
     Args:
         model: as `load_model` takes it.
         shards: the shard set that it was trained on, which is found if this is empty, or one of
@@ -402,13 +405,16 @@ def evaluate(
     """
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of
+    from ser_ray.evaluation.pages import evaluation_page
     from ser_ray.evaluation.record import record_evaluation
+    from ser_ray.evaluation.rendering import store_page
     from ser_ray.tracking.models import local_model
 
     with local_model(model, tracking_uri) as checkpoint:
+        shards = shards or shards_of(checkpoint, (SHARDS, SYNTHETIC_SHARDS))
         evaluation = run(
             checkpoint,
-            shards or shards_of(checkpoint, (SHARDS, SYNTHETIC_SHARDS)),
+            shards,
             protocol=protocol,
             fold=fold,
             allow_seen_speakers=allow_seen_speakers,
@@ -418,6 +424,11 @@ def evaluate(
             record_evaluation(evaluation, audio=audio)
         except TrackingError as error:
             logger.warning("the training's run does not have these scores yet: %s", error)
+    if not evaluation.report:
+        digest = sha256(f"{model} {shards} {protocol} {fold}".encode()).hexdigest()[:8]
+        evaluation = replace(evaluation, report=f"{OUT}/evaluations/{digest}.html")
+        page = evaluation_page(evaluation, model=str(model), audio=audio)
+        store_page(page, evaluation.report)
     return evaluation
 
 

@@ -73,15 +73,17 @@ def evaluate(
         )
     if probabilities is None:
         probabilities = _score(checkpoint, card, shards, table, rows)
+    is_own_test, origin = is_own and part == "test", origin_of(checkpoint)
     return Evaluation(
         card=card,
         part=part,
         protocol=label,
         corpus=shards.card.corpus,
-        is_own_test=is_own and part == "test",
+        is_own_test=is_own_test,
         seen_speakers=seen,
         predictions=predictions_table(table.take(rows), probabilities, card.labels),
-        origin=origin_of(checkpoint),
+        origin=origin,
+        report=origin.get("report", "") if is_own_test else "",
     )
 
 

@@ -41,12 +41,40 @@ from ser_ray.training.metrics import selected_row
 History = Sequence[Mapping[str, float]]
 """A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
 
-SCORES = {"val/ua": "UA", "val/wa": "WA", "val/f1": "macro F1"}
+SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 PARTS = {"test": "Test part", "validation": "Validation part"}
 
 _TEST_PART = re.compile("(?<=<!-- test part -->).*(?=<!-- end of test part -->)", re.DOTALL)
 _CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
 _HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
+
+
+def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
+    """The page of an evaluation that is not of the test part of the model's own fold.
+
+    Args:
+        evaluation: the predictions and their scores.
+        model: what the user calls the model.
+        audio: whether the page contains the sound of the clips that it shows, with players.
+    """
+    card = evaluation.card
+    return _page(
+        "run",
+        "Evaluation",
+        model,
+        evaluation.corpus,
+        facts={
+            "Scored": evaluation.label,
+            "Trained on": f"{card.trained_on}, {card.split['label']}",
+            "Features": card.config.feature,
+            "MLflow run of the training": evaluation.origin.get("run_id", ""),
+        },
+        part=_part(evaluation, audio=audio) | {"title": "Scores"},
+        folds=[],
+        training=[],
+        settings=_settings(card.config) | {"started from": card.initial_weights},
+        versions=provenance(),
+    )
 
 
 def run_page(
@@ -337,11 +365,12 @@ def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     reliability = reliability_figure(
         calibration.confidence.tolist(), calibration.accuracy.tolist(), calibration.count.tolist()
     )
-    shown = {"UA": scores.ua, "WA": scores.wa, "macro F1": scores.macro_f1}
-    base = _confusion_part(
-        part, evaluation.measured_on, scores.confusion, evaluation.card.labels, shown
-    )
+    shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
+    labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
+    base = _confusion_part(part, evaluation.measured_on, scores.confusion, labels, shown)
     return base | {
+        "labels": label_rows([seed.confusion for seed in of_seeds], labels),
+        "num_seeds": len(of_seeds),
         "intervals": {"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
         "drawn": f"{intervals.count} {intervals.drawn}",
         "speakers": evaluation.speaker_rows,
@@ -370,7 +399,8 @@ def _confusion_part(
         "scores": scores,
         "num_labels": int((confusion.sum(axis=1) > 0).sum()),
         "confusion": _svg(confusion_figure(confusion, labels), f"{part}: confusion matrix"),
-        "labels": label_rows(confusion, labels),
+        "labels": label_rows([confusion], labels),
+        "num_seeds": 1,
         "intervals": {},
         "drawn": "",
         "speakers": [],
@@ -429,7 +459,11 @@ def _training(
 
 
 def _selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
-    return {title: selected[key] for key, title in SCORES.items() if key in selected}
+    return {
+        title: selected[f"val/{name}"]
+        for name, title in SCORES.items()
+        if f"val/{name}" in selected
+    }
 
 
 def _validated_on(tags: Mapping[str, str]) -> str:

@@ -1,10 +1,24 @@
-"""Records an evaluation in the run that trained the model: scores, tables, plots and its page."""
+"""What MLflow gets of evaluated models: an evaluation's scores, tables, plots and page go into the
+run that trained the model, and a registered version gets the model's card.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ser_ray.evaluation.pages import add_test_part
-from ser_ray.evaluation.rendering import store_page, stored_page
+from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
 from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
+from ser_ray.tracking.about import SHARDS_TAG
+from ser_ray.tracking.models import fetch_checkpoint
+from ser_ray.tracking.registry import (
+    best_training_of,
+    read_test_scores,
+    read_validation_ua,
+    register_model,
+)
 from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.training.checkpoint import read_card
 
 
 def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
@@ -33,7 +47,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
     tracker.log_files(
         {
-            REPORT: page,
+            REPORT: as_artifact(page),
             "plots/test_confusion.png": confusion_figure(scores.confusion, labels, title),
             "plots/test_recall_by_label.png": bars_figure(
                 labels, scores.recall.tolist(), support.tolist(), "recall", title
@@ -43,3 +57,32 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
             "tables/test_predictions.csv": evaluation.predictions,
         }
     )
+
+
+def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
+    """Register a run's model, and return the new version's number and the model's card.
+
+    For a cross-validation, this is the model of the best fold. The trials of a search have no
+    models, so for a search it is that of the newest run that trained the best trial's recipe.
+
+    Raises:
+        TrackingError: there is no such run, or it has no model.
+    """
+    run_id = best_training_of(run_id, tracking_uri)
+    with TemporaryDirectory() as folder:
+        card = read_card(fetch_checkpoint(run_id, tracking_uri, Path(folder)))
+    scores = read_test_scores(run_id, tracking_uri)
+    validation_ua = read_validation_ua(run_id, tracking_uri)
+    text = render(
+        "model_card.md.jinja", card=card, scores=scores, validation_ua=validation_ua
+    ).rstrip()
+    tags = {
+        "protocol": card.split["label"],
+        "feature": card.config.feature,
+        "corpus": card.corpus,
+        SHARDS_TAG: card.shards_fingerprint,
+        "val/ua": f"{validation_ua:.4f}",
+    }
+    if scores is not None:
+        tags["test/ua"] = f"{scores['ua']:.4f}"
+    return register_model(run_id, tracking_uri, name, alias, tags, text), text

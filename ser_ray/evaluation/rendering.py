@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import re
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of
 
 TEMPLATES = Path(__file__).with_name("templates")
+
+_PAGE_LINK = re.compile(r'<a href="[^"#:]+">(.*?)</a>', re.DOTALL)
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,14 @@ def store_page(page: str, location: str) -> None:
         write_file(filesystem, path, page.encode())
     except OSError as error:
         logger.warning("%s: the report could not be written (%s)", location, error)
+
+
+def as_artifact(page: str) -> str:
+    """Return a page without its links to other pages, as MLflow stores it.
+
+    MLflow's viewer shows a page alone, where these links would lead nowhere.
+    """
+    return _PAGE_LINK.sub(r"\1", page)
 
 
 def stored_page(location: str) -> str:

@@ -50,6 +50,8 @@ class Evaluation:
     origin: Mapping[str, str] = field(default_factory=dict)
     """Run that trained the model: `run_id` and `tracking_uri` of its MLflow run, and the location
     of its `report`; empty if none is known."""
+    report: str = ""
+    """Location of the page that has these scores; empty if there is none."""
 
     @property
     def label(self) -> str:
@@ -62,11 +64,6 @@ class Evaluation:
     def measured_on(self) -> str:
         """Part, protocol and corpus: without them a score says nothing."""
         return f"{self.part}, {self.label}, {CORPORA[self.corpus]}"
-
-    @property
-    def report(self) -> str:
-        """Location of the page that has these scores; empty if they are recorded nowhere."""
-        return self.origin.get("report", "") if self.is_own_test else ""
 
     @cached_property
     def truth(self) -> np.ndarray:
@@ -92,14 +89,34 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """The exact scores."""
+        """The exact scores; where several seeds scored the clips, those of all counts together."""
         return scores_of(self.truth, self.probabilities)
+
+    @cached_property
+    def seeds(self) -> np.ndarray:
+        """Seed of the training that scored each clip [clips]; zeros if there was only one."""
+        if "seed" in self.predictions.schema.names:
+            return self.predictions["seed"].to_numpy()
+        return np.zeros(len(self.truth), int)
+
+    @cached_property
+    def by_seed(self) -> dict[int, Scores]:
+        """The exact scores of every seed."""
+        return {
+            int(seed): scores_of(self.truth[own], self.probabilities[own])
+            for seed in np.unique(self.seeds)
+            for own in [self.seeds == seed]
+        }
+
+    def mean(self, score: str) -> float:
+        """Mean of wa, ua or f1 over the seeds; of a single model, its score."""
+        return float(np.mean([scores.to_dict()[score] for scores in self.by_seed.values()]))
 
     @cached_property
     def intervals(self) -> Intervals:
         """95 % intervals of the scores."""
         return statistics.bootstrap(
-            self.speakers, self.truth, self.predicted, len(self.card.labels)
+            self.speakers, self.truth, self.predicted, len(self.card.labels), self.seeds
         )
 
     @cached_property
@@ -209,20 +226,24 @@ def predictions_table(
     return table
 
 
-def label_rows(confusion: np.ndarray, labels: Sequence[str]) -> list[Row]:
+def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
     """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
 
     Where a score would divide by zero it is 0: the precision of a label never predicted, the recall
     of one that does not occur, the F1 of one with neither.
 
     Args:
-        confusion: counts [labels, labels], row = true, column = predicted.
+        confusions: of each seed, counts [labels, labels], row = true, column = predicted. The
+            shares are means over the seeds, and the support is of all seeds together.
         labels: names of the rows.
     """
-    scores = Scores(confusion, loss=0.0)
-    columns = zip(
-        labels, scores.precision, scores.recall, scores.f1, confusion.sum(axis=1), strict=True
+    of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
+    precision, recall, f1 = (
+        np.mean([getattr(scores, name) for scores in of_seeds], axis=0)
+        for name in ("precision", "recall", "f1")
     )
+    support = np.sum(confusions, axis=(0, 2))
+    columns = zip(labels, precision, recall, f1, support, strict=True)
     return [
         {
             "label": label,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ser_ray.training.metrics import count_confusion
+from ser_ray.training.metrics import macro_f1_of, recall_of, ua_of, wa_of
 
 DRAWS = 2000
 """Resamples of the bootstrap."""
@@ -38,7 +38,11 @@ class Intervals:
 
 
 def bootstrap(
-    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
+    speakers: Sequence[str],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    num_labels: int,
+    seeds: np.ndarray | None = None,
 ) -> Intervals:
     """Intervals of the scores by bootstrap over speakers; equal arguments give equal intervals.
 
@@ -46,23 +50,25 @@ def bootstrap(
         speakers: of every clip [clips].
         truth: label indices [clips].
         predicted: label indices [clips].
+        num_labels: number of labels.
+        seeds: of every clip [clips], where several trainings scored the same clips. A score is then
+            the mean over the seeds, and the same speakers are drawn for all of them.
     """
-    counts, drawn = _counts(speakers, truth, predicted, num_labels)
-    draws = _draw(counts)
-    occurring = draws.sum(axis=2)
-    hits = np.diagonal(draws, axis1=1, axis2=2)
-    recall = _ratio(hits, occurring)
-    f1 = _ratio(2 * hits, occurring + draws.sum(axis=1))
-    seen = (occurring + draws.sum(axis=1)) > 0
+    counts, drawn = _counts(speakers, truth, predicted, num_labels, seeds)
+    draws = _draw(counts)  # [draws, seeds, labels, labels]
+    occurs = draws.sum(axis=-1) > 0
+    recall = recall_of(draws)
     return Intervals(
         drawn=drawn,
         count=len(counts),
-        ua=_interval(_mean_where(recall, occurring > 0)),
-        wa=_interval(hits.sum(axis=1) / occurring.sum(axis=1)),
-        f1=_interval(_mean_where(f1, seen)),
+        ua=_interval(ua_of(draws).mean(axis=1)),
+        wa=_interval(wa_of(draws).mean(axis=1)),
+        f1=_interval(macro_f1_of(draws).mean(axis=1)),
         recall=tuple(
-            _interval(of_label[occurs]) if occurs.any() else None
-            for of_label, occurs in zip(recall.T, occurring.T > 0, strict=True)
+            _interval(recall[..., label][occurs[..., label].all(axis=1)].mean(axis=1))
+            if occurs[..., label].all(axis=1).any()
+            else None
+            for label in range(num_labels)
         ),
     )
 
@@ -154,60 +160,53 @@ def compare(
     differing = only_first + only_second
     ones, drawn = _counts(speakers, truth, first, num_labels)
     others, _ = _counts(speakers, truth, second, num_labels)
-    differences = _ua(_draw(ones)) - _ua(_draw(others))  # equal seeds draw the same speakers
+    differences = ua_of(_draw(ones)) - ua_of(_draw(others))  # the same draws of speakers
     return Comparison(
         wa_difference=float(first_right.mean() - second_right.mean()),
         only_first_right=only_first,
         only_second_right=only_second,
         mcnemar_p=binomtest(only_first, differing).pvalue if differing else 1.0,
-        ua_difference=float((_ua(ones.sum(axis=0)[None]) - _ua(others.sum(axis=0)[None]))[0]),
-        ua_interval=_interval(differences),
+        ua_difference=float(ua_of(ones.sum(axis=(0, 1))) - ua_of(others.sum(axis=(0, 1)))),
+        ua_interval=_interval(differences[:, 0]),
         drawn=drawn,
         count=len(ones),
     )
 
 
 def _counts(
-    speakers: Sequence[str], truth: np.ndarray, predicted: np.ndarray, num_labels: int
+    speakers: Sequence[str],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    num_labels: int,
+    seeds: np.ndarray | None = None,
 ) -> tuple[np.ndarray, str]:
-    """Count confusions of every speaker, or of every clip [units, labels, labels]; say which."""
+    """Count the confusions of every speaker, or of every clip if there is only one speaker.
+
+    Returns:
+        [units, seeds, labels, labels], and what the units are.
+    """
     names, owners = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
     if len(names) == 1:
         owners, drawn = np.arange(len(truth)), "clips"
-    units = range(int(owners.max()) + 1)
-    return np.stack(
-        [count_confusion(truth[owners == u], predicted[owners == u], num_labels) for u in units]
-    ), drawn
+    runs = np.zeros(len(truth), int) if seeds is None else np.unique(seeds, return_inverse=True)[1]
+    counts = np.zeros((owners.max() + 1, runs.max() + 1, num_labels, num_labels), np.int64)
+    np.add.at(counts, (owners, runs, truth, predicted), 1)
+    return counts, drawn
 
 
 def _draw(counts: np.ndarray) -> np.ndarray:
     """Draw as many units as there are, with replacement; sum their counts per draw.
 
     Args:
-        counts: [units, labels, labels].
+        counts: [units, seeds, labels, labels].
 
     Returns:
-        [draws, labels, labels].
+        [draws, seeds, labels, labels].
     """
     rng = np.random.default_rng(0)
     times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
     return np.tensordot(times, counts, axes=1)
-
-
-def _ua(counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the labels that occur [draws], of counts [draws, labels, labels]."""
-    occurring = counts.sum(axis=2)
-    recall = _ratio(np.diagonal(counts, axis1=1, axis2=2), occurring)
-    return _mean_where(recall, occurring > 0)
-
-
-def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    return np.divide(part, total, out=np.zeros(part.shape), where=total > 0)
-
-
-def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return (values * where).sum(axis=1) / np.maximum(where.sum(axis=1), 1)
 
 
 def _interval(values: np.ndarray) -> Interval:

@@ -70,18 +70,22 @@ class FeatureExtractor:
         self._window = np.hanning(config.window_length + 1)[:-1].astype(np.float32)
         self.mel_bands = scipy.sparse.csr_array(mel_bands(config))
 
-    def waveform(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
+    def waveform(
+        self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None
+    ) -> np.ndarray:
         """Cut off the silent ends and resample to the configured rate, `[num_samples]` float32.
 
         Args:
             samples: `[num_samples]`, int16 or float32, as `decode` returns them.
             sample_rate: their rate in hertz.
+            loudness: of these samples with this configuration, if it was measured already.
 
         Raises:
             ClipError: `silent`, `too_short` or `too_long`.
         """
         config = self.config
-        loudness = measure_loudness(samples, sample_rate, config.trim_db)
+        if loudness is None:
+            loudness = measure_loudness(samples, sample_rate, config.trim_db)
         if loudness.is_silent:
             raise ClipError("silent", "nothing in it is louder than -80 dB of full scale")
         sounding = np.flatnonzero(loudness.is_sound)

@@ -85,7 +85,7 @@ class RecordingReader:
         loudness = measure_loudness(samples, sample_rate, self.extract.config.trim_db)
         windows: tuple[Window, ...] = ()
         try:
-            features = (self._features(samples, sample_rate),)
+            features = (self._features(samples, sample_rate, loudness),)
         except ClipError as error:
             if error.status != "too_long":
                 return RecordingFeatures(
@@ -118,8 +118,10 @@ class RecordingReader:
         warnings = [text for text in (sound.loss, found.warning) if text]
         return replace(found, warning="; ".join(warnings) or None)
 
-    def _features(self, samples: np.ndarray, sample_rate: int) -> np.ndarray:
-        waveform = self.extract.waveform(samples, sample_rate)
+    def _features(
+        self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None
+    ) -> np.ndarray:
+        waveform = self.extract.waveform(samples, sample_rate, loudness)
         return self.extract.features(waveform)[self.kind].astype(np.float16)  # as in the shards
 
     def _windows(

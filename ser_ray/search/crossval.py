@@ -28,7 +28,7 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.record import record_evaluation
-from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT, Evaluation, Part
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
@@ -247,7 +247,7 @@ def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
     tracker.describe(**{line: f"UA {result.figure('ua')} ({result.label})"})
     tracker.log_files(
         {
-            REPORT: page,
+            REPORT: as_artifact(page),
             f"plots/{result.part}_confusion.png": confusion_figure(
                 result.confusion, result.labels, f"{result.part}, {result.label}"
             ),
@@ -275,8 +275,8 @@ def _record_tests(study: Study, location: str, *, audio: bool) -> None:
             origin={
                 "run_id": trial.run_id,
                 "tracking_uri": study.parent.uri,
-                "report": location_inside(location, page_of(trial)),
             },
+            report=location_inside(location, page_of(trial)),
         )
         record_evaluation(evaluation, audio=audio)
 

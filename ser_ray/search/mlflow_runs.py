@@ -14,7 +14,7 @@ from threading import Lock
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import TrackingError
-from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import RATIO
@@ -130,7 +130,7 @@ class TrialRuns:
             run.log_scores(selected_metrics(seen.selected), seen.times_ms[-1])
         page = self._page(seen, run.run_id)
         store_page(page, location_inside(self.folder.location, page_of(seen)))
-        run.log_files({REPORT: page})
+        run.log_files({REPORT: as_artifact(page)})
         run.set_tags({"trial.state": seen.state, "problem": seen.problem})
         run.describe(**self._outcome(seen))
         run.finish(STATUS[seen.state])

@@ -65,7 +65,7 @@ class CrossvalResult:
     """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
     different clips."""
     intervals: Intervals
-    """95 % intervals over all seeds together, from resampling speakers."""
+    """95 % intervals of the means over the seeds, from resampling speakers."""
     predictions: pa.Table
     """One row per clip and seed: fold, seed, speaker, emotion, predicted, p_<label>."""
     run_id: str
@@ -231,7 +231,9 @@ def pool(plan: CrossvalPlan, location: str, name: str, tracker: Tracker) -> Cros
             for seed in plan.seeds
         },
         ensemble=ensemble_scores(clips, seeds, truth, probabilities),
-        intervals=bootstrap(predictions["speaker"].to_pylist(), truth, predicted, len(labels)),
+        intervals=bootstrap(
+            predictions["speaker"].to_pylist(), truth, predicted, len(labels), seeds
+        ),
         predictions=predictions,
         run_id=tracker.run_id,
         tracking_uri=tracker.uri,

@@ -18,7 +18,7 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train_command
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
-from ser_ray.evaluation.rendering import store_page
+from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.mlflow_runs import page_of
@@ -229,7 +229,7 @@ def _log_outcome(
     journal = optuna_journal(study.folder.name, trials, dimensions)
     write_file(study.folder.filesystem, f"{study.folder.path}/{OPTUNA_STUDY}", journal.encode())
     files: dict[str, Any] = {
-        REPORT: page,
+        REPORT: as_artifact(page),
         "config.json": best.recipe.to_dict(),
         OPTUNA_STUDY: journal,
         "plots/history.png": history_figure(rows, title),

@@ -36,35 +36,32 @@ class Scores:
     @property
     def wa(self) -> float:
         """Share of the clips whose predicted label is correct."""
-        return float(np.trace(self.confusion) / max(self.num_clips, 1))
+        return float(wa_of(self.confusion))
 
     @property
     def ua(self) -> float:
         """Mean recall over the labels that occur."""
-        occurring = self.confusion.sum(axis=1) > 0
-        return float(self.recall[occurring].mean()) if occurring.any() else 0.0
+        return float(ua_of(self.confusion))
 
     @property
     def macro_f1(self) -> float:
         """Mean F1 over the labels that occur or are predicted."""
-        seen = (self.confusion.sum(axis=1) + self.confusion.sum(axis=0)) > 0
-        return float(self.f1[seen].mean()) if seen.any() else 0.0
+        return float(macro_f1_of(self.confusion))
 
     @property
     def recall(self) -> np.ndarray:
         """Recall [labels]; 0 for a label that does not occur."""
-        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=1))
+        return recall_of(self.confusion)
 
     @property
     def precision(self) -> np.ndarray:
         """Precision [labels]; 0 for a label never predicted."""
-        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
+        return _ratio(_hits(self.confusion), self.confusion.sum(axis=0))
 
     @property
     def f1(self) -> np.ndarray:
         """F1 [labels]: 2 TP / (occurrences + predictions)."""
-        both = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return _ratio(2 * np.diag(self.confusion), both)
+        return f1_of(self.confusion)
 
     def to_dict(self) -> dict[str, float]:
         """The scalar scores, by the names they are logged under."""
@@ -95,8 +92,44 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     return Scores(count_confusion(truth, predicted, num_labels), loss)
 
 
+# Of one confusion matrix, or of each of many: counts [..., labels, labels], row = true label.
+
+
+def recall_of(confusion: np.ndarray) -> np.ndarray:
+    """Recall [..., labels]; 0 for a label that does not occur."""
+    return _ratio(_hits(confusion), confusion.sum(axis=-1))
+
+
+def f1_of(confusion: np.ndarray) -> np.ndarray:
+    """F1 [..., labels]: 2 TP / (occurrences + predictions); 0 for a label with neither."""
+    return _ratio(2 * _hits(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2))
+
+
+def wa_of(confusion: np.ndarray) -> np.ndarray:
+    """Share of the clips whose predicted label is correct [...]; 0 without clips."""
+    return _ratio(_hits(confusion).sum(axis=-1), confusion.sum(axis=(-2, -1)))
+
+
+def ua_of(confusion: np.ndarray) -> np.ndarray:
+    """Mean recall over the labels that occur [...]; 0 if none does."""
+    return _mean_where(recall_of(confusion), confusion.sum(axis=-1) > 0)
+
+
+def macro_f1_of(confusion: np.ndarray) -> np.ndarray:
+    """Mean F1 over the labels that occur or are predicted [...]; 0 if none does."""
+    return _mean_where(f1_of(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2) > 0)
+
+
+def _hits(confusion: np.ndarray) -> np.ndarray:
+    return np.diagonal(confusion, axis1=-2, axis2=-1)
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+
+
+def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return _ratio((values * where).sum(axis=-1), where.sum(axis=-1))
 
 
 def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:

@@ -254,6 +254,13 @@ def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
 
 
+def test_scores_of_other_clips_have_a_page_of_their_own(shards, checkpoint, in_tmp, capsys):
+    assert main(["evaluate", str(checkpoint), "--shards", "elsewhere", "--no-audio"]) == 0
+    (page,) = (in_tmp / "ser-ray-out" / "evaluations").glob("*.html")
+    assert str(page.relative_to(in_tmp)) in capsys.readouterr().out
+    assert f"{evaluate(checkpoint, 'elsewhere').scores.ua:.1%}</dd>" in page.read_text()
+
+
 @pytest.mark.parametrize("uri", ["sqlite:///{folder}/gone.db", "http://127.0.0.1:9"])
 def test_scores_are_printed_although_their_run_is_unreachable(
     shards, checkpoint, tmp_path, uri, capsys, caplog

@@ -12,17 +12,20 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import f1_score
 
 from ser_ray.evaluation import pages
 from ser_ray.evaluation.clips import ClipView
 from ser_ray.evaluation.pages import (
     add_test_part,
     crossval_page,
+    evaluation_page,
     range_page,
     run_page,
     search_page,
     trial_page,
 )
+from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.evaluation.results import Evaluation, predictions_table
 from ser_ray.training.config import TrainConfig
 from tests.models import make_checkpoint
@@ -322,6 +325,56 @@ def test_the_contents_lead_to_every_heading_of_the_finished_page(text: str) -> N
     headings = re.findall(r'<h[23] id="([\w-]+)">(.*?)</h', main)
     assert re.findall(r'href="#([\w-]+)">(.*?)</a>', contents) == headings
     assert [title for _, title in headings if "part" in title] == ["Test part", "Validation part"]
+
+
+def test_a_page_of_several_seeds_shows_the_means_of_their_scores(evaluation: Evaluation) -> None:
+    """The mean F1 of two seeds is not the F1 of their counts together."""
+    rng = np.random.default_rng(4)
+    others = evaluation.predictions.take(np.arange(90))
+    for label, column in zip(LABELS, rng.dirichlet([1, 1, 1], 90).T, strict=True):
+        place = others.schema.get_field_index(f"p_{label}")
+        others = others.set_column(place, f"p_{label}", pa.array(column))
+    other = dataclasses.replace(evaluation, predictions=others)
+    seeds = pa.array([0] * 90 + [1] * 90)
+    pooled = dataclasses.replace(
+        evaluation,
+        predictions=pa.concat_tables([evaluation.predictions, others]).append_column("seed", seeds),
+    )
+    truth = evaluation.truth
+    expected = np.mean(
+        [f1_score(truth, item.predicted, average=None) for item in (evaluation, other)], axis=0
+    )
+    together = f1_score(np.tile(truth, 2), pooled.predicted, average="macro")
+    assert f"{expected.mean():.1%}" != f"{together:.1%}"
+    text = render_crossval(pooled)
+    assert re.findall(r'class="value">([\d.]+%)</dd>', text)[2] == f"{expected.mean():.1%}"
+    low, high = pooled.intervals.f1
+    assert low < expected.mean() < high
+    page = Page(text).text
+    assert "means over 2 seeds" in page
+    for label, share in zip(LABELS, expected, strict=True):
+        assert re.search(rf"{re.escape(label)} [\d.]+% [\d.]+% {share:.1%} 60", page)
+
+
+def test_an_artifact_has_no_links_to_other_pages(evaluation: Evaluation) -> None:
+    for text in (render_search(), render_trial(), render_crossval(evaluation)):
+        inside = [link for link in Page(text).references if link.startswith("#")]
+        assert Page(as_artifact(text)).references == inside
+        assert Page(as_artifact(text)).text == Page(text).text
+
+
+def test_the_page_of_other_clips_says_what_was_scored_and_what_trained_the_model(
+    evaluation: Evaluation,
+) -> None:
+    other = dataclasses.replace(
+        evaluation, protocol="all speakers of other shards", corpus="table", is_own_test=False
+    )
+    text = evaluation_page(other, model="my-model", audio=False)
+    page = Page(text)
+    assert "Scored all speakers of other shards Trained on" in page.text
+    assert "Measured on: test, all speakers of other shards, a custom corpus, 90 clips" in page.text
+    assert f'class="value">{other.scores.ua:.1%}</dd>' in text
+    assert not [link for link in page.references if not link.startswith("#")]
 
 
 def test_pages_of_a_study_and_of_its_trials_are_linked(evaluation: Evaluation) -> None:

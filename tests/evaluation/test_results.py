@@ -20,7 +20,7 @@ def test_table_of_labels_agrees_with_scikit_learn(rng: np.random.Generator) -> N
     predicted[predicted == 5] = 6  # label 5 occurs and is never predicted
     confusion = np.zeros((8, 8), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
-    rows = label_rows(confusion, LABELS)
+    rows = label_rows([confusion], LABELS)
     wanted = precision_recall_fscore_support(truth, predicted, labels=range(8), zero_division=0)
     assert [item["label"] for item in rows] == list(LABELS)
     for key, values in zip(("precision", "recall", "f1", "support"), wanted, strict=True):

@@ -17,7 +17,7 @@ import requests
 
 from ser_ray.cli.main import main
 from ser_ray.errors import TrackingError
-from ser_ray.evaluation.model_card import model_card
+from ser_ray.evaluation.rendering import render
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
 from ser_ray.shards.read import ShardSet
@@ -359,10 +359,11 @@ def test_a_name_that_is_not_there_is_an_error_that_says_where_it_was_looked_up(s
 
 def test_the_card_of_a_ravdess_model_names_its_limits_and_licence(tmp_path):
     card = make_checkpoint(tmp_path, corpus="ravdess")
-    text = model_card(card, None, 0.6)
+    text = render("model_card.md.jinja", card=card, scores=None, validation_ua=0.6)
     for words in ("North American English", "CC BY-NC-SA", "24 professional actors", "60.0%"):
         assert words in text
     assert "has not been scored" in text
     assert "the last epoch's; folds and trials are selected by it" in text
-    synthetic = model_card(make_checkpoint(tmp_path, corpus="synthetic"), None, 0.6)
+    card = make_checkpoint(tmp_path, corpus="synthetic")
+    synthetic = render("model_card.md.jinja", card=card, scores=None, validation_ua=0.6)
     assert "CC BY-NC-SA" not in synthetic

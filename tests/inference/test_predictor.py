@@ -14,7 +14,7 @@ import torch
 from ser_ray.cli.main import main
 from ser_ray.errors import CheckpointError
 from ser_ray.features.decode import decode
-from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.features.transforms import FeatureExtractor, measure_loudness
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import segment_starts
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
@@ -215,3 +215,16 @@ def test_one_file_needs_neither_ray_nor_mlflow_nor_torchvision(checkpoint, tmp_p
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_loudness_of_a_clip_is_measured_once(predictor, monkeypatch):
+    measured = []
+
+    def measure(*arguments):
+        measured.append(arguments)
+        return measure_loudness(*arguments)
+
+    for module in ("features.transforms", "inference.recordings"):
+        monkeypatch.setattr(f"ser_ray.{module}.measure_loudness", measure)
+    assert predictor.predict(voice(1.0), RATE).status == "ok"
+    assert len(measured) == 1

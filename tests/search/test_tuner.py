@@ -34,6 +34,7 @@ from ser_ray.errors import (
     ShardsError,
     TrackingError,
 )
+from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
 from ser_ray.search import study as study_module
 from ser_ray.search import tuner as tune_module
@@ -216,8 +217,9 @@ def check_mlflow(result, uri: str) -> None:
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["selected/ua"] == pytest.approx(result.best.selected["val/ua"])
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
-    assert Path(result.report).read_text() == page
-    for linked in re.findall('href="(trials/[^"]+)"', page):
+    stored = Path(result.report).read_text()
+    assert as_artifact(stored) == page
+    for linked in re.findall('href="(trials/[^"]+)"', stored):
         assert result.name in Path(result.location, linked).read_text()
     assert f"{result.best.selected['val/ua']:.1%}" in page
     assert f"ser-ray train --like {result.best.run_id}" in page
