@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
 ORDER = [
-    "version", "errors", "progress", "storage", "local_ray", "cluster", "corpus", "features",
-    "shards", "training", "plots", "inference", "tracking", "evaluation", "distributed",
+    "version", "errors", "progress", "command", "storage", "local_ray", "cluster", "corpus",
+    "features", "shards", "training", "plots", "inference", "tracking", "evaluation", "distributed",
     "search", "api", "cli", "__main__",
 ]  # fmt: skip
 """A folder imports only from itself and from folders to its left."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import tyro
 
 from ser_ray import api
-from ser_ray.cli.command import next_command
 from ser_ray.cli.opening import say
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.command import next_command
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.progress import stderr_console

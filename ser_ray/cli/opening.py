@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ser_ray.cli.command import flags_of
+from ser_ray.command import flags_of
 from ser_ray.progress import stderr_console
 from ser_ray.training.config import TrainConfig
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from ser_ray import api
-from ser_ray.cli.command import next_command
 from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Evaluate, Predict
 from ser_ray.cli.opening import say
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.command import next_command
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol, Self
 
 from ser_ray import api
-from ser_ray.cli.command import next_command
 from ser_ray.cli.opening import say, say_training
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.command import next_command
 from ser_ray.distributed.config import RunConfig
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -175,8 +175,6 @@ class Tune(TrainingVerb):
             name: f"{value:.3g}" if isinstance(value, float) else value
             for name, value in drawn.items()
         }
-        run_config = replace(self.run_config, name="")
-        command = next_command("train", like=best.run_id, shards=self.shards, run_config=run_config)
         counted = ", ".join(f"{count} {state}" for state, count in counts.items())
         lines = [
             f"searched     {len(result.trials)} trials: {counted}",
@@ -195,7 +193,7 @@ class Tune(TrainingVerb):
             "states": counts,
             "best": {"run_id": best.run_id, "selected": best.selected, "recipe": recipe.to_dict()},
         }
-        after, problem = f"train it     {command}", ""
+        after, problem = f"train it     {result.again}", ""
         if self.search.refit:
             fitted = train_outcome(
                 api.refit(result, self.shards, self.run_config, address=self.common.address),

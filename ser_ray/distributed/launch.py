@@ -7,10 +7,9 @@ its folder holds everything that is needed.
 
 import hashlib
 import logging
-import shlex
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +25,7 @@ from ser_ray.cluster import (
     require_workers,
     trains_on_gpus,
 )
+from ser_ray.command import next_command
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.group import WorkerGroup, restored_epochs
 from ser_ray.distributed.run_folder import SELECTED, RunFolder
@@ -36,7 +36,7 @@ from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.store import require_server, resolve_uri
-from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.tracking.tracker import Tracker, has_run, now_ms, run_to_resume
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
@@ -112,6 +112,8 @@ def train(
                 except BaseException as error:
                     tracker.abandon(error)
                     raise
+        elif has_run(uri := resolve_uri(run.tracking_uri), folder.record()["run_id"]):
+            folder.update_record(tracking_uri=uri)  # the store was moved together with the folder
         return _result(folder)
 
 
@@ -176,12 +178,12 @@ def _start_tracker(
         params=params,
         tags=run_tags("training", split["label"], shards),
         dataset=dataset_of(shards),
-        run_id=folder.run_id(uri),
+        run_id=run_to_resume(uri, folder.record()),
     )
     tracker.describe(
         Run=f"one training; its checkpoints are in `{folder.location}`",
         Data=data_line(shards),
-        Again=f"`{train_command(tracker.run_id, shards.uri, run)}`",
+        Again=f"`{command_like(tracker.run_id, shards.uri, run)}`",
     )
     tracker.log_files({"config.json": config.to_dict(), "environment.json": environment()})
     folder.update_record(
@@ -190,13 +192,10 @@ def _start_tracker(
     return tracker
 
 
-def train_command(run_id: str, shards_location: str, run: RunConfig) -> str:
-    """Command that trains the recipe of an MLflow run with the same shards, storage and store."""
-    words = ["ser-ray", "train", "--like", run_id, "--shards", shards_location]
-    for name in ("tracking_uri", "experiment", "storage"):
-        if (value := getattr(run, name)) != getattr(RunConfig(), name):
-            words += [f"--{name.replace('_', '-')}", value]
-    return shlex.join(words)
+def command_like(run_id: str, shards_location: str, run: RunConfig) -> str:
+    """Command that trains the recipe of an MLflow run again, with the same settings of the run."""
+    settings = replace(run, name="")
+    return next_command("train", like=run_id, shards=shards_location, run_config=settings)
 
 
 def environment() -> dict[str, Any]:

@@ -121,11 +121,6 @@ class RunFolder:
             ) from error
         return record
 
-    def run_id(self, tracking_uri: str) -> str:
-        """Id of the run's MLflow run in a store; empty if it has none there."""
-        record = self.record()
-        return str(record["run_id"]) if record.get("tracking_uri") == tracking_uri else ""
-
     def update_record(self, **values: Any) -> None:
         """Change entries of the record."""
         content = json.dumps(self.record() | values, indent=2).encode()

@@ -20,7 +20,7 @@ from ray import tune
 
 from ser_ray.cluster import require_kept
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.launch import environment, train_command
+from ser_ray.distributed.launch import command_like, environment
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.search.actor import TrialSetup
@@ -31,7 +31,7 @@ from ser_ray.search.space import recipe_of
 from ser_ray.storage.atomic import write_file
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
 from ser_ray.tracking.store import resolve_uri
-from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.tracking.tracker import Tracker, now_ms, run_to_resume
 from ser_ray.training.config import TrainConfig
 
 RECORDS = "trials.json"
@@ -266,7 +266,7 @@ def open_study(
         params=params,
         tags=tags,
         dataset=dataset_of(setup.shards),
-        run_id=folder.run_id(uri),
+        run_id=run_to_resume(uri, folder.record()),
     )
     tracker.describe(
         Run=f"a {kind}; its trials are nested in it, its files are in `{folder.location}`",
@@ -275,6 +275,6 @@ def open_study(
     )
     tracker.log_files({"environment.json": environment()})
     folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-    again = partial(train_command, shards_location=setup.shards.uri, run=run)
+    again = partial(command_like, shards_location=setup.shards.uri, run=run)
     runs = TrialRuns(tracker, folder, run.experiment, setup.shards, tags, again)
     return Study(folder, setup.recipe, runs, show)

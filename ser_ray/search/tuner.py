@@ -15,7 +15,7 @@ import pyarrow as pa
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.launch import train_command
+from ser_ray.distributed.launch import command_like
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import as_artifact, store_page
@@ -112,7 +112,7 @@ def search(
             study.settle(num_trials(recipe, config))
             lock.check()
             best = best_of(study.trials)
-            again = train_command(best.run_id, shards_location, run)
+            again = command_like(best.run_id, shards_location, run)
             title = f"validation, {parts.label}, {CORPORA[shards.card.corpus]}"
             return _conclude(folder, study, best, config, title, again)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 import warnings
@@ -31,12 +32,15 @@ RUNS_PER_CALL = 1000
 def resolve_uri(tracking_uri: str) -> str:
     """Return the store to use: the one named, the environment's, or a sqlite file with the output.
 
-    A relative path in a URI is made absolute, so that it means one place in every record.
+    A relative path in a URI is made absolute, so that it means one place in every record. A server
+    without a scheme, as in localhost:5000, is reached by http.
 
     Raises:
         TrackingError: the URI holds a password, which would be written into runs and checkpoints.
     """
     uri = tracking_uri or os.environ.get(VARIABLE, "")
+    if re.match(r"[\w.-]+:\d+(/|$)", uri):
+        uri = f"http://{uri}"
     if urlsplit(uri).password:
         raise TrackingError(
             f"the tracking URI of {urlsplit(uri).hostname} holds a password: give it in "
@@ -74,14 +78,17 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     import mlflow
 
     is_server = uri.startswith("http")
-    named = f"{VARIABLE} names {uri}" if uri == os.environ.get(VARIABLE) else uri
+    is_from_variable = VARIABLE in os.environ and uri == resolve_uri("")
+    named = f"{VARIABLE} names {uri}" if is_from_variable else uri
     problem = f"{named}: no MLflow {'server answers' if is_server else 'database can be opened'}"
     advice = (
         "; start one with `mlflow server`, give the user and password of a protected one in "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri and "
         f"{VARIABLE} out to record in a local file"
     )
-    with store_answers(problem, advice if is_server else "; check --tracking-uri"):
+    if not is_server:
+        advice = "; check --tracking-uri: the address of a server begins with http:// or https://"
+    with store_answers(problem, advice):
         if is_server:
             _require_listener(uri)
         open_database(uri, create=create)

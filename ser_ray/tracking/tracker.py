@@ -90,8 +90,9 @@ class Tracker:
         )
         with store_answers(problem, advice):
             if run_id:
-                client.update_run(run_id, status="RUNNING")
                 tracker = cls(uri, run_id)
+                tracker._require_present()
+                client.update_run(run_id, status="RUNNING")
                 tracker.set_tags(tags)
             else:
                 experiment_id = _experiment_id(client, uri, experiment)
@@ -326,12 +327,59 @@ class Tracker:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         await_database(self.uri)
-        with store_answers(
-            f"{self.uri}: run {self.run_id} could not be written",
+        problem = f"{self.uri}: run {self.run_id} could not be written"
+        advice = (
             "; nothing is lost: the missing records are sent when the store answers again, or when "
-            "the same command is run again",
-        ):
-            yield
+            "the same command is run again"
+        )
+        try:
+            with store_answers(problem, advice):
+                yield
+        except TrackingError:
+            with store_answers(problem, advice):
+                self._require_present()
+            raise
+
+    def _require_present(self) -> None:
+        """Raise TrackingError if somebody has deleted the run; MLflow accepts no records then."""
+        if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+            store = shlex.quote(f"MLFLOW_TRACKING_URI={self.uri}")
+            raise TrackingError(
+                f"run {self.run_id} was deleted in MLflow: restore it with `env {store} mlflow "
+                f"runs restore --run-id {self.run_id}`; the missing records are sent then, or when "
+                "the same command is run again"
+            )
+
+
+def has_run(uri: str, run_id: str) -> bool:
+    """Whether a store, given as `resolve_uri` returns it, answers and has a run."""
+    try:
+        client = connect(uri)
+        with store_answers(uri):
+            client.get_run(run_id)
+    except TrackingError:
+        return False
+    return True
+
+
+def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:
+    """Return the id of the run that a folder's record names if a store has it; empty if not.
+
+    The record's own address of the store may be out of date: a store can be moved together with the
+    folder, and a server can have several addresses. So the store is asked.
+
+    Args:
+        uri: tracking store, as `resolve_uri` gives it.
+        record: what `ser_ray.distributed.run_folder.RunFolder.record` returned.
+    """
+    run_id = str(record.get("run_id", ""))
+    if not run_id or record["tracking_uri"] == uri or has_run(uri, run_id):
+        return run_id
+    logger.warning(
+        "%s: the earlier run %s is not in this store but in %s; a new run is recorded here",
+        *(uri, run_id, record["tracking_uri"]),
+    )
+    return ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -124,6 +124,24 @@ def test_a_relative_store_means_one_place(uri: str, in_tmp: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("uri", "resolved"),
+    [
+        ("localhost:5000", "http://localhost:5000"),
+        ("mlflow.my-lab.org:80/here", "http://mlflow.my-lab.org:80/here"),
+        ("https://host:5000", "https://host:5000"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_the_scheme_of_a_server_may_be_left_out(uri: str, resolved: str) -> None:
+    assert resolve_uri(uri) == resolved
+
+
+def test_a_server_without_scheme_and_port_is_named_as_a_slip() -> None:
+    with pytest.raises(TrackingError, match="address of a server begins with http://"):
+        connect(resolve_uri("mlflow.my-lab.org"))
+
+
+@pytest.mark.parametrize(
     "uri",
     [
         "http://127.0.0.1:1",

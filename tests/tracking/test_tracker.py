@@ -19,7 +19,7 @@ from ser_ray.errors import TrackingError
 from ser_ray.tracking import tracker as tracking
 from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.store import connect
-from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.tracking.tracker import Tracker, now_ms, run_to_resume
 from tests.mlflow_server import MlflowServer
 
 pytestmark = pytest.mark.slow
@@ -212,6 +212,44 @@ def test_a_store_that_does_not_answer_is_not_asked_again_for_a_while(
     tracker.log_metrics({"loss": 1.0}, 1, now_ms())
     assert [tracker.flush() for _ in range(20)] == [False] * 20
     assert len(calls) == 1
+
+
+def test_a_run_that_is_deleted_while_it_trains_is_named_and_goes_on_once_it_is_restored(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    tracker, client = start(uri), MlflowClient(uri)
+    log(tracker, 1)
+    client.delete_run(tracker.run_id)
+    log(tracker, 2)
+    command = caplog.text.split("`")[1]
+    assert command == (
+        f"env MLFLOW_TRACKING_URI={uri} mlflow runs restore --run-id {tracker.run_id}"
+    )
+    deleted = f"run {tracker.run_id} was deleted in MLflow: restore it"
+    with pytest.raises(TrackingError, match=deleted):
+        tracker.finish("FINISHED")
+    with pytest.raises(TrackingError, match=deleted):
+        start(uri, run_id=tracker.run_id)
+    client.restore_run(tracker.run_id)
+    assert start(uri, run_id=tracker.run_id).run_id == tracker.run_id
+    log(tracker, 3)
+    assert metrics(uri, tracker.run_id, "val/ua") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_a_run_is_resumed_in_a_store_that_was_moved_and_begun_anew_in_another(
+    in_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = start(f"sqlite:///{in_tmp}/old/mlflow.db")
+    record = {"run_id": old.run_id, "tracking_uri": old.uri}
+    (in_tmp / "old").rename(in_tmp / "new")
+    assert run_to_resume(f"sqlite:///{in_tmp}/new/mlflow.db", record) == old.run_id
+    assert run_to_resume("sqlite:////new", {}) == ""
+    assert "a new run" not in caplog.text
+    assert run_to_resume(f"sqlite:///{in_tmp}/other/mlflow.db", record) == ""
+    assert f"{old.run_id} is not in this store but in {old.uri}; a new run" in caplog.text
+    assert not (in_tmp / "other").exists()
 
 
 def test_nested_runs_are_found_by_their_tag(in_tmp):

@@ -1,14 +1,16 @@
 """The commands that verbs print for the user to run next, and the first lines of a verb."""
 
 import shlex
+from dataclasses import replace
 
-from ser_ray.cli.command import flags_of, next_command
 from ser_ray.cli.main import VERBS
 from ser_ray.cli.opening import say_training
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import marked_lines
 from ser_ray.cli.train import Crossval, Train
+from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import command_like
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files
@@ -31,6 +33,19 @@ def test_a_command_gives_its_verb_the_same_settings_again():
     assert flags_of(recipe, without=("feature", "weights")) == [
         "--lr-min", "1.3e-05", "--balanced", "--no-random-crop", "--mixup", "0",
     ]  # fmt: skip
+
+
+def test_the_command_that_trains_the_recipe_of_a_run_has_all_settings_of_this_run_but_its_name():
+    run = RunConfig(
+        tracking_uri="http://host:5000", experiment="my own", storage="s3://b/runs?region=x&y=z",
+        device="gpu", max_failures=0, audio=False,
+    )  # fmt: skip
+    assert command_like("abc", "s3://b/shards", replace(run, name="mine")) == (
+        "ser-ray train --like abc --shards s3://b/shards --device gpu "
+        "--storage 's3://b/runs?region=x&y=z' --experiment 'my own' "
+        "--tracking-uri http://host:5000 --no-audio --max-failures 0"
+    )
+    assert command_like("abc", "shards", RunConfig()) == "ser-ray train --like abc --shards shards"
 
 
 def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, capsys):
