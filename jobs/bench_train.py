@@ -168,7 +168,7 @@ class _Learner:
         from torch.optim.lr_scheduler import OneCycleLR
 
         from ser_ray.shards.read import open_shards
-        from ser_ray.training.augment import Augment, gain_response
+        from ser_ray.training.augment import Augment
         from ser_ray.training.data import load_fold, steps_per_epoch
         from ser_ray.training.model import ResNet18, supports_bfloat16, to_channels_last
 
@@ -181,9 +181,9 @@ class _Learner:
         self.normalisation = data.normalisation
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         features = opened.card.features
-        response = gain_response(config.feature, features.num_mels, data.normalisation, device)
-        self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
-        self.augment = Augment(config, features, len(data.labels), response)
+        num_bins = features.num_bins(config.feature)
+        self.autocast = supports_bfloat16(device, num_bins, config.crop_frames)
+        self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
         network = to_channels_last(ResNet18(len(data.labels)), device)
         network.train()
         self.network: torch.nn.Module = network

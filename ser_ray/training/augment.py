@@ -13,6 +13,7 @@ from torchaudio.transforms import SpecAugment
 from torchvision.transforms.v2 import MixUp
 
 from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.training.acoustics import Acoustics
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
@@ -25,14 +26,15 @@ F_hi of the paper: 4.8 kHz of 8, above the formants that matter most."""
 
 
 class Augment:
-    """Augments a batch by a random crop, MixStyle (Zhou 2021), level, tempo, VTLP, SpecAugment
-    (Park 2019) and mixup (Zhang 2018), in this order.
+    """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
+    (Zhou 2021), level, tempo, VTLP, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
 
     Args:
         recipe: the recipe, with the strength of each augmentation and the feature kind.
         features: defines the frequencies of the bins.
         num_labels: number of labels.
-        gain_response: change of every normalised bin for +1 dB of level [bins].
+        normalisation: that of the clips.
+        device: where the clips are.
     """
 
     def __init__(
@@ -40,15 +42,21 @@ class Augment:
         recipe: TrainConfig,
         features: FeatureConfig,
         num_labels: int,
-        gain_response: Tensor,
+        normalisation: Normalisation,
+        device: torch.device,
     ) -> None:
-        config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(gain_response)
+        config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(normalisation.std)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.random_crop = config.random_crop
         self.mix_style = config.mix_style
         self.gain_db = config.gain_db
-        self.gain_response = gain_response
+        self.gain_response = gain_response(recipe.feature, features, normalisation, device)
+        self.acoustics = (
+            Acoustics(config, recipe.feature, features, normalisation, device)
+            if config.noise or config.echo or config.band_limit
+            else None
+        )
         self.tempo = config.tempo
         self.kind, self.features = recipe.feature, features
         self.vtlp = config.vtlp if recipe.feature != "mfcc" else 0.0
@@ -80,6 +88,8 @@ class Augment:
         # A longer clip is cut at a random frame, a shorter one is placed at random in the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
         batch, valid = clips.crop(rows, starts, self.longest)
+        if self.acoustics is not None:
+            batch = self.acoustics(batch, valid)
         if self.mix_style:
             batch = _mix_style(batch, valid, self.mix_style)
         if self.gain_db:
@@ -185,7 +195,7 @@ def warp_frequency(hertz: Tensor, factor: Tensor, nyquist: float) -> Tensor:
 
 
 def gain_response(
-    kind: Kind, num_mels: int, normalisation: Normalisation, device: torch.device
+    kind: Kind, features: FeatureConfig, normalisation: Normalisation, device: torch.device
 ) -> Tensor:
     """Compute the change of every normalised bin for +1 dB of level [bins].
 
@@ -195,5 +205,5 @@ def gain_response(
     rise = torch.ones(len(normalisation.std), device=device)
     if kind == "mfcc":
         rise = torch.zeros_like(rise)
-        rise[0] = math.sqrt(num_mels)
+        rise[0] = math.sqrt(features.num_mels)
     return rise / torch.as_tensor(normalisation.std, dtype=torch.float32, device=device)

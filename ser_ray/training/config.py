@@ -23,6 +23,15 @@ class AugmentConfig:
     )
     """Choose the crop of a longer clip, and the place of a shorter clip in the crop, at random. If
     false, both are centred."""
+    noise: float = 0.0
+    """Share of the clips that get noise between white and brown, -80 to -30 dB of full scale; 0 is
+    off."""
+    echo: float = 0.0
+    """Share of the clips that get the echo of a room, with a reverberation time of 0.1 to 0.8 s; 0
+    is off."""
+    band_limit: float = 0.0
+    """Share of the clips that pass a narrow channel, such as a telephone: a low pass at 2.5 to
+    7 kHz, for half of them also a high pass at 50 to 400 Hz; 0 is off."""
     mix_style: float = 0.5
     """MixStyle (Zhou 2021): share of the clips whose mean and standard deviation over time in every
     bin are mixed with those of another clip, in a proportion drawn uniformly. These tell voices
@@ -52,7 +61,7 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("mix_style", "freq_mask_share", "tempo"):
+        for name in ("noise", "echo", "band_limit", "mix_style", "freq_mask_share", "tempo"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
         if self.vtlp >= 1:

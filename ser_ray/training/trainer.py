@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.augment import Augment, gain_response
+from ser_ray.training.augment import Augment
 from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Batch, FoldData, Source, load_fold, seed_of, steps_per_epoch
@@ -176,9 +176,9 @@ class Trainer:
         self.network, self.optimiser, self.schedule = network, optimiser, schedule
         self.parallel = _data_parallel(network) if world.size > 1 else network
         self.ema_network = copy.deepcopy(network) if config.ema_decay else None
-        response = gain_response(config.feature, features.num_mels, data.normalisation, device)
-        self.augment = Augment(config, features, len(data.labels), response)
-        self.autocast = supports_bfloat16(device, len(response), config.crop_frames)
+        self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
+        num_bins = features.num_bins(config.feature)
+        self.autocast = supports_bfloat16(device, num_bins, config.crop_frames)
         self.batch_size = min(config.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)

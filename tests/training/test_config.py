@@ -28,9 +28,15 @@ def test_every_setting_changes_the_fingerprint():
     ("values", "message"),
     [
         ({"learning_rate": 0.1}, r"unknown training settings learning_rate; known are augment, "),
-        ({"augment": {"echo": 1}}, r"unknown augmentation settings echo; known are freq_mask_"),
+        ({"augment": {"pitch": 1}}, r"unknown augmentation settings pitch; known are band_limit, "),
     ],
 )
 def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(values, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["noise", "echo", "band_limit", "mix_style", "tempo"])
+def test_a_share_above_one_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is 1.5: it must be at most 1"):
+        AugmentConfig(**{name: 1.5})

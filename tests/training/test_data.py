@@ -33,11 +33,15 @@ def plain(crop_frames: int, feature: Kind = "mel", **augment: Any) -> TrainConfi
     return TrainConfig(crop_frames=crop_frames, feature=feature, augment=changed)
 
 
+def unit(num_bins: int) -> Normalisation:
+    """A normalisation that changes nothing."""
+    return Normalisation(np.zeros(num_bins), np.ones(num_bins))
+
+
 def ramp_clips() -> Clips:
     """Two clips of 5 and 9 frames and 3 bins, whose values are the frame's index plus one."""
     raw = np.tile(np.arange(1, 10, dtype=np.float32), (2, 3, 1))
-    identity = Normalisation(np.zeros(3), np.ones(3))
-    return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), identity, CPU)
+    return Clips.resident(raw, np.array([5, 9]), np.array([0, 1]), unit(3), CPU)
 
 
 def test_a_crop_is_cut_from_the_clip_and_padded_beyond_it():
@@ -103,14 +107,14 @@ def test_steps_per_epoch(rows, batch, steps):
 
 def test_without_augmentation_the_batch_is_the_plain_crop():
     clips = ramp_clips()
-    batch, targets = Augment(plain(9), FEATURES, 2, torch.ones(3))(clips, torch.tensor([1]))
+    batch, targets = Augment(plain(9), FEATURES, 2, unit(3), CPU)(clips, torch.tensor([1]))
     assert batch[0, 0, 0].tolist() == list(range(1, 10))
     assert targets.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(("crop", "first", "last"), [(5, 3, 7), (3, 4, 6), (13, 0, 0)])
 def test_without_random_crop_clips_are_centred(crop, first, last):
-    augment = Augment(plain(crop), FEATURES, 2, torch.ones(3))
+    augment = Augment(plain(crop), FEATURES, 2, unit(3), CPU)
     batch, _ = augment(ramp_clips(), torch.tensor([1, 1, 1, 1]))
     assert batch[:, 0, 0, 0].tolist() == [first] * 4
     assert batch[:, 0, 0, -1].tolist() == [last] * 4
@@ -118,10 +122,13 @@ def test_without_random_crop_clips_are_centred(crop, first, last):
 
 def test_gain_raises_every_bin_of_the_valid_frames_by_its_response():
     torch.manual_seed(0)
-    response = torch.tensor([1.0, 0.5, 0.0])
+    response, scaled = (
+        torch.tensor([1.0, 0.5, 0.25]),
+        Normalisation(np.zeros(3), np.array([1, 2, 4])),
+    )
     clips, rows = ramp_clips(), torch.zeros(64, dtype=torch.long)
-    quiet, _ = Augment(plain(9), FEATURES, 2, response)(clips, rows)
-    loud, _ = Augment(plain(9, gain_db=6.0), FEATURES, 2, response)(clips, rows)
+    quiet, _ = Augment(plain(9), FEATURES, 2, scaled, CPU)(clips, rows)
+    loud, _ = Augment(plain(9, gain_db=6.0), FEATURES, 2, scaled, CPU)(clips, rows)
     gain = (loud - quiet)[:, 0, :, 2:7]  # its five frames lie in the middle
     torch.testing.assert_close(gain, gain[:, :1, :1] * response[:, None].expand(3, 5))
     assert gain[:, 0, 0].min() == pytest.approx(-6, abs=0.6)
@@ -139,7 +146,7 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
     clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), identity, CPU)
     rows = torch.tensor([0, 1])
     before = clips.crop(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
-    augment = Augment(plain(40, mix_style=1.0), FEATURES, 2, torch.ones(3))
+    augment = Augment(plain(40, mix_style=1.0), FEATURES, 2, unit(3), CPU)
     for _ in range(20):
         after, targets = augment(clips, rows)
         after = after[:, 0]
@@ -165,10 +172,10 @@ def test_masks_zero_frames_and_bins():
     torch.manual_seed(0)
     ones = Clips(torch.ones(1, 40, 20).half(), torch.tensor([40]), torch.tensor([0]))
     rows = torch.zeros(200, dtype=torch.long)
-    in_time, _ = Augment(plain(40, time_masks=1, time_mask_frames=10), FEATURES, 2, torch.ones(20))(
+    in_time, _ = Augment(plain(40, time_masks=1, time_mask_frames=10), FEATURES, 2, unit(20), CPU)(
         ones, rows
     )
-    in_bins, _ = Augment(plain(40, freq_masks=1, freq_mask_share=0.5), FEATURES, 2, torch.ones(20))(
+    in_bins, _ = Augment(plain(40, freq_masks=1, freq_mask_share=0.5), FEATURES, 2, unit(20), CPU)(
         ones, rows
     )
     frames, bins = (in_time == 0).sum(3)[:, 0], (in_bins == 0).sum(2)[:, 0]
@@ -180,7 +187,7 @@ def test_masks_zero_frames_and_bins():
 
 def test_the_seed_determines_the_augmentation():
     config = TrainConfig(crop_frames=6, augment=AugmentConfig(time_mask_frames=3, tempo=0.1))
-    augment = Augment(config, FEATURES, 2, torch.ones(3))
+    augment = Augment(config, FEATURES, 2, unit(3), CPU)
     clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
 
     def draw(seed: int) -> torch.Tensor:
@@ -201,7 +208,7 @@ def test_tempo_stretches_each_clip_by_another_factor():
     torch.manual_seed(0)
     picture = torch.arange(100.0)[:, None].expand(100, 20)
     clips = Clips(picture[None].half(), torch.tensor([100]), torch.tensor([0]))
-    augment = Augment(plain(40, tempo=0.2), FEATURES, 2, torch.ones(20))
+    augment = Augment(plain(40, tempo=0.2), FEATURES, 2, unit(20), CPU)
     batch, _ = augment(clips, torch.zeros(50, dtype=torch.long))
     steps = batch[:, 0].diff(dim=2)[:, :, 1:-1]
     speeds = steps.mean(dim=(1, 2))
@@ -217,7 +224,7 @@ def test_vtlp_warps_each_clip_by_another_factor_and_does_not_change_mfcc():
         picture = torch.arange(num_bins).expand(100, num_bins)
         clips = Clips(picture[None].half(), torch.tensor([100]), torch.tensor([0]))
         recipe = plain(40, feature, vtlp=0.2)
-        augment = Augment(recipe, features, 2, torch.ones(num_bins))
+        augment = Augment(recipe, features, 2, unit(num_bins), CPU)
         batch, _ = augment(clips, torch.zeros(50, dtype=torch.long))
         # Below the boundary, a bin holds what was at a multiple of its frequency.
         shares = batch[:, 0, 1:16] / torch.arange(1, 16)[:, None]
@@ -235,7 +242,7 @@ def test_mixup_mixes_targets_as_it_mixes_clips():
         torch.tensor([4, 4]),
         torch.tensor([0, 1]),
     )
-    batch, targets = Augment(plain(4, mixup=1.0), FEATURES, 2, torch.ones(2))(
+    batch, targets = Augment(plain(4, mixup=1.0), FEATURES, 2, unit(2), CPU)(
         clips, torch.tensor([0, 1])
     )
     # Clip 1 is all ones and clip 0 all zeros: a pixel is the weight of label 1.
@@ -256,6 +263,7 @@ def test_gain_response_equals_the_difference_of_a_louder_recording(kind):
         dct = torchaudio.functional.create_dct(13, 40, "ortho").T
         louder, plain = dct @ louder, dct @ plain
     std = np.full(len(plain), 2.0)
-    response = gain_response(kind, 40, Normalisation(np.zeros(len(plain)), std), CPU)
+    features, normalisation = FeatureConfig(num_mels=40, num_mfcc=13), Normalisation(std, std)
+    response = gain_response(kind, features, normalisation, CPU)
     expected = ((louder - plain) / 2.0).mean(dim=1)
     torch.testing.assert_close(3 * response, expected, atol=1e-3, rtol=1e-3)

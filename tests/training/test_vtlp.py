@@ -9,7 +9,7 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.training import augment as module
 from ser_ray.training.augment import Augment
 from ser_ray.training.config import AugmentConfig, TrainConfig
-from ser_ray.training.data import Clips
+from ser_ray.training.data import Clips, Normalisation
 from tests.conftest import PLAIN
 
 FEATURES = FeatureConfig()
@@ -53,7 +53,13 @@ def test_a_tone_moves_to_the_frequency_of_the_papers_equation(kind, factor, hert
         augment=AugmentConfig(**(plain | {"random_crop": False, "vtlp": 0.1})),
     )
     num_bins = FEATURES.num_bins(kind)
-    augment = Augment(config, FEATURES, 2, torch.ones(num_bins))
+    augment = Augment(
+        config,
+        FEATURES,
+        2,
+        Normalisation(np.zeros(num_bins), np.ones(num_bins)),
+        torch.device("cpu"),
+    )
     augment.vtlp = factor - 1
     clip = torch.from_numpy(tone(hertz, kind).T[None, :40]).half()
     clips = Clips(clip, torch.tensor([40]), torch.tensor([0]))
