@@ -181,7 +181,7 @@ class _Learner:
         self.normalisation = data.normalisation
         self.steps = steps_per_epoch(len(data.train), config.batch_size)
         features = opened.card.features
-        num_bins = features.num_bins(config.feature)
+        num_bins = len(data.normalisation.std)
         self.autocast = supports_bfloat16(device, num_bins, config.crop_frames)
         self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
         network = to_channels_last(ResNet18(len(data.labels)), device)

@@ -177,7 +177,7 @@ class Trainer:
         self.parallel = _data_parallel(network) if world.size > 1 else network
         self.ema_network = copy.deepcopy(network) if config.ema_decay else None
         self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
-        num_bins = features.num_bins(config.feature)
+        num_bins = len(data.normalisation.std)
         self.autocast = supports_bfloat16(device, num_bins, config.crop_frames)
         self.batch_size = min(config.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
