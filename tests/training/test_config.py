@@ -39,4 +39,4 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(values, mes
 @pytest.mark.parametrize("name", ["noise", "echo", "band_limit", "mix_style", "tempo"])
 def test_a_share_above_one_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is 1.5: it must be at most 1"):
-        replace(AugmentConfig(), **{name: 1.5})
+        TrainConfig.from_dict({"augment": {name: 1.5}})
