@@ -15,13 +15,12 @@ import soxr
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.features.errors import ClipError
+from ser_ray.features.mel import POWER_FLOOR, mel_bands
 
 ENERGY_SECONDS = 0.01
 """Loudness is measured over stretches of this many seconds."""
 SILENCE_POWER = 1e-8
 """A clip whose loudest stretch has a lower mean square is silent: -80 dB of full scale."""
-POWER_FLOOR = 1e-10
-"""Lower power is raised to this value: -100 dB."""
 STEADY_RATIO = 10**0.2
 """Quiet stretches are the steady noise of a room if a tenth and three tenths of all stretches are
 below levels that differ by less than this power ratio, 2 dB. In clean speech they differ by more:
@@ -156,17 +155,6 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
         threshold = max(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
     return Loudness(offset, stretch, power, threshold, float(10 * np.log10(loud / quiet)))
-
-
-def mel_bands(config: FeatureConfig) -> np.ndarray:
-    """Return triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
-    top = config.sample_rate / 2
-    lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))
-    corners = 700 * (10 ** (np.linspace(lowest, highest, config.num_mels + 2) / 2595) - 1)
-    frequencies = np.linspace(0, top, config.num_bins("spectrogram"))
-    left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
-    rising, falling = (frequencies - left) / (peak - left), (right - frequencies) / (right - peak)
-    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

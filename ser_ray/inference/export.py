@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from ser_ray.cluster import require_kept
 from ser_ray.errors import SerRayError
+from ser_ray.features.mel import POWER_FLOOR
 from ser_ray.features.transforms import (
     ENERGY_SECONDS,
     HEARD_RATIO,
     NOISE_MARGIN_DB,
-    POWER_FLOOR,
     SILENCE_POWER,
     STEADY_RATIO,
     FeatureExtractor,

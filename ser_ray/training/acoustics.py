@@ -19,13 +19,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
 import torch
 from torch import Tensor
 from torch.distributions import Gamma
+from torchaudio.functional import create_dct
 
 from ser_ray.features.config import FeatureConfig, Kind
-from ser_ray.features.transforms import POWER_FLOOR, mel_bands
+from ser_ray.features.mel import POWER_FLOOR, mel_bands
 from ser_ray.training.config import AugmentConfig
 from ser_ray.training.data import Normalisation
 
@@ -112,8 +112,7 @@ class Acoustics:
         self.white_power = HANN_POWER * features.window_length
         self.dct: Tensor | None = None  # [coefficients, mel bands]
         if kind == "mfcc":
-            full = scipy.fft.dct(np.eye(features.num_mels), type=2, norm="ortho", axis=0)
-            self.dct = to_device(full[: features.num_mfcc])
+            self.dct = create_dct(features.num_mfcc, features.num_mels, "ortho").T.to(device)
 
     def __call__(self, batch: Tensor, valid: Tensor) -> Tensor:
         """Draw conditions and apply them, as `apply` does."""

@@ -1,0 +1,19 @@
+"""The mel filter bank, for the features of sound and for training, which reads no sound."""
+
+import numpy as np
+
+from ser_ray.features.config import FeatureConfig
+
+POWER_FLOOR = 1e-10
+"""Lower power is raised to this value: -100 dB."""
+
+
+def mel_bands(config: FeatureConfig) -> np.ndarray:
+    """Return triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
+    top = config.sample_rate / 2
+    lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))
+    corners = 700 * (10 ** (np.linspace(lowest, highest, config.num_mels + 2) / 2595) - 1)
+    frequencies = np.linspace(0, top, config.num_bins("spectrogram"))
+    left, peak, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising, falling = (frequencies - left) / (peak - left), (right - frequencies) / (right - peak)
+    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
