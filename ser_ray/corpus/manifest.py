@@ -1,4 +1,4 @@
-"""Listing a folder, bucket or table as a manifest: one row for each recording.
+"""Listing a folder, bucket or table as a manifest: one row for each recording, or segment of one.
 
 RAVDESS is recognised by its file names alone, in any layout: the unpacked archives of Zenodo, the
 Kaggle archive with its second copy, one flat folder. Other corpora come as tables (`table`). No
@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.audio_files import describe_left_out, is_recording, suffix_of
 from ser_ray.corpus.ravdess import EMOTIONS, EXAMPLE_NAME, ClipName, NameProblem, parse_name
-from ser_ray.corpus.table import TABLE_SUFFIXES, list_table, read_table
+from ser_ray.corpus.table import TABLE_SUFFIXES, clip_keys, list_table, read_table
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files
@@ -34,6 +34,8 @@ MANIFEST_SCHEMA = pa.schema(
         "path": pa.string(),  # absolute path or URI, which every worker can open
         "size": pa.int64(),  # bytes; null where the listing does not say
         "modified": pa.int64(),  # nanoseconds since 1970; null where the listing does not say
+        "start": pa.float64(),  # of a segment, in seconds of the file; null for a complete file
+        "end": pa.float64(),  # null for the end of the file
         "modality": pa.string(),  # av | video | audio
         "channel": pa.string(),  # speech | song; null for tables, like intensity to repetition
         "emotion": pa.string(),  # the label
@@ -47,6 +49,8 @@ MANIFEST_SCHEMA = pa.schema(
         "reason": pa.string(),  # explains the status
     }
 )
+ORDER = [(name, "ascending") for name in ("path", "start", "end")]
+"""The order of a manifest: the segments of a file are neighbours."""
 PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
 """The outcomes that are known before a clip is opened."""
 
@@ -68,7 +72,7 @@ class Corpus:
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     manifest: pa.Table
-    """`MANIFEST_SCHEMA`, sorted by path."""
+    """`MANIFEST_SCHEMA`, sorted by path, start and end."""
     notes: tuple[str, ...] = ()
     """What the user should know about the listing."""
 
@@ -106,9 +110,9 @@ def list_corpus(source: str, missing: Iterable[str] = MISSING_WORDS) -> Corpus:
         raise CorpusError(f"{source}: cannot be listed ({reason})") from error
     labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
     nothing = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
-    listed = pa.table(nothing | list_table(source, rows)).cast(MANIFEST_SCHEMA).sort_by("path")
+    listed = pa.table(nothing | list_table(source, rows)).cast(MANIFEST_SCHEMA).sort_by(ORDER)
     same = pa.array(np.zeros(len(rows), np.int32))
-    manifest = mark_duplicates(listed, listed["path"], same, "the table lists it before: ")
+    manifest = mark_duplicates(listed, clip_keys(listed), same, "the table lists it before: ")
     return Corpus("table", source, labels, manifest, notes)
 
 

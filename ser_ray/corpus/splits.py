@@ -1,9 +1,10 @@
 """Splitting clips into train, validation and test sides; a protocol is a named list of folds.
 
 `split` reads a table of clips and returns the row numbers of the three sides of a fold. All rows of
-a take (the wav and mp4s of a performance) and all rows with identical content are on the same side,
-and so are all clips of a speaker, except in `random`. Models are selected by their scores on the
-validation side, whose speakers are not trained on. The test side is used once.
+a take (the wav and mp4s of a performance), all segments of a file and all rows with identical
+content are on the same side, and so are all clips of a speaker, except in `random`. Models are
+selected by their scores on the validation side, whose speakers are not trained on. The test side is
+used once.
 
 Every function here is pure and independent of the order of the rows.
 
@@ -112,8 +113,8 @@ def split(
     Args:
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
-        clips: one row per clip, with the string columns `speaker`, `sex` (may be null), `take`,
-            `emotion` and `content`, which is equal where the decoded samples are.
+        clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
+            `take`, `emotion` and `content`, which is equal where the decoded samples are.
         seed: only used by `random`; the folds of every other protocol are fixed.
         validation_speakers: how many speakers are on the validation side, except in `random`. 0
             means a twelfth of the speakers, as `_validation_speakers` explains. The test side does
@@ -127,7 +128,7 @@ def split(
     folds = _test_folds(protocol, sexes)
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold is {fold}: {protocol} has folds 0 to {len(folds) - 1} here")
-    groups = _groups(clips["take"].to_pylist(), clips["content"].to_pylist())
+    groups = _groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
     if protocol == "random":
         sides = _draw_takes(fold, groups, clips["emotion"].to_pylist(), seed)
     else:
@@ -235,11 +236,11 @@ def _validation_speakers(
     return selected
 
 
-def _groups(takes: Sequence[str], contents: Sequence[str | None]) -> Rows:
-    """Number the rows so that rows with the same take or content share a number, [num_rows].
+def _groups(takes: Sequence[str], contents: Sequence[str | None], paths: Sequence[str]) -> Rows:
+    """Number the rows so that those with the same take, content or path share a number, [num_rows].
 
-    Takes that share a content form one group, directly or through other takes. Groups are numbered
-    in the order of their first takes, so the numbers do not depend on the order of the rows.
+    Takes that share a content or path form one group, directly or through other takes. Groups are
+    numbered in the order of their first takes, so the order of the rows does not matter.
     """
     leader = {take: take for take in takes}
 
@@ -248,11 +249,12 @@ def _groups(takes: Sequence[str], contents: Sequence[str | None]) -> Rows:
             leader[take] = take = leader[leader[take]]
         return take
 
-    first: dict[str, str] = {}
-    for take, content in zip(takes, contents, strict=True):
-        if content is not None:
-            one, other = sorted((find(take), find(first.setdefault(content, take))))
-            leader[other] = one
+    first: dict[tuple[str, str | None], str] = {}
+    for take, content, path in zip(takes, contents, paths, strict=True):
+        for shared in (("content", content), ("path", path)):
+            if shared[1] is not None:
+                one, other = sorted((find(take), find(first.setdefault(shared, take))))
+                leader[other] = one
     return np.unique([find(take) for take in takes], return_inverse=True)[1].astype(np.int64)
 
 

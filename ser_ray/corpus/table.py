@@ -1,5 +1,7 @@
 """The user's own corpus: a table that names the file, label and speaker of every clip.
 
+A clip is a file, or the segment of a file between two times, `start` and `end`.
+
 Tables come from spreadsheets and from other systems, so everything that has one meaning is read:
 any separator, UTF-8 with a byte order mark, UTF-16, Windows-1252, blanks and capitals in the names
 of the columns, backslashes in paths, `~`. Whatever has two meanings is refused with its row.
@@ -8,6 +10,7 @@ of the columns, backslashes in paths, `~`. Whatever has two meanings is refused 
 import codecs
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -20,8 +23,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.storage.listing import NO_FILE, find_local, stat_file
+from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.paths import folder_of, location_inside, refuse_password
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
@@ -31,8 +35,16 @@ OTHER_DRIVE = "a path of Windows, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons of rows whose file does not exist."""
 
+COLUMNS = {
+    "path": ("path", "file"),
+    "label": ("label", "emotion"),
+    "speaker": ("speaker",),
+    "take": ("take",),
+    "start": ("start",),
+    "end": ("end",),
+}
+"""The columns of a corpus, and the names that each has in tables; the first one found is read."""
 _NEEDED = ("path", "label", "speaker")
-_COLUMNS = (*_NEEDED, "take")
 _SEPARATORS = (",", ";", "\t", "|")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -41,16 +53,18 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_SEGMENT = re.compile(
+_TIME_COLUMN = re.compile(
     r"(start|begin|onset|end|stop|offset)([ _]?(time|s|sec|seconds|ms|samples?))?"
 )
+_TIME = re.compile(r"(?:(\d+) days?,? *)?(?:(\d+):(\d+):)?(\d+(?:\.\d+)?)?")
+_NO_TIME = {*MISSING_WORDS, ""}
 _SHOWN_ROWS = 5
 
 
 def read_table(
     source: str, filesystem: fs.FileSystem, path: str, missing: Iterable[str]
 ) -> tuple[pa.Table, tuple[str, ...]]:
-    """Read the string columns `path,label,speaker` and perhaps `take`.
+    """Read the string columns `path,label,speaker`, perhaps `take`, and times in seconds.
 
     Args:
         source: the table, as the user wrote it.
@@ -59,7 +73,8 @@ def read_table(
         missing: words that mean that a value is missing, in any case.
 
     Returns:
-        The columns without blanks around the values, and lines to tell the user.
+        The columns without blanks around the values, with the numbers `start` and `end`, both null
+        for a complete file, and lines to tell the user.
 
     Raises:
         CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
@@ -89,12 +104,60 @@ def read_table(
         ) from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
+    times = [columns.pop(name, pa.nulls(len(table), pa.string())) for name in ("start", "end")]
     _refuse_missing(source, columns, {word.strip().lower() for word in missing})
+    start, end = _read_times(source, *(column.to_pylist() for column in times))
+    columns |= {"start": pa.array(start, pa.float64()), "end": pa.array(end, pa.float64())}
     return pa.table(columns), notes
 
 
+def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
+    """Return strings that are equal for rows of the same file or segment of it."""
+    times = [pc.fill_null(rows[name].cast("string"), "") for name in ("start", "end")]
+    return pc.binary_join_element_wise(rows["path"], *times, "\n")
+
+
+def _read_times(
+    source: str, starts: list[str | None], ends: list[str | None]
+) -> tuple[list[float | None], list[float | None]]:
+    """Return the start and end of every row in seconds, both None where it is a complete file.
+
+    Raises:
+        CorpusError: names the first row whose times are not those of a segment.
+    """
+    found: tuple[list[float | None], list[float | None]] = [], []
+    for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
+        times = [None if (text or "").lower() in _NO_TIME else _seconds(text) for text in texts]
+        start, end = times[0] or 0.0, times[1]
+        if math.nan in times or (end is not None and start >= end):
+            raise CorpusError(
+                f"{source}: row {row} (after the header) has the start {texts[0] or 'of the file'} "
+                f"and the end {texts[1] or 'of the file'}; a segment needs two times in seconds, "
+                "or such as 0 days 00:00:01.5, the first before the second"
+            )
+        is_complete = start == 0 and end is None
+        found[0].append(None if is_complete else start)
+        found[1].append(end)
+    return found
+
+
+def _seconds(text: str | None) -> float:
+    """Read seconds, or a time such as 0 days 00:01:02.5; `math.nan` if it is neither."""
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        match = _TIME.fullmatch(text or "")
+        if match is None:
+            return math.nan
+        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+        return days * 86_400 + hours * 3_600 + minutes * 60 + seconds
+    return seconds if 0 <= seconds < math.inf else math.nan
+
+
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Replace the numbers that pandas writes for missing values by null."""
+    """Replace the numbers of pandas for missing values by null, and durations by seconds."""
+    if pa.types.is_duration(column.type):
+        return pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
     if not pa.types.is_floating(column.type):
         return column
     return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
@@ -127,8 +190,9 @@ def _parse(source: str, text: str) -> pa.Table:
         raise CorpusError(f"{source}: the table is empty")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
-    fitting = [mark for mark, names in rows.items() if set(_NEEDED) <= set(map(_fold, names))]
-    separator = fitting[0] if fitting else max(rows, key=lambda mark: len(rows[mark]))
+    known = {name for names in COLUMNS.values() for name in names}
+    num_known = {mark: len(known & set(map(_fold, names))) for mark, names in rows.items()}
+    separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
     names = rows[separator]
     found = _find_columns(source, names)
     numbered = [f"column {number}" for number in range(len(names))]
@@ -153,26 +217,26 @@ def _find_columns(source: str, names: Sequence[str]) -> dict[str, str]:
         CorpusError: a column is missing, is there twice, or says that rows are parts of files.
     """
     found: dict[str, str] = {}
-    for name in names:
-        if (column := _fold(name)) not in _COLUMNS:
-            continue
-        if column in found:
+    for column, known in COLUMNS.items():
+        same = [[name for name in names if _fold(name) == wanted] for wanted in known]
+        given = next(filter(None, same), [])
+        if len(given) > 1:
             raise CorpusError(
-                f"{source}: has the column {column} twice, as {found[column]!r} and {name!r}; "
-                "rename or remove one of them"
+                f"{source}: has the column {_fold(given[0])} twice, as {given[0]!r} and "
+                f"{given[1]!r}; rename or remove one of them"
             )
-        found[column] = name
-    segments = [name for name in names if _SEGMENT.fullmatch(_fold(name))]
-    if segments:
+        if given:
+            found[column] = given[0]
+    times = [name for name in names if _TIME_COLUMN.fullmatch(_fold(name))]
+    if other := [name for name in times if name not in found.values()]:
         raise CorpusError(
-            f"{source}: has the column {segments[0]}, so its rows seem to be segments of files, "
-            "which are not supported; cut every segment into a file of its own and remove the "
-            "columns of times"
+            f"{source}: has the column {other[0]}, so its rows seem to be segments of files; name "
+            "the columns of their times start and end, in seconds, or remove them"
         )
     if lacking := sorted(set(_NEEDED) - set(found)):
         raise CorpusError(
             f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker in its "
-            f"first row and may have take, but it has {','.join(names)}"
+            f"first row and may have take, start and end, but it has {','.join(names)}"
         )
     return found
 
@@ -214,29 +278,31 @@ def list_table(source: str, rows: pa.Table) -> dict[str, object]:
         CorpusError: rows contradict each other, or a path has a password in it.
     """
     folder = folder_of(source)
-    located = [_locate(folder, path) for path in rows["path"].to_pylist()]
-    paths = [path for path, _, _ in located]
-    _refuse_passwords(source, paths)
+    written = rows["path"].to_pylist()
+    files = {path: _find(folder, path) for path in dict.fromkeys(written)}
+    found = [files[path] for path in written]
+    _refuse_passwords(source, [file.location for file in found])
     if "take" not in rows.column_names:
-        takes = [os.path.splitext(given)[0] for _, given, _ in located]  # noqa: PTH122
+        times = zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True)
+        takes = [
+            os.path.splitext(file.inside)[0]  # noqa: PTH122
+            + ("" if start is None else f" {start}-{'end' if end is None else end}")
+            for file, (start, end) in zip(found, times, strict=True)
+        ]
         rows = rows.append_column("take", pa.array(takes))
-    rows = rows.set_column(rows.column_names.index("path"), "path", pa.array(paths))
+    locations = pa.array([file.location for file in found])
+    rows = rows.set_column(rows.column_names.index("path"), "path", locations)
+    rows = rows.append_column("clip", clip_keys(rows))
     for column in ("speaker", "label"):
+        _require_one(source, rows, "clip", column)
         _require_one(source, rows, "take", column)
-        _require_one(source, rows, "path", column)
-    found = [(None, None) if "://" in path else stat_file(path) for path in paths]
-    problems = [
-        (missing if problem == NO_FILE and missing else problem)
-        for (_, problem), (_, _, missing) in zip(found, located, strict=True)
-    ]
-    usable = [
-        status if status is not None and problem is None else None
-        for (status, _), problem in zip(found, problems, strict=True)
-    ]
+    problems = [file.problem for file in found]
     return {
         "path": rows["path"],
-        "size": [None if status is None else status.st_size for status in usable],
-        "modified": [None if status is None else status.st_mtime_ns for status in usable],
+        "size": [file.size for file in found],
+        "modified": [file.modified for file in found],
+        "start": rows["start"],
+        "end": rows["end"],
         "modality": ["audio"] * len(rows),
         "emotion": rows["label"],
         "speaker": rows["speaker"],
@@ -244,6 +310,17 @@ def list_table(source: str, rows: pa.Table) -> dict[str, object]:
         "status": ["unreadable" if problem else None for problem in problems],
         "reason": problems,
     }
+
+
+def _find(folder: str, path: str) -> ListedFile:
+    """Look up a file that a table names."""
+    location, inside, missing = _locate(folder, path)
+    status, problem = (None, None) if "://" in location else stat_file(location)
+    if problem == NO_FILE and missing:
+        problem = missing
+    if status is None or problem:
+        return ListedFile(inside, location, None, None, problem)
+    return ListedFile(inside, location, status.st_size, status.st_mtime_ns, None)
 
 
 def _locate(folder: str, path: str) -> tuple[str, str, str | None]:
@@ -285,14 +362,15 @@ def _refuse_passwords(source: str, paths: list[str]) -> None:
 
 
 def _require_one(
-    source: str, rows: pa.Table, key: Literal["take", "path"], column: Literal["speaker", "label"]
+    source: str, rows: pa.Table, key: Literal["take", "clip"], column: Literal["speaker", "label"]
 ) -> None:
-    """Refuse a take or file with two speakers or labels, which no split could keep on one side."""
+    """Refuse a take or clip with two speakers or labels, which no split could keep on one side."""
     counts = rows.group_by(key, use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
     if len(mixed) == 0:
         return
     name = mixed[key][0].as_py()
+    shown = name.rstrip("\n").replace("\n", " ")  # the times of a segment
     numbers = np.flatnonzero(pc.equal(rows[key], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
@@ -302,6 +380,6 @@ def _require_one(
     )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "
-        f"{'take' if key == 'take' else 'file'}, {name!r}, but their {column} is {values[0]!r} and "
-        f"{values[other]!r}" + (hint if key == "take" else "")
+        f"{key}, {shown!r}, but their {column} is {values[0]!r} and {values[other]!r}"
+        + (hint if key == "take" else "")
     )

@@ -10,9 +10,10 @@ import soundfile
 
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.results import Evaluation
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import cut, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.shards.part import RECORDING_SECONDS
 from ser_ray.storage.paths import filesystem_of
 
 
@@ -52,7 +53,10 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
         try:
             filesystem, path = filesystem_of(clip["path"])
             with filesystem.open_input_file(path) as file:
-                samples, sample_rate, _ = decode(file)
+                sound = decode(file, max_seconds=RECORDING_SECONDS)
+            if clip["start"] is not None:
+                sound, _ = cut(sound, clip["start"], clip["end"])
+            samples, sample_rate, _ = sound
             waveform = extract.waveform(samples, sample_rate)
         except (OSError, ConfigError, ClipError):
             continue

@@ -20,7 +20,7 @@ REPORT = "report.html"
 """Name of a run's page, in the run's folder and in its MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 """Columns of the clips by which scores are broken down, where a corpus has them."""
-KEPT = ("path", "take", *GROUPS, "emotion")
+KEPT = ("path", "start", "end", "take", *GROUPS, "emotion")
 """Columns of the clips that are kept beside their predictions."""
 HARDEST = 12
 

@@ -420,6 +420,37 @@ def _packets(
             continue
 
 
+def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | None]:
+    """Cut a segment out of a recording.
+
+    Args:
+        sound: the recording.
+        start: first second of the segment.
+        end: second at which it ends; None for the end of the recording.
+
+    Returns:
+        The segment, and what is missing from it in words; None if nothing is.
+
+    Raises:
+        ClipError: `beyond_end`, if less than half of the segment is inside the recording.
+    """
+    rate, num_samples = sound.sample_rate, len(sound.samples)
+    first, last = round(start * rate), num_samples if end is None else round(end * rate)
+    samples = sound.samples[first:last]
+    missing = (last - first - len(samples)) / rate
+    if not len(samples) or len(samples) / rate < missing:
+        until = "its end" if end is None else f"{end:.2f} s"
+        raise ClipError(
+            "beyond_end",
+            f"the segment is from {start:.2f} s to {until}, and the file ends at "
+            f"{num_samples / rate:.2f} s",
+        )
+    losses = [f"its file: {sound.loss}"] if sound.loss else []
+    if missing >= MIN_LOST_SECONDS:
+        losses.append(f"{missing:.2f} s of it are after the end of the file")
+    return sound._replace(samples=samples), "; ".join(losses) or None
+
+
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
 

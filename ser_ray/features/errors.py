@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-ClipStatus = Literal["no_audio", "unreadable", "too_short", "too_long", "silent"]
+ClipStatus = Literal["no_audio", "unreadable", "too_short", "too_long", "silent", "beyond_end"]
 Failure = Literal["clip", "file", "storage"]
 
 

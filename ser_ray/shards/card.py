@@ -18,7 +18,7 @@ from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.storage.atomic import write_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FINGERPRINTED = ["take", "speaker", "emotion", "content"]
 """The columns that training depends on, besides the settings of the features."""
 

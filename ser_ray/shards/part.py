@@ -11,6 +11,7 @@ training on the shards does not either.
 """
 
 import contextlib
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS, Kind
-from ser_ray.features.decode import Sound
+from ser_ray.features.decode import Sound, cut
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
@@ -30,8 +31,8 @@ from ser_ray.shards.digest import file_digest, same_bytes
 from ser_ray.shards.layout import DIGEST, OK, mark_name, outcomes_name, part_name, write_table
 from ser_ray.shards.plan import part_key, part_metadata
 
-DECODE_FACTOR = 10
-"""A clip may be this many times as long as `max_seconds`, if most of it is silence."""
+RECORDING_SECONDS = 3600.0
+"""Longer files are `too_long`: they would not fit into a worker's memory."""
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
@@ -100,7 +101,7 @@ def _make_tables(
     Outcomes are not final if a file could not be read for a reason that may be temporary.
     """
     config = extractor.config
-    longest = DECODE_FACTOR * config.max_seconds
+    decode = _remember_last(decode)
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
     undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
     features = {
@@ -111,9 +112,12 @@ def _make_tables(
     facts: list[dict[str, Any]] = []
     is_final = True
     for row in undecided:
-        path = rows["path"][row].as_py()
+        path, start, end = (rows[name][row].as_py() for name in ("path", "start", "end"))
         try:
-            sound = decode(path, max_seconds=longest)
+            sound = decode(path, max_seconds=RECORDING_SECONDS)
+            loss = sound.loss
+            if start is not None:
+                sound, loss = cut(sound, start, end)
             samples, sample_rate, _ = sound
             waveform = extractor.waveform(samples, sample_rate)
         except ClipError as error:
@@ -133,21 +137,40 @@ def _make_tables(
                 "num_frames": config.frames_of(len(waveform)),
             }
         )
-        outcomes[row] = OK, sound.loss
+        outcomes[row] = OK, loss
     clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
     clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
     clips = _append(clips, _feature_columns(features, len(decoded)))
-    _compare_copies(rows, outcomes, decode, longest)
+    _compare_copies(rows, outcomes, decode)
     return clips, _outcomes_table(rows, outcomes, undecided), is_final
+
+
+def _remember_last(decode: Callable[..., Sound]) -> Callable[..., Sound]:
+    """Return a `decode` that decodes a file once for all its segments, which are neighbours."""
+
+    @functools.lru_cache(maxsize=1)
+    def attempt(path: str, max_seconds: float) -> Sound | ClipError:
+        try:
+            return decode(path, max_seconds=max_seconds)
+        except ClipError as error:
+            return error
+
+    def read(path: str, *, max_seconds: float) -> Sound:
+        sound = attempt(path, max_seconds)
+        if isinstance(sound, ClipError):
+            raise sound
+        return sound
+
+    return read
 
 
 def _outcomes_table(
     rows: pa.Table, outcomes: list[tuple[str | None, str | None]], opened: list[int]
 ) -> pa.Table:
     """Return the rows with their outcomes, and with the digests of the files that were opened."""
-    digests: list[str | None] = [None] * len(rows)
-    for row in opened:
-        digests[row] = file_digest(rows["path"][row].as_py())
+    paths = rows["path"].to_pylist()
+    digest_of = {path: file_digest(path) for path in dict.fromkeys(paths[row] for row in opened)}
+    digests = [digest_of.get(path) for path in paths]
     statuses, reasons = ([pair[place] for pair in outcomes] for place in (0, 1))
     columns = {DIGEST: digests, "status": statuses, "reason": reasons}
     schema = pa.schema(dict.fromkeys(columns, pa.string()))
@@ -158,21 +181,20 @@ def _compare_copies(
     rows: pa.Table,
     outcomes: list[tuple[str | None, str | None]],
     decode: Callable[..., Sound],
-    longest: float,
 ) -> None:
     """Give files that have the name of another one but different sound the status `conflict`."""
     for row, (status, reason) in enumerate(outcomes):
         if status != "duplicate" or not (reason or "").startswith(SAME_NAME):
             continue
         path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
-        if not has_same_sound(path, other, lambda file: decode(file, max_seconds=longest)):
+        if not has_same_sound(path, other, decode):
             outcomes[row] = (
                 "conflict",
                 f"differs in sound from {other}, which has the same file name and was taken",
             )
 
 
-def has_same_sound(one: str, other: str, decode: Callable[[str], Sound]) -> bool:
+def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
     """Whether two files have the same bytes or the same samples.
 
     A file that cannot be decoded differs from one that can.
@@ -182,7 +204,7 @@ def has_same_sound(one: str, other: str, decode: Callable[[str], Sound]) -> bool
     sounds: list[tuple[str, int]] = []
     for path in (one, other):
         try:
-            samples, sample_rate, _ = decode(path)
+            samples, sample_rate, _ = decode(path, max_seconds=RECORDING_SECONDS)
         except ClipError as error:
             if error.failed == "storage":
                 raise OSError(f"{path}: {error.reason}") from error

@@ -4,12 +4,14 @@ The plan is derived from the committed outcomes, so nothing else is stored. A co
 if the manifest's rows of its files and the features are the same as before. All other files are cut
 into parts in the order of their paths, and these get the free numbers from 0 up. An interrupted run
 therefore continues on any machine with exactly the parts that it would have written next.
+
+A file means a row of the manifest here, which may also be a segment of a file.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -19,6 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.corpus.manifest import ORDER
+from ser_ray.corpus.table import clip_keys
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.digest import file_digest
@@ -100,17 +104,19 @@ def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.
     if not committed:
         return manifest
     before = pa.concat_tables(part.files for part in committed.values())
-    before = before.take(pc.index_in(manifest["path"], value_set=before["path"]))
+    before = before.take(pc.index_in(clip_keys(manifest), value_set=clip_keys(before)))
     touched = pc.and_(
         pc.equal(before["size"], manifest["size"]),
         pc.not_equal(before["modified"], manifest["modified"]),
     )
     rows = np.flatnonzero(pc.fill_null(touched, False).to_numpy())
+    paths = manifest["path"].take(rows).to_pylist()
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        digests = list(pool.map(file_digest, manifest["path"].take(rows).to_pylist()))
+        files = list(dict.fromkeys(paths))
+        digests = dict(zip(files, pool.map(file_digest, files), strict=True))
     times = manifest["modified"].to_pylist()
-    for row, digest in zip(rows.tolist(), digests, strict=True):
-        if digest is not None and digest == before[DIGEST][row].as_py():
+    for row, path in zip(rows.tolist(), paths, strict=True):
+        if digests[path] is not None and digests[path] == before[DIGEST][row].as_py():
             times[row] = before["modified"][row].as_py()
     index = manifest.schema.get_field_index("modified")
     return manifest.set_column(index, "modified", pa.array(times, pa.int64()))
@@ -152,17 +158,20 @@ def make_plan(
 ) -> Plan:
     """Decide which committed parts are kept, and cut all other files into parts.
 
+    The segments of a file are in one part, so that it is decoded once, unless they are more than a
+    part holds.
+
     Args:
         manifest: one row per listed file.
         features: the settings of the features.
         rows_per_part: the most files in a part.
         committed: what `read_committed` returned.
     """
-    manifest = manifest.sort_by("path")
+    manifest = manifest.sort_by(ORDER)
     parts = np.full(len(manifest), -1)
     if committed:
-        paths, numbers = _known_files(committed)
-        index = pc.index_in(manifest["path"], value_set=paths)
+        keys, numbers = _known_files(committed)
+        index = pc.index_in(clip_keys(manifest), value_set=keys)
         parts = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
     order = np.argsort(parts, kind="stable")
     found, firsts, counts = np.unique(parts[order], return_index=True, return_counts=True)
@@ -176,8 +185,24 @@ def make_plan(
     rest = manifest.filter(pa.array(~np.isin(parts, kept)))
     size = max(1, min(rows_per_part, -(-len(manifest) // MIN_PARTS)))
     free = itertools.filterfalse(set(kept).__contains__, itertools.count())
-    pending = {next(free): rest.slice(first, size) for first in range(0, len(rest), size)}
+    pending = {next(free): rest.slice(first, stop - first) for first, stop in _cuts(rest, size)}
     return Plan(kept, pending, len(manifest))
+
+
+def _cuts(rows: pa.Table, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each part and the row after its last."""
+    paths = rows["path"].combine_chunks()
+    begins = np.arange(len(rows))  # the first row of the file that each row is of
+    if len(rows):
+        begins[1:][pc.equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False)] = 0
+        begins = np.maximum.accumulate(begins)
+    first = 0
+    while first < len(rows):
+        stop = min(first + size, len(rows))
+        if stop < len(rows) and begins[stop] > first:
+            stop = int(begins[stop])
+        yield first, stop
+        first = stop
 
 
 def adopt_times(
@@ -201,12 +226,11 @@ def adopt_times(
         kept: the parts that are still valid, by number.
     """
     touched = pc.fill_null(pc.not_equal(listed["modified"], recognised["modified"]), False)
-    paths = listed["path"].filter(touched)
+    paths, all_keys = listed["path"].filter(touched), clip_keys(listed)
     for part, committed in kept.items():
-        files = committed.files["path"]
-        if not pc.any(pc.is_in(files, value_set=paths)).as_py():
+        if not pc.any(pc.is_in(committed.files["path"], value_set=paths)).as_py():
             continue
-        rows = listed.take(pc.index_in(files, value_set=listed["path"]))
+        rows = listed.take(pc.index_in(clip_keys(committed.files), value_set=all_keys))
         path = f"{folder}/{outcomes_name(part)}"
         outcomes = pq.read_table(path, filesystem=filesystem)
         index = outcomes.schema.get_field_index("modified")
@@ -230,7 +254,7 @@ def require_same_corpus(
     """
     if not committed:
         return
-    paths, _ = _known_files(committed)
+    paths = pa.concat_tables(part.files.select(["path"]) for part in committed.values())["path"]
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
             f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
@@ -259,7 +283,7 @@ def describe_changes(
     before = before.select(names)
     pending = [rows.select(names) for rows in plan.pending.values()]
     after = pa.concat_tables([before.schema.empty_table(), *pending])
-    index = pc.index_in(after["path"], value_set=before["path"])
+    index = pc.index_in(clip_keys(after), value_set=clip_keys(before))
     was, now = before.take(index.drop_null()), after.filter(pc.is_valid(index))
     changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))
     for count, one, several in (
@@ -273,7 +297,7 @@ def describe_changes(
 
 
 def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the paths of all committed files, and the number of the part of each."""
-    paths = pa.concat_tables(part.files.select(["path"]) for part in committed.values())["path"]
+    """Return the keys of all committed files, and the number of the part of each."""
+    keys = pa.chunked_array([clip_keys(part.files).combine_chunks() for part in committed.values()])
     counts = [len(part.files) for part in committed.values()]
-    return paths, np.repeat(list(committed), counts)
+    return keys, np.repeat(list(committed), counts)

@@ -79,6 +79,8 @@ class PrepareSummary:
     """Number of files that got their outcome in this run; the others had one already."""
     seconds: float
     """Wall time of this run."""
+    listed: str
+    """The number of listed files, and of segments if there are some."""
     contents: str
     """The number of clips by label, and of speakers."""
     warnings: tuple[str, ...]
@@ -87,7 +89,7 @@ class PrepareSummary:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
         lines = [
-            f"{self.card.num_files} files: {counts}",
+            f"{self.listed}: {counts}",
             f"{self.files_done} of them done now, in {self.seconds:.1f} s",
             self.contents,
             *(f"note: {warning}" for warning in self.warnings),
@@ -149,9 +151,17 @@ def prepare(
         notes,
         plan.num_pending,
         time.monotonic() - started,
+        _count_files(outcomes),
         describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
         (*corpus.notes, *missing, *find_slips(outcomes)),
     )
+
+
+def _count_files(rows: pa.Table) -> str:
+    """Say how many files are listed, and how many segments of them if there are some."""
+    files = f"{len(pc.unique(rows['path']))} files"
+    has_segments = pc.any(pc.is_valid(rows["start"])).as_py()
+    return f"{len(rows)} segments of {files}" if has_segments else f"{len(rows)} files"
 
 
 def _complete(
@@ -188,6 +198,8 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     listing = f"{folder}/{MISSING_NAME}"
     is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
     rows = manifest.filter(is_missing).select(["path", "reason"])
+    rows = rows.group_by(["path", "reason"], use_threads=False).aggregate([])
+    num_files = len(pc.unique(manifest["path"]))
     if len(rows) == 0:
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_file(listing)
@@ -198,10 +210,10 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     shown = ", ".join(f"{row['path']} ({row['reason']})" for row in first)
     more = " and others" if len(rows) > NAMES_SHOWN else ""
     text = (
-        f"{len(rows)} of {len(manifest)} files do not exist: {shown}{more}; all of them are listed "
+        f"{len(rows)} of {num_files} files do not exist: {shown}{more}; all of them are listed "
         f"in {config.shards}/{MISSING_NAME}"
     )
-    if len(rows) == len(manifest) or set(rows["reason"].to_pylist()) != {NO_FILE}:
+    if len(rows) == num_files or set(rows["reason"].to_pylist()) != {NO_FILE}:
         raise CorpusError(
             f"{config.corpus}: {text}. Relative paths start at the folder of the table"
         )
@@ -261,7 +273,7 @@ def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
 def _files_to_open(plan: Plan) -> Iterator[str]:
     """Yield the paths of the files that will be decoded."""
     for rows in plan.pending.values():
-        yield from rows["path"].filter(pc.is_null(rows["status"])).to_pylist()
+        yield from pc.unique(rows["path"].filter(pc.is_null(rows["status"]))).to_pylist()
 
 
 def _write_pending(

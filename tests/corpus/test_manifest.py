@@ -248,7 +248,7 @@ def test_the_largest_copy_is_kept(tmp_path):
     ("row", "message"),
     [
         ("s3://key:secret@bucket/a.wav,y,2", r"row 2 .*must not have a password"),
-        ("{folder}/a.wav,y,1", r"rows 1 and 2 .* are one file, '.*a.wav', but their label is"),
+        ("{folder}/a.wav,y,1", r"rows 1 and 2 .* are one clip, '.*a.wav', but their label is"),
     ],
 )
 def test_a_row_that_must_not_enter_the_shards_is_named(tmp_path, row, message):
@@ -403,7 +403,20 @@ def test_a_table_has_one_row_per_listed_file(tmp_path):
         ("path,label\na.wav,x\n", "no column speaker; .* it has path,label$"),
         ("a.wav,x,1\n", "no column label, path, speaker; .* it has a.wav,x,1"),
         ("path,Path,label,speaker\na,b,x,1\n", "column path twice, as 'path' and 'Path'"),
-        ("path,start,end,label,speaker\na,0,1,x,1\n", "column start, so .* segments of files"),
+        ("path,onset,end,label,speaker\na,0,1,x,1\n", "column onset, so .* segments of files"),
+        (
+            "path,start,end,label,speaker\na,0,1,x,1\na,2,1,x,1\n",
+            r"row 2 .* start 2 and the end 1;",
+        ),
+        (
+            "path,start,end,label,speaker\na,one,1,x,1\n",
+            r"row 1 .* start one and the end 1; .*two times",
+        ),
+        ("path,end,label,speaker\na,-1,x,1\n", r"row 1 .* start of the file and the end -1;"),
+        (
+            "path,start,end,label,speaker\na,0,1,x,1\na,1,2,y,1\na,0.0,1,y,1\n",
+            "rows 1 and 3 .* are one clip, '.*/a 0 1', but their label is 'x' and 'y'",
+        ),
         ("path,label,speaker\n", "the table has no rows"),
         ("", "the table is empty"),
         ("path,label,speaker\na.wav,x\n", "the table cannot be read .*Expected 3 columns"),

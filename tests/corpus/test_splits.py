@@ -20,11 +20,14 @@ SIDES = ("train", "validation", "test")
 
 
 def clips_of(rows):
-    """A table of clips from (speaker, sex, take, emotion, content)."""
-    columns = zip(*rows, strict=True)
-    names = ("speaker", "sex", "take", "emotion", "content")
+    """A table of clips from (speaker, sex, take, emotion, content), and perhaps the path."""
+    names = ("speaker", "sex", "take", "emotion", "content", "path")
+    rows = [(*row, f"file {number}")[:6] for number, row in enumerate(rows)]
     return pa.table(
-        {name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)}
+        {
+            name: pa.array(column, pa.string())
+            for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        }
     )
 
 
@@ -136,6 +139,28 @@ def test_identical_recordings_stay_together_in_a_random_split():
         sides = [side for side in SIDES if set(getattr(drawn, side)) & {40, 41, 42, 43}]
         assert len(sides) == 1
         assert len(drawn.left_out) == 0
+
+
+def test_segments_of_a_recording_are_on_one_side():
+    rows = [(f"s{n % 4}", None, f"t{n:02d}", "sad", str(n), f"file {n // 4}") for n in range(80)]
+    files = np.array([row[-1] for row in rows])
+    for fold, seed in itertools.product(range(5), range(3)):
+        drawn = split("random", fold, clips_of(rows), seed=seed)
+        sides = [set(files[getattr(drawn, side)]) for side in SIDES]
+        assert len(set.union(*sides)) == sum(map(len, sides)) == 20
+
+
+def test_a_recording_of_two_speakers_is_only_tested():
+    """Speakers 0 and 1 share files, and so on; the partner of a tested speaker is left out."""
+    rows = [(f"s{n % 10}", None, f"t{n:02d}", "sad", str(n), f"file {n // 2}") for n in range(100)]
+    left_out = 0
+    for fold in range(5):
+        drawn = split("speaker-5", fold, clips_of(rows))
+        sides = [set(getattr(drawn, side) // 2) for side in SIDES]
+        assert len(set.union(*sides)) == sum(map(len, sides))
+        assert set(drawn.test) == {n for n in range(100) if rows[n][0] in drawn.test_speakers}
+        left_out += len(drawn.left_out)
+    assert left_out > 0
 
 
 def test_a_recording_filed_under_two_speakers_is_only_tested():

@@ -3,6 +3,7 @@
 import unicodedata
 from pathlib import Path
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -110,3 +111,38 @@ def test_files_that_are_not_there_have_the_true_reason(
         "c.wav": OTHER_DRIVE,
     }
     assert str(folder / "clips/b.wav") in {row["path"] for row in found if not row["reason"]}
+
+
+TIMES = {
+    "seconds": ("0.5", "1e0", "", "2.25"),
+    "pandas": ("0 days 00:00:00.500000", "0 days 00:00:01", "NaT", "0 days 00:00:02.25"),
+    "clock": ("00:00:00.5", "0:0:1", "nan", "00:00:02.25"),
+}
+
+
+@pytest.mark.parametrize("dialect", [*TIMES, "durations"])
+def test_two_times_are_a_segment_of_a_file(folder: Path, dialect: str) -> None:
+    """A row from 0 to the end is the complete file; equal rows are duplicates."""
+    one, two, none, three = TIMES.get(dialect, TIMES["pandas"])
+    names = ["b.wav", "b.wav", "b.wav", "b.wav", "ä 1.wav", "b.wav"]
+    starts, ends = [two, one, one, none, "0", two], [none, two, two, three, none, three]
+    if dialect == "durations":
+        columns = {"file": [f"clips/{name}" for name in names], "emotion": ["x"] * 6}
+        times = {"start": pandas.to_timedelta(starts), "end": pandas.to_timedelta(ends)}
+        source = folder / "t.parquet"
+        pandas.DataFrame(columns | times | {"speaker": ["1"] * 6}).to_parquet(source)
+    else:
+        source = folder / "t.csv"
+        rows = [f"clips/{n},{s},{e},1,x" for n, s, e in zip(names, starts, ends, strict=True)]
+        source.write_text("\n".join(["file,start,end,speaker,emotion", *rows]))
+    found = list_corpus(str(source)).manifest.to_pylist()
+    assert [(row["start"], row["end"], row["status"]) for row in found] == [
+        (0.0, 2.25, None),
+        (0.5, 1.0, None),
+        (0.5, 1.0, "duplicate"),
+        (1.0, 2.25, None),
+        (1.0, None, None),
+        (None, None, None),
+    ]
+    assert [Path(row["path"]).name for row in found] == ["b.wav"] * 5 + ["ä 1.wav"]
+    assert len({row["take"] for row in found}) == 5

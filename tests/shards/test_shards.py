@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
 from ser_ray.corpus.slips import find_slips
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import Sound, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
@@ -34,6 +35,7 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
+    MIN_PARTS,
     CommittedPart,
     Plan,
     adopt_times,
@@ -51,6 +53,19 @@ from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
 
 LOCAL = fs.LocalFileSystem()
 FEATURES = FeatureConfig(max_seconds=2.0)
+
+
+def segments_of(files: Iterable[int], counts: Mapping[int, int]) -> pa.Table:
+    """Rows to be decoded: so many segments of each file."""
+    times = [(f"{file:03d}", number) for file in files for number in range(counts.get(file, 1))]
+    table = manifest([path for path, _ in times])
+    columns = {
+        "start": [float(start) for _, start in times],
+        "end": [start + 1.0 for _, start in times],
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    return table
 
 
 def manifest(paths: list[str], size: int = 100) -> pa.Table:
@@ -358,6 +373,27 @@ def test_only_parts_that_lost_a_file_are_written_again(
     assert all(len(rows) <= rows_per_part for rows in after.pending.values())
 
 
+@settings(deadline=None)
+@given(
+    counts=st.dictionaries(st.integers(0, 30), st.integers(1, 30)), rows_per_part=st.integers(1, 12)
+)
+def test_a_file_is_in_one_part_with_all_its_segments(
+    counts: dict[int, int], rows_per_part: int
+) -> None:
+    listed = segments_of(range(31), counts)
+    size = min(rows_per_part, -(-len(listed) // MIN_PARTS))
+    plan = make_plan(listed, FEATURES, rows_per_part, {})
+    assert pa.concat_tables(plan.pending.values()).equals(listed)
+    assert all(len(rows) <= size for rows in plan.pending.values())
+    parts_of = Counter(path for rows in plan.pending.values() for path in {*paths_of(rows)})
+    for file in range(31):
+        assert parts_of[f"{file:03d}"] == max(1, -(-counts.get(file, 1) // size))
+    committed = committed_by(plan, FEATURES, plan.parts[::2])
+    again = make_plan(listed, FEATURES, rows_per_part, committed)
+    assert (again.kept, again.parts) == (plan.parts[::2], plan.parts)
+    assert all(rows.equals(plan.pending[part]) for part, rows in again.pending.items())
+
+
 def test_a_part_is_kept_only_for_the_same_rows_and_features() -> None:
     listed, other = manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96)
     plan = make_plan(listed, FEATURES, 2, {})
@@ -454,13 +490,48 @@ def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
     assert find_slips(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
 
 
+def test_segments_are_clips_and_their_file_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment equals a file that was cut; one beyond the end of its file is an outcome."""
+    samples = (voice(3.0) * 20_000).astype(np.int16)
+    write_wav(tmp_path / "long.wav", samples)
+    write_wav(tmp_path / "cut.wav", samples[24_000:72_000])
+    times = {"": None, "0.5,1.5": None, "2.5,3.2": "0.20 s of it are after the end of the file"}
+    beyond = "the segment is from 2.50 s to 9.00 s, and the file ends at 3.00 s"
+    rows = [f"long.wav,{given or ','},x,1" for given in [*times, "2.5,9", "4,"]] + ["cut.wav,,,x,2"]
+    (tmp_path / "t.csv").write_text("\n".join(["file,start,end,emotion,speaker", *rows]))
+    decoded: list[str] = []
+
+    def count(path: str, *, max_seconds: float) -> Sound:
+        decoded.append(Path(path).name)
+        return decode(path, max_seconds=max_seconds)
+
+    monkeypatch.setattr("ser_ray.features.sandbox.decode", count)
+    corpus = list_corpus(str(tmp_path / "t.csv"))
+    shards = write_shards(corpus, tmp_path / "shards", 16)
+    assert sorted(decoded) == ["cut.wav", "long.wav"]
+    found = {(row["start"], row["end"]): row for row in shards.outcomes().to_pylist()[1:]}
+    assert found[2.5, 9.0]["status"] == found[4.0, None]["status"] == "beyond_end"
+    assert found[2.5, 9.0]["reason"] == beyond
+    assert found[2.5, 3.2]["reason"] == times["2.5,3.2"]
+    assert shards.card.counts == {"beyond_end": 2, "ok": 3, "too_long": 1}
+    assert len({row["digest"] for row in found.values()}) == 1
+    clips = {(row["start"], row["end"]): n for n, row in enumerate(shards.clips().to_pylist())}
+    whole, part = (shards.clips().slice(clips[key], 1) for key in [(None, None), (0.5, 1.5)])
+    assert part["content"] == whole["content"]
+    assert part["duration"].to_pylist() == [1.0]
+    both = shards.features("mel", np.array([clips[None, None], clips[0.5, 1.5]]))
+    np.testing.assert_array_equal(both[0], both[1])
+
+
 def test_files_that_a_table_names_and_that_do_not_exist_are_listed(tmp_path: Path) -> None:
     """Before Ray starts: if all are missing, or a folder of some, which may not be mounted."""
     write_wav(tmp_path / "clips" / "0.wav", voice(0.6))
     config = PrepareConfig(corpus=str(tmp_path / "t.csv"), shards=str(tmp_path / "shards"))
     for names in (["gone.wav", "clips/1.wav"], ["clips/0.wav", "disk/1.wav"]):
-        rows = "".join(f"{name},x,1\n" for name in names)
-        (tmp_path / "t.csv").write_text(f"path,label,speaker\n{rows}")
+        rows = "".join(f"{name},x,1,0,1\n{name},x,1,1,2\n" for name in names)
+        (tmp_path / "t.csv").write_text(f"path,label,speaker,start,end\n{rows}")
         lost = [str(tmp_path / name) for name in names if name != "clips/0.wav"]
         with pytest.raises(CorpusError, match=f"{len(lost)} of 2 files do not exist: ") as caught:
             prepare(config)
