@@ -182,27 +182,53 @@ def make_plan(
         rows = manifest.take(order[first : first + count])
         if part_key(rows, features) == committed[part].key:
             kept.append(part)
-    rest = manifest.filter(pa.array(~np.isin(parts, kept)))
+    is_kept = np.isin(parts, kept)
+    begins_part = np.zeros(len(manifest), bool)
+    begins_part[order[firsts[np.isin(found, kept)]]] = True
+    rest = manifest.filter(pa.array(~is_kept))
     size = max(1, min(rows_per_part, -(-len(manifest) // MIN_PARTS)))
     free = itertools.filterfalse(set(kept).__contains__, itertools.count())
-    pending = {next(free): rest.slice(first, stop - first) for first, stop in _cuts(rest, size)}
+    pending = {
+        next(free): rest.slice(first, stop - first)
+        for first, stop in _cut(_rows_needed(manifest, is_kept, begins_part), size, rows_per_part)
+    }
     return Plan(kept, pending, len(manifest))
 
 
-def _cuts(rows: pa.Table, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each part and the row after its last."""
-    paths = rows["path"].combine_chunks()
-    begins = np.arange(len(rows))  # the first row of the file that each row is of
-    if len(rows):
-        begins[1:][pc.equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False)] = 0
-        begins = np.maximum.accumulate(begins)
+def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarray) -> np.ndarray:
+    """Return the number of segments of the file that begins at each pending row, [num_pending].
+
+    It is 1 for a complete file, and 0 for the second and later segments of a file. If kept parts
+    are between a row and the one before it, the files that they begin with count too. A part then
+    ends where it would have ended if they were still to be written.
+    """
+    paths = manifest["path"].combine_chunks()
+    begins_file = np.ones(len(paths), bool)
+    begins_file[1:] = pc.not_equal(paths[1:], paths[:-1]).to_numpy(zero_copy_only=False)
+    firsts = np.flatnonzero(begins_file)
+    needed = np.zeros(len(paths), np.int64)
+    needed[firsts] = np.diff(firsts, append=len(paths))
+    is_pending = ~is_kept
+    place = np.cumsum(is_pending) - is_pending  # of each row, or of the next one that is pending
+    counted = (is_pending | begins_part) & (place < is_pending.sum())
+    result = np.zeros(is_pending.sum(), np.int64)
+    np.maximum.at(result, place[counted], needed[counted])
+    return result
+
+
+def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each part and the row after its last.
+
+    They are at most `size` rows apart, or up to `limit` rows if these are of one file.
+    """
     first = 0
-    while first < len(rows):
-        stop = min(first + size, len(rows))
-        if stop < len(rows) and begins[stop] > first:
-            stop = int(begins[stop])
-        yield first, stop
-        first = stop
+    for row, num_rows in enumerate(needed.tolist()):
+        filled = row - first
+        if filled and (filled + num_rows > size if num_rows else filled >= limit):
+            yield first, row
+            first = row
+    if len(needed):
+        yield first, len(needed)
 
 
 def adopt_times(

@@ -35,7 +35,6 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CLIPS, OUTCOMES, mark_name, outcomes_name, part_name
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
-    MIN_PARTS,
     CommittedPart,
     Plan,
     adopt_times,
@@ -381,13 +380,12 @@ def test_a_file_is_in_one_part_with_all_its_segments(
     counts: dict[int, int], rows_per_part: int
 ) -> None:
     listed = segments_of(range(31), counts)
-    size = min(rows_per_part, -(-len(listed) // MIN_PARTS))
     plan = make_plan(listed, FEATURES, rows_per_part, {})
     assert pa.concat_tables(plan.pending.values()).equals(listed)
-    assert all(len(rows) <= size for rows in plan.pending.values())
+    assert all(len(rows) <= rows_per_part for rows in plan.pending.values())
     parts_of = Counter(path for rows in plan.pending.values() for path in {*paths_of(rows)})
     for file in range(31):
-        assert parts_of[f"{file:03d}"] == max(1, -(-counts.get(file, 1) // size))
+        assert parts_of[f"{file:03d}"] == -(-counts.get(file, 1) // rows_per_part)
     committed = committed_by(plan, FEATURES, plan.parts[::2])
     again = make_plan(listed, FEATURES, rows_per_part, committed)
     assert (again.kept, again.parts) == (plan.parts[::2], plan.parts)
