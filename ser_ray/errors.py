@@ -7,7 +7,11 @@ prints it in one line and exits with status 2. A single bad clip is not an error
 
 
 class SerRayError(Exception):
-    """Base of every error whose message is written for the user."""
+    """Base of every error whose message is written for the user, in one line."""
+
+    def __str__(self) -> str:
+        # A library's message that is quoted in it may have several lines.
+        return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
 class ConfigError(SerRayError):

@@ -5,24 +5,57 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ser_ray.errors import ConfigError
 
 Kind = Literal["spectrogram", "mel", "mfcc"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+LARGEST_NUMBER = 2**63
+"""No setting is a number as large as this."""
+LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
+"""The largest values of settings that decide how much memory a clip needs."""
+LARGEST_FEATURE = 2**26
+"""Most numbers in a feature of a clip: 256 MB as float32."""
 
 
-def require_finite(config: Any) -> None:
-    """Check that all float fields of a dataclass of settings are finite.
+def require_valid(config: Any) -> None:
+    """Check that all fields of a dataclass have their types, and that its numbers are finite.
 
     Raises:
-        ConfigError: names the field that is not.
+        ConfigError: names the field that is wrong.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{field.name} is {value}: it must be a finite number")
+            raise ConfigError(f"{name} is {value}: it must be a finite number")
+        if not _is_a(value, kind):
+            shown = " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else ""
+            raise ConfigError(
+                f"{name} is {repr(value)[:100]}: it must be "
+                f"{shown or getattr(kind, '__name__', kind)}"
+            )
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has a type: a class, a `Literal`, or a list, tuple or dict of such types."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return any(value is choice or value == choice for choice in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_a(key, inner[0]) and _is_a(item, inner[1]) for key, item in value.items()
+        )
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_is_a(item, inner[0]) for item in value)
+    if kind in (int, float):  # numpy's numbers, too
+        is_number = isinstance(value, Integral if kind is int else Real)
+        is_number = is_number and not isinstance(value, bool)
+        return is_number and not abs(value) >= LARGEST_NUMBER
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +84,17 @@ class FeatureConfig:
     """Clips with more seconds of sound are `too_long`; the longest of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             may_be_zero = field.name in ("f_min", "trim_margin")
             if value < 0 or (value == 0 and not may_be_zero):
                 bound = "at least" if may_be_zero else "above"
                 raise ConfigError(f"{field.name} is {value}: it must be {bound} 0")
+            if value > LARGEST.get(field.name, math.inf):
+                raise ConfigError(
+                    f"{field.name} is {value}: it must be at most {LARGEST[field.name]}"
+                )
         if self.f_min >= self.sample_rate / 2:
             raise ConfigError(
                 f"f_min is {self.f_min} Hz: it must be below half the sample rate, "
@@ -75,6 +112,12 @@ class FeatureConfig:
         if self.min_seconds > self.max_seconds:
             raise ConfigError(
                 f"min_seconds is {self.min_seconds}: above max_seconds, {self.max_seconds}"
+            )
+        largest = max(map(self.num_bins, KINDS)) * self.num_frames
+        if largest > LARGEST_FEATURE:
+            raise ConfigError(
+                f"hop_length is {self.hop_length}: a clip of {self.max_seconds:g} s would have "
+                f"features of {largest} numbers, and at most {LARGEST_FEATURE} are possible"
             )
 
     @property

@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import Corpus
-from ser_ray.errors import ShardsError
-from ser_ray.features.config import FeatureConfig
+from ser_ray.errors import ConfigError, ShardsError
+from ser_ray.features.config import FeatureConfig, require_valid
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.storage.atomic import write_file
+from ser_ray.storage.json_text import read_object
 
 SCHEMA_VERSION = 2
 FINGERPRINTED = ["take", "speaker", "emotion", "content"]
@@ -27,8 +28,8 @@ FINGERPRINTED = ["take", "speaker", "emotion", "content"]
 class ShardCard:
     """The description of a committed shard set."""
 
-    corpus: str
-    """`ravdess`, `synthetic` or `table`."""
+    corpus: Literal["ravdess", "synthetic", "table"]
+    """The kind of corpus."""
     source: str
     """Folder, bucket or table that was listed."""
     labels: tuple[str, ...]
@@ -46,6 +47,11 @@ class ShardCard:
     on the location of the corpus."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+        if len(self.parts) != len(self.clips) or min(*self.parts, *self.clips, 0) < 0:
+            raise ConfigError(f"clips is {self.clips}: it must count the clips of every part")
 
     @property
     def num_files(self) -> int:
@@ -119,7 +125,7 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
     """
     try:
         with filesystem.open_input_file(f"{folder}/{CARD_NAME}") as file:
-            values: dict[str, Any] = json.loads(file.read())
+            values = read_object(file.read())
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             raise ShardsError(
                 f"{folder}: has layout version {version}, and this program reads version "
@@ -133,7 +139,8 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
         return None
     except OSError as error:
         raise ShardsError(f"{folder}: cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ShardsError(
-            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error})"
+            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error}); delete it, and the "
+            "same `ser-ray prepare` writes it again"
         ) from error

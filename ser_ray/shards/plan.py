@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.corpus.manifest import ORDER
+from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER
 from ser_ray.corpus.table import clip_keys
-from ser_ray.errors import ShardsError
+from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.digest import file_digest
 from ser_ray.shards.layout import (
@@ -34,6 +34,7 @@ from ser_ray.shards.layout import (
     part_name,
     write_table,
 )
+from ser_ray.storage.json_text import read_object
 
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that more than one core has work."""
@@ -130,10 +131,13 @@ def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, Committe
             files = pq.read_table(f"{folder}/{outcomes_name(part)}", filesystem=filesystem)
             pq.read_schema(f"{folder}/{part_name(part)}", filesystem=filesystem)
             metadata = files.schema.metadata or {}
-            features = FeatureConfig(**json.loads(metadata[FEATURES]))
-            files = files.drop_columns(["status", "reason"]).replace_schema_metadata(None)
+            features = FeatureConfig(**read_object(metadata[FEATURES]))
+            files = files.replace_schema_metadata(None)
+            if set(files.schema) != {*MANIFEST_SCHEMA, pa.field(DIGEST, pa.string())}:
+                return None
+            files = files.drop_columns(["status", "reason"])
             return CommittedPart(files, metadata[KEY].decode(), features)
-        except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
+        except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, ConfigError):
             return None  # incomplete, damaged or of another version
         except OSError:
             if isinstance(filesystem, fs.LocalFileSystem):

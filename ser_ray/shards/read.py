@@ -57,11 +57,13 @@ class ShardSet:
         """Return every column except the features, one row per decoded clip."""
         filesystem, folder = filesystem_of(self.uri)
         tables = []
-        for part in self.card.parts:
+        for part, num_clips in zip(self.card.parts, self.card.clips, strict=True):
             path = f"{folder}/{part_name(part)}"
             with _reading(path), pq.ParquetFile(path, filesystem=filesystem) as file:
                 names = [name for name in file.schema_arrow.names if name not in KINDS]
                 tables.append(file.read(names))
+                if len(tables[-1]) != num_clips or tables[-1].schema != tables[0].schema:
+                    raise ValueError("it does not have the clips that the card lists")
         return pa.concat_tables(tables)
 
     def outcomes(self) -> pa.Table:
@@ -110,7 +112,13 @@ class ShardSet:
         rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
-        features = np.empty((len(rows), config.num_bins(kind), config.num_frames), np.float16)
+        shape = len(rows), config.num_bins(kind), config.num_frames
+        try:
+            features = np.empty(shape, np.float16)
+        except (MemoryError, ValueError) as error:
+            raise ShardsError(
+                f"{self.uri}: {kind} of {len(rows)} clips do not fit into memory ({error})"
+            ) from error
         starts = np.cumsum((0, *self.card.clips))
         owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's part
         filesystem, folder = filesystem_of(self.uri)
@@ -124,7 +132,10 @@ class ShardSet:
                 table = pq.read_table(
                     path, columns=[kind], filesystem=filesystem, use_threads=False
                 )
-            features[wanted] = self.to_array(kind, table[kind])[rows[wanted] - starts[index]]
+                array = self.to_array(kind, table[kind])
+                if len(array) != self.card.clips[index]:
+                    raise ValueError("it does not have the clips that the card lists")
+                features[wanted] = array[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_part, range(len(self.card.parts))))
@@ -214,10 +225,9 @@ class ShardSet:
 def _reading(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
-        first_line = str(error).partition("\n")[0]
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise ShardsError(
-            f"{path}: cannot be read ({first_line}); if it is damaged, delete it, and the same "
+            f"{path}: cannot be read ({error}); if it is damaged, delete it, and the same "
             "`ser-ray prepare` writes it again"
         ) from error
 

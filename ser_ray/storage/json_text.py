@@ -1,4 +1,4 @@
-"""The JSON text of results that other programs read."""
+"""JSON that other programs read, and JSON from files that anybody may have written."""
 
 import json
 from typing import Any
@@ -11,3 +11,18 @@ def to_json(value: Any) -> str:
     """
     strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(strict, indent=2, allow_nan=False)
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or is not an object.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+    return value

@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.errors import CheckpointError, MismatchError
-from ser_ray.features.config import FeatureConfig
+from ser_ray.errors import CheckpointError, ConfigError, MismatchError
+from ser_ray.features.config import FeatureConfig, require_valid
+from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
@@ -56,8 +57,8 @@ class CheckpointCard:
     """How features are computed from a clip."""
     normalisation: Normalisation
     """Applied to the features before the network."""
-    corpus: str
-    """ravdess, synthetic or table."""
+    corpus: Literal["ravdess", "synthetic", "table"]
+    """The kind of corpus."""
     shards_fingerprint: str
     """Identity of the shard set trained on."""
     split: dict[str, Any]
@@ -66,6 +67,9 @@ class CheckpointCard:
     """Origin of the weights that training started from."""
     ingest: Literal["resident", "stream"] = "resident"
     """How the training clips were read. It decides their order."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
 
     @property
     def trained_on(self) -> str:
@@ -89,8 +93,9 @@ class CheckpointCard:
 
         Raises:
             CheckpointError: the card has another schema version.
+            ValueError, KeyError, TypeError, ConfigError: it is not a card.
         """
-        values = json.loads(text)
+        values = read_object(text)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise CheckpointError(
@@ -98,13 +103,18 @@ class CheckpointCard:
                 f"{SCHEMA_VERSION}: use the version that wrote it, or train again"
             )
         normalisation = values.pop("normalisation")
+        mean, std = (np.asarray(normalisation[name], np.float64) for name in ("mean", "std"))
+        config = TrainConfig.from_dict(values.pop("config"))
+        features = FeatureConfig(**values.pop("features"))
+        if not mean.shape == std.shape == (features.num_bins(config.feature),):
+            raise ValueError("its normalisation does not have a number for every bin")
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError("its normalisation has numbers that cannot be divided by")
         return cls(
             labels=tuple(values.pop("labels")),
-            config=TrainConfig.from_dict(values.pop("config")),
-            features=FeatureConfig(**values.pop("features")),
-            normalisation=Normalisation(
-                np.asarray(normalisation["mean"]), np.asarray(normalisation["std"])
-            ),
+            config=config,
+            features=features,
+            normalisation=Normalisation(mean, std),
             **values,
         )
 
@@ -149,6 +159,24 @@ class Progress:
     times_ms: list[int] = field(default_factory=list)
     """When each completed epoch ended, in milliseconds since 1970."""
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Progress":
+        """Select the fields from the values of a progress file.
+
+        Raises:
+            ValueError, KeyError, ConfigError: the values are not those of a training.
+        """
+        progress = cls(**{item.name: values[item.name] for item in fields(cls)})
+        require_valid(progress)
+        steps, epochs = len(progress.learning_rates), len(progress.history)
+        if not 0 <= progress.step <= steps or (epochs == 0) != (steps == progress.step):
+            raise ValueError("its steps are not those of its epochs")
+        if not progress.epoch == epochs == len(progress.times_ms):
+            raise ValueError("its epochs are not those of its history")
+        if any("epoch" not in row for row in (*progress.history, progress.selected) if row):
+            raise ValueError("a row of its history does not name its epoch")
+        return progress
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -181,8 +209,10 @@ class Snapshot:
             )
         try:
             weights, state = (load_file(directory / name) for name in (MODEL, STATE))
-            return cls(card, weights, state, json.loads((directory / PROGRESS).read_text()))
-        except (OSError, SafetensorError, ValueError) as error:
+            progress = read_object((directory / PROGRESS).read_text())
+            Progress.from_dict(progress)
+            return cls(card, weights, state, progress)
+        except (OSError, SafetensorError, ValueError, KeyError, ConfigError) as error:
             raise CheckpointError(
                 f"{directory}: the training's state cannot be loaded from it ({error}); delete "
                 "this folder and run the same command again to resume from the checkpoint before"
@@ -225,12 +255,17 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
     """Read the progress file of a stored checkpoint; None if the checkpoint is incomplete."""
     try:
         with filesystem.open_input_stream(f"{path}/{PROGRESS}") as stream:
-            progress: dict[str, Any] = json.loads(stream.read())
-        sizes = progress["sizes"]
-        files = filesystem.get_file_info([f"{path}/{name}" for name in sizes])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+            progress = read_object(stream.read())
+        Progress.from_dict(progress)
+        names = (MODEL, STATE, CARD)
+        files = filesystem.get_file_info([f"{path}/{name}" for name in names])
+        complete = all(
+            file.size == progress["sizes"][name] for name, file in zip(names, files, strict=True)
+        )
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    complete = all(file.size == size for file, size in zip(files, sizes.values(), strict=True))
+    except (ValueError, KeyError, TypeError, ConfigError):
+        return None  # it is being written, or damaged
     return progress if complete else None
 
 
@@ -274,7 +309,7 @@ def read_card(directory: Path) -> CheckpointCard:
         )
     try:
         return CheckpointCard.from_json(path.read_text())
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's card ({error})") from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import Kind, require_finite
+from ser_ray.features.config import Kind, require_valid
 
 Keep = Literal["last", "best"]
 """Which epoch a training selects, to keep its weights."""
@@ -56,7 +56,7 @@ class AugmentConfig:
     """Mixup (Zhang 2018): both parameters of the Beta distribution; 0 is off."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value < 0:
@@ -126,7 +126,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
@@ -199,7 +199,7 @@ class LrRangeConfig:
     """Number of steps."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_valid(self)
         if not 0 < self.lowest < self.highest:
             raise ConfigError(
                 f"lowest is {self.lowest:g} and highest is {self.highest:g}: the learning rate "

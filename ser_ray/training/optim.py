@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,12 @@ def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimiser(
-    optimiser: Optimizer, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]
-) -> None:
-    """Load what `optimiser_tensors` named and the groups of the optimiser's state dict."""
+def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load what `optimiser_tensors` named.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: these are not the moments of the optimiser's weights.
+    """
     weights = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
@@ -42,7 +43,19 @@ def restore_optimiser(
         # releases the file, which safetensors maps into memory.
         like = value if name == "step" else weights[int(index)]
         state[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
-    optimiser.load_state_dict({"state": state, "param_groups": param_groups})
+    names = {"step", "exp_avg", "exp_avg_sq"}
+    if state.keys() != set(range(len(weights))) or any(v.keys() != names for v in state.values()):
+        raise ValueError("it lacks moments of the optimiser")
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def restore_schedule(schedule: OneCycleLR, num_steps: int) -> None:
+    """Set a new schedule, and its optimiser, to the state after this many of its steps."""
+    if num_steps:
+        before = {"last_epoch": num_steps - 1, "_step_count": num_steps + 1}
+        schedule.load_state_dict(schedule.state_dict() | before)
+        schedule.step()
 
 
 def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:

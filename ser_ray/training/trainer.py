@@ -14,7 +14,7 @@ copy of the training's state, so another thread can write it to storage while th
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
@@ -40,6 +40,7 @@ from ser_ray.training.optim import (
     one_cycle,
     optimiser_tensors,
     restore_optimiser,
+    restore_schedule,
     sam_perturbation,
     update_ema,
 )
@@ -168,7 +169,7 @@ class Trainer:
         features: FeatureConfig,
         network: ResNet18,
         optimiser: Optimizer,
-        schedule: LRScheduler,
+        schedule: OneCycleLR,
         world: World,
     ) -> None:
         device = next(network.parameters()).device
@@ -324,11 +325,7 @@ class Trainer:
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
             for part in (self.kept_network.state_dict(), state)
         )
-        progress = {
-            "param_groups": self.optimiser.state_dict()["param_groups"],
-            "schedule": self.schedule.state_dict(),
-        }
-        return Snapshot(card, weights, state, copy.deepcopy(progress) | asdict(self.progress))
+        return Snapshot(card, weights, state, asdict(self.progress))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot.
@@ -336,14 +333,19 @@ class Trainer:
         Raises:
             MismatchError: the snapshot is of another network.
         """
-        state, progress = snapshot.state, snapshot.progress
+        state, progress = snapshot.state, Progress.from_dict(snapshot.progress)
+        num_steps = len(progress.learning_rates)
+        if num_steps != progress.epoch * self.steps_per_epoch + progress.step:
+            raise MismatchError(
+                f"the checkpoint was written after {num_steps} steps, which are not "
+                f"{progress.epoch} epochs of this training: give another --name to start afresh"
+            )
         try:
             self.kept_network.load_state_dict(snapshot.weights)
             if self.ema_network is not None:
                 self.network.load_state_dict(_remove_prefix(NETWORK, state))
             moments = _remove_prefix(OPTIMISER, state)
-            restore_optimiser(self.optimiser, moments, progress["param_groups"])
-            self.schedule.load_state_dict(progress["schedule"])
+            restore_optimiser(self.optimiser, moments)
             if self.world.rank == 0:
                 self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -351,7 +353,9 @@ class Trainer:
                 f"the checkpoint holds the state of another network ({str(error)[:200]}): give "
                 "another --name to start afresh"
             ) from error
-        self.progress = Progress(**{item.name: progress[item.name] for item in fields(Progress)})
+        total = self.config.epochs * self.steps_per_epoch
+        restore_schedule(self.schedule, min(num_steps, total - 1))
+        self.progress = progress
         self.batches = self.data.train.batches(
             self.config, self.world, self.progress.epoch, self.progress.step
         )

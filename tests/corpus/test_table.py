@@ -1,17 +1,21 @@
 """A table is read where it has one meaning, whoever wrote it; all else is refused by its row."""
 
 import unicodedata
+from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import strategies as st
 
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.corpus.table import NO_FOLDER, OTHER_DRIVE
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import NO_FILE
+from tests.hostile import budgets, damaged, hold, is_answered
 
 NAMES = ("clips/ä 1.wav", "clips/b.wav")
 
@@ -146,3 +150,74 @@ def test_two_times_are_a_segment_of_a_file(folder: Path, dialect: str) -> None:
     ]
     assert [Path(row["path"]).name for row in found] == ["b.wav"] * 5 + ["ä 1.wav"]
     assert len({row["take"] for row in found}) == 5
+
+
+CELLS = st.one_of(
+    st.sampled_from(["path", "label", "speaker", "take", "start", "nan", "\0", '"', "~x", "~"]),
+    st.sampled_from(["a.wav", "C:\\x", "\\\\x", "../" * 99, "x" * 300, "x" * 200_000, "a\nb"]),
+    st.sampled_from(["s3://a:b@c/d", "s3://b/c.wav", "file://\0", "http://[", "memory://x", "::"]),
+    st.sampled_from(["://", "[", "file://" + "x" * 300, "file:///tmp/%00", "s3://", "x://y:z"]),
+    st.sampled_from(["1", "-1", "1e400", "inf", "1:2:3", "9" * 400, "1e-320", "0 days", "NaT"]),
+    st.text(max_size=10),
+)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> bytes:
+    """A table of text with any values, lengths of rows, quotes, separators and encodings."""
+    header = draw(st.permutations(["path", "label", "speaker"]))
+    header += draw(st.sampled_from([[], ["start", "end"], ["take"], ["end"]]))
+    rows = draw(st.lists(st.lists(CELLS, min_size=len(header), max_size=len(header)), max_size=5))
+    if draw(st.booleans()):
+        rows = [[*row, draw(CELLS)] if draw(st.booleans()) else row for row in rows]
+    separator = draw(st.sampled_from([",", ";", "\t", "|"]))
+    end = draw(st.sampled_from(["\n", "\r\n", "\r", "\n\n"]))
+    text = end.join(separator.join(row) for row in [header, *rows])
+    encoding = draw(st.sampled_from(["utf-8", "utf-16", "utf-32", "cp1252", "utf-7", "latin-1"]))
+    return text.encode(encoding, draw(st.sampled_from(["replace", "ignore"])))
+
+
+VALUES = st.sampled_from(
+    [
+        pa.array([1, 2]), pa.array([0.5, float("nan")]), pa.array([None, None]),
+        pa.array([b"a", b"\xff"]), pa.array(["a.wav", "b.wav"]), pa.array([["a"], ["b"]]),
+        pa.array([{"a": 1}, {"a": 2}]), pa.array(["a", "b"]).dictionary_encode(),
+        pa.array([1, 2], pa.timestamp("ns", "UTC")), pa.array([1, 2], pa.duration("s")),
+        pa.array([Decimal("1.5"), Decimal("2.5")]), pa.array([True, False]),
+        pa.array(["a", "b"], pa.large_string()), pa.array(["a", "b"], pa.string_view()),
+        pa.array([[("a", 1)]] * 2, pa.map_("string", "int8")), pa.array([1, 2], pa.date32()),
+        pa.array([b"ab", b"cd"], pa.binary(2)), pa.array([b"a", b"b"], pa.large_binary()),
+        pa.array([1, 2], pa.uint64()), pa.array([1, 2], pa.float16()),
+        pa.array([1, 2], pa.time64("ns")),
+    ]
+)  # fmt: skip
+
+
+@st.composite
+def parquets(draw: st.DrawFn) -> bytes:
+    """A Parquet file with columns of any types, perhaps twice."""
+    names = ["path", "label", "speaker"]
+    names += draw(st.lists(st.sampled_from(["take", "Path", " label", "end", "start"]), max_size=2))
+    buffer = BytesIO()
+    pq.write_table(pa.table([draw(VALUES) for _ in names], names=names), buffer)
+    return buffer.getvalue()
+
+
+@budgets(300)
+def test_any_table_is_listed_or_refused_in_one_line(folder: Path, examples: int) -> None:
+    whole = BytesIO()
+    rows = {"path": ["clips/b.wav"] * 2, "label": ["a", "b"], "speaker": ["1", "2"]}
+    pq.write_table(pa.table(rows), whole)
+    any_parquet = parquets() | damaged([whole.getvalue()])
+    tables = st.one_of(
+        st.tuples(st.just("t.csv"), st.binary(max_size=200)),
+        st.tuples(st.just("t.csv"), texts() | damaged(list(DIALECTS.values()))),
+        st.tuples(st.just("t.parquet"), any_parquet),
+    )
+
+    def is_listed_or_refused(table: tuple[str, bytes]) -> None:
+        name, data = table
+        (folder / name).write_bytes(data)
+        is_answered(lambda: list_corpus(str(folder / name)))
+
+    hold(examples, tables, is_listed_or_refused)

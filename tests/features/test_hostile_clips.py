@@ -1,6 +1,7 @@
 """Every hostile clip becomes one outcome with a reason, and does not affect the other clips."""
 
 import itertools
+import resource
 import struct
 import subprocess
 import sys
@@ -8,18 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.features.config import FeatureConfig
+from ser_ray.features.decode import MAX_PEAK, SAMPLE_RATES
+from ser_ray.features.errors import ClipError
+from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.layout import CLIPS, OUTCOMES
 from ser_ray.shards.part import write_part
 from tests.clips import voice, write_sound, write_video, write_wav
+from tests.hostile import budgets, damaged, hold
 
 
 def sixteen_bits(samples: np.ndarray) -> np.ndarray:
@@ -199,6 +206,9 @@ import resource, sys, time
 from pathlib import Path
 from ser_ray.features.errors import ClipError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.features.decode import MAX_PEAK, SAMPLE_RATES
+from ser_ray.features.errors import ClipError
+from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor
 extractor = FeatureExtractor(FeatureConfig())
@@ -213,3 +223,61 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     assert time.process_time() - started < 2, path
 """
     subprocess.run([sys.executable, "-c", program, str(root)], check=True, timeout=120)
+
+
+MAX_SECONDS = 65.0
+ENCODERS = {
+    "flac": "flac", "mp3": "libmp3lame", "ogg": "libopus", "ipod": "aac",
+    "webm": "libopus", "matroska": "pcm_s16le", "mpegts": "mp2", "adts": "aac", "wv": "wavpack",
+    "tta": "tta", "caf": "alac", "avi": "ac3",
+}  # fmt: skip
+"""FFmpeg's containers, with the codec of the sound in each."""
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The bytes of a quarter of a second of sound in every format that phones and tools write."""
+    path, samples = tmp_path_factory.mktemp("sounds") / "sound", voice(0.25)
+    found = [
+        write_sound(path, samples, codec, kind).read_bytes() for kind, codec in ENCODERS.items()
+    ]
+    for kind in ("WAV", "RF64", "W64", "AIFF", "AU", "CAF", "VOC", "NIST", "OGG"):
+        subtype = "VORBIS" if kind == "OGG" else "PCM_16"
+        soundfile.write(path, samples, 48_000, format=kind, subtype=subtype)
+        found.append(path.read_bytes())
+    for subtype in ("FLOAT", "PCM_24", "ULAW", "IMA_ADPCM", "GSM610"):
+        found.append(write_wav(path, samples, 8_000, subtype=subtype).read_bytes())
+    found.append(write_wav(path, np.stack([samples] * 6, axis=1)).read_bytes())
+    found.append(write_video(path, samples, seconds=0.25).read_bytes())
+    return found
+
+
+@budgets(300)
+def test_any_damage_to_a_sound_is_answered_within_time_and_memory(
+    sounds: list[bytes], tmp_path: Path, examples: int
+) -> None:
+    path, extractor = tmp_path / "clip", FeatureExtractor(FeatureConfig())
+    with Sandbox(seconds_per_clip=20) as sandbox:
+        used = psutil.Process(sandbox.process.pid).memory_info().vms
+        resource.prlimit(sandbox.process.pid, resource.RLIMIT_AS, (used + 300_000_000,) * 2)
+
+        def is_decoded_or_refused(data: bytes) -> None:
+            path.write_bytes(data)
+            reason = ""
+            try:
+                sound = sandbox.decode(str(path), max_seconds=MAX_SECONDS)
+                assert sound.sample_rate in SAMPLE_RATES
+                assert sound.samples.ndim == 1
+                assert len(sound.samples) <= MAX_SECONDS * sound.sample_rate
+                assert sound.samples.dtype == np.int16 or np.abs(sound.samples).max() <= MAX_PEAK
+                assert 0 <= sound.lost_seconds <= MAX_SECONDS
+                waveform = extractor.waveform(sound.samples, sound.sample_rate)
+                features = extractor.features(waveform)
+                assert all(np.isfinite(feature).all() for feature in features.values())
+            except ClipError as error:
+                reason = error.reason
+            assert reason.isprintable()
+            assert "kills the process" not in reason
+            assert "not decoded after" not in reason
+
+        hold(examples, damaged(sounds), is_decoded_or_refused)
