@@ -1,9 +1,14 @@
-"""Joining a Ray cluster, or starting one on this machine, and finding out what it offers."""
+"""Joining a Ray cluster, or starting one on this machine, and finding out what it offers.
+
+What one process can do on this machine is done without Ray, unless a cluster was named: `needs_ray`
+decides. What follows about nodes then means this machine alone.
+"""
 
 import json
 import logging
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,13 +34,40 @@ FOLDERS_ASKED = 256
 logger = logging.getLogger(__name__)
 
 
+def needs_ray(address: str, workers: int = 1) -> bool:
+    """Whether so many workers are to run on Ray, and not the only one in this process.
+
+    They are if there are several or if a cluster was named: by an address (`local` names one that
+    is started on this machine), by RAY_ADDRESS, by a Ray job, or by this process's connection.
+    """
+    names = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
+    return workers > 1 or any(names) or is_connected()
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to Ray."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def place_of_training(address: str, workers: int) -> str:
+    """Say where so many workers train."""
+    return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
+
+
+def place_of_ray(address: str) -> str:
+    """Say which Ray `cluster` connects to."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    is_here = address in ("", "local")
+    return "on Ray, started on this machine" if is_here else f"on the Ray cluster at {address}"
+
+
 @contextmanager
 def cluster(address: str = "") -> Iterator[None]:
     """Connect to Ray for the duration of the block.
 
     Joins the cluster at `address`, or else the one that `RAY_ADDRESS` or a Ray job names. Without
-    either it starts Ray on this machine, listening on the loopback only, and stops it at the end.
-    A nested block uses the connection of the outer one.
+    either, or at the address `local`, it starts Ray on this machine, listening on the loopback
+    only, and stops it at the end. A nested block uses the connection of the outer one.
 
     Raises:
         ResourcesError: no cluster answers at the address, the address is that of a job server, Ray
@@ -50,6 +82,7 @@ def cluster(address: str = "") -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     named = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     with nullcontext() if address else session_folder():
         _init(address, named)
@@ -109,7 +142,7 @@ def _require_listener(address: str, named: str) -> None:
         ResourcesError: the address has the wrong form.
         OSError: nothing listens, or the name has no address.
     """
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     if address.startswith(("http://", "https://")):
         raise ResourcesError(
@@ -168,6 +201,8 @@ def resources_within_reach() -> dict[str, float]:
 
 def nodes_within_reach() -> list[dict[str, float]]:
     """Return the resources of each node of the cluster, and of each that its autoscaler may add."""
+    if not is_connected():
+        return [this_machine()]
     import ray
     import yaml
 
@@ -181,6 +216,36 @@ def nodes_within_reach() -> list[dict[str, float]]:
     return reach
 
 
+def this_machine() -> dict[str, float]:
+    """Return the CPUs that this process may use, and the GPUs that torch can."""
+    import torch
+
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if limit := _container_limit("cpu.max"):  # "QUOTA PERIOD", in microseconds
+        quota, period = map(int, limit.split())
+        cpus = min(cpus, max(quota // period, 1))
+    return {"CPU": cpus, "GPU": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+
+
+def memory_of_this_machine() -> int:
+    """Return the bytes of memory that nothing uses, within the limit of a container."""
+    import psutil
+
+    return min(
+        psutil.virtual_memory().available, int(_container_limit("memory.max") or sys.maxsize)
+    )
+
+
+def _container_limit(name: str) -> str:
+    """Read a limit of the container that this is; empty if there is none."""
+    try:
+        limit = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return ""
+    return "" if limit.startswith("max") else limit
+
+
 def require_shared(*locations: str) -> None:
     """Check that local paths lead to the same place on every node; URIs are assumed to do so.
 
@@ -188,10 +253,12 @@ def require_shared(*locations: str) -> None:
         ResourcesError: a node does not see a path, a node that the autoscaler adds would not see
             it, or Ray deletes it after the job.
     """
-    import ray
-
     for location in locations:
         require_kept(location)
+    if not is_connected():
+        return
+    import ray
+
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     local = {location: Path(absolute(location)) for location in locations if "://" not in location}

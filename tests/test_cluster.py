@@ -22,7 +22,18 @@ import ray
 
 from ser_ray import cluster as cluster_module
 from ser_ray import local_ray
-from ser_ray.cluster import JOB_CONFIG, cluster, one_of_each_folder, require_kept
+from ser_ray.cluster import (
+    JOB_CONFIG,
+    cluster,
+    cpus_per_worker,
+    memory_of_this_machine,
+    needs_ray,
+    nodes_within_reach,
+    one_of_each_folder,
+    require_kept,
+    require_workers,
+    trains_on_gpus,
+)
 from ser_ray.errors import ResourcesError
 from ser_ray.inference import batch
 from ser_ray.local_ray import on_loopback
@@ -77,6 +88,59 @@ def test_a_cluster_that_is_away_is_named_before_ray_is_asked(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ResourcesError, match=message), cluster():
         pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "workers", "expected"),
+    [
+        ("", {}, 1, False),
+        ("", {}, 2, True),
+        ("local", {}, 1, True),
+        ("head:6379", {}, 1, True),
+        ("", {"RAY_ADDRESS": "head:6379"}, 1, True),
+        ("", {JOB_CONFIG: "{}"}, 1, True),
+    ],
+)
+def test_one_worker_needs_ray_only_if_a_cluster_was_named(
+    address: str,
+    environment: dict[str, str],
+    workers: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_ADDRESS", JOB_CONFIG):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert needs_ray(address, workers) == expected
+
+
+def test_a_connected_process_uses_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert needs_ray("")
+
+
+def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = {"cpu.max": "150000 100000", "memory.max": "1000"}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.setattr(cluster_module, "_container_limit", lambda name: limits.get(name, ""))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert nodes_within_reach() == [{"CPU": 1, "GPU": 3}]
+    assert trains_on_gpus("auto")
+    assert not trains_on_gpus("cpu")
+    assert cpus_per_worker(1) == 1
+    assert memory_of_this_machine() == 1000
+    limits.clear()
+    assert cpus_per_worker(1) == 4
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not trains_on_gpus("auto")
+    with pytest.raises(ResourcesError, match=r"the cluster has 0: .* --device cpu"):
+        require_workers(1, cpus=1, gpus=1)
 
 
 @pytest.fixture

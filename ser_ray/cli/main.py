@@ -86,7 +86,9 @@ def _run(given: list[str]) -> int:
         return 0
     verb = parse_verb(VERBS, given)
     if verb.common.dry_run:
-        print(to_json({type(verb).__name__.lower(): dataclasses.asdict(verb)}))
+        place = verb.place()
+        shown = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
+        print(to_json(shown | ({"trains": place} if place else {})))
         return 0
     with redirect_stdout(sys.stderr):  # libraries print links and progress there
         outcome = verb.run()

@@ -1,6 +1,7 @@
 """The verb that runs all steps: prepare, train, evaluate, predict."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -51,9 +52,13 @@ class Pipeline(Verb):
         verb = parse_over(flags, type(self)(recipe=SYNTHETIC_RECIPE))
         return replace(verb, corpus=SYNTHETIC, shards=self.shards or api.SYNTHETIC_SHARDS)
 
+    def place(self) -> str:
+        """Say whether the training runs on Ray."""
+        return self._train().place()
+
     def run(self) -> Outcome:
-        """Run the steps on one cluster."""
-        from ser_ray.cluster import cluster
+        """Run the steps: all on one cluster, or only `prepare` if the training needs no Ray."""
+        from ser_ray.cluster import cluster, needs_ray
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
@@ -69,12 +74,11 @@ class Pipeline(Verb):
         config = PrepareConfig(
             corpus=self.corpus, shards=self.shards, missing=self.missing, features=self.features
         )
-        with cluster(self.common.address):
+        address, workers = self.common.address, self.run_config.worker_range[1]
+        with cluster(address) if needs_ray(address, workers) else nullcontext():
             prepared = Prepare(prepare=config).run()
             stderr_console().print(prepared.text)
-            trained = Train(
-                shards=self.shards, recipe=self.recipe, run_config=self.run_config
-            ).run()
+            trained = self._train().run()
             model = trained.data["checkpoint"]
             evaluated = Evaluate(model=model, shards=self.shards, audio=self.run_config.audio).run()
             truth = self._test_clips()
@@ -95,6 +99,14 @@ class Pipeline(Verb):
             "\n".join(lines),
             f"try it       {next_command('demo-ui', model)}",
             problem=trained.problem or predicted.problem,
+        )
+
+    def _train(self) -> Train:
+        return Train(
+            common=self.common,
+            shards=self.shards,
+            recipe=self.recipe,
+            run_config=self.run_config,
         )
 
     def _test_clips(self) -> dict[str, str]:

@@ -23,6 +23,12 @@ class TrainingVerb(Verb):
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
+    def place(self) -> str:
+        """Say that the trainings run on Ray."""
+        from ser_ray.cluster import place_of_ray
+
+        return place_of_ray(self.common.address)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(TrainingVerb):
@@ -43,6 +49,12 @@ class Train(TrainingVerb):
         changed = verb.recipe.fingerprint if verb.recipe != theirs else ""
         name = self.run_config.name or name_like(self.like, changed)
         return replace(verb, run_config=replace(self.run_config, name=name))
+
+    def place(self) -> str:
+        """Say whether the training runs on Ray."""
+        from ser_ray.cluster import place_of_training
+
+        return place_of_training(self.common.address, self.run_config.worker_range[1])
 
     def run(self) -> Outcome:
         """Train and say where the checkpoint is."""
@@ -113,6 +125,12 @@ class LrRange(TrainingVerb):
     """Propose the two bounds of the learning rate by a range test (Smith 2015)."""
 
     test: LrRangeConfig = field(default_factory=LrRangeConfig)
+
+    def place(self) -> str:
+        """Say whether the test runs on Ray."""
+        from ser_ray.cluster import place_of_training
+
+        return place_of_training(self.common.address, 1)
 
     def run(self) -> Outcome:
         """Run the test and print the command that trains with its bounds."""

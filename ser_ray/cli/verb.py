@@ -22,12 +22,13 @@ class Common:
     """Options of every verb."""
 
     address: str = ""
-    """Ray cluster to join. If empty, that of RAY_ADDRESS or of the surrounding job, else one that
-    is started on this machine."""
+    """Ray cluster to join; `local` starts one on this machine. If empty, that of RAY_ADDRESS or of
+    the surrounding job; without those, this machine does the work, and starts Ray only for work of
+    several processes."""
     json: bool = False
     """Print the result as JSON on standard output; progress stays on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration and stop."""
+    """Print the resolved configuration, and where a training would run, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class Verb:
             flags: the command line after the verb's name.
         """
         return self
+
+    def place(self) -> str:
+        """Say where a training of this verb would run; empty if it has none."""
+        return ""
 
     def run(self) -> Outcome:
         """Do the work.

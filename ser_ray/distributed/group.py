@@ -1,6 +1,6 @@
 """A group of Ray Train's workers around the loop, and its epochs as they end.
 
-    loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.epochs` in the caller
+    loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the caller
 
 Ray replaces a lost worker, and `WorkerGroup` replaces a lost controller; both resume from the
 newest checkpoint. If the queue is lost with its driver, nothing is missing: a checkpoint holds the
@@ -9,12 +9,11 @@ numbers of all epochs before it, so reports that did not reach the caller are re
 
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from time import localtime, monotonic, strftime, time
 
 import ray
@@ -29,11 +28,10 @@ from ser_ray.cluster import free_resources, placement_groups, remove_placement_g
 from ser_ray.distributed.callbacks import DriverCallback
 from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.process_group import torch_config
-from ser_ray.distributed.run_folder import RunFolder, StoredCheckpoint
+from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
 from ser_ray.distributed.worker import WorkerTask, run_worker
 from ser_ray.errors import ResourcesError, SerRayError
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
 from ser_ray.training.streaming import resident_bytes
@@ -47,6 +45,8 @@ Ray's list of nodes may be 20 s old, so only the second attempt may notice that 
 Workers that have their placement group are not limited, for instance to install packages."""
 START_ATTEMPTS = 60
 """Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
+RESIZE_SECONDS = 30.0
+"""How often an elastic training checks whether there is room for more workers."""
 TELL_SECONDS = 60.0
 """How often a training that waits for room says so."""
 STOP_SECONDS = 60.0
@@ -55,20 +55,14 @@ STOP_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """An epoch whose checkpoint is stored."""
-
-    row: dict[str, float]
-    """Its numbers, by the names they are logged under."""
-    learning_rates: list[float]
-    """Learning rate of every step."""
-    timestamp_ms: int
-    """When it ended."""
-    system_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of every node, by its address."""
-    is_restored: bool = False
-    """Whether it was read from a checkpoint: it ended before this start, or its report was lost."""
+def scaling(fewest: int, most: int, *, cpus: int) -> ScalingConfig:
+    """Make the settings for a number of workers, each with so many CPUs, or with a GPU if none."""
+    return ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=not cpus,
+        resources_per_worker={"CPU": float(cpus)} if cpus else None,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
 
 
 class WorkerGroup:
@@ -106,28 +100,29 @@ class WorkerGroup:
         self.losses = 0
         """How often workers were lost."""
 
-    def epochs(self) -> Generator[Epoch]:
-        """Train to the end, and yield every epoch once, first those of earlier starts.
+    def run(self, on_epoch: Callable[[Epoch], None]) -> None:
+        """Train to the end.
 
-        Closing the iterator stops the group.
+        Args:
+            on_epoch: called with every epoch, first with those of earlier starts. After a loss it
+                may be called again with an epoch, with the same numbers. An error that it raises
+                stops the group.
 
         Raises:
             CheckpointError: another process has taken over the folder.
             ResourcesError: there was no room for the workers.
             SerRayError: the training failed.
         """
-        yielded: set[float] = set()
         failures = 0
         while True:
             start = self.folder.newest()
             self.folder.tidy(start)
+            for epoch in start.epochs() if start is not None else ():
+                on_epoch(epoch)
             try:
                 with closing(self._run_controller(start)) as running:
-                    for epoch in chain(restored_epochs(start), running):
-                        # After a loss an epoch may be repeated, with the same numbers.
-                        if epoch.row["epoch"] not in yielded:
-                            yielded.add(epoch.row["epoch"])
-                            yield epoch
+                    for epoch in running:
+                        on_epoch(epoch)
             except (RayActorError, TrainingFailedError) as error:
                 has_progressed = _name(self.folder.newest()) != _name(start)
                 failures = 0 if has_progressed else failures + 1
@@ -220,11 +215,7 @@ class WorkerGroup:
         for cause in causes:
             if isinstance(cause, SerRayError):
                 return cause
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return SerRayError(
-            f"the training failed: {lines[-1] if lines else 'no reason given'}"
-            f" ({self.folder.keep_trace(str(error))}); the same command resumes from the last epoch"
-        )
+        return self.folder.failure(str(error))
 
 
 class PlaceWatch:
@@ -265,16 +256,6 @@ class PlaceWatch:
                 *(self.need, strftime("%H:%M:%S", localtime(time() - waited)), waited / 60),
                 free_resources(),
             )
-
-
-def restored_epochs(checkpoint: StoredCheckpoint | None) -> Generator[Epoch]:
-    """Yield every epoch whose numbers a checkpoint holds."""
-    if checkpoint is None:
-        return
-    progress = checkpoint.progress
-    rates = learning_rates_by_epoch(progress)
-    for row, of_steps, when in zip(progress["history"], rates, progress["times_ms"], strict=True):
-        yield Epoch(row, of_steps, when, is_restored=True)
 
 
 def _need(scaling: ScalingConfig) -> str:

@@ -1,29 +1,29 @@
 """How a worker gets its training clips: it holds all of them in memory (resident), or streams them.
 
-A stream is read ahead by the tasks of Ray Data, and each task reads one window of steps. Ray Data
-keeps the windows in order, reads ahead as far as memory allows, and reads a window again if its
-node was lost. Ray Data's own ways to split and to shuffle a dataset are not used.
-`get_dataset_shard` gives a worker whichever block is next, so an epoch could neither be repeated
-nor resumed in its middle. It also drops rows, so that all workers get the same number. A local
-shuffle yields short batches in mid-stream, and then data-parallel workers wait for each other
-forever (ray issue 66085).
+A stream is read ahead, one window of steps at a time: by threads where the training is in this
+process, else by tasks of Ray Data on any node. Ray Data keeps the windows in order, reads ahead as
+far as memory allows, and reads a window again if its node was lost. Ray Data's own ways to split
+and to shuffle a dataset are not used. `get_dataset_shard` gives a worker whichever block is next,
+so an epoch could neither be repeated nor resumed in its middle. It also drops rows, so that all
+workers get the same number. A local shuffle yields short batches in mid-stream, and then
+data-parallel workers wait for each other forever (ray issue 66085).
 
-In a measurement on two busy cores, the first window arrived after 15 s. Therefore the tasks are
-started once for a training, not once for an epoch, and the next epoch is read during validation.
+In a measurement on two busy cores, the first window of Ray Data arrived after 15 s. Therefore the
+tasks are started once for a training, not once for an epoch, and the next epoch is read during
+validation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-import ray.train
 import torch
 
 from ser_ray.distributed.config import Ingest
 from ser_ray.training.checkpoint import read_card
-from ser_ray.training.streaming import Fetch
 from ser_ray.training.world import World
 
 READERS = 2
@@ -33,37 +33,51 @@ RESIDENT_SHARE = 0.5
 by the raw features while they are read."""
 
 
-def choose_ingest(
+def streams(
     ingest: Ingest,
     resident_bytes: int,
+    memory: Callable[[], int],
     device: torch.device,
     resume: Path | None,
-) -> Fetch | None:
-    """Return the function that reads the stream, or None if the clips are to be resident.
+) -> bool:
+    """Whether the training clips are streamed.
 
     All workers make the same choice. With `auto`, a resumed training reads its clips as it did
     before. A new training streams if its clips, which need `resident_bytes`, would fill more than
     RESIDENT_SHARE of the memory of any worker.
+
+    Args:
+        memory: returns the bytes of memory that this worker has on a CPU.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
     if ingest == "auto":
-        too_large = resident_bytes > RESIDENT_SHARE * worker_memory(device)
+        is_gpu = device.type == "cuda"
+        limit = torch.cuda.get_device_properties(device).total_memory if is_gpu else memory()
+        too_large = resident_bytes > RESIDENT_SHARE * limit
         votes = World.current().all_reduce_sum(torch.tensor(int(too_large), device=device))
         ingest = "stream" if int(votes) else "resident"
-    return fetch if ingest == "stream" else None
+    return ingest == "stream"
 
 
-def worker_memory(device: torch.device) -> int:
-    """Bytes of this worker's GPU memory, or else the worker's share of Ray's memory on its node."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    here = ray.get_runtime_context().get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == here)
-    return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()
+def fetch_by_threads(
+    read: Callable[[Any], np.ndarray], items: Sequence[Any]
+) -> Generator[np.ndarray]:
+    """Read the items in threads of this process; a `ser_ray.training.streaming.Fetch`."""
+    pending: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="stream") as readers:
+        try:
+            for item in items:
+                pending.append(readers.submit(read, item))
+                if len(pending) > READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            readers.shutdown(cancel_futures=True)
 
 
-def fetch(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
+def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
     """Read the items in tasks of Ray Data, on any node; a `ser_ray.training.streaming.Fetch`."""
     import ray.data
 

@@ -1,5 +1,6 @@
-"""One training on a cluster: its shards, its folder, its workers and its MLflow run.
+"""One training: its shards, its folder, its worker or workers and its MLflow run.
 
+One worker trains in this process, unless a cluster was named; several are workers of Ray Train.
 The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If the
 driver is lost, the same command resumes: the name of a run follows from its recipe and shards, and
 its folder holds everything that is needed.
@@ -8,27 +9,27 @@ its folder holds everything that is needed.
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import ray
-from ray.train import ScalingConfig
+from typing import TYPE_CHECKING, Any
 
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
+    is_connected,
+    needs_ray,
     require_kept,
     require_shared,
     require_workers,
+    resources_within_reach,
     trains_on_gpus,
 )
 from ser_ray.command import next_command
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.group import WorkerGroup, restored_epochs
-from ser_ray.distributed.run_folder import SELECTED, RunFolder
+from ser_ray.distributed.local import LocalTraining
+from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.shards.read import ShardSet, open_shards
@@ -40,13 +41,13 @@ from ser_ray.tracking.tracker import Tracker, has_run, now_ms, run_to_resume
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import read_pretrained
+from ser_ray.training.model import Pretrained, read_pretrained
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 
-RESIZE_SECONDS = 30.0
-"""How often an elastic training checks whether there is room for more workers."""
+if TYPE_CHECKING:
+    from ser_ray.distributed.group import WorkerGroup
 
 ShowEpoch = Callable[[dict[str, float]], None]
 """Shows the row of an epoch that has just ended."""
@@ -82,7 +83,11 @@ def train(
     on_epoch: ShowEpoch,
     address: str = "",
 ) -> TrainResult:
-    """Train one fold of a shard set on a cluster, or resume that training.
+    """Train one fold of a shard set, or resume that training.
+
+    Args:
+        on_epoch: called with the row of every new epoch; without Ray, from another thread.
+        address: Ray cluster to join (`ser_ray.cluster.needs_ray`).
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
@@ -97,17 +102,13 @@ def train(
         folder.require_same(identity_of(config, shards))
         if not folder.record().get("delivered"):
             pretrained = read_pretrained(config.weights, len(shards.card.labels))
-            with cluster(address):
+            on_ray = needs_ray(address, run.worker_range[1])
+            with cluster(address) if on_ray else nullcontext():
                 require_shared(shards.uri, folder.storage)
-                scaling = _scaling(run)
-                logger.info("%-12s %s, with %s", "workers", run.workers, _device(scaling))
-                group = WorkerGroup(
-                    folder, config, shards, pretrained, scaling,
-                    ingest=run.ingest, max_failures=run.max_failures,
-                )  # fmt: skip
+                training = _training(folder, config, shards, pretrained, run)
                 tracker = _start_tracker(config, run, folder, shards, split)
                 try:
-                    _follow(group, tracker, on_epoch)
+                    _follow(training, tracker, on_epoch)
                     _conclude(folder, tracker, shards, audio=run.audio)
                 except BaseException as error:
                     tracker.abandon(error)
@@ -142,22 +143,24 @@ def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) ->
     return describe_split(parts)
 
 
-def _scaling(run: RunConfig) -> ScalingConfig:
+def _training(
+    folder: RunFolder, config: TrainConfig, shards: ShardSet, pretrained: Pretrained, run: RunConfig
+) -> "LocalTraining | WorkerGroup":
+    """Make the training: on the Ray cluster to which this process is connected, or else here."""
     fewest, most = run.worker_range
     gpu = trains_on_gpus(run.device)
     require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
-    return ScalingConfig(
-        num_workers=fewest if fewest == most else (fewest, most),
-        use_gpu=gpu,
-        resources_per_worker=None if gpu else {"CPU": float(cpus_per_worker(most))},
-        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-    )
+    cpus = cpus_per_worker(most)
+    size = "one GPU" if gpu else f"{cpus} CPUs"
+    where = "each" if is_connected() else "in this process"
+    logger.info("%-12s %s, with %s %s", "workers", run.workers, size, where)
+    settings: dict[str, Any] = {"ingest": run.ingest, "max_failures": run.max_failures}
+    if not is_connected():
+        return LocalTraining(folder, config, shards, pretrained, gpu=gpu, **settings)
+    from ser_ray.distributed.group import WorkerGroup, scaling  # slow: Ray Train
 
-
-def _device(scaling: ScalingConfig) -> str:
-    if scaling.use_gpu:
-        return "one GPU each"
-    return f"{scaling.resources_per_worker['CPU']:g} CPUs each"
+    workers = scaling(fewest, most, cpus=0 if gpu else cpus)
+    return WorkerGroup(folder, config, shards, pretrained, workers, **settings)
 
 
 def _start_tracker(
@@ -200,27 +203,35 @@ def command_like(run_id: str, shards_location: str, run: RunConfig) -> str:
 
 def environment() -> dict[str, Any]:
     """Describe the program, this machine and the cluster."""
-    resources = ray.cluster_resources()
-    return provenance() | {
-        "hardware.cluster": {key: resources.get(key, 0) for key in ("CPU", "GPU")},
-        "ray.job_id": ray.get_runtime_context().get_job_id(),
+    reach = resources_within_reach()
+    described = provenance() | {
+        "hardware.cluster": {key: reach.get(key, 0) for key in ("CPU", "GPU")}
     }
+    if is_connected():
+        import ray
+
+        described["ray.job_id"] = ray.get_runtime_context().get_job_id()
+    return described
 
 
-def _follow(group: WorkerGroup, tracker: Tracker, on_epoch: ShowEpoch) -> None:
-    """Run the training, if it has not finished, and log every epoch."""
-    if group.folder.record().get("finished"):  # the tracking server did not answer then
-        epochs = restored_epochs(group.folder.newest())
-    else:
-        epochs = group.epochs()
-    with closing(epochs):
-        for epoch in epochs:
-            tracker.log_epoch(
-                epoch.row, epoch.learning_rates, epoch.timestamp_ms, epoch.system_metrics
-            )
-            tracker.flush()
-            if not epoch.is_restored:
-                on_epoch(epoch.row)
+def _follow(training: "LocalTraining | WorkerGroup", tracker: Tracker, on_epoch: ShowEpoch) -> None:
+    """Run the training, if it has not finished, and log every epoch once."""
+    logged: set[float] = set()
+
+    def log(epoch: Epoch) -> None:
+        if epoch.row["epoch"] in logged:  # it was repeated after a loss
+            return
+        logged.add(epoch.row["epoch"])
+        tracker.log_epoch(epoch.row, epoch.learning_rates, epoch.timestamp_ms, epoch.system_metrics)
+        tracker.flush()
+        if not epoch.is_restored:
+            on_epoch(epoch.row)
+
+    if not training.folder.record().get("finished"):
+        training.run(log)
+    elif newest := training.folder.newest():  # the tracking server did not answer then
+        for epoch in newest.epochs():
+            log(epoch)
 
 
 def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: bool) -> None:

@@ -1,14 +1,13 @@
-"""A learning-rate range test on a cluster: one Ray task, one MLflow run."""
+"""A learning-rate range test: in this process or, if a cluster was named, in one Ray task."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-
-import ray
-import torch
 
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
+    needs_ray,
     require_kept,
     require_shared,
     require_workers,
@@ -16,6 +15,7 @@ from ser_ray.cluster import (
 )
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.local import FAILURES, worker_device
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
 from ser_ray.evaluation.pages import range_page
@@ -65,7 +65,8 @@ def find_range(
     split = describe_split(select_rows(shards.clips(), config))
     pretrained = read_pretrained(config.weights, len(shards.card.labels))
     require_server(run.tracking_uri)
-    with cluster(address):
+    on_ray = needs_ray(address)
+    with cluster(address) if on_ray else nullcontext():
         require_shared(shards.uri)
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
@@ -87,10 +88,10 @@ def find_range(
             Data=data_line(shards),
             Again=f"`{tags['command']}`",
         )
-        size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
+        steps = (_steps_on_ray if on_ray else _steps)(config, shards, pretrained, test, gpu)
         try:
-            task = ray.remote(num_returns="streaming", **size)(_test)
-            found = propose(*_follow(task.remote(config, shards, pretrained, test, gpu), test))
+            with closing(steps):
+                found = propose(*_follow(steps, test))
             facts = tags | provenance()
             page = range_page(
                 name, asdict(found), settings=flatten(params), tags=facts, run_id=tracker.run_id
@@ -100,35 +101,55 @@ def find_range(
             _record(tracker, found, page, tags)
         except BaseException as error:
             tracker.abandon(error)
-            if isinstance(error, ray.exceptions.RayError):
-                raise SerRayError(f"the range test failed: {first_line(error)}") from error
             raise
         tracker.finish("FINISHED")
     return RangeResult(found, split["label"], tracker.run_id, uri, report)
 
 
-def _test(
+def _steps(
     config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
-) -> Iterator[tuple[float, float] | SerRayError]:
-    """Run as a Ray task. Errors for the user are yielded, because Ray would wrap raised ones."""
+) -> Generator[tuple[float, float]]:
+    """Yield the learning rate and the loss of every step."""
     try:
-        device = torch.device("cuda" if gpu else "cpu")
-        yield from range_steps(config, shards, pretrained, test, device)
-    except SerRayError as problem:
-        yield problem
+        with worker_device(gpu=gpu) as device:
+            yield from range_steps(config, shards, pretrained, test, device)
+    except SerRayError:
+        raise
+    except FAILURES as error:
+        raise SerRayError(f"the range test failed: {first_line(error)}") from error
 
 
-def _follow(
-    steps: Iterable["ray.ObjectRef"], test: LrRangeConfig
-) -> tuple[list[float], list[float]]:
-    """Show the steps of the task as they end; returns their learning rates and losses."""
-    rates: list[float] = []
-    losses: list[float] = []
-    with show_progress() as report:
-        for reference in steps:
+def _steps_on_ray(
+    config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
+) -> Generator[tuple[float, float]]:
+    """Yield the learning rate and the loss of every step, from a Ray task."""
+    import ray
+
+    def run() -> Iterator[tuple[float, float] | SerRayError]:
+        try:
+            yield from _steps(config, shards, pretrained, test, gpu)
+        except SerRayError as problem:  # yielded, because Ray would wrap it
+            yield problem
+
+    size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
+    try:
+        for reference in ray.remote(num_returns="streaming", **size)(run).remote():
             step = ray.get(reference)
             if isinstance(step, SerRayError):
                 raise step
+            yield step
+    except ray.exceptions.RayError as error:
+        raise SerRayError(f"the range test failed: {first_line(error)}") from error
+
+
+def _follow(
+    steps: Iterable[tuple[float, float]], test: LrRangeConfig
+) -> tuple[list[float], list[float]]:
+    """Show the steps as they end; returns their learning rates and losses."""
+    rates: list[float] = []
+    losses: list[float] = []
+    with show_progress() as report:
+        for step in steps:
             rates.append(step[0])
             losses.append(step[1])
             text = f"step {len(rates)} of {test.steps}, learning rate {step[0]:.1e}"

@@ -6,11 +6,10 @@ store, which may be a file on the driver's machine. Names and units are MLflow's
 such metrics on a page of their own.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from statistics import fmean
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -21,11 +20,12 @@ MEGABYTE = 1e6
 
 
 class NodeMetrics:
-    """Samples this machine until the process ends."""
+    """Samples this machine until it is closed."""
 
     def __init__(self) -> None:
         self._gpus = gpu_handles()
         self._samples: list[dict[str, float]] = []
+        self._closed = Event()
         psutil.cpu_percent()  # the first call starts the count
         Thread(target=self._run, name="node-metrics", daemon=True).start()
 
@@ -35,9 +35,12 @@ class NodeMetrics:
         names = dict.fromkeys(name for each in samples for name in each)
         return {name: fmean(each[name] for each in samples if name in each) for name in names}
 
+    def close(self) -> None:
+        """Stop sampling."""
+        self._closed.set()
+
     def _run(self) -> None:
-        while True:
-            time.sleep(SAMPLE_SECONDS)
+        while not self._closed.wait(SAMPLE_SECONDS):
             self._samples.append(sample(self._gpus))
 
 

@@ -16,7 +16,8 @@ import logging
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from pyarrow import fs
 from safetensors import safe_open
 
-from ser_ray.errors import CheckpointError, MismatchError
+from ser_ray.errors import CheckpointError, MismatchError, SerRayError
 from ser_ray.evaluation.results import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
@@ -37,6 +38,7 @@ from ser_ray.training.checkpoint import (
     VALIDATION,
     CheckpointCard,
     checkpoint_name,
+    learning_rates_by_epoch,
     name_difference,
     read_card,
     read_progress,
@@ -54,6 +56,22 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Epoch:
+    """An epoch whose checkpoint is stored."""
+
+    row: dict[str, float]
+    """Its numbers, by the names they are logged under."""
+    learning_rates: list[float]
+    """Learning rate of every step."""
+    timestamp_ms: int
+    """When it ended."""
+    system_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of every node, by its address."""
+    is_restored: bool = False
+    """Whether it was read from a checkpoint: it ended before this start, or its report was lost."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoredCheckpoint:
     """A checkpoint that was written completely."""
 
@@ -66,6 +84,15 @@ class StoredCheckpoint:
         """Name of the checkpoint that was selected at that time; empty before the first epoch."""
         row = self.progress["selected"]
         return checkpoint_name(int(row["epoch"])) if row else ""
+
+    def epochs(self) -> Generator[Epoch]:
+        """Yield every epoch whose numbers the checkpoint holds."""
+        progress = self.progress
+        rates = learning_rates_by_epoch(progress)
+        for row, of_steps, when in zip(
+            progress["history"], rates, progress["times_ms"], strict=True
+        ):
+            yield Epoch(row, of_steps, when, is_restored=True)
 
 
 class RunFolder:
@@ -213,13 +240,35 @@ class RunFolder:
                 probabilities: np.ndarray = tensors.get_tensor(VALIDATION)
         return probabilities
 
-    def keep_trace(self, text: str) -> str:
-        """Write an error's trace into the folder; returns a sentence about where it is."""
+    @contextlib.contextmanager
+    def local(self, checkpoint: StoredCheckpoint | None) -> Iterator[Path | None]:
+        """Yield a checkpoint as a local directory, downloaded until the block ends if necessary."""
+        if checkpoint is None:
+            yield None
+        elif isinstance(self.filesystem, fs.LocalFileSystem):
+            yield Path(self.path, checkpoint.name)
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                source = f"{self.path}/{checkpoint.name}"
+                fs.copy_files(source, directory, source_filesystem=self.filesystem)
+                yield Path(directory)
+
+    def failure(self, trace: str) -> SerRayError:
+        """Make the error of a training that failed, and write its trace into the folder.
+
+        Args:
+            trace: what Python or Ray says about the failure. Its last line is the reason.
+        """
+        lines = [line for line in trace.splitlines() if line.strip()]
         try:
-            write_file(self.filesystem, f"{self.path}/{TRACE}", text.encode())
+            write_file(self.filesystem, f"{self.path}/{TRACE}", trace.encode())
+            place = f"the trace is in {location_inside(self.location, TRACE)}"
         except OSError as error:  # the storage may be what the trace is about
-            return f"no trace could be written: {error}"
-        return f"the trace is in {location_inside(self.location, TRACE)}"
+            place = f"no trace could be written: {error}"
+        return SerRayError(
+            f"the training failed: {lines[-1] if lines else 'no reason given'} ({place}); the same "
+            "command resumes from the last epoch"
+        )
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint, if it is there.

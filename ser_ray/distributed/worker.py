@@ -15,7 +15,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from ser_ray.distributed.config import Ingest
-from ser_ray.distributed.ingest import choose_ingest
+from ser_ray.distributed.ingest import fetch_by_ray, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
@@ -52,6 +52,7 @@ def run_worker(task: WorkerTask) -> None:
     device = get_device()
     with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
         resume = Path(directory) if directory else None
+        is_streamed = streams(task.ingest, task.resident_bytes, worker_memory, device, resume)
         fit(
             task.config,
             task.shards,
@@ -60,8 +61,15 @@ def run_worker(task: WorkerTask) -> None:
             resume=resume,
             device=device,
             preemption_check=preemption_check(),
-            stream=choose_ingest(task.ingest, task.resident_bytes, device, resume),
+            stream=fetch_by_ray if is_streamed else None,
         )
+
+
+def worker_memory() -> int:
+    """This worker's share of the bytes of memory that Ray has on its node."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()
 
 
 class Reporter:

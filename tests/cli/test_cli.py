@@ -129,6 +129,26 @@ def test_dry_run_prints_what_would_run(capsys):
     assert TrainConfig.from_dict(recipe).augment.mixup == 0.3
 
 
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train", "in this process, without Ray"),
+        ("train --workers 1..2", "on Ray, started on this machine"),
+        ("train --address local", "on Ray, started on this machine"),
+        ("train --address head:6379", "on the Ray cluster at head:6379"),
+        ("lr-range --workers 2", "in this process, without Ray"),
+        ("pipeline", "in this process, without Ray"),
+        ("pipeline --workers 2", "on Ray, started on this machine"),
+        ("tune", "on Ray, started on this machine"),
+        ("predict a.wav --model m", None),
+    ],
+)
+def test_dry_run_says_where_a_training_runs(command, place, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main([*command.split(), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out).get("trains") == place
+
+
 def test_dry_run_on_the_synthetic_corpus_shows_its_recipe_and_keeps_the_flags_given(capsys):
     flags = ["--epochs", str(TrainConfig().epochs), "--time-masks", "1"]  # as good as any other
     assert main(["pipeline", "--dry-run", *flags]) == 0

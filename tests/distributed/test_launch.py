@@ -212,6 +212,46 @@ def test_a_killed_driver_resumes_past_its_incomplete_files_and_ends_the_same(
     assert_same(world, result, uninterrupted)
 
 
+def test_a_training_stopped_in_one_process_goes_on_as_a_worker_of_ray_and_ends_the_same(
+    world: World, uninterrupted: TrainResult
+) -> None:
+    folder = world.run_folder("begun-here")
+    driver = subprocess.Popen(
+        command(world, "begun-here"), env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(
+            "the second checkpoint",
+            lambda: (folder / checkpoint_name(2)).exists() or driver.poll() is not None,
+        )
+        driver.terminate()
+        _, printed = driver.communicate()
+    finally:
+        driver.kill()
+    assert driver.returncode == 128 + signal.SIGTERM
+    assert printed.endswith("stopped by SIGTERM; the same command resumes from here\n")
+    assert "CPUs in this process" in printed
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    assert MlflowClient(world.store).get_run(run_id).info.status == "KILLED"
+    result = world.train("begun-here")
+    assert result.run_id == run_id
+    assert_same(world, result, uninterrupted)
+
+
+def test_a_training_begun_by_ray_goes_on_in_one_process_and_ends_the_same(
+    world: World, uninterrupted: TrainResult
+) -> None:
+    def stop(epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.train("begun-by-ray", stop)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(world, "begun-by-ray"), env=environment, check=True)
+    assert_same(world, world.train("begun-by-ray"), uninterrupted)
+
+
 def command(world: World, name: str, **flags: str) -> list[str]:
     """The command line of `world.train`."""
     flags = {
@@ -444,7 +484,7 @@ def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_elastic_training_follows_the_nodes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "RESIZE_SECONDS", 1.0)
+    monkeypatch.setattr(group, "RESIZE_SECONDS", 1.0)
     epochs = 80  # a new node is used after some ten seconds, or more where the CPUs are busy
     config = replace(CONFIG, epochs=epochs)
     nodes = [world.cluster.add_node(num_cpus=1)]

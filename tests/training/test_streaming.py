@@ -144,21 +144,34 @@ def test_balanced_draws_and_resident_checkpoints_cannot_be_streamed(memory_shard
         trained(memory_shards, tmp_path, resume=tmp_path / "resident" / "1", stream=map)
 
 
-def test_auto_streams_if_the_clips_need_more_than_half_of_a_workers_memory(
-    memory_shards, monkeypatch
-):
+def test_auto_streams_if_the_clips_need_more_than_half_of_a_workers_memory(memory_shards):
     needed = resident_bytes(memory_shards, CONFIG)
     data = load_fold(memory_shards, CONFIG, CPU)
     assert needed == data.train.features.nbytes + data.validation.features.nbytes
 
-    def selected(wanted: Any, memory: int) -> Any:
-        monkeypatch.setattr(ingest, "worker_memory", lambda device: memory)
-        return ingest.choose_ingest(wanted, needed, CPU, None)
+    def is_streamed(wanted: Any, memory: int) -> bool:
+        return ingest.streams(wanted, needed, lambda: memory, CPU, None)
 
-    assert selected("auto", 2 * needed) is None
-    assert selected("auto", 2 * needed - 1) is ingest.fetch
-    assert selected("stream", 2 * needed) is ingest.fetch
-    assert selected("resident", 1) is None
+    assert not is_streamed("auto", 2 * needed)
+    assert is_streamed("auto", 2 * needed - 1)
+    assert is_streamed("stream", 2 * needed)
+    assert not is_streamed("resident", 1)
+
+
+def test_threads_read_windows_in_order_and_a_closed_stream_reads_no_more():
+    asked: list[int] = []
+
+    def read(item: int) -> np.ndarray:
+        asked.append(item)
+        return np.full(2, item)
+
+    pieces = list(ingest.fetch_by_threads(read, [3, 1, 2]))
+    assert np.concatenate(pieces).tolist() == [3, 3, 1, 1, 2, 2]
+    asked.clear()
+    windows = ingest.fetch_by_threads(read, range(100))
+    assert next(windows).tolist() == [0, 0]
+    windows.close()
+    assert max(asked) <= ingest.READERS
 
 
 @pytest.mark.ray
@@ -183,7 +196,9 @@ def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
         logging_level="ERROR",
     )  # fmt: skip
     try:
-        pieces = list(ingest.fetch(lambda item: np.full((2, 3), item, np.float16), [3, 1, 2]))
+        pieces = list(
+            ingest.fetch_by_ray(lambda item: np.full((2, 3), item, np.float16), [3, 1, 2])
+        )
         np.testing.assert_array_equal(np.concatenate(pieces)[::2, 0], [3, 1, 2])
         result = train(write_shard_files(tmp_path / "shards"), config, run, on_epoch=lambda _: None)
     finally:

@@ -1,0 +1,180 @@
+"""A training in this process: what `ser_ray.distributed.group` is for workers of Ray Train.
+
+One worker on this machine needs no Ray, whose processes would take some of the CPUs that train and
+several seconds to start. The loop is the same, and so are the run's folder and the epochs that the
+caller gets, so a run that began here resumes on Ray and the other way round.
+
+Ray Train's own local mode (`num_workers=0`) is not used. It needs no cluster either, but it calls
+no callback, stores no checkpoint and resumes from none, so all of this module would still be
+needed; and importing it takes seconds.
+"""
+
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import torch
+from safetensors import SafetensorError
+
+from ser_ray.cluster import cpus_per_worker, memory_of_this_machine
+from ser_ray.distributed.config import Ingest
+from ser_ray.distributed.ingest import fetch_by_threads, streams
+from ser_ray.distributed.node_metrics import NodeMetrics
+from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
+from ser_ray.errors import SerRayError, is_permanent
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.checkpoint import Snapshot
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.model import Pretrained
+from ser_ray.training.streaming import resident_bytes
+from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+
+ADDRESS = "127.0.0.1"
+"""This machine's address in the names of its metrics, which is also that of a Ray started here."""
+FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
+"""What the machine, its GPU or its storage may do to a training: RuntimeError is CUDA's."""
+
+logger = logging.getLogger(__name__)
+
+
+class LocalTraining:
+    """A training in this process, in one run's folder.
+
+    Args:
+        folder: holds the checkpoints; the training resumes from the newest one.
+        gpu: whether it uses a GPU.
+        ingest: how it gets its training clips (`ser_ray.distributed.ingest`).
+        max_failures: how often it starts again after a failure, such as a storage that did not
+            answer; -1 sets no limit.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        shards: ShardSet,
+        pretrained: Pretrained,
+        *,
+        gpu: bool,
+        ingest: Ingest = "resident",
+        max_failures: int = 0,
+    ) -> None:
+        self.folder, self.config, self.shards, self.pretrained = folder, config, shards, pretrained
+        self.gpu, self.ingest, self.max_failures = gpu, ingest, max_failures
+
+    def run(self, on_epoch: Callable[[Epoch], None]) -> None:
+        """Train to the end.
+
+        Args:
+            on_epoch: called with every epoch, first with those of earlier starts. After a failure
+                it may be called again with an epoch, with the same numbers. New epochs come from
+                the thread that stores their checkpoints. An error that it raises ends the training.
+
+        Raises:
+            CheckpointError: another process has taken over the folder.
+            SerRayError: the training failed.
+        """
+        failures = 0
+        while True:
+            start = self.folder.newest()
+            self.folder.tidy(start)
+            for epoch in start.epochs() if start is not None else ():
+                on_epoch(epoch)
+            reporter = LocalReporter(self.folder, on_epoch)
+            try:
+                with closing(reporter):
+                    self._fit(start, reporter)
+            except FAILURES as error:
+                if error is reporter.refusal:
+                    raise
+                if is_permanent(error) or failures == self.max_failures:
+                    raise self._failure(error) from error
+                failures += 1
+                logger.warning("the training failed (%s): it resumes from the last epoch", error)
+            else:
+                return
+
+    def _fit(self, start: StoredCheckpoint | None, reporter: "LocalReporter") -> None:
+        needed = resident_bytes(self.shards, self.config) if self.ingest == "auto" else 0
+        with worker_device(gpu=self.gpu) as device, self.folder.local(start) as resume:
+            is_streamed = streams(self.ingest, needed, memory_of_this_machine, device, resume)
+            fit(
+                self.config,
+                self.shards,
+                self.pretrained,
+                reporter,
+                resume=resume,
+                device=device,
+                stream=fetch_by_threads if is_streamed else None,
+            )
+            reporter.wait()
+
+    def _failure(self, error: Exception) -> SerRayError:
+        """The error for the user."""
+        if isinstance(error, SerRayError):
+            return error
+        return self.folder.failure("".join(traceback.format_exception(error)))
+
+
+class LocalReporter:
+    """Stores checkpoints and passes on epochs in another thread, while the loop continues.
+
+    Args:
+        on_epoch: called in that thread with every epoch whose checkpoint is stored.
+    """
+
+    def __init__(self, folder: RunFolder, on_epoch: Callable[[Epoch], None]) -> None:
+        self.folder, self.on_epoch = folder, on_epoch
+        self.refusal: BaseException | None = None
+        """The error that `on_epoch` raised."""
+        self._node = NodeMetrics()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __call__(self, report: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
+        """Take an epoch of the loop, after the checkpoint before it has been stored."""
+        self.wait()
+        assert report is not None, (
+            "only Ray announces preemptions, so no checkpoint is in mid-epoch"
+        )
+        metrics = {ADDRESS: self._node.means_since_last_call()}
+        epoch = Epoch(report.row, report.learning_rates, report.timestamp_ms, metrics)
+        self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is stored, and raise the error if that failed.
+
+        Raises:
+            CheckpointError: another process has taken over the folder.
+        """
+        if self._writing is not None:
+            self._writing.result()
+
+    def close(self) -> None:
+        """End the threads, after the checkpoint that is being written."""
+        self._node.close()
+        self._writer.shutdown()
+
+    def _store(self, snapshot: Snapshot, epoch: Epoch) -> None:
+        self.folder.check_lock()
+        snapshot.store(self.folder.filesystem, f"{self.folder.path}/{snapshot.name}")
+        self.folder.tidy(StoredCheckpoint(snapshot.name, snapshot.progress))
+        try:
+            self.on_epoch(epoch)
+        except BaseException as error:
+            self.refusal = error
+            raise
+
+
+@contextmanager
+def worker_device(*, gpu: bool) -> Iterator[torch.device]:
+    """Yield the device of a worker in this process, which has as many threads as one of Ray."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cpus_per_worker(1))))
+    try:
+        yield torch.device("cuda" if gpu else "cpu")
+    finally:
+        torch.set_num_threads(before)

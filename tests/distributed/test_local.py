@@ -1,0 +1,176 @@
+"""Trainings in this process: their checkpoints, failures and stops.
+
+That they end with the weights of a worker of Ray is a test of `test_launch`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+from safetensors.torch import load_file
+
+from ser_ray.distributed import local
+from ser_ray.distributed.local import LocalTraining
+from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder
+from ser_ray.errors import ConfigError, SerRayError, ShardsError
+from ser_ray.training.checkpoint import MODEL, Snapshot
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.model import Pretrained
+from tests.shard_files import write_shard_files
+
+CONFIG = TrainConfig(
+    protocol="speaker-3", epochs=3, batch_size=6, crop_frames=16, weights="none", lr_max=5e-3
+)
+
+
+@pytest.fixture
+def make(tmp_path, memory_shards, small_network):
+    def training(name: str = "run", max_failures: int = 0):
+        folder = RunFolder(str(tmp_path), name)
+        folder.update_record(name=name)
+        return LocalTraining(
+            folder,
+            CONFIG,
+            memory_shards,
+            Pretrained("none", {}),
+            gpu=False,
+            max_failures=max_failures,
+        )
+
+    return training
+
+
+def weights_of(training: LocalTraining) -> dict[str, torch.Tensor]:
+    newest = training.folder.newest()
+    assert newest is not None
+    return load_file(Path(training.folder.path, newest.name, MODEL))
+
+
+def test_epochs_arrive_once_stored_and_only_the_newest_and_the_selected_are_kept(make):
+    training, found = make(), []
+
+    def on_epoch(epoch: Epoch) -> None:
+        stored = training.folder.newest()
+        assert stored.progress["history"][-1] == epoch.row
+        assert {path.name for path in Path(training.folder.path).glob("checkpoint-*")} == {
+            stored.name, stored.selected,
+        }  # fmt: skip
+        found.append(epoch)
+
+    training.run(on_epoch)
+    assert [epoch.row["epoch"] for epoch in found] == [1, 2, 3]
+    assert not any(epoch.is_restored for epoch in found)
+    again: list[Epoch] = []
+    training.run(again.append)
+    assert [epoch.row for epoch in again] == [epoch.row for epoch in found]
+    assert all(epoch.is_restored for epoch in again)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the user's")])
+def test_a_stop_by_the_caller_is_no_failure_and_the_next_start_ends_the_same(make, error):
+    whole, stopped = make("whole"), make("stopped", max_failures=3)
+    whole.run(lambda epoch: None)
+
+    def stop(epoch: Epoch) -> None:
+        if not epoch.is_restored:
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        stopped.run(stop)
+    assert raised.value is error
+    assert len(stopped.folder.newest().progress["history"]) == 1
+    stopped.run(lambda epoch: None)
+    expected, found = weights_of(whole), weights_of(stopped)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Unreliable:
+    """Raises an error in some of its calls, counted from 1."""
+
+    def __init__(self, error: Exception, calls: set[int]) -> None:
+        self.error, self.calls, self.count = error, calls, 0
+
+    def strike(self) -> None:
+        self.count += 1
+        if self.count in self.calls:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "max_failures", "message"),
+    [
+        (OSError(28, "No space left on device"), {2}, 1, ""),
+        (OSError(28, "No space left on device"), {2, 3}, 1, r"failed: OSError: .*No space left"),
+        (OSError(28, "No space left on device"), {2, 3, 4}, -1, ""),
+        (ShardsError("no answer"), {1}, 0, "^no answer$"),
+        (ConfigError("bad recipe"), {1}, 3, "^bad recipe$"),
+        (torch.OutOfMemoryError("CUDA out of memory"), {1}, 3, r"OutOfMemoryError: CUDA out of m"),
+    ],
+)
+def test_a_failure_is_tried_again_if_that_may_help(
+    make, monkeypatch, caplog, error, calls, max_failures, message
+):
+    whole, training = make("whole"), make(max_failures=max_failures)
+    whole.run(lambda epoch: None)
+    storage, store = Unreliable(error, calls), Snapshot.store
+
+    def store_or_fail(self: Snapshot, filesystem: fs.FileSystem, path: str) -> None:
+        storage.strike()
+        store(self, filesystem, path)
+
+    monkeypatch.setattr(Snapshot, "store", store_or_fail)
+    seen: list[Epoch] = []
+    if message:
+        with pytest.raises(SerRayError, match=message):
+            training.run(seen.append)
+        is_ours = isinstance(error, SerRayError)
+        assert Path(training.folder.path, TRACE).exists() != is_ours
+        assert len(caplog.messages) == len(calls) - 1
+        return
+    training.run(seen.append)
+    assert len(caplog.messages) == len(calls)
+    assert {epoch.row["epoch"] for epoch in seen} == {1, 2, 3}
+    expected, found = weights_of(whole), weights_of(training)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_threads_and_the_device_are_those_of_a_worker_of_ray(monkeypatch):
+    monkeypatch.setattr(local, "cpus_per_worker", lambda workers: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    with local.worker_device(gpu=True) as device:
+        assert (device.type, torch.get_num_threads()) == ("cuda", 3)
+    assert torch.get_num_threads() == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with local.worker_device(gpu=False) as device:
+        assert (device.type, torch.get_num_threads()) == ("cpu", 2)
+
+
+@pytest.mark.slow
+def test_verbs_that_one_process_can_do_load_no_ray_and_start_no_process(in_tmp):
+    """Without `ray` in the process, and with no process left behind or running beside it."""
+    shards = write_shard_files(in_tmp / "shards")
+    program = """
+import subprocess, sys, threading
+import psutil
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+from ser_ray.cli.main import main
+from pathlib import Path
+flags = ["--shards", %r, "--protocol", "speaker-3", "--epochs", "1", "--batch-size", "6",
+         "--crop-frames", "16", "--weights", "none", "--device", "cpu"]
+assert main(["train", *flags, "--name", "one"]) == 0
+assert main(["lr-range", *flags, "--steps", "20"]) == 0
+assert main(["evaluate", "ser-ray-out/runs/one/selected", "--shards", %r]) == 0
+assert not psutil.Process().children(recursive=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program % (shards, shards)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
