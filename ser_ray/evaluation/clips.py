@@ -10,8 +10,9 @@ import soundfile
 
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.results import Evaluation
-from ser_ray.features.decode import cut, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.part import RECORDING_SECONDS
 from ser_ray.storage.paths import filesystem_of

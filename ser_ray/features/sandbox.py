@@ -27,8 +27,9 @@ from typing import Self
 
 import numpy as np
 
-from ser_ray.features.decode import Sound, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import Sound
 
 SECONDS_PER_CLIP = 60.0
 """A clip that takes longer to decode is `unreadable`."""

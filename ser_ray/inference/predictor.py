@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.decode import SAMPLE_RATES, full_scale
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import SAMPLE_RATES, full_scale
 from ser_ray.inference.prediction import Prediction, Predictions, Segment
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.checkpoint import read_card, read_network

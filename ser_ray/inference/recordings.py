@@ -13,8 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from ser_ray.features.config import FeatureConfig, Kind
-from ser_ray.features.decode import Sound, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
 
 MAX_RECORDING_SECONDS = 3600.0

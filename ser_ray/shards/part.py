@@ -23,8 +23,8 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS, Kind
-from ser_ray.features.decode import Sound, cut
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.digest import file_digest, same_bytes

@@ -35,7 +35,8 @@ class AugmentConfig:
     mix_style: float = 0.5
     """MixStyle (Zhou 2021): share of the clips whose mean and standard deviation over time in every
     bin are mixed with those of another clip, in a proportion drawn uniformly. These tell voices
-    apart more than emotions. 0 is off, and better where the voices are known, as in `random`."""
+    apart more than emotions. Has no effect with the protocol random, which tests known voices; 0 is
+    off."""
     gain_db: float = 6.0
     """Change the level of each clip by up to ± this many dB, drawn uniformly; 0 is off."""
     tempo: float = 0.0

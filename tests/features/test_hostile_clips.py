@@ -19,8 +19,8 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.features.config import FeatureConfig
-from ser_ray.features.decode import MAX_PEAK, SAMPLE_RATES
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import MAX_PEAK, SAMPLE_RATES
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.layout import CLIPS, OUTCOMES
@@ -206,7 +206,7 @@ import resource, sys, time
 from pathlib import Path
 from ser_ray.features.errors import ClipError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.features.decode import MAX_PEAK, SAMPLE_RATES
+from ser_ray.features.samples import MAX_PEAK, SAMPLE_RATES
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.decode import decode

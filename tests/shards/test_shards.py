@@ -26,8 +26,9 @@ from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
 from ser_ray.corpus.slips import find_slips
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
-from ser_ray.features.decode import Sound, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import Sound
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import make_card, write_card

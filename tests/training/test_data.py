@@ -141,9 +141,8 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
     raw = torch.randn(2, 3, 40) * torch.tensor([1.0, 3.0])[:, None, None] + torch.tensor(
         [[-5.0, 0.0, 2.0], [4.0, 1.0, 2.0]]
     ).unsqueeze(2)
-    identity = Normalisation(np.zeros(3), np.ones(3))
     lengths = np.array([40, 30])
-    clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), identity, CPU)
+    clips = Clips.resident(raw.numpy(), lengths, np.array([0, 1]), unit(3), CPU)
     rows = torch.tensor([0, 1])
     before = clips.crop(rows, torch.zeros(2, dtype=torch.long), 40)[0][:, 0]
     augment = Augment(plain(40, mix_style=1.0), FEATURES, 2, unit(3), CPU)
@@ -166,6 +165,9 @@ def test_mix_style_moves_a_bin_to_another_clips_mean_and_spread():
             shares = (y.mean(1) - x.mean(1)) / (other.mean(1) - x.mean(1))
             assert shares[:2] == pytest.approx(float(shares[0]), abs=1e-2)
             assert -1e-3 <= float(shares[0]) <= 1.001
+    known = dataclasses.replace(plain(40, mix_style=1.0), protocol="random")
+    unmixed, _ = Augment(known, FEATURES, 2, unit(3), CPU)(clips, rows)
+    assert torch.equal(unmixed[0, 0], before[0])
 
 
 def test_masks_zero_frames_and_bins():

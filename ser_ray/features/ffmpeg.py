@@ -1,0 +1,187 @@
+"""Decodes with PyAV, which is FFmpeg: all formats but most wavs, and the sound of videos.
+
+Only the audio packets of a file are read. Only audio formats and codecs on the lists below may run.
+"""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import av
+import av.container
+import av.error
+import av.stream
+import numpy as np
+import soxr
+
+from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import (
+    MISSING_SECONDS,
+    Decoded,
+    require_length,
+    require_shape,
+    to_mono,
+)
+
+FORMATS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,nistsphere,ogg,"
+    "tta,voc,w64,wav,wv"
+)
+"""FFmpeg's demuxers that may open a clip."""
+CODECS = (
+    "aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,"
+    "adpcm_yamaha,alac,amrnb,amrwb,ape,eac3,flac,g722,g726,gsm,gsm_ms,libspeex,mp1float,mp2float,"
+    "mp3float,nellymoser,opus,pcm_alaw,pcm_dvd,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,"
+    "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
+    "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
+)
+"""FFmpeg's decoders that may run. None of them decodes pictures: FFmpeg would decode the first
+picture to learn its format, which is 20 of the 22 ms of opening a video of 720 lines."""
+GAP_SECONDS = 0.06
+"""A longer gap between the time stamps of two frames is filled with silence. Shorter ones come from
+rounding and from the clocks of recorders."""
+MAX_DEMUX_ERRORS = 100
+"""A file whose container is damaged at more places is read up to there."""
+EXACT_LENGTH = ("mp4", "aiff", "flac", "tta", "wv", "matroska")
+"""Formats whose header declares the length; in others FFmpeg estimates it."""
+ESTIMATED_CODECS = ("adpcm", "gsm")
+"""Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""
+PAUSES = "mp4"
+"""The format whose time stamps are in an index, apart from the sound: a gap in them is a pause of
+the recorder. In other formats, packets are missing."""
+
+
+class UnsupportedError(Exception):
+    """FFmpeg cannot read a file; the message is a reason for its owner."""
+
+
+def decode_with_ffmpeg(
+    source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, is_counted: bool
+) -> Decoded:
+    """Decode the first audio stream with PyAV and skip the packets of all other streams.
+
+    Args:
+        ignore_length: read a wav to the end of the file, whatever its header declares.
+        is_counted: an mp3 declares its length.
+
+    Raises:
+        UnsupportedError: FFmpeg does not know the format or the codec.
+    """
+    options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
+    if ignore_length:
+        options["ignore_length"] = "1"
+    try:
+        with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
+            if not clip.streams.audio:
+                raise ClipError("no_audio", "it has no audio stream")
+            stream = clip.streams.audio[0]
+            if stream.codec_context is None:
+                raise UnsupportedError("its audio codec is not supported")
+            for other in clip.streams:
+                if other is not stream:
+                    other.discard = av.stream.Discard.all
+            exact = (*EXACT_LENGTH, "mp3") if is_counted else EXACT_LENGTH
+            return _decode_packets(clip, stream, max_seconds, exact)
+    except av.error.FFmpegError as error:
+        raise UnsupportedError("damaged, or not a supported audio or video format") from error
+
+
+class _Timeline:
+    """Collects the frames of a stream, with silence in place of those that are missing."""
+
+    def __init__(self, sample_rate: int, max_seconds: float, *, has_pauses: bool) -> None:
+        self.sample_rate, self._max_seconds = sample_rate, max_seconds
+        self._has_pauses = has_pauses
+        self.num_samples = self.num_lost = 0
+        self._begin: float | None = None  # time stamp of sample 0
+        self._blocks: list[np.ndarray] = []  # [channels, num_samples]; both may vary
+
+    def append(self, block: np.ndarray, second: float | None) -> None:
+        """Append samples `[channels, num_samples]` at a time stamp in seconds, if they have one."""
+        if second is not None:
+            now = self.num_samples / self.sample_rate
+            gap = 0.0 if self._begin is None else second - self._begin - now
+            if GAP_SECONDS < gap <= self._max_seconds - now:
+                self.append_silence(gap, is_lost=not self._has_pauses)
+            elif self._begin is None or abs(gap) > GAP_SECONDS:  # another clock begins
+                self._begin = second - now
+        self._append(block)
+
+    def append_silence(self, seconds: float, *, is_lost: bool) -> None:
+        """Append silence in place of frames that are missing."""
+        num_samples = round(seconds * self.sample_rate)
+        channels = len(self._blocks[-1]) if self._blocks else 1
+        self._append(np.zeros((channels, num_samples), np.float32))
+        self.num_lost += num_samples * is_lost
+
+    def _append(self, block: np.ndarray) -> None:
+        self._blocks.append(block)
+        self.num_samples += block.shape[1]
+        require_length(self.num_samples / self.sample_rate, self._max_seconds)
+
+    def samples(self) -> np.ndarray:
+        """Return all samples as one channel, `[num_samples]` float32."""
+        most = max((len(block) for block in self._blocks), default=1)
+        if all(len(block) == most for block in self._blocks):
+            empty = np.empty((most, 0), np.float32)
+            return to_mono(np.concatenate([empty, *self._blocks], axis=1))
+        return np.concatenate([to_mono(block) for block in self._blocks])
+
+
+def _decode_packets(
+    clip: av.container.InputContainer,
+    stream: av.AudioStream,
+    max_seconds: float,
+    exact_formats: tuple[str, ...],
+) -> Decoded:
+    require_shape(stream.channels, stream.sample_rate)
+    sound = _Timeline(stream.sample_rate, max_seconds, has_pauses=PAUSES in clip.format.name)
+    stream.codec_context.options = {"err_detect": "crccheck"}  # otherwise damage can be loud noise
+    to_float = av.AudioResampler(format="fltp")
+    for packet in _packets(clip, stream):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            seconds = float((packet.duration or 0) * (packet.time_base or 0))
+            sound.append_silence(seconds, is_lost=True)
+            continue
+        for frame in frames:
+            assert isinstance(frame, av.AudioFrame)
+            if not sound.num_samples:
+                sound.sample_rate = frame.sample_rate  # AAC's header may declare half of it
+            for block in to_float.resample(frame):
+                samples = block.to_ndarray()
+                if frame.sample_rate != sound.sample_rate:
+                    rates = frame.sample_rate, sound.sample_rate
+                    samples = soxr.resample(samples.T, *rates).T
+                sound.append(samples, frame.time)
+    rate = sound.sample_rate
+    seconds, lost = sound.num_samples / rate, sound.num_lost / rate
+    decoded = seconds - lost
+    missing = _declared_seconds(clip, stream, exact_formats) - seconds
+    if MISSING_SECONDS < missing <= max_seconds - seconds:  # a longer one is a false header
+        lost += missing
+    return Decoded(sound.samples(), rate, lost, decoded)
+
+
+def _declared_seconds(
+    clip: av.container.InputContainer, stream: av.AudioStream, exact_formats: tuple[str, ...]
+) -> float:
+    """Return the seconds of sound that the header declares, or 0 if it declares no exact length."""
+    is_exact = any(name in clip.format.name for name in exact_formats)
+    if not is_exact or stream.codec_context.name.startswith(ESTIMATED_CODECS):
+        return 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return (clip.duration or 0) / av.time_base if len(clip.streams) == 1 else 0.0
+
+
+def _packets(
+    clip: av.container.InputContainer, stream: av.AudioStream
+) -> Iterator["av.Packet[av.AudioStream]"]:
+    """Yield the packets of a stream, also those after a place where the container is damaged."""
+    for _ in range(MAX_DEMUX_ERRORS):
+        try:
+            yield from clip.demux(stream)
+            return
+        except av.error.InvalidDataError:
+            continue

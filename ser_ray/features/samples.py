@@ -1,0 +1,138 @@
+"""Decoded samples: the checks, the mixing and the cutting that all formats share."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ser_ray.features.errors import ClipError
+
+MAX_CHANNELS = 8
+SAMPLE_RATES = range(1_000, 192_001)
+"""Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
+MAX_PEAK = 8.0
+"""Largest float sample that is accepted: full scale is 1, and a mix may exceed it a little."""
+INTEGER_PEAK = 2.0**15
+"""Full scale of float samples that a tool left in the 16-bit range. Larger ones are not sound."""
+MISSING_SECONDS = 0.25
+"""The end of a clip is lost if its header declares more than this many additional seconds. Many
+headers are off by less."""
+MIN_LOST_SECONDS = 0.01
+"""Shorter losses are not mentioned."""
+
+
+class Sound(NamedTuple):
+    """What was decoded from a clip."""
+
+    samples: np.ndarray
+    """`[num_samples]`, int16 or float32; lost sound is silent."""
+    sample_rate: int
+    """Hertz."""
+    lost_seconds: float = 0.0
+    """Seconds of the recording that are missing from the file or cannot be decoded."""
+
+    @property
+    def loss(self) -> str | None:
+        """The loss in words; None if nothing was lost."""
+        if self.lost_seconds < MIN_LOST_SECONDS:
+            return None
+        return f"{self.lost_seconds:.2f} s of it are lost: the file is damaged or incomplete"
+
+
+class Decoded(NamedTuple):
+    """What a library decoded, before it is checked."""
+
+    samples: np.ndarray
+    sample_rate: int
+    lost_seconds: float
+    decoded_seconds: float
+    """Seconds of decoded sound, without the silence that replaces lost sound."""
+
+
+def finite(sound: Decoded) -> Sound:
+    """Replace samples that are not finite numbers by silence, and count them as lost."""
+    samples, sample_rate, lost, _ = sound
+    if samples.dtype != np.int16 and not (is_finite := np.isfinite(samples)).all():
+        lost += np.count_nonzero(~is_finite) / sample_rate
+        samples = np.where(is_finite, samples, np.float32(0))
+    return Sound(samples, sample_rate, lost)
+
+
+def full_scale(samples: np.ndarray) -> np.ndarray:
+    """Scale float samples `[num_samples]` to full scale ±1; int16 samples are returned unchanged.
+
+    Raises:
+        ClipError: the samples are not finite or too large to be sound.
+    """
+    if samples.dtype == np.int16 or not samples.size:
+        return samples
+    peak = float(np.abs(samples).max())
+    if peak <= MAX_PEAK:
+        return samples
+    if peak <= INTEGER_PEAK:
+        return samples / np.float32(INTEGER_PEAK)
+    what = f"as large as {peak:g}" if np.isfinite(peak) else "that are not finite numbers"
+    raise ClipError("unreadable", f"it has samples {what}")
+
+
+def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | None]:
+    """Cut a segment out of a recording.
+
+    Args:
+        sound: the recording.
+        start: first second of the segment.
+        end: second at which it ends; None for the end of the recording.
+
+    Returns:
+        The segment, and what is missing from it in words; None if nothing is.
+
+    Raises:
+        ClipError: `beyond_end`, if less than half of the segment is inside the recording.
+    """
+    rate, num_samples = sound.sample_rate, len(sound.samples)
+    first, last = round(start * rate), num_samples if end is None else round(end * rate)
+    samples = sound.samples[first:last]
+    missing = (last - first - len(samples)) / rate
+    if not len(samples) or len(samples) / rate < missing:
+        until = "its end" if end is None else f"{end:.2f} s"
+        raise ClipError(
+            "beyond_end",
+            f"the segment is from {start:.2f} s to {until}, and the file ends at "
+            f"{num_samples / rate:.2f} s",
+        )
+    losses = [f"its file: {sound.loss}"] if sound.loss else []
+    if missing >= MIN_LOST_SECONDS:
+        losses.append(f"{missing:.2f} s of it are after the end of the file")
+    return sound._replace(samples=samples), "; ".join(losses) or None
+
+
+def to_mono(channels: np.ndarray) -> np.ndarray:
+    """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
+
+    The result is usually the mean of the channels. Channels of opposite phase cancel each other in
+    the mean. Therefore the loudest channel is returned if the mean has less than half the power
+    that it would have if only one channel held sound. Constant offsets do not count as power.
+    """
+    if len(channels) == 1 or not channels.size:
+        return channels.mean(axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):  # `finite` deals with these samples
+        mean = channels.mean(axis=0)
+        powers = channels.var(axis=1)
+        if mean.var() < powers.mean() / (2 * len(channels)):
+            return channels[int(np.argmax(powers))]
+    return mean
+
+
+def require_shape(num_channels: int, sample_rate: int) -> None:
+    """Refuse too many channels, and a sample rate outside `SAMPLE_RATES`, as `unreadable`."""
+    if num_channels not in range(1, MAX_CHANNELS + 1) or sample_rate not in SAMPLE_RATES:
+        raise ClipError(
+            "unreadable",
+            f"{num_channels} channels at {sample_rate} Hz: only 1 to {MAX_CHANNELS} channels at "
+            f"{SAMPLE_RATES[0]} to {SAMPLE_RATES[-1]} Hz are read",
+        )
+
+
+def require_length(seconds: float, max_seconds: float) -> None:
+    """Refuse a clip that is longer than this, as `too_long`."""
+    if seconds > max_seconds:
+        raise ClipError("too_long", f"longer than {max_seconds:g} s")
