@@ -20,7 +20,7 @@ from ser_ray.features.mel import POWER_FLOOR, mel_bands
 ENERGY_SECONDS = 0.01
 """Loudness is measured over stretches of this many seconds."""
 SILENCE_POWER = 1e-8
-"""A clip whose loudest stretch has a lower mean square is silent: -80 dB of full scale."""
+"""A recording whose loud stretches have less power is silent: -80 dB of full scale."""
 STEADY_RATIO = 10**0.2
 """Quiet stretches are the steady noise of a room if a tenth and three tenths of all stretches are
 below levels that differ by less than this power ratio, 2 dB. In clean speech they differ by more:
@@ -30,7 +30,8 @@ HEARD_RATIO = 10.0
 NOISE_MARGIN_DB = 9.0
 """Sound is this far above a tenth of a room's stretches; pink noise rises by up to 8 dB."""
 LOUD_STRETCHES = 20
-"""A recording is as loud as its 20th loudest stretch: 0.2 s, which no click lasts."""
+"""A recording is as loud as its 20th loudest stretch: 0.2 s, which no click lasts. If it has fewer
+than 20 times as many stretches, it is as loud as a twentieth of them."""
 BLOCK_STRETCHES = 10_000
 """Stretches that are measured at once."""
 
@@ -39,12 +40,10 @@ BLOCK_STRETCHES = 10_000
 class Loudness:
     """The loudness of every stretch of `ENERGY_SECONDS`, and the threshold of sound."""
 
-    offset: np.float32
-    """Constant offset of the samples, in their own units."""
     stretch: int
     """Samples in a stretch."""
     power: np.ndarray
-    """Mean square of every stretch `[num_stretches]`; the last one is shorter and may be empty."""
+    """Power of every stretch `[num_stretches]`; the last one is shorter and may be empty."""
     threshold: float
     """A stretch with more power than this is sound."""
     above_noise_db: float
@@ -57,8 +56,8 @@ class Loudness:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing in it is loud enough to be sound."""
-        return bool(self.power.max() < SILENCE_POWER)
+        """Whether nothing in it is loud enough, for longer than a click, to be sound."""
+        return np.count_nonzero(self.power >= SILENCE_POWER) < num_loud(len(self.power))
 
 
 class FeatureExtractor:
@@ -86,7 +85,7 @@ class FeatureExtractor:
         if loudness is None:
             loudness = measure_loudness(samples, sample_rate, config.trim_db)
         if loudness.is_silent:
-            raise ClipError("silent", "nothing in it is louder than -80 dB of full scale")
+            raise ClipError("silent", "nothing but clicks is louder than -80 dB of full scale")
         sounding = np.flatnonzero(loudness.is_sound)
         start = int(sounding[0]) * loudness.stretch
         stop = min((int(sounding[-1]) + 1) * loudness.stretch, len(samples))
@@ -100,7 +99,7 @@ class FeatureExtractor:
             raise ClipError(
                 "too_long", f"{seconds:.2f} s of sound, more than {config.max_seconds:g} s"
             )
-        sound = sound - loudness.offset
+        sound = sound - np.float32(sound.mean(dtype=np.float64))
         if samples.dtype == np.int16:
             sound *= np.float32(2**-15)
         if sample_rate == config.sample_rate:
@@ -129,32 +128,47 @@ class FeatureExtractor:
 
 
 def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> Loudness:
-    """Measure samples `[num_samples]`, int16 or float32, without the constant offset in them.
+    """Measure samples `[num_samples]`, int16 or float32.
 
+    The power of a stretch is that of its differences from the straight line that fits it best, so
+    an offset does not count, constant or drifting, and a recorder's rumble below 50 Hz hardly does.
     Sound is louder than `trim_db` below the loudest stretch. Where the quiet stretches are equally
     loud, they are the noise of a room, and sound must also be `NOISE_MARGIN_DB` above them.
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
-    offset = np.float32(samples.mean(dtype=np.float64)) if len(samples) else np.float32(0)
     powers: list[np.ndarray] = []
     for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # hours do not fit as float
-        block = (samples[first : first + BLOCK_STRETCHES * stretch] - offset) * scale
+        block = samples[first : first + BLOCK_STRETCHES * stretch] * scale
         even = len(block) // stretch * stretch
         stretches, rest = block[:even].reshape(-1, stretch), block[even:]
-        powers.append(np.vecdot(stretches, stretches))
-    power = np.append(np.concatenate(powers), np.vdot(rest, rest)) / stretch
+        powers.append(_squares(stretches))
+    power = np.append(np.concatenate(powers), _squares(rest[None])) / stretch
     loudest = power.max()
     threshold = loudest * 10 ** (-trim_db / 10)
     heard = np.sort(power[:-1][power[:-1] > POWER_FLOOR])
     if not len(heard):
-        return Loudness(offset, stretch, power, threshold, 0.0)
+        return Loudness(stretch, power, threshold, 0.0)
     last = len(heard) - 1
     quiet, less_quiet = heard[last // 10], heard[last * 3 // 10]
-    loud = heard[max(last * 19 // 20, last - LOUD_STRETCHES)]
+    loud = heard[-num_loud(len(heard))]
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
         threshold = max(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
-    return Loudness(offset, stretch, power, threshold, float(10 * np.log10(loud / quiet)))
+    return Loudness(stretch, power, threshold, float(10 * np.log10(loud / quiet)))
+
+
+def num_loud(num_stretches: int) -> int:
+    """Return how many of these stretches are at least as loud as the recording."""
+    return min(max(num_stretches // 20, 1), LOUD_STRETCHES)
+
+
+def _squares(stretches: np.ndarray) -> np.ndarray:
+    """Sum the squared differences of each row `[rows, samples]` from its best straight line."""
+    num_samples = stretches.shape[1]
+    line = np.arange(num_samples, dtype=np.float32) - np.float32((num_samples - 1) / 2)
+    centred = stretches - stretches.sum(axis=1, keepdims=True) / max(num_samples, 1)
+    sloping = np.vecdot(centred, line) ** 2 / max(np.vdot(line, line), np.float32(1))
+    return np.maximum(np.vecdot(centred, centred) - sloping, 0)
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

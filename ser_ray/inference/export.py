@@ -29,6 +29,7 @@ from ser_ray.features.mel import POWER_FLOOR
 from ser_ray.features.transforms import (
     ENERGY_SECONDS,
     HEARD_RATIO,
+    LOUD_STRETCHES,
     NOISE_MARGIN_DB,
     SILENCE_POWER,
     STEADY_RATIO,
@@ -94,10 +95,12 @@ class WaveformModel(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Score a waveform [num_samples] -> probabilities [labels]."""
-        centred = waveform.double() - waveform.double().mean()
-        begin, length, is_scored = self._sound(centred)
+        samples = waveform.double()
+        begin, length, is_scored = self._sound(samples)
+        places = torch.arange(waveform.shape[0])
+        is_sound = (places >= begin) & (places < begin + length)
         num_frames = length // self.features.hop_length + 1
-        features = self._features(centred, begin, length)
+        features = self._features(samples - (samples * is_sound).sum() / length, begin, length)
         # Rounded twice, as the shards and the training's tensors round.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
@@ -112,16 +115,22 @@ class WaveformModel(nn.Module):
         stretch = round(ENERGY_SECONDS * config.sample_rate)
         place = torch.arange(num_samples // stretch + 1)
         samples = place[:, None] * stretch + torch.arange(stretch)
-        inside = waveform[samples.clamp(max=num_samples - 1)] * (samples < num_samples)
-        power = inside.square().mean(dim=1)
+        is_inside = (samples < num_samples).double()
+        values = waveform[samples.clamp(max=num_samples - 1)]
+        count = is_inside.sum(dim=1, keepdim=True).clamp(min=1)
+        line = (torch.arange(stretch) - (count - 1) / 2) * is_inside
+        centred = (values - (values * is_inside).sum(dim=1, keepdim=True) / count) * is_inside
+        sloping = (centred * line).sum(dim=1).square() / line.square().sum(dim=1).clamp(min=1)
+        power = (centred.square().sum(dim=1) - sloping).clamp(min=0) / stretch
         loud = power > self._threshold(power)
         first = torch.where(loud, place, num_samples).min() * stretch
         stop = ((torch.where(loud, place, -1).max() + 1) * stretch).clamp(max=num_samples)
         margin = round(config.trim_margin * config.sample_rate)
         begin = (first - margin).clamp(min=0)
         length = (stop + margin).clamp(max=num_samples) - begin
+        num_loud = ((place[-1] + 1) // 20).clamp(1, LOUD_STRETCHES)
         is_scored = (
-            (power.max() >= SILENCE_POWER)
+            ((power >= SILENCE_POWER).sum() >= num_loud)
             & (stop - first >= config.min_seconds * config.sample_rate)
             & (length <= config.max_seconds * config.sample_rate)
         )

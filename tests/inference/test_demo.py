@@ -174,7 +174,7 @@ def test_a_browser_drops_a_clip_and_records_one(page_url, browser_page, predicto
     silent = write_wav(tmp_path / "silent.wav", np.zeros(48_000))
     page.get_by_label("Clear").click()
     drop.set_input_files(silent)
-    page.get_by_text("silent.wav: silent (nothing in it is louder").wait_for()
+    page.get_by_text("silent.wav: silent (nothing but clicks is louder").wait_for()
     assert emotion.count() == 0
 
     page.get_by_label("Clear").click()

@@ -115,7 +115,7 @@ def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
 def test_a_file_that_cannot_be_scored_gets_a_reason_and_no_guess(predictor, tmp_path):
     silence = np.zeros(RATE, np.float32)
     blip = silence.copy()
-    blip[1000:3000] = 0.5
+    blip[1000:3000] = 0.5 * np.sin(np.arange(2000))
     files = {
         "silent": write_wav(tmp_path / "silent.wav", silence),
         "too_short": write_wav(tmp_path / "blip.wav", blip),
