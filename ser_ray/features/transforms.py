@@ -57,7 +57,8 @@ class Loudness:
     @property
     def is_silent(self) -> bool:
         """Whether nothing in it is loud enough, for longer than a click, to be sound."""
-        return np.count_nonzero(self.power >= SILENCE_POWER) < num_loud(len(self.power))
+        num_sounding = np.count_nonzero(self.power >= SILENCE_POWER)
+        return bool(num_sounding < num_loud(len(self.power)))
 
 
 class FeatureExtractor:
