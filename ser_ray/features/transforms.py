@@ -27,8 +27,12 @@ below levels that differ by less than this power ratio, 2 dB. In clean speech th
 by 3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
 HEARD_RATIO = 10.0
 """Unless the loudest stretch is this power ratio, 10 dB, above the noise, nothing is cut off."""
-NOISE_MARGIN_DB = 9.0
-"""Sound is this far above a tenth of a room's stretches; pink noise rises by up to 8 dB."""
+NOISE_MARGIN_DB = (3.0, 9.0)
+"""Sound is this far above a tenth of the stretches of a room, at least and at most. Pink noise
+rises by up to 8 dB, white noise by 1.3 dB (at 48 kHz), and speech fades into it."""
+NOISE_SPREADS = 8.0
+"""Between these bounds, the margin in dB is this many times the difference in level between a tenth
+and three tenths of the stretches. Gaussian noise rises by 6 times this difference in 4 s."""
 LOUD_STRETCHES = 20
 """A recording is as loud as its 20th loudest stretch: 0.2 s, which no click lasts. If it has fewer
 than 20 times as many stretches, it is as loud as a twentieth of them."""
@@ -134,7 +138,8 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     The power of a stretch is that of its differences from the straight line that fits it best, so
     an offset does not count, constant or drifting, and a recorder's rumble below 50 Hz hardly does.
     Sound is louder than `trim_db` below the loudest stretch. Where the quiet stretches are equally
-    loud, they are the noise of a room, and sound must also be `NOISE_MARGIN_DB` above them.
+    loud, they are the noise of a room, and sound must also be above it by a margin that depends on
+    how much it fluctuates (`NOISE_SPREADS`).
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
@@ -154,7 +159,8 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     quiet, less_quiet = heard[last // 10], heard[last * 3 // 10]
     loud = heard[-num_loud(len(heard))]
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
-        threshold = max(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
+        margin_db = np.clip(10 * NOISE_SPREADS * np.log10(less_quiet / quiet), *NOISE_MARGIN_DB)
+        threshold = max(threshold, quiet * 10 ** (margin_db / 10))
     return Loudness(stretch, power, threshold, float(10 * np.log10(loud / quiet)))
 
 

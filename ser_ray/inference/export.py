@@ -31,6 +31,7 @@ from ser_ray.features.transforms import (
     HEARD_RATIO,
     LOUD_STRETCHES,
     NOISE_MARGIN_DB,
+    NOISE_SPREADS,
     SILENCE_POWER,
     STEADY_RATIO,
     FeatureExtractor,
@@ -147,7 +148,9 @@ class WaveformModel(nn.Module):
         quiet, less_quiet = ranked[places.clamp(max=ranked.shape[0] - 1)]
         is_noise = (less_quiet < quiet * STEADY_RATIO) & (loudest > quiet * HEARD_RATIO)
         is_noise = is_noise & (num_silent < ranked.shape[0])
-        raised = torch.maximum(threshold, quiet * 10 ** (NOISE_MARGIN_DB / 10))
+        spread_db = 10 * torch.log10(less_quiet / quiet.clamp(min=POWER_FLOOR))
+        margin_db = (NOISE_SPREADS * spread_db).clamp(*NOISE_MARGIN_DB)
+        raised = torch.maximum(threshold, quiet * 10 ** (margin_db / 10))
         return torch.where(is_noise, raised, threshold)
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:

@@ -233,6 +233,18 @@ def test_a_rooms_noise_is_cut_off_at_the_ends(slope: float, db: float) -> None:
     assert len(EXTRACTOR.waveform(noisy, 16_000)) == pytest.approx(length, abs=0.15 * 16_000)
 
 
+def test_quiet_speech_is_not_cut_off_with_the_noise_of_a_room() -> None:
+    """Speech 7 dB above white noise at its ends, where 9 dB would be needed against pink noise."""
+    rng = np.random.default_rng(3)
+    silence = np.zeros(24_000)
+    quiet = rng.normal(0, 0.005, 8_000)
+    loud = 0.3 * voice(1.0, 16_000)
+    clip = np.concatenate([silence, quiet, loud, quiet, silence]).astype(np.float32)
+    noisy = clip + noise_of(len(clip), -53)
+    expected = len(loud) + 2 * len(quiet) + 2 * CONFIG.trim_margin * 16_000
+    assert len(EXTRACTOR.waveform(noisy, 16_000)) == pytest.approx(expected, abs=0.05 * 16_000)
+
+
 def test_hours_are_measured_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = (3000 * voice(2.0, 16_000)).astype(np.int16)[:31_777]
     expected = measure_loudness(samples, 16_000, 50.0)
