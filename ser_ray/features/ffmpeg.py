@@ -41,7 +41,7 @@ GAP_SECONDS = 0.06
 rounding and from the clocks of recorders."""
 MAX_DEMUX_ERRORS = 100
 """A file whose container is damaged at more places is read up to there."""
-EXACT_LENGTH = ("mp4", "aiff", "flac", "tta", "wv", "matroska")
+EXACT_LENGTH = ("mp4", "aiff", "au", "flac", "tta", "wv", "matroska")
 """Formats whose header declares the length; in others FFmpeg estimates it."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""

@@ -452,7 +452,12 @@ def test_a_text_is_not_called_anything_else(tmp_path: Path, text: bytes) -> None
 
 @pytest.mark.parametrize(
     ("name", "codec", "container"),
-    [("a.mp3", "libmp3lame", "mp3"), ("a.webm", "libopus", "webm"), ("a.flac", "flac", "flac")],
+    [
+        ("a.mp3", "libmp3lame", "mp3"),
+        ("a.webm", "libopus", "webm"),
+        ("a.flac", "flac", "flac"),
+        ("a.au", "pcm_s16be", "au"),
+    ],
 )
 def test_a_lost_end_is_said_if_the_header_declares_the_length(
     tmp_path: Path, name: str, codec: str, container: str
