@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: (item.path.parent.name != "distributed", -slow[item.path]))
 
 
-PLAIN = AugmentConfig(mix_style=0, gain_db=0, tempo=0, vtlp=0, time_masks=0, freq_masks=0, mixup=0)
+PLAIN = AugmentConfig(mix_style=0, gain_db=0, time_masks=0, freq_masks=0, mixup=0)
 """No augmentation but the random crop."""
 
 

@@ -20,14 +20,11 @@ from ser_ray.training.data import Clips, Normalisation
 MIN_VARIANCE = 1e-5
 """Added to the variance of a bin over a clip's frames, in squared standard deviations of the
 training clips."""
-VTLP_BOUNDARY = 0.6
-"""Frequency up to which VTLP multiplies frequencies, as a share of half the sample rate. It is
-F_hi of the paper: 4.8 kHz of 8, above the formants that matter most."""
 
 
 class Augment:
     """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
-    (Zhou 2021), level, tempo, VTLP, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
+    (Zhou 2021), level, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
 
     Args:
         recipe: the recipe, with the strength of each augmentation and the feature kind.
@@ -58,10 +55,6 @@ class Augment:
             if config.noise or config.echo or config.band_limit
             else None
         )
-        self.tempo = config.tempo
-        self.kind, self.features = recipe.feature, features
-        self.vtlp = config.vtlp if recipe.feature != "mfcc" else 0.0
-        self.longest = math.ceil(crop_frames * (1 + self.tempo))
         self.mask = SpecAugment(
             n_time_masks=config.time_masks,
             time_mask_param=min(config.time_mask_frames, crop_frames),
@@ -83,12 +76,11 @@ class Augment:
             Features [batch, 1, bins, crop_frames] float32 and target probabilities
             [batch, labels].
         """
-        lengths = (self.crop_frames * _around_one(self.tempo, rows)).round().long()
-        spare = clips.num_frames[rows] - lengths
+        spare = clips.num_frames[rows] - self.crop_frames
         draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
         # A longer clip is cut at a random frame, a shorter one is placed at random in the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
-        batch, valid = clips.crop(rows, starts, self.longest)
+        batch, valid = clips.crop(rows, starts, self.crop_frames)
         if self.acoustics is not None:
             batch = self.acoustics(batch, valid)
         if self.mix_style:
@@ -96,21 +88,12 @@ class Augment:
         if self.gain_db:
             gain = (torch.rand(len(rows), 1, 1, 1, device=rows.device) * 2 - 1) * self.gain_db
             batch = batch + gain * self.gain_response[:, None] * valid
-        if self.tempo or self.vtlp:
-            factors = _around_one(self.vtlp, rows)
-            bins = vtlp_bins(factors, self.kind, self.features) if self.vtlp else None
-            batch = _resample(batch, lengths / self.longest, bins, self.crop_frames)
         batch = self.mask(batch)
         labels = clips.labels[rows]
         if self.mix is not None and len(rows) > 1:
             mixed, targets = self.mix(batch, labels)
             return mixed, targets
         return batch, torch.nn.functional.one_hot(labels, self.num_labels).float()
-
-
-def _around_one(spread: float, rows: Tensor) -> Tensor:
-    """Draw a factor within 1 ± spread for every row [rows]."""
-    return 1 + (torch.rand(len(rows), device=rows.device) * 2 - 1) * spread
 
 
 def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
@@ -127,72 +110,6 @@ def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
     weight = torch.where(drawn < share, weight, 1.0)
     mean, new = (weight * own + (1 - weight) * own.flip(0) for own in (mean, spread))
     return (apart / spread * new + mean) * valid
-
-
-def _resample(batch: Tensor, frames: Tensor, bins: Tensor | None, num_frames: int) -> Tensor:
-    """Resample a batch in time and frequency by linear interpolation.
-
-    Args:
-        batch: [batch, 1, bins, frames].
-        frames: share of each clip's frames, from the first, that the result covers [batch].
-        bins: fractional bin to read for each bin of the result [batch, bins]. If None, the bins
-            are unchanged.
-        num_frames: number of frames of the result.
-
-    Returns:
-        [batch, 1, bins, num_frames].
-    """
-    shape = (*batch.shape[:3], num_frames)
-    move = torch.zeros(len(batch), 2, 3, device=batch.device)
-    move[:, 0, 0], move[:, 0, 2], move[:, 1, 1] = frames, frames - 1, 1
-    grid = torch.nn.functional.affine_grid(move, list(shape), align_corners=False)
-    if bins is not None:
-        # grid_sample's coordinates go from -1 to 1, from the first bin's edge to the last one's.
-        grid[..., 1] = ((2 * bins + 1) / shape[2] - 1)[:, :, None]
-    return torch.nn.functional.grid_sample(batch, grid, align_corners=False)
-
-
-def vtlp_bins(factors: Tensor, kind: Kind, features: FeatureConfig) -> Tensor:
-    """Compute the fractional bin to read for each bin, so that frequencies are warped by factors.
-
-    A factor moves a tone at f hertz to `warp_frequency(f, factor)`. The inverse, which is needed
-    here, is the warp by 1 / factor.
-
-    Args:
-        factors: warp factor of each clip [batch].
-        kind: spectrogram or mel.
-        features: defines the frequencies of the bins.
-
-    Returns:
-        Fractional bins [batch, bins].
-    """
-    nyquist, num_bins = features.sample_rate / 2, features.num_bins(kind)
-    bins = torch.arange(num_bins, device=factors.device)
-    if kind == "spectrogram":
-        per_bin = nyquist / (num_bins - 1)
-        source = warp_frequency(bins * per_bin, 1 / factors[:, None], nyquist) / per_bin
-    else:  # band i is centred on corner i + 1 of num_mels + 2, evenly spaced on the mel scale
-        lowest, highest = (
-            2595 * math.log10(1 + hertz / 700) for hertz in (features.f_min, nyquist)
-        )
-        per_bin = (highest - lowest) / (num_bins + 1)
-        hertz = 700 * (10 ** ((lowest + (bins + 1) * per_bin) / 2595) - 1)
-        warped = warp_frequency(hertz, 1 / factors[:, None], nyquist)
-        source = (2595 * torch.log10(1 + warped / 700) - lowest) / per_bin - 1
-    return source.clamp(0, num_bins - 1)
-
-
-def warp_frequency(hertz: Tensor, factor: Tensor, nyquist: float) -> Tensor:
-    """Warp frequencies piecewise linearly (Jaitly and Hinton 2013, section 3).
-
-    Frequencies up to a boundary are multiplied by the factor. Above it the warp is a straight line
-    to half the sample rate, which does not move.
-    """
-    boundary = VTLP_BOUNDARY * nyquist * factor.clamp(max=1)
-    slope = (nyquist - boundary) / (nyquist - boundary / factor)
-    return torch.where(
-        hertz <= boundary / factor, hertz * factor, nyquist - slope * (nyquist - hertz)
-    )
 
 
 def gain_response(

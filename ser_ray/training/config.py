@@ -39,12 +39,6 @@ class AugmentConfig:
     off."""
     gain_db: float = 6.0
     """Change the level of each clip by up to ± this many dB, drawn uniformly; 0 is off."""
-    tempo: float = 0.0
-    """Make each clip slower or faster by up to this share; 0 is off."""
-    vtlp: float = 0.0
-    """Vocal-tract-length perturbation (Jaitly and Hinton 2013): multiply the frequencies of each
-    clip by a factor within 1 ± this share, up to 4.8 kHz of 8, as if the speaker had a shorter or
-    longer vocal tract. Has no effect on mfcc; 0 is off."""
     time_masks: int = 2
     """SpecAugment: number of masks in time for each clip; 0 is off."""
     time_mask_frames: int = 16
@@ -62,11 +56,9 @@ class AugmentConfig:
             value = getattr(self, item.name)
             if value < 0:
                 raise ConfigError(f"{item.name} is {value}: it must be 0 (off) or above")
-        for name in ("noise", "echo", "band_limit", "mix_style", "freq_mask_share", "tempo"):
+        for name in ("noise", "echo", "band_limit", "mix_style", "freq_mask_share"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at most 1")
-        if self.vtlp >= 1:
-            raise ConfigError(f"vtlp is {self.vtlp}: it must be below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +98,6 @@ class TrainConfig:
     """Share of the target spread over all labels; 0 is off."""
     balanced: bool = False
     """Draw training clips with replacement, so that every label is equally likely."""
-    sam_rho: float = 0.0
-    """Sharpness-aware minimisation (SAM, Foret 2021): in every step, move the weights this far
-    along their gradient and use the gradient there. Doubles the time of a step; 0 is off."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights: its decay per step. The averaged weights are
     validated and kept; 0 is off."""
@@ -131,9 +120,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in (
-            "fold", "validation_speakers", "patience", "seed", "weight_decay", "sam_rho"
-        ):  # fmt: skip
+        for name in ("fold", "validation_speakers", "patience", "seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         for name in ("label_smoothing", "ema_decay"):

@@ -1,12 +1,9 @@
-"""The optimiser and what is built around it: AdamW, OneCycle, SAM and the moving average."""
+"""The optimiser and what is built around it: AdamW, OneCycle and the moving average."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -72,31 +69,6 @@ def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> On
         div_factor=config.lr_max / config.lr_min,
         final_div_factor=config.final_div_factor,
     )
-
-
-@contextmanager
-def sam_perturbation(network: nn.Module, rho: float) -> Iterator[None]:
-    """Move the weights along their gradient by a step of norm `rho` (Foret 2021, eq. 2).
-
-    The weights are restored on leaving. Batch norm does not update its statistics meanwhile: they
-    stay those of the unmoved weights.
-    """
-    weights: list[Tensor] = list(network.parameters())
-    gradients = [value.grad for value in weights if value.grad is not None]
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad():
-        before = [value.clone() for value in weights]
-        scale = rho / (get_total_norm(gradients) + 1e-12)
-        torch._foreach_add_(weights, torch._foreach_mul(gradients, scale))
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-        with torch.no_grad():
-            torch._foreach_copy_(weights, before)
 
 
 def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:

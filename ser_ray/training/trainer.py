@@ -41,7 +41,6 @@ from ser_ray.training.optim import (
     optimiser_tensors,
     restore_optimiser,
     restore_schedule,
-    sam_perturbation,
     update_ema,
 )
 from ser_ray.training.parts import describe_split
@@ -233,9 +232,6 @@ class Trainer:
         features = features[batch.rank_slice].contiguous(memory_format=torch.channels_last)
         targets = targets[batch.rank_slice]
         loss, num_correct = self._forward_backward(features, targets)
-        if self.config.sam_rho:
-            with sam_perturbation(self.network, self.config.sam_rho):
-                self._forward_backward(features, targets)
         self.optimiser.step()
         if self.ema_network is not None:
             # After the first step the average becomes a copy of the weights, by a decay of 0.

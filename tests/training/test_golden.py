@@ -38,8 +38,8 @@ CONFIG = TrainConfig(
 RECIPES = {
     "default": CONFIG,
     "plain": replace(CONFIG, augment=PLAIN, label_smoothing=0.0, weight_decay=100.0),
-    "augmented": replace(CONFIG, augment=replace(CONFIG.augment, tempo=0.1, vtlp=0.1)),
-    "sam and ema": replace(CONFIG, sam_rho=0.05, ema_decay=0.9),
+    "noisy": replace(CONFIG, augment=replace(CONFIG.augment, noise=0.5, echo=0.5, band_limit=0.5)),
+    "averaged": replace(CONFIG, ema_decay=0.9),
     "balanced": replace(CONFIG, balanced=True, feature="mfcc"),
 }
 """Crops as short as the last stage of the network are trained in float32 on all CPUs."""
