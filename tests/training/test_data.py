@@ -200,6 +200,22 @@ def test_the_seed_determines_the_augmentation():
     assert not torch.equal(draw(1), draw(2))
 
 
+def test_mixup_is_torchvisions_bit_for_bit():
+    from torchvision.transforms.v2 import MixUp
+
+    clips = Clips(torch.randn(4, 5, 2), torch.full((4,), 5), torch.tensor([0, 1, 2, 1]))
+    rows = torch.arange(4)
+    torch.manual_seed(1)
+    plain_batch, _ = Augment(plain(5), FEATURES, 3, unit(2), CPU)(clips, rows)
+    torch.manual_seed(1)
+    mixed, targets = Augment(plain(5, mixup=0.2), FEATURES, 3, unit(2), CPU)(clips, rows)
+    torch.manual_seed(1)
+    Augment(plain(5), FEATURES, 3, unit(2), CPU)(clips, rows)  # what is drawn before the weight
+    expected = MixUp(alpha=0.2, num_classes=3)(plain_batch, clips.labels)
+    assert torch.equal(mixed, expected[0])
+    assert torch.equal(targets, expected[1])
+
+
 def test_mixup_mixes_targets_as_it_mixes_clips():
     torch.manual_seed(0)
     clips = Clips(
