@@ -2,10 +2,11 @@
 
 `python jobs/bench.py train --shards DIR` measures, in one run, on the clips of one fold:
 
-- ours: the loop through Ray Train, with its validation, checkpoints and reports;
+- ours: `train` with one worker, in one process, with its validation, checkpoints and reports;
 - bare: a PyTorch loop of the same arithmetic and nothing else;
-- ray: the bare loop in a worker of Ray Train, so ours / ray shows the cost of this project, and
-  ray / bare the cost of Ray's own processes where the training uses all CPUs;
+- ours_on_ray: ours with `--address local`, as one worker of Ray Train;
+- ray: the bare loop in a worker of Ray Train, so ours_on_ray / ray shows the cost of this project,
+  and ray / bare the cost of Ray's own processes where the training uses all CPUs;
 - ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo, or
   over NCCL with `--device gpu`, where every worker has a GPU;
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
@@ -13,7 +14,9 @@
 
 Each way runs in a fresh Python. Clips per second are those of the training steps after the first
 epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
-of these epochs that is neither training step nor validation. The figures say nothing about workers
+of these epochs that is neither training step nor validation; `processes` counts those that were
+seen besides the first, ten times a second. Every `ours` makes a new MLflow database, which a
+second training in a folder does not. The figures say nothing about workers
 on several nodes.
 """
 
@@ -24,18 +27,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import tyro
 
 from ser_ray.training.config import TrainConfig
 
 RATIOS = (
     ("ours", "bare"),
-    ("ours", "ray"),
+    ("ours_on_ray", "ray"),
+    ("ours", "ours_on_ray"),
     ("ours_ddp", "bare_ddp"),
     ("ours", "stream"),
     ("ingest", "ours"),
@@ -55,7 +61,9 @@ class Bench:
     """What every worker computes on."""
     workers: int = 2
     """Workers of the ways that have several."""
-    ways: tuple[str, ...] = ("bare", "ray", "ours", "bare_ddp", "ours_ddp", "ingest", "stream")
+    ways: tuple[str, ...] = (
+        "bare", "ours", "ray", "ours_on_ray", "bare_ddp", "ours_ddp", "ingest", "stream",
+    )  # fmt: skip
     """What to compare, in this order."""
 
 
@@ -76,6 +84,7 @@ def ours(
     started: float,
     workers: int = 1,
     ingest: Literal["resident", "stream"] = "resident",
+    address: str = "",
 ) -> Timing:
     """Train as users do."""
     from ser_ray.distributed.config import RunConfig
@@ -91,8 +100,9 @@ def ours(
             tracking_uri=f"sqlite:///{folder}/mlflow.db",
         )
         result = train(
-            bench.shards, bench.recipe, run, on_epoch=lambda row: ends.append(time.time())
-        )
+            bench.shards, bench.recipe, run, address=address,
+            on_epoch=lambda row: ends.append(time.time()),
+        )  # fmt: skip
     rows = result.history
     steps = bench_steps(bench)
     in_steps = [steps[1] / row["speed/clips_per_second"] for row in rows]
@@ -324,27 +334,48 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
     Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
 
 
-def measure(bench: Bench, way: str) -> Timing:
-    """Measure one way in a fresh Python, whose memory holds nothing of the other ways."""
+def measure(bench: Bench, way: str) -> tuple[Timing, int]:
+    """Measure one way in a fresh Python, whose memory holds nothing of the other ways.
+
+    Returns:
+        The timing, and the number of processes that the first one started.
+    """
     order = asdict(bench) | {"way": way, "started": time.time()}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         command = [sys.executable, __file__, "one", json.dumps(order), str(answer)]
-        subprocess.run(command, check=True)
-        return Timing(**json.loads(answer.read_text()))
+        with subprocess.Popen(command) as process:
+            seen = children_seen(process)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return Timing(**json.loads(answer.read_text())), seen
+
+
+def children_seen(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end of a process, and count the processes below it that were seen meanwhile."""
+    seen: set[int] = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            seen |= {each.pid for each in psutil.Process(process.pid).children(recursive=True)}
+        time.sleep(0.1)
+    return len(seen)
 
 
 def one(order: dict[str, Any], answer: Path) -> None:
     """Do what `measure` asks for."""
     way, started = order.pop("way"), order.pop("started")
     bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
-    name, _, several = way.partition("_")
-    workers = (bench.workers,) if several else ()
-    streamed = partial(ours, ingest="stream")
     functions: dict[str, Callable[..., Timing]] = {
-        "ours": ours, "bare": bare, "ray": ray, "ingest": streamed, "stream": stream,
-    }  # fmt: skip
-    timing = functions[name](bench, started, *workers)
+        "ours": ours,
+        "bare": bare,
+        "ours_on_ray": partial(ours, address="local"),
+        "ray": ray,
+        "ours_ddp": partial(ours, workers=bench.workers),
+        "bare_ddp": partial(bare, workers=bench.workers),
+        "ingest": partial(ours, ingest="stream"),
+        "stream": stream,
+    }
+    timing = functions[way](bench, started)
     answer.write_text(json.dumps(asdict(timing)))
 
 
@@ -352,16 +383,18 @@ def train(bench: Bench) -> None:
     """Measure all ways and print them with their ratios."""
     found: dict[str, Timing] = {}
     for way in bench.ways:
-        timing = found[way] = measure(bench, way)
+        timing, processes = measure(bench, way)
+        found[way] = timing
         print(
-            f"{way:9} {timing.clips_per_second:7.1f} clips/s  outside {timing.outside:6.1%}  "
-            f"first step after {timing.first_step:5.1f} s",
+            f"{way:11} {timing.clips_per_second:7.1f} clips/s  outside {timing.outside:6.1%}  "
+            f"first step after {timing.first_step:5.1f} s  {processes:3} processes",
             flush=True,
         )
     for way, against in RATIOS:
         if way in found and against in found:
             ratio = found[way].clips_per_second / found[against].clips_per_second
-            print(f"{way} / {against}: {ratio:.2f}")
+            start = found[way].first_step / found[against].first_step
+            print(f"{way} / {against}: {ratio:.2f} of the speed, first step after {start:.2f}")
 
 
 if __name__ == "__main__":
