@@ -12,7 +12,8 @@ plots        numbers -> figures
 inference    a checkpoint -> the emotion in any audio files, ONNX, a model for MLflow, a demo page
 tracking     MLflow: runs, registered models, the server of a cluster
 evaluation   a checkpoint's answers -> scores, statistics, a model card, pages
-distributed  Ray Train around the training: workers, storage, failures, the run's record
+distributed  one training as a run: its folder, its record, and its workers, of which the only one
+             is this process and several, or those of a named cluster, belong to Ray Train
 search       Ray Tune around the training: searches and cross-validations
 api          these steps as Python functions, which `ser_ray` itself offers by name
 cli          these steps as verbs of the command line

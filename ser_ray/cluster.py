@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -362,8 +362,13 @@ def free_resources() -> str:
     """Return the CPUs and GPUs that nothing uses at present, in words."""
     import ray
 
-    free = ray.available_resources()
-    return ", ".join(f"{free.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    return in_words({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())
+
+
+def in_words(resources: Mapping[str, float]) -> str:
+    """Name the CPUs and GPUs among some resources."""
+    names = [name for name in ("CPU", "GPU") if name in resources]
+    return ", ".join(f"{resources[name]:g} {name}s" for name in names)
 
 
 def placement_groups(*, with_room: bool = False) -> set[str]:

@@ -9,9 +9,9 @@ numbers of all epochs before it, so reports that did not reach the caller are re
 
 import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from time import localtime, monotonic, strftime, time
@@ -21,10 +21,16 @@ import ray.train
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ser_ray.cluster import free_resources, placement_groups, remove_placement_groups
+from ser_ray.cluster import (
+    free_resources,
+    in_words,
+    placement_groups,
+    remove_placement_groups,
+)
 from ser_ray.distributed.callbacks import DriverCallback
 from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.process_group import torch_config
@@ -219,13 +225,13 @@ class WorkerGroup:
 
 
 class PlaceWatch:
-    """Says what a training waits for, and ends one that waits too long.
+    """Says what workers or trials wait for, and ends a training or search that waits too long.
 
-    Ray says nothing to a driver, and lets an elastic training wait forever.
+    Ray says nothing to a driver, and lets an elastic training or a search wait forever.
 
     Args:
-        other_groups: ids of the placement groups that are not this training's.
-        need: the workers that need room, in words.
+        other_groups: ids of the placement groups that do not count.
+        need: what needs room, in words.
     """
 
     def __init__(self, other_groups: set[str], need: str) -> None:
@@ -233,7 +239,7 @@ class PlaceWatch:
         self.had_places = self.looked = self.told = monotonic()
 
     def require_places(self) -> None:
-        """Check every START_SECONDS whether this training has a placement group with room.
+        """Check every START_SECONDS whether there is a placement group with room.
 
         Raises:
             ResourcesError: it has had none for START_ATTEMPTS times START_SECONDS.
@@ -245,8 +251,8 @@ class PlaceWatch:
             self.had_places = self.told = self.looked
         elif self.looked - self.had_places >= START_SECONDS * START_ATTEMPTS:
             raise ResourcesError(
-                f"the cluster had no room for the workers for {START_SECONDS * START_ATTEMPTS:g} "
-                "seconds: give the same command again when there is room, or ask for fewer workers"
+                f"the cluster had no room for {self.need} for {START_SECONDS * START_ATTEMPTS:g} "
+                "seconds: give the same command again when there is room, or ask for less"
             )
         elif self.looked - self.told >= TELL_SECONDS:
             self.told = self.looked
@@ -258,15 +264,32 @@ class PlaceWatch:
             )
 
 
+@contextmanager
+def placed(bundle: dict[str, float], need: str) -> Iterator[PlacementGroup]:
+    """Yield a placement group as soon as the cluster has room for it, and release it at the end.
+
+    Args:
+        bundle: its resources.
+        need: what needs them, in words (`PlaceWatch`).
+
+    Raises:
+        ResourcesError: there was no room.
+    """
+    watch = PlaceWatch(placement_groups(), need)
+    group = placement_group([bundle])
+    try:
+        while not group.wait(1):
+            watch.require_places()
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
 def _need(scaling: ScalingConfig) -> str:
     """The workers that a group needs room for, in words."""
     fewest = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
-    each = (
-        "1 GPU"
-        if scaling.use_gpu
-        else f"{(scaling.resources_per_worker or {}).get('CPU', 1):g} CPUs"
-    )
-    return f"{fewest} workers with {each} each"
+    each = {"GPU": 1.0} if scaling.use_gpu else scaling.resources_per_worker or {"CPU": 1.0}
+    return f"{fewest} workers with {in_words(each)} each"
 
 
 def _name(checkpoint: StoredCheckpoint | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from ser_ray.cluster import (
     cluster,
     cpus_per_worker,
+    in_words,
     needs_ray,
     require_kept,
     require_shared,
@@ -124,6 +125,9 @@ def _steps_on_ray(
 ) -> Generator[tuple[float, float]]:
     """Yield the learning rate and the loss of every step, from a Ray task."""
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from ser_ray.distributed.group import placed
 
     def run() -> Iterator[tuple[float, float] | SerRayError]:
         try:
@@ -131,13 +135,21 @@ def _steps_on_ray(
         except SerRayError as problem:  # yielded, because Ray would wrap it
             yield problem
 
-    size = {"num_gpus": 1} if gpu else {"num_cpus": cpus_per_worker(1)}
+    cpus, gpus = (1, 1) if gpu else (cpus_per_worker(1), 0)
+    bundle: dict[str, float] = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     try:
-        for reference in ray.remote(num_returns="streaming", **size)(run).remote():
-            step = ray.get(reference)
-            if isinstance(step, SerRayError):
-                raise step
-            yield step
+        with placed(bundle, f"a range test with {in_words(bundle)}") as room:
+            task = ray.remote(
+                num_returns="streaming",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(room),
+            )(run)
+            for reference in task.remote():
+                step = ray.get(reference)
+                if isinstance(step, SerRayError):
+                    raise step
+                yield step
     except ray.exceptions.RayError as error:
         raise SerRayError(f"the range test failed: {first_line(error)}") from error
 

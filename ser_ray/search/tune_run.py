@@ -12,13 +12,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 from ray import tune
 
+from ser_ray.cluster import in_words, placement_groups
+from ser_ray.distributed.group import PlaceWatch
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, run_trial
 from ser_ray.search.plan import Plan
 from ser_ray.search.ray_internals import has_snapshot
+from ser_ray.search.slots import Slots
 from ser_ray.training.model import Pretrained
 
 SNAPSHOT_SECONDS = 2
@@ -45,6 +49,7 @@ def run_trials(
 
     Raises:
         KeyboardInterrupt: Ctrl-C ended it; the same call resumes.
+        ResourcesError: there was no room for any trial.
     """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -69,7 +74,7 @@ def run_trials(
             num_samples=plan.num_samples,
             search_alg=plan.algorithm,
             scheduler=plan.scheduler,
-            callbacks=[study],
+            callbacks=[study, RoomCallback(setup.slots)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             max_failures=max_failures,
             reuse_actors=True,
@@ -77,6 +82,18 @@ def run_trials(
             raise_on_failed_trial=False,
             verbose=0,
         )
+
+
+class RoomCallback(tune.Callback):
+    """Says every minute that no trial has room (`ser_ray.distributed.group.PlaceWatch`)."""
+
+    def __init__(self, slots: Slots) -> None:
+        need = f"a trial with {in_words(slots.bundle())}"
+        self.watch = PlaceWatch(placement_groups(), need)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look for room after each turn of Tune's loop."""
+        self.watch.require_places()
 
 
 @contextmanager

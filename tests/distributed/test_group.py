@@ -101,7 +101,7 @@ def test_waiting_for_places_ends_with_an_error_unless_there_are_some(
     held = now
     assert caplog.messages == []
     ours = {"other"}
-    with pytest.raises(ResourcesError, match="no room for the workers for 1800 seconds"):  # noqa: PT012
+    with pytest.raises(ResourcesError, match="no room for 2 workers with 3 CPUs each for"):  # noqa: PT012
         while True:
             now += group.START_SECONDS
             watch.require_places()
