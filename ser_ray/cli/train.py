@@ -68,7 +68,6 @@ class Train(TrainingVerb):
 def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
     """Make the output of a finished training on a shard set."""
     selected, card = result.selected, result.card
-    best = max(result.history, key=lambda row: row["val/ua"])
     data = {
         "name": result.name,
         "checkpoint": result.checkpoint,
@@ -80,16 +79,20 @@ def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
         "selected": selected,
         "history": result.history,
     }
-    lines = (
-        f"trained on   {card.trained_on}, {card.split['label']}",
-        f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
-        f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}; "
-        f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}",
-        f"checkpoint   {result.checkpoint}",
-        *_report_lines(result),
-    )
-    command = next_command("evaluate", result.checkpoint, shards=shards)
-    return Outcome(data, "\n".join(lines), f"test it      {command}", problem=result.undelivered)
+    lines = [f"trained on   {card.trained_on}, {card.split['label']}"]
+    if "val/ua" in selected:
+        best = max(result.history, key=lambda row: row["val/ua"])
+        lines.append(
+            f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
+            f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}; "
+            f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}"
+        )
+        command = next_command("evaluate", result.checkpoint, shards=shards)
+        advice = f"test it      {command}"
+    else:
+        advice = f"register it  {next_command('register', result.run_id)}"
+    lines += [f"checkpoint   {result.checkpoint}", *_report_lines(result)]
+    return Outcome(data, "\n".join(lines), advice, problem=result.undelivered)
 
 
 class Reported(Protocol):

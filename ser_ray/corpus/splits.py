@@ -28,12 +28,15 @@ from ser_ray.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+ALL = "all"
+"""The protocol of a model to ship, whose recipe was chosen under another protocol."""
 PROTOCOLS = {
     "emobox-6": "the six folds of EmoBox over RAVDESS's 24 actors",
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
     "loso": "leave one speaker out: as many folds as speakers",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
     "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
+    ALL: "no folds: every speaker trains the model, which has no validation or test scores",
 }
 """The names that `--protocol` accepts, and their meaning."""
 
@@ -88,6 +91,8 @@ class Split:
     @property
     def label(self) -> str:
         """The protocol and fold in the words of every caption."""
+        if self.protocol == ALL:
+            return "all speakers, no validation or test part"
         return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
 
 
@@ -129,7 +134,9 @@ def split(
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold is {fold}: {protocol} has folds 0 to {len(folds) - 1} here")
     groups = _groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
-    if protocol == "random":
+    if protocol == ALL:
+        sides = np.full(len(speakers), _TRAIN)
+    elif protocol == "random":
         sides = _draw_takes(fold, groups, clips["emotion"].to_pylist(), seed)
     else:
         sides = np.full(len(speakers), _TRAIN)
@@ -144,7 +151,8 @@ def split(
     )
     who = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
     drawn = Split(protocol, fold, train, validation, test, left_out, *who)
-    _check_sides(drawn, sorted(sexes), folds[fold])
+    if protocol != ALL:
+        _check_sides(drawn, sorted(sexes), folds[fold])
     return drawn
 
 
@@ -174,6 +182,8 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
 
 def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[str, ...]]:
     """Return the test speakers of every fold; none for `random`, whose folds are drawn by take."""
+    if protocol == ALL:
+        return [()]
     if protocol == "random":
         return [()] * _RANDOM_FOLDS
     if protocol == "loso":

@@ -44,8 +44,8 @@ class EpochTable:
     def __call__(self, row: Mapping[str, float]) -> None:
         """Show an epoch that has ended."""
         is_first, self._last, self._ended_at = not self._last, row, time.monotonic()
-        is_best = row["val/ua"] > self._best
-        self._best = max(self._best, row["val/ua"])
+        is_best = row.get("val/ua", -1.0) > self._best
+        self._best = max(self._best, row.get("val/ua", -1.0))
         if not self.console.is_terminal:
             self.console.print(self._log_line(row) + (BEST if is_best else ""))
             return
@@ -53,7 +53,7 @@ class EpochTable:
             self.console.print(HEADER, style="bold")
         line = (
             f"{row['epoch']:4.0f}/{self.epochs:<3} {row['train/loss']:7.3f} "
-            f"{row['val/loss']:8.3f} {row['val/ua']:7.1%} {row['val/wa']:7.1%} {row['lr']:9.2e} "
+            f"{_validation(row):24} {row['lr']:9.2e} "
             f"{row['speed/clips_per_second']:7.0f} {clock(row['speed/epoch_seconds']):>6}"
         )
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
@@ -79,9 +79,21 @@ class EpochTable:
 
     def _log_line(self, row: Mapping[str, float]) -> str:
         left = (self.epochs - row["epoch"]) * row["speed/epoch_seconds"]
+        validation = ""
+        if "val/ua" in row:
+            validation = (
+                f", validation {row['val/loss']:.3f}  "
+                f"UA {row['val/ua']:6.1%}  WA {row['val/wa']:6.1%}"
+            )
         return (
             f"epoch {row['epoch']:3.0f}/{self.epochs}  "
-            f"loss {row['train/loss']:.3f}, validation {row['val/loss']:.3f}  "
-            f"UA {row['val/ua']:6.1%}  WA {row['val/wa']:6.1%}  lr {row['lr']:.2e}  "
+            f"loss {row['train/loss']:.3f}{validation}  lr {row['lr']:.2e}  "
             f"{row['speed/clips_per_second']:5.0f} clips/s  {clock(left)} left"
         )
+
+
+def _validation(row: Mapping[str, float]) -> str:
+    """The validation columns of a row; empty without validation clips."""
+    if "val/ua" not in row:
+        return ""
+    return f"{row['val/loss']:8.3f} {row['val/ua']:7.1%} {row['val/wa']:7.1%}"

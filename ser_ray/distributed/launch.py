@@ -38,7 +38,7 @@ from ser_ray.tracking.about import data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run, now_ms, run_to_resume
-from ser_ray.training.checkpoint import CheckpointCard
+from ser_ray.training.checkpoint import CheckpointCard, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.model import Pretrained, read_pretrained
@@ -240,7 +240,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
     If the tracking server does not answer, the record says so: the same command delivers the rest.
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
-    from ser_ray.evaluation.pages import run_page
+    from ser_ray.evaluation.pages import run_page, unscored_page
     from ser_ray.evaluation.rendering import store_page
 
     newest = folder.newest()
@@ -257,22 +257,23 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
         folder.keep_selected(newest, origin, selected)
         folder.update_record(finished=True)
         try:
-            # Scored by the workers: all validation clips may not fit into the driver's memory.
-            evaluation = evaluate(
-                selected,
-                shards.uri,
-                part="validation",
-                probabilities=folder.validation_probabilities(newest),
-            )
-            page = run_page(
-                evaluation,
-                name=folder.name,
-                history=newest.progress["history"],
-                learning_rates=newest.progress["learning_rates"],
-                audio=audio,
-            )
+            card, evaluation = read_card(selected), None
+            epochs: dict[str, Any] = {
+                name: newest.progress[name] for name in ("history", "learning_rates")
+            }
+            if card.split["validation_speakers"]:
+                # Scored by the workers: all validation clips may not fit into the driver's memory.
+                evaluation = evaluate(
+                    selected,
+                    shards.uri,
+                    part="validation",
+                    probabilities=folder.validation_probabilities(newest),
+                )
+                page = run_page(evaluation, name=folder.name, audio=audio, **epochs)
+            else:
+                page = unscored_page(card, run_id=tracker.run_id, name=folder.name, **epochs)
             store_page(page, folder.report)
-            _log_outcome(tracker, selected, evaluation, newest.progress, page)
+            _log_outcome(tracker, selected, card, evaluation, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
             tracker.abandon(error)
@@ -284,7 +285,8 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
 def _log_outcome(
     tracker: Tracker,
     checkpoint: Path,
-    evaluation: Evaluation,
+    card: CheckpointCard,
+    evaluation: Evaluation | None,
     progress: dict[str, Any],
     page: str,
 ) -> None:
@@ -293,23 +295,25 @@ def _log_outcome(
     from ser_ray.plots.scores import confusion_figure
     from ser_ray.plots.training import curves_figure
 
-    selected, history, card = progress["selected"], progress["history"], evaluation.card
+    selected, history = progress["selected"], progress["history"]
     tracker.deliver()
-    title = f"validation, {card.split['label']}, {card.trained_on}"
-    confusion = np.asarray(progress["selected_confusion"])
+    title = f"{card.split['label']}, {card.trained_on}"
     precision = "bfloat16" if selected.get("bfloat16") else "float32"
     tracker.log_params({"initial_weights": card.initial_weights, "precision": precision})
     tracker.log_files(
         {
             REPORT: page,
-            "plots/validation_confusion.png": confusion_figure(confusion, card.labels, title),
             "plots/curves.png": curves_figure(history, selected, title),
             "tables/history.json": history,
         }
     )
     tracker.log_model(checkpoint, card.labels)
     tracker.log_scores(selected_metrics(selected), now_ms())
-    tracker.describe(Validation=evaluation.sentence)
+    if evaluation is not None:
+        confusion = np.asarray(progress["selected_confusion"])
+        figure = confusion_figure(confusion, card.labels, f"validation, {title}")
+        tracker.log_files({"plots/validation_confusion.png": figure})
+        tracker.describe(Validation=evaluation.sentence)
     tracker.finish("FINISHED")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ser_ray.corpus.splits import one_clip_per_take
+from ser_ray.corpus.splits import ALL, one_clip_per_take
 from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsError
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.results import Evaluation, Part, predictions_table
@@ -191,7 +191,13 @@ def _rows(
         validation_speakers=config.validation_speakers if is_own else 0,
     )
     parts = select_rows(table, wanted)
-    return getattr(parts, part), parts.label, is_own
+    rows = getattr(parts, part)
+    if not len(rows):
+        raise ConfigError(
+            f"{shards.uri}: protocol {ALL} has no {part} part, because every speaker is trained "
+            "on: name shards of other speakers"
+        )
+    return rows, parts.label, is_own
 
 
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
     if run_id:
         with suppress(TrackingError):
             scores = read_test_scores(run_id, tracking_uri)
+    if not card.split["test_speakers"]:
+        return "It was trained on all speakers of its corpus, so it has no test score of its own."
     if scores is None:
         return "It has not been scored on its test clips yet: ser-ray evaluate does that."
     clips = (

@@ -94,14 +94,40 @@ def run_page(
         learning_rates: learning rate of every step of the training [steps].
         audio: whether the page contains the sound of the clips that it shows, with players.
     """
-    card = evaluation.card
+    part, run_id = _part(evaluation, audio=audio), evaluation.origin.get("run_id", "")
+    return _training_page(evaluation.card, part, run_id, name, history, learning_rates)
+
+
+def unscored_page(
+    card: CheckpointCard,
+    *,
+    run_id: str,
+    name: str,
+    history: History,
+    learning_rates: Sequence[float],
+) -> str:
+    """The page of a training on all speakers, which has no clips to score it on.
+
+    The arguments are as for `run_page`.
+    """
+    return _training_page(card, None, run_id, name, history, learning_rates)
+
+
+def _training_page(
+    card: CheckpointCard,
+    part: dict[str, Any] | None,
+    run_id: str,
+    name: str,
+    history: History,
+    learning_rates: Sequence[float],
+) -> str:
     return _page(
         "run",
         "Training",
         name,
-        evaluation.corpus,
-        facts=_facts_of(card) | {"MLflow run": evaluation.origin.get("run_id", "")},
-        part=_part(evaluation, audio=audio),
+        card.corpus,
+        facts=_facts_of(card) | {"MLflow run": run_id},
+        part=part,
         folds=[],
         training=_training(history, learning_rates, card.config),
         settings=_settings(card.config) | {"started from": card.initial_weights},
@@ -440,7 +466,7 @@ def _facts_of(card: CheckpointCard) -> dict[str, str]:
     }
     return {
         "Protocol": card.split["label"],
-        **{name: f"{len(those)}: {', '.join(those)}" for name, those in speakers.items()},
+        **{name: f"{len(those)}: {', '.join(those)}" for name, those in speakers.items() if those},
         "Features": card.config.feature,
     }
 

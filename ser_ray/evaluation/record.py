@@ -81,8 +81,9 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
         "feature": card.config.feature,
         "corpus": card.corpus,
         SHARDS_TAG: card.shards_fingerprint,
-        "val/ua": f"{validation_ua:.4f}",
     }
+    if validation_ua is not None:
+        tags["val/ua"] = f"{validation_ua:.4f}"
     if scores is not None:
         tags["test/ua"] = f"{scores['ua']:.4f}"
     return register_model(run_id, tracking_uri, name, alias, tags, text), text

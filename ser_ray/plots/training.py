@@ -24,7 +24,8 @@ def curves_figure(
     """Draw the loss, and WA and UA, of every epoch, and mark the selected one.
 
     Args:
-        history: rows with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua.
+        history: rows with the keys epoch, train/loss, train/wa and, if the training has validation
+            clips, val/loss, val/wa and val/ua.
         selected: the row of the epoch whose weights were kept.
         title: shown above.
     """
@@ -32,10 +33,16 @@ def curves_figure(
     losses, accuracies = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     for key, (name, colour, dashes) in _SERIES.items():
+        if key not in selected:
+            continue
         axes = losses if key.endswith("loss") else accuracies
         values = [row[key] for row in history]
         axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
-    accuracies.plot(selected["epoch"], selected["val/ua"], "o", color=VERMILION, fillstyle="none")
+    marked = f"marked: epoch {selected['epoch']:.0f}"
+    if "val/ua" in selected:
+        point = selected["epoch"], selected["val/ua"]
+        accuracies.plot(*point, "o", color=VERMILION, fillstyle="none")
+        marked += f", validation UA {selected['val/ua']:.1%}"
     losses.set_ylabel("loss")
     accuracies.set_ylabel("accuracy")
     accuracies.set_ylim(0, 1)
@@ -47,7 +54,6 @@ def curves_figure(
         axes.axvline(selected["epoch"], color=GREY, linestyle=":")
         legend_above(axes, columns=3)
         tidy(axes)
-    marked = f"marked: epoch {selected['epoch']:.0f}, validation UA {selected['val/ua']:.1%}"
     return entitle(figure, title, marked)
 
 

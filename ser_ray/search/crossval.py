@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
-from ser_ray.corpus.splits import dependence_of, num_folds
+from ser_ray.corpus.splits import ALL, dependence_of, num_folds
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
@@ -74,6 +74,8 @@ def plan_crossval(
             f"fold is {recipe.fold}: crossval trains every fold, or those of --folds; leave --fold "
             "out"
         )
+    if recipe.protocol == ALL:
+        raise ConfigError(f"protocol is {ALL}, which has no folds to test on: choose another")
     shards = open_shards(absolute(shards_location))
     table = shards.clips()
     count = num_folds(recipe.protocol, table["speaker"].to_pylist())

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.splits import ALL
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import command_like
 from ser_ray.distributed.run_folder import RunFolder
@@ -118,11 +119,16 @@ def search(
 
 
 def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
-    """Refuse a search whose trials are validated on different clips.
+    """Refuse a search whose trials are validated on different clips, or on none.
 
     Raises:
-        ConfigError: the seed is searched under the protocol whose split it draws.
+        ConfigError: the seed is searched under the protocol whose split it draws, or the protocol
+            has no validation clips.
     """
+    if recipe.protocol == ALL:
+        raise ConfigError(
+            f"protocol is {ALL}, which has no validation clips to compare trials on: choose another"
+        )
     if recipe.protocol == "random" and any(item.name == "seed" for item in config.dimensions):
         raise ConfigError(
             "space: seed cannot be searched with protocol random: the seed draws the split, and "

@@ -69,6 +69,8 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         experiment = run.info.experiment_id
         children = list(search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
         scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
+        if not scored and model_of(client, run_id):  # it was trained on all speakers
+            return run_id
         if not scored:
             raise TrackingError(
                 f"{run_id}: neither this run nor one nested in it has a validation UA"
@@ -110,8 +112,8 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
     return scores
 
 
-def read_validation_ua(run_id: str, tracking_uri: str) -> float:
-    """Return the UA of a finished training on its validation part, from 0 to 1.
+def read_validation_ua(run_id: str, tracking_uri: str) -> float | None:
+    """Return the UA of a finished training on its validation part, from 0 to 1, if it has one.
 
     Raises:
         TrackingError: the store does not answer, or has no such run.
@@ -119,7 +121,7 @@ def read_validation_ua(run_id: str, tracking_uri: str) -> float:
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
     with store_answers(f"{run_id}: cannot be read from {uri}"):
-        return float(client.get_run(run_id).data.metrics[SELECTED_BY])
+        return client.get_run(run_id).data.metrics.get(SELECTED_BY)
 
 
 def register_model(

@@ -69,7 +69,7 @@ class TrainConfig:
     """Kind of features that the network is trained on."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
-    speaker) or random (speaker-dependent)."""
+    speaker), random (speaker-dependent) or all (every speaker trains the model; no scores)."""
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
@@ -138,6 +138,11 @@ class TrainConfig:
             raise ConfigError(
                 f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "
                 "from lr_min to lr_max, so lr_min must be the smaller one (are they swapped?)"
+            )
+        if self.protocol == "all" and self.keep == "best":
+            raise ConfigError(
+                "keep is best: the protocol all has no validation clips that could tell which "
+                "epoch is best; keep the last"
             )
         if not 0 < self.pct_start < 1:
             raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.corpus.splits import Split, one_clip_per_take, split
+from ser_ray.corpus.splits import ALL, Split, one_clip_per_take, split
 from ser_ray.errors import ConfigError
 from ser_ray.training.config import TrainConfig
 
@@ -18,7 +18,8 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
     order of the takes.
 
     Raises:
-        ConfigError: a part of the fold is empty, or its training clips have one label only.
+        ConfigError: a part of the fold is empty, or its training clips have one label only. With
+            the protocol all, only the training part must have clips.
     """
     rows = one_clip_per_take(clips)
     rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
@@ -32,7 +33,7 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
 
     def select(part: np.ndarray, channel: str, name: str) -> np.ndarray:
         kept = on_channel(clips, rows[part], channel)
-        if not len(kept):
+        if not len(kept) and not (config.protocol == ALL and name != "training"):
             raise ConfigError(
                 f"{parts.label}: the {name} part holds no {channel} clip; choose another channel"
             )

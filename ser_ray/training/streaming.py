@@ -250,7 +250,7 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
 
 def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:
     """Memory of one clip, padded to the longest of clips of `num_frames` frames [clips]."""
-    return num_bins * int(num_frames.max()) * np.dtype(np.float16).itemsize
+    return num_bins * int(num_frames.max(initial=1)) * np.dtype(np.float16).itemsize
 
 
 def _measure(reader: Reader, device: torch.device, world: World, fetch: Fetch) -> Normalisation:

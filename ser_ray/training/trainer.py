@@ -63,7 +63,8 @@ class EpochReport:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
         row: the epoch's metrics, by the names they are logged under.
         learning_rates: learning rate of every step of the epoch.
-        confusion: counts of the validation clips [labels, labels], row = true label.
+        confusion: counts of the validation clips [labels, labels], row = true label; empty without
+            validation clips.
         is_selected: whether this epoch is the selected one so far (`TrainConfig.keep`).
     """
 
@@ -252,10 +253,16 @@ class Trainer:
         self._require_finite()
         self.training_seconds = time.perf_counter() - self.began
 
-    def validate(self) -> Scores:
-        """Score every validation clip once. Each worker scores its share; all get the total."""
+    def validate(self) -> Scores | None:
+        """Score every validation clip once. Each worker scores its share; all get the total.
+
+        Returns:
+            The scores, or None if there are no validation clips.
+        """
         self._average_batch_norm()
         clips, num_labels = self.data.validation, len(self.data.labels)
+        if not len(clips):
+            return None
         rows = np.arange(len(clips))[self.world.rank_slice]
         probabilities = predict_clips(self.kept_network, clips, rows, self.config, num_labels)
         truth = clips.labels[torch.from_numpy(rows).to(self.device)].cpu().numpy()
@@ -269,14 +276,15 @@ class Trainer:
         self.validation_probabilities = self.world.all_reduce_sum(of_all)
         return Scores(counts.cpu().numpy(), float(loss) / len(clips))
 
-    def finish_epoch(self, scores: Scores) -> EpochReport:
-        """Record the epoch with its validation scores, and prepare the next."""
+    def finish_epoch(self, scores: Scores | None) -> EpochReport:
+        """Record the epoch with its validation scores, if it has any, and prepare the next."""
         progress, num_steps = self.progress, self.progress.step - self.first_step
+        validation = {} if scores is None else scores.to_dict()
         row = {
             "epoch": float(progress.epoch + 1),
             "train/loss": float(self.losses.mean()),
             "train/wa": float(self.num_correct) / (self.steps_per_epoch * self.batch_size),
-            **{f"val/{name}": value for name, value in scores.to_dict().items()},
+            **{f"val/{name}": value for name, value in validation.items()},
             "lr": progress.learning_rates[-1],
             "speed/workers": float(self.world.size),
             "bfloat16": float(self.autocast),
@@ -286,7 +294,7 @@ class Trainer:
         progress.history.append(row)
         progress.times_ms.append(time.time_ns() // 1_000_000)
         is_selected = selected_epoch(progress.history, self.config.keep) == progress.epoch
-        confusion = scores.confusion.tolist()
+        confusion = [] if scores is None else scores.confusion.tolist()
         if is_selected:
             progress.selected, progress.selected_confusion = row, confusion
         learning_rates = progress.learning_rates[-self.steps_per_epoch :]

@@ -124,6 +124,17 @@ def test_the_random_split_is_stratified_and_labelled_everywhere():
     assert not np.array_equal(first.test, other.test)
 
 
+def test_all_speakers_are_on_the_training_side_of_a_model_to_ship():
+    clips = ravdess()
+    drawn = split("all", 0, clips)
+    assert drawn.train.tolist() == list(range(len(clips)))
+    assert not len(drawn.validation) + len(drawn.test) + len(drawn.left_out)
+    assert len(drawn.train_speakers) == 24
+    assert drawn.label == "all speakers, no validation or test part"
+    with pytest.raises(ConfigError, match="all has folds 0 to 0"):
+        split("all", 1, clips)
+
+
 def one_row_per(values):
     return np.unique(values, return_index=True)[1]
 
@@ -318,7 +329,7 @@ def test_folds_of_ravdess_actors_are_refused_for_other_corpora():
 def test_every_documented_protocol_runs():
     speakers = [f"{actor:02d}" for actor in range(1, 25)]
     folds = {name: num_folds(name.replace("-K", "-7"), speakers) for name in PROTOCOLS}
-    assert folds == {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "random": 5}
+    assert folds == {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "random": 5, "all": 1}
 
 
 def test_a_performance_is_counted_once_by_its_wav_if_it_has_one():

@@ -5,6 +5,8 @@ That they end with the weights of a worker of Ray is a test of `test_launch`.
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,15 @@ import torch
 from pyarrow import fs
 from safetensors.torch import load_file
 
+from ser_ray.cli.train import train_outcome
 from ser_ray.distributed import local
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.launch import train
 from ser_ray.distributed.local import LocalTraining
 from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder
 from ser_ray.errors import ConfigError, SerRayError, ShardsError
+from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.evaluation.record import register
 from ser_ray.training.checkpoint import MODEL, Snapshot
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
@@ -147,6 +154,27 @@ def test_the_threads_and_the_device_are_those_of_a_worker_of_ray(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with local.worker_device(gpu=False) as device:
         assert (device.type, torch.get_num_threads()) == ("cpu", 2)
+
+
+@pytest.mark.slow
+def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_network):
+    shards = write_shard_files(in_tmp / "shards")
+    recipe = replace(CONFIG, protocol="all")
+    rows: list[Mapping[str, float]] = []
+    run = RunConfig(tracking_uri=f"sqlite:///{in_tmp}/store.db", device="cpu")
+    result = train(shards, recipe, run, on_epoch=rows.append)
+    assert result.card.split["train_speakers"] == sorted({"01", "02", "03", "04", "05", "06"})
+    assert len(rows) == recipe.epochs
+    assert not any(name.startswith("val/") for name in rows[0])
+    printed = train_outcome(result, shards)
+    assert "all speakers, no validation or test part" in printed.text
+    assert f"ser-ray register {result.run_id}" in printed.after
+    with pytest.raises(ConfigError, match="all has no test part"):
+        evaluate(Path(result.checkpoint), shards)
+    _, card = register(result.run_id, "shipped", "champion", result.tracking_uri)
+    assert "trained on 6 speakers" in card
+    assert "no validation or test score of its own" in card
+    assert "UA" not in card
 
 
 @pytest.mark.slow

@@ -338,7 +338,7 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     page = run_page(
         validation, name="run", history=history, learning_rates=[1e-4, 1e-3], audio=False
     )
-    _log_outcome(cast(Tracker, tracker), checkpoint, validation, progress, page)
+    _log_outcome(cast(Tracker, tracker), checkpoint, validation.card, validation, progress, page)
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
     assert "marked: epoch 2, validation UA 20.0%" in page

@@ -18,6 +18,11 @@ def test_a_recipe_is_read_back_as_it_was_written():
     assert TrainConfig.from_dict(recipe.to_dict()) == recipe
 
 
+def test_the_best_epoch_cannot_be_kept_without_validation_clips():
+    with pytest.raises(ConfigError, match="all has no validation clips"):
+        TrainConfig(protocol="all", keep="best")
+
+
 def test_every_setting_changes_the_fingerprint():
     recipe = TrainConfig()
     assert replace(recipe, seed=1).fingerprint != recipe.fingerprint
