@@ -11,6 +11,7 @@ puts those of the test part before them. Links lead to other pages in the same r
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -94,8 +95,9 @@ def run_page(
         learning_rates: learning rate of every step of the training [steps].
         audio: whether the page contains the sound of the clips that it shows, with players.
     """
+    card = replace(evaluation.card, corpus=evaluation.corpus)
     part, run_id = _part(evaluation, audio=audio), evaluation.origin.get("run_id", "")
-    return _training_page(evaluation.card, part, run_id, name, history, learning_rates)
+    return _training_page(card, part, run_id, name, history, learning_rates)
 
 
 def unscored_page(
