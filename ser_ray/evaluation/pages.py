@@ -11,7 +11,6 @@ puts those of the test part before them. Links lead to other pages in the same r
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -95,9 +94,9 @@ def run_page(
         learning_rates: learning rate of every step of the training [steps].
         audio: whether the page contains the sound of the clips that it shows, with players.
     """
-    card = replace(evaluation.card, corpus=evaluation.corpus)
-    part, run_id = _part(evaluation, audio=audio), evaluation.origin.get("run_id", "")
-    return _training_page(card, part, run_id, name, history, learning_rates)
+    head = evaluation.corpus, evaluation.origin.get("run_id", ""), name
+    part = _part(evaluation, audio=audio)
+    return _training_page(evaluation.card, part, *head, history, learning_rates)
 
 
 def unscored_page(
@@ -112,12 +111,13 @@ def unscored_page(
 
     The arguments are as for `run_page`.
     """
-    return _training_page(card, None, run_id, name, history, learning_rates)
+    return _training_page(card, None, card.corpus, run_id, name, history, learning_rates)
 
 
 def _training_page(
     card: CheckpointCard,
     part: dict[str, Any] | None,
+    corpus: str,
     run_id: str,
     name: str,
     history: History,
@@ -127,7 +127,7 @@ def _training_page(
         "run",
         "Training",
         name,
-        card.corpus,
+        corpus,
         facts=_facts_of(card) | {"MLflow run": run_id},
         part=part,
         folds=[],
