@@ -18,7 +18,7 @@ from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
-from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.training.config import TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
@@ -41,6 +41,8 @@ class Pipeline(Verb):
     """Where the shards go; `ser-ray-out/shards`, or `ser-ray-out/synthetic-shards`, if empty."""
     missing: tuple[str, ...] = MISSING_WORDS
     """Words in a table that mean a missing value, in any case; none if given without a word."""
+    columns: tuple[str, ...] = ()
+    """Which columns of a table are which, as in label=emotion speaker=spk."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
@@ -66,13 +68,18 @@ class Pipeline(Verb):
 
         # Whatever is missing is reported before anything slow starts.
         if self.corpus != SYNTHETIC:
-            say("corpus", f"{self.corpus}: {len(list_corpus(self.corpus).manifest)} files")
+            listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
+            say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
         read_pretrained(self.recipe.weights, len(EMOTIONS))
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic one in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
         config = PrepareConfig(
-            corpus=self.corpus, shards=self.shards, missing=self.missing, features=self.features
+            corpus=self.corpus,
+            shards=self.shards,
+            missing=self.missing,
+            columns=self.columns,
+            features=self.features,
         )
         address, workers = self.common.address, self.run_config.worker_range[1]
         with cluster(address) if needs_ray(address, workers) else nullcontext():
@@ -82,13 +89,13 @@ class Pipeline(Verb):
             model = trained.data["checkpoint"]
             evaluated = Evaluate(model=model, shards=self.shards, audio=self.run_config.audio).run()
             truth = self._test_clips()
-            predicted = Predict(files=tuple(truth), model=model).run()
-        steps = {
-            "prepare": prepared, "train": trained, "evaluate": evaluated, "predict": predicted,
-        }  # fmt: skip
+            steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
+            if truth:  # a corpus may have segments only
+                steps["predict"] = Predict(files=tuple(truth), model=model).run()
+        shown = steps["predict"].data["predictions"] if truth else ()
         lines = (
             "",
-            *marked_lines(truth, predicted.data["predictions"]),
+            *(marked_lines(truth, shown) if truth else ()),
             "",
             f"shards       {self.shards}",
             trained.text,
@@ -98,7 +105,7 @@ class Pipeline(Verb):
             {name: step.data for name, step in steps.items()},
             "\n".join(lines),
             f"try it       {next_command('demo-ui', model)}",
-            problem=trained.problem or predicted.problem,
+            problem=next((step.problem for step in steps.values() if step.problem), ""),
         )
 
     def _train(self) -> Train:
@@ -110,11 +117,18 @@ class Pipeline(Verb):
         )
 
     def _test_clips(self) -> dict[str, str]:
-        """Path and emotion of a few test clips of the fold, spread evenly over all of them."""
+        """Path and emotion of a few test files of the fold, spread evenly over all of them."""
+        import pyarrow.compute as pc
+
+        from ser_ray.storage.packed import ROW
         from ser_ray.training.parts import select_rows
 
         clips = api.open_shards(self.shards).clips()
         rows = select_rows(clips, self.recipe).test
+        is_file = pc.and_(
+            pc.is_null(clips["start"]), pc.invert(pc.match_substring(clips["path"], ROW))
+        )
+        rows = rows[is_file.to_numpy()[rows]]
         shown = rows[:: max(len(rows) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
         return dict(
             zip(*(clips[name].take(shown).to_pylist() for name in ("path", "emotion")), strict=True)

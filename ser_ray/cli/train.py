@@ -278,4 +278,4 @@ def every_fold(shards: str, recipe: TrainConfig) -> range:
     """Numbers of all folds of the recipe's protocol."""
     from ser_ray.corpus.splits import num_folds
 
-    return range(num_folds(recipe.protocol, api.open_shards(shards).clips()["speaker"].to_pylist()))
+    return range(num_folds(recipe.protocol, api.open_shards(shards).clips()))

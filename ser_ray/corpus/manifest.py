@@ -8,7 +8,7 @@ clip is opened here. A file whose outcome is known without opening it already ha
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -24,7 +24,7 @@ from ser_ray.corpus.table import TABLE_SUFFIXES, clip_keys, list_table, read_tab
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import absolute, filesystem_of, folder_of
 
 SYNTHETIC_MARKER = "SYNTHETIC.txt"
 """A file of this name marks a corpus folder whose clips are synthetic."""
@@ -45,6 +45,7 @@ MANIFEST_SCHEMA = pa.schema(
         "speaker": pa.string(),
         "sex": pa.string(),  # male | female; null for tables
         "take": pa.string(),  # the performance: equal for its wav and its mp4s
+        "split": pa.string(),  # train | validation | test, or the fold that tests it; for tables
         "status": pa.string(),  # one of `PRE_DECODE`; null for a file to decode
         "reason": pa.string(),  # explains the status
     }
@@ -77,8 +78,12 @@ class Corpus:
     """What the user should know about the listing."""
 
 
-def list_corpus(source: str, missing: Iterable[str] = MISSING_WORDS) -> Corpus:
-    """List a folder or URI that holds RAVDESS in any layout, or a table.
+def list_corpus(
+    source: str,
+    missing: Iterable[str] = MISSING_WORDS,
+    columns: Mapping[str, str] | None = None,
+) -> Corpus:
+    """List a folder or URI that holds RAVDESS in any layout, or the tables of another corpus.
 
     In a folder every recording becomes a row, and the other files are counted in the notes. Hidden
     files, such as the `._name.wav` of macOS, are ignored.
@@ -86,6 +91,7 @@ def list_corpus(source: str, missing: Iterable[str] = MISSING_WORDS) -> Corpus:
     Args:
         source: folder, URI or table.
         missing: words that mean a missing value in a table.
+        columns: the names that some columns have in a table, by the names that they have here.
 
     Raises:
         CorpusError: the location does not exist, no clip in it is recognised, or a table
@@ -97,20 +103,25 @@ def list_corpus(source: str, missing: Iterable[str] = MISSING_WORDS) -> Corpus:
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
             raise CorpusError(f"{source}: this folder or table does not exist; check the path")
-        if kind == fs.FileType.Directory:
-            return _list_folder(source, _is_in_synthetic(filesystem, path))
-        if not path.lower().endswith(TABLE_SUFFIXES):
+        is_folder = kind == fs.FileType.Directory
+        if not is_folder and not path.lower().endswith(TABLE_SUFFIXES):
             raise CorpusError(
                 f"{source}: neither a folder nor a table ({', '.join(TABLE_SUFFIXES)}); unpack an "
                 "archive first, and save a spreadsheet as .csv"
             )
-        rows, notes = read_table(source, filesystem, path, missing)
+        read = read_table(source, filesystem, path, missing, columns)
+        if read is None:
+            return _list_folder(source, _is_in_synthetic(filesystem, path))
     except OSError as error:
         reason = error.strerror or str(error)
         raise CorpusError(f"{source}: cannot be listed ({reason})") from error
+    rows, notes = read
     labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
     nothing = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
-    listed = pa.table(nothing | list_table(source, rows)).cast(MANIFEST_SCHEMA).sort_by(ORDER)
+    folder = absolute(source) if is_folder else folder_of(source)
+    listed = (
+        pa.table(nothing | list_table(source, folder, rows)).cast(MANIFEST_SCHEMA).sort_by(ORDER)
+    )
     same = pa.array(np.zeros(len(rows), np.int32))
     manifest = mark_duplicates(listed, clip_keys(listed), same, "the table lists it before: ")
     return Corpus("table", source, labels, manifest, notes)

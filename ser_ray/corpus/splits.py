@@ -16,13 +16,14 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ser_ray.corpus.words import SIDES
 from ser_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ PROTOCOLS = {
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
     "loso": "leave one speaker out: as many folds as speakers",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
+    "table": "what the column split of the corpus's table says: its sides, or its folds",
     "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
     ALL: "no folds: every speaker trains the model, which has no validation or test scores",
 }
@@ -101,13 +103,13 @@ def dependence_of(protocol: str) -> str:
     return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
 
 
-def num_folds(protocol: str, speakers: Iterable[str]) -> int:
-    """Count the folds of a protocol for the speakers of a corpus.
+def num_folds(protocol: str, clips: "pa.Table") -> int:
+    """Count the folds of a protocol for the clips of a corpus, given as to `split`.
 
     Raises:
-        ConfigError: the protocol is unknown, or does not fit these speakers.
+        ConfigError: the protocol is unknown, or does not fit these clips.
     """
-    return len(_test_folds(protocol, dict.fromkeys(speakers)))
+    return len(_test_folds(protocol, dict.fromkeys(clips["speaker"].to_pylist()), clips))
 
 
 def split(
@@ -119,7 +121,8 @@ def split(
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
         clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
-            `take`, `emotion` and `content`, which is equal where the decoded samples are.
+            `take`, `emotion`, `content`, which is equal where the decoded samples are, and `split`,
+            which only `table` needs.
         seed: only used by `random`; the folds of every other protocol are fixed.
         validation_speakers: how many speakers are on the validation side, except in `random`. 0
             means a twelfth of the speakers, as `_validation_speakers` explains. The test side does
@@ -130,7 +133,7 @@ def split(
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
     sexes = dict(zip(speakers.tolist(), clips["sex"].to_pylist(), strict=True))
-    folds = _test_folds(protocol, sexes)
+    folds = _test_folds(protocol, sexes, clips)
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold is {fold}: {protocol} has folds 0 to {len(folds) - 1} here")
     groups = _groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
@@ -140,9 +143,14 @@ def split(
         sides = _draw_takes(fold, groups, clips["emotion"].to_pylist(), seed)
     else:
         sides = np.full(len(speakers), _TRAIN)
-        held_out = _validation_speakers(folds[: fold + 1], sexes, validation_speakers)
+        parts = _table_parts(clips) if protocol == "table" else {}
+        held_out: Sequence[str] = parts.get("validation", ())
+        if not held_out:
+            held_out = _validation_speakers(folds[: fold + 1], sexes, validation_speakers)
         sides[np.isin(speakers, held_out)] = _VALIDATION
         sides[np.isin(speakers, folds[fold])] = _TEST
+        if protocol == "table":
+            sides[[value is None for value in clips["split"].to_pylist()]] = _LEFT_OUT
     highest = np.zeros(len(groups), np.int64)
     np.maximum.at(highest, groups, sides)
     sides[sides < highest[groups]] = _LEFT_OUT
@@ -180,10 +188,39 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
     return np.array(sorted(own + [row for _, _, row in selected.values()]), np.int64)
 
 
-def _test_folds(protocol: str, sexes: Mapping[str, str | None]) -> list[tuple[str, ...]]:
+def _table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
+    """Return the speakers of each side or fold that the column `split` names.
+
+    Raises:
+        ConfigError: there is no such column, or a speaker is in two parts.
+    """
+    part_of: dict[str, str] = {}
+    for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
+        if part is not None and part_of.setdefault(speaker, part) != part:
+            raise ConfigError(
+                f"table: the column split has the speaker {speaker} in {part_of[speaker]} and in "
+                f"{part}, so a model would be tested on a voice that it was trained on: give every "
+                "speaker one part and prepare the table again, or choose another --protocol"
+            )
+    if not part_of:
+        raise ConfigError(
+            "table: the corpus has no column split with sides or folds: choose another --protocol"
+        )
+    parts = sorted(set(part_of.values()), key=lambda part: (len(part), part))
+    return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in parts}
+
+
+def _test_folds(
+    protocol: str, sexes: Mapping[str, str | None], clips: "pa.Table"
+) -> list[tuple[str, ...]]:
     """Return the test speakers of every fold; none for `random`, whose folds are drawn by take."""
     if protocol == ALL:
         return [()]
+    if protocol == "table":
+        parts = _table_parts(clips)
+        if set(parts) <= set(SIDES.values()):
+            return [parts.get("test", ())]
+        return [speakers for part, speakers in parts.items() if part != "train"]
     if protocol == "random":
         return [()] * _RANDOM_FOLDS
     if protocol == "loso":

@@ -13,37 +13,31 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.corpus.words import MISSING_WORDS
+from ser_ray.corpus.formats import as_table, read_folder, read_json_lines, read_parquet
+from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
-from ser_ray.storage.paths import folder_of, location_inside, refuse_password
+from ser_ray.storage.packed import ROW
+from ser_ray.storage.paths import absolute, location_inside, refuse_password
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
-TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 NO_FOLDER = "its folder does not exist"
 OTHER_DRIVE = "a path of Windows, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons of rows whose file does not exist."""
 
-COLUMNS = {
-    "path": ("path", "file"),
-    "label": ("label", "emotion"),
-    "speaker": ("speaker",),
-    "take": ("take",),
-    "start": ("start",),
-    "end": ("end",),
-}
-"""The columns of a corpus, and the names that each has in tables; the first one found is read."""
 _NEEDED = ("path", "label", "speaker")
 _SEPARATORS = (",", ";", "\t", "|")
 _MARKS = (
@@ -57,44 +51,61 @@ _TIME_COLUMN = re.compile(
     r"(start|begin|onset|end|stop|offset)([ _]?(time|s|sec|seconds|ms|samples?))?"
 )
 _TIME = re.compile(r"(?:(\d+) days?,? *)?(?:(\d+):(\d+):)?(\d+(?:\.\d+)?)?")
-_NO_TIME = {*MISSING_WORDS, ""}
+_NO_VALUE = {*MISSING_WORDS, ""}
 _SHOWN_ROWS = 5
+_FOLDERS_ABOVE = 5
 
 
 def read_table(
-    source: str, filesystem: fs.FileSystem, path: str, missing: Iterable[str]
-) -> tuple[pa.Table, tuple[str, ...]]:
-    """Read the string columns `path,label,speaker`, perhaps `take`, and times in seconds.
+    source: str,
+    filesystem: fs.FileSystem,
+    path: str,
+    missing: Iterable[str] = MISSING_WORDS,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[pa.Table, tuple[str, ...]] | None:
+    """Read the clips of a table or a folder of tables; None if the folder has no table.
 
     Args:
-        source: the table, as the user wrote it.
-        filesystem: where the table is.
-        path: path of the table on it.
+        source: the table or folder, as the user wrote it.
+        filesystem: where it is.
+        path: its path there.
         missing: words that mean that a value is missing, in any case.
+        columns: the names that some of `COLUMNS` have in the table.
 
     Returns:
-        The columns without blanks around the values, with the numbers `start` and `end`, both null
-        for a complete file, and lines to tell the user.
+        The strings `path`, `label`, `speaker`, perhaps `take` and `split`, without blanks around
+        them, and the numbers `start` and `end` in seconds, both null for a complete file; and lines
+        to tell the user.
 
     Raises:
         CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
     """
     notes: tuple[str, ...] = ()
+
+    def find(names: Sequence[str]) -> dict[str, str]:
+        return _find_columns(source, names, columns or {})
+
     try:
-        with filesystem.open_input_file(path) as file:
-            if path.lower().endswith(TEXT_SUFFIXES):
+        lower = path.lower()
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            table = read_folder(source, filesystem, path, find)
+            if table is None:
+                return None
+        elif lower.endswith(".parquet"):
+            table = read_parquet(absolute(source), filesystem, path, find)
+        elif lower.endswith(JSON_SUFFIXES):
+            table = as_table(read_json_lines(filesystem, path))
+        else:
+            with filesystem.open_input_file(path) as file:
                 text, notes = _decode(source, file.read())
-                table = _parse(source, text)
-            else:
-                parquet = pq.ParquetFile(file)
-                found = _find_columns(source, parquet.schema_arrow.names)
-                table = parquet.read(columns=list(found.values())).select(list(found.values()))
-                table = table.rename_columns(list(found))
-        columns = {
-            name: pc.utf8_trim_whitespace(_without_nan(table[name]).cast("string"))
-            for name in table.column_names
+            table = _parse(source, text, set((columns or {}).values()))
+        found = find(table.column_names)
+        values = {
+            name: pc.utf8_trim_whitespace(_without_nan(table[given]).cast("string"))
+            for name, given in found.items()
         }
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, KeyError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, LookupError, ValueError,
+            TypeError) as error:  # fmt: skip
         reason = str(error).partition("\n")[0]
         is_ragged = "columns, got" in reason
         advice = "every row needs as many values as the first, the names of the columns"
@@ -104,11 +115,21 @@ def read_table(
         ) from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
-    times = [columns.pop(name, pa.nulls(len(table), pa.string())) for name in ("start", "end")]
-    _refuse_missing(source, columns, {word.strip().lower() for word in missing})
+    nothing = pa.nulls(len(table), pa.string())
+    times = [values.pop(name, nothing) for name in ("start", "end")]
+    split = values.pop("split", nothing)
+    _refuse_missing(source, values, {word.strip().lower() for word in missing})
     start, end = _read_times(source, *(column.to_pylist() for column in times))
-    columns |= {"start": pa.array(start, pa.float64()), "end": pa.array(end, pa.float64())}
-    return pa.table(columns), notes
+    values |= {"start": pa.array(start, pa.float64()), "end": pa.array(end, pa.float64())}
+    return pa.table(values | {"split": _read_split(split)}), notes
+
+
+def _read_split(column: pa.ChunkedArray) -> pa.Array:
+    """Return the sides train, validation and test, or the folds if there are other values."""
+    given = [None if (text or "").lower() in _NO_VALUE else text for text in column.to_pylist()]
+    sides = [text and SIDES.get(text.lower()) for text in given]
+    return pa.array(given if None in {s for s, g in zip(sides, given, strict=True) if g} else sides,
+                    pa.string())  # fmt: skip
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
@@ -127,7 +148,7 @@ def _read_times(
     """
     found: tuple[list[float | None], list[float | None]] = [], []
     for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
-        times = [None if (text or "").lower() in _NO_TIME else _seconds(text) for text in texts]
+        times = [None if (text or "").lower() in _NO_VALUE else _seconds(text) for text in texts]
         start, end = times[0] or 0.0, times[1]
         if math.nan in times or (end is not None and start >= end):
             raise CorpusError(
@@ -181,8 +202,8 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _parse(source: str, text: str) -> pa.Table:
-    """Parse separated values, whose separator is the one that yields the needed columns."""
+def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
+    """Parse separated values, whose separator is the one that yields the most known columns."""
     text = text.lstrip("\ufeff\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
         text = text[declared.end() :]
@@ -190,11 +211,10 @@ def _parse(source: str, text: str) -> pa.Table:
         raise CorpusError(f"{source}: the table is empty")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
-    known = {name for names in COLUMNS.values() for name in names}
+    known = {_fold(name) for names in (*COLUMNS.values(), wanted) for name in names}
     num_known = {mark: len(known & set(map(_fold, names))) for mark, names in rows.items()}
     separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
     names = rows[separator]
-    found = _find_columns(source, names)
     numbered = [f"column {number}" for number in range(len(names))]
     table = pa.csv.read_csv(
         io.BytesIO(text.encode()),
@@ -203,22 +223,23 @@ def _parse(source: str, text: str) -> pa.Table:
         # As text, because speaker 01 would otherwise be read as the number 1.
         pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
     )
-    return pa.table({name: table[names.index(given)] for name, given in found.items()})
+    return table.rename_columns(names)
 
 
 def _fold(name: str) -> str:
     return name.strip().lower()
 
 
-def _find_columns(source: str, names: Sequence[str]) -> dict[str, str]:
+def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
     """Return the name in the table of each column that is read.
 
     Raises:
-        CorpusError: a column is missing, is there twice, or says that rows are parts of files.
+        CorpusError: a column is missing, is there twice, or has times that are not understood.
     """
     found: dict[str, str] = {}
     for column, known in COLUMNS.items():
-        same = [[name for name in names if _fold(name) == wanted] for wanted in known]
+        wanted = (columns[column],) if column in columns else known
+        same = [[name for name in names if _fold(name) == _fold(want)] for want in wanted]
         given = next(filter(None, same), [])
         if len(given) > 1:
             raise CorpusError(
@@ -227,16 +248,29 @@ def _find_columns(source: str, names: Sequence[str]) -> dict[str, str]:
             )
         if given:
             found[column] = given[0]
+        elif column in columns:
+            raise CorpusError(
+                f"{source}: has no column {columns[column]}, which --columns names as {column}; it "
+                f"has {','.join(names)}"
+            )
     times = [name for name in names if _TIME_COLUMN.fullmatch(_fold(name))]
-    if other := [name for name in times if name not in found.values()]:
+    if (other := [name for name in times if name not in found.values()]) and len(
+        {"start", "end"} & set(found)
+    ) < 2:
         raise CorpusError(
-            f"{source}: has the column {other[0]}, so its rows seem to be segments of files; name "
-            "the columns of their times start and end, in seconds, or remove them"
+            f"{source}: has the column {other[0]}, so its rows seem to be segments of files; say "
+            "with --columns which columns are their start and end in seconds, or remove them"
         )
     if lacking := sorted(set(_NEEDED) - set(found)):
+        hint = "--columns says which other column it is, as in --columns label=mood"
+        if lacking == ["speaker"] and "split" in found:
+            hint = (
+                f"if no speaker is in two parts of its column {found['split']}, say so with "
+                f"--columns speaker={found['split']}"
+            )
         raise CorpusError(
-            f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker in its "
-            f"first row and may have take, start and end, but it has {','.join(names)}"
+            f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker and may "
+            f"have take,start,end,split, but it has {','.join(names)}; {hint}"
         )
     return found
 
@@ -268,8 +302,8 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
     )
 
 
-def list_table(source: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of a table.
+def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
+    """Find the files of a table, whose relative paths start at a folder or at one above it.
 
     Returns:
         The manifest's columns that a table has, one value for each row.
@@ -277,15 +311,15 @@ def list_table(source: str, rows: pa.Table) -> dict[str, object]:
     Raises:
         CorpusError: rows contradict each other, or a path has a password in it.
     """
-    folder = folder_of(source)
     written = rows["path"].to_pylist()
+    folder = _base(folder, written)
     files = {path: _find(folder, path) for path in dict.fromkeys(written)}
     found = [files[path] for path in written]
     _refuse_passwords(source, [file.location for file in found])
     if "take" not in rows.column_names:
         times = zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True)
         takes = [
-            os.path.splitext(file.inside)[0]  # noqa: PTH122
+            (file.inside if ROW in file.inside else os.path.splitext(file.inside)[0])  # noqa: PTH122
             + ("" if start is None else f" {start}-{'end' if end is None else end}")
             for file, (start, end) in zip(found, times, strict=True)
         ]
@@ -307,17 +341,29 @@ def list_table(source: str, rows: pa.Table) -> dict[str, object]:
         "emotion": rows["label"],
         "speaker": rows["speaker"],
         "take": rows["take"],
+        "split": rows["split"],
         "status": ["unreadable" if problem else None for problem in problems],
         "reason": problems,
     }
 
 
+def _base(folder: str, paths: list[str]) -> str:
+    """Return the folder where relative paths start: the first upwards that has one of the files."""
+    if "://" in folder:
+        return folder
+    first = [path for path in dict.fromkeys(paths[:1000]) if "://" not in path]
+    above = [folder, *map(str, Path(folder).parents)][:_FOLDERS_ABOVE]
+    return next((base for base in above if any(_exists(base, path) for path in first)), folder)
+
+
 def _find(folder: str, path: str) -> ListedFile:
     """Look up a file that a table names."""
+    path, mark, row = path.partition(ROW)
     location, inside, missing = _locate(folder, path)
     status, problem = (None, None) if "://" in location else stat_file(location)
     if problem == NO_FILE and missing:
         problem = missing
+    inside, location = inside + mark + row, location + mark + row
     if status is None or problem:
         return ListedFile(inside, location, None, None, problem)
     return ListedFile(inside, location, status.st_size, status.st_mtime_ns, None)

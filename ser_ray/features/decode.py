@@ -32,6 +32,7 @@ from ser_ray.features.samples import (
     require_shape,
     to_mono,
 )
+from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
 UNKNOWN_LENGTH = 0x7FFFF000
@@ -65,6 +66,8 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
     try:
         if not isinstance(file, str):
             return _decode_stream(file, max_seconds)
+        if ROW in file:
+            return _decode_stream(io.BytesIO(read_packed(file)), max_seconds)
         filesystem, path = filesystem_of(file)
         if isinstance(filesystem, fs.LocalFileSystem):
             with Path(path).open("rb") as local:

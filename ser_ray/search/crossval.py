@@ -78,7 +78,7 @@ def plan_crossval(
         raise ConfigError(f"protocol is {ALL}, which has no folds to test on: choose another")
     shards = open_shards(absolute(shards_location))
     table = shards.clips()
-    count = num_folds(recipe.protocol, table["speaker"].to_pylist())
+    count = num_folds(recipe.protocol, table)
     folds = config.folds or tuple(range(count))
     for fold in folds:
         select_rows(table, replace(recipe, fold=fold))  # refuses a fold with an empty part

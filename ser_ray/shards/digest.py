@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pyarrow import fs
 
+from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
 CHUNK = 1 << 20  # bytes read at once
@@ -38,6 +39,9 @@ def same_bytes(one: str, other: str) -> bool:
 
 
 def _chunks(path: str) -> Iterator[bytes]:
+    if ROW in path:
+        yield read_packed(path)
+        return
     filesystem, inside = filesystem_of(path)
     if filesystem.get_file_info(inside).type != fs.FileType.File:
         return

@@ -30,7 +30,7 @@ from ser_ray.corpus.table import MISSING_FILES
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
-from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.layout import (
     CARD_NAME,
     CLIPS,
@@ -55,6 +55,7 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
+from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
@@ -121,7 +122,7 @@ def prepare(
     started = time.monotonic()
     for location in (config.corpus, config.shards):
         require_kept(location)
-    corpus = list_corpus(config.corpus, config.missing)
+    corpus = list_corpus(config.corpus, config.missing, column_names(config.columns))
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
     try:
@@ -271,9 +272,10 @@ def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
 
 
 def _files_to_open(plan: Plan) -> Iterator[str]:
-    """Yield the paths of the files that will be decoded."""
+    """Yield the paths of the files that will be opened."""
     for rows in plan.pending.values():
-        yield from pc.unique(rows["path"].filter(pc.is_null(rows["status"]))).to_pylist()
+        paths = pc.unique(rows["path"].filter(pc.is_null(rows["status"]))).to_pylist()
+        yield from dict.fromkeys(path.partition(ROW)[0] for path in paths)
 
 
 def _write_pending(

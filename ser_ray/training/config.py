@@ -69,7 +69,8 @@ class TrainConfig:
     """Kind of features that the network is trained on."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
-    speaker), random (speaker-dependent) or all (every speaker trains the model; no scores)."""
+    speaker), table (the column split of the corpus's table), random (speaker-dependent) or all (every
+    speaker trains the model; no scores)."""
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0

@@ -51,7 +51,7 @@ def published(folds):
 @pytest.mark.parametrize(("protocol", "folds"), [("emobox-6", EMOBOX), ("luna-5", LUNA)])
 def test_the_named_folds_are_the_published_ones(protocol, folds):
     clips = ravdess()
-    assert num_folds(protocol, clips["speaker"].to_pylist()) == len(published(folds))
+    assert num_folds(protocol, clips) == len(published(folds))
     for fold, actors in enumerate(published(folds)):
         drawn = split(protocol, fold, clips)
         assert drawn.test_speakers == actors
@@ -62,7 +62,7 @@ def test_the_named_folds_are_the_published_ones(protocol, folds):
 def test_validation_speakers_are_of_both_sexes_and_take_turns(protocol):
     clips = ravdess()
     turns: Counter[str] = Counter()
-    for fold in range(num_folds(protocol, clips["speaker"].to_pylist())):
+    for fold in range(num_folds(protocol, clips)):
         drawn = split(protocol, fold, clips)
         held_out = drawn.validation_speakers
         assert len(held_out) == 2
@@ -110,7 +110,7 @@ def test_the_random_split_is_stratified_and_labelled_everywhere():
     clips = ravdess(("av", "audio"))
     emotions, takes = np.array(clips["emotion"]), np.array(clips["take"])
     num_takes = Counter(emotions[one_row_per(takes)])
-    for fold in range(num_folds("random", clips["speaker"].to_pylist())):
+    for fold in range(num_folds("random", clips)):
         drawn = split("random", fold, clips, seed=7)
         assert drawn.speaker_dependent
         assert drawn.label == f"random fold {fold} (SPEAKER-DEPENDENT)"
@@ -224,7 +224,7 @@ def split_if_possible(protocol, fold, rows, seed=0):
 @settings(deadline=None, max_examples=80)
 @given(rows=corpora(), protocol=st.sampled_from(["loso", "speaker-3", "speaker-2", "random"]))
 def test_no_take_content_or_speaker_is_on_two_sides(rows, protocol):
-    for fold in range(num_folds(protocol, {row[0] for row in rows})):
+    for fold in range(num_folds(protocol, clips_of(rows))):
         drawn = split_if_possible(protocol, fold, rows)
         if drawn is None:
             continue
@@ -249,7 +249,7 @@ def test_the_folds_test_every_speaker_once(rows, protocol):
     clips = clips_of([(*row[:4], None) for row in rows])
     speakers = {row[0] for row in rows}
     assume(len(speakers) > 3 or protocol != "speaker-2")  # else none is left to train on
-    folds = [split(protocol, fold, clips) for fold in range(num_folds(protocol, speakers))]
+    folds = [split(protocol, fold, clips) for fold in range(num_folds(protocol, clips))]
     assert sorted(itertools.chain(*(fold.test_speakers for fold in folds))) == sorted(speakers)
 
 
@@ -327,9 +327,56 @@ def test_folds_of_ravdess_actors_are_refused_for_other_corpora():
 
 
 def test_every_documented_protocol_runs():
-    speakers = [f"{actor:02d}" for actor in range(1, 25)]
-    folds = {name: num_folds(name.replace("-K", "-7"), speakers) for name in PROTOCOLS}
-    assert folds == {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "random": 5, "all": 1}
+    clips = with_split(ravdess(), lambda speaker: f"fold {int(speaker) % 4}")
+    folds = {name: num_folds(name.replace("-K", "-7"), clips) for name in PROTOCOLS}
+    counts = {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "table": 4, "random": 5}
+    counts["all"] = 1
+    assert folds == counts
+
+
+def with_split(clips, part_of):
+    parts = [part_of(speaker) for speaker in clips["speaker"].to_pylist()]
+    return clips.append_column("split", pa.array(parts, pa.string()))
+
+
+SIDE_OF = {1: "train", 2: "train", 3: "train", 4: "validation", 5: "test", 6: None}
+
+
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_the_sides_of_a_table_are_a_protocol(has_validation):
+    def side_of(speaker):
+        side = SIDE_OF[int(speaker) % 6 + 1]
+        return side if has_validation or side != "validation" else "train"
+
+    drawn = split("table", 0, with_split(ravdess(), side_of))
+    assert drawn.label == "table fold 0 (speaker-independent)"
+    for side in SIDES:
+        speakers = getattr(drawn, f"{side}_speakers")
+        wanted = side if has_validation or side != "validation" else "train"
+        assert {side_of(speaker) for speaker in speakers} == {wanted}
+    assert len(drawn.test_speakers) == 4
+    assert len(drawn.validation_speakers) == (4 if has_validation else 2)
+    assert len(drawn.left_out) == sum(side_of(s) is None for s in ravdess()["speaker"].to_pylist())
+
+
+def test_the_folds_of_a_table_are_a_protocol():
+    clips = with_split(ravdess(), lambda speaker: str(int(speaker) % 12))  # 10 comes after 9
+    tested = [split("table", fold, clips).test_speakers for fold in range(12)]
+    assert tested == [
+        tuple(sorted(s for s in map("{:02d}".format, range(1, 25)) if int(s) % 12 == f))
+        for f in range(12)
+    ]
+
+
+def test_a_table_that_tests_a_trained_speaker_is_refused():
+    clips = ravdess()
+    with pytest.raises(ConfigError, match="no column split with sides or folds"):
+        split("table", 0, with_split(clips, lambda _: None))
+    sides = ["test" if take.endswith("-2-02") else "train" for take in map(str, range(len(clips)))]
+    sides[0] = "test"
+    overlapping = clips.append_column("split", pa.array(sides))
+    with pytest.raises(ConfigError, match="has the speaker 01 in test and in train, so a model"):
+        num_folds("table", overlapping)
 
 
 def test_a_performance_is_counted_once_by_its_wav_if_it_has_one():
