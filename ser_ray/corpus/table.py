@@ -363,7 +363,8 @@ def _find(folder: str, path: str) -> ListedFile:
     status, problem = (None, None) if "://" in location else stat_file(location)
     if problem == NO_FILE and missing:
         problem = missing
-    inside, location = inside + mark + row, location + mark + row
+    inside = inside.removeprefix(f"{folder}/") + mark + row
+    location += mark + row
     if status is None or problem:
         return ListedFile(inside, location, None, None, problem)
     return ListedFile(inside, location, status.st_size, status.st_mtime_ns, None)
