@@ -146,7 +146,9 @@ def split(
         parts = _table_parts(clips) if protocol == "table" else {}
         held_out: Sequence[str] = parts.get("validation", ())
         if not held_out:
-            held_out = _validation_speakers(folds[: fold + 1], sexes, validation_speakers)
+            named = set(itertools.chain(*parts.values())) or set(sexes)
+            known = {speaker: sexes[speaker] for speaker in sexes if speaker in named}
+            held_out = _validation_speakers(folds[: fold + 1], known, validation_speakers)
         sides[np.isin(speakers, held_out)] = _VALIDATION
         sides[np.isin(speakers, folds[fold])] = _TEST
         if protocol == "table":

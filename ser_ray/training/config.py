@@ -69,7 +69,7 @@ class TrainConfig:
     """Kind of features that the network is trained on."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
-    speaker), table (the column split of the corpus's table), random (speaker-dependent) or all (every
+    speaker), table (by the column split of a table), random (speaker-dependent) or all (every
     speaker trains the model; no scores)."""
     fold: int = 0
     """Fold of the protocol, from 0."""
