@@ -32,9 +32,9 @@ from ray.tune.schedulers import TrialScheduler
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.distributed.config import RunConfig
 from ser_ray.search.actor import OBJECTIVE
-from ser_ray.search.plan import asha
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import SlotConfig, TuneConfig
+from ser_ray.search.tune_run import ResumableAsha
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.training.config import TrainConfig
@@ -84,14 +84,15 @@ def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[flo
 def busy(trials: list[TrialRecord], slots: int) -> float:
     """Share of the slots' time in which an epoch was running."""
     ran = [trial for trial in trials if trial.rows]
-    wall = max(t.ended_ms for t in ran) - min(t.started_ms for t in ran)
+    wall = max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)
     training = sum(row["speed/epoch_seconds"] for trial in ran for row in trial.rows)
     return training * 1000 / wall / slots
 
 
 def trials_an_hour(trials: list[TrialRecord]) -> float:
     """Trials for each hour between the first start and the last end."""
-    wall = max(t.ended_ms for t in trials) - min(t.started_ms for t in trials)
+    ran = [trial for trial in trials if trial.rows]
+    wall = max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)
     return len(trials) / wall * 3.6e6
 
 
@@ -108,11 +109,11 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
 
 def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
     """Epochs and best UA of the trials under ASHA, if they start in the order given."""
-    scheduler = asha(bench.recipe, bench.search)
+    scheduler = ResumableAsha(bench.recipe, bench.search)
     scheduler.set_search_properties(OBJECTIVE, "max")
     waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
     for trial in waiting:
-        trial.last_result = {}
+        trial.last_result, trial.config = {}, {}
         scheduler.on_trial_add(None, trial)
     running: list[tuple[float, str, int]] = []  # when an epoch ends, the trial, the epoch
     epochs, best = 0, 0.0

@@ -182,7 +182,7 @@ def tune(
     """
     from ser_ray.corpus.splits import dependence_of
     from ser_ray.search.display import TrialTable
-    from ser_ray.search.plan import num_trials
+    from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
 
     total = num_trials(recipe, search)

@@ -32,8 +32,6 @@ from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT, Evaluation, Part
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.mlflow_runs import page_of
-from ser_ray.search.plan import grid_plan
 from ser_ray.search.pooled import (
     FIGURES,
     CrossvalPlan,
@@ -47,8 +45,8 @@ from ser_ray.search.pooled import (
 from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.tune_run import run_trials
+from ser_ray.search.study import Show, Study, open_study, page_of
+from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.store import require_server
@@ -103,7 +101,7 @@ def crossval(
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
     require_one_worker(run)
-    pretrained = {recipe.weights: read_pretrained(recipe.weights, len(shards.card.labels))}
+    pretrained = read_pretrained(recipe.weights, len(shards.card.labels))
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
     require_server(run.tracking_uri)
@@ -113,6 +111,7 @@ def crossval(
             recipe=recipe,
             shards=shards,
             slots=find_slots(run, slots),
+            pretrained={recipe.weights: pretrained},
             finish=partial(keep_fold, folder=location, part=config.part),
         )
         identity = {"recipe": recipe.to_dict(), "part": config.part}
@@ -121,10 +120,10 @@ def crossval(
             setup, folder, run, "cross-validation", plan.caption, identity, params, show
         ) as study:
             while missing := missing_folds(plan, study.trials):
-                grid = grid_plan(missing, setup.slots)
+                grid = points_plan(missing, setup.slots, RetryFailed())
                 num_before = len(study.trials)
                 batch = batch_folder(folder, num_before)
-                run_trials(setup, pretrained, grid, batch, study, run.max_failures)
+                run_trials(setup, grid, batch, study, run.max_failures)
                 require_all_finished(study.trials)
                 ended = [trial for trial in study.trials if trial.ended]
                 if not num_before < len(study.trials) == len(ended):

@@ -1,13 +1,17 @@
 """What a search found: a table of its trials, the importance of each searched name, a study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import Dimension
+from ser_ray.search.tune_run import optuna_distribution
+
+if TYPE_CHECKING:
+    from optuna import Study
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
@@ -46,13 +50,10 @@ def importance_of(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
-    scored = [trial for trial in trials if trial.succeeded and _is_drawn(trial, dimensions)]
-    for trial in scored:
-        study.add_trial(_optuna_trial(trial, dimensions, optuna.trial.TrialState.COMPLETE))
-    if len({trial.selected["val/ua"] for trial in scored}) < 4:
+    _add_trials(study, trials, dimensions, {"finished": "COMPLETE", "pruned": "COMPLETE"})
+    if len({trial.value for trial in study.trials}) < 4:
         return {}
-    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    return {name: float(share) for name, share in shares.items()}
+    return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
 
 
 def optuna_journal(
@@ -67,55 +68,44 @@ def optuna_journal(
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    states = {
-        "finished": optuna.trial.TrialState.COMPLETE,
-        "pruned": optuna.trial.TrialState.PRUNED,
-        "failed": optuna.trial.TrialState.FAIL,
-    }
     with TemporaryDirectory() as folder:
         journal = Path(folder, "journal")
         storage = JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
-        for trial in trials:
-            if trial.state in states and _is_drawn(trial, dimensions):
-                study.add_trial(_optuna_trial(trial, dimensions, states[trial.state]))
+        states = {"finished": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+        _add_trials(study, trials, dimensions, states)
         return journal.read_text()
 
 
-def _is_drawn(trial: TrialRecord, dimensions: Sequence[Dimension]) -> bool:
-    return all(item.holds(trial.values[item.name]) for item in dimensions)
+def _add_trials(
+    study: "Study",
+    trials: Sequence[TrialRecord],
+    dimensions: Sequence[Dimension],
+    states: Mapping[str, str],
+) -> None:
+    """Add the trials in these states; the names of Optuna's states are the values.
 
+    The intermediate values are the validation UA by epoch.
+    """
+    from optuna.trial import TrialState, create_trial
 
-def _optuna_trial(trial: TrialRecord, dimensions: Sequence[Dimension], state: Any) -> Any:
-    """A trial as Optuna keeps it; its intermediate values are the validation UA by epoch."""
-    import optuna
-
-    frozen = optuna.trial.create_trial(
-        state=state,
-        params=trial.values,
-        distributions={item.name: _optuna_distribution(item) for item in dimensions},
-        value=None if trial.problem else trial.selected.get("val/ua"),
-        intermediate_values={int(row["epoch"]): row["val/ua"] for row in trial.rows},
-        user_attrs={"trial": trial.number, "MLflow run": trial.run_id, "problem": trial.problem},
-    )
-    if trial.started_ms and trial.ended_ms:
-        frozen.datetime_start = datetime.fromtimestamp(trial.started_ms / 1000)
-        frozen.datetime_complete = datetime.fromtimestamp(trial.ended_ms / 1000)
-    return frozen
-
-
-def _optuna_distribution(dimension: Dimension) -> Any:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    low, high = dimension.values[0], dimension.values[-1]
-    match dimension.kind:
-        case "choice":
-            return CategoricalDistribution(dimension.values)
-        case "integer":
-            return IntDistribution(low, high)
-        case _:
-            return FloatDistribution(low, high, log=dimension.kind == "loguniform")
+    for trial in trials:
+        is_drawn = all(item.holds(trial.values[item.name]) for item in dimensions)
+        if trial.state not in states or not is_drawn:
+            continue
+        frozen = create_trial(
+            state=TrialState[states[trial.state]],
+            params=trial.values,
+            distributions={item.name: optuna_distribution(item) for item in dimensions},
+            value=None if trial.problem else trial.selected.get("val/ua"),
+            intermediate_values={int(row["epoch"]): row["val/ua"] for row in trial.rows},
+            user_attrs={
+                "trial": trial.number,
+                "MLflow run": trial.run_id,
+                "problem": trial.problem,
+            },
+        )
+        if trial.times_ms:
+            frozen.datetime_start = datetime.fromtimestamp(trial.started_ms / 1000)
+            frozen.datetime_complete = datetime.fromtimestamp(trial.times_ms[-1] / 1000)
+        study.add_trial(frozen)

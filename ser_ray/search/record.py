@@ -1,21 +1,20 @@
 """What is known of one trial of a search or cross-validation."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from ser_ray.errors import SerRayError
-from ser_ray.search.space import recipe_of
+from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row, validation_rank
 
 State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """What is known of one trial."""
+    """What is known of one trial. A change makes a new record, so that threads can share it."""
 
     trial_id: str
     number: int
@@ -33,7 +32,6 @@ class TrialRecord:
     """Validation counts of the selected epoch."""
     started_ms: int = 0
     """When its process last started."""
-    ended_ms: int = 0
     state: State = "waiting"
     problem: str = ""
     """Why it failed."""
@@ -41,32 +39,20 @@ class TrialRecord:
     """The scheduler stopped it."""
     run_id: str = ""
     """Its run in MLflow."""
-    delivered: int = 0
-    """Epochs that MLflow has."""
-    recorded: bool = False
-    """MLflow has everything."""
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], recipe: TrainConfig) -> Self:
-        """Read what `to_dict` wrote.
-
-        Args:
-            saved: what `to_dict` returned.
-            recipe: the recipe that the drawn values go into.
-        """
-        return cls(**saved, recipe=recipe_of(recipe, saved["values"]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the recipe, in JSON's own types."""
-        names = [item.name for item in dataclasses.fields(self) if item.name != "recipe"]
-        return {name: getattr(self, name) for name in names}
-
-    def update(self, result: Mapping[str, Any]) -> None:
-        """Copy what the trial reported last (`ser_ray.search.actor.Progress`)."""
-        self.rows, self.learning_rates = result["history"], result["learning_rates"]
-        self.times_ms = result["times_ms"]
-        self.selected_confusion = result["selected_confusion"]
-        self.problem, self.stopped = result.get("problem", ""), result.get("stopped", False)
+    def updated(self, result: dict[str, Any]) -> Self:
+        """Add what the trial reported last (`ser_ray.search.actor.Reporter`)."""
+        record = replace(
+            self, problem=result.get("problem", ""), stopped=result.get("stopped", False)
+        )
+        if "history" not in result:  # it failed before its first epoch
+            return record
+        return replace(
+            record,
+            rows=result["history"],
+            learning_rates=learning_rates_by_epoch(result),
+            **{name: result[name] for name in ("times_ms", "selected_confusion", "started_ms")},
+        )
 
     @property
     def epochs(self) -> int:
@@ -116,3 +102,9 @@ def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
             f"{reasons[0] if reasons else 'no reason given'}"
         )
     return max(scored, key=lambda trial: trial.rank)
+
+
+def count_states(trials: Sequence[TrialRecord]) -> str:
+    """Say how many trials are in each state, as in `3 finished, 1 failed`."""
+    states = [trial.state for trial in trials]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))

@@ -1,17 +1,20 @@
-"""The driver's side of a study: it keeps a record of every trial, for display and for MLflow.
+"""The driver's side of a study: a record of every trial, for display and for MLflow.
 
 Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers the
-records to MLflow (`ser_ray.search.mlflow_runs`), so a slow or absent tracking server does not delay
-the loop.
+records to MLflow, where each trial has a run nested in the study's own. So a slow or absent
+tracking server does not delay the loop: the study logs a warning, the trials continue, and the
+server gets what it missed when it answers again, or when the same command is given.
 
 A killed driver loses nothing: the last result of a trial holds all its epochs, and Ray Tune stores
-it in its snapshots together with the study's own state (`get_state`). When a study has ended, its
+it in its snapshots. The next driver finds the run of a trial by a tag. When a study has ended, its
 records are written to `trials.json`.
 """
 
 import json
+import logging
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -19,67 +22,110 @@ from typing import Any
 from ray import tune
 
 from ser_ray.cluster import require_kept
+from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import command_like, environment
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.evaluation.rendering import as_artifact, store_page
+from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.mlflow_runs import TrialRuns
-from ser_ray.search.ray_internals import last_result
 from ser_ray.search.record import TrialRecord
-from ser_ray.search.space import recipe_of
+from ser_ray.search.space import RATIO, recipe_of
+from ser_ray.search.tune_run import last_result
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
+from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
+from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.store import resolve_uri
-from ser_ray.tracking.tracker import Tracker, now_ms, run_to_resume
+from ser_ray.tracking.tracker import Tracker, run_to_resume
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import selected_metrics
 
 RECORDS = "trials.json"
 """File in the folder of a study that has ended: the records of its trials."""
-POLL_SECONDS = 0.2
-REMEMBERED = ("number", "delivered", "recorded", "started_ms", "ended_ms")
-"""Fields of a record that do not follow from the trial's last result."""
+TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
+"""Tags of a trial's run."""
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+"""MLflow's status of a trial's run."""
+POLL_SECONDS, RETRY_SECONDS = 0.2, 10.0
+"""Time between two deliveries to MLflow, and after one that failed."""
 
 Show = Callable[[list[TrialRecord]], None]
 """Shows the trials; called whenever something has happened to one."""
+
+logger = logging.getLogger(__name__)
+
+
+def page_of(trial: TrialRecord) -> str:
+    """Where a trial's page is, inside the study's folder."""
+    return f"trials/{trial.number:03d}.html"
 
 
 class Study(tune.Callback):
     """Keeps the records of a study's trials, shows them and delivers them to MLflow.
 
     Args:
+        parent: the study's own run.
         folder: the study's folder.
         recipe: the recipe that drawn values go into.
-        runs: the trials' runs in MLflow.
+        shards: what the trials are trained on.
+        run: where the trials are recorded.
+        tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
     """
 
-    def __init__(self, folder: RunFolder, recipe: TrainConfig, runs: TrialRuns, show: Show) -> None:
-        self.folder, self.recipe, self.runs, self.show = folder, recipe, runs, show
-        self.parent = runs.parent
+    def __init__(
+        self,
+        parent: Tracker,
+        folder: RunFolder,
+        recipe: TrainConfig,
+        shards: ShardSet,
+        run: RunConfig,
+        tags: dict[str, str],
+        show: Show,
+    ) -> None:
+        self.parent, self.folder, self.recipe, self.shards = parent, folder, recipe, shards
+        self.run, self.tags, self.show = run, tags, show
         self.records: dict[str, TrialRecord] = {}
-        self.has_ended = False
-        """All trials ended under an earlier driver, which stored their records."""
-        self._remembered: dict[str, dict[str, Any]] = {}
-        self._lock, self._stop = runs.lock, Event()
+        """By id. Ray Tune's loop replaces them; the thread that delivers them only reads."""
+        self._numbers: dict[str, int] = {}
+        self._earlier = parent.nested_runs(TRIAL_ID)
+        """MLflow's runs of an earlier driver, by the id of their trial."""
+        self._run_ids: dict[str, str] = {}
+        self._runs: dict[str, Tracker] = {}
+        self._sent: dict[str, int] = {}
+        """For each trial, the epochs that its tracker has."""
+        self._complete: set[str] = set()
+        """Trials of which MLflow has everything."""
+        self._lost: list[str] = []
+        """Runs of trials that Ray Tune forgot, because its driver was killed."""
+        self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
-        self._read_records()
+        self.has_ended = self._read_records()
+        """All trials ended under an earlier driver, which stored their records."""
 
     def __enter__(self) -> "Study":
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._deliver_all()
-        if error is not None:
-            self.runs.abandon(self.trials, error)
-            self.parent.abandon(error)
+        self._stop_thread()
+        if error is None:
+            return
+        with suppress(TrackingError):  # a tracking failure must not mask the original error
+            self._deliver()
+        for trial_id, run_id in self._run_ids.items():
+            if trial_id not in self._complete:  # a trial that resumes opens its run again
+                Tracker(self.parent.uri, run_id).abandon(error)
+        self.parent.abandon(error)
 
     @property
     def trials(self) -> list[TrialRecord]:
         """The records by number."""
-        with self._lock:
-            return sorted(self.records.values(), key=lambda trial: trial.number)
+        records = sorted(self.records.values(), key=lambda trial: trial.number)
+        return [replace(trial, run_id=self._run_ids.get(trial.trial_id, "")) for trial in records]
 
     def settle(self, expected: int) -> None:
         """Make sure that all trials have ended and that MLflow has them.
@@ -88,18 +134,14 @@ class Study(tune.Callback):
             SerRayError: fewer than `expected` trials have ended.
             TrackingError: the tracking server does not answer; the same command delivers the rest.
         """
-        ended = sum(trial.ended for trial in self.trials)
+        ended = sum(trial.ended for trial in self.records.values())
         if ended < expected:
             raise SerRayError(
                 f"{self.folder.name}: only {ended} of {expected} trials have ended, although Ray "
                 "Tune has stopped; the same command resumes the others"
             )
-        if not self._deliver_all():
-            raise TrackingError(
-                f"{self.parent.uri}: the tracking server does not answer, so some of the "
-                f"{len(self.records)} trials are not in it yet; they have all ended, and the same "
-                "command delivers them when it answers again"
-            )
+        self._stop_thread()
+        self._deliver()
 
     def finish(self) -> None:
         """Store the records and close the study's run."""
@@ -108,22 +150,22 @@ class Study(tune.Callback):
 
     def store(self) -> None:
         """Store the records of trials that have all ended; the same command will read them."""
-        records = json.dumps([trial.to_dict() for trial in self.trials]).encode()
-        write_file(self.folder.filesystem, f"{self.folder.path}/{RECORDS}", records)
+        names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
+        records = [{name: getattr(trial, name) for name in names} for trial in self.trials]
+        write_file(
+            self.folder.filesystem, f"{self.folder.path}/{RECORDS}", json.dumps(records).encode()
+        )
 
-    def _read_records(self) -> None:
+    def _read_records(self) -> bool:
+        path = f"{self.folder.path}/{RECORDS}"
         try:
-            with self.folder.filesystem.open_input_stream(
-                f"{self.folder.path}/{RECORDS}"
-            ) as stream:
+            with self.folder.filesystem.open_input_stream(path) as stream:
                 saved = json.loads(stream.read())
         except FileNotFoundError:
-            return
+            return False
         for values in saved:
-            record = TrialRecord.from_dict(values, self.recipe)
-            self.runs.claim(record)
-            self.records[record.trial_id] = record
-        self.has_ended = True
+            self._add(TrialRecord(**values, recipe=recipe_of(self.recipe, values["values"])))
+        return True
 
     # Ray Tune calls the following methods in its loop.
 
@@ -134,9 +176,7 @@ class Study(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts or resumes, perhaps in the step in which it was drawn."""
         self._open_records(trials)
-        self._change(
-            trial, state="running", problem="", stopped=False, started_ms=now_ms(), recorded=False
-        )
+        self._change(trial, state="running", problem="", stopped=False)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -144,22 +184,19 @@ class Study(tune.Callback):
         """A trial completed an epoch or found that it cannot continue."""
         # Ray Tune has set `done` if the scheduler stops the trial now. It stores this addition.
         result["stopped"] = bool(result.get("done"))
-        with self._lock:
-            self.records[trial.trial_id].update(result)
+        self.records[trial.trial_id] = self.records[trial.trial_id].updated(result)
         self.show(self.trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself, or the scheduler stopped it."""
-        state = self.records[trial.trial_id].end_state
-        self._change(trial, state=state, ended_ms=now_ms())
+        self._change(trial, state=self.records[trial.trial_id].end_state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process failed too often, perhaps before its first start."""
         self._open_records(trials)
         lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
         reasons = [line.strip() for line in lines if line.strip()]
-        problem = reasons[-1] if reasons else "no reason given"
-        self._change(trial, state="failed", problem=problem, ended_ms=now_ms())
+        self._change(trial, state="failed", problem=reasons[-1] if reasons else "no reason given")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Delete the checkpoints of ended trials, now that Ray Tune has stored its last snapshot.
@@ -171,59 +208,162 @@ class Study(tune.Callback):
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:
                 self.folder.delete(trial.checkpoint.path.removeprefix(f"{self.folder.path}/"))
 
-    def get_state(self) -> dict[str, Any]:
-        """What Ray Tune stores with every snapshot of the trials."""
-        return {
-            trial.trial_id: {name: getattr(trial, name) for name in REMEMBERED}
-            for trial in self.trials
-        }
+    def get_state(self) -> dict[str, int]:
+        """What Ray Tune stores with every snapshot of the trials: their numbers."""
+        return dict(self._numbers)
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, int]) -> None:
         """Restore what `get_state` returned under an earlier driver."""
-        self._remembered = state
+        self._numbers |= state
 
     def _open_records(self, trials: list[Any]) -> None:
         """Open a record for every new trial; the order of new trials gives their numbers."""
         new = [trial for trial in trials if trial.trial_id not in self.records]
         for trial in new:
-            self._open_record(trial)
+            next_number = max(self._numbers.values(), default=0) + 1
+            record = TrialRecord(
+                trial_id=trial.trial_id,
+                number=self._numbers.get(trial.trial_id, next_number),
+                values=trial.config,
+                recipe=recipe_of(self.recipe, trial.config),
+            ).updated(last_result(trial))
+            if trial.status == trial.TERMINATED:
+                record = replace(record, state=record.end_state)
+            self._add(record)
         if new:
             self.show(self.trials)
-        self.runs.give_up_unclaimed()  # Ray Tune restores all trials at once
+        self._lost += [run.info.run_id for run in self._earlier.values()]  # none is restored later
+        self._earlier = {}
 
-    def _open_record(self, trial: Any) -> None:
-        taken = [item["number"] for item in self._remembered.values()]
-        taken += [record.number for record in self.records.values()]
-        record = TrialRecord(
-            trial_id=trial.trial_id,
-            number=max(taken, default=0) + 1,
-            values=trial.config,
-            recipe=recipe_of(self.recipe, trial.config),
-        )
-        if "history" in (result := last_result(trial)):
-            record.update(result)
-        for name, value in self._remembered.get(trial.trial_id, {}).items():
-            setattr(record, name, value)
-        self.runs.claim(record)
-        if trial.status == trial.TERMINATED:
-            record.state = record.end_state
-        with self._lock:
-            self.records[trial.trial_id] = record
+    def _add(self, record: TrialRecord) -> None:
+        """Keep a new record, and find the run that an earlier driver opened for it."""
+        self._numbers[record.trial_id] = record.number
+        if run := self._earlier.pop(record.trial_id, None):
+            self._run_ids[record.trial_id] = run.info.run_id
+            recorded = run.data.tags.get(TRIAL_STATE), run.info.status
+            if recorded == (record.state, STATUS.get(record.state)):
+                self._complete.add(record.trial_id)
+        self.records[record.trial_id] = record
 
     def _change(self, trial: Any, **values: Any) -> None:
-        with self._lock:
-            for name, value in values.items():
-                setattr(self.records[trial.trial_id], name, value)
+        self.records[trial.trial_id] = replace(self.records[trial.trial_id], **values)
         self.show(self.trials)
 
-    def _deliver_until_stopped(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self.runs.deliver(self.trials)
+    # The following methods deliver the records to MLflow.
 
-    def _deliver_all(self) -> bool:
+    def _stop_thread(self) -> None:
         self._stop.set()
         self._thread.join()
-        return self.runs.deliver(self.trials, at_once=True)
+
+    def _deliver_until_stopped(self) -> None:
+        pause = POLL_SECONDS
+        while not self._stop.wait(pause):
+            try:
+                self._deliver()
+                pause = POLL_SECONDS
+            except TrackingError as error:
+                if pause == POLL_SECONDS:
+                    logger.warning("%s", error)
+                pause = RETRY_SECONDS
+
+    def _deliver(self) -> None:
+        """Deliver what MLflow does not have yet.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        for trial in list(self.records.values()):
+            if trial.state != "waiting" and trial.trial_id not in self._complete:
+                self._deliver_trial(trial)
+        while self._lost:
+            run = Tracker(self.parent.uri, self._lost[0])
+            run.set_tags({TRIAL_STATE: "lost"})
+            run.finish("KILLED")
+            self._lost.pop(0)
+
+    def _deliver_trial(self, trial: TrialRecord) -> None:
+        run = self._runs.get(trial.trial_id) or self._open_run(trial)
+        sent = self._sent.get(trial.trial_id, 0)
+        epochs = zip(trial.rows, trial.learning_rates, trial.times_ms, strict=True)
+        for epoch in list(epochs)[sent:]:
+            run.log_epoch(*epoch)
+        self._sent[trial.trial_id] = max(sent, trial.epochs)
+        run.deliver()
+        if not trial.ended:
+            return
+        if trial.state == "finished":  # only a finished trial has selected weights
+            run.log_scores(selected_metrics(trial.selected), trial.times_ms[-1])
+        page = self._page(trial, run.run_id)
+        store_page(page, location_inside(self.folder.location, page_of(trial)))
+        run.log_files({REPORT: as_artifact(page)})
+        run.describe(**self._outcome(trial))
+        run.set_tags({TRIAL_STATE: trial.state, "problem": trial.problem})
+        run.finish(STATUS[trial.state])
+        self._complete.add(trial.trial_id)
+
+    def _open_run(self, trial: TrialRecord) -> Tracker:
+        earlier = self._run_ids.get(trial.trial_id, "")
+        is_fold = "fold" in trial.values
+        kind: Kind = "fold" if is_fold else "trial"
+        run = Tracker.start(
+            self.parent.uri,
+            self.run.experiment,
+            name=self._name(trial),
+            params=trial.recipe.to_dict() | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min},
+            tags={
+                **self.tags,
+                "kind": kind,
+                "mlflow.parentRunId": self.parent.run_id,
+                TRIAL_ID: trial.trial_id,
+                TRIAL_STATE: "running",
+            },
+            dataset=dataset_of(self.shards),
+            run_id=earlier,
+        )
+        self._run_ids[trial.trial_id] = run.run_id
+        if not earlier:
+            run.log_files({"config.json": trial.recipe.to_dict()})
+            whole = "the cross-validation" if is_fold else "the search"
+            run.describe(
+                Run=f"{kind} {trial.number} of {whole} {self.folder.name}",
+                Data=data_line(self.shards),
+                Again=f"`{command_like(run.run_id, self.shards.uri, self.run)}`",
+            )
+        self._runs[trial.trial_id] = run
+        return run
+
+    def _page(self, trial: TrialRecord, run_id: str) -> str:
+        from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
+
+        return trial_page(
+            self._name(trial),
+            f"Trial {trial.number} of {self.folder.name}: {trial.state}. {trial.problem}",
+            recipe=trial.recipe,
+            history=trial.rows,
+            learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
+            confusion=trial.selected_confusion,
+            labels=self.shards.card.labels,
+            tags={**self.tags, **provenance()},
+            study=self.folder.name,
+            run_id=run_id,
+        )
+
+    def _outcome(self, trial: TrialRecord) -> dict[str, str]:
+        """The line of the description that says how a trial ended."""
+        if trial.problem:
+            return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
+        ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
+        on = f"{self.tags['protocol']}, {CORPORA[self.tags['corpus']]}"
+        ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
+        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({on}); {ended}"}
+
+    def _name(self, trial: TrialRecord) -> str:
+        """Name of a trial's run: what tells it from the others."""
+        recipe = trial.recipe
+        if "fold" in trial.values:
+            return f"fold {recipe.fold} seed {recipe.seed}"
+        lr_max = f"{recipe.lr_max:.1e}".replace("e-0", "e-")
+        return f"{trial.number:03d} {recipe.feature} {lr_max}"
 
 
 def open_study(
@@ -253,13 +393,12 @@ def open_study(
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
         TrackingError: the tracking store cannot be reached.
     """
-    card = setup.shards.card
-    identity = identity | {"shards": card.fingerprint}
+    identity = identity | {"shards": setup.shards.card.fingerprint}
     folder.require_same(identity)
     tags = run_tags(kind, label, setup.shards)
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
-    tracker = Tracker.start(
+    parent = Tracker.start(
         uri,
         run.experiment,
         name=folder.name,
@@ -268,13 +407,11 @@ def open_study(
         dataset=dataset_of(setup.shards),
         run_id=run_to_resume(uri, folder.record()),
     )
-    tracker.describe(
+    parent.describe(
         Run=f"a {kind}; its trials are nested in it, its files are in `{folder.location}`",
         Data=data_line(setup.shards),
         Again=f"`{tags['command']}`",
     )
-    tracker.log_files({"environment.json": environment()})
-    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
-    again = partial(command_like, shards_location=setup.shards.uri, run=run)
-    runs = TrialRuns(tracker, folder, run.experiment, setup.shards, tags, again)
-    return Study(folder, setup.recipe, runs, show)
+    parent.log_files({"environment.json": environment()})
+    folder.update_record(run_id=parent.run_id, tracking_uri=uri, identity=identity)
+    return Study(parent, folder, setup.recipe, setup.shards, run, tags, show)

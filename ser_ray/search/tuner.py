@@ -7,6 +7,7 @@ interrupted search.
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,14 +23,12 @@ from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.mlflow_runs import page_of
 from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
-from ser_ray.search.plan import num_trials, search_plan, warn_of_baseline
-from ser_ray.search.record import TrialRecord, best_of
+from ser_ray.search.record import TrialRecord, best_of, count_states
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
-from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
-from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.tune_run import run_trials
+from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
+from ser_ray.search.study import Show, Study, open_study, page_of
+from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
@@ -38,13 +37,15 @@ from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.model import read_pretrained
 from ser_ray.training.parts import select_rows
 
 OPTUNA_STUDY = "optuna.journal"
 """File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
 BEST_RECIPE = "best.json"
 """File beside the trials: the best recipe and the run that it came from."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,25 +98,46 @@ def search(
     require_one_split(recipe, config)
     shards = open_shards(absolute(shards_location))
     parts = select_rows(shards.clips(), recipe)
-    pretrained = read_initial_weights(recipe, config.dimensions, shards)
+    searched = {item.name: item.values for item in config.dimensions}
+    pretrained = {
+        name: read_pretrained(name, len(shards.card.labels))
+        for name in {recipe.weights, *searched.get("weights", ())}
+    }
     folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
     require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
         require_shared(shards.uri, folder.location)
-        setup = TrialSetup(recipe=recipe, shards=shards, slots=find_slots(run, slots))
+        setup = TrialSetup(
+            recipe=recipe, shards=shards, slots=find_slots(run, slots), pretrained=pretrained
+        )
         identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
         params = search_params(recipe, config, setup.slots)
         with open_study(setup, folder, run, "search", parts.label, identity, params, show) as study:
             if not study.has_ended:
-                warn_of_baseline(recipe, config)
+                if left_out := excluded(recipe, config):
+                    logger.warning(
+                        "no trial trains the recipe as given, because the space excludes its %s",
+                        ", ".join(left_out),
+                    )
                 plan = search_plan(recipe, config, setup.slots)
-                run_trials(setup, pretrained, plan, folder, study, run.max_failures)
+                run_trials(setup, plan, folder, study, run.max_failures)
             study.settle(num_trials(recipe, config))
             lock.check()
             best = best_of(study.trials)
-            again = command_like(best.run_id, shards_location, run)
-            title = f"validation, {parts.label}, {CORPORA[shards.card.corpus]}"
-            return _conclude(folder, study, best, config, title, again)
+            result = TuneResult(
+                name=folder.name,
+                label=f"validation, {parts.label}, {CORPORA[shards.card.corpus]}",
+                best=best,
+                trials=study.trials,
+                run_id=study.parent.run_id,
+                tracking_uri=study.parent.uri,
+                location=folder.location,
+                again=command_like(best.run_id, shards_location, run),
+            )
+            _keep_best(folder, best)
+            _log_outcome(study, result, config)
+            study.finish()
+    return result
 
 
 def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
@@ -140,7 +162,7 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
 def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict[str, Any]:
     """Parameters of a search's run: what all trials share, and under `search.` how it searches.
 
-    What is searched has no value yet; `_log_outcome` adds those of the best trial.
+    What is searched has no value yet; `_log_outcome` adds that of the best trial.
     """
     searched = {item.name for item in config.dimensions}
     if RATIO in searched:
@@ -162,90 +184,61 @@ def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> st
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
 
 
-def read_initial_weights(
-    recipe: TrainConfig, dimensions: tuple[Dimension, ...], shards: ShardSet
-) -> dict[str, Pretrained]:
-    """Read the initial weights of every `TrainConfig.weights` that a trial may have."""
-    names = {recipe.weights}
-    names.update(*(item.values for item in dimensions if item.name == "weights"))
-    return {name: read_pretrained(name, len(shards.card.labels)) for name in sorted(names)}
-
-
 def _settings(config: TuneConfig) -> dict[str, Any]:
     """The settings that identify a search. `refit` is none of them: it changes no trial."""
     return {name: value for name, value in asdict(config).items() if name != "refit"}
 
 
-def _conclude(
-    folder: RunFolder, study: Study, best: TrialRecord, config: TuneConfig, title: str, again: str
-) -> TuneResult:
-    """Write the best recipe beside the trials and complete the search's run in MLflow."""
-    tracker = study.parent
+def _keep_best(folder: RunFolder, best: TrialRecord) -> None:
+    """Write the best recipe beside the trials."""
     content = {"run_id": best.run_id, "selected": best.selected, "recipe": best.recipe.to_dict()}
     encoded = json.dumps(content, indent=2).encode()
     write_file(folder.filesystem, f"{folder.path}/{BEST_RECIPE}", encoded)
-    _log_outcome(study, best, config.dimensions, title, again)
-    study.finish()
-    return TuneResult(
-        name=folder.name,
-        label=title,
-        best=best,
-        trials=study.trials,
-        run_id=tracker.run_id,
-        tracking_uri=tracker.uri,
-        location=folder.location,
-        again=again,
-    )
 
 
-def _log_outcome(
-    study: Study, best: TrialRecord, dimensions: tuple[Dimension, ...], title: str, again: str
-) -> None:
+def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
+    """Complete the search's run in MLflow, and write its page and its Optuna study."""
     from ser_ray.evaluation.pages import search_page  # slow: matplotlib
     from ser_ray.plots.search import history_figure, importance_figure, parameter_figure
 
-    tracker, trials = study.parent, study.trials
-    rows, importance = trial_rows(trials), importance_of(trials, dimensions)
-    scores = selected_metrics(best.selected)
+    tracker, folder, trials, best = study.parent, study.folder, result.trials, result.best
+    rows, importance = trial_rows(trials), importance_of(trials, config.dimensions)
     tracker.log_params(best.recipe.to_dict())
-    tracker.log_scores(scores, now_ms())
+    tracker.log_scores(selected_metrics(best.selected), now_ms())
     tracker.set_tags({"best.run_id": best.run_id})
-    states = [trial.state for trial in trials]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     ua, wa = best.selected["val/ua"], best.selected["val/wa"]
     tracker.describe(
-        Validation=f"UA {ua:.1%}, WA {wa:.1%} ({title}), the best of {len(trials)} trials "
-        f"({counts}): trial {best.number}, run {best.run_id}. To train it: `{again}`"
+        Validation=f"UA {ua:.1%}, WA {wa:.1%} ({result.label}), the best of {len(trials)} trials "
+        f"({count_states(trials)}): trial {best.number}, run {best.run_id}. "
+        f"To train it: `{result.again}`"
     )
     page = search_page(
-        study.folder.name,
+        folder.name,
         rows,
         best=best.number,
         selected=best.selected,
         recipe=best.recipe,
-        searched={item.name: str(item) for item in dimensions},
+        searched={item.name: str(item) for item in config.dimensions},
         importance=importance,
-        tags={**study.runs.tags, **provenance()},
-        again=again,
+        tags={**study.tags, **provenance()},
+        again=result.again,
         pages={trial.number: page_of(trial) for trial in trials},
-        num_labels=len(study.runs.shards.card.labels),
+        num_labels=len(study.shards.card.labels),
         run_id=tracker.run_id,
     )
-    store_page(page, study.folder.report)
-    journal = optuna_journal(study.folder.name, trials, dimensions)
-    write_file(study.folder.filesystem, f"{study.folder.path}/{OPTUNA_STUDY}", journal.encode())
+    store_page(page, folder.report)
+    journal = optuna_journal(folder.name, trials, config.dimensions)
+    write_file(folder.filesystem, f"{folder.path}/{OPTUNA_STUDY}", journal.encode())
     files: dict[str, Any] = {
         REPORT: as_artifact(page),
         "config.json": best.recipe.to_dict(),
         OPTUNA_STUDY: journal,
-        "plots/history.png": history_figure(rows, title),
-        **{
-            f"plots/by_{item.name}.png": parameter_figure(rows, item.name, title)
-            for item in dimensions
-        },
+        "plots/history.png": history_figure(rows, result.label),
         "tables/trials.csv": pa.Table.from_pylist(rows),
     }
+    for item in config.dimensions:
+        files[f"plots/by_{item.name}.png"] = parameter_figure(rows, item.name, result.label)
     if importance:
-        files["plots/importance.png"] = importance_figure(importance, title)
+        files["plots/importance.png"] = importance_figure(importance, result.label)
         files["tables/importance.json"] = importance
     tracker.log_files(files)

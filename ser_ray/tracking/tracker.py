@@ -26,7 +26,7 @@ from ser_ray.tracking.store import connect, search_runs, set_tracking_uri, store
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Metric
+    from mlflow.entities import DatasetInput, Metric, Run
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 """MLflow's own limits of one batch."""
@@ -146,13 +146,13 @@ class Tracker:
         models = outputs.model_outputs if outputs else []
         return str(models[-1].model_id) if models else ""
 
-    def nested_runs(self, tag: str) -> dict[str, str]:
-        """Ids of the runs nested in this one, by the value of one of their tags."""
+    def nested_runs(self, tag: str) -> dict[str, "Run"]:
+        """MLflow's runs nested in this one, by the value of one of their tags."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         with self._writing():
             experiment_id = self._client.get_run(self.run_id).info.experiment_id
             return {
-                run.data.tags[tag]: run.info.run_id
+                run.data.tags[tag]: run
                 for run in search_runs(self._client, experiment_id, nested)
                 if tag in run.data.tags
             }

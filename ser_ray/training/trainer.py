@@ -66,6 +66,7 @@ class EpochReport:
         confusion: counts of the validation clips [labels, labels], row = true label; empty without
             validation clips.
         is_selected: whether this epoch is the selected one so far (`TrainConfig.keep`).
+        progress: all epochs so far. The training changes it after the report.
     """
 
     timestamp_ms: int
@@ -73,6 +74,7 @@ class EpochReport:
     learning_rates: list[float]
     confusion: list[list[int]]
     is_selected: bool
+    progress: Progress
 
 
 MakeSnapshot = Callable[[], Snapshot]
@@ -300,7 +302,9 @@ class Trainer:
         learning_rates = progress.learning_rates[-self.steps_per_epoch :]
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.losses.zero_(), self.num_correct.zero_()
-        return EpochReport(progress.times_ms[-1], row, learning_rates, confusion, is_selected)
+        return EpochReport(
+            progress.times_ms[-1], row, learning_rates, confusion, is_selected, progress
+        )
 
     def reduce_counts(self, *, on_all_workers: bool = False) -> None:
         """Sum the epoch's losses and counts over the workers.

@@ -14,14 +14,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
+from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation import pages
 from ser_ray.search import display
-from ser_ray.search import mlflow_runs as module
-from ser_ray.search.actor import Progress
+from ser_ray.search import study as module
 from ser_ray.search.display import TrialTable
-from ser_ray.search.mlflow_runs import TrialRuns
 from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import TuneConfig
@@ -29,7 +28,6 @@ from ser_ray.search.study import Study
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.trainer import EpochReport
 from tests.conftest import make_memory_shards
 
 RECIPE = TrainConfig(epochs=3, keep="best")
@@ -51,9 +49,11 @@ class Server:
         self.require()
         run_id = run_id or f"run-{len(self.runs) + 1}"
         run = SimpleNamespace(
-            name=name, params=params, tags=dict(tags), points=[], status="", files={}, lines={}
-        )
-        self.runs.setdefault(run_id, run)
+            name=name, params=params, tags=dict(tags), points=[], stored=[], status="", files={},
+            lines={},
+        )  # fmt: skip
+        self.runs.setdefault(run_id, run).tags |= tags
+        self.runs[run_id].status = "RUNNING"
         return Client(self, run_id)
 
     def require(self) -> None:
@@ -64,13 +64,13 @@ class Server:
 class Client:
     def __init__(self, server: Server, run_id: str) -> None:
         self.server, self.run_id = server, run_id
-        self.waiting: list[tuple[str, int, float]] = []
+        self.waiting: list[tuple[str, int, float, int]] = []
         self.run = server.runs[run_id]
 
     log_epoch = Tracker.log_epoch
 
     def log_metrics(self, metrics, step, timestamp_ms):
-        self.waiting += [(name, step, value) for name, value in metrics.items()]
+        self.waiting += [(name, step, value, timestamp_ms) for name, value in metrics.items()]
 
     def log_scores(self, scores, timestamp_ms):
         self.log_metrics(scores, 0, timestamp_ms)
@@ -82,7 +82,10 @@ class Client:
 
     def deliver(self):
         self.server.require()
-        self.run.points += self.waiting
+        # As MLflow does, ignore a metric that the run has: same name, step, value and timestamp.
+        new = [point for point in self.waiting if point not in self.run.stored]
+        self.run.stored += new
+        self.run.points += [point[:3] for point in new]
         self.waiting = []
 
     def set_tags(self, tags):
@@ -104,7 +107,6 @@ class Client:
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
     monkeypatch.setattr(module, "Tracker", server)
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(pages, "trial_page", lambda *_, **__: "a page")  # figures take a second
     return server
 
@@ -113,16 +115,30 @@ def open_study(server: Server, storage: Path | str) -> Study:
     folder = RunFolder(str(storage), "search")
     folder.filesystem.create_dir(folder.path, recursive=True)
 
-    def nested_runs(tag: str) -> dict[str, str]:
-        return {run.tags[tag]: run_id for run_id, run in server.runs.items()}
+    def nested_runs(tag: str) -> dict[str, SimpleNamespace]:
+        return {
+            run.tags[tag]: SimpleNamespace(
+                info=SimpleNamespace(run_id=run_id, status=run.status),
+                data=SimpleNamespace(tags=run.tags),
+            )
+            for run_id, run in server.runs.items()
+        }
 
     parent: Any = SimpleNamespace(
         uri="memory", run_id="parent", abandon=lambda error: None, nested_runs=nested_runs,
         finish=lambda status: server.require(),
     )  # fmt: skip
     shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
-    runs = TrialRuns(parent, folder, "tests", shards, TAGS, again="train {}".format)
-    return Study(folder, RECIPE, runs, show=lambda trials: None)
+    return Study(parent, folder, RECIPE, shards, RunConfig(), TAGS, show=lambda trials: None)
+
+
+def deliver(study: Study) -> bool:
+    """Deliver the records now; returns whether the server took them."""
+    try:
+        study._deliver()
+    except TrackingError:
+        return False
+    return True
 
 
 class TuneTrial:
@@ -135,18 +151,26 @@ class TuneTrial:
         self.error_file: str | None = None
         self.checkpoint: SimpleNamespace | None = None
         self.last_result: dict[str, Any] = {}
-        self.progress = Progress()
+        self.num_reports = 0
+        self.progress: dict[str, Any] = {
+            "step": 0, "started_ms": 500, "history": [], "learning_rates": [], "times_ms": [],
+            "selected_confusion": [],
+        }  # fmt: skip
 
     def epoch(self, study: Study, number: int, val_ua: float, *, done: bool = False) -> None:
         """Report an epoch as `run_trial` does; `done` if the scheduler stops the trial then."""
         row = {"epoch": float(number), "train/loss": 1.0, "train/wa": 0.3}
         row |= {"val/ua": val_ua, "val/wa": val_ua, "val/f1": 0.25, "val/loss": 1.0}
-        best = max([0.0, *(earlier["val/ua"] for earlier in self.progress.values["history"])])
-        self.progress.add(
-            EpochReport(1000 * number, row, [0.1, 0.2], [[number, 0], [0, 1]], val_ua > best),
-            RECIPE,
-        )
-        self.report(study, self.progress.result() | {"done": done})
+        before, self.num_reports = self.progress, self.num_reports + 1
+        times_ms = [*before["times_ms"], 1000 * number + self.num_reports]
+        best = max([0.0, *(earlier["val/ua"] for earlier in before["history"])])
+        confusion = [[number, 0], [0, 1]] if val_ua > best else before["selected_confusion"]
+        self.progress = before | {
+            "history": [*before["history"], row], "times_ms": times_ms,
+            "learning_rates": [*before["learning_rates"], 0.1, 0.2],
+            "selected_confusion": confusion,
+        }  # fmt: skip
+        self.report(study, self.progress | {"done": done})
 
     def report(self, study: Study, result: dict[str, Any]) -> None:
         study.on_trial_result(0, [self], self, result)
@@ -169,10 +193,10 @@ def run(study: Study, folder: Path) -> list[TuneTrial]:
     stopped.epoch(study, 1, 0.1, done=True)
     stopped.complete(study)
     finished.epoch(study, 1, 0.2)
-    after_the_first = finished.progress.values
+    after_the_first = finished.progress
     finished.epoch(study, 2, 0.6)
     study.on_trial_start(2, trials, finished)  # resumes from a checkpoint after the first epoch
-    finished.progress.values = after_the_first
+    finished.progress = after_the_first
     finished.epoch(study, 2, 0.6)
     finished.epoch(study, 3, 0.5, done=True)
     finished.complete(study)
@@ -206,8 +230,8 @@ def test_a_study_records_how_every_trial_ended(server, tmp_path):
     assert [row["epoch"] for row in finished.rows] == [1, 2, 3]
     assert finished.selected["epoch"] == 2
     assert finished.selected_confusion == [[2, 0], [0, 1]]
-    finished.recipe = replace(finished.recipe, keep="last")
-    assert finished.selected["epoch"] == 3
+    last = replace(finished, recipe=replace(finished.recipe, keep="last"))
+    assert last.selected["epoch"] == 3
 
 
 def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monkeypatch):
@@ -215,19 +239,19 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monk
     server.away = True
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
-    assert not study.runs.deliver(study.trials)
+    assert not deliver(study)
     server.away = False
-    assert study.runs.deliver(study.trials)
-    assert study.runs.deliver(study.trials)
+    assert deliver(study)
+    assert deliver(study)
     again = resumed(open_study(server, tmp_path), study, trials)
-    assert again.runs.deliver(again.trials)
+    assert deliver(again)
     assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
     finished = server.runs["run-2"]
     assert finished.tags["mlflow.parentRunId"] == "parent"
     assert finished.tags["trial.state"] == "finished"
     assert (finished.name, finished.tags["kind"]) == ("002 mel 2.0e-2", "trial")
     assert finished.lines["Validation"].startswith("UA 60.0%, WA 60.0% (speaker-3 fold 1 of 3")
-    assert finished.lines["Again"] == "`train run-2`"
+    assert finished.lines["Again"].startswith("`ser-ray train --like run-2 --shards ")
     assert finished.params["lr_max"] == 2e-2
     assert [point for point in finished.points if point[0] == "val/ua"] == [
         ("val/ua", 1, 0.2), ("val/ua", 2, 0.6), ("val/ua", 3, 0.5),
@@ -247,14 +271,14 @@ def test_epochs_that_a_server_missed_are_delivered_by_the_next_driver(server, tm
     study.on_step_begin(0, [trial])
     study.on_trial_start(0, [trial], trial)
     trial.epoch(study, 1, 0.2)
-    assert study.runs.deliver(study.trials)
+    assert deliver(study)
     server.away = True
     trial.epoch(study, 2, 0.3)
-    assert not study.runs.deliver(study.trials)
+    assert not deliver(study)
     server.away = False
     again = resumed(open_study(server, tmp_path), study, [trial])
     again.on_trial_start(0, [trial], trial)
-    assert again.runs.deliver(again.trials)
+    assert deliver(again)
     points = [point for point in server.runs["run-1"].points if point[0] == "val/ua"]
     assert points == [("val/ua", 1, 0.2), ("val/ua", 2, 0.3)]
 
@@ -266,7 +290,7 @@ def test_a_resumed_study_has_the_records_of_the_killed_driver(server, tmp_path):
     study.on_step_begin(4, [*trials, running])
     study.on_trial_start(4, trials, running)
     running.epoch(study, 1, 0.4)
-    assert study.runs.deliver(study.trials)
+    assert deliver(study)
     again = resumed(open_study(server, tmp_path), study, [*trials, running])
     known = {trial.trial_id: trial for trial in study.trials}
     assert [trial.trial_id for trial in again.trials] == ["s", "f", "x", "r"]
@@ -316,14 +340,14 @@ def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_t
 def test_a_failed_trial_that_is_trained_again_is_recorded_again(server, tmp_path):
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
-    assert study.runs.deliver(study.trials)
+    assert deliver(study)
     failed = trials[2]
     again = resumed(open_study(server, tmp_path), study, trials)
     again.on_trial_start(0, trials, failed)
     for number in (1, 2, 3):
         failed.epoch(again, number, 0.7, done=number == 3)
     failed.complete(again)
-    assert again.runs.deliver(again.trials)
+    assert deliver(again)
     assert again.trials[2].state == "finished"
     recorded = server.runs["run-3"]
     assert recorded.status == "FINISHED"
@@ -340,7 +364,7 @@ def test_a_study_does_not_end_before_its_trials_are_recorded(server, tmp_path):
     again = open_study(server, tmp_path)
     again.set_state(study.get_state())
     again.on_experiment_end(trials[:2])
-    with pytest.raises(TrackingError, match="the same command delivers them"), again:
+    with pytest.raises(TrackingError, match="away"), again:
         again.settle(2)
     server.away = False
     last = open_study(server, tmp_path)
@@ -358,11 +382,11 @@ def test_runs_of_trials_that_ray_tune_forgot_end_as_lost(server, tmp_path):
     forgotten = TuneTrial("gone", lr_max=4e-2)
     study.on_step_begin(1, [*trials, forgotten])
     study.on_trial_start(1, trials, forgotten)
-    assert study.runs.deliver(study.trials)
+    assert deliver(study)
     again = open_study(server, tmp_path)
     again.set_state(state)
     again.on_step_begin(0, trials)
-    assert again.runs.deliver(again.trials)
+    assert deliver(again)
     assert [trial.trial_id for trial in again.trials] == ["s", "f", "x"]
     lost = server.runs["run-4"]
     assert (lost.status, lost.tags["trial.state"]) == ("KILLED", "lost")
@@ -470,7 +494,7 @@ def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_t
     ]
     table = TrialTable(Console(file=io.StringIO(), force_terminal=True), 4)
     table(records)
-    records[0].state = "finished"  # a quarter of the search in a minute
+    table([replace(records[0], state="finished"), records[1]])  # a quarter of it in a minute
     found = table.table()
     assert [column.header for column in found.columns] == [
         "trial", "state", "weight_decay", "epoch", "UA", "",
@@ -502,10 +526,12 @@ def test_optuna_reads_the_search_from_the_file_that_is_kept(server, tmp_path):
     dimensions = TuneConfig(
         space=("lr_max=loguniform(1e-4,1e-1)", "lr_ratio=choice(10)", "feature=choice(mel)")
     ).dimensions
-    for trial in study.trials:
-        trial.values = {"lr_max": trial.values["lr_max"], "lr_ratio": 10.0, "feature": "mel"}
+    trials = [
+        replace(trial, values=trial.values | {"lr_ratio": 10.0, "feature": "mel"})
+        for trial in study.trials
+    ]
     journal = tmp_path / "optuna.journal"
-    journal.write_text(optuna_journal("a search", study.trials, dimensions))
+    journal.write_text(optuna_journal("a search", trials, dimensions))
     storage = JournalStorage(JournalFileBackend(str(journal)))
     read = optuna.load_study(study_name="a search", storage=storage)
     found = [(t.user_attrs["trial"], t.state.name, t.params["lr_max"]) for t in read.trials]

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
@@ -37,27 +36,27 @@ from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
 from ser_ray.search import study as study_module
 from ser_ray.search import tuner as tune_module
-from ser_ray.search.actor import Progress, TrialSetup, next_objective, run_trial
-from ser_ray.search.plan import (
-    ResumableAsha,
-    SlotLimiter,
-    SlotVariants,
-    baseline,
-    num_trials,
-    search_plan,
-    warn_of_baseline,
-)
+from ser_ray.search.actor import TrialSetup, objectives, run_trial
 from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.study import open_study
+from ser_ray.search.tune_run import (
+    ResumableAsha,
+    SlotLimiter,
+    SlotVariants,
+    baseline,
+    excluded,
+    grid_points,
+    num_trials,
+)
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import recipe_of_run
 from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import EpochReport, fit
+from ser_ray.training.trainer import fit
 from tests.processes import end
 
 RECIPE = TrainConfig(
@@ -298,11 +297,6 @@ def test_the_number_of_trials_that_fit_on_a_node(node, cpus, gpus, room):
     assert trials_on(node, cpus, gpus) == room
 
 
-def report_of(epoch: int, val_ua: float, *, is_selected: bool = True) -> EpochReport:
-    row = {"epoch": float(epoch), "val/ua": val_ua, "val/loss": 1.0}
-    return EpochReport(1000 * epoch, row, [0.1], [[epoch]], is_selected)
-
-
 def test_asha_decides_after_a_restore_as_it_would_without_one():
     curves = {
         "a": [0.2, 0.3, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9],
@@ -311,29 +305,33 @@ def test_asha_decides_after_a_restore_as_it_would_without_one():
         "d": [0.5, 0.2, 0.6, 0.1],
     }
 
-    def scheduler(kind: type[ASHAScheduler]) -> ASHAScheduler:
-        return kind(
-            time_attr="epoch", metric="best_val_ua", mode="max", max_t=27, grace_period=1,
-            reduction_factor=3,
-        )  # fmt: skip
+    config = TuneConfig(grace_epochs=1, space=("epochs=choice(4,27)",))
 
-    before, after = scheduler(ASHAScheduler), scheduler(ResumableAsha)
+    def scheduler() -> ASHAScheduler:
+        made = ResumableAsha(RECIPE, config)
+        made.set_search_properties("best_val_ua", "max")
+        return made
+
+    def trial_of(name: str, **last_result: object) -> SimpleNamespace:
+        return SimpleNamespace(trial_id=name, last_result=last_result, config={"epochs": 27})
+
+    before, after = scheduler(), scheduler()
     for name, curve in curves.items():
-        trial = SimpleNamespace(trial_id=name, last_result={})
+        trial = trial_of(name)
         before.on_trial_add(None, trial)
-        progress = Progress()
-        for epoch, val_ua in enumerate(curve, start=1):
-            progress.add(report_of(epoch, val_ua), RECIPE)
-            before.on_trial_result(None, trial, progress.result())
-            trial.last_result = progress.result()
+        rows = [{"val/ua": val_ua} for val_ua in curve]
+        for epoch in range(1, len(rows) + 1):
+            result = {"epoch": epoch, "best_val_ua": max(curve[:epoch]), "history": rows[:epoch]}
+            before.on_trial_result(None, trial, result)
+            trial.last_result = result
         if name == "d":  # it diverges after its fourth epoch
-            trial.last_result = progress.failure(DivergedError("diverged"))
+            trial.last_result = {"best_val_ua": 0.0, "problem": "diverged", "history": rows}
             before.on_trial_result(None, trial, trial.last_result)
         after.on_trial_add(None, trial)
     decisions = []
     for index in range(40):
         val_ua = 0.05 + index % 13 / 13
-        trial = SimpleNamespace(trial_id=f"new {index}", last_result={})
+        trial = trial_of(f"new {index}")
         for epoch in (1, 3, 9, 10):
             result = {"epoch": epoch, "best_val_ua": val_ua}
             pair = []
@@ -344,12 +342,11 @@ def test_asha_decides_after_a_restore_as_it_would_without_one():
             decisions.append(pair)
     assert all(without == restored for without, restored in decisions)
     assert {without for without, _ in decisions} == {"CONTINUE", "STOP"}
-    fresh = scheduler(ASHAScheduler)
-    fresh.on_trial_add(None, SimpleNamespace(trial_id="x"))
-    low = {"epoch": 1, "best_val_ua": 0.05}
-    assert fresh.on_trial_result(None, SimpleNamespace(trial_id="x"), low) == "CONTINUE"
-    after.on_trial_add(None, SimpleNamespace(trial_id="x", last_result={}))
-    assert after.on_trial_result(None, SimpleNamespace(trial_id="x"), low) == "STOP"
+    fresh, low = scheduler(), {"epoch": 1, "best_val_ua": 0.05}
+    fresh.on_trial_add(None, trial_of("x"))
+    assert fresh.on_trial_result(None, trial_of("x"), low) == "CONTINUE"
+    after.on_trial_add(None, trial_of("x"))
+    assert after.on_trial_result(None, trial_of("x"), low) == "STOP"
 
 
 def test_the_first_trial_is_the_recipe_if_the_space_contains_it():
@@ -359,11 +356,10 @@ def test_the_first_trial_is_the_recipe_if_the_space_contains_it():
     assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
 
 
-def test_a_warning_names_the_values_that_exclude_the_recipe_from_the_space(caplog):
-    warn_of_baseline(RECIPE, TuneConfig(space=SPACE))
-    assert not caplog.text
-    warn_of_baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)")))
-    assert "the space excludes its feature mel, epochs 4" in caplog.text
+def test_the_values_that_exclude_the_recipe_from_the_space_are_named():
+    assert excluded(RECIPE, TuneConfig(space=SPACE)) == []
+    config = TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)"))
+    assert excluded(RECIPE, config) == ["feature mel", "epochs 4"]
 
 
 def test_the_seed_cannot_be_searched_if_it_draws_the_split():
@@ -406,11 +402,11 @@ def reports(small_network, monkeypatch) -> list[tuple[dict[str, object], dict[st
 
 def setup_of(shards: str, **changes: object) -> TrialSetup:
     slots = Slots(count=1, cpus=1, gpus=0)
-    values = {"recipe": RECIPE, "shards": open_shards(shards), "slots": slots}
+    pretrained = {"none": Pretrained("fresh weights", {})}
+    values = {
+        "recipe": RECIPE, "shards": open_shards(shards), "slots": slots, "pretrained": pretrained,
+    }  # fmt: skip
     return TrialSetup(**values | changes)  # type: ignore[arg-type]
-
-
-FRESH = {"none": Pretrained("fresh weights", {})}
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
@@ -425,17 +421,18 @@ def test_a_trial_resumes_with_its_selected_epoch(
 
     recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
     setup = setup_of(shards, finish=finish, recipe=recipe)
-    run_trial({}, setup, FRESH)
+    run_trial({}, setup)
     uninterrupted, reports[:] = list(reports), []
     for name, content in uninterrupted[1][1].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
-    run_trial({}, setup, FRESH)
+    run_trial({}, setup)
     assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
     for (again, _), (alone, _) in zip(reports, uninterrupted[2:], strict=True):
-        assert again["objective_by_epoch"] == alone["objective_by_epoch"]
+        assert again["best_val_ua"] == alone["best_val_ua"]
+        assert again["times_ms"][:2] == uninterrupted[1][0]["times_ms"]
         losses = [metrics["history"][-1]["val/loss"] for metrics in (again, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     rows = uninterrupted[-1][0]["history"]
@@ -448,35 +445,10 @@ def test_the_objective_of_a_trial_ends_with_its_selected_epoch():
     lasts: dict[Keep, float] = {"last": 0.3, "best": 0.6}
     for keep, last in lasts.items():
         recipe = replace(RECIPE, keep=keep, epochs=4)
-        objective: list[float] = []
-        for epoch, val_ua in enumerate((0.2, 0.6, 0.5, 0.3), start=1):
-            row = {"epoch": float(epoch), "val/ua": val_ua}
-            objective.append(next_objective(recipe, row, objective))
-        assert objective == [0.2, 0.6, 0.6, last]
-
-
-def test_progress_continues_from_a_checkpoint_as_if_it_had_not_been_interrupted():
-    recipe = replace(RECIPE, keep="best")
-    uninterrupted, resumed = Progress(), Progress()
-    epochs = [report_of(1, 0.4), report_of(2, 0.3, is_selected=False)]
-    for epoch in epochs:
-        uninterrupted.add(epoch, recipe)
-    checkpoint: dict[str, Any] = {
-        "history": [epoch.row for epoch in epochs], "learning_rates": [0.1, 0.1, 0.5], "step": 1,
-        "times_ms": [1000, 2000], "selected_confusion": [[1]],
-    }  # fmt: skip
-    resumed.restore(checkpoint, recipe)
-    last = report_of(3, 0.5)
-    earlier = resumed.values
-    for progress in (uninterrupted, resumed):
-        progress.add(last, recipe)
-    assert resumed.result() == uninterrupted.result()
-    assert uninterrupted.result() == {
-        "best_val_ua": 0.5, "epoch": 3, "history": [*checkpoint["history"], last.row],
-        "learning_rates": [[0.1]] * 3, "times_ms": [1000, 2000, 3000],
-        "selected_confusion": [[3]], "objective_by_epoch": [0.4, 0.4, 0.5],
-    }  # fmt: skip
-    assert len(earlier["history"]) == 2, "what was reported before does not change"
+        rows = [{"val/ua": val_ua} for val_ua in (0.2, 0.6, 0.5, 0.3)]
+        assert objectives(rows[:3], recipe) == [0.2, 0.6, 0.6]
+        assert objectives(rows, recipe) == [0.2, 0.6, 0.6, last]
+        assert objectives([], recipe) == []
 
 
 def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
@@ -484,7 +456,7 @@ def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
 ):
     gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), FRESH)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)))
     assert [metrics.get("epoch") for metrics, _ in reports] == [1]
 
 
@@ -493,11 +465,12 @@ def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards, error)
     def finish(*_: object) -> None:
         raise error("no good")
 
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), FRESH)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish))
     last = reports[-1][0]
     assert last["problem"] == f"{error.__name__}: no good"
-    assert last["objective_by_epoch"] == reports[1][0]["objective_by_epoch"]
-    assert len(reports[1][0]["objective_by_epoch"]) == 2
+    assert last["history"] == reports[1][0]["history"]
+    assert [len(report["history"]) for report, _ in reports] == [1, 2, 2]
+    assert "epoch" not in last
 
 
 @pytest.mark.parametrize("error", [ShardsError, CheckpointError, TrackingError, OSError])
@@ -511,7 +484,7 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 
     setup = setup_of(shards, recipe=replace(RECIPE, epochs=1), finish=finish)
     with pytest.raises(error, match="does not answer"):
-        run_trial({}, setup, FRESH)
+        run_trial({}, setup)
     assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
@@ -543,9 +516,8 @@ def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, m
     monkeypatch.setattr(tune_module, "json", SimpleNamespace(dumps=lambda *_, **__: not_bytes))
     row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
     best = TrialRecord("a", 1, {}, RECIPE, rows=[row], state="finished")
-    study: Any = SimpleNamespace(parent=None)
     with pytest.raises(TypeError):
-        tune_module._conclude(folder, study, best, TuneConfig(), "title", "again")
+        tune_module._keep_best(folder, best)
     assert place.read_text() == "the earlier one"
 
 
@@ -598,10 +570,7 @@ def test_a_grid_that_contains_the_recipe_begins_with_it():
     space = ("feature=choice(mfcc,mel)", "lr_max=choice(2e-3,4e-3)", "lr_ratio=choice(40)")
     config = TuneConfig(searcher="grid", space=space)
     assert num_trials(RECIPE, config) == 2 * 2 * 1
-    plan = search_plan(RECIPE, config, Slots(count=1, cpus=1, gpus=0))
-    first = {name: values["grid_search"][0] for name, values in plan.space.items()}
-    assert first == {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
-    assert plan.num_samples == 1
+    assert grid_points(RECIPE, config)[0] == {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
 
 
 def test_the_best_trial_did_not_fail():

@@ -265,4 +265,5 @@ def test_nested_runs_are_found_by_their_tag(in_tmp):
     }
     start(**{"mlflow.parentRunId": parent.run_id})
     start(**{"mlflow.parentRunId": nested["a"], "trial.id": "c"})
-    assert parent.nested_runs("trial.id") == nested
+    found = parent.nested_runs("trial.id")
+    assert {name: run.info.run_id for name, run in found.items()} == nested

@@ -1,4 +1,4 @@
-"""These tests fail when an upgrade of Ray moves what `ray_internals` relies on."""
+"""These tests fail when an upgrade of Ray moves what `tune_run` relies on."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from ray.tune.experiment import Trial
 from ser_ray.distributed import group
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search import tune_run
-from ser_ray.search.ray_internals import RetryFailed, has_snapshot, last_result
 from ser_ray.search.slots import Slots
+from ser_ray.search.tune_run import RetryFailed, has_snapshot, last_result
 
 
 @pytest.mark.ray
