@@ -236,7 +236,7 @@ def crossval(
     from ser_ray.search.display import TrialTable
 
     plan = plan_crossval(shards, recipe, config)
-    with TrialTable(stderr_console(), plan.num_trials, plan.label, compared=False) as table:
+    with TrialTable(stderr_console(), len(plan.points), plan.label, compared=False) as table:
         return run(plan, run_config, slots, show=table, address=address)
 
 

@@ -262,8 +262,8 @@ class Crossval(TrainingVerb):
             after = f"test it      {command}"
         lines = (
             *(
-                f"{row['training']:12} {config.part} UA {row['ua']:.1%}, WA {row['wa']:.1%}, "
-                f"{row['clips']} clips"
+                f"fold {row['fold']}, seed {row['seed']} {config.part} UA {row['ua']:.1%}, "
+                f"WA {row['wa']:.1%}, {row['clips']} clips"
                 for row in result.trainings
             ),
             result.text(),

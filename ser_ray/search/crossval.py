@@ -10,7 +10,6 @@ To choose between recipes, `--part validation` scores the validation parts and r
 """
 
 import hashlib
-import itertools
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.record import record_evaluation
 from ser_ray.evaluation.rendering import as_artifact, store_page
-from ser_ray.evaluation.results import REPORT, Evaluation, Part
+from ser_ray.evaluation.results import REPORT, Part
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import (
@@ -37,9 +36,7 @@ from ser_ray.search.pooled import (
     CrossvalPlan,
     CrossvalResult,
     fold_folder,
-    fold_rows,
     pool,
-    read_predictions,
     write_predictions,
 )
 from ser_ray.search.record import TrialRecord, best_of
@@ -48,7 +45,7 @@ from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study, page_of
 from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.paths import absolute, filesystem_of, location_inside
+from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
@@ -129,15 +126,11 @@ def crossval(
                 if not num_before < len(study.trials) == len(ended):
                     break
                 study.store()
-            study.settle(plan.num_trials)
+            study.settle(len(plan.points))
             lock.check()
-            result = pool(plan, location, folder.name, study.parent)
-            page = pooled_page(result, study.trials, audio=run.audio)
-            store_page(page, result.report)
-            _log_outcome(study.parent, result, page)
+            result = pool(plan, study.trials, location, folder.name, study.parent)
+            _record(result, study.parent, audio=run.audio)
             _log_best(study, location)
-            if config.part == "test":
-                _record_tests(study, location, audio=run.audio)
             study.finish()
     return result
 
@@ -153,9 +146,8 @@ def crossval_name(plan: CrossvalPlan) -> str:
 
 def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:
     """Folds and seeds of the plan that no trial has finished yet."""
-    done = [(trial.recipe.seed, trial.recipe.fold) for trial in trials if trial.ended]
-    wanted = itertools.product(plan.seeds, plan.folds)
-    return [{"seed": seed, "fold": fold} for seed, fold in wanted if (seed, fold) not in done]
+    done = [trial.values for trial in trials if trial.ended]
+    return [point for point in plan.points if point not in done]
 
 
 def batch_folder(folder: RunFolder, num_before: int) -> RunFolder:
@@ -182,7 +174,7 @@ def keep_fold(
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
         table = table.add_column(0, name, column)
-    kept = fold_folder(folder, recipe.fold, recipe.seed)
+    kept = fold_folder(folder, recipe)
     filesystem, path = filesystem_of(kept)
     filesystem.create_dir(path, recursive=True)
     for name in (CARD, MODEL):
@@ -208,85 +200,52 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
         )
 
 
-def pooled_page(result: CrossvalResult, trials: list[TrialRecord], *, audio: bool) -> str:
-    """Render the page of all folds together, with a row for each training."""
-    first = fold_folder(result.location, result.plan.folds[0], result.plan.seeds[0])
-    with local_checkpoint(first) as checkpoint:
-        card = read_card(checkpoint)
-    pooled = Evaluation(
-        card=replace(card, config=result.plan.recipe),
-        part=result.part,
-        protocol=result.plan.caption,
-        corpus=card.corpus,
-        is_own_test=result.part == "test",
-        seen_speakers=(),
-        predictions=result.predictions,
-    )
-    return crossval_page(
+def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
+    """Write the page of all folds together, and record the scores in their runs in MLflow."""
+    pooled, part, label = result.pooled, result.pooled.part, result.plan.label
+    page = crossval_page(
         pooled,
         name=result.name,
         summary=result.sentence,
-        folds=fold_rows(result, trials),
-        pages=[page_of(trial) for trial in trials],
+        folds=result.trainings,
+        pages=[page_of(trial) for trial in result.trials],
         run_id=result.run_id,
         audio=audio,
     )
-
-
-def _log_outcome(tracker: Tracker, result: CrossvalResult, page: str) -> None:
-    section = "selected" if result.part == "validation" else "test"  # as in trainings
-    scores = {f"{section}/{name}": result.mean(name) for name in FIGURES}
-    scores |= {f"{section}/{name}_spread": result.spread(name) for name in FIGURES}
+    store_page(page, result.report)
+    section = "selected" if part == "validation" else "test"  # as in trainings
+    scores: dict[str, float] = {}
     for name in FIGURES:
-        low, high = getattr(result.intervals, name)
-        scores |= {f"{section}/{name}_low": low, f"{section}/{name}_high": high}
-    if result.ensemble is not None:
-        ensemble = result.ensemble.to_dict()
-        scores |= {f"{section}/{name}_ensemble": ensemble[name] for name in FIGURES}
+        low, high = getattr(pooled.intervals, name)
+        scores |= {
+            f"{section}/{name}": pooled.mean(name),
+            f"{section}/{name}_spread": result.spread(name),
+            f"{section}/{name}_low": low,
+            f"{section}/{name}_high": high,
+        }
+        if result.ensemble is not None:
+            scores[f"{section}/{name}_ensemble"] = result.ensemble.to_dict()[name]
     tracker.log_scores(scores, now_ms())
-    line = "Validation" if result.part == "validation" else "Test"
-    tracker.describe(**{line: f"UA {result.figure('ua')} ({result.label})"})
+    line = "Validation" if part == "validation" else "Test"
+    tracker.describe(**{line: f"UA {result.figure('ua')} ({label})"})
+    confusion = confusion_figure(pooled.scores.confusion, pooled.card.labels, f"{part}, {label}")
     tracker.log_files(
         {
             REPORT: as_artifact(page),
-            f"plots/{result.part}_confusion.png": confusion_figure(
-                result.confusion, result.labels, f"{result.part}, {result.label}"
-            ),
+            f"plots/{part}_confusion.png": confusion,
             "tables/crossval.json": result.to_dict(),
-            "tables/speakers.csv": pa.Table.from_pylist(result.speakers),
-            "tables/predictions.csv": result.predictions,
+            "tables/speakers.csv": pa.Table.from_pylist(pooled.groups["speaker"]),
+            "tables/predictions.csv": pooled.predictions,
         }
     )
-
-
-def _record_tests(study: Study, location: str, *, audio: bool) -> None:
-    """Record every fold's test part in its own run."""
-    for trial in study.trials:
-        folder = fold_folder(location, trial.recipe.fold, trial.recipe.seed)
-        with local_checkpoint(folder) as checkpoint:
-            card = read_card(checkpoint)
-        evaluation = Evaluation(
-            card=card,
-            part="test",
-            protocol=card.split["label"],
-            corpus=card.corpus,
-            is_own_test=True,
-            seen_speakers=(),
-            predictions=read_predictions(folder),
-            origin={
-                "run_id": trial.run_id,
-                "tracking_uri": study.parent.uri,
-            },
-            report=location_inside(location, page_of(trial)),
-        )
-        record_evaluation(evaluation, audio=audio)
+    for fold in result.folds if part == "test" else ():
+        record_evaluation(fold, audio=audio)
 
 
 def _log_best(study: Study, location: str) -> None:
     """Log the model of the fold that validates best, in that fold's own run."""
     best = best_of(study.trials)
-    folder = fold_folder(location, best.recipe.fold, best.recipe.seed)
-    with local_checkpoint(folder) as checkpoint:
+    with local_checkpoint(fold_folder(location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels
         tracker = Tracker(study.parent.uri, best.run_id)
         if not tracker.model_id:

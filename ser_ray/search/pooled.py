@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.evaluation.results import REPORT, Part, group_rows
-from ser_ray.evaluation.statistics import Intervals, bootstrap
+from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig
+from ser_ray.search.study import page_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.tracking.tracker import Tracker
+from ser_ray.training.checkpoint import CARD, CheckpointCard
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import label_indices
-from ser_ray.training.metrics import Scores, count_confusion, scores_of
+from ser_ray.training.metrics import Scores, scores_of
 
 PREDICTIONS = "predictions.parquet"
 FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
@@ -38,14 +38,10 @@ class CrossvalPlan:
     """Protocol, folds and whether it is speaker-dependent."""
 
     @property
-    def seeds(self) -> list[int]:
-        """The seeds that every fold is trained with."""
-        return [self.recipe.seed + index for index in range(self.config.seeds)]
-
-    @property
-    def num_trials(self) -> int:
-        """Number of trainings."""
-        return len(self.folds) * self.config.seeds
+    def points(self) -> list[dict[str, int]]:
+        """Seed and fold of every training."""
+        seeds = range(self.recipe.seed, self.recipe.seed + self.config.seeds)
+        return [{"seed": s, "fold": f} for s, f in itertools.product(seeds, self.folds)]
 
     @property
     def label(self) -> str:
@@ -55,38 +51,23 @@ class CrossvalPlan:
 
 @dataclass(frozen=True, slots=True)
 class CrossvalResult:
-    """The pooled parts, test or validation, of all folds."""
+    """A finished cross-validation."""
 
     name: str
     plan: CrossvalPlan
-    by_seed: dict[int, Scores]
-    """For every seed, the scores of all folds' clips together; every test clip occurs once."""
+    trials: list[TrialRecord]
+    """The trainings, in the order of the plan."""
+    folds: list[Evaluation]
+    """Each of them on its own part."""
+    pooled: Evaluation
+    """The same predictions in one table, with the fold and seed of each."""
     ensemble: Scores | None
     """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
     different clips."""
-    intervals: Intervals
-    """95 % intervals of the means over the seeds, from resampling speakers."""
-    predictions: pa.Table
-    """One row per clip and seed: fold, seed, speaker, emotion, predicted, p_<label>."""
     run_id: str
     tracking_uri: str
     location: str
     """Folder of the cross-validation."""
-
-    @property
-    def label(self) -> str:
-        """Protocol and corpus, as shown beside every score."""
-        return self.plan.label
-
-    @property
-    def part(self) -> Part:
-        """The part that was scored."""
-        return self.plan.config.part
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Emotions, in the order of the probabilities."""
-        return self.plan.shards.card.labels
 
     @property
     def report(self) -> str:
@@ -98,143 +79,112 @@ class CrossvalResult:
         """Location of predictions.parquet."""
         return location_inside(self.location, PREDICTIONS)
 
-    def mean(self, figure: str) -> float:
-        """Mean of wa, ua or f1 over the seeds."""
-        return float(np.mean([scores.to_dict()[figure] for scores in self.by_seed.values()]))
+    @property
+    def trainings(self) -> list[dict[str, Any]]:
+        """A row for each training: fold, seed, speakers, clips, scores and validation UA."""
+        return [
+            {
+                "fold": trial.recipe.fold,
+                "seed": trial.recipe.seed,
+                "speakers": ", ".join(sorted(set(fold.speakers))),
+                "clips": fold.scores.num_clips,
+                "ua": fold.scores.ua,
+                "wa": fold.scores.wa,
+                "validation UA": trial.selected["val/ua"],
+            }
+            for trial, fold in zip(self.trials, self.folds, strict=True)
+        ]
 
     def spread(self, figure: str) -> float:
         """Standard deviation of wa, ua or f1 over the seeds (n - 1); 0 for one seed."""
-        values = [scores.to_dict()[figure] for scores in self.by_seed.values()]
+        values = [scores.to_dict()[figure] for scores in self.pooled.by_seed.values()]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     @property
     def sentence(self) -> str:
         """The UA in a sentence."""
-        seeds = len(self.by_seed)
-        text = f"The UA over the clips of {len(self.plan.folds)} folds is {self.mean('ua'):.1%}"
+        seeds, ua = self.plan.config.seeds, self.pooled.mean("ua")
+        text = f"The UA over the clips of {len(self.plan.folds)} folds is {ua:.1%}"
         if seeds > 1:
             text += f", the mean of {seeds} seeds (standard deviation {self.spread('ua'):.1%})"
         if self.ensemble is not None:
             text += f"; the mean probabilities of their networks have {self.ensemble.ua:.1%}"
         return text + "."
 
-    @property
-    def confusion(self) -> np.ndarray:
-        """Counts summed over folds and seeds [labels, labels]."""
-        return np.sum([scores.confusion for scores in self.by_seed.values()], axis=0)
-
-    @property
-    def speakers(self) -> list[dict[str, Any]]:
-        """Clips, WA and UA of every speaker over all seeds."""
-        return group_rows(
-            "speaker",
-            self.predictions["speaker"].to_pylist(),
-            *label_indices_of(self.predictions, self.labels),
-        )
-
-    @property
-    def trainings(self) -> list[dict[str, Any]]:
-        """Clips, WA and UA of every training, by fold and seed."""
-        folds, seeds = (self.predictions[name].to_pylist() for name in ("fold", "seed"))
-        names = [f"fold {fold}, seed {seed}" for fold, seed in zip(folds, seeds, strict=True)]
-        return group_rows("training", names, *label_indices_of(self.predictions, self.labels))
-
     def to_dict(self) -> dict[str, Any]:
         """The figures, in JSON's own types."""
+        pooled = self.pooled
         return {
-            "protocol": self.label,
-            "part": self.part,
-            "clips": self.predictions.num_rows // len(self.by_seed),
-            "seeds": list(self.by_seed),
-            "mean": {name: self.mean(name) for name in FIGURES},
+            "protocol": self.plan.label,
+            "part": pooled.part,
+            "clips": pooled.predictions.num_rows // len(pooled.by_seed),
+            "seeds": list(pooled.by_seed),
+            "mean": {name: pooled.mean(name) for name in FIGURES},
             "spread": {name: self.spread(name) for name in FIGURES},
-            "interval": {name: getattr(self.intervals, name) for name in FIGURES},
-            "by_seed": {str(seed): scores.to_dict() for seed, scores in self.by_seed.items()},
+            "interval": {name: getattr(pooled.intervals, name) for name in FIGURES},
+            "by_seed": {str(seed): scores.to_dict() for seed, scores in pooled.by_seed.items()},
             "ensemble": None if self.ensemble is None else self.ensemble.to_dict(),
-            "by_speaker": self.speakers,
-            "confusion": self.confusion.tolist(),
+            "by_speaker": pooled.groups["speaker"],
+            "confusion": pooled.scores.confusion.tolist(),
         }
 
     def figure(self, name: str) -> str:
         """The mean of wa, ua or f1 over the seeds, with its spread and interval, in words."""
-        low, high = getattr(self.intervals, name)
-        spread = f" ± {self.spread(name):.1%} over seeds" if len(self.by_seed) > 1 else ""
+        low, high = getattr(self.pooled.intervals, name)
+        spread = f" ± {self.spread(name):.1%} over seeds" if self.plan.config.seeds > 1 else ""
         return (
-            f"{self.mean(name):.1%}{spread}, 95 % interval over {self.intervals.drawn} "
-            f"{low:.1%} to {high:.1%}"
+            f"{self.pooled.mean(name):.1%}{spread}, 95 % interval over "
+            f"{self.pooled.intervals.drawn} {low:.1%} to {high:.1%}"
         )
 
     def text(self) -> str:
         """The figures, each with the protocol it belongs to."""
-        lines = [
-            f"{title:8}  {self.figure(name)}  ({self.label})" for name, title in FIGURES.items()
-        ]
+        label = self.plan.label
+        lines = [f"{title:8}  {self.figure(name)}  ({label})" for name, title in FIGURES.items()]
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
             shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in FIGURES.items())
             lines.append(
-                f"{'ensemble':8}  {shown}: mean probability of {len(self.by_seed)} networks, not "
-                f"one of them  ({self.label})"
+                f"{'ensemble':8}  {shown}: mean probability of {self.plan.config.seeds} networks, "
+                f"not one of them  ({label})"
             )
         return "\n".join(lines)
 
 
-def fold_rows(result: CrossvalResult, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Tabulate the trainings: fold, seed, speakers and clips scored, scores, and validation UA."""
-    seeds, folds = (result.predictions[name].to_numpy() for name in ("seed", "fold"))
-    speakers = np.asarray(result.predictions["speaker"].to_pylist())
-    truth, predicted = label_indices_of(result.predictions, result.labels)
-    rows = []
-    for trial in trials:
-        own = (seeds == trial.recipe.seed) & (folds == trial.recipe.fold)
-        confusion = count_confusion(truth[own], predicted[own], len(result.labels))
-        scores = Scores(confusion, loss=0.0)
-        rows.append(
-            {
-                "fold": trial.recipe.fold,
-                "seed": trial.recipe.seed,
-                "speakers": ", ".join(sorted(set(speakers[own]))),
-                "clips": scores.num_clips,
-                "ua": scores.ua,
-                "wa": scores.wa,
-                "validation UA": trial.selected["val/ua"],
-            }
-        )
-    return rows
-
-
-def pool(plan: CrossvalPlan, location: str, name: str, tracker: Tracker) -> CrossvalResult:
+def pool(
+    plan: CrossvalPlan, trials: Sequence[TrialRecord], location: str, name: str, tracker: Tracker
+) -> CrossvalResult:
     """Concatenate the predictions of all folds, store them as one table, and score them.
 
     Args:
         plan: what was trained.
+        trials: the trainings of the plan, and perhaps others.
         location: folder of the cross-validation.
         name: name of the cross-validation.
         tracker: its MLflow run.
     """
-    tables = []
-    for seed, fold in itertools.product(plan.seeds, plan.folds):
-        tables.append(read_predictions(fold_folder(location, fold, seed)))
-    predictions = pa.concat_tables(tables)
+    by_point = {(t.recipe.seed, t.recipe.fold): t for t in trials if t.ended}
+    trained = [by_point[point["seed"], point["fold"]] for point in plan.points]
+    folds = [_read_fold(plan, location, trial, tracker.uri) for trial in trained]
+    predictions = pa.concat_tables([fold.predictions for fold in folds])
     write_predictions(predictions, location)
-    labels = plan.shards.card.labels
-    truth, predicted = label_indices_of(predictions, labels)
-    probabilities = np.stack([predictions[f"p_{label}"].to_numpy() for label in labels], axis=1)
-    seeds = predictions["seed"].to_numpy()
-    folds, paths = (predictions[name].to_pylist() for name in ("fold", "path"))
-    clips = [f"{fold} {path}" for fold, path in zip(folds, paths, strict=True)]
+    pooled = replace(
+        folds[0],
+        card=replace(folds[0].card, config=plan.recipe),
+        protocol=plan.caption,
+        predictions=predictions,
+        origin={},
+        report="",
+    )
+    numbers, paths = (predictions[name].to_pylist() for name in ("fold", "path"))
+    clips = [f"{fold} {path}" for fold, path in zip(numbers, paths, strict=True)]
     return CrossvalResult(
         name=name,
         plan=plan,
-        by_seed={
-            seed: scores_of(truth[seeds == seed], probabilities[seeds == seed])
-            for seed in plan.seeds
-        },
-        ensemble=ensemble_scores(clips, seeds, truth, probabilities),
-        intervals=bootstrap(
-            predictions["speaker"].to_pylist(), truth, predicted, len(labels), seeds
-        ),
-        predictions=predictions,
+        trials=trained,
+        folds=folds,
+        pooled=pooled,
+        ensemble=ensemble_scores(clips, pooled.seeds, pooled.truth, pooled.probabilities),
         run_id=tracker.run_id,
         tracking_uri=tracker.uri,
         location=location,
@@ -262,9 +212,9 @@ def ensemble_scores(
     return scores_of(truth[by_seed[0]], mean)
 
 
-def fold_folder(location: str, fold: int, seed: int) -> str:
-    """Where a fold's checkpoint and predictions are kept."""
-    return location_inside(location, f"models/fold{fold}-seed{seed}")
+def fold_folder(location: str, recipe: TrainConfig) -> str:
+    """Where the checkpoint and predictions of a training are kept."""
+    return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
 
 
 def write_predictions(predictions: pa.Table, folder: str) -> None:
@@ -274,15 +224,21 @@ def write_predictions(predictions: pa.Table, folder: str) -> None:
         pq.write_table(predictions, target, filesystem=filesystem)
 
 
-def read_predictions(folder: str) -> pa.Table:
-    """Read the table of predictions in a folder."""
-    filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
-    return pq.read_table(path, filesystem=filesystem)
-
-
-def label_indices_of(
-    predictions: pa.Table, labels: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Label indices [clips] of the true and of the predicted emotions."""
-    named = predictions.select(["predicted"]).rename_columns(["emotion"])
-    return label_indices(predictions, labels), label_indices(named, labels)
+def _read_fold(
+    plan: CrossvalPlan, location: str, trial: TrialRecord, tracking_uri: str
+) -> Evaluation:
+    """Read what `ser_ray.search.crossval.keep_fold` has written."""
+    filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
+    with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
+        card = CheckpointCard.from_json(stream.read().decode())
+    return Evaluation(
+        card=card,
+        part=plan.config.part,
+        protocol=card.split["label"],
+        corpus=card.corpus,
+        is_own_test=plan.config.part == "test",
+        seen_speakers=(),
+        predictions=pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem),
+        origin={"run_id": trial.run_id, "tracking_uri": tracking_uri},
+        report=location_inside(location, page_of(trial)),
+    )

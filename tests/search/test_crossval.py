@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,6 @@ from ser_ray.search.pooled import (
     CrossvalResult,
     ensemble_scores,
     fold_folder,
-    label_indices_of,
     pool,
 )
 from ser_ray.search.record import TrialRecord
@@ -41,11 +41,13 @@ from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of
 from ser_ray.training.checkpoint import local_checkpoint
 from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.data import label_indices
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 from tests.conftest import make_memory_shards
+from tests.models import make_checkpoint
 from tests.s3_server import s3_bucket
 from tests.shard_files import write_shard_files
 
@@ -84,10 +86,12 @@ def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
     right = np.equal(kept["emotion"].to_pylist(), kept["predicted"].to_pylist())
     seeds = kept["seed"].to_numpy()
     by_hand = [right[seeds == seed].mean() for seed in (0, 1)]
-    assert result.mean("wa") == pytest.approx(np.mean(by_hand))
+    assert result.pooled.mean("wa") == pytest.approx(np.mean(by_hand))
     assert result.spread("wa") == pytest.approx(np.std(by_hand, ddof=1))
-    assert result.confusion.sum() == len(kept)
-    assert result.intervals.wa[0] <= result.mean("wa") <= result.intervals.wa[1]
+    assert result.pooled.scores.confusion.sum() == len(kept)
+    assert (
+        result.pooled.intervals.wa[0] <= result.pooled.mean("wa") <= result.pooled.intervals.wa[1]
+    )
     check_fold_against_plain_torch(shards, kept, tmp_path)
     check_runs(result, shards, run.tracking_uri)
 
@@ -124,7 +128,7 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, 
         assert sorted(seen.values()) == ["finished", "finished"]
         filesystem, path = filesystem_of(result.table)
         kept = pq.read_table(path, filesystem=filesystem)
-        filesystem, path = filesystem_of(fold_folder(result.location, 1, 0))
+        filesystem, path = filesystem_of(fold_folder(result.location, replace(RECIPE, fold=1)))
         names = {Path(f.path).name for f in filesystem.get_file_info(fs.FileSelector(path))}
     assert sorted(kept["take"].to_pylist()) == sorted(memory.table["take"].to_pylist())
     assert names == {"card.json", "model.safetensors", "predictions.parquet"}
@@ -134,7 +138,7 @@ def test_locations_inside_a_folder_keep_the_query_of_its_uri():
     folder = RunFolder("s3://b/runs?region=us-east-1", "cv")
     assert folder.location == "s3://b/runs/cv?region=us-east-1"
     assert filesystem_of(folder.location)[1] == folder.path == "b/runs/cv"
-    place = fold_folder(folder.location, 1, 2)
+    place = fold_folder(folder.location, replace(RECIPE, fold=1, seed=2))
     assert place == "s3://b/runs/cv/models/fold1-seed2?region=us-east-1"
     assert filesystem_of(place)[1] == "b/runs/cv/models/fold1-seed2"
 
@@ -150,21 +154,26 @@ def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
 
 def pooled(folder: Path) -> CrossvalResult:
     """Pool two folds with two seeds; with each seed three of four clips are right."""
-    for seed in (0, 1):
-        for fold in (0, 1):
-            rows = {
-                "path": [f"{fold}0.wav", f"{fold}1.wav"],
-                "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
-                "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
-                "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],
-            }  # fmt: skip
-            place = Path(fold_folder(str(folder), fold, seed))
-            place.mkdir(parents=True)
-            pq.write_table(pa.table(rows), place / "predictions.parquet")
+    make_checkpoint(folder / "any", labels=("calm", "sad"))
     shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
-    tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
     plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), "speaker-2, 2 folds")
-    return pool(plan, str(folder), "cv", tracker)
+    trials, row = [], {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
+    for point in plan.points:
+        seed, fold = point["seed"], point["fold"]
+        recipe = replace(RECIPE, seed=seed, fold=fold)
+        rows = {
+            "path": [f"{fold}0.wav", f"{fold}1.wav"],
+            "fold": [fold] * 2, "seed": [seed] * 2, "speaker": [f"{fold}a", f"{fold}b"],
+            "emotion": ["calm", "sad"], "predicted": ["calm", "calm" if fold else "sad"],
+            "p_calm": [0.9, 0.9 if fold else 0.1], "p_sad": [0.1, 0.1 if fold else 0.9],
+        }  # fmt: skip
+        place = Path(fold_folder(str(folder), recipe))
+        place.mkdir(parents=True)
+        shutil.copy(folder / "any" / "card.json", place)
+        pq.write_table(pa.table(rows), place / "predictions.parquet")
+        trials.append(TrialRecord("a", 1, point, recipe, rows=[row], state="finished"))
+    tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
+    return pool(plan, trials, str(folder), "cv", tracker)
 
 
 def test_the_text_has_the_label_beside_every_number(tmp_path):
@@ -206,7 +215,7 @@ def test_the_verb_prints_the_figures_and_where_the_table_is(shards, tmp_path, mo
     )  # fmt: skip
     outcome = verb.run()
     assert isinstance(given[0], CrossvalPlan)
-    assert given[0].num_trials == 4
+    assert len(given[0].points) == 4
     assert given[0].recipe == RECIPE
     assert given[1:] == [verb.run_config, verb.slots]
     assert result.text() in outcome.text
@@ -233,7 +242,7 @@ def check_fold_against_plain_torch(shards: str, kept, folder: Path) -> None:
     torch.set_num_threads(threads)
     mine = kept.filter(np.logical_and(kept["seed"].to_numpy() == 1, kept["fold"].to_numpy() == 1))
     labels = alone.card.labels
-    truth, _ = label_indices_of(mine, labels)
+    truth = label_indices(mine, labels)
     probabilities = np.stack([mine[f"p_{label}"].to_numpy() for label in labels], axis=1)
     assert mine["take"].to_pylist() == alone.predictions["take"].to_pylist()
     assert scores_of(truth, probabilities).loss == pytest.approx(alone.scores.loss, rel=1e-3)
@@ -243,13 +252,13 @@ def check_runs(result, shards: str, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["test/ua"] == pytest.approx(result.mean("ua"))
+    assert parent.data.metrics["test/ua"] == pytest.approx(result.pooled.mean("ua"))
     assert {file.path for file in client.list_artifacts(result.run_id, "tables")} == {
         "tables/crossval.json", "tables/speakers.csv", "tables/predictions.csv",
     }  # fmt: skip
     page = Path(client.download_artifacts(result.run_id, "report.html")).read_text()
     assert "test, speaker-2, 2 folds, speaker-independent" in page
-    assert f"{result.mean('ua'):.1%}" in page
+    assert f"{result.pooled.mean('ua'):.1%}" in page
     assert parent.data.tags["protocol"] == "speaker-2, 2 folds, speaker-independent"
     nested = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{result.run_id}'"
@@ -260,7 +269,8 @@ def check_runs(result, shards: str, uri: str) -> None:
     assert {run.info.status for run in nested} == {"FINISHED"}
     for run in nested:
         fold, seed = int(run.data.params["fold"]), int(run.data.params["seed"])
-        with local_checkpoint(fold_folder(result.location, fold, seed)) as checkpoint:
+        place = fold_folder(result.location, replace(RECIPE, fold=fold, seed=seed))
+        with local_checkpoint(place) as checkpoint:
             own = evaluate(checkpoint, shards)
         assert run.data.metrics["test/ua"] == pytest.approx(own.scores.ua)
         own_page = Path(client.download_artifacts(run.info.run_id, "report.html")).read_text()
@@ -289,7 +299,7 @@ def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
     recipe = replace(RECIPE, protocol=protocol)
     plan = plan_crossval(shards, recipe, SEEDS)
     assert plan.folds == tuple(range(folds))
-    assert plan.num_trials == 2 * folds
+    assert len(plan.points) == 2 * folds
     assert plan.label == f"{protocol}, {folds} folds, {kind}, a custom corpus"
     plan = plan_crossval(shards, recipe, CrossvalConfig(folds=(1, 0), part="validation"))
     assert plan.folds == (0, 1)
@@ -311,9 +321,9 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
     plan = plan_crossval(shards, RECIPE, config)
     result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
     parts = select_rows(open_shards(shards).clips(), replace(RECIPE, fold=1))
-    scored = set(result.predictions["speaker"].to_pylist())
+    scored = set(result.pooled.predictions["speaker"].to_pylist())
     assert scored == set(parts.validation_speakers)
-    assert result.predictions.num_rows == len(parts.validation)
+    assert result.pooled.predictions.num_rows == len(parts.validation)
     assert "VALIDATION parts" in result.text()
     client = MlflowClient(tracking_uri=run.tracking_uri)
     parent = client.get_run(result.run_id)
