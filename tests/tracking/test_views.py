@@ -8,7 +8,7 @@ import pytest
 
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.tracking.views import COLUMNS, VIEW_KEY, VIEW_TAG, links, save_view
+from ser_ray.tracking.views import COLUMNS, STATE, VIEW_KEY, VIEW_TAG, links, save_view
 
 PAGES = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
 
@@ -70,3 +70,16 @@ def test_a_view_that_is_saved_already_is_not_written_again(tracker: Tracker) -> 
         get_experiment = staticmethod(connect(tracker.uri).get_experiment)
 
     save_view(ReadOnly(), "1")  # type: ignore[arg-type]
+
+
+def test_the_view_leaves_out_trials_and_folds(tracker: Tracker) -> None:
+    def run(kind: str) -> str:
+        tags = {"kind": kind}
+        return Tracker.start(tracker.uri, "kinds", name=kind, params={}, tags=tags).run_id
+
+    runs = {run(kind): kind for kind in ("training", "search", "trial", "cross-validation", "fold")}
+    client = connect(tracker.uri)
+    experiment = client.get_run(next(iter(runs))).info.experiment_id
+    found = client.search_runs([experiment], str(STATE["searchFilter"]))
+    kinds = {runs[run.info.run_id] for run in found}
+    assert kinds == {"training", "search", "cross-validation"}
