@@ -88,6 +88,7 @@ class Study(tune.Callback):
     ) -> None:
         self.parent, self.folder, self.recipe, self.shards = parent, folder, recipe, shards
         self.run, self.tags, self.show = run, tags, show
+        self._dataset = dataset_of(shards)  # once: the shards may be out of reach later
         self.records: dict[str, TrialRecord] = {}
         """By id. Ray Tune's loop replaces them; the thread that delivers them only reads."""
         self._numbers: dict[str, int] = {}
@@ -317,7 +318,7 @@ class Study(tune.Callback):
                 TRIAL_ID: trial.trial_id,
                 TRIAL_STATE: "running",
             },
-            dataset=dataset_of(self.shards),
+            dataset=self._dataset,
             run_id=earlier,
         )
         self._run_ids[trial.trial_id] = run.run_id
