@@ -50,6 +50,9 @@ SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
 
 PREDICTIONS = f"{OUT}/predictions.parquet"
 
+Condition = Literal["noise", "phone", "codec", "room", "level"]
+"""A group of recording conditions (`ser_ray.features.conditions`)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -382,8 +385,10 @@ def evaluate(
     protocol: str = "",
     fold: int | None = None,
     allow_seen_speakers: bool = False,
+    under: Sequence[Condition] = (),
     audio: bool = True,
     tracking_uri: str = "",
+    address: str = "",
 ) -> "Evaluation":
     """Score a model, by default on the test part of its own fold, and record that in its run.
 
@@ -396,10 +401,14 @@ def evaluate(
         protocol: score the test part of a fold of this protocol instead.
         fold: number of the fold to score instead of the model's own, counted from 0.
         allow_seen_speakers: also score speakers that the model was trained on.
+        under: also score the clips under these groups of recording conditions, which
+            `ser_ray.features.conditions` defines. Their files are decoded again.
         audio: put the sound of the clips that the report shows into the report.
         tracking_uri: MLflow store in which a run id or registered name is looked up.
+        address: Ray cluster to join, for `under`; by default RAY_ADDRESS, else one started here.
 
     Raises:
+        CorpusError: with `under`, a clip's file cannot be read again.
         CheckpointError, ShardsError, ConfigError: the model, the shards or their features do not
             fit, or the model was trained on the speakers.
     """
@@ -419,6 +428,14 @@ def evaluate(
             fold=fold,
             allow_seen_speakers=allow_seen_speakers,
         )
+        if under:
+            from ser_ray.cluster import cluster
+            from ser_ray.evaluation.robustness import score_under
+            from ser_ray.inference.predictor import Predictor
+
+            with cluster(address):
+                rows = score_under(evaluation, Predictor(checkpoint), under)
+            evaluation = replace(evaluation, under=rows)
     if evaluation.origin and evaluation.is_own_test:
         try:
             record_evaluation(evaluation, audio=audio)

@@ -59,6 +59,9 @@ class Evaluate(ModelVerb):
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
     """Number of the fold to score instead of the model's own, counted from 0."""
+    under: tuple[api.Condition, ...] = ()
+    """Also score the clips as they would be recorded with noise, over a phone, with a codec, in a
+    room with an echo, or at another level. Their files are decoded again."""
     against: str = ""
     """Another model to compare with on the same clips, by paired tests."""
     allow_seen_speakers: bool = False
@@ -88,10 +91,10 @@ class Evaluate(ModelVerb):
                 address=self.common.address,
             )
             stderr_console().print(str(summary))
-        evaluation = self._score(self.model)
+        evaluation = self._score(self.model, self.under)
         data, text = evaluation.to_dict(), str(evaluation)
         if self.against:
-            comparison = api.compare(evaluation, self._score(self.against))
+            comparison = api.compare(evaluation, self._score(self.against, ()))
             data["comparison"] = asdict(comparison)
             text += f"\nagainst {self.against}: {comparison}"
         command = next_command("predict", "FILE", model=self.model, tracking_uri=self.tracking_uri)
@@ -100,15 +103,17 @@ class Evaluate(ModelVerb):
             after = f"report       {evaluation.report}\n{after}"
         return Outcome(data, text, after)
 
-    def _score(self, model: str) -> "api.Evaluation":
+    def _score(self, model: str, under: tuple[api.Condition, ...]) -> "api.Evaluation":
         return api.evaluate(
             model,
             self.shards,
             protocol=self.protocol,
             fold=self.fold,
             allow_seen_speakers=self.allow_seen_speakers,
+            under=under,
             audio=self.audio,
             tracking_uri=self.tracking_uri,
+            address=self.common.address,
         )
 
 

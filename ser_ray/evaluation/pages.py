@@ -403,9 +403,21 @@ def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
         "drawn": f"{intervals.count} {intervals.drawn}",
         "speakers": evaluation.speaker_rows,
         "speaker_bars": _svg(speakers_figure(evaluation.speaker_rows), f"{part}: WA of speakers"),
-        "groups": [rows for kind, rows in evaluation.groups.items() if kind != "speaker"],
+        "groups": [
+            rows for kind, rows in evaluation.groups.items() if kind != "speaker" and len(rows) > 1
+        ],
         "ece": calibration.ece,
         "reliability": _svg(reliability, f"{part}: accuracy at every confidence"),
+        "under": [
+            {"condition": row["condition"], "UA": row["ua"], "WA": row["wa"]}
+            | {
+                "change of UA": f"{row['ua_change']:+.1%}",
+                "95% interval": f"{row['low']:+.1%} to {row['high']:+.1%}",
+                "not scored": row["unscored"],
+            }
+            for row in evaluation.under
+        ],
+        "definitions": {row["condition"]: row["definition"] for row in evaluation.under},
         "examples": _clips(evaluation, "examples", evaluation.typical(), audio=audio),
         "hardest": _clips(evaluation, "hardest", evaluation.hardest(), audio=audio),
     }

@@ -42,7 +42,10 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
-    tracker.log_scores(test | {"test/ece": evaluation.calibration.ece}, now_ms())
+    test["test/ece"] = evaluation.calibration.ece
+    for row in evaluation.under:
+        test |= {f"test/under/{row['condition']}/{name}": float(row[name]) for name in ("ua", "wa")}
+    tracker.log_scores(test, now_ms())
     tracker.describe(Test=evaluation.sentence)
     title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
     tracker.log_files(

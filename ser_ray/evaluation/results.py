@@ -52,6 +52,9 @@ class Evaluation:
     of its `report`; empty if none is known."""
     report: str = ""
     """Location of the page that has these scores; empty if there is none."""
+    under: tuple[Row, ...] = ()
+    """Scores of these clips under recording conditions, as `robustness.score_under` returns them;
+    empty if they were not asked for."""
 
     @property
     def label(self) -> str:
@@ -176,6 +179,7 @@ class Evaluation:
             "ece": self.calibration.ece,
             "hardest": hardest.to_pylist(),
             "confusion": self.scores.confusion.tolist(),
+            "under": list(self.under),
             **self.origin,
         }
 
@@ -201,11 +205,18 @@ class Evaluation:
         shown = ", ".join(
             f"{name} {score:.1%} [{low:.1%}, {high:.1%}]" for name, score, (low, high) in named
         )
-        return (
+        lines = [
             f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {scores.num_clips} clips: "
-            f"{shown}, ECE {self.calibration.ece:.1%}\n"
-            f"in brackets 95 % intervals by bootstrap over {intervals.count} {intervals.drawn}"
-        )
+            f"{shown}, ECE {self.calibration.ece:.1%}",
+            f"in brackets 95 % intervals by bootstrap over {intervals.count} {intervals.drawn}",
+        ]
+        for row in self.under:
+            lines.append(
+                f"  {row['condition']:14} UA {row['ua']:6.1%} ({row['ua_change']:+6.1%} "
+                f"[{row['low']:+6.1%}, {row['high']:+6.1%}]), WA {row['wa']:6.1%}"
+                + (f", {row['unscored']} clips not scored" if row["unscored"] else "")
+            )
+        return "\n".join(lines)
 
 
 def predictions_table(

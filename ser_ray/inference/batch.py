@@ -1,5 +1,7 @@
 """Many files to a table of predictions: a Ray Data pass with a pool of model actors.
 
+`predict_under` scores files as they would be recorded under some conditions.
+
 Files pass through in small blocks, so memory does not grow with their number. The answers of a
 block are kept when it is done, and the same command resumes with the other files. On CPUs an actor
 decodes and scores; for actors on GPUs, other actors decode on the CPUs. A file that cannot be
@@ -14,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +31,12 @@ from ser_ray.cluster import (
     resources_within_reach,
 )
 from ser_ray.errors import SerRayError
+from ser_ray.features.conditions import under
+from ser_ray.features.decode import Sound
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
+from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
 from ser_ray.inference.results import (
     in_groups,
     open_results,
@@ -104,8 +110,8 @@ def predict_many(
         require_shared(*one_of_each_folder(remaining))
         watch = Watch(len(files), len(files) - len(remaining))
         with show(progress) as report:
-            for answers in _predict(remaining, predictor) if remaining else ():
-                results.append(answers)
+            for answers in _predict(remaining, [""], predictor) if remaining else ():
+                results.append(answers.drop_columns(["condition"]))
                 report(watch.add(Counter(answers["status"].to_pylist())))
         statuses, emotions = results.finish(files)
     return BatchSummary(
@@ -117,15 +123,44 @@ def predict_many(
     )
 
 
-def _predict(files: Sequence[str], predictor: Predictor) -> Iterator[pa.Table]:
-    """Run the pass and yield the rows of each block when it is done."""
+def predict_under(
+    files: Sequence[str], conditions: Sequence[str], predictor: Predictor
+) -> Iterator[pa.Table]:
+    """Score files under each of some conditions, on the cluster that is connected.
+
+    Args:
+        files: paths or URIs, each once.
+        conditions: names of `ser_ray.features.conditions.CONDITIONS`.
+        predictor: the model.
+
+    Yields:
+        The columns of `table_schema` and `condition`, in any order of the rows.
+
+    Raises:
+        ResourcesError: a node of the cluster does not see the files.
+        SerRayError: the pass ended early.
+    """
+    require_shared(*one_of_each_folder(files))
+    total = len(files) * len(conditions)
+    watch = Watch(total, 0)
+    with show(None) as report:
+        for answers in _predict(files, conditions, predictor):
+            report(watch.add(Counter(answers["status"].to_pylist())))
+            yield answers
+
+
+def _predict(
+    files: Sequence[str], conditions: Sequence[str], predictor: Predictor
+) -> Iterator[pa.Table]:
+    """Run the pass and yield the rows of each block when it is done, with their condition."""
     import ray
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it sets a level when it is imported
-    blocks = -(-len(files) // FILES_PER_BLOCK)
-    dataset = ray.data.from_items([{"path": path} for path in files], override_num_blocks=blocks)
+    items = [{"path": path, "condition": name} for name in conditions for path in files]
+    blocks = -(-len(items) // FILES_PER_BLOCK)
+    dataset = ray.data.from_items(items, override_num_blocks=blocks)
     total, gpus = resources_within_reach(), has_gpus()
     cpu_pool, gpu_pool = (
         ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
@@ -163,6 +198,11 @@ def _in_window_groups(
     return in_groups(recordings, lambda recording: len(recording.features), WINDOWS_AT_ONCE)
 
 
+def _decode_under(condition: str, decode: Decode, location: str, *, max_seconds: float) -> Sound:
+    """Decode a file as it would be recorded under a condition."""
+    return under(condition, decode(location, max_seconds=max_seconds), Path(location).name)
+
+
 class _Decoder:
     """An actor that turns files into features."""
 
@@ -172,12 +212,21 @@ class _Decoder:
         self.sandbox.__enter__()  # its process ends when this one does and closes their pipe
 
     def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
-        return (self.reader.read(path, self.sandbox.decode) for path in batch["path"].tolist())
+        for path, condition in zip(batch["path"].tolist(), batch["condition"], strict=True):
+            decode = self.sandbox.decode
+            if condition:
+                yield self.reader.read(path, partial(_decode_under, condition, decode))
+            else:
+                yield self.reader.read(path, decode)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
+        conditions = iter(batch["condition"])
         for group in _in_window_groups(self.read(batch)):
             pickled = [pickle.dumps(recording) for recording in group]
-            yield {"recording": np.array(pickled, dtype=object)}
+            yield {
+                "recording": np.array(pickled, dtype=object),
+                "condition": np.array([next(conditions) for _ in group], dtype=object),
+            }
 
 
 class _Scorer:
@@ -204,4 +253,5 @@ class _Scorer:
             for group in _in_window_groups(recordings)
             for prediction in self.predictor.predict_features(group)
         ]
-        return pa.Table.from_pylist(rows, table_schema(self.predictor.labels))
+        answers = pa.Table.from_pylist(rows, table_schema(self.predictor.labels))
+        return answers.append_column("condition", pa.array(batch["condition"], pa.string()))

@@ -31,8 +31,8 @@ FLAGS = {
     "--cpus-per-worker --gpus-per-worker --feature --fold --epochs --workers --name --dry-run",
     "crossval": "--shards --seeds --folds --part --protocol --epochs --cpus-per-worker "
     "--gpus-per-worker --name --workers --json --dry-run",
-    "evaluate": "--shards --corpus --protocol --fold --against --allow-seen-speakers --no-audio "
-    "--tracking-uri --json --dry-run",
+    "evaluate": "--shards --corpus --protocol --fold --under --against --allow-seen-speakers "
+    "--no-audio --tracking-uri --json --dry-run",
     "predict": "--model --output --tracking-uri --json --dry-run",
     "demo-ui": "--host --port --tracking-uri --json --dry-run",
     "export": "--format --output --tracking-uri --json --dry-run",

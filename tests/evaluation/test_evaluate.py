@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ser_ray.cli.main import main
 from ser_ray.distributed.launch import _log_outcome
-from ser_ray.errors import CheckpointError, ConfigError, ShardsError
+from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
+from ser_ray.evaluation import robustness
 from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
@@ -252,6 +254,61 @@ def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_
     assert evaluation.label in tracker.lines["Test"]
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
+
+
+def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
+    shards, checkpoint, tmp_path, monkeypatch
+):
+    clean = evaluate(checkpoint, "here")
+    paths, answers = clean.predictions["path"].to_pylist(), clean.predictions["predicted"]
+    truth = clean.predictions["emotion"].to_pylist()
+    given = {"level-plus-20": answers.to_pylist(), "level-minus-20": [None, None, *truth[2:]]}
+
+    def predict_under(files, conditions, predictor):
+        assert files == paths
+        for name in conditions:
+            rows = [
+                {"condition": name, "path": path, "emotion": emotion, "reason": "",
+                 "status": "ok" if emotion else "too_short"}
+                for path, emotion in zip(paths, given[name], strict=True)
+            ]  # fmt: skip
+            yield pa.Table.from_pylist(rows[::-1])
+
+    monkeypatch.setattr(robustness, "predict_under", predict_under)
+    rows: Any = robustness.score_under(clean, cast(Any, None), ("level",))
+    assert [row["condition"] for row in rows] == ["clean", "level-plus-20", "level-minus-20"]
+    for row in rows[:2]:
+        assert (row["ua"], row["wa"]) == pytest.approx((clean.scores.ua, clean.scores.wa))
+        assert (row["ua_change"], row["low"], row["high"], row["unscored"]) == (0, 0, 0, 0)
+    right = [True] * len(truth)
+    right[:2] = [False, False]
+    recalls = [np.mean([r for r, t in zip(right, truth, strict=True) if t == label])
+               for label in set(truth)]  # fmt: skip
+    assert rows[2]["ua"] == pytest.approx(np.mean(recalls))
+    assert rows[2]["wa"] == pytest.approx(np.mean(right))
+    assert rows[2]["ua_change"] == pytest.approx(np.mean(recalls) - clean.scores.ua)
+    assert rows[2]["low"] <= rows[2]["ua_change"] <= rows[2]["high"]
+    assert rows[2]["unscored"] == 2
+
+    tracker = Recorder()
+    monkeypatch.setattr(Tracker, "of_run", lambda uri, run_id: tracker)
+    page = run_page(evaluate(checkpoint, "here", part="validation"), name="the run", audio=False)
+    tracker.files["report.html"] = page
+    origin = {"run_id": "0123", "tracking_uri": "somewhere"}
+    scored = dataclasses.replace(clean, under=rows, origin=origin, report=str(tmp_path / "none"))
+    record_evaluation(scored, audio=False)
+    assert tracker.metrics["test/under/level-minus-20/ua"] == rows[2]["ua"]
+    assert "Recording conditions</h3>" in tracker.files["report.html"]
+    assert f"level-minus-20</th><td>{rows[2]['ua']:.1%}" in re.sub(
+        r"\s+<", "<", tracker.files["report.html"]
+    )
+    assert f"level-minus-20 UA {rows[2]['ua']:6.1%}" in str(scored)
+    assert scored.to_dict()["under"][2] == rows[2]
+    gone = pa.table({"condition": ["level-plus-20"], "path": ["/a.wav"], "emotion": [None],
+                     "status": ["unreadable"], "reason": ["the file does not exist"]})  # fmt: skip
+    monkeypatch.setattr(robustness, "predict_under", lambda *_: [gone])
+    with pytest.raises(CorpusError, match=r"/a.wav: --under needs the sound .* --corpus"):
+        robustness.score_under(clean, cast(Any, None), ("level",))
 
 
 def test_scores_of_other_clips_have_a_page_of_their_own(shards, checkpoint, in_tmp, capsys):

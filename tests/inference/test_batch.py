@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from pyarrow import fs
 
 from ser_ray.cluster import cluster
 from ser_ray.errors import ConfigError
+from ser_ray.features.conditions import under
+from ser_ray.features.decode import decode
 from ser_ray.inference import batch
 from ser_ray.inference import results as results_module
-from ser_ray.inference.batch import predict_many
+from ser_ray.inference.batch import predict_many, predict_under
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.results import in_groups, open_results
@@ -145,6 +148,28 @@ def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_t
     require_close(rows, rows_of(predictor, files))
 
 
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_files_are_scored_as_they_would_be_recorded_under_conditions(
+    ray_on_two_cpus, predictor, files, monkeypatch, on_gpus
+):
+    monkeypatch.setattr(batch, "FILES_PER_BLOCK", 4)
+    monkeypatch.setattr(batch, "has_gpus", lambda: on_gpus)
+    conditions = ["white-20", "level-minus-20"]
+    tables = list(predict_under(files, conditions, predictor))
+    found = {(row["condition"], row["path"]): row for row in pa.concat_tables(tables).to_pylist()}
+    assert set(found) == {(name, path) for name in conditions for path in files}
+    for (name, path), row in found.items():
+        if row["status"] != "ok":
+            continue
+        changed = under(name, decode(path), Path(path).name)
+        expected = predictor.predict_samples(changed.samples, changed.sample_rate, path)
+        require_close([row], [prediction_row(expected) | {"condition": name}])
+    statuses = Counter(row["status"] for row in found.values())
+    assert statuses == {"ok": 23, "unreadable": 4, "silent": 1}, "silence with noise is sound"
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
 def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, tmp_path, suffix):
     output = tmp_path / f"found.{suffix}"
@@ -242,9 +267,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
 def test_relative_names_start_at_the_users_folder(predictor, in_tmp, monkeypatch):
     asked: list[str] = []
 
-    def predict(files, predictor):
+    def predict(files, conditions, predictor):
         asked.extend(files)
-        yield table_of([prediction_row(Prediction(path=path, status="silent")) for path in files])
+        rows = [prediction_row(Prediction(path=path, status="silent")) for path in files]
+        yield table_of(rows).append_column("condition", pa.array(conditions * len(files)))
 
     monkeypatch.setattr(batch, "_predict", predict)
     monkeypatch.setattr(batch, "require_kept", lambda output: None)

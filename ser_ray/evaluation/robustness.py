@@ -1,0 +1,83 @@
+"""Scores of a model on the same clips as they would be recorded under other conditions.
+
+The shards hold no sound, so the clips are decoded again, changed as `ser_ray.features.conditions`
+defines it, and scored as `predict` scores files. A clip that cannot be scored any more, because its
+sound is too short or silent under a condition, counts as wrong.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from ser_ray.errors import CorpusError
+from ser_ray.evaluation import statistics
+from ser_ray.evaluation.results import Evaluation, Row
+from ser_ray.features.conditions import CONDITIONS
+from ser_ray.inference.batch import predict_under
+from ser_ray.inference.predictor import Predictor
+from ser_ray.inference.recordings import UNREACHABLE
+from ser_ray.training.metrics import Scores, count_confusion
+
+
+def score_under(
+    evaluation: Evaluation, predictor: Predictor, groups: Sequence[str]
+) -> tuple[Row, ...]:
+    """Score the clips of an evaluation under conditions, on the cluster that is connected.
+
+    Args:
+        evaluation: the clips, and what the model said of them as they are.
+        predictor: the same model.
+        groups: names of `CONDITIONS`.
+
+    Returns:
+        A row for the clips as they are, and one for every condition of these groups: `condition`
+        and its `definition`, `ua` and `wa` as shares, `ua_change` against the clips as they are
+        with its 95 % interval `low` to `high` (paired, by bootstrap over speakers), and the number
+        of `unscored` clips.
+
+    Raises:
+        CorpusError: a clip cannot be read again.
+        SerRayError: the pass ended early.
+    """
+    definitions = {
+        name: text
+        for group in dict.fromkeys(groups)
+        for name, (text, _) in CONDITIONS[group].items()
+    }
+    paths = evaluation.predictions["path"].to_pylist()
+    answers = pa.concat_tables(predict_under(paths, list(definitions), predictor)).to_pylist()
+    for row in answers:
+        if row["status"] in (UNREACHABLE, "unreadable"):
+            raise CorpusError(
+                f"{row['path']}: --under needs the sound of the clips, but this one cannot be "
+                f"read again ({row['reason']}); name their folder or table with --corpus"
+            )
+    named = {(row["condition"], row["path"]): row["emotion"] for row in answers}
+    # A clip without an answer gets an index that is no label.
+    places = {label: index for index, label in enumerate(evaluation.card.labels)}
+    none = len(places)
+    rows = [_row("clean", "the clips as they are", evaluation, evaluation.predicted)]
+    for name, text in definitions.items():
+        predicted = np.array([places.get(named[name, path], none) for path in paths])
+        rows.append(_row(name, text, evaluation, predicted))
+    return tuple(rows)
+
+
+def _row(name: str, text: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:
+    num_indices = len(evaluation.card.labels) + 1
+    scores = Scores(count_confusion(evaluation.truth, predicted, num_indices), loss=0.0)
+    change = statistics.compare(
+        evaluation.speakers, evaluation.truth, predicted, evaluation.predicted, num_indices
+    )
+    low, high = change.ua_interval
+    return {
+        "condition": name,
+        "definition": text,
+        "ua": scores.ua,
+        "wa": scores.wa,
+        "ua_change": change.ua_difference,
+        "low": low,
+        "high": high,
+        "unscored": int((predicted == num_indices - 1).sum()),
+    }

@@ -1,0 +1,187 @@
+"""Recording conditions: what a room, a line or a recorder does to a clip, to test a model under.
+
+`under` changes a decoded clip before its features are computed. The result depends on the condition
+and on the clip's file name alone, so it is the same on every machine. It is 16-bit sound at the
+clip's own rate, clipped at full scale as a recorder clips it. Full scale is a mean square of 1, as
+everywhere in this package.
+
+`CONDITIONS` lists and defines them. Noise reaches from 20 Hz to 8 kHz at any sample rate, and
+pink noise has equal power in every octave. The level of speech is the mean square of its stretches
+of 10 ms that are at most 40 dB below the loudest one, so that pauses do not count.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from functools import partial
+
+import av
+import numpy as np
+import scipy.fft
+import soxr
+
+from ser_ray.features.decode import Sound, decode
+from ser_ray.features.transforms import measure_loudness
+
+NOISE_BAND = (20.0, 8_000.0)
+"""Hertz."""
+SPEECH_DB = 40.0
+"""Stretches that are further below the loudest one are pauses."""
+PHONE_BAND = (300.0, 3_400.0)
+"""Hertz; the band of a telephone line."""
+ECHO_SECONDS = 0.4
+"""Reverberation time: after it, the echo is 60 dB weaker."""
+FIRST_ECHO_SECONDS = 0.003
+"""The first wall is half a metre away."""
+
+Effect = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
+"""Samples [num_samples] float, their rate in hertz and randomness -> samples [num_samples]."""
+
+
+def under(condition: str, sound: Sound, name: str) -> Sound:
+    """Return a clip as it would be recorded under a condition; only its samples change.
+
+    Args:
+        condition: name of one of `CONDITIONS`.
+        sound: the decoded clip.
+        name: the clip's file name; clips of the same name get the same noise.
+    """
+    seed = int.from_bytes(hashlib.blake2b(f"{condition} {name}".encode(), digest_size=8).digest())
+    samples = sound.samples.astype(np.float64)
+    if sound.samples.dtype == np.int16:
+        samples /= 2**15
+    changed = _EFFECTS[condition](samples, sound.sample_rate, np.random.default_rng(seed))
+    recorded = np.clip(np.rint(changed * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+    return sound._replace(samples=recorded)
+
+
+def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw Gaussian noise with a mean square of 1 in `NOISE_BAND`.
+
+    Args:
+        num_samples: length of the noise.
+        sample_rate: hertz.
+        slope: its power falls with the frequency to this power: 0 is white, 1 is pink.
+        rng: decides the noise.
+    """
+    length = scipy.fft.next_fast_len(max(num_samples, sample_rate), real=True)
+    frequencies = scipy.fft.rfftfreq(length, 1 / sample_rate)
+    spectrum = rng.normal(size=len(frequencies)) + 1j * rng.normal(size=len(frequencies))
+    inside = (frequencies >= NOISE_BAND[0]) & (frequencies <= NOISE_BAND[1])
+    spectrum *= inside * np.maximum(frequencies, 1.0) ** (-slope / 2)
+    drawn: np.ndarray = scipy.fft.irfft(spectrum, length)[:num_samples]
+    return drawn / np.sqrt(np.mean(drawn**2))
+
+
+def _noise_at(
+    decibels: float, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
+) -> np.ndarray:
+    return samples + 10 ** (decibels / 20) * noise(len(samples), sample_rate, 0, rng)
+
+
+def _noise_below_speech(
+    decibels: float, slope: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
+) -> np.ndarray:
+    loudness = measure_loudness(samples, sample_rate, SPEECH_DB)
+    speech = loudness.power[loudness.is_sound].mean() if loudness.is_sound.any() else 0.0
+    strength = np.sqrt(speech) * 10 ** (-decibels / 20)
+    return samples + strength * noise(len(samples), sample_rate, slope, rng)
+
+
+def _phone(samples: np.ndarray, sample_rate: int, _: np.random.Generator) -> np.ndarray:
+    spectrum = scipy.fft.rfft(samples)
+    frequencies = scipy.fft.rfftfreq(len(samples), 1 / sample_rate)
+    spectrum[(frequencies < PHONE_BAND[0]) | (frequencies > PHONE_BAND[1])] = 0
+    line = scipy.fft.irfft(spectrum, len(samples))
+    return _through_codec("pcm_mulaw", "wav", 8_000, 0, line, sample_rate, _)
+
+
+def _through_codec(
+    codec: str,
+    container: str,
+    codec_rate: int,
+    bit_rate: int,
+    samples: np.ndarray,
+    sample_rate: int,
+    _: np.random.Generator,
+) -> np.ndarray:
+    """Encode with one of FFmpeg's encoders at its own rate in hertz, and decode."""
+    file = io.BytesIO()
+    sent = soxr.resample(samples, sample_rate, codec_rate).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(sent.clip(-1, 1)[None], format="fltp", layout="mono")
+    frame.sample_rate = codec_rate
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=codec_rate, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        if bit_rate:
+            stream.bit_rate = bit_rate
+        if codec == "libopus":
+            stream.options = {"application": "voip"}
+        fit = av.AudioResampler(stream.format, "mono", codec_rate, stream.frame_size or 1024)
+        for piece in (*fit.resample(frame), *fit.resample(None)):
+            output.mux(stream.encode(piece))
+        output.mux(stream.encode(None))
+    file.seek(0)
+    heard = decode(file)
+    scale = 2**15 if heard.samples.dtype == np.int16 else 1
+    received = soxr.resample(heard.samples / scale, heard.sample_rate, sample_rate)
+    # Codecs add a few samples at the end.
+    return np.pad(received, (0, max(0, len(samples) - len(received))))[: len(samples)]
+
+
+def _room(samples: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
+    """Convolve with the direct sound and decaying noise (Polack 1988), together of power 1."""
+    seconds = np.arange(round(ECHO_SECONDS * sample_rate)) / sample_rate
+    echo = noise(len(seconds), sample_rate, 0, rng) * 10 ** (-3 * seconds / ECHO_SECONDS)
+    echo[seconds < FIRST_ECHO_SECONDS] = 0
+    response = echo / np.sqrt(np.sum(echo**2))
+    response[0] = 1
+    response /= np.sqrt(2)
+    length = scipy.fft.next_fast_len(len(samples) + len(response), real=True)
+    spectrum = scipy.fft.rfft(samples, length) * scipy.fft.rfft(response, length)
+    heard: np.ndarray = scipy.fft.irfft(spectrum, length)[: len(samples)]
+    return heard
+
+
+def _level(
+    decibels: float, samples: np.ndarray, sample_rate: int, _: np.random.Generator
+) -> np.ndarray:
+    return samples * 10 ** (decibels / 20)
+
+
+CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
+    "noise": {
+        f"noise-{level}": (
+            f"white noise {level} dB below full scale, as in a quiet room",
+            partial(_noise_at, -float(level)),
+        )
+        for level in (60, 50, 40)
+    }
+    | {
+        "white-20": ("white noise 20 dB below the speech", partial(_noise_below_speech, 20.0, 0)),
+        "pink-20": ("pink noise 20 dB below the speech", partial(_noise_below_speech, 20.0, 1)),
+    },
+    "phone": {"phone": ("300 to 3,400 Hz at 8 kHz in 8-bit mu-law (ITU-T G.711)", _phone)},
+    "codec": {
+        "opus-16": (
+            "Opus for voice at 16 kbit/s",
+            partial(_through_codec, "libopus", "ogg", 48_000, 16_000),
+        ),
+        "mp3-16": (
+            "MP3 at 16 kHz and 16 kbit/s",
+            partial(_through_codec, "libmp3lame", "mp3", 16_000, 16_000),
+        ),
+    },
+    "room": {
+        "room": (
+            "the echo of a small room, as strong as the direct sound: reverberation time 0.4 s",
+            _room,
+        )
+    },
+    "level": {
+        "level-plus-20": ("20 dB louder, clipped at full scale", partial(_level, 20.0)),
+        "level-minus-20": ("20 dB quieter", partial(_level, -20.0)),
+    },
+}
+"""The definition and effect of every condition, by group and name."""
+_EFFECTS = {name: pair[1] for group in CONDITIONS.values() for name, pair in group.items()}
