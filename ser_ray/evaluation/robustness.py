@@ -45,22 +45,23 @@ def score_under(
         for group in dict.fromkeys(groups)
         for name, (text, _) in CONDITIONS[group].items()
     }
-    paths = evaluation.predictions["path"].to_pylist()
-    answers = pa.concat_tables(predict_under(paths, list(definitions), predictor)).to_pylist()
+    columns = (evaluation.predictions[name].to_pylist() for name in ("path", "start", "end"))
+    clips = list(zip(*columns, strict=True))
+    answers = pa.concat_tables(predict_under(clips, list(definitions), predictor)).to_pylist()
     for row in answers:
         if row["status"] in (UNREACHABLE, "unreadable"):
             raise CorpusError(
                 f"{row['path']}: --under needs the sound of the clips, but this one cannot be "
                 f"read again ({row['reason']}); name their folder or table with --corpus"
             )
-    named = {(row["condition"], row["path"]): row["emotion"] for row in answers}
+    named = {(row["condition"], row["clip"]): row["emotion"] for row in answers}
     # A clip without an answer gets an index that is no label.
     places = {label: index for index, label in enumerate(evaluation.card.labels)}
     none = len(places)
     rows = [_row("clean", "the clips as they are", evaluation, evaluation.predicted)]
     for name, text in definitions.items():
-        predicted = np.array([places.get(named[name, path], none) for path in paths])
-        rows.append(_row(name, text, evaluation, predicted))
+        predicted = [places.get(named[name, clip], none) for clip in range(len(clips))]
+        rows.append(_row(name, text, evaluation, np.array(predicted)))
     return tuple(rows)
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import scipy.fft
 import soxr
 
-from ser_ray.features.decode import Sound, decode
+from ser_ray.features.decode import decode
+from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import measure_loudness
 
 NOISE_BAND = (20.0, 8_000.0)

@@ -11,6 +11,7 @@ which costs half a millisecond for each file.
 """
 
 import logging
+import math
 import pickle
 import time
 from collections import Counter
@@ -32,7 +33,7 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import SerRayError
 from ser_ray.features.conditions import under
-from ser_ray.features.decode import Sound
+from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
@@ -53,7 +54,12 @@ a GPU, the features of a block wait in the object store."""
 SECONDS_PER_FILE = 600.0
 """A file that takes longer to decode is unreadable; an hour's video from a bucket takes minutes."""
 
+NAMES = ("condition", "clip")
+"""Columns that say what an answer is of."""
+
 Batch = dict[str, np.ndarray]
+Clip = tuple[str, float | None, float | None]
+"""Path or URI of a file; first and last second of a segment of it, or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +116,8 @@ def predict_many(
         require_shared(*one_of_each_folder(remaining))
         watch = Watch(len(files), len(files) - len(remaining))
         with show(progress) as report:
-            for answers in _predict(remaining, [""], predictor) if remaining else ():
-                results.append(answers.drop_columns(["condition"]))
+            for answers in _predict([(path, None, None) for path in remaining], [""], predictor):
+                results.append(answers.drop_columns(list(NAMES)))
                 report(watch.add(Counter(answers["status"].to_pylist())))
         statuses, emotions = results.finish(files)
     return BatchSummary(
@@ -124,41 +130,51 @@ def predict_many(
 
 
 def predict_under(
-    files: Sequence[str], conditions: Sequence[str], predictor: Predictor
+    clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Score files under each of some conditions, on the cluster that is connected.
+    """Score clips under each of some conditions, on the cluster that is connected.
 
     Args:
-        files: paths or URIs, each once.
+        clips: files and segments of files.
         conditions: names of `ser_ray.features.conditions.CONDITIONS`.
         predictor: the model.
 
     Yields:
-        The columns of `table_schema` and `condition`, in any order of the rows.
+        The columns of `table_schema`, `condition`, and `clip`, the number of the clip from 0; the
+        rows are in any order.
 
     Raises:
         ResourcesError: a node of the cluster does not see the files.
         SerRayError: the pass ended early.
     """
-    require_shared(*one_of_each_folder(files))
-    total = len(files) * len(conditions)
-    watch = Watch(total, 0)
+    require_shared(*one_of_each_folder([path for path, _, _ in clips]))
+    watch = Watch(len(clips) * len(conditions), 0)
     with show(None) as report:
-        for answers in _predict(files, conditions, predictor):
+        for answers in _predict(clips, conditions, predictor):
             report(watch.add(Counter(answers["status"].to_pylist())))
             yield answers
 
 
 def _predict(
-    files: Sequence[str], conditions: Sequence[str], predictor: Predictor
+    clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Run the pass and yield the rows of each block when it is done, with their condition."""
+    """Run the pass and yield the rows of each block when it is done, as `predict_under` does.
+
+    The condition "" leaves the clips as they are.
+    """
+    if not clips:
+        return
     import ray
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it sets a level when it is imported
-    items = [{"path": path, "condition": name} for name in conditions for path in files]
+    items = [
+        {"condition": condition, "clip": clip, "path": path}
+        | {"start": _or_nan(start), "end": _or_nan(end)}
+        for condition in conditions
+        for clip, (path, start, end) in enumerate(clips)
+    ]
     blocks = -(-len(items) // FILES_PER_BLOCK)
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
     total, gpus = resources_within_reach(), has_gpus()
@@ -198,9 +214,19 @@ def _in_window_groups(
     return in_groups(recordings, lambda recording: len(recording.features), WINDOWS_AT_ONCE)
 
 
-def _decode_under(condition: str, decode: Decode, location: str, *, max_seconds: float) -> Sound:
-    """Decode a file as it would be recorded under a condition."""
-    return under(condition, decode(location, max_seconds=max_seconds), Path(location).name)
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value  # a column of numbers holds no None
+
+
+def _decode_as(
+    decode: Decode, condition: str, start: float, end: float, path: str, *, max_seconds: float
+) -> Sound:
+    """Decode a file or a segment of it, as it would be recorded under a condition."""
+    sound, name = decode(path, max_seconds=max_seconds), Path(path).name
+    if not math.isnan(start):
+        sound, _ = cut(sound, start, None if math.isnan(end) else end)
+        name = f"{name} from {start:g}"
+    return under(condition, sound, name) if condition else sound
 
 
 class _Decoder:
@@ -212,20 +238,17 @@ class _Decoder:
         self.sandbox.__enter__()  # its process ends when this one does and closes their pipe
 
     def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
-        for path, condition in zip(batch["path"].tolist(), batch["condition"], strict=True):
-            decode = self.sandbox.decode
-            if condition:
-                yield self.reader.read(path, partial(_decode_under, condition, decode))
-            else:
-                yield self.reader.read(path, decode)
+        columns = (batch[name].tolist() for name in ("path", "condition", "start", "end"))
+        for path, *how in zip(*columns, strict=True):
+            yield self.reader.read(path, partial(_decode_as, self.sandbox.decode, *how))
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        conditions = iter(batch["condition"])
+        first = 0
         for group in _in_window_groups(self.read(batch)):
             pickled = [pickle.dumps(recording) for recording in group]
-            yield {
-                "recording": np.array(pickled, dtype=object),
-                "condition": np.array([next(conditions) for _ in group], dtype=object),
+            own = slice(first, first := first + len(group))
+            yield {name: batch[name][own] for name in NAMES} | {
+                "recording": np.array(pickled, dtype=object)
             }
 
 
@@ -254,4 +277,6 @@ class _Scorer:
             for prediction in self.predictor.predict_features(group)
         ]
         answers = pa.Table.from_pylist(rows, table_schema(self.predictor.labels))
-        return answers.append_column("condition", pa.array(batch["condition"], pa.string()))
+        for name in NAMES:
+            answers = answers.append_column(name, pa.array(batch[name].tolist()))
+        return answers

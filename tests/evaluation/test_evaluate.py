@@ -264,13 +264,13 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
     truth = clean.predictions["emotion"].to_pylist()
     given = {"level-plus-20": answers.to_pylist(), "level-minus-20": [None, None, *truth[2:]]}
 
-    def predict_under(files, conditions, predictor):
-        assert files == paths
+    def predict_under(clips, conditions, predictor):
+        assert clips == [(path, None, None) for path in paths]
         for name in conditions:
             rows = [
-                {"condition": name, "path": path, "emotion": emotion, "reason": "",
+                {"condition": name, "clip": clip, "emotion": emotion, "reason": "",
                  "status": "ok" if emotion else "too_short"}
-                for path, emotion in zip(paths, given[name], strict=True)
+                for clip, emotion in enumerate(given[name])
             ]  # fmt: skip
             yield pa.Table.from_pylist(rows[::-1])
 

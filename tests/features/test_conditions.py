@@ -8,7 +8,7 @@ import scipy.signal
 
 from ser_ray.api import Condition
 from ser_ray.features.conditions import CONDITIONS, NOISE_BAND, under
-from ser_ray.features.decode import Sound
+from ser_ray.features.samples import Sound
 from tests.clips import voice
 
 RATES = (16_000, 48_000)

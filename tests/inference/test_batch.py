@@ -157,17 +157,24 @@ def test_files_are_scored_as_they_would_be_recorded_under_conditions(
     monkeypatch.setattr(batch, "FILES_PER_BLOCK", 4)
     monkeypatch.setattr(batch, "has_gpus", lambda: on_gpus)
     conditions = ["white-20", "level-minus-20"]
-    tables = list(predict_under(files, conditions, predictor))
-    found = {(row["condition"], row["path"]): row for row in pa.concat_tables(tables).to_pylist()}
-    assert set(found) == {(name, path) for name in conditions for path in files}
-    for (name, path), row in found.items():
+    clips = [(path, None, None) for path in files[:-1]] + [(files[10], 1.0, 2.5)]
+    tables = list(predict_under(clips, conditions, predictor))
+    found = {(row["condition"], row["clip"]): row for row in pa.concat_tables(tables).to_pylist()}
+    assert set(found) == {(name, clip) for name in conditions for clip in range(len(clips))}
+    for (name, clip), row in found.items():
         if row["status"] != "ok":
             continue
-        changed = under(name, decode(path), Path(path).name)
+        path, start, end = clips[clip]
+        sound, title = decode(path), Path(path).name
+        if start is not None:
+            sound = sound._replace(samples=sound.samples[16_000:40_000])
+            title = f"{title} from 1"
+            assert row["duration"] == end - start
+        changed = under(name, sound, title)
         expected = predictor.predict_samples(changed.samples, changed.sample_rate, path)
-        require_close([row], [prediction_row(expected) | {"condition": name}])
+        require_close([row], [prediction_row(expected) | {"condition": name, "clip": clip}])
     statuses = Counter(row["status"] for row in found.values())
-    assert statuses == {"ok": 23, "unreadable": 4, "silent": 1}, "silence with noise is sound"
+    assert statuses == {"ok": 25, "unreadable": 2, "silent": 1}, "silence with noise is sound"
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
@@ -267,10 +274,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(
 def test_relative_names_start_at_the_users_folder(predictor, in_tmp, monkeypatch):
     asked: list[str] = []
 
-    def predict(files, conditions, predictor):
-        asked.extend(files)
-        rows = [prediction_row(Prediction(path=path, status="silent")) for path in files]
-        yield table_of(rows).append_column("condition", pa.array(conditions * len(files)))
+    def predict(clips, conditions, predictor):
+        asked.extend(path for path, _, _ in clips)
+        rows = [prediction_row(Prediction(path=path, status="silent")) for path in asked]
+        nothing = pa.nulls(len(rows))
+        yield table_of(rows).append_column("condition", nothing).append_column("clip", nothing)
 
     monkeypatch.setattr(batch, "_predict", predict)
     monkeypatch.setattr(batch, "require_kept", lambda output: None)
