@@ -243,13 +243,17 @@ def crossval(
         return run(plan, run_config, slots, show=table, address=address)
 
 
-def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
+def load_model(
+    model: "str | Path", tracking_uri: str = "", *, min_confidence: float = 0.0
+) -> "Predictor":
     """Load a model that names the emotion in audio files.
 
     Args:
         model: folder or URI of a checkpoint or of a finished run, a run's name or id,
             `runs:/ID/model`, or `models:/NAME@ALIAS`.
         tracking_uri: MLflow store in which a run id or registered name is looked up.
+        min_confidence: a recording whose most probable emotion has a lower probability than this
+            is `unsure`: it gets its probabilities, but no emotion.
 
     Raises:
         CheckpointError: no checkpoint is there.
@@ -259,7 +263,7 @@ def load_model(model: "str | Path", tracking_uri: str = "") -> "Predictor":
     from ser_ray.tracking.models import local_model
 
     with local_model(model, tracking_uri) as checkpoint:
-        return Predictor(checkpoint)
+        return Predictor(checkpoint, min_confidence)
 
 
 def predict_to_table(

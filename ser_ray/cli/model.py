@@ -131,6 +131,9 @@ class Predict(ModelVerb):
     output: str = ""
     """Table to write, .parquet, .csv or .jsonl, one row a file. For more than 48 files the default
     is ser-ray-out/predictions.parquet."""
+    min_confidence: float = 0.0
+    """Name no emotion for a file, but call it unsure, if the most probable one has a lower
+    probability than this, from 0 to 1. Probabilities are calibrated on validation clips."""
 
     def run(self) -> Outcome:
         """Answer the files here, or on a cluster."""
@@ -146,7 +149,9 @@ class Predict(ModelVerb):
         if left_out := describe_left_out(listed.left_out):
             stderr_console().print(left_out, markup=False)
         say("model", f"loading {self.model}")
-        predictor = api.load_model(self.model, self.tracking_uri)
+        predictor = api.load_model(
+            self.model, self.tracking_uri, min_confidence=self.min_confidence
+        )
         if self.output or len(listed.files) > FEW_FILES:
             return self._run_batch(listed, predictor)
         found = Predictions(
@@ -158,10 +163,11 @@ class Predict(ModelVerb):
         text = str(found)
         if predictor.card.corpus == "synthetic":
             text += "\n(the model was trained on the synthetic corpus)"
-        problem = NOTHING_SCORED if all(item.status != "ok" for item in found) else ""
+        problem = "" if any(item.probabilities for item in found) else NOTHING_SCORED
         return Outcome({"predictions": [asdict(item) for item in found]}, text, problem=problem)
 
     def _run_batch(self, listed: "AudioFiles", predictor: "Predictor") -> Outcome:
+        from ser_ray.inference.prediction import UNSURE
         from ser_ray.inference.recordings import UNREACHABLE
 
         output = self.output or api.PREDICTIONS
@@ -174,7 +180,7 @@ class Predict(ModelVerb):
             emotions,
             f"in {summary.seconds:.1f} s{before}: {output}",
         ]
-        problem = "" if "ok" in summary.counts else NOTHING_SCORED
+        problem = "" if {"ok", UNSURE} & summary.counts.keys() else NOTHING_SCORED
         if missing := summary.counts.get(UNREACHABLE):
             problem = f"{missing} files were unreachable; the same command tries them again"
         return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem=problem)

@@ -23,6 +23,7 @@ from ser_ray.evaluation import statistics
 from ser_ray.evaluation.results import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card, read_network
 from ser_ray.training.data import label_indices, load_clips
 from ser_ray.training.model import to_channels_last
@@ -49,8 +50,8 @@ def evaluate(
         protocol: if empty, that of the training, or on other shards all clips.
         fold: number of the fold; None is the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained on.
-        probabilities: what the model said of the part's clips [clips, labels], if that is known;
-            else the clips are read and scored here.
+        probabilities: what the network said of the part's clips [clips, labels], if that is known;
+            else the clips are read and scored here. The temperature of the model scales both.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or the shards hold other features, other
@@ -81,7 +82,9 @@ def evaluate(
         corpus=shards.card.corpus,
         is_own_test=is_own_test,
         seen_speakers=seen,
-        predictions=predictions_table(table.take(rows), probabilities, card.labels),
+        predictions=predictions_table(
+            table.take(rows), apply_temperature(probabilities, card.temperature), card.labels
+        ),
         origin=origin,
         report=origin.get("report", "") if is_own_test else "",
     )

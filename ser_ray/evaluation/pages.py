@@ -389,9 +389,13 @@ def _with_contents(page: str) -> str:
 def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     """What `part.html.jinja` shows of an evaluation."""
     scores, intervals, part = evaluation.scores, evaluation.intervals, evaluation.part
-    calibration = evaluation.calibration
+    temperature = evaluation.card.temperature
+    calibration, before = evaluation.calibration, evaluation.uncalibrated
     reliability = reliability_figure(
-        calibration.confidence.tolist(), calibration.accuracy.tolist(), calibration.count.tolist()
+        calibration.confidence.tolist(),
+        calibration.accuracy.tolist(),
+        calibration.count.tolist(),
+        None if temperature == 1 else (before.confidence.tolist(), before.accuracy.tolist()),
     )
     shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
     labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
@@ -407,6 +411,8 @@ def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
             rows for kind, rows in evaluation.groups.items() if kind != "speaker" and len(rows) > 1
         ],
         "ece": calibration.ece,
+        "ece_before": before.ece,
+        "temperature": temperature,
         "reliability": _svg(reliability, f"{part}: accuracy at every confidence"),
         "under": [
             {"condition": row["condition"], "UA": row["ua"], "WA": row["wa"]}

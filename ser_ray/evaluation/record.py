@@ -43,6 +43,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
     test["test/ece"] = evaluation.calibration.ece
+    test["test/ece_uncalibrated"] = evaluation.uncalibrated.ece
     for row in evaluation.under:
         test |= {f"test/under/{row['condition']}/{name}": float(row[name]) for name in ("ua", "wa")}
     tracker.log_scores(test, now_ms())

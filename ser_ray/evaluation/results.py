@@ -11,6 +11,7 @@ import pyarrow as pa
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
+from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.data import label_indices
 from ser_ray.training.metrics import Scores, count_confusion, scores_of
@@ -128,6 +129,13 @@ class Evaluation:
         return statistics.calibration(self.truth, self.probabilities)
 
     @cached_property
+    def uncalibrated(self) -> Calibration:
+        """The same before the temperature of the model scaled its probabilities."""
+        return statistics.calibration(
+            self.truth, apply_temperature(self.probabilities, 1 / self.card.temperature)
+        )
+
+    @cached_property
     def groups(self) -> dict[str, list[Row]]:
         """Clips, WA and UA by speaker, sex, channel, intensity and statement."""
         return {
@@ -177,6 +185,8 @@ class Evaluation:
             | {"recall": dict(zip(labels, intervals["recall"], strict=True))},
             "groups": self.groups,
             "ece": self.calibration.ece,
+            "ece_uncalibrated": self.uncalibrated.ece,
+            "temperature": self.card.temperature,
             "hardest": hardest.to_pylist(),
             "confusion": self.scores.confusion.tolist(),
             "under": list(self.under),

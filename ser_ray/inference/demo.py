@@ -24,7 +24,7 @@ from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.inference.prediction import Prediction
+from ser_ray.inference.prediction import UNSURE, Prediction
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import MAX_RECORDING_SECONDS, Decode
 from ser_ray.plots.clip import clip_figure
@@ -146,7 +146,7 @@ def _picture(
         return ""
     spectrogram = extract.features(waveform)["spectrogram"]
     timeline = [
-        (window.start, min(window.end, seconds), window.emotion)
+        (window.start, min(window.end, seconds), window.emotion or UNSURE)
         for window in prediction.timeline
         if window.start < seconds
     ]

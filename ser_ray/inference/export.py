@@ -4,9 +4,10 @@ The input is a mono waveform [num_samples] float32 at the model's sample rate, o
 output is the probability of every label [labels] float32, or NaN for a waveform that `Predictor`
 would not score as one clip: silent, too short, or with more sound than the longest training clip.
 
-The graph holds trimming, features, normalisation and windows. It is the only other implementation
-of the features. Only the shape of its input depends on the recording, so it masks what is outside
-the sound instead of cutting it off. An export is compared with `Predictor` before it is written.
+The graph holds trimming, features, normalisation, windows and the temperature. It is the only other
+implementation of the features. Only the shape of its input depends on the recording, so it masks
+what is outside the sound instead of cutting it off. An export is compared with `Predictor` before
+it is written.
 """
 
 import json
@@ -38,6 +39,7 @@ from ser_ray.features.transforms import (
 )
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
+from ser_ray.training.calibration import SMALLEST_PROBABILITY
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a probability from `Predictor`: the graph sums in another order."""
@@ -76,7 +78,7 @@ class WaveformModel(nn.Module):
         card = predictor.card
         config = self.features = card.features
         self.kind, self.crop_frames = card.config.feature, card.config.crop_frames
-        self.network = predictor.network
+        self.network, self.temperature = predictor.network, card.temperature
         self.max_windows = -(-config.num_frames // self.crop_frames)
         length = config.window_length
         angles = np.outer(np.arange(length), np.arange(length // 2 + 1)) * (2 * np.pi / length)
@@ -108,7 +110,8 @@ class WaveformModel(nn.Module):
         crops, weights = self._windows(normalised, num_frames)
         shares = self.network(crops).softmax(dim=1)
         mean = (shares * weights[:, None]).sum(dim=0) / weights.sum()
-        return torch.where(is_scored, mean, torch.full_like(mean, torch.nan))
+        scaled = (mean.clamp(min=SMALLEST_PROBABILITY).log() / self.temperature).softmax(dim=0)
+        return torch.where(is_scored, scaled, torch.full_like(mean, torch.nan))
 
     def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first sample and the length of the sound, and whether it can be scored."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 40
 """Characters of a bar for 100 %."""
+UNSURE = "unsure"
+"""Status of a recording for which no emotion is probable enough."""
 SHOWN_ROWS = 100
 """A notebook shows no more answers of a list than these."""
 
@@ -27,13 +29,14 @@ class Segment:
     """Seconds from the beginning."""
     end: float
     """Seconds from the beginning."""
-    emotion: str
+    emotion: str | None
+    """None if the model is unsure."""
     probabilities: dict[str, float]
     """Probability of every label; they sum to 1."""
 
     def __str__(self) -> str:
         when = f"{_clock(self.start)}–{_clock(self.end)}"
-        return f"{when:>15}  {self.emotion} ({self.probabilities[self.emotion]:.0%})"
+        return f"{when:>15}  {self.emotion or UNSURE} ({max(self.probabilities.values()):.0%})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +55,8 @@ class Prediction:
     timeline: tuple[Segment, ...] = ()
     """The windows with sound of a recording longer than the clips the model was trained on."""
     status: str = "ok"
-    """ok, or what is wrong: unreadable, unreachable, no_audio, too_short, too_long or silent."""
+    """ok, or why no emotion is named: unsure (the probabilities are there, but none reaches the
+    confidence asked for), unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
     """The status in words."""
     warning: str | None = None
@@ -114,8 +118,8 @@ class Predictions(tuple[Prediction, ...]):
         names = shortest_names([prediction.path for prediction in self])
         rows = []
         for item in self[:SHOWN_ROWS]:
-            share = (item.probabilities or {}).get(item.emotion or "", 0.0)
-            bar = _html_bar(share) if item.probabilities else html.escape(item.reason or "")
+            shares = (item.probabilities or {}).values()
+            bar = _html_bar(max(shares)) if shares else html.escape(item.reason or "")
             label = html.escape(item.emotion or item.status)
             rows.append([html.escape(names[item.path]), label, bar])
         more = len(self) - len(rows)
@@ -142,8 +146,12 @@ def shortest_names(paths: Iterable[str]) -> dict[str, str]:
 def prediction_row(prediction: Prediction) -> dict[str, Any]:
     """Make a row of the table; the probability of a label is in the column `p_<label>`."""
     timeline = [
-        {"start": segment.start, "end": segment.end, "emotion": segment.emotion}
-        | _columns(segment.probabilities)
+        {
+            "start": segment.start,
+            "end": segment.end,
+            "emotion": segment.emotion,
+            **_columns(segment.probabilities),
+        }
         for segment in prediction.timeline
     ]
     return {

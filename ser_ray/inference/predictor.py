@@ -18,8 +18,9 @@ import torch
 from ser_ray.errors import ConfigError
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import SAMPLE_RATES, full_scale
-from ser_ray.inference.prediction import Prediction, Predictions, Segment
+from ser_ray.inference.prediction import UNSURE, Prediction, Predictions, Segment
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
+from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import read_card, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.model import fold_batch_norm, to_channels_last
@@ -31,12 +32,18 @@ class Predictor:
 
     Args:
         checkpoint: directory of a checkpoint.
+        min_confidence: a recording whose most probable emotion has a lower probability than this
+            is `unsure`: it gets its probabilities, but no emotion.
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
+        ConfigError: the confidence is not from 0 to 1.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, min_confidence: float = 0.0) -> None:
+        if not 0 <= min_confidence <= 1:
+            raise ConfigError(f"min_confidence is {min_confidence}: it must be from 0 to 1")
+        self.min_confidence = min_confidence
         self.card = read_card(checkpoint)
         self.labels = self.card.labels
         self.device = torch.device("cpu")
@@ -47,8 +54,9 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change when the card or any weight changes."""
-        digest = hashlib.blake2b(self.card.to_json().encode(), digest_size=8)
+        """Sixteen hex digits that change when the card, the confidence or any weight changes."""
+        settings = f"{self.min_confidence} {self.card.to_json()}"
+        digest = hashlib.blake2b(settings.encode(), digest_size=8)
         for weight in self.network.parameters():
             digest.update(weight.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -114,7 +122,7 @@ class Predictor:
         return [self._answer(recording, rows) for recording, rows in by_file]
 
     def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Score clips as validation does.
+        """Score clips as validation does, and calibrate the probabilities.
 
         Args:
             features: [bins, frames] float16 of each clip.
@@ -130,7 +138,8 @@ class Predictor:
             row[:, : clip.shape[1]] = clip
         rows, unlabelled = np.arange(len(features)), np.zeros(len(features))
         clips = Clips.resident(padded, num_frames, unlabelled, self.card.normalisation, self.device)
-        return predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
+        scores = predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
+        return apply_temperature(scores, self.card.temperature)
 
     def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
         """Make the answer from the probabilities [windows, labels] of one file."""
@@ -145,18 +154,30 @@ class Predictor:
             Segment(start=start, end=end, **self._most_probable(row))
             for (start, end), row in zip(recording.windows, scores, strict=False)  # a clip has none
         )
+        mean = scores.mean(axis=0)
+        status, reason = "ok", None
+        if mean.max() < self.min_confidence:
+            status = UNSURE
+            reason = (
+                f"{self.labels[int(mean.argmax())]}, the most probable emotion, has a probability "
+                f"of {mean.max():.0%}, below {self.min_confidence:.0%}"
+            )
         return Prediction(
             path=recording.path,
-            **self._most_probable(scores.mean(axis=0)),
+            **self._most_probable(mean),
+            status=status,
+            reason=reason,
             duration=recording.duration,
             timeline=timeline,
             warning=recording.warning,
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """Name the most probable label of probabilities [labels], and each by its label."""
+        """Name the most probable label of probabilities [labels], if any is probable enough."""
         by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
-        return {"emotion": self.labels[int(probabilities.argmax())], "probabilities": by_label}
+        is_sure = probabilities.max() >= self.min_confidence
+        emotion = self.labels[int(probabilities.argmax())] if is_sure else None
+        return {"emotion": emotion, "probabilities": by_label}
 
 
 def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from ser_ray.plots.style import (
     BLUE,
     DARK_BLUE,
     DARK_VERMILION,
+    GREEN,
     GREY,
     VERMILION,
     WIDTH,
@@ -105,6 +106,7 @@ def reliability_figure(
     confidence: Sequence[float],
     accuracy: Sequence[float],
     counts: Sequence[int],
+    before: tuple[Sequence[float], Sequence[float]] | None = None,
     title: str = "",
 ) -> Figure:
     """Draw how often the model is right at each confidence, beside what it should be.
@@ -113,6 +115,7 @@ def reliability_figure(
         confidence: mean probability of the predicted label in each bin [bins], NaN in an empty one.
         accuracy: share predicted right in each bin [bins], NaN in an empty one.
         counts: clips in each bin [bins].
+        before: confidence and accuracy before the probabilities were calibrated.
         title: shown above.
     """
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
@@ -120,11 +123,13 @@ def reliability_figure(
     upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
     # A point at 0 or 100 % is on the frame, and is drawn over it.
     over = {"clip_on": False, "zorder": 3}
+    if before is not None:
+        upper.plot(*before, "--", color=GREEN, marker="s", label="before", alpha=0.7, **over)
     upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **over)
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")
     upper.yaxis.set_major_formatter(PercentFormatter(1))
-    legend_above(upper, columns=2)
+    legend_above(upper, columns=3)
     width = 1 / len(counts)
     lower.bar((np.arange(len(counts)) + 0.5) * width, counts, 0.9 * width, color=BLUE)
     lower.set_ylabel("clips")

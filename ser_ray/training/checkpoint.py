@@ -67,9 +67,13 @@ class CheckpointCard:
     """Origin of the weights that training started from."""
     ingest: Literal["resident", "stream"] = "resident"
     """How the training clips were read. It decides their order."""
+    temperature: float = 1.0
+    """Scales the probabilities (`ser_ray.training.calibration`); fitted on the validation clips."""
 
     def __post_init__(self) -> None:
         require_valid(self)
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature is {self.temperature}: it must be above 0")
 
     @property
     def trained_on(self) -> str:

@@ -14,7 +14,7 @@ copy of the training's state, so another thread can write it to storage while th
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from ser_ray.errors import ConfigError, DivergedError, MismatchError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.augment import Augment
+from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Batch, FoldData, Source, load_fold, seed_of, steps_per_epoch
@@ -317,7 +318,10 @@ class Trainer:
             self.losses.zero_(), self.num_correct.zero_()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy everything that a checkpoint holds."""
+        """Copy everything that a checkpoint holds; the card gets the temperature of its weights."""
+        probabilities = self.validation_probabilities.cpu().numpy()
+        truth = self.data.validation.labels[: len(probabilities)].cpu().numpy()
+        card = replace(card, temperature=fit_temperature(truth, probabilities))
         state = {
             "losses": self.losses,
             "num_correct": self.num_correct,
@@ -424,7 +428,7 @@ def make_card(
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """Make the card, which is the same for all checkpoints of this training."""
+    """Make the card, which but for its temperature all checkpoints of this training share."""
     return CheckpointCard(
         labels=data.labels,
         config=config,

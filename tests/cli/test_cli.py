@@ -33,7 +33,7 @@ FLAGS = {
     "--gpus-per-worker --name --workers --json --dry-run",
     "evaluate": "--shards --corpus --protocol --fold --under --against --allow-seen-speakers "
     "--no-audio --tracking-uri --json --dry-run",
-    "predict": "--model --output --tracking-uri --json --dry-run",
+    "predict": "--model --output --min-confidence --tracking-uri --json --dry-run",
     "demo-ui": "--host --port --tracking-uri --json --dry-run",
     "export": "--format --output --tracking-uri --json --dry-run",
     "register": "--name --alias --tracking-uri --json --dry-run",

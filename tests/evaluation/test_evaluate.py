@@ -94,6 +94,28 @@ def test_scores_are_those_of_scikit_learn_on_the_test_speakers(shards, checkpoin
     assert json.loads(json.dumps(found.to_dict()))["clips"] == table.num_rows
 
 
+def test_calibration_is_shown_before_and_after_the_temperature(shards, checkpoint, tmp_path):
+    plain = evaluate(checkpoint, "here")
+    assert plain.uncalibrated.ece == plain.calibration.ece
+    scaled = tmp_path / "scaled"
+    shutil.copytree(checkpoint, scaled)
+    card = dataclasses.replace(plain.card, temperature=0.5)
+    (scaled / "card.json").write_text(card.to_json())
+    found = evaluate(scaled, "here")
+    squares = plain.probabilities**2
+    np.testing.assert_allclose(found.probabilities, squares / squares.sum(axis=1, keepdims=True))
+    assert found.uncalibrated.ece == pytest.approx(plain.calibration.ece)
+    assert found.calibration.ece != pytest.approx(plain.calibration.ece)
+    assert found.scores.ua == plain.scores.ua
+    assert found.to_dict()["ece_uncalibrated"] == found.uncalibrated.ece
+    page = run_page(found, name="run", audio=False)
+    assert (
+        "A temperature of 0.50, fitted on the validation clips, scales the probabilities; before, "
+        f"the error was {plain.calibration.ece:.1%}."
+    ) in page
+    assert "A temperature of" not in run_page(plain, name="run", audio=False)
+
+
 def test_hardest_clips_are_wrong_and_sorted_by_confidence(shards, checkpoint):
     found = evaluate(checkpoint, "here")
     rows = found.hardest(3)
@@ -260,6 +282,9 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
     shards, checkpoint, tmp_path, monkeypatch
 ):
     clean = evaluate(checkpoint, "here")
+    whole = pa.nulls(clean.predictions.num_rows, pa.float64())  # no clip is a segment of a file
+    table = clean.predictions.append_column("start", whole).append_column("end", whole)
+    clean = dataclasses.replace(clean, predictions=table)
     paths, answers = clean.predictions["path"].to_pylist(), clean.predictions["predicted"]
     truth = clean.predictions["emotion"].to_pylist()
     given = {"level-plus-20": answers.to_pylist(), "level-minus-20": [None, None, *truth[2:]]}

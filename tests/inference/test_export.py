@@ -50,6 +50,7 @@ def test_the_graph_before_it_is_exported_equals_the_predictor(tmp_path, kind):
         tmp_path,
         config=TrainConfig(feature=kind, crop_frames=63, weights="none"),
         normalisation=Normalisation(np.full(bins, -40.0), np.full(bins, 20.0)),
+        temperature=0.6,
     )
     predictor = Predictor(tmp_path)
     model = WaveformModel(predictor).eval()

@@ -6,22 +6,24 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ser_ray.cli.main import main
-from ser_ray.errors import CheckpointError
+from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor, measure_loudness
+from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import segment_starts
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
 from tests.clips import voice, write_sound, write_video, write_wav
-from tests.models import CONFIG, FEATURES, LABELS
+from tests.models import CONFIG, FEATURES, LABELS, make_checkpoint
 
 RATE = 48_000
 
@@ -228,3 +230,46 @@ def test_the_loudness_of_a_clip_is_measured_once(predictor, monkeypatch):
         monkeypatch.setattr(f"ser_ray.{module}.measure_loudness", measure)
     assert predictor.predict(voice(1.0), RATE).status == "ok"
     assert len(measured) == 1
+
+
+def test_the_temperature_of_a_checkpoint_scales_every_answer(predictor, tmp_path):
+    make_checkpoint(tmp_path, temperature=2.5)
+    calibrated = Predictor(tmp_path)
+    for seconds in (1.0, 5.0):
+        sound = voice(seconds)
+        before, after = predictor.predict(sound, RATE), calibrated.predict(sound, RATE)
+        windows: Any = zip(before.timeline, after.timeline, strict=True)
+        for one, other in [*windows] or [(before, after)]:
+            logits = np.log(list(one.probabilities.values())) / 2.5
+            expected = np.exp(logits) / np.exp(logits).sum()
+            np.testing.assert_allclose(list(other.probabilities.values()), expected, rtol=1e-6)
+            assert other.emotion == one.emotion
+    assert calibrated.fingerprint != predictor.fingerprint
+
+
+def test_a_model_that_is_not_sure_enough_gives_probabilities_without_an_emotion(
+    checkpoint, predictor, tmp_path, capsys
+):
+    path = str(write_wav(tmp_path / "a.wav", voice(1.0)))
+    sure = predictor.predict(path)
+    share = sure.probabilities[sure.emotion]
+    above = (1 + share) / 2
+    found = Predictor(checkpoint, above).predict(path)
+    assert (found.status, found.emotion) == ("unsure", None)
+    assert found.probabilities == sure.probabilities
+    assert str(found) == (
+        f"a.wav: unsure ({sure.emotion}, the most probable emotion, has a probability of "
+        f"{share:.0%}, below {above:.0%})"
+    )
+    assert Predictor(checkpoint, share - 0.01).predict(path) == sure
+    assert Predictor(checkpoint, 0.5).fingerprint != predictor.fingerprint
+    long = Predictor(checkpoint, 1.0).predict(voice(5.0), RATE)
+    assert {segment.emotion for segment in long.timeline} == {None}
+    assert "unsure (" in str(long.timeline[0])
+    assert prediction_row(long)["timeline"][0]["emotion"] is None
+    words = ["predict", path, "--model", str(checkpoint), "--min-confidence", "1", "--json"]
+    assert main(words) == 0, "probabilities are an answer"
+    (answer,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert (answer["emotion"], answer["status"]) == (None, "unsure")
+    with pytest.raises(ConfigError, match="min_confidence is 30: it must be from 0 to 1"):
+        Predictor(checkpoint, 30)

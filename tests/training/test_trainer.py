@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import trainer as loop
-from ser_ray.training.checkpoint import MODEL, STATE
+from ser_ray.training.calibration import fit_temperature
+from ser_ray.training.checkpoint import MODEL, STATE, read_card
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold, steps_per_epoch
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
@@ -240,6 +241,9 @@ def test_validation_ua_equals_scikit_learns_on_the_same_predictions(memory_shard
         balanced_accuracy_score(truth, found.argmax(axis=1))
     )
     assert np.sum(report.confusion) == len(truth)
+    temperature = read_card(tmp_path / "3").temperature
+    assert temperature == pytest.approx(fit_temperature(truth, found), rel=1e-6)
+    assert temperature != 1
 
 
 def test_patience_stops_early(memory_shards, tmp_path):

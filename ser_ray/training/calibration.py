@@ -1,0 +1,52 @@
+"""Temperature scaling: one number that makes a model's probabilities agree with its accuracy.
+
+A network may be surer, or less sure, than it is right. Its clip probabilities p become
+p^(1/T) / sum(p^(1/T)), with the temperature T of the smallest negative log-likelihood on the
+validation clips (Guo et al. 2017, section 4.2). For a clip of one window this divides the logits by
+T. The order of the probabilities, and so every accuracy, stays the same.
+"""
+
+import numpy as np
+
+LARGEST = 4.0
+"""T is from 1 / LARGEST to LARGEST: a few validation clips that are all right would ask for 0."""
+SMALLEST_PROBABILITY = 1e-30
+BISECTIONS = 40
+
+
+def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Scale probabilities [clips, labels], rows summing to 1; a temperature of 1 changes nothing.
+
+    The reciprocal of a temperature undoes it.
+    """
+    if temperature == 1:
+        return probabilities
+    return _softmax(np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)) / temperature)
+
+
+def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """Find the temperature of the smallest negative log-likelihood; 1 if there are no clips.
+
+    The likelihood's slope rises with 1 / T, so bisection finds where it is 0.
+
+    Args:
+        truth: label indices [clips].
+        probabilities: [clips, labels], rows summing to 1.
+    """
+    if not len(truth):
+        return 1.0
+    logs = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
+    of_truth = logs[np.arange(len(truth)), truth].mean()
+    low, high = 1 / LARGEST, LARGEST
+    for _ in range(BISECTIONS):
+        inverse = (low + high) / 2
+        if (_softmax(inverse * logs) * logs).sum(axis=1).mean() > of_truth:
+            high = inverse
+        else:
+            low = inverse
+    return 2 / (low + high)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shares: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
