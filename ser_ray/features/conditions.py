@@ -22,7 +22,7 @@ import soxr
 
 from ser_ray.features.decode import decode
 from ser_ray.features.samples import Sound
-from ser_ray.features.transforms import measure_loudness
+from ser_ray.features.transforms import ENERGY_SECONDS
 
 NOISE_BAND = (20.0, 8_000.0)
 """Hertz."""
@@ -83,8 +83,10 @@ def _noise_at(
 def _noise_below_speech(
     decibels: float, slope: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    loudness = measure_loudness(samples, sample_rate, SPEECH_DB)
-    speech = loudness.power[loudness.is_sound].mean() if loudness.is_sound.any() else 0.0
+    stretch = round(ENERGY_SECONDS * sample_rate)
+    whole = samples[: max(1, len(samples) // stretch) * stretch]
+    power = np.mean(np.reshape(whole, (-1, min(stretch, len(whole)))) ** 2, axis=1)
+    speech = power[power >= power.max() * 10 ** (-SPEECH_DB / 10)].mean()
     strength = np.sqrt(speech) * 10 ** (-decibels / 20)
     return samples + strength * noise(len(samples), sample_rate, slope, rng)
 
