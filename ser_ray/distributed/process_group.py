@@ -1,49 +1,89 @@
-"""The process group of a training: Ray Train sets it up, on the network that Ray uses."""
+"""The process group of a training, on the network that Ray uses and on no other.
+
+Ray's own backend lets torch choose a free port, on which torch's store listens on all interfaces
+and asks for no password. Here the store listens on Ray's address alone, which is the loopback for a
+Ray that was started on this machine. The port is taken once and cannot be lost to another process.
+"""
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import ray
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 TorchBackend: Any = TorchConfig().backend_cls
 """Ray's class that starts torch's process group; it is public only through its configuration."""
 
+_store: dist.TCPStore | None = None
+"""The store that this process serves to the other workers; it ends with the process."""
+
 
 def torch_config(*, gpu: bool) -> TorchConfig:
     """Ray Train's settings for workers on GPUs (NCCL) or on CPUs (gloo)."""
-    return TorchConfig(backend="nccl") if gpu else GlooConfig(backend="gloo")
+    return BoundConfig(backend="nccl" if gpu else "gloo")
 
 
-class GlooConfig(TorchConfig):
-    """The process group of CPU workers."""
+class BoundConfig(TorchConfig):
+    """The process group of workers that listen on Ray's network alone."""
 
     @property
     def backend_cls(self) -> type[Any]:
         """The class that starts and ends the process group."""
-        return GlooBackend
+        return BoundBackend
 
 
-class GlooBackend(TorchBackend):
-    """Ray's backend, with gloo on the network of Ray."""
+class BoundBackend(TorchBackend):
+    """Ray's backend, with the process group on the network of Ray."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Start the process group."""
-        worker_group.execute(use_network_of_ray)
-        super().on_start(worker_group, backend_config)
+        host, port = worker_group.execute_single(0, serve_store)
+        size = len(worker_group)
+        timeout = timedelta(seconds=backend_config.timeout_s)
+        joined = [
+            worker_group.execute_single_async(
+                rank, join_group, backend_config.backend, host, port, rank, size, timeout
+            )
+            for rank in range(size)
+        ]
+        ray.get(joined)
 
 
-def use_network_of_ray() -> None:
-    """Let gloo listen where Ray does.
+def serve_store() -> tuple[str, int]:
+    """Serve a store to all workers on Ray's address of this node; returns host and port."""
+    global _store
+    host = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        port = listener.getsockname()[1]
+        # The store closes the descriptor that it is given, so it gets one of its own.
+        _store = dist.TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+        )
+    return host, port
 
-    By default it uses the address that the machine's own name resolves to. On many machines that
+
+def join_group(
+    backend: str, host: str, port: int, rank: int, size: int, timeout: timedelta
+) -> None:
+    """Join the process group of the workers.
+
+    By default, gloo uses the address that the machine's own name resolves to. On many machines that
     is 127.0.1.1, and workers on other machines wait for it until they time out.
     """
-    interface = interface_of(ray.util.get_node_ip_address())
-    if interface:
+    if interface := interface_of(ray.util.get_node_ip_address()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def interface_of(address: str) -> str:

@@ -203,6 +203,7 @@ def parquets(draw: st.DrawFn) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @budgets(300)
 def test_any_table_is_listed_or_refused_in_one_line(folder: Path, examples: int) -> None:
     whole = BytesIO()
