@@ -1,0 +1,510 @@
+"""What faults cost: work on a small cluster is disturbed at random, and its result is checked.
+
+`python jobs/bench.py faults --seed N --minutes M` starts a cluster of a head and two raylets of one
+CPU each on this machine, and an MLflow server. Every round runs one verb there, throws one fault at
+a moment that the seed draws, and gives the same command again where the driver ended with an error.
+At the end of a round
+
+- the result must equal that of the undisturbed command: shards and weights byte for byte;
+- every file has one outcome, and MLflow has one run, FINISHED, with every epoch once;
+- no process, actor, placement group, lock or temporary file is left;
+- and nothing hangs.
+
+A round appends one line of JSON to `--log`, and the table at the end is made of all lines there, so
+rounds add up over many short calls. The figures say nothing about faults of real networks, disks or
+clocks, and the seconds are those of a machine that does nothing else only if it does nothing else.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import ray
+import requests
+import tyro
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+
+from ser_ray.corpus.manifest import SYNTHETIC_MARKER
+from ser_ray.corpus.synthetic import make_synthetic_corpus
+from ser_ray.shards.read import open_shards
+
+NODES = 2
+SPEAKERS = 6
+EPOCHS = 4
+PAUSE = 10.0
+"""Seconds for which a process is stopped, or a server is away."""
+HANG = 600.0
+"""Seconds after which a driver that has not ended is a hang."""
+SETTLE = 60.0
+"""Seconds that the cluster has to release what a driver held."""
+MOST_COMMANDS = 4
+RECIPE = (
+    *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
+    *("--batch-size", "4", "--validation-speakers", "1"),
+)
+DRIVER = ("kill driver", "stop driver", "terminate driver", "hang up driver", "interrupt driver")
+FAULTS = (
+    *("kill worker", "stop worker", "kill raylet", "stop raylet", "kill server", "stop server"),
+    *(*DRIVER, "two drivers"),
+)
+OF_NODE = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of a node's own processes, and of those that wait for work."""
+SIGNALS = {
+    "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM,
+    "hang up": signal.SIGHUP, "interrupt": signal.SIGINT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to throw."""
+
+    seed: int = 0
+    """Seed of the workloads, faults and moments."""
+    minutes: float = 10.0
+    """No round begins after this many minutes."""
+    log: Path = Path("ser-ray-out/faults.jsonl")
+    """File to which every round appends a line."""
+    work: tuple[str, ...] = ("prepare", "train", "predict", "crossval", "tune")
+    """The verbs to draw from."""
+    faults: tuple[str, ...] = FAULTS
+    """The faults to draw from."""
+    rounds: int = 1000
+    """Most rounds."""
+
+
+@dataclass
+class Round:
+    """One round, as it is logged."""
+
+    seed: int
+    number: int
+    work: str
+    fault: str
+    moment: float
+    """Seconds after the driver's start."""
+    thrown: bool = False
+    commands: int = 0
+    """How often the command was given."""
+    seconds: float = 0.0
+    """Seconds of all commands beyond those of the undisturbed one."""
+    redone: int = 0
+    """Steps that were done twice, for `train`: whole epochs that the output names twice; for
+    `prepare`: parts that were being decoded."""
+    problems: list[str] = field(default_factory=list)
+    """What does not hold; empty if the round is survived."""
+
+
+class World:
+    """The cluster, the MLflow server, the corpus and the undisturbed results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, (folder / "output.log").open("ab")
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20},
+        )
+        self.nodes: list[Any] = []
+        self.grow()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.server: psutil.Popen | None = None
+        self.start_server()
+        self.corpus = small_corpus(folder)
+        self.results: dict[str, Any] = {}
+        self.durations: dict[str, float] = {}
+
+    def grow(self) -> None:
+        """Replace lost nodes."""
+        self.nodes = [node for node in self.nodes if raylet(node).is_running()]
+        while len(self.nodes) < NODES:
+            self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+        self.cluster.wait_for_nodes()
+
+    def start_server(self) -> None:
+        """Start the MLflow server, and wait until it answers."""
+        if self.server is None or not self.server.is_running():
+            self.server = psutil.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
+                 "--port", str(self.port),
+                 "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
+                 "--artifacts-destination", f"{self.folder}/artifacts"],
+                stdout=self.log, stderr=self.log,
+            )  # fmt: skip
+        wait_until("the MLflow server answers", self._server_answers, HANG)
+
+    def _server_answers(self) -> bool:
+        with suppress(requests.RequestException):
+            url = f"{self.uri}/api/2.0/mlflow/experiments/search"
+            return requests.post(url, json={"max_results": 1}, timeout=30).ok
+        return False
+
+    def command(self, work: str, target: Path) -> list[str]:
+        """Return the command line of a verb that writes into a folder."""
+        shards = self.folder / "shards"
+        model = self.folder / "undisturbed" / "train" / "runs" / "run" / "selected"
+        run = ("--shards", str(shards), "--storage", str(target / "runs"), "--name", "run",
+               "--tracking-uri", self.uri, "--experiment", str(target.name), *RECIPE)  # fmt: skip
+        flags = {
+            "prepare": ("--corpus", str(self.corpus), "--shards", str(target / "shards")),
+            "train": (*run, "--epochs", str(EPOCHS)),
+            "crossval": (*run, "--epochs", "2"),
+            "tune": (*run, "--epochs", "2", "--trials", "2", "--searcher", "random"),
+            "predict": (str(self.corpus), "--model", str(model),
+                        "--output", str(target / "answers.parquet")),
+        }  # fmt: skip
+        address = ("--address", self.cluster.address, "--json")
+        return [sys.executable, "-m", "ser_ray", work, *flags[work], *address]
+
+    def give(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
+        """Start the driver of a command; its output goes to files."""
+        target.mkdir(parents=True, exist_ok=True)
+        output, errors = target / f"output-{number}", target / f"errors-{number}"
+        with output.open("wb") as out, errors.open("wb") as err:
+            driver = psutil.Popen(
+                self.command(work, target), stdout=out, stderr=err, start_new_session=True,
+                env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"},
+            )  # fmt: skip
+        return driver, errors
+
+    def undisturbed(self, work: str) -> None:
+        """Run a verb without a fault, unless it has been run."""
+        if work in self.results:
+            return
+        if work != "prepare":
+            self.undisturbed("prepare")
+        if work == "predict":
+            self.undisturbed("train")
+        target, began = self.folder / "undisturbed" / work, time.monotonic()
+        driver, errors = self.give(work, target, 0)
+        if status := driver.wait(HANG):
+            sys.exit(f"{work} fails undisturbed with status {status}:\n{errors.read_text()}")
+        self.durations[work] = time.monotonic() - began
+        self.results[work] = result(work, target)
+        if work == "prepare":
+            shutil.copytree(target / "shards", self.folder / "shards")
+        print(f"{work} undisturbed: {self.durations[work]:.0f} s", flush=True)
+
+    def close(self) -> None:
+        """Stop everything."""
+        if self.server is not None:
+            end(self.server)
+        ray.shutdown()
+        self.cluster.shutdown()
+        self.log.close()
+
+
+def small_corpus(folder: Path) -> Path:
+    """The synthetic corpus of the first speakers, with the sound of every take once."""
+    make_synthetic_corpus(folder / "complete")
+    target = folder / "corpus"
+    target.mkdir()
+    for path in sorted((folder / "complete").rglob("03-*.wav")):
+        if int(path.stem[-2:]) <= SPEAKERS:
+            shutil.copy(path, target)
+    shutil.copy(folder / "complete" / SYNTHETIC_MARKER, target)
+    return target
+
+
+def result(work: str, target: Path) -> Any:
+    """Return what must be the same after every fault."""
+    if work == "prepare":
+        folder = target / "shards"
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in (*folder.glob("*/part-*"), folder / "card.json")
+        }
+    if work == "predict":
+        return pq.read_table(target / "answers.parquet").sort_by("path").to_pylist()
+    if work == "train":
+        return (target / "runs" / "run" / "selected" / "model.safetensors").read_bytes()
+    answers = sorted(target.glob("output-*"), key=lambda path: path.stat().st_mtime)
+    return scores(json.loads(answers[-1].read_text()))
+
+
+def scores(value: Any) -> Any:
+    """Keep the scores in the JSON of a search or cross-validation."""
+    if isinstance(value, dict):
+        kept = {name: scores(item) for name, item in value.items() if "second" not in name}
+        return {name: item for name, item in kept.items() if item not in (None, {}, [])}
+    if isinstance(value, list):
+        return [item for item in map(scores, value) if item not in (None, {}, [])]
+    return value if isinstance(value, float) else None
+
+
+def raylet(node: Any) -> psutil.Process:
+    """The process of a node's raylet."""
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def workers(world: World) -> list[psutil.Process]:
+    """The processes on the nodes that work for the driver."""
+    found = []
+    for node in world.nodes:
+        with suppress(psutil.NoSuchProcess):
+            for process in raylet(node).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    title = process.cmdline()[0]
+                    if title.startswith("ray::") and title not in OF_NODE:
+                        found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def end(process: psutil.Process) -> None:
+    """Kill a process and all that come from it."""
+    with suppress(psutil.NoSuchProcess):
+        for member in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(30)
+
+
+def wait_until(what: str, holds: Callable[[], Any], seconds: float) -> None:
+    """Wait until something holds.
+
+    Raises:
+        TimeoutError: it does not within this time.
+    """
+    ends = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.05)
+
+
+@contextmanager
+def stopped(processes: list[psutil.Process]) -> Iterator[None]:
+    """Stop processes for the block."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -> bool:
+    """Throw the round's fault; returns whether there was something to throw it at."""
+    how, _, whom = this.fault.rpartition(" ")
+    if whom == "worker":
+        found = workers(world)
+        while not found and driver.poll() is None:
+            time.sleep(0.02)
+            found = workers(world)
+        if not found:
+            return False
+        target = rng.choice(found)
+    elif whom == "raylet":
+        node = rng.choice(world.nodes)
+        if how == "kill":
+            world.nodes.remove(node)
+            world.cluster.remove_node(node, allow_graceful=False)
+            return True
+        target = raylet(node)
+    elif whom == "server":
+        assert world.server is not None
+        if how == "kill":
+            end(world.server)
+            time.sleep(PAUSE)
+            world.start_server()
+            return True
+        with stopped([world.server, *world.server.children(recursive=True)]):
+            time.sleep(PAUSE)
+        return True
+    else:
+        target = driver
+    if driver.poll() is not None:
+        return False
+    with suppress(psutil.NoSuchProcess):
+        if how == "stop":
+            with stopped([target]):
+                time.sleep(PAUSE)
+        else:
+            target.send_signal(SIGNALS[how])
+        return True
+    return False
+
+
+def play(world: World, this: Round, rng: random.Random) -> None:
+    """Play one round, and note what does not hold."""
+    target, began = world.folder / f"round-{this.seed}-{this.number}", time.monotonic()
+    driver, errors = world.give(this.work, target, 1)
+    this.commands, others = 1, []
+    with suppress(psutil.TimeoutExpired):
+        driver.wait(this.moment)
+    if driver.poll() is None:
+        marks = len(list(target.glob("shards/*.trying")))
+        if this.fault == "two drivers":
+            others.append(world.give(this.work, target, 100))
+            this.thrown = True
+        else:
+            this.thrown = throw(world, this, driver, rng)
+        is_hurt = this.fault.split()[-1] in ("driver", "worker", "raylet")
+        this.redone = marks if is_hurt and this.fault.startswith("kill") else 0
+    status = finish(this, driver)
+    for other, output in others:
+        if finish(this, other) not in (0, 2):
+            this.problems.append(f"the second driver: {output.read_text()[-500:]}")
+    world.grow()
+    world.start_server()
+    while status and this.commands < MOST_COMMANDS:
+        this.commands += 1
+        driver, errors = world.give(this.work, target, this.commands)
+        status = finish(this, driver)
+    if status:
+        this.problems.append(f"status {status}: {errors.read_text()[-500:]}")
+    this.seconds = time.monotonic() - began - world.durations[this.work]
+    if this.work == "train":
+        lines = "".join(path.read_text() for path in target.glob("errors-?")).splitlines()
+        shown = sum(line.strip().startswith("epoch ") for line in lines)
+        this.redone = max(0, shown - EPOCHS)
+    if not status:
+        check(world, this, target)
+    if not this.problems:
+        shutil.rmtree(target)
+
+
+def finish(this: Round, driver: psutil.Popen) -> int:
+    """Wait for a driver's end; a driver that hangs is killed."""
+    try:
+        return int(driver.wait(HANG))
+    except psutil.TimeoutExpired:
+        this.problems.append(f"hangs: not ended after {HANG:g} s")
+        end(driver)
+        return 1
+
+
+def check(world: World, this: Round, target: Path) -> None:
+    """Note what is not as after the undisturbed command."""
+    if result(this.work, target) != world.results[this.work]:
+        this.problems.append("the result is not the undisturbed one")
+    if this.work == "prepare":
+        outcomes = open_shards(str(target / "shards")).outcomes()["path"].to_pylist()
+        listed = sorted(str(path) for path in world.corpus.glob("*.wav"))
+        if sorted(outcomes) != listed:
+            this.problems.append(f"{len(outcomes)} outcomes of {len(listed)} files")
+    elif this.work != "predict":
+        check_mlflow(world, this, target.name)
+    left = files(target) - files(world.folder / "undisturbed" / this.work)
+    if left:
+        this.problems.append(f"files left: {', '.join(sorted(left)[:5])}")
+    try:
+        wait_until("the cluster is free", lambda: not busy(world), SETTLE)
+    except TimeoutError:
+        this.problems.append(f"left on the cluster: {busy(world)}")
+
+
+def files(target: Path) -> set[str]:
+    """Names of the files that a verb wrote, without those of this program."""
+    return {
+        str(path.relative_to(target))
+        for path in target.rglob("*")
+        if path.is_file() and not path.name.startswith(("output-", "errors-"))
+    }
+
+
+def check_mlflow(world: World, this: Round, experiment: str) -> None:
+    """Note what is wrong with the runs of a round."""
+    client = MlflowClient(world.uri)
+    found = client.get_experiment_by_name(experiment)
+    runs = [] if found is None else client.search_runs([found.experiment_id])
+    tops = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    if len(tops) != 1:
+        this.problems.append(f"{len(tops)} MLflow runs instead of one")
+    states = {run.info.status for run in runs}
+    if states != {"FINISHED"}:
+        this.problems.append(f"MLflow runs are {', '.join(sorted(states))}")
+    if this.work == "train":
+        for run in tops:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/ua")]
+            if sorted(steps) != list(range(1, EPOCHS + 1)):
+                this.problems.append(f"val/ua has the epochs {steps}")
+
+
+def busy(world: World) -> str:
+    """What the cluster still holds, in words; empty if nothing."""
+    free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+    groups = [
+        name
+        for name, group in ray.util.placement_group_table().items()
+        if group["state"] != "REMOVED"
+    ]
+    working = [process.name() for process in workers(world)]
+    parts = [f"{total - free:g} CPUs"] if free < total else []
+    parts += [f"{len(groups)} placement groups"] if groups else []
+    return ", ".join([*parts, *working])
+
+
+def table(log: Path) -> str:
+    """Summarise all logged rounds, one line for each fault."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if entry["thrown"]:
+            rows[entry["fault"]].append(entry)
+    lines = ["| fault | thrown | survived | commands | seconds, median and most | redone |",
+             "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for fault, entries in sorted(rows.items()):
+        seconds = sorted(max(0.0, entry["seconds"]) for entry in entries)
+        lines.append(
+            f"| {fault} | {len(entries)} | {sum(not entry['problems'] for entry in entries)} | "
+            f"{sum(entry['commands'] for entry in entries)} | {seconds[len(seconds) // 2]:.0f}, "
+            f"{seconds[-1]:.0f} | {sum(entry['redone'] for entry in entries)} |"
+        )
+    return "\n".join(lines)
+
+
+def main(bench: Bench) -> None:
+    """Play rounds until the time is over, and print the table of all that are logged."""
+    ends = time.monotonic() + 60 * bench.minutes
+    bench.log.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    world = World(folder)
+    has_failed = False
+    try:
+        ray.init(address=world.cluster.address, log_to_driver=False)
+        for number in range(bench.rounds):
+            rng = random.Random(f"{bench.seed}-{number}")
+            work, fault = rng.choice(bench.work), rng.choice(bench.faults)
+            share = rng.uniform(0.2, 1.0)
+            if time.monotonic() > ends:
+                break
+            world.undisturbed(work)
+            moment = round(share * world.durations[work], 1)
+            this = Round(bench.seed, number, work, fault, moment)
+            play(world, this, rng)
+            has_failed |= bool(this.problems)
+            with bench.log.open("a") as log:
+                log.write(json.dumps(asdict(this)) + "\n")
+            print(json.dumps(asdict(this)), flush=True)
+    finally:
+        world.close()
+        if not has_failed:
+            shutil.rmtree(folder)
+    print(table(bench.log))
+    if has_failed:
+        sys.exit(f"what the failed rounds left is in {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, config=(tyro.conf.OmitArgPrefixes,)))
