@@ -100,12 +100,12 @@ def read_table(
                 text, notes = _decode(source, file.read())
             table = _parse(source, text, set((columns or {}).values()))
         found = find(table.column_names)
+        table.select(list(found.values())).validate(full=True)  # text that is not UTF-8, too
         values = {
             name: pc.utf8_trim_whitespace(_without_nan(table[given]).cast("string"))
             for name, given in found.items()
         }
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError, LookupError, ValueError,
-            TypeError) as error:  # fmt: skip
+    except (pa.ArrowException, LookupError, ValueError, TypeError, csv.Error) as error:
         reason = str(error).partition("\n")[0]
         is_ragged = "columns, got" in reason
         advice = "every row needs as many values as the first, the names of the columns"

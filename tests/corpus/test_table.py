@@ -1,5 +1,6 @@
 """A table is read where it has one meaning, whoever wrote it; all else is refused by its row."""
 
+import json
 import unicodedata
 from decimal import Decimal
 from io import BytesIO
@@ -15,7 +16,7 @@ from ser_ray.corpus.manifest import list_corpus
 from ser_ray.corpus.table import NO_FOLDER, OTHER_DRIVE
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import NO_FILE
-from tests.hostile import budgets, damaged, hold, is_answered
+from tests.hostile import budgets, damaged, damaged_json, hold, is_answered
 
 NAMES = ("clips/ä 1.wav", "clips/b.wav")
 
@@ -204,14 +205,20 @@ def parquets(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
-@budgets(300)
+@budgets(500)
 def test_any_table_is_listed_or_refused_in_one_line(folder: Path, examples: int) -> None:
     whole = BytesIO()
     rows = {"path": ["clips/b.wav"] * 2, "label": ["a", "b"], "speaker": ["1", "2"]}
     pq.write_table(pa.table(rows), whole)
     any_parquet = parquets() | damaged([whole.getvalue()])
+    lines = [{"path": "clips/b.wav", "label": "a", "speaker": "1"}] * 2
+    any_lines = st.builds(
+        lambda rows: "\n".join(map(json.dumps, rows)).encode(), st.lists(damaged_json(lines[0]))
+    )
+    whole_lines = "\n".join(map(json.dumps, lines)).encode()
     tables = st.one_of(
         st.tuples(st.just("t.csv"), st.binary(max_size=200)),
+        st.tuples(st.just("t.jsonl"), any_lines | damaged([whole_lines])),
         st.tuples(st.just("t.csv"), texts() | damaged(list(DIALECTS.values()))),
         st.tuples(st.just("t.parquet"), any_parquet),
     )
