@@ -1,6 +1,7 @@
 """A run's folder without Ray: from which checkpoint it resumes, what it keeps, what it refuses."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,19 @@ from ser_ray.training.checkpoint import (
     PROGRESS,
     STATE,
     CheckpointCard,
+    Progress,
     Snapshot,
     checkpoint_name,
 )
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 
+NUM_BINS = FeatureConfig().num_bins(TrainConfig().feature)
 CARD = CheckpointCard(
     labels=("happy", "sad"),
     config=TrainConfig(),
     features=FeatureConfig(),
-    normalisation=Normalisation(np.zeros(2), np.ones(2)),
+    normalisation=Normalisation(np.zeros(NUM_BINS), np.ones(NUM_BINS)),
     corpus="table",
     shards_fingerprint="f00d",
     split={"label": "speaker-3, fold 0"},
@@ -36,11 +39,16 @@ CARD = CheckpointCard(
 
 
 def snapshot(epoch: int, selected: int, step: int = 0) -> Snapshot:
-    progress = {
-        "epoch": epoch,
-        "step": step,
-        "selected": {"epoch": float(selected)} if selected else {},
-    }
+    progress = asdict(
+        Progress(
+            epoch=epoch,
+            step=step,
+            learning_rates=[0.1] * (10 * epoch + step),
+            selected={"epoch": float(selected)} if selected else {},
+            history=[{"epoch": number + 1.0} for number in range(epoch)],
+            times_ms=list(range(epoch)),
+        )
+    )
     weights = {"w": torch.full((3,), float(epoch))}
     return Snapshot(CARD, weights, {"moment": torch.ones(3)}, progress)
 
