@@ -26,7 +26,7 @@ from ser_ray.features.decode import decode
 from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Predictor
 from ser_ray.shards.progress import Progress
-from ser_ray.tracking.models import local_model
+from ser_ray.tracking.registry import local_model
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def load_model(
         TrackingError: there is no such run or registered model.
     """
     from ser_ray.inference.predictor import Predictor
-    from ser_ray.tracking.models import local_model
+    from ser_ray.tracking.registry import local_model
 
     with local_model(model, tracking_uri) as checkpoint:
         return Predictor(checkpoint, min_confidence)
@@ -321,7 +321,7 @@ def export(
         SerRayError: a package is missing, or the file's answers differ from the model's.
     """
     from ser_ray.inference.export import export as run
-    from ser_ray.tracking.models import local_model
+    from ser_ray.tracking.registry import local_model
 
     output = output or f"{OUT}/model.{'onnx' if format == 'onnx' else 'pt2'}"
     with local_model(model, tracking_uri) as checkpoint:
@@ -373,7 +373,7 @@ def prepare_for(
         CheckpointError, TrackingError: no such model.
         CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
     """
-    from ser_ray.tracking.models import local_model
+    from ser_ray.tracking.registry import local_model
     from ser_ray.training.checkpoint import read_card
 
     with local_model(model, tracking_uri) as checkpoint:
@@ -421,7 +421,7 @@ def evaluate(
     from ser_ray.evaluation.pages import evaluation_page
     from ser_ray.evaluation.record import record_evaluation
     from ser_ray.evaluation.rendering import store_page
-    from ser_ray.tracking.models import local_model
+    from ser_ray.tracking.registry import local_model
 
     with local_model(model, tracking_uri) as checkpoint:
         shards = shards or shards_of(checkpoint, (SHARDS, SYNTHETIC_SHARDS))

@@ -202,7 +202,7 @@ class DemoUi(ModelVerb):
         from ser_ray.evaluation.introduction import introduce
         from ser_ray.inference.demo import serve
         from ser_ray.inference.predictor import Predictor
-        from ser_ray.tracking.models import local_model
+        from ser_ray.tracking.registry import local_model
 
         console = stderr_console()
         with local_model(self.model, self.tracking_uri) as checkpoint:

@@ -10,9 +10,9 @@ from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored
 from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
 from ser_ray.tracking.about import SHARDS_TAG
-from ser_ray.tracking.models import fetch_checkpoint
 from ser_ray.tracking.registry import (
     best_training_of,
+    fetch_checkpoint,
     read_test_scores,
     read_validation_ua,
     register_model,

@@ -47,7 +47,7 @@ from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.store import require_server
-from ser_ray.tracking.tracker import Tracker, now_ms
+from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
@@ -248,6 +248,6 @@ def _log_best(study: Study, location: str) -> None:
     with local_checkpoint(fold_folder(location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels
         tracker = Tracker(study.parent.uri, best.run_id)
-        if not tracker.model_id:
+        if not model_id_of(tracker.read()):
             tracker.log_model(checkpoint, labels)
     tracker.log_scores(selected_metrics(best.selected), now_ms())

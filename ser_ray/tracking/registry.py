@@ -1,24 +1,111 @@
-"""Looks up runs in MLflow, their recipes and their scores, and registers their models."""
+"""Looks up runs, recipes, scores and models in MLflow, and registers models.
+
+A model is named by
+- the folder or URI of a checkpoint, or of a finished run,
+- a run's name or id, or `runs:/ID/model`,
+- a registered version: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+"""
 
 import json
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking.about import SHARDS_TAG
-from ser_ray.tracking.models import model_of
-from ser_ray.tracking.store import connect, resolve_uri, search_runs, store_answers
-from ser_ray.tracking.tracker import flatten
+from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, search_runs, store_answers
+from ser_ray.tracking.tracker import flatten, model_id_of
+from ser_ray.training.checkpoint import local_checkpoint
 
-SELECTED_BY = "selected/ua"
-"""Metric of a finished training; among equals, the lower `TIE_BROKEN_BY` is better."""
-TIE_BROKEN_BY = "selected/loss"
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SELECTED_BY, TIE_BROKEN_BY = "selected/ua", "selected/loss"
+"""Metrics of a finished training; among equals in the first, the lower in the second is better."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
+ADVICE = (
+    "; name a checkpoint's or run's folder, a run's name or id, runs:/ID/model or "
+    "models:/NAME@ALIAS, and the store with --tracking-uri"
+)
+
+
+@contextmanager
+def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
+    """Yield a model as a local checkpoint directory, downloaded until the block ends if necessary.
+
+    Args:
+        model: any of the names above.
+        tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: there is no such run or registered model.
+        CheckpointError: the folder's storage does not answer.
+    """
+    location = str(model)
+    is_in_mlflow = location.startswith(("models:/", "runs:/"))
+    if is_in_mlflow or not ("/" in location or Path(location).exists()):
+        run_folder = LOCAL_STORE / "runs" / location
+        if is_in_mlflow or not run_folder.is_dir():
+            with TemporaryDirectory() as folder:
+                yield fetch_checkpoint(location, tracking_uri, Path(folder))
+            return
+        location = str(run_folder)
+    with local_checkpoint(location) as checkpoint:
+        yield checkpoint
+
+
+def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
+    """Download the checkpoint in a packaged model into an empty folder; returns its directory.
+
+    Args:
+        model: name or id of the run that logged it, `runs:/ID/model`, or a registered version.
+        tracking_uri: as `resolve_uri` takes it.
+
+    Raises:
+        TrackingError: there is no such run, model or alias, or the store does not answer.
+    """
+    uri = resolve_uri(tracking_uri)
+    try:
+        client = connect(uri)
+    except TrackingError as error:
+        raise TrackingError(
+            f"{model}: no checkpoint here, and it cannot be looked up in MLflow: {error}"
+        ) from error
+    import mlflow
+
+    with store_answers(f"{model}: no such model in {uri}", ADVICE):
+        path = mlflow.artifacts.download_artifacts(_model_uri(client, model), dst_path=str(folder))
+        flavour = mlflow.models.Model.load(path).flavors.get("python_function", {})
+    if "data" not in flavour:
+        raise TrackingError(f"{model}: this model in {uri} is not one of ser_ray's{ADVICE}")
+    return Path(path, flavour["data"])
+
+
+def _model_uri(client: "MlflowClient", model: str) -> str:
+    """Return the URI that MLflow gives to a model."""
+    if model.startswith("models:/"):
+        return model
+    if model.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", model):
+        run = client.get_run(model.removeprefix("runs:/").removesuffix("/model"))
+    else:
+        named = f"attributes.run_name = '{model}'"
+        experiments = (item.experiment_id for item in client.search_experiments())
+        found = (run for number in experiments for run in search_runs(client, number, named))
+        newest = next(found, None)
+        if newest is None:
+            raise TrackingError(
+                f"{model}: no checkpoint here, and no run of this name in MLflow{ADVICE}"
+            )
+        run = newest
+    if model_id := model_id_of(run):
+        return f"models:/{model_id}"
+    raise TrackingError(f"{run.info.run_id}: this run has no model{ADVICE}")
 
 
 def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
@@ -69,7 +156,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         experiment = run.info.experiment_id
         children = list(search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
         scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
-        if not scored and model_of(client, run_id):  # it was trained on all speakers
+        if not scored and model_id_of(run):  # it was trained on all speakers
             return run_id
         if not scored:
             raise TrackingError(
@@ -77,13 +164,12 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             )
         best = max(scored, key=_rank)
         best_id = str(best.info.run_id)
-        if model_of(client, best_id):
+        if model_id_of(best):
             return best_id
         recipe = {name: best.data.params[name] for name in flatten(recipe_of_run(best_id, uri))}
         shards = best.data.tags[SHARDS_TAG]
         for found in search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
-            is_same = recipe.items() <= found.data.params.items()
-            if is_same and model_of(client, found.info.run_id):
+            if recipe.items() <= found.data.params.items() and model_id_of(found):
                 return str(found.info.run_id)
     raise TrackingError(
         f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
@@ -91,7 +177,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     )
 
 
-def _rank(run: Any) -> tuple[float, float]:
+def _rank(run: "Run") -> tuple[float, float]:
     metrics = run.data.metrics
     return metrics[SELECTED_BY], -metrics.get(TIE_BROKEN_BY, 0.0)
 
@@ -142,7 +228,7 @@ def register_model(
 
     with store_answers(f"{uri}: {name} was not registered"):
         with redirect_stderr(StringIO()):  # it prints what the caller says anyway
-            made = mlflow.register_model(model_of(client, run_id), name, tags=dict(tags))
+            made = mlflow.register_model(_model_uri(client, run_id), name, tags=dict(tags))
         try:
             client.update_model_version(name, made.version, description=card)
             if alias:

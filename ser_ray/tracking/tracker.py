@@ -28,8 +28,8 @@ from ser_ray.tracking.views import save_view
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Run
 
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
-"""MLflow's own limits of one batch."""
+METRICS_PER_CALL = 1000
+"""MLflow's own limit of one batch."""
 RETRY_SECONDS = 5.0
 """Pause between two attempts to reach a store that did not answer."""
 
@@ -132,30 +132,18 @@ class Tracker:
             client.get_run(run_id)
         return cls(uri, run_id)
 
-    @property
-    def run_name(self) -> str:
-        """Name of the run."""
+    def read(self) -> "Run":
+        """The run as MLflow has it."""
         with self._writing():
-            return str(self._client.get_run(self.run_id).info.run_name)
-
-    @property
-    def model_id(self) -> str:
-        """Id of the model that the run logged last; empty if it logged none."""
-        with self._writing():
-            outputs = self._client.get_run(self.run_id).outputs
-        models = outputs.model_outputs if outputs else []
-        return str(models[-1].model_id) if models else ""
+            return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
         """MLflow's runs nested in this one, by the value of one of their tags."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         with self._writing():
             experiment_id = self._client.get_run(self.run_id).info.experiment_id
-            return {
-                run.data.tags[tag]: run
-                for run in search_runs(self._client, experiment_id, nested)
-                if tag in run.data.tags
-            }
+            found = search_runs(self._client, experiment_id, nested)
+            return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Store parameters; MLflow refuses to change one that the run has."""
@@ -163,9 +151,7 @@ class Tracker:
 
         listed = [Param(key, str(value)) for key, value in flatten(params).items()]
         with self._writing():
-            for first in range(0, len(listed), PARAMS_PER_CALL):
-                batch = listed[first : first + PARAMS_PER_CALL]
-                self._client.log_batch(self.run_id, params=batch)
+            self._client.log_batch(self.run_id, params=listed)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Queue metrics of one step, until `flush` or `deliver`.
@@ -186,13 +172,11 @@ class Tracker:
         """
         from mlflow.entities import Metric
 
-        with self._writing():
-            inputs = self._client.get_run(self.run_id).inputs
-        link: dict[str, str] = {}
-        if inputs and inputs.dataset_inputs:
-            dataset = inputs.dataset_inputs[0].dataset
+        run, link = self.read(), {}
+        if run.inputs and run.inputs.dataset_inputs:
+            dataset = run.inputs.dataset_inputs[0].dataset
             link = {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
-        if model_id := self.model_id:
+        if model_id := model_id_of(run):
             link["model_id"] = model_id
         self._queue += [
             Metric(key, value, timestamp_ms, 0, **link) for key, value in scores.items()
@@ -271,8 +255,7 @@ class Tracker:
 
     def describe(self, **lines: str) -> None:
         """Set lines of the run's description, named as in `ser_ray.tracking.about.LINES`."""
-        with self._writing():
-            note = self._client.get_run(self.run_id).data.tags.get(NOTE, "")
+        note = self.read().data.tags.get(NOTE, "")
         self.set_tags({NOTE: merge_note(note, lines)})
 
     def log_files(self, files: Mapping[str, Any]) -> None:
@@ -300,15 +283,15 @@ class Tracker:
 
         from ser_ray.inference import packaged
 
+        name = model_name(str(self.read().info.run_name))
         set_tracking_uri(self.uri)
-        name = model_name(self.run_name)
         with self._writing(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
                 name=name,
                 loader_module=packaged.__name__,
                 data_path=str(checkpoint),
                 code_paths=[str(Path(__file__).parents[1])],
-                pip_requirements=[f"{name}=={version(name)}" for name in packaged.REQUIREMENTS],
+                pip_requirements=[f"{item}=={version(item)}" for item in packaged.REQUIREMENTS],
                 signature=_signature(labels),
                 input_example=packaged.example_input(),
             )
@@ -349,6 +332,12 @@ class Tracker:
                 f"runs restore --run-id {self.run_id}`; the missing records are sent then, or when "
                 "the same command is run again"
             )
+
+
+def model_id_of(run: "Run") -> str:
+    """Id of the model that a run logged last; empty if it logged none."""
+    models = run.outputs.model_outputs if run.outputs else []
+    return str(models[-1].model_id) if models else ""
 
 
 def has_run(uri: str, run_id: str) -> bool:

@@ -15,8 +15,7 @@ from mlflow import MlflowClient
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import database, store
-from ser_ray.tracking.models import fetch_checkpoint
-from ser_ray.tracking.registry import best_training_of, recipe_of_run
+from ser_ray.tracking.registry import best_training_of, fetch_checkpoint, recipe_of_run
 from ser_ray.tracking.store import connect, resolve_uri
 from ser_ray.tracking.tracker import Tracker
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from ser_ray.errors import CheckpointError
-from ser_ray.tracking.models import local_model
+from ser_ray.tracking.registry import local_model
 from ser_ray.training.checkpoint import read_card
 
 
