@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,24 +20,21 @@ from ser_ray.cluster import (
     cpus_per_worker,
     is_connected,
     needs_ray,
-    require_kept,
     require_shared,
     require_workers,
-    resources_within_reach,
     trains_on_gpus,
 )
-from ser_ray.command import next_command
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.local import LocalTraining
+from ser_ray.distributed.record import command_like, start_run
 from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
-from ser_ray.tracking.about import data_line, dataset_of, run_tags
-from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.about import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
-from ser_ray.tracking.tracker import Tracker, has_run, now_ms, run_to_resume
+from ser_ray.tracking.tracker import Tracker, has_run, now_ms
 from ser_ray.training.checkpoint import CheckpointCard, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
@@ -172,46 +169,12 @@ def _start_tracker(
 ) -> Tracker:
     params = config.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
-    uri = resolve_uri(run.tracking_uri)
-    require_kept(uri)
-    tracker = Tracker.start(
-        uri,
-        run.experiment,
-        name=folder.name,
-        params=params,
-        tags=run_tags("training", split["label"], shards),
-        dataset=dataset_of(shards),
-        run_id=run_to_resume(uri, folder.record()),
-    )
-    tracker.describe(
-        Run=f"one training; its checkpoints are in `{folder.location}`",
-        Data=data_line(shards),
-        Again=f"`{command_like(tracker.run_id, shards.uri, run)}`",
-    )
-    tracker.log_files({"config.json": config.to_dict(), "environment.json": environment()})
-    folder.update_record(
-        run_id=tracker.run_id, tracking_uri=uri, identity=identity_of(config, shards)
-    )
+    tags = run_tags("training", split["label"], shards)
+    about = f"one training; its checkpoints are in `{folder.location}`"
+    tracker = start_run(folder, run, shards, tags, params, identity_of(config, shards), about)
+    tracker.describe(Again=f"`{command_like(tracker.run_id, shards.uri, run)}`")
+    tracker.log_files({"config.json": config.to_dict()})
     return tracker
-
-
-def command_like(run_id: str, shards_location: str, run: RunConfig) -> str:
-    """Command that trains the recipe of an MLflow run again, with the same settings of the run."""
-    settings = replace(run, name="")
-    return next_command("train", like=run_id, shards=shards_location, run_config=settings)
-
-
-def environment() -> dict[str, Any]:
-    """Describe the program, this machine and the cluster."""
-    reach = resources_within_reach()
-    described = provenance() | {
-        "hardware.cluster": {key: reach.get(key, 0) for key in ("CPU", "GPU")}
-    }
-    if is_connected():
-        import ray
-
-        described["ray.job_id"] = ray.get_runtime_context().get_job_id()
-    return described
 
 
 def _follow(training: "LocalTraining | WorkerGroup", tracker: Tracker, on_epoch: ShowEpoch) -> None:

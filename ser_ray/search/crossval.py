@@ -42,7 +42,7 @@ from ser_ray.search.pooled import (
 from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.study import Show, Study, open_study, page_of
+from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of
@@ -208,7 +208,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
         name=result.name,
         summary=result.sentence,
         folds=result.trainings,
-        pages=[page_of(trial) for trial in result.trials],
+        pages=[trial.page for trial in result.trials],
         run_id=result.run_id,
         audio=audio,
     )

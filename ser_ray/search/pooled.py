@@ -13,7 +13,6 @@ from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig
-from ser_ray.search.study import page_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -240,5 +239,5 @@ def _read_fold(
         seen_speakers=(),
         predictions=pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem),
         origin={"run_id": trial.run_id, "tracking_uri": tracking_uri},
-        report=location_inside(location, page_of(trial)),
+        report=location_inside(location, trial.page),
     )

@@ -1,14 +1,20 @@
 """What is known of one trial of a search or cross-validation."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
+from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
+from ser_ray.search.space import recipe_of
+from ser_ray.storage.atomic import write_file
 from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row, validation_rank
 
+RECORDS = "trials.json"
+"""File in the folder of a study that has ended: the records of its trials."""
 State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 
@@ -55,6 +61,19 @@ class TrialRecord:
         )
 
     @property
+    def name(self) -> str:
+        """Name of its run in MLflow: what tells it from the others."""
+        if "fold" in self.values:
+            return f"fold {self.recipe.fold} seed {self.recipe.seed}"
+        lr_max = f"{self.recipe.lr_max:.1e}".replace("e-0", "e-")
+        return f"{self.number:03d} {self.recipe.feature} {lr_max}"
+
+    @property
+    def page(self) -> str:
+        """Where its page is, inside the study's folder."""
+        return f"trials/{self.number:03d}.html"
+
+    @property
     def epochs(self) -> int:
         """Epochs done."""
         return len(self.rows)
@@ -86,6 +105,28 @@ class TrialRecord:
             return "failed"
         # A scheduler also stops a trial whose epochs are all done.
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
+
+
+def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:
+    """Write the records of a study's trials into its folder, without recipes and runs."""
+    names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
+    records = [{name: getattr(trial, name) for name in names} for trial in trials]
+    write_file(folder.filesystem, f"{folder.path}/{RECORDS}", json.dumps(records).encode())
+
+
+def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
+    """Read what `write_records` wrote; nothing if there is no such file.
+
+    Args:
+        folder: the study's folder.
+        recipe: the recipe that the drawn values go into.
+    """
+    try:
+        with folder.filesystem.open_input_stream(f"{folder.path}/{RECORDS}") as stream:
+            saved = json.loads(stream.read())
+    except FileNotFoundError:
+        return []
+    return [TrialRecord(**values, recipe=recipe_of(recipe, values["values"])) for values in saved]
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:

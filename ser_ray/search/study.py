@@ -10,41 +10,35 @@ it in its snapshots. The next driver finds the run of a trial by a tag. When a s
 records are written to `trials.json`.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 from ray import tune
 
-from ser_ray.cluster import require_kept
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.launch import command_like, environment
+from ser_ray.distributed.record import command_like, start_run
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.record import TrialRecord
+from ser_ray.search.record import TrialRecord, read_records, write_records
 from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.tune_run import last_result
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
 from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.store import resolve_uri
-from ser_ray.tracking.tracker import Tracker, run_to_resume
+from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 
-RECORDS = "trials.json"
-"""File in the folder of a study that has ended: the records of its trials."""
 TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
 """Tags of a trial's run."""
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
@@ -56,11 +50,6 @@ Show = Callable[[list[TrialRecord]], None]
 """Shows the trials; called whenever something has happened to one."""
 
 logger = logging.getLogger(__name__)
-
-
-def page_of(trial: TrialRecord) -> str:
-    """Where a trial's page is, inside the study's folder."""
-    return f"trials/{trial.number:03d}.html"
 
 
 class Study(tune.Callback):
@@ -104,7 +93,10 @@ class Study(tune.Callback):
         """Runs of trials that Ray Tune forgot, because its driver was killed."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
-        self.has_ended = self._read_records()
+        stored = read_records(folder, recipe)
+        for record in stored:
+            self._add(record)
+        self.has_ended = bool(stored)
         """All trials ended under an earlier driver, which stored their records."""
 
     def __enter__(self) -> "Study":
@@ -151,22 +143,7 @@ class Study(tune.Callback):
 
     def store(self) -> None:
         """Store the records of trials that have all ended; the same command will read them."""
-        names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
-        records = [{name: getattr(trial, name) for name in names} for trial in self.trials]
-        write_file(
-            self.folder.filesystem, f"{self.folder.path}/{RECORDS}", json.dumps(records).encode()
-        )
-
-    def _read_records(self) -> bool:
-        path = f"{self.folder.path}/{RECORDS}"
-        try:
-            with self.folder.filesystem.open_input_stream(path) as stream:
-                saved = json.loads(stream.read())
-        except FileNotFoundError:
-            return False
-        for values in saved:
-            self._add(TrialRecord(**values, recipe=recipe_of(self.recipe, values["values"])))
-        return True
+        write_records(self.folder, self.trials)
 
     # Ray Tune calls the following methods in its loop.
 
@@ -295,7 +272,7 @@ class Study(tune.Callback):
         if trial.state == "finished":  # only a finished trial has selected weights
             run.log_scores(selected_metrics(trial.selected), trial.times_ms[-1])
         page = self._page(trial, run.run_id)
-        store_page(page, location_inside(self.folder.location, page_of(trial)))
+        store_page(page, location_inside(self.folder.location, trial.page))
         run.log_files({REPORT: as_artifact(page)})
         run.describe(**self._outcome(trial))
         run.set_tags({TRIAL_STATE: trial.state, "problem": trial.problem})
@@ -309,7 +286,7 @@ class Study(tune.Callback):
         run = Tracker.start(
             self.parent.uri,
             self.run.experiment,
-            name=self._name(trial),
+            name=trial.name,
             params=trial.recipe.to_dict() | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min},
             tags={
                 **self.tags,
@@ -337,7 +314,7 @@ class Study(tune.Callback):
         from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
 
         return trial_page(
-            self._name(trial),
+            trial.name,
             f"Trial {trial.number} of {self.folder.name}: {trial.state}. {trial.problem}",
             recipe=trial.recipe,
             history=trial.rows,
@@ -353,18 +330,10 @@ class Study(tune.Callback):
         """The line of the description that says how a trial ended."""
         if trial.problem:
             return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
-        ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
         on = f"{self.tags['protocol']}, {CORPORA[self.tags['corpus']]}"
         ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
+        ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
         return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({on}); {ended}"}
-
-    def _name(self, trial: TrialRecord) -> str:
-        """Name of a trial's run: what tells it from the others."""
-        recipe = trial.recipe
-        if "fold" in trial.values:
-            return f"fold {recipe.fold} seed {recipe.seed}"
-        lr_max = f"{recipe.lr_max:.1e}".replace("e-0", "e-")
-        return f"{trial.number:03d} {recipe.feature} {lr_max}"
 
 
 def open_study(
@@ -390,29 +359,11 @@ def open_study(
         show: shows the trials.
 
     Raises:
-        CheckpointError: the folder belongs to another study.
-        ResourcesError: the tracking store is in a folder that Ray deletes after the job.
-        TrackingError: the tracking store cannot be reached.
+        MismatchError: the folder belongs to another study.
+        ResourcesError, TrackingError: the tracking store is not kept, or cannot be reached.
     """
     identity = identity | {"shards": setup.shards.card.fingerprint}
-    folder.require_same(identity)
     tags = run_tags(kind, label, setup.shards)
-    uri = resolve_uri(run.tracking_uri)
-    require_kept(uri)
-    parent = Tracker.start(
-        uri,
-        run.experiment,
-        name=folder.name,
-        params=params,
-        tags=tags,
-        dataset=dataset_of(setup.shards),
-        run_id=run_to_resume(uri, folder.record()),
-    )
-    parent.describe(
-        Run=f"a {kind}; its trials are nested in it, its files are in `{folder.location}`",
-        Data=data_line(setup.shards),
-        Again=f"`{tags['command']}`",
-    )
-    parent.log_files({"environment.json": environment()})
-    folder.update_record(run_id=parent.run_id, tracking_uri=uri, identity=identity)
+    about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
+    parent = start_run(folder, run, setup.shards, tags, params, identity, about)
     return Study(parent, folder, setup.recipe, setup.shards, run, tags, show)

@@ -17,7 +17,7 @@ from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.corpus.splits import ALL
 from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.launch import command_like
+from ser_ray.distributed.record import command_like
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.rendering import as_artifact, store_page
@@ -27,7 +27,7 @@ from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
 from ser_ray.search.record import TrialRecord, best_of, count_states
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
-from ser_ray.search.study import Show, Study, open_study, page_of
+from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
@@ -222,7 +222,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         importance=importance,
         tags={**study.tags, **provenance()},
         again=result.again,
-        pages={trial.number: page_of(trial) for trial in trials},
+        pages={trial.number: trial.page for trial in trials},
         num_labels=len(study.shards.card.labels),
         run_id=tracker.run_id,
     )

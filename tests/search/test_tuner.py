@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from ser_ray import api
 from ser_ray.cli import train as verbs
 from ser_ray.cli.train import Tune
+from ser_ray.distributed import record as run_record
 from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import (
@@ -34,7 +35,6 @@ from ser_ray.errors import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
-from ser_ray.search import study as study_module
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
 from ser_ray.search.record import TrialRecord, best_of
@@ -491,8 +491,8 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
-    monkeypatch.setattr(study_module, "environment", dict)
-    monkeypatch.setattr(study_module, "require_kept", kept.append)
+    monkeypatch.setattr(run_record, "environment", dict)
+    monkeypatch.setattr(run_record, "require_kept", kept.append)
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:

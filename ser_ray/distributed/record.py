@@ -1,0 +1,76 @@
+"""The MLflow run of whatever trains: a training, a search or a cross-validation."""
+
+from dataclasses import replace
+from typing import Any
+
+from ser_ray.cluster import is_connected, require_kept, resources_within_reach
+from ser_ray.command import next_command
+from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.about import data_line, dataset_of
+from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.store import resolve_uri
+from ser_ray.tracking.tracker import Tracker, run_to_resume
+
+
+def start_run(
+    folder: RunFolder,
+    run: RunConfig,
+    shards: ShardSet,
+    tags: dict[str, str],
+    params: dict[str, Any],
+    identity: dict[str, Any],
+    about: str,
+) -> Tracker:
+    """Start the MLflow run of a folder, or resume it, and write it into the folder's record.
+
+    Args:
+        folder: the folder of the training, search or cross-validation.
+        run: where it is recorded.
+        shards: what is trained on.
+        tags: tags of the run (`ser_ray.tracking.about.run_tags`).
+        params: parameters of a new run.
+        identity: what must be the same whenever the folder is used again.
+        about: what the run is, for its description.
+
+    Raises:
+        MismatchError: the folder belongs to something else.
+        ResourcesError: the tracking store is in a folder that Ray deletes after the job.
+        TrackingError: the tracking store cannot be reached.
+    """
+    folder.require_same(identity)
+    uri = resolve_uri(run.tracking_uri)
+    require_kept(uri)
+    tracker = Tracker.start(
+        uri,
+        run.experiment,
+        name=folder.name,
+        params=params,
+        tags=tags,
+        dataset=dataset_of(shards),
+        run_id=run_to_resume(uri, folder.record()),
+    )
+    tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
+    tracker.log_files({"environment.json": environment()})
+    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    return tracker
+
+
+def command_like(run_id: str, shards_location: str, run: RunConfig) -> str:
+    """Command that trains the recipe of an MLflow run again, with the same settings of the run."""
+    settings = replace(run, name="")
+    return next_command("train", like=run_id, shards=shards_location, run_config=settings)
+
+
+def environment() -> dict[str, Any]:
+    """Describe the program, this machine and the cluster."""
+    reach = resources_within_reach()
+    described = provenance() | {
+        "hardware.cluster": {key: reach.get(key, 0) for key in ("CPU", "GPU")}
+    }
+    if is_connected():
+        import ray
+
+        described["ray.job_id"] = ray.get_runtime_context().get_job_id()
+    return described
