@@ -178,6 +178,32 @@ def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_netw
 
 
 @pytest.mark.slow
+def test_a_project_that_was_moved_goes_on_in_its_own_run(in_tmp, small_network, monkeypatch):
+    def stop(row: Mapping[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    def move(name: str) -> str:
+        monkeypatch.chdir(in_tmp)
+        project.rename(in_tmp / name)
+        monkeypatch.chdir(in_tmp / name)
+        return f"sqlite:///{in_tmp}/{name}/ser-ray-out/mlflow.db"
+
+    project = in_tmp / "first"
+    write_shard_files(project / "shards")
+    monkeypatch.chdir(project)
+    with pytest.raises(KeyboardInterrupt):
+        train("shards", CONFIG, RunConfig(name="run"), on_epoch=stop)
+    begun = RunFolder("ser-ray-out/runs", "run").record()["run_id"]
+    store = move("second")
+    finished = train("shards", CONFIG, RunConfig(name="run"), on_epoch=lambda row: None)
+    assert (finished.run_id, finished.tracking_uri) == (begun, store)
+    project = in_tmp / "second"
+    store = move("third")
+    again = train("shards", CONFIG, RunConfig(name="run"), on_epoch=stop)
+    assert (again.run_id, again.tracking_uri) == (begun, store)
+
+
+@pytest.mark.slow
 def test_verbs_that_one_process_can_do_load_no_ray_and_start_no_process(in_tmp):
     """Without `ray` in the process, and with no process left behind or running beside it."""
     shards = write_shard_files(in_tmp / "shards")
