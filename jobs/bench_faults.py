@@ -57,7 +57,10 @@ RECIPE = (
     *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
     *("--batch-size", "4", "--validation-speakers", "1"),
 )
-DRIVER = ("kill driver", "stop driver", "terminate driver", "hang up driver", "interrupt driver")
+GRACE = 5.0
+"""Seconds in which a driver that is at its end when it is to stop may end as usual."""
+ENDED = ("terminate driver", "hang up driver", "interrupt driver")
+DRIVER = ("kill driver", "stop driver", *ENDED)
 FAULTS = (
     *("kill worker", "stop worker", "kill raylet", "stop raylet", "kill server", "stop server"),
     *(*DRIVER, "two drivers"),
@@ -101,6 +104,8 @@ class Round:
     thrown: bool = False
     commands: int = 0
     """How often the command was given."""
+    statuses: list[int] = field(default_factory=list)
+    """With which status each of them ended."""
     seconds: float = 0.0
     """Seconds of all commands beyond those of the undisturbed one."""
     redone: int = 0
@@ -180,6 +185,7 @@ class World:
         with output.open("wb") as out, errors.open("wb") as err:
             driver = psutil.Popen(
                 self.command(work, target), stdout=out, stderr=err, start_new_session=True,
+                preexec_fn=default_signals,
                 env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"},
             )  # fmt: skip
         return driver, errors
@@ -209,6 +215,12 @@ class World:
         ray.shutdown()
         self.cluster.shutdown()
         self.log.close()
+
+
+def default_signals() -> None:
+    """Let a driver be stopped, even if this program runs in the background of a shell."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def small_corpus(folder: Path) -> Path:
@@ -348,23 +360,8 @@ def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -
 def play(world: World, this: Round, rng: random.Random) -> None:
     """Play one round, and note what does not hold."""
     target, began = world.folder / f"round-{this.seed}-{this.number}", time.monotonic()
-    driver, errors = world.give(this.work, target, 1)
-    this.commands, others = 1, []
-    with suppress(psutil.TimeoutExpired):
-        driver.wait(this.moment)
-    if driver.poll() is None:
-        marks = len(list(target.glob("shards/*.trying")))
-        if this.fault == "two drivers":
-            others.append(world.give(this.work, target, 100))
-            this.thrown = True
-        else:
-            this.thrown = throw(world, this, driver, rng)
-        is_hurt = this.fault.split()[-1] in ("driver", "worker", "raylet")
-        this.redone = marks if is_hurt and this.fault.startswith("kill") else 0
-    status = finish(this, driver)
-    for other, output in others:
-        if finish(this, other) not in (0, 2):
-            this.problems.append(f"the second driver: {output.read_text()[-500:]}")
+    this.commands = 1
+    status, errors = disturbed(world, this, rng, target)
     world.grow()
     world.start_server()
     while status and this.commands < MOST_COMMANDS:
@@ -384,10 +381,34 @@ def play(world: World, this: Round, rng: random.Random) -> None:
         shutil.rmtree(target)
 
 
+def disturbed(world: World, this: Round, rng: random.Random, target: Path) -> tuple[int, Path]:
+    """Give the command, throw the fault, and return the status and the file of messages."""
+    driver, errors = world.give(this.work, target, 1)
+    with suppress(psutil.TimeoutExpired):
+        driver.wait(this.moment)
+    other = None
+    if driver.poll() is None and this.fault == "two drivers":
+        other, this.thrown = world.give(this.work, target, 100), True
+    elif driver.poll() is None:
+        marks = len(list(target.glob("shards/*.trying")))
+        this.thrown = throw(world, this, driver, rng)
+        loses_work = this.fault in ("kill driver", "kill worker", "kill raylet")
+        this.redone = marks if loses_work and this.thrown else 0
+    thrown_at = time.monotonic()
+    status = finish(this, driver)
+    went_on = time.monotonic() - thrown_at
+    if this.thrown and this.fault in ENDED and not status and went_on > GRACE:
+        this.problems.append(f"the driver went on for {went_on:.0f} s: {errors.read_text()[-500:]}")
+    if other is not None and finish(this, other[0]) not in (0, 2):
+        this.problems.append(f"the second driver: {other[1].read_text()[-500:]}")
+    return status, errors
+
+
 def finish(this: Round, driver: psutil.Popen) -> int:
     """Wait for a driver's end; a driver that hangs is killed."""
     try:
-        return int(driver.wait(HANG))
+        this.statuses.append(int(driver.wait(HANG)))
+        return this.statuses[-1]
     except psutil.TimeoutExpired:
         this.problems.append(f"hangs: not ended after {HANG:g} s")
         end(driver)
