@@ -414,16 +414,7 @@ def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
         "ece_before": before.ece,
         "temperature": temperature,
         "reliability": _svg(reliability, f"{part}: accuracy at every confidence"),
-        "under": [
-            {"condition": row["condition"], "UA": row["ua"], "WA": row["wa"]}
-            | {
-                "change of UA": f"{row['ua_change']:+.1%}",
-                "95% interval": f"{row['low']:+.1%} to {row['high']:+.1%}",
-                "not scored": row["unscored"],
-            }
-            for row in evaluation.under
-        ],
-        "definitions": {row["condition"]: row["definition"] for row in evaluation.under},
+        "under": evaluation.under,
         "examples": _clips(evaluation, "examples", evaluation.typical(), audio=audio),
         "hardest": _clips(evaluation, "hardest", evaluation.hardest(), audio=audio),
     }
