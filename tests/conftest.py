@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: (item.path.parent.name != "distributed", -slow[item.path]))
 
 
-PLAIN = AugmentConfig(mix_style=0, gain_db=0, time_masks=0, freq_masks=0, mixup=0)
+PLAIN = AugmentConfig(
+    noise=0, echo=0, band_limit=0, mix_style=0, gain_db=0, time_masks=0, freq_masks=0, mixup=0
+)
 """No augmentation but the random crop."""
 
 
@@ -77,7 +79,7 @@ def make_memory_shards(
     speakers: int = 6, per_emotion: int = 2, num_frames: int = 24, emotions: int = 4, seed: int = 0
 ) -> MemoryShards:
     rng = np.random.default_rng(seed)
-    features = FeatureConfig(num_mels=16, num_mfcc=8)
+    features = FeatureConfig(num_mels=16, num_mfcc=16)
     labels = EMOTIONS[:emotions]
     rows, values = [], []
     for speaker in range(1, speakers + 1):

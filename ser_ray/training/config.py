@@ -23,13 +23,13 @@ class AugmentConfig:
     )
     """Choose the crop of a longer clip, and the place of a shorter clip in the crop, at random. If
     false, both are centred."""
-    noise: float = 0.0
+    noise: float = 0.5
     """Share of the clips that get noise between white and brown, -80 to -30 dB of full scale; 0 is
     off."""
-    echo: float = 0.0
+    echo: float = 0.5
     """Share of the clips that get the echo of a room, with a reverberation time of 0.1 to 0.8 s; 0
     is off."""
-    band_limit: float = 0.0
+    band_limit: float = 0.5
     """Share of the clips that pass a narrow channel, such as a telephone: a low pass at 2.5 to
     7 kHz, for half of them also a high pass at 50 to 400 Hz; 0 is off."""
     mix_style: float = 0.5

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Clips,
     Normalisation,
@@ -188,7 +188,18 @@ def test_masks_zero_frames_and_bins():
 
 
 def test_the_seed_determines_the_augmentation():
-    config = TrainConfig(crop_frames=6, augment=AugmentConfig(time_mask_frames=3))
+    config = TrainConfig(
+        crop_frames=6,
+        augment=dataclasses.replace(
+            PLAIN,
+            mix_style=0.5,
+            gain_db=6,
+            time_masks=2,
+            time_mask_frames=3,
+            freq_masks=2,
+            mixup=0.2,
+        ),
+    )
     augment = Augment(config, FEATURES, 2, unit(3), CPU)
     clips, rows = ramp_clips(), torch.tensor([0, 1, 1, 0])
 

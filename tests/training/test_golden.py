@@ -38,7 +38,7 @@ CONFIG = TrainConfig(
 RECIPES = {
     "default": CONFIG,
     "plain": replace(CONFIG, augment=PLAIN, label_smoothing=0.0, weight_decay=100.0),
-    "noisy": replace(CONFIG, augment=replace(CONFIG.augment, noise=0.5, echo=0.5, band_limit=0.5)),
+    "quiet": replace(CONFIG, augment=replace(CONFIG.augment, noise=0.0, echo=0.0, band_limit=0.0)),
     "averaged": replace(CONFIG, ema_decay=0.9),
     "balanced": replace(CONFIG, balanced=True, feature="mfcc"),
 }
