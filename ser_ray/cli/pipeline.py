@@ -19,14 +19,19 @@ from ser_ray.distributed.config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig, column_names
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.config import AugmentConfig, TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
 """Folder of the synthetic corpus, which is used if the user names no corpus."""
 SYNTHETIC_RECIPE = TrainConfig(
-    weights="none", validation_speakers=4, crop_frames=64, epochs=24, batch_size=16
+    weights="none",
+    validation_speakers=4,
+    crop_frames=64,
+    epochs=24,
+    batch_size=16,
+    augment=AugmentConfig(noise=0.0, echo=0.0, band_limit=0.0),
 )
-"""The default recipe on the synthetic corpus."""
+"""The default recipe on the synthetic corpus, which is too small to learn from noise as well."""
 SHOWN_PREDICTIONS = 8
 
 

@@ -53,7 +53,7 @@ from tests.shard_files import write_shard_files
 
 RECIPE = TrainConfig(
     protocol="speaker-2", weights="none", crop_frames=24, batch_size=8, epochs=2, lr_max=4e-3,
-    augment=AugmentConfig(time_mask_frames=4),
+    augment=AugmentConfig(noise=0, echo=0, band_limit=0, time_mask_frames=4),
 )  # fmt: skip
 SEEDS = CrossvalConfig(seeds=2)
 

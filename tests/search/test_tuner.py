@@ -61,7 +61,9 @@ from tests.processes import end
 
 RECIPE = TrainConfig(
     protocol="speaker-3", weights="none", crop_frames=24, batch_size=8, epochs=4, lr_max=4e-3,
-    augment=AugmentConfig(time_mask_frames=4, mix_style=0.0),
+    augment=AugmentConfig(
+        noise=0.0, echo=0.0, band_limit=0.0, time_mask_frames=4, mix_style=0.0
+    ),
 )  # fmt: skip
 DIVERGES = 1e18
 SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
