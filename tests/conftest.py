@@ -93,7 +93,7 @@ def make_memory_shards(
                 take = f"{speaker:02d}-{index}-{repetition}"
                 rows.append(
                     {
-                        "path": f"/{take}.wav", "take": take, "modality": "audio",
+                        "path": f"/{take}.wav", "take": take, "modality": "audio", "window": 0,
                         "channel": "speech", "emotion": emotion, "speaker": f"{speaker:02d}",
                         "sex": "male" if speaker % 2 else "female", "content": take,
                         "num_frames": length,

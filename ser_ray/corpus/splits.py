@@ -167,27 +167,46 @@ def split(
 
 
 def one_clip_per_take(clips: "pa.Table") -> Rows:
-    """Select one row of every RAVDESS take: its wav, or its mp4 if there is no wav.
+    """Select the first window of every clip, and of a RAVDESS take only its wav, or else its mp4.
 
     The wav and the mp4 have the same recording, so scores over both would count it twice. In other
     corpora (no `channel`) a take may group several recordings, and all of them are selected.
 
     Args:
-        clips: string columns `path`, `take`, `modality` and `channel`.
+        clips: string columns `path`, `take`, `modality` and `channel`, and the number `window`.
 
     Returns:
         Row numbers, ascending, [num_takes] for RAVDESS.
     """
     selected: dict[str, tuple[bool, str, int]] = {}
     own = []
-    columns = [clips[name].to_pylist() for name in ("path", "take", "modality", "channel")]
-    for row, (path, take, modality, channel) in enumerate(zip(*columns, strict=True)):
+    names = ("path", "take", "modality", "channel", "window")
+    columns = [clips[name].to_pylist() for name in names]
+    for row, (path, take, modality, channel, window) in enumerate(zip(*columns, strict=True)):
+        if window > 0:
+            continue
         if channel is None:
             own.append(row)
         else:
             candidate = (modality != "audio", path, row)
             selected[take] = min(candidate, selected.get(take, candidate))
     return np.array(sorted(own + [row for _, _, row in selected.values()]), np.int64)
+
+
+def windows_of(windows: Rows, rows: Rows) -> tuple[Rows, Rows]:
+    """Find all windows of clips.
+
+    Args:
+        windows: column `window` of all clips [clips]; those of a clip follow each other from 0 up.
+        rows: row of the first window of every clip in question [num_rows].
+
+    Returns:
+        The rows of their windows [num_windows], and the index in `rows` of the clip of each.
+    """
+    firsts = np.append(np.flatnonzero(windows == 0), len(windows))
+    counts = firsts[np.searchsorted(firsts, rows) + 1] - rows
+    owners = np.repeat(np.arange(len(rows)), counts)
+    return rows[owners] + np.arange(len(owners)) - np.searchsorted(owners, owners), owners
 
 
 def _table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:

@@ -54,7 +54,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
             if clip["start"] is not None:
                 sound, _ = cut(sound, clip["start"], clip["end"])
             samples, sample_rate, _ = sound
-            waveform = extract.waveform(samples, sample_rate)
+            waveform = extract.windows(samples, sample_rate)[0]
         except ClipError:
             continue
         views.append(

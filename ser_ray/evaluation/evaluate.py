@@ -25,7 +25,7 @@ from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card, read_network
-from ser_ray.training.data import label_indices, load_clips
+from ser_ray.training.data import load_clips
 from ser_ray.training.model import to_channels_last
 from ser_ray.training.parts import on_channel, select_rows
 from ser_ray.training.scoring import predict_clips
@@ -228,10 +228,8 @@ def _score(
 ) -> np.ndarray:
     """Probabilities [clips, labels] of some rows of a shard set."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = label_indices(table, card.labels)
-    num_frames = table["num_frames"].to_numpy()
     clips = load_clips(
-        shards, card.config.feature, rows, labels, num_frames, card.normalisation, device
+        shards, card.config.feature, table, rows, card.normalisation, device, card.labels
     )
     network = to_channels_last(read_network(checkpoint, card), device)
     return predict_clips(network, clips, np.arange(len(rows)), card.config, len(card.labels))

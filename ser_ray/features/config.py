@@ -81,7 +81,8 @@ class FeatureConfig:
     min_seconds: float = 0.2
     """Clips with fewer seconds of sound are `too_short`."""
     max_seconds: float = 6.5
-    """Clips with more seconds of sound are `too_long`; the longest of RAVDESS has 6.37 s."""
+    """Room for a clip in the shards. A clip with more seconds of sound is cut into windows; the
+    longest of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
         require_valid(self)

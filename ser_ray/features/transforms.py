@@ -6,6 +6,8 @@ importing torch would take seconds in every worker, and on matrices as small as 
 BLAS would only compete for the cores.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,9 +88,43 @@ class FeatureExtractor:
         Raises:
             ClipError: `silent`, `too_short` or `too_long`.
         """
-        config = self.config
         if loudness is None:
-            loudness = measure_loudness(samples, sample_rate, config.trim_db)
+            loudness = measure_loudness(samples, sample_rate, self.config.trim_db)
+        first, end = self._trim(samples, sample_rate, loudness)
+        if (seconds := (end - first) / sample_rate) > self.config.max_seconds:
+            raise ClipError(
+                "too_long", f"{seconds:.2f} s of sound, more than {self.config.max_seconds:g} s"
+            )
+        return self._resample(samples[first:end], sample_rate)
+
+    def windows(self, samples: np.ndarray, sample_rate: int) -> list[np.ndarray]:
+        """Return the waveforms of a clip: one, or windows if its sound is above `max_seconds`.
+
+        The windows are of equal length, and as few as possible cover the sound from end to end. One
+        that has less than `min_seconds` of sound is left out, if others have more.
+
+        Raises:
+            ClipError: `silent` or `too_short`.
+        """
+        config = self.config
+        loudness = measure_loudness(samples, sample_rate, config.trim_db)
+        first, end = self._trim(samples, sample_rate, loudness)
+        count = math.ceil((end - first) / (config.max_seconds * sample_rate))
+        bounds = np.linspace(first, end, count + 1).round().astype(int).tolist()
+        parts = list(itertools.pairwise(bounds))
+        fewest = config.min_seconds * sample_rate / loudness.stretch
+        kept = [
+            (start, stop)
+            for start, stop in parts
+            if loudness.is_sound[start // loudness.stretch : stop // loudness.stretch].sum()
+            >= fewest
+        ]
+        chosen = (kept or parts) if count > 1 else parts
+        return [self._resample(samples[start:stop], sample_rate) for start, stop in chosen]
+
+    def _trim(self, samples: np.ndarray, sample_rate: int, loudness: Loudness) -> tuple[int, int]:
+        """Return where the sound begins and ends, in samples, with a margin around it."""
+        config = self.config
         if loudness.is_silent:
             raise ClipError("silent", "nothing but clicks is louder than -80 dB of full scale")
         sounding = np.flatnonzero(loudness.is_sound)
@@ -99,13 +135,14 @@ class FeatureExtractor:
                 "too_short", f"{seconds:.3f} s of sound, less than {config.min_seconds:g} s"
             )
         margin = round(config.trim_margin * sample_rate)
-        sound = samples[max(0, start - margin) : stop + margin]
-        if (seconds := len(sound) / sample_rate) > config.max_seconds:
-            raise ClipError(
-                "too_long", f"{seconds:.2f} s of sound, more than {config.max_seconds:g} s"
-            )
+        return max(0, start - margin), min(stop + margin, len(samples))
+
+    def _resample(self, sound: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Return sound without its constant offset, at the configured rate."""
+        config = self.config
+        is_integer = sound.dtype == np.int16
         sound = sound - np.float32(sound.mean(dtype=np.float64))
-        if samples.dtype == np.int16:
+        if is_integer:
             sound *= np.float32(2**-15)
         if sample_rate == config.sample_rate:
             return sound

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
-from ser_ray.features.config import KINDS, Kind
+from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox, time_limited
@@ -36,8 +36,9 @@ RECORDING_SECONDS = 3600.0
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
-        "duration": pa.float64(),  # of the clip before trimming, in seconds
+        "duration": pa.float64(),  # of the complete clip before trimming, in seconds
         "sample_rate": pa.int32(),  # of the file, in hertz
+        "window": pa.int32(),  # 0, and for a long clip also 1, 2, ...: each has a row of its own
         "num_frames": pa.int32(),  # valid frames; the rest of the fixed shape is zero
     }
 )
@@ -104,10 +105,7 @@ def _make_tables(
     decode = _remember_last(decode)
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
     undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
-    features = {
-        kind: np.zeros((len(undecided), config.num_bins(kind), config.num_frames), np.float16)
-        for kind in KINDS
-    }
+    features: dict[Kind, list[np.ndarray]] = {kind: [] for kind in KINDS}
     decoded: list[int] = []  # rows of the clips
     facts: list[dict[str, Any]] = []
     is_final = True
@@ -119,28 +117,33 @@ def _make_tables(
             if start is not None:
                 sound, loss = cut(sound, start, end)
             samples, sample_rate, _ = sound
-            waveform = extractor.waveform(samples, sample_rate)
+            waveforms = extractor.windows(samples, sample_rate)
         except ClipError as error:
             if error.failed == "storage":  # must not be committed as if the clip were at fault
                 raise OSError(f"{path}: {error.reason}") from error
             outcomes[row] = error.status, error.reason
             is_final &= error.failed == "clip"
             continue
-        for kind, feature in extractor.features(waveform).items():
-            features[kind][len(decoded), :, : feature.shape[1]] = feature
-        decoded.append(row)
-        facts.append(
-            {
-                "content": hashlib.sha256(samples.data).hexdigest()[:16],
-                "duration": len(samples) / sample_rate,
-                "sample_rate": sample_rate,
-                "num_frames": config.frames_of(len(waveform)),
-            }
-        )
+        content = hashlib.sha256(samples.data).hexdigest()[:16]
+        for window, waveform in enumerate(waveforms):
+            for kind, feature in extractor.features(waveform).items():
+                padded = np.zeros((config.num_bins(kind), config.num_frames), np.float16)
+                padded[:, : feature.shape[1]] = feature
+                features[kind].append(padded)
+            decoded.append(row)
+            facts.append(
+                {
+                    "content": content,
+                    "duration": len(samples) / sample_rate,
+                    "sample_rate": sample_rate,
+                    "window": window,
+                    "num_frames": config.frames_of(len(waveform)),
+                }
+            )
         outcomes[row] = OK, loss
     clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
     clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
-    clips = _append(clips, _feature_columns(features, len(decoded)))
+    clips = _append(clips, _feature_columns(features, config))
     _compare_copies(rows, outcomes, decode)
     return clips, _outcomes_table(rows, outcomes, undecided), is_final
 
@@ -214,16 +217,13 @@ def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
     return sounds[0] == sounds[1]
 
 
-def _feature_columns(features: dict[Kind, np.ndarray], num_clips: int) -> pa.Table:
-    """Turn the first `num_clips` of arrays `[clips, bins, frames]` into columns without copying.
-
-    Each clip is one fixed-size binary value.
-    """
+def _feature_columns(features: dict[Kind, list[np.ndarray]], config: FeatureConfig) -> pa.Table:
+    """Turn lists of arrays `[bins, frames]` into columns with one fixed-size binary value each."""
     columns = {}
-    for kind, array in features.items():
-        width = array[0].nbytes if len(array) else array.shape[1] * array.shape[2] * array.itemsize
-        buffers = [None, pa.py_buffer(array[:num_clips])]
-        columns[kind] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), num_clips, buffers)
+    for kind, arrays in features.items():
+        width = config.num_bins(kind) * config.num_frames * np.dtype(np.float16).itemsize
+        buffers = [None, pa.py_buffer(np.stack(arrays) if arrays else b"")]
+        columns[kind] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(arrays), buffers)
     return pa.table(columns)
 
 

@@ -154,8 +154,18 @@ def prepare(
         time.monotonic() - started,
         _count_files(outcomes),
         describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        (*corpus.notes, *missing, *find_slips(outcomes)),
+        (*corpus.notes, *missing, *_windows_note(card), *find_slips(outcomes)),
     )
+
+
+def _windows_note(card: ShardCard) -> list[str]:
+    """Say that long clips were cut into windows, if there are some."""
+    if card.num_clips == (num_ok := card.counts[OK]):
+        return []
+    return [
+        f"{num_ok} clips are {card.num_clips} rows of the shards: a clip with more than "
+        f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
+    ]
 
 
 def _count_files(rows: pa.Table) -> str:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.cluster import require_kept
-from ser_ray.corpus.splits import one_clip_per_take, split
+from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS, Kind
 from ser_ray.shards.card import ShardCard, read_card
@@ -144,6 +144,8 @@ class ShardSet:
     def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
         """Return the clips on one side of a fold, with one clip for each RAVDESS performance.
 
+        A long clip has several rows, its windows.
+
         Args:
             protocol: name of the protocol, such as `emobox-6` or `speaker-5`.
             fold: number of the fold, counted from 0.
@@ -158,7 +160,7 @@ class ShardSet:
         clips = self.clips()
         rows = one_clip_per_take(clips)
         chosen: np.ndarray = getattr(split(protocol, fold, clips.take(rows)), side)
-        return rows[chosen]
+        return windows_of(clips["window"].to_numpy(), rows[chosen])[0]
 
     def torch_dataset(
         self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"

@@ -10,7 +10,7 @@ Shapes: features are kept as [clips, frames, bins] float16, so that a crop copie
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ser_ray.corpus.splits import Split
+from ser_ray.corpus.splits import Split, windows_of
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
@@ -86,11 +86,14 @@ class Clips:
         features: [clips, frames, bins] float16, normalised, 0 beyond a clip's valid frames.
         num_frames: valid frames [clips].
         labels: label indices [clips].
+        owners: where windows of long clips are scored together: the number of the clip that each
+            window is of [clips], ascending from 0; None if each row is scored by itself.
     """
 
     features: Tensor
     num_frames: Tensor
     labels: Tensor
+    owners: np.ndarray | None = None
 
     @classmethod
     def resident(
@@ -112,6 +115,13 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def first_windows(self) -> np.ndarray:
+        """The first row of every scored clip [scored]."""
+        if self.owners is None:
+            return np.arange(len(self))
+        return np.unique(self.owners, return_index=True)[1]
 
     def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
         """Cut crops from clips.
@@ -199,24 +209,36 @@ def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> Fo
     raw = shards.features(config.feature, parts.train)
     normalisation = Normalisation.of(raw, num_frames[parts.train])
     train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
-    validation = load_clips(
-        shards, config.feature, parts.validation, labels, num_frames, normalisation, device
-    )
+    validation = load_clips(shards, config.feature, table, parts.validation, normalisation, device)
     return FoldData(train, validation, parts, shards.card.labels, normalisation)
 
 
 def load_clips(
     shards: ShardSet,
     kind: Kind,
+    table: pa.Table,
     rows: np.ndarray,
-    labels: np.ndarray,
-    num_frames: np.ndarray,
     normalisation: Normalisation,
     device: torch.device,
+    labels: tuple[str, ...] = (),
 ) -> Clips:
-    """Read these rows of a shard set into the device's memory."""
-    raw = shards.features(kind, rows)
-    return Clips.resident(raw, num_frames[rows], labels[rows], normalisation, device)
+    """Read clips to score into the device's memory, with all windows of long ones.
+
+    Args:
+        shards: the shard set.
+        kind: which feature.
+        table: `shards.clips()`.
+        rows: row of the first window of every clip [scored].
+        normalisation: that of the network.
+        device: where the clips are scored.
+        labels: the network's labels; those of the shards if empty.
+    """
+    windows, owners = windows_of(table["window"].to_numpy(), rows)
+    found = table.select(["emotion", "num_frames"]).take(windows)
+    raw = shards.features(kind, windows)
+    classes = label_indices(found, labels or shards.card.labels)
+    clips = Clips.resident(raw, found["num_frames"].to_numpy(), classes, normalisation, device)
+    return replace(clips, owners=owners)
 
 
 def label_indices(clips: pa.Table, labels: tuple[str, ...]) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.corpus.splits import ALL, Split, one_clip_per_take, split
+from ser_ray.corpus.splits import ALL, Split, one_clip_per_take, split, windows_of
 from ser_ray.errors import ConfigError
 from ser_ray.training.config import TrainConfig
 
@@ -15,7 +15,7 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
     """Select the rows of `clips` that each part of the configured fold consists of.
 
     Each part has one clip per take (the wav if there is one) of the configured channel, in the
-    order of the takes.
+    order of the takes. The training part has all windows of long clips, the others only the first.
 
     Raises:
         ConfigError: a part of the fold is empty, or its training clips have one label only. With
@@ -48,7 +48,7 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
         )
     return replace(
         parts,
-        train=train,
+        train=windows_of(clips["window"].to_numpy(), train)[0],
         validation=select(parts.validation, config.channel, "validation"),
         test=select(parts.test, config.channel, "test"),
         left_out=rows[parts.left_out],

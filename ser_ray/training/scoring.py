@@ -1,7 +1,7 @@
 """Clips to probabilities: how validation, evaluation and prediction score a clip.
 
-A clip is covered by windows as long as a training crop. Its probabilities are the mean of its
-windows' probabilities.
+A clip is covered by crops as long as a training crop, and so is every window of a clip that was too
+long for one row of the shards. Its probabilities are the mean of the crops' probabilities.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def predict_clips(
 
     Args:
         network: [batch, 1, bins, frames] -> logits [batch, num_labels], on the clips' device.
-        clips: the clips that `rows` index.
-        rows: indices of the clips to score [scored].
-        config: the recipe, whose `crop_frames` is the length of a window.
+        clips: the clips, of which `rows` are scored.
+        rows: numbers of the clips to score [scored]: rows of `clips`, or of their `owners`.
+        config: the recipe, whose `crop_frames` is the length of a crop.
         num_labels: number of the network's outputs.
 
     Returns:
@@ -41,15 +41,19 @@ def predict_clips(
     network.eval()
     device = clips.labels.device
     num_frames = clips.num_frames.cpu().numpy()
-    position = np.zeros(len(clips), dtype=np.int64)
-    position[rows] = np.arange(len(rows))
+    owners = np.arange(len(clips)) if clips.owners is None else clips.owners
+    place = np.full(len(owners), -1, dtype=np.int64)
+    place[rows] = np.arange(len(rows))
+    position = place[owners]  # of each window among the scored clips
     sums = torch.zeros(len(rows), num_labels, dtype=torch.float64, device=device)
     counts = torch.zeros(len(rows), 1, dtype=torch.float64, device=device)
     batch_size = max(config.batch_size, MIN_BATCH_SIZE)
     # Copy all indices before the first batch: a copy to the device waits for its queued work.
     batches = [
         [torch.from_numpy(values).to(device) for values in (clip, start, position[clip])]
-        for clip, start in window_batches(num_frames, rows, config.crop_frames, batch_size)
+        for clip, start in window_batches(
+            num_frames, np.flatnonzero(position >= 0), config.crop_frames, batch_size
+        )
     ]
     for clip, start, where in batches:
         batch, _ = clips.crop(clip, start, config.crop_frames)

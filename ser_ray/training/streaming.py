@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ser_ray.corpus.splits import windows_of
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
@@ -229,9 +230,7 @@ def stream_fold(
     num_frames = table["num_frames"].to_numpy().astype(np.int64)
     reader = Reader(shards, config.feature, split.train, num_frames[split.train])
     normalisation = normalisation or _measure(reader, device, world, fetch)
-    validation = load_clips(
-        shards, config.feature, split.validation, labels, num_frames, normalisation, device
-    )
+    validation = load_clips(shards, config.feature, table, split.validation, normalisation, device)
     part_of = np.repeat(np.arange(len(shards.card.clips)), shards.card.clips)
     train_labels = torch.from_numpy(labels[split.train]).to(device)
     train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch)
@@ -244,7 +243,8 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
     split = select_rows(table, config)
     num_frames = table["num_frames"].to_numpy()
     num_bins = shards.card.features.num_bins(config.feature)
-    sides = (split.train, split.validation)
+    validation, _ = windows_of(table["window"].to_numpy(), split.validation)
+    sides = (split.train, validation)
     return sum(len(side) * clip_bytes(num_bins, num_frames[side]) for side in sides)
 
 

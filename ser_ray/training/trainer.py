@@ -266,18 +266,21 @@ class Trainer:
         clips, num_labels = self.data.validation, len(self.data.labels)
         if not len(clips):
             return None
-        rows = np.arange(len(clips))[self.world.rank_slice]
+        first_windows = clips.first_windows
+        rows = np.arange(len(first_windows))[self.world.rank_slice]
         probabilities = predict_clips(self.kept_network, clips, rows, self.config, num_labels)
-        truth = clips.labels[torch.from_numpy(rows).to(self.device)].cpu().numpy()
+        first = torch.from_numpy(first_windows[rows]).to(self.device)
+        truth = clips.labels[first].cpu().numpy()
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)
         ).to(self.device)
         loss = torch.tensor(log_losses(truth, probabilities).sum(), device=self.device)
         self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
-        of_all = torch.zeros(len(clips), num_labels, dtype=torch.float64, device=self.device)
+        shape = len(first_windows), num_labels
+        of_all = torch.zeros(shape, dtype=torch.float64, device=self.device)
         of_all[self.world.rank_slice] = torch.from_numpy(probabilities).to(self.device)
         self.validation_probabilities = self.world.all_reduce_sum(of_all)
-        return Scores(counts.cpu().numpy(), float(loss) / len(clips))
+        return Scores(counts.cpu().numpy(), float(loss) / len(first_windows))
 
     def finish_epoch(self, scores: Scores | None) -> EpochReport:
         """Record the epoch with its validation scores, if it has any, and prepare the next."""

@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
 from ser_ray.corpus.slips import find_slips
+from ser_ray.corpus.splits import one_clip_per_take
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.decode import decode
@@ -498,8 +499,9 @@ def test_segments_are_clips_and_their_file_is_decoded_once(
     write_wav(tmp_path / "cut.wav", samples[24_000:72_000])
     times = {"": None, "0.5,1.5": None, "2.5,3.2": "0.20 s of it are after the end of the file"}
     beyond = "the segment is from 2.50 s to 9.00 s, and the file ends at 3.00 s"
-    rows = [f"long.wav,{given or ','},x,1" for given in [*times, "2.5,9", "4,"]] + ["cut.wav,,,x,2"]
-    (tmp_path / "t.csv").write_text("\n".join(["file,start,end,emotion,speaker", *rows]))
+    lines = [f"long.wav,{given or ','},x,1" for given in [*times, "2.5,9", "4,"]]
+    header = "file,start,end,emotion,speaker"
+    (tmp_path / "t.csv").write_text("\n".join([header, *lines, "cut.wav,,,x,2"]))
     decoded: list[str] = []
 
     def count(path: str, *, max_seconds: float) -> Sound:
@@ -514,14 +516,44 @@ def test_segments_are_clips_and_their_file_is_decoded_once(
     assert found[2.5, 9.0]["status"] == found[4.0, None]["status"] == "beyond_end"
     assert found[2.5, 9.0]["reason"] == beyond
     assert found[2.5, 3.2]["reason"] == times["2.5,3.2"]
-    assert shards.card.counts == {"beyond_end": 2, "ok": 3, "too_long": 1}
+    assert shards.card.counts == {"beyond_end": 2, "ok": 4}
     assert len({row["digest"] for row in found.values()}) == 1
-    clips = {(row["start"], row["end"]): n for n, row in enumerate(shards.clips().to_pylist())}
-    whole, part = (shards.clips().slice(clips[key], 1) for key in [(None, None), (0.5, 1.5)])
+    table = shards.clips().to_pylist()
+    place = {(Path(row["path"]).name, row["start"]): n for n, row in enumerate(table)}
+    rows = np.array([place["cut.wav", None], place["long.wav", 0.5]])
+    whole, part = shards.clips().take(rows).to_pylist()
     assert part["content"] == whole["content"]
-    assert part["duration"].to_pylist() == [1.0]
-    both = shards.features("mel", np.array([clips[None, None], clips[0.5, 1.5]]))
+    assert part["duration"] == 1.0
+    both = shards.features("mel", rows)
     np.testing.assert_array_equal(both[0], both[1])
+
+
+def test_a_long_clip_becomes_windows_that_count_once(tmp_path: Path) -> None:
+    """Windows of equal length cover the sound from end to end; one without sound is left out."""
+    samples = (voice(5.0) * 20_000).astype(np.int16)
+    write_wav(tmp_path / "long.wav", samples)
+    write_wav(tmp_path / "short.wav", samples[:48_000])
+    pause = np.zeros(3 * 48_000, np.int16)
+    write_wav(tmp_path / "pause.wav", np.concatenate([samples[:60_000], pause, samples[:60_000]]))
+    names = ["long", "pause", "short"]
+    rows = [f"{name}.wav,x,{name}" for name in names]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,speaker", *rows]))
+    shards = write_shards(list_corpus(str(tmp_path / "t.csv")), tmp_path / "shards")
+    assert shards.card.counts == {"ok": 3}
+    assert shards.card.num_clips == 6
+    clips = shards.clips()
+    assert clips["speaker"].to_pylist() == ["long"] * 3 + ["pause"] * 2 + ["short"]
+    assert clips["window"].to_pylist() == [0, 1, 2, 0, 1, 0]
+    assert len(set(clips["take"].to_pylist())) == len(set(clips["content"].to_pylist())) == 3
+    assert clips["duration"].to_pylist()[:3] == [5.0] * 3
+    thirds = [samples[n * 80_000 : (n + 1) * 80_000] for n in range(3)]
+    extract = FeatureExtractor(FEATURES)
+    for row, third in enumerate(thirds):
+        alone = extract.features(extract.waveform(third, 48_000))["mel"]
+        stored = shards.features("mel", np.array([row]))[0, :, : alone.shape[1]]
+        assert clips["num_frames"][row].as_py() == alone.shape[1]
+        np.testing.assert_allclose(stored, alone, atol=0.1)
+    assert list(one_clip_per_take(clips)) == [0, 3, 5]
 
 
 def test_files_that_a_table_names_and_that_do_not_exist_are_listed(tmp_path: Path) -> None:

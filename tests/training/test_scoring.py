@@ -1,5 +1,7 @@
 """The windows of a clip, and that a clip's score does not depend on the other clips."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -53,3 +55,19 @@ def test_a_clips_probabilities_are_the_mean_of_its_windows_whatever_else_is_scor
         with torch.no_grad():
             expected = network(windows[:, None]).softmax(dim=1).mean(dim=0)
         np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_windows_of_a_long_clip_have_one_answer():
+    """It is the mean over the crops of all its windows, and does not depend on other clips."""
+    torch.manual_seed(0)
+    features, lengths = torch.randn(5, 60, 20).half(), torch.tensor([60, 60, 30, 40, 20])
+    alone = Clips(features, lengths, torch.tensor([0, 0, 1, 2, 2]))
+    together = replace(alone, owners=np.array([0, 0, 1, 2, 2]))
+    assert list(together.first_windows) == [0, 2, 3]
+    config, network = TrainConfig(crop_frames=40), ResNet18(3)
+    single = predict_clips(network, alone, np.arange(5), config, 3)
+    # Windows 0 and 1 have two crops each, the others one.
+    means = [single[:2].mean(axis=0), single[2], single[3:].mean(axis=0)]
+    for rows in ([0, 1, 2], [2, 0], [1]):
+        found = predict_clips(network, together, np.array(rows), config, 3)
+        np.testing.assert_allclose(found, [means[row] for row in rows], atol=1e-6)
