@@ -263,7 +263,7 @@ def test_gain_response_equals_the_difference_of_a_louder_recording(kind):
 
 
 def test_a_long_clip_trains_as_windows_and_is_scored_once():
-    memory = make_memory_shards()
+    memory: Any = make_memory_shards()
     config = TrainConfig(protocol="speaker-3", crop_frames=8)
     uncut = load_fold(memory, config, CPU)
     times = np.where(np.arange(len(memory.table)) % 3 == 0, 3, 1)  # windows of each clip
