@@ -1,7 +1,7 @@
-"""How fast the parts are, compared with plainer ways of doing the same work in the same run.
+"""How fast the parts are, compared with plainer ways of doing the same work, and what faults cost.
 
-`python jobs/bench.py prepare|train|tune|predict ...`; each part's own file, `bench_<part>.py`, says
-what it compares and what its figures do not say.
+`python jobs/bench.py prepare|train|tune|predict|plan|faults ...`; each part's own file,
+`bench_<part>.py`, says what it compares and what its figures do not say.
 """
 
 import os
