@@ -30,8 +30,8 @@ from ser_ray.training.config import AugmentConfig
 from ser_ray.training.data import Normalisation
 
 NOISE_DB = (-80.0, -30.0)
-"""Mean square of the noise, drawn uniformly: from a studio to a loud fan. The speech of RAVDESS has
-a median of -38 dB."""
+"""Mean square of the noise, drawn uniformly: from a studio to a loud fan. The median clip of
+RAVDESS has -38 dB."""
 NOISE_SLOPE = (0.0, 2.0)
 """The noise's power falls with frequency to this power: 0 is white, 1 pink and 2 brown."""
 ECHO_DB = (-15.0, 3.0)
