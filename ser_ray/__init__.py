@@ -1,5 +1,6 @@
 """Speech emotion recognition at scale: the way of a clip, in order.
 
+command      the command that a user may give next, with the same settings
 storage      paths and URIs, files written completely or not at all, one writer for a folder
 local_ray    how Ray is started on this machine
 cluster      joining a Ray cluster, or starting one on this machine

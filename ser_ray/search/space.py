@@ -24,8 +24,6 @@ DEFAULT_SPACE = (
 """The default space. `--space` adds names to it, or gives those in it another distribution."""
 RATIO = "lr_ratio"
 """The space holds lr_max / lr_min instead of lr_min."""
-GRID_POINTS = 3
-"""Number of grid points in a range: both ends and the middle, in equal steps or ratios."""
 
 _NOT_SEARCHED = {
     "lr_min": "draw lr_ratio instead, which is lr_max / lr_min",
@@ -49,17 +47,13 @@ class Dimension:
     """Lowest and highest value, both included, or the choices."""
 
     def grid(self) -> tuple[Any, ...]:
-        """The values that a grid search tries."""
+        """The values that a grid search tries; of a range, both ends and the middle."""
         if self.kind == "choice":
             return self.values
         low, high = self.values
-        shares = [index / (GRID_POINTS - 1) for index in range(GRID_POINTS)]
-        if self.kind == "loguniform":
-            return tuple(low * (high / low) ** share for share in shares)
-        spread = [low + (high - low) * share for share in shares]
-        if self.kind == "uniform":
-            return tuple(spread)
-        return tuple(dict.fromkeys(round(value) for value in spread))
+        middle = math.sqrt(low * high) if self.kind == "loguniform" else (low + high) / 2
+        points = (low, round(middle) if self.kind == "integer" else middle, high)
+        return tuple(dict.fromkeys(points))
 
     def __str__(self) -> str:
         """Its distribution in words, as in `loguniform 0.001 to 0.1`."""

@@ -318,9 +318,11 @@ class Tracker:
         try:
             with store_answers(problem, advice):
                 yield
-        except TrackingError:
-            with store_answers(problem, advice):
-                self._require_present()
+        except TrackingError as error:
+            # MLflow refuses the records of a deleted run by this code.
+            if getattr(error.__cause__, "error_code", "") == "INVALID_PARAMETER_VALUE":
+                with store_answers(problem, advice):
+                    self._require_present()
             raise
 
     def _require_present(self) -> None:

@@ -42,6 +42,7 @@ def test_a_line_of_the_same_name_replaces_the_default_and_others_are_added():
     ("line", "grid"),
     [
         ("lr_max=loguniform(1e-4,1e-2)", (1e-4, 1e-3, 1e-2)),
+        ("lr_max=loguniform(3e-4,7e-3)", (3e-4, 21e-7**0.5, 7e-3)),
         ("weight_decay=uniform(0,0.1)", (0, 0.05, 0.1)),
         ("batch_size=integer(8,64)", (8, 36, 64)),
         ("epochs=integer(4,5)", (4, 5)),
@@ -49,7 +50,9 @@ def test_a_line_of_the_same_name_replaces_the_default_and_others_are_added():
     ],
 )
 def test_the_grid_of_a_dimension(line, grid):
-    assert parse_dimension(line).grid() == pytest.approx(grid)
+    dimension = parse_dimension(line)
+    assert dimension.grid() == pytest.approx(grid)
+    assert all(dimension.holds(value) for value in dimension.grid())
 
 
 @pytest.mark.parametrize(

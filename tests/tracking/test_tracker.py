@@ -214,11 +214,18 @@ def test_a_store_that_does_not_answer_is_not_asked_again_for_a_while(
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("is_server", [True, False])
 def test_a_run_that_is_deleted_while_it_trains_is_named_and_goes_on_once_it_is_restored(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    request: pytest.FixtureRequest,
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_server: bool,
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
     uri = f"sqlite:///{in_tmp}/mlflow.db"
+    if is_server:
+        uri = request.getfixturevalue("mlflow_server").uri
     tracker, client = start(uri), MlflowClient(uri)
     log(tracker, 1)
     client.delete_run(tracker.run_id)
