@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ser_ray.errors import ResourcesError
-from ser_ray.local_ray import on_loopback, session_folder, signals_kept
+from ser_ray.local_ray import session_folder, signals_kept, small_and_on_loopback
 from ser_ray.storage.paths import absolute
 
 AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
@@ -99,7 +99,7 @@ def _init(address: str, named: str) -> None:
     try:
         if address:
             _require_listener(address, named)
-        with signals_kept(), nullcontext() if address else on_loopback():
+        with signals_kept(), nullcontext() if address else small_and_on_loopback():
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,

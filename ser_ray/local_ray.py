@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
@@ -19,6 +20,9 @@ LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
 """Longest path, in bytes, in which Ray's folder can be made: Linux allows a socket's path 107."""
 FREE_BYTES = 100_000_000
 """Space that the logs of a session may need."""
+UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node that start the servers of its dashboard and autoscaler, and the process
+that sends the workers' logs to the driver."""
 
 logger = logging.getLogger(__name__)
 
@@ -104,17 +108,28 @@ def signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
-    """Let a Ray that is started in the block use the loopback as this machine's address.
+def small_and_on_loopback() -> Iterator[None]:
+    """Let a Ray that is started in the block use the loopback, and only the processes it needs.
 
-    Ray has no public setting for this: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
-    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    Left out are the UNUSED processes; Ray starts the dashboard's server, and waits for it, even
+    with `include_dashboard=False`. The agent of the node runs as in an installation without
+    `ray[default]`, whose HTTP server nothing here asks. Ray has no public settings for this or for
+    the address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
+    `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
     """
-    from ray._private import ray_constants
+    from ray._private import ray_constants, utils
+    from ray._private.node import Node
 
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    replaced: list[tuple[Any, str, Any]] = [
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
+    ]
+    replaced += [(Node, name, lambda node, **_: None) for name in UNUSED]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        for owner, name, value in before:
+            setattr(owner, name, value)

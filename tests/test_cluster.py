@@ -37,7 +37,7 @@ from ser_ray.cluster import (
 from ser_ray.distributed.process_group import serve_store
 from ser_ray.errors import ResourcesError
 from ser_ray.inference import batch
-from ser_ray.local_ray import on_loopback
+from ser_ray.local_ray import small_and_on_loopback
 from ser_ray.shards import prepare
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.read import open_shards
@@ -310,9 +310,9 @@ def test_files_to_score_that_only_this_machine_has_are_refused_even_if_the_first
 
 
 def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
-    """If an upgrade of Ray moves the name that `on_loopback` sets, this fails first."""
+    """If an upgrade of Ray moves the name that `small_and_on_loopback` sets, this fails first."""
     usual = ray.util.get_node_ip_address()
-    with on_loopback():
+    with small_and_on_loopback():
         assert ray.util.get_node_ip_address() == "127.0.0.1"
     assert ray.util.get_node_ip_address() == usual
 
@@ -331,6 +331,11 @@ def test_a_ray_that_is_started_here_listens_on_the_loopback_only(
         # The process group of a training is the one listener that Ray does not start itself.
         store = ray.remote(lambda: serve_store()).remote()
         assert ray.get(store)[0] == "127.0.0.1"
+        commands = [
+            " ".join(process.cmdline())
+            for process in us.children(recursive=True)
+            if process.pid not in before
+        ]
         listening = [
             (process.name(), socket.laddr.ip)
             for process in us.children(recursive=True)
@@ -340,6 +345,8 @@ def test_a_ray_that_is_started_here_listens_on_the_loopback_only(
         ]
     assert {"gcs_server", "raylet"} < {name for name, _ in listening}
     assert any(name.startswith("ray::") for name, _ in listening)
+    unused = ("dashboard/dashboard.py", "autoscaler/_private/monitor.py", "log_monitor.py")
+    assert [command for command in commands if any(name in command for name in unused)] == []
     loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
     assert [item for item in listening if item[1] not in loopback] == []
 
