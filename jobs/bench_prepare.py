@@ -9,12 +9,14 @@
 - notebook: librosa.load and three librosa features, in one process.
 
 Each runs in a fresh Python and is timed from before Python starts. The rate counts the files after
-the first part (or clip), so the start shows only in the seconds to the first one. The figures say
-nothing about a cluster whose files come over a network.
+the first part (or clip), so the start shows only in the seconds to the first one. The processes are
+those that run, besides the first, when the first part is done. The figures say nothing about a
+cluster whose files come over a network.
 """
 
 import itertools
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tyro
 from pyarrow import fs
 
@@ -44,8 +47,8 @@ class Bench:
     """Folder of the clips."""
     files: int = 0
     """Prepare this many links to the clips, each clip as often as needed; 0 for the clips alone."""
-    processes: int = 2
-    """CPUs of Ray and processes of the pool."""
+    processes: int = os.cpu_count() or 1
+    """Processes of the pool; Ray has one for every CPU."""
     sample: int = 200
     """Clips that the ways with one process are measured on."""
     rounds: int = 3
@@ -68,12 +71,15 @@ class Timing:
     """Files a second after the first part or clip."""
     megabytes: float
     """Peak memory of the largest process."""
+    processes: int
+    """Processes that ran, besides the first, when the first part was done."""
 
 
 def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     """Prepare as users do; returns the peak memory of the workers in kilobytes."""
     import ray
 
+    from ser_ray.cluster import cluster
     from ser_ray.shards.config import PrepareConfig
     from ser_ray.shards.prepare import prepare
 
@@ -87,14 +93,10 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
         time.sleep(0.05)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    ray.init(
-        num_cpus=bench.processes, include_dashboard=False, address="local", log_to_driver=False
-    )
-    prepare(PrepareConfig(corpus=corpus, shards=shards), progress=progress)
-    peaks = [ray.remote(peak).remote() for _ in range(4 * bench.processes)]
-    largest = max(ray.get(peaks))
-    ray.shutdown()
-    return largest
+    with cluster():
+        prepare(PrepareConfig(corpus=corpus, shards=shards), progress=progress)
+        peaks = [ray.remote(peak).remote() for _ in range(4 * bench.processes)]
+        return int(max(ray.get(peaks)))
 
 
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
@@ -202,15 +204,21 @@ def _peak_memory() -> int:
 def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
     """Run one way, in a new process that was requested at the time `started`."""
     marks: list[tuple[float, int]] = []
+    seen: list[psutil.Process] = []
+
+    def mark(count: int) -> None:
+        marks.append((time.time() - started, count))
+        if len(marks) == 1:
+            seen.extend(psutil.Process().children(recursive=True))
+
     with tempfile.TemporaryDirectory() as shards:
-        largest = WAYS[way](
-            bench, corpus, shards, lambda count: marks.append((time.time() - started, count))
-        )
+        largest = WAYS[way](bench, corpus, shards, mark)
         total = time.time() - started
     files = sum(count for _, count in marks)
     (first, first_files), (last, _) = marks[0], marks[-1]
     megabytes = max(largest, _peak_memory()) / 1024
-    return Timing(files, first, total, (files - first_files) / (last - first), megabytes)
+    rate = (files - first_files) / (last - first)
+    return Timing(files, first, total, rate, megabytes, len(seen))
 
 
 def make_links(corpus: str, files: int, folder: Path) -> str:
@@ -240,13 +248,20 @@ def main() -> None:
                 with ProcessPoolExecutor(1, mp_context=context) as fresh:
                     run = fresh.submit(measure, way, bench, corpus, time.time())
                     timings[way].append(run.result())
-    print(f"{'':10}{'files':>7}{'files/s':>9}{'first, s':>10}{'total, s':>10}{'peak, MB':>10}")
+    heads = ("files", "files/s", "first, s", "total, s", "peak, MB", "processes")
+    print(f"{'':10}" + "".join(f"{head:>10}" for head in heads))
     for way, runs in timings.items():
-        rate, first, total, peak = (
+        rate, first, total, peak, processes = (
             statistics.median(getattr(run, name) for run in runs)
-            for name in ("rate", "first", "total", "megabytes")
+            for name in ("rate", "first", "total", "megabytes", "processes")
         )
-        print(f"{way:10}{runs[0].files:7}{rate:9.0f}{first:10.1f}{total:10.1f}{peak:10.0f}")
+        times = f"{rate:10.0f}{first:10.1f}{total:10.1f}"
+        print(f"{way:10}{runs[0].files:10}{times}{peak:10.0f}{processes:10.0f}")
+    if {"job", "pool"} <= timings.keys():
+        ratio = statistics.median(run.total for run in timings["job"]) / statistics.median(
+            run.total for run in timings["pool"]
+        )
+        print(f"job / pool: {ratio:.1f} of the time")
 
 
 if __name__ == "__main__":

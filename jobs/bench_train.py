@@ -25,9 +25,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -344,21 +345,28 @@ def measure(bench: Bench, way: str) -> tuple[Timing, int]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         command = [sys.executable, __file__, "one", json.dumps(order), str(answer)]
-        with subprocess.Popen(command) as process:
-            seen = children_seen(process)
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
-        return Timing(**json.loads(answer.read_text())), seen
+        with processes_seen() as seen:
+            subprocess.run(command, check=True)
+        return Timing(**json.loads(answer.read_text())), len(seen) - 1
 
 
-def children_seen(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end of a process, and count the processes below it that were seen meanwhile."""
+@contextmanager
+def processes_seen() -> Iterator[set[int]]:
+    """Yield the ids of the processes below this one that are seen in the block."""
     seen: set[int] = set()
-    while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            seen |= {each.pid for each in psutil.Process(process.pid).children(recursive=True)}
-        time.sleep(0.1)
-    return len(seen)
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            seen.update(each.pid for each in psutil.Process().children(recursive=True))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
 
 
 def one(order: dict[str, Any], answer: Path) -> None:
