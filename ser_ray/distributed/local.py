@@ -26,6 +26,7 @@ from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
 from ser_ray.errors import SerRayError, is_permanent
 from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.store import first_line
 from ser_ray.training.checkpoint import Snapshot
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
@@ -93,7 +94,8 @@ class LocalTraining:
                 if is_permanent(error) or failures == self.max_failures:
                     raise self._failure(error) from error
                 failures += 1
-                logger.warning("the training failed (%s): it resumes from the last epoch", error)
+                reason = first_line(error)
+                logger.warning("the training failed (%s): it resumes from the last epoch", reason)
             else:
                 return
 
@@ -173,7 +175,7 @@ class LocalReporter:
 def worker_device(*, gpu: bool) -> Iterator[torch.device]:
     """Yield the device of a worker in this process, which has as many threads as one of Ray."""
     before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cpus_per_worker(1))))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpus_per_worker(1)))
     try:
         yield torch.device("cuda" if gpu else "cpu")
     finally:
