@@ -143,7 +143,8 @@ def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> b
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
         return False
-    capabilities = torch.cpu.get_capabilities()
+    # torch before 2.11 does not say what a CPU multiplies.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
