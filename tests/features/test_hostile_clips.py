@@ -50,9 +50,9 @@ def float_wav(path: Path, bad: float) -> None:
     write_wav(path, samples, subtype="FLOAT")
 
 
-def hour(path: Path) -> None:
-    """An hour of sound that takes no room on the disk."""
-    num_bytes = 3600 * 48_000 * 2
+def two_hours(path: Path) -> None:
+    """Two hours of sound that take no room on the disk."""
+    num_bytes = 7200 * 48_000 * 2
     header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", num_bytes + 36, b"WAVE", b"fmt ", 16, 1, 1,
                          48_000, 96_000, 2, 16, b"data", num_bytes)  # fmt: skip
     with path.open("wb") as file:
@@ -104,7 +104,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "can be decoded",
     ),
     "silence": (lambda path: write_wav(path, np.zeros(48_000)), "silent", "-80 dB"),
-    "an hour": (hour, "too_long", "longer than 65 s"),
+    "two hours": (two_hours, "too_long", "longer than 3600 s"),
     "ten seconds of sound": (
         lambda path: write_wav(path, voice(10.0)),
         "too_long",
