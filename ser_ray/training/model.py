@@ -144,7 +144,7 @@ def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> b
     if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
         return False
     # torch before 2.11 does not say what a CPU multiplies.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
