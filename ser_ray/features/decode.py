@@ -16,6 +16,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
 import soundfile
 from pyarrow import fs
 
@@ -24,6 +25,7 @@ from ser_ray.features.errors import ClipError, Failure
 from ser_ray.features.ffmpeg import UnsupportedError, decode_with_ffmpeg
 from ser_ray.features.samples import (
     MISSING_SECONDS,
+    MIX_SECONDS,
     Decoded,
     Sound,
     finite,
@@ -192,7 +194,11 @@ def _decode_with_soundfile(
             if sound.channels == 1 and sound.subtype == "PCM_16":
                 samples = sound.read(sound.frames, dtype="int16")
             else:
-                samples = to_mono(sound.read(sound.frames, dtype="float32", always_2d=True).T)
+                size = round(MIX_SECONDS * sound.samplerate)
+                pieces = [np.empty(0, np.float32)]
+                while len(piece := sound.read(size, dtype="float32", always_2d=True)):
+                    pieces.append(to_mono(piece.T))
+                samples = np.concatenate(pieces)
             return Decoded(samples, sound.samplerate, lost, seconds)
     except (soundfile.LibsndfileError, TypeError):  # soundfile takes any .raw to have no header
         return None

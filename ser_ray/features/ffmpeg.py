@@ -16,6 +16,7 @@ import soxr
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import (
     MISSING_SECONDS,
+    MIX_SECONDS,
     Decoded,
     require_length,
     require_shape,
@@ -93,7 +94,9 @@ class _Timeline:
         self._has_pauses = has_pauses
         self.num_samples = self.num_lost = 0
         self._begin: float | None = None  # time stamp of sample 0
-        self._blocks: list[np.ndarray] = []  # [channels, num_samples]; both may vary
+        self._blocks: list[np.ndarray] = []  # [channels, num_samples], with equal channels
+        self._mixed: list[np.ndarray] = []  # [num_samples]
+        self._num_mixed = 0
 
     def append(self, block: np.ndarray, second: float | None) -> None:
         """Append samples `[channels, num_samples]` at a time stamp in seconds, if they have one."""
@@ -114,17 +117,23 @@ class _Timeline:
         self.num_lost += num_samples * is_lost
 
     def _append(self, block: np.ndarray) -> None:
+        if self._blocks and len(block) != len(self._blocks[0]):
+            self._mix()
         self._blocks.append(block)
         self.num_samples += block.shape[1]
         require_length(self.num_samples / self.sample_rate, self._max_seconds)
+        if self.num_samples - self._num_mixed > MIX_SECONDS * self.sample_rate:
+            self._mix()
+
+    def _mix(self) -> None:
+        if self._blocks:
+            self._mixed.append(to_mono(np.concatenate(self._blocks, axis=1)))
+            self._blocks, self._num_mixed = [], self.num_samples
 
     def samples(self) -> np.ndarray:
         """Return all samples as one channel, `[num_samples]` float32."""
-        most = max((len(block) for block in self._blocks), default=1)
-        if all(len(block) == most for block in self._blocks):
-            empty = np.empty((most, 0), np.float32)
-            return to_mono(np.concatenate([empty, *self._blocks], axis=1))
-        return np.concatenate([to_mono(block) for block in self._blocks])
+        self._mix()
+        return np.concatenate([np.empty(0, np.float32), *self._mixed])
 
 
 def _decode_packets(

@@ -105,6 +105,10 @@ def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | Non
     return sound._replace(samples=samples), "; ".join(losses) or None
 
 
+MIX_SECONDS = 10.0
+"""Longer recordings are mixed to one channel in pieces of this length: hours do not fit at once."""
+
+
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
 
