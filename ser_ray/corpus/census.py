@@ -7,7 +7,6 @@ need all of them, so a modality and channel of which nothing is listed is not re
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,6 +23,7 @@ from ser_ray.corpus.ravdess import (
     NameProblem,
     format_name,
 )
+from ser_ray.corpus.words import shorten
 
 _NAMES_SHOWN = 3
 
@@ -74,7 +74,7 @@ class CorpusComparison:
         doubled = [_file_name(clip) for clip in self.doubled]
         for what, names in (("doubled", doubled), ("unexpected", self.unexpected)):
             if names:
-                lines.append(f"{len(names)} {what}: {_shorten(names)}")
+                lines.append(f"{len(names)} {what}: {shorten(names, _NAMES_SHOWN)}")
         return "\n".join(lines)
 
 
@@ -119,7 +119,7 @@ def _group_text(num_expected: int, present: list[ClipName], missing: list[ClipNa
     for actor in sorted(actors_present):
         names = [_file_name(clip) for clip in missing if clip.speaker == actor]
         if names:
-            parts.append(f"actor {actor} lacks {len(names)}: {_shorten(names)}")
+            parts.append(f"actor {actor} lacks {len(names)}: {shorten(names, _NAMES_SHOWN)}")
     return "; ".join(parts)
 
 
@@ -129,10 +129,3 @@ def _kind(clip: ClipName) -> tuple[str, str]:
 
 def _file_name(clip: ClipName) -> str:
     return format_name(clip, ".wav" if clip.modality == "audio" else ".mp4")
-
-
-def _shorten(names: Iterable[str]) -> str:
-    """Join the first names and count the others."""
-    names = list(names)
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ser_ray.corpus.words import shorten
+
 RARE = 4
 """A label is rare beside one that has at least this many times as many clips."""
 LONG = 4
@@ -27,10 +29,9 @@ def describe_clips(clips: pa.Table) -> str:
         clips: string columns `emotion` and `speaker`, one row per clip.
     """
     labels = Counter(clips["emotion"].to_pylist()).most_common()
-    shown = ", ".join(f"{label} {count}" for label, count in labels[:SHOWN_LABELS])
-    more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+    shown = shorten([f"{label} {count}" for label, count in labels], SHOWN_LABELS)
     speakers = len(pc.unique(clips["speaker"]))
-    return f"labels: {shown}{more}\nspeakers: {speakers}"
+    return f"labels: {shown}\nspeakers: {speakers}"
 
 
 def find_slips(outcomes: pa.Table) -> list[str]:
@@ -46,6 +47,14 @@ def find_slips(outcomes: pa.Table) -> list[str]:
     labels = Counter(clips["emotion"].to_pylist())
     if len(labels) == 1:
         lines.append(f"all clips have the label {next(iter(labels))!r}: nothing can be trained")
+    parts: defaultdict[str, set[str]] = defaultdict(set)
+    for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
+        parts[speaker] |= {part} - {None}
+    if shared := sorted(speaker for speaker in parts if len(parts[speaker]) > 1):
+        lines.append(
+            f"several parts of the column split have the speakers {shorten(shared, SHOWN)}, so "
+            "--protocol table will be refused"
+        )
     lines += _similar_labels(labels)
     return lines + _similar_speakers(Counter(clips["speaker"].to_pylist()))
 
@@ -67,10 +76,9 @@ def _foreign_actors(outcomes: pa.Table) -> list[str]:
             found.append(f"{path} (actor {actor})")
     if not found:
         return []
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return [
-        f"in the folder of another actor than the name says: {', '.join(found[:SHOWN])}{more}; the "
-        "name is taken as right"
+        f"in the folder of another actor than the name says: {shorten(found, SHOWN)}; the name is "
+        "taken as right"
     ]
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ser_ray.corpus.words import SIDES
+from ser_ray.corpus.words import SIDES, shorten
 from ser_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ _NAMED_FOLDS = {
         ("01", "04", "09", "22"),
     ),
 }
+_SHOWN = 8  # names in a message
 _RANDOM_FOLDS = 5  # a fifth of the takes is the test side
 _RANDOM_VALIDATION = 8  # an eighth of the rest, a tenth of all, is the validation side
 
@@ -251,7 +252,7 @@ def _test_folds(
         if strangers := sorted(set(sexes) - set(itertools.chain(*folds))):
             raise ConfigError(
                 f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
-                f"{_shorten(strangers)}: use {_alternative(len(sexes))}"
+                f"{shorten(strangers, _SHOWN)}: use {_alternative(len(sexes))}"
             )
         return list(folds)
     match = re.fullmatch(r"speaker-([1-9]\d{0,5})", protocol, re.ASCII)
@@ -350,14 +351,10 @@ def _check_sides(drawn: Split, present: Sequence[str], wanted: Sequence[str]) ->
             tests = f" and the fold tests {', '.join(wanted)}" if wanted else ""
             raise ConfigError(
                 f"{drawn.label}: its {side} side has no clips; the corpus has the speakers "
-                f"{_shorten(present)}{tests}. Use {_alternative(len(present))}, or add clips"
+                f"{shorten(present, _SHOWN)}{tests}. Use {_alternative(len(present))}, or add clips"
             )
 
 
 def _alternative(num_speakers: int) -> str:
     """Return a protocol that works with this number of speakers."""
     return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

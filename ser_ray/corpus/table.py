@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.corpus.formats import as_table, read_folder, read_json_lines, read_parquet
+from ser_ray.corpus.formats import Find, as_table, read_folder, read_json_lines, read_parquet
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
@@ -80,25 +80,15 @@ def read_table(
     Raises:
         CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
     """
-    notes: tuple[str, ...] = ()
+    names = columns or {}
 
-    def find(names: Sequence[str]) -> dict[str, str]:
-        return _find_columns(source, names, columns or {})
+    def find(given: Sequence[str]) -> dict[str, str]:
+        return _find_columns(source, given, names)
 
     try:
-        lower = path.lower()
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            table = read_folder(source, filesystem, path, find)
-            if table is None:
-                return None
-        elif lower.endswith(".parquet"):
-            table = read_parquet(absolute(source), filesystem, path, find)
-        elif lower.endswith(JSON_SUFFIXES):
-            table = as_table(read_json_lines(filesystem, path))
-        else:
-            with filesystem.open_input_file(path) as file:
-                text, notes = _decode(source, file.read())
-            table = _parse(source, text, set((columns or {}).values()))
+        table, notes = _read_any(source, filesystem, path, find, set(names.values()))
+        if table is None:
+            return None
         found = find(table.column_names)
         table.select(list(found.values())).validate(full=True)  # text that is not UTF-8, too
         values = {
@@ -122,6 +112,21 @@ def read_table(
     start, end = _read_times(source, *(column.to_pylist() for column in times))
     values |= {"start": pa.array(start, pa.float64()), "end": pa.array(end, pa.float64())}
     return pa.table(values | {"split": _read_split(split)}), notes
+
+
+def _read_any(
+    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
+) -> tuple[pa.Table | None, tuple[str, ...]]:
+    """Read a table or folder of any format, and return lines to tell the user with it."""
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        return read_folder(source, filesystem, path, find), ()
+    if path.lower().endswith(".parquet"):
+        return read_parquet(absolute(source), filesystem, path, find), ()
+    if path.lower().endswith(JSON_SUFFIXES):
+        return as_table(read_json_lines(filesystem, path)), ()
+    with filesystem.open_input_file(path) as file:
+        text, notes = _decode(source, file.read())
+    return _parse(source, text, wanted), notes
 
 
 def _read_split(column: pa.ChunkedArray) -> pa.Array:

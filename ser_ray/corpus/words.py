@@ -1,5 +1,7 @@
 """The words that tables have for the same things. `--help` imports this, so it imports nothing."""
 
+from collections.abc import Sequence
+
 MISSING_WORDS = (
     "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "#n/a", "#na", "#null!", "?",
     "-", "--",
@@ -21,3 +23,9 @@ SIDES = {
     "val": "validation", "dev": "validation", "devel": "validation", "test": "test",
 }  # fmt: skip
 """What the column `split` says. Other values are folds, and each is the test side of its own."""
+
+
+def shorten(names: Sequence[str], shown: int) -> str:
+    """Join the first names and count the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

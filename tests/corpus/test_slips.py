@@ -12,11 +12,20 @@ def outcomes(labels: dict[str, int], speakers: list[str] | None = None) -> pa.Ta
     rows = [
         {
             "path": f"/{number}.wav", "emotion": label, "channel": None, "status": "ok",
-            "speaker": speakers[number % len(speakers)], "reason": None,
+            "speaker": speakers[number % len(speakers)], "reason": None, "split": None,
         }
         for number, label in enumerate(emotions)
     ]  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+def test_a_speaker_in_two_parts_of_a_table_is_pointed_out() -> None:
+    table = outcomes({"sad": 4, "angry": 4}).drop_columns("split")  # anna and ben in turn
+    apart = table.append_column("split", pa.array(["train", "test"] * 4))
+    mixed = table.append_column("split", pa.array(["train", "test", None, "dev"] * 2))
+    assert find_slips(apart) == []
+    [line] = find_slips(mixed)
+    assert line.startswith("several parts of the column split have the speakers ben, so")
 
 
 def test_labels_are_counted_and_speakers_too() -> None:
