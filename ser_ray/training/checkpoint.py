@@ -72,6 +72,8 @@ class CheckpointCard:
 
     def __post_init__(self) -> None:
         require_valid(self)
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise ConfigError(f"labels is {self.labels}: two or more different ones are needed")
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}: it must be above 0")
 

@@ -167,13 +167,15 @@ class TrainConfig:
         Raises:
             ConfigError: a setting is unknown; the message lists the known ones.
         """
-        augment = values.get("augment", {})
         _require_known(cls, values, "training")
+        augment = values.get("augment", {})
         _require_known(AugmentConfig, augment, "augmentation")
         return cls(**(values | {"augment": AugmentConfig(**augment)}))
 
 
 def _require_known(kind: type, values: dict[str, Any], what: str) -> None:
+    if not isinstance(values, dict):
+        raise ConfigError(f"the {what} settings are {repr(values)[:100]}: they must be a mapping")
     known = {item.name for item in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - known):
         raise ConfigError(

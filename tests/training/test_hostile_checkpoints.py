@@ -80,6 +80,10 @@ def test_any_json_is_used_or_refused_in_one_line(
     hold(examples, as_bytes | damaged([path.read_bytes()]), is_used_or_refused)
     path.write_bytes(b"[" * 100_000)
     assert not is_answered(lambda: use(checkpoint))
+    for changed in ({"config": None}, {"config": {"augment": []}}, {"labels": []}):
+        if name == CARD:
+            path.write_text(json.dumps(original | changed))
+            assert not is_answered(lambda: use(checkpoint))
 
 
 @pytest.mark.parametrize("name", [MODEL, STATE])
