@@ -80,7 +80,10 @@ def test_any_json_is_used_or_refused_in_one_line(
     hold(examples, as_bytes | damaged([path.read_bytes()]), is_used_or_refused)
     path.write_bytes(b"[" * 100_000)
     assert not is_answered(lambda: use(checkpoint))
-    for changed in ({"config": None}, {"config": {"augment": []}}, {"labels": []}):
+    changes: list[dict[str, Any]] = [
+        {"config": None}, {"config": {"augment": []}}, {"labels": []}
+    ]  # fmt: skip
+    for changed in changes:
         if name == CARD:
             path.write_text(json.dumps(original | changed))
             assert not is_answered(lambda: use(checkpoint))
