@@ -6,6 +6,7 @@ from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -188,7 +189,7 @@ VALUES = st.sampled_from(
         pa.array(["a", "b"], pa.large_string()), pa.array(["a", "b"], pa.string_view()),
         pa.array([[("a", 1)]] * 2, pa.map_("string", "int8")), pa.array([1, 2], pa.date32()),
         pa.array([b"ab", b"cd"], pa.binary(2)), pa.array([b"a", b"b"], pa.large_binary()),
-        pa.array([1, 2], pa.uint64()), pa.array([1, 2], pa.float16()),
+        pa.array([1, 2], pa.uint64()), pa.array(np.array([1, 2], np.float16)),
         pa.array([1, 2], pa.time64("ns")),
     ]
 )  # fmt: skip

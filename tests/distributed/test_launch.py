@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
+from ser_ray.command import flags_of
 from ser_ray.distributed import group
 from ser_ray.distributed import launch as distributed
 from ser_ray.distributed.config import RunConfig
@@ -39,6 +40,7 @@ from ser_ray.evaluation import evaluate as evaluation
 from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.lock import Lock
+from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.mlflow_server import MlflowServer
@@ -256,12 +258,10 @@ def command(world: World, name: str, **flags: str) -> list[str]:
     """The command line of `world.train`."""
     flags = {
         "shards": world.shards, "name": name, "storage": str(world.folder / "runs"),
-        "tracking_uri": world.store, "device": "cpu", "protocol": CONFIG.protocol,
-        "epochs": str(CONFIG.epochs), "batch_size": str(CONFIG.batch_size), "weights": "none",
-        "crop_frames": str(CONFIG.crop_frames), "lr_max": str(CONFIG.lr_max), "mixup": "0.2",
+        "tracking_uri": world.store, "device": "cpu",
     } | flags  # fmt: skip
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value)]
-    return [sys.executable, "-m", "ser_ray", "train", *words]
+    return [sys.executable, "-m", "ser_ray", "train", *words, *flags_of(CONFIG)]
 
 
 def can_mount() -> bool:
@@ -355,7 +355,7 @@ def test_two_workers_train_after_a_storage_error_of_one_and_score_for_the_driver
     newest = folder.newest()
     assert newest is not None
     scored = evaluation.evaluate(Path(result.checkpoint), world.shards, part="validation")
-    found = folder.validation_probabilities(newest)
+    found = apply_temperature(folder.validation_probabilities(newest), scored.card.temperature)
     np.testing.assert_allclose(found, scored.probabilities, atol=1e-6)
     assert scored.scores.ua == pytest.approx(result.selected["val/ua"])
 
