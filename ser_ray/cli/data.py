@@ -33,13 +33,16 @@ class Prepare(Verb):
     def run(self) -> Outcome:
         """Prepare the shards and list the outcomes of all files."""
         from ser_ray.corpus.census import compare_with_ravdess
+        from ser_ray.corpus.splits import suggest_protocol
 
         say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)
         card, lines = summary.card, [str(summary)]
+        shards, protocol = api.open_shards(self.prepare.shards), ""
         if card.corpus == "ravdess":
-            outcomes = api.open_shards(self.prepare.shards).outcomes()
-            lines.append(compare_with_ravdess(outcomes).text())
+            lines.append(compare_with_ravdess(shards.outcomes()).text())
+        elif card.corpus == "table":
+            protocol = suggest_protocol(shards.clips())
         data = {
             "shards": self.prepare.shards,
             "files": card.num_files,
@@ -50,5 +53,5 @@ class Prepare(Verb):
             "warnings": list(summary.warnings),
         }
         lines.append(f"shards       {self.prepare.shards}")
-        command = next_command("train", shards=self.prepare.shards)
+        command = next_command("train", shards=self.prepare.shards, protocol=protocol)
         return Outcome(data, "\n".join(lines), f"train on it  {command}")

@@ -113,6 +113,13 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
     return len(_test_folds(protocol, dict.fromkeys(clips["speaker"].to_pylist()), clips))
 
 
+def suggest_protocol(clips: "pa.Table") -> str:
+    """Return a protocol that fits a custom corpus: that of its table, or folds by speaker."""
+    if clips["split"].null_count < len(clips):
+        return "table"
+    return f"speaker-{min(len(set(clips['speaker'].to_pylist())), 5)}"
+
+
 def split(
     protocol: str, fold: int, clips: "pa.Table", *, seed: int = 0, validation_speakers: int = 0
 ) -> Split:

@@ -5,12 +5,19 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ser_ray.corpus.census import expected_ravdess
-from ser_ray.corpus.splits import PROTOCOLS, num_folds, one_clip_per_take, split
+from ser_ray.corpus.splits import (
+    PROTOCOLS,
+    num_folds,
+    one_clip_per_take,
+    split,
+    suggest_protocol,
+)
 from ser_ray.errors import ConfigError
 
 # The folds as EmoBox and Luna-Jimenez publish them.
@@ -366,6 +373,17 @@ def test_the_folds_of_a_table_are_a_protocol():
         tuple(sorted(s for s in map("{:02d}".format, range(1, 25)) if int(s) % 12 == f))
         for f in range(12)
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_speakers", "has_split", "protocol"),
+    [(24, False, "speaker-5"), (4, False, "speaker-4"), (24, True, "table")],
+)
+def test_the_suggested_protocol_fits_the_clips(num_speakers, has_split, protocol):
+    clips = ravdess().filter(pc.less_equal(ravdess()["speaker"], f"{num_speakers:02d}"))
+    clips = with_split(clips, lambda speaker: SIDE_OF[int(speaker) % 6 + 1] if has_split else None)
+    assert suggest_protocol(clips) == protocol
+    assert len(split(protocol, 0, clips).test) > 0
 
 
 def test_a_table_that_tests_a_trained_speaker_is_refused():
