@@ -113,7 +113,8 @@ def train(
         shards: folder or URI of the shard set.
         recipe: what is trained and how.
         run_config: workers, devices, names and places.
-        on_epoch: called with the numbers of each epoch; if None they are printed on standard error.
+        on_epoch: called with the numbers of each epoch, perhaps in another thread; if None they are
+            printed on standard error.
         address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
