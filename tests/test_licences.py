@@ -52,8 +52,10 @@ def licence(package: str) -> str:
         for line in declared.get_all("Classifier", [])
         if line.startswith("License ::")
     ]
-    text = (declared["License"] or "").partition("\n")[0] if "License" in declared else ""
-    return declared["License-Expression"] or "; ".join(classifiers) or text
+    expression, text = (
+        declared[name] if name in declared else "" for name in ("License-Expression", "License")
+    )
+    return expression or "; ".join(classifiers) or text.partition("\n")[0]
 
 
 def test_all_licences_may_be_combined_with_ours() -> None:

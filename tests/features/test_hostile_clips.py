@@ -105,11 +105,6 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "silence": (lambda path: write_wav(path, np.zeros(48_000)), "silent", "-80 dB"),
     "two hours": (two_hours, "too_long", "longer than 3600 s"),
-    "ten seconds of sound": (
-        lambda path: write_wav(path, voice(10.0)),
-        "too_long",
-        "10.00 s of sound, more than 6.5 s",
-    ),
     "text": (
         lambda path: path.write_text("sixteen bits\n" * 999),
         "unreadable",

@@ -228,6 +228,7 @@ def test_what_is_shipped_is_all_that_the_command_is_made_of(edited, machine):
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What Ray knows of: a head that `ray up` started, and no other machine yet."""
     known = [{"Alive": True, "NodeID": "head", "Labels": {}, "Resources": {"memory": 1.0}}]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: known)
     monkeypatch.setattr(cluster, "AUTOSCALER_CONFIG", tmp_path / "bootstrap.yaml")
     return known
