@@ -53,7 +53,7 @@ def licence(package: str) -> str:
         if line.startswith("License ::")
     ]
     expression, text = (
-        declared[name] if name in declared else "" for name in ("License-Expression", "License")
+        declared.get_all(name, [""])[0] for name in ("License-Expression", "License")
     )
     return expression or "; ".join(classifiers) or text.partition("\n")[0]
 
