@@ -1,4 +1,4 @@
-"""The corpora of other tools, read as one table with the columns that those tools name.
+"""Reads a corpus of another tool into one table, whose columns have that tool's names.
 
     JSON lines             EmoBox; also a folder of its folds, fold_1/*_test_fold_1.jsonl
     Parquet                any; also a Hugging Face data set, whose `audio` holds the recordings
@@ -6,7 +6,7 @@
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
     *supervisions*.jsonl   a folder of lhotse, with the recordings beside the supervisions
 
-`table` finds in the columns what a corpus needs and checks it. Nothing is opened here but tables.
+`table` finds the columns that a corpus needs and checks them. Only tables are opened here.
 """
 
 import gzip
@@ -24,15 +24,15 @@ from ser_ray.storage.packed import COLUMN, packed_location
 from ser_ray.storage.paths import location_inside
 
 Find = Callable[[list[str]], Mapping[str, str]]
-"""Chooses columns: from the names in a table to the names of the corpus's columns."""
+"""Finds the corpus's columns among a table's names: {corpus column: name in the table}."""
 Row = Mapping[str, Any]
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 SIDE = re.compile(r"(?:.*[-_.])?(train|validation|valid|dev|test)[-_.]")
-"""A file's name that says on which side of a split its rows are."""
+"""Matches a file name that says to which part of a split its rows belong."""
 
 
 def read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table | None:
-    """Read the tables in a folder; None if it is of none of the formats.
+    """Read the tables in a folder, or return None if it has none of these formats.
 
     Args:
         source: the folder, as the user wrote it.
@@ -65,7 +65,7 @@ def read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) -
 
 
 def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the paths of the files in a folder, and those of the folders in it, by name."""
+    """Return the paths of the files and of the folders in a folder, both by name."""
     entries = filesystem.get_file_info(fs.FileSelector(path))
     files = {entry.base_name: entry.path for entry in entries if entry.is_file}
     kind = fs.FileType.Directory
@@ -73,7 +73,7 @@ def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict
 
 
 def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
-    """Read a file of JSON objects, one in a line, which may be compressed by gzip."""
+    """Read a file of JSON objects, one per line, which may be compressed by gzip."""
     with filesystem.open_input_file(path) as file:
         data = file.read()
     text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
@@ -103,7 +103,7 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
 def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Table:
     """Read the folds of EmoBox: the column `fold` says in which fold a recording is tested.
 
-    If there is one fold, the column says on which side the recording is.
+    If there is only one fold, the column says train, valid or test.
     """
     has_one = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
     rows: dict[str, Row] = {}
@@ -119,8 +119,8 @@ def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Tabl
 def read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
-    In those of Hugging Face, numbers of a ClassLabel become its names, and a column `path` names
-    the recordings of the column `audio`. A file name such as train-00000-of-00001 is the `split`.
+    In a file of Hugging Face, numbers of a ClassLabel become its names, and a column `path` locates
+    the recordings in `audio`. A file name such as train-00000-of-00001 gives the `split`.
     """
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
@@ -161,7 +161,7 @@ def _packed_paths(location: str, file: pq.ParquetFile) -> list[str | None]:
 def _read_kaldi(
     source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
 ) -> pa.Table:
-    """Read a data folder of Kaldi. Each file that names utterances is a column of that name."""
+    """Read a data folder of Kaldi. Each file of utterance ids is a column of the file's name."""
 
     def read(name: str) -> dict[str, str]:
         with filesystem.open_input_file(files[name]) as file:
@@ -219,7 +219,7 @@ def _read_audformat(source: str, path: str, find: Find) -> pa.Table:
         import audformat
     except ImportError as error:
         raise CorpusError(
-            f"{source}: a folder of audformat is read by its package: pip install audformat"
+            f"{source}: reading a folder of audformat needs its package: pip install audformat"
         ) from error
     if any(name.endswith(".pkl") for name in _entries(fs.LocalFileSystem(), path)[0]):
         raise CorpusError(

@@ -2,9 +2,9 @@
 
 A clip is a file, or the segment of a file between two times, `start` and `end`.
 
-Tables come from spreadsheets and from other systems, so everything that has one meaning is read:
-any separator, UTF-8 with a byte order mark, UTF-16, Windows-1252, blanks and capitals in the names
-of the columns, backslashes in paths, `~`. Whatever has two meanings is refused with its row.
+Tables come from spreadsheets and other systems, so every unambiguous variant is read: commas,
+semicolons, tabs or bars, UTF-8 with a byte order mark, UTF-16, Windows-1252, blanks and capitals in
+the names of the columns, backslashes in paths, `~`. An ambiguous row or column is an error.
 """
 
 import codecs
@@ -34,7 +34,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 NO_FOLDER = "its folder does not exist"
-OTHER_DRIVE = "a path of Windows, which does not exist here"
+OTHER_DRIVE = "a Windows path, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons of rows whose file does not exist."""
 
@@ -42,7 +42,7 @@ _NEEDED = ("path", "label", "speaker")
 _SEPARATORS = (",", ";", "\t", "|")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before that of UTF-16, which is its beginning
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -73,9 +73,9 @@ def read_table(
         columns: the names that some of `COLUMNS` have in the table.
 
     Returns:
-        The strings `path`, `label`, `speaker`, perhaps `take` and `split`, without blanks around
-        them, and the numbers `start` and `end` in seconds, both null for a complete file; and lines
-        to tell the user.
+        The clips, and lines to tell the user. Each clip has `path`, `label`, `speaker`, `split` and
+        perhaps `take`, without blanks around them, and `start` and `end` in seconds, both null for
+        a complete file.
 
     Raises:
         CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
@@ -90,7 +90,7 @@ def read_table(
         if table is None:
             return None
         found = find(table.column_names)
-        table.select(list(found.values())).validate(full=True)  # text that is not UTF-8, too
+        table.select(list(found.values())).validate(full=True)  # finds text that is not UTF-8
         values = {
             name: pc.utf8_trim_whitespace(_without_nan(table[given]).cast("string"))
             for name, given in found.items()
@@ -98,7 +98,7 @@ def read_table(
     except (pa.ArrowException, LookupError, ValueError, TypeError, csv.Error) as error:
         reason = str(error).partition("\n")[0]
         is_ragged = "columns, got" in reason
-        advice = "every row needs as many values as the first, the names of the columns"
+        advice = "every row needs as many values as the header row"
         raise CorpusError(
             f"{source}: the table cannot be read ({reason}); "
             f"{advice if is_ragged else 'save it again with one header row'}"
@@ -149,7 +149,7 @@ def _read_times(
     """Return the start and end of every row in seconds, both None where it is a complete file.
 
     Raises:
-        CorpusError: names the first row whose times are not those of a segment.
+        CorpusError: the times of a row do not define a segment.
     """
     found: tuple[list[float | None], list[float | None]] = [], []
     for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
@@ -158,8 +158,8 @@ def _read_times(
         if math.nan in times or (end is not None and start >= end):
             raise CorpusError(
                 f"{source}: row {row} (after the header) has the start {texts[0] or 'of the file'} "
-                f"and the end {texts[1] or 'of the file'}; a segment needs two times in seconds, "
-                "or such as 0 days 00:00:01.5, the first before the second"
+                f"and the end {texts[1] or 'of the file'}; a segment needs a start before "
+                "its end, both in seconds or as in 0 days 00:00:01.5"
             )
         is_complete = start == 0 and end is None
         found[0].append(None if is_complete else start)
@@ -181,7 +181,7 @@ def _seconds(text: str | None) -> float:
 
 
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Replace the numbers of pandas for missing values by null, and durations by seconds."""
+    """Replace NaN, which pandas writes for a missing value, by null, and durations by seconds."""
     if pa.types.is_duration(column.type):
         return pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
     if not pa.types.is_floating(column.type):
@@ -208,7 +208,7 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
-    """Parse separated values, whose separator is the one that yields the most known columns."""
+    """Parse separated values with the separator that yields the most known columns."""
     text = text.lstrip("\ufeff\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
         text = text[declared.end() :]
@@ -236,10 +236,10 @@ def _fold(name: str) -> str:
 
 
 def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return the name in the table of each column that is read.
+    """Return, for each column that is read, its name in the table.
 
     Raises:
-        CorpusError: a column is missing, is there twice, or has times that are not understood.
+        CorpusError: a column is missing or is there twice, or a column of times is unknown.
     """
     found: dict[str, str] = {}
     for column, known in COLUMNS.items():
@@ -267,11 +267,11 @@ def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str])
             "with --columns which columns are their start and end in seconds, or remove them"
         )
     if lacking := sorted(set(_NEEDED) - set(found)):
-        hint = "--columns says which other column it is, as in --columns label=mood"
+        hint = "use another column with --columns, as in --columns label=mood"
         if lacking == ["speaker"] and "split" in found:
             hint = (
-                f"if no speaker is in two parts of its column {found['split']}, say so with "
-                f"--columns speaker={found['split']}"
+                f"if no speaker is in two parts of the column {found['split']}, use these parts as "
+                f"speakers with --columns speaker={found['split']}"
             )
         raise CorpusError(
             f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker and may "
@@ -281,7 +281,7 @@ def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str])
 
 
 def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set[str]) -> None:
-    """Refuse empty values and those that mean that there is none, naming the first rows."""
+    """Refuse empty values and words that mean a missing value, naming the first rows."""
     missing = pa.array(sorted({*words, ""}))
     faults: list[tuple[int, str, str]] = []
     for name, column in columns.items():
@@ -298,8 +298,8 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
     ]
     more = f" and {len(faults) - _SHOWN_ROWS} more" if len(faults) > _SHOWN_ROWS else ""
     hint = (
-        ". If such a word is a value of yours, --missing lists the words that mean a missing value"
-        " (--missing alone: none)"
+        ". If such a word is a value in your table, list only the words that mean a missing value "
+        "with --missing, or none of them with --missing alone"
     )
     raise CorpusError(
         f"{source}: {', '.join(shown)}{more}; fill them in, or delete these rows"
@@ -308,7 +308,7 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of a table, whose relative paths start at a folder or at one above it.
+    """Find the files of a table. Relative paths start at a folder or at one above it.
 
     Returns:
         The manifest's columns that a table has, one value for each row.
@@ -353,7 +353,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
 
 
 def _base(folder: str, paths: list[str]) -> str:
-    """Return the folder where relative paths start: the first upwards that has one of the files."""
+    """Return the folder where relative paths start: the nearest one that has one of the files."""
     if "://" in folder:
         return folder
     first = [path for path in dict.fromkeys(paths[:1000]) if "://" not in path]
@@ -379,8 +379,7 @@ def _locate(folder: str, path: str) -> tuple[str, str, str | None]:
     """Find the file that a row names.
 
     Returns:
-        Its location, its path in the normalised spelling of the table, and the reason if there is
-        no such file.
+        Its location, the row's path in normalised form, and the reason if there is no such file.
     """
     if "://" in path:
         return path, path, None
@@ -404,7 +403,7 @@ def _exists(folder: str, path: str) -> bool:
 
 
 def _refuse_passwords(source: str, paths: list[str]) -> None:
-    """Refuse URIs with a password in them, which the shards would repeat."""
+    """Refuse URIs with a password in them, because the shards would store it."""
     for row, path in enumerate(paths, start=1):
         if "://" in path:
             try:
@@ -416,7 +415,7 @@ def _refuse_passwords(source: str, paths: list[str]) -> None:
 def _require_one(
     source: str, rows: pa.Table, key: Literal["take", "clip"], column: Literal["speaker", "label"]
 ) -> None:
-    """Refuse a take or clip with two speakers or labels, which no split could keep on one side."""
+    """Refuse two speakers or labels in a take or clip: no split could keep it on one side."""
     counts = rows.group_by(key, use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
     if len(mixed) == 0:

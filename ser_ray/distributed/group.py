@@ -111,7 +111,7 @@ class WorkerGroup:
 
         Args:
             on_epoch: called with every epoch, first with those of earlier starts. After a loss it
-                may be called again with an epoch, with the same numbers. An error that it raises
+                may get an epoch again, with the same numbers. An error that it raises
                 stops the group.
 
         Raises:

@@ -1,12 +1,12 @@
-"""A training in this process: what `ser_ray.distributed.group` is for workers of Ray Train.
+"""Training with one worker in this process. `ser_ray.distributed.group` trains with Ray Train.
 
-One worker on this machine needs no Ray, whose processes would take some of the CPUs that train and
-several seconds to start. The loop is the same, and so are the run's folder and the epochs that the
-caller gets, so a run that began here resumes on Ray and the other way round.
+One worker on this machine does not need Ray. Ray's processes would use some of the CPUs and need
+several seconds to start. The loop, the run's folder and the epochs that the caller gets are the
+same, so a run can begin here and resume on Ray, or the other way round.
 
 Ray Train's own local mode (`num_workers=0`) is not used. It needs no cluster either, but it calls
 no callback, stores no checkpoint and resumes from none, so all of this module would still be
-needed; and importing it takes seconds.
+needed. Importing Ray Train also takes seconds.
 """
 
 import logging
@@ -34,15 +34,15 @@ from ser_ray.training.streaming import resident_bytes
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 ADDRESS = "127.0.0.1"
-"""This machine's address in the names of its metrics, which is also that of a Ray started here."""
+"""This machine's address in the names of its metrics. A Ray started here has the same one."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
-"""What the machine, its GPU or its storage may do to a training: RuntimeError is CUDA's."""
+"""Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
 
 logger = logging.getLogger(__name__)
 
 
 class LocalTraining:
-    """A training in this process, in one run's folder.
+    """Trains in this process and in one run's folder.
 
     Args:
         folder: holds the checkpoints; the training resumes from the newest one.
@@ -71,7 +71,7 @@ class LocalTraining:
 
         Args:
             on_epoch: called with every epoch, first with those of earlier starts. After a failure
-                it may be called again with an epoch, with the same numbers. New epochs come from
+                it may get an epoch again, with the same numbers. For new epochs it is called in
                 the thread that stores their checkpoints. An error that it raises ends the training.
 
         Raises:
@@ -137,11 +137,9 @@ class LocalReporter:
         self._writing: Future[None] | None = None
 
     def __call__(self, report: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
-        """Take an epoch of the loop, after the checkpoint before it has been stored."""
+        """Start to store an epoch's checkpoint, once the one before it is stored."""
         self.wait()
-        assert report is not None, (
-            "only Ray announces preemptions, so no checkpoint is in mid-epoch"
-        )
+        assert report is not None, "only Ray announces preemptions, so no report is in mid-epoch"
         metrics = {ADDRESS: self._node.means_since_last_call()}
         epoch = Epoch(report.row, report.learning_rates, report.timestamp_ms, metrics)
         self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
@@ -156,7 +154,7 @@ class LocalReporter:
             self._writing.result()
 
     def close(self) -> None:
-        """End the threads, after the checkpoint that is being written."""
+        """End the threads, and finish the checkpoint that is being written."""
         self._node.close()
         self._writer.shutdown()
 
@@ -173,7 +171,7 @@ class LocalReporter:
 
 @contextmanager
 def worker_device(*, gpu: bool) -> Iterator[torch.device]:
-    """Yield the device of a worker in this process, which has as many threads as one of Ray."""
+    """Yield the device of this process, with as many torch threads as a Ray worker has."""
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpus_per_worker(1)))
     try:

@@ -1,8 +1,8 @@
-"""Scores of a model on the same clips as they would be recorded under other conditions.
+"""Scores of a model on the same clips under other recording conditions.
 
-The shards hold no sound, so the clips are decoded again, changed as `ser_ray.features.conditions`
-defines it, and scored as `predict` scores files. A clip that cannot be scored any more, because its
-sound is too short or silent under a condition, counts as wrong.
+The shards hold no sound, so the clips are decoded again, changed by `ser_ray.features.conditions`,
+and scored as `predict` scores files. A clip that cannot be scored under a condition, because its
+sound is then too short or silent, counts as wrong.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from ser_ray.training.metrics import Scores, count_confusion
 def score_under(
     evaluation: Evaluation, predictor: Predictor, groups: Sequence[str]
 ) -> tuple[Row, ...]:
-    """Score the clips of an evaluation under conditions, on the cluster that is connected.
+    """Score the clips of an evaluation under conditions, on the connected cluster.
 
     Args:
-        evaluation: the clips, and what the model said of them as they are.
+        evaluation: the clips, and the model's predictions for them as they are.
         predictor: the same model.
         groups: names of `CONDITIONS`.
 
     Returns:
-        A row for the clips as they are, and one for every condition of these groups: `condition`
-        and its `definition`, `ua` and `wa` as shares, `ua_change` against the clips as they are
-        with its 95 % interval `low` to `high` (paired, by bootstrap over speakers), and the number
-        of `unscored` clips.
+        A row for the clips as they are, and one for every condition of these groups. Each has
+        `condition`, `definition`, `ua` and `wa` as shares, and the number of `unscored` clips.
+        `ua_change` is the change against the clips as they are, and `low` to `high` is its 95 %
+        interval (paired, by bootstrap over speakers).
 
     Raises:
         CorpusError: a clip cannot be read again.

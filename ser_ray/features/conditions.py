@@ -1,8 +1,8 @@
-"""Recording conditions: what a room, a line or a recorder does to a clip, to test a model under.
+"""Simulated recording conditions, such as noise, a telephone or a room, for testing a model.
 
-`under` changes a decoded clip before its features are computed. The result depends on the condition
-and on the clip's file name alone, so it is the same on every machine. It is 16-bit sound at the
-clip's own rate, clipped at full scale as a recorder clips it. Full scale is a mean square of 1, as
+`under` changes a decoded clip before its features are computed. Its random numbers depend only on
+the condition and the clip's file name, so they are the same on every machine. The result is
+16-bit sound at the clip's own rate, clipped at full scale. Full scale is a mean square of 1, as
 everywhere in this package.
 
 `CONDITIONS` lists and defines them. Noise reaches from 20 Hz to 8 kHz at any sample rate, and
@@ -31,12 +31,12 @@ SPEECH_DB = 40.0
 PHONE_BAND = (300.0, 3_400.0)
 """Hertz; the band of a telephone line."""
 ECHO_SECONDS = 0.4
-"""Reverberation time: after it, the echo is 60 dB weaker."""
+"""Reverberation time (RT60), in which the echo falls by 60 dB."""
 FIRST_ECHO_SECONDS = 0.003
-"""The first wall is half a metre away."""
+"""Delay of the first echo, from a wall half a metre away."""
 
 Effect = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
-"""Samples [num_samples] float, their rate in hertz and randomness -> samples [num_samples]."""
+"""Samples [num_samples] float, sample rate in hertz, random generator -> samples [num_samples]."""
 
 
 def under(condition: str, sound: Sound, name: str) -> Sound:
@@ -62,8 +62,8 @@ def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generat
     Args:
         num_samples: length of the noise.
         sample_rate: hertz.
-        slope: its power falls with the frequency to this power: 0 is white, 1 is pink.
-        rng: decides the noise.
+        slope: the power spectrum is proportional to 1 / frequency**slope: 0 is white, 1 is pink.
+        rng: random generator of the noise.
     """
     length = scipy.fft.next_fast_len(max(num_samples, sample_rate), real=True)
     frequencies = scipy.fft.rfftfreq(length, 1 / sample_rate)
@@ -108,7 +108,7 @@ def _through_codec(
     sample_rate: int,
     _: np.random.Generator,
 ) -> np.ndarray:
-    """Encode with one of FFmpeg's encoders at its own rate in hertz, and decode."""
+    """Encode with an FFmpeg encoder at `codec_rate` hertz, and decode again."""
     file = io.BytesIO()
     sent = soxr.resample(samples, sample_rate, codec_rate).astype(np.float32)
     frame = av.AudioFrame.from_ndarray(sent.clip(-1, 1)[None], format="fltp", layout="mono")
@@ -133,7 +133,7 @@ def _through_codec(
 
 
 def _room(samples: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Convolve with the direct sound and decaying noise (Polack 1988), together of power 1."""
+    """Convolve with an impulse and decaying noise (Polack 1988), scaled to unit energy."""
     seconds = np.arange(round(ECHO_SECONDS * sample_rate)) / sample_rate
     echo = noise(len(seconds), sample_rate, 0, rng) * 10 ** (-3 * seconds / ECHO_SECONDS)
     echo[seconds < FIRST_ECHO_SECONDS] = 0

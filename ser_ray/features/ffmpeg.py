@@ -1,6 +1,6 @@
-"""Decodes with PyAV, which is FFmpeg: all formats but most wavs, and the sound of videos.
+"""Decodes all formats except most wavs, and the sound of videos, with PyAV (FFmpeg).
 
-Only the audio packets of a file are read. Only audio formats and codecs on the lists below may run.
+Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
 
 from collections.abc import Iterator
@@ -35,24 +35,24 @@ CODECS = (
     "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
     "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that may run. None of them decodes pictures: FFmpeg would decode the first
-picture to learn its format, which is 20 of the 22 ms of opening a video of 720 lines."""
+"""FFmpeg's decoders that may run. None of them decodes pictures. FFmpeg would otherwise decode
+the first picture, which takes 20 of the 22 ms of opening a video of 720 lines."""
 GAP_SECONDS = 0.06
 """A longer gap between the time stamps of two frames is filled with silence. Shorter ones come from
 rounding and from the clocks of recorders."""
 MAX_DEMUX_ERRORS = 100
-"""A file whose container is damaged at more places is read up to there."""
+"""A file is read up to this number of damaged places in its container."""
 EXACT_LENGTH = ("mp4", "aiff", "au", "flac", "tta", "wv", "matroska")
 """Formats whose header declares the length; in others FFmpeg estimates it."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""
 PAUSES = "mp4"
-"""The format whose time stamps are in an index, apart from the sound: a gap in them is a pause of
-the recorder. In other formats, packets are missing."""
+"""The format whose time stamps are in an index, apart from the sound. There, a gap is a pause of
+the recorder; in other formats, a gap means that packets are missing."""
 
 
 class UnsupportedError(Exception):
-    """FFmpeg cannot read a file; the message is a reason for its owner."""
+    """FFmpeg cannot read a file; the message tells its owner why."""
 
 
 def decode_with_ffmpeg(
@@ -62,7 +62,7 @@ def decode_with_ffmpeg(
 
     Args:
         ignore_length: read a wav to the end of the file, whatever its header declares.
-        is_counted: an mp3 declares its length.
+        is_counted: whether the header of an mp3 declares its length.
 
     Raises:
         UnsupportedError: FFmpeg does not know the format or the codec.
@@ -167,7 +167,7 @@ def _decode_packets(
     seconds, lost = sound.num_samples / rate, sound.num_lost / rate
     decoded = seconds - lost
     missing = _declared_seconds(clip, stream, exact_formats) - seconds
-    if MISSING_SECONDS < missing <= max_seconds - seconds:  # a longer one is a false header
+    if MISSING_SECONDS < missing <= max_seconds - seconds:  # a longer gap means a false header
         lost += missing
     return Decoded(sound.samples(), rate, lost, decoded)
 
@@ -187,7 +187,7 @@ def _declared_seconds(
 def _packets(
     clip: av.container.InputContainer, stream: av.AudioStream
 ) -> Iterator["av.Packet[av.AudioStream]"]:
-    """Yield the packets of a stream, also those after a place where the container is damaged."""
+    """Yield the packets of a stream, and continue after damaged places in the container."""
     for _ in range(MAX_DEMUX_ERRORS):
         try:
             yield from clip.demux(stream)

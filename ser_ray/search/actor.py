@@ -27,7 +27,7 @@ from ser_ray.training.model import Pretrained
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 OBJECTIVE = "best_val_ua"
-"""What a search maximizes: the last of `objectives`."""
+"""The metric that a search maximizes: the last value of `objectives`."""
 CHECKPOINT_SECONDS = 30.0
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]
@@ -49,7 +49,7 @@ class TrialSetup:
 
 
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
-    """The best validation UA up to each epoch; one epoch at a high learning rate says little.
+    """The best validation UA up to each epoch, as single epochs vary at a high learning rate.
 
     After a trial's last epoch it is the validation UA of the selected epoch.
     """
@@ -63,7 +63,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
     """Train a trial from its beginning or from its checkpoint; Ray Tune calls this in an actor.
 
     Args:
-        values: what was drawn.
+        values: the drawn values.
         setup: what all trials share.
     """
     reported: dict[str, Any] = {}
@@ -102,11 +102,11 @@ def _train(recipe: TrainConfig, setup: TrialSetup, report: "Reporter") -> None:
 
 
 class Reporter:
-    """Reports the loop's epochs to Ray Tune, every CHECKPOINT_SECONDS with a checkpoint.
+    """Reports each epoch to Ray Tune, and adds a checkpoint every CHECKPOINT_SECONDS.
 
     Args:
         recipe: the trial's recipe.
-        reported: gets the content of the last report.
+        reported: receives the content of the last report.
         scratch: an empty directory.
         keep_selected: also keep the checkpoint of the selected epoch, in `selected`.
     """

@@ -22,7 +22,7 @@ LINE_SECONDS = 60.0
 
 
 class TrialTable:
-    """Shows trials until its block ends.
+    """Shows trials while its `with` block runs.
 
     Args:
         console: where to show them.
@@ -95,7 +95,7 @@ class TrialTable:
         return table
 
     def _done(self) -> float:
-        """Trials done; a running one counts by the share of its epochs."""
+        """The number of trials done; a running trial counts as its finished share of epochs."""
         return sum(
             1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
         )

@@ -1,4 +1,4 @@
-"""What is known of one trial of a search or cross-validation."""
+"""The record of one trial of a search or cross-validation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """What is known of one trial. A change makes a new record, so that threads can share it."""
+    """What is known of one trial. A record is immutable, so that threads can share it."""
 
     trial_id: str
     number: int
-    """In the order in which the trials were drawn, from 1."""
+    """Its position in the order in which the trials were drawn, from 1."""
     values: dict[str, Any]
-    """What was drawn for it."""
+    """Its drawn values."""
     recipe: TrainConfig
     rows: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch."""
@@ -35,19 +35,19 @@ class TrialRecord:
     times_ms: list[int] = field(default_factory=list)
     """When each epoch ended."""
     selected_confusion: list[list[int]] = field(default_factory=list)
-    """Validation counts of the selected epoch."""
+    """Validation confusion matrix of the selected epoch."""
     started_ms: int = 0
     """When its process last started."""
     state: State = "waiting"
     problem: str = ""
     """Why it failed."""
     stopped: bool = False
-    """The scheduler stopped it."""
+    """Whether the scheduler stopped it."""
     run_id: str = ""
     """Its run in MLflow."""
 
     def updated(self, result: dict[str, Any]) -> Self:
-        """Add what the trial reported last (`ser_ray.search.actor.Reporter`)."""
+        """Return a record with the trial's last report (`ser_ray.search.actor.Reporter`)."""
         record = replace(
             self, problem=result.get("problem", ""), stopped=result.get("stopped", False)
         )
@@ -62,7 +62,7 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of its run in MLflow: what tells it from the others."""
+        """Name of its run in MLflow, made of values that differ between trials."""
         if "fold" in self.values:
             return f"fold {self.recipe.fold} seed {self.recipe.seed}"
         lr_max = f"{self.recipe.lr_max:.1e}".replace("e-0", "e-")
@@ -70,7 +70,7 @@ class TrialRecord:
 
     @property
     def page(self) -> str:
-        """Where its page is, inside the study's folder."""
+        """Path of its page in the study's folder."""
         return f"trials/{self.number:03d}.html"
 
     @property
@@ -80,7 +80,7 @@ class TrialRecord:
 
     @property
     def selected(self) -> Mapping[str, float]:
-        """Row of the selected epoch so far; empty before the first."""
+        """Row of the selected epoch so far; empty before the first epoch."""
         return selected_row(self.rows, self.recipe.keep)
 
     @property
@@ -90,7 +90,7 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        """Whether it neither waits nor runs."""
+        """Whether it is neither waiting nor running."""
         return self.state not in ("waiting", "running")
 
     @property
@@ -108,14 +108,14 @@ class TrialRecord:
 
 
 def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:
-    """Write the records of a study's trials into its folder, without recipes and runs."""
+    """Write the records of a study's trials into its folder, without recipes and run ids."""
     names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
     records = [{name: getattr(trial, name) for name in names} for trial in trials]
     write_file(folder.filesystem, f"{folder.path}/{RECORDS}", json.dumps(records).encode())
 
 
 def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
-    """Read what `write_records` wrote; nothing if there is no such file.
+    """Read what `write_records` wrote, or return an empty list if there is no such file.
 
     Args:
         folder: the study's folder.
@@ -130,7 +130,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial whose selected epoch validates best, among the finished ones if there are any.
+    """The trial with the best selected epoch, among the finished trials if there are any.
 
     Raises:
         SerRayError: no trial succeeded.

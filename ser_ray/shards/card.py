@@ -37,14 +37,14 @@ class ShardCard:
     features: FeatureConfig
     """The settings of the features."""
     counts: dict[str, int]
-    """Number of files by outcome. Together they are all listed files."""
+    """Number of files by outcome. Their sum is the number of listed files."""
     parts: tuple[int, ...]
     """Numbers of the parts, ascending."""
     clips: tuple[int, ...]
     """Number of rows in each part: one for a decoded clip, several for a long one."""
     fingerprint: str
-    """Sixteen hex digits that differ if features, clips, labels or speakers do. They do not depend
-    on the location of the corpus."""
+    """Sixteen hex digits that change with the features, clips, labels and speakers, but not with
+    the location of the corpus."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
 
@@ -141,6 +141,6 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
         raise ShardsError(f"{folder}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ShardsError(
-            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error}); delete it, and the "
-            "same `ser-ray prepare` writes it again"
+            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error}); delete it and "
+            "run the same `ser-ray prepare` again"
         ) from error

@@ -7,7 +7,8 @@
 
 Features are stored as fixed-size binary, the bytes of a float16 array `[bins, num_frames]`, padded
 with zeros on the right. Parquet would store Arrow's fixed-shape tensors as nested lists, with a
-level for every number. Measured on 128 clips, they take 5 times as long to write and 7 to read.
+definition level for every number. Measured on 128 clips, this takes 5 times as long to write and 7
+times as long to read.
 """
 
 import pyarrow as pa
@@ -45,7 +46,7 @@ def mark_name(part: int) -> str:
 
 
 def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
-    """Write a Parquet file atomically, its features without statistics and dictionaries."""
+    """Write a Parquet file atomically, without statistics, and features without dictionaries."""
     with atomic_write(filesystem, path) as target:
         pq.write_table(
             table,

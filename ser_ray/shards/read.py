@@ -229,8 +229,8 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise ShardsError(
-            f"{path}: cannot be read ({error}); if it is damaged, delete it, and the same "
-            "`ser-ray prepare` writes it again"
+            f"{path}: cannot be read ({error}); if it is damaged, delete it and run the "
+            "same `ser-ray prepare` again"
         ) from error
 
 

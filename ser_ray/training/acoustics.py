@@ -1,18 +1,18 @@
-"""Noise, echo and narrow channels as augmentation, in the power of the features.
+"""Augmentation with noise, echo and narrow channels, computed on the power of the features.
 
 The shards hold features, not sound. Sound that is added to a clip adds its expected power in every
 frame and bin, so the batch is converted from normalised dB to power, changed there, and converted
 back. The sum of two sounds also fluctuates. For one bin of the Fourier transform, with power S of
 the clip and expected power N of Gaussian noise, the power of the sum has mean S + N and variance
 N² + 2SN (a noncentral chi-squared distribution with two degrees of freedom). A mel band sums
-several bins, which divides the variance by the number of independent ones. The power is drawn from
-the gamma distribution with this mean and variance. The late echo of a room is noise-like
-(Polack 1988), so it is added in the same way.
+several bins, which divides the relative variance by the number of independent bins. The power is
+drawn from the gamma distribution with this mean and variance. The late echo of a room is
+noise-like (Polack 1988), so it is added in the same way.
 
-mfcc: the inverse DCT of the coefficients is the smoothed mel spectrogram in dB. Its change is
-transformed to the change of the coefficients.
+For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram in dB, and the DCT
+of its change gives the change of the coefficients.
 
-All levels are in dB of full scale, because the features keep the recording's level.
+All levels are relative to full scale (dBFS), because the features keep the recording's level.
 """
 
 import math
@@ -30,10 +30,10 @@ from ser_ray.training.config import AugmentConfig
 from ser_ray.training.data import Normalisation
 
 NOISE_DB = (-80.0, -30.0)
-"""Mean square of the noise, drawn uniformly: from a studio to a loud fan. The median clip of
-RAVDESS has -38 dB."""
+"""Mean square of the noise in dB, drawn uniformly. The range goes from a studio to a loud fan; the
+median clip of RAVDESS has -38 dB."""
 NOISE_SLOPE = (0.0, 2.0)
-"""The noise's power falls with frequency to this power: 0 is white, 1 pink and 2 brown."""
+"""The power spectrum is proportional to 1 / frequency**slope: 0 is white, 1 pink, 2 brown."""
 ECHO_DB = (-15.0, 3.0)
 """Energy of the echo relative to the direct sound."""
 ECHO_SECONDS = (0.1, 0.8)
@@ -46,15 +46,15 @@ HIGH_EDGE = (2500.0, 7000.0)
 EDGE_ORDER = 12
 """Order of the Butterworth filters at both edges: 72 dB per octave."""
 CHANNEL_FLOOR_DB = (-110.0, -70.0)
-"""Mean square of the white noise behind a narrow channel, from its codec or from rounding. Rounding
-to 16 bits has -101 dB."""
+"""Mean square in dB of the white noise that a codec or rounding adds after a narrow channel.
+Rounding to 16 bits adds -101 dB."""
 HANN_POWER = 0.375
 """Mean square of the Hann window."""
 HANN_CORRELATION = (1.0, 4 / 9, 1 / 36)
-"""Correlation of the power of white noise between bins that are 0, 1 and 2 apart, for this window.
-The sum over both sides is 1.94."""
+"""Correlation of the power of white noise between bins that are 0, 1 and 2 apart, for a Hann
+window. The sum over both sides is 1.94."""
 CORNER_HERTZ = 50.0
-"""Coloured noise is as strong below this frequency as at it."""
+"""Below this frequency, the power spectrum of coloured noise is constant."""
 
 
 class Conditions(NamedTuple):
@@ -63,7 +63,7 @@ class Conditions(NamedTuple):
     noise: Tensor
     """Mean square of the noise; 0 is none."""
     slope: Tensor
-    """The noise's power falls with frequency to this power."""
+    """The noise's power spectrum is proportional to 1 / frequency**slope."""
     echo: Tensor
     """Energy of the echo, relative to the clip's; 0 is none."""
     echo_seconds: Tensor
@@ -73,17 +73,17 @@ class Conditions(NamedTuple):
     high: Tensor
     """Upper edge of the channel in hertz; infinity is none."""
     floor: Tensor
-    """Mean square of the white noise behind the channel; 0 is none."""
+    """Mean square of the white noise after the channel; 0 is none."""
 
 
 class Acoustics:
     """Adds noise, an echo or a narrow channel to a share of the clips of a batch.
 
     Args:
-        config: the share of each of them.
+        config: the share of the clips for each of them.
         kind: kind of the features.
         features: defines the frames and the bins.
-        normalisation: that of the batches.
+        normalisation: how the batches are normalised.
         device: where the batches are.
     """
 
@@ -119,7 +119,7 @@ class Acoustics:
         return self.apply(batch, valid, self.draw(len(batch)))
 
     def draw(self, size: int) -> Conditions:
-        """Draw the conditions of this many clips from torch's generator of the device."""
+        """Draw the conditions of `size` clips with torch's generator of the device."""
         config = self.config
 
         def uniform(low: float, high: float) -> Tensor:
@@ -147,7 +147,7 @@ class Acoustics:
 
         Args:
             batch: normalised features [batch, 1, bins, frames].
-            valid: frames of the clips [batch, 1, 1, frames]. The others stay 0.
+            valid: which frames are in a clip [batch, 1, 1, frames]. The others stay 0.
             drawn: conditions of the clips.
 
         Returns:
@@ -193,7 +193,7 @@ class Acoustics:
     def _draw_sum(self, clip: Tensor, added: Tensor) -> Tensor:
         """Draw the power of a clip with Gaussian noise of expected power `added`."""
         spread = added * (added + 2 * clip)
-        # Where nothing is added, the shape would be infinite.
+        # Where nothing is added, the distribution's shape parameter would be infinite.
         shape = self.independent * (clip + added).square() / spread.clamp(min=1e-30)
         shape = shape.clamp(min=1e-3, max=1e6)
         drawn = Gamma(shape, shape, validate_args=False).sample()

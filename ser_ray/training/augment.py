@@ -18,19 +18,19 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 MIN_VARIANCE = 1e-5
-"""Added to the variance of a bin over a clip's frames, in squared standard deviations of the
-training clips."""
+"""Added to each bin's variance over a clip's frames, in units of its variance over all training
+clips."""
 
 
 class Augment:
     """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
-    (Zhou 2021), level, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
+    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
 
     Args:
         recipe: the recipe, with the strength of each augmentation and the feature kind.
         features: defines the frequencies of the bins.
         num_labels: number of labels.
-        normalisation: that of the clips.
+        normalisation: how the clips are normalised.
         device: where the clips are.
     """
 
@@ -46,7 +46,7 @@ class Augment:
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.random_crop = config.random_crop
-        # It hides what tells voices apart, which helps only if the tested voices are new.
+        # MixStyle hides differences between speakers, which helps only with new speakers.
         self.mix_style = 0.0 if recipe.protocol == "random" else config.mix_style
         self.gain_db = config.gain_db
         self.gain_response = gain_response(recipe.feature, features, normalisation, device)
@@ -71,7 +71,7 @@ class Augment:
 
         Args:
             clips: the training clips.
-            rows: clips of the batch [batch], on the clips' device.
+            rows: indices of the batch's clips [batch], on the clips' device.
 
         Returns:
             Features [batch, 1, bins, crop_frames] float32 and target probabilities
@@ -79,7 +79,7 @@ class Augment:
         """
         spare = clips.num_frames[rows] - self.crop_frames
         draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
-        # A longer clip is cut at a random frame, a shorter one is placed at random in the crop.
+        # A longer clip is cut at a random frame, and a shorter one is placed at random in the crop.
         starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
         batch, valid = clips.crop(rows, starts, self.crop_frames)
         if self.acoustics is not None:
@@ -106,7 +106,7 @@ def _mix(values: Tensor, weight: float) -> Tensor:
 
 
 def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
-    """Mix the mean and spread over time of a share of the clips with those of another clip, by bin.
+    """Mix each bin's mean and spread over time with those of another clip, for a share of clips.
 
     Only the `valid` frames [batch, 1, 1, frames] of the batch [batch, 1, bins, frames] are used.
     The others stay 0.

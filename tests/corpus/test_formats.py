@@ -222,5 +222,5 @@ def test_lhotse_without_recordings_and_audformat_without_its_package(folder: Pat
         list_corpus(str(source))
     if importlib.util.find_spec("audformat") is None:
         (folder / "db.yaml").write_text("name: mine\n")
-        with pytest.raises(CorpusError, match="is read by its package: pip install audformat"):
+        with pytest.raises(CorpusError, match="needs its package: pip install audformat"):
             list_corpus(str(folder))

@@ -596,7 +596,7 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # its footer is intact
     path.write_bytes(content)
     for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
-        with pytest.raises(ShardsError, match=r"part-.*: cannot be read .* delete it, and the sam"):
+        with pytest.raises(ShardsError, match=r"part-.*: cannot be read .* delete it and run"):
             read()
     (tmp_path / "shards" / part_name(first)).unlink()
     with pytest.raises(ShardsError, match=r"part-.*: cannot be read"):
