@@ -400,7 +400,7 @@ def test_a_table_has_one_row_per_listed_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,label\na.wav,x\n", "no column speaker; .* it has path,label; --columns says"),
+        ("path,label\na.wav,x\n", "no column speaker; .* it has path,label; use another column"),
         ("a.wav,x,1\n", "no column label, path, speaker; .* it has a.wav,x,1"),
         ("path,Path,label,speaker\na,b,x,1\n", "column path twice, as 'path' and 'Path'"),
         ("path,onset,end,label,speaker\na,0,1,x,1\n", "column onset, so .* segments of files"),
@@ -410,7 +410,7 @@ def test_a_table_has_one_row_per_listed_file(tmp_path):
         ),
         (
             "path,start,end,label,speaker\na,one,1,x,1\n",
-            r"row 1 .* start one and the end 1; .*two times",
+            r"row 1 .* start one and the end 1; .*a start before its end",
         ),
         ("path,end,label,speaker\na,-1,x,1\n", r"row 1 .* start of the file and the end -1;"),
         (
