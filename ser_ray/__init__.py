@@ -1,5 +1,7 @@
 """Speech emotion recognition at scale: the way of a clip, in order.
 
+errors       what a user can cause
+progress     bars and lines that show how far a job is
 command      the command that a user may give next, with the same settings
 storage      paths and URIs, files written completely or not at all, one writer for a folder
 local_ray    how Ray is started on this machine
@@ -13,8 +15,8 @@ plots        numbers -> figures
 inference    a checkpoint -> the emotion in any audio files, ONNX, a model for MLflow, a demo page
 tracking     MLflow: runs, registered models, the server of a cluster
 evaluation   a checkpoint's answers -> scores, statistics, a model card, pages
-distributed  one training as a run: its folder, its record, and its workers, of which the only one
-             is this process and several, or those of a named cluster, belong to Ray Train
+distributed  one training as a run, with a folder and a record: in this process, or by several
+             workers of Ray Train
 search       Ray Tune around the training: searches and cross-validations
 api          these steps as Python functions, which `ser_ray` itself offers by name
 cli          these steps as verbs of the command line

@@ -39,10 +39,10 @@ from ser_ray.search.pooled import (
     pool,
     write_predictions,
 )
-from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
+from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, filesystem_of

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ser_ray.progress import clock
-from ser_ray.search.record import TrialRecord
+from ser_ray.search.trial import TrialRecord
 
 STYLE = {
     "waiting": "dim",

@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import Dimension
+from ser_ray.search.trial import TrialRecord
 from ser_ray.search.tune_run import optuna_distribution
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation.results import REPORT, Evaluation
-from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig
+from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside

@@ -28,8 +28,8 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.record import TrialRecord, read_records, write_records
 from ser_ray.search.space import RATIO, recipe_of
+from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import last_result
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside

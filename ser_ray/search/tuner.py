@@ -24,10 +24,10 @@ from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
-from ser_ray.search.record import TrialRecord, best_of, count_states
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
+from ser_ray.search.trial import TrialRecord, best_of, count_states
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file

@@ -13,6 +13,7 @@ For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram
 of its change gives the change of the coefficients.
 
 All levels are relative to full scale (dBFS), because the features keep the recording's level.
+`ser_ray.features.conditions` makes similar conditions of sound itself, to test a model.
 """
 
 import math

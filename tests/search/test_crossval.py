@@ -34,8 +34,8 @@ from ser_ray.search.pooled import (
     fold_folder,
     pool,
 )
-from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import CrossvalConfig, SlotConfig
+from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of

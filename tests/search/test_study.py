@@ -22,9 +22,9 @@ from ser_ray.search import display
 from ser_ray.search import study as module
 from ser_ray.search.display import TrialTable
 from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
-from ser_ray.search.record import TrialRecord
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
+from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig

@@ -37,10 +37,10 @@ from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
-from ser_ray.search.record import TrialRecord, best_of
 from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.study import open_study
+from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import (
     ResumableAsha,
     SlotLimiter,
