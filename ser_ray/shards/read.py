@@ -205,7 +205,8 @@ class ShardSet:
 
         Returns:
             The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
-            float16. Joins the Ray cluster, or starts one, as every dataset of Ray Data does.
+            float16. Parts come in the order in which their tasks end, unless Ray Data's context
+            preserves the order. Joins the Ray cluster, or starts one, as Ray Data always does.
 
         Raises:
             ConfigError: the protocol does not fit the speakers, or there is no such fold.
