@@ -1,6 +1,7 @@
 """The loop in one process and in several plain ones, without Ray."""
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -398,6 +399,9 @@ def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainCo
     torch.save(result, f"{folder}/{rank}.pt")
     if size > 1:
         torch.distributed.destroy_process_group()
+        # An ordinary exit was once aborted by one of torch's threads ("terminate called without an
+        # active exception"). The result is written by now, and an error would have been raised.
+        os._exit(0)
 
 
 def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFIG) -> dict:
