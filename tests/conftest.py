@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -105,6 +105,15 @@ def make_memory_shards(
         clips=(half, len(rows) - half),
     )  # fmt: skip
     return MemoryShards(pa.Table.from_pylist(rows), np.stack(values), card)
+
+
+def cut_into_windows(memory: MemoryShards, times: np.ndarray) -> MemoryShards:
+    """The shards with each clip as so many equal windows [clips]."""
+    rows = np.repeat(np.arange(len(memory.table)), times)
+    window = np.concatenate([np.arange(count) for count in times])
+    place = memory.table.schema.get_field_index("window")
+    table = memory.table.take(rows).set_column(place, "window", pa.array(window))
+    return replace(memory, table=table, values=memory.values[rows])
 
 
 @pytest.fixture

@@ -123,6 +123,12 @@ class Clips:
             return np.arange(len(self))
         return np.unique(self.owners, return_index=True)[1]
 
+    @property
+    def truth(self) -> np.ndarray:
+        """Label index of every scored clip [scored]."""
+        labels: np.ndarray = self.labels.cpu().numpy()
+        return labels[self.first_windows]
+
     def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
         """Cut crops from clips.
 

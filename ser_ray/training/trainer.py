@@ -266,21 +266,20 @@ class Trainer:
         clips, num_labels = self.data.validation, len(self.data.labels)
         if not len(clips):
             return None
-        first_windows = clips.first_windows
-        rows = np.arange(len(first_windows))[self.world.rank_slice]
+        truth_of_all = clips.truth
+        rows = np.arange(len(truth_of_all))[self.world.rank_slice]
         probabilities = predict_clips(self.kept_network, clips, rows, self.config, num_labels)
-        first = torch.from_numpy(first_windows[rows]).to(self.device)
-        truth = clips.labels[first].cpu().numpy()
+        truth = truth_of_all[rows]
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)
         ).to(self.device)
         loss = torch.tensor(log_losses(truth, probabilities).sum(), device=self.device)
         self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
-        shape = len(first_windows), num_labels
+        shape = len(truth_of_all), num_labels
         of_all = torch.zeros(shape, dtype=torch.float64, device=self.device)
         of_all[self.world.rank_slice] = torch.from_numpy(probabilities).to(self.device)
         self.validation_probabilities = self.world.all_reduce_sum(of_all)
-        return Scores(counts.cpu().numpy(), float(loss) / len(first_windows))
+        return Scores(counts.cpu().numpy(), float(loss) / len(truth_of_all))
 
     def finish_epoch(self, scores: Scores | None) -> EpochReport:
         """Record the epoch with its validation scores, if it has any, and prepare the next."""
@@ -323,7 +322,7 @@ class Trainer:
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy everything that a checkpoint holds; the card gets the temperature of its weights."""
         probabilities = self.validation_probabilities.cpu().numpy()
-        truth = self.data.validation.labels[: len(probabilities)].cpu().numpy()
+        truth = self.data.validation.truth[: len(probabilities)]
         card = replace(card, temperature=fit_temperature(truth, probabilities))
         state = {
             "losses": self.losses,

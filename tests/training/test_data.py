@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +21,7 @@ from ser_ray.training.data import (
     steps_per_epoch,
 )
 from ser_ray.training.parts import select_rows
-from tests.conftest import PLAIN, make_memory_shards
+from tests.conftest import PLAIN, cut_into_windows, make_memory_shards
 
 CPU = torch.device("cpu")
 FEATURES = FeatureConfig()
@@ -268,15 +267,12 @@ def test_a_long_clip_trains_as_windows_and_is_scored_once():
     uncut = load_fold(memory, config, CPU)
     times = np.where(np.arange(len(memory.table)) % 3 == 0, 3, 1)  # windows of each clip
     rows = np.repeat(np.arange(len(memory.table)), times)
-    window = np.concatenate([np.arange(count) for count in times])
-    place = memory.table.schema.get_field_index("window")
-    table = memory.table.take(rows).set_column(place, "window", pa.array(window))
-    cut = dataclasses.replace(memory, table=table, values=memory.values[rows])
+    cut: Any = cut_into_windows(memory, times)
     data = load_fold(cut, config, CPU)
     assert len(data.train) == times[uncut.split.train].sum()
     assert list(rows[data.split.validation]) == list(uncut.split.validation)
     assert list(rows[data.split.test]) == list(uncut.split.test)
-    assert set(table["window"].take(data.split.test).to_pylist()) == {0}
+    assert set(cut.table["window"].take(data.split.test).to_pylist()) == {0}
     assert len(data.validation) == times[uncut.split.validation].sum()
     first = data.validation.first_windows
     assert len(first) == len(uncut.validation)

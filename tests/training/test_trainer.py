@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
 from ser_ray.training.optim import build_optimiser, one_cycle
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
-from tests.conftest import PLAIN, make_memory_shards
+from tests.conftest import PLAIN, cut_into_windows, make_memory_shards
 from tests.models import SmallNetwork
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -245,6 +246,19 @@ def test_validation_ua_equals_scikit_learns_on_the_same_predictions(memory_shard
     temperature = read_card(tmp_path / "3").temperature
     assert temperature == pytest.approx(fit_temperature(truth, found), rel=1e-6)
     assert temperature != 1
+
+
+def test_the_temperature_is_fitted_to_clips_that_were_cut_into_windows(memory_shards, tmp_path):
+    times = np.where(np.arange(len(memory_shards.table)) % 3 == 0, 3, 1)
+    cut: Any = cut_into_windows(memory_shards, times)
+    trained(cut, tmp_path)
+    uncut, data = load_fold(memory_shards, CONFIG, CPU), load_fold(cut, CONFIG, CPU)
+    network = SmallNetwork(len(data.labels))
+    network.load_state_dict(load_file(tmp_path / "3" / MODEL))
+    rows = np.arange(len(uncut.validation))
+    found = predict_clips(network, data.validation, rows, CONFIG, len(data.labels))
+    expected = fit_temperature(uncut.validation.labels.numpy(), found)
+    assert read_card(tmp_path / "3").temperature == pytest.approx(expected, rel=1e-6)
 
 
 def test_patience_stops_early(memory_shards, tmp_path):
