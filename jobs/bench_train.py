@@ -336,7 +336,7 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
 
 
 def measure(bench: Bench, way: str) -> tuple[Timing, int]:
-    """Measure one way in a fresh Python, whose memory holds nothing of the other ways.
+    """Measure one way in a new Python process, so that the others do not add to its memory.
 
     Returns:
         The timing, and the number of processes that the first one started.

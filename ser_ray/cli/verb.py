@@ -28,7 +28,7 @@ class Common:
     json: bool = False
     """Print the result as JSON on standard output; progress stays on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration, and where a training would run, and stop."""
+    """Print the resolved configuration and where a training would run, then stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

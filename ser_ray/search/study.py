@@ -79,7 +79,7 @@ class Study(tune.Callback):
         self.run, self.tags, self.show = run, tags, show
         self._dataset = dataset_of(shards)  # once: the shards may be out of reach later
         self.records: dict[str, TrialRecord] = {}
-        """By id. Ray Tune's loop replaces them; the thread that delivers them only reads."""
+        """Trials by id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
         self._earlier = parent.nested_runs(TRIAL_ID)
         """MLflow's runs of an earlier driver, by the id of their trial."""
