@@ -88,8 +88,8 @@ def ours(
     address: str = "",
 ) -> Timing:
     """Train as users do."""
-    from ser_ray.distributed.config import RunConfig
     from ser_ray.distributed.launch import train
+    from ser_ray.distributed.run_config import RunConfig
 
     ends = [time.time()]
     with tempfile.TemporaryDirectory() as folder:

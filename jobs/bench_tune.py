@@ -30,7 +30,7 @@ import tyro
 from ray.tune.schedulers import TrialScheduler
 
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.actor import OBJECTIVE
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.trial import TrialRecord

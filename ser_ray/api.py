@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ser_ray.corpus.download import DownloadConfig
 from ser_ray.corpus.words import MISSING_WORDS
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import TrackingError
 from ser_ray.progress import stderr_console
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from ser_ray.corpus.audio_files import AudioFiles
     from ser_ray.distributed.launch import TrainResult
-    from ser_ray.distributed.lr_range import RangeResult
-    from ser_ray.evaluation.results import Evaluation
+    from ser_ray.distributed.range_test import RangeResult
+    from ser_ray.evaluation.evaluation import Evaluation
     from ser_ray.evaluation.statistics import Comparison
     from ser_ray.inference.batch import BatchSummary
     from ser_ray.inference.export import ExportResult
@@ -122,7 +122,7 @@ def train(
             starts, where that can be known.
         SerRayError: the training failed; the message gives the reason.
     """
-    from ser_ray.distributed.display import EpochTable
+    from ser_ray.distributed.epoch_table import EpochTable
     from ser_ray.distributed.launch import train as run
 
     if on_epoch is not None:
@@ -157,7 +157,7 @@ def lr_range(
     Raises:
         DivergedError: the loss did not fall at any learning rate.
     """
-    from ser_ray.distributed.lr_range import find_range
+    from ser_ray.distributed.range_test import find_range
 
     return find_range(shards, recipe, run_config, test, address=address)
 
@@ -185,7 +185,7 @@ def tune(
         SerRayError: no trial succeeded; the message gives the first reason.
     """
     from ser_ray.corpus.splits import dependence_of
-    from ser_ray.search.display import TrialTable
+    from ser_ray.search.trial_table import TrialTable
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
 
@@ -237,7 +237,7 @@ def crossval(
     """
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
-    from ser_ray.search.display import TrialTable
+    from ser_ray.search.trial_table import TrialTable
 
     plan = plan_crossval(shards, recipe, config)
     with TrialTable(stderr_console(), len(plan.points), plan.label, compared=False) as table:
@@ -346,7 +346,7 @@ def register(
     Raises:
         TrackingError: there is no such run, it has no model, or the store refuses the version.
     """
-    from ser_ray.evaluation.record import register as run
+    from ser_ray.evaluation.to_mlflow import register as run
 
     return run(run_id, name, alias, tracking_uri)
 
@@ -420,8 +420,8 @@ def evaluate(
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of
     from ser_ray.evaluation.pages import evaluation_page
-    from ser_ray.evaluation.record import record_evaluation
     from ser_ray.evaluation.rendering import store_page
+    from ser_ray.evaluation.to_mlflow import record_evaluation
     from ser_ray.tracking.registry import local_model
 
     with local_model(model, tracking_uri) as checkpoint:

@@ -9,8 +9,8 @@ from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import marked_lines
 from ser_ray.cli.train import Crossval, Train
 from ser_ray.command import flags_of, next_command
-from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.record import command_like
+from ser_ray.distributed.mlflow_run import command_like
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files

@@ -15,7 +15,7 @@ from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.command import next_command
 from ser_ray.corpus.words import MISSING_WORDS
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig, column_names

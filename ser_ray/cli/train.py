@@ -9,7 +9,7 @@ from ser_ray.cli.opening import say, say_training
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.command import next_command
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 

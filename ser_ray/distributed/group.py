@@ -32,8 +32,8 @@ from ser_ray.cluster import (
     remove_placement_groups,
 )
 from ser_ray.distributed.callbacks import DriverCallback
-from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.process_group import torch_config
+from ser_ray.distributed.run_config import Ingest
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
 from ser_ray.distributed.worker import WorkerTask, run_worker
 from ser_ray.errors import ResourcesError, SerRayError

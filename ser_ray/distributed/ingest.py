@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ser_ray.distributed.config import Ingest
+from ser_ray.distributed.run_config import Ingest
 from ser_ray.training.checkpoint import read_card
 from ser_ray.training.world import World
 

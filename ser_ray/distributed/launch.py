@@ -24,12 +24,12 @@ from ser_ray.cluster import (
     require_workers,
     trains_on_gpus,
 )
-from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.local import LocalTraining
-from ser_ray.distributed.record import command_like, start_run
+from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
 from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.evaluation.results import REPORT, Evaluation
+from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import run_tags

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 
 from ser_ray.cluster import cpus_per_worker, memory_of_this_machine
-from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.ingest import fetch_by_threads, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
+from ser_ray.distributed.run_config import Ingest
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
 from ser_ray.errors import SerRayError, is_permanent
 from ser_ray.shards.read import ShardSet

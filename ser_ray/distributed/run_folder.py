@@ -26,7 +26,7 @@ from pyarrow import fs
 from safetensors import safe_open
 
 from ser_ray.errors import CheckpointError, MismatchError, SerRayError
-from ser_ray.evaluation.results import REPORT
+from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside

@@ -14,9 +14,9 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from ser_ray.distributed.config import Ingest
 from ser_ray.distributed.ingest import fetch_by_ray, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
+from ser_ray.distributed.run_config import Ingest
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit

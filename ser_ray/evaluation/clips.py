@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from ser_ray.evaluation.results import Evaluation
+from ser_ray.evaluation.evaluation import Evaluation
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut

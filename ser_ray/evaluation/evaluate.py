@@ -20,7 +20,7 @@ import torch
 from ser_ray.corpus.splits import ALL, one_clip_per_take
 from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsError
 from ser_ray.evaluation import statistics
-from ser_ray.evaluation.results import Evaluation, Part, predictions_table
+from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.calibration import apply_temperature

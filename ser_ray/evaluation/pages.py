@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.evaluation.clips import read_clips
+from ser_ray.evaluation.evaluation import REPORT, Evaluation, headline, label_rows
 from ser_ray.evaluation.rendering import render
-from ser_ray.evaluation.results import REPORT, Evaluation, headline, label_rows
 from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.search import (

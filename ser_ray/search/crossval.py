@@ -21,14 +21,14 @@ from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.splits import ALL, dependence_of, num_folds
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.evaluation.evaluation import REPORT, Part
 from ser_ray.evaluation.pages import crossval_page
-from ser_ray.evaluation.record import record_evaluation
 from ser_ray.evaluation.rendering import as_artifact, store_page
-from ser_ray.evaluation.results import REPORT, Part
+from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import (

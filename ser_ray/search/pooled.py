@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.evaluation.results import REPORT, Evaluation
+from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import ShardSet

@@ -21,12 +21,12 @@ from typing import Any
 from ray import tune
 
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.record import command_like, start_run
+from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
+from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
-from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records

@@ -16,14 +16,14 @@ import pyarrow as pa
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.ravdess import CORPORA
 from ser_ray.corpus.splits import ALL
-from ser_ray.distributed.config import RunConfig
-from ser_ray.distributed.record import command_like
+from ser_ray.distributed.mlflow_run import command_like
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
+from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
-from ser_ray.evaluation.results import REPORT
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
+from ser_ray.search.optuna_study import importance_of, optuna_journal, trial_rows
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study

@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from ser_ray.command import flags_of
 from ser_ray.distributed import group
 from ser_ray.distributed import launch as distributed
-from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import TrainResult, train
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
 from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError

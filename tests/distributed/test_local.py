@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from ser_ray.cli.train import train_outcome
 from ser_ray.distributed import local
-from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.local import LocalTraining
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder
 from ser_ray.errors import ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
-from ser_ray.evaluation.record import register
+from ser_ray.evaluation.to_mlflow import register
 from ser_ray.training.checkpoint import MODEL, Snapshot
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained

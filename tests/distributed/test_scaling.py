@@ -27,8 +27,8 @@ from ray.train.torch import TorchConfig
 
 from ser_ray import cluster
 from ser_ray.distributed import group
-from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.launch import train
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.worker import WorkerTask
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare

@@ -19,7 +19,7 @@ from ser_ray.evaluation import robustness
 from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
-from ser_ray.evaluation.record import record_evaluation
+from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation

@@ -16,6 +16,7 @@ from sklearn.metrics import f1_score
 
 from ser_ray.evaluation import pages
 from ser_ray.evaluation.clips import ClipView
+from ser_ray.evaluation.evaluation import Evaluation, predictions_table
 from ser_ray.evaluation.pages import (
     add_test_part,
     crossval_page,
@@ -26,7 +27,6 @@ from ser_ray.evaluation.pages import (
     trial_page,
 )
 from ser_ray.evaluation.rendering import as_artifact
-from ser_ray.evaluation.results import Evaluation, predictions_table
 from ser_ray.training.config import TrainConfig
 from tests.models import make_checkpoint
 

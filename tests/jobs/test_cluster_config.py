@@ -26,7 +26,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ser_ray import cluster
 from ser_ray.cluster import cpus_per_worker, has_gpus, require_shared, require_workers
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ResourcesError
 from ser_ray.search.slots import find_slots
 from ser_ray.search.space import SlotConfig

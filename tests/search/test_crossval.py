@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from pyarrow import fs
 
 from ser_ray.cli.train import Crossval
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate

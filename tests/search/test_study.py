@@ -14,17 +14,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation import pages
-from ser_ray.search import display
 from ser_ray.search import study as module
-from ser_ray.search.display import TrialTable
-from ser_ray.search.outcome import importance_of, optuna_journal, trial_rows
+from ser_ray.search import trial_table
+from ser_ray.search.optuna_study import importance_of, optuna_journal, trial_rows
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord
+from ser_ray.search.trial_table import TrialTable
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
@@ -463,7 +463,7 @@ def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_pa
         table([running])
         running.rows.append({"epoch": 1.0, "val/ua": 0.25, "val/loss": 1.0})
         table([running])
-        monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
+        monkeypatch.setattr(trial_table, "LINE_SECONDS", 0.0)
         table([running])
     assert output.getvalue().splitlines() == [
         "trial   1/1 running   seed 0",
@@ -487,7 +487,7 @@ def test_a_terminal_gets_a_table(server, tmp_path):
 
 def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_take(monkeypatch):
     now = iter([0.0, 0.0, 60.0])
-    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(trial_table, "time", SimpleNamespace(monotonic=lambda: next(now)))
     records = [
         TrialRecord(str(number), number, {"weight_decay": 0.1}, RECIPE, state="running")
         for number in (1, 2)

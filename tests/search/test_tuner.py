@@ -20,8 +20,8 @@ from ray.tune.search import Searcher
 from ser_ray import api
 from ser_ray.cli import train as verbs
 from ser_ray.cli.train import Tune
-from ser_ray.distributed import record as run_record
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed import mlflow_run
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import (
     CheckpointError,
@@ -493,8 +493,8 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
-    monkeypatch.setattr(run_record, "environment", dict)
-    monkeypatch.setattr(run_record, "require_kept", kept.append)
+    monkeypatch.setattr(mlflow_run, "environment", dict)
+    monkeypatch.setattr(mlflow_run, "require_kept", kept.append)
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:

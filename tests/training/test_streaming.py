@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ser_ray.distributed import ingest
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.training import streaming as stream
 from ser_ray.training import trainer as loop

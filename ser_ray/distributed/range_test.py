@@ -15,13 +15,13 @@ from ser_ray.cluster import (
     trains_on_gpus,
 )
 from ser_ray.corpus.ravdess import CORPORA
-from ser_ray.distributed.config import RunConfig
 from ser_ray.distributed.local import FAILURES, worker_device
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
+from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.pages import range_page
 from ser_ray.evaluation.rendering import store_page
-from ser_ray.evaluation.results import REPORT
 from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
 from ser_ray.shards.read import ShardSet, open_shards

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ser_ray.distributed import display
-from ser_ray.distributed.display import EpochTable
+from ser_ray.distributed import epoch_table
+from ser_ray.distributed.epoch_table import EpochTable
 
 
 def row(epoch: int, ua: float) -> dict[str, float]:
@@ -39,7 +39,7 @@ def test_a_terminal_keeps_a_row_an_epoch_and_marks_the_best() -> None:
 
 def test_the_running_epoch_has_a_bar_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 105.0])
-    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(epoch_table, "time", SimpleNamespace(monotonic=lambda: next(now)))
     console = Console(file=io.StringIO(), width=80)
     table = EpochTable(console, 3)
     table(row(1, 0.3))

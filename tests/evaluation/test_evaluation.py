@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
 
-from ser_ray.evaluation.results import group_rows, headline, label_rows
+from ser_ray.evaluation.evaluation import group_rows, headline, label_rows
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
 

@@ -5,9 +5,9 @@ run that trained the model, and a registered version gets the model's card.
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.evaluation.pages import add_test_part
 from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
-from ser_ray.evaluation.results import REPORT, Evaluation
 from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (

@@ -5,7 +5,7 @@ from typing import Any
 
 from ser_ray.cluster import is_connected, require_kept, resources_within_reach
 from ser_ray.command import next_command
-from ser_ray.distributed.config import RunConfig
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import data_line, dataset_of
