@@ -1,24 +1,21 @@
-"""Finding missing, doubled and unexpected files by comparing a manifest with the complete RAVDESS.
+"""Finding missing, doubled and unexpected files by comparing a listing with the complete RAVDESS.
 
 RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except that actor 18
 does not sing, and each performance is an audio-video mp4, a video-only mp4 and a wav. Few users
 need all of them, so a modality and channel of which nothing is listed is not reported as missing.
 """
 
-import dataclasses
 import itertools
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from functools import cache
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ser_ray.corpus.ravdess import (
     CHANNELS,
-    EMOTIONS,
-    INTENSITIES,
     MODALITIES,
-    SPEAKERS,
+    VALUES,
     ClipName,
     NameProblem,
     format_name,
@@ -32,11 +29,9 @@ _NAMES_SHOWN = 3
 def expected_ravdess() -> tuple[ClipName, ...]:
     """Return every file of RAVDESS in the order of the names, [7356]."""
     clips = []
-    for fields in itertools.product(
-        MODALITIES, CHANNELS, EMOTIONS, INTENSITIES, (1, 2), (1, 2), SPEAKERS
-    ):
+    for values in itertools.product(*VALUES.values()):
         try:
-            clip = ClipName(*fields)
+            clip = ClipName(*values)
         except NameProblem:  # neutral and strong; disgust and surprised in song
             continue
         if (clip.channel, clip.speaker) != ("song", "18"):
@@ -57,11 +52,6 @@ class CorpusComparison:
     unexpected: tuple[str, ...]
     """Paths of clips that RAVDESS does not have, whether or not their names are valid."""
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is missing, doubled or unexpected."""
-        return not (self.missing or self.doubled or self.unexpected)
-
     def text(self) -> str:
         """Return a line for each modality and channel, then the doubled and unexpected files."""
         lines = [f"{len(self.present)} of the {len(expected_ravdess())} files of RAVDESS"]
@@ -79,28 +69,22 @@ class CorpusComparison:
 
 
 def compare_with_ravdess(rows: pa.Table) -> CorpusComparison:
-    """Compare the listed files with those of the complete RAVDESS.
-
-    Args:
-        rows: a manifest or outcomes; one row per listed file, whatever its status.
-    """
-    fields = [field.name for field in dataclasses.fields(ClipName)]
-    is_named = pc.is_valid(rows["modality"])
-    counted = rows.filter(is_named).group_by(fields).aggregate([("path", "list")])
-    counts: dict[ClipName, int] = {}
-    unexpected = rows.filter(pc.invert(is_named))["path"].to_pylist()
-    expected = set(expected_ravdess())
-    for row in counted.to_pylist():
-        clip = ClipName(**{field: row[field] for field in fields})
+    """Compare the files of a manifest, or of outcomes, with those of the complete RAVDESS."""
+    expected = dict.fromkeys(expected_ravdess())
+    counts: Counter[ClipName] = Counter()
+    unexpected = []
+    columns = [rows[name].to_pylist() for name in ("path", *(f.name for f in fields(ClipName)))]
+    for path, *values in zip(*columns, strict=True):
+        clip = ClipName(*values)
         if clip in expected:
-            counts[clip] = len(row["path_list"])
+            counts[clip] += 1
         else:
-            unexpected += row["path_list"]
+            unexpected.append(path)
     kinds = {_kind(clip) for clip in counts}
     return CorpusComparison(
-        present=tuple(clip for clip in expected_ravdess() if clip in counts),
-        missing=tuple(c for c in expected_ravdess() if c not in counts and _kind(c) in kinds),
-        doubled=tuple(clip for clip in expected_ravdess() if counts.get(clip, 0) > 1),
+        present=tuple(clip for clip in expected if clip in counts),
+        missing=tuple(c for c in expected if c not in counts and _kind(c) in kinds),
+        doubled=tuple(clip for clip in expected if counts[clip] > 1),
         unexpected=tuple(sorted(unexpected)),
     )
 

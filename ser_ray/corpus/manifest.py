@@ -1,11 +1,12 @@
 """Listing a folder, bucket or table as a manifest: one row for each recording, or segment of one.
 
-RAVDESS is recognised by its file names alone, in any layout: the unpacked archives of Zenodo, the
-Kaggle archive with its second copy, one flat folder. Other corpora come as tables (`table`). No
-clip is opened here. A file whose outcome is known without opening it already has its `status` and
-`reason`.
+RAVDESS is recognised by its file names alone (`ravdess`), in any layout: the unpacked archives of
+Zenodo, the Kaggle archive with its second copy, one flat folder. Other corpora come as tables
+(`table`). No clip is opened here. If the outcome of a file is known without opening it, its row
+already has a `status` and a `reason`.
 """
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +33,8 @@ SYNTHETIC_MARKER = "SYNTHETIC.txt"
 MANIFEST_SCHEMA = pa.schema(
     {
         "path": pa.string(),  # absolute path or URI, which every worker can open
-        "size": pa.int64(),  # bytes; null where the listing does not say
-        "modified": pa.int64(),  # nanoseconds since 1970; null where the listing does not say
+        "size": pa.int64(),  # bytes; null if unknown
+        "modified": pa.int64(),  # nanoseconds since 1970; null if unknown
         "start": pa.float64(),  # of a segment, in seconds of the file; null for a complete file
         "end": pa.float64(),  # null for the end of the file
         "modality": pa.string(),  # av | video | audio
@@ -58,7 +59,9 @@ PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
 SAME_NAME = "has the file name of "
 """The reason of a duplicate in a folder begins with this, and the path of the other follows."""
 
-_NAME_FIELDS = MANIFEST_SCHEMA.names[3:-2]
+_NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
+_LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
+"""A manifest, and what decides which of two copies is kept."""
 _LISTING_BATCH = 65_536  # files held as Python objects at a time
 
 
@@ -128,7 +131,7 @@ def list_corpus(
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Mark the rows to be decoded whose modality is not in `include` as `excluded`."""
+    """Give rows without a status whose modality is not in `include` the status `excluded`."""
     wanted = sorted(set(include))
     is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
     left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
@@ -139,7 +142,7 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 
 
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
-    """Whether a folder, or a folder above it, is marked as a synthetic corpus."""
+    """Return whether a folder, or one above it, is marked as a synthetic corpus."""
     folders = [path]
     if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, only the folder may be readable
         folders += map(str, PurePosixPath(path).parents)
@@ -156,7 +159,17 @@ def _list_folder(source: str, is_synthetic: bool) -> Corpus:
         batches.append(_read_names(batch))
     table = pa.concat_tables(batches).sort_by("path") if batches else None
     if table is None or table["modality"].null_count == len(table):
-        raise _nothing_recognised(source, table, others)
+        found = [describe_left_out(others)] if others else []
+        if table is not None:
+            first = table.slice(0, 1).to_pylist()[0]
+            found.insert(
+                0, f"{len(table)} recordings, the first {first['path']}: {first['reason']}"
+            )
+        raise CorpusError(
+            f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
+            f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
+            "path,label,speaker"
+        )
     manifest = table.select(MANIFEST_SCHEMA.names)
     manifest = mark_duplicates(manifest, table["name"], table["depth"], SAME_NAME)
     left_out = describe_left_out(others)
@@ -165,11 +178,11 @@ def _list_folder(source: str, is_synthetic: bool) -> Corpus:
 
 
 def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Iterator[ListedFile]:
-    """Yield the files that are named like clips, and count the others by extension.
+    """Yield the recordings, and count the other files by suffix.
 
     Raises:
         CorpusError: an entry that may be a folder cannot be read, such as a link to a disk that is
-            not mounted; or there are synthetic clips among others.
+            not mounted; or only some of the clips are synthetic.
     """
     for file in list_files(source):
         if is_recording(file):
@@ -192,43 +205,21 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
 
 
 def _read_names(files: list[ListedFile]) -> pa.Table:
-    """Return one row per file: `MANIFEST_SCHEMA`, and its name and depth for finding copies."""
-    names = [file.inside.rpartition("/")[2] for file in files]
-    clips: list[ClipName | None] = []
-    statuses: list[str | None] = []
-    reasons: list[str | None] = []
-    for file, name in zip(files, names, strict=True):
-        clip, status, reason = None, None, None
+    """Return one row of `_LISTED` per file."""
+    rows = []
+    for file in files:
+        name = file.inside.rpartition("/")[2]
+        row = {"path": file.location, "size": file.size, "modified": file.modified}
+        row |= {"name": name.lower(), "depth": file.inside.count("/")}
         try:
             clip = parse_name(name)
+            row |= {field: getattr(clip, field) for field in _NAME_FIELDS}
         except NameProblem as problem:
-            status, reason = "name_not_understood", str(problem)
+            row |= {"status": "name_not_understood", "reason": str(problem)}
         if file.problem is not None:
-            status, reason = "unreadable", file.problem
-        clips.append(clip)
-        statuses.append(status)
-        reasons.append(reason)
-    columns = {field: [getattr(clip, field, None) for clip in clips] for field in _NAME_FIELDS}
-    columns |= {"path": [f.location for f in files], "size": [f.size for f in files]}
-    columns["modified"] = [file.modified for file in files]
-    columns |= {"status": statuses, "reason": reasons}
-    table = pa.Table.from_pydict(columns, MANIFEST_SCHEMA)
-    depths = [file.inside.count("/") for file in files]
-    return table.append_column("name", pa.array([n.lower() for n in names])).append_column(
-        "depth", pa.array(depths, pa.int32())
-    )
-
-
-def _nothing_recognised(source: str, table: pa.Table | None, others: Counter[str]) -> CorpusError:
-    found = [describe_left_out(others)] if others else []
-    if table is not None:
-        first = table.slice(0, 1).to_pylist()[0]
-        found.insert(0, f"{len(table)} recordings, the first {first['path']}: {first['reason']}")
-    return CorpusError(
-        f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
-        f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
-        "path,label,speaker"
-    )
+            row |= {"status": "unreadable", "reason": file.problem}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, _LISTED)
 
 
 # --- files that are listed twice ---

@@ -1,4 +1,4 @@
-"""RAVDESS file names: the seven two-digit fields that say what a clip is.
+"""RAVDESS's file names, as in 03-01-06-01-02-01-12.wav: seven codes that say what a clip is.
 
 `parse_name` turns a file name into a `ClipName`, and `format_name` does the reverse. RAVDESS has no
 other labels, so a name that is not completely valid raises a `NameProblem`; nothing is guessed.
@@ -6,10 +6,11 @@ other labels, so a name that is not completely valid raises a `NameProblem`; not
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 Modality = Literal["av", "video", "audio"]
 Channel = Literal["speech", "song"]
@@ -23,14 +24,17 @@ INTENSITIES: tuple[Intensity, ...] = ("normal", "strong")
 SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
-CORPORA = {
-    "ravdess": "RAVDESS",
-    "synthetic": "the synthetic corpus",
-    "table": "a custom corpus",
+VALUES: dict[str, tuple[Any, ...]] = {
+    "modality": MODALITIES,
+    "channel": CHANNELS,
+    "emotion": EMOTIONS,
+    "intensity": INTENSITIES,
+    "statement": (1, 2),
+    "repetition": (1, 2),
+    "actor": SPEAKERS,
 }
-"""The name of a corpus that is printed next to every score."""
-
-_FIELDS = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)", re.ASCII)
+"""The fields in the order of a name, and what each code means: 01 is the first value."""
+_NAME = re.compile("-".join([r"(\d\d)"] * len(VALUES)), re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
 
@@ -82,26 +86,15 @@ def parse_name(file_name: str) -> ClipName:
         NameProblem: it is not a RAVDESS name; the message says why.
     """
     stem = file_name.rpartition(".")[0] or file_name
-    match = _FIELDS.fullmatch(stem)
+    match = _NAME.fullmatch(stem)
     if match is None:
         raise NameProblem(f"not seven two-digit numbers joined by hyphens, as in {EXAMPLE_NAME}")
-    modality, channel, emotion, intensity, statement, repetition, actor = map(int, match.groups())
-    _check_range("modality", modality, len(MODALITIES))
-    _check_range("channel", channel, len(CHANNELS))
-    _check_range("emotion", emotion, len(EMOTIONS))
-    _check_range("intensity", intensity, len(INTENSITIES))
-    _check_range("statement", statement, 2)
-    _check_range("repetition", repetition, 2)
-    _check_range("actor", actor, len(SPEAKERS))
-    return ClipName(
-        MODALITIES[modality - 1],
-        CHANNELS[channel - 1],
-        EMOTIONS[emotion - 1],
-        INTENSITIES[intensity - 1],
-        statement,
-        repetition,
-        f"{actor:02d}",
-    )
+    values = []
+    for (field, known), code in zip(VALUES.items(), match.groups(), strict=True):
+        if not 1 <= int(code) <= len(known):
+            raise NameProblem(f"{field} is {code}: RAVDESS has 01 to {len(known):02d}")
+        values.append(known[int(code) - 1])
+    return ClipName(*values)
 
 
 def format_name(clip: ClipName, suffix: str) -> str:
@@ -109,19 +102,7 @@ def format_name(clip: ClipName, suffix: str) -> str:
     return "-".join(_codes(clip)) + suffix
 
 
-def _check_range(field: str, code: int, last: int) -> None:
-    if not 1 <= code <= last:
-        raise NameProblem(f"{field} is {code:02d}: RAVDESS has 01 to {last:02d}")
-
-
-def _codes(clip: ClipName) -> tuple[str, ...]:
-    """Return the seven two-digit fields."""
-    return (
-        f"{MODALITIES.index(clip.modality) + 1:02d}",
-        f"{CHANNELS.index(clip.channel) + 1:02d}",
-        f"{EMOTIONS.index(clip.emotion) + 1:02d}",
-        f"{INTENSITIES.index(clip.intensity) + 1:02d}",
-        f"{clip.statement:02d}",
-        f"{clip.repetition:02d}",
-        clip.speaker,
-    )
+def _codes(clip: ClipName) -> list[str]:
+    """Return the seven two-digit codes."""
+    pairs = zip(VALUES.values(), dataclasses.astuple(clip), strict=True)
+    return [f"{known.index(value) + 1:02d}" for known, value in pairs]

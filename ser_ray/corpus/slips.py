@@ -1,6 +1,6 @@
-"""What a prepared corpus holds by label and speaker, and the likely slips of whoever labelled it.
+"""What a prepared corpus holds by label and speaker, and likely mistakes in its labels.
 
-Nothing here is an error: a slip is pointed out, and the clips are used as they are labelled.
+Nothing here is an error: a mistake is pointed out, and the clips are used as they are labelled.
 """
 
 import re
@@ -35,7 +35,7 @@ def describe_clips(clips: pa.Table) -> str:
 
 
 def find_slips(outcomes: pa.Table) -> list[str]:
-    """Point out what the owner of the corpus probably did not mean, a line for each.
+    """Return a line for everything that the owner of the corpus probably did not mean.
 
     Args:
         outcomes: one row per listed file, with the columns of the manifest.
@@ -55,8 +55,10 @@ def find_slips(outcomes: pa.Table) -> list[str]:
             f"several parts of the column split have the speakers {shorten(shared, SHOWN)}, so "
             "--protocol table will be refused"
         )
-    lines += _similar_labels(labels)
-    return lines + _similar_speakers(Counter(clips["speaker"].to_pylist()))
+    speakers = Counter(clips["speaker"].to_pylist())
+    lines += _alike("labels", labels, _folded, "differ only in case, blanks or punctuation")
+    lines += _misspelt(labels)
+    return lines + _alike("speakers", speakers, _speaker_key, "may be the same person")
 
 
 def _conflicts(outcomes: pa.Table) -> list[str]:
@@ -77,23 +79,23 @@ def _foreign_actors(outcomes: pa.Table) -> list[str]:
     if not found:
         return []
     return [
-        f"in the folder of another actor than the name says: {shorten(found, SHOWN)}; the name is "
-        "taken as right"
+        f"files in the folder of another actor than their names say: {shorten(found, SHOWN)}; the "
+        "names are taken as right"
     ]
 
 
-def _similar_labels(counts: Mapping[str, int]) -> list[str]:
-    """Point out labels that differ in case alone, and rare ones that are nearly a frequent one."""
-    lines = _alike("labels", counts, _folded, "differ only in case, blanks or punctuation")
+def _misspelt(counts: Mapping[str, int]) -> list[str]:
+    """Point out rare labels that differ in one letter from a frequent one."""
+    lines = []
     frequent = [label for label, count in counts.items() if count >= RARE and len(label) >= LONG]
     for rare, count in counts.items():
         near = [
             label
             for label in frequent
             if counts[label] >= RARE * count
-            and _folded(label) != _folded(rare)
             and not re.search(r"\d", label + rare)
-            and _is_one_edit(_folded(label), _folded(rare))
+            and _folded(label) != _folded(rare)
+            and _spellings(_folded(label)) & _spellings(_folded(rare))
         ]
         if near:
             lines.append(
@@ -103,24 +105,12 @@ def _similar_labels(counts: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def _similar_speakers(counts: Mapping[str, int]) -> list[str]:
-    """Point out speakers whose names differ in zeros or case, or in a prefix to their number."""
-    lines = _alike("speakers", counts, _speaker_key, "may be the same person")
-    numbers: defaultdict[str, list[str]] = defaultdict(list)
-    for speaker in counts:
-        if match := re.fullmatch(r"([a-z]*)(\d+)", _speaker_key(speaker)):
-            numbers[match[2]].append(speaker)
-    prefixed = {}
-    for speakers in numbers.values():
-        bare = [speaker for speaker in speakers if re.fullmatch(r"\d+", _speaker_key(speaker))]
-        others = [speaker for speaker in speakers if speaker not in bare]
-        if bare and others:
-            prefixed[bare[0]] = others[0]
-    return lines + [
-        f"the speakers {bare!r} ({_clips(counts[bare])}) and {other!r} ({_clips(counts[other])}) "
-        "may be the same person"
-        for bare, other in list(prefixed.items())[:SHOWN]
-    ]
+def _spellings(word: str) -> set[str]:
+    """Return a word, and the word without each of its letters.
+
+    Two words have a common spelling if one letter was changed, added, left out or moved.
+    """
+    return {word} | {word[:place] + word[place + 1 :] for place in range(len(word))}
 
 
 def _alike(
@@ -148,17 +138,6 @@ def _speaker_key(name: str) -> str:
     """Return a folded name whose numbers have no leading zeros."""
     whole = re.sub(r"^(\d+)\.0$", r"\1", name.strip())  # a number that became a float
     return re.sub(r"(?<!\d)0+(?=\d)", "", _folded(whole))
-
-
-def _is_one_edit(one: str, other: str) -> bool:
-    """Whether one letter must be changed, added, removed or exchanged with its neighbour."""
-    if len(one) > len(other):
-        one, other = other, one
-    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-    if len(one) < len(other):
-        return one[start:] == other[start + 1 :]
-    swapped = one[start : start + 2][::-1] + one[start + 2 :]
-    return one[start + 1 :] == other[start + 1 :] or swapped == other[start:]
 
 
 def _clips(count: int) -> str:

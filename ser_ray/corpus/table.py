@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.corpus.formats import Find, as_table, read_folder, read_json_lines, read_parquet
+from ser_ray.corpus.table_formats import Find, as_table, read_folder, read_json_lines, read_parquet
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file

@@ -1,13 +1,18 @@
-"""The words that tables have for the same things. `--help` imports this, so it imports nothing."""
+"""Names of corpora and of the columns of tables. `--help` imports this, so it imports nothing."""
 
 from collections.abc import Sequence
 
+CORPORA = {
+    "ravdess": "RAVDESS",
+    "synthetic": "the synthetic corpus",
+    "table": "a custom corpus",
+}
+"""The kinds of corpus, and the name of each that is printed next to every score."""
 MISSING_WORDS = (
     "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "#n/a", "#na", "#null!", "?",
     "-", "--",
 )  # fmt: skip
-"""What spreadsheets, pandas and R write where there is no value; case does not matter."""
-
+"""What spreadsheets, pandas and R write for a missing value, in any case."""
 COLUMNS = {
     "path": ("path", "file", "wav", "audio", "file_name", "filename", "audio_path"),
     "label": ("label", "emotion", "emo"),
@@ -22,10 +27,10 @@ SIDES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation",
     "val": "validation", "dev": "validation", "devel": "validation", "test": "test",
 }  # fmt: skip
-"""What the column `split` says. Other values are folds, and each is the test side of its own."""
+"""The sides that values of the column `split` mean. Any other value is the name of a fold."""
 
 
 def shorten(names: Sequence[str], shown: int) -> str:
-    """Join the first names and count the others."""
+    """Join the first names, and say how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -14,7 +14,7 @@ from ser_ray.cluster import (
     require_workers,
     trains_on_gpus,
 )
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.local import FAILURES, worker_device
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
 from ser_ray.training.calibration import apply_temperature

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluation import REPORT, Evaluation, headline, label_rows
 from ser_ray.evaluation.rendering import render

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.search.trial import TrialRecord

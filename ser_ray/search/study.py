@@ -20,7 +20,7 @@ from typing import Any
 
 from ray import tune
 
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.mlflow_run import command_like, start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ser_ray.corpus.ravdess import CORPORA
+from ser_ray.corpus.words import CORPORA
 from ser_ray.errors import CheckpointError, ConfigError, MismatchError
 from ser_ray.features.config import FeatureConfig, require_valid
 from ser_ray.storage.json_text import read_object
