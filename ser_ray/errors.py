@@ -34,6 +34,10 @@ class CheckpointError(SerRayError):
     """A checkpoint that is missing, damaged or does not fit."""
 
 
+class EncoderError(SerRayError):
+    """Weights of a pretrained encoder that are missing, damaged or of another network."""
+
+
 class MismatchError(CheckpointError):
     """A checkpoint or a run's folder that belongs to a different training run."""
 

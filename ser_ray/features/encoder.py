@@ -1,0 +1,375 @@
+"""Pretrained speech encoders: the sound of a clip to the mean of every transformer layer over time.
+
+Torchaudio's bundles (WavLM, HuBERT, wav2vec 2.0, XLS-R) and files of weights become an `Encoder`. A
+file of this module is safetensors whose metadata holds the `EncoderCard`, so it needs nothing
+beside it.
+
+The network is torchaudio's, but its layers are called here, because torchaudio's
+`extract_features` cannot pad every family. WavLM refuses a mask, the group norm of the base sizes
+counts the padding, and `normalize_waveform` scales a whole batch. Here padding is masked in all
+three places, so a clip's values do not depend on its neighbours but for rounding. For a clip by
+itself they are those of `extract_features`.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+from pyarrow import fs
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from ser_ray.errors import ConfigError, EncoderError
+from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
+from ser_ray.storage.json_text import read_object
+from ser_ray.storage.paths import filesystem_of
+
+METADATA = "ser_ray.encoder"
+"""Key of the card in the metadata of a file."""
+PADDED_SECONDS = {"cpu": 8, "cuda": 240}
+"""Most seconds of sound in a batch, with its padding, by the kind of device."""
+UNREADABLE = (
+    EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError,
+    pickle.UnpicklingError, struct.error, SafetensorError,
+)  # fmt: skip
+"""What `torch.load` and safetensors raise for files that are damaged or not weights."""
+BUILDERS = {"Wav2Vec2": torchaudio.models.wav2vec2_model, "WavLM": torchaudio.models.wavlm_model}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWeights:
+    """The weights of an encoder as they were published, and their card."""
+
+    card: EncoderCard
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def named(cls, source: str) -> "EncoderWeights":
+        """Load the encoder that `prepare --encoder` names.
+
+        Args:
+            source: a torchaudio bundle's name in lower case, whose weights are downloaded once; or
+                NAME=FILE. The file is one of this module's, or has weights of the bundle NAME.
+
+        Raises:
+            ConfigError: there is no such bundle.
+            EncoderError: the weights cannot be downloaded or read, or are of another network.
+        """
+        name, _, file = source.partition("=")
+        if not file:
+            return cls.fitting(bundle_card(name), _download(name), name)
+        with local_file(file) as path:
+            tensors, metadata = _read_file(path, file)
+            if METADATA in metadata:
+                own = cls.read(str(path))
+                return cls(replace(own.card, name=name), own.tensors)
+        return cls.fitting(bundle_card(name), tensors, file)
+
+    @classmethod
+    def read(cls, location: str) -> "EncoderWeights":
+        """Read a file of this module at a path or URI.
+
+        Raises:
+            EncoderError: the file is missing or damaged, or not of this module.
+        """
+        with local_file(location) as path:
+            tensors, metadata = _read_file(path, location)
+        try:
+            card = EncoderCard.from_dict(read_object(metadata[METADATA]))
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
+            raise EncoderError(
+                f"{location}: is not an encoder's file, because its metadata has no valid "
+                f"{METADATA} ({error}); give a file that ser_ray wrote"
+            ) from error
+        found = cls.fitting(card, tensors, location)
+        if found.card.weights != card.weights:
+            raise EncoderError(
+                f"{location}: its weights have the hash {found.card.weights[:16]}, and its card "
+                f"says {card.weights[:16] or 'none'}, so it is damaged; fetch it again"
+            )
+        return found
+
+    @classmethod
+    def fitting(cls, card: EncoderCard, tensors: dict[str, Tensor], where: str) -> "EncoderWeights":
+        """Check that tensors are all weights of the card's network, and name them as it does.
+
+        Raises:
+            EncoderError: they are weights of another network.
+        """
+        tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("aux.")}
+        network = _build(card)
+        try:
+            # This also renames the weights of a weight norm in files of older versions of torch.
+            network.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise EncoderError(
+                f"{where}: does not hold the weights of {card.name} ({reason}); give the weights "
+                "of that network, or the name of the network that these are of"
+            ) from error
+        tensors = {key: value.float().contiguous() for key, value in network.state_dict().items()}
+        return cls(replace(card, weights=hash_of(tensors)), tensors)
+
+    def write(self, path: Path) -> None:
+        """Write them as a file of this module."""
+        save_file(self.tensors, path, metadata={METADATA: json.dumps(asdict(self.card))})
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights need."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+    def build(self) -> "Encoder":
+        """Build the encoder, which shares the memory of the weights."""
+        network = _build(self.card)
+        network.load_state_dict(self.tensors, assign=True)
+        _remove_weight_norm(network)
+        return Encoder(self.card, network)
+
+
+class Encoder(nn.Module):
+    """Maps waveforms to the mean of every layer, in evaluation mode.
+
+    Pickled, it is arrays, which the processes of a machine share when Ray sends it.
+    """
+
+    network: Any
+
+    def __init__(self, card: EncoderCard, network: Any) -> None:
+        super().__init__()
+        self.card, self.network = card, network
+        self.eval().requires_grad_(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = {key: value.cpu().numpy() for key, value in self.network.state_dict().items()}
+        return _from_arrays, (self.card, arrays)
+
+    def forward(self, waves: Tensor, num_samples: Tensor | None = None) -> Tensor:
+        """Compute the mean of every layer over the valid frames [batch, layers, dim].
+
+        Args:
+            waves: [batch, samples] at 16 kHz.
+            num_samples: valid samples of each [batch]; None if all are.
+        """
+        if self.card.normalises:
+            waves = _standardised(waves, num_samples, 1e-5)
+        frames, num_frames = self._convolve(waves[:, None], num_samples)
+        hidden = self.network.encoder.feature_projection(frames)
+        valid = attention = padding = None
+        if num_frames is not None:
+            valid = torch.arange(hidden.shape[1], device=hidden.device) < num_frames[:, None]
+            hidden = hidden * valid[:, :, None]
+            if self.card.family == "WavLM":
+                padding = torch.zeros_like(hidden[..., 0]).masked_fill(~valid, -torch.inf)
+            else:
+                attention = valid[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+        transformer = self.network.encoder.transformer
+        hidden, bias, means = transformer._preprocess(hidden), None, []
+        for layer in transformer.layers:
+            hidden, bias = layer(hidden, attention, bias, padding)
+            if valid is None or num_frames is None:
+                means.append(hidden.mean(dim=1))
+            else:
+                means.append((hidden * valid[:, :, None]).sum(dim=1) / num_frames[:, None])
+        return torch.stack(means, dim=1)
+
+    @torch.inference_mode()
+    def encode(self, waves: Sequence[np.ndarray]) -> np.ndarray:
+        """Encode clips, each [samples] float32 at 16 kHz, in batches of about equal length.
+
+        Returns:
+            [clips, layers, dim] float32.
+        """
+        device = next(self.network.parameters()).device
+        lengths = np.array([len(wave) for wave in waves], np.int64)
+        result = np.empty((len(waves), self.card.num_layers, self.card.dim), np.float32)
+        for rows in batches_by_length(lengths, PADDED_SECONDS[device.type] * ENCODER_RATE):
+            padded = np.zeros((len(rows), lengths[rows[-1]]), np.float32)
+            for place, row in zip(padded, rows, strict=True):
+                place[: lengths[row]] = waves[row]
+            valid = torch.from_numpy(lengths[rows]).to(device)
+            is_padded = lengths[rows[0]] < lengths[rows[-1]]
+            batch = torch.from_numpy(padded).to(device)
+            result[rows] = self(batch, valid if is_padded else None).cpu().numpy()
+        return result
+
+    def _convolve(self, maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[batch, 1, samples] -> [batch, frames, channels], with the valid ones of each [batch]."""
+        for block in self.network.feature_extractor.conv_layers:
+            maps, norm = block.conv(maps), block.layer_norm
+            if valid is not None:
+                valid = (
+                    torch.div(valid - block.kernel_size, block.stride, rounding_mode="floor") + 1
+                )
+            if isinstance(norm, nn.GroupNorm) and valid is not None:  # a group is one channel
+                maps = _standardised(maps, valid[:, None], norm.eps)
+                maps = maps * norm.weight[:, None] + norm.bias[:, None]
+            elif norm is not None:
+                maps = norm(maps)
+            maps = F.gelu(maps)
+        return maps.transpose(1, 2), valid
+
+
+def batches_by_length(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Yield the rows of clips [clips] in batches, each from short to long.
+
+    Args:
+        lengths: samples of each clip.
+        most: samples of a batch with its padding; a longer clip is a batch by itself.
+    """
+    order = np.argsort(lengths, kind="stable")
+    first = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or lengths[order[end]] * (end + 1 - first) > most:
+            yield order[first:end]
+            first = end
+
+
+def bundle_names() -> list[str]:
+    """Return the names of torchaudio's encoders, in lower case."""
+    kind = torchaudio.pipelines.Wav2Vec2Bundle
+    names = torchaudio.pipelines.__all__
+    return [n.lower() for n in names if isinstance(getattr(torchaudio.pipelines, n), kind)]
+
+
+def bundle_card(name: str) -> EncoderCard:
+    """Describe a bundle of torchaudio, whose own text names licence and training data.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in bundle_names():
+        raise ConfigError(
+            f"encoder is {name}: it must be one of {', '.join(bundle_names())}, or NAME=FILE with "
+            "a file of weights for one, or with an encoder's file and a name of your own"
+        )
+    bundle = getattr(torchaudio.pipelines, name.upper())
+    text = re.sub(r" *:cite:`[^`]*`|\*", "", " ".join(bundle.__doc__.split()).replace("( ", "("))
+    trained = re.search(r"[Tt]rained on (.+?),? (?:not fine-tuned|Originally|Published)", text)
+    licence = re.search(r" under \[?`?(.+?)(?: <| and redistributed)", text)
+    return EncoderCard(
+        name=name,
+        family=bundle._model_type,
+        arguments=bundle._params | {"aux_num_out": None},
+        normalises=bundle._normalize_waveform,
+        licence=licence[1] if licence else "not stated",
+        trained_on=trained[1].strip(" .,") if trained else "not stated",
+    )
+
+
+def hash_of(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors, in hex digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def local_file(location: str) -> Iterator[Path]:
+    """Yield a file at a path or URI as a local one.
+
+    Raises:
+        EncoderError: it does not exist, or its storage does not answer.
+    """
+    filesystem, path = filesystem_of(location)
+    try:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            if not Path(path).is_file():
+                raise FileNotFoundError("no such file")
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            target = f"{folder}/{Path(path).name}"
+            fs.copy_files(path, target, source_filesystem=filesystem)
+            yield Path(target)
+    except OSError as error:
+        raise EncoderError(
+            f"{location}: the encoder's weights cannot be read ({error}); give --encoder NAME or "
+            "NAME=FILE with a file that can be"
+        ) from error
+
+
+def _read_file(path: Path, location: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a file, and its metadata if it is safetensors."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                keys = list(file.keys())
+                return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}, {}
+    except UNREADABLE as error:
+        raise EncoderError(f"{location}: is not a readable file of weights ({error})") from error
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    bundle = getattr(torchaudio.pipelines, name.upper())
+    options = {"map_location": "cpu", "progress": False, "weights_only": True}
+    try:
+        tensors: dict[str, Tensor] = bundle._get_state_dict(options)
+    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise EncoderError(
+            f"the weights of {name} cannot be downloaded to {torch.hub.get_dir()} ({error}); put "
+            f"their file ({bundle._path}) on this machine and give --encoder {name}=FILE"
+        ) from error
+    return tensors
+
+
+def _build(card: EncoderCard) -> Any:
+    """Build a network without weights.
+
+    Raises:
+        EncoderError: its constructor refuses the card's arguments.
+    """
+    try:
+        with torch.device("meta"):
+            return BUILDERS[card.family](**card.arguments)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise EncoderError(
+            f"the encoder {card.name} cannot be built by torchaudio ({str(error)[:200]}); correct "
+            "the arguments in its card"
+        ) from error
+
+
+def _from_arrays(card: EncoderCard, arrays: dict[str, np.ndarray]) -> Encoder:
+    network = _build(card)
+    _remove_weight_norm(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Ray's arrays are read-only, and so are these
+        tensors = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    network.load_state_dict(tensors, assign=True)
+    return Encoder(card, network)
+
+
+def _remove_weight_norm(network: Any) -> None:
+    """Multiply the weight norm of the positional convolution out, once instead of in every pass."""
+    remove_parametrizations(network.encoder.transformer.pos_conv_embed.conv, "weight")
+
+
+def _standardised(values: Tensor, valid: Tensor | None, eps: float) -> Tensor:
+    """Scale the first `valid` [...] of values [..., places] to mean 0 and variance 1."""
+    if valid is None:
+        return F.layer_norm(values, values.shape[-1:], eps=eps)
+    inside = torch.arange(values.shape[-1], device=values.device) < valid[..., None]
+    mean = (values * inside).sum(dim=-1, keepdim=True) / valid[..., None]
+    apart = (values - mean) * inside
+    return apart * (apart.square().sum(dim=-1, keepdim=True) / valid[..., None] + eps).rsqrt()

@@ -1,0 +1,68 @@
+"""The description of a pretrained speech encoder. It imports nothing heavy."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ser_ray.errors import ConfigError
+from ser_ray.features.config import KINDS, require_valid
+
+ENCODER_RATE = 16_000
+"""Sample rate of every encoder, in hertz."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCard:
+    """The network of an encoder, the identity of its weights, and where they come from."""
+
+    name: str
+    """Name of its feature kind; that of a torchaudio bundle in lower case, or the user's own."""
+    family: Literal["Wav2Vec2", "WavLM"]
+    """Which constructor of `torchaudio.models` builds the network; HuBERT is a Wav2Vec2."""
+    arguments: dict[str, Any]
+    """Arguments of that constructor."""
+    normalises: bool
+    """Whether each clip is scaled to mean 0 and variance 1 before the network."""
+    licence: str = "not stated"
+    trained_on: str = "not stated"
+    """What the weights were trained on."""
+    labelled: tuple[str, ...] = ()
+    """Corpora whose emotion labels the weights were trained with: names of
+    `ser_ray.corpus.ravdess.CORPORA`."""
+    weights: str = ""
+    """SHA-256 of the weights, in hex digits."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+        if self.name in KINDS or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", self.name):
+            raise ConfigError(
+                f"encoder is {self.name}: its name must have lower-case letters, digits and "
+                f"underscores, begin with a letter, and be none of {', '.join(KINDS)}"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers."""
+        return int(self.arguments["encoder_num_layers"])
+
+    @property
+    def dim(self) -> int:
+        """Number of values of a layer."""
+        return int(self.arguments["encoder_embed_dim"])
+
+    @property
+    def num_values(self) -> int:
+        """Number of values of a clip, over all layers."""
+        return self.num_layers * self.dim
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EncoderCard":
+        """Read what `dataclasses.asdict` made, perhaps by way of JSON.
+
+        Raises:
+            ConfigError, TypeError, KeyError: the values are not those of an encoder.
+        """
+        card = cls(**(values | {"labelled": tuple(values["labelled"])}))
+        if not 0 < card.num_values < 2**20:
+            raise ConfigError(f"the encoder {card.name} has {card.num_values} values for a clip")
+        return card
