@@ -56,7 +56,7 @@ def find_slips(outcomes: pa.Table) -> list[str]:
             "--protocol table will be refused"
         )
     speakers = Counter(clips["speaker"].to_pylist())
-    lines += _alike("labels", labels, _folded, "differ only in case, blanks or punctuation")
+    lines += _alike("labels", labels, _plain, "differ only in case, blanks or punctuation")
     lines += _misspelt(labels)
     return lines + _alike("speakers", speakers, _speaker_key, "may be the same person")
 
@@ -94,8 +94,8 @@ def _misspelt(counts: Mapping[str, int]) -> list[str]:
             for label in frequent
             if counts[label] >= RARE * count
             and not re.search(r"\d", label + rare)
-            and _folded(label) != _folded(rare)
-            and _spellings(_folded(label)) & _spellings(_folded(rare))
+            and _plain(label) != _plain(rare)
+            and _spellings(_plain(label)) & _spellings(_plain(rare))
         ]
         if near:
             lines.append(
@@ -128,16 +128,16 @@ def _alike(
     return lines + ([f"and {len(alike) - SHOWN} more such {what}"] if len(alike) > SHOWN else [])
 
 
-def _folded(name: str) -> str:
+def _plain(name: str) -> str:
     """Return a name without case, blanks, punctuation and compatibility forms of letters."""
     folded = unicodedata.normalize("NFKC", name).casefold()
     return "".join(letter for letter in folded if letter.isalnum()) or name
 
 
 def _speaker_key(name: str) -> str:
-    """Return a folded name whose numbers have no leading zeros."""
+    """Return a plain name whose numbers have no leading zeros."""
     whole = re.sub(r"^(\d+)\.0$", r"\1", name.strip())  # a number that became a float
-    return re.sub(r"(?<!\d)0+(?=\d)", "", _folded(whole))
+    return re.sub(r"(?<!\d)0+(?=\d)", "", _plain(whole))
 
 
 def _clips(count: int) -> str:

@@ -1,19 +1,19 @@
 """The user's own corpus: a table that names the file, label and speaker of every clip.
 
-A clip is a file, or the segment of a file between two times, `start` and `end`.
+A clip is a file, or the segment of a file between two times, `start` and `end`. `read_table` finds
+the columns and checks the values, and `list_table` finds the files. `table_formats` reads the file.
 
-Tables come from spreadsheets and other systems, so every unambiguous variant is read: commas,
-semicolons, tabs or bars, UTF-8 with a byte order mark, UTF-16, Windows-1252, blanks and capitals in
-the names of the columns, backslashes in paths, `~`. An ambiguous row or column is an error.
+Tables come from spreadsheets and other systems, so every unambiguous variant is read, such as
+blanks and capitals in the names of the columns, backslashes in paths, and `~`. An ambiguous row or
+column is an error.
 """
 
-import codecs
 import csv
-import io
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,34 +23,22 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.corpus.table_formats import Find, as_table, read_folder, read_json_lines, read_parquet
+from ser_ray.corpus.table_formats import column_key, read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
-from ser_ray.storage.paths import absolute, location_inside, refuse_password
+from ser_ray.storage.paths import location_inside, refuse_password
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
-TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 NO_FOLDER = "its folder does not exist"
 OTHER_DRIVE = "a Windows path, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons of rows whose file does not exist."""
 
 _NEEDED = ("path", "label", "speaker")
-_SEPARATORS = (",", ";", "\t", "|")
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this one
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _TIME_COLUMN = re.compile(
     r"(start|begin|onset|end|stop|offset)([ _]?(time|s|sec|seconds|ms|samples?))?"
 )
-_TIME = re.compile(r"(?:(\d+) days?,? *)?(?:(\d+):(\d+):)?(\d+(?:\.\d+)?)?")
 _NO_VALUE = {*MISSING_WORDS, ""}
 _SHOWN_ROWS = 5
 _FOLDERS_ABOVE = 5
@@ -63,30 +51,27 @@ def read_table(
     missing: Iterable[str] = MISSING_WORDS,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, tuple[str, ...]] | None:
-    """Read the clips of a table or a folder of tables; None if the folder has no table.
+    """Read the clips of a table or a folder of tables; return None if the folder has no table.
 
     Args:
         source: the table or folder, as the user wrote it.
         filesystem: where it is.
         path: its path there.
-        missing: words that mean that a value is missing, in any case.
-        columns: the names that some of `COLUMNS` have in the table.
+        missing: words that mean a missing value, in any case.
+        columns: the names of columns in the table, by their names in `COLUMNS`.
 
     Returns:
-        The clips, and lines to tell the user. Each clip has `path`, `label`, `speaker`, `split` and
-        perhaps `take`, without blanks around them, and `start` and `end` in seconds, both null for
-        a complete file.
+        The clips, and lines to tell the user. The columns are `path`, `label`, `speaker`, `split`
+        and perhaps `take`, without blanks around the values, and `start` and `end` in seconds, both
+        null for a complete file.
 
     Raises:
         CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
     """
     names = columns or {}
-
-    def find(given: Sequence[str]) -> dict[str, str]:
-        return _find_columns(source, given, names)
-
+    find = partial(_find_columns, source, names)
     try:
-        table, notes = _read_any(source, filesystem, path, find, set(names.values()))
+        table, notes = read_any(source, filesystem, path, find, set(names.values()))
         if table is None:
             return None
         found = find(table.column_names)
@@ -109,32 +94,17 @@ def read_table(
     times = [values.pop(name, nothing) for name in ("start", "end")]
     split = values.pop("split", nothing)
     _refuse_missing(source, values, {word.strip().lower() for word in missing})
-    start, end = _read_times(source, *(column.to_pylist() for column in times))
-    values |= {"start": pa.array(start, pa.float64()), "end": pa.array(end, pa.float64())}
+    segments = _read_times(source, *(column.to_pylist() for column in times))
+    for name, seconds in zip(("start", "end"), zip(*segments, strict=True), strict=True):
+        values[name] = pa.array(seconds, pa.float64())
     return pa.table(values | {"split": _read_split(split)}), notes
 
 
-def _read_any(
-    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
-) -> tuple[pa.Table | None, tuple[str, ...]]:
-    """Read a table or folder of any format, and return lines to tell the user with it."""
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        return read_folder(source, filesystem, path, find), ()
-    if path.lower().endswith(".parquet"):
-        return read_parquet(absolute(source), filesystem, path, find), ()
-    if path.lower().endswith(JSON_SUFFIXES):
-        return as_table(read_json_lines(filesystem, path)), ()
-    with filesystem.open_input_file(path) as file:
-        text, notes = _decode(source, file.read())
-    return _parse(source, text, wanted), notes
-
-
 def _read_split(column: pa.ChunkedArray) -> pa.Array:
-    """Return the sides train, validation and test, or the folds if there are other values."""
+    """Return the sides train, validation and test, or the values as folds if some are no sides."""
     given = [None if (text or "").lower() in _NO_VALUE else text for text in column.to_pylist()]
     sides = [text and SIDES.get(text.lower()) for text in given]
-    return pa.array(given if None in {s for s, g in zip(sides, given, strict=True) if g} else sides,
-                    pa.string())  # fmt: skip
+    return pa.array(sides if sides.count(None) == given.count(None) else given, pa.string())
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
@@ -145,43 +115,44 @@ def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
 
 def _read_times(
     source: str, starts: list[str | None], ends: list[str | None]
-) -> tuple[list[float | None], list[float | None]]:
-    """Return the start and end of every row in seconds, both None where it is a complete file.
+) -> list[tuple[float | None, float | None]]:
+    """Return the start and end of every row in seconds, both None for a complete file.
 
     Raises:
         CorpusError: the times of a row do not define a segment.
     """
-    found: tuple[list[float | None], list[float | None]] = [], []
+    segments: list[tuple[float | None, float | None]] = []
     for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
-        times = [None if (text or "").lower() in _NO_VALUE else _seconds(text) for text in texts]
-        start, end = times[0] or 0.0, times[1]
-        if math.nan in times or (end is not None and start >= end):
+        start, end = map(_seconds, texts)
+        start = start or 0.0
+        if math.isnan(start) or (end is not None and not start < end):
             raise CorpusError(
                 f"{source}: row {row} (after the header) has the start {texts[0] or 'of the file'} "
                 f"and the end {texts[1] or 'of the file'}; a segment needs a start before "
                 "its end, both in seconds or as in 0 days 00:00:01.5"
             )
-        is_complete = start == 0 and end is None
-        found[0].append(None if is_complete else start)
-        found[1].append(end)
-    return found
+        segments.append((None if start == 0 and end is None else start, end))
+    return segments
 
 
-def _seconds(text: str | None) -> float:
-    """Read seconds, or a time such as 0 days 00:01:02.5; `math.nan` if it is neither."""
+def _seconds(text: str | None) -> float | None:
+    """Read seconds, or a time as pandas writes it; None for no value, NaN for any other text."""
+    if text is None or text.lower() in _NO_VALUE:
+        return None
     try:
-        seconds = float(text or "")
+        seconds = float(text)
     except ValueError:
-        match = _TIME.fullmatch(text or "")
-        if match is None:
+        import pandas as pd
+
+        try:
+            seconds = pd.Timedelta(text).total_seconds()
+        except ValueError:
             return math.nan
-        days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-        return days * 86_400 + hours * 3_600 + minutes * 60 + seconds
     return seconds if 0 <= seconds < math.inf else math.nan
 
 
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Replace NaN, which pandas writes for a missing value, by null, and durations by seconds."""
+    """Turn NaN, which pandas writes for a missing value, into null, and durations into seconds."""
     if pa.types.is_duration(column.type):
         return pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
     if not pa.types.is_floating(column.type):
@@ -189,54 +160,8 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
 
 
-def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Decode the bytes of a text table, and say if its encoding had to be guessed."""
-    encodings = [encoding for mark, encoding in _MARKS if data.startswith(mark)][:1]
-    if not encodings and b"\0" in data[:1000]:
-        encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
-    for encoding in encodings or ["utf-8", "cp1252"]:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
-        return text, notes if encoding == "cp1252" else ()
-    raise CorpusError(
-        f"{source}: the table cannot be read, as it is not text in UTF-8, UTF-16 or Windows-1252; "
-        "save it again as UTF-8"
-    )
-
-
-def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
-    """Parse separated values with the separator that yields the most known columns."""
-    text = text.lstrip("\ufeff\r\n")
-    if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
-        text = text[declared.end() :]
-    if not text.strip():
-        raise CorpusError(f"{source}: the table is empty")
-    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
-    known = {_fold(name) for names in (*COLUMNS.values(), wanted) for name in names}
-    num_known = {mark: len(known & set(map(_fold, names))) for mark, names in rows.items()}
-    separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
-    names = rows[separator]
-    numbered = [f"column {number}" for number in range(len(names))]
-    table = pa.csv.read_csv(
-        io.BytesIO(text.encode()),
-        pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
-        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-        # As text, because speaker 01 would otherwise be read as the number 1.
-        pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
-    )
-    return table.rename_columns(names)
-
-
-def _fold(name: str) -> str:
-    return name.strip().lower()
-
-
-def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return, for each column that is read, its name in the table.
+def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Choose the columns to read among the names in a table: {corpus column: name in the table}.
 
     Raises:
         CorpusError: a column is missing or is there twice, or a column of times is unknown.
@@ -244,11 +169,11 @@ def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str])
     found: dict[str, str] = {}
     for column, known in COLUMNS.items():
         wanted = (columns[column],) if column in columns else known
-        same = [[name for name in names if _fold(name) == _fold(want)] for want in wanted]
+        same = [[name for name in names if column_key(name) == column_key(want)] for want in wanted]
         given = next(filter(None, same), [])
         if len(given) > 1:
             raise CorpusError(
-                f"{source}: has the column {_fold(given[0])} twice, as {given[0]!r} and "
+                f"{source}: has the column {column_key(given[0])} twice, as {given[0]!r} and "
                 f"{given[1]!r}; rename or remove one of them"
             )
         if given:
@@ -258,7 +183,7 @@ def _find_columns(source: str, names: Sequence[str], columns: Mapping[str, str])
                 f"{source}: has no column {columns[column]}, which --columns names as {column}; it "
                 f"has {','.join(names)}"
             )
-    times = [name for name in names if _TIME_COLUMN.fullmatch(_fold(name))]
+    times = [name for name in names if _TIME_COLUMN.fullmatch(column_key(name))]
     if (other := [name for name in times if name not in found.values()]) and len(
         {"start", "end"} & set(found)
     ) < 2:
@@ -308,7 +233,9 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of a table. Relative paths start at a folder or at one above it.
+    """Find the files of a table's rows, as `read_table` returned them.
+
+    Relative paths start at the folder, or at the nearest one above it that has one of the files.
 
     Returns:
         The manifest's columns that a table has, one value for each row.
@@ -320,7 +247,8 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     folder = _base(folder, written)
     files = {path: _find(folder, path) for path in dict.fromkeys(written)}
     found = [files[path] for path in written]
-    _refuse_passwords(source, [file.location for file in found])
+    locations = [file.location for file in found]
+    _refuse_passwords(source, locations)
     if "take" not in rows.column_names:
         times = zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True)
         takes = [
@@ -328,32 +256,25 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
             + ("" if start is None else f" {start}-{'end' if end is None else end}")
             for file, (start, end) in zip(found, times, strict=True)
         ]
-        rows = rows.append_column("take", pa.array(takes))
-    locations = pa.array([file.location for file in found])
-    rows = rows.set_column(rows.column_names.index("path"), "path", locations)
+        rows = rows.append_column("take", [takes])
+    rows = rows.set_column(rows.column_names.index("path"), "path", [locations])
     rows = rows.append_column("clip", clip_keys(rows))
     for column in ("speaker", "label"):
         _require_one(source, rows, "clip", column)
         _require_one(source, rows, "take", column)
-    problems = [file.problem for file in found]
     return {
-        "path": rows["path"],
+        **{name: rows[name] for name in ("path", "start", "end", "speaker", "take", "split")},
+        "emotion": rows["label"],
         "size": [file.size for file in found],
         "modified": [file.modified for file in found],
-        "start": rows["start"],
-        "end": rows["end"],
         "modality": ["audio"] * len(rows),
-        "emotion": rows["label"],
-        "speaker": rows["speaker"],
-        "take": rows["take"],
-        "split": rows["split"],
-        "status": ["unreadable" if problem else None for problem in problems],
-        "reason": problems,
+        "status": ["unreadable" if file.problem else None for file in found],
+        "reason": [file.problem for file in found],
     }
 
 
 def _base(folder: str, paths: list[str]) -> str:
-    """Return the folder where relative paths start: the nearest one that has one of the files."""
+    """Return the folder at which relative paths start."""
     if "://" in folder:
         return folder
     first = [path for path in dict.fromkeys(paths[:1000]) if "://" not in path]
@@ -364,38 +285,29 @@ def _base(folder: str, paths: list[str]) -> str:
 def _find(folder: str, path: str) -> ListedFile:
     """Look up a file that a table names."""
     path, mark, row = path.partition(ROW)
-    location, inside, missing = _locate(folder, path)
-    status, problem = (None, None) if "://" in location else stat_file(location)
-    if problem == NO_FILE and missing:
-        problem = missing
-    inside = inside.removeprefix(f"{folder}/") + mark + row
+    location, is_foreign = path, False
+    if "://" not in path:
+        if not _exists(folder, path):
+            is_foreign = re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
+            path = path if is_foreign else path.replace("\\", "/")  # written on Windows
+        if not is_foreign:
+            path = os.path.normpath(path)
+            location = os.path.expanduser(path)  # noqa: PTH111 - a million Path objects are slow
+        if not (is_foreign or os.path.isabs(location)):  # noqa: PTH117
+            location = location_inside(folder, location)
+    status, problem = None, None
+    if "://" not in location:
+        location = find_local(location)
+        status, problem = stat_file(location)
+    if problem == NO_FILE and is_foreign:
+        problem = OTHER_DRIVE
+    elif problem == NO_FILE and not os.path.isdir(os.path.dirname(location)):  # noqa: PTH112, PTH120
+        problem = NO_FOLDER
+    inside = path.removeprefix(f"{folder}/") + mark + row
     location += mark + row
     if status is None or problem:
         return ListedFile(inside, location, None, None, problem)
     return ListedFile(inside, location, status.st_size, status.st_mtime_ns, None)
-
-
-def _locate(folder: str, path: str) -> tuple[str, str, str | None]:
-    """Find the file that a row names.
-
-    Returns:
-        Its location, the row's path in normalised form, and the reason if there is no such file.
-    """
-    if "://" in path:
-        return path, path, None
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", path) and not _exists(folder, path):
-        return path, path, OTHER_DRIVE
-    if "\\" in path and not _exists(folder, path):  # written on Windows
-        path = path.replace("\\", "/")
-    given = os.path.normpath(path)
-    location = os.path.expanduser(given)  # noqa: PTH111 - a million Path objects are slow
-    if not os.path.isabs(location):  # noqa: PTH117
-        location = location_inside(folder, location)
-    if "://" in location or os.path.lexists(location):
-        return location, given, None
-    location = find_local(location)
-    has_folder = os.path.isdir(os.path.dirname(location))  # noqa: PTH112, PTH120
-    return location, given, NO_FILE if has_folder else NO_FOLDER
 
 
 def _exists(folder: str, path: str) -> bool:

@@ -1,48 +1,78 @@
-"""Reads a corpus of another tool into one table, whose columns have that tool's names.
+"""Reads a table of any format, or a folder of another tool's tables, into one table.
 
+    text                   commas, semicolons, tabs or bars; UTF-8, UTF-16 or Windows-1252
     JSON lines             EmoBox; also a folder of its folds, fold_1/*_test_fold_1.jsonl
     Parquet                any; also a Hugging Face data set, whose `audio` holds the recordings
     db.yaml                a folder of audformat, read by the package audformat
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
     *supervisions*.jsonl   a folder of lhotse, with the recordings beside the supervisions
 
-`table` finds the columns that a corpus needs and checks them. Only tables are opened here.
+The columns keep the names that they have there; `table` chooses those that a corpus needs. No
+recording is opened here.
 """
 
+import codecs
+import csv
 import gzip
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ser_ray.corpus.words import COLUMNS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.packed import COLUMN, packed_location
-from ser_ray.storage.paths import location_inside
+from ser_ray.storage.paths import absolute, location_inside
 
-Find = Callable[[list[str]], Mapping[str, str]]
-"""Finds the corpus's columns among a table's names: {corpus column: name in the table}."""
+TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
+Find = Callable[[Sequence[str]], Mapping[str, str]]
+"""Chooses the corpus's columns among a table's names: {corpus column: name in the table}."""
 Row = Mapping[str, Any]
+_SEPARATORS = (",", ";", "\t", "|")
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 SIDE = re.compile(r"(?:.*[-_.])?(train|validation|valid|dev|test)[-_.]")
 """Matches a file name that says to which part of a split its rows belong."""
 
 
-def read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table | None:
-    """Read the tables in a folder, or return None if it has none of these formats.
+def read_any(
+    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
+) -> tuple[pa.Table | None, tuple[str, ...]]:
+    """Read a table or a folder, and return it with lines to tell the user.
 
     Args:
-        source: the folder, as the user wrote it.
+        source: the table or folder, as the user wrote it.
         filesystem: where it is.
         path: its path there.
         find: chooses the columns.
+        wanted: names of columns that the user gave.
+
+    Returns:
+        None instead of a table if the folder has no tables of these formats.
 
     Raises:
         CorpusError: the tables contradict each other, or need a package that is not installed.
     """
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        return _read_folder(source, filesystem, path, find), ()
+    if path.lower().endswith(".parquet"):
+        return _read_parquet(absolute(source), filesystem, path, find), ()
+    if path.lower().endswith(JSON_SUFFIXES):
+        return _as_table(_read_json_lines(filesystem, path)), ()
+    with filesystem.open_input_file(path) as file:
+        text, notes = _decode(source, file.read())
+    return _parse(source, text, wanted), notes
+
+
+def _read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table | None:
+    """Read the tables in a folder, or return None if it has none of these formats."""
     files, folders = _entries(filesystem, path)
     if "db.yaml" in files:
         return _read_audformat(source, path, find)
@@ -58,10 +88,60 @@ def read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) -
         files = {f"data/{name}": file for name, file in inner.items()}
     parquets = sorted(name for name in files if name.endswith(".parquet"))
     read = [
-        read_parquet(location_inside(source, name), filesystem, files[name], find)
+        _read_parquet(location_inside(source, name), filesystem, files[name], find)
         for name in parquets
     ]
     return pa.concat_tables(read, promote_options="permissive") if read else None
+
+
+def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+    """Decode the bytes of a text table, and say if its encoding had to be guessed."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif b"\0" in data[:1000]:
+        encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
+    else:
+        encodings = ["utf-8-sig", "cp1252"]
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
+        return text, notes if encoding == "cp1252" else ()
+    raise CorpusError(
+        f"{source}: the table cannot be read, as it is not text in UTF-8, UTF-16 or Windows-1252; "
+        "save it again as UTF-8"
+    )
+
+
+def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
+    """Parse separated values with the separator that yields the most known columns."""
+    text = text.lstrip("\r\n")
+    if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
+        text = text[declared.end() :]
+    if not text.strip():
+        raise CorpusError(f"{source}: the table is empty")
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
+    known = {column_key(name) for names in (*COLUMNS.values(), wanted) for name in names}
+    num_known = {mark: len(known & set(map(column_key, names))) for mark, names in rows.items()}
+    separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
+    names = rows[separator]
+    numbered = [f"column {number}" for number in range(len(names))]
+    table = pa.csv.read_csv(
+        io.BytesIO(text.encode()),
+        pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
+        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        # As text, because speaker 01 would otherwise be read as the number 1.
+        pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
+    )
+    return table.rename_columns(names)
+
+
+def column_key(name: str) -> str:
+    """Return a column's name without case and blanks around it."""
+    return name.strip().lower()
 
 
 def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -72,7 +152,7 @@ def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict
     return files, {entry.base_name: entry.path for entry in entries if entry.type == kind}
 
 
-def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
+def _read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
     """Read a file of JSON objects, one per line, which may be compressed by gzip."""
     with filesystem.open_input_file(path) as file:
         data = file.read()
@@ -87,7 +167,7 @@ def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
     return rows
 
 
-def as_table(rows: Iterable[Row]) -> pa.Table:
+def _as_table(rows: Iterable[Row]) -> pa.Table:
     """Return a string column for every name in the rows; objects and lists are left out."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
@@ -110,13 +190,13 @@ def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Tabl
     for name in sorted(tables, key=lambda name: "_test_" in name):
         match = FOLD.match(name)
         assert match is not None
-        for row in read_json_lines(filesystem, tables[name]):
+        for row in _read_json_lines(filesystem, tables[name]):
             fold = match[2] if match[1] == "test" else "train"
             rows[str(row.get("key"))] = {**row, "fold": match[1] if has_one else fold}
-    return as_table(rows.values())
+    return _as_table(rows.values())
 
 
-def read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
+def _read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
     In a file of Hugging Face, numbers of a ClassLabel become its names, and a column `path` locates
@@ -184,7 +264,7 @@ def _read_kaldi(
     if "segments" in files:
         parts = {name: text.split() for name, text in read("segments").items()}
         segments = {name: (part[0], part[1], part[2]) for name, part in parts.items()}
-    return as_table(
+    return _as_table(
         {"path": scp.get(recording), "start": start, "end": None if end == "-1" else end}
         | {column: values.get(name) for column, values in columns.items()}
         for name, (recording, start, end) in segments.items()
@@ -198,9 +278,9 @@ def _read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str
         beside = name.replace("supervisions", "recordings")
         if beside not in files:
             raise CorpusError(f"{source}: has {name}, but not {beside} with its recordings")
-        recordings = {row["id"]: row for row in read_json_lines(filesystem, files[beside])}
+        recordings = {row["id"]: row for row in _read_json_lines(filesystem, files[beside])}
         side = SIDE.match(name)
-        for row in read_json_lines(filesystem, files[name]):
+        for row in _read_json_lines(filesystem, files[name]):
             recording = recordings.get(row["recording_id"], {"sources": [], "duration": 0.0})
             paths = [found["source"] for found in recording["sources"] if found["type"] == "file"]
             end = row["start"] + row["duration"]
@@ -210,7 +290,7 @@ def _read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str
             custom = row.get("custom") or {}
             plain = {key: row[key] for key in row if key not in ("start", "custom")}
             rows.append({**custom, **plain, **split, **times, "path": (paths or [None])[0]})
-    return as_table(rows)
+    return _as_table(rows)
 
 
 def _read_audformat(source: str, path: str, find: Find) -> pa.Table:
