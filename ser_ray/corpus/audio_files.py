@@ -1,8 +1,7 @@
-"""Which files are recordings: those in a folder, and those that a pattern matches.
+"""Finds the recordings in a folder, or among the files that a pattern matches.
 
-`prepare` and `predict` take the same files from a folder. Everything that they leave out is counted
-by suffix, so that they can say it. No file is opened, except those whose suffix other kinds of file
-have too.
+`prepare` and `predict` take the same files from a folder, and count the others by suffix to report
+them. A file is opened only if its suffix is also that of other kinds of files.
 """
 
 import os
@@ -31,14 +30,14 @@ AUDIO_SUFFIXES = frozenset(
 )  # fmt: skip
 """Suffixes of the recordings that phones, recorders, cameras and editors write."""
 SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
-"""Suffixes that recordings share with other files, such as TypeScript: the first bytes decide."""
+"""Suffixes that other kinds of files have too, such as TypeScript: the first bytes decide."""
 _STARTS = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
 _PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
 
 
 @dataclass(frozen=True)
 class AudioFiles:
-    """The recordings that a user means."""
+    """The recordings that a user named."""
 
     files: list[str] = field(default_factory=list)
     """Paths or URIs, each once."""
@@ -54,7 +53,7 @@ def suffix_of(name: str) -> str:
 
 
 def is_recording(file: ListedFile) -> bool:
-    """Whether a listed file is a recording, by its suffix or else by its first bytes."""
+    """Return whether a listed file is a recording, by its suffix or its first bytes."""
     suffix = suffix_of(file.inside)
     if suffix not in SHARED_SUFFIXES or file.problem is not None:
         return suffix in AUDIO_SUFFIXES
@@ -70,7 +69,7 @@ def is_recording(file: ListedFile) -> bool:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Say how many files were left out, by suffix; nothing if there are none."""
+    """Say how many files of each suffix were left out; return an empty string if there are none."""
     if not left_out:
         return ""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))
@@ -85,9 +84,8 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
     """List the recordings that a user names.
 
     Args:
-        sources: files, folders whose audio and video files are meant, or patterns (`*` and `?`
-            match within a name, `**` matches any number of folders). A file that is named itself
-            may have any suffix.
+        sources: files with any suffix, folders, or patterns, in which `*` and `?` match within a
+            name and `**` matches any number of folders.
 
     Raises:
         CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.

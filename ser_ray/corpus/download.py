@@ -1,25 +1,24 @@
-"""Downloading RAVDESS from its Zenodo record.
+"""Downloading RAVDESS from its Zenodo record into folders that `manifest` can list.
 
-A `DownloadConfig` comes in, folders of clips that `ser_ray.corpus.manifest` can list go out. Each
-archive is fetched (`ser_ray.corpus.fetch`), checked against the checksum in the record, and
-unpacked (`ser_ray.corpus.unpack`) into a folder of the same name, which appears only when it is
-complete. After an interruption the same call resumes the download.
+Each archive is fetched (`fetch`), checked against the checksum in the record, and unpacked
+(`unpack`) into a folder of the same name, which appears only when it is complete. After an
+interruption the same call resumes the download.
 
 RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 """
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ser_ray.corpus.ravdess import SPEAKERS
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.progress import Report, show_progress
+from ser_ray.progress import Report, clock, show_progress
 
 if TYPE_CHECKING:
     from ser_ray.corpus.fetch import Archive
@@ -91,16 +90,16 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
     Args:
         config: which archives, and where to put them.
-        progress: called for every chunk that arrives, with the archive's name, the bytes of it that
-            have arrived, and its size in bytes. By default progress is shown on standard error.
+        progress: called with an archive's name, the number of its bytes that have arrived, and its
+            size in bytes; by default progress is shown on standard error.
 
     Returns:
         The complete folders of the requested archives.
 
     Raises:
-        CorpusError: the record cannot be read, does not list an archive, or sends other bytes than
-            it lists; the disk is too small; a folder of that name exists already; or another
-            process downloads into the target. What has arrived is kept.
+        CorpusError: the record cannot be read or does not list an archive, an archive has the wrong
+            checksum, the disk is too small, a folder of an archive's name exists already, or
+            another process downloads into the target. What has arrived is kept.
     """
     from ser_ray.corpus.unpack import is_unpacked
     from ser_ray.storage.lock import Lock
@@ -108,8 +107,11 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
     target = Path(config.target).expanduser()
     folders = {name: target / Path(name).stem for name in config.archive_names}
     missing = {name: folder for name, folder in folders.items() if not is_unpacked(folder)}
-    for folder in missing.values():
-        _require_absent(folder)
+    for folder in filter(Path.exists, missing.values()):
+        raise CorpusError(
+            f"{folder}: exists already and was not unpacked by ser-ray, so it may be incomplete; "
+            "move it away, choose another target, or leave out this part if the folder is complete"
+        )
     if missing:
         try:
             with Lock(str(target), CorpusError, IN_USE), _shown(progress) as progress:
@@ -139,19 +141,12 @@ def _fetch_and_unpack(
                 path.unlink()
 
 
-def _require_absent(folder: Path) -> None:
-    if folder.exists():
-        raise CorpusError(
-            f"{folder}: exists already and was not unpacked by ser-ray, so it may be incomplete; "
-            "move it away, choose another target, or leave out this part if the folder is complete"
-        )
-
-
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:
     """Check that the unpacked clips fit on the disk, together with the zip files needed."""
     sizes = [archive.size for archive in archives]
     unpacked = sum(archive.size * _GROWTH[archive.name[:5]] for archive in archives)
-    present = sum(file.stat().st_size for archive in archives for file in archive.files_in(target))
+    files = itertools.chain(*(target.glob(f"{archive.name}*") for archive in archives))
+    present = sum(file.stat().st_size for file in files)  # complete, or partial as NAME.part
     needed = round(unpacked) + (sum(sizes) if keep_archives else max(sizes)) - present
     free = shutil.disk_usage(target).free
     if needed > free:
@@ -163,7 +158,7 @@ def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bo
 
 @contextlib.contextmanager
 def _shown(progress: Report | None) -> Iterator[Report]:
-    """Yield the given function, or one that shows the progress of each archive."""
+    """Yield the given function, or else one that shows the progress of each archive."""
     if progress is not None:
         yield progress
         return
@@ -176,8 +171,7 @@ def _shown(progress: Report | None) -> Iterator[Report]:
             text = f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
             if now > since and done > before:
                 rate = (done - before) / (now - since)
-                left = timedelta(seconds=round((total - done) / rate))
-                text += f", {rate / 1e6:.1f} MB/s, {left} left"
+                text += f", {rate / 1e6:.1f} MB/s, {clock((total - done) / rate)} left"
             report(text, done, total)
 
         yield show

@@ -1,9 +1,9 @@
 """Fetching files of a Zenodo record over HTTP, and resuming where a transfer stopped.
 
-What has arrived of a file is kept in `NAME.part`. After a cut connection, a busy server or an
-interrupted run, only the rest is requested (`pooch` starts over). The number of attempts and the
-pauses between them are limited. A file gets its name only when it has the checksum that the record
-lists.
+The bytes of a file that have arrived are kept in `NAME.part`. After a cut connection, a busy server
+or an interrupted run, only the other bytes are requested, while `pooch` would start over. The
+number of attempts and the pauses between them are limited. A file gets its name only if it has the
+checksum that the record lists.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ MAX_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = (10.0, 60.0)
 """Time for connecting, and for the next bytes of an open connection."""
 BUSY = (429, 500, 502, 503, 504)
-"""Statuses of a response after which the same request is worth repeating."""
+"""HTTP statuses after which the request is repeated."""
 CHUNK_BYTES = 1 << 14
-"""Small, because a chunk that is cut off is lost and has to be requested again."""
+"""Small, because an incomplete chunk is lost and has to be requested again."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -46,21 +46,11 @@ class Archive:
     """32 hex digits."""
     url: str
 
-    def files_in(self, folder: Path) -> list[Path]:
-        """Return those of the complete and the partial file that are in a folder."""
-        paths = (folder / self.name, self.part_in(folder))
-        return [path for path in paths if path.is_file()]
-
-    def part_in(self, folder: Path) -> Path:
-        """Return the path of the partial file."""
-        return folder / f"{self.name}.part"
-
 
 def open_session() -> requests.Session:
     """Open a session, which keeps connections open between requests."""
     session = requests.Session()
-    # A compressed transfer could not be resumed.
-    session.headers["Accept-Encoding"] = "identity"
+    session.headers["Accept-Encoding"] = "identity"  # a compressed transfer could not be resumed
     return session
 
 
@@ -109,7 +99,7 @@ def fetch(session: requests.Session, archive: Archive, folder: Path, report: Rep
         CorpusError: the server does not have the archive, does not respond, or sends bytes with
             another checksum than the record lists.
     """
-    complete, part = folder / archive.name, archive.part_in(folder)
+    complete, part = folder / archive.name, folder / f"{archive.name}.part"
     if complete.is_file():
         if _md5(complete) == archive.md5:
             return complete

@@ -70,18 +70,18 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """One fold: the numbers of the clips on each side, ascending."""
+    """One fold: the row numbers of the clips on each side, ascending."""
 
     protocol: str
     fold: int
     train: Rows
     """[num_train]"""
     validation: Rows
-    """[num_validation]. It selects recipes, trials and, if so configured, epochs."""
+    """[num_validation]. Recipes, trials and, if so configured, epochs are selected on it."""
     test: Rows
     """[num_test]. It is used once."""
     left_out: Rows
-    """Rows on no side, because their take or content is on a later side: validation or test."""
+    """Rows on no side, because their take or content is on the validation or test side already."""
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
@@ -93,14 +93,14 @@ class Split:
 
     @property
     def label(self) -> str:
-        """The protocol and fold in the words of every caption."""
+        """The protocol and fold, as every caption names them."""
         if self.protocol == ALL:
             return "all speakers, no validation or test part"
         return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
 
 
 def dependence_of(protocol: str) -> str:
-    """Say in the words of every caption whether training includes the tested speakers."""
+    """Say, as every caption does, whether the model is trained on the tested speakers."""
     return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
 
 
@@ -129,12 +129,10 @@ def split(
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
         clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
-            `take`, `emotion`, `content`, which is equal where the decoded samples are, and `split`,
-            which only `table` needs.
+            `take`, `emotion`, `content` (equal for equal samples) and, for `table`, `split`.
         seed: only used by `random`; the folds of every other protocol are fixed.
-        validation_speakers: how many speakers are on the validation side, except in `random`. 0
-            means a twelfth of the speakers, as `_validation_speakers` explains. The test side does
-            not depend on it.
+        validation_speakers: how many speakers are on the validation side, except in `random`; 0
+            for a twelfth of the speakers, as `_validation_speakers` explains.
 
     Raises:
         ConfigError: the protocol is unknown, the fold out of range, or a side would be empty.
@@ -202,14 +200,15 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
 
 
 def windows_of(windows: Rows, rows: Rows) -> tuple[Rows, Rows]:
-    """Find all windows of clips.
+    """Find all windows of some clips.
 
     Args:
-        windows: column `window` of all clips [clips]; those of a clip follow each other from 0 up.
-        rows: row of the first window of every clip in question [num_rows].
+        windows: column `window` of all rows [clips]; a clip's windows are neighbours, counted from
+            0.
+        rows: the row of the first window of each of the clips [num_rows].
 
     Returns:
-        The rows of their windows [num_windows], and the index in `rows` of the clip of each.
+        The rows of the windows [num_windows], and for each the index in `rows` of its clip.
     """
     firsts = np.append(np.flatnonzero(windows == 0), len(windows))
     counts = firsts[np.searchsorted(firsts, rows) + 1] - rows
@@ -280,13 +279,12 @@ def _validation_speakers(
 ) -> list[str]:
     """Choose the validation speakers of the last fold in `tests`.
 
-    There are as many women as men, and the speakers with the fewest turns in earlier folds come
-    first. By default they are a twelfth of the corpus's speakers and at least two, but at most a
-    third of those that are not tested, because scores depend most on the number of training
-    speakers.
+    As many women as men are chosen, and first those who were chosen in the fewest earlier folds. By
+    default a twelfth of the corpus's speakers is chosen, at least two, and at most a third of those
+    that are not tested, because scores depend most on the number of training speakers.
 
     Args:
-        tests: the test speakers of fold 0 up to the fold in question.
+        tests: the test speakers of every fold up to this one.
         sexes: the sex of every speaker.
         wanted: how many validation speakers; 0 for the default.
 

@@ -1,9 +1,10 @@
 """The synthetic corpus: RAVDESS names, layout and modalities with synthesised voices.
 
-It lets every stage run without the real corpus. 24 actors speak each of the 8 emotions once, and
-every take is a wav, an mp4 with sound and an mp4 without. A marker file tells the folder from one
-of RAVDESS. Emotions differ audibly (in pitch, loudness, tempo and timbre), and so do speakers. A
-score on these clips shows that the program works and says nothing about RAVDESS.
+Every stage runs on it, so the program can be tried without RAVDESS. 24 actors speak each of the 8
+emotions once, and every take is a wav, an mp4 with sound and an mp4 without. A marker file in the
+folder says that the clips are synthetic. Emotions differ audibly (in pitch, loudness, tempo and
+timbre), and so do speakers. A score on these clips shows that the program works and says nothing
+about RAVDESS.
 
 A voice is a source and a filter (Fant 1960): glottal pulses and breath noise, shaped frame by frame
 by the formants of the vowels and by a spectral tilt.
@@ -29,6 +30,10 @@ from ser_ray.errors import CorpusError
 VERSION = 1
 """Part of the marker. Raise it when the clips change, so that old folders are replaced."""
 
+_ABOUT = (
+    "A synthetic corpus made by ser_ray, with the names and layout of RAVDESS.\n"
+    "Results on these clips are not results on RAVDESS.\n"
+)
 _SAMPLE_RATE = 48_000
 _WINDOW = 1024  # samples, of the filter's frames
 _HOP = _WINDOW // 4
@@ -50,7 +55,7 @@ _STATEMENTS = {1: "iaoi", 2: "oaii"}
 
 
 class Manner(NamedTuple):
-    """How a take is spoken: its differences from the speaker's neutral voice."""
+    """How a take is spoken, as differences from the speaker's neutral voice."""
 
     pitch: float
     """Semitones."""
@@ -61,7 +66,7 @@ class Manner(NamedTuple):
     level: float
     """Decibels."""
     tempo: float
-    """Octaves of the speaking rate: 1 is twice as fast."""
+    """Octaves of the speaking rate: 1 doubles it."""
     tilt: float
     """Decibels per octave above 500 Hz: positive sounds bright and pressed, negative dark."""
     breath: float
@@ -103,7 +108,7 @@ class Voice:
     tilt: float
     """Decibels per octave."""
     expressiveness: float
-    """Factor on every manner of speaking."""
+    """Factor by which every `Manner` is multiplied."""
 
 
 def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
@@ -116,7 +121,7 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         CorpusError: `target` has something else in it, or cannot be written.
     """
     marker = target / SYNTHETIC_MARKER
-    text = _marker_text(seed)
+    text = f"{_ABOUT}version {VERSION}, seed {seed}\n"
     if marker.is_file():
         if marker.read_text() == text:
             return
@@ -138,14 +143,6 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         raise CorpusError(
             f"{target}: cannot be written ({error}); choose another folder"
         ) from error
-
-
-def _marker_text(seed: int) -> str:
-    return (
-        "A synthetic corpus made by ser_ray, with the names and layout of RAVDESS.\n"
-        "Results on these clips are not results on RAVDESS.\n"
-        f"version {VERSION}, seed {seed}\n"
-    )
 
 
 def _write_speaker(root: Path, speaker: str, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Unpacking an untrusted zip file into a folder that appears only when it is complete.
 
-Every name, file type and size is checked before the first byte is written, and no member can yield
-more bytes than it declares.
+Every name, file type and size is checked before the first byte is written, and `zipfile` reads no
+more bytes of a member than it declares.
 """
 
 import shutil
@@ -19,7 +19,7 @@ _ENCRYPTED = 0x1  # flag bit 0 (APPNOTE.TXT, 4.4.4)
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Whether `unpack` made this folder."""
+    """Return whether `unpack` made this folder."""
     return (folder / MARKER).is_file()
 
 
@@ -57,7 +57,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
 
 def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list[zipfile.ZipInfo]:
-    """Return the files in the archive after checking that all of it can be unpacked safely."""
+    """Return the files in the archive, after checking that it can be unpacked safely."""
     infos = opened.infolist()
     members = [info for info in infos if not info.is_dir()]
     if not members or len(infos) > MAX_MEMBERS:
@@ -76,7 +76,7 @@ def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list
 
 
 def _problem(info: zipfile.ZipInfo) -> str:
-    """Say why a member must not be unpacked; an empty string means that it may be."""
+    """Say why a member must not be unpacked; return an empty string if it may be."""
     path = PurePosixPath(info.filename)
     kind = stat.S_IFMT(info.external_attr >> 16)
     is_plain = path.parts and not path.is_absolute() and ".." not in path.parts

@@ -298,8 +298,8 @@ def test_progress_says_how_fast_and_how_long(
     download(config_for())
     assert capsys.readouterr().out.splitlines() == [
         f"{SPEECH}: 100.0 of 500.0 MB 100000000 500000000",
-        f"{SPEECH}: 300.0 of 500.0 MB, 10.0 MB/s, 0:00:20 left 300000000 500000000",
-        f"{SPEECH}: 500.0 of 500.0 MB, 13.3 MB/s, 0:00:00 left 500000000 500000000",
+        f"{SPEECH}: 300.0 of 500.0 MB, 10.0 MB/s, 0:20 left 300000000 500000000",
+        f"{SPEECH}: 500.0 of 500.0 MB, 13.3 MB/s, 0:00 left 500000000 500000000",
     ]
 
 
