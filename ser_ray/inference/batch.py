@@ -1,13 +1,14 @@
-"""Many files to a table of predictions: a Ray Data pass with a pool of model actors.
+"""Predicts the emotions in many files: a Ray Data pass with a pool of model actors.
 
-`predict_under` scores files as they would be recorded under some conditions.
+`predict_many` writes a table. `predict_under` scores files as they would be recorded under some
+conditions.
 
-Files pass through in small blocks, so memory does not grow with their number. The answers of a
-block are kept when it is done, and the same command resumes with the other files. On CPUs an actor
-decodes and scores; for actors on GPUs, other actors decode on the CPUs. A file that cannot be
-scored becomes a row like any other. That includes a file that kills the process decoding it: Ray
-would give its block to one actor after the other without end, so each actor decodes in a sandbox,
-which costs half a millisecond for each file.
+Files pass through in small blocks, so memory does not grow with their number. The answers of each
+finished block are stored, and the same command resumes with the other files. On CPUs, an actor
+decodes and scores; with GPUs, some actors decode on the CPUs and others score on the GPUs. A file
+that cannot be scored becomes a row too, even if decoding it kills a process. Ray would give the
+block of such a file to one actor after another without end, so each actor decodes in a sandbox,
+which costs half a millisecond per file.
 """
 
 import logging
@@ -38,16 +39,12 @@ from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
-from ser_ray.inference.results import (
-    in_groups,
-    open_results,
-    output_suffix,
-)
+from ser_ray.inference.results import in_groups, open_results, output_suffix
 from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
-"""An interruption costs each actor the answers of this many files at most."""
+"""The most answers that an actor loses in an interruption."""
 WINDOWS_AT_ONCE = 256
 """Windows whose features an actor holds before it scores them; an hour's recording has 2,300. With
 a GPU, the features of a block wait in the object store."""
@@ -55,7 +52,7 @@ SECONDS_PER_FILE = 600.0
 """A file that takes longer to decode is unreadable; an hour's video from a bucket takes minutes."""
 
 NAMES = ("condition", "clip")
-"""Columns that say what an answer is of."""
+"""Columns that say which clip, under which condition, an answer is for."""
 
 Batch = dict[str, np.ndarray]
 Clip = tuple[str, float | None, float | None]
@@ -64,16 +61,16 @@ Clip = tuple[str, float | None, float | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSummary:
-    """The result of a pass."""
+    """The result of a batch pass."""
 
     output: str
     """Where the table is."""
     counts: dict[str, int]
     """Files by status."""
     emotions: dict[str, int]
-    """Files by the emotion named."""
+    """Files by predicted emotion."""
     files_before: int
-    """Files that interrupted passes had answered."""
+    """Files that were answered in interrupted passes."""
     seconds: float
     """Wall time of this run."""
 
@@ -86,7 +83,7 @@ def predict_many(
     problems: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> BatchSummary:
-    """Score files, or those that an interrupted pass left, on the cluster that is connected.
+    """Score files on the connected cluster, except those that an interrupted pass answered.
 
     Args:
         files: paths or URIs, each once.
@@ -132,7 +129,7 @@ def predict_many(
 def predict_under(
     clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Score clips under each of some conditions, on the cluster that is connected.
+    """Score clips under each of some conditions on the connected cluster.
 
     Args:
         clips: files and segments of files.
@@ -140,8 +137,8 @@ def predict_under(
         predictor: the model.
 
     Yields:
-        The columns of `table_schema`, `condition`, and `clip`, the number of the clip from 0; the
-        rows are in any order.
+        Rows in any order, with the columns of `table_schema`, `condition`, and `clip`, the index of
+        the clip.
 
     Raises:
         ResourcesError: a node of the cluster does not see the files.
@@ -158,9 +155,9 @@ def predict_under(
 def _predict(
     clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Run the pass and yield the rows of each block when it is done, as `predict_under` does.
+    """Run the pass and yield the rows of each finished block, as `predict_under` does.
 
-    The condition "" leaves the clips as they are.
+    The condition "" leaves the clips unchanged.
     """
     if not clips:
         return
@@ -221,7 +218,7 @@ def _or_nan(value: float | None) -> float:
 def _decode_as(
     decode: Decode, condition: str, start: float, end: float, path: str, *, max_seconds: float
 ) -> Sound:
-    """Decode a file or a segment of it, as it would be recorded under a condition."""
+    """Decode a file, or a segment of it, as it would be recorded under a condition."""
     sound, name = decode(path, max_seconds=max_seconds), Path(path).name
     if not math.isnan(start):
         sound, _ = cut(sound, start, None if math.isnan(end) else end)

@@ -1,8 +1,8 @@
 """A page where a person records or drops a clip and sees what the model predicts.
 
-Gradio draws the page. Nothing leaves the machine: there is no share link, no analytics and no font
-or script from elsewhere, and a content security policy makes the browser refuse them. Recordings
-are in a temporary folder, which is deleted when the server stops.
+Gradio draws the page. Nothing leaves the machine: there is no share link and no analytics, and a
+content security policy makes the browser refuse fonts and scripts of other servers. Recordings are
+in a temporary folder, which is deleted when the server stops.
 """
 
 import html
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DRAWN_SECONDS = 60.0
 """Only the first seconds of a longer recording are drawn."""
 
-STAND_IN = (
+SYNTHETIC_WARNING = (
     '<p role="alert">This model was trained on synthetic sounds, not on speech. It shows that the '
     "program works; what it says of a voice means nothing.</p>"
 )
@@ -53,13 +53,13 @@ MAX_PORT = 65_535
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Introduction:
-    """What the page says of the model, and the clips that people can click."""
+    """What the page says of the model, and its example clips."""
 
     name: str
     score: str
-    """How well the model does on voices that it was not trained on, in a sentence."""
+    """A sentence with the model's score on voices that it was not trained on."""
     examples: Sequence[tuple[str, str]] = ()
-    """Path on this machine and true label of some clips."""
+    """Local path and true label of each example."""
 
 
 def serve(
@@ -73,14 +73,14 @@ def serve(
 
     Args:
         predictor: the model.
-        introduction: of the model.
+        introduction: what the page says of it.
         host: address to listen on.
         port: 0 takes a free one.
-        announce: called with the page's URL once it can be opened.
+        announce: called with the page's URL when the page can be opened.
 
     Raises:
         SerRayError: gradio is not installed.
-        ConfigError: the address cannot be listened on.
+        ConfigError: the server cannot listen on the address.
     """
     if not 0 <= port <= MAX_PORT:
         raise ConfigError(f"port is {port}: it must be 0, for a free one, to {MAX_PORT}")
@@ -96,7 +96,10 @@ def serve(
         app = _make_app(predictor, introduction, partial(answer, predictor, sandbox.decode))
         import uvicorn
 
-        for name in (signal.SIGTERM, signal.SIGHUP):  # by default they skip the cleaning up
+        for name in (
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # by default they end the process without cleaning up
             if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(name, lambda *_: sys.exit(0))
         with suppress(KeyboardInterrupt):
@@ -107,7 +110,7 @@ def serve(
 def answer(
     predictor: Predictor, decode: Decode, path: str | None
 ) -> tuple[dict[str, float] | None, str]:
-    """Return what the page shows: the probabilities, and HTML with a picture or the fault."""
+    """Return what the page shows: the probabilities, and HTML with a picture or an error."""
     if path is None:
         return None, ""
     name = Path(path).name
@@ -135,7 +138,7 @@ def answer(
 def _picture(
     predictor: Predictor, samples: np.ndarray, sample_rate: int, prediction: Prediction
 ) -> str:
-    """Draw a recording and its timeline as SVG, silent ends included; "" for mere silence."""
+    """Draw a recording, with its silent ends, and its timeline as SVG; "" if all is silent."""
     seconds = DRAWN_SECONDS
     extract = FeatureExtractor(
         replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
@@ -158,7 +161,7 @@ def _picture(
 def _make_app(
     predictor: Predictor, introduction: Introduction, respond: Callable[[str | None], Any]
 ) -> "FastAPI":
-    """Make the page a web application; `respond` takes the path of a recording."""
+    """Make the web application of the page; `respond` takes the path of a recording."""
     try:
         import gradio as gr
     except ImportError as error:
@@ -182,7 +185,7 @@ def _make_app(
     with gr.Blocks(title="ser_ray", analytics_enabled=False) as page:
         gr.Markdown("## What emotion does a voice resemble?")
         if card.corpus == "synthetic":
-            gr.HTML(STAND_IN, elem_classes="ser-ray")
+            gr.HTML(SYNTHETIC_WARNING, elem_classes="ser-ray")
         with gr.Row():
             with gr.Column():
                 clip = gr.Audio(

@@ -1,13 +1,13 @@
-"""A checkpoint to one file that runs without this program: ONNX, or torch's exported program.
+"""Exports a checkpoint to one file that runs without this program: ONNX, or torch's own format.
 
 The input is a mono waveform [num_samples] float32 at the model's sample rate, of any length. The
-output is the probability of every label [labels] float32, or NaN for a waveform that `Predictor`
+output is the probability of every label [labels] float32. It is NaN for a waveform that `Predictor`
 would not score as one clip: silent, too short, or with more sound than the longest training clip.
 
-The graph holds trimming, features, normalisation, windows and the temperature. It is the only other
-implementation of the features. Only the shape of its input depends on the recording, so it masks
-what is outside the sound instead of cutting it off. An export is compared with `Predictor` before
-it is written.
+The graph holds trimming, features, normalisation, windows, network and temperature, so the features
+are implemented a second time here. In the graph, no shape but that of the input depends on the
+recording, so silent ends are masked instead of cut off. An export is written only if it agrees with
+`Predictor`.
 """
 
 import json
@@ -42,18 +42,19 @@ from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.calibration import SMALLEST_PROBABILITY
 
 TOLERANCE = 1e-3
-"""Largest allowed difference of a probability from `Predictor`: the graph sums in another order."""
+"""Largest allowed difference of a probability from `Predictor`, which sums in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportResult:
-    """An exported model, whose probabilities were compared with the original's."""
+    """An exported model."""
 
     output: str
     largest_difference: float
-    """Of a probability, over waveforms of `CHECKED_SECONDS` with silent ends."""
+    """Largest difference of a probability from the original's, over waveforms of `CHECKED_SECONDS`
+    with silent ends."""
     tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class ExportResult:
 
 
 class WaveformModel(nn.Module):
-    """A clip's complete computation as one graph: `FeatureExtractor`, windows and network."""
+    """The complete computation for a clip as one graph: `FeatureExtractor`, windows and network."""
 
     mean: Tensor
     std: Tensor
@@ -141,7 +142,11 @@ class WaveformModel(nn.Module):
         return begin, length, is_scored
 
     def _threshold(self, power: Tensor) -> Tensor:
-        """The power above which a stretch [stretches] is sound, as `measure_loudness` finds it."""
+        """Return the power above which a stretch is sound, as `measure_loudness` does.
+
+        Args:
+            power: of every stretch [stretches].
+        """
         loudest = power.max()
         threshold = loudest * 10 ** (-self.features.trim_db / 10)
         ranked = power[:-1].sort().values
@@ -157,7 +162,7 @@ class WaveformModel(nn.Module):
         return torch.where(is_noise, raised, threshold)
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
-        """Compute features [bins, num_frames_max]; frames beyond the sound hold any value."""
+        """Compute features [bins, num_frames_max]; frames beyond the sound are meaningless."""
         config = self.features
         starts = torch.arange(config.num_frames)[:, None] * config.hop_length
         places = starts + torch.arange(config.window_length) - config.window_length // 2
@@ -172,9 +177,11 @@ class WaveformModel(nn.Module):
         return mel if self.kind == "mel" else self.dct @ mel
 
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut crops [max_windows, 1, bins, crop_frames] and weigh [max_windows] those in use by 1.
+        """Cut windows as `ser_ray.training.scoring.window_starts` places them.
 
-        They are placed as `ser_ray.training.scoring.window_starts` places them.
+        Returns:
+            Crops [max_windows, 1, bins, crop_frames], and weights [max_windows]: 1 for the windows
+            in use, 0 for the others.
         """
         spare = num_frames - self.crop_frames
         count = (num_frames + self.crop_frames - 1) // self.crop_frames
@@ -189,13 +196,13 @@ class WaveformModel(nn.Module):
 
 
 def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
-    """Write a checkpoint as one file, at a path or URI, if it agrees with the original.
+    """Write a checkpoint as one file at a path or URI, if the file agrees with the original.
 
     Raises:
         CheckpointError: there is no checkpoint.
         ConfigError: no filesystem opens the output.
         ResourcesError: Ray would delete the output after the job.
-        SerRayError: a package is missing, the file's probabilities differ, or it cannot be written.
+        SerRayError: a package is missing, the probabilities differ, or the file cannot be written.
     """
     require_kept(output)
     filesystem, path = filesystem_of(output)
@@ -247,7 +254,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
             "pip install -e '.[export]'"
         ) from error
     with warnings.catch_warnings():
-        # torch's exporter still uses parts of torch that are deprecated.
+        # torch's exporter uses deprecated parts of torch.
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         graph = torch.onnx.export(
@@ -295,7 +302,7 @@ def _compare(run: Run, predictor: Predictor, output: str) -> float:
 
 
 def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
-    """Make harmonics over faint noise and an offset, with silent ends, float32 [num_samples]."""
+    """Make a voice with faint noise, an offset and silent ends, float32 [num_samples]."""
     time = np.arange(round(seconds * rate)) / rate
     pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
     voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))

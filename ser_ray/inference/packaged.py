@@ -1,6 +1,6 @@
-"""The model as MLflow packages it: it works alone, without Ray and without this repository.
+"""The model as MLflow packages it, which needs neither Ray nor this repository.
 
-This module implements MLflow's `loader_module` protocol: the checkpoint's directory is the data,
+This module implements MLflow's `loader_module` protocol: the data are the checkpoint's directory,
 and `_load_pyfunc` opens it. The input has a row for each recording, with one of these columns:
 
 path       path or URI of a recording that the model's machine can open
@@ -9,8 +9,8 @@ waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; th
            `sample_rate` holds their rate in hertz, 16000 if it is left out
 
 The output has a row for each recording with `emotion`, a probability for every label, `status` and
-`reason`. The columns of the signature have the type Any: MLflow would refuse integers for the type
-double, and rows of different kinds for the type binary.
+`reason`. The columns of the signature have the type Any, because MLflow would refuse integers for
+the type double, and rows of different kinds for the type binary.
 """
 
 import base64
@@ -51,9 +51,9 @@ class PackagedModel:
     ) -> "pd.DataFrame":
         """Name the emotion of the recording in each row.
 
-        The probabilities of a recording that cannot be scored are None: MLflow's server would
-        write NaN, which is not JSON. If no column is known, MLflow removes the rows too, and the
-        answer is one row with the reason.
+        The probabilities of a recording that cannot be scored are None, because MLflow's server
+        would write NaN, which is not JSON. If no column is known, MLflow removes the rows too, and
+        one row is returned with the reason.
         """
         import pandas as pd
 
@@ -83,7 +83,7 @@ class PackagedModel:
         if kinds == ["path"]:
             return self.predictor.predict(row["path"])
         if kinds == ["audio"]:
-            return self.predictor.predict_stream(BytesIO(_file_bytes(row["audio"])), "audio")
+            return self.predictor.predict_file(BytesIO(_file_bytes(row["audio"])), "audio")
         try:
             samples = np.asarray(row["waveform"])
         except ValueError:  # rows of different lengths
@@ -105,15 +105,12 @@ def example_input() -> "pd.DataFrame":
 
 
 def _one_recording_each(rows: "pd.DataFrame") -> "pd.DataFrame":
-    """Give each recording a row where MLflow's form `inputs` with columns does not.
+    """Give each recording one row, which MLflow's form `inputs` with columns does not.
 
-    MLflow makes one row of a list of paths, and a row of every sample of a single waveform.
+    MLflow turns a list of paths into one row, and each sample of a single waveform into a row.
     """
-    if (
-        "waveform" in rows
-        and rows["waveform"].dtype.kind in "iuf"
-        and rows["waveform"].notna().all()
-    ):
+    waveform = rows.get("waveform")
+    if waveform is not None and waveform.dtype.kind in "iuf" and waveform.notna().all():
         return rows.head(1).assign(waveform=[rows["waveform"].tolist()])
     lists = [
         name

@@ -1,4 +1,4 @@
-"""The answer for a recording, and the answers for many: as text, as a table, in a notebook."""
+"""The answer for a recording, and the answers for many, as text, a table or a notebook's cell."""
 
 import html
 from collections import Counter
@@ -17,8 +17,9 @@ BAR_WIDTH = 40
 """Characters of a bar for 100 %."""
 UNSURE = "unsure"
 """Status of a recording for which no emotion is probable enough."""
+_TEXTS = ("path", "status", "reason", "warning", "emotion")
 SHOWN_ROWS = 100
-"""A notebook shows no more answers of a list than these."""
+"""The most answers that a notebook shows of a list."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +44,7 @@ class Segment:
 class Prediction:
     """The answer for one recording, or the reason why there is none.
 
-    `print` writes a line; a notebook draws the probabilities.
+    `print` writes a line; a notebook also shows the probabilities and the timeline.
     """
 
     path: str
@@ -53,14 +54,14 @@ class Prediction:
     duration: float | None = None
     """Seconds of the complete recording."""
     timeline: tuple[Segment, ...] = ()
-    """The windows with sound of a recording longer than the clips the model was trained on."""
+    """The windows with sound, if the recording is longer than the model's training clips."""
     status: str = "ok"
-    """ok, or why no emotion is named: unsure (the probabilities are there, but none reaches the
-    confidence asked for), unreadable, unreachable, no_audio, too_short, too_long or silent."""
+    """ok, or why no emotion is named: unsure (no probability reaches the minimum confidence),
+    unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
     """The status in words."""
     warning: str | None = None
-    """A reason to doubt the answer, such as a loud background; None if there is no reason."""
+    """A reason to doubt the answer, such as a loud background."""
 
     def __str__(self) -> str:
         return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
@@ -77,24 +78,16 @@ class Prediction:
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def _repr_html_(self) -> str:
-        """Draw the probabilities, the highest first, and the timeline."""
-        lines = [f"<p><b>{html.escape(str(self))}</b></p>"]
-        if self.probabilities:
-            ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
-            lines.append(_html_table([[html.escape(label), _html_bar(p)] for label, p in ranked]))
-        if self.timeline:
-            windows = html.escape("\n".join(str(segment) for segment in self.timeline))
-            lines.append(f"<pre style='max-height:20em;overflow:auto'>{windows}</pre>")
-        return "".join(lines)
+        return Predictions([self])._repr_html_()
 
 
 class Predictions(tuple[Prediction, ...]):
-    """The answers for several recordings, in their order; a notebook draws them as a table."""
+    """The answers for several recordings, in their order; a notebook shows them as text."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Write a line for each recording with its timeline, and bars if there is only one."""
+        """Write a line for each recording and its windows, and bars if there is one recording."""
         names = shortest_names([prediction.path for prediction in self])
         lines = []
         for prediction in self:
@@ -107,27 +100,21 @@ class Predictions(tuple[Prediction, ...]):
     def to_pandas(self) -> "pd.DataFrame":
         """Return a row for each recording, with the columns of the table that a batch pass writes.
 
-        These are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds,
-        `p_<label>` with the probability of every label, and `timeline` with a list of windows.
+        They are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds, the
+        probability of every label as `p_<label>`, and `timeline`, a list of windows.
         """
         import pandas as pd
 
         return pd.DataFrame([prediction_row(prediction) for prediction in self])
 
     def _repr_html_(self) -> str:
-        names = shortest_names([prediction.path for prediction in self])
-        rows = []
-        for item in self[:SHOWN_ROWS]:
-            shares = (item.probabilities or {}).values()
-            bar = _html_bar(max(shares)) if shares else html.escape(item.reason or "")
-            label = html.escape(item.emotion or item.status)
-            rows.append([html.escape(names[item.path]), label, bar])
-        more = len(self) - len(rows)
-        return _html_table(rows) + (f"<p>and {more} more</p>" if more else "")
+        more = len(self) - SHOWN_ROWS
+        text = str(Predictions(self[:SHOWN_ROWS])) + (f"\nand {more} more" if more > 0 else "")
+        return f"<pre style='max-height:40em;overflow:auto'>{html.escape(text)}</pre>"
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Name each path by its file name, with as many folders as tell it from the other paths.
+    """Name each path by its file name and as few folders as distinguish it from the other paths.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """
@@ -144,37 +131,35 @@ def shortest_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def prediction_row(prediction: Prediction) -> dict[str, Any]:
-    """Make a row of the table; the probability of a label is in the column `p_<label>`."""
+    """Make a row of the table that `table_schema` describes."""
     timeline = [
         {
-            "start": segment.start,
-            "end": segment.end,
-            "emotion": segment.emotion,
-            **_columns(segment.probabilities),
+            "start": item.start,
+            "end": item.end,
+            "emotion": item.emotion,
+            **_columns(item.probabilities),
         }
-        for segment in prediction.timeline
+        for item in prediction.timeline
     ]
     return {
-        "path": prediction.path,
-        "status": prediction.status,
-        "reason": prediction.reason,
-        "warning": prediction.warning,
-        "emotion": prediction.emotion,
-        "duration": prediction.duration,
+        **{name: getattr(prediction, name) for name in (*_TEXTS, "duration")},
         **_columns(prediction.probabilities or {}),
         "timeline": timeline,
     }
 
 
-def _columns(probabilities: dict[str, float]) -> dict[str, float]:
+def _columns(probabilities: dict[str, float]) -> dict[str, Any]:
     return {f"p_{label}": probability for label, probability in probabilities.items()}
 
 
 def table_schema(labels: Sequence[str]) -> pa.Schema:
-    """Return the columns of the table, which has one row for each file."""
+    """Return the columns of the table, which has one row for each file.
+
+    The probability of a label is in the column `p_<label>`.
+    """
     probabilities = [(f"p_{label}", pa.float64()) for label in labels]
     segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
-    texts = [(name, pa.string()) for name in ("path", "status", "reason", "warning", "emotion")]
+    texts = [(name, pa.string()) for name in _TEXTS]
     timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
     return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
 
@@ -183,19 +168,6 @@ def _bars(probabilities: Mapping[str, float]) -> list[str]:
     longest = max(len(label) for label in probabilities)
     ranked = sorted(probabilities.items(), key=lambda item: -item[1])
     return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
-
-
-def _html_bar(share: float) -> str:
-    """Draw a share from 0 to 1 as a bar, followed by its percentage."""
-    style = f"display:inline-block;height:.8em;background:#4c78a8;width:{share * 12:.2f}em"
-    return f"<span style='{style}'></span> {share:.0%}"
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of HTML cells as a table."""
-    cell = "<td style='text-align:left;padding:.1em .8em'>"
-    lines = ("".join(f"{cell}{text}</td>" for text in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _clock(seconds: float) -> str:

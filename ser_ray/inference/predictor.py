@@ -1,14 +1,14 @@
-"""A checkpoint and an audio file to an emotion.
+"""Predicts the emotion in recordings with a checkpoint.
 
-`RecordingReader` turns a file, a stream or samples into the features of one or more windows. The
-function that scores validation clips turns these into probabilities, and these become a
-`Prediction`. Every other way to an answer, such as the batch pass, the packaged model and the demo,
-calls `Predictor`. It imports neither Ray nor MLflow nor torchvision, so one file takes little more
-than the import of torch.
+`RecordingReader` turns a file, a stream or samples into the features of one or more windows, the
+function that scores validation clips computes their probabilities, and these become a `Prediction`.
+The batch pass, the packaged model and the demo all call `Predictor`. This module imports neither
+Ray, MLflow nor torchvision, so predicting one file takes little longer than importing torch.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -32,8 +32,8 @@ class Predictor:
 
     Args:
         checkpoint: directory of a checkpoint.
-        min_confidence: a recording whose most probable emotion has a lower probability than this
-            is `unsure`: it gets its probabilities, but no emotion.
+        min_confidence: if the highest probability of a recording is below this, its status is
+            `unsure` and no emotion is named.
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
@@ -92,19 +92,19 @@ class Predictor:
             ConfigError: samples without a sample rate.
         """
         if isinstance(audio, str | Path):
-            return self.predict_features([self.reader.read(str(audio))])[0]
+            return self.predict_file(str(audio))
         if not hasattr(audio, "__array__"):
             return Predictions(self.predict(item, sample_rate) for item in audio)
         if sample_rate is None:
             raise ConfigError("samples need their rate in hertz, as in predict(samples, 16000)")
         return self.predict_samples(np.asarray(audio), sample_rate, "samples")
 
-    def predict_stream(self, file: BinaryIO, name: str) -> Prediction:
-        """Score the file behind a seekable stream; `name` is what the answer calls it."""
-        return self.predict_features([self.reader.read_stream(file, name)])[0]
+    def predict_file(self, file: str | BinaryIO, name: str = "") -> Prediction:
+        """Score the file at a path or URI, or a seekable stream under a name for the answer."""
+        return self.predict_features([self.reader.read(file, name=name)])[0]
 
     def predict_samples(self, samples: np.ndarray, sample_rate: float, name: str) -> Prediction:
-        """Score mono samples [num_samples] at a rate in hertz; `name` is what the answer calls it.
+        """Score mono samples [num_samples] at a rate in hertz, under a name for the answer.
 
         Floats are in [-1, 1], integers on the scale of int16.
         """
@@ -115,7 +115,7 @@ class Predictor:
         return self.predict_features([self.reader.read_samples(samples, int(sample_rate), name)])[0]
 
     def predict_features(self, recordings: Sequence[RecordingFeatures]) -> list[Prediction]:
-        """Score the features of some files, together."""
+        """Score the features of several files together."""
         scores = self._probabilities([clip for item in recordings for clip in item.features])
         ends = np.cumsum([len(item.features) for item in recordings])[:-1]
         by_file = zip(recordings, np.split(scores, ends), strict=True)
@@ -150,38 +150,41 @@ class Predictor:
                 status=recording.status,
                 reason=recording.reason,
             )
-        timeline = tuple(
-            Segment(start=start, end=end, **self._most_probable(row))
-            for (start, end), row in zip(recording.windows, scores, strict=False)  # a clip has none
-        )
-        mean = scores.mean(axis=0)
+        answer = self._most_probable(scores.mean(axis=0))
         status, reason = "ok", None
-        if mean.max() < self.min_confidence:
+        if answer["emotion"] is None:
+            label, highest = max(answer["probabilities"].items(), key=itemgetter(1))
             status = UNSURE
             reason = (
-                f"{self.labels[int(mean.argmax())]}, the most probable emotion, has a probability "
-                f"of {mean.max():.0%}, below {self.min_confidence:.0%}"
+                f"{label}, the most probable emotion, has a probability of {highest:.0%}, below "
+                f"{self.min_confidence:.0%}"
             )
         return Prediction(
             path=recording.path,
-            **self._most_probable(mean),
+            **answer,
             status=status,
             reason=reason,
             duration=recording.duration,
-            timeline=timeline,
+            timeline=tuple(
+                Segment(start=start, end=end, **self._most_probable(row))
+                # A clip has scores but no windows.
+                for (start, end), row in zip(recording.windows, scores, strict=False)
+            ),
             warning=recording.warning,
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """Name the most probable label of probabilities [labels], if any is probable enough."""
+        """Return the most probable label of probabilities [labels], if it is probable enough."""
         by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
-        is_sure = probabilities.max() >= self.min_confidence
-        emotion = self.labels[int(probabilities.argmax())] if is_sure else None
-        return {"emotion": emotion, "probabilities": by_label}
+        label, highest = max(by_label.items(), key=itemgetter(1))
+        return {
+            "emotion": label if highest >= self.min_confidence else None,
+            "probabilities": by_label,
+        }
 
 
 def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
-    """Return somebody's samples as `decode` does: float32 in [-1, 1] or int16.
+    """Return a user's samples as `decode` would: float32 in [-1, 1] or int16.
 
     Raises:
         ClipError: they are not one channel of numbers, or their rate is not possible.

@@ -1,13 +1,13 @@
-"""Predictions of many files as a table: parts while the pass runs, one file at its end.
+"""Stores the predictions of many files: in parts during the pass, as one table at its end.
 
-The driver keeps the answers in a folder beside the output (`OUTPUT.partial`, on a disk or in a
-bucket), as Parquet files in the order in which the answers come. The same command resumes from
-there. When every file is answered, the parts become one Parquet, CSV or JSON lines file in the
-order of the files, and the folder is deleted. It stays if files were unreachable, so that the same
-command scores only those again.
+The driver writes answers as they arrive into Parquet files in a folder beside the output
+(`OUTPUT.partial`, on a disk or in a bucket), from which the same command resumes. When every file
+is answered, the parts become one Parquet, CSV or JSON lines file in the order of the files, and the
+folder is deleted. If some files were unreachable, the folder stays, and the same command scores
+only those again.
 
 Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, counts unreachable
-files as answered, and its result is the folder of parts.
+files as answered, and leaves parts instead of one table.
 """
 
 import json
@@ -34,11 +34,11 @@ from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 SECONDS_PER_PART = 5.0
-"""Answers wait in memory for this long before they become a part; a killed driver loses them."""
+"""Answers become a part after this time in memory; a killed driver loses those in memory."""
 ROWS_AT_ONCE = 4096
-"""Rows that are written at once, and so the size of a Parquet row group."""
+"""Rows written at once, which is the size of a Parquet row group."""
 PARTS_IN_MEMORY = 4
-"""Blocks finish out of order, so the rows of neighbouring parts alternate in the files' order."""
+"""Blocks finish out of order, so neighbouring rows of the table are in several parts."""
 
 Item = TypeVar("Item")
 
@@ -57,7 +57,7 @@ def output_suffix(output: str) -> str:
 
 @contextmanager
 def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["PartialResults"]:
-    """Resume the results of an interrupted pass, or start new ones, and keep other runs away.
+    """Resume the results of an interrupted pass, or start new ones, under a lock.
 
     Args:
         output: where the table will be.
@@ -80,7 +80,7 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
 
 
 class PartialResults:
-    """The answers so far of a pass. Memory holds a path and two numbers for each file."""
+    """The answers of a pass so far. In memory are only each file's path, part and row."""
 
     def __init__(
         self, filesystem: fs.FileSystem, path: str, lock: Lock, model: str, labels: Sequence[str]
@@ -99,7 +99,7 @@ class PartialResults:
                         self._places[answer["path"]] = file.base_name, row
 
     def is_answered(self, path: str) -> bool:
-        """Whether an interrupted pass answered a file."""
+        """Return whether an interrupted pass answered a file."""
         return path in self._places
 
     def append(self, answers: pa.Table) -> None:
@@ -109,7 +109,7 @@ class PartialResults:
             self.write_part()
 
     def write_part(self) -> None:
-        """Write the answers that wait in memory, if there are any.
+        """Write the answers in memory, if there are any.
 
         Raises:
             SerRayError: they cannot be written.
@@ -150,7 +150,7 @@ class PartialResults:
                 emotions.update(table["emotion"].drop_null().to_pylist())
                 yield table
 
-        # A stream into a bucket that an error closes leaves an object that looks complete.
+        # If an error closes a stream into a bucket, the object looks complete.
         temporary = f"{self._path}.tmp"
         self.write_part()
         self._lock.check()
@@ -180,7 +180,7 @@ class PartialResults:
 def in_groups(
     items: Iterable[Item], size_of: Callable[[Item], int], size: int
 ) -> Iterator[list[Item]]:
-    """Yield the items in groups that end with the item that makes their size reach `size`."""
+    """Yield the items in groups; each ends with the item with which its size reaches `size`."""
     group: list[Item] = []
     total = 0
     for item in items:

@@ -108,7 +108,7 @@ def test_stereo_at_another_rate_is_scored_as_mono(predictor, tmp_path):
 def test_bytes_and_samples_give_the_files_answer(predictor, tmp_path):
     path = write_wav(tmp_path / "a.wav", voice())
     expected = predictor.predict(str(path)).probabilities
-    stream = predictor.predict_stream(io.BytesIO(path.read_bytes()), "bytes")
+    stream = predictor.predict_file(io.BytesIO(path.read_bytes()), "bytes")
     assert stream.probabilities == expected
     samples, rate, _ = decode(str(path))
     assert predictor.predict_samples(samples, rate, "samples").probabilities == expected
