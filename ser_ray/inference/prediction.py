@@ -133,13 +133,9 @@ def shortest_names(paths: Iterable[str]) -> dict[str, str]:
 def prediction_row(prediction: Prediction) -> dict[str, Any]:
     """Make a row of the table that `table_schema` describes."""
     timeline = [
-        {
-            "start": item.start,
-            "end": item.end,
-            "emotion": item.emotion,
-            **_columns(item.probabilities),
-        }
-        for item in prediction.timeline
+        {"start": window.start, "end": window.end, "emotion": window.emotion}
+        | _columns(window.probabilities)
+        for window in prediction.timeline
     ]
     return {
         **{name: getattr(prediction, name) for name in (*_TEXTS, "duration")},

@@ -1,4 +1,4 @@
-"""Writing a file so that it is either complete or does not exist."""
+"""Writing a file so that it is complete or does not exist."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +11,9 @@ from pyarrow import fs
 def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     """Yield the path to write to; the file appears at `path` when the block ends without an error.
 
-    On a disk the block writes a temporary file beside `path`, which is then renamed. A bucket shows
-    an object only once it is complete, and renaming one would copy and delete it, so there the
-    block writes to `path` itself.
+    On a disk, the block writes a temporary file beside `path`, which is then renamed. In a bucket,
+    the block writes to `path` itself: an object appears only when it is complete, and renaming it
+    would copy and delete it.
     """
     if filesystem.type_name in ("s3", "gcs"):
         yield path

@@ -1,11 +1,11 @@
-"""JSON that other programs read, and JSON from files that anybody may have written."""
+"""Writes JSON that every program can read, and reads JSON from files that are not trusted."""
 
 import json
 from typing import Any
 
 
 def to_json(value: Any) -> str:
-    """Write a value as indented JSON; a number that is not finite becomes null.
+    """Write a value as indented JSON, with null for a number that is not finite.
 
     Python's own encoder writes `NaN`, which RFC 8259 does not allow and other parsers refuse.
     """

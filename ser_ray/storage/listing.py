@@ -25,18 +25,18 @@ class ListedFile:
     location: str
     """Local path or URI that `filesystem_of` opens, on any machine that sees the folder."""
     size: int | None
-    """Bytes; None where the listing does not say."""
+    """Bytes; None if unknown."""
     modified: int | None
-    """Time of the last change in nanoseconds since 1970; None where the listing does not say."""
+    """Time of the last change in nanoseconds since 1970; None if unknown."""
     problem: str | None
-    """Why it cannot be opened; None for a file that can."""
+    """Why it cannot be opened; None if it can."""
 
 
 def list_files(location: str) -> Iterator[ListedFile]:
     """Yield every file below a folder, in no particular order.
 
-    Folders with an extension in their name are yielded too, with a problem. Hidden entries
-    (`.DS_Store`, `._name.wav`) and folders of the operating system (`__MACOSX`) are left out.
+    Folders whose names have a suffix are yielded too, with a problem. Hidden entries (`.DS_Store`,
+    `._name.wav`) and folders of operating systems (`__MACOSX`) are left out.
 
     Raises:
         OSError: the folder or one below it cannot be listed.
@@ -50,10 +50,10 @@ def list_files(location: str) -> Iterator[ListedFile]:
 
 
 def _list_local(root: str) -> Iterator[ListedFile]:
-    """Walk local folders and follow links, except into a folder that the walk is already inside.
+    """Walk local folders, and follow links except to a folder that the walk is already inside.
 
     The recursive listing of pyarrow leaves out dangling links, never ends in a folder that links to
-    itself, and fails completely on a name that is not UTF-8.
+    itself, and fails if any name is not UTF-8.
     """
     waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
     while waiting:
@@ -69,15 +69,15 @@ def _list_local(root: str) -> Iterator[ListedFile]:
                         waiting.append((entry.path, inside))
                     if "." not in entry.name:
                         continue
-                is_usable = status is not None and problem is None
-                size = status.st_size if status is not None and is_usable else None
-                modified = status.st_mtime_ns if status is not None and is_usable else None
+                size, modified = None, None
+                if status is not None and problem is None:
+                    size, modified = status.st_size, status.st_mtime_ns
                 below = entry.path.removeprefix(root).lstrip("/")
                 yield ListedFile(as_utf8(below), as_utf8(entry.path), size, modified, problem)
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Follow a local path: return its status, and why it is not a file that can be opened."""
+    """Return the status of a local path, and why it is not a file that can be opened."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
     except FileNotFoundError:
@@ -92,10 +92,10 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return the path of a file that is there, or the path itself if there is none.
+    """Return the form of a path in which a file exists, or the path itself if none does.
 
-    Systems differ in how they store letters with accents, so a path that was written on one of them
-    may name a file of another only in the other normal form of Unicode.
+    Operating systems store letters with accents in different normal forms of Unicode, so a path
+    that was written on one of them may not be found on another.
     """
     forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
     return next((form for form in forms if os.path.lexists(form)), path)

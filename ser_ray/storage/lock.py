@@ -1,12 +1,12 @@
-"""A lock that gives a folder one writer: shards, a run's checkpoints, a tracking server's database.
+"""A lock that lets one process write into a folder, such as shards or the checkpoints of a run.
 
 The lock is a file in the folder, so it works on any filesystem that pyarrow opens and between
-machines that share nothing else; `filelock` needs a local disk, and pyarrow has no conditional put
-for a bucket. The holder rewrites the file every `BEAT_SECONDS` with the next number.
+machines that share nothing else. (`filelock` needs a local disk, and pyarrow has no conditional put
+for a bucket.) The holder rewrites the file every `BEAT_SECONDS` with the next number.
 
-Clocks of two machines are never compared. A process that finds the lock of another one on the same
-machine asks the system whether that one is running. A process that finds any other lock watches the
-file by its own clock: the holder is alive if the file changes, and gone if it does not change for
+Clocks of two machines are never compared. A process that finds another process's lock asks the
+operating system whether that process is running, if it was started on the same machine. Otherwise
+it watches the file: the holder is alive if the file changes, and gone if it does not change for
 `STALE_SECONDS`.
 """
 
@@ -34,7 +34,7 @@ STALE_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 """Time between two looks at a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Two processes that claim the lock at the same moment both write within this time."""
+"""Processes that claim the lock at the same moment all write within this time."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Lock:
     Args:
         location: the folder, which is created if it does not exist.
         error: the type of error that is raised where the lock cannot be held.
-        advice: what the other holder does and what the user can do about it; completes a message
-            that begins with the name of the holder.
+        advice: the rest of a message that begins with the name of another holder: what it does and
+            what the user can do about it.
     """
 
     def __init__(self, location: str, error: type[SerRayError], advice: str) -> None:
@@ -104,11 +104,11 @@ class Lock:
             )
 
     def check(self) -> None:
-        """Raise `error` if another process took over the lock, as it may after some missed beats.
+        """Raise `error` if another process took over the lock, as it may after missed beats.
 
-        Reads the storage only if the last beat is overdue, so it can be called at every step.
+        The storage is read only if the last beat is overdue, so this can be called at every step.
         """
-        if time.time() - self._last_beat > 2 * BEAT_SECONDS:  # the machine was asleep, say
+        if time.time() - self._last_beat > 2 * BEAT_SECONDS:  # for example after the machine slept
             with contextlib.suppress(OSError):
                 self._beat()
         if self._is_lost:
@@ -125,14 +125,18 @@ class Lock:
             except FileExistsError:
                 raise self._in_use(self._read()) from None
             return
-        # Files cannot be replaced, nor objects written, on a condition: the last writer wins.
+        # No condition can be set on replacing a file or an object, so the last writer wins.
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
             raise self._in_use(self._read())
 
     def _wait_for_end_of(self, claim: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the claim if its holder is gone, or None if it was released; else raise."""
+        """Return the claim if its holder is gone, or None if it was released.
+
+        Raises:
+            SerRayError: the holder is running.
+        """
         is_running = _is_running(claim)
         if is_running:
             raise self._in_use(claim)
@@ -154,7 +158,7 @@ class Lock:
 
     def _keep_alive(self) -> None:
         while not self._is_released.wait(BEAT_SECONDS) and not self._is_lost:
-            with contextlib.suppress(OSError):  # a bucket out of reach for a moment
+            with contextlib.suppress(OSError):  # the bucket does not respond for a moment
                 self._beat()
 
     def _beat(self) -> None:
@@ -176,7 +180,7 @@ class Lock:
         write_file(self._filesystem, self._path, self._text().encode())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim, `{}` if it is being written, or None if there is no lock."""
+        """Return the holder's claim, `{}` if it is just being written, None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -203,7 +207,7 @@ def _name(claim: dict[str, Any] | None) -> str:
 
 
 def _is_running(claim: dict[str, Any]) -> bool | None:
-    """Whether the process that wrote a claim is running; None where this process cannot know."""
+    """Return whether the process that wrote a claim is running; None if that is not known."""
     if (claim.get("host"), claim.get("pid_namespace")) != (socket.gethostname(), _pid_namespace()):
         return None
     try:
@@ -212,12 +216,12 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
         return False
     except psutil.AccessDenied:
         return None
-    # Process ids are used again, and a corrected clock shifts all start times.
+    # Process ids are reused, and a corrected clock shifts the start times of all processes.
     return True if abs(started - claim["process_started"]) < 1 else None
 
 
 def _pid_namespace() -> str:
-    """Return the same text in all processes that see each other's ids, unlike in a container."""
+    """Return a text that is equal in processes that see each other's ids, as in one container."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux

@@ -1,9 +1,11 @@
-"""Recordings that are packed into the rows of Parquet files, as Hugging Face data sets have them.
+"""Recordings inside the rows of Parquet files, where Hugging Face data sets have them.
 
-The location of such a recording is the Parquet file's with `#audio=` and the number of the row.
+The location of such a recording is that of the Parquet file, `#audio=` and the number of the row.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,26 +30,35 @@ def read_packed(location: str) -> bytes:
     """
     parquet, _, number = location.rpartition(ROW)
     try:
-        with _open(parquet) as file:
-            row, group = int(number), 0
-            while row >= (num_rows := file.metadata.row_group(group).num_rows):
-                row, group = row - num_rows, group + 1
-        found = _read_group(parquet, group)[row].as_py()
-    except (pa.ArrowInvalid, pa.ArrowKeyError, IndexError, ValueError) as error:
+        filesystem, path = filesystem_of(parquet)
+        info = filesystem.get_file_info(path)
+        version = info.size, info.mtime_ns  # a file that was replaced is read anew
+        footer, firsts = _read_footer(parquet, version)
+        if not 0 <= (row := int(number)) < footer.num_rows:
+            raise OSError(f"{location}: the file has rows 0 to {footer.num_rows - 1}")
+        group = bisect_right(firsts, row) - 1
+        found = _read_group(parquet, version, group)[row - firsts[group]].as_py()
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise OSError(f"{location}: {str(error).partition(chr(10))[0]}") from error
     if found is None:
         raise OSError(f"{location}: the row has no recording")
     return bytes(found)
 
 
-def _open(parquet: str) -> pq.ParquetFile:
+@lru_cache(maxsize=16)
+def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
+    """Return the footer of a Parquet file, and the number of the first row of each row group."""
     filesystem, path = filesystem_of(parquet)
-    return pq.ParquetFile(path, filesystem=filesystem)
+    footer = pq.read_metadata(path, filesystem=filesystem)
+    counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    return footer, [0, *accumulate(counts)]
 
 
 @lru_cache(maxsize=1)
-def _read_group(parquet: str, group: int) -> pa.ChunkedArray:
+def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
     """Read the recordings of a row group once for all of its rows, which are decoded in turn."""
-    with _open(parquet) as file:
+    filesystem, path = filesystem_of(parquet)
+    footer, _ = _read_footer(parquet, version)
+    with pq.ParquetFile(path, metadata=footer, filesystem=filesystem) as file:
         table = file.read_row_group(group, columns=[f"{COLUMN}.bytes"])
     return table[COLUMN].combine_chunks().field("bytes")

@@ -1,7 +1,6 @@
-"""Paths and URIs: the one place where a location becomes a filesystem.
+"""Locations: local paths, and URIs that pyarrow or fsspec opens (`s3://`, `gs://`, `memory://`).
 
-A location is a local path or any URI that pyarrow or fsspec opens (`s3://`, `gs://`, `file://`,
-`memory://`). Everything that the program reads or writes goes through `filesystem_of`.
+Everything that the program reads or writes is opened through `filesystem_of`.
 """
 
 import os
@@ -25,7 +24,7 @@ _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a location and the path inside it.
 
-    Local paths become absolute, so that a Ray worker in another directory opens the same file.
+    A local path becomes absolute: a Ray worker with another working directory opens the same file.
 
     Raises:
         LocationError: no filesystem opens the URI.
@@ -52,19 +51,19 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def as_utf8(path: str) -> str:
-    r"""Replace bytes that are not UTF-8 by text like \xff, because a table stores only UTF-8."""
+    r"""Replace bytes that are not UTF-8 by text like \xff, because tables store only UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def printable(text: str) -> str:
-    r"""Escape what does not print, such as a line end in a file name as \n."""
+    r"""Escape characters that cannot be printed, such as a line end in a file name as \n."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse_password(location: str) -> None:
-    """Refuse a password, which every manifest, shard and run with this location would repeat."""
+    """Refuse a location with a password, which every manifest, shard and run would store."""
     for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
         if _PASSWORD.search(link):
             raise ConfigError(
@@ -75,7 +74,7 @@ def refuse_password(location: str) -> None:
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """Return the one client of a bucket, which takes 13 ms to build and keeps its connections."""
+    """Return the client of a bucket, which takes 13 ms to make and keeps its connections."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
