@@ -7,8 +7,10 @@
     print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
-The verbs of `ser_ray.cli` call these functions. What a function needs is imported when it is
-called, so that a quick answer does not wait for libraries it does not use.
+In every function, `address` is the Ray cluster to join: by default the one of RAY_ADDRESS, else one
+that is started on this machine. `tracking_uri` is the MLflow store in which a run or a registered
+model is looked up. The verbs of `ser_ray.cli` call these functions. A function imports what it
+needs when it is called, so that a quick answer does not wait for libraries that it does not use.
 """
 
 import logging
@@ -76,10 +78,6 @@ def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
 def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
     """Decode a corpus into Parquet shards of features; call it again to resume or to update them.
 
-    Args:
-        config: the corpus, where the shards go and how features are computed.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
-
     Raises:
         CorpusError, ShardsError, ConfigError, ResourcesError: each names the item and the way out.
     """
@@ -115,7 +113,6 @@ def train(
         run_config: workers, devices, names and places.
         on_epoch: called with the numbers of each epoch, perhaps in another thread; if None they are
             printed on standard error.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
@@ -179,7 +176,6 @@ def tune(
         run_config: devices, names and places of all trials.
         search: space, searcher and scheduler.
         slots: CPUs and GPUs of a trial.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
         SerRayError: no trial succeeded; the message gives the first reason.
@@ -191,15 +187,7 @@ def tune(
 
     total = num_trials(recipe, search)
     with TrialTable(stderr_console(), total, dependence_of(recipe.protocol)) as table:
-        return run(
-            shards,
-            recipe,
-            run_config,
-            search,
-            slots,
-            show=table,
-            address=address,
-        )
+        return run(shards, recipe, run_config, search, slots, show=table, address=address)
 
 
 def refit(
@@ -233,7 +221,6 @@ def crossval(
         run_config: devices, names and places of all trainings.
         config: seeds, folds and which part is scored.
         slots: CPUs and GPUs of one training.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
     """
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
@@ -252,7 +239,6 @@ def load_model(
     Args:
         model: folder or URI of a checkpoint or of a finished run, a run's name or id,
             `runs:/ID/model`, or `models:/NAME@ALIAS`.
-        tracking_uri: MLflow store in which a run id or registered name is looked up.
         min_confidence: a recording whose most probable emotion has a lower probability than this
             is `unsure`: it gets its probabilities, but no emotion.
 
@@ -281,12 +267,10 @@ def predict_to_table(
         files: files, folders, URIs or patterns like `clips/**/*.wav`, or what `list_audio` found.
         model: as `load_model` takes it, or a loaded model.
         output: table to write, one row for each file: .parquet, .csv or .jsonl.
-        tracking_uri: MLflow store in which a run id or registered name is looked up.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
         CorpusError: there are no such files.
-        ConfigError, ResourcesError: the output or a file is in a place that does not serve.
+        ConfigError, ResourcesError: the output cannot be written, or the cluster cannot see a file.
         SerRayError: the pass ended early; the answers so far are kept.
     """
     from ser_ray.cluster import cluster
@@ -315,7 +299,6 @@ def export(
         model: as `load_model` takes it.
         output: file to write; `ser-ray-out/model.onnx` or `.pt2` if empty.
         format: ONNX, or torch's exported program.
-        tracking_uri: MLflow store in which a run id or registered name is looked up.
 
     Raises:
         CheckpointError, TrackingError: no such model.
@@ -338,7 +321,6 @@ def register(
         run_id: MLflow run of a training, of a search or of a cross-validation.
         name: the registered model.
         alias: alias that the version gets; `models:/NAME@ALIAS` then names it.
-        tracking_uri: MLflow store of the run and the registry.
 
     Returns:
         The version's number and the model card as Markdown.
@@ -367,8 +349,6 @@ def prepare_for(
         corpus: folder, URI or table, as in `PrepareConfig`.
         shards: folder or URI that the shards are written to.
         missing: words in a table that mean a missing value.
-        tracking_uri: MLflow store in which a run id or registered name is looked up.
-        address: Ray cluster to join; by default RAY_ADDRESS, else one started on this machine.
 
     Raises:
         CheckpointError, TrackingError: no such model.
@@ -401,16 +381,14 @@ def evaluate(
 
     Args:
         model: as `load_model` takes it.
-        shards: the shard set that it was trained on, which is found if this is empty, or one of
-            speakers that it was not trained on.
+        shards: the shard set that it was trained on, or one of speakers that it was not trained on.
+            If empty, the former is looked for.
         protocol: score the test part of a fold of this protocol instead.
         fold: number of the fold to score instead of the model's own, counted from 0.
         allow_seen_speakers: also score speakers that the model was trained on.
         under: also score the clips under these groups of recording conditions, which
             `ser_ray.features.conditions` defines. Their files are decoded again.
         audio: put the sound of the clips that the report shows into the report.
-        tracking_uri: MLflow store in which a run id or registered name is looked up.
-        address: Ray cluster to join, for `under`; by default RAY_ADDRESS, else one started here.
 
     Raises:
         CorpusError: with `under`, a clip's file cannot be read again.

@@ -1,7 +1,7 @@
 """Joining a Ray cluster, or starting one on this machine, and finding out what it offers.
 
-What one process can do on this machine is done without Ray, unless a cluster was named: `needs_ray`
-decides. What follows about nodes then means this machine alone.
+Work that one process can do on this machine is done without Ray, unless the user names a cluster
+(`needs_ray`). Without Ray, the functions about nodes describe this machine alone.
 """
 
 import json
@@ -29,16 +29,16 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
 """Time that a node has to start a worker process and look for files."""
 FOLDERS_ASKED = 256
-"""The most folders of listed files that every node is asked to look for."""
+"""Most folders of listed files that a node is asked to look for."""
 
 logger = logging.getLogger(__name__)
 
 
 def needs_ray(address: str, workers: int = 1) -> bool:
-    """Whether so many workers are to run on Ray, and not the only one in this process.
+    """Whether this many workers run on Ray; if not, the only one runs in this process.
 
-    They are if there are several or if a cluster was named: by an address (`local` names one that
-    is started on this machine), by RAY_ADDRESS, by a Ray job, or by this process's connection.
+    Several workers do. One does if a cluster is named: by an address (`local` is a cluster that is
+    started on this machine), by RAY_ADDRESS, by a Ray job, or by this process's connection.
     """
     names = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
     return workers > 1 or any(names) or is_connected()
@@ -50,7 +50,7 @@ def is_connected() -> bool:
 
 
 def place_of_training(address: str, workers: int) -> str:
-    """Say where so many workers train."""
+    """Say where this many workers train."""
     return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
 
 
@@ -229,7 +229,7 @@ def this_machine() -> dict[str, float]:
 
 
 def memory_of_this_machine() -> int:
-    """Return the bytes of memory that nothing uses, within the limit of a container."""
+    """Return the bytes of free memory, at most the limit of the container."""
     import psutil
 
     return min(
@@ -238,7 +238,7 @@ def memory_of_this_machine() -> int:
 
 
 def _container_limit(name: str) -> str:
-    """Read a limit of the container that this is; empty if there is none."""
+    """Read a limit of the container in which this process runs; empty if there is none."""
     try:
         limit = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
@@ -358,42 +358,7 @@ def cpus_per_worker(workers: int) -> int:
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
-def free_resources() -> str:
-    """Return the CPUs and GPUs that nothing uses at present, in words."""
-    import ray
-
-    return in_words({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())
-
-
 def in_words(resources: Mapping[str, float]) -> str:
     """Name the CPUs and GPUs among some resources."""
     names = [name for name in ("CPU", "GPU") if name in resources]
     return ", ".join(f"{resources[name]:g} {name}s" for name in names)
-
-
-def placement_groups(*, with_room: bool = False) -> set[str]:
-    """Return the ids of the placement groups that this job holds.
-
-    Args:
-        with_room: leave out those that wait for room.
-    """
-    import ray
-    from ray.util.placement_group import placement_group_table
-
-    # The id of a placement group ends with the id of the job that created it.
-    job = ray.get_runtime_context().get_job_id()
-    return {
-        name
-        for name, group in placement_group_table().items()
-        if name.endswith(job)
-        and (group["state"] == "CREATED" if with_room else group["state"] != "REMOVED")
-    }
-
-
-def remove_placement_groups(names: set[str]) -> None:
-    """Release placement groups, so that the cluster can use their resources again."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for name in names:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))

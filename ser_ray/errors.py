@@ -54,12 +54,16 @@ class DivergedError(SerRayError):
     """A loss or a weight that is no longer a finite number."""
 
 
+def first_line(error: Exception) -> str:
+    """First line of an error's message; libraries add details below it."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def is_permanent(error: BaseException) -> bool:
     """Whether another attempt would fail in the same way.
 
     It would if the recipe, the shards or the checkpoint are at fault, or if a batch does not fit
-    into the memory of a GPU. Any other error, such as a storage that does not respond, may be
-    temporary.
+    into a GPU's memory. Any other error, such as a storage that does not respond, may be temporary.
     """
     if isinstance(error, LocationError):
         return False

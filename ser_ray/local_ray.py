@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 def session_folder() -> Iterator[None]:
     """Keep the files of a Ray that is started in the block in a folder of its own, then delete it.
 
-    Ray ends without a reason if the path is too long for its sockets, which the TMPDIR of a batch
-    system often is, or if the disk is full.
+    Ray ends without giving a reason if the disk is full, or if the path is too long for its
+    sockets, as the TMPDIR of a batch system often is.
 
     Raises:
         ResourcesError: no folder for temporary files can be used.
@@ -87,8 +87,8 @@ def _folder_in(root: str) -> str:
 def signals_kept() -> Iterator[None]:
     """Keep this process's handlers of signals while Ray starts in the block.
 
-    Ray replaces the handler of SIGTERM. Its processes inherit that SIGHUP is blocked, so a closed
-    terminal does not end them while this process still needs them to stop in order.
+    Ray replaces the handler of SIGTERM. SIGHUP is blocked in the block, and Ray's processes inherit
+    that: a closed terminal does not end them while this process needs them for an orderly stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -111,10 +111,10 @@ def signals_kept() -> Iterator[None]:
 def small_and_on_loopback() -> Iterator[None]:
     """Let a Ray that is started in the block use the loopback, and only the processes it needs.
 
-    Left out are the UNUSED processes; Ray starts the dashboard's server, and waits for it, even
-    with `include_dashboard=False`. The agent of the node runs as in an installation without
-    `ray[default]`, whose HTTP server nothing here asks. Ray has no public settings for this or for
-    the address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
+    The UNUSED processes are left out: Ray starts the dashboard's server, and waits for it, even
+    with `include_dashboard=False`. The node's agent runs without its HTTP server, as in an
+    installation without `ray[default]`. Ray has no public settings for this or for the address: it
+    reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
     `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
     """
     from ray._private import ray_constants, utils

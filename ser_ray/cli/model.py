@@ -49,7 +49,7 @@ class Evaluate(ModelVerb):
     model: tyro.conf.Positional[Model]
     shards: str = ""
     """The shard set that the model was trained on, or one of speakers that it was not trained on.
-    If empty, the former are found, or with --corpus a folder in ser-ray-out is used."""
+    If empty, the former is looked for; with --corpus, a folder in ser-ray-out is used."""
     corpus: str = ""
     """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
     features that the model was trained on."""
@@ -132,8 +132,8 @@ class Predict(ModelVerb):
     """Table to write, .parquet, .csv or .jsonl, one row a file. For more than 48 files the default
     is ser-ray-out/predictions.parquet."""
     min_confidence: float = 0.0
-    """Name no emotion for a file, but call it unsure, if the most probable one has a lower
-    probability than this, from 0 to 1. Probabilities are calibrated on validation clips."""
+    """Call a file unsure, and name no emotion, if its most probable emotion has a lower probability
+    than this, from 0 to 1. Probabilities are calibrated on validation clips."""
 
     def run(self) -> Outcome:
         """Answer the files here, or on a cluster."""

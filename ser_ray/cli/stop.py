@@ -1,4 +1,4 @@
-"""What is the same for every verb and every machine: signals that stop it, and its output.
+"""Signals that stop a verb, and output that every terminal can show.
 
 SIGTERM and SIGHUP raise `Stopped`, which is a KeyboardInterrupt: whatever cleans up after Ctrl-C
 cleans up after them, MLflow's run becomes KILLED, and Ray stops.
@@ -29,9 +29,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise `Stopped` in the block at SIGTERM and SIGHUP; those that are ignored stay ignored.
+    """Raise `Stopped` in the block at SIGTERM and SIGHUP.
 
-    Under nohup, for instance, SIGHUP is ignored.
+    A signal that is ignored stays ignored, as SIGHUP under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

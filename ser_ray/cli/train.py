@@ -1,8 +1,9 @@
 """Verbs that train: train, lr-range, tune and crossval."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol, Self
+from typing import Self
 
 from ser_ray import api
 from ser_ray.cli.opening import say, say_training
@@ -95,32 +96,19 @@ def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
     return Outcome(data, "\n".join(lines), advice, problem=result.undelivered)
 
 
-class Reported(Protocol):
-    """A result with a report and a run in MLflow."""
-
-    @property
-    def report(self) -> str:
-        """Location of the page."""
-
-    @property
-    def run_id(self) -> str:
-        """Its run in MLflow."""
-
-    @property
-    def tracking_uri(self) -> str:
-        """The store of that run."""
-
-
-def _report_lines(result: Reported) -> list[str]:
+def _report_lines(
+    result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
+) -> list[str]:
+    """Say where the report of a result and its run in MLflow are."""
     from ser_ray.tracking.views import links
 
-    found = links(result.tracking_uri, result.run_id)
+    run, all_runs, command = links(result.tracking_uri, result.run_id)
     lines = [
         f"report       {result.report}",
-        f"MLflow run   {result.run_id}: {found.run}",
-        f"all runs     {found.runs}",
+        f"MLflow run   {result.run_id}: {run}",
+        f"all runs     {all_runs}",
     ]
-    return [*lines, f"served by    {found.command}"] if found.command else lines
+    return [*lines, f"served by    {command}"] if command else lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +177,12 @@ class Tune(TrainingVerb):
             address=self.common.address,
         )
         best, recipe = result.best, result.best.recipe
-        states = [trial.state for trial in result.trials]
-        counts = {state: states.count(state) for state in dict.fromkeys(states)}
         drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
         drawn = {
             name: f"{value:.3g}" if isinstance(value, float) else value
             for name, value in drawn.items()
         }
+        counts = Counter(trial.state for trial in result.trials)
         counted = ", ".join(f"{count} {state}" for state, count in counts.items())
         lines = [
             f"searched     {len(result.trials)} trials: {counted}",

@@ -59,9 +59,9 @@ class EpochTable:
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
 
     def running(self) -> RenderableType:
-        """The epoch that is running, with a bar over all epochs and the time left.
+        """The running epoch, with a bar over all epochs and the time left.
 
-        How far an epoch is follows from the duration of the one before.
+        The progress within the epoch is estimated from the duration of the previous one.
         """
         done = int(self._last.get("epoch", 0))
         if done == self.epochs:

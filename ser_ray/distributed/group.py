@@ -1,106 +1,80 @@
-"""A group of Ray Train's workers around the loop, and its epochs as they end.
+"""Training by a group of Ray Train's workers, and its epochs as they end.
 
     loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the caller
 
 Ray replaces a lost worker, and `WorkerGroup` replaces a lost controller; both resume from the
-newest checkpoint. If the queue is lost with its driver, nothing is missing: a checkpoint holds the
-numbers of all epochs before it, so reports that did not reach the caller are restored from there.
+newest checkpoint. A lost queue loses no epoch: a checkpoint holds the numbers of all epochs before
+it, so reports that did not reach the caller are restored from there.
 """
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
-from time import localtime, monotonic, strftime, time
+from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import ControllerError, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    Checkpoint,
+    ControllerError,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ser_ray.cluster import (
-    free_resources,
-    in_words,
+from ser_ray.cluster import in_words
+from ser_ray.distributed.process_group import torch_config
+from ser_ray.distributed.room import (
+    START_ATTEMPTS,
+    START_SECONDS,
+    RoomWatch,
     placement_groups,
     remove_placement_groups,
 )
-from ser_ray.distributed.callbacks import DriverCallback
-from ser_ray.distributed.process_group import torch_config
-from ser_ray.distributed.run_config import Ingest
-from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
-from ser_ray.distributed.worker import WorkerTask, run_worker
-from ser_ray.errors import ResourcesError, SerRayError
-from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
-from ser_ray.training.model import Pretrained
-from ser_ray.training.streaming import resident_bytes
+from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint
+from ser_ray.distributed.task import TrainingTask
+from ser_ray.distributed.worker import run_worker
+from ser_ray.errors import SerRayError, first_line, is_permanent
 
 POLL_SECONDS = 0.2
 """How often the controller and the caller look for reports of the workers."""
-START_SECONDS = 30.0
-"""How long Ray waits for the placement group of new workers before it counts the nodes again.
-
-Ray's list of nodes may be 20 s old, so only the second attempt may notice that a node is gone.
-Workers that have their placement group are not limited, for instance to install packages."""
-START_ATTEMPTS = 60
-"""Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
 RESIZE_SECONDS = 30.0
 """How often an elastic training checks whether there is room for more workers."""
-TELL_SECONDS = 60.0
-"""How often a training that waits for room says so."""
 STOP_SECONDS = 60.0
 """How long a group that is stopped may take to finish its current epoch."""
 
 logger = logging.getLogger(__name__)
 
 
-def scaling(fewest: int, most: int, *, cpus: int) -> ScalingConfig:
-    """Make the settings for a number of workers, each with so many CPUs, or with a GPU if none."""
-    return ScalingConfig(
-        num_workers=fewest if fewest == most else (fewest, most),
-        use_gpu=not cpus,
-        resources_per_worker={"CPU": float(cpus)} if cpus else None,
-        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-    )
-
-
 class WorkerGroup:
-    """The workers that train in one run's folder, by Ray Train.
+    """The workers of Ray Train that train one task.
 
     Args:
-        folder: holds the checkpoints; the training resumes from the newest one.
-        scaling: number and size of the workers.
-        ingest: how a worker gets its training clips (`ser_ray.distributed.ingest`).
-        max_failures: how often lost workers are replaced, and how often in a row a controller that
-            was lost before it stored a checkpoint; -1 sets no limit.
+        task: what they train.
+        fewest: workers without which the training waits.
+        most: workers that the training grows to when the cluster has room.
+        cpus: CPUs of each worker, or 0 for a GPU each.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: TrainConfig,
-        shards: ShardSet,
-        pretrained: Pretrained,
-        scaling: ScalingConfig,
-        *,
-        ingest: Ingest = "resident",
-        max_failures: int = 0,
-    ) -> None:
-        self.folder, self.scaling, self.max_failures = folder, scaling, max_failures
-        self.task = WorkerTask(
-            config=config,
-            shards=shards,
-            pretrained=ray.put(pretrained),
-            ingest=ingest,
-            resident_bytes=resident_bytes(shards, config) if ingest == "auto" else 0,
+    def __init__(self, task: TrainingTask, fewest: int, most: int, *, cpus: int) -> None:
+        self.task = task
+        each = {"CPU": float(cpus)} if cpus else {"GPU": 1.0}
+        self.scaling = ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most),
+            use_gpu=not cpus,
+            resources_per_worker=each if cpus else None,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         )
+        self.need = f"{fewest} workers with {in_words(each)} each"
+        self.pretrained = ray.put(task.pretrained)
         self.other_groups = placement_groups()
         """Ids of the placement groups that this job held before."""
         self.losses = 0
@@ -111,30 +85,28 @@ class WorkerGroup:
 
         Args:
             on_epoch: called with every epoch, first with those of earlier starts. After a loss it
-                may get an epoch again, with the same numbers. An error that it raises
-                stops the group.
+                may get an epoch again, with the same numbers. An error that it raises stops the
+                group.
 
         Raises:
             CheckpointError: another process has taken over the folder.
             ResourcesError: there was no room for the workers.
             SerRayError: the training failed.
         """
+        folder, max_failures = self.task.folder, self.task.max_failures
         failures = 0
         while True:
-            start = self.folder.newest()
-            self.folder.tidy(start)
-            for epoch in start.epochs() if start is not None else ():
-                on_epoch(epoch)
+            start = folder.restore(on_epoch)
             try:
                 with closing(self._run_controller(start)) as running:
                     for epoch in running:
                         on_epoch(epoch)
             except (RayActorError, TrainingFailedError) as error:
-                has_progressed = _name(self.folder.newest()) != _name(start)
+                has_progressed = _name(folder.newest()) != _name(start)
                 failures = 0 if has_progressed else failures + 1
                 is_replaceable = has_progressed or isinstance(error, RayActorError)
                 is_over = isinstance(error, WorkerGroupError) or not is_replaceable
-                if is_over or failures > self.max_failures != -1:
+                if is_over or failures > max_failures != -1:
                     raise self._failure(error) from error
                 logger.warning("Ray's training controller was lost: starting another")
                 # Ray's own cleanup needs the dashboard, which local clusters do not have.
@@ -151,17 +123,17 @@ class WorkerGroup:
         executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         training = executor.submit(self._trainer(start, queue).fit)
         executor.shutdown(wait=False)
-        watch = PlaceWatch(self.other_groups, _need(self.scaling))
+        watch = RoomWatch(self.other_groups, self.need)
         try:
             while True:
                 is_done = training.done()
-                self.folder.check_lock()
+                self.task.folder.check_lock()
                 try:
                     report = queue.get(block=not is_done, timeout=POLL_SECONDS)
                 except Empty:
                     if is_done:
                         break
-                    watch.require_places()
+                    watch.require_room()
                 else:
                     if "lost" in report:
                         self._tell_loss(report["lost"])
@@ -175,13 +147,14 @@ class WorkerGroup:
             raise
 
     def _trainer(self, start: StoredCheckpoint | None, queue: Queue) -> TorchTrainer:
-        folder = self.folder
+        task, folder = self.task, self.task.folder
         path = f"{folder.path}/{start.name}" if start is not None else ""
+        work = partial(run_worker, task.config, task.shards, self.pretrained, task.ingest, path)
         # Ray has no other settings for these two than environment variables.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
         return TorchTrainer(
-            partial(run_worker, replace(self.task, start=path)),
+            work,
             scaling_config=self.scaling,
             torch_config=torch_config(gpu=self.scaling.use_gpu),
             run_config=ray.train.RunConfig(
@@ -189,7 +162,7 @@ class WorkerGroup:
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=ray.train.FailureConfig(
-                    max_failures=self.max_failures, controller_failure_limit=START_ATTEMPTS
+                    max_failures=task.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
                 # Ray always keeps the latest. Of the selected ones it keeps the last two, because
                 # the last may be incomplete: `score` rises with every newly selected epoch.
@@ -204,7 +177,7 @@ class WorkerGroup:
     def _tell_loss(self, reason: str) -> None:
         """Say in a line that a worker is replaced; a loss that ends the training raises instead."""
         self.losses += 1
-        if self.max_failures == -1 or self.losses <= self.max_failures:
+        if self.task.max_failures == -1 or self.losses <= self.task.max_failures:
             logger.warning(
                 "a worker was lost (%s): Ray replaces it, and the training resumes from its newest "
                 "checkpoint",
@@ -221,75 +194,40 @@ class WorkerGroup:
         for cause in causes:
             if isinstance(cause, SerRayError):
                 return cause
-        return self.folder.failure(str(error))
+        return self.task.folder.failure(str(error))
 
 
-class PlaceWatch:
-    """Says what workers or trials wait for, and ends a training or search that waits too long.
-
-    Ray says nothing to a driver, and lets an elastic training or a search wait forever.
+class DriverCallback(UserCallback):
+    """Runs in Ray's controller. If it raises, the training ends, whatever `max_failures` is.
 
     Args:
-        other_groups: ids of the placement groups that do not count.
-        need: what needs room, in words.
+        queue: receives the report of every epoch. `put` raises once the queue is shut down, which
+            is how `WorkerGroup` stops a training.
     """
 
-    def __init__(self, other_groups: set[str], need: str) -> None:
-        self.other_groups, self.need = other_groups, need
-        self.had_places = self.looked = self.told = monotonic()
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
 
-    def require_places(self) -> None:
-        """Check every START_SECONDS whether there is a placement group with room.
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Forward a stored epoch: rank 0's report, and every node's metrics."""
+        if "row" not in metrics[0]:
+            return  # a checkpoint in mid-epoch
+        nodes: dict[str, dict[str, float]] = {}
+        for report in metrics:
+            nodes |= report.get("system_metrics", {})
+        names = ("row", "learning_rates", "timestamp_ms")
+        report = {name: metrics[0][name] for name in names}
+        self.queue.put(report | {"system_metrics": nodes})
 
-        Raises:
-            ResourcesError: it has had none for START_ATTEMPTS times START_SECONDS.
-        """
-        if monotonic() - self.looked < START_SECONDS:
-            return
-        self.looked = monotonic()
-        if placement_groups(with_room=True) - self.other_groups:
-            self.had_places = self.told = self.looked
-        elif self.looked - self.had_places >= START_SECONDS * START_ATTEMPTS:
-            raise ResourcesError(
-                f"the cluster had no room for {self.need} for {START_SECONDS * START_ATTEMPTS:g} "
-                "seconds: give the same command again when there is room, or ask for less"
-            )
-        elif self.looked - self.told >= TELL_SECONDS:
-            self.told = self.looked
-            waited = self.looked - self.had_places
-            logger.warning(
-                "waiting for room for %s since %s (%.0f min); free now: %s",
-                *(self.need, strftime("%H:%M:%S", localtime(time() - waited)), waited / 60),
-                free_resources(),
-            )
-
-
-@contextmanager
-def placed(bundle: dict[str, float], need: str) -> Iterator[PlacementGroup]:
-    """Yield a placement group as soon as the cluster has room for it, and release it at the end.
-
-    Args:
-        bundle: its resources.
-        need: what needs them, in words (`PlaceWatch`).
-
-    Raises:
-        ResourcesError: there was no room.
-    """
-    watch = PlaceWatch(placement_groups(), need)
-    group = placement_group([bundle])
-    try:
-        while not group.wait(1):
-            watch.require_places()
-        yield group
-    finally:
-        remove_placement_group(group)
-
-
-def _need(scaling: ScalingConfig) -> str:
-    """The workers that a group needs room for, in words."""
-    fewest = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
-    each = {"GPU": 1.0} if scaling.use_gpu else scaling.resources_per_worker or {"CPU": 1.0}
-    return f"{fewest} workers with {in_words(each)} each"
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """End a training whose workers would fail in the same way again; else report the loss."""
+        for error in worker_exceptions.values():
+            if is_permanent(error):
+                raise error
+        reasons = {f"rank {rank}: {first_line(e)}" for rank, e in worker_exceptions.items()}
+        self.queue.put({"lost": "; ".join(sorted(reasons))})
 
 
 def _name(checkpoint: StoredCheckpoint | None) -> str:

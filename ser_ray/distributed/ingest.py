@@ -23,7 +23,10 @@ import numpy as np
 import torch
 
 from ser_ray.distributed.run_config import Ingest
+from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import read_card
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.streaming import resident_bytes
 from ser_ray.training.world import World
 
 READERS = 2
@@ -35,7 +38,8 @@ by the raw features while they are read."""
 
 def streams(
     ingest: Ingest,
-    resident_bytes: int,
+    config: TrainConfig,
+    shards: ShardSet,
     memory: Callable[[], int],
     device: torch.device,
     resume: Path | None,
@@ -43,8 +47,8 @@ def streams(
     """Whether the training clips are streamed.
 
     All workers make the same choice. With `auto`, a resumed training reads its clips as it did
-    before. A new training streams if its clips, which need `resident_bytes`, would fill more than
-    RESIDENT_SHARE of the memory of any worker.
+    before. A new training streams if its clips would fill more than RESIDENT_SHARE of the memory of
+    any worker.
 
     Args:
         memory: returns the bytes of memory that this worker has on a CPU.
@@ -54,7 +58,7 @@ def streams(
     if ingest == "auto":
         is_gpu = device.type == "cuda"
         limit = torch.cuda.get_device_properties(device).total_memory if is_gpu else memory()
-        too_large = resident_bytes > RESIDENT_SHARE * limit
+        too_large = resident_bytes(shards, config) > RESIDENT_SHARE * limit
         votes = World.current().all_reduce_sum(torch.tensor(int(too_large), device=device))
         ingest = "stream" if int(votes) else "resident"
     return ingest == "stream"

@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ser_ray.cluster import (
     cluster,
@@ -24,30 +25,27 @@ from ser_ray.cluster import (
     require_workers,
     trains_on_gpus,
 )
-from ser_ray.distributed.local import LocalTraining
-from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.local import train_here
+from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
+from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
-from ser_ray.tracking.tracker import Tracker, has_run, now_ms
+from ser_ray.tracking.tracker import Tracker, has_run
 from ser_ray.training.checkpoint import CheckpointCard, read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.model import read_pretrained
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 
-if TYPE_CHECKING:
-    from ser_ray.distributed.group import WorkerGroup
-
 ShowEpoch = Callable[[dict[str, float]], None]
 """Shows the row of an epoch that has just ended."""
+OnEpoch = Callable[[Epoch], None]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def train(
     """Train one fold of a shard set, or resume that training.
 
     Args:
-        on_epoch: called with the row of every new epoch; without Ray, from another thread.
+        on_epoch: called with the row of every new epoch; without Ray, in another thread.
         address: Ray cluster to join (`ser_ray.cluster.needs_ray`).
 
     Raises:
@@ -102,10 +100,18 @@ def train(
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
                 require_shared(shards.uri, folder.storage)
-                training = _training(folder, config, shards, pretrained, run)
+                task = TrainingTask(
+                    folder=folder,
+                    config=config,
+                    shards=shards,
+                    pretrained=pretrained,
+                    ingest=run.ingest,
+                    max_failures=run.max_failures,
+                )
+                run_task = _place(task, run)
                 tracker = _start_tracker(config, run, folder, shards, split)
                 try:
-                    _follow(training, tracker, on_epoch)
+                    _follow(folder, run_task, tracker, on_epoch)
                     _conclude(folder, tracker, shards, audio=run.audio)
                 except BaseException as error:
                     tracker.abandon(error)
@@ -132,7 +138,7 @@ def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
 
 
 def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) -> dict[str, Any]:
-    """Check the recipe against the shards and the number of workers; returns the split in words."""
+    """Check the recipe against the shards and the number of workers; return the split in words."""
     parts = select_rows(shards.clips(), config)
     require_workers_fit(config, len(parts.train), run.worker_range[1])
     if run.ingest == "stream":
@@ -140,10 +146,12 @@ def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) ->
     return describe_split(parts)
 
 
-def _training(
-    folder: RunFolder, config: TrainConfig, shards: ShardSet, pretrained: Pretrained, run: RunConfig
-) -> "LocalTraining | WorkerGroup":
-    """Make the training: on the Ray cluster to which this process is connected, or else here."""
+def _place(task: TrainingTask, run: RunConfig) -> Callable[[OnEpoch], None]:
+    """Return the function that trains: on the cluster that this process is connected to, or here.
+
+    Raises:
+        ResourcesError: there is no room for the workers.
+    """
     fewest, most = run.worker_range
     gpu = trains_on_gpus(run.device)
     require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
@@ -151,13 +159,11 @@ def _training(
     size = "one GPU" if gpu else f"{cpus} CPUs"
     where = "each" if is_connected() else "in this process"
     logger.info("%-12s %s, with %s %s", "workers", run.workers, size, where)
-    settings: dict[str, Any] = {"ingest": run.ingest, "max_failures": run.max_failures}
     if not is_connected():
-        return LocalTraining(folder, config, shards, pretrained, gpu=gpu, **settings)
-    from ser_ray.distributed.group import WorkerGroup, scaling  # slow: Ray Train
+        return partial(train_here, task, gpu=gpu)
+    from ser_ray.distributed.group import WorkerGroup  # slow: Ray Train
 
-    workers = scaling(fewest, most, cpus=0 if gpu else cpus)
-    return WorkerGroup(folder, config, shards, pretrained, workers, **settings)
+    return WorkerGroup(task, fewest, most, cpus=0 if gpu else cpus).run
 
 
 def _start_tracker(
@@ -171,13 +177,20 @@ def _start_tracker(
     params |= {"workers": run.workers, "ingest": run.ingest}
     tags = run_tags("training", split["label"], shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
-    tracker = start_run(folder, run, shards, tags, params, identity_of(config, shards), about)
+    tracker = start_or_resume_run(
+        folder, run, shards, tags, params, identity_of(config, shards), about
+    )
     tracker.describe(Again=f"`{command_like(tracker.run_id, shards.uri, run)}`")
     tracker.log_files({"config.json": config.to_dict()})
     return tracker
 
 
-def _follow(training: "LocalTraining | WorkerGroup", tracker: Tracker, on_epoch: ShowEpoch) -> None:
+def _follow(
+    folder: RunFolder,
+    run_task: Callable[[OnEpoch], None],
+    tracker: Tracker,
+    on_epoch: ShowEpoch,
+) -> None:
     """Run the training, if it has not finished, and log every epoch once."""
     logged: set[float] = set()
 
@@ -190,9 +203,9 @@ def _follow(training: "LocalTraining | WorkerGroup", tracker: Tracker, on_epoch:
         if not epoch.is_restored:
             on_epoch(epoch.row)
 
-    if not training.folder.record().get("finished"):
-        training.run(log)
-    elif newest := training.folder.newest():  # the tracking server did not answer then
+    if not folder.record().get("finished"):
+        run_task(log)
+    elif newest := folder.newest():  # the tracking server did not answer then
         for epoch in newest.epochs():
             log(epoch)
 
@@ -203,8 +216,9 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
     If the tracking server does not answer, the record says so: the same command delivers the rest.
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
-    from ser_ray.evaluation.pages import run_page, unscored_page
+    from ser_ray.evaluation.pages import run_page
     from ser_ray.evaluation.rendering import store_page
+    from ser_ray.evaluation.to_mlflow import record_training
 
     newest = folder.newest()
     if newest is None:
@@ -221,9 +235,6 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
         folder.update_record(finished=True)
         try:
             card, evaluation = read_card(selected), None
-            epochs: dict[str, Any] = {
-                name: newest.progress[name] for name in ("history", "learning_rates")
-            }
             if card.split["validation_speakers"]:
                 # Scored by the workers: all validation clips may not fit into the driver's memory.
                 evaluation = evaluate(
@@ -232,52 +243,23 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
                     part="validation",
                     probabilities=folder.validation_probabilities(newest),
                 )
-                page = run_page(evaluation, name=folder.name, audio=audio, **epochs)
-            else:
-                page = unscored_page(card, run_id=tracker.run_id, name=folder.name, **epochs)
+            page = run_page(
+                card,
+                evaluation,
+                name=folder.name,
+                run_id=tracker.run_id,
+                history=newest.progress["history"],
+                learning_rates=newest.progress["learning_rates"],
+                audio=audio,
+            )
             store_page(page, folder.report)
-            _log_outcome(tracker, selected, card, evaluation, newest.progress, page)
+            record_training(tracker, selected, card, evaluation, newest.progress, page)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
             tracker.abandon(error)
         else:
             folder.update_record(delivered=True, undelivered="")
     folder.tidy(newest)
-
-
-def _log_outcome(
-    tracker: Tracker,
-    checkpoint: Path,
-    card: CheckpointCard,
-    evaluation: Evaluation | None,
-    progress: dict[str, Any],
-    page: str,
-) -> None:
-    import numpy as np
-
-    from ser_ray.plots.scores import confusion_figure
-    from ser_ray.plots.training import curves_figure
-
-    selected, history = progress["selected"], progress["history"]
-    tracker.deliver()
-    title = f"{card.split['label']}, {card.trained_on}"
-    precision = "bfloat16" if selected.get("bfloat16") else "float32"
-    tracker.log_params({"initial_weights": card.initial_weights, "precision": precision})
-    tracker.log_files(
-        {
-            REPORT: page,
-            "plots/curves.png": curves_figure(history, selected, title),
-            "tables/history.json": history,
-        }
-    )
-    tracker.log_model(checkpoint, card.labels)
-    tracker.log_scores(selected_metrics(selected), now_ms())
-    if evaluation is not None:
-        confusion = np.asarray(progress["selected_confusion"])
-        figure = confusion_figure(confusion, card.labels, f"validation, {title}")
-        tracker.log_files({"plots/validation_confusion.png": figure})
-        tracker.describe(Validation=evaluation.sentence)
-    tracker.finish("FINISHED")
 
 
 def _result(folder: RunFolder) -> TrainResult:

@@ -22,15 +22,10 @@ from safetensors import SafetensorError
 from ser_ray.cluster import cpus_per_worker, memory_of_this_machine
 from ser_ray.distributed.ingest import fetch_by_threads, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
-from ser_ray.distributed.run_config import Ingest
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
-from ser_ray.errors import SerRayError, is_permanent
-from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.store import first_line
+from ser_ray.distributed.task import TrainingTask
+from ser_ray.errors import SerRayError, first_line, is_permanent
 from ser_ray.training.checkpoint import Snapshot
-from ser_ray.training.config import TrainConfig
-from ser_ray.training.model import Pretrained
-from ser_ray.training.streaming import resident_bytes
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 ADDRESS = "127.0.0.1"
@@ -41,84 +36,59 @@ FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 logger = logging.getLogger(__name__)
 
 
-class LocalTraining:
-    """Trains in this process and in one run's folder.
+def train_here(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bool) -> None:
+    """Train in this process to the end.
 
     Args:
-        folder: holds the checkpoints; the training resumes from the newest one.
-        gpu: whether it uses a GPU.
-        ingest: how it gets its training clips (`ser_ray.distributed.ingest`).
-        max_failures: how often it starts again after a failure, such as a storage that did not
-            answer; -1 sets no limit.
+        task: what is trained.
+        on_epoch: called with every epoch, first with those of earlier starts. After a failure it
+            may get an epoch again, with the same numbers. For new epochs it is called in the thread
+            that stores their checkpoints. An error that it raises ends the training.
+        gpu: whether to use a GPU.
+
+    Raises:
+        CheckpointError: another process has taken over the folder.
+        SerRayError: the training failed.
     """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: TrainConfig,
-        shards: ShardSet,
-        pretrained: Pretrained,
-        *,
-        gpu: bool,
-        ingest: Ingest = "resident",
-        max_failures: int = 0,
-    ) -> None:
-        self.folder, self.config, self.shards, self.pretrained = folder, config, shards, pretrained
-        self.gpu, self.ingest, self.max_failures = gpu, ingest, max_failures
-
-    def run(self, on_epoch: Callable[[Epoch], None]) -> None:
-        """Train to the end.
-
-        Args:
-            on_epoch: called with every epoch, first with those of earlier starts. After a failure
-                it may get an epoch again, with the same numbers. For new epochs it is called in
-                the thread that stores their checkpoints. An error that it raises ends the training.
-
-        Raises:
-            CheckpointError: another process has taken over the folder.
-            SerRayError: the training failed.
-        """
-        failures = 0
-        while True:
-            start = self.folder.newest()
-            self.folder.tidy(start)
-            for epoch in start.epochs() if start is not None else ():
-                on_epoch(epoch)
-            reporter = LocalReporter(self.folder, on_epoch)
-            try:
-                with closing(reporter):
-                    self._fit(start, reporter)
-            except FAILURES as error:
-                if error is reporter.refusal:
+    failures = 0
+    while True:
+        start = task.folder.restore(on_epoch)
+        reporter = LocalReporter(task.folder, on_epoch)
+        try:
+            with closing(reporter):
+                _fit(task, start, reporter, gpu=gpu)
+        except FAILURES as error:
+            if error is reporter.refusal:
+                raise
+            if is_permanent(error) or failures == task.max_failures:
+                if isinstance(error, SerRayError):
                     raise
-                if is_permanent(error) or failures == self.max_failures:
-                    raise self._failure(error) from error
-                failures += 1
-                reason = first_line(error)
-                logger.warning("the training failed (%s): it resumes from the last epoch", reason)
-            else:
-                return
+                trace = "".join(traceback.format_exception(error))
+                raise task.folder.failure(trace) from error
+            failures += 1
+            reason = first_line(error)
+            logger.warning("the training failed (%s): it resumes from the last epoch", reason)
+        else:
+            return
 
-    def _fit(self, start: StoredCheckpoint | None, reporter: "LocalReporter") -> None:
-        needed = resident_bytes(self.shards, self.config) if self.ingest == "auto" else 0
-        with worker_device(gpu=self.gpu) as device, self.folder.local(start) as resume:
-            is_streamed = streams(self.ingest, needed, memory_of_this_machine, device, resume)
-            fit(
-                self.config,
-                self.shards,
-                self.pretrained,
-                reporter,
-                resume=resume,
-                device=device,
-                stream=fetch_by_threads if is_streamed else None,
-            )
-            reporter.wait()
 
-    def _failure(self, error: Exception) -> SerRayError:
-        """The error for the user."""
-        if isinstance(error, SerRayError):
-            return error
-        return self.folder.failure("".join(traceback.format_exception(error)))
+def _fit(
+    task: TrainingTask, start: StoredCheckpoint | None, reporter: "LocalReporter", *, gpu: bool
+) -> None:
+    config, shards = task.config, task.shards
+    with worker_device(gpu=gpu) as device, task.folder.local(start) as resume:
+        memory = memory_of_this_machine
+        is_streamed = streams(task.ingest, config, shards, memory, device, resume)
+        fit(
+            config,
+            shards,
+            task.pretrained,
+            reporter,
+            resume=resume,
+            device=device,
+            stream=fetch_by_threads if is_streamed else None,
+        )
+        reporter.wait()
 
 
 class LocalReporter:

@@ -15,6 +15,45 @@ from ser_ray.tracking.tracker import Tracker, run_to_resume
 
 
 def start_run(
+    run: RunConfig,
+    name: str,
+    shards: ShardSet,
+    tags: dict[str, str],
+    params: dict[str, Any],
+    about: str,
+    run_id: str = "",
+) -> Tracker:
+    """Start an MLflow run, or resume the one of `run_id`.
+
+    Args:
+        run: where it is recorded.
+        name: name of a new run.
+        shards: what is trained on.
+        tags: tags of the run (`ser_ray.tracking.about.run_tags`).
+        params: parameters of a new run.
+        about: what the run is, for its description.
+
+    Raises:
+        ResourcesError: the tracking store is in a folder that Ray deletes after the job.
+        TrackingError: the tracking store cannot be reached.
+    """
+    uri = resolve_uri(run.tracking_uri)
+    require_kept(uri)
+    tracker = Tracker.start(
+        uri,
+        run.experiment,
+        name=name,
+        params=params,
+        tags=tags,
+        dataset=dataset_of(shards),
+        run_id=run_id,
+    )
+    tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
+    tracker.log_files({"environment.json": environment()})
+    return tracker
+
+
+def start_or_resume_run(
     folder: RunFolder,
     run: RunConfig,
     shards: ShardSet,
@@ -23,37 +62,21 @@ def start_run(
     identity: dict[str, Any],
     about: str,
 ) -> Tracker:
-    """Start the MLflow run of a folder, or resume it, and write it into the folder's record.
+    """Start the MLflow run of a folder, or resume it, and name it in the folder's record.
 
     Args:
         folder: the folder of the training, search or cross-validation.
-        run: where it is recorded.
-        shards: what is trained on.
-        tags: tags of the run (`ser_ray.tracking.about.run_tags`).
-        params: parameters of a new run.
         identity: what must be the same whenever the folder is used again.
-        about: what the run is, for its description.
+        run, shards, tags, params, about: as for `start_run`.
 
     Raises:
         MismatchError: the folder belongs to something else.
-        ResourcesError: the tracking store is in a folder that Ray deletes after the job.
-        TrackingError: the tracking store cannot be reached.
+        ResourcesError, TrackingError: as `start_run`.
     """
     folder.require_same(identity)
-    uri = resolve_uri(run.tracking_uri)
-    require_kept(uri)
-    tracker = Tracker.start(
-        uri,
-        run.experiment,
-        name=folder.name,
-        params=params,
-        tags=tags,
-        dataset=dataset_of(shards),
-        run_id=run_to_resume(uri, folder.record()),
-    )
-    tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
-    tracker.log_files({"environment.json": environment()})
-    folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    run_id = run_to_resume(resolve_uri(run.tracking_uri), folder.record())
+    tracker = start_run(run, folder.name, shards, tags, params, about, run_id)
+    folder.update_record(run_id=tracker.run_id, tracking_uri=tracker.uri, identity=identity)
     return tracker
 
 

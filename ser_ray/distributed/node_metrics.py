@@ -1,8 +1,8 @@
 """Metrics of a node while it trains: the utilisation of its processors and memories.
 
-One worker of each node samples them beside the loop, and sends the means with its report of an
-epoch. MLflow's own monitor is not used, because it would have every node write to the tracking
-store, which may be a file on the driver's machine. Names and units are MLflow's, whose UI shows
+One worker of each node samples them in a thread, and sends the means with its report of an epoch.
+MLflow's own monitor is not used, because every node would then write to the tracking store, which
+may be a file on the driver's machine. Names and units are MLflow's, whose UI shows
 such metrics on a page of their own.
 """
 
@@ -30,7 +30,7 @@ class NodeMetrics:
         Thread(target=self._run, name="node-metrics", daemon=True).start()
 
     def means_since_last_call(self) -> dict[str, float]:
-        """Means of the samples since the last call; empty if there was no time for any."""
+        """Means of the samples since the last call; empty if there are none."""
         samples, self._samples = self._samples, []
         names = dict.fromkeys(name for each in samples for name in each)
         return {name: fmean(each[name] for each in samples if name in each) for name in names}

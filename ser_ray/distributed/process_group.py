@@ -2,7 +2,7 @@
 
 Ray's own backend lets torch choose a free port, on which torch's store listens on all interfaces
 and asks for no password. Here the store listens on Ray's address alone, which is the loopback for a
-Ray that was started on this machine. The port is taken once and cannot be lost to another process.
+Ray that was started on this machine. The port is bound once, so no other process can take it.
 """
 
 import os

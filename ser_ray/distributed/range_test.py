@@ -9,16 +9,16 @@ from ser_ray.cluster import (
     cpus_per_worker,
     in_words,
     needs_ray,
-    require_kept,
     require_shared,
     require_workers,
     trains_on_gpus,
 )
 from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.local import FAILURES, worker_device
+from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
-from ser_ray.errors import SerRayError
+from ser_ray.errors import SerRayError, first_line
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.pages import range_page
 from ser_ray.evaluation.rendering import store_page
@@ -26,9 +26,8 @@ from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
-from ser_ray.tracking.about import data_line, dataset_of, run_tags
-from ser_ray.tracking.provenance import provenance
-from ser_ray.tracking.store import first_line, require_server, resolve_uri
+from ser_ray.tracking.about import run_tags
+from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
@@ -71,31 +70,17 @@ def find_range(
         require_shared(shards.uri)
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
-        uri = resolve_uri(run.tracking_uri)
-        require_kept(uri)
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
         tags = run_tags("range test", split["label"], shards)
         params = config.to_dict() | {"lr_range": asdict(test)}
-        tracker = Tracker.start(
-            uri,
-            run.experiment,
-            name=name,
-            params=params,
-            tags=tags,
-            dataset=dataset_of(shards),
-        )
-        tracker.describe(
-            Run="a learning-rate range test, which proposes lr_min and lr_max",
-            Data=data_line(shards),
-            Again=f"`{tags['command']}`",
-        )
+        about = "a learning-rate range test, which proposes lr_min and lr_max"
+        tracker = start_run(run, name, shards, tags, params, about)
         steps = (_steps_on_ray if on_ray else _steps)(config, shards, pretrained, test, gpu)
         try:
             with closing(steps):
                 found = propose(*_follow(steps, test))
-            facts = tags | provenance()
             page = range_page(
-                name, asdict(found), settings=flatten(params), tags=facts, run_id=tracker.run_id
+                name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
             )
             report = RunFolder(absolute(run.storage), name).report
             store_page(page, report)
@@ -104,7 +89,7 @@ def find_range(
             tracker.abandon(error)
             raise
         tracker.finish("FINISHED")
-    return RangeResult(found, split["label"], tracker.run_id, uri, report)
+    return RangeResult(found, split["label"], tracker.run_id, tracker.uri, report)
 
 
 def _steps(
@@ -127,7 +112,7 @@ def _steps_on_ray(
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from ser_ray.distributed.group import placed
+    from ser_ray.distributed.room import placed
 
     def run() -> Iterator[tuple[float, float] | SerRayError]:
         try:

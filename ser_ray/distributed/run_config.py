@@ -32,7 +32,8 @@ class RunConfig:
     )
     """Include in the report the sound of the validation clips that it shows."""
     max_failures: int = 3
-    """How often lost workers are replaced before the run fails; -1 sets no limit."""
+    """How often lost workers are replaced, or a failed training or trial starts again, before the
+    run fails; -1 sets no limit."""
 
     def __post_init__(self) -> None:
         fewest, most = self.worker_range

@@ -16,7 +16,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,18 @@ class RunFolder:
                     return stored
             logger.warning("%s/%s is incomplete: it is skipped", self.location, name)
         return None
+
+    def restore(self, on_epoch: Callable[[Epoch], None]) -> StoredCheckpoint | None:
+        """Find the checkpoint to resume from, delete the others, and pass on its epochs.
+
+        Raises:
+            CheckpointError: another process trains here now.
+        """
+        newest = self.newest()
+        self.tidy(newest)
+        for epoch in newest.epochs() if newest is not None else ():
+            on_epoch(epoch)
+        return newest
 
     def tidy(self, newest: StoredCheckpoint | None) -> None:
         """Delete Ray's list, and all checkpoints except `newest` and its selected one.

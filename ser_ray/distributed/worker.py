@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -22,41 +22,32 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerTask:
-    """What every worker of a group is given."""
-
-    config: TrainConfig
-    shards: ShardSet
-    pretrained: ray.ObjectRef
-    """The weights to start from (`ser_ray.training.model.Pretrained`)."""
-    ingest: Ingest
-    resident_bytes: int
-    """Memory that all clips would need; only used if `ingest` is auto."""
-    start: str = ""
-    """Path of the checkpoint to resume from, on the run's storage. If empty, start afresh."""
-
-
-def run_worker(task: WorkerTask) -> None:
+def run_worker(
+    config: TrainConfig, shards: ShardSet, pretrained: ray.ObjectRef, ingest: Ingest, start: str
+) -> None:
     """Run the loop as one of Ray Train's workers.
 
     Every error is raised, so that Ray ends the group at once: a worker that returned would leave
     the others waiting for it in their next collective operation.
+
+    Args:
+        pretrained: the weights to start from (`ser_ray.training.model.Pretrained`).
+        start: path of the checkpoint to resume from, on the run's storage; if empty, start afresh.
     """
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(num_threads))
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None and task.start:
+    if checkpoint is None and start:
         storage = ray.train.get_context().get_storage()
-        checkpoint = Checkpoint(task.start, storage.storage_filesystem)
+        checkpoint = Checkpoint(start, storage.storage_filesystem)
     device = get_device()
     with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
         resume = Path(directory) if directory else None
-        is_streamed = streams(task.ingest, task.resident_bytes, worker_memory, device, resume)
+        is_streamed = streams(ingest, config, shards, worker_memory, device, resume)
         fit(
-            task.config,
-            task.shards,
-            ray.get(task.pretrained),
+            config,
+            shards,
+            ray.get(pretrained),
             Reporter(),
             resume=resume,
             device=device,

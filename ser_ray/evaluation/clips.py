@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from matplotlib.figure import Figure
 
 from ser_ray.evaluation.evaluation import Evaluation
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.plots.clip import clip_figure
 from ser_ray.shards.part import RECORDING_SECONDS
 
 
@@ -28,12 +30,8 @@ class ClipView:
     """The predicted label."""
     probability: float
     """Probability of the predicted label."""
-    waveform: np.ndarray
-    """Samples from -1 to 1, without the silence at both ends of the clip [num_samples]."""
-    sample_rate: int
-    """Sample rate in hertz."""
-    spectrogram: np.ndarray
-    """Power in dB [bins, frames], from 0 Hz to half the sample rate."""
+    figure: Figure
+    """Its waveform, without the silence at both ends, and its spectrogram."""
     mp3: bytes | None
     """The same sound for the page's player, or None for a page without players."""
 
@@ -63,9 +61,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
                 truth=clip["emotion"],
                 predicted=clip["predicted"],
                 probability=clip[f"p_{clip['predicted']}"],
-                waveform=waveform,
-                sample_rate=rate,
-                spectrogram=extract.features(waveform)["spectrogram"],
+                figure=clip_figure(waveform, rate, extract.features(waveform)["spectrogram"]),
                 mp3=_mp3(waveform, rate) if audio else None,
             )
         )

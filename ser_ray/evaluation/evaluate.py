@@ -1,9 +1,9 @@
-"""A checkpoint and a shard set to an `Evaluation`. Nothing is written.
+"""Scores a checkpoint on the clips of a shard set. Nothing is written.
 
-This is the one place that reads a test part; everything was selected on validation before. The
-clips scored are those of the fold that the checkpoint was trained on. On another protocol's fold or
-on other shards, speakers that it was trained on are refused; where the user allows them, they are
-named beside every score.
+Only this module reads a test part; whatever is selected is selected on validation clips. By default
+it scores the test part of the fold that the checkpoint was trained on. It also scores a fold of
+another protocol, or other shards, but refuses speakers that the checkpoint was trained on. If the
+user allows such speakers, every score names them.
 """
 
 import json
@@ -47,17 +47,17 @@ def evaluate(
         checkpoint: its directory.
         shards_location: the shards that it was trained on, or others with the same features.
         part: which part of the fold to score.
-        protocol: if empty, that of the training, or on other shards all clips.
-        fold: number of the fold; None is the training's fold, or fold 0 of another protocol.
+        protocol: if empty, that of the training; on other shards, all clips are scored.
+        fold: number of the fold. If None, the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained on.
-        probabilities: what the network said of the part's clips [clips, labels], if that is known;
-            else the clips are read and scored here. The temperature of the model scales both.
+        probabilities: the network's output for the part's clips [clips, labels], without
+            temperature. If None, the clips are read and scored here.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or the shards hold other features, other
             labels, or speakers that the model was trained on.
         ShardsError: there is no committed shard set at that location.
-        ConfigError: the protocol or fold does not exist on these shards.
+        ConfigError: these shards have no such protocol or fold.
     """
     card = read_card(checkpoint)
     shards = open_shards(shards_location)
@@ -109,11 +109,11 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def origin_of(checkpoint: Path) -> Mapping[str, str]:
-    """Return the places that a checkpoint's training recorded, or nothing.
+    """Return what a training recorded beside its checkpoint, or nothing if there is no record.
 
-    They are `run_id` and `tracking_uri` of its MLflow run, the location of its `report` and of its
-    `shards`. If the run's folder was moved or copied, the store and the report are looked for where
-    they are now: nothing is written into the old place.
+    It recorded the `run_id` and `tracking_uri` of its MLflow run, and where its `report` and its
+    `shards` are. If the run's folder was moved or copied since, the local paths are adapted to the
+    new place, so that nothing is written into the old one.
     """
     path = checkpoint / "run.json"
     if not path.is_file():
@@ -136,10 +136,10 @@ def shards_of(checkpoint: Path, usual: Sequence[str]) -> str:
 
     Args:
         checkpoint: its directory.
-        usual: locations to look into if they are not where the training read them.
+        usual: locations to try if the shards are not where the training read them.
 
     Raises:
-        ShardsError: they are in none of these places.
+        ShardsError: no location holds these shards.
     """
     card = read_card(checkpoint)
     recorded = origin_of(checkpoint).get("shards", "")
@@ -165,7 +165,7 @@ def _rows(
     """Select the rows to score.
 
     Returns:
-        Row numbers [clips], the protocol and fold in words, and whether the fold is the training's.
+        Row numbers [clips], the protocol and fold in words, and whether it is the training's fold.
     """
     config = card.config
     is_same_data = card.shards_fingerprint == shards.card.fingerprint
@@ -190,7 +190,7 @@ def _rows(
         config,
         protocol=protocol or config.protocol,
         fold=fold,
-        # How many speakers validated the training does not matter on another fold or corpus.
+        # The training's number of validation speakers has no meaning on another fold or corpus.
         validation_speakers=config.validation_speakers if is_own else 0,
     )
     parts = select_rows(table, wanted)
@@ -204,7 +204,7 @@ def _rows(
 
 
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
-    """Speakers of these rows that trained the model or selected its epoch, by name."""
+    """Names of the speakers of these rows that the model was trained or validated on."""
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
     return tuple(sorted(seen & set(table["speaker"].take(rows).to_pylist())))
 

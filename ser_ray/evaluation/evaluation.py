@@ -20,10 +20,12 @@ Part = Literal["validation", "test"]
 REPORT = "report.html"
 """Name of a run's page, in the run's folder and in its MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
-"""Columns of the clips by which scores are broken down, where a corpus has them."""
+"""Columns of the clips by which scores are broken down, if the corpus has them."""
 KEPT = ("path", "start", "end", "take", *GROUPS, "emotion")
 """Columns of the clips that are kept beside their predictions."""
 HARDEST = 12
+SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
+"""The scores that have intervals, by their names in `Scores.to_dict` and `Intervals`."""
 
 Row = dict[str, str | int | float]
 """A row of a table: names and counts, and scores as shares from 0 to 1."""
@@ -42,10 +44,10 @@ class Evaluation:
     corpus: str
     """What was scored: ravdess, synthetic or table."""
     is_own_test: bool
-    """Whether this is the test part of the fold that the model was trained on. Only that is
-    recorded in the training's run."""
+    """Whether this is the test part of the model's own fold. The training's run records only these
+    scores."""
     seen_speakers: tuple[str, ...]
-    """Speakers of these clips that the model was trained on, where the user allowed that."""
+    """Speakers of these clips that the model was trained on, if the user allowed them."""
     predictions: pa.Table
     """One row a clip, as `predictions_table` makes it."""
     origin: Mapping[str, str] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """The exact scores; where several seeds scored the clips, those of all counts together."""
+        """The scores; with several seeds, those of the sum of their confusion matrices."""
         return scores_of(self.truth, self.probabilities)
 
     @cached_property
@@ -105,7 +107,7 @@ class Evaluation:
 
     @cached_property
     def by_seed(self) -> dict[int, Scores]:
-        """The exact scores of every seed."""
+        """The scores of every seed."""
         return {
             int(seed): scores_of(self.truth[own], self.probabilities[own])
             for seed in np.unique(self.seeds)
@@ -113,7 +115,7 @@ class Evaluation:
         }
 
     def mean(self, score: str) -> float:
-        """Mean of wa, ua or f1 over the seeds; of a single model, its score."""
+        """Mean over the seeds of wa, ua or f1."""
         return float(np.mean([scores.to_dict()[score] for scores in self.by_seed.values()]))
 
     @cached_property
@@ -130,7 +132,7 @@ class Evaluation:
 
     @cached_property
     def uncalibrated(self) -> Calibration:
-        """The same before the temperature of the model scaled its probabilities."""
+        """The same, before the model's temperature scaled the probabilities."""
         return statistics.calibration(
             self.truth, apply_temperature(self.probabilities, 1 / self.card.temperature)
         )
@@ -169,7 +171,7 @@ class Evaluation:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in values that JSON has."""
+        """All results, as JSON values."""
         labels = self.card.labels
         intervals = asdict(self.intervals)
         hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
@@ -196,29 +198,19 @@ class Evaluation:
     @property
     def sentence(self) -> str:
         """UA and WA with their intervals and what they were measured on, in one line."""
-        scores, intervals = self.scores, self.intervals
-        (low, high), (wa_low, wa_high) = intervals.ua, intervals.wa
         return (
-            f"UA {scores.ua:.1%} [{low:.1%}, {high:.1%}], WA {scores.wa:.1%} [{wa_low:.1%}, "
-            f"{wa_high:.1%}] on {scores.num_clips} clips ({self.label}, {CORPORA[self.corpus]}; "
-            f"95 % intervals by bootstrap over {intervals.count} {intervals.drawn})"
+            f"{self._shown('ua')}, {self._shown('wa')} on {self.scores.num_clips} clips "
+            f"({self.label}, {CORPORA[self.corpus]}; 95 % intervals by bootstrap over "
+            f"{self.intervals.count} {self.intervals.drawn})"
         )
 
     def __str__(self) -> str:
         """The scores in a few lines."""
-        scores, intervals = self.scores, self.intervals
-        named = (
-            ("UA", scores.ua, intervals.ua),
-            ("WA", scores.wa, intervals.wa),
-            ("macro F1", scores.macro_f1, intervals.f1),
-        )
-        shown = ", ".join(
-            f"{name} {score:.1%} [{low:.1%}, {high:.1%}]" for name, score, (low, high) in named
-        )
         lines = [
-            f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {scores.num_clips} clips: "
-            f"{shown}, ECE {self.calibration.ece:.1%}",
-            f"in brackets 95 % intervals by bootstrap over {intervals.count} {intervals.drawn}",
+            f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {self.scores.num_clips} clips: "
+            f"{', '.join(map(self._shown, SCORES))}, ECE {self.calibration.ece:.1%}",
+            f"in brackets 95 % intervals by bootstrap over {self.intervals.count} "
+            f"{self.intervals.drawn}",
         ]
         for row in self.under:
             lines.append(
@@ -227,6 +219,11 @@ class Evaluation:
                 + (f", {row['unscored']} clips not scored" if row["unscored"] else "")
             )
         return "\n".join(lines)
+
+    def _shown(self, score: str) -> str:
+        """A score with its interval."""
+        low, high = getattr(self.intervals, score)
+        return f"{SCORES[score]} {self.scores.to_dict()[score]:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def predictions_table(
@@ -250,12 +247,11 @@ def predictions_table(
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
     """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
 
-    Where a score would divide by zero it is 0: the precision of a label never predicted, the recall
-    of one that does not occur, the F1 of one with neither.
+    A score whose denominator is 0 is 0, such as the precision of a label that is never predicted.
 
     Args:
-        confusions: of each seed, counts [labels, labels], row = true, column = predicted. The
-            shares are means over the seeds, and the support is of all seeds together.
+        confusions: for each seed, counts [labels, labels], row = true, column = predicted. The
+            shares are means over the seeds, and the support is the sum.
         labels: names of the rows.
     """
     of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
@@ -283,8 +279,8 @@ def group_rows(
     """Tabulate clips, WA and UA (shares) of every group of clips, by name.
 
     Args:
-        kind: what the groups are, such as speaker or sex; the name of their column.
-        groups: of every clip [clips].
+        kind: what the groups are, such as speaker or sex; it names their column.
+        groups: group of every clip [clips].
         truth: label indices [clips].
         predicted: label indices [clips].
     """

@@ -17,7 +17,7 @@ def introduce(checkpoint: Path, name: str) -> Introduction:
 
     Args:
         checkpoint: its directory.
-        name: what the user calls the model; a run's folder has a name of its own.
+        name: how the user named the model; a checkpoint in a run's folder has the run's name.
     """
     card, origin = read_card(checkpoint), origin_of(checkpoint)
     return Introduction(

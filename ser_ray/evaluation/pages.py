@@ -1,28 +1,26 @@
 """The HTML pages of runs.
 
 Each page is one file that loads no other file. It fits any screen size, in light and in dark mode.
-Each function here takes the results of a run, and returns its page as HTML text. `templates/`
-defines how a page looks. Figures are inline SVG. Their text and axes have the colour of the page's
-text, which depends on the reader's choice of light or dark mode.
+Each function here takes the results of a run and returns its page as HTML text. `templates/`
+defines how a page looks; this module chooses what it shows.
 
 A run has one page. When a training ends, it has the scores of the validation part; `add_test_part`
 puts those of the test part before them. Links lead to other pages in the same run's folder.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.clips import read_clips
-from ser_ray.evaluation.evaluation import REPORT, Evaluation, headline, label_rows
+from ser_ray.evaluation.evaluation import REPORT, SCORES, Evaluation, headline, label_rows
 from ser_ray.evaluation.rendering import render
-from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.search import (
     TrialRow,
@@ -31,7 +29,6 @@ from ser_ray.plots.search import (
     parameter_figure,
     rank_of,
 )
-from ser_ray.plots.svg import inline_svg
 from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
 from ser_ray.tracking.provenance import provenance
 from ser_ray.training.checkpoint import CheckpointCard
@@ -41,16 +38,70 @@ from ser_ray.training.metrics import selected_row
 History = Sequence[Mapping[str, float]]
 """A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
 
-SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
-PARTS = {"test": "Test part", "validation": "Validation part"}
-
 _TEST_PART = re.compile("(?<=<!-- test part -->).*(?=<!-- end of test part -->)", re.DOTALL)
 _CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
 _HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
 
 
+def run_page(
+    card: CheckpointCard,
+    validation: Evaluation | None,
+    *,
+    name: str,
+    run_id: str = "",
+    history: History = (),
+    learning_rates: Sequence[float] = (),
+    audio: bool,
+) -> str:
+    """The page of a training, without its test part.
+
+    Args:
+        card: card of the selected checkpoint.
+        validation: its evaluation on the validation part; None if it was trained on all speakers.
+        name: name of the run.
+        run_id: the training's MLflow run.
+        history: metrics of the training's epochs. If empty, the page has no section on training.
+        learning_rates: learning rate of every step of the training [steps].
+        audio: whether the page contains the sound of the clips that it shows, with players.
+    """
+    parts = ((side, card.split[f"{side}_speakers"]) for side in ("train", "validation", "test"))
+    speakers = {
+        f"{side.capitalize()} speakers": f"{len(names)}: {', '.join(names)}"
+        for side, names in parts
+        if names
+    }
+    return _page(
+        "run",
+        "Training",
+        name,
+        card.corpus,
+        facts={
+            "Protocol": card.split["label"],
+            **speakers,
+            "Features": card.config.feature,
+            "MLflow run": run_id,
+        },
+        part=None if validation is None else _part(validation, audio=audio),
+        **_training(history, learning_rates, card.config),
+        **_recipe(card),
+        versions={"shards": card.shards_fingerprint},
+    )
+
+
+def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
+    """Put the scores of a test part into the page of its run, in place of earlier ones.
+
+    Args:
+        page: what `run_page` or `trial_page` returned.
+        evaluation: the predictions of the test part and their scores.
+        audio: whether to add the sound of the clips that are shown.
+    """
+    section = render("part.html.jinja", part=_part(evaluation, audio=audio))
+    return _with_contents(_TEST_PART.sub(lambda _: section, page))
+
+
 def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
-    """The page of an evaluation that is not of the test part of the model's own fold.
+    """The page of an evaluation of other clips than the test part of the model's own fold.
 
     Args:
         evaluation: the predictions and their scores.
@@ -70,83 +121,8 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
             "MLflow run of the training": evaluation.origin.get("run_id", ""),
         },
         part=_part(evaluation, audio=audio) | {"title": "Scores"},
-        folds=[],
-        training=[],
-        settings=_settings(card.config) | {"started from": card.initial_weights},
-        versions=provenance(),
+        **_recipe(card),
     )
-
-
-def run_page(
-    evaluation: Evaluation,
-    *,
-    name: str,
-    history: History = (),
-    learning_rates: Sequence[float] = (),
-    audio: bool,
-) -> str:
-    """The page of a training, without its test part.
-
-    Args:
-        evaluation: the predictions of the validation part and their scores.
-        name: name of the run.
-        history: metrics of the training's epochs. If empty, the page has no section on training.
-        learning_rates: learning rate of every step of the training [steps].
-        audio: whether the page contains the sound of the clips that it shows, with players.
-    """
-    head = evaluation.corpus, evaluation.origin.get("run_id", ""), name
-    part = _part(evaluation, audio=audio)
-    return _training_page(evaluation.card, part, *head, history, learning_rates)
-
-
-def unscored_page(
-    card: CheckpointCard,
-    *,
-    run_id: str,
-    name: str,
-    history: History,
-    learning_rates: Sequence[float],
-) -> str:
-    """The page of a training on all speakers, which has no clips to score it on.
-
-    The arguments are as for `run_page`.
-    """
-    return _training_page(card, None, card.corpus, run_id, name, history, learning_rates)
-
-
-def _training_page(
-    card: CheckpointCard,
-    part: dict[str, Any] | None,
-    corpus: str,
-    run_id: str,
-    name: str,
-    history: History,
-    learning_rates: Sequence[float],
-) -> str:
-    return _page(
-        "run",
-        "Training",
-        name,
-        corpus,
-        facts=_facts_of(card) | {"MLflow run": run_id},
-        part=part,
-        folds=[],
-        training=_training(history, learning_rates, card.config),
-        settings=_settings(card.config) | {"started from": card.initial_weights},
-        versions=provenance() | {"shards": card.shards_fingerprint},
-    )
-
-
-def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
-    """Put the scores of a test part into the page of its run, in place of earlier ones.
-
-    Args:
-        page: what `run_page` or `trial_page` returned.
-        evaluation: the predictions of the test part and their scores.
-        audio: whether to add the sound of the clips that are shown.
-    """
-    section = render("part.html.jinja", part=_part(evaluation, audio=audio))
-    return _with_contents(_TEST_PART.sub(lambda _: section, page))
 
 
 def crossval_page(
@@ -171,10 +147,6 @@ def crossval_page(
         audio: whether the page contains the sound of the clips that it shows, with players.
     """
     card = pooled.card
-    linked = [
-        {key: _link(value, page) if key == "fold" else value for key, value in row.items()}
-        for row, page in zip(folds, pages, strict=True)
-    ]
     return _page(
         "run",
         "Cross-validation",
@@ -188,10 +160,9 @@ def crossval_page(
             "MLflow run": run_id,
         },
         part=_part(pooled, audio=audio),
-        folds=linked,
-        training=[],
-        settings=_settings(card.config) | {"started from": card.initial_weights},
-        versions=provenance(),
+        folds=folds,
+        pages=pages,
+        **_recipe(card),
     )
 
 
@@ -222,9 +193,9 @@ def trial_page(
         study: name of the search or cross-validation, whose page is in the folder above.
         run_id: the trial's MLflow run.
     """
-    selected = selected_row(history, recipe.keep)
     part = None
     if history:
+        selected = selected_row(history, recipe.keep)
         where = f"epoch {selected['epoch']:.0f}, {_validated_on(tags)}"
         scores = _selected_scores(selected)
         part = _confusion_part("validation", where, np.asarray(confusion), labels, scores)
@@ -235,16 +206,15 @@ def trial_page(
         tags["corpus"],
         summary=about,
         facts={
-            "Part of": _link(study, f"../{REPORT}"),
+            "Part of": Markup('<a href="../{}">{}</a>').format(REPORT, study),
             "Protocol": tags["protocol"],
             "Features": recipe.feature,
             "MLflow run": run_id,
         },
         part=part,
-        folds=[],
-        training=_training(history, learning_rates, recipe),
+        **_training(history, learning_rates, recipe),
         settings=_settings(recipe),
-        versions=_versions(tags),
+        versions=tags,
     )
 
 
@@ -280,14 +250,11 @@ def search_page(
         num_labels: number of labels.
         run_id: the search's MLflow run.
     """
-    figures = [_svg(history_figure(trials), "Validation UA of every trial")]
-    figures += [_svg(parameter_figure(trials, key), f"Validation UA by {key}") for key in searched]
-    if importance:
-        figures.append(_svg(importance_figure(importance), "Importance of the searched settings"))
-    states = [row["state"] for row in trials]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    states = Counter(row["state"] for row in trials)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
     row = next(row for row in trials if row["trial"] == best)
     drawn = ", ".join(f"{key} {_shown(row[key])}" for key in searched)
+    ranked = sorted(trials, key=rank_of, reverse=True)
     return _page(
         "search",
         "Search",
@@ -300,21 +267,24 @@ def search_page(
         measured_on=_validated_on(tags),
         scores=_selected_scores(selected),
         num_labels=num_labels,
-        figures=figures,
+        progress=history_figure(trials),
+        parameters={key: parameter_figure(trials, key) for key in searched},
+        importance=importance_figure(importance) if importance else None,
         trials=[
             {
-                "trial": _link(row["trial"], pages[row["trial"]]),
+                "trial": row["trial"],
                 "state": row["state"],
                 **{name: _shown(row[name]) for name in searched},
                 "epochs": row["epochs"],
-                "ua": "" if row["selected/ua"] is None else row["selected/ua"],
-                "wa": "" if row["selected/wa"] is None else row["selected/wa"],
+                "ua": row["selected/ua"],
+                "wa": row["selected/wa"],
             }
-            for row in sorted(trials, key=rank_of, reverse=True)
+            for row in ranked
         ],
+        pages=[pages[row["trial"]] for row in ranked],
         searched=searched,
         settings=_settings(recipe),
-        versions=_versions(tags),
+        versions=tags,
     )
 
 
@@ -330,7 +300,7 @@ def range_page(
 
     Args:
         name: name of the test's run.
-        found: the measured losses and the proposed bounds, as `range_figure` takes them.
+        found: the measured losses and the proposed bounds, in the form that `range_figure` takes.
         settings: name and value of each setting of the recipe and of the range.
         tags: tags of the run; `protocol` and `corpus` are shown beside the figure.
         run_id: the test's MLflow run.
@@ -346,9 +316,9 @@ def range_page(
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         measured_on=f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}",
         bounds=bounds,
-        figure=_svg(range_figure(found), "Loss by learning rate"),
+        figure=range_figure(found),
         settings=settings,
-        versions=_versions(tags),
+        versions=tags,
     )
 
 
@@ -359,11 +329,24 @@ def _page(
     corpus: str,
     *,
     facts: Mapping[str, object],
+    versions: Mapping[str, str] = {},
     summary: str = "",
     **values: object,
 ) -> str:
-    """Render a page with its header and contents."""
+    """Render a page with its header and contents.
+
+    Args:
+        template: its name, without the suffix.
+        kind: what the run is.
+        title: name of the run.
+        corpus: ravdess, synthetic or table.
+        facts: name and value of each fact in the page's head.
+        versions: what is listed beside the settings, besides this program's provenance.
+        summary: the result in a sentence.
+        values: what only this template shows.
+    """
     today = datetime.now(UTC).date().isoformat()
+    known = {**versions, **provenance()}
     page = render(
         f"{template}.html.jinja",
         kind=kind,
@@ -371,6 +354,7 @@ def _page(
         summary=summary,
         is_synthetic=corpus == "synthetic",
         facts={"Date": today, "Corpus": CORPORA[corpus], **facts},
+        versions={name: text for name, text in known.items() if not name.startswith("mlflow.")},
         **values,
     )
     return _with_contents(page)
@@ -388,35 +372,30 @@ def _with_contents(page: str) -> str:
 
 def _part(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     """What `part.html.jinja` shows of an evaluation."""
-    scores, intervals, part = evaluation.scores, evaluation.intervals, evaluation.part
-    temperature = evaluation.card.temperature
+    labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
+    shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
+    confusion = evaluation.scores.confusion
+    base = _confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, shown)
     calibration, before = evaluation.calibration, evaluation.uncalibrated
     reliability = reliability_figure(
         calibration.confidence.tolist(),
         calibration.accuracy.tolist(),
         calibration.count.tolist(),
-        None if temperature == 1 else (before.confidence.tolist(), before.accuracy.tolist()),
+        None
+        if evaluation.card.temperature == 1
+        else (before.confidence.tolist(), before.accuracy.tolist()),
     )
-    shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
-    labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
-    base = _confusion_part(part, evaluation.measured_on, scores.confusion, labels, shown)
     return base | {
+        "evaluation": evaluation,
         "labels": label_rows([seed.confusion for seed in of_seeds], labels),
-        "num_seeds": len(of_seeds),
-        "intervals": {"UA": intervals.ua, "WA": intervals.wa, "macro F1": intervals.f1},
-        "drawn": f"{intervals.count} {intervals.drawn}",
-        "speakers": evaluation.speaker_rows,
-        "speaker_bars": _svg(speakers_figure(evaluation.speaker_rows), f"{part}: WA of speakers"),
+        "intervals": {title: getattr(evaluation.intervals, name) for name, title in SCORES.items()},
+        "speaker_bars": speakers_figure(evaluation.speaker_rows),
         "groups": [
             rows for kind, rows in evaluation.groups.items() if kind != "speaker" and len(rows) > 1
         ],
-        "ece": calibration.ece,
-        "ece_before": before.ece,
-        "temperature": temperature,
-        "reliability": _svg(reliability, f"{part}: accuracy at every confidence"),
-        "under": evaluation.under,
-        "examples": _clips(evaluation, "examples", evaluation.typical(), audio=audio),
-        "hardest": _clips(evaluation, "hardest", evaluation.hardest(), audio=audio),
+        "reliability": reliability,
+        "examples": read_clips(evaluation, evaluation.typical(), audio=audio),
+        "hardest": read_clips(evaluation, evaluation.hardest(), audio=audio),
     }
 
 
@@ -427,93 +406,49 @@ def _confusion_part(
     labels: Sequence[str],
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What `part.html.jinja` shows where only the counts of the confusions are known."""
+    """What `part.html.jinja` shows if only the confusion counts are known."""
     return {
         "id": part,
-        "title": PARTS[part],
+        "title": f"{part.capitalize()} part",
         "headline": headline(confusion, labels),
         "measured_on": f"{measured_on}, {confusion.sum()} clips",
         "scores": scores,
         "num_labels": int((confusion.sum(axis=1) > 0).sum()),
-        "confusion": _svg(confusion_figure(confusion, labels), f"{part}: confusion matrix"),
+        "confusion": confusion_figure(confusion, labels),
         "labels": label_rows([confusion], labels),
-        "num_seeds": 1,
         "intervals": {},
-        "drawn": "",
-        "speakers": [],
-    }
-
-
-def _clips(
-    evaluation: Evaluation, section: str, rows: Sequence[int], *, audio: bool
-) -> list[tuple[Any, Markup]]:
-    # The description names the part and the section, because a clip may be in several, and two
-    # figures with the same description would have the same ids.
-    return [
-        (
-            clip,
-            _svg(
-                clip_figure(clip.waveform, clip.sample_rate, clip.spectrogram),
-                f"{evaluation.part}, {section}: waveform and spectrogram of {clip.name}",
-            ),
-        )
-        for clip in read_clips(evaluation, rows, audio=audio)
-    ]
-
-
-def _svg(figure: Figure, description: str) -> Markup:
-    return Markup(inline_svg(figure, description))
-
-
-def _link(text: object, page: str) -> Markup:
-    return Markup('<a href="{}">{}</a>').format(page, text)
-
-
-def _facts_of(card: CheckpointCard) -> dict[str, str]:
-    """The data and parts of a training, for the head of its page."""
-    speakers = {
-        f"{side.capitalize()} speakers": card.split[f"{side}_speakers"]
-        for side in ("train", "validation", "test")
-    }
-    return {
-        "Protocol": card.split["label"],
-        **{name: f"{len(those)}: {', '.join(those)}" for name, those in speakers.items() if those},
-        "Features": card.config.feature,
+        "evaluation": None,
     }
 
 
 def _training(
     history: History, learning_rates: Sequence[float], recipe: TrainConfig
-) -> list[Markup]:
+) -> dict[str, Any]:
+    """The figures of a training's epochs and steps, if there are any."""
     if not history:
-        return []
+        return {}
     curves = curves_figure(history, selected_row(history, recipe.keep))
     schedule = learning_rate_figure(learning_rates, recipe.lr_min, recipe.lr_max)
-    return [
-        _svg(curves, "Loss and accuracy of every epoch"),
-        _svg(schedule, "Learning rate of every step"),
-    ]
+    return {"curves": curves, "schedule": schedule}
 
 
 def _selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
-    return {
-        title: selected[f"val/{name}"]
-        for name, title in SCORES.items()
-        if f"val/{name}" in selected
-    }
+    values = {title: selected.get(f"val/{name}") for name, title in SCORES.items()}
+    return {title: value for title, value in values.items() if value is not None}
 
 
 def _validated_on(tags: Mapping[str, str]) -> str:
     return f"validation, {tags['protocol']}, {CORPORA[tags['corpus']]}"
 
 
+def _recipe(card: CheckpointCard) -> dict[str, Any]:
+    """The settings of a checkpoint's training."""
+    return {"settings": _settings(card.config) | {"started from": card.initial_weights}}
+
+
 def _settings(recipe: TrainConfig) -> dict[str, object]:
     settings = recipe.to_dict()
     return settings | settings.pop("augment")
-
-
-def _versions(tags: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in tags.items() if not name.startswith("mlflow.")}
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of
@@ -57,6 +58,8 @@ def stored_page(location: str) -> str:
 
 @cache
 def _environment() -> Environment:
+    from ser_ray.plots.svg import inline_svg  # slow: matplotlib
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name is None or ".md" not in name,
@@ -65,5 +68,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
+    environment.filters["svg"] = lambda figure, about: Markup(inline_svg(figure, about))
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment

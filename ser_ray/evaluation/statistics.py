@@ -1,8 +1,9 @@
-"""How uncertain scores on few speakers are: intervals, calibration and paired comparisons.
+"""Intervals, calibration and paired comparisons of scores.
 
 Clips of one speaker are alike, so the bootstrap resamples complete speakers (the cluster bootstrap,
-Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations, one statistic a call;
-here one set of draws of each speaker's counts serves all scores at once.
+Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations and computes one
+statistic a call. Here the resampled unit is a speaker's confusion counts, and all scores are
+computed from the same draws.
 """
 
 from collections.abc import Sequence
@@ -23,18 +24,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Uncertainty of the scores of one test part."""
+    """95 % intervals of the scores of one part."""
 
     drawn: str
-    """What was resampled: `speakers`, or `clips` where there is only one speaker."""
+    """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
-    """How many of them there are; with only a few, the intervals are too narrow."""
+    """Number of speakers or clips; with only a few, the intervals are too narrow."""
     ua: Interval
     wa: Interval
     f1: Interval
     """Macro F1."""
     recall: tuple[Interval | None, ...]
-    """Of every label; None for one that does not occur."""
+    """For every label; None if it does not occur."""
 
 
 def bootstrap(
@@ -44,15 +45,15 @@ def bootstrap(
     num_labels: int,
     seeds: np.ndarray | None = None,
 ) -> Intervals:
-    """Intervals of the scores by bootstrap over speakers; equal arguments give equal intervals.
+    """Compute intervals by bootstrap over speakers; equal arguments give equal intervals.
 
     Args:
-        speakers: of every clip [clips].
+        speakers: speaker of every clip [clips].
         truth: label indices [clips].
         predicted: label indices [clips].
         num_labels: number of labels.
-        seeds: of every clip [clips], where several trainings scored the same clips. A score is then
-            the mean over the seeds, and the same speakers are drawn for all of them.
+        seeds: seed of every clip [clips], if several trainings scored the same clips. A score is
+            then the mean over the seeds, and all seeds have the same draws of speakers.
     """
     counts, drawn = _counts(speakers, truth, predicted, num_labels, seeds)
     draws = _draw(counts)  # [draws, seeds, labels, labels]
@@ -86,7 +87,7 @@ class Calibration:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean distance between the two over the clips, a share."""
+        """Expected calibration error: mean distance of confidence and accuracy over the clips."""
         gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
         return float((gaps * self.count).sum() / max(self.count.sum(), 1))
 
@@ -123,9 +124,9 @@ class Comparison:
     ua_interval: Interval
     """Interval of the UA difference, by bootstrap over speakers, the same draws for both models."""
     drawn: str
-    """What was resampled: `speakers`, or `clips` where there is only one speaker."""
+    """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
-    """How many of them there are."""
+    """Number of speakers or clips."""
 
     def __str__(self) -> str:
         low, high = self.ua_interval
@@ -147,7 +148,7 @@ def compare(
     """Compare two models' predictions of the same clips.
 
     Args:
-        speakers: of every clip [clips].
+        speakers: speaker of every clip [clips].
         truth: label indices [clips].
         first: label indices that the first model predicted [clips].
         second: label indices that the second model predicted [clips].

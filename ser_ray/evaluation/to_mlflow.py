@@ -1,37 +1,87 @@
-"""What MLflow gets of evaluated models: an evaluation's scores, tables, plots and page go into the
-run that trained the model, and a registered version gets the model's card.
+"""Records trainings and evaluations in MLflow, and registers models there.
+
+The scores, tables, plots and page of an evaluation go into the run that trained the model. A
+registered version gets a model card.
 """
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
 
 from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.evaluation.pages import add_test_part
 from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
 from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
+from ser_ray.plots.training import curves_figure
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (
+    SELECTED_BY,
     best_training_of,
     fetch_checkpoint,
     read_test_scores,
-    read_validation_ua,
     register_model,
 )
+from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
-from ser_ray.training.checkpoint import read_card
+from ser_ray.training.checkpoint import CheckpointCard, read_card
+from ser_ray.training.metrics import selected_metrics
+
+
+def record_training(
+    tracker: Tracker,
+    checkpoint: Path,
+    card: CheckpointCard,
+    validation: Evaluation | None,
+    progress: dict[str, Any],
+    page: str,
+) -> None:
+    """Complete the run of a training: its model, scores, page, plots and history.
+
+    Args:
+        tracker: the run.
+        checkpoint: directory of the selected checkpoint.
+        card: its card.
+        validation: its evaluation on the validation part; None if it was trained on all speakers.
+        progress: epochs and scores of the training (`ser_ray.training.checkpoint.Snapshot`).
+        page: the run's page.
+
+    Raises:
+        TrackingError: the store did not accept all of it.
+    """
+    selected, history = progress["selected"], progress["history"]
+    tracker.deliver()
+    title = f"{card.split['label']}, {card.trained_on}"
+    precision = "bfloat16" if selected.get("bfloat16") else "float32"
+    tracker.log_params({"initial_weights": card.initial_weights, "precision": precision})
+    files = {
+        REPORT: page,
+        "plots/curves.png": curves_figure(history, selected, title),
+        "tables/history.json": history,
+    }
+    if validation is not None:
+        confusion = np.asarray(progress["selected_confusion"])
+        figure = confusion_figure(confusion, card.labels, f"validation, {title}")
+        files["plots/validation_confusion.png"] = figure
+        tracker.describe(Validation=validation.sentence)
+    tracker.log_files(files)
+    tracker.log_model(checkpoint, card.labels)
+    tracker.log_scores(selected_metrics(selected), now_ms())
+    tracker.finish("FINISHED")
 
 
 def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
-    """Store the evaluation of a test part in the run that `evaluation.origin` names.
+    """Record the evaluation of a test part in the run that `evaluation.origin` names.
 
-    Its page in the run's folder gets the test part also if the tracking store does not answer.
+    The page in the run's folder gets the test part even if the tracking store does not answer.
 
     Args:
         evaluation: of the test part of the model's own fold.
         audio: put the sound of the clips that the page shows into the page.
 
     Raises:
-        TrackingError: the store does not have the run, or does not accept the evaluation.
+        TrackingError: the store has no such run, or does not accept the evaluation.
     """
     origin, labels, scores = evaluation.origin, evaluation.card.labels, evaluation.scores
     page = stored_page(evaluation.report)
@@ -64,10 +114,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 
 
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
-    """Register a run's model, and return the new version's number and the model's card.
-
-    For a cross-validation, this is the model of the best fold. The trials of a search have no
-    models, so for a search it is that of the newest run that trained the best trial's recipe.
+    """Register the model of a run (`best_training_of`); return the version and the model card.
 
     Raises:
         TrackingError: there is no such run, or it has no model.
@@ -76,7 +123,8 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
     with TemporaryDirectory() as folder:
         card = read_card(fetch_checkpoint(run_id, tracking_uri, Path(folder)))
     scores = read_test_scores(run_id, tracking_uri)
-    validation_ua = read_validation_ua(run_id, tracking_uri)
+    run = Tracker.of_run(resolve_uri(tracking_uri), run_id).read()
+    validation_ua = run.data.metrics.get(SELECTED_BY)
     text = render(
         "model_card.md.jinja", card=card, scores=scores, validation_ua=validation_ua
     ).rstrip()

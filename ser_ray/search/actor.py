@@ -49,9 +49,9 @@ class TrialSetup:
 
 
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
-    """The best validation UA up to each epoch, as single epochs vary at a high learning rate.
+    """The best validation UA up to each epoch, because single epochs vary at a high learning rate.
 
-    After a trial's last epoch it is the validation UA of the selected epoch.
+    The value of a trial's last epoch is the validation UA of the selected epoch.
     """
     values = list(accumulate((row["val/ua"] for row in rows), max))
     if recipe.keep == "last" and len(rows) == recipe.epochs:

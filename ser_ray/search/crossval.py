@@ -1,8 +1,8 @@
-"""Train, validate and test every fold of a protocol: plan, run, pool, record.
+"""Cross-validation: train, validate and test every fold of a protocol.
 
 Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). The trial trains,
-keeps the selected epoch's checkpoint, scores its own test part with it in the same process, and
-writes the predictions as a table beside the checkpoint. All figures come from these tables
+keeps the checkpoint of the selected epoch, scores its own test part with it in the same process,
+and writes the predictions as a table beside the checkpoint. All scores come from these tables
 (`ser_ray.search.pooled`). The same command resumes an interrupted cross-validation and trains
 failed folds again.
 
@@ -25,14 +25,13 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
-from ser_ray.evaluation.evaluation import REPORT, Part
+from ser_ray.evaluation.evaluation import REPORT, SCORES, Part
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import (
-    FIGURES,
     CrossvalPlan,
     CrossvalResult,
     fold_folder,
@@ -58,7 +57,7 @@ from ser_ray.training.parts import select_rows
 def plan_crossval(
     shards_location: str, recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
-    """Find the folds to train: those of `config.folds`, or all of the protocol.
+    """Plan the folds to train: those of `config.folds`, or all of the protocol.
 
     Raises:
         ShardsError: no shard set is there.
@@ -93,7 +92,7 @@ def crossval(
 
     Raises:
         ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial starts.
-        SerRayError: a fold failed; says which and why, and the same call trains it again.
+        SerRayError: a fold failed; the message says which and why. The same call trains it again.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
@@ -151,10 +150,10 @@ def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[st
 
 
 def batch_folder(folder: RunFolder, num_before: int) -> RunFolder:
-    """Folder of Ray Tune's files for the folds and seeds that come after those of an earlier call.
+    """Folder of Ray Tune's files for the folds and seeds that earlier calls did not train.
 
-    Ray Tune resumes the grid that it began, and cannot add to it. So what an earlier call completed
-    stays as it is, and the rest is a grid in a folder of its own.
+    Ray Tune can resume a grid, but cannot add points to it. So the missing points are a new grid in
+    a folder of its own.
     """
     return RunFolder(folder.location, f"after-{num_before}") if num_before else folder
 
@@ -215,7 +214,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     store_page(page, result.report)
     section = "selected" if part == "validation" else "test"  # as in trainings
     scores: dict[str, float] = {}
-    for name in FIGURES:
+    for name in SCORES:
         low, high = getattr(pooled.intervals, name)
         scores |= {
             f"{section}/{name}": pooled.mean(name),
@@ -227,7 +226,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
             scores[f"{section}/{name}_ensemble"] = result.ensemble.to_dict()[name]
     tracker.log_scores(scores, now_ms())
     line = "Validation" if part == "validation" else "Test"
-    tracker.describe(**{line: f"UA {result.figure('ua')} ({label})"})
+    tracker.describe(**{line: f"UA {result.in_words('ua')} ({label})"})
     confusion = confusion_figure(pooled.scores.confusion, pooled.card.labels, f"{part}, {label}")
     tracker.log_files(
         {

@@ -1,10 +1,10 @@
-"""What a search found: a table of its trials, the importance of each searched name, a study."""
+"""A finished search as an Optuna study: its journal, and the importance of each searched name."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ser_ray.search.space import Dimension
 from ser_ray.search.trial import TrialRecord
@@ -12,29 +12,6 @@ from ser_ray.search.tune_run import optuna_distribution
 
 if TYPE_CHECKING:
     from optuna import Study
-
-
-def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Tabulate the trials, every row with the same columns; `ser_ray.plots.search` draws them."""
-    names = list(dict.fromkeys(name for trial in trials for name in trial.values))
-    return [
-        {
-            "trial": trial.number,
-            "state": trial.state,
-            **{name: trial.values.get(name) for name in names},
-            "feature": trial.recipe.feature,
-            "lr_min": trial.recipe.lr_min,
-            "lr_max": trial.recipe.lr_max,
-            "epochs": trial.epochs,
-            "selected/epoch": trial.selected.get("epoch"),
-            "selected/ua": trial.selected.get("val/ua"),
-            "selected/wa": trial.selected.get("val/wa"),
-            "selected/loss": trial.selected.get("val/loss"),
-            "problem": trial.problem,
-            "run_id": trial.run_id,
-        }
-        for trial in trials
-    ]
 
 
 def importance_of(
@@ -83,9 +60,10 @@ def _add_trials(
     dimensions: Sequence[Dimension],
     states: Mapping[str, str],
 ) -> None:
-    """Add the trials in these states; the names of Optuna's states are the values.
+    """Add trials to a study, with the validation UA of every epoch as intermediate values.
 
-    The intermediate values are the validation UA by epoch.
+    Args:
+        states: the states of the trials to add, and Optuna's names for them.
     """
     from optuna.trial import TrialState, create_trial
 

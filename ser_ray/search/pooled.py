@@ -1,4 +1,4 @@
-"""The predictions of all folds of a cross-validation put together, and their scores."""
+"""The result of a cross-validation: the predictions of all folds in one table, and their scores."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.evaluation.evaluation import REPORT, Evaluation
+from ser_ray.evaluation.evaluation import REPORT, SCORES, Evaluation
 from ser_ray.search.space import CrossvalConfig
 from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import ShardSet
@@ -22,12 +22,11 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import Scores, scores_of
 
 PREDICTIONS = "predictions.parquet"
-FIGURES = {"wa": "WA", "ua": "UA", "f1": "macro F1"}
 
 
 @dataclass(frozen=True, slots=True)
 class CrossvalPlan:
-    """The trainings of a cross-validation; no fold has an empty part."""
+    """The trainings of a cross-validation; every fold has clips in every part."""
 
     shards: ShardSet
     recipe: TrainConfig
@@ -57,9 +56,9 @@ class CrossvalResult:
     trials: list[TrialRecord]
     """The trainings, in the order of the plan."""
     folds: list[Evaluation]
-    """Each of them on its own part."""
+    """The evaluation of each training on its own part."""
     pooled: Evaluation
-    """The same predictions in one table, with the fold and seed of each."""
+    """All these predictions in one table, each with its fold and seed."""
     ensemble: Scores | None
     """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
     different clips."""
@@ -94,9 +93,9 @@ class CrossvalResult:
             for trial, fold in zip(self.trials, self.folds, strict=True)
         ]
 
-    def spread(self, figure: str) -> float:
-        """Standard deviation of wa, ua or f1 over the seeds (n - 1); 0 for one seed."""
-        values = [scores.to_dict()[figure] for scores in self.pooled.by_seed.values()]
+    def spread(self, score: str) -> float:
+        """Standard deviation of ua, wa or f1 over the seeds (n - 1); 0 for one seed."""
+        values = [scores.to_dict()[score] for scores in self.pooled.by_seed.values()]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     @property
@@ -111,24 +110,24 @@ class CrossvalResult:
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, in JSON's own types."""
+        """The scores, as JSON values."""
         pooled = self.pooled
         return {
             "protocol": self.plan.label,
             "part": pooled.part,
             "clips": pooled.predictions.num_rows // len(pooled.by_seed),
             "seeds": list(pooled.by_seed),
-            "mean": {name: pooled.mean(name) for name in FIGURES},
-            "spread": {name: self.spread(name) for name in FIGURES},
-            "interval": {name: getattr(pooled.intervals, name) for name in FIGURES},
+            "mean": {name: pooled.mean(name) for name in SCORES},
+            "spread": {name: self.spread(name) for name in SCORES},
+            "interval": {name: getattr(pooled.intervals, name) for name in SCORES},
             "by_seed": {str(seed): scores.to_dict() for seed, scores in pooled.by_seed.items()},
             "ensemble": None if self.ensemble is None else self.ensemble.to_dict(),
             "by_speaker": pooled.groups["speaker"],
             "confusion": pooled.scores.confusion.tolist(),
         }
 
-    def figure(self, name: str) -> str:
-        """The mean of wa, ua or f1 over the seeds, with its spread and interval, in words."""
+    def in_words(self, name: str) -> str:
+        """The mean of ua, wa or f1 over the seeds, with its spread and interval."""
         low, high = getattr(self.pooled.intervals, name)
         spread = f" ± {self.spread(name):.1%} over seeds" if self.plan.config.seeds > 1 else ""
         return (
@@ -137,12 +136,12 @@ class CrossvalResult:
         )
 
     def text(self) -> str:
-        """The figures, each with the protocol it belongs to."""
+        """The scores, each with its protocol."""
         label = self.plan.label
-        lines = [f"{title:8}  {self.figure(name)}  ({label})" for name, title in FIGURES.items()]
+        lines = [f"{title:8}  {self.in_words(name)}  ({label})" for name, title in SCORES.items()]
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
-            shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in FIGURES.items())
+            shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in SCORES.items())
             lines.append(
                 f"{'ensemble':8}  {shown}: mean probability of {self.plan.config.seeds} networks, "
                 f"not one of them  ({label})"
@@ -153,7 +152,7 @@ class CrossvalResult:
 def pool(
     plan: CrossvalPlan, trials: Sequence[TrialRecord], location: str, name: str, tracker: Tracker
 ) -> CrossvalResult:
-    """Concatenate the predictions of all folds, store them as one table, and score them.
+    """Concatenate the predictions of all folds, write them as one table, and score them.
 
     Args:
         plan: what was trained.
@@ -193,7 +192,7 @@ def pool(
 def ensemble_scores(
     clips: Sequence[str], seeds: np.ndarray, truth: np.ndarray, probabilities: np.ndarray
 ) -> Scores | None:
-    """Scores of the mean probabilities over the seeds, if there are several of the same clips.
+    """Score the mean probabilities over the seeds; None unless several seeds scored the same clips.
 
     Args:
         clips: name of the clip in every row [rows].

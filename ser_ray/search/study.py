@@ -21,7 +21,7 @@ from typing import Any
 from ray import tune
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
@@ -34,7 +34,6 @@ from ser_ray.search.tune_run import last_result
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
-from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
@@ -321,7 +320,7 @@ class Study(tune.Callback):
             learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
             confusion=trial.selected_confusion,
             labels=self.shards.card.labels,
-            tags={**self.tags, **provenance()},
+            tags=self.tags,
             study=self.folder.name,
             run_id=run_id,
         )
@@ -365,5 +364,5 @@ def open_study(
     identity = identity | {"shards": setup.shards.card.fingerprint}
     tags = run_tags(kind, label, setup.shards)
     about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
-    parent = start_run(folder, run, setup.shards, tags, params, identity, about)
+    parent = start_or_resume_run(folder, run, setup.shards, tags, params, identity, about)
     return Study(parent, folder, setup.recipe, setup.shards, run, tags, show)

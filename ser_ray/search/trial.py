@@ -1,6 +1,7 @@
 """The record of one trial of a search or cross-validation."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
@@ -20,11 +21,11 @@ State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """What is known of one trial. A record is immutable, so that threads can share it."""
+    """What is known about one trial. A record is immutable, so that threads can share it."""
 
     trial_id: str
     number: int
-    """Its position in the order in which the trials were drawn, from 1."""
+    """Its position, from 1, in the order in which the trials were drawn."""
     values: dict[str, Any]
     """Its drawn values."""
     recipe: TrainConfig
@@ -62,7 +63,7 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of its run in MLflow, made of values that differ between trials."""
+        """Name of its run in MLflow, from values that differ between trials."""
         if "fold" in self.values:
             return f"fold {self.recipe.fold} seed {self.recipe.seed}"
         lr_max = f"{self.recipe.lr_max:.1e}".replace("e-0", "e-")
@@ -147,5 +148,27 @@ def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
 
 def count_states(trials: Sequence[TrialRecord]) -> str:
     """Say how many trials are in each state, as in `3 finished, 1 failed`."""
-    states = [trial.state for trial in trials]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    counts = Counter(trial.state for trial in trials)
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """Tabulate the trials of a search; `ser_ray.plots.search` draws the rows."""
+    return [
+        {
+            "trial": trial.number,
+            "state": trial.state,
+            **trial.values,
+            "feature": trial.recipe.feature,
+            "lr_min": trial.recipe.lr_min,
+            "lr_max": trial.recipe.lr_max,
+            "epochs": trial.epochs,
+            "selected/epoch": trial.selected.get("epoch"),
+            "selected/ua": trial.selected.get("val/ua"),
+            "selected/wa": trial.selected.get("val/wa"),
+            "selected/loss": trial.selected.get("val/loss"),
+            "problem": trial.problem,
+            "run_id": trial.run_id,
+        }
+        for trial in trials
+    ]

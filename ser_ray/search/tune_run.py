@@ -29,8 +29,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import in_words, placement_groups
-from ser_ray.distributed.group import PlaceWatch
+from ser_ray.cluster import in_words
+from ser_ray.distributed.room import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
 from ser_ray.search.slots import Slots
@@ -250,15 +250,15 @@ def run_trials(
 
 
 class RoomCallback(tune.Callback):
-    """Says every minute that no trial has room (`ser_ray.distributed.group.PlaceWatch`)."""
+    """Says every minute that no trial has room, and ends a search that has none for too long."""
 
     def __init__(self, slots: Slots) -> None:
         need = f"a trial with {in_words(slots.bundle())}"
-        self.watch = PlaceWatch(placement_groups(), need)
+        self.watch = RoomWatch(placement_groups(), need)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look for room after each turn of Tune's loop."""
-        self.watch.require_places()
+        self.watch.require_room()
 
 
 @contextmanager

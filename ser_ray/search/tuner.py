@@ -23,16 +23,15 @@ from ser_ray.errors import ConfigError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.optuna_study import importance_of, optuna_journal, trial_rows
+from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.trial import TrialRecord, best_of, count_states
+from ser_ray.search.trial import TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
-from ser_ray.tracking.provenance import provenance
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
@@ -220,7 +219,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         recipe=best.recipe,
         searched={item.name: str(item) for item in config.dimensions},
         importance=importance,
-        tags={**study.tags, **provenance()},
+        tags=study.tags,
         again=result.again,
         pages={trial.number: trial.page for trial in trials},
         num_labels=len(study.shards.card.labels),

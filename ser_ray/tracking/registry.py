@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 SELECTED_BY, TIE_BROKEN_BY = "selected/ua", "selected/loss"
-"""Metrics of a finished training; among equals in the first, the lower in the second is better."""
+"""Metrics that rank finished trainings: the higher UA is better, then the lower loss."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
 ADVICE = (
@@ -140,11 +140,11 @@ def name_like(run_id: str, changed_recipe: str = "") -> str:
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
-    """Find the run with the model of a training, a search or a cross-validation.
+    """Find the run whose model represents a training, a search or a cross-validation.
 
-    Of a search or cross-validation, that is the trial or fold with the best validation UA. A fold
-    has a model. A trial has none, so the newest run that trained the same recipe on the same shards
-    and has a model takes its place: `tune --refit` and `train --like` make one.
+    For a cross-validation, it is the fold with the best validation UA. The trials of a search keep
+    no model, so for a search it is the newest run with a model that trained the best trial's recipe
+    on the same shards, as `tune --refit` and `train --like` do.
 
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.
@@ -156,9 +156,9 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         experiment = run.info.experiment_id
         children = list(search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
         scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
-        if not scored and model_id_of(run):  # it was trained on all speakers
-            return run_id
         if not scored:
+            if model_id_of(run):  # it was trained on all speakers
+                return run_id
             raise TrackingError(
                 f"{run_id}: neither this run nor one nested in it has a validation UA"
             )
@@ -196,18 +196,6 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
         path = client.download_artifacts(run_id, TEST_SCORES, folder)
         scores: dict[str, Any] = json.loads(Path(path).read_text())
     return scores
-
-
-def read_validation_ua(run_id: str, tracking_uri: str) -> float | None:
-    """Return the UA of a finished training on its validation part, from 0 to 1, if it has one.
-
-    Raises:
-        TrackingError: the store does not answer, or has no such run.
-    """
-    uri = resolve_uri(tracking_uri)
-    client = connect(uri)
-    with store_answers(f"{run_id}: cannot be read from {uri}"):
-        return client.get_run(run_id).data.metrics.get(SELECTED_BY)
 
 
 def register_model(

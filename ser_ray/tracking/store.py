@@ -1,4 +1,4 @@
-"""The connection to MLflow's store: choosing it, checking it, searching it, and its errors."""
+"""The connection to MLflow's store: how it is chosen, checked and searched, and its errors."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ser_ray.errors import TrackingError
+from ser_ray.errors import TrackingError, first_line
 from ser_ray.tracking.database import SCHEME, open_database
 
 if TYPE_CHECKING:
@@ -186,8 +186,3 @@ def store_answers(problem: str, advice: str = "") -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
         raise TrackingError(f"{problem} ({first_line(error)}){advice}") from error
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message; libraries add details below it."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

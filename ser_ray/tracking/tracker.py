@@ -111,11 +111,8 @@ class Tracker:
         return tracker
 
     def _require_artifacts(self, params: Mapping[str, Any]) -> None:
-        place = "its artifacts"
-        with store_answers(f"{self.uri}: run {self.run_id} cannot be read"):
-            place = self._client.get_run(self.run_id).info.artifact_uri
         with store_answers(
-            f"{place}: MLflow cannot store artifacts here",
+            f"{self.read().info.artifact_uri}: MLflow cannot store artifacts here",
             "; make the place writable, or choose another --experiment or --tracking-uri",
         ):
             self._client.log_text(self.run_id, to_json(params), "settings.json")
@@ -133,15 +130,15 @@ class Tracker:
         return cls(uri, run_id)
 
     def read(self) -> "Run":
-        """The run as MLflow has it."""
+        """Fetch the run from MLflow."""
         with self._writing():
             return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
         """MLflow's runs nested in this one, by the value of one of their tags."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+        experiment_id = self.read().info.experiment_id
         with self._writing():
-            experiment_id = self._client.get_run(self.run_id).info.experiment_id
             found = search_runs(self._client, experiment_id, nested)
             return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
@@ -345,9 +342,7 @@ def model_id_of(run: "Run") -> str:
 def has_run(uri: str, run_id: str) -> bool:
     """Whether a store, given as `resolve_uri` returns it, answers and has a run."""
     try:
-        client = connect(uri)
-        with store_answers(uri):
-            client.get_run(run_id)
+        Tracker.of_run(uri, run_id)
     except TrackingError:
         return False
     return True

@@ -10,7 +10,6 @@ of MLflow changes it.
 
 import json
 import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ser_ray.errors import TrackingError
@@ -50,24 +49,16 @@ STATE = {
 """What the page of an experiment shows, by the names that MLflow's pages use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Links:
-    """Where a run is shown."""
-
-    run: str
-    """Page of the run."""
-    runs: str
-    """Table of all runs of its experiment, the best first."""
-    command: str
-    """Command that starts a local server for both pages; empty if the store is a server itself."""
-
-
-def links(uri: str, run_id: str) -> Links:
-    """Return the links to a run. Where the store does not answer, both lead to its first page.
+def links(uri: str, run_id: str) -> tuple[str, str, str]:
+    """Return the links to a run. If the store does not answer, both lead to its first page.
 
     Args:
         uri: tracking store, as `resolve_uri` gives it.
         run_id: id of the run.
+
+    Returns:
+        The page of the run; the table of all runs of its experiment, the best first; and the
+        command that starts a local server for both, which is empty if the store is a server itself.
     """
     is_server = uri.startswith("http")
     pages = uri.rstrip("/") if is_server else LOCAL_UI
@@ -77,15 +68,12 @@ def links(uri: str, run_id: str) -> Links:
         with store_answers(uri):
             experiment_id = client.get_run(run_id).info.experiment_id
     except TrackingError:
-        return Links(pages, pages, command)
+        return pages, pages, command
     runs = f"{pages}/#/experiments/{experiment_id}/runs"
     # Without this parameter, a browser that is new to MLflow opens the pages for language models.
     training = "workflowType=machine_learning"
-    return Links(
-        run=f"{runs}/{run_id}?{training}",
-        runs=f"{runs}?viewStateShareKey={VIEW_KEY}&{training}",
-        command=command,
-    )
+    all_runs = f"{runs}?viewStateShareKey={VIEW_KEY}&{training}"
+    return f"{runs}/{run_id}?{training}", all_runs, command
 
 
 def save_view(client: "MlflowClient", experiment_id: str) -> None:

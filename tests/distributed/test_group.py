@@ -1,15 +1,17 @@
 """What passes between a group of workers and its driver, without Ray."""
 
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from ser_ray.distributed import group
-from ser_ray.distributed.callbacks import DriverCallback
-from ser_ray.distributed.group import PlaceWatch, WorkerGroup
+from ser_ray.distributed import room
+from ser_ray.distributed.group import DriverCallback, WorkerGroup
+from ser_ray.distributed.room import RoomWatch
 from ser_ray.distributed.run_folder import StoredCheckpoint
+from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -90,21 +92,21 @@ def test_waiting_for_places_ends_with_an_error_unless_there_are_some(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now, ours = 0.0, {"other", "ours"}
-    monkeypatch.setattr(group, "monotonic", lambda: now)
-    monkeypatch.setattr(group, "placement_groups", lambda *, with_room: ours)
-    monkeypatch.setattr(group, "free_resources", lambda: "1 CPUs, 0 GPUs")
-    watch = PlaceWatch({"other"}, "2 workers with 3 CPUs each")
-    limit = group.START_SECONDS * group.START_ATTEMPTS
+    monkeypatch.setattr(room, "monotonic", lambda: now)
+    monkeypatch.setattr(room, "placement_groups", lambda *, with_room: ours)
+    monkeypatch.setattr(room, "free_resources", lambda: "1 CPUs, 0 GPUs")
+    watch = RoomWatch({"other"}, "2 workers with 3 CPUs each")
+    limit = room.START_SECONDS * room.START_ATTEMPTS
     for _ in range(5):  # a training that holds places waits for its epochs as long as they take
         now += limit
-        watch.require_places()
+        watch.require_room()
     held = now
     assert caplog.messages == []
     ours = {"other"}
     with pytest.raises(ResourcesError, match="no room for 2 workers with 3 CPUs each for"):  # noqa: PT012
         while True:
-            now += group.START_SECONDS
-            watch.require_places()
+            now += room.START_SECONDS
+            watch.require_room()
     assert now - held == limit
     # A minute after the places were lost, and every minute from then on, the last but one before
     # the end.
@@ -121,7 +123,8 @@ def test_a_lost_worker_that_is_replaced_gets_one_line(
     error = RuntimeError("The actor died unexpectedly.\n\tclass_name: RayTrainWorker\n\tpid: 1")
     DriverCallback(queue).after_exception(None, {1: error})
     workers = object.__new__(WorkerGroup)  # its constructor needs Ray
-    workers.max_failures, workers.losses = max_failures, 0
+    workers.task = cast(TrainingTask, SimpleNamespace(max_failures=max_failures))
+    workers.losses = 0
     for _ in range(2):
         workers._tell_loss(queue.items[0]["lost"])
     assert len(caplog.messages) == expected

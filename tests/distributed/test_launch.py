@@ -29,7 +29,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
 from ser_ray.command import flags_of
-from ser_ray.distributed import group
+from ser_ray.distributed import group, room
 from ser_ray.distributed import launch as distributed
 from ser_ray.distributed.launch import TrainResult, train
 from ser_ray.distributed.run_config import RunConfig
@@ -385,8 +385,9 @@ def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
 def test_without_room_for_the_workers_the_training_ends_with_an_error(
     world: World, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
-    monkeypatch.setattr(group, "START_SECONDS", 1.0)
-    monkeypatch.setattr(group, "START_ATTEMPTS", 3)
+    for module in (group, room):
+        monkeypatch.setattr(module, "START_SECONDS", 1.0)
+        monkeypatch.setattr(module, "START_ATTEMPTS", 3)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
     occupant = placement_group([{"CPU": 1}])
     assert occupant.wait(60)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from ser_ray.cli.train import train_outcome
 from ser_ray.distributed import local
 from ser_ray.distributed.launch import train
-from ser_ray.distributed.local import LocalTraining
+from ser_ray.distributed.local import train_here
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder
+from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
@@ -35,43 +36,42 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def make(tmp_path, memory_shards, small_network):
-    def training(name: str = "run", max_failures: int = 0):
+    def task(name: str = "run", max_failures: int = 0):
         folder = RunFolder(str(tmp_path), name)
         folder.update_record(name=name)
-        return LocalTraining(
-            folder,
-            CONFIG,
-            memory_shards,
-            Pretrained("none", {}),
-            gpu=False,
+        return TrainingTask(
+            folder=folder,
+            config=CONFIG,
+            shards=memory_shards,
+            pretrained=Pretrained("none", {}),
             max_failures=max_failures,
         )
 
-    return training
+    return task
 
 
-def weights_of(training: LocalTraining) -> dict[str, torch.Tensor]:
-    newest = training.folder.newest()
+def weights_of(task: TrainingTask) -> dict[str, torch.Tensor]:
+    newest = task.folder.newest()
     assert newest is not None
-    return load_file(Path(training.folder.path, newest.name, MODEL))
+    return load_file(Path(task.folder.path, newest.name, MODEL))
 
 
 def test_epochs_arrive_once_stored_and_only_the_newest_and_the_selected_are_kept(make):
-    training, found = make(), []
+    task, found = make(), []
 
     def on_epoch(epoch: Epoch) -> None:
-        stored = training.folder.newest()
+        stored = task.folder.newest()
         assert stored.progress["history"][-1] == epoch.row
-        assert {path.name for path in Path(training.folder.path).glob("checkpoint-*")} == {
+        assert {path.name for path in Path(task.folder.path).glob("checkpoint-*")} == {
             stored.name, stored.selected,
         }  # fmt: skip
         found.append(epoch)
 
-    training.run(on_epoch)
+    train_here(task, on_epoch, gpu=False)
     assert [epoch.row["epoch"] for epoch in found] == [1, 2, 3]
     assert not any(epoch.is_restored for epoch in found)
     again: list[Epoch] = []
-    training.run(again.append)
+    train_here(task, again.append, gpu=False)
     assert [epoch.row for epoch in again] == [epoch.row for epoch in found]
     assert all(epoch.is_restored for epoch in again)
 
@@ -79,17 +79,17 @@ def test_epochs_arrive_once_stored_and_only_the_newest_and_the_selected_are_kept
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the user's")])
 def test_a_stop_by_the_caller_is_no_failure_and_the_next_start_ends_the_same(make, error):
     whole, stopped = make("whole"), make("stopped", max_failures=3)
-    whole.run(lambda epoch: None)
+    train_here(whole, lambda epoch: None, gpu=False)
 
     def stop(epoch: Epoch) -> None:
         if not epoch.is_restored:
             raise error
 
     with pytest.raises(type(error)) as raised:
-        stopped.run(stop)
+        train_here(stopped, stop, gpu=False)
     assert raised.value is error
     assert len(stopped.folder.newest().progress["history"]) == 1
-    stopped.run(lambda epoch: None)
+    train_here(stopped, lambda epoch: None, gpu=False)
     expected, found = weights_of(whole), weights_of(stopped)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -120,8 +120,8 @@ class Unreliable:
 def test_a_failure_is_tried_again_if_that_may_help(
     make, monkeypatch, caplog, error, calls, max_failures, message
 ):
-    whole, training = make("whole"), make(max_failures=max_failures)
-    whole.run(lambda epoch: None)
+    whole, task = make("whole"), make(max_failures=max_failures)
+    train_here(whole, lambda epoch: None, gpu=False)
     storage, store = Unreliable(error, calls), Snapshot.store
 
     def store_or_fail(self: Snapshot, filesystem: fs.FileSystem, path: str) -> None:
@@ -132,15 +132,15 @@ def test_a_failure_is_tried_again_if_that_may_help(
     seen: list[Epoch] = []
     if message:
         with pytest.raises(SerRayError, match=message):
-            training.run(seen.append)
+            train_here(task, seen.append, gpu=False)
         is_ours = isinstance(error, SerRayError)
-        assert Path(training.folder.path, TRACE).exists() != is_ours
+        assert Path(task.folder.path, TRACE).exists() != is_ours
         assert len(caplog.messages) == len(calls) - 1
         return
-    training.run(seen.append)
+    train_here(task, seen.append, gpu=False)
     assert len(caplog.messages) == len(calls)
     assert {epoch.row["epoch"] for epoch in seen} == {1, 2, 3}
-    expected, found = weights_of(whole), weights_of(training)
+    expected, found = weights_of(whole), weights_of(task)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

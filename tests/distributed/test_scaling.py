@@ -29,7 +29,6 @@ from ser_ray import cluster
 from ser_ray.distributed import group
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.distributed.worker import WorkerTask
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.config import TrainConfig
@@ -157,14 +156,14 @@ def shared() -> Iterator[Path]:
         yield Path(folder)
 
 
-def without_gpu(task: WorkerTask) -> None:
+def without_gpu(*task: Any) -> None:
     """Run the training's worker on a machine that has no GPU, although Ray counts one."""
     import torch
 
     from ser_ray.distributed import worker
 
     worker.get_device = lambda: torch.device("cpu")
-    worker.run_worker(task)
+    worker.run_worker(*task)
 
 
 def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(

@@ -13,13 +13,12 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ser_ray.cli.main import main
-from ser_ray.distributed.launch import _log_outcome
 from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
 from ser_ray.evaluation import robustness
 from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
-from ser_ray.evaluation.to_mlflow import record_evaluation
+from ser_ray.evaluation.to_mlflow import record_evaluation, record_training
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
@@ -107,12 +106,12 @@ def test_calibration_is_shown_before_and_after_the_temperature(shards, checkpoin
     assert found.calibration.ece != pytest.approx(plain.calibration.ece)
     assert found.scores.ua == plain.scores.ua
     assert found.to_dict()["ece_uncalibrated"] == found.uncalibrated.ece
-    page = run_page(found, name="run", audio=False)
+    page = run_page(found.card, found, name="run", audio=False)
     assert (
         "A temperature of 0.50, fitted on the validation clips, scales the probabilities; before, "
         f"the error was {plain.calibration.ece:.1%}."
     ) in page
-    assert "A temperature of" not in run_page(plain, name="run", audio=False)
+    assert "A temperature of" not in run_page(plain.card, plain, name="run", audio=False)
 
 
 def test_hardest_clips_are_wrong_and_sorted_by_confidence(shards, checkpoint):
@@ -250,7 +249,7 @@ def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_
     (checkpoint / "run.json").write_text(json.dumps(origin))
     monkeypatch.setattr(Tracker, "of_run", lambda uri, run_id: tracker)
     validation = evaluate(checkpoint, "here", part="validation")
-    first = run_page(validation, name="the run", audio=False)
+    first = run_page(validation.card, validation, name="the run", audio=False)
     report.write_text(first)
     evaluation = evaluate(checkpoint, "here")
     assert evaluation.report == str(report)
@@ -316,7 +315,8 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
 
     tracker = Recorder()
     monkeypatch.setattr(Tracker, "of_run", lambda uri, run_id: tracker)
-    page = run_page(evaluate(checkpoint, "here", part="validation"), name="the run", audio=False)
+    validation = evaluate(checkpoint, "here", part="validation")
+    page = run_page(validation.card, validation, name="the run", audio=False)
     tracker.files["report.html"] = page
     origin = {"run_id": "0123", "tracking_uri": "somewhere"}
     scored = dataclasses.replace(clean, under=rows, origin=origin, report=str(tmp_path / "none"))
@@ -351,7 +351,8 @@ def test_scores_are_printed_although_their_run_is_unreachable(
         "tracking_uri": uri.format(folder=tmp_path),
         "report": str(report),
     }
-    report.write_text(run_page(evaluate(checkpoint, "here"), name="run", audio=False))
+    scored = evaluate(checkpoint, "here")
+    report.write_text(run_page(scored.card, scored, name="run", audio=False))
     (checkpoint / "run.json").write_text(json.dumps(origin))
     assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -400,7 +401,7 @@ def test_a_page_has_no_clips_if_the_corpus_is_unreachable(shards, checkpoint, pl
     table = table.set_column(table.schema.get_field_index("path"), "path", paths)
     moved = dataclasses.replace(evaluation, predictions=table)
     assert read_clips(moved, [0, 1], audio=False) == []
-    assert "Examples</h3>" not in run_page(moved, name="run", audio=False)
+    assert "Examples</h3>" not in run_page(moved.card, moved, name="run", audio=False)
 
 
 def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
@@ -416,9 +417,14 @@ def test_a_finished_training_leaves_its_page_in_the_run(shards, checkpoint):
     }
     validation, tracker = evaluate(checkpoint, "here", part="validation"), Recorder()
     page = run_page(
-        validation, name="run", history=history, learning_rates=[1e-4, 1e-3], audio=False
+        validation.card,
+        validation,
+        name="run",
+        history=history,
+        learning_rates=[1e-4, 1e-3],
+        audio=False,
     )
-    _log_outcome(cast(Tracker, tracker), checkpoint, validation.card, validation, progress, page)
+    record_training(cast(Tracker, tracker), checkpoint, validation.card, validation, progress, page)
     assert tracker.files["report.html"] == page
     assert f'class="value">{validation.scores.ua:.1%}</dd>' in page
     assert "marked: epoch 2, validation UA 20.0%" in page

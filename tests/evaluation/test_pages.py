@@ -27,6 +27,7 @@ from ser_ray.evaluation.pages import (
     trial_page,
 )
 from ser_ray.evaluation.rendering import as_artifact
+from ser_ray.plots.clip import clip_figure
 from ser_ray.training.config import TrainConfig
 from tests.models import make_checkpoint
 
@@ -124,6 +125,7 @@ def evaluation(tmp_path_factory) -> Evaluation:
     card = make_checkpoint(
         tmp_path_factory.mktemp("model"),
         labels=LABELS,
+        corpus="ravdess",
         config=TrainConfig(feature="mel", lr_min=1e-4, lr_max=2e-3, keep="best"),
         initial_weights='"><img src=x>',
     )
@@ -145,16 +147,18 @@ def clip() -> ClipView:
         truth="happy",
         predicted="<angry>",
         probability=0.81,
-        waveform=np.sin(np.arange(16_000) / 9).astype(np.float32),
-        sample_rate=16_000,
-        spectrogram=np.random.default_rng(2).normal(-40, 10, (321, 51)),
+        figure=clip_figure(
+            np.sin(np.arange(16_000) / 9).astype(np.float32),
+            16_000,
+            np.random.default_rng(2).normal(-40, 10, (321, 51)),
+        ),
         mp3=b"sound",
     )
 
 
 def render(evaluation: Evaluation, **changes: Any) -> str:
     settings = {"name": "run <script>1</script>", "history": HISTORY, "learning_rates": RATES}
-    return run_page(evaluation, **(settings | {"audio": True} | changes))
+    return run_page(evaluation.card, evaluation, **(settings | {"audio": True} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +415,8 @@ def test_the_curves_of_the_page_are_those_of_the_history(text: str) -> None:
 
 
 def test_results_on_the_synthetic_corpus_are_marked_as_such(evaluation: Evaluation) -> None:
-    synthetic = Page(render(dataclasses.replace(evaluation, corpus="synthetic"))).text
+    card = dataclasses.replace(evaluation.card, corpus="synthetic")
+    synthetic = Page(render(dataclasses.replace(evaluation, card=card, corpus="synthetic"))).text
     assert "not results on RAVDESS" in synthetic
     assert f"Measured on: test, {PROTOCOL}, the synthetic corpus" in synthetic
     assert "ynthetic" not in render(evaluation)

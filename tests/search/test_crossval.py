@@ -18,6 +18,7 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.evaluation.evaluation import SCORES
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import crossval as module
 from ser_ray.search.crossval import (
@@ -27,7 +28,6 @@ from ser_ray.search.crossval import (
     require_all_finished,
 )
 from ser_ray.search.pooled import (
-    FIGURES,
     CrossvalPlan,
     CrossvalResult,
     ensemble_scores,
@@ -178,11 +178,11 @@ def pooled(folder: Path) -> CrossvalResult:
 
 def test_the_text_has_the_label_beside_every_number(tmp_path):
     lines = pooled(tmp_path).text().splitlines()
-    assert len(lines) == len(FIGURES) + 1
+    assert len(lines) == len(SCORES) + 1
     assert all(line.endswith("(speaker-2, 2 folds, a custom corpus)") for line in lines)
     assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines[:-1])
-    assert [line.split()[:2] for line in lines[:2]] == [["WA", "75.0%"], ["UA", "75.0%"]]
-    assert lines[-1].startswith("ensemble  WA 75.0%, UA 75.0%, macro F1 ")
+    assert [line.split()[:2] for line in lines[:2]] == [["UA", "75.0%"], ["WA", "75.0%"]]
+    assert lines[-1].startswith("ensemble  UA 75.0%, WA 75.0%, macro F1 ")
     assert "mean probability of 2 networks, not one of them" in lines[-1]
 
 

@@ -48,19 +48,19 @@ def test_the_pages_of_this_mlflow_know_every_name_of_the_view(tracker: Tracker, 
 
 
 def test_links_lead_to_the_run_and_to_the_saved_view(tracker: Tracker) -> None:
-    found = links(tracker.uri, tracker.run_id)
+    run, all_runs, command = links(tracker.uri, tracker.run_id)
     runs = "http://127.0.0.1:5000/#/experiments/1/runs"
-    assert found.run == f"{runs}/{tracker.run_id}?workflowType=machine_learning"
-    assert found.runs == f"{runs}?viewStateShareKey=ser-ray&workflowType=machine_learning"
-    assert found.command == f"mlflow ui --backend-store-uri {tracker.uri}"
+    assert run == f"{runs}/{tracker.run_id}?workflowType=machine_learning"
+    assert all_runs == f"{runs}?viewStateShareKey=ser-ray&workflowType=machine_learning"
+    assert command == f"mlflow ui --backend-store-uri {tracker.uri}"
 
 
 def test_links_of_a_store_that_does_not_answer_lead_to_its_first_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    found = links("http://127.0.0.1:9/", "0" * 32)
-    assert (found.run, found.command) == ("http://127.0.0.1:9", "")
+    server = "http://127.0.0.1:9"
+    assert links(f"{server}/", "0" * 32) == (server, server, "")
 
 
 def test_a_view_that_is_saved_already_is_not_written_again(tracker: Tracker) -> None:
