@@ -12,7 +12,7 @@ At the end of a round
 
 A round appends one line of JSON to `--log`, and the table at the end is made of all lines there, so
 rounds add up over many short calls. The figures say nothing about faults of real networks, disks or
-clocks, and the seconds are those of a machine that does nothing else only if it does nothing else.
+clocks, and the seconds mean something only on a machine that does nothing else.
 """
 
 import json
@@ -58,7 +58,7 @@ RECIPE = (
     *("--batch-size", "4", "--validation-speakers", "1"),
 )
 GRACE = 5.0
-"""Seconds in which a driver that is at its end when it is to stop may end as usual."""
+"""Seconds that a driver may take to end as usual if the signal reached it at its end."""
 ENDED = ("terminate driver", "hang up driver", "interrupt driver")
 DRIVER = ("kill driver", "stop driver", *ENDED)
 FAULTS = (

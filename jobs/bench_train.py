@@ -14,10 +14,9 @@
 
 Each way runs in a fresh Python. Clips per second are those of the training steps after the first
 epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
-of these epochs that is neither training step nor validation; `processes` counts those that were
-seen besides the first, ten times a second. Every `ours` makes a new MLflow database, which a
-second training in a folder does not. The figures say nothing about workers
-on several nodes.
+of these epochs that is neither training step nor validation; `processes` counts the processes
+besides the first, looked for ten times a second. Every `ours` makes a new MLflow database, which a
+second training in a folder does not. The figures say nothing about workers on several nodes.
 """
 
 import json

@@ -81,19 +81,12 @@ def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[flo
     return seconds[:slots], seconds[slots:]
 
 
-def busy(trials: list[TrialRecord], slots: int) -> float:
-    """Share of the slots' time in which an epoch was running."""
+def rates(trials: list[TrialRecord], slots: int) -> tuple[float, float]:
+    """Share of the slots' time in which an epoch was running, and trials an hour."""
     ran = [trial for trial in trials if trial.rows]
-    wall = max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)
+    wall = (max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)) / 1000
     training = sum(row["speed/epoch_seconds"] for trial in ran for row in trial.rows)
-    return training * 1000 / wall / slots
-
-
-def trials_an_hour(trials: list[TrialRecord]) -> float:
-    """Trials for each hour between the first start and the last end."""
-    ran = [trial for trial in trials if trial.rows]
-    wall = max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)
-    return len(trials) / wall * 3.6e6
+    return training / wall / slots, len(trials) / wall * 3600
 
 
 def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
@@ -166,11 +159,12 @@ def main(bench: Bench) -> None:
             trials = run_search(bench, seed, Path(scratch))
         ray.shutdown()
         first, others = starts(trials, bench.slots)
+        busy, an_hour = rates(trials, bench.slots)
         print(f"seed {seed}")
         print(f"start of a slot's first trial  {statistics.median(first):6.2f} s")
         print(f"start of the others            {statistics.median(others):6.2f} s (median)")
-        print(f"slots busy                     {busy(trials, bench.slots):6.1%}")
-        print(f"trials an hour                 {trials_an_hour(trials):6.0f}")
+        print(f"slots busy                     {busy:6.1%}")
+        print(f"trials an hour                 {an_hour:6.0f}")
         print(f"asha                           {compare_asha(bench, trials)}", flush=True)
     if bench.alone:
         alone = one_after_another(bench, [trial.recipe for trial in trials[: bench.alone]])

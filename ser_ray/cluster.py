@@ -269,7 +269,12 @@ def require_shared(*locations: str) -> None:
             missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
     elif AUTOSCALER_CONFIG.exists():
         added = ["the machines that the autoscaler starts"]
-        missing_on = {location: added for location, path in local.items() if _is_on_root_disk(path)}
+        root = Path("/").stat().st_dev  # shared folders are mounted, so they are on another device
+        missing_on = {
+            location: added
+            for location, path in local.items()
+            if path.exists() and path.stat().st_dev == root
+        }
     for location, names in missing_on.items():
         if names:
             raise ResourcesError(
@@ -316,11 +321,6 @@ def _marker(path: Path) -> Iterator[Path]:
         yield marker
     finally:
         marker.unlink()
-
-
-def _is_on_root_disk(path: Path) -> bool:
-    """Whether a path is on the disk that this machine booted from; shared folders are mounted."""
-    return path.exists() and path.stat().st_dev == Path("/").stat().st_dev
 
 
 def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:

@@ -222,8 +222,12 @@ class Crossval(TrainingVerb):
 
     def run(self) -> Outcome:
         """Train the folds and print the pooled scores."""
+        from ser_ray.corpus.splits import num_folds
+
         config = self.crossval
-        say_training(self.shards, self.recipe, config.folds or every_fold(self.shards, self.recipe))
+        clips = api.open_shards(self.shards).clips()
+        folds = config.folds or range(num_folds(self.recipe.protocol, clips))
+        say_training(self.shards, self.recipe, folds)
         say("trainings", f"{config.seeds} of every fold, scored by their {config.part} parts")
         result = api.crossval(
             self.shards,
@@ -259,10 +263,3 @@ class Crossval(TrainingVerb):
         )
         data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}
         return Outcome(data, "\n".join(lines), after)
-
-
-def every_fold(shards: str, recipe: TrainConfig) -> range:
-    """Numbers of all folds of the recipe's protocol."""
-    from ser_ray.corpus.splits import num_folds
-
-    return range(num_folds(recipe.protocol, api.open_shards(shards).clips()))

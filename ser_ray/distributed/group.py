@@ -93,7 +93,7 @@ class WorkerGroup:
             ResourcesError: there was no room for the workers.
             SerRayError: the training failed.
         """
-        folder, max_failures = self.task.folder, self.task.max_failures
+        folder, max_failures = self.task.folder, self.task.run.max_failures
         failures = 0
         while True:
             start = folder.restore(on_epoch)
@@ -149,7 +149,7 @@ class WorkerGroup:
     def _trainer(self, start: StoredCheckpoint | None, queue: Queue) -> TorchTrainer:
         task, folder = self.task, self.task.folder
         path = f"{folder.path}/{start.name}" if start is not None else ""
-        work = partial(run_worker, task.config, task.shards, self.pretrained, task.ingest, path)
+        work = partial(run_worker, task.config, task.shards, self.pretrained, task.run.ingest, path)
         # Ray has no other settings for these two than environment variables.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
@@ -162,7 +162,7 @@ class WorkerGroup:
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=ray.train.FailureConfig(
-                    max_failures=task.max_failures, controller_failure_limit=START_ATTEMPTS
+                    max_failures=task.run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
                 # Ray always keeps the latest. Of the selected ones it keeps the last two, because
                 # the last may be incomplete: `score` rises with every newly selected epoch.
@@ -177,7 +177,8 @@ class WorkerGroup:
     def _tell_loss(self, reason: str) -> None:
         """Say in a line that a worker is replaced; a loss that ends the training raises instead."""
         self.losses += 1
-        if self.task.max_failures == -1 or self.losses <= self.task.max_failures:
+        max_failures = self.task.run.max_failures
+        if max_failures == -1 or self.losses <= max_failures:
             logger.warning(
                 "a worker was lost (%s): Ray replaces it, and the training resumes from its newest "
                 "checkpoint",

@@ -100,19 +100,12 @@ def train(
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
                 require_shared(shards.uri, folder.storage)
-                task = TrainingTask(
-                    folder=folder,
-                    config=config,
-                    shards=shards,
-                    pretrained=pretrained,
-                    ingest=run.ingest,
-                    max_failures=run.max_failures,
-                )
-                run_task = _place(task, run)
-                tracker = _start_tracker(config, run, folder, shards, split)
+                task = TrainingTask(folder, config, shards, pretrained, run)
+                run_task = _place(task)
+                tracker = _start_tracker(task, split)
                 try:
-                    _follow(folder, run_task, tracker, on_epoch)
-                    _conclude(folder, tracker, shards, audio=run.audio)
+                    _follow(task, run_task, tracker, on_epoch)
+                    _conclude(task, tracker)
                 except BaseException as error:
                     tracker.abandon(error)
                     raise
@@ -146,19 +139,19 @@ def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) ->
     return describe_split(parts)
 
 
-def _place(task: TrainingTask, run: RunConfig) -> Callable[[OnEpoch], None]:
+def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
     """Return the function that trains: on the cluster that this process is connected to, or here.
 
     Raises:
         ResourcesError: there is no room for the workers.
     """
-    fewest, most = run.worker_range
-    gpu = trains_on_gpus(run.device)
+    fewest, most = task.run.worker_range
+    gpu = trains_on_gpus(task.run.device)
     require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
     cpus = cpus_per_worker(most)
     size = "one GPU" if gpu else f"{cpus} CPUs"
     where = "each" if is_connected() else "in this process"
-    logger.info("%-12s %s, with %s %s", "workers", run.workers, size, where)
+    logger.info("%-12s %s, with %s %s", "workers", task.run.workers, size, where)
     if not is_connected():
         return partial(train_here, task, gpu=gpu)
     from ser_ray.distributed.group import WorkerGroup  # slow: Ray Train
@@ -166,13 +159,8 @@ def _place(task: TrainingTask, run: RunConfig) -> Callable[[OnEpoch], None]:
     return WorkerGroup(task, fewest, most, cpus=0 if gpu else cpus).run
 
 
-def _start_tracker(
-    config: TrainConfig,
-    run: RunConfig,
-    folder: RunFolder,
-    shards: ShardSet,
-    split: dict[str, Any],
-) -> Tracker:
+def _start_tracker(task: TrainingTask, split: dict[str, Any]) -> Tracker:
+    folder, config, shards, run = task.folder, task.config, task.shards, task.run
     params = config.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
     tags = run_tags("training", split["label"], shards)
@@ -186,31 +174,29 @@ def _start_tracker(
 
 
 def _follow(
-    folder: RunFolder,
+    task: TrainingTask,
     run_task: Callable[[OnEpoch], None],
     tracker: Tracker,
     on_epoch: ShowEpoch,
 ) -> None:
     """Run the training, if it has not finished, and log every epoch once."""
-    logged: set[float] = set()
 
     def log(epoch: Epoch) -> None:
-        if epoch.row["epoch"] in logged:  # it was repeated after a loss
-            return
-        logged.add(epoch.row["epoch"])
-        tracker.log_epoch(epoch.row, epoch.learning_rates, epoch.timestamp_ms, epoch.system_metrics)
+        is_new = tracker.log_epoch(
+            epoch.row, epoch.learning_rates, epoch.timestamp_ms, epoch.system_metrics
+        )
         tracker.flush()
-        if not epoch.is_restored:
+        if is_new and not epoch.is_restored:
             on_epoch(epoch.row)
 
-    if not folder.record().get("finished"):
+    if not task.folder.record().get("finished"):
         run_task(log)
-    elif newest := folder.newest():  # the tracking server did not answer then
+    elif newest := task.folder.newest():  # the tracking server did not answer then
         for epoch in newest.epochs():
             log(epoch)
 
 
-def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: bool) -> None:
+def _conclude(task: TrainingTask, tracker: Tracker) -> None:
     """Keep the selected checkpoint under a fixed name, and complete the MLflow run.
 
     If the tracking server does not answer, the record says so: the same command delivers the rest.
@@ -220,6 +206,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
     from ser_ray.evaluation.rendering import store_page
     from ser_ray.evaluation.to_mlflow import record_training
 
+    folder, shards = task.folder, task.shards
     newest = folder.newest()
     if newest is None:
         raise CheckpointError(f"{folder.location}: the training left no checkpoint")
@@ -250,7 +237,7 @@ def _conclude(folder: RunFolder, tracker: Tracker, shards: ShardSet, *, audio: b
                 run_id=tracker.run_id,
                 history=newest.progress["history"],
                 learning_rates=newest.progress["learning_rates"],
-                audio=audio,
+                audio=task.run.audio,
             )
             store_page(page, folder.report)
             record_training(tracker, selected, card, evaluation, newest.progress, page)

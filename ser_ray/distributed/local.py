@@ -60,7 +60,7 @@ def train_here(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bo
         except FAILURES as error:
             if error is reporter.refusal:
                 raise
-            if is_permanent(error) or failures == task.max_failures:
+            if is_permanent(error) or failures == task.run.max_failures:
                 if isinstance(error, SerRayError):
                     raise
                 trace = "".join(traceback.format_exception(error))
@@ -78,7 +78,7 @@ def _fit(
     config, shards = task.config, task.shards
     with worker_device(gpu=gpu) as device, task.folder.local(start) as resume:
         memory = memory_of_this_machine
-        is_streamed = streams(task.ingest, config, shards, memory, device, resume)
+        is_streamed = streams(task.run.ingest, config, shards, memory, device, resume)
         fit(
             config,
             shards,

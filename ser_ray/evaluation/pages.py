@@ -6,6 +6,14 @@ defines how a page looks; this module chooses what it shows.
 
 A run has one page. When a training ends, it has the scores of the validation part; `add_test_part`
 puts those of the test part before them. Links lead to other pages in the same run's folder.
+
+These arguments mean the same in every function:
+    name            name of the run
+    run_id          its MLflow run
+    history         metrics of its epochs; if empty, the page has no section on the training
+    learning_rates  learning rate of every step [steps]
+    tags            tags of its MLflow run; `protocol` and `corpus` are shown beside the scores
+    audio           whether the page contains the sound of its clips, with players
 """
 
 import re
@@ -58,11 +66,6 @@ def run_page(
     Args:
         card: card of the selected checkpoint.
         validation: its evaluation on the validation part; None if it was trained on all speakers.
-        name: name of the run.
-        run_id: the training's MLflow run.
-        history: metrics of the training's epochs. If empty, the page has no section on training.
-        learning_rates: learning rate of every step of the training [steps].
-        audio: whether the page contains the sound of the clips that it shows, with players.
     """
     parts = ((side, card.split[f"{side}_speakers"]) for side in ("train", "validation", "test"))
     speakers = {
@@ -93,8 +96,7 @@ def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
 
     Args:
         page: what `run_page` or `trial_page` returned.
-        evaluation: the predictions of the test part and their scores.
-        audio: whether to add the sound of the clips that are shown.
+        evaluation: of the test part.
     """
     section = render("part.html.jinja", part=_part(evaluation, audio=audio))
     return _with_contents(_TEST_PART.sub(lambda _: section, page))
@@ -104,9 +106,7 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
     """The page of an evaluation of other clips than the test part of the model's own fold.
 
     Args:
-        evaluation: the predictions and their scores.
-        model: what the user calls the model.
-        audio: whether the page contains the sound of the clips that it shows, with players.
+        model: how the user named the model.
     """
     card = evaluation.card
     return _page(
@@ -138,13 +138,10 @@ def crossval_page(
     """The page of a cross-validation.
 
     Args:
-        pooled: the predictions of all folds with all seeds, and their scores.
-        name: name of the cross-validation.
+        pooled: the evaluation of all folds with all seeds together.
         summary: the mean score over the seeds, in a sentence.
         folds: a row for each training; shares from 0 to 1 are floats.
         pages: for each row, where the training's page is, seen from this page.
-        run_id: the cross-validation's MLflow run.
-        audio: whether the page contains the sound of the clips that it shows, with players.
     """
     card = pooled.card
     return _page(
@@ -182,16 +179,9 @@ def trial_page(
     """The page of one trial of a search or cross-validation; it shows no validation clips.
 
     Args:
-        name: name of the trial's run.
         about: which trial it is and how it ended, in a sentence.
-        recipe: the trial's recipe.
-        history: metrics of the trial's epochs. If empty, the page has no scores and no figures.
-        learning_rates: learning rate of every step [steps].
         confusion: counts of the validation clips in the selected epoch [labels, labels].
-        labels: names of the confusion matrix's rows.
-        tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
         study: name of the search or cross-validation, whose page is in the folder above.
-        run_id: the trial's MLflow run.
     """
     part = None
     if history:
@@ -236,7 +226,6 @@ def search_page(
     """The page of a search.
 
     Args:
-        name: name of the search.
         trials: one row for each trial, with the keys that `ser_ray.plots.search` describes.
         best: number of the selected trial.
         selected: row of that trial's selected epoch.
@@ -244,11 +233,8 @@ def search_page(
         searched: name of each searched setting, and its range in words.
         importance: for each searched setting, the share of the differences in UA between trials
             that it explains; may be empty.
-        tags: tags of the run; `protocol` and `corpus` are shown beside the scores.
         again: command that trains the best recipe.
         pages: for the number of each trial, where its page is, seen from this page.
-        num_labels: number of labels.
-        run_id: the search's MLflow run.
     """
     states = Counter(row["state"] for row in trials)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -299,11 +285,8 @@ def range_page(
     """The page of a learning-rate range test.
 
     Args:
-        name: name of the test's run.
         found: the measured losses and the proposed bounds, in the form that `range_figure` takes.
         settings: name and value of each setting of the recipe and of the range.
-        tags: tags of the run; `protocol` and `corpus` are shown beside the figure.
-        run_id: the test's MLflow run.
     """
     bounds = {key: f"{found[key]:.1e}" for key in ("lr_min", "lr_max")}
     return _page(

@@ -31,11 +31,9 @@ from ser_ray.search.actor import TrialSetup
 from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import last_result
-from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 
 TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
@@ -55,10 +53,9 @@ class Study(tune.Callback):
     """Keeps the records of a study's trials, shows them and delivers them to MLflow.
 
     Args:
-        parent: the study's own run.
+        parent: the study's own run in MLflow.
         folder: the study's folder.
-        recipe: the recipe that drawn values go into.
-        shards: what the trials are trained on.
+        setup: what all trials share.
         run: where the trials are recorded.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
@@ -68,15 +65,15 @@ class Study(tune.Callback):
         self,
         parent: Tracker,
         folder: RunFolder,
-        recipe: TrainConfig,
-        shards: ShardSet,
+        setup: TrialSetup,
         run: RunConfig,
         tags: dict[str, str],
         show: Show,
     ) -> None:
-        self.parent, self.folder, self.recipe, self.shards = parent, folder, recipe, shards
+        self.parent, self.folder = parent, folder
+        self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
-        self._dataset = dataset_of(shards)  # once: the shards may be out of reach later
+        self._dataset = dataset_of(setup.shards)  # once: the shards may be out of reach later
         self.records: dict[str, TrialRecord] = {}
         """Trials by id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
@@ -84,15 +81,13 @@ class Study(tune.Callback):
         """MLflow's runs of an earlier driver, by the id of their trial."""
         self._run_ids: dict[str, str] = {}
         self._runs: dict[str, Tracker] = {}
-        self._sent: dict[str, int] = {}
-        """For each trial, the epochs that its tracker has."""
         self._complete: set[str] = set()
         """Trials of which MLflow has everything."""
         self._lost: list[str] = []
         """Runs of trials that Ray Tune forgot, because its driver was killed."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
-        stored = read_records(folder, recipe)
+        stored = read_records(folder, setup.recipe)
         for record in stored:
             self._add(record)
         self.has_ended = bool(stored)
@@ -260,11 +255,8 @@ class Study(tune.Callback):
 
     def _deliver_trial(self, trial: TrialRecord) -> None:
         run = self._runs.get(trial.trial_id) or self._open_run(trial)
-        sent = self._sent.get(trial.trial_id, 0)
-        epochs = zip(trial.rows, trial.learning_rates, trial.times_ms, strict=True)
-        for epoch in list(epochs)[sent:]:
+        for epoch in zip(trial.rows, trial.learning_rates, trial.times_ms, strict=True):
             run.log_epoch(*epoch)
-        self._sent[trial.trial_id] = max(sent, trial.epochs)
         run.deliver()
         if not trial.ended:
             return
@@ -365,4 +357,4 @@ def open_study(
     tags = run_tags(kind, label, setup.shards)
     about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
     parent = start_or_resume_run(folder, run, setup.shards, tags, params, identity, about)
-    return Study(parent, folder, setup.recipe, setup.shards, run, tags, show)
+    return Study(parent, folder, setup, run, tags, show)

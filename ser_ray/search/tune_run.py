@@ -49,7 +49,7 @@ class Plan:
     num_trials: int
     scheduler: TrialScheduler
     space: dict[str, Any] | None = None
-    """Name -> Tune's domain, where the algorithm does not know it."""
+    """Tune's domain of each name; None if the algorithm holds the space itself."""
 
 
 def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
@@ -76,7 +76,7 @@ def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
 
 
 def points_plan(points: Sequence[dict[str, Any]], slots: Slots, scheduler: TrialScheduler) -> Plan:
-    """Every point once, in this order; a point has a value for each name."""
+    """Plan to train every point once, in this order; a point has a value for each name."""
     return Plan(
         algorithm=SlotVariants(points_to_evaluate=list(points), max_concurrent=slots.count),
         num_trials=len(points),
@@ -99,7 +99,7 @@ def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
 
 
 def excluded(recipe: TrainConfig, config: TuneConfig) -> list[str]:
-    """Every name and value of the recipe that the space cannot draw."""
+    """Name and value of each field of the recipe that the space cannot draw."""
     values = values_of(recipe, config.dimensions)
     return [
         f"{item.name} {values[item.name]}"
@@ -109,7 +109,7 @@ def excluded(recipe: TrainConfig, config: TuneConfig) -> list[str]:
 
 
 def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """The recipe itself as the first point to try; empty if the space excludes it."""
+    """The recipe itself, as the first point to try; no point if the space excludes it."""
     return [] if excluded(recipe, config) else [values_of(recipe, config.dimensions)]
 
 

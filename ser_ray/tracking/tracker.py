@@ -51,6 +51,8 @@ class Tracker:
         self._client = MlflowClient(tracking_uri=uri)
         self._queue: list[Metric] = []
         """Metrics that have not been sent to the store yet."""
+        self._epochs: set[int] = set()
+        """The epochs that were logged."""
         self._retry_at = 0.0
         """When to try again, by time.monotonic; 0 while the store answers."""
 
@@ -186,16 +188,24 @@ class Tracker:
         learning_rates: Sequence[float],
         timestamp_ms: int,
         system_metrics: Mapping[str, Mapping[str, float]] | None = None,
-    ) -> None:
+    ) -> bool:
         """Queue everything that one epoch reported, until `flush` or `deliver`.
+
+        An epoch may be repeated after a failure; this method ignores one that it has logged.
 
         Args:
             row: the epoch's number (`epoch`, from 1) and its metrics, whose names have a slash.
             learning_rates: one per step of the epoch; logged as `train/lr` over all steps.
             timestamp_ms: when the epoch ended, as `now_ms` gives it.
             system_metrics: for each node its metrics by name; logged as `system/NODE/NAME`.
+
+        Returns:
+            Whether the epoch is new.
         """
         epoch = int(row["epoch"])
+        if epoch in self._epochs:
+            return False
+        self._epochs.add(epoch)
         metrics = {name: value for name, value in row.items() if "/" in name}
         for node, values in (system_metrics or {}).items():
             metrics |= {f"system/{node}/{name}": value for name, value in values.items()}
@@ -203,6 +213,7 @@ class Tracker:
         first_step = (epoch - 1) * len(learning_rates)
         for step, rate in enumerate(learning_rates, start=first_step):
             self.log_metrics({"train/lr": rate}, step, timestamp_ms)
+        return True
 
     def flush(self) -> bool:
         """Try to send the queue to the store; returns whether the queue is empty.

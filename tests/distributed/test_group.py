@@ -10,6 +10,7 @@ import torch
 from ser_ray.distributed import room
 from ser_ray.distributed.group import DriverCallback, WorkerGroup
 from ser_ray.distributed.room import RoomWatch
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import StoredCheckpoint
 from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import (
@@ -123,7 +124,7 @@ def test_a_lost_worker_that_is_replaced_gets_one_line(
     error = RuntimeError("The actor died unexpectedly.\n\tclass_name: RayTrainWorker\n\tpid: 1")
     DriverCallback(queue).after_exception(None, {1: error})
     workers = object.__new__(WorkerGroup)  # its constructor needs Ray
-    workers.task = cast(TrainingTask, SimpleNamespace(max_failures=max_failures))
+    workers.task = cast(TrainingTask, SimpleNamespace(run=RunConfig(max_failures=max_failures)))
     workers.losses = 0
     for _ in range(2):
         workers._tell_loss(queue.items[0]["lost"])

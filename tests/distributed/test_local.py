@@ -39,13 +39,8 @@ def make(tmp_path, memory_shards, small_network):
     def task(name: str = "run", max_failures: int = 0):
         folder = RunFolder(str(tmp_path), name)
         folder.update_record(name=name)
-        return TrainingTask(
-            folder=folder,
-            config=CONFIG,
-            shards=memory_shards,
-            pretrained=Pretrained("none", {}),
-            max_failures=max_failures,
-        )
+        run = RunConfig(max_failures=max_failures)
+        return TrainingTask(folder, CONFIG, memory_shards, Pretrained("none", {}), run)
 
     return task
 

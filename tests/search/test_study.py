@@ -20,7 +20,9 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation import pages
 from ser_ray.search import study as module
 from ser_ray.search import trial_table
+from ser_ray.search.actor import TrialSetup
 from ser_ray.search.optuna_study import importance_of, optuna_journal
+from ser_ray.search.slots import Slots
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
@@ -66,6 +68,7 @@ class Client:
         self.server, self.run_id = server, run_id
         self.waiting: list[tuple[str, int, float, int]] = []
         self.run = server.runs[run_id]
+        self._epochs: set[int] = set()
 
     log_epoch = Tracker.log_epoch
 
@@ -129,7 +132,9 @@ def open_study(server: Server, storage: Path | str) -> Study:
         finish=lambda status: server.require(),
     )  # fmt: skip
     shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
-    return Study(parent, folder, RECIPE, shards, RunConfig(), TAGS, show=lambda trials: None)
+    slots = Slots(count=1, cpus=1, gpus=0)
+    setup = TrialSetup(recipe=RECIPE, shards=shards, slots=slots, pretrained={})
+    return Study(parent, folder, setup, RunConfig(), TAGS, show=lambda trials: None)
 
 
 def deliver(study: Study) -> bool:
