@@ -13,7 +13,6 @@ machine can truncate it. A driver therefore deletes the list when it starts.
 import contextlib
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from pyarrow import fs
-from safetensors import safe_open
+from safetensors.numpy import load
 
 from ser_ray.errors import CheckpointError, MismatchError, SerRayError
 from ser_ray.evaluation.evaluation import REPORT
@@ -228,11 +227,12 @@ class RunFolder:
         self.check_lock()
         source = f"{self.path}/{newest.selected}"
         for name in (CARD, MODEL):  # the other files are only needed to resume
-            with (
-                self.filesystem.open_input_stream(f"{source}/{name}") as stored,
-                (into / name).open("wb") as local,
-            ):
-                shutil.copyfileobj(stored, local)
+            fs.copy_files(
+                f"{source}/{name}",
+                str(into / name),
+                source_filesystem=self.filesystem,
+                use_threads=False,
+            )
         (into / RECORD).write_text(json.dumps(origin))
         target = f"{self.path}/{SELECTED}"
         self.filesystem.create_dir(target, recursive=True)
@@ -241,15 +241,8 @@ class RunFolder:
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
         """Read the workers' validation probabilities of the selected epoch [clips, labels]."""
-        path = f"{self.path}/{newest.selected}/{STATE}"
-        with (
-            self.filesystem.open_input_stream(path) as stored,
-            tempfile.NamedTemporaryFile() as local,
-        ):
-            shutil.copyfileobj(stored, local)
-            local.flush()
-            with safe_open(local.name, framework="numpy") as tensors:
-                probabilities: np.ndarray = tensors.get_tensor(VALIDATION)
+        with self.filesystem.open_input_stream(f"{self.path}/{newest.selected}/{STATE}") as stored:
+            probabilities: np.ndarray = load(stored.read())[VALIDATION]
         return probabilities
 
     @contextlib.contextmanager

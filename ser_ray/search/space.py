@@ -1,4 +1,4 @@
-"""What a search draws and what a cross-validation trains. Importing this is cheap.
+"""Settings of searches and cross-validations, and the space of a search. Importing this is cheap.
 
 A search space is a few lines of `name=distribution(...)`: each name is a field of the recipe, and
 its distribution is `loguniform`, `uniform`, `integer` or `choice`. The lower bound of the learning
@@ -62,7 +62,7 @@ class Dimension:
         return f"{self.kind} {between.join(values)}"
 
     def holds(self, value: Any) -> bool:
-        """Whether a value could be drawn."""
+        """Whether a value can be drawn."""
         if self.kind == "choice":
             return value in self.values
         return bool(self.values[0] <= value <= self.values[1])
@@ -111,12 +111,12 @@ class CrossvalConfig:
     """Which folds are trained, how often, and what is scored."""
 
     seeds: int = 1
-    """Trainings of each fold, with the seeds from the recipe's upwards."""
+    """Number of trainings of each fold; their seeds count up from the recipe's seed."""
     folds: tuple[int, ...] = ()
     """Folds to train; all folds of the protocol if empty."""
     part: Literal["test", "validation"] = "test"
-    """Score the test parts, once and with the final recipe, or the validation parts, to choose
-    between recipes; then no test part is read."""
+    """Part of each fold to score: test, once and with the final recipe, or validation, to choose
+    between recipes without reading any test part."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -133,7 +133,7 @@ class SlotConfig:
     cpus_per_worker: int = 1
     """CPUs of a trial."""
     gpus_per_worker: float = 0.25
-    """Share of a GPU of a trial, or number of GPUs, if trials run on GPUs."""
+    """GPUs of a trial, if trials run on GPUs: a share of one, or a whole number."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_worker < 1:
