@@ -1,15 +1,12 @@
 """What passes between a group of workers and its driver, without Ray."""
 
-import re
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from ser_ray.distributed import room
 from ser_ray.distributed.group import DriverCallback, WorkerGroup
-from ser_ray.distributed.room import RoomWatch
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import StoredCheckpoint
 from ser_ray.distributed.task import TrainingTask
@@ -19,7 +16,6 @@ from ser_ray.errors import (
     DivergedError,
     LocationError,
     MismatchError,
-    ResourcesError,
     ShardsError,
 )
 
@@ -87,33 +83,6 @@ def test_the_epochs_before_a_checkpoint_are_restored_from_it() -> None:
     assert [epoch.learning_rates for epoch in found] == [[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]
     assert [epoch.timestamp_ms for epoch in found] == [10, 20, 30]
     assert all(epoch.is_restored for epoch in found)
-
-
-def test_waiting_for_places_ends_with_an_error_unless_there_are_some(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now, ours = 0.0, {"other", "ours"}
-    monkeypatch.setattr(room, "monotonic", lambda: now)
-    monkeypatch.setattr(room, "placement_groups", lambda *, with_room: ours)
-    monkeypatch.setattr(room, "free_resources", lambda: "1 CPUs, 0 GPUs")
-    watch = RoomWatch({"other"}, "2 workers with 3 CPUs each")
-    limit = room.START_SECONDS * room.START_ATTEMPTS
-    for _ in range(5):  # a training that holds places waits for its epochs as long as they take
-        now += limit
-        watch.require_room()
-    held = now
-    assert caplog.messages == []
-    ours = {"other"}
-    with pytest.raises(ResourcesError, match="no room for 2 workers with 3 CPUs each for"):  # noqa: PT012
-        while True:
-            now += room.START_SECONDS
-            watch.require_room()
-    assert now - held == limit
-    # A minute after the places were lost, and every minute from then on, the last but one before
-    # the end.
-    assert len(caplog.messages) == limit / 60 - 1
-    pattern = r"waiting for room for 2 workers with 3 CPUs each since \d\d:\d\d:\d\d \(29 min\); "
-    assert re.match(pattern + "free now: 1 CPUs, 0 GPUs", caplog.messages[-1])
 
 
 @pytest.mark.parametrize(("max_failures", "expected"), [(0, 0), (1, 1), (-1, 2)])
