@@ -67,7 +67,7 @@ def require_one_worker(run: RunConfig) -> None:
 
 
 def trials_on(node: dict[str, float], cpus: int, gpus: float) -> int:
-    """Trials that fit on a node; a share of a GPU is always of a single GPU."""
+    """Number of trials that fit on a node; a share of a GPU must come from one GPU."""
     room = int(node.get("CPU", 0) // cpus)
     if gpus >= 1:
         return min(room, int(node.get("GPU", 0) // gpus))

@@ -90,7 +90,7 @@ def search(
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
             starts.
-        SerRayError: no trial succeeded; says why the first failed.
+        SerRayError: no trial succeeded; the message says why the first failed.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
     require_one_worker(run)
@@ -161,7 +161,7 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
 def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict[str, Any]:
     """Parameters of a search's run: what all trials share, and under `search.` how it searches.
 
-    What is searched has no value yet; `_log_outcome` adds that of the best trial.
+    A searched field has no value yet; `_log_outcome` adds that of the best trial.
     """
     searched = {item.name for item in config.dimensions}
     if RATIO in searched:
@@ -184,7 +184,7 @@ def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> st
 
 
 def _settings(config: TuneConfig) -> dict[str, Any]:
-    """The settings that identify a search. `refit` is none of them: it changes no trial."""
+    """The settings that identify a search. `refit` is left out: it changes no trial."""
     return {name: value for name, value in asdict(config).items() if name != "refit"}
 
 

@@ -27,7 +27,7 @@ ARTIFACTS = "mlartifacts"
 LOOK_SECONDS = 1.0
 """How long one attempt waits for a database that another program holds."""
 LOCKED_SECONDS = 90.0
-"""How long a database may be held by another program before MLflow is asked all the same."""
+"""Longest wait for a database that another program holds; then MLflow is asked anyway."""
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -133,7 +133,7 @@ def _make(database: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time make a database in a folder, where the file system has locks."""
+    """Let one process at a time make a database in a folder, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
