@@ -26,7 +26,7 @@ START_SECONDS = 30.0
 Ray's list of nodes may be 20 s old, so only the second attempt may notice that a node is gone.
 Workers that have their placement group are not limited, for instance to install packages."""
 START_ATTEMPTS = 60
-"""Times START_SECONDS: half an hour for a cluster to start machines or to finish other work."""
+"""Number of these waits: half an hour in all to start machines or to finish other work."""
 TELL_SECONDS = 60.0
 """How often whoever waits for room says so."""
 
