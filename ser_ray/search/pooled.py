@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.evaluation.evaluation import REPORT, SCORES, Evaluation
+from ser_ray.evaluation.evaluation import SCORES, Evaluation
 from ser_ray.search.space import CrossvalConfig
-from ser_ray.search.trial import TrialRecord
+from ser_ray.search.trial import StudyResult, TrialRecord
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -47,14 +47,11 @@ class CrossvalPlan:
         return f"{self.caption}, {CORPORA[self.shards.card.corpus]}"
 
 
-@dataclass(frozen=True, slots=True)
-class CrossvalResult:
-    """A finished cross-validation."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossvalResult(StudyResult):
+    """A finished cross-validation; its trials are the trainings in the order of the plan."""
 
-    name: str
     plan: CrossvalPlan
-    trials: list[TrialRecord]
-    """The trainings, in the order of the plan."""
     folds: list[Evaluation]
     """The evaluation of each training on its own part."""
     pooled: Evaluation
@@ -62,15 +59,6 @@ class CrossvalResult:
     ensemble: Scores | None
     """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
     different clips."""
-    run_id: str
-    tracking_uri: str
-    location: str
-    """Folder of the cross-validation."""
-
-    @property
-    def report(self) -> str:
-        """Location of the cross-validation's page."""
-        return location_inside(self.location, REPORT)
 
     @property
     def table(self) -> str:

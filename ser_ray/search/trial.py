@@ -1,4 +1,4 @@
-"""The record of one trial of a search or cross-validation."""
+"""The records of trials, and what is common to a finished search and cross-validation."""
 
 import json
 from collections import Counter
@@ -8,8 +8,10 @@ from typing import Any, Literal, Self
 
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
+from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.search.space import recipe_of
 from ser_ray.storage.atomic import write_file
+from ser_ray.storage.paths import location_inside
 from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row, validation_rank
@@ -106,6 +108,24 @@ class TrialRecord:
             return "failed"
         # A scheduler also stops a trial whose epochs are all done.
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """What a finished search and a finished cross-validation have in common."""
+
+    name: str
+    trials: list[TrialRecord]
+    run_id: str
+    """Its own run; those of its trials are nested in it."""
+    tracking_uri: str
+    location: str
+    """Its folder."""
+
+    @property
+    def report(self) -> str:
+        """Location of its page."""
+        return location_inside(self.location, REPORT)
 
 
 def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:

@@ -27,7 +27,7 @@ from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
-from ser_ray.search.trial import TrialRecord, best_of, count_states, trial_rows
+from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.atomic import write_file
@@ -47,27 +47,15 @@ BEST_RECIPE = "best.json"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TuneResult:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneResult(StudyResult):
     """A finished search."""
 
-    name: str
     label: str
     """Protocol, fold and corpus, as shown beside every score."""
     best: TrialRecord
-    trials: list[TrialRecord]
-    run_id: str
-    """The search's own run; its trials are nested in it."""
-    tracking_uri: str
-    location: str
-    """Folder of the search."""
     again: str
     """Command that trains the best recipe."""
-
-    @property
-    def report(self) -> str:
-        """Location of the search's page."""
-        return location_inside(self.location, REPORT)
 
     @property
     def best_recipe(self) -> str:
