@@ -1,13 +1,13 @@
-"""Simulated recording conditions, such as noise, a telephone or a room, for testing a model.
+"""Simulates recording conditions, such as noise, a telephone or a room, to test a model.
 
 `under` changes a decoded clip before its features are computed. Its random numbers depend only on
 the condition and the clip's file name, so they are the same on every machine. The result is
 16-bit sound at the clip's own rate, clipped at full scale. Full scale is a mean square of 1, as
 everywhere in this package.
 
-`CONDITIONS` lists and defines them. Noise reaches from 20 Hz to 8 kHz at any sample rate, and
-pink noise has equal power in every octave. The level of speech is the mean square of its stretches
-of 10 ms that are at most 40 dB below the loudest one, so that pauses do not count.
+`CONDITIONS` defines the conditions. Noise reaches from 20 Hz to 8 kHz at any sample rate, and pink
+noise has equal power in every octave. The level of speech is the mean square of those 10 ms
+stretches that are at most 40 dB below the loudest one, so pauses do not count.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from ser_ray.features.transforms import ENERGY_SECONDS
 NOISE_BAND = (20.0, 8_000.0)
 """Hertz."""
 SPEECH_DB = 40.0
-"""Stretches that are further below the loudest one are pauses."""
+"""Stretches further below the loudest one are pauses."""
 PHONE_BAND = (300.0, 3_400.0)
 """Hertz; the band of a telephone line."""
 ECHO_SECONDS = 0.4

@@ -1,4 +1,7 @@
-"""The settings of the features, which determine the arrays in the shards. Imports nothing heavy."""
+"""The settings of the features, which determine the arrays in the shards.
+
+`--help` imports this module, so it imports nothing heavy.
+"""
 
 import dataclasses
 import hashlib
@@ -15,9 +18,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 LARGEST_NUMBER = 2**63
 """No setting is a number as large as this."""
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
-"""The largest values of settings that decide how much memory a clip needs."""
+"""The largest values of settings that determine how much memory a clip needs."""
 LARGEST_FEATURE = 2**26
-"""Most numbers in a feature of a clip: 256 MB as float32."""
+"""The most numbers that a feature of a clip may have: 256 MB as float32."""
 
 
 def require_valid(config: Any) -> None:
@@ -39,7 +42,7 @@ def require_valid(config: Any) -> None:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value has a type: a class, a `Literal`, or a list, tuple or dict of such types."""
+    """Return whether a value has a type: a class, a `Literal`, or a list, tuple or dict of them."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -60,12 +63,12 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
-    """How a clip becomes features. Two shard sets with equal configurations hold equal features."""
+    """How a clip becomes features. Equal configurations give equal features."""
 
     sample_rate: int = 16_000
     """Rate that every clip is resampled to, in hertz."""
     window_length: int = 800
-    """Hann window and FFT length in samples: 50 ms resolve the harmonics of a voice."""
+    """Length of the Hann window and FFT in samples: 50 ms, to resolve the harmonics of a voice."""
     hop_length: int = 400
     """Step between frames in samples: 25 ms."""
     num_mels: int = 64
@@ -75,14 +78,14 @@ class FeatureConfig:
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
-    """Sound at the two ends counts as silence if it is this many dB below the loudest 10 ms."""
+    """The ends of a clip are silent where they are this many dB below its loudest 10 ms."""
     trim_margin: float = 0.1
     """Seconds kept before the first and after the last sound, so that no quiet onset is lost."""
     min_seconds: float = 0.2
     """Clips with fewer seconds of sound are `too_short`."""
     max_seconds: float = 6.5
-    """Room for a clip in the shards. A clip with more seconds of sound is cut into windows; the
-    longest of RAVDESS has 6.37 s."""
+    """Length of a clip's features in the shards. A clip with more seconds of sound is cut into
+    windows; the longest clip of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -123,7 +126,7 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames of every array in the shards, which has room for `max_seconds`."""
+        """Number of frames of every array in the shards: those of `max_seconds`."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:
@@ -131,7 +134,7 @@ class FeatureConfig:
         return num_samples // self.hop_length + 1
 
     def num_bins(self, kind: Kind) -> int:
-        """Return the number of bins of one kind of feature, the first dimension of its arrays."""
+        """Return the number of bins of one kind of feature: the first dimension of its arrays."""
         bins = {
             "spectrogram": self.window_length // 2 + 1,
             "mel": self.num_mels,

@@ -2,13 +2,14 @@
 
 The first bytes of a file determine its format; its name is ignored. soundfile reads wav and returns
 16-bit samples as they are stored. PyAV reads all other formats, and only the audio packets of a
-video. Each reads what the other cannot. A clip is treated as hostile until it is decoded: its
+video. If the first choice cannot read a file, the other one is tried. No file is trusted: its
 length is limited before and while samples are read, playlists are refused because they can name
 other files, and every failure is a `ClipError` with a reason in words.
 
-One rule holds for damage in all formats. What can be decoded is used, what is lost is counted in
-seconds (`Sound.lost_seconds`), and a clip that lost more than half of itself is refused. Silence
-takes the place of lost sound if the file says how long it was, so all times are the recording's.
+One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
+in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
+the file says how long the lost sound was, silence replaces it, so the times of all other sound stay
+correct.
 """
 
 import io
@@ -38,9 +39,9 @@ from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
 UNKNOWN_LENGTH = 0x7FFFF000
-"""A wav that was written to a pipe declares at least this many bytes, or none."""
+"""A wav that was written to a pipe declares this many bytes or more, or 0."""
 MAX_CHUNKS = 100
-"""Chunks of a wav that are searched for the samples; a real file has fewer than ten."""
+"""The most chunks of a wav that are searched for the samples; real files have fewer than ten."""
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")
 """The names of the tables in the first frame of an mp3 that declare its length."""
 HEAD_BYTES = 4096
@@ -48,18 +49,18 @@ HEAD_BYTES = 4096
 SMALL_FILE = 1 << 21
 """Files in a bucket up to this many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
 READ_AHEAD = 1 << 18
-"""Bytes fetched at once from larger files: a video's header may say that it has no sound."""
+"""Bytes fetched at once from larger files; the header of a video may show that it has no sound."""
 
 
 def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
-    """Return the samples of a clip, its sample rate in hertz, and how many seconds were lost.
+    """Decode a clip.
 
     Args:
         file: a path or URI, or a seekable binary stream.
         max_seconds: longer clips are `too_long`, and no more than this is ever decoded.
 
     Returns:
-        Samples of a 16-bit mono wav are int16 as stored, all others are one channel (`to_mono`) as
+        The samples of a 16-bit mono wav as stored (int16), all others as one channel (`to_mono`) of
         float32 with full scale ±1.
 
     Raises:
@@ -92,7 +93,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         failed = "storage" if isinstance(file, str) and "://" in file else "file"
         reason = f"reading failed: {error.strerror or error}"
         raise ClipError("unreadable", reason, failed=failed) from error
-    except Exception as error:  # a library fails in its own way on what this clip holds
+    except Exception as error:  # libraries raise errors of any kind for damaged files
         reason = f"its content is damaged in a way that stops the decoder ({type(error).__name__})"
         raise ClipError("unreadable", reason) from error
 
@@ -145,11 +146,11 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
 
 
 def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool]:
-    """Return how many bytes of samples a wav declares and has, and whether the length is stated.
+    """Return how many bytes of samples a wav declares and has, and whether the length is valid.
 
-    soundfile reports only the bytes that it has. A length is not stated if the recorder did not
-    come back to its header: it is 0, a placeholder, or leads to a place where no chunk begins.
-    `wav` must be positioned after its first 12 bytes.
+    soundfile reports only the bytes that it has. The length is not valid if the recorder did not
+    complete the header: it is 0, a placeholder, or does not end where a chunk begins. `wav` must be
+    positioned after its first 12 bytes.
     """
     layout = ">4sI" if is_big_endian else "<4sI"
     for _ in range(MAX_CHUNKS):
@@ -159,12 +160,12 @@ def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool
         if name == b"data":
             start = wav.tell()
             held = wav.seek(0, io.SEEK_END) - start
-            if size >= UNKNOWN_LENGTH:  # RF64 states it elsewhere; soundfile reads both to the end
+            if size >= UNKNOWN_LENGTH:  # RF64 has it elsewhere; soundfile reads to the end
                 return held, held, True
             wav.seek(start + size + size % 2)
             after = wav.read(8)
-            is_stated = bool(size) and (len(after) < 8 or _is_chunk(after, layout, held - size))
-            return size, held, is_stated or not held
+            is_valid = bool(size) and (len(after) < 8 or _is_chunk(after, layout, held - size))
+            return size, held, is_valid or not held
         wav.seek(size + size % 2, io.SEEK_CUR)  # chunks start at even positions
     return 0, 0, True
 
@@ -181,8 +182,7 @@ def _decode_with_soundfile(
     """Decode with soundfile; None for a file that it cannot read.
 
     Args:
-        declared_share: the length that the header declares, divided by the length that the file
-            has.
+        declared_share: the length that the header declares, divided by the actual length.
     """
     try:
         with soundfile.SoundFile(source) as sound:
@@ -200,5 +200,5 @@ def _decode_with_soundfile(
                     pieces.append(to_mono(piece.T))
                 samples = np.concatenate(pieces)
             return Decoded(samples, sound.samplerate, lost, seconds)
-    except (soundfile.LibsndfileError, TypeError):  # soundfile takes any .raw to have no header
+    except (soundfile.LibsndfileError, TypeError):  # soundfile raises it for the suffix .raw
         return None

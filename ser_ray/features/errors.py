@@ -7,18 +7,17 @@ Failure = Literal["clip", "file", "storage"]
 
 
 class ClipError(Exception):
-    """One clip cannot become features. It is a row of the outcomes and does not end the run."""
+    """A clip cannot become features. The run continues, and the outcomes say why."""
 
     def __init__(self, status: ClipStatus, reason: str, *, failed: Failure = "clip") -> None:
         super().__init__(status, reason)
         self.status: ClipStatus = status
         """The clip's outcome."""
         self.reason = reason
-        """The reason, in words for the owner of the corpus."""
+        """The outcome in words, for the owner of the corpus."""
         self.failed: Failure = failed
-        """What failed. `clip`: the content, so another attempt would fail in the same way. `file`:
-        reading this one file, which may be temporary. `storage`: the disk or bucket, so that other
-        clips may fail too."""
+        """What failed: the content of the `clip`, which another attempt would not change; reading
+        this `file`, which may be temporary; or the `storage`, so that other clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

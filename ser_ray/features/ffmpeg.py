@@ -1,4 +1,4 @@
-"""Decodes all formats except most wavs, and the sound of videos, with PyAV (FFmpeg).
+"""Decodes videos and all audio formats but wav, and the wavs that soundfile cannot read, by PyAV.
 
 Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
@@ -38,17 +38,17 @@ CODECS = (
 """FFmpeg's decoders that may run. None of them decodes pictures. FFmpeg would otherwise decode
 the first picture, which takes 20 of the 22 ms of opening a video of 720 lines."""
 GAP_SECONDS = 0.06
-"""A longer gap between the time stamps of two frames is filled with silence. Shorter ones come from
-rounding and from the clocks of recorders."""
+"""A longer gap between the time stamps of two frames is filled with silence. Rounding and inexact
+clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
-"""A file is read up to this number of damaged places in its container."""
+"""Reading ends after this many damaged places in the container."""
 EXACT_LENGTH = ("mp4", "aiff", "au", "flac", "tta", "wv", "matroska")
 """Formats whose header declares the length; in others FFmpeg estimates it."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""
 PAUSES = "mp4"
-"""The format whose time stamps are in an index, apart from the sound. There, a gap is a pause of
-the recorder; in other formats, a gap means that packets are missing."""
+"""The format with an index of time stamps apart from the sound. There, a gap means that the
+recorder paused; in other formats, packets are missing."""
 
 
 class UnsupportedError(Exception):
@@ -87,7 +87,7 @@ def decode_with_ffmpeg(
 
 
 class _Timeline:
-    """Collects the frames of a stream, with silence in place of those that are missing."""
+    """Collects the frames of a stream, with silence in place of missing ones."""
 
     def __init__(self, sample_rate: int, max_seconds: float, *, has_pauses: bool) -> None:
         self.sample_rate, self._max_seconds = sample_rate, max_seconds

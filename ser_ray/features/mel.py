@@ -1,4 +1,4 @@
-"""The mel filter bank, for the features of sound and for training, which reads no sound."""
+"""The mel filter bank, which `training` imports without the modules that read sound."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Decoded samples: the checks, the mixing and the cutting that all formats share."""
+"""Decoded samples, and how they are checked, mixed and cut, whatever their format was."""
 
 from typing import NamedTuple
 
@@ -10,25 +10,28 @@ MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
 """Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
 MAX_PEAK = 8.0
-"""Largest float sample that is accepted: full scale is 1, and a mix may exceed it a little."""
+"""The largest float sample with full scale ±1; a mix may exceed 1 a little."""
 INTEGER_PEAK = 2.0**15
-"""Full scale of float samples that a tool left in the 16-bit range. Larger ones are not sound."""
+"""Larger float samples have this full scale: some tools write the 16-bit range as floats. Samples
+above this are not sound."""
 MISSING_SECONDS = 0.25
-"""The end of a clip is lost if its header declares more than this many additional seconds. Many
-headers are off by less."""
+"""Seconds that the header of an undamaged file may declare too many. If it declares more, the end
+of the clip is lost."""
 MIN_LOST_SECONDS = 0.01
-"""Shorter losses are not mentioned."""
+"""Shorter losses are not reported."""
+MIX_SECONDS = 10.0
+"""Recordings are mixed to one channel in pieces of this length: hours would not fit into memory."""
 
 
 class Sound(NamedTuple):
-    """What was decoded from a clip."""
+    """The sound that was decoded from a clip."""
 
     samples: np.ndarray
     """`[num_samples]`, int16 or float32; lost sound is silent."""
     sample_rate: int
     """Hertz."""
     lost_seconds: float = 0.0
-    """Seconds of the recording that are missing from the file or cannot be decoded."""
+    """Seconds that are missing from the file or cannot be decoded."""
 
     @property
     def loss(self) -> str | None:
@@ -39,7 +42,7 @@ class Sound(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What a library decoded, before it is checked."""
+    """The sound as a library decoded it, before it is checked."""
 
     samples: np.ndarray
     sample_rate: int
@@ -83,7 +86,7 @@ def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | Non
         end: second at which it ends; None for the end of the recording.
 
     Returns:
-        The segment, and what is missing from it in words; None if nothing is.
+        The segment, and what is missing from it in words, or None.
 
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.
@@ -105,16 +108,12 @@ def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | Non
     return sound._replace(samples=samples), "; ".join(losses) or None
 
 
-MIX_SECONDS = 10.0
-"""Longer recordings are mixed to one channel in pieces of this length: hours do not fit at once."""
-
-
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
 
-    The result is usually the mean of the channels. Channels of opposite phase cancel each other in
-    the mean. Therefore the loudest channel is returned if the mean has less than half the power
-    that it would have if only one channel held sound. Constant offsets do not count as power.
+    The result is the mean of the channels, unless they have opposite phase and cancel each other.
+    If the mean has less than half the power that it would have if only one channel had sound, the
+    loudest channel is returned. Constant offsets do not count as power.
     """
     if len(channels) == 1 or not channels.size:
         return channels.mean(axis=0)

@@ -1,11 +1,11 @@
-"""Decoding clips whose decoding may never end, or may kill the process.
+"""Decodes clips that may hang or kill the process which decodes them.
 
-The first attempt (`time_limited`) decodes in its own process and ends that process if a clip takes
-too long. The next attempt decodes in a `Sandbox`, a child process, and so finds the bad clip and
+The first attempt (`time_limited`) decodes in the calling process and ends it if a clip takes too
+long. The second attempt decodes in a `Sandbox`, a child process, so it finds the bad clip and
 continues with the others. A sandbox takes a second to start and half a millisecond per clip.
 
 Run as a module, this is the process inside a sandbox: it answers each request with a JSON message
-and, for a clip that was decoded, with a second message of its samples.
+and, if the clip was decoded, with a second message of its samples.
 
 `concurrent.futures` and `multiprocessing` would be shorter, but a pool cannot end a worker that
 hangs, and both import the caller's main module again in the new process: Ray in a Ray worker, or a
@@ -39,10 +39,10 @@ SECONDS_PER_CLIP = 60.0
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> Iterator[Callable[..., Sound]]:
-    """Yield a `decode` that ends this process if a clip takes longer than one to two time limits.
+    """Yield a `decode` that ends this process if a clip takes longer than once or twice the limit.
 
-    A library that hangs cannot be interrupted and may not let another Python thread run, so
-    `faulthandler`, which needs no Python thread, ends the process.
+    `faulthandler` ends it, because it needs no Python thread: a library that hangs cannot be
+    interrupted, and may let no other Python thread run.
     """
     began = -math.inf
 

@@ -1,9 +1,9 @@
 """Second stage of a clip: mono samples become spectrogram, mel and mfcc.
 
 The silent ends are cut off first, so that only sound is resampled. One Fourier transform serves all
-three kinds. They equal torchaudio's Spectrogram, MelScale and MFCC, but scipy computes them:
-importing torch would take seconds in every worker, and on matrices as small as these the threads of
-BLAS would only compete for the cores.
+three kinds. The values equal those of torchaudio's Spectrogram, MelScale and MFCC. scipy computes
+them, because importing torch would take seconds in every worker, and the threads of BLAS would only
+compete for the cores on matrices as small as these.
 """
 
 import itertools
@@ -20,26 +20,26 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.mel import POWER_FLOOR, mel_bands
 
 ENERGY_SECONDS = 0.01
-"""Loudness is measured over stretches of this many seconds."""
+"""Length of a stretch, over which loudness is measured."""
 SILENCE_POWER = 1e-8
 """A recording whose loud stretches have less power is silent: -80 dB of full scale."""
 STEADY_RATIO = 10**0.2
-"""Quiet stretches are the steady noise of a room if a tenth and three tenths of all stretches are
-below levels that differ by less than this power ratio, 2 dB. In clean speech they differ by more:
-by 3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
+"""The quiet stretches are the steady noise of a room if the 30th percentile of the power of all
+stretches is less than this ratio, 2 dB, above the 10th. In clean speech the difference is larger:
+3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
 HEARD_RATIO = 10.0
-"""Unless the loudest stretch is this power ratio, 10 dB, above the noise, nothing is cut off."""
+"""Noise counts only if its 10th percentile is this power ratio, 10 dB, below the loudest stretch."""
 NOISE_MARGIN_DB = (3.0, 9.0)
-"""Sound is this far above a tenth of the stretches of a room, at least and at most. Pink noise
-rises by up to 8 dB, white noise by 1.3 dB (at 48 kHz), and speech fades into it."""
+"""Smallest and largest margin of sound above the 10th percentile of a room's noise. Pink noise
+exceeds it by up to 8 dB, white noise by 1.3 dB (at 48 kHz), and speech fades into it."""
 NOISE_SPREADS = 8.0
-"""Between these bounds, the margin in dB is this many times the difference in level between a tenth
-and three tenths of the stretches. Gaussian noise rises by 6 times this difference in 4 s."""
+"""Between these bounds, the margin in dB is this many times the difference between the 30th and the
+10th percentile. In 4 s, Gaussian noise exceeds the 10th by 6 times this difference."""
 LOUD_STRETCHES = 20
-"""A recording is as loud as its 20th loudest stretch: 0.2 s, which no click lasts. If it has fewer
-than 20 times as many stretches, it is as loud as a twentieth of them."""
+"""The level of a recording is that of its 20th loudest stretch, because no click lasts 0.2 s. With
+fewer than 400 stretches, it is the level that a twentieth of them reach."""
 BLOCK_STRETCHES = 10_000
-"""Stretches that are measured at once."""
+"""Stretches measured at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ class Loudness:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing in it is loud enough, for longer than a click, to be sound."""
+        """Whether nothing longer than a click is loud enough to be sound."""
         num_sounding = np.count_nonzero(self.power >= SILENCE_POWER)
         return bool(num_sounding < num_loud(len(self.power)))
 
 
 class FeatureExtractor:
-    """Computes the features of a `FeatureConfig`. It holds plain arrays, so it can be pickled."""
+    """Computes features with a `FeatureConfig`. It holds plain arrays, so it can be pickled."""
 
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
@@ -83,7 +83,7 @@ class FeatureExtractor:
         Args:
             samples: `[num_samples]`, int16 or float32, as `decode` returns them.
             sample_rate: their rate in hertz.
-            loudness: of these samples with this configuration, if it was measured already.
+            loudness: their loudness with this configuration, if it was measured already.
 
         Raises:
             ClipError: `silent`, `too_short` or `too_long`.
@@ -98,10 +98,10 @@ class FeatureExtractor:
         return self._resample(samples[first:end], sample_rate)
 
     def windows(self, samples: np.ndarray, sample_rate: int) -> list[np.ndarray]:
-        """Return the waveforms of a clip: one, or windows if its sound is above `max_seconds`.
+        """Return the waveform of a clip, or of its windows if it has more sound than `max_seconds`.
 
-        The windows are of equal length, and as few as possible cover the sound from end to end. One
-        that has less than `min_seconds` of sound is left out, if others have more.
+        The windows have equal length and are as few as possible to cover all sound. Windows with
+        less than `min_seconds` of sound are left out, unless all have less.
 
         Raises:
             ClipError: `silent` or `too_short`.
@@ -173,10 +173,10 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     """Measure samples `[num_samples]`, int16 or float32.
 
     The power of a stretch is that of its differences from the straight line that fits it best, so
-    an offset does not count, constant or drifting, and a recorder's rumble below 50 Hz hardly does.
-    Sound is louder than `trim_db` below the loudest stretch. Where the quiet stretches are equally
-    loud, they are the noise of a room, and sound must also be above it by a margin that depends on
-    how much it fluctuates (`NOISE_SPREADS`).
+    constant and drifting offsets do not count, and rumble below 50 Hz hardly does. A stretch is
+    sound if it is less than `trim_db` below the loudest one. If the quiet stretches are the steady
+    noise of a room (`STEADY_RATIO`), sound must also be above the noise by a margin that depends on
+    how much the noise fluctuates (`NOISE_SPREADS`).
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
@@ -202,7 +202,7 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
 
 
 def num_loud(num_stretches: int) -> int:
-    """Return how many of these stretches are at least as loud as the recording."""
+    """Return how many of these stretches are at least as loud as the level of the recording."""
     return min(max(num_stretches // 20, 1), LOUD_STRETCHES)
 
 
