@@ -28,7 +28,7 @@ STEADY_RATIO = 10**0.2
 stretches is less than this ratio, 2 dB, above the 10th. In clean speech the difference is larger:
 3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
 HEARD_RATIO = 10.0
-"""Noise counts only if its 10th percentile is this power ratio, 10 dB, below the loudest stretch."""
+"""Noise counts only if its 10th percentile is this ratio, 10 dB, below the loudest stretch."""
 NOISE_MARGIN_DB = (3.0, 9.0)
 """Smallest and largest margin of sound above the 10th percentile of a room's noise. Pink noise
 exceeds it by up to 8 dB, white noise by 1.3 dB (at 48 kHz), and speech fades into it."""
