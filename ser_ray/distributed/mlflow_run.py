@@ -8,8 +8,7 @@ from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.about import data_line, dataset_of
-from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.about import data_line, dataset_of, provenance
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, run_to_resume
 

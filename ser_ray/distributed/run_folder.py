@@ -129,6 +129,16 @@ class RunFolder:
         if self._lock is not None:
             self._lock.check()
 
+    def read(self, name: str) -> bytes:
+        """Read a small file of the folder."""
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            content: bytes = stream.read()
+        return content
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file of the folder, completely or not at all."""
+        write_file(self.filesystem, f"{self.path}/{name}", text.encode())
+
     def record(self) -> dict[str, Any]:
         """Read the run's record; it is empty before the first start.
 
@@ -136,8 +146,7 @@ class RunFolder:
             CheckpointError: the file is damaged.
         """
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{RECORD}") as stream:
-                record: dict[str, Any] = json.loads(stream.read())
+            record: dict[str, Any] = json.loads(self.read(RECORD))
         except FileNotFoundError:
             return {}
         except ValueError as error:
@@ -149,9 +158,9 @@ class RunFolder:
 
     def update_record(self, **values: Any) -> None:
         """Change entries of the record."""
-        content = json.dumps(self.record() | values, indent=2).encode()
+        record = json.dumps(self.record() | values, indent=2)
         self.filesystem.create_dir(self.path, recursive=True)
-        write_file(self.filesystem, f"{self.path}/{RECORD}", content)
+        self.write(RECORD, record)
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to resume a run that had another recipe or other shards.
@@ -210,8 +219,7 @@ class RunFolder:
 
     def selected_card(self) -> CheckpointCard:
         """Read the card of the selected checkpoint of a finished run."""
-        with self.filesystem.open_input_stream(f"{self.path}/{SELECTED}/{CARD}") as stream:
-            return CheckpointCard.from_json(stream.read().decode())
+        return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
 
     def keep_selected(
         self, newest: StoredCheckpoint, origin: dict[str, str], into: Path
@@ -241,8 +249,7 @@ class RunFolder:
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
         """Read the workers' validation probabilities of the selected epoch [clips, labels]."""
-        with self.filesystem.open_input_stream(f"{self.path}/{newest.selected}/{STATE}") as stored:
-            probabilities: np.ndarray = load(stored.read())[VALIDATION]
+        probabilities: np.ndarray = load(self.read(f"{newest.selected}/{STATE}"))[VALIDATION]
         return probabilities
 
     @contextlib.contextmanager
@@ -266,7 +273,7 @@ class RunFolder:
         """
         lines = [line for line in trace.splitlines() if line.strip()]
         try:
-            write_file(self.filesystem, f"{self.path}/{TRACE}", trace.encode())
+            self.write(TRACE, trace)
             place = f"the trace is in {location_inside(self.location, TRACE)}"
         except OSError as error:  # the storage may be what the trace is about
             place = f"no trace could be written: {error}"

@@ -64,7 +64,9 @@ def evaluate(
     _require_same_features(card, shards, shards_location)
     table = shards.clips()
     rows, label, is_own = _rows(card, shards, table, part, protocol, fold)
-    seen = () if is_own else _seen_speakers(card, table, rows)
+    known = {*card.split["train_speakers"], *card.split["validation_speakers"]}
+    scored = set(table["speaker"].take(rows).to_pylist())
+    seen = () if is_own else tuple(sorted(known & scored))
     if seen and not allow_seen_speakers:
         raise CheckpointError(
             f"{shards_location}: the model was trained on {len(seen)} of these speakers "
@@ -201,12 +203,6 @@ def _rows(
             "on: name shards of other speakers"
         )
     return rows, parts.label, is_own
-
-
-def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
-    """Names of the speakers of these rows that the model was trained or validated on."""
-    seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
-    return tuple(sorted(seen & set(table["speaker"].take(rows).to_pylist())))
 
 
 def _require_same_features(card: CheckpointCard, shards: ShardSet, location: str) -> None:

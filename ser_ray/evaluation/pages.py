@@ -38,7 +38,7 @@ from ser_ray.plots.search import (
     rank_of,
 )
 from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
-from ser_ray.tracking.provenance import provenance
+from ser_ray.tracking.about import provenance
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row

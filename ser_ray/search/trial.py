@@ -10,7 +10,6 @@ from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.search.space import recipe_of
-from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import location_inside
 from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.config import TrainConfig
@@ -132,7 +131,7 @@ def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:
     """Write the records of a study's trials into its folder, without recipes and run ids."""
     names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
     records = [{name: getattr(trial, name) for name in names} for trial in trials]
-    write_file(folder.filesystem, f"{folder.path}/{RECORDS}", json.dumps(records).encode())
+    folder.write(RECORDS, json.dumps(records))
 
 
 def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
@@ -143,8 +142,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
         recipe: the recipe that the drawn values go into.
     """
     try:
-        with folder.filesystem.open_input_stream(f"{folder.path}/{RECORDS}") as stream:
-            saved = json.loads(stream.read())
+        saved = json.loads(folder.read(RECORDS))
     except FileNotFoundError:
         return []
     return [TrialRecord(**values, recipe=recipe_of(recipe, values["values"])) for values in saved]

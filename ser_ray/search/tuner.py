@@ -30,7 +30,6 @@ from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
@@ -179,8 +178,7 @@ def _settings(config: TuneConfig) -> dict[str, Any]:
 def _keep_best(folder: RunFolder, best: TrialRecord) -> None:
     """Write the best recipe beside the trials."""
     content = {"run_id": best.run_id, "selected": best.selected, "recipe": best.recipe.to_dict()}
-    encoded = json.dumps(content, indent=2).encode()
-    write_file(folder.filesystem, f"{folder.path}/{BEST_RECIPE}", encoded)
+    folder.write(BEST_RECIPE, json.dumps(content, indent=2))
 
 
 def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
@@ -215,7 +213,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
     )
     store_page(page, folder.report)
     journal = optuna_journal(folder.name, trials, config.dimensions)
-    write_file(folder.filesystem, f"{folder.path}/{OPTUNA_STUDY}", journal.encode())
+    folder.write(OPTUNA_STUDY, journal)
     files: dict[str, Any] = {
         REPORT: as_artifact(page),
         "config.json": best.recipe.to_dict(),

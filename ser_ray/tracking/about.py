@@ -1,18 +1,25 @@
-"""What MLflow shows of a run besides its numbers: its kind, its data set and a description.
+"""What MLflow shows of a run besides its numbers: its kind, origin, data set and description.
 
 Every run of this package, whatever it trains, gets the same tags from `run_tags`, the same input
 from `dataset_of`, and a description of the same lines, which `merge_note` puts together.
 """
 
+import getpass
 import json
+import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ser_ray.features.config import KINDS
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.provenance import provenance
+from ser_ray.version import __version__
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -27,6 +34,9 @@ LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Lines of a description, in their order."""
 FEATURES = "binary"
 """MLflow's type for the feature columns; `ShardSet.to_array` makes arrays of them."""
+TAG_BYTES = 5000
+"""MLflow's own limit of a tag."""
+PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
 def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
@@ -49,6 +59,46 @@ def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
         "mlflow.source.name": facts["mlflow.source.name"],
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def provenance() -> dict[str, str]:
+    """Describe this process, its code and its machine: text by name."""
+    tags = {f"version.{name}": version(name) for name in PACKAGES}
+    tags["version.ser_ray"] = __version__
+    tags["mlflow.user"] = _user()
+    tags["mlflow.source.name"] = Path(sys.argv[0]).name
+    tags["version.python"] = platform.python_version()
+    tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    tags["command"] = shlex.join([_program(), *sys.argv[1:]])[:TAG_BYTES]
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        tags["git.commit"] = commit + ("-dirty" if _git("status", "--porcelain") else "")
+    return tags
+
+
+def _program() -> str:
+    """Name of the program as a user types it; `python -m ser_ray` is ser-ray."""
+    path = Path(sys.argv[0])
+    return "ser-ray" if path.parent.name == "ser_ray" else path.name
+
+
+def _user() -> str:
+    """Name of the user, or the number of one without an account, as containers often have."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13
+        return str(os.getuid())
+
+
+def _git(*arguments: str) -> str:
+    package = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
 
 
 def data_line(shards: ShardSet) -> str:

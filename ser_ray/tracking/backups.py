@@ -50,7 +50,8 @@ class Backups:
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
             newest = max(self._names(), default="")
-            if newest and not self._continues(newest):
+            is_known = self._database.exists() and self._continued.exists()
+            if newest and not (is_known and self._continued.read_text() == newest):
                 self._restore(newest)
         except OSError as error:
             raise TrackingError(
@@ -89,11 +90,6 @@ class Backups:
     def _names(self) -> list[str]:
         listed = self._filesystem.get_file_info(fs.FileSelector(self._folder))
         return [entry.base_name for entry in listed if entry.base_name.endswith(".db")]
-
-    def _continues(self, newest: str) -> bool:
-        """Whether this machine's database is the newest backup plus what was recorded after it."""
-        known = self._database.exists() and self._continued.exists()
-        return known and self._continued.read_text() == newest
 
     def _restore(self, name: str) -> None:
         downloaded = self._database.with_suffix(".part")

@@ -19,9 +19,8 @@ from urllib.parse import quote
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
-from ser_ray.tracking.about import NOTE, merge_note, model_name
+from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name
 from ser_ray.tracking.database import artifacts_of, await_database, database_of
-from ser_ray.tracking.provenance import TAG_BYTES
 from ser_ray.tracking.store import connect, search_runs, set_tracking_uri, store_answers
 from ser_ray.tracking.views import save_view
 
