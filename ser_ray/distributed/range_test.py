@@ -13,7 +13,6 @@ from ser_ray.cluster import (
     require_workers,
     trains_on_gpus,
 )
-from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.local import FAILURES, worker_device
 from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
@@ -26,7 +25,7 @@ from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
-from ser_ray.tracking.about import run_tags
+from ser_ray.tracking.about import run_tags, scored_on
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
@@ -161,15 +160,12 @@ def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]
     tracker.log_metrics({"proposed/lr_min": found.lr_min, "proposed/lr_max": found.lr_max}, 0, when)
     tracker.deliver()
     tracker.describe(
-        Result=f"lr_min {found.lr_min:.1e}, lr_max {found.lr_max:.1e} ({tags['protocol']}, "
-        f"{CORPORA[tags['corpus']]})"
+        Result=f"lr_min {found.lr_min:.1e}, lr_max {found.lr_max:.1e} ({scored_on(tags)})"
     )
     tracker.log_files(
         {
             REPORT: page,
-            "plots/lr_range.png": range_figure(
-                asdict(found), f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}"
-            ),
+            "plots/lr_range.png": range_figure(asdict(found), f"training loss, {scored_on(tags)}"),
             "tables/lr_range.json": asdict(found),
         }
     )

@@ -38,7 +38,7 @@ from ser_ray.plots.search import (
     rank_of,
 )
 from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
-from ser_ray.tracking.about import provenance
+from ser_ray.tracking.about import provenance, scored_on
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
@@ -186,7 +186,7 @@ def trial_page(
     part = None
     if history:
         selected = selected_row(history, recipe.keep)
-        where = f"epoch {selected['epoch']:.0f}, {_validated_on(tags)}"
+        where = f"epoch {selected['epoch']:.0f}, validation, {scored_on(tags)}"
         scores = _selected_scores(selected)
         part = _confusion_part("validation", where, np.asarray(confusion), labels, scores)
     return _page(
@@ -250,7 +250,7 @@ def search_page(
         f"its epoch {selected['epoch']:.0f} is selected.",
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         again=again,
-        measured_on=_validated_on(tags),
+        measured_on=f"validation, {scored_on(tags)}",
         scores=_selected_scores(selected),
         num_labels=num_labels,
         progress=history_figure(trials),
@@ -297,7 +297,7 @@ def range_page(
         summary=f"A test of {len(found['learning_rates'])} steps proposes learning rates from "
         f"{bounds['lr_min']} to {bounds['lr_max']}.",
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
-        measured_on=f"training loss, {tags['protocol']}, {CORPORA[tags['corpus']]}",
+        measured_on=f"training loss, {scored_on(tags)}",
         bounds=bounds,
         figure=range_figure(found),
         settings=settings,
@@ -418,10 +418,6 @@ def _training(
 def _selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
     values = {title: selected.get(f"val/{name}") for name, title in SCORES.items()}
     return {title: value for title, value in values.items() if value is not None}
-
-
-def _validated_on(tags: Mapping[str, str]) -> str:
-    return f"validation, {tags['protocol']}, {CORPORA[tags['corpus']]}"
 
 
 def _recipe(card: CheckpointCard) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any
 
 from ray import tune
 
-from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
@@ -32,7 +31,7 @@ from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import last_result
 from ser_ray.storage.paths import location_inside
-from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags
+from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags, scored_on
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
@@ -321,10 +320,9 @@ class Study(tune.Callback):
         """The line of the description that says how a trial ended."""
         if trial.problem:
             return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
-        on = f"{self.tags['protocol']}, {CORPORA[self.tags['corpus']]}"
         ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
         ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
-        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({on}); {ended}"}
+        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({scored_on(self.tags)}); {ended}"}
 
 
 def open_study(

@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from ser_ray.cluster import cluster, require_shared
 from ser_ray.corpus.splits import ALL
-from ser_ray.corpus.words import CORPORA
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
@@ -31,6 +30,7 @@ from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute, location_inside
+from ser_ray.tracking.about import scored_on
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
@@ -112,7 +112,7 @@ def search(
             best = best_of(study.trials)
             result = TuneResult(
                 name=folder.name,
-                label=f"validation, {parts.label}, {CORPORA[shards.card.corpus]}",
+                label=f"validation, {scored_on(study.tags)}",
                 best=best,
                 trials=study.trials,
                 run_id=study.parent.run_id,

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from ser_ray.corpus.words import CORPORA
 from ser_ray.features.config import KINDS
 from ser_ray.shards.read import ShardSet
 from ser_ray.version import __version__
@@ -59,6 +60,11 @@ def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
         "mlflow.source.name": facts["mlflow.source.name"],
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def scored_on(tags: Mapping[str, str]) -> str:
+    """Return the protocol and corpus of a run with these tags, as shown beside every score."""
+    return f"{tags['protocol']}, {CORPORA[tags['corpus']]}"
 
 
 def provenance() -> dict[str, str]:
