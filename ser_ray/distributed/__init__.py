@@ -1,5 +1,19 @@
 """Runs one training: in this process or on a cluster, with a folder and an MLflow run.
 
+run_config     settings of a run that are not part of its recipe
+launch         a training from its shards to its report; it begins here
+task           what is trained
+local          training in this process
+group          training by workers of Ray Train; `worker` is what runs in each of them
+process_group  the network of these workers
+room           waiting until a cluster has room
+ingest         whether training clips stay in memory or are streamed
+run_folder     checkpoints, record and lock of a run
+mlflow_run     the MLflow run of a training, search or cross-validation
+epoch_table    the epochs on a terminal or in a log
+node_metrics   utilisation of a node while it trains
+range_test     a learning-rate range test
+
 A training survives failures. It resumes from the newest complete checkpoint in its folder
 (`run_folder`). `RunConfig.max_failures` limits each of the first four rows by itself:
 
