@@ -129,9 +129,10 @@ def train(
 
 
 def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
-    """Read a recipe from the MLflow run of a training, of a trial or fold, or of a search.
+    """Read a recipe from the MLflow run of a training, of a trial or fold, or of a whole study.
 
-    The recipe of a search is that of its best trial.
+    The recipe of a search is that of its best trial. That of a cross-validation has the folds' mean
+    temperature, for a model of the protocol all.
 
     Raises:
         TrackingError: there is no such run, or it holds no recipe.

@@ -36,8 +36,8 @@ class Train(TrainingVerb):
     """Train one fold; the same command resumes an interrupted training."""
 
     like: str = ""
-    """MLflow run of a training, a search or a trial, whose recipe is trained. Further flags replace
-    single settings of that recipe."""
+    """MLflow run of a training, a search, a cross-validation or a trial, whose recipe is trained.
+    Further flags replace single settings of that recipe."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the recipe of the run that --like names."""

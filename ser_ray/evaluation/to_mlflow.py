@@ -19,6 +19,7 @@ from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (
     SELECTED_BY,
     best_training_of,
+    cross_validation_of,
     fetch_checkpoint,
     read_test_scores,
     register_model,
@@ -116,6 +117,8 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
     """Register the model of a run (`best_training_of`); return the version and the model card.
 
+    The card of a model of all speakers has the scores of the cross-validation of its recipe.
+
     Raises:
         TrackingError: there is no such run, or it has no model.
     """
@@ -126,7 +129,11 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
     run = Tracker.of_run(resolve_uri(tracking_uri), run_id).read()
     validation_ua = run.data.metrics.get(SELECTED_BY)
     text = render(
-        "model_card.md.jinja", card=card, scores=scores, validation_ua=validation_ua
+        "model_card.md.jinja",
+        card=card,
+        scores=scores,
+        validation_ua=validation_ua,
+        tested=cross_validation_of(run_id, tracking_uri) if validation_ua is None else None,
     ).rstrip()
     tags = {
         "protocol": card.split["label"],

@@ -130,6 +130,7 @@ def crossval(
             result = pool(plan, study.trials, location, folder.name, study.parent)
             _record(result, study.parent, audio=run.audio)
             _log_best(study, location)
+            study.parent.log_files({"config.json": recipe_to_ship(result).to_dict()})
             study.finish()
     return result
 
@@ -197,6 +198,12 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
             f"{len(failed)} of {len(trials)} folds failed; fold {first.recipe.fold}, seed "
             f"{first.recipe.seed}: {first.problem}; the same command trains the failed folds again"
         )
+
+
+def recipe_to_ship(result: CrossvalResult) -> TrainConfig:
+    """The recipe of a model of all speakers: its temperature is the folds' geometric mean."""
+    logs = [np.log(fold.card.temperature) for fold in result.folds]
+    return replace(result.plan.recipe, temperature=float(np.exp(np.mean(logs))))
 
 
 def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SELECTED_BY, TIE_BROKEN_BY = "selected/ua", "selected/loss"
 """Metrics that rank finished trainings: the higher UA is better, then the lower loss."""
+OF_A_FOLD = {"protocol", "fold", "seed", "temperature"}
+"""Settings in which a model of all speakers differs from the folds that tested its recipe."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
 ADVICE = (
@@ -175,6 +177,28 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
         f"--like {best_id}, then repeat this command"
     )
+
+
+def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
+    """Find the newest cross-validation of a training's recipe and shards that tested new speakers.
+
+    Raises:
+        TrackingError: there is no such run, it has no recipe, or the store does not answer.
+    """
+    uri = resolve_uri(tracking_uri)
+    client = connect(uri)
+    shared = flatten(recipe_of_run(run_id, uri)).keys() - OF_A_FOLD
+    with store_answers(f"{run_id}: cannot be read from {uri}"):
+        run = client.get_run(run_id)
+        recipe = {name: run.data.params[name] for name in shared}
+        shards = run.data.tags[SHARDS_TAG]
+        condition = f"tags.kind = 'cross-validation' and tags.`{SHARDS_TAG}` = '{shards}'"
+        for found in search_runs(client, run.info.experiment_id, condition):
+            params, metrics = found.data.params, found.data.metrics
+            is_tested = "test/ua" in metrics and params["protocol"] != "random"
+            if is_tested and recipe.items() <= params.items():
+                return found
+    return None
 
 
 def _rank(run: "Run") -> tuple[float, float]:

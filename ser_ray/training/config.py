@@ -112,13 +112,16 @@ class TrainConfig:
     """Length of a training crop in frames. A longer clip is scored by windows of this length."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, or a file of ResNet18 weights."""
+    temperature: float = 1.0
+    """Scales the probabilities of a model of the protocol all, which has no validation clips to fit
+    it on. `--like` with the run of a cross-validation sets it to the mean of the folds."""
     seed: int = 0
     """Seed of the initial weights, the order of the clips and the augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         require_valid(self)
-        for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max"):
+        for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
         for name in ("fold", "validation_speakers", "patience", "seed", "weight_decay"):

@@ -321,9 +321,12 @@ class Trainer:
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy everything that a checkpoint holds; the card gets the temperature of its weights."""
-        probabilities = self.validation_probabilities.cpu().numpy()
-        truth = self.data.validation.truth[: len(probabilities)]
-        card = replace(card, temperature=fit_temperature(truth, probabilities))
+        temperature = self.config.temperature
+        if len(self.data.validation):
+            probabilities = self.validation_probabilities.cpu().numpy()
+            truth = self.data.validation.truth[: len(probabilities)]
+            temperature = fit_temperature(truth, probabilities)
+        card = replace(card, temperature=temperature)
         state = {
             "losses": self.losses,
             "num_correct": self.num_correct,

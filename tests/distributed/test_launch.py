@@ -269,7 +269,6 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(mount).returncode == 0
 
 
-@pytest.mark.soak
 @pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small disk")
 def test_a_disk_that_was_full_while_checkpointing_costs_nothing(
     world: World, uninterrupted: TrainResult, tmp_path: Path
@@ -481,7 +480,6 @@ def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert [check() for _ in range(5)] == [False, True, False, True, False]
 
 
-@pytest.mark.soak
 def test_an_elastic_training_follows_the_nodes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

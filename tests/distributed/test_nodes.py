@@ -24,7 +24,6 @@ from tests.clips import six_speakers, small_corpus
 from tests.processes import family
 
 pytestmark = [
-    pytest.mark.soak,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(900),

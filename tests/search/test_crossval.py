@@ -13,13 +13,16 @@ import torch
 from mlflow import MlflowClient
 from pyarrow import fs
 
+from ser_ray.api import recipe_like
 from ser_ray.cli.train import Crossval
+from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.evaluation import SCORES
 from ser_ray.evaluation.rendering import as_artifact
+from ser_ray.evaluation.to_mlflow import register
 from ser_ray.search import crossval as module
 from ser_ray.search.crossval import (
     crossval,
@@ -94,6 +97,7 @@ def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
     )
     check_fold_against_plain_torch(shards, kept, tmp_path)
     check_runs(result, shards, run.tracking_uri)
+    check_model_to_ship(result, shards, run)
 
 
 @pytest.mark.ray
@@ -285,6 +289,23 @@ def check_runs(result, shards: str, uri: str) -> None:
         for run in nested
         if run.data.metrics["selected/ua"] == best.data.metrics["selected/ua"]
     }
+
+
+def check_model_to_ship(result: CrossvalResult, shards: str, run: RunConfig) -> None:
+    """The recipe of a cross-validation trains on all speakers, and the card has its scores."""
+    recipe = recipe_like(result.run_id, run.tracking_uri)
+    logs = [np.log(fold.card.temperature) for fold in result.folds]
+    assert recipe == replace(RECIPE, temperature=recipe.temperature)
+    assert recipe.temperature == pytest.approx(np.exp(np.mean(logs))) != 1
+    shipped = train(shards, replace(recipe, protocol="all"), run, on_epoch=lambda row: None)
+    assert shipped.card.temperature == recipe.temperature
+    _, card = register(shipped.run_id, "shipped", "champion", run.tracking_uri)
+    assert f"speaker-2, 2 folds, speaker-independent (run {result.run_id}): UA " in card
+    assert f"UA {result.pooled.mean('ua'):.1%} (95 % interval " in card
+    other = replace(recipe, protocol="all", weight_decay=0.5)
+    unlike = train(shards, other, run, on_epoch=lambda row: None)
+    _, card = register(unlike.run_id, "shipped", "champion", run.tracking_uri)
+    assert "Cross-validated" not in card
 
 
 @pytest.mark.parametrize(
