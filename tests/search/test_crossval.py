@@ -63,6 +63,7 @@ SEEDS = CrossvalConfig(seeds=2)
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
     two_cpus, shards, tmp_path
 ):
