@@ -23,6 +23,7 @@ from ser_ray.corpus.download import DownloadConfig
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import TrackingError
+from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.shards.config import PrepareConfig
@@ -51,9 +52,6 @@ SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
 """Where `pipeline` puts the shards of the synthetic corpus."""
 
 PREDICTIONS = f"{OUT}/predictions.parquet"
-
-Condition = Literal["noise", "phone", "codec", "room", "level"]
-"""A group of recording conditions (`ser_ray.features.conditions`)."""
 
 logger = logging.getLogger(__name__)
 
@@ -414,12 +412,12 @@ def evaluate(
         )
         if under:
             from ser_ray.cluster import cluster
-            from ser_ray.evaluation.robustness import score_under
+            from ser_ray.evaluation.robustness import predict_conditions, score_under
             from ser_ray.inference.predictor import Predictor
 
             with cluster(address):
-                rows = score_under(evaluation, Predictor(checkpoint), under)
-            evaluation = replace(evaluation, under=rows)
+                predicted = predict_conditions(evaluation, Predictor(checkpoint), under)
+            evaluation = replace(evaluation, under=score_under(evaluation, predicted))
     if evaluation.origin and evaluation.is_own_test:
         try:
             record_evaluation(evaluation, audio=audio)

@@ -13,6 +13,7 @@ from ser_ray.cli.verb import Outcome, Verb
 from ser_ray.command import next_command
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError
+from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Evaluate(ModelVerb):
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
     """Number of the fold to score instead of the model's own, counted from 0."""
-    under: tuple[api.Condition, ...] = ()
+    under: tuple[Condition, ...] = ()
     """Also score the clips as they would be recorded with noise, over a phone, with a codec, in a
     room with an echo, or at another level. Their files are decoded again."""
     against: str = ""
@@ -103,7 +104,7 @@ class Evaluate(ModelVerb):
             after = f"report       {evaluation.report}\n{after}"
         return Outcome(data, text, after)
 
-    def _score(self, model: str, under: tuple[api.Condition, ...]) -> "api.Evaluation":
+    def _score(self, model: str, under: tuple[Condition, ...]) -> "api.Evaluation":
         return api.evaluate(
             model,
             self.shards,

@@ -212,13 +212,25 @@ class Evaluation:
             f"in brackets 95 % intervals by bootstrap over {self.intervals.count} "
             f"{self.intervals.drawn}",
         ]
-        for row in self.under:
-            lines.append(
-                f"  {row['condition']:14} UA {row['ua']:6.1%} ({row['ua_change']:+6.1%} "
-                f"[{row['low']:+6.1%}, {row['high']:+6.1%}]), WA {row['wa']:6.1%}"
-                + (f", {row['unscored']} clips not scored" if row["unscored"] else "")
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.under_lines])
+
+    @property
+    def under_lines(self) -> list[str]:
+        """A line for each recording condition."""
+        return [
+            f"  {row['condition']:14} UA {row['ua']:6.1%} ({row['ua_change']:+6.1%} "
+            f"[{row['low']:+6.1%}, {row['high']:+6.1%}]), WA {row['wa']:6.1%}"
+            + (f", {row['unscored']} clips not scored" if row["unscored"] else "")
+            for row in self.under
+        ]
+
+    def under_scores(self, part: str) -> dict[str, float]:
+        """UA and WA under each recording condition, by the names they are logged under."""
+        return {
+            f"{part}/under/{row['condition']}/{name}": float(row[name])
+            for row in self.under
+            for name in ("ua", "wa")
+        }
 
     def _shown(self, score: str) -> str:
         """A score with its interval."""

@@ -5,7 +5,7 @@ and scored as `predict` scores files. A clip that cannot be scored under a condi
 sound is then too short or silent, counts as wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -20,49 +20,60 @@ from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.training.metrics import Scores, count_confusion
 
 
-def score_under(
+def predict_conditions(
     evaluation: Evaluation, predictor: Predictor, groups: Sequence[str]
-) -> tuple[Row, ...]:
-    """Score the clips of an evaluation under conditions, on the connected cluster.
+) -> dict[str, np.ndarray]:
+    """Predict the clips of an evaluation under conditions, on the connected cluster.
 
     Args:
-        evaluation: the clips, and the model's predictions for them as they are.
-        predictor: the same model.
+        evaluation: the clips, and the labels of the model.
+        predictor: the model.
         groups: names of `CONDITIONS`.
 
     Returns:
-        A row for the clips as they are, and one for every condition of these groups. Each has
-        `condition`, `definition`, `ua` and `wa` as shares, and the number of `unscored` clips.
-        `ua_change` is the change against the clips as they are, and `low` to `high` is its 95 %
-        interval (paired, by bootstrap over speakers).
+        For the name of each condition, the predicted label indices [clips]. A clip without an
+        answer has an index that is no label: the number of labels.
 
     Raises:
         CorpusError: a clip cannot be read again.
         SerRayError: the pass ended early.
     """
-    definitions = {
-        name: text
-        for group in dict.fromkeys(groups)
-        for name, (text, _) in CONDITIONS[group].items()
-    }
+    conditions = [name for group in dict.fromkeys(groups) for name in CONDITIONS[group]]
     columns = (evaluation.predictions[name].to_pylist() for name in ("path", "start", "end"))
     clips = list(zip(*columns, strict=True))
-    answers = pa.concat_tables(predict_under(clips, list(definitions), predictor)).to_pylist()
+    answers = pa.concat_tables(predict_under(clips, conditions, predictor)).to_pylist()
+    indices = {label: index for index, label in enumerate(evaluation.card.labels)}
+    predicted = {name: np.full(len(clips), len(indices)) for name in conditions}
     for row in answers:
         if row["status"] in (UNREACHABLE, "unreadable"):
             raise CorpusError(
                 f"{row['path']}: --under needs the sound of the clips, but this one cannot be "
-                f"read again ({row['reason']}); name their folder or table with --corpus"
+                f"read again ({row['reason']}); prepare the corpus where its files are now, as "
+                "evaluate --corpus does"
             )
-    named = {(row["condition"], row["clip"]): row["emotion"] for row in answers}
-    # A clip without an answer gets an index that is no label.
-    places = {label: index for index, label in enumerate(evaluation.card.labels)}
-    none = len(places)
-    rows = [_row("clean", "the clips as they are", evaluation, evaluation.predicted)]
-    for name, text in definitions.items():
-        predicted = [places.get(named[name, clip], none) for clip in range(len(clips))]
-        rows.append(_row(name, text, evaluation, np.array(predicted)))
-    return tuple(rows)
+        if row["emotion"] is not None:
+            predicted[row["condition"]][row["clip"]] = indices[row["emotion"]]
+    return predicted
+
+
+def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> tuple[Row, ...]:
+    """Score the clips of an evaluation under conditions.
+
+    Args:
+        evaluation: the clips, and the predictions for them as they are.
+        predicted: what `predict_conditions` returned for them.
+
+    Returns:
+        A row for the clips as they are, and one for every condition. Each has `condition`,
+        `definition`, `ua` and `wa` as shares, and the number of `unscored` clips. `ua_change` is
+        the change against the clips as they are, and `low` to `high` is its 95 % interval (paired,
+        by bootstrap over speakers).
+    """
+    definitions = {name: text for group in CONDITIONS.values() for name, (text, _) in group.items()}
+    return (
+        _row("clean", "the clips as they are", evaluation, evaluation.predicted),
+        *(_row(name, definitions[name], evaluation, found) for name, found in predicted.items()),
+    )
 
 
 def _row(name: str, text: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:

@@ -95,8 +95,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
     test["test/ece"] = evaluation.calibration.ece
     test["test/ece_uncalibrated"] = evaluation.uncalibrated.ece
-    for row in evaluation.under:
-        test |= {f"test/under/{row['condition']}/{name}": float(row[name]) for name in ("ua", "wa")}
+    test |= evaluation.under_scores("test")
     tracker.log_scores(test, now_ms())
     tracker.describe(Test=evaluation.sentence)
     title, support = evaluation.measured_on, scores.confusion.sum(axis=1)

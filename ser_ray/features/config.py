@@ -15,6 +15,8 @@ from ser_ray.errors import ConfigError
 
 Kind = Literal["spectrogram", "mel", "mfcc"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Condition = Literal["noise", "phone", "codec", "room", "level"]
+"""A group of recording conditions (`ser_ray.features.conditions`)."""
 LARGEST_NUMBER = 2**63
 """No setting is a number as large as this."""
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}

@@ -10,6 +10,7 @@ To choose between recipes, `--part validation` scores the validation parts and r
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.evaluation import REPORT, SCORES, Part
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.rendering import as_artifact, store_page
+from ser_ray.evaluation.robustness import predict_conditions, score_under
 from ser_ray.evaluation.to_mlflow import record_evaluation
+from ser_ray.inference.predictor import Predictor
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import (
@@ -128,6 +131,8 @@ def crossval(
             study.settle(len(plan.points))
             lock.check()
             result = pool(plan, study.trials, location, folder.name, study.parent)
+            if config.under:
+                result = add_conditions(result, config.under)
             _record(result, study.parent, audio=run.audio)
             _log_best(study, location)
             study.parent.log_files({"config.json": recipe_to_ship(result).to_dict()})
@@ -200,6 +205,16 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
         )
 
 
+def add_conditions(result: CrossvalResult, groups: Sequence[str]) -> CrossvalResult:
+    """Score every fold's clips with its own model under recording conditions, on the cluster."""
+    predicted = []
+    for trial, fold in zip(result.trials, result.folds, strict=True):
+        with local_checkpoint(fold_folder(result.location, trial.recipe)) as checkpoint:
+            predicted.append(predict_conditions(fold, Predictor(checkpoint), groups))
+    of_all = {name: np.concatenate([of[name] for of in predicted]) for name in predicted[0]}
+    return replace(result, pooled=replace(result.pooled, under=score_under(result.pooled, of_all)))
+
+
 def recipe_to_ship(result: CrossvalResult) -> TrainConfig:
     """The recipe of a model of all speakers: its temperature is the folds' geometric mean."""
     logs = [np.log(fold.card.temperature) for fold in result.folds]
@@ -220,7 +235,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     )
     store_page(page, result.report)
     section = "selected" if part == "validation" else "test"  # as in trainings
-    scores: dict[str, float] = {}
+    scores = pooled.under_scores(section)
     for name in SCORES:
         low, high = getattr(pooled.intervals, name)
         scores |= {

@@ -112,6 +112,7 @@ class CrossvalResult(StudyResult):
             "ensemble": None if self.ensemble is None else self.ensemble.to_dict(),
             "by_speaker": pooled.groups["speaker"],
             "confusion": pooled.scores.confusion.tolist(),
+            "under": list(pooled.under),
         }
 
     def in_words(self, name: str) -> str:
@@ -134,7 +135,7 @@ class CrossvalResult(StudyResult):
                 f"{'ensemble':8}  {shown}: mean probability of {self.plan.config.seeds} networks, "
                 f"not one of them  ({label})"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.pooled.under_lines])
 
 
 def pool(

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args, get_type_hints
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import KINDS
+from ser_ray.features.config import KINDS, Condition
 from ser_ray.training.config import AugmentConfig, TrainConfig
 
 DEFAULT_SPACE = (
@@ -117,6 +117,9 @@ class CrossvalConfig:
     part: Literal["test", "validation"] = "test"
     """Part of each fold to score: test, once and with the final recipe, or validation, to choose
     between recipes without reading any test part."""
+    under: tuple[Condition, ...] = ()
+    """Also score these clips as they would be recorded with noise, over a phone, with a codec, in a
+    room with an echo, or at another level. Their files are decoded again."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

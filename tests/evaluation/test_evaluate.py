@@ -298,7 +298,8 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
             yield pa.Table.from_pylist(rows[::-1])
 
     monkeypatch.setattr(robustness, "predict_under", predict_under)
-    rows: Any = robustness.score_under(clean, cast(Any, None), ("level",))
+    predicted = robustness.predict_conditions(clean, cast(Any, None), ("level",))
+    rows: Any = robustness.score_under(clean, predicted)
     assert [row["condition"] for row in rows] == ["clean", "level-plus-20", "level-minus-20"]
     for row in rows[:2]:
         assert (row["ua"], row["wa"]) == pytest.approx((clean.scores.ua, clean.scores.wa))
@@ -331,7 +332,7 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
                      "status": ["unreadable"], "reason": ["the file does not exist"]})  # fmt: skip
     monkeypatch.setattr(robustness, "predict_under", lambda *_: [gone])
     with pytest.raises(CorpusError, match=r"/a.wav: --under needs the sound .* --corpus"):
-        robustness.score_under(clean, cast(Any, None), ("level",))
+        robustness.predict_conditions(clean, cast(Any, None), ("level",))
 
 
 def test_scores_of_other_clips_have_a_page_of_their_own(shards, checkpoint, in_tmp, capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from ser_ray.api import Condition
 from ser_ray.features.conditions import CONDITIONS, NOISE_BAND, under
+from ser_ray.features.config import Condition
 from ser_ray.features.samples import Sound
 from tests.clips import voice
 

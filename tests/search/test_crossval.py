@@ -19,6 +19,7 @@ from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.evaluation import robustness
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.evaluation import SCORES
 from ser_ray.evaluation.rendering import as_artifact
@@ -65,7 +66,7 @@ SEEDS = CrossvalConfig(seeds=2)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
-    two_cpus, shards, tmp_path
+    two_cpus, shards, tmp_path, monkeypatch
 ):
     run = RunConfig(storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     plan = plan_crossval(shards, RECIPE, SEEDS)
@@ -99,6 +100,7 @@ def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
     check_fold_against_plain_torch(shards, kept, tmp_path)
     check_runs(result, shards, run.tracking_uri)
     check_model_to_ship(result, shards, run)
+    check_conditions(result, shards, run, monkeypatch)
 
 
 @pytest.mark.ray
@@ -290,6 +292,38 @@ def check_runs(result, shards: str, uri: str) -> None:
         for run in nested
         if run.data.metrics["selected/ua"] == best.data.metrics["selected/ua"]
     }
+
+
+def check_conditions(
+    result: CrossvalResult, shards: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished cross-validation is scored under conditions, each fold by its own model."""
+    clips = open_shards(shards).clips()
+    truth = dict(zip(clips["path"].to_pylist(), clips["emotion"].to_pylist(), strict=True))
+    models: list[str] = []
+
+    def predict_under(asked, conditions, predictor):
+        models.append(predictor.fingerprint)
+        for name in conditions:
+            found = [truth[path] if name == "level-plus-20" else None for path, _, _ in asked]
+            rows = [
+                {"condition": name, "clip": clip, "emotion": emotion, "status": "ok"}
+                for clip, emotion in enumerate(found)
+            ]
+            yield pa.Table.from_pylist(rows)
+
+    monkeypatch.setattr(robustness, "predict_under", predict_under)
+    config = replace(SEEDS, under=("level",))
+    plan = plan_crossval(shards, RECIPE, config)
+    again = crossval(plan, run, SlotConfig(), show=lambda trials: None)
+    assert len(set(models)) == 4  # two folds with two seeds
+    by_name = {row["condition"]: row for row in again.pooled.under}
+    assert (by_name["level-plus-20"]["ua"], by_name["level-plus-20"]["unscored"]) == (1, 0)
+    assert by_name["level-minus-20"]["unscored"] == 2 * len(clips)
+    assert "level-plus-20  UA 100.0%" in again.text()
+    metrics = MlflowClient(tracking_uri=run.tracking_uri).get_run(result.run_id).data.metrics
+    assert metrics["test/under/level-plus-20/ua"] == 1
+    assert "Recording conditions</h3>" in Path(again.report).read_text()
 
 
 def check_model_to_ship(result: CrossvalResult, shards: str, run: RunConfig) -> None:
