@@ -104,7 +104,9 @@ def make_memory_shards(
         labels=labels, features=features, corpus="table", source="own.csv", fingerprint="f00d",
         clips=(half, len(rows) - half),
     )  # fmt: skip
-    return MemoryShards(pa.Table.from_pylist(rows), np.stack(values), card)
+    table, whole = pa.Table.from_pylist(rows), pa.nulls(len(rows), pa.float64())  # not segments
+    table = table.append_column("start", whole).append_column("end", whole)
+    return MemoryShards(table, np.stack(values), card)
 
 
 def cut_into_windows(memory: MemoryShards, times: np.ndarray) -> MemoryShards:

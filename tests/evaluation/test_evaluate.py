@@ -280,9 +280,6 @@ def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(
     shards, checkpoint, tmp_path, monkeypatch
 ):
     clean = evaluate(checkpoint, "here")
-    whole = pa.nulls(clean.predictions.num_rows, pa.float64())  # no clip is a segment of a file
-    table = clean.predictions.append_column("start", whole).append_column("end", whole)
-    clean = dataclasses.replace(clean, predictions=table)
     paths, answers = clean.predictions["path"].to_pylist(), clean.predictions["predicted"]
     truth = clean.predictions["emotion"].to_pylist()
     given = {"level-plus-20": answers.to_pylist(), "level-minus-20": [None, None, *truth[2:]]}
