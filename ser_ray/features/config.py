@@ -135,7 +135,7 @@ class FeatureConfig:
         """Return the number of frames of a waveform: one for every `hop_length`-th sample."""
         return num_samples // self.hop_length + 1
 
-    def num_bins(self, kind: Kind) -> int:
+    def num_bins(self, kind: str) -> int:
         """Return the number of bins of one kind of feature: the first dimension of its arrays."""
         bins = {
             "spectrogram": self.window_length // 2 + 1,

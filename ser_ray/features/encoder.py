@@ -35,13 +35,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
+from ser_ray.cluster import memory_of_this_machine
 from ser_ray.errors import ConfigError, EncoderError
-from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
-from ser_ray.storage.json_text import read_object
+from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
 
-METADATA = "ser_ray.encoder"
-"""Key of the card in the metadata of a file."""
 PADDED_SECONDS = {"cpu": 8, "cuda": 240}
 """Most seconds of sound in a batch, with its padding, by the kind of device."""
 UNREADABLE = (
@@ -73,7 +71,9 @@ class EncoderWeights:
         """
         name, _, file = source.partition("=")
         if not file:
-            return cls.fitting(bundle_card(name), _download(name), name)
+            card = bundle_card(name)
+            _require_room(card, _build(card))
+            return cls.fitting(card, _download(name), name)
         with local_file(file) as path:
             tensors, metadata = _read_file(path, file)
             if METADATA in metadata:
@@ -89,14 +89,9 @@ class EncoderWeights:
             EncoderError: the file is missing or damaged, or not of this module.
         """
         with local_file(location) as path:
-            tensors, metadata = _read_file(path, location)
-        try:
-            card = EncoderCard.from_dict(read_object(metadata[METADATA]))
-        except (ValueError, KeyError, TypeError, ConfigError) as error:
-            raise EncoderError(
-                f"{location}: is not an encoder's file, because its metadata has no valid "
-                f"{METADATA} ({error}); give a file that ser_ray wrote"
-            ) from error
+            with path.open("rb") as file:
+                card = EncoderCard.from_file(file, location)
+            tensors, _ = _read_file(path, location)
         found = cls.fitting(card, tensors, location)
         if found.card.weights != card.weights:
             raise EncoderError(
@@ -115,6 +110,7 @@ class EncoderWeights:
         tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
         tensors = {key: value for key, value in tensors.items() if not key.startswith("aux.")}
         network = _build(card)
+        _require_room(card, network)
         try:
             # This also renames the weights of a weight norm in files of older versions of torch.
             network.load_state_dict(tensors, assign=True)
@@ -348,6 +344,20 @@ def _build(card: EncoderCard) -> Any:
             f"the encoder {card.name} cannot be built by torchaudio ({str(error)[:200]}); correct "
             "the arguments in its card"
         ) from error
+
+
+def _require_room(card: EncoderCard, network: nn.Module) -> None:
+    """Refuse an encoder that this machine cannot hold, before its weights are read.
+
+    Raises:
+        EncoderError: it needs more memory than is free.
+    """
+    need = sum(value.numel() for value in network.parameters()) * 4
+    if need > (free := memory_of_this_machine()):
+        raise EncoderError(
+            f"the encoder {card.name} needs {need / 1e9:.1f} GB of memory, and this machine has "
+            f"{free / 1e9:.1f} GB free: choose a smaller encoder, or a machine with more"
+        )
 
 
 def _from_arrays(card: EncoderCard, arrays: dict[str, np.ndarray]) -> Encoder:

@@ -2,11 +2,16 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from ser_ray.errors import ConfigError
+from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.config import KINDS, require_valid
+from ser_ray.storage.json_text import read_object
 
+METADATA = "ser_ray.encoder"
+"""Key of the card in the metadata of a safetensors file."""
+LARGEST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header, as that library limits them."""
 ENCODER_RATE = 16_000
 """Sample rate of every encoder, in hertz."""
 
@@ -66,3 +71,22 @@ class EncoderCard:
         if not 0 < card.num_values < 2**20:
             raise ConfigError(f"the encoder {card.name} has {card.num_values} values for a clip")
         return card
+
+    @classmethod
+    def from_file(cls, file: BinaryIO, location: str) -> "EncoderCard":
+        """Read the card from the metadata of a safetensors file, at whose start the stream is.
+
+        Raises:
+            EncoderError: the file has no card.
+        """
+        try:
+            size = int.from_bytes(file.read(8), "little")
+            if size > LARGEST_HEADER:
+                raise ValueError("its header is too long")
+            header = read_object(file.read(size))
+            return cls.from_dict(read_object(header["__metadata__"][METADATA]))
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise EncoderError(
+                f"{location}: is not an encoder's file, because its metadata has no valid "
+                f"{METADATA} ({error}); give a file that ser_ray wrote"
+            ) from error

@@ -14,7 +14,8 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import Corpus
 from ser_ray.errors import ConfigError, ShardsError
-from ser_ray.features.config import FeatureConfig, require_valid
+from ser_ray.features.config import KINDS, FeatureConfig, require_valid
+from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.json_text import read_object
@@ -45,6 +46,8 @@ class ShardCard:
     fingerprint: str
     """Sixteen hex digits that change with the features, clips, labels and speakers, but not with
     the location of the corpus."""
+    encoders: tuple[EncoderCard, ...] = ()
+    """The encoders whose columns are complete. The fingerprint does not depend on them."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
 
@@ -62,6 +65,37 @@ class ShardCard:
     def num_clips(self) -> int:
         """Number of rows of the shards."""
         return sum(self.clips)
+
+    def encoder_of(self, kind: str) -> EncoderCard | None:
+        """Return the encoder of a kind of feature, or None for a spectrogram, mel or mfcc.
+
+        Raises:
+            ConfigError: the shards have no such kind; the message lists theirs.
+        """
+        if kind in KINDS:
+            return None
+        for encoder in self.encoders:
+            if encoder.name == kind:
+                return encoder
+        names = ", ".join([*KINDS, *(encoder.name for encoder in self.encoders)])
+        raise ConfigError(
+            f"feature is {kind}: the shards of {self.source} have {names}; `ser-ray prepare "
+            f"--encoder {kind}` adds the column of an encoder"
+        )
+
+    def shape_of(self, kind: str) -> tuple[int, int]:
+        """Return the shape of a clip's feature: [bins, num_frames], or [layers, dim]."""
+        encoder = self.encoder_of(kind)
+        if encoder is not None:
+            return encoder.num_layers, encoder.dim
+        return self.features.num_bins(kind), self.features.num_frames
+
+    def fingerprint_of(self, kind: str) -> str:
+        """Return sixteen hex digits that change with a kind's values: also with an encoder's."""
+        encoder = self.encoder_of(kind)
+        if encoder is None:
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint}{encoder.weights}".encode()).hexdigest()[:16]
 
 
 def make_card(
@@ -134,6 +168,7 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
         values["features"] = FeatureConfig(**values["features"])
         for name in ("labels", "parts", "clips"):
             values[name] = tuple(values[name])
+        values["encoders"] = tuple(map(EncoderCard.from_dict, values["encoders"]))
         return ShardCard(**values)
     except FileNotFoundError:
         return None

@@ -26,6 +26,10 @@ class PrepareConfig:
     than path, label, speaker, take, start, end and split."""
     rows_per_part: int = 128
     """The most files in a part, which is the unit that one task decodes and commits."""
+    encoder: tuple[str, ...] = ()
+    """Pretrained speech encoders whose layers also become features, such as wavlm_base_plus,
+    hubert_large or wav2vec2_xlsr_300m: bundles of torchaudio in lower case, or NAME=FILE with a
+    file of weights."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """The settings of the features."""
 

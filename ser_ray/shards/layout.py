@@ -4,11 +4,13 @@
     SHARDS/clips/part-00012.parquet        the decoded clips of a part with their features
     SHARDS/outcomes/part-00012.parquet     one row for every listed file of the part
     SHARDS/part-00012.trying               a worker is decoding the part
+    SHARDS/encoders/NAME/part-00012.parquet    the column of an encoder, row by row as the clips
+    SHARDS/encoders/NAME/encoder.safetensors   its weights and card
 
 Features are stored as fixed-size binary, the bytes of a float16 array `[bins, num_frames]`, padded
 with zeros on the right. Parquet would store Arrow's fixed-shape tensors as nested lists, with a
 definition level for every number. Measured on 128 clips, this takes 5 times as long to write and 7
-times as long to read.
+times as long to read. An encoder's values are the bytes of a float16 array `[layers, dim]`.
 """
 
 import pyarrow as pa
@@ -19,7 +21,7 @@ from ser_ray.features.config import KINDS
 from ser_ray.storage.atomic import atomic_write
 
 CARD_NAME = "card.json"
-CLIPS, OUTCOMES = "clips", "outcomes"
+CLIPS, OUTCOMES, ENCODERS = "clips", "outcomes", "encoders"
 OK = "ok"
 """The status of a clip whose features are written."""
 DIGEST = "digest"
@@ -33,6 +35,16 @@ COMPRESSION = "lz4"
 def part_name(part: int) -> str:
     """Return the path of a part's clips inside the shard set."""
     return f"{CLIPS}/part-{part:05d}.parquet"
+
+
+def feature_name(kind: str, part: int) -> str:
+    """Return the path of the file that has a part's column of one kind of feature."""
+    return part_name(part) if kind in KINDS else f"{ENCODERS}/{kind}/part-{part:05d}.parquet"
+
+
+def weights_name(kind: str) -> str:
+    """Return the path of an encoder's weights inside the shard set."""
+    return f"{ENCODERS}/{kind}/encoder.safetensors"
 
 
 def outcomes_name(part: int) -> str:
@@ -53,6 +65,8 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
             target,
             filesystem=filesystem,
             compression=COMPRESSION,
-            use_dictionary=[n for n in table.column_names if n not in KINDS],
+            use_dictionary=[
+                item.name for item in table.schema if not pa.types.is_fixed_size_binary(item.type)
+            ],
             write_statistics=False,
         )

@@ -10,7 +10,6 @@ Data runs the pool and the writing as two operators and copies the features in b
 """
 
 import contextlib
-import logging
 import re
 import socket
 import sys
@@ -31,6 +30,7 @@ from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
+from ser_ray.shards.encode import add_encoders, load_encoders
 from ser_ray.shards.layout import (
     CARD_NAME,
     CLIPS,
@@ -50,7 +50,7 @@ from ser_ray.shards.plan import (
     recognise,
     require_same_corpus,
 )
-from ser_ray.shards.progress import Progress, Watch, show
+from ser_ray.shards.progress import Progress, Watch, set_up_ray_data, show
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
@@ -93,6 +93,11 @@ class PrepareSummary:
             f"{self.listed}: {counts}",
             f"{self.files_done} of them done now, in {self.seconds:.1f} s",
             self.contents,
+            *(
+                f"encoder {item.name}: {item.num_layers} layers of {item.dim} values a clip, "
+                f"{item.licence}, weights {item.weights[:16]}"
+                for item in self.card.encoders
+            ),
             *(f"note: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
@@ -117,6 +122,7 @@ def prepare(
         CorpusError: no corpus is found, files of a table do not exist, or none becomes a clip.
         ShardsError: another run writes to the folder, the folder holds another corpus, or a part
             could not be written.
+        EncoderError: an encoder's weights cannot be had; before anything is prepared.
         ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
     """
     started = time.monotonic()
@@ -125,6 +131,7 @@ def prepare(
     corpus = list_corpus(config.corpus, config.missing, column_names(config.columns))
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
+    encoders = load_encoders(config.shards, config.encoder, config.features)
     try:
         with Lock(config.shards, ShardsError, IN_USE) as lock:
             _require_own(filesystem, folder, config.shards)
@@ -141,6 +148,7 @@ def prepare(
             card = read_card(filesystem, folder)
             if card is None or plan.pending or card.parts != tuple(plan.kept):
                 card = _complete(config, corpus, plan, lock, address, progress)
+            card, stale = add_encoders(config.shards, card, encoders, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
@@ -154,7 +162,7 @@ def prepare(
         time.monotonic() - started,
         _count_files(outcomes),
         describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        (*corpus.notes, *missing, *_windows_note(card), *find_slips(outcomes)),
+        (*corpus.notes, *missing, *_windows_note(card), *stale, *find_slips(outcomes)),
     )
 
 
@@ -305,7 +313,7 @@ def _write_pending(
     filesystem, folder = filesystem_of(config.shards)
     for name in (OUTCOMES, CLIPS):
         filesystem.create_dir(f"{folder}/{name}")
-    _set_up_ray_data()
+    set_up_ray_data()
     blocks = [
         rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
         for part, rows in plan.pending.items()
@@ -327,20 +335,6 @@ def _write_pending(
     except ray.exceptions.RayError as error:
         last_line = str(error).strip().rpartition("\n")[2]
         raise ShardsError(f"{config.shards}: the job failed ({last_line}){AGAIN}") from error
-
-
-def _set_up_ray_data() -> None:
-    """Silence Ray Data's output, and let parts use all CPUs from the start."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # Otherwise a second part starts only when the first is done and the size of its result is
-    # known. That takes seconds, as each worker process first imports Ray Data.
-    context.op_resource_reservation_enabled = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":  # Ray Data's own; its log files stay as they are
-            handler.setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

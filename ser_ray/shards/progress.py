@@ -1,5 +1,6 @@
 """How far a preparation or a batch prediction is: files done, rate, errors and time left."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,3 +65,17 @@ def show(progress: Callable[[Progress], None] | None) -> Iterator[Callable[[Prog
         return
     with show_progress() as report:
         yield lambda now: report(str(now), now.done, now.total)
+
+
+def set_up_ray_data() -> None:
+    """Silence Ray Data's output, and let parts use all CPUs from the start."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Otherwise a second part starts only when the first is done and the size of its result is
+    # known. That takes seconds, as each worker process first imports Ray Data.
+    context.op_resource_reservation_enabled = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # Ray Data's own; its log files stay as they are
+            handler.setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
     shards = ser_ray.open_shards("ser-ray-out/shards")
     shards.clips().to_pandas()                                  # one row per clip
     shards.features("mel")                                      # [clips, bins, frames] float16
+    shards.features("wavlm_base_plus")                          # [clips, layers, dim] float16
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
     shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
 
@@ -29,9 +30,9 @@ from pyarrow import fs
 from ser_ray.cluster import require_kept
 from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
-from ser_ray.features.config import KINDS, Kind
+from ser_ray.features.config import KINDS
 from ser_ray.shards.card import ShardCard, read_card
-from ser_ray.shards.layout import OUTCOMES, outcomes_name, part_name
+from ser_ray.shards.layout import OUTCOMES, feature_name, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class ShardSet:
                 tables.append(pq.read_table(path, filesystem=filesystem))
         return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
 
-    def to_array(self, kind: Kind, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
+    def to_array(self, kind: str, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
         """Turn a feature column of this set's Parquet files into an array.
 
         Args:
@@ -86,10 +87,10 @@ class ShardSet:
 
         Returns:
             `[len(column), bins, num_frames]` float16, read-only, in decibels for spectrogram and
-            mel, and zero from a clip's `num_frames` on.
+            mel, and zero from a clip's `num_frames` on; `[len(column), layers, dim]` for an
+            encoder.
         """
-        config = self.card.features
-        shape = config.num_bins(kind), config.num_frames
+        shape = self.card.shape_of(kind)
         if not isinstance(column, pa.ChunkedArray):
             return np.frombuffer(b"".join(column), np.float16).reshape(-1, *shape)
         if len(column) == 0:
@@ -98,7 +99,7 @@ class ShardSet:
         numbers = np.frombuffer(array.buffers()[1], np.float16)
         return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]
 
-    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+    def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
         """Return one kind of feature. No bytes of the other kinds are read.
 
         Args:
@@ -106,13 +107,13 @@ class ShardSet:
             rows: row numbers of `clips()`, `[num_rows]` in any order; None for all rows.
 
         Returns:
-            `[num_rows, bins, num_frames]` float16, zero from a clip's `num_frames` on.
+            `[num_rows, bins, num_frames]` float16, zero from a clip's `num_frames` on;
+            `[num_rows, layers, dim]` for an encoder.
         """
-        config = self.card.features
         rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
-        shape = len(rows), config.num_bins(kind), config.num_frames
+        shape = len(rows), *self.card.shape_of(kind)
         try:
             features = np.empty(shape, np.float16)
         except (MemoryError, ValueError) as error:
@@ -127,7 +128,7 @@ class ShardSet:
             wanted = np.flatnonzero(owners == index)
             if len(wanted) == 0:
                 return
-            path = f"{folder}/{part_name(self.card.parts[index])}"
+            path = f"{folder}/{feature_name(kind, self.card.parts[index])}"
             with _reading(path):
                 table = pq.read_table(
                     path, columns=[kind], filesystem=filesystem, use_threads=False
@@ -163,7 +164,7 @@ class ShardSet:
         return windows_of(clips["window"].to_numpy(), rows[chosen])[0]
 
     def torch_dataset(
-        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
+        self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "TensorDataset":
         """Read one side of a fold into memory, as a dataset for `torch.utils.data.DataLoader`.
 
@@ -193,7 +194,7 @@ class ShardSet:
         )
 
     def ray_dataset(
-        self, kind: Kind, *, protocol: str, fold: int = 0, side: Side = "train"
+        self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "Dataset":
         """Make one side of a fold a dataset of Ray Data, whose tasks read a part of the set each.
 

@@ -37,7 +37,6 @@ from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
 from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation import evaluate as evaluation
-from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.lock import Lock
 from ser_ray.training.calibration import apply_temperature
@@ -301,7 +300,7 @@ class FaultyShards(ShardSet):
     """Gets a line from the second worker whenever it reads."""
     is_lasting: bool
 
-    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+    def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
         if dist.get_rank() == 1:
             with self.attempts.open("a") as file:
                 file.write("\n")

@@ -14,14 +14,13 @@ from torch.nn import functional as F
 
 from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.encoder import (
-    METADATA,
     EncoderWeights,
     batches_by_length,
     bundle_card,
     bundle_names,
     hash_of,
 )
-from ser_ray.features.encoder_card import EncoderCard
+from ser_ray.features.encoder_card import METADATA, EncoderCard
 from tests.clips import voice
 from tests.encoders import FAMILIES, tiny_card, tiny_weights, torchaudio_model, write_tiny
 
@@ -163,6 +162,13 @@ def test_what_is_not_weights_is_an_error(tmp_path, suffix):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(EncoderError, match="is not an encoder's file"):
         EncoderWeights.read(str(tmp_path / "other.safetensors"))
+
+
+def test_an_encoder_that_does_not_fit_is_refused_before_its_weights_are_fetched(monkeypatch):
+    monkeypatch.setattr("ser_ray.features.encoder.memory_of_this_machine", lambda: 10**9)
+    monkeypatch.setattr("ser_ray.features.encoder._download", lambda _: pytest.fail("fetched"))
+    with pytest.raises(EncoderError, match=r"wavlm_large needs 1\.3 GB .* 1\.0 GB free"):
+        EncoderWeights.named("wavlm_large")
 
 
 def test_a_card_that_no_constructor_takes_is_an_error():
