@@ -354,12 +354,20 @@ def prepare_for(
         CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
     """
     from ser_ray.tracking.registry import local_model
-    from ser_ray.training.checkpoint import read_card
+    from ser_ray.training.checkpoint import ENCODER, read_card
 
     with local_model(model, tracking_uri) as checkpoint:
-        features = read_card(checkpoint).features
-    config = PrepareConfig(corpus=corpus, shards=shards, missing=missing, features=features)
-    return prepare(config, address=address)
+        card = read_card(checkpoint)
+        own, name = checkpoint / ENCODER, card.config.feature
+        encoder = f"{name}={own if own.exists() else card.encoder_file}"
+        config = PrepareConfig(
+            corpus=corpus,
+            shards=shards,
+            missing=missing,
+            features=card.features,
+            encoder=(encoder,) if card.encoder else (),
+        )
+        return prepare(config, address=address)
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,9 @@ import pytest
 from hypothesis import settings
 
 from ser_ray.corpus.ravdess import EMOTIONS
-from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.config import FeatureConfig
+from ser_ray.features.encoder_card import EncoderCard
+from ser_ray.shards.card import ShardCard
 from ser_ray.training.config import AugmentConfig
 
 if TYPE_CHECKING:
@@ -56,6 +58,16 @@ PLAIN = AugmentConfig(
 """No augmentation but the random crop."""
 
 
+class MemoryCard(SimpleNamespace):
+    """The part of a `ShardCard` that a training reads; tests change it."""
+
+    encoders: tuple[EncoderCard, ...] = ()
+    encoder_of: Any = ShardCard.encoder_of
+    shape_of: Any = ShardCard.shape_of
+    num_bins: Any = ShardCard.num_bins
+    fingerprint_of: Any = ShardCard.fingerprint_of
+
+
 @dataclass
 class MemoryShards:
     """A shard set in memory: what `ser_ray.shards.read.ShardSet` offers to a training.
@@ -65,13 +77,13 @@ class MemoryShards:
 
     table: pa.Table
     values: np.ndarray
-    card: SimpleNamespace
+    card: MemoryCard
     uri: str = "memory"
 
     def clips(self) -> pa.Table:
         return self.table
 
-    def features(self, kind: Kind, rows: np.ndarray | None = None) -> np.ndarray:
+    def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
         return self.values if rows is None else self.values[rows]
 
 
@@ -100,7 +112,7 @@ def make_memory_shards(
                     }
                 )  # fmt: skip
     half = len(rows) // 2
-    card = SimpleNamespace(
+    card = MemoryCard(
         labels=labels, features=features, corpus="table", source="own.csv", fingerprint="f00d",
         clips=(half, len(rows) - half),
     )  # fmt: skip

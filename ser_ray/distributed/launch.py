@@ -38,7 +38,7 @@ from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run
 from ser_ray.training.checkpoint import CheckpointCard, read_card
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.model import read_pretrained
+from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import describe_split, select_rows
 from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
@@ -96,7 +96,7 @@ def train(
     with folder.lock():
         folder.require_same(identity_of(config, shards))
         if not folder.record().get("delivered"):
-            pretrained = read_pretrained(config.weights, len(shards.card.labels))
+            pretrained = initial_weights(config, shards.card)
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
                 require_shared(shards.uri, folder.storage)
@@ -116,7 +116,7 @@ def train(
 
 def run_name(config: TrainConfig, shards: ShardSet) -> str:
     """Name of a run; the same recipe on the same shards gives the same name."""
-    identity = f"{config.fingerprint}{shards.card.fingerprint}"
+    identity = f"{config.fingerprint}{shards.card.fingerprint_of(config.feature)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return f"{config.feature}-{config.protocol}-fold{config.fold}-seed{config.seed}-{digest}"
 
@@ -125,7 +125,7 @@ def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     """What must be the same whenever a run of this name resumes."""
     return {
         "labels": list(shards.card.labels),
-        "shards_fingerprint": shards.card.fingerprint,
+        "shards_fingerprint": shards.card.fingerprint_of(config.feature),
         "config": config.to_dict(),
     }
 
@@ -218,7 +218,7 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
             "report": folder.report,
             "shards": shards.uri,
         }
-        folder.keep_selected(newest, origin, selected)
+        folder.keep_selected(newest, origin, selected, encoder=task.run.keep_encoder)
         folder.update_record(finished=True)
         try:
             card, evaluation = read_card(selected), None

@@ -30,7 +30,7 @@ from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
-from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.model import Pretrained, initial_weights
 from ser_ray.training.parts import describe_split, select_rows
 
 
@@ -62,7 +62,7 @@ def find_range(
     """
     shards = open_shards(absolute(shards_location))
     split = describe_split(select_rows(shards.clips(), config))
-    pretrained = read_pretrained(config.weights, len(shards.card.labels))
+    pretrained = initial_weights(config, shards.card)
     require_server(run.tracking_uri)
     on_ray = needs_ray(address)
     with cluster(address) if on_ray else nullcontext():

@@ -31,6 +31,10 @@ class RunConfig:
         default=True, metadata={"off": "Leave the sound of clips out of the report."}
     )
     """Include in the report the sound of the validation clips that it shows."""
+    keep_encoder: bool = field(
+        default=True, metadata={"off": "Only name the encoder's weights, by place and hash."}
+    )
+    """Put the weights of the encoder, if the model has one, into the model's folder."""
     max_failures: int = 3
     """How often lost workers are replaced, or a failed training or trial starts again, before the
     run fails; -1 sets no limit."""

@@ -37,6 +37,7 @@ from ser_ray.training.checkpoint import (
     VALIDATION,
     CheckpointCard,
     checkpoint_name,
+    keep_encoder,
     learning_rates_by_epoch,
     name_difference,
     read_card,
@@ -222,12 +223,13 @@ class RunFolder:
         return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
 
     def keep_selected(
-        self, newest: StoredCheckpoint, origin: dict[str, str], into: Path
+        self, newest: StoredCheckpoint, origin: dict[str, str], into: Path, *, encoder: bool = True
     ) -> CheckpointCard:
         """Copy the selected checkpoint to its fixed name, and into an empty local folder.
 
         Args:
             origin: the MLflow run that it came from, written beside it.
+            encoder: whether the weights of its encoder, if it has one, are copied into it.
 
         Raises:
             CheckpointError: another process trains here now.
@@ -242,6 +244,8 @@ class RunFolder:
                 use_threads=False,
             )
         (into / RECORD).write_text(json.dumps(origin))
+        if encoder:
+            keep_encoder(into)
         target = f"{self.path}/{SELECTED}"
         self.filesystem.create_dir(target, recursive=True)
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)

@@ -211,6 +211,13 @@ def _require_same_features(card: CheckpointCard, shards: ShardSet, location: str
             f"{location}: these shards hold other features than the model was trained on; prepare "
             "them with the model's settings, which are in its card.json under `features`"
         )
+    encoder = shards.card.encoder_of(card.config.feature)
+    if encoder is not None and card.encoder is not None and encoder.weights != card.encoder.weights:
+        raise CheckpointError(
+            f"{location}: its column {encoder.name} is of weights with the hash "
+            f"{encoder.weights[:16]}, and the model was trained on {card.encoder.weights[:16]}; "
+            "prepare shards in another folder with the model's encoder"
+        )
     unknown = sorted(set(shards.card.labels) - set(card.labels))
     if unknown:
         raise CheckpointError(

@@ -72,9 +72,11 @@ class EncoderWeights:
         name, _, file = source.partition("=")
         if not file:
             card = bundle_card(name)
-            _require_room(card, _build(card))
+            need = sum(value.nbytes for value in _build(card).parameters())
+            _require_room(name, need)
             return cls.fitting(card, _download(name), name)
         with local_file(file) as path:
+            _require_room(name, path.stat().st_size)
             tensors, metadata = _read_file(path, file)
             if METADATA in metadata:
                 own = cls.read(str(path))
@@ -110,7 +112,6 @@ class EncoderWeights:
         tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
         tensors = {key: value for key, value in tensors.items() if not key.startswith("aux.")}
         network = _build(card)
-        _require_room(card, network)
         try:
             # This also renames the weights of a weight norm in files of older versions of torch.
             network.load_state_dict(tensors, assign=True)
@@ -346,16 +347,19 @@ def _build(card: EncoderCard) -> Any:
         ) from error
 
 
-def _require_room(card: EncoderCard, network: nn.Module) -> None:
+def _require_room(name: str, need: int) -> None:
     """Refuse an encoder that this machine cannot hold, before its weights are read.
+
+    Args:
+        name: what the user calls it.
+        need: bytes of its weights.
 
     Raises:
         EncoderError: it needs more memory than is free.
     """
-    need = sum(value.numel() for value in network.parameters()) * 4
     if need > (free := memory_of_this_machine()):
         raise EncoderError(
-            f"the encoder {card.name} needs {need / 1e9:.1f} GB of memory, and this machine has "
+            f"the encoder {name} needs {need / 1e9:.1f} GB of memory, and this machine has "
             f"{free / 1e9:.1f} GB free: choose a smaller encoder, or a machine with more"
         )
 

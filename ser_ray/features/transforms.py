@@ -15,7 +15,7 @@ import scipy.fft
 import scipy.sparse
 import soxr
 
-from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.config import FeatureConfig
 from ser_ray.features.errors import ClipError
 from ser_ray.features.mel import POWER_FLOOR, mel_bands
 
@@ -149,7 +149,7 @@ class FeatureExtractor:
         resampled = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
         return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds up
 
-    def features(self, waveform: np.ndarray) -> dict[Kind, np.ndarray]:
+    def features(self, waveform: np.ndarray) -> dict[str, np.ndarray]:
         """Return each kind of feature of a waveform `[num_samples]`, `[bins, frames]` float32.
 
         Spectrogram and mel are powers in dB, 10 log10(max(power, 1e-10)), of Hann windows centred

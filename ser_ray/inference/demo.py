@@ -172,7 +172,7 @@ def _make_app(
 
     card = predictor.card
     about = (
-        f"**{introduction.name}**: ResNet18 on {card.config.feature} of {card.trained_on}, "
+        f"**{introduction.name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
         f"{card.split['label']}. {introduction.score} It names one of {', '.join(card.labels)}. "
         "It says which acted emotion a voice resembles, not what a person feels. Recordings stay "
         "on this machine and are deleted when the page is stopped."

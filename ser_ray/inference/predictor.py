@@ -21,9 +21,9 @@ from ser_ray.features.samples import SAMPLE_RATES, full_scale
 from ser_ray.inference.prediction import UNSURE, Prediction, Predictions, Segment
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.calibration import apply_temperature
-from ser_ray.training.checkpoint import read_card, read_network
+from ser_ray.training.checkpoint import read_card, read_encoder, read_network
 from ser_ray.training.data import Clips
-from ser_ray.training.model import fold_batch_norm, to_channels_last
+from ser_ray.training.model import ResNet18, fold_batch_norm, to_channels_last
 from ser_ray.training.scoring import predict_clips
 
 
@@ -47,8 +47,11 @@ class Predictor:
         self.card = read_card(checkpoint)
         self.labels = self.card.labels
         self.device = torch.device("cpu")
-        network = fold_batch_norm(read_network(checkpoint, self.card)).requires_grad_(False)
+        network = read_network(checkpoint, self.card).requires_grad_(False)
+        if isinstance(network, ResNet18):
+            network = fold_batch_norm(network)
         self.network = to_channels_last(network, self.device)
+        self.encoder = read_encoder(checkpoint, self.card)
         config = self.card.config
         self.reader = RecordingReader(self.card.features, config.feature, config.crop_frames)
 
@@ -64,6 +67,8 @@ class Predictor:
     def to(self, device: torch.device) -> "Predictor":
         """Move the network to a device."""
         self.device, self.network = device, self.network.to(device)
+        if self.encoder is not None:
+            self.encoder.to(device)
         return self
 
     @overload
@@ -125,13 +130,16 @@ class Predictor:
         """Score clips as validation does, and calibrate the probabilities.
 
         Args:
-            features: [bins, frames] float16 of each clip.
+            features: [bins, frames] float16 of each clip, or its waveform for an encoder.
 
         Returns:
             Probability of every label, float64 [clips, labels].
         """
         if not features:
             return np.zeros((0, len(self.labels)))
+        if self.encoder is not None:
+            layers = self.encoder.encode(features).astype(np.float16)  # as in the shards
+            features = list(layers.reshape(len(layers), -1, 1))
         num_frames = np.array([clip.shape[1] for clip in features])
         padded = np.zeros((len(features), len(features[0]), num_frames.max()), np.float16)
         for row, clip in zip(padded, features, strict=True):

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound
@@ -45,7 +45,8 @@ class RecordingFeatures:
     windows: tuple[Window, ...] = ()
     """The window that each of the features covers in a long recording; empty for a clip."""
     features: tuple[np.ndarray, ...] = ()
-    """One array for a clip, or one for each window; each is [bins, frames] float16."""
+    """One array for a clip, or one for each window; each is [bins, frames] float16, or for
+    an encoder the waveform [num_samples] float32."""
     status: str = "ok"
     """ok, unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
@@ -59,14 +60,15 @@ class RecordingReader:
 
     Args:
         config: the model's feature configuration.
-        kind: the feature that is the network's input.
+        kind: the feature that is the network's input. If it is an encoder's, what is read is the
+            waveform, which the encoder then takes.
         crop_frames: frames of the network's input, which is the length of a window.
     """
 
-    def __init__(self, config: FeatureConfig, kind: Kind, crop_frames: int) -> None:
+    def __init__(self, config: FeatureConfig, kind: str, crop_frames: int) -> None:
         self.extract = FeatureExtractor(config)
         self.kind = kind
-        frames = min(crop_frames, config.num_frames)
+        frames = min(crop_frames, config.num_frames) if kind in KINDS else config.num_frames
         self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
 
     def read(
@@ -111,6 +113,8 @@ class RecordingReader:
         self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None
     ) -> np.ndarray:
         waveform = self.extract.waveform(samples, sample_rate, loudness)
+        if self.kind not in KINDS:
+            return waveform
         return self.extract.features(waveform)[self.kind].astype(np.float16)  # as in the shards
 
     def _windows(

@@ -53,7 +53,7 @@ from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import read_pretrained
+from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import select_rows
 
 
@@ -100,7 +100,7 @@ def crossval(
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
     require_one_worker(run)
-    pretrained = read_pretrained(recipe.weights, len(shards.card.labels))
+    pretrained = initial_weights(recipe, shards.card)
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
     require_server(run.tracking_uri)
@@ -143,7 +143,7 @@ def crossval(
 def crossval_name(plan: CrossvalPlan) -> str:
     """Name of a cross-validation. Seeds and folds do not change it, so more can be added later."""
     recipe, config = plan.recipe, plan.config
-    identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint}{config.part}"
+    identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint_of(recipe.feature)}{config.part}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     kind = "crossval" if config.part == "test" else "validation"
     return f"{kind}-{recipe.feature}-{recipe.protocol}-{digest}"

@@ -32,6 +32,7 @@ _NOT_SEARCHED = {
     "validation_speakers": "trials validated on different clips cannot be compared",
     "channel": "trials validated on different clips cannot be compared",
     "keep": "the best of many epochs nearly always validates better than the last one, by luck",
+    "allow_seen_labels": "it decides whether there is a training, not how it goes",
     "patience": "the search stops the worse trials itself",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"

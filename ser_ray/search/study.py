@@ -351,7 +351,7 @@ def open_study(
         MismatchError: the folder belongs to another study.
         ResourcesError, TrackingError: the tracking store is not kept, or cannot be reached.
     """
-    identity = identity | {"shards": setup.shards.card.fingerprint}
+    identity = identity | {"shards": setup.shards.card.fingerprint_of(setup.recipe.feature)}
     tags = run_tags(kind, label, setup.shards)
     about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
     parent = start_or_resume_run(folder, run, setup.shards, tags, params, identity, about)

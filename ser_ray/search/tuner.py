@@ -8,7 +8,7 @@ interrupted search.
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
+from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import Slots, find_slots, require_one_worker
@@ -35,7 +36,7 @@ from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import read_pretrained
+from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import select_rows
 
 OPTUNA_STUDY = "optuna.journal"
@@ -86,8 +87,10 @@ def search(
     parts = select_rows(shards.clips(), recipe)
     searched = {item.name: item.values for item in config.dimensions}
     pretrained = {
-        name: read_pretrained(name, len(shards.card.labels))
-        for name in {recipe.weights, *searched.get("weights", ())}
+        name: initial_weights(replace(recipe, feature=kind, weights=name), shards.card)
+        # Encoders come first, because they have no weights to start from, and pictures may.
+        for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
+        for name in sorted({recipe.weights, *searched.get("weights", ())})
     }
     folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
     require_server(run.tracking_uri)
@@ -162,10 +165,18 @@ def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict
     return shared | {"search": search}
 
 
+def features_of(recipe: TrainConfig, config: TuneConfig) -> set[str]:
+    """The kinds of features that trials may be trained on."""
+    searched = {item.name: item.values for item in config.dimensions}
+    return {recipe.feature, *searched.get("feature", ())}
+
+
 def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
     """Name of a search; the same settings on the same shards give the same name."""
     settings = json.dumps(_settings(config), sort_keys=True)
-    identity = settings + recipe.fingerprint + shards.card.fingerprint
+    kinds = features_of(recipe, config)
+    data = sorted({shards.card.fingerprint_of(kind) for kind in kinds})
+    identity = settings + recipe.fingerprint + "".join(data)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
 

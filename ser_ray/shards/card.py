@@ -90,6 +90,11 @@ class ShardCard:
             return encoder.num_layers, encoder.dim
         return self.features.num_bins(kind), self.features.num_frames
 
+    def num_bins(self, kind: str) -> int:
+        """Return the number of values of a frame; an encoder's one frame has all its layers."""
+        encoder = self.encoder_of(kind)
+        return self.features.num_bins(kind) if encoder is None else encoder.num_values
+
     def fingerprint_of(self, kind: str) -> str:
         """Return sixteen hex digits that change with a kind's values: also with an encoder's."""
         encoder = self.encoder_of(kind)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
-from ser_ray.features.config import KINDS, FeatureConfig, Kind
+from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox, time_limited
@@ -105,7 +105,7 @@ def _make_tables(
     decode = _remember_last(decode)
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
     undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
-    features: dict[Kind, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    features: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     decoded: list[int] = []  # rows of the clips
     facts: list[dict[str, Any]] = []
     is_final = True
@@ -217,7 +217,7 @@ def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
     return sounds[0] == sounds[1]
 
 
-def _feature_columns(features: dict[Kind, list[np.ndarray]], config: FeatureConfig) -> pa.Table:
+def _feature_columns(features: dict[str, list[np.ndarray]], config: FeatureConfig) -> pa.Table:
     """Turn lists of arrays `[bins, frames]` into columns with one fixed-size binary value each."""
     columns = {}
     for kind, arrays in features.items():

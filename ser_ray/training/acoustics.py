@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import Gamma
 from torchaudio.functional import create_dct
 
-from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.config import FeatureConfig
 from ser_ray.features.mel import POWER_FLOOR, mel_bands
 from ser_ray.training.config import AugmentConfig
 from ser_ray.training.data import Normalisation
@@ -91,7 +91,7 @@ class Acoustics:
     def __init__(
         self,
         config: AugmentConfig,
-        kind: Kind,
+        kind: str,
         features: FeatureConfig,
         normalisation: Normalisation,
         device: torch.device,

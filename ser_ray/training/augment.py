@@ -6,15 +6,16 @@ augmented clips do not depend on the number of workers.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributions import Beta
 from torchaudio.transforms import SpecAugment
 
-from ser_ray.features.config import FeatureConfig, Kind
+from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.training.acoustics import Acoustics
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 MIN_VARIANCE = 1e-5
@@ -24,7 +25,8 @@ clips."""
 
 class Augment:
     """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
-    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order.
+    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order. The layers of
+    an encoder get mixup alone.
 
     Args:
         recipe: the recipe, with the strength of each augmentation and the feature kind.
@@ -42,7 +44,8 @@ class Augment:
         normalisation: Normalisation,
         device: torch.device,
     ) -> None:
-        config, crop_frames, num_bins = recipe.augment, recipe.crop_frames, len(normalisation.std)
+        config = recipe.augment if recipe.feature in KINDS else mixup_alone(recipe.augment)
+        crop_frames, num_bins = recipe.window_frames, len(normalisation.std)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.random_crop = config.random_crop
@@ -97,6 +100,13 @@ class Augment:
         return batch, targets
 
 
+def mixup_alone(config: AugmentConfig) -> AugmentConfig:
+    """Switch everything off that changes pictures of sound; an encoder's layers are none."""
+    return replace(
+        config, noise=0, echo=0, band_limit=0, mix_style=0, gain_db=0, time_masks=0, freq_masks=0
+    )
+
+
 def _mix(values: Tensor, weight: float) -> Tensor:
     """Mix every clip with the one before it in the batch (mixup, Zhang 2018, equation 2).
 
@@ -122,7 +132,7 @@ def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
 
 
 def gain_response(
-    kind: Kind, features: FeatureConfig, normalisation: Normalisation, device: torch.device
+    kind: str, features: FeatureConfig, normalisation: Normalisation, device: torch.device
 ) -> Tensor:
     """Compute the change of every normalised bin for +1 dB of level [bins].
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,17 +27,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.errors import CheckpointError, ConfigError, MismatchError
-from ser_ray.features.config import FeatureConfig, require_valid
+from ser_ray.errors import CheckpointError, ConfigError, EncoderError, MismatchError
+from ser_ray.features.config import KINDS, FeatureConfig, require_valid
+from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-from ser_ray.training.model import ResNet18
+from ser_ray.training.model import EncoderHead, ResNet18
+
+if TYPE_CHECKING:
+    from ser_ray.features.encoder import Encoder
 
 SCHEMA_VERSION = 1
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
+ENCODER = "encoder.safetensors"
+"""The weights of the encoder, in the selected checkpoint of a model that has one."""
 SELECTED = "selected"
 """Folder of the selected checkpoint in the folder of a finished run."""
 VALIDATION = "validation_probabilities"
@@ -67,6 +73,10 @@ class CheckpointCard:
     """Origin of the weights that training started from."""
     ingest: Literal["resident", "stream"] = "resident"
     """How the training clips were read. It decides their order."""
+    encoder: EncoderCard | None = None
+    """The encoder whose layers are the features; None for a picture of sound."""
+    encoder_file: str = ""
+    """Where its weights are, unless a copy is beside the card."""
     temperature: float = 1.0
     """Scales the probabilities (`ser_ray.training.calibration`); fitted on the validation clips."""
 
@@ -81,6 +91,14 @@ class CheckpointCard:
     def trained_on(self) -> str:
         """Name of the corpus, as shown beside every score."""
         return CORPORA[self.corpus]
+
+    @property
+    def network(self) -> str:
+        """The kind of network."""
+        if self.encoder is None:
+            return "ResNet18"
+        units = self.config.head_units
+        return f"a head with {units} hidden units" if units else "a linear head"
 
     def to_json(self) -> str:
         """Serialise to JSON."""
@@ -112,7 +130,11 @@ class CheckpointCard:
         mean, std = (np.asarray(normalisation[name], np.float64) for name in ("mean", "std"))
         config = TrainConfig.from_dict(values.pop("config"))
         features = FeatureConfig(**values.pop("features"))
-        if not mean.shape == std.shape == (features.num_bins(config.feature),):
+        encoder = EncoderCard.from_dict(own) if (own := values.pop("encoder")) else None
+        if (encoder.name if encoder else "") != ("" if config.feature in KINDS else config.feature):
+            raise ValueError("its encoder is not that of its feature")
+        num_bins = encoder.num_values if encoder else features.num_bins(config.feature)
+        if not mean.shape == std.shape == (num_bins,):
             raise ValueError("its normalisation does not have a number for every bin")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError("its normalisation has numbers that cannot be divided by")
@@ -121,6 +143,7 @@ class CheckpointCard:
             config=config,
             features=features,
             normalisation=Normalisation(mean, std),
+            encoder=encoder,
             **values,
         )
 
@@ -134,7 +157,7 @@ class CheckpointCard:
         Raises:
             MismatchError: a field differs; the message names the first one.
         """
-        keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest")
+        keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest", "encoder")
         ours, theirs = (
             {key: values[key] for key in keys}
             for values in (json.loads(card.to_json()) for card in (self, other))
@@ -319,14 +342,19 @@ def read_card(directory: Path) -> CheckpointCard:
         raise CheckpointError(f"{path}: not a checkpoint's card ({error})") from error
 
 
-def read_network(directory: Path, card: CheckpointCard) -> ResNet18:
+def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHead:
     """Read the network of a checkpoint, in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: the weights are missing or broken, or belong to another network.
     """
     with torch.device("meta"):  # draws no initial weights, which saves time
-        network = ResNet18(len(card.labels))
+        network: ResNet18 | EncoderHead
+        if card.encoder is None:
+            network = ResNet18(len(card.labels))
+        else:
+            shape = card.encoder.num_layers, card.encoder.dim
+            network = EncoderHead(*shape, len(card.labels), card.config.head_units)
     try:
         # safetensors maps the file into memory; cloning the tensors releases it.
         weights = {name: value.clone() for name, value in load_file(directory / MODEL).items()}
@@ -335,6 +363,61 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory / MODEL}: cannot be loaded ({reason})") from error
     return network.eval()
+
+
+def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
+    """Read the encoder of a model, in evaluation mode, on the CPU; None if it has none.
+
+    Its weights are in the checkpoint's directory, or where they were when it was trained, or, for a
+    bundle of torchaudio, they are downloaded.
+
+    Raises:
+        EncoderError: they are in none of these places, or are not those of the training.
+    """
+    if card.encoder is None:
+        return None
+    from ser_ray.features.encoder import EncoderWeights  # slow: torchaudio
+
+    name = card.encoder.name
+    if (directory / ENCODER).is_file():
+        found = EncoderWeights.read(str(directory / ENCODER))
+    else:
+        try:
+            found = EncoderWeights.read(card.encoder_file)
+        except EncoderError as error:
+            try:
+                found = EncoderWeights.named(name)
+            except (EncoderError, ConfigError):
+                raise EncoderError(
+                    f"{directory}: the weights of its encoder {name} are not in it ({ENCODER}), "
+                    f"and not where they were at its training: {error}"
+                ) from None
+    if found.card.weights != card.encoder.weights:
+        raise EncoderError(
+            f"{directory}: the weights that were found of {name} have the hash "
+            f"{found.card.weights[:16]}, and the model was trained on "
+            f"{card.encoder.weights[:16]}: put those into it as {ENCODER}"
+        )
+    return found.build()
+
+
+def keep_encoder(directory: Path) -> None:
+    """Copy the weights of a model's encoder, if it has one, into the checkpoint's directory.
+
+    Raises:
+        CheckpointError: they are no longer where they were at its training.
+    """
+    card = read_card(directory)
+    if card.encoder is None or (directory / ENCODER).exists():
+        return
+    filesystem, path = filesystem_of(card.encoder_file)
+    try:
+        fs.copy_files(path, str(directory / ENCODER), source_filesystem=filesystem)
+    except OSError as error:
+        raise CheckpointError(
+            f"{card.encoder_file}: the encoder's weights cannot be copied into the checkpoint "
+            f"({error}); put them there again, then give the same command again"
+        ) from error
 
 
 def learning_rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:

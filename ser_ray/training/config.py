@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import Kind, require_valid
+from ser_ray.features.config import KINDS, require_valid
 
 Keep = Literal["last", "best"]
 """Which epoch a training selects, to keep its weights."""
@@ -65,8 +65,9 @@ class AugmentConfig:
 class TrainConfig:
     """The recipe of one training. It does not depend on the machine or the number of workers."""
 
-    feature: Kind = "mel"
-    """Kind of features that the network is trained on."""
+    feature: str = "mel"
+    """Kind of features that the network is trained on: spectrogram, mel, mfcc, or an encoder that
+    `ser-ray prepare --encoder` added to the shards, such as wavlm_base_plus."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
     speaker), table (by the column split of a table), random (speaker-dependent) or all (every
@@ -111,7 +112,13 @@ class TrainConfig:
     crop_frames: int = 128
     """Length of a training crop in frames. A longer clip is scored by windows of this length."""
     weights: str = "imagenet"
-    """Initial weights: imagenet, none, or a file of ResNet18 weights."""
+    """Initial weights: imagenet, none, or a file of ResNet18 weights. The head on an encoder always
+    starts from fresh weights."""
+    head_units: int = 0
+    """With an encoder: units of a hidden layer before the last one; 0 is a linear head."""
+    allow_seen_labels: bool = False
+    """Train on an encoder that has seen the labels of this corpus, whose scores on new speakers
+    are then too good."""
     temperature: float = 1.0
     """Scales the probabilities of a model of the protocol all, which has no validation clips to fit
     it on. `--like` with the run of a cross-validation sets it to the mean of the folds."""
@@ -124,7 +131,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("fold", "validation_speakers", "patience", "seed", "weight_decay"):
+        at_least_0 = "fold", "validation_speakers", "patience", "seed", "weight_decay", "head_units"
+        for name in at_least_0:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         for name in ("label_smoothing", "ema_decay"):
@@ -152,6 +160,11 @@ class TrainConfig:
             raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")
         if self.final_div_factor < 1:
             raise ConfigError(f"final_div_factor is {self.final_div_factor}: it must be >= 1")
+
+    @property
+    def window_frames(self) -> int:
+        """Length of the network's input in frames; what an encoder makes of a clip is one frame."""
+        return self.crop_frames if self.feature in KINDS else 1
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,8 @@ copies from the host.
 
 Clips that do not fit into memory come from `training.streaming` instead. Both are a `Source`.
 
-Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames.
+Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames. What
+an encoder makes of a clip is one frame, whose bins are the values of all its layers.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ser_ray.corpus.splits import Split, windows_of
-from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.parts import select_rows
@@ -211,17 +211,32 @@ def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> Fo
     table = shards.clips()
     parts = select_rows(table, config)
     labels = label_indices(table, shards.card.labels)
-    num_frames = table["num_frames"].to_numpy()
-    raw = shards.features(config.feature, parts.train)
+    num_frames = frames_of(shards, config.feature, table)
+    raw = inputs_of(shards, config.feature, parts.train)
     normalisation = Normalisation.of(raw, num_frames[parts.train])
     train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
     validation = load_clips(shards, config.feature, table, parts.validation, normalisation, device)
     return FoldData(train, validation, parts, shards.card.labels, normalisation)
 
 
+def frames_of(shards: ShardSet, kind: str, clips: pa.Table) -> np.ndarray:
+    """Valid frames of every clip in a network's input, int64 [clips]."""
+    if shards.card.encoder_of(kind) is not None:
+        return np.ones(len(clips), np.int64)
+    return clips["num_frames"].to_numpy().astype(np.int64)
+
+
+def inputs_of(shards: ShardSet, kind: str, rows: np.ndarray) -> np.ndarray:
+    """Read clips as pictures, [rows, bins, frames] float16; those of an encoder have one frame."""
+    features = shards.features(kind, rows)
+    if shards.card.encoder_of(kind) is not None:
+        return features.reshape(len(rows), shards.card.num_bins(kind), 1)
+    return features
+
+
 def load_clips(
     shards: ShardSet,
-    kind: Kind,
+    kind: str,
     table: pa.Table,
     rows: np.ndarray,
     normalisation: Normalisation,
@@ -241,9 +256,10 @@ def load_clips(
     """
     windows, owners = windows_of(table["window"].to_numpy(), rows)
     found = table.select(["emotion", "num_frames"]).take(windows)
-    raw = shards.features(kind, windows)
+    raw = inputs_of(shards, kind, windows)
     classes = label_indices(found, labels or shards.card.labels)
-    clips = Clips.resident(raw, found["num_frames"].to_numpy(), classes, normalisation, device)
+    num_frames = frames_of(shards, kind, found)
+    clips = Clips.resident(raw, num_frames, classes, normalisation, device)
     return replace(clips, owners=owners)
 
 

@@ -64,7 +64,8 @@ def range_steps(
         The learning rate and the training loss of every step; the loss is finite.
     """
     data = load_fold(shards, config, device)
-    network = build_network(config, pretrained, len(data.labels), device)
+    encoder = shards.card.encoder_of(config.feature)
+    network = build_network(config, pretrained, len(data.labels), device, encoder)
     optimiser = build_optimiser(network, config)
     # The schedule is not stepped, but it sets the momentum with which a training starts.
     schedule = one_cycle(optimiser, config, test.steps)

@@ -13,7 +13,7 @@ import pickle
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import URLError
 
 import torch
@@ -23,7 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ser_ray.errors import CheckpointError
+from ser_ray.corpus.splits import ALL
+from ser_ray.corpus.words import CORPORA
+from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.shards.card import ShardCard
+from ser_ray.training.config import TrainConfig
 
 NETWORK_STRIDE = 32
 """Bins and frames of the input for each pixel of the last stage's output."""
@@ -34,12 +38,17 @@ WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs store the weights in a file."""
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 """Prefixes that wrappers of a network put before the names of its weights."""
+LAYER_SCALE = 10.0
+"""Factor of the numbers behind the weights of layers: a step changes these ten times as much."""
 COUNTER = "num_batches_tracked"
 UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
     pickle.UnpicklingError, struct.error, SafetensorError,
 )  # fmt: skip
 """What `torch.load` and safetensors raise for files that are damaged or not weights."""
+
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class ResNet18(nn.Module):
@@ -70,6 +79,33 @@ class ResNet18(nn.Module):
         maps = F.max_pool2d(maps, kernel_size=3, stride=2, padding=1)
         maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
         return self.fc(F.adaptive_avg_pool2d(maps, 1).flatten(1))
+
+
+class EncoderHead(nn.Module):
+    """Maps an encoder's layers [batch, 1, layers * dim, 1] to logits [batch, labels].
+
+    The layers are summed with weights that softmax makes of trained numbers, as in SUPERB (Yang
+    2021) and EmoBox (Ma 2024). One linear layer follows, or a hidden one before it.
+    """
+
+    def __init__(self, num_layers: int, dim: int, num_labels: int, num_units: int = 0) -> None:
+        super().__init__()
+        self.shape = num_layers, dim
+        self.layers = nn.Parameter(torch.zeros(num_layers))
+        self.hidden: nn.Module = nn.Identity()
+        if num_units:
+            self.hidden = nn.Sequential(nn.Linear(dim, num_units), nn.ReLU())
+        self.fc = nn.Linear(num_units or dim, num_labels)
+
+    @property
+    def layer_weights(self) -> Tensor:
+        """Weight of each layer [layers]; they sum to 1."""
+        return (LAYER_SCALE * self.layers).softmax(dim=0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the logits of a batch."""
+        mixed = (features.reshape(-1, *self.shape) * self.layer_weights[:, None]).sum(dim=1)
+        return self.fc(self.hidden(mixed))
 
 
 class BasicBlock(nn.Module):
@@ -104,7 +140,7 @@ def _draw_weights(convolution: nn.Conv2d) -> None:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
-def to_channels_last(network: ResNet18, device: torch.device) -> ResNet18:
+def to_channels_last(network: N, device: torch.device) -> N:
     """Move a network to a device, in the memory layout in which its convolutions are fastest."""
     # torch's stubs lack the argument.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -156,6 +192,30 @@ class Pretrained:
     state: dict[str, Tensor]
 
 
+FRESH = Pretrained("fresh weights", {})
+
+
+def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
+    """Read the weights that a training on these shards starts from, which have its feature.
+
+    Raises:
+        ConfigError: the shards do not have the feature, or it is of an encoder that has seen the
+            labels of the corpus.
+        CheckpointError: the weights cannot be read.
+    """
+    encoder = shards.encoder_of(config.feature)
+    if encoder is None:
+        return read_pretrained(config.weights, len(shards.labels))
+    is_new = config.protocol not in ("random", ALL)
+    if is_new and shards.corpus in encoder.labelled and not config.allow_seen_labels:
+        raise ConfigError(
+            f"feature is {encoder.name}: this encoder was trained with labels of "
+            f"{CORPORA[shards.corpus]}, so scores by {config.protocol} would not be those of new "
+            "speakers; choose another one, or give --allow-seen-labels"
+        )
+    return FRESH
+
+
 def read_pretrained(weights: str, num_labels: int) -> Pretrained:
     """Read the weights that `TrainConfig.weights` names.
 
@@ -167,7 +227,7 @@ def read_pretrained(weights: str, num_labels: int) -> Pretrained:
             holds no weights, or holds weights of other shapes.
     """
     if weights == "none":
-        return Pretrained("fresh weights", {})
+        return FRESH
     if weights == "imagenet":
         state, origin = _download_imagenet(), "ImageNet (torchvision IMAGENET1K_V1)"
     else:

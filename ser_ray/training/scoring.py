@@ -31,7 +31,7 @@ def predict_clips(
         network: [batch, 1, bins, frames] -> logits [batch, num_labels], on the clips' device.
         clips: the clips, of which `rows` are scored.
         rows: numbers of the clips to score [scored]: rows of `clips`, or of their `owners`.
-        config: the recipe, whose `crop_frames` is the length of a crop.
+        config: the recipe, whose `window_frames` is the length of a crop.
         num_labels: number of the network's outputs.
 
     Returns:
@@ -52,11 +52,11 @@ def predict_clips(
     batches = [
         [torch.from_numpy(values).to(device) for values in (clip, start, position[clip])]
         for clip, start in window_batches(
-            num_frames, np.flatnonzero(position >= 0), config.crop_frames, batch_size
+            num_frames, np.flatnonzero(position >= 0), config.window_frames, batch_size
         )
     ]
     for clip, start, where in batches:
-        batch, _ = clips.crop(clip, start, config.crop_frames)
+        batch, _ = clips.crop(clip, start, config.window_frames)
         logits = network(batch.contiguous(memory_format=torch.channels_last))
         sums.index_add_(0, where, logits.double().softmax(dim=1))
         counts.index_add_(0, where, torch.ones_like(sums[where, :1]))

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ser_ray.corpus.splits import windows_of
 from ser_ray.errors import ConfigError
-from ser_ray.features.config import Kind
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
@@ -39,6 +38,8 @@ from ser_ray.training.data import (
     FoldData,
     Normalisation,
     frame_sums,
+    frames_of,
+    inputs_of,
     label_indices,
     load_clips,
     seed_of,
@@ -116,7 +117,7 @@ class Reader:
     """Reads training clips from the shards."""
 
     shards: ShardSet
-    kind: Kind
+    kind: str
     rows: np.ndarray
     """Row of every training clip in the shards [clips]."""
     num_frames: np.ndarray
@@ -125,7 +126,7 @@ class Reader:
     @property
     def clips_at_once(self) -> int:
         """Number of clips that WINDOW_BYTES hold; at least 1."""
-        num_bins = self.shards.card.features.num_bins(self.kind)
+        num_bins = self.shards.card.num_bins(self.kind)
         return max(WINDOW_BYTES // clip_bytes(num_bins, self.num_frames), 1)
 
     def measure(self, clips: np.ndarray) -> np.ndarray:
@@ -138,7 +139,7 @@ class Reader:
         return normalisation.frames_first(self._features(clips), self.num_frames[clips], max_frames)
 
     def _features(self, clips: np.ndarray) -> np.ndarray:
-        return self.shards.features(self.kind, self.rows[clips])
+        return inputs_of(self.shards, self.kind, self.rows[clips])
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,7 @@ def stream_fold(
     table = shards.clips()
     split = select_rows(table, config)
     labels = label_indices(table, shards.card.labels)
-    num_frames = table["num_frames"].to_numpy().astype(np.int64)
+    num_frames = frames_of(shards, config.feature, table)
     reader = Reader(shards, config.feature, split.train, num_frames[split.train])
     normalisation = normalisation or _measure(reader, device, world, fetch)
     validation = load_clips(shards, config.feature, table, split.validation, normalisation, device)
@@ -241,8 +242,8 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
     """Memory that a fold's training and validation clips need if they are resident."""
     table = shards.clips()
     split = select_rows(table, config)
-    num_frames = table["num_frames"].to_numpy()
-    num_bins = shards.card.features.num_bins(config.feature)
+    num_frames = frames_of(shards, config.feature, table)
+    num_bins = shards.card.num_bins(config.feature)
     validation, _ = windows_of(table["window"].to_numpy(), split.validation)
     sides = (split.train, validation)
     return sum(len(side) * clip_bytes(num_bins, num_frames[side]) for side in sides)
@@ -259,7 +260,7 @@ def _measure(reader: Reader, device: torch.device, world: World, fetch: Fetch) -
     chunks = [clips[first : first + length] for first in range(0, len(clips), length)][
         world.rank_slice
     ]
-    sums = np.zeros((2, reader.shards.card.features.num_bins(reader.kind)))
+    sums = np.zeros((2, reader.shards.card.num_bins(reader.kind)))
     for piece in fetch(reader.measure, chunks) if chunks else ():
         sums += piece.sum(axis=0)
     total = world.all_reduce_sum(torch.from_numpy(sums).to(device)).cpu().numpy()

@@ -27,15 +27,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.errors import ConfigError, DivergedError, MismatchError
-from ser_ray.features.config import FeatureConfig
+from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.features.encoder_card import EncoderCard
+from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet
+from ser_ray.storage.paths import location_inside
 from ser_ray.training.augment import Augment
 from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Batch, FoldData, Source, load_fold, seed_of, steps_per_epoch
 from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
-from ser_ray.training.model import Pretrained, ResNet18, supports_bfloat16, to_channels_last
+from ser_ray.training.model import (
+    FRESH,
+    EncoderHead,
+    Pretrained,
+    ResNet18,
+    supports_bfloat16,
+    to_channels_last,
+)
 from ser_ray.training.optim import (
     build_optimiser,
     one_cycle,
@@ -102,7 +112,7 @@ def fit(
     Args:
         config: the recipe.
         shards: the shard set to train on.
-        pretrained: weights to start from (`ser_ray.training.model.read_pretrained`).
+        pretrained: weights to start from (`ser_ray.training.model.initial_weights`).
         report: called after every epoch with its results and a function that makes a snapshot.
         resume: directory of a checkpoint of the same training, to resume from.
         device: where to train; the CPU by default.
@@ -128,7 +138,9 @@ def fit(
         data = stream_fold(shards, config, device, world, stream, known)
     require_workers_fit(config, len(data.train), world.size)
 
-    network = build_network(config, pretrained, len(data.labels), device)
+    encoder = shards.card.encoder_of(config.feature)
+    pretrained = pretrained if encoder is None else FRESH
+    network = build_network(config, pretrained, len(data.labels), device, encoder)
     optimiser = build_optimiser(network, config)
     num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
     schedule = one_cycle(optimiser, config, num_steps)
@@ -153,11 +165,22 @@ def fit(
 
 
 def build_network(
-    config: TrainConfig, pretrained: Pretrained, num_labels: int, device: torch.device
-) -> ResNet18:
-    """Draw the initial weights from the recipe's seed, and load the pretrained ones over them."""
+    config: TrainConfig,
+    pretrained: Pretrained,
+    num_labels: int,
+    device: torch.device,
+    encoder: EncoderCard | None = None,
+) -> ResNet18 | EncoderHead:
+    """Draw the initial weights from the recipe's seed, and load the pretrained ones over them.
+
+    The network is a head on the encoder, if there is one.
+    """
     torch.manual_seed(seed_of(config.seed))
-    network = ResNet18(num_labels)
+    network: ResNet18 | EncoderHead
+    if encoder is None:
+        network = ResNet18(num_labels)
+    else:
+        network = EncoderHead(encoder.num_layers, encoder.dim, num_labels, config.head_units)
     network.load_state_dict(network.state_dict() | pretrained.state)
     return to_channels_last(network, device)
 
@@ -170,7 +193,7 @@ class Trainer:
         config: TrainConfig,
         data: FoldData[Source],
         features: FeatureConfig,
-        network: ResNet18,
+        network: ResNet18 | EncoderHead,
         optimiser: Optimizer,
         schedule: OneCycleLR,
         world: World,
@@ -182,7 +205,9 @@ class Trainer:
         self.ema_network = copy.deepcopy(network) if config.ema_decay else None
         self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
         num_bins = len(data.normalisation.std)
-        self.autocast = supports_bfloat16(device, num_bins, config.crop_frames)
+        self.autocast = config.feature in KINDS and supports_bfloat16(
+            device, num_bins, config.window_frames
+        )
         self.batch_size = min(config.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
@@ -444,6 +469,8 @@ def make_card(
         split=describe_split(data.split),
         initial_weights=pretrained.origin,
         ingest=ingest,
+        encoder=shards.card.encoder_of(config.feature),
+        encoder_file=location_inside(shards.uri, weights_name(config.feature)),
     )
 
 
