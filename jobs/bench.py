@@ -1,6 +1,6 @@
 """How fast the parts are, compared with plainer ways of doing the same work, and what faults cost.
 
-`python jobs/bench.py prepare|train|tune|predict|plan|faults ...`; each part's own file,
+`python jobs/bench.py prepare|encode|train|tune|predict|plan|faults ...`; each part's own file,
 `bench_<part>.py`, says what it compares and what its figures do not say.
 """
 

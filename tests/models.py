@@ -1,5 +1,6 @@
 """A checkpoint made from scratch, and a small network, for tests that need any of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import nn
 
 from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
+from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
-from ser_ray.training.model import ResNet18
+from ser_ray.training.model import EncoderHead, ResNet18
 
 LABELS = EMOTIONS[:4]
 FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, hop_length=320, max_seconds=3.0)
@@ -66,3 +68,18 @@ def make_checkpoint(directory: Path, *, seed: int = 0, **changes: object) -> Che
     save_file(network.state_dict(), directory / MODEL)
     (directory / CARD).write_text(card.to_json())
     return card
+
+
+def make_encoder_checkpoint(directory: Path, encoder: EncoderCard) -> None:
+    """Write an untrained head on an encoder, and its card."""
+    torch.manual_seed(0)
+    head = EncoderHead(encoder.num_layers, encoder.dim, len(LABELS))
+    torch.nn.init.normal_(head.fc.weight, std=1.0)
+    make_checkpoint(
+        directory,
+        config=replace(CONFIG, feature=encoder.name),
+        normalisation=Normalisation(np.zeros(encoder.num_values), np.full(encoder.num_values, 0.1)),
+        encoder=encoder,
+        temperature=0.8,
+    )
+    save_file(head.state_dict(), directory / MODEL)

@@ -36,7 +36,7 @@ from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run
-from ser_ray.training.checkpoint import CheckpointCard, read_card
+from ser_ray.training.checkpoint import CheckpointCard, read_card, read_layer_weights
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import describe_split, select_rows
@@ -237,6 +237,7 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
                 run_id=tracker.run_id,
                 history=newest.progress["history"],
                 learning_rates=newest.progress["learning_rates"],
+                layer_weights=read_layer_weights(selected, card),
                 audio=task.run.audio,
             )
             store_page(page, folder.report)

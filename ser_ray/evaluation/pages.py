@@ -37,7 +37,12 @@ from ser_ray.plots.search import (
     parameter_figure,
     rank_of,
 )
-from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
+from ser_ray.plots.training import (
+    curves_figure,
+    layer_weights_figure,
+    learning_rate_figure,
+    range_figure,
+)
 from ser_ray.tracking.about import provenance, scored_on
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
@@ -59,6 +64,7 @@ def run_page(
     run_id: str = "",
     history: History = (),
     learning_rates: Sequence[float] = (),
+    layer_weights: Sequence[float] = (),
     audio: bool,
 ) -> str:
     """The page of a training, without its test part.
@@ -66,6 +72,7 @@ def run_page(
     Args:
         card: card of the selected checkpoint.
         validation: its evaluation on the validation part; None if it was trained on all speakers.
+        layer_weights: weights of the encoder's layers [layers], if it has an encoder.
     """
     parts = ((side, card.split[f"{side}_speakers"]) for side in ("train", "validation", "test"))
     speakers = {
@@ -86,6 +93,7 @@ def run_page(
         },
         part=None if validation is None else _part(validation, audio=audio),
         **_training(history, learning_rates, card.config),
+        layers=layer_weights_figure(layer_weights) if layer_weights else None,
         **_recipe(card),
         versions={"shards": card.shards_fingerprint},
     )

@@ -14,7 +14,7 @@ from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.evaluation.pages import add_test_part
 from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
 from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
-from ser_ray.plots.training import curves_figure
+from ser_ray.plots.training import curves_figure, layer_weights_figure
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (
     SELECTED_BY,
@@ -26,7 +26,7 @@ from ser_ray.tracking.registry import (
 )
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
-from ser_ray.training.checkpoint import CheckpointCard, read_card
+from ser_ray.training.checkpoint import CheckpointCard, read_card, read_layer_weights
 from ser_ray.training.metrics import selected_metrics
 
 
@@ -61,6 +61,8 @@ def record_training(
         "plots/curves.png": curves_figure(history, selected, title),
         "tables/history.json": history,
     }
+    if layers := read_layer_weights(checkpoint, card):
+        files["plots/layer_weights.png"] = layer_weights_figure(layers, title)
     if validation is not None:
         confusion = np.asarray(progress["selected_confusion"])
         figure = confusion_figure(confusion, card.labels, f"validation, {title}")

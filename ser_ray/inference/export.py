@@ -4,10 +4,10 @@ The input is a mono waveform [num_samples] float32 at the model's sample rate, o
 output is the probability of every label [labels] float32. It is NaN for a waveform that `Predictor`
 would not score as one clip: silent, too short, or with more sound than the longest training clip.
 
-The graph holds trimming, features, normalisation, windows, network and temperature, so the features
-are implemented a second time here. In the graph, no shape but that of the input depends on the
-recording, so silent ends are masked instead of cut off. An export is written only if it agrees with
-`Predictor`.
+The graph holds trimming, features or encoder, normalisation, windows, network and temperature, so
+the features are implemented a second time here. In the graph, no shape but that of the input
+depends on the recording, so silent ends are masked instead of cut off. An export is written only if
+it agrees with `Predictor`.
 """
 
 import json
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from ser_ray.features.transforms import (
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.calibration import SMALLEST_PROBABILITY
+
+if TYPE_CHECKING:
+    from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
 """Largest allowed difference of a probability from `Predictor`, which sums in another order."""
@@ -78,9 +81,10 @@ class WaveformModel(nn.Module):
         super().__init__()
         card = predictor.card
         config = self.features = card.features
-        self.kind, self.crop_frames = card.config.feature, card.config.crop_frames
+        self.kind, self.crop_frames = card.config.feature, card.config.window_frames
         self.network, self.temperature = predictor.network, card.temperature
-        self.max_windows = -(-config.num_frames // self.crop_frames)
+        self.encoder = predictor.encoder
+        self.max_windows = 1 if self.encoder else -(-config.num_frames // self.crop_frames)
         length = config.window_length
         angles = np.outer(np.arange(length), np.arange(length // 2 + 1)) * (2 * np.pi / length)
         window = np.hanning(length + 1)[:-1, None]
@@ -103,8 +107,13 @@ class WaveformModel(nn.Module):
         begin, length, is_scored = self._sound(samples)
         places = torch.arange(waveform.shape[0])
         is_sound = (places >= begin) & (places < begin + length)
-        num_frames = length // self.features.hop_length + 1
-        features = self._features(samples - (samples * is_sound).sum() / length, begin, length)
+        samples = samples - (samples * is_sound).sum() / length
+        if self.encoder is None:
+            num_frames = length // self.features.hop_length + 1
+            features = self._features(samples, begin, length)
+        else:
+            num_frames = torch.ones_like(length)
+            features = self._layers(self.encoder, samples, begin, length)
         # Rounded twice, as the shards and the training's tensors round.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
@@ -175,6 +184,14 @@ class WaveformModel(nn.Module):
             return _decibels(power).T
         mel = _decibels(power @ self.mel_bands.T).T
         return mel if self.kind == "mel" else self.dct @ mel
+
+    def _layers(
+        self, encoder: "Encoder", waveform: Tensor, begin: Tensor, length: Tensor
+    ) -> Tensor:
+        """Compute the layers of an encoder [layers * dim, 1], with room for the longest clip."""
+        places = torch.arange(round(self.features.max_seconds * self.features.sample_rate))
+        sound = waveform[(begin + places).clamp(max=waveform.shape[0] - 1)] * (places < length)
+        return encoder(sound.float()[None], length[None]).reshape(-1, 1)
 
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
         """Cut windows as `ser_ray.training.scoring.window_starts` places them.

@@ -23,13 +23,14 @@ import numpy as np
 from ser_ray.features.errors import ClipError
 from ser_ray.inference.prediction import Prediction
 from ser_ray.inference.predictor import Predictor
+from ser_ray.training.checkpoint import read_card
 
 if TYPE_CHECKING:
     import pandas as pd
 
-REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
+_REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
                 "safetensors", "pandas")  # fmt: skip
-"""Packages that loading the model and predicting import."""
+"""Those of any model."""
 
 WAVEFORM_RATE = 16_000.0
 FORM = (
@@ -38,6 +39,12 @@ FORM = (
 )
 """What to send instead of a row that cannot be read."""
 EXAMPLE_SECONDS = 0.25
+
+
+def requirements(checkpoint: Path) -> tuple[str, ...]:
+    """Return the packages that loading the model in a directory and predicting import."""
+    has_encoder = read_card(checkpoint).encoder is not None
+    return (*_REQUIREMENTS, "torchaudio") if has_encoder else _REQUIREMENTS
 
 
 class PackagedModel:

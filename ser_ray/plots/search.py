@@ -5,6 +5,7 @@ of the selected epoch, `selected/ua` and `selected/loss`. These are None until t
 completed an epoch.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ FEW_VALUES = 5
 """Numbers of which each gets a tick of its own."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
+_ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
 
 
 def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
@@ -63,7 +65,9 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
     axes = figure.add_subplot(xlabel=name, ylabel="validation UA")
     scored = _scored(trials)
     places = _places(axes, [row[name] for row in scored])
-    for kind, (colour, marker) in _KINDS.items():
+    encoders = dict.fromkeys(str(row["feature"]) for row in scored if row["feature"] not in _KINDS)
+    styles = _KINDS | dict(zip(encoders, itertools.cycle(_ENCODERS), strict=False))
+    for kind, (colour, marker) in styles.items():
         some = [(x, row) for x, row in zip(places, scored, strict=True) if row["feature"] == kind]
         axes.scatter(
             [x for x, _ in some],

@@ -73,6 +73,17 @@ def learning_rate_figure(
     return entitle(figure, title)
 
 
+def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
+    """Draw the weight of every layer of an encoder [layers]; together they are 1."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot(xlabel="layer of the encoder", ylabel="weight")
+    axes.bar(np.arange(1, len(weights) + 1), weights, color=BLUE)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    tidy(axes)
+    return entitle(figure, title)
+
+
 def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
     """Draw the loss of a range test against the learning rate, with the proposed bounds.
 

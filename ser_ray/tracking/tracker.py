@@ -298,7 +298,9 @@ class Tracker:
                 loader_module=packaged.__name__,
                 data_path=str(checkpoint),
                 code_paths=[str(Path(__file__).parents[1])],
-                pip_requirements=[f"{item}=={version(item)}" for item in packaged.REQUIREMENTS],
+                pip_requirements=[
+                    f"{item}=={version(item)}" for item in packaged.requirements(checkpoint)
+                ],
                 signature=_signature(labels),
                 input_example=packaged.example_input(),
             )

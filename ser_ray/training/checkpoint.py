@@ -365,6 +365,15 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHea
     return network.eval()
 
 
+def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
+    """Read the weights of an encoder's layers [layers]; empty for a model without an encoder."""
+    if card.encoder is None:
+        return []
+    network = read_network(directory, card)
+    assert isinstance(network, EncoderHead)
+    return network.layer_weights.tolist()
+
+
 def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
     """Read the encoder of a model, in evaluation mode, on the CPU; None if it has none.
 

@@ -11,14 +11,17 @@ import torch
 from ser_ray.cli.main import main
 from ser_ray.cluster import JOB_CONFIG
 from ser_ray.errors import ResourcesError, SerRayError
+from ser_ray.features.encoder import EncoderWeights
 from ser_ray.inference import export as export_module
 from ser_ray.inference.export import TOLERANCE, ExportResult, WaveformModel, export
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
+from ser_ray.training.checkpoint import ENCODER
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from tests.clips import voice
-from tests.models import FEATURES, LABELS, make_checkpoint
+from tests.encoders import FAMILIES, tiny_card, write_tiny
+from tests.models import FEATURES, LABELS, make_checkpoint, make_encoder_checkpoint
 from tests.s3_server import s3_bucket
 
 RATE = 16_000
@@ -118,3 +121,21 @@ def test_json_output_has_null_where_a_number_is_not_finite(checkpoint, monkeypat
     assert main(["export", str(checkpoint), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed["largest_difference"] is None
+
+
+@pytest.mark.parametrize(("family", "mode"), FAMILIES)
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_model_with_an_encoder_is_one_file(tmp_path, family, mode, kind):
+    write_tiny(tmp_path / ENCODER, tiny_card(family, mode))
+    make_encoder_checkpoint(tmp_path, EncoderWeights.read(str(tmp_path / ENCODER)).card)
+    output = str(tmp_path / f"model.{kind}")
+    result = export(tmp_path, output, kind)
+    assert result.largest_difference < TOLERANCE
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        run = lambda waveform: session.run(None, {"waveform": waveform})[0]  # noqa: E731
+    else:
+        module = torch.export.load(output).module()
+        run = lambda waveform: module(torch.from_numpy(waveform)).numpy()  # noqa: E731
+    require_same(run, Predictor(tmp_path))

@@ -1,4 +1,4 @@
-"""A head on the layers of an encoder: which layers it finds, and what is the same as for pictures."""
+"""A head on the layers of an encoder: the layers that it finds, and what is as for pictures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError
-from ser_ray.training.checkpoint import CheckpointCard, read_card, read_network
+from ser_ray.training.checkpoint import CheckpointCard, read_card, read_layer_weights
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import FRESH, EncoderHead, initial_weights
 from ser_ray.training.streaming import resident_bytes
-from tests.conftest import MemoryShards, make_memory_shards
+from tests.conftest import make_memory_shards
 from tests.encoders import tiny_card
 from tests.training.test_trainer import trained
 
@@ -21,7 +21,7 @@ INFORMATIVE = 3
 CONFIG = TrainConfig(feature="tiny", protocol="speaker-3", epochs=20, batch_size=8)
 
 
-def layered_shards(informative: int = INFORMATIVE, **card: object) -> MemoryShards:
+def layered_shards(informative=INFORMATIVE, **card):
     """Six layers of 24 values, noise and the speaker's level, of which one knows the emotion."""
     shards = make_memory_shards(speakers=12, per_emotion=4)
     rng = np.random.default_rng(5)
@@ -58,8 +58,7 @@ def test_training_finds_the_layer_that_knows_the_emotion(tmp_path, informative):
     run = trained(layered_shards(informative), tmp_path, CONFIG)
     assert run.reports[-1].row["val/ua"] > 0.8
     directory = tmp_path / "20"
-    network = read_network(directory, read_card(directory))
-    weights = network.layer_weights.detach().numpy()
+    weights = np.array(read_layer_weights(directory, read_card(directory)))
     assert weights.argmax() == informative
     assert weights[informative] > 2 * np.delete(weights, informative).max()
 
