@@ -163,6 +163,8 @@ def _start_tracker(task: TrainingTask, split: dict[str, Any]) -> Tracker:
     folder, config, shards, run = task.folder, task.config, task.shards, task.run
     params = config.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
+    if encoder := shards.card.encoder_of(config.feature):
+        params |= {"encoder": {"weights": encoder.weights, "licence": encoder.licence}}
     tags = run_tags("training", split["label"], shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
     tracker = start_or_resume_run(

@@ -46,6 +46,13 @@ def test_a_searched_number_is_drawn_by_feature_kind_on_the_scale_of_its_range() 
         assert (axes.get_xscale(), axes.get_xlabel()) == (scale, "lr_max")
 
 
+def test_trials_on_encoders_are_drawn_beside_those_on_pictures() -> None:
+    trials = [item | {"feature": "wavlm_base"} if item["trial"] == 2 else item for item in TRIALS]
+    drawn = points(*parameter_figure(trials, "feature").axes)
+    assert [place[1] for place in drawn["wavlm_base (1)"]] == [0.3]
+    assert len(drawn["mel (3)"]) == 3
+
+
 def test_a_searched_choice_has_a_place_for_each_of_its_values() -> None:
     (axes,) = parameter_figure(TRIALS, "feature").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["mel", "mfcc"]

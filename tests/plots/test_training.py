@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from ser_ray.plots.training import curves_figure, learning_rate_figure, range_figure
+from ser_ray.plots.training import (
+    curves_figure,
+    layer_weights_figure,
+    learning_rate_figure,
+    range_figure,
+)
 from tests.plots.drawn import lines
 
 
@@ -75,3 +80,10 @@ def test_a_title_is_broken_to_the_width_of_the_figure(title: str) -> None:
         box = text.get_window_extent()
         assert figure.bbox.x0 <= box.x0
         assert box.x1 <= figure.bbox.x1
+
+
+def test_each_layer_of_an_encoder_has_a_bar_as_high_as_its_weight() -> None:
+    [axes] = layer_weights_figure([0.1, 0.7, 0.2], "tiny").axes
+    bars = [bar.get_bbox() for bar in axes.patches]  # type: ignore[attr-defined]
+    assert [round((bar.x0 + bar.x1) / 2) for bar in bars] == [1, 2, 3]
+    assert [bar.height for bar in bars] == pytest.approx([0.1, 0.7, 0.2])

@@ -32,7 +32,7 @@ def test_every_setting_changes_the_fingerprint():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 0.1}, r"unknown training settings learning_rate; known are augment, "),
+        ({"learning_rate": 0.1}, r"unknown training settings learning_rate; known are allow_seen_"),
         ({"augment": {"pitch": 1}}, r"unknown augmentation settings pitch; known are band_limit, "),
     ],
 )
