@@ -12,6 +12,8 @@ METADATA = "ser_ray.encoder"
 """Key of the card in the metadata of a safetensors file."""
 LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors file's header, as that library limits them."""
+LARGEST_SIZE = 8_192
+"""Most layers, and most values of a layer."""
 ENCODER_RATE = 16_000
 """Sample rate of every encoder, in hertz."""
 
@@ -48,12 +50,14 @@ class EncoderCard:
     @property
     def num_layers(self) -> int:
         """Number of transformer layers."""
-        return int(self.arguments["encoder_num_layers"])
+        layers: int = self.arguments["encoder_num_layers"]
+        return layers
 
     @property
     def dim(self) -> int:
         """Number of values of a layer."""
-        return int(self.arguments["encoder_embed_dim"])
+        dim: int = self.arguments["encoder_embed_dim"]
+        return dim
 
     @property
     def num_values(self) -> int:
@@ -68,8 +72,12 @@ class EncoderCard:
             ConfigError, TypeError, KeyError: the values are not those of an encoder.
         """
         card = cls(**(values | {"labelled": tuple(values["labelled"])}))
-        if not 0 < card.num_values < 2**20:
-            raise ConfigError(f"the encoder {card.name} has {card.num_values} values for a clip")
+        sizes = [card.arguments[name] for name in ("encoder_num_layers", "encoder_embed_dim")]
+        if not all(type(size) is int and 0 < size <= LARGEST_SIZE for size in sizes):
+            raise ConfigError(
+                f"the encoder {card.name} has {sizes[0]} layers of {sizes[1]} values: both must be "
+                f"whole numbers from 1 to {LARGEST_SIZE}"
+            )
         return card
 
     @classmethod

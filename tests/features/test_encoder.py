@@ -179,7 +179,7 @@ def test_a_card_that_no_constructor_takes_is_an_error():
     arguments = tiny_card().arguments | {"encoder_num_heads": 3}
     with pytest.raises(EncoderError, match="cannot be built by torchaudio"):
         EncoderWeights.fitting(tiny_card(arguments=arguments), {}, "memory")
-    with pytest.raises(ConfigError, match="values for a clip"):
-        EncoderCard.from_dict(
-            asdict(tiny_card(arguments=tiny_card().arguments | {"encoder_embed_dim": 10**6}))
-        )
+    for size in (10**6, 0, float("inf"), "16"):
+        arguments = tiny_card().arguments | {"encoder_embed_dim": size}
+        with pytest.raises(ConfigError, match="both must be whole numbers"):
+            EncoderCard.from_dict(asdict(tiny_card(arguments=arguments)))
