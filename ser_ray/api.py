@@ -14,6 +14,7 @@ needs when it is called, so that a quick answer does not wait for libraries that
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -51,6 +52,8 @@ SHARDS = f"{OUT}/shards"
 SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
 """Where `pipeline` puts the shards of the synthetic corpus."""
 
+Shards = str | Sequence[str]
+"""Folder or URI of a shard set, or of several, which are then read as one."""
 PREDICTIONS = f"{OUT}/predictions.parquet"
 
 logger = logging.getLogger(__name__)
@@ -84,19 +87,25 @@ def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
     return run(config, address=address)
 
 
-def open_shards(location: "str | Path") -> "ShardSet":
-    """Open a shard set that `prepare` completed.
+def open_shards(location: "Path | Shards", label_map: str = "") -> "ShardSet":
+    """Open a shard set that `prepare` completed, or several as one.
+
+    Args:
+        location: folder or URI of the set, or a sequence of several.
+        label_map: which labels are one, as in `TrainConfig`.
 
     Raises:
         ShardsError: no complete shard set is there.
+        ConfigError: the sets do not go together, or the label map does not fit them.
     """
-    from ser_ray.shards.read import open_shards as run
+    from ser_ray.shards.corpora import open_corpora
 
-    return run(str(location))
+    locations = str(location) if isinstance(location, os.PathLike) else location
+    return open_corpora(locations, label_map)
 
 
 def train(
-    shards: str = SHARDS,
+    shards: Shards = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     *,
@@ -106,7 +115,7 @@ def train(
     """Train one fold; the same call resumes an interrupted training.
 
     Args:
-        shards: folder or URI of the shard set.
+        shards: folder or URI of the shard set, or of several that are trained on together.
         recipe: what is trained and how.
         run_config: workers, devices, names and places.
         on_epoch: called with the numbers of each epoch, perhaps in another thread; if None they are
@@ -141,7 +150,7 @@ def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
 
 
 def lr_range(
-    shards: str = SHARDS,
+    shards: Shards = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     test: LrRangeConfig = LrRangeConfig(),
@@ -159,7 +168,7 @@ def lr_range(
 
 
 def tune(
-    shards: str = SHARDS,
+    shards: Shards = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     search: TuneConfig = TuneConfig(),
@@ -170,7 +179,7 @@ def tune(
     """Search for the best recipe on a fold's validation clips; the same call resumes a search.
 
     Args:
-        shards: folder or URI of the shard set.
+        shards: folder or URI of the shard set, or of several that are trained on together.
         recipe: values of the fields that are not searched; also the first trial.
         run_config: devices, names and places of all trials.
         search: space, searcher and scheduler.
@@ -179,19 +188,19 @@ def tune(
     Raises:
         SerRayError: no trial succeeded; the message gives the first reason.
     """
-    from ser_ray.corpus.splits import dependence_of
     from ser_ray.search.trial_table import TrialTable
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
+    from ser_ray.training.parts import select_rows
 
-    total = num_trials(recipe, search)
-    with TrialTable(stderr_console(), total, dependence_of(recipe.protocol)) as table:
+    total, clips = num_trials(recipe, search), open_shards(shards, recipe.label_map).clips()
+    with TrialTable(stderr_console(), total, select_rows(clips, recipe).label) as table:
         return run(shards, recipe, run_config, search, slots, show=table, address=address)
 
 
 def refit(
     result: "TuneResult",
-    shards: str = SHARDS,
+    shards: Shards = SHARDS,
     run_config: RunConfig = RunConfig(),
     *,
     address: str = "",
@@ -204,7 +213,7 @@ def refit(
 
 
 def crossval(
-    shards: str = SHARDS,
+    shards: Shards = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     config: CrossvalConfig = CrossvalConfig(),
@@ -215,7 +224,7 @@ def crossval(
     """Train and score every fold of the recipe's protocol; the same call resumes it.
 
     Args:
-        shards: folder or URI of the shard set.
+        shards: folder or URI of the shard set, or of several that are trained on together.
         recipe: what is trained in every fold.
         run_config: devices, names and places of all trainings.
         config: seeds, folds and which part is scored.
@@ -338,6 +347,7 @@ def prepare_for(
     shards: str,
     *,
     missing: tuple[str, ...] = MISSING_WORDS,
+    columns: tuple[str, ...] = (),
     tracking_uri: str = "",
     address: str = "",
 ) -> "PrepareSummary":
@@ -348,6 +358,7 @@ def prepare_for(
         corpus: folder, URI or table, as in `PrepareConfig`.
         shards: folder or URI that the shards are written to.
         missing: words in a table that mean a missing value.
+        columns: which columns of a table are which, as in `PrepareConfig`.
 
     Raises:
         CheckpointError, TrackingError: no such model.
@@ -364,6 +375,7 @@ def prepare_for(
             corpus=corpus,
             shards=shards,
             missing=missing,
+            columns=columns,
             features=card.features,
             encoder=(encoder,) if card.encoder else (),
         )
@@ -372,8 +384,9 @@ def prepare_for(
 
 def evaluate(
     model: "str | Path",
-    shards: str = "",
+    shards: Shards = "",
     *,
+    label_map: str = "",
     protocol: str = "",
     fold: int | None = None,
     allow_seen_speakers: bool = False,
@@ -388,8 +401,9 @@ def evaluate(
 
     Args:
         model: as `load_model` takes it.
-        shards: the shard set that it was trained on, or one of speakers that it was not trained on.
-            If empty, the former is looked for.
+        shards: the shard sets that it was trained on, or others of speakers that it was not trained
+            on. If empty, the former are looked for.
+        label_map: which labels are one, as in `TrainConfig`, and how the model writes them.
         protocol: score the test part of a fold of this protocol instead.
         fold: number of the fold to score instead of the model's own, counted from 0.
         allow_seen_speakers: also score speakers that the model was trained on.
@@ -414,6 +428,7 @@ def evaluate(
         evaluation = run(
             checkpoint,
             shards,
+            label_map=label_map,
             protocol=protocol,
             fold=fold,
             allow_seen_speakers=allow_seen_speakers,

@@ -16,15 +16,15 @@ from hypothesis import settings
 from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.card import ShardCard
+from ser_ray.shards.card import CorpusPart, ShardCard
 from ser_ray.training.config import AugmentConfig
 
 if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor
     from tests.mlflow_server import MlflowServer
 
-# The same examples in every run: a change must not fail by the luck of the draw.
-settings.register_profile("fixed", derandomize=True)
+# The same examples in every run, however busy the machine: a change must not fail by luck.
+settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 # For the small networks of the tests, one thread is faster than several, and reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -79,6 +79,8 @@ class MemoryShards:
     values: np.ndarray
     card: MemoryCard
     uri: str = "memory"
+    locations: tuple[str, ...] = ("memory",)
+    corpora: tuple[CorpusPart, ...] = ()
 
     def clips(self) -> pa.Table:
         return self.table

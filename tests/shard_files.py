@@ -1,6 +1,7 @@
 """A small committed shard set on disk, without a corpus to decode."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from pyarrow import fs
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.layout import CLIPS, part_name, write_table
+from ser_ray.shards.layout import CARD_NAME, CLIPS, part_name, write_table
 from tests.conftest import MemoryShards, make_memory_shards
 
 
@@ -46,3 +47,23 @@ def write_shard_files(
     )
     write_card(filesystem, str(folder), card)
     return str(folder)
+
+
+def write_spelled(folder: Path, spelled: Mapping[str, str] | None = None, **card: object) -> str:
+    """Write six speakers with 48 clips of neutral, calm, happy and sad, spelled as told.
+
+    Paths, values and fingerprint follow from the folder; `card` replaces values of the card.
+    """
+    memory = make_memory_shards(seed=len(folder.name), num_frames=26)
+    names = [(spelled or {}).get(name, name) for name in memory.table["emotion"].to_pylist()]
+    columns = {name: memory.table[name].to_pylist() for name in ("path", "content")}
+    columns = {name: [f"{folder}{text}" for text in column] for name, column in columns.items()}
+    for name, column in (columns | {"emotion": names}).items():
+        place = memory.table.schema.get_field_index(name)
+        memory.table = memory.table.set_column(place, name, pa.array(column))
+    memory.card.labels = tuple(sorted(set(names)))
+    location = write_shard_files(folder, memory)
+    path = folder / CARD_NAME
+    values = {"fingerprint": f"{folder.name:f>16}"} | card
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return location

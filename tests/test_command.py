@@ -22,9 +22,11 @@ def test_a_command_gives_its_verb_the_same_settings_again():
         augment=AugmentConfig(random_crop=False, mixup=0.0),
     )  # fmt: skip
     run_config = RunConfig(workers="1..4", device="cpu", audio=False)
-    command = next_command("train", shards="a b", like="", recipe=recipe, run_config=run_config)
+    command = next_command(
+        "train", shards=("a b", "c"), like="", recipe=recipe, run_config=run_config
+    )
     assert parse_verb(VERBS, shlex.split(command)[1:]) == Train(
-        shards="a b", recipe=recipe, run_config=run_config
+        shards=("a b", "c"), recipe=recipe, run_config=run_config
     )
     assert "--like" not in command
     config = CrossvalConfig(folds=(0, 3), part="validation")
@@ -40,18 +42,18 @@ def test_the_command_that_trains_the_recipe_of_a_run_has_all_settings_of_this_ru
         tracking_uri="http://host:5000", experiment="my own", storage="s3://b/runs?region=x&y=z",
         device="gpu", max_failures=0, audio=False,
     )  # fmt: skip
-    assert command_like("abc", "s3://b/shards", replace(run, name="mine")) == (
+    assert command_like("abc", ["s3://b/shards"], replace(run, name="mine")) == (
         "ser-ray train --like abc --shards s3://b/shards --device gpu "
         "--storage 's3://b/runs?region=x&y=z' --experiment 'my own' "
         "--tracking-uri http://host:5000 --no-audio --max-failures 0"
     )
-    assert command_like("abc", "shards", RunConfig()) == "ser-ray train --like abc --shards shards"
+    assert command_like("abc", ("a", "b"), RunConfig()) == "ser-ray train --like abc --shards a b"
 
 
 def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, capsys):
     shards = write_shard_files(tmp_path / "shards")  # 6 speakers with 8 clips of 4 emotions
     recipe = TrainConfig(protocol="speaker-3", weights="none", epochs=3, batch_size=4)
-    say_training(shards, recipe, [1])
+    say_training([shards], recipe, [1])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("shards: 48 clips, 6 speakers, 4 labels")
     assert lines[1] == "protocol     speaker-3 fold 1 (speaker-independent)"
@@ -62,7 +64,7 @@ def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, ca
     assert sum(int(words[0]) for words in counts.values()) == 48
     steps = int(counts["train"][0]) // 4
     assert f"mel, 3 epochs, {steps} steps of 4 clips each" in lines[5]
-    say_training(shards, recipe, [0, 1, 2])
+    say_training([shards], recipe, [0, 1, 2])
     assert "speaker-3, every fold has" in capsys.readouterr().err
 
 

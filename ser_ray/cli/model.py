@@ -48,14 +48,19 @@ class Evaluate(ModelVerb):
     """Score a trained model on the test part of its own fold."""
 
     model: tyro.conf.Positional[Model]
-    shards: str = ""
-    """The shard set that the model was trained on, or one of speakers that it was not trained on.
-    If empty, the former is looked for; with --corpus, a folder in ser-ray-out is used."""
+    shards: tuple[str, ...] = ()
+    """The shard sets that the model was trained on, or others of speakers that it was not trained
+    on. If empty, the former are looked for; with --corpus, a folder in ser-ray-out is used."""
+    label_map: str = ""
+    """Which labels are one: usual, common (without labels that the model does not know), or a CSV
+    file, as in `train`. By default usual, if the model does not know all labels of the shards."""
     corpus: str = ""
     """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
     features that the model was trained on."""
     missing: tuple[str, ...] = MISSING_WORDS
     """Words in a table that mean a missing value, in any case; none if given without a word."""
+    columns: tuple[str, ...] = ()
+    """Which columns of a table are which, as in label=emotion speaker=spk."""
     protocol: str = ""
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
@@ -77,17 +82,19 @@ class Evaluate(ModelVerb):
         if self.shards or not self.corpus:
             return self
         digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
-        return replace(self, shards=f"{api.OUT}/scored-{digest}")
+        return replace(self, shards=(f"{api.OUT}/scored-{digest}",))
 
     def run(self) -> Outcome:
         """Prepare the corpus if one is named, score the model, and compare it if asked to."""
-        say("model", f"scoring {self.model} on {self.corpus or self.shards or 'its own shards'}")
+        scored = self.corpus or " ".join(self.shards) or "its own shards"
+        say("model", f"scoring {self.model} on {scored}")
         if self.corpus:
             summary = api.prepare_for(
                 self.model,
                 self.corpus,
-                self.shards,
+                self.shards[0],
                 missing=self.missing,
+                columns=self.columns,
                 tracking_uri=self.tracking_uri,
                 address=self.common.address,
             )
@@ -108,6 +115,7 @@ class Evaluate(ModelVerb):
         return api.evaluate(
             model,
             self.shards,
+            label_map=self.label_map,
             protocol=self.protocol,
             fold=self.fold,
             allow_seen_speakers=self.allow_seen_speakers,

@@ -18,22 +18,23 @@ def say(name: str, text: str) -> None:
     stderr_console().print(f"{name:12} {text}", markup=False)
 
 
-def say_training(shards_location: str, recipe: TrainConfig, folds: Sequence[int]) -> None:
+def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[int]) -> None:
     """Print the shards, the clips and speakers of each part of these folds, and the recipe.
 
     Raises:
         ShardsError: no shard set is there.
-        ConfigError: there is no such fold, or it has an empty part.
+        ConfigError: there is no such fold, it has an empty part, or the shards do not go together.
     """
-    from ser_ray.shards.read import open_shards
-    from ser_ray.storage.paths import absolute
+    from ser_ray.shards.corpora import open_corpora
     from ser_ray.training.parts import select_rows
 
-    shards = open_shards(absolute(shards_location))
+    shards = open_corpora(locations, recipe.label_map)
     clips = shards.clips()
     speakers = len(set(clips["speaker"].to_pylist()))
     size = f"{clips.num_rows} clips, {speakers} speakers, {len(shards.card.labels)} labels"
-    say("shards", f"{shards_location}: {size}")
+    say("shards", f"{' '.join(locations)}: {size}")
+    for part in shards.corpora:
+        say("", str(part))
     splits = [select_rows(clips, replace(recipe, fold=fold)) for fold in folds]
     say("protocol", splits[0].label if len(folds) == 1 else f"{recipe.protocol}, every fold has")
     for name in ("train", "validation", "test"):

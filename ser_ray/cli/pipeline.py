@@ -69,13 +69,15 @@ class Pipeline(Verb):
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
-        from ser_ray.training.model import read_pretrained
+        from ser_ray.tracking.registry import read_weights
 
         # Whatever is missing is reported before anything slow starts.
+        labels: tuple[str, ...] = EMOTIONS
         if self.corpus != SYNTHETIC:
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
             say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
-        read_pretrained(self.recipe.weights, len(EMOTIONS))
+            labels = listed.labels
+        read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic one in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
@@ -92,7 +94,8 @@ class Pipeline(Verb):
             stderr_console().print(prepared.text)
             trained = self._train().run()
             model = trained.data["checkpoint"]
-            evaluated = Evaluate(model=model, shards=self.shards, audio=self.run_config.audio).run()
+            audio = self.run_config.audio
+            evaluated = Evaluate(model=model, shards=(self.shards,), audio=audio).run()
             truth = self._test_clips()
             steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
             if truth:  # a corpus may have segments only
@@ -116,7 +119,7 @@ class Pipeline(Verb):
     def _train(self) -> Train:
         return Train(
             common=self.common,
-            shards=self.shards,
+            shards=(self.shards,),
             recipe=self.recipe,
             run_config=self.run_config,
         )
@@ -128,7 +131,7 @@ class Pipeline(Verb):
         from ser_ray.storage.packed import ROW
         from ser_ray.training.parts import select_rows
 
-        clips = api.open_shards(self.shards).clips()
+        clips = api.open_shards(self.shards, self.recipe.label_map).clips()
         rows = select_rows(clips, self.recipe).test
         is_file = pc.and_(
             pc.is_null(clips["start"]), pc.invert(pc.match_substring(clips["path"], ROW))

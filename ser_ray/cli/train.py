@@ -19,8 +19,9 @@ from ser_ray.training.config import LrRangeConfig, TrainConfig
 class TrainingVerb(Verb):
     """Flags of every verb that trains."""
 
-    shards: str = api.SHARDS
-    """Folder or URI of the shard set that `prepare` wrote; one serves all feature kinds."""
+    shards: tuple[str, ...] = (api.SHARDS,)
+    """Folder or URI of the shard set that `prepare` wrote; one serves all feature kinds. Several
+    are several corpora, which are trained on together."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
@@ -66,8 +67,8 @@ class Train(TrainingVerb):
         )
 
 
-def train_outcome(result: "api.TrainResult", shards: str) -> Outcome:
-    """Make the output of a finished training on a shard set."""
+def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome:
+    """Make the output of a finished training on shard sets."""
     selected, card = result.selected, result.card
     data = {
         "name": result.name,
@@ -225,7 +226,7 @@ class Crossval(TrainingVerb):
         from ser_ray.corpus.splits import num_folds
 
         config = self.crossval
-        clips = api.open_shards(self.shards).clips()
+        clips = api.open_shards(self.shards, self.recipe.label_map).clips()
         folds = config.folds or range(num_folds(self.recipe.protocol, clips))
         say_training(self.shards, self.recipe, folds)
         say("trainings", f"{config.seeds} of every fold, scored by their {config.part} parts")

@@ -29,6 +29,7 @@ from ser_ray.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CROSS_CORPUS = "cross-corpus"
 ALL = "all"
 """The protocol of a model to ship, whose recipe was chosen under another protocol."""
 PROTOCOLS = {
@@ -37,11 +38,14 @@ PROTOCOLS = {
     "loso": "leave one speaker out: as many folds as speakers",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
     "table": "what the column split of the corpus's table says: its sides, or its folds",
+    CROSS_CORPUS: "each of several corpora is tested in turn, and the others train",
     "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
     ALL: "no folds: every speaker trains the model, which has no validation or test scores",
 }
 """The names that `--protocol` accepts, and their meaning."""
 
+DEPENDENCE = {True: "SPEAKER-DEPENDENT", False: "speaker-independent"}
+"""In the words of every caption, whether training includes the tested speakers."""
 _NAMED_FOLDS = {
     "emobox-6": (
         ("01", "11", "20", "21"),
@@ -85,23 +89,22 @@ class Split:
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
+    tested_corpus: str = ""
+    """The corpus that a fold of `cross-corpus` tests."""
 
     @property
     def speaker_dependent(self) -> bool:
         """Whether a speaker may be on several sides, so that scores are not comparable."""
-        return self.protocol == "random"
+        shared = {*self.train_speakers, *self.validation_speakers} & {*self.test_speakers}
+        return self.protocol == "random" or bool(shared)
 
     @property
     def label(self) -> str:
         """The protocol and fold, as every caption names them."""
         if self.protocol == ALL:
             return "all speakers, no validation or test part"
-        return f"{self.protocol} fold {self.fold} ({dependence_of(self.protocol)})"
-
-
-def dependence_of(protocol: str) -> str:
-    """Say, as every caption does, whether the model is trained on the tested speakers."""
-    return "SPEAKER-DEPENDENT" if protocol == "random" else "speaker-independent"
+        tested = f", tests {self.tested_corpus}" if self.tested_corpus else ""
+        return f"{self.protocol} fold {self.fold}{tested} ({DEPENDENCE[self.speaker_dependent]})"
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
@@ -110,7 +113,7 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
     Raises:
         ConfigError: the protocol is unknown, or does not fit these clips.
     """
-    return len(_test_folds(protocol, dict.fromkeys(clips["speaker"].to_pylist()), clips))
+    return len(_test_folds(protocol, _kinds(clips), clips))
 
 
 def suggest_protocol(clips: "pa.Table") -> str:
@@ -129,7 +132,8 @@ def split(
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
         clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
-            `take`, `emotion`, `content` (equal for equal samples) and, for `table`, `split`.
+            `take`, `emotion`, `content` (equal for equal samples), for `table` also `split`, and of
+            several corpora `corpus`.
         seed: only used by `random`; the folds of every other protocol are fixed.
         validation_speakers: how many speakers are on the validation side, except in `random`; 0
             for a twelfth of the speakers, as `_validation_speakers` explains.
@@ -138,11 +142,12 @@ def split(
         ConfigError: the protocol is unknown, the fold out of range, or a side would be empty.
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
-    sexes = dict(zip(speakers.tolist(), clips["sex"].to_pylist(), strict=True))
-    folds = _test_folds(protocol, sexes, clips)
+    kinds = _kinds(clips)
+    folds = _test_folds(protocol, kinds, clips)
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold is {fold}: {protocol} has folds 0 to {len(folds) - 1} here")
     groups = _groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
+    tested_corpus = ""
     if protocol == ALL:
         sides = np.full(len(speakers), _TRAIN)
     elif protocol == "random":
@@ -150,13 +155,19 @@ def split(
     else:
         sides = np.full(len(speakers), _TRAIN)
         parts = _table_parts(clips) if protocol == "table" else {}
+        is_tested = np.isin(speakers, folds[fold])
+        named, tests = set(itertools.chain(*parts.values())) or set(kinds), folds[: fold + 1]
+        if protocol == CROSS_CORPUS:  # corpora may share speakers
+            corpora = clips["corpus"].to_pylist()
+            tested_corpus = sorted(set(corpora))[fold]
+            is_tested = np.array(corpora) == tested_corpus
+            named, tests = set(speakers[~is_tested].tolist()), [()]
         held_out: Sequence[str] = parts.get("validation", ())
         if not held_out:
-            named = set(itertools.chain(*parts.values())) or set(sexes)
-            known = {speaker: sexes[speaker] for speaker in sexes if speaker in named}
-            held_out = _validation_speakers(folds[: fold + 1], known, validation_speakers)
+            known = {speaker: kinds[speaker] for speaker in kinds if speaker in named}
+            held_out = _validation_speakers(tests, known, validation_speakers)
         sides[np.isin(speakers, held_out)] = _VALIDATION
-        sides[np.isin(speakers, folds[fold])] = _TEST
+        sides[is_tested] = _TEST
         if protocol == "table":
             sides[[value is None for value in clips["split"].to_pylist()]] = _LEFT_OUT
     highest = np.zeros(len(groups), np.int64)
@@ -166,10 +177,19 @@ def split(
         np.flatnonzero(sides == side) for side in (_TRAIN, _VALIDATION, _TEST, _LEFT_OUT)
     )
     who = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
-    drawn = Split(protocol, fold, train, validation, test, left_out, *who)
+    drawn = Split(
+        protocol, fold, train, validation, test, left_out, who[0], who[1], who[2], tested_corpus
+    )
     if protocol != ALL:
-        _check_sides(drawn, sorted(sexes), folds[fold])
+        _check_sides(drawn, sorted(kinds), folds[fold])
     return drawn
+
+
+def _kinds(clips: "pa.Table") -> dict[str, str]:
+    """The corpus and sex of every speaker: folds and validation sides get some of each kind."""
+    corpora = clips["corpus"].to_pylist() if "corpus" in clips.column_names else [""] * len(clips)
+    columns = clips["speaker"].to_pylist(), corpora, clips["sex"].to_pylist()
+    return {speaker: f"{corpus}/{sex or ''}" for speaker, corpus, sex in zip(*columns, strict=True)}
 
 
 def one_clip_per_take(clips: "pa.Table") -> Rows:
@@ -222,6 +242,15 @@ def _table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
     Raises:
         ConfigError: there is no such column, or a speaker is in two parts.
     """
+    if "corpus" in clips.column_names:
+        corpora, parts = clips["corpus"], clips["split"]
+        if whole := sorted(
+            {*corpora.to_pylist()} - {*corpora.filter(parts.is_valid()).to_pylist()}
+        ):
+            raise ConfigError(
+                f"table: the corpus {whole[0]} has no column split: choose another --protocol, or "
+                "leave it out"
+            )
     part_of: dict[str, str] = {}
     for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
         if part is not None and part_of.setdefault(speaker, part) != part:
@@ -239,7 +268,7 @@ def _table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
 
 
 def _test_folds(
-    protocol: str, sexes: Mapping[str, str | None], clips: "pa.Table"
+    protocol: str, kinds: Mapping[str, str], clips: "pa.Table"
 ) -> list[tuple[str, ...]]:
     """Return the test speakers of every fold; none for `random`, whose folds are drawn by take."""
     if protocol == ALL:
@@ -251,59 +280,80 @@ def _test_folds(
         return [speakers for part, speakers in parts.items() if part != "train"]
     if protocol == "random":
         return [()] * _RANDOM_FOLDS
+    if protocol == CROSS_CORPUS:
+        return _corpus_folds(clips)
     if protocol == "loso":
-        return [(speaker,) for speaker in sorted(sexes)]
+        return [(speaker,) for speaker in sorted(kinds)]
     if protocol in _NAMED_FOLDS:
         folds = _NAMED_FOLDS[protocol]
-        if strangers := sorted(set(sexes) - set(itertools.chain(*folds))):
+        if strangers := sorted(set(kinds) - set(itertools.chain(*folds))):
             raise ConfigError(
                 f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
-                f"{shorten(strangers, _SHOWN)}: use {_alternative(len(sexes))}"
+                f"{shorten(strangers, _SHOWN)}: use {_alternative(len(kinds))}"
             )
         return list(folds)
+    return _speaker_folds(protocol, kinds)
+
+
+def _corpus_folds(clips: "pa.Table") -> list[tuple[str, ...]]:
+    """Return the speakers of every corpus; the corpora are sorted by name."""
+    if "corpus" not in clips.column_names:
+        raise ConfigError(
+            f"{CROSS_CORPUS} tests one of several corpora: name several shard sets, as in --shards "
+            "out/emodb out/iemocap, or choose another --protocol"
+        )
+    pairs = set(zip(*(clips[name].to_pylist() for name in ("corpus", "speaker")), strict=True))
+    corpora = sorted({corpus for corpus, _ in pairs})
+    return [tuple(sorted(s for c, s in pairs if c == corpus)) for corpus in corpora]
+
+
+def _speaker_folds(protocol: str, kinds: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return the test speakers of every fold of speaker-K."""
     match = re.fullmatch(r"speaker-([1-9]\d{0,5})", protocol, re.ASCII)
     if match is None or (count := int(match[1])) < 2:
         raise ConfigError(f"protocol is {protocol!r}: it must be one of {', '.join(PROTOCOLS)}")
-    if count > len(sexes):
+    if count > len(kinds):
         raise ConfigError(
-            f"{protocol} needs {count} speakers and the corpus has {len(sexes)}: use "
-            f"{_alternative(len(sexes))}"
+            f"{protocol} needs {count} speakers and the corpus has {len(kinds)}: use "
+            f"{_alternative(len(kinds))}"
         )
-    # Speakers are dealt out one sex after the other, in a fixed order unrelated to their names.
-    dealt = sorted(sexes, key=lambda s: (sexes[s] or "", hashlib.sha256(s.encode()).digest()))
+    # Speakers are dealt out one kind after the other, in a fixed order unrelated to their names.
+    dealt = sorted(kinds, key=lambda s: (kinds[s], hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(dealt[fold::count])) for fold in range(count)]
 
 
 def _validation_speakers(
-    tests: Sequence[tuple[str, ...]], sexes: Mapping[str, str | None], wanted: int
+    tests: Sequence[tuple[str, ...]], kinds: Mapping[str, str], wanted: int
 ) -> list[str]:
     """Choose the validation speakers of the last fold in `tests`.
 
-    As many women as men are chosen, and first those who were chosen in the fewest earlier folds. By
-    default a twelfth of the corpus's speakers is chosen, at least two, and at most a third of those
-    that are not tested, because scores depend most on the number of training speakers.
+    As many of each corpus and sex are chosen, and first those who were chosen in the fewest earlier
+    folds. By default a twelfth of all speakers is chosen, at least two, and at most a third of
+    those that are not tested, because scores depend most on the number of training speakers.
 
     Args:
         tests: the test speakers of every fold up to this one.
-        sexes: the sex of every speaker.
+        kinds: the corpus and sex of every speaker.
         wanted: how many validation speakers; 0 for the default.
 
     Raises:
         ConfigError: `wanted` leaves no speaker to train on.
     """
-    kinds = sorted(set(sexes.values()), key=str)
+    of_kind = sorted(set(kinds.values()))
     turns: Counter[str] = Counter()
     selected: list[str] = []
     for fold, test in enumerate(tests):
-        free = sorted(sexes.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
+        free = sorted(kinds.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
         if 0 < len(free) <= wanted:
             raise ConfigError(
                 f"validation_speakers is {wanted}: {len(free)} speakers are left to train and "
                 "validate on; hold out fewer"
             )
-        count = wanted or min(max(2, len(sexes) // 12), max(1, len(free) // 3))
-        first = fold % len(kinds)  # gets the odd speaker
-        queues = [[s for s in free if sexes[s] == kind] for kind in kinds[first:] + kinds[:first]]
+        count = wanted or min(max(2, len(kinds) // 12), max(1, len(free) // 3))
+        first = fold % len(of_kind)  # gets the odd speaker
+        queues = [
+            [s for s in free if kinds[s] == kind] for kind in of_kind[first:] + of_kind[:first]
+        ]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))
         selected = [speaker for speaker in in_turn if speaker is not None][:count]
         turns.update(selected)

@@ -1,11 +1,14 @@
-"""Names of corpora and of the columns of tables. `--help` imports this, so it imports nothing."""
+"""Names of corpora and of the columns of tables. `--help` imports this: it imports nothing slow."""
 
 from collections.abc import Sequence
+from typing import Literal
 
+CorpusKind = Literal["ravdess", "synthetic", "table", "several"]
 CORPORA = {
     "ravdess": "RAVDESS",
     "synthetic": "the synthetic corpus",
     "table": "a custom corpus",
+    "several": "several corpora",
 }
 """The kinds of corpus, and the name of each that is printed next to every score."""
 MISSING_WORDS = (

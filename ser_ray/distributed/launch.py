@@ -8,7 +8,7 @@ its folder holds everything that is needed.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,16 +31,16 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
 from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, location_inside
 from ser_ray.tracking.about import run_tags
+from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run
 from ser_ray.training.checkpoint import CheckpointCard, read_card, read_layer_weights
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import describe_split, select_rows
-from ser_ray.training.streaming import require_streamable
 from ser_ray.training.trainer import require_workers_fit
 
 ShowEpoch = Callable[[dict[str, float]], None]
@@ -71,7 +71,7 @@ class TrainResult:
 
 
 def train(
-    shards_location: str,
+    shards_location: str | Sequence[str],
     config: TrainConfig,
     run: RunConfig,
     *,
@@ -81,6 +81,7 @@ def train(
     """Train one fold of a shard set, or resume that training.
 
     Args:
+        shards_location: folder or URI of the set, or of several that are read as one.
         on_epoch: called with the row of every new epoch; without Ray, in another thread.
         address: Ray cluster to join (`ser_ray.cluster.needs_ray`).
 
@@ -89,17 +90,17 @@ def train(
             starts, where that can be known.
         SerRayError: the training failed; the message gives the reason.
     """
-    shards = open_shards(absolute(shards_location))
+    shards = open_corpora(shards_location, config.label_map)
     split = _require_trainable(shards, config, run)
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
     require_server(run.tracking_uri)
     with folder.lock():
         folder.require_same(identity_of(config, shards))
         if not folder.record().get("delivered"):
-            pretrained = initial_weights(config, shards.card)
+            pretrained = read_initial_weights(config, shards, run.tracking_uri)
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
-                require_shared(shards.uri, folder.storage)
+                require_shared(*shards.locations, folder.storage)
                 task = TrainingTask(folder, config, shards, pretrained, run)
                 run_task = _place(task)
                 tracker = _start_tracker(task, split)
@@ -134,8 +135,6 @@ def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) ->
     """Check the recipe against the shards and the number of workers; return the split in words."""
     parts = select_rows(shards.clips(), config)
     require_workers_fit(config, len(parts.train), run.worker_range[1])
-    if run.ingest == "stream":
-        require_streamable(config)
     return describe_split(parts)
 
 
@@ -170,7 +169,7 @@ def _start_tracker(task: TrainingTask, split: dict[str, Any]) -> Tracker:
     tracker = start_or_resume_run(
         folder, run, shards, tags, params, identity_of(config, shards), about
     )
-    tracker.describe(Again=f"`{command_like(tracker.run_id, shards.uri, run)}`")
+    tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
     tracker.log_files({"config.json": config.to_dict()})
     return tracker
 
@@ -218,7 +217,7 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
             "run_id": tracker.run_id,
             "tracking_uri": tracker.uri,
             "report": folder.report,
-            "shards": shards.uri,
+            "shards": shards.locations,
         }
         folder.keep_selected(newest, origin, selected, encoder=task.run.keep_encoder)
         folder.update_record(finished=True)
@@ -228,7 +227,7 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
                 # Scored by the workers: all validation clips may not fit into the driver's memory.
                 evaluation = evaluate(
                     selected,
-                    shards.uri,
+                    shards.locations,
                     part="validation",
                     probabilities=folder.validation_probabilities(newest),
                 )

@@ -1,5 +1,6 @@
 """The MLflow run of whatever trains: a training, a search or a cross-validation."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,10 +80,10 @@ def start_or_resume_run(
     return tracker
 
 
-def command_like(run_id: str, shards_location: str, run: RunConfig) -> str:
+def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
     """Command that trains the recipe of an MLflow run again, with the same settings of the run."""
     settings = replace(run, name="")
-    return next_command("train", like=run_id, shards=shards_location, run_config=settings)
+    return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A learning-rate range test: in this process or, if a cluster was named, in one Ray task."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -23,14 +23,16 @@ from ser_ray.evaluation.pages import range_page
 from ser_ray.evaluation.rendering import store_page
 from ser_ray.plots.training import range_figure
 from ser_ray.progress import show_progress
-from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute
 from ser_ray.tracking.about import run_tags, scored_on
+from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
-from ser_ray.training.model import Pretrained, initial_weights
+from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import describe_split, select_rows
 
 
@@ -47,7 +49,7 @@ class RangeResult:
 
 
 def find_range(
-    shards_location: str,
+    shards_location: str | Sequence[str],
     config: TrainConfig,
     run: RunConfig,
     test: LrRangeConfig,
@@ -60,13 +62,13 @@ def find_range(
         ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
         DivergedError: the loss did not fall at any learning rate.
     """
-    shards = open_shards(absolute(shards_location))
+    shards = open_corpora(shards_location, config.label_map)
     split = describe_split(select_rows(shards.clips(), config))
-    pretrained = initial_weights(config, shards.card)
+    pretrained = read_initial_weights(config, shards, run.tracking_uri)
     require_server(run.tracking_uri)
     on_ray = needs_ray(address)
     with cluster(address) if on_ray else nullcontext():
-        require_shared(shards.uri)
+        require_shared(*shards.locations)
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"

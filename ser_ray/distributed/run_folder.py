@@ -15,7 +15,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,12 @@ class RunFolder:
         return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
 
     def keep_selected(
-        self, newest: StoredCheckpoint, origin: dict[str, str], into: Path, *, encoder: bool = True
+        self,
+        newest: StoredCheckpoint,
+        origin: Mapping[str, str | Sequence[str]],
+        into: Path,
+        *,
+        encoder: bool = True,
     ) -> CheckpointCard:
         """Copy the selected checkpoint to its fixed name, and into an empty local folder.
 

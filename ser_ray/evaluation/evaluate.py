@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsEr
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
-from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card, read_network
 from ser_ray.training.data import load_clips
@@ -33,8 +35,9 @@ from ser_ray.training.scoring import predict_clips
 
 def evaluate(
     checkpoint: Path,
-    shards_location: str,
+    locations: str | Sequence[str],
     *,
+    label_map: str = "",
     part: Part = "test",
     protocol: str = "",
     fold: int | None = None,
@@ -45,7 +48,9 @@ def evaluate(
 
     Args:
         checkpoint: its directory.
-        shards_location: the shards that it was trained on, or others with the same features.
+        locations: the shard sets that it was trained on, or others with the same features.
+        label_map: which labels are one; if empty, those of its training, as on other shards the
+            usual names where the model does not know their labels (`ser_ray.corpus.labels`).
         part: which part of the fold to score.
         protocol: if empty, that of the training; on other shards, all clips are scored.
         fold: number of the fold. If None, the training's fold, or fold 0 of another protocol.
@@ -60,16 +65,14 @@ def evaluate(
         ConfigError: these shards have no such protocol or fold.
     """
     card = read_card(checkpoint)
-    shards = open_shards(shards_location)
-    _require_same_features(card, shards, shards_location)
+    shards = open_corpora(locations, label_map, known=card.corpora, labels=card.labels)
+    _require_same_features(card, shards)
     table = shards.clips()
     rows, label, is_own = _rows(card, shards, table, part, protocol, fold)
-    known = {*card.split["train_speakers"], *card.split["validation_speakers"]}
-    scored = set(table["speaker"].take(rows).to_pylist())
-    seen = () if is_own else tuple(sorted(known & scored))
+    seen = () if is_own else _seen_speakers(card, table, rows)
     if seen and not allow_seen_speakers:
         raise CheckpointError(
-            f"{shards_location}: the model was trained on {len(seen)} of these speakers "
+            f"{shards.uri}: the model was trained on {len(seen)} of these speakers "
             f"({', '.join(seen)}), so scores on them would say nothing about other people; name "
             "shards of other speakers, or add --allow-seen-speakers (also if these are other "
             "people with the same names)"
@@ -82,6 +85,7 @@ def evaluate(
         part=part,
         protocol=label,
         corpus=shards.card.corpus,
+        corpora=shards.corpora,
         is_own_test=is_own_test,
         seen_speakers=seen,
         predictions=predictions_table(
@@ -110,7 +114,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     )
 
 
-def origin_of(checkpoint: Path) -> Mapping[str, str]:
+def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     """Return what a training recorded beside its checkpoint, or nothing if there is no record.
 
     It recorded the `run_id` and `tracking_uri` of its MLflow run, and where its `report` and its
@@ -120,21 +124,27 @@ def origin_of(checkpoint: Path) -> Mapping[str, str]:
     path = checkpoint / "run.json"
     if not path.is_file():
         return {}
-    origin: dict[str, str] = json.loads(path.read_text())
+    origin: dict[str, Any] = json.loads(path.read_text())
     old, new = origin.get("report", "").rpartition("/")[0], str(checkpoint.absolute().parent)
     if checkpoint.name == SELECTED and old and "://" not in old and old != new:
-        for name in ("tracking_uri", "report", "shards"):
-            scheme = "sqlite:///" if origin.get(name, "").startswith("sqlite:///") else ""
-            place = origin.get(name, "").removeprefix(scheme)
-            if place and "://" not in place:
-                moved = os.path.normpath(os.path.join(new, os.path.relpath(place, old)))  # noqa: PTH118
-                if name != "shards" or os.path.exists(moved):  # noqa: PTH110
-                    origin[name] = scheme + moved
+        for name in ("tracking_uri", "report"):
+            origin[name] = _moved(origin.get(name, ""), old, new)
+        moved = [(place, _moved(place, old, new)) for place in origin.get("shards", ())]
+        origin["shards"] = [now if os.path.exists(now) else place for place, now in moved]  # noqa: PTH110
     return origin
 
 
-def shards_of(checkpoint: Path, usual: Sequence[str]) -> str:
-    """Return where the shards are that a model was trained on.
+def _moved(place: str, old: str, new: str) -> str:
+    """Where a path beside the folder `old` is, if both were moved to `new`; URIs stay."""
+    scheme = "sqlite:///" if place.startswith("sqlite:///") else ""
+    path = place.removeprefix(scheme)
+    if not path or "://" in path:
+        return place
+    return scheme + os.path.normpath(os.path.join(new, os.path.relpath(path, old)))  # noqa: PTH118
+
+
+def shards_of(checkpoint: Path, usual: Sequence[str]) -> tuple[str, ...]:
+    """Return where the shard sets are that a model was trained on.
 
     Args:
         checkpoint: its directory.
@@ -144,15 +154,16 @@ def shards_of(checkpoint: Path, usual: Sequence[str]) -> str:
         ShardsError: no location holds these shards.
     """
     card = read_card(checkpoint)
-    recorded = origin_of(checkpoint).get("shards", "")
-    places = [place for place in (recorded, *usual) if place]
+    recorded = tuple(origin_of(checkpoint).get("shards", ()))
+    places = [place for place in (recorded, *((location,) for location in usual)) if place]
     for place in places:
-        with suppress(ShardsError, LocationError):
-            if open_shards(place).card.fingerprint == card.shards_fingerprint:
+        with suppress(ShardsError, LocationError, ConfigError):
+            if open_corpora(place, known=card.corpora).card.fingerprint == card.shards_fingerprint:
                 return place
     raise ShardsError(
         f"the shards that the model was trained on ({card.trained_on}) are not in "
-        f"{' or '.join(places)}: name them, or shards of other speakers, with --shards"
+        f"{' or '.join(map(' and '.join, places))}: name them, or shards of other speakers, with "
+        "--shards"
     )
 
 
@@ -205,24 +216,51 @@ def _rows(
     return rows, parts.label, is_own
 
 
-def _require_same_features(card: CheckpointCard, shards: ShardSet, location: str) -> None:
+def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
+    """Names of the speakers of these rows that the model was trained or validated on.
+
+    Several corpora have names like `emodb:03`. Other shards may have the same people without the
+    name of the corpus, or under another one.
+    """
+    seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
+    bare, known = {_person(name) for name in seen}, {part.name for part in card.corpora}
+    scored = table.take(rows)
+    speakers = scored["speaker"].to_pylist()
+    corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers
+    return tuple(
+        sorted(
+            {
+                speaker
+                for speaker, corpus in zip(speakers, corpora, strict=True)
+                if speaker in seen or (corpus not in known and _person(speaker) in bare)
+            }
+        )
+    )
+
+
+def _person(speaker: str) -> str:
+    """Name of a speaker without that of the corpus."""
+    return speaker.rpartition(":")[2]
+
+
+def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:
     if card.features != shards.card.features:
         raise CheckpointError(
-            f"{location}: these shards hold other features than the model was trained on; prepare "
-            "them with the model's settings, which are in its card.json under `features`"
+            f"{shards.uri}: these shards hold other features than the model was trained on; "
+            "prepare them with the model's settings, which are in its card.json under `features`"
         )
     encoder = shards.card.encoder_of(card.config.feature)
     if encoder is not None and card.encoder is not None and encoder.weights != card.encoder.weights:
         raise CheckpointError(
-            f"{location}: its column {encoder.name} is of weights with the hash "
+            f"{shards.uri}: its column {encoder.name} is of weights with the hash "
             f"{encoder.weights[:16]}, and the model was trained on {card.encoder.weights[:16]}; "
             "prepare shards in another folder with the model's encoder"
         )
     unknown = sorted(set(shards.card.labels) - set(card.labels))
     if unknown:
         raise CheckpointError(
-            f"{location}: the model does not know the labels {', '.join(unknown)}; it knows "
-            f"{', '.join(card.labels)}"
+            f"{shards.uri}: the model does not know the labels {', '.join(unknown)}; it knows "
+            f"{', '.join(card.labels)}. Leave their clips out with --label-map common, or map them"
         )
 
 

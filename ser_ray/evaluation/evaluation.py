@@ -1,16 +1,19 @@
 """The result of an evaluation: the prediction of every clip, and the scores computed from them."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
+from ser_ray.shards.card import CorpusPart
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.data import label_indices
@@ -21,9 +24,11 @@ REPORT = "report.html"
 """Name of a run's page, in the run's folder and in its MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 """Columns of the clips by which scores are broken down, if the corpus has them."""
-KEPT = ("path", "start", "end", "take", *GROUPS, "emotion")
+KEPT = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
 """Columns of the clips that are kept beside their predictions."""
 HARDEST = 12
+METRIC_SIGNS = r"[^\w.\- ]"
+"""What MLflow refuses in the name of a metric, besides the slash that groups metrics."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 """The scores that have intervals, by their names in `Scores.to_dict` and `Intervals`."""
 
@@ -50,9 +55,11 @@ class Evaluation:
     """Speakers of these clips that the model was trained on, if the user allowed them."""
     predictions: pa.Table
     """One row a clip, as `predictions_table` makes it."""
-    origin: Mapping[str, str] = field(default_factory=dict)
-    """Run that trained the model: `run_id` and `tracking_uri` of its MLflow run, and the location
-    of its `report`; empty if none is known."""
+    corpora: tuple[CorpusPart, ...] = ()
+    """What was read of each corpus, if there were several or if labels were mapped."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Run that trained the model, as `ser_ray.evaluation.evaluate.origin_of` returns it; empty if
+    none is known."""
     report: str = ""
     """Location of the page that has these scores; empty if there is none."""
     under: tuple[Row, ...] = ()
@@ -140,7 +147,8 @@ class Evaluation:
     @cached_property
     def groups(self) -> dict[str, list[Row]]:
         """Clips, WA and UA by speaker, sex, channel, intensity and statement."""
-        return {
+        corpora = {"corpus": self.corpus_rows} if self.corpus_rows else {}
+        return corpora | {
             name: group_rows(
                 name, [str(v) for v in self.predictions[name].to_pylist()],
                 self.truth, self.predicted,
@@ -148,6 +156,39 @@ class Evaluation:
             for name in GROUPS
             if name in self.predictions.schema.names and not self.predictions[name].null_count
         }  # fmt: skip
+
+    @cached_property
+    def corpus_rows(self) -> list[Row]:
+        """Clips, WA, UA and its 95 % interval of every corpus; empty if there is only one set."""
+        if "corpus" not in self.predictions.column_names:
+            return []
+        names, rows = self.predictions["corpus"], []
+        for name in sorted(names.unique().to_pylist()):
+            own = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
+            scores = {score: own.mean(score) for score in ("wa", "ua")}
+            low, high = own.intervals.ua
+            clips = own.predictions.num_rows // len(own.by_seed)
+            rows.append({"corpus": name, "clips": clips, **scores, "ua_low": low, "ua_high": high})
+        return rows
+
+    @property
+    def corpus_lines(self) -> list[str]:
+        """The scores of every corpus, each in a line; empty for a single corpus."""
+        return [
+            f"  {row['corpus']:14} UA {row['ua']:6.1%} [{row['ua_low']:.1%}, "
+            f"{row['ua_high']:.1%}], WA {row['wa']:6.1%}, {row['clips']} clips"
+            for row in self.corpus_rows
+            if len(self.corpus_rows) > 1
+        ]
+
+    @property
+    def corpus_metrics(self) -> dict[str, float]:
+        """UA and WA of every corpus, by the names they are logged under."""
+        return {
+            f"corpus/{re.sub(METRIC_SIGNS, '-', str(row['corpus']))}/{score}": float(row[score])
+            for row in self.corpus_rows
+            for score in ("ua", "wa")
+        }
 
     @property
     def speaker_rows(self) -> list[Row]:
@@ -185,6 +226,7 @@ class Evaluation:
             "recall": dict(zip(labels, self.scores.recall.tolist(), strict=True)),
             "intervals": intervals
             | {"recall": dict(zip(labels, intervals["recall"], strict=True))},
+            "corpora": [asdict(part) for part in self.corpora],
             "groups": self.groups,
             "ece": self.calibration.ece,
             "ece_uncalibrated": self.uncalibrated.ece,
@@ -212,7 +254,8 @@ class Evaluation:
             f"in brackets 95 % intervals by bootstrap over {self.intervals.count} "
             f"{self.intervals.drawn}",
         ]
-        return "\n".join([*lines, *self.under_lines])
+        read = [f"read of {part}" for part in self.corpora]
+        return "\n".join([*lines, *self.corpus_lines, *read, *self.under_lines])
 
     @property
     def under_lines(self) -> list[str]:

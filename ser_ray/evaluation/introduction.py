@@ -1,12 +1,13 @@
 """What the demo page shows of a model: its name, its test score, and test clips to click."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluate import origin_of
 from ser_ray.inference.demo import Introduction
-from ser_ray.shards.read import open_shards
+from ser_ray.shards.corpora import open_corpora
 from ser_ray.tracking.registry import read_test_scores
 from ser_ray.training.checkpoint import SELECTED, CheckpointCard, read_card
 from ser_ray.training.parts import select_rows
@@ -23,7 +24,7 @@ def introduce(checkpoint: Path, name: str) -> Introduction:
     return Introduction(
         name=checkpoint.parent.name if checkpoint.name == SELECTED else name,
         score=_score(card, origin.get("run_id", ""), origin.get("tracking_uri", "")),
-        examples=_examples(card, origin.get("shards", "")),
+        examples=_examples(card, origin.get("shards", ())),
     )
 
 
@@ -48,12 +49,12 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
     )
 
 
-def _examples(card: CheckpointCard, shards_location: str) -> list[tuple[str, str]]:
+def _examples(card: CheckpointCard, locations: Sequence[str]) -> list[tuple[str, str]]:
     """Path and label of a test clip of each emotion, if these clips are on this machine."""
-    if not shards_location:
+    if not locations:
         return []
     try:
-        shards = open_shards(shards_location)
+        shards = open_corpora(locations, known=card.corpora)
         if shards.card.fingerprint != card.shards_fingerprint:
             return []
         clips = shards.clips()

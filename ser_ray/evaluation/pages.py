@@ -43,6 +43,7 @@ from ser_ray.plots.training import (
     learning_rate_figure,
     range_figure,
 )
+from ser_ray.shards.card import CorpusPart
 from ser_ray.tracking.about import provenance, scored_on
 from ser_ray.training.checkpoint import CheckpointCard
 from ser_ray.training.config import TrainConfig
@@ -87,6 +88,7 @@ def run_page(
         card.corpus,
         facts={
             "Protocol": card.split["label"],
+            **_corpora(card.corpora),
             **speakers,
             "Features": card.config.feature,
             "MLflow run": run_id,
@@ -125,6 +127,7 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
         facts={
             "Scored": evaluation.label,
             "Trained on": f"{card.trained_on}, {card.split['label']}",
+            **_corpora(evaluation.corpora),
             "Features": card.config.feature,
             "MLflow run of the training": evaluation.origin.get("run_id", ""),
         },
@@ -160,6 +163,7 @@ def crossval_page(
         summary=summary,
         facts={
             "Protocol": pooled.protocol,
+            **_corpora(card.corpora),
             "Features": card.config.feature,
             "Shards": card.shards_fingerprint,
             "MLflow run": run_id,
@@ -311,6 +315,11 @@ def range_page(
         settings=settings,
         versions=tags,
     )
+
+
+def _corpora(corpora: Sequence[CorpusPart]) -> dict[str, str]:
+    """What was read of each corpus, as a fact of a page's header."""
+    return {"Corpora": ". ".join(map(str, corpora))} if corpora else {}
 
 
 def _page(

@@ -95,6 +95,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
     test = {f"test/{name}": value for name, value in scores.to_dict().items()}
+    test |= {f"test/{name}": value for name, value in evaluation.corpus_metrics.items()}
     test["test/ece"] = evaluation.calibration.ece
     test["test/ece_uncalibrated"] = evaluation.uncalibrated.ece
     test |= evaluation.under_scores("test")

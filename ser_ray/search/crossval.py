@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
-from ser_ray.corpus.splits import ALL, dependence_of, num_folds
+from ser_ray.corpus.splits import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
@@ -46,19 +46,20 @@ from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
-from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, filesystem_of
+from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import select_rows
 
 
 def plan_crossval(
-    shards_location: str, recipe: TrainConfig, config: CrossvalConfig
+    shards_location: str | Sequence[str], recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
     """Plan the folds to train: those of `config.folds`, or all of the protocol.
 
@@ -73,18 +74,18 @@ def plan_crossval(
         )
     if recipe.protocol == ALL:
         raise ConfigError(f"protocol is {ALL}, which has no folds to test on: choose another")
-    shards = open_shards(absolute(shards_location))
+    shards = open_corpora(shards_location, recipe.label_map)
     table = shards.clips()
     count = num_folds(recipe.protocol, table)
     folds = config.folds or tuple(range(count))
-    for fold in folds:
-        select_rows(table, replace(recipe, fold=fold))  # refuses a fold with an empty part
+    # This refuses a fold with an empty part.
+    dependent = [select_rows(table, replace(recipe, fold=f)).speaker_dependent for f in folds]
     which = f"{count} folds"
     if config.folds:
         which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
     if config.part == "validation":
         which += ", VALIDATION parts"
-    caption = f"{recipe.protocol}, {which}, {dependence_of(recipe.protocol)}"
+    caption = f"{recipe.protocol}, {which}, {DEPENDENCE[any(dependent)]}"
     return CrossvalPlan(shards, recipe, config, folds, caption)
 
 
@@ -100,12 +101,12 @@ def crossval(
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
     require_one_worker(run)
-    pretrained = initial_weights(recipe, shards.card)
+    pretrained = read_initial_weights(recipe, shards, run.tracking_uri)
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
     require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
-        require_shared(shards.uri, location)
+        require_shared(*shards.locations, location)
         setup = TrialSetup(
             recipe=recipe,
             shards=shards,
@@ -175,7 +176,7 @@ def keep_fold(
     checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
 ) -> None:
     """Score a part of a fold with its selected checkpoint; keep the predictions and the model."""
-    table = evaluate(checkpoint, shards.uri, part=part).predictions
+    table = evaluate(checkpoint, shards.locations, part=part).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
         table = table.add_column(0, name, column)
@@ -246,6 +247,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
         }
         if result.ensemble is not None:
             scores[f"{section}/{name}_ensemble"] = result.ensemble.to_dict()[name]
+    scores |= {f"{section}/{name}": value for name, value in pooled.corpus_metrics.items()}
     tracker.log_scores(scores, now_ms())
     line = "Validation" if part == "validation" else "Test"
     tracker.describe(**{line: f"UA {result.in_words('ua')} ({label})"})
@@ -255,7 +257,11 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
             REPORT: as_artifact(page),
             f"plots/{part}_confusion.png": confusion,
             "tables/crossval.json": result.to_dict(),
-            "tables/speakers.csv": pa.Table.from_pylist(pooled.groups["speaker"]),
+            **{
+                f"tables/{table}.csv": pa.Table.from_pylist(pooled.groups[group])
+                for table, group in (("speakers", "speaker"), ("corpora", "corpus"))
+                if group in pooled.groups
+            },
             "tables/predictions.csv": pooled.predictions,
         }
     )

@@ -110,6 +110,7 @@ class CrossvalResult(StudyResult):
             "interval": {name: getattr(pooled.intervals, name) for name in SCORES},
             "by_seed": {str(seed): scores.to_dict() for seed, scores in pooled.by_seed.items()},
             "ensemble": None if self.ensemble is None else self.ensemble.to_dict(),
+            "by_corpus": pooled.corpus_rows,
             "by_speaker": pooled.groups["speaker"],
             "confusion": pooled.scores.confusion.tolist(),
             "under": list(pooled.under),
@@ -128,6 +129,7 @@ class CrossvalResult(StudyResult):
         """The scores, each with its protocol."""
         label = self.plan.label
         lines = [f"{title:8}  {self.in_words(name)}  ({label})" for name, title in SCORES.items()]
+        lines += self.pooled.corpus_lines
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
             shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in SCORES.items())

@@ -295,7 +295,7 @@ class Study(tune.Callback):
             run.describe(
                 Run=f"{kind} {trial.number} of {whole} {self.folder.name}",
                 Data=data_line(self.shards),
-                Again=f"`{command_like(run.run_id, self.shards.uri, self.run)}`",
+                Again=f"`{command_like(run.run_id, self.shards.locations, self.run)}`",
             )
         self._runs[trial.trial_id] = run
         return run

@@ -8,6 +8,7 @@ interrupted search.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,14 +30,15 @@ from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
-from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.paths import absolute, location_inside
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet
+from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import scored_on
+from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import initial_weights
 from ser_ray.training.parts import select_rows
 
 OPTUNA_STUDY = "optuna.journal"
@@ -64,7 +66,7 @@ class TuneResult(StudyResult):
 
 
 def search(
-    shards_location: str,
+    shards_location: str | Sequence[str],
     recipe: TrainConfig,
     run: RunConfig,
     config: TuneConfig,
@@ -83,11 +85,13 @@ def search(
     """
     require_one_worker(run)
     require_one_split(recipe, config)
-    shards = open_shards(absolute(shards_location))
+    shards = open_corpora(shards_location, recipe.label_map)
     parts = select_rows(shards.clips(), recipe)
     searched = {item.name: item.values for item in config.dimensions}
     pretrained = {
-        name: initial_weights(replace(recipe, feature=kind, weights=name), shards.card)
+        name: read_initial_weights(
+            replace(recipe, feature=kind, weights=name), shards, run.tracking_uri
+        )
         # Encoders come first, because they have no weights to start from, and pictures may.
         for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
         for name in sorted({recipe.weights, *searched.get("weights", ())})
@@ -95,7 +99,7 @@ def search(
     folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
     require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
-        require_shared(shards.uri, folder.location)
+        require_shared(*shards.locations, folder.location)
         setup = TrialSetup(
             recipe=recipe, shards=shards, slots=find_slots(run, slots), pretrained=pretrained
         )
@@ -121,7 +125,7 @@ def search(
                 run_id=study.parent.run_id,
                 tracking_uri=study.parent.uri,
                 location=folder.location,
-                again=command_like(best.run_id, shards_location, run),
+                again=command_like(best.run_id, shards.locations, run),
             )
             _keep_best(folder, best)
             _log_outcome(study, result, config)

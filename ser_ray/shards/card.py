@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import Corpus
+from ser_ray.corpus.words import CorpusKind
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, require_valid
 from ser_ray.features.encoder_card import EncoderCard
@@ -26,10 +26,40 @@ FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusPart:
+    """What is read of one of several shard sets, or of one whose labels are mapped."""
+
+    name: str
+    """Name of the shard set's folder."""
+    kind: CorpusKind
+    """The kind of corpus."""
+    fingerprint: str
+    """That of the shard set."""
+    labels: dict[str, str]
+    """What each of its labels becomes. Clips of other labels are left out."""
+    clips: int
+    """Number of its clips, without those that are left out."""
+    speakers: int
+    """Number of the speakers of these clips."""
+    left_out: dict[str, int]
+    """Number of clips that are left out, by label."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
+
+    def __str__(self) -> str:
+        renamed = [f"{old} as {new}" for old, new in self.labels.items() if old != new]
+        left_out = [f"{count} {label}" for label, count in self.left_out.items()]
+        lines = [f"{self.name}: {self.clips} clips, {self.speakers} speakers", ", ".join(renamed)]
+        lines.append(f"left out: {', '.join(left_out)}" if left_out else "")
+        return "; ".join(line for line in lines if line)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardCard:
     """The description of a committed shard set."""
 
-    corpus: Literal["ravdess", "synthetic", "table"]
+    corpus: CorpusKind
     """The kind of corpus."""
     source: str
     """Folder, bucket or table that was listed."""

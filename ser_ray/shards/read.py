@@ -31,7 +31,7 @@ from ser_ray.cluster import require_kept
 from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS
-from ser_ray.shards.card import ShardCard, read_card
+from ser_ray.shards.card import CorpusPart, ShardCard, read_card
 from ser_ray.shards.layout import OUTCOMES, feature_name, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
@@ -53,6 +53,16 @@ class ShardSet:
     """Folder or URI of the shards."""
     card: ShardCard
     """The description of the set."""
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """The location of the set, or of each one where several are read as one."""
+        return (self.uri,)
+
+    @property
+    def corpora(self) -> tuple[CorpusPart, ...]:
+        """What is read of each corpus (`ser_ray.shards.corpora`); empty for a set as it is."""
+        return ()
 
     def clips(self) -> pa.Table:
         """Return every column except the features, one row per decoded clip."""

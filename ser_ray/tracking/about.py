@@ -112,13 +112,15 @@ def data_line(shards: ShardSet) -> str:
     card = shards.card
     return (
         f"{dataset_name(shards)}, {sum(card.clips)} clips, {len(card.labels)} labels, in "
-        f"`{shards.uri}` (fingerprint {card.fingerprint})"
+        f"`{', '.join(shards.locations)}` (fingerprint {card.fingerprint})"
     )
 
 
 def dataset_name(shards: ShardSet) -> str:
     """Name of a shard set in MLflow: its corpus, or the name of the table that lists its clips."""
     card = shards.card
+    if shards.corpora:
+        return card.source
     return PurePosixPath(card.source).stem if card.corpus == "table" else card.corpus
 
 
@@ -127,14 +129,14 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.types import ColSpec, Schema
 
-    card = shards.card
+    card, first = shards.card, shards.locations[0]
     columns = [ColSpec(_mlflow_type(field.type), field.name) for field in shards.clips().schema]
     schema = Schema([*columns, *(ColSpec(FEATURES, kind) for kind in KINDS)])
     dataset = Dataset(
         name=dataset_name(shards),
         digest=card.fingerprint,
-        source_type="local" if "://" not in shards.uri else shards.uri.partition("://")[0],
-        source=json.dumps({"uri": shards.uri}),
+        source_type="local" if "://" not in first else first.partition("://")[0],
+        source=json.dumps({"uri": " ".join(shards.locations)}),
         schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
         profile=json.dumps({"num_clips": sum(card.clips), "labels": list(card.labels)}),
     )

@@ -7,19 +7,24 @@ A model is named by
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import TrackingError
+from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
-from ser_ray.training.checkpoint import local_checkpoint
+from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.model import Pretrained, initial_weights, read_pretrained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,10 +36,14 @@ OF_A_FOLD = {"protocol", "fold", "seed", "temperature"}
 """Settings in which a model of all speakers differs from the folds that tested its recipe."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+"""Of files of weights: such a name is not looked up in MLflow."""
 ADVICE = (
     "; name a checkpoint's or run's folder, a run's name or id, runs:/ID/model or "
     "models:/NAME@ALIAS, and the store with --tracking-uri"
 )
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -60,6 +69,48 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
         location = str(run_folder)
     with local_checkpoint(location) as checkpoint:
         yield checkpoint
+
+
+def read_initial_weights(config: TrainConfig, shards: ShardSet, tracking_uri: str) -> Pretrained:
+    """Read the weights that a training on these shards starts from.
+
+    Raises:
+        ConfigError: the shards do not have the feature, or it is of an encoder that has seen the
+            labels of a corpus.
+        CheckpointError, TrackingError: as `read_weights`.
+    """
+    card = shards.card
+    if card.encoder_of(config.feature) is None:
+        return read_weights(config.weights, card.labels, tracking_uri)
+    for part in shards.corpora:  # the encoder may have seen the labels of one of them
+        initial_weights(config, replace(card, corpus=part.kind))
+    return initial_weights(config, card)
+
+
+def read_weights(weights: str, labels: Sequence[str], tracking_uri: str = "") -> Pretrained:
+    """Read the weights that `TrainConfig.weights` names.
+
+    Args:
+        weights: `imagenet`, `none`, a file of ResNet18 weights, or a model as above.
+        labels: those of the training. The last layer of a model with other labels starts fresh.
+        tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
+
+    Raises:
+        CheckpointError: the weights cannot be read, or are of another network.
+        TrackingError: there is no such run or registered model.
+    """
+    path = Path(weights).expanduser()
+    if weights in ("imagenet", "none") or path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        return read_pretrained(weights, len(labels))
+    with local_model(weights, tracking_uri) as checkpoint:
+        card = read_card(checkpoint)
+        state = read_network(checkpoint, card).state_dict()
+    origin = f"the model {weights}, trained on {card.config.feature} of {card.trained_on}"
+    if card.labels != tuple(labels):
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        origin += f"; fresh: fc, because its labels are {', '.join(card.labels)}"
+    logger.info("%-12s %s", "weights", origin)
+    return Pretrained(origin, state)
 
 
 def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:

@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ser_ray.corpus.words import CORPORA
+from ser_ray.corpus.words import CORPORA, CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError, EncoderError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig, require_valid
 from ser_ray.features.encoder_card import EncoderCard
+from ser_ray.shards.card import CorpusPart
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.config import TrainConfig
@@ -63,7 +64,7 @@ class CheckpointCard:
     """How features are computed from a clip."""
     normalisation: Normalisation
     """Applied to the features before the network."""
-    corpus: Literal["ravdess", "synthetic", "table"]
+    corpus: CorpusKind
     """The kind of corpus."""
     shards_fingerprint: str
     """Identity of the shard set trained on."""
@@ -71,6 +72,8 @@ class CheckpointCard:
     """The fold (`ser_ray.training.data.describe_split`)."""
     initial_weights: str
     """Origin of the weights that training started from."""
+    corpora: tuple[CorpusPart, ...] = ()
+    """What was read of each corpus, if there were several or if labels were mapped."""
     ingest: Literal["resident", "stream"] = "resident"
     """How the training clips were read. It decides their order."""
     encoder: EncoderCard | None = None
@@ -90,7 +93,8 @@ class CheckpointCard:
     @property
     def trained_on(self) -> str:
         """Name of the corpus, as shown beside every score."""
-        return CORPORA[self.corpus]
+        names = " and ".join(part.name for part in self.corpora)
+        return CORPORA[self.corpus] + (f" ({names})" if len(self.corpora) > 1 else "")
 
     @property
     def network(self) -> str:
@@ -140,6 +144,7 @@ class CheckpointCard:
             raise ValueError("its normalisation has numbers that cannot be divided by")
         return cls(
             labels=tuple(values.pop("labels")),
+            corpora=tuple(CorpusPart(**part) for part in values.pop("corpora", ())),
             config=config,
             features=features,
             normalisation=Normalisation(mean, std),

@@ -70,8 +70,8 @@ class TrainConfig:
     `ser-ray prepare --encoder` added to the shards, such as wavlm_base_plus."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
-    speaker), table (by the column split of a table), random (speaker-dependent) or all (every
-    speaker trains the model; no scores)."""
+    speaker), table (by the column split of a table), cross-corpus (every corpus is tested in turn),
+    random (speaker-dependent) or all (every speaker trains the model; no scores)."""
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
@@ -98,8 +98,15 @@ class TrainConfig:
     """Weight decay of AdamW."""
     label_smoothing: float = 0.1
     """Share of the target spread over all labels; 0 is off."""
+    label_map: str = ""
+    """Which labels are one: usual (anger, angry, ang, ...), common (usual, without the labels that
+    not all corpora have), or a CSV file with the columns corpus,label,as. By default labels stay as
+    they are where all corpora have the same, else usual."""
     balanced: bool = False
     """Draw training clips with replacement, so that every label is equally likely."""
+    corpus_balance: float = 0.0
+    """With several corpora, from 0 (every clip once in an epoch) to 1 (clips are drawn with
+    replacement, so that every corpus is equally likely)."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights: its decay per step. The averaged weights are
     validated and kept; 0 is off."""
@@ -112,8 +119,9 @@ class TrainConfig:
     crop_frames: int = 128
     """Length of a training crop in frames. A longer clip is scored by windows of this length."""
     weights: str = "imagenet"
-    """Initial weights: imagenet, none, or a file of ResNet18 weights. The head on an encoder always
-    starts from fresh weights."""
+    """Initial weights: imagenet, none, a file of ResNet18 weights, or a model of this program (its
+    folder, run or registered name), whose last layer starts afresh if its labels are others. The
+    head on an encoder always starts from fresh weights."""
     head_units: int = 0
     """With an encoder: units of a hidden layer before the last one; 0 is a linear head."""
     allow_seen_labels: bool = False
@@ -135,6 +143,8 @@ class TrainConfig:
         for name in at_least_0:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
+        if not 0 <= self.corpus_balance <= 1:
+            raise ConfigError(f"corpus_balance is {self.corpus_balance}: it must be in [0, 1]")
         for name in ("label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")

@@ -88,12 +88,14 @@ class Clips:
         labels: label indices [clips].
         owners: where windows of long clips are scored together: the number of the clip that each
             window is of [clips], ascending from 0; None if each row is scored by itself.
+        weights: of the draws of an epoch (`draw_weights`).
     """
 
     features: Tensor
     num_frames: Tensor
     labels: Tensor
     owners: np.ndarray | None = None
+    weights: Tensor | None = None
 
     @classmethod
     def resident(
@@ -153,7 +155,7 @@ class Clips:
         """Yield batches (`Source`). Each worker gets the complete batch and its share of it."""
         size = min(config.batch_size, len(self))
         for number in count(epoch):
-            order = epoch_order(config.seed, number, self.labels, balanced=config.balanced)
+            order = epoch_order(config.seed, number, len(self), self.weights)
             order = order.to(self.labels.device)
             for index in range(step, steps_per_epoch(len(self), size)):
                 rows = order[index * size : (index + 1) * size]
@@ -215,6 +217,7 @@ def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> Fo
     raw = inputs_of(shards, config.feature, parts.train)
     normalisation = Normalisation.of(raw, num_frames[parts.train])
     train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
+    train = replace(train, weights=draw_weights(table.take(parts.train), config))
     validation = load_clips(shards, config.feature, table, parts.validation, normalisation, device)
     return FoldData(train, validation, parts, shards.card.labels, normalisation)
 
@@ -280,15 +283,28 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return max(num_rows // batch_size, 1)
 
 
-def epoch_order(seed: int, epoch: int, labels: Tensor, *, balanced: bool = False) -> Tensor:
+def draw_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
+    """How often the training clips are drawn in an epoch, in proportion, float64 [clips].
+
+    Returns:
+        None if every clip is drawn once, because the recipe balances nothing.
+    """
+    powers = {"emotion": float(config.balanced), "corpus": config.corpus_balance}
+    powers = {name: power for name, power in powers.items() if name in clips.column_names and power}
+    weights = np.ones(len(clips))
+    for name, power in powers.items():
+        groups = np.unique(clips[name].to_pylist(), return_inverse=True)[1]
+        weights *= (1.0 / np.bincount(groups)[groups]) ** power
+    return torch.from_numpy(weights) if powers else None
+
+
+def epoch_order(seed: int, epoch: int, num_rows: int, weights: Tensor | None = None) -> Tensor:
     """Order of the training rows in an epoch, int64 [rows], equal on every worker.
 
-    It is a permutation. If `balanced`, rows are drawn with replacement instead, so that every label
-    is equally likely.
+    It is a permutation. If there are weights, rows are drawn in proportion to them instead, with
+    replacement.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-    if not balanced:
-        return torch.randperm(len(labels), generator=generator)
-    labels = labels.cpu()
-    weights = 1.0 / torch.bincount(labels).double()[labels]
-    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+    if weights is None:
+        return torch.randperm(num_rows, generator=generator)
+    return torch.multinomial(weights, num_rows, replacement=True, generator=generator)

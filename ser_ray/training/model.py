@@ -253,7 +253,9 @@ def _download_imagenet() -> dict[str, Tensor]:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; --weights takes imagenet, none or a file")
+        raise CheckpointError(
+            f"{path}: no such file; --weights takes imagenet, none, a file or a model"
+        )
     try:
         content: Any = (
             load_file(path)

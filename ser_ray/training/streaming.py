@@ -1,8 +1,8 @@
 """Training clips that do not fit into memory: every epoch reads them again from storage.
 
-As with resident clips, the batches of an epoch follow from (seed, epoch) for any number of workers,
-and no clip is in two of them. Steps, learning rates and resuming in mid-epoch are therefore the
-same. But the clips of a shard part are stored together and are best read together, so the parts are
+As with resident clips, the clips of an epoch and its batches follow from (seed, epoch) for any
+number of workers. Steps, learning rates and resuming in mid-epoch are therefore the same. But the
+clips of a shard part are stored together and are best read together, so the parts are
 shuffled, and the clips within each part. This sequence is cut into *lanes*, as many as a batch has
 clips, and each step uses the next clip of every lane. The clips of a step come from all over the
 sequence. A worker owns every world-size-th lane, and reads only the parts that its lanes reach.
@@ -13,7 +13,6 @@ Streaming differs from resident clips in this:
 - A worker augments only its own clips, where with resident clips it augments the complete batch.
   With several workers the augmentation, above all the pairs of MixStyle and mixup, therefore
   depends on their number.
-- Balanced draws are not possible, because they repeat clips.
 - Every worker with a lane in a part reads that part, once for each window that reaches into it.
 - The validation clips are still resident.
 
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor
 
 from ser_ray.corpus.splits import windows_of
-from ser_ray.errors import ConfigError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
@@ -37,6 +35,8 @@ from ser_ray.training.data import (
     Clips,
     FoldData,
     Normalisation,
+    draw_weights,
+    epoch_order,
     frame_sums,
     frames_of,
     inputs_of,
@@ -64,15 +64,18 @@ class Window(NamedTuple):
     last: int
 
 
-def stream_order(seed: int, epoch: int, parts: np.ndarray, batch_size: int) -> np.ndarray:
+def stream_order(
+    seed: int, epoch: int, parts: np.ndarray, batch_size: int, weights: Tensor | None = None
+) -> np.ndarray:
     """Training clips of every step of an epoch, int64 [steps, batch].
 
     Args:
         parts: shard part of each training clip [clips].
+        weights: of the draws (`ser_ray.training.data.draw_weights`).
     """
     rng = np.random.default_rng(seed_of(seed, epoch))
     part_position = rng.permutation(int(parts.max()) + 1)
-    clips = rng.permutation(len(parts))
+    clips = epoch_order(seed, epoch, len(parts), weights).numpy()
     sequence = clips[np.argsort(part_position[parts[clips]], kind="stable")]
     steps = steps_per_epoch(len(parts), batch_size)
     return sequence[: steps * batch_size].reshape(batch_size, steps).T
@@ -86,6 +89,8 @@ class Lanes:
     world: World
     parts: np.ndarray
     """Shard part of each training clip [clips]."""
+    weights: Tensor | None = None
+    """Of the draws (`ser_ray.training.data.draw_weights`)."""
 
     @property
     def batch_size(self) -> int:
@@ -108,7 +113,9 @@ class Lanes:
 
     def clips(self, window: Window) -> np.ndarray:
         """This worker's clips in a window [steps * share]."""
-        order = stream_order(self.config.seed, window.epoch, self.parts, self.batch_size)
+        order = stream_order(
+            self.config.seed, window.epoch, self.parts, self.batch_size, self.weights
+        )
         return order[window.first : window.last, self.world.rank_slice].ravel()
 
 
@@ -152,6 +159,7 @@ class Stream:
         labels: label indices [clips], on the device that trains.
         normalisation: applied to the clips.
         fetch: maps the reader over the windows.
+        weights: of the draws of an epoch (`ser_ray.training.data.draw_weights`).
     """
 
     reader: Reader
@@ -159,6 +167,7 @@ class Stream:
     labels: Tensor
     normalisation: Normalisation
     fetch: Fetch
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -169,7 +178,7 @@ class Stream:
         Clips are copied to the device once per window, not in every step.
         """
         reader, normalisation = self.reader, self.normalisation
-        lanes = Lanes(config, world, self.parts)
+        lanes = Lanes(config, world, self.parts, self.weights)
         share, device = lanes.share, self.labels.device
         windows = lanes.windows(epoch, step, max(reader.clips_at_once // share, 1))
         pieces = iter(self.fetch(lambda w: reader.read(lanes.clips(w), normalisation), windows))
@@ -187,19 +196,6 @@ class Stream:
                 batch = Clips(ready[:share], num_frames[rows], self.labels[rows])
                 yield Batch(batch, all_rows, slice(None), seed)
                 ready = ready[share:]
-
-
-def require_streamable(config: TrainConfig) -> None:
-    """Refuse a recipe whose training clips cannot be streamed.
-
-    Raises:
-        ConfigError: the recipe draws balanced batches.
-    """
-    if config.balanced:
-        raise ConfigError(
-            "--balanced repeats clips within an epoch, but streaming reads each clip once per "
-            "epoch: train with --ingest resident, or without --balanced"
-        )
 
 
 def stream_fold(
@@ -221,10 +217,7 @@ def stream_fold(
         normalisation: that of the checkpoint to resume from. If None, the workers read all
             training clips once and measure it.
 
-    Raises:
-        ConfigError: the recipe's training clips cannot be streamed.
     """
-    require_streamable(config)
     table = shards.clips()
     split = select_rows(table, config)
     labels = label_indices(table, shards.card.labels)
@@ -234,7 +227,8 @@ def stream_fold(
     validation = load_clips(shards, config.feature, table, split.validation, normalisation, device)
     part_of = np.repeat(np.arange(len(shards.card.clips)), shards.card.clips)
     train_labels = torch.from_numpy(labels[split.train]).to(device)
-    train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch)
+    weights = draw_weights(table.take(split.train), config)
+    train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch, weights)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
 
 

@@ -465,6 +465,7 @@ def make_card(
         features=shards.card.features,
         normalisation=data.normalisation,
         corpus=shards.card.corpus,
+        corpora=shards.corpora,
         shards_fingerprint=shards.card.fingerprint,
         split=describe_split(data.split),
         initial_weights=pretrained.origin,

@@ -235,7 +235,6 @@ def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, caps
     [
         ("train --workers 7 --batch-size 6", "batch_size is 6, but there are 7 workers"),
         ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
-        ("train --ingest stream --balanced", "or without --balanced"),
         ("tune --workers 40", "every trial of tune and crossval has one worker"),
         ("crossval --workers 2", "every trial of tune and crossval has one worker"),
     ],
@@ -262,9 +261,9 @@ def test_flags_that_cannot_be_parsed_exit_with_2(arguments):
 
 
 def test_a_mistyped_corpus_is_reported_before_weights_are_read(capsys, in_tmp, monkeypatch):
-    from ser_ray.training import model
+    from ser_ray.tracking import registry
 
-    monkeypatch.setattr(model, "read_pretrained", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(registry, "read_weights", lambda *_: pytest.fail("weights were read"))
     assert main(["pipeline", "--corpus", "RAVDES"]) == 2
     assert "RAVDES" in capsys.readouterr().err.splitlines()[-1]
 

@@ -335,15 +335,62 @@ def test_folds_of_ravdess_actors_are_refused_for_other_corpora():
 
 def test_every_documented_protocol_runs():
     clips = with_split(ravdess(), lambda speaker: f"fold {int(speaker) % 4}")
+    corpora = ["low" if int(speaker) < 9 else "high" for speaker in clips["speaker"].to_pylist()]
+    clips = clips.append_column("corpus", pa.array(corpora))
     folds = {name: num_folds(name.replace("-K", "-7"), clips) for name in PROTOCOLS}
     counts = {"emobox-6": 6, "luna-5": 5, "loso": 24, "speaker-K": 7, "table": 4, "random": 5}
-    counts["all"] = 1
+    counts |= {"cross-corpus": 2, "all": 1}
     assert folds == counts
 
 
 def with_split(clips, part_of):
     parts = [part_of(speaker) for speaker in clips["speaker"].to_pylist()]
     return clips.append_column("split", pa.array(parts, pa.string()))
+
+
+def corpora_of(speakers):
+    """Clips of two labels of each speaker; `speakers` names those of every corpus."""
+    rows = [
+        (speaker, None, f"{corpus} {speaker} {label}", label, f"{corpus} {speaker} {label}")
+        for corpus, names in speakers.items()
+        for speaker in names
+        for label in ("calm", "sad")
+    ]
+    corpora = [take.partition(" ")[0] for _, _, take, _, _ in rows]
+    return clips_of(rows).append_column("corpus", pa.array(corpora))
+
+
+def test_cross_corpus_tests_each_corpus_and_validates_on_speakers_of_all_others():
+    speakers = {name: [f"{name}:{n}" for n in range(4)] for name in ("b", "c", "a")}
+    clips = corpora_of(speakers)
+    assert num_folds("cross-corpus", clips) == 3
+    for fold, tested in enumerate("abc"):
+        drawn = split("cross-corpus", fold, clips)
+        assert drawn.test_speakers == tuple(speakers[tested])
+        assert drawn.label == f"cross-corpus fold {fold}, tests {tested} (speaker-independent)"
+        others = {name[0] for name in drawn.validation_speakers}
+        assert others == {name[0] for name in drawn.train_speakers} == set("abc") - {tested}
+        assert len(drawn.left_out) == 0
+
+
+def test_cross_corpus_over_the_same_speakers_is_called_speaker_dependent():
+    clips = corpora_of({"song": "1234", "speech": "12345"})
+    drawn = split("cross-corpus", 1, clips)
+    corpus, speaker = (np.array(clips[name].to_pylist()) for name in ("corpus", "speaker"))
+    assert set(corpus[drawn.test]) == {"speech"}
+    assert set(corpus[np.append(drawn.train, drawn.validation)]) == {"song"}
+    assert not set(speaker[drawn.train]) & set(speaker[drawn.validation])
+    assert drawn.label == "cross-corpus fold 1, tests speech (SPEAKER-DEPENDENT)"
+    assert not split("speaker-3", 0, clips).speaker_dependent
+
+
+def test_a_protocol_that_does_not_fit_the_corpora_is_refused():
+    with pytest.raises(ConfigError, match="cross-corpus tests one of several corpora: name"):
+        split("cross-corpus", 0, ravdess())
+    clips = corpora_of({"a": "123", "b": "456"})
+    parts = pa.array(["train", "test", "dev"] * 2 + [None] * 6)
+    with pytest.raises(ConfigError, match="the corpus b has no column split"):
+        split("table", 0, clips.append_column("split", parts))
 
 
 SIDE_OF = {1: "train", 2: "train", 3: "train", 4: "validation", 5: "test", 6: None}

@@ -338,7 +338,7 @@ def test_two_workers_train_after_a_storage_error_of_one_and_score_for_the_driver
     shards = faulty_shards(
         world.shards, fault=hiccup, attempts=tmp_path / "attempts", is_lasting=False
     )
-    monkeypatch.setattr(distributed, "open_shards", lambda location: shards)
+    monkeypatch.setattr(distributed, "open_corpora", lambda *_: shards)
 
     def refuse(*_: object) -> None:
         pytest.fail("the driver scores clips, which may not fit into its memory")
@@ -373,7 +373,7 @@ def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
     shards = faulty_shards(
         world.shards, fault=fault, attempts=tmp_path / "attempts", is_lasting=True
     )
-    monkeypatch.setattr(distributed, "open_shards", lambda location: shards)
+    monkeypatch.setattr(distributed, "open_corpora", lambda *_: shards)
     with pytest.raises(type(fault), match=str(fault)):
         world.train(f"faulty-{max_failures}", workers="2", max_failures=max_failures)
     assert num_lines(shards.attempts) == 1

@@ -41,11 +41,12 @@ def shards(monkeypatch) -> MemoryShards:
     known = {"here": here, "elsewhere": others}
 
     def open_shards(location: str) -> MemoryShards:
-        if location not in known:
+        name = Path(location).name
+        if name not in known:
             raise ShardsError(location)
-        return known[location]
+        return known[name]
 
-    monkeypatch.setattr("ser_ray.evaluation.evaluate.open_shards", open_shards)
+    monkeypatch.setattr("ser_ray.shards.corpora.open_shards", open_shards)
     here.card.elsewhere = others
     return here
 
@@ -367,26 +368,25 @@ def test_the_places_of_a_moved_run_are_those_beside_it_now(shards, tmp_path):
         "run_id": "0123",
         "tracking_uri": f"sqlite:///{old}/mlflow.db",
         "report": f"{old}/runs/a/report.html",
-        "shards": f"{tmp_path}/old/shards",
+        "shards": [f"{tmp_path}/old/shards"],
     }
     (selected / "run.json").write_text(json.dumps(origin))
     assert origin_of(selected) == origin
     shutil.copytree(old, new)
     (tmp_path / "new" / "shards").mkdir()
-    moved = {name: place.replace(str(tmp_path / "old"), str(tmp_path / "new"))
-             for name, place in origin.items()}  # fmt: skip
+    moved = json.loads(json.dumps(origin).replace(str(tmp_path / "old"), str(tmp_path / "new")))
     assert origin_of(new / "runs" / "a" / "selected") == moved
-    served = origin | {"tracking_uri": "http://127.0.0.1:9", "shards": "s3://bucket/shards"}
+    served = origin | {"tracking_uri": "http://127.0.0.1:9", "shards": ["s3://bucket/shards"]}
     (new / "runs" / "a" / "selected" / "run.json").write_text(json.dumps(served))
     expected = served | {"report": moved["report"]}
     assert origin_of(new / "runs" / "a" / "selected") == expected
 
 
 def test_a_models_own_shards_are_found_where_they_were_or_in_the_usual_places(shards, checkpoint):
-    assert shards_of(checkpoint, ("elsewhere", "here")) == "here"
-    (checkpoint / "run.json").write_text(json.dumps({"shards": "here"}))
-    assert shards_of(checkpoint, ("elsewhere",)) == "here"
-    (checkpoint / "run.json").write_text(json.dumps({"shards": "gone"}))
+    assert shards_of(checkpoint, ("elsewhere", "here")) == ("here",)
+    (checkpoint / "run.json").write_text(json.dumps({"shards": ["here"]}))
+    assert shards_of(checkpoint, ("elsewhere",)) == ("here",)
+    (checkpoint / "run.json").write_text(json.dumps({"shards": ["gone"]}))
     with pytest.raises(ShardsError, match="not in gone or elsewhere: name them"):
         shards_of(checkpoint, ("elsewhere",))
 

@@ -1,10 +1,23 @@
 """Tables and sentences made from predictions, against scikit-learn and by hand."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    precision_recall_fscore_support,
+    recall_score,
+)
 
-from ser_ray.evaluation.evaluation import group_rows, headline, label_rows
+from ser_ray.evaluation.evaluation import (
+    Evaluation,
+    group_rows,
+    headline,
+    label_rows,
+    predictions_table,
+)
+from ser_ray.training.checkpoint import read_card
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
 
@@ -41,6 +54,45 @@ def test_table_of_speakers_agrees_with_scikit_learn(rng: np.random.Generator) ->
         assert item["ua"] == pytest.approx(
             recall_score(truth[own], predicted[own], labels=occurring, average="macro")
         )
+
+
+def test_the_table_of_corpora_holds_the_scores_of_each_alone(checkpoint) -> None:
+    """Two seeds scored the same clips: the scores are means, and each clip counts once."""
+    rng = np.random.default_rng(3)
+    card = read_card(checkpoint)
+    num_labels = len(card.labels)
+    truth = np.tile(rng.integers(0, num_labels, 60), 2)
+    corpora = np.tile(np.repeat(["speech", "a/b"], [40, 20]), 2)
+    clips = pa.table(
+        {
+            "corpus": corpora,
+            "speaker": np.tile(rng.choice(["1", "2", "3"], 60), 2),
+            "emotion": np.array(card.labels)[truth],
+            "seed": np.repeat([0, 1], 60),
+        }
+    )
+    probabilities = rng.dirichlet(np.ones(num_labels), 120)
+    table = predictions_table(clips, probabilities, card.labels)
+    table = table.append_column("seed", clips["seed"])
+    found = Evaluation(
+        card=card, part="test", protocol="cross-corpus", corpus="several", is_own_test=True,
+        seen_speakers=(), predictions=table,
+    )  # fmt: skip
+    assert [(row["corpus"], row["clips"]) for row in found.corpus_rows] == [
+        ("a/b", 20),
+        ("speech", 40),
+    ]
+    predicted, seeds = probabilities.argmax(axis=1), clips["seed"].to_numpy()
+    for row in found.corpus_rows:
+        parts = [(corpora == row["corpus"]) & (seeds == seed) for seed in (0, 1)]
+        by_seed = [balanced_accuracy_score(truth[own], predicted[own]) for own in parts]
+        assert row["ua"] == pytest.approx(np.mean(by_seed))
+        assert float(row["ua_low"]) < float(row["ua"]) < float(row["ua_high"])
+    assert found.corpus_metrics.keys() == {
+        f"corpus/{name}/{score}" for name in ("a-b", "speech") for score in ("ua", "wa")
+    }
+    assert len(found.corpus_lines) == 2
+    assert found.groups["corpus"] == found.corpus_rows
 
 
 def test_headline_names_best_worst_and_the_most_frequent_confusion() -> None:

@@ -23,14 +23,14 @@ def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_pat
         Path(path).touch()  # the other clips are gone
     place = shards.table.schema.get_field_index("path")
     shards.table = shards.table.set_column(place, "path", paths)
-    known = {"here": shards}
-    monkeypatch.setattr(introduction, "open_shards", known.__getitem__)
+    sets = {"here": shards}
+    monkeypatch.setattr(introduction, "open_corpora", lambda places, known: sets[places[0]])
     scores = {"clips": 16, "ua": 0.5}
     monkeypatch.setattr(introduction, "read_test_scores", lambda *_: scores)
 
     selected = tmp_path / "mel-fold0" / "selected"
     card = make_checkpoint(selected, config=replace(CONFIG, validation_speakers=0))
-    origin = {"run_id": "0123", "tracking_uri": "http://server", "shards": "here"}
+    origin = {"run_id": "0123", "tracking_uri": "http://server", "shards": ["here"]}
     (selected / "run.json").write_text(json.dumps(origin))
     found = introduce(selected, "its folder")
     assert found.name == "mel-fold0"

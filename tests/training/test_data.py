@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Clips,
     Normalisation,
+    draw_weights,
     epoch_order,
     load_fold,
     seed_of,
@@ -84,16 +86,30 @@ def test_rows_do_not_depend_on_the_order_of_the_shards(memory_shards):
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 80))
 def test_the_order_of_an_epoch_is_a_reproducible_permutation(seed, epoch, rows):
-    labels = torch.zeros(rows, dtype=torch.long)
-    order = epoch_order(seed, epoch, labels)
+    order = epoch_order(seed, epoch, rows)
     assert sorted(order.tolist()) == list(range(rows))
-    assert torch.equal(order, epoch_order(seed, epoch, labels))
+    assert torch.equal(order, epoch_order(seed, epoch, rows))
 
 
-def test_balanced_order_draws_all_labels_equally_often():
-    labels = torch.tensor([0] * 900 + [1] * 100)
-    drawn = labels[epoch_order(0, 0, labels, balanced=True)]
-    assert 0.4 < drawn.float().mean() < 0.6
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"a sad": 600, "a calm": 300, "b sad": 100}),
+        ({"balanced": True}, {"a sad": 600 / 1.4, "a calm": 500, "b sad": 100 / 1.4}),
+        ({"corpus_balance": 1.0}, {"a sad": 1000 / 3, "a calm": 500 / 3, "b sad": 500}),
+        ({"corpus_balance": 0.5}, {"a sad": 500, "a calm": 250, "b sad": 250}),
+    ],
+)
+def test_an_epoch_draws_labels_and_corpora_as_often_as_the_recipe_says(settings, expected):
+    """900 clips of corpus a and 100 of b: with the balance 0.5, a has 30 of 40 parts."""
+    kinds = np.repeat(list(expected), [600, 300, 100])
+    corpora, _, emotions = np.char.partition(kinds, " ").T
+    table = pa.table([corpora, emotions], ["corpus", "emotion"])
+    weights = draw_weights(table, TrainConfig(**settings))
+    drawn = [kinds[epoch_order(0, epoch, 1000, weights).numpy()] for epoch in range(40)]
+    for kind, count in expected.items():
+        mean = np.mean(np.stack(drawn) == kind) * 1000
+        assert mean == pytest.approx(count, abs=15 if settings else 1e-9)
 
 
 def test_seeds_of_different_steps_differ():

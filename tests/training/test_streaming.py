@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from ser_ray.distributed import ingest
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.errors import CheckpointError
 from ser_ray.training import streaming as stream
 from ser_ray.training import trainer as loop
 from ser_ray.training.checkpoint import MODEL
-from ser_ray.training.data import load_fold, steps_per_epoch
+from ser_ray.training.data import epoch_order, load_fold, steps_per_epoch
 from ser_ray.training.optim import one_cycle
 from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fold, stream_order
 from ser_ray.training.world import World
@@ -136,9 +136,21 @@ def test_a_stream_resumed_in_mid_epoch_equals_an_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_balanced_draws_and_resident_checkpoints_cannot_be_streamed(memory_shards, small, tmp_path):
-    with pytest.raises(ConfigError, match="--ingest resident, or without --balanced"):
-        trained(memory_shards, tmp_path, replace(CONFIG, balanced=True), stream=map)
+def test_weighted_draws_are_the_same_clips_streamed_and_resident(memory_shards, small):
+    """The order differs, but not how often each clip is in the epoch."""
+    config = replace(CONFIG, balanced=True, batch_size=1)
+    streamed = stream_fold(memory_shards, config, CPU, World(), map, None)
+    resident = load_fold(memory_shards, config, CPU)
+    lanes = Lanes(config, World(), streamed.train.parts, streamed.train.weights)
+    (window,) = lanes.windows(config.epochs - 1, 0, len(streamed.train))
+    assert resident.train.weights is not None
+    epoch, rows = config.epochs - 1, len(resident.train)
+    drawn = epoch_order(config.seed, epoch, rows, resident.train.weights)
+    assert sorted(lanes.clips(window)) == sorted(drawn.tolist())
+    assert len(set(drawn.tolist())) < len(drawn), "some clips are repeated"
+
+
+def test_resident_checkpoints_cannot_be_streamed(memory_shards, small, tmp_path):
     trained(memory_shards, tmp_path / "resident")
     with pytest.raises(CheckpointError, match="ingest is 'resident' instead of 'stream'"):
         trained(memory_shards, tmp_path, resume=tmp_path / "resident" / "1", stream=map)

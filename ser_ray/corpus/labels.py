@@ -1,0 +1,127 @@
+"""The labels of several corpora as one set: a map from the labels of each corpus to common ones.
+
+`--label-map` chooses the map. The word `usual` gives the usual names of an emotion one name, that
+of RAVDESS, and leaves other labels as they are. The word `common` does the same and leaves out the
+clips whose label not all corpora have. Otherwise it is a CSV file, which must list every label that
+is kept. A row without a corpus is for all corpora that have no row of their own for this label:
+
+    corpus,label,as
+    iemocap,exc,happy
+    ,ang,angry
+    ,anger,angry
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.words import shorten
+from ser_ray.errors import ConfigError
+from ser_ray.storage.paths import filesystem_of
+
+USUAL_NAMES = {
+    "neutral": ("neu", "neutrality"),
+    "calm": ("calmness",),
+    "happy": ("happiness", "hap", "joy", "joyful"),
+    "sad": ("sadness",),
+    "angry": ("anger", "ang"),
+    "fearful": ("fear", "fea", "afraid"),
+    "disgust": ("disgusted", "dis"),
+    "surprised": ("surprise", "sur"),
+}
+"""The label that `usual` gives to each of these names, and to the label itself in any case."""
+COMMON = "common"
+LabelMaps = dict[str, dict[str, str]]
+"""For the name of each corpus, the label that each of its labels becomes. Others are left out."""
+
+_SHOWN = 8  # names in a message
+_LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (label, *names)}
+
+
+def usual_label(name: str) -> str:
+    """Return the label that `usual` gives to a name: RAVDESS's, or the name itself."""
+    return _LABEL_OF.get(name.strip().lower(), name)
+
+
+def map_labels(
+    labels: Mapping[str, Sequence[str]], choice: str, known: Sequence[str] = ()
+) -> LabelMaps:
+    """Map the labels of each corpus to the labels of all.
+
+    Without a choice, labels stay as they are if all corpora have the same; otherwise the map is
+    `usual`, because two spellings of an emotion would be two labels that no network can tell apart.
+
+    Args:
+        labels: the labels of every corpus, by its name.
+        choice: `usual`, `common`, the location of a file, or empty.
+        known: the labels of the model that is to answer, if there is one. `usual` then writes a
+            label as the model does, and `common` maps only to these.
+
+    Raises:
+        ConfigError: there is no such file, or it names an unknown corpus or label.
+    """
+    if choice not in ("", "usual", COMMON):
+        return _read_map(choice, labels)
+    sets = [set(names) for names in labels.values()]
+    is_same = all(names == sets[0] for names in sets)
+    if not choice and is_same and (not known or sets[0] <= set(known)):
+        return {corpus: {name: name for name in names} for corpus, names in labels.items()}
+    spelled = {usual_label(name): name for name in known}
+    maps = {}
+    for corpus, names in labels.items():
+        usual = {name: usual_label(name) for name in names}
+        maps[corpus] = {name: spelled.get(label, label) for name, label in usual.items()}
+    return only_among(maps, known) if choice == COMMON and known else maps
+
+
+def only_among(maps: LabelMaps, kept: Iterable[str]) -> LabelMaps:
+    """Leave out every label that does not become one of `kept`."""
+    wanted = set(kept)
+    return {
+        corpus: {name: label for name, label in names.items() if label in wanted}
+        for corpus, names in maps.items()
+    }
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sort labels: those of RAVDESS first, in its order, then the others by name."""
+    names = set(labels)
+    return *(label for label in EMOTIONS if label in names), *sorted(names.difference(EMOTIONS))
+
+
+def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
+    """Read a label map from a CSV file, and check its names."""
+    filesystem, path = filesystem_of(location)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{location}: this label map cannot be read ({error}); --label-map takes usual, common "
+            "or a CSV file with the columns corpus,label,as"
+        ) from error
+    rows = csv.DictReader(io.StringIO(text))
+    if not {"label", "as"} <= set(rows.fieldnames or ()):
+        raise ConfigError(f"{location}: a label map needs the columns corpus,label,as")
+    found = [
+        (f"{location}, line {line}", {name: (value or "").strip() for name, value in row.items()})
+        for line, row in enumerate(rows, start=2)
+    ]
+    maps: LabelMaps = {corpus: {} for corpus in labels}
+    for where, row in sorted(found, key=lambda item: item[1].get("corpus", "") != ""):
+        corpus, label, new = row.get("corpus", ""), row["label"], row["as"]
+        if corpus and corpus not in labels:
+            raise ConfigError(
+                f"{where}: there is no corpus {corpus!r}; the corpora are {', '.join(labels)}"
+            )
+        named = [corpus] if corpus else list(labels)
+        holders = [name for name in named if label in labels[name]]
+        if not holders:
+            known = in_order(label for name in named for label in labels[name])
+            raise ConfigError(
+                f"{where}: {' and '.join(named)} has no label {label!r}; known are "
+                f"{shorten(known, _SHOWN)}"
+            )
+        maps |= {name: maps[name] | ({label: new} if new else {}) for name in holders}
+    return maps

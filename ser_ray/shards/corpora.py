@@ -1,0 +1,228 @@
+"""Several shard sets read as one: the clips of all corpora, with labels that they have in common.
+
+    shards = open_corpora(["ser-ray-out/emodb", "ser-ray-out/iemocap"], "common")
+
+The result has the interface of one `ShardSet`, so trainings and evaluations do not know how many
+there are. The column `corpus` of its clips is the name of their shard set's folder. Speakers and
+takes begin with that name, so those of different corpora never clash. But all sets of RAVDESS, such
+as its speech and its song, have the same actors, who keep the same names.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ser_ray.corpus.labels import COMMON, in_order, map_labels, only_among
+from ser_ray.errors import ConfigError
+from ser_ray.shards.card import CorpusPart, ShardCard
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.storage.paths import absolute
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the shard sets, and what is read of it."""
+
+    shards: ShardSet
+    part: CorpusPart
+    rows: np.ndarray
+    """Rows of its clips whose labels are mapped [kept], ascending."""
+
+    @property
+    def people(self) -> str:
+        """What the names of its speakers and takes begin with."""
+        return self.part.name if self.part.kind == "table" else self.part.kind
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """How many of these rows are in each of its parts."""
+        sizes = self.shards.card.clips
+        parts = np.searchsorted(np.cumsum(sizes), self.rows, side="right")
+        return tuple(np.bincount(parts, minlength=len(sizes)).tolist())
+
+
+@dataclass(frozen=True)
+class Corpora(ShardSet):
+    """Shard sets as one. The rows are those of one set after the other."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Folder or URI of each shard set."""
+        return tuple(member.shards.uri for member in self.members)
+
+    @property
+    def corpora(self) -> tuple[CorpusPart, ...]:
+        """What is read of each shard set."""
+        return tuple(member.part for member in self.members)
+
+    def clips(self) -> pa.Table:
+        """Return every column except the features, with the common labels."""
+        tables = []
+        is_mixed = len({member.people for member in self.members}) > 1
+        for member in self.members:
+            table = member.shards.clips().take(member.rows)
+            theirs, ours = map(pa.array, zip(*member.part.labels.items(), strict=True))
+            places = pc.index_in(table["emotion"].combine_chunks(), value_set=theirs)
+            table = _replace(table, "emotion", ours.take(places))
+            for name in ("speaker", "take") if is_mixed else ():
+                named = pc.binary_join_element_wise(member.people, table[name], ":")
+                table = _replace(table, name, named)
+            if len(self.members) > 1:
+                corpus = pa.array([member.part.name] * len(table))
+                table = table.append_column("corpus", corpus)
+            tables.append(table)
+        return pa.concat_tables(tables)
+
+    def outcomes(self) -> pa.Table:
+        """Return the outcomes of all sets."""
+        return pa.concat_tables(member.shards.outcomes() for member in self.members)
+
+    def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return one kind of feature, as a single set does; `rows` are those of `clips()`."""
+        rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
+        starts = np.cumsum([0, *(len(member.rows) for member in self.members)])
+        owners = np.searchsorted(starts, rows, side="right") - 1
+        features: np.ndarray | None = None
+        for index, member in enumerate(self.members):
+            wanted = np.flatnonzero(owners == index)
+            own = member.shards.features(kind, member.rows[rows[wanted] - starts[index]])
+            if features is None:
+                features = np.empty((len(rows), *own.shape[1:]), np.float16)
+            features[wanted] = own
+        assert features is not None, "there is a member"
+        return features
+
+
+def open_corpora(
+    locations: str | Sequence[str],
+    label_map: str = "",
+    *,
+    known: Sequence[CorpusPart] = (),
+    labels: Sequence[str] = (),
+) -> ShardSet:
+    """Open shard sets, and read them as one if there are several or if labels are mapped.
+
+    Args:
+        locations: folder or URI of each set.
+        label_map: which labels are one (`ser_ray.corpus.labels`).
+        known: the corpora of a model's card. A set with the fingerprint of one of them gets its
+            name and, without a label map, its labels.
+        labels: the labels of the model that is to answer, if there is one.
+
+    Raises:
+        ShardsError: a location has no committed shard set.
+        ConfigError: two sets have the same name or different features, or the label map names
+            unknown corpora or labels, or leaves no clips.
+    """
+    places = [locations] if isinstance(locations, str) else list(dict.fromkeys(locations))
+    if not places:
+        raise ConfigError("no shard set is named: give one or several, as in --shards a b")
+    sets = _by_name([open_shards(absolute(place)) for place in places], known)
+    _require_same_features(sets)
+    theirs = {name: shards.card.labels for name, shards in sets.items()}
+    maps = map_labels(theirs, label_map, labels)
+    if not label_map:
+        mapped = {part.fingerprint: part.labels for part in known}
+        maps |= {name: mapped.get(s.card.fingerprint, maps[name]) for name, s in sets.items()}
+    first, names = next(iter(sets)), next(iter(theirs.values()))
+    if len(sets) == 1 and maps[first] == dict(zip(names, names, strict=True)):
+        return sets[first]
+    tables = {name: shards.clips() for name, shards in sets.items()}
+    found = {name: set(table["emotion"].unique().to_pylist()) for name, table in tables.items()}
+    if label_map == COMMON:
+        occurring = ({maps[n].get(label, "") for label in found[n]} for n in sets)
+        maps = only_among(maps, set.intersection(*occurring))
+    for name in sets:
+        if not found[name] & maps[name].keys():
+            raise ConfigError(
+                f"{label_map or 'the label map'} leaves no clip of {name}, whose labels are "
+                f"{', '.join(theirs[name])}: leave it out, or map its labels"
+            )
+    members = [_member(name, sets[name], tables[name], maps[name]) for name in sets]
+    kept = [maps[name][label] for name in sets for label in found[name] & maps[name].keys()]
+    return Corpora(", ".join(places), _card(members, in_order(kept)), tuple(members))
+
+
+def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str, ShardSet]:
+    """Name every set after its folder, or as a model knows it, and sort them by name."""
+    names = {part.fingerprint: part.name for part in known}
+    named: dict[str, ShardSet] = {}
+    for shards in sets:
+        folder = shards.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+        name = names.get(shards.card.fingerprint, folder)
+        kinds = {other.card.corpus for other in named.values()} - {"table"}
+        if name in named or (shards.card.corpus == "table" and name in kinds):
+            raise ConfigError(
+                f"{shards.uri}: another corpus is called {name!r} too, and corpora are told apart "
+                "by the names of their shard sets' folders: rename one of the folders"
+            )
+        named[name] = shards
+    return dict(sorted(named.items()))
+
+
+def _require_same_features(sets: Mapping[str, ShardSet]) -> None:
+    (first, shards), *others = sets.items()
+    ours = asdict(shards.card.features)
+    for name, other in others:
+        theirs = asdict(other.card.features)
+        for setting, value in ours.items():
+            if theirs[setting] != value:
+                raise ConfigError(
+                    f"{first} and {name} were prepared with different features ({setting} is "
+                    f"{value} and {theirs[setting]}): prepare one of them again, with the settings "
+                    "of the other"
+                )
+
+
+def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, str]) -> Member:
+    is_kept = pc.is_in(clips["emotion"], value_set=pa.array(list(labels), pa.string())).to_numpy()
+    lost = clips.filter(~is_kept & (clips["window"].to_numpy() == 0))["emotion"]
+    kept = clips.filter(is_kept)
+    part = CorpusPart(
+        name=name,
+        kind=shards.card.corpus,
+        fingerprint=shards.card.fingerprint,
+        labels=dict(labels),
+        clips=int((kept["window"].to_numpy() == 0).sum()),
+        speakers=len(kept["speaker"].unique()),
+        left_out=dict(sorted(Counter(lost.to_pylist()).items())),
+    )
+    return Member(shards, part, np.flatnonzero(is_kept))
+
+
+def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
+    """Describe the sets as one."""
+    cards = [member.shards.card for member in members]
+    kinds = {card.corpus for card in cards}
+    is_synthetic, is_one = "synthetic" in kinds, len(kinds) == 1
+    counts: Counter[str] = Counter()
+    for card in cards:
+        counts.update(card.counts)
+    sizes = [size for member in members for size in member.part_sizes]
+    identity = [(m.part.name, m.part.fingerprint, m.part.labels) for m in members]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    return ShardCard(
+        corpus="synthetic" if is_synthetic else cards[0].corpus if is_one else "several",
+        source=", ".join(member.part.name for member in members),
+        labels=labels,
+        features=cards[0].features,
+        counts=dict(counts),
+        parts=tuple(range(len(sizes))),
+        clips=tuple(sizes),
+        encoders=tuple(e for e in cards[0].encoders if all(e in card.encoders for card in cards)),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, column)

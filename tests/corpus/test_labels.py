@@ -1,0 +1,78 @@
+"""Labels of several corpora as one set."""
+
+import pytest
+
+from ser_ray.corpus.labels import USUAL_NAMES, in_order, map_labels, usual_label
+from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.errors import ConfigError
+
+EMODB = ("anger", "boredom", "happiness")
+IEMOCAP = ("ang", "exc", "hap")
+
+
+def test_every_usual_name_becomes_one_label_of_ravdess():
+    assert tuple(USUAL_NAMES) == EMOTIONS
+    names = [name for names in USUAL_NAMES.values() for name in names]
+    assert len(names) == len({*names, *EMOTIONS}) - len(EMOTIONS), "no name is of two labels"
+    assert [usual_label(name) for name in ("ANG", " Joy", "fear", "Sadness", "bored")] == [
+        "angry", "happy", "fearful", "sad", "bored",
+    ]  # fmt: skip
+
+
+def test_equal_label_sets_stay_as_they_are_and_others_get_the_usual_names():
+    same = {"a": EMODB, "b": EMODB[::-1]}
+    assert map_labels(same, "") == {c: {x: x for x in EMODB} for c in same}
+    usual = {
+        "a": {"anger": "angry", "boredom": "boredom", "happiness": "happy"},
+        "b": {"ang": "angry", "exc": "exc", "hap": "happy"},
+    }
+    assert map_labels({"a": EMODB, "b": IEMOCAP}, "") == usual
+    assert map_labels({"a": EMODB}, "usual") == {"a": usual["a"]}
+
+
+def test_a_models_own_spelling_wins_and_common_leaves_out_what_it_does_not_know():
+    known = ("anger", "happiness")
+    assert map_labels({"b": IEMOCAP}, "", known)["b"] == {
+        "ang": "anger", "exc": "exc", "hap": "happiness",
+    }  # fmt: skip
+    assert map_labels({"b": IEMOCAP}, "common", known)["b"] == {
+        "ang": "anger", "hap": "happiness",
+    }  # fmt: skip
+    assert map_labels({"b": known}, "", (*known, "calm"))["b"] == {x: x for x in known}
+
+
+def test_a_file_maps_what_it_lists_and_a_row_of_a_corpus_wins(tmp_path):
+    path = tmp_path / "labels.csv"
+    rows = ("b,exc,happy", "b,ang,furious", ",ang,angry", ", anger ,angry", "a,boredom,")
+    path.write_text("\n".join(("corpus,label,as", *rows)))
+    assert map_labels({"a": EMODB, "b": IEMOCAP}, str(path)) == {
+        "a": {"anger": "angry"},
+        "b": {"exc": "happy", "ang": "furious"},
+    }
+    path.write_text("label,as\nhap,happy\n")
+    assert map_labels({"b": IEMOCAP}, str(path)) == {"b": {"hap": "happy"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("corpus,label,as\nc,ang,angry\n", "line 2: there is no corpus 'c'; the corpora are a, b"),
+        ("corpus,label,as\n,ang,angry\na,ang,angry\n",
+         "line 3: a has no label 'ang'; known are anger, boredom, happiness"),
+        ("label,as\nangst,angry\n", "line 2: a and b has no label 'angst'; known are ang, anger"),
+        ("corpus;label;as\n", "needs the columns corpus,label,as"),
+        (None, "cannot be read .*--label-map takes usual, common or a CSV file"),
+    ],
+)  # fmt: skip
+def test_a_map_that_does_not_fit_is_refused(tmp_path, text, problem):
+    path = tmp_path / "labels.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        map_labels({"a": EMODB, "b": IEMOCAP}, str(path))
+
+
+def test_labels_of_ravdess_come_first():
+    assert in_order({"bored", "sad", "angry", "calm", "amused"}) == (
+        "calm", "sad", "angry", "amused", "bored",
+    )  # fmt: skip
