@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ser_ray.command import flags_of
+from ser_ray.features.config import KINDS
 from ser_ray.progress import stderr_console
 from ser_ray.training.config import TrainConfig
 
@@ -48,7 +49,8 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
         f"{recipe.feature}, {recipe.epochs} epochs, {steps} steps of {recipe.batch_size} clips "
         f"each, learning rate {recipe.lr_min:g} to {recipe.lr_max:g}",
     )
-    say("", f"initial weights {recipe.weights}, seed {recipe.seed}{changed}")
+    weights = recipe.weights if recipe.feature in KINDS else "of the head: fresh"
+    say("", f"initial weights {weights}, seed {recipe.seed}{changed}")
 
 
 def _range(numbers: Iterable[int]) -> str:
