@@ -1,4 +1,4 @@
-"""The bytes of files: a digest that tells a replaced file from one that was only copied again."""
+"""Compares the bytes of files, to tell a replaced file from one that was only copied again."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,10 +12,7 @@ CHUNK = 1 << 20  # bytes read at once
 
 
 def file_digest(path: str) -> str | None:
-    """Return 16 hex digits of a local file's bytes, or None where they would have to be fetched.
-
-    A file that cannot be read has no digest either.
-    """
+    """Return the digest of a local file, 16 hex digits; None if it is remote or cannot be read."""
     if "://" in path:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -28,7 +25,7 @@ def file_digest(path: str) -> str | None:
 
 
 def same_bytes(one: str, other: str) -> bool:
-    """Whether two files have the same bytes."""
+    """Return whether two files have the same bytes."""
     sizes = []
     for path in (one, other):
         filesystem, inside = filesystem_of(path)

@@ -3,7 +3,7 @@
     SHARDS/card.json                       describes the set; absent while it is unfinished
     SHARDS/clips/part-00012.parquet        the decoded clips of a part with their features
     SHARDS/outcomes/part-00012.parquet     one row for every listed file of the part
-    SHARDS/part-00012.trying               a worker is decoding the part
+    SHARDS/part-00012.trying               marks a part that a worker is decoding
     SHARDS/encoders/NAME/part-00012.parquet    the column of an encoder, row by row as the clips
     SHARDS/encoders/NAME/encoder.safetensors   its weights and card
 
@@ -27,9 +27,9 @@ OK = "ok"
 DIGEST = "digest"
 """The column of the outcomes with the digest of a file's bytes."""
 REQUESTS_AT_ONCE = 16
-"""Number of parts read at once: a bucket answers many small requests in the time of one."""
+"""Parts read at once: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"
-"""Saves nine tenths of what zstd saves, and is read twice as fast."""
+"""Saves nine tenths of the bytes that zstd saves, and is read twice as fast."""
 
 
 def part_name(part: int) -> str:

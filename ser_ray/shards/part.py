@@ -1,11 +1,11 @@
-"""One part: some rows of the manifest become two Parquet files, with the same bytes on any machine.
+"""Writes one part: some rows of the manifest become two Parquet files, equal on any machine.
 
 The clips are written first and the outcomes last, so a part with outcomes is complete. Nothing here
 imports Ray.
 
-Ray Data's `write_parquet` with its checkpoints could write the clips, and was tried. It cannot keep
-four promises. A file that fails gets a row of the outcomes in the same pass. A killed writer leaves
-no broken file among the clips. If a file is removed or changed, so is its clip, while a checkpoint
+Ray Data's `write_parquet` with its checkpoints was tried for the clips, but cannot keep four
+promises. A file that fails gets a row in the outcomes of the same pass. A killed writer leaves no
+broken file among the clips. If a file is removed or changed, so is its clip, while a checkpoint
 only knows which rows to leave out. Names and order of the parts do not depend on interruptions, so
 training on the shards does not either.
 """
@@ -50,19 +50,18 @@ def write_part(
 ) -> dict[str, int]:
     """Decode the files of a part, commit its clips and outcomes, and count the files by status.
 
-    If a file could not be read for a reason that may be temporary, the part is committed without a
-    key, so the next run writes it again.
+    If reading a file failed for a reason that may be temporary, the part is committed without a
+    key, so that the next run writes it again.
 
     Args:
         filesystem: where the shard set is.
         folder: path of the shard set on it.
         part: the part's number.
-        rows: the manifest's rows of the part; files that have a status already are not opened.
+        rows: the manifest's rows of the part; files with a status are not opened.
         extractor: computes the features.
 
     Raises:
-        OSError: the clips could not be fetched or the part could not be written. Nothing of it is
-            committed.
+        OSError: the clips cannot be fetched or the part cannot be written. Nothing is committed.
     """
     with _decoder(filesystem, f"{folder}/{mark_name(part)}") as decode:
         clips, outcomes, is_final = _make_tables(rows, extractor, decode)
@@ -75,10 +74,10 @@ def write_part(
 
 @contextlib.contextmanager
 def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
-    """Yield the function that decodes clips: that of a sandbox if an earlier attempt was killed.
+    """Yield the function that decodes clips, in a sandbox if an earlier attempt was killed.
 
-    Only a killed process leaves its mark behind. Ray then gives the part to another process, any
-    number of times, so without a sandbox one clip could keep the job from ever ending.
+    Only a killed process leaves its mark. Ray gives the part to one process after another, so
+    without a sandbox a single clip could keep the job from ever ending.
     """
     try:
         if filesystem.get_file_info(mark).is_file:
@@ -99,7 +98,7 @@ def _make_tables(
 ) -> tuple[pa.Table, pa.Table, bool]:
     """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
 
-    Outcomes are not final if a file could not be read for a reason that may be temporary.
+    Outcomes are not final if reading a file failed for a reason that may be temporary.
     """
     config = extractor.config
     decode = _remember_last(decode)
@@ -119,7 +118,7 @@ def _make_tables(
             samples, sample_rate, _ = sound
             waveforms = extractor.windows(samples, sample_rate)
         except ClipError as error:
-            if error.failed == "storage":  # must not be committed as if the clip were at fault
+            if error.failed == "storage":  # not the fault of the clip, so not an outcome
                 raise OSError(f"{path}: {error.reason}") from error
             outcomes[row] = error.status, error.reason
             is_final &= error.failed == "clip"
@@ -149,7 +148,7 @@ def _make_tables(
 
 
 def _remember_last(decode: Callable[..., Sound]) -> Callable[..., Sound]:
-    """Return a `decode` that decodes a file once for all its segments, which are neighbours."""
+    """Return a `decode` that decodes a file once for all its segments, which are consecutive."""
 
     @functools.lru_cache(maxsize=1)
     def attempt(path: str, max_seconds: float) -> Sound | ClipError:
@@ -185,7 +184,7 @@ def _compare_copies(
     outcomes: list[tuple[str | None, str | None]],
     decode: Callable[..., Sound],
 ) -> None:
-    """Give files that have the name of another one but different sound the status `conflict`."""
+    """Give files with the name of another file but different sound the status `conflict`."""
     for row, (status, reason) in enumerate(outcomes):
         if status != "duplicate" or not (reason or "").startswith(SAME_NAME):
             continue
@@ -198,7 +197,7 @@ def _compare_copies(
 
 
 def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
-    """Whether two files have the same bytes or the same samples.
+    """Return whether two files have the same bytes or the same samples.
 
     A file that cannot be decoded differs from one that can.
     """
@@ -228,7 +227,7 @@ def _feature_columns(features: dict[str, list[np.ndarray]], config: FeatureConfi
 
 
 def _append(table: pa.Table, columns: pa.Table) -> pa.Table:
-    """Put the columns of a table of equal length to the right of another's."""
+    """Append the columns of another table of the same length."""
     for name in columns.column_names:
         table = table.append_column(name, columns[name])
     return table

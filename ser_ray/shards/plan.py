@@ -1,11 +1,11 @@
-"""Which listed files belong to which part, and which committed parts are still valid.
+"""Decides which committed parts are still valid, and cuts all other files into parts.
 
 The plan is derived from the committed outcomes, so nothing else is stored. A committed part is kept
 if the manifest's rows of its files and the features are the same as before. All other files are cut
-into parts in the order of their paths, and these get the free numbers from 0 up. An interrupted run
+into parts in the order of their paths, which get the lowest free numbers. An interrupted run
 therefore continues on any machine with exactly the parts that it would have written next.
 
-A file means a row of the manifest here, which may also be a segment of a file.
+Here, a file means a row of the manifest, which may also be a segment of a file.
 """
 
 import hashlib
@@ -37,17 +37,17 @@ from ser_ray.shards.layout import (
 from ser_ray.storage.json_text import read_object
 
 MIN_PARTS = 16
-"""A small corpus is cut into at least this many parts, so that more than one core has work."""
+"""A small corpus is cut into at least this many parts, so that several cores have work."""
 KEY, FEATURES = b"ser_ray.part_key", b"ser_ray.features"
-"""Names of the metadata in a part's outcomes. Parts that the next run must write have no key."""
+"""Names of metadata in a part's outcomes. A part that the next run must write has no key."""
 
 
 @dataclass(frozen=True)
 class CommittedPart:
-    """What the outcomes of a part say about it."""
+    """A part, as its outcomes describe it."""
 
     files: pa.Table
-    """The manifest's rows of its files, without their status and reason, and their digests."""
+    """The manifest's rows of its files without status and reason, and the files' digests."""
     key: str
     """The `part_key` that it was written with; empty if it must be written again."""
     features: FeatureConfig
@@ -56,12 +56,12 @@ class CommittedPart:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do."""
+    """The parts that a run keeps, and those that it writes."""
 
     kept: list[int]
     """Numbers of the committed parts that are still valid, ascending."""
     pending: dict[int, pa.Table]
-    """The manifest's rows of each part that is to be written, by its number."""
+    """The manifest's rows of each part to be written, by the part's number."""
     num_files: int
     """Number of listed files."""
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def num_pending(self) -> int:
-        """Number of files in the parts that are to be written."""
+        """Number of files in the parts to be written."""
         return sum(len(rows) for rows in self.pending.values())
 
     @property
@@ -82,7 +82,7 @@ class Plan:
 
 
 def part_key(rows: pa.Table, features: FeatureConfig) -> str:
-    """Return 16 hex digits that differ if the manifest's rows of a part or the features do."""
+    """Return 16 hex digits that change with the manifest's rows of a part and with the features."""
     text = json.dumps([features.fingerprint, rows.to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -93,10 +93,9 @@ def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
 
 
 def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
-    """Return the manifest with the committed times of files that were written again unchanged.
+    """Return the manifest with the committed times of the files whose bytes are unchanged.
 
-    A file whose size is as before but not its time is compared by its bytes, which is quicker than
-    decoding it.
+    If only the time of a file has changed, its bytes are compared, which is faster than decoding.
 
     Args:
         manifest: one row per listed file.
@@ -200,11 +199,12 @@ def make_plan(
 
 
 def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarray) -> np.ndarray:
-    """Return the number of segments of the file that begins at each pending row, [num_pending].
+    """Return how many rows of a part each pending row needs, [num_pending].
 
-    It is 1 for a complete file, and 0 for the second and later segments of a file. If kept parts
-    are between a row and the one before it, the files that they begin with count too. A part then
-    ends where it would have ended if they were still to be written.
+    The first segment of a file needs a row for each of its segments, and the others need none; a
+    complete file needs one. If kept parts are between a pending row and the one before it, the need
+    of the files at their beginnings counts too, so that parts end where they would have ended if
+    the kept parts were still to be written.
     """
     paths = manifest["path"].combine_chunks()
     begins_file = np.ones(len(paths), bool)
@@ -223,7 +223,7 @@ def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarra
 def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
     """Yield the first row of each part and the row after its last.
 
-    They are at most `size` rows apart, or up to `limit` rows if these are of one file.
+    A part has at most `size` rows, or up to `limit` if they are all of one file.
     """
     first = 0
     for row, num_rows in enumerate(needed.tolist()):
@@ -243,15 +243,15 @@ def adopt_times(
     features: FeatureConfig,
     kept: Mapping[int, CommittedPart],
 ) -> None:
-    """Write the times of files that were recognised into the outcomes of the parts that are kept.
+    """Write the new times of unchanged files into the outcomes of the kept parts.
 
-    Their bytes are then not compared again by the next run.
+    The next run then does not compare their bytes again.
 
     Args:
         filesystem: where the shard set is.
         folder: path of the shard set on it.
         listed: the manifest as it was listed.
-        recognised: the manifest with the committed times, as `recognise` returned it.
+        recognised: the manifest as `recognise` returned it.
         features: the settings of the features.
         kept: the parts that are still valid, by number.
     """
@@ -274,13 +274,8 @@ def require_same_corpus(
 ) -> None:
     """Refuse to replace the shards of one corpus by those of another.
 
-    Args:
-        committed: the parts in the folder.
-        manifest: one row per listed file.
-        shards: the folder, as the user wrote it.
-
     Raises:
-        ShardsError: none of the files of the committed parts is listed any more.
+        ShardsError: no file of the committed parts is listed.
     """
     if not committed:
         return
@@ -295,7 +290,7 @@ def require_same_corpus(
 def describe_changes(
     committed: Mapping[int, CommittedPart], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Return lines that say what an earlier run left and what has changed since."""
+    """Return lines that say what an earlier run prepared, and what has changed since."""
     if not committed:
         return ()
     first = next(iter(committed.values()))

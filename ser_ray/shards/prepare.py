@@ -1,12 +1,12 @@
-"""From a corpus to its shards: a Ray Data job over the parts of a plan.
+"""Prepares the shards of a corpus: a Ray Data job over the parts of a plan.
 
-Each block of the dataset has the manifest's rows of one part, and each task decodes its block and
-writes the part (`part` says why Ray Data does not write it). A task returns its number of files by
-status. A run that is started again writes only the parts that `plan` finds missing. The card is
-written when all parts are committed.
+Each block of the dataset has the manifest's rows of one part. Its task decodes the files, writes
+the part (`part` says why Ray Data does not write it) and returns the number of files by status.
+When the same command is given again, it writes only the parts that `plan` finds missing. The card
+is written when all parts are committed.
 
-Tasks are used and not an actor pool, which takes 27 s instead of 7 for 1,440 clips on two CPUs: Ray
-Data runs the pool and the writing as two operators and copies the features in between.
+An actor pool would take 27 s instead of 7 for 1,440 clips on two CPUs, because Ray Data runs the
+pool and the writing as two operators and copies the features in between.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -62,30 +62,30 @@ AGAIN = "; committed parts are kept: remove the cause, then give the same comman
 IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
 MISSING_NAME = "missing.csv"
-"""The file of a shard set that lists the files of a table that do not exist."""
+"""The file of a shard set with the files of a table that do not exist."""
 NAMES_SHOWN = 3
 _OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
-"""Names of the files that this module writes into the folders of clips and outcomes."""
+"""Names of the files in the folders of clips and outcomes."""
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a run did and what the shard set now holds."""
+    """What a run did, and what the shard set now holds."""
 
     card: ShardCard
     """The shard set."""
     notes: tuple[str, ...]
-    """Lines that say what an earlier run left and what has changed since."""
+    """Lines that say what an earlier run prepared, and what has changed since."""
     files_done: int
-    """Number of files that got their outcome in this run; the others had one already."""
+    """Number of files that got their outcome in this run."""
     seconds: float
     """Wall time of this run."""
     listed: str
-    """The number of listed files, and of segments if there are some."""
+    """The number of listed files, and of segments if there are any."""
     contents: str
     """The number of clips by label, and of speakers."""
     warnings: tuple[str, ...]
-    """Lines that say what was left out or is missing, and point at likely slips."""
+    """Lines that say what was left out or is missing, and point out likely mistakes."""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
@@ -109,13 +109,12 @@ def prepare(
     address: str = "",
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareSummary:
-    """Write the shards of a corpus, or those that are missing.
+    """Write the shards of a corpus, except the parts that are there already.
 
     Args:
         config: which clips become shards, with which features, and where the shards are written.
-        address: cluster to join, as for `ser_ray.cluster.cluster`. If no part is missing, no
-            cluster is joined or started.
-        progress: called after every part. By default the notes on an earlier run are printed to
+        address: cluster to join, as for `ser_ray.cluster.cluster`; unused if no part is missing.
+        progress: called after every part. By default the notes on an earlier run are printed on
             standard error, and then a bar or log lines.
 
     Raises:
@@ -154,33 +153,37 @@ def prepare(
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
     outcomes = ShardSet(config.shards, card).outcomes()
     if card.num_clips == 0:
-        raise _nothing_usable(outcomes, config)
+        first = outcomes.slice(0, 1).to_pylist()[0]
+        raise CorpusError(
+            f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
+            f"{first['status']}: {first['reason']}"
+        )
     return PrepareSummary(
-        card,
-        notes,
-        plan.num_pending,
-        time.monotonic() - started,
-        _count_files(outcomes),
-        describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        (*corpus.notes, *missing, *_windows_note(card), *stale, *find_slips(outcomes)),
+        card=card,
+        notes=notes,
+        files_done=plan.num_pending,
+        seconds=time.monotonic() - started,
+        listed=_count_files(outcomes),
+        contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
+        warnings=(*corpus.notes, *missing, *_count_windows(card), *stale, *find_slips(outcomes)),
     )
 
 
-def _windows_note(card: ShardCard) -> list[str]:
-    """Say that long clips were cut into windows, if there are some."""
+def _count_files(rows: pa.Table) -> str:
+    """Say how many files are listed, and how many segments of them if there are any."""
+    if not pc.any(pc.is_valid(rows["start"])).as_py():
+        return f"{len(rows)} files"
+    return f"{len(rows)} segments of {len(pc.unique(rows['path']))} files"
+
+
+def _count_windows(card: ShardCard) -> list[str]:
+    """Say how many rows the clips are, if long ones were cut into windows."""
     if card.num_clips == (num_ok := card.counts[OK]):
         return []
     return [
         f"{num_ok} clips are {card.num_clips} rows of the shards: a clip with more than "
         f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
     ]
-
-
-def _count_files(rows: pa.Table) -> str:
-    """Say how many files are listed, and how many segments of them if there are some."""
-    files = f"{len(pc.unique(rows['path']))} files"
-    has_segments = pc.any(pc.is_valid(rows["start"])).as_py()
-    return f"{len(rows)} segments of {files}" if has_segments else f"{len(rows)} files"
 
 
 def _complete(
@@ -195,7 +198,9 @@ def _complete(
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
         with cluster(address):
-            clips = one_of_each_folder(_files_to_open(plan))
+            to_open = (rows.filter(pc.is_null(rows["status"])) for rows in plan.pending.values())
+            paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
+            clips = one_of_each_folder(path.partition(ROW)[0] for path in paths)
             require_shared(config.corpus, config.shards, *clips)
             _keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
             _write_pending(config, plan, lock, progress)
@@ -207,10 +212,10 @@ def _complete(
 
 
 def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
-    """Write which files of a table do not exist into the shard set, and name the first.
+    """List the files of a table that do not exist in the shard set, and return a line about them.
 
     Raises:
-        CorpusError: no file exists, or a folder of some files does not, such as a disk that is not
+        CorpusError: none of the files exists, or the folder of some does not, as when a disk is not
             mounted.
     """
     filesystem, folder = filesystem_of(config.shards)
@@ -264,9 +269,9 @@ def _entries(filesystem: fs.FileSystem, folder: str) -> dict[str, str]:
 def _keep_only(
     filesystem: fs.FileSystem, folder: str, parts: list[int], marks: list[int] | None = None
 ) -> None:
-    """Delete the card, the outcomes and clips of all other parts, and all other marks.
+    """Delete the card, and the outcomes, clips and marks of all other parts.
 
-    They are deleted in this order, so that an interruption never leaves a part that looks complete.
+    Outcomes go before clips, so that an interruption never leaves a part that looks complete.
     """
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{folder}/{CARD_NAME}")
@@ -279,21 +284,6 @@ def _keep_only(
     for path in (*outcomes.values(), *clips.values(), *old_marks):
         if path not in kept:
             filesystem.delete_file(path)
-
-
-def _nothing_usable(outcomes: pa.Table, config: PrepareConfig) -> CorpusError:
-    first = outcomes.slice(0, 1).to_pylist()[0]
-    return CorpusError(
-        f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
-        f"{first['status']}: {first['reason']}"
-    )
-
-
-def _files_to_open(plan: Plan) -> Iterator[str]:
-    """Yield the paths of the files that will be opened."""
-    for rows in plan.pending.values():
-        paths = pc.unique(rows["path"].filter(pc.is_null(rows["status"]))).to_pylist()
-        yield from dict.fromkeys(path.partition(ROW)[0] for path in paths)
 
 
 def _write_pending(
@@ -318,9 +308,11 @@ def _write_pending(
         rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
         for part, rows in plan.pending.items()
     ]
-    writer = _PartWriter(absolute(config.shards), FeatureExtractor(config.features))
     results = ray.data.from_arrow(blocks).map_batches(
-        writer.write, batch_size=None, batch_format="pyarrow"
+        _write_part,
+        fn_args=(absolute(config.shards), FeatureExtractor(config.features)),
+        batch_size=None,
+        batch_format="pyarrow",
     )
     watch = Watch(plan.num_files, plan.num_prepared)
     try:
@@ -337,33 +329,27 @@ def _write_pending(
         raise ShardsError(f"{config.shards}: the job failed ({last_line}){AGAIN}") from error
 
 
-@dataclass(frozen=True)
-class _PartWriter:
-    """What every worker needs besides the rows of its part."""
+def _write_part(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
+    """Write the part with these rows, in a worker.
 
-    shards: str
-    extractor: FeatureExtractor
-
-    def write(self, rows: pa.Table) -> pa.Table:
-        """Write the part whose rows are given, and return its number of files by status.
-
-        Columns of the result are `part`, `failure`, `status` and `count`. `failure` is empty, or
-        says why the part was not written.
-        """
-        filesystem, folder = filesystem_of(self.shards)
-        part = rows["part"][0].as_py()
-        counts, failure = {"": 0}, ""
-        try:
-            if filesystem.get_file_info(f"{folder}/{OUTCOMES}").type == fs.FileType.NotFound:
-                raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
-            counts = write_part(filesystem, folder, part, rows.drop_columns("part"), self.extractor)
-        except OSError as error:
-            failure = error.strerror or str(error)
-        return pa.table(
-            {
-                "part": pa.array([part] * len(counts), pa.int32()),
-                "failure": [failure] * len(counts),
-                "status": list(counts),
-                "count": list(counts.values()),
-            }
-        )
+    Returns:
+        The columns `part`, `failure`, `status` and `count`: the number of files by status, and why
+        the part was not written, or an empty string.
+    """
+    filesystem, folder = filesystem_of(shards)
+    part = rows["part"][0].as_py()
+    counts, failure = {"": 0}, ""
+    try:
+        if filesystem.get_file_info(f"{folder}/{OUTCOMES}").type == fs.FileType.NotFound:
+            raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
+        counts = write_part(filesystem, folder, part, rows.drop_columns("part"), extractor)
+    except OSError as error:
+        failure = error.strerror or str(error)
+    return pa.table(
+        {
+            "part": pa.array([part] * len(counts), pa.int32()),
+            "failure": [failure] * len(counts),
+            "status": list(counts),
+            "count": list(counts.values()),
+        }
+    )

@@ -1,4 +1,4 @@
-"""How far a preparation or a batch prediction is: files done, rate, errors and time left."""
+"""The progress of `prepare` or a batch pass: files done, rate, errors and time left."""
 
 import logging
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ser_ray.progress import show_progress
+from ser_ray.progress import clock, show_progress
 
 EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
-"""Outcomes that the kind of file or the command explains. All others count as errors."""
+"""Outcomes that are expected of such files or such a command. All others count as errors."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,18 @@ class Progress:
     errors: int
     """Files of this run that should have become features and did not."""
     rate: float
-    """Files per second since the first result of this run; 0 until there is a second result."""
+    """Files per second since the first result of this run; 0 before the second result."""
 
     @property
     def seconds_left(self) -> float | None:
-        """Time until all files are done at the present rate; None while the rate is unknown."""
+        """Time until all files are done at this rate; None while the rate is unknown."""
         return (self.total - self.done) / self.rate if self.rate else None
 
     def __str__(self) -> str:
         text = f"{self.done} of {self.total} files, {self.errors} errors"
         if self.seconds_left is None:
             return text
-        minutes, seconds = divmod(round(self.seconds_left), 60)
-        return f"{text}, {self.rate:.0f} files/s, {minutes}:{seconds:02d} left"
+        return f"{text}, {self.rate:.0f} files/s, {clock(self.seconds_left)} left"
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""Reading shards back: a table of facts about the clips, and an array of their features.
+"""Reads shards: a table that describes the clips, and an array of their features.
 
     shards = ser_ray.open_shards("ser-ray-out/shards")
     shards.clips().to_pandas()                                  # one row per clip
@@ -7,8 +7,8 @@
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
     shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
 
-Other tools (pandas, polars, `datasets`, `ray.data.read_parquet`) read the Parquet files in the
-set's folder `clips`. `ShardSet.to_array` turns a feature column of theirs into an array:
+pandas, polars, `datasets` and `ray.data.read_parquet` can read the Parquet files in the folder
+`clips` of a set, and `ShardSet.to_array` turns a feature column into an array:
 
     table = pandas.read_parquet("ser-ray-out/shards/clips", columns=["emotion", "mel"])
     mel = shards.to_array("mel", table["mel"])
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 Side = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
-"""Number of parts read at once: a disk keeps two cores busy, a bucket answers several requests."""
+"""Parts read at once, which keeps two cores busy and a bucket answering several requests."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A committed shard set. Its rows are in the order of the parts, and by path within a part."""
+    """A committed shard set. Its rows are in the order of the parts, then of their paths."""
 
     uri: str
     """Folder or URI of the shards."""
@@ -110,7 +110,7 @@ class ShardSet:
         return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]
 
     def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return one kind of feature. No bytes of the other kinds are read.
+        """Return one kind of feature. The other kinds are not read.
 
         Args:
             kind: which feature.
@@ -176,13 +176,7 @@ class ShardSet:
     def torch_dataset(
         self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "TensorDataset":
-        """Read one side of a fold into memory, as a dataset for `torch.utils.data.DataLoader`.
-
-        Args:
-            kind: which feature.
-            protocol: as `rows_of` takes it, like `fold` and `side`.
-            fold: number of the fold.
-            side: train, validation or test.
+        """Read one side of a fold, as `rows_of` selects it, for a `DataLoader` of torch.
 
         Returns:
             Items of a feature `[bins, num_frames]` float16, the index of the label in
@@ -206,18 +200,15 @@ class ShardSet:
     def ray_dataset(
         self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "Dataset":
-        """Make one side of a fold a dataset of Ray Data, whose tasks read a part of the set each.
+        """Make one side of a fold, as `rows_of` selects it, a dataset of Ray Data.
 
-        Args:
-            kind: which feature.
-            protocol: as `rows_of` takes it, like `fold` and `side`.
-            fold: number of the fold.
-            side: train, validation or test.
+        Each of its tasks reads one part of the set. Like all of Ray Data, this joins a Ray cluster
+        or starts one.
 
         Returns:
             The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
-            float16. Parts come in the order in which their tasks end, unless Ray Data's context
-            preserves the order. Joins the Ray cluster, or starts one, as Ray Data always does.
+            float16. Parts are in the order in which their tasks end, unless Ray Data's context
+            preserves the order.
 
         Raises:
             ConfigError: the protocol does not fit the speakers, or there is no such fold.
@@ -258,7 +249,7 @@ def open_shards(uri: str) -> ShardSet:
     if card is not None:
         return ShardSet(uri, card)
     is_begun = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
-    require_kept(uri)  # a relative path in a job is the reason then
+    require_kept(uri)  # if it is a relative path in a Ray job, that is the reason
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
         if is_begun
