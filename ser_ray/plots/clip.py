@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import BLUE, VERMILION
 
 STROKES = 300
-"""Number of vertical strokes that a waveform is drawn with."""
+"""A waveform is drawn as this many vertical strokes."""
 DYNAMIC_RANGE = 70.0
-"""Decibels below its loudest point that a spectrogram shows."""
+"""A spectrogram shows this many decibels below its loudest point."""
 
 
 def clip_figure(

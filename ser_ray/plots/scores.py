@@ -1,4 +1,4 @@
-"""Figures of what was scored: confusions, shares by name, and calibration."""
+"""Figures of scores: confusions, shares by speaker or label, and calibration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +17,14 @@ from ser_ray.plots.style import (
     VERMILION,
     WIDTH,
     entitle,
+    finish,
     legend_above,
+    new_axes,
     tidy,
 )
 
-# Of -1 to 1: wrong from dark vermilion to transparent, then right from transparent to dark blue, so
-# that the page's own background, light or dark, shows through.
+# From -1 (wrong, dark vermilion) over 0 (transparent, because a page may be light or dark) to 1
+# (right, dark blue).
 _SHADES = LinearSegmentedColormap.from_list(
     "verdict",
     [
@@ -32,11 +34,11 @@ _SHADES = LinearSegmentedColormap.from_list(
         (1.0, to_rgba(DARK_BLUE, 1)),
     ],
 )
-_WHITE_ABOVE = 0.7  # share of a row from which white text is the more readable one
+_WHITE_ABOVE = 0.7  # share of a row above which white text is easier to read than black
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """Draw counts [labels, labels] with their share of the row; an empty cell is 0.
+    """Draw counts [labels, labels] and their shares of the row; empty cells are 0.
 
     Rows are true labels, columns predicted ones. Right is blue and wrong is vermilion.
     """
@@ -77,9 +79,8 @@ def bars_figure(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Draw a bar for each name: in blue a share from 0 to 1 of a number of clips, and the rest."""
-    figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
+    """Draw a bar for each name: in blue a share from 0 to 1 of its clips, and then the others."""
+    axes = new_axes(0.3 * len(names) + 1.2, xlabel=xlabel)
     places, rest = range(len(names)), 1 - np.asarray(values)
     axes.barh(places, values, color=BLUE, height=0.7)
     axes.barh(places, rest, left=values, color=VERMILION, alpha=0.3, height=0.7)
@@ -90,14 +91,13 @@ def bars_figure(
     axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(xlabel)
-    tidy(axes)
+    figure = finish(axes, title)
     axes.grid(visible=False, axis="y")
-    return entitle(figure, title)
+    return figure
 
 
 def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Draw the WA of every speaker, in the order of the rows, which hold speaker, clips and wa."""
+    """Draw the WA of every speaker from rows with the keys speaker, clips and wa."""
     names, shares, clips = ([row[key] for row in rows] for key in ("speaker", "wa", "clips"))
     return bars_figure(names, shares, clips, "clips recognised (WA)", title)
 
@@ -109,7 +109,7 @@ def reliability_figure(
     before: tuple[Sequence[float], Sequence[float]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw how often the model is right at each confidence, beside what it should be.
+    """Draw how often the model is right at each confidence, and how often it should be.
 
     Args:
         confidence: mean probability of the predicted label in each bin [bins], NaN in an empty one.
@@ -121,7 +121,7 @@ def reliability_figure(
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
-    # A point at 0 or 100 % is on the frame, and is drawn over it.
+    # Points at 0 or 100 % are drawn over the frame, not cut off by it.
     over = {"clip_on": False, "zorder": 3}
     if before is not None:
         upper.plot(*before, "--", color=GREEN, marker="s", label="before", alpha=0.7, **over)

@@ -1,8 +1,8 @@
 """Figures of a search, from one row for each trial.
 
-A row holds at least `trial` (its number), `state`, `feature` and what was searched, and the scores
-of the selected epoch, `selected/ua` and `selected/loss`. These are None until the trial has
-completed an epoch.
+A row has the trial's number (`trial`), its `state`, the `feature` kind, the values that were
+searched, and the scores of the selected epoch (`selected/ua`, `selected/loss`), which are None
+until the trial has completed an epoch.
 """
 
 import itertools
@@ -13,21 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
+from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, finish, legend_above, new_axes
 
 TrialRow = Mapping[str, Any]
 
 FEW_VALUES = 5
-"""Numbers of which each gets a tick of its own."""
+"""Up to this many different numbers, each gets a tick of its own."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
 
 
 def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
-    """Draw the validation UA of every trial by number, and the best so far."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="trial", ylabel="validation UA")
+    """Draw the validation UA of every trial in their order, and the best so far."""
+    axes = new_axes(3.4, xlabel="trial", ylabel="validation UA")
     scored = _scored(trials)
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
         some = [row for row in scored if row["state"] == state]
@@ -51,18 +50,16 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     legend_above(axes, columns=3)
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
 
 
 def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> Figure:
-    """Draw the validation UA of every trial against one searched name, by feature kind.
+    """Draw the validation UA of every trial against one searched value, by feature kind.
 
-    Values are on a logarithmic scale where the highest is ten or more times the lowest. Trials that
-    were stopped early have hollow points.
+    The scale is logarithmic if the highest value is ten or more times the lowest. Trials that were
+    stopped early have hollow points.
     """
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.add_subplot(xlabel=name, ylabel="validation UA")
+    axes = new_axes(3.2, xlabel=name, ylabel="validation UA")
     scored = _scored(trials)
     places = _places(axes, [row[name] for row in scored])
     encoders = dict.fromkeys(str(row["feature"]) for row in scored if row["feature"] not in _KINDS)
@@ -79,12 +76,11 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     legend_above(axes, columns=3)
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
 
 
 def _places(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
-    """Set the scale and ticks of the x-axis for values; returns where each of them is on it."""
+    """Set the scale and ticks of the x-axis for values, and return their places on it."""
     distinct = sorted(set(values))
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         axes.set_xticks(range(len(distinct)), [str(value) for value in distinct])
@@ -102,17 +98,15 @@ def _places(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
 
 
 def importance_figure(importance: Mapping[str, float], title: str = "") -> Figure:
-    """Draw the share of the differences in UA that each searched name explains."""
-    figure = Figure(figsize=(WIDTH, 0.4 * len(importance) + 1.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="importance (PED-ANOVA)", xlim=(0, 1))
+    """Draw the share of the differences in UA that each searched value explains."""
+    axes = new_axes(0.4 * len(importance) + 1.4, xlabel="importance (PED-ANOVA)", xlim=(0, 1))
     names = sorted(importance, key=importance.__getitem__)
     axes.barh(names, [importance[name] for name in names], color=BLUE)
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
 
 
 def rank_of(row: TrialRow) -> tuple[float, ...]:
-    """Sort key of a trial, the higher the better; finished trials come before pruned ones."""
+    """Return the rank of a trial, higher for better ones, and for finished than for pruned ones."""
     if row["selected/ua"] is None:
         return ()
     return row["state"] == "finished", row["selected/ua"], -row["selected/loss"]

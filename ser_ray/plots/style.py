@@ -1,23 +1,29 @@
-"""What all figures share: their colours, their width, and how a frame and a title look.
+"""What all figures share: colours, width, frame, legend and title.
 
-Figures are drawn without pyplot: they need no display and hold no global state. The colours can be
+Figures are drawn without pyplot, so they need no display and no global state. The colours can be
 distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ in their
 dashes, and points in their shapes.
 """
 
 import textwrap
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
-"""Where a figure shows what is right and wrong, right is blue and wrong is vermilion."""
+"""In figures of right and wrong predictions, right is blue and wrong is vermilion."""
 DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
-"""Full shade of a cell that holds white text."""
+"""The darkest shades of a cell, on which text is white."""
 WIDTH = 5.2
-"""Inches. A phone shows three quarters of it, so no text is smaller than matplotlib's 10 points."""
+"""Inches. Phones shrink figures to three quarters, so no text is smaller than 10 points."""
 LETTERS_PER_INCH = 12
 """Letters of a title that fit into an inch."""
+
+
+def new_axes(height: float, **settings: Any) -> Axes:
+    """Return the only axes of a new figure of this height in inches."""
+    return Figure(figsize=(WIDTH, height), layout="constrained").add_subplot(**settings)
 
 
 def tidy(axes: Axes) -> None:
@@ -31,8 +37,16 @@ def legend_above(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=columns)
 
 
+def finish(axes: Axes, *title: str) -> Figure:
+    """Tidy the only axes of a figure, and write a title above."""
+    tidy(axes)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return entitle(figure, *title)
+
+
 def entitle(figure: Figure, *lines: str) -> Figure:
-    """Write lines above a figure, broken to its width; empty ones are left out."""
+    """Write lines above a figure, broken to its width; empty lines are left out."""
     letters = round(figure.get_figwidth() * LETTERS_PER_INCH)
     title = "\n".join(textwrap.fill(line, letters) for line in lines if line)
     if title:

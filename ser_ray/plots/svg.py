@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import WIDTH
 
 _DRAWING = threading.Lock()
-"""matplotlib's settings belong to the process, and several threads may draw."""
+"""matplotlib's settings are those of the process, and several threads may draw."""
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """Write a figure as an element of a page, on no background and in the colour of the text.
+    """Return a figure as an element of a page, without background and in the colour of its text.
 
     Args:
-        figure: if it is wider than `WIDTH`, it scrolls instead of shrinking.
-        description: what a screen reader reads out; it must be unique within the page.
+        figure: scrolls instead of shrinking if it is wider than `WIDTH`.
+        description: text for screen readers, unique within the page.
     """
     buffer = io.StringIO()
-    # Text stays text, and equal figures get equal ids, so that a run's page is reproducible.
+    # Text stays text, and equal figures get equal ids, so a run's page is reproducible.
     with _DRAWING, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

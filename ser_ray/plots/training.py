@@ -1,4 +1,4 @@
-"""Figures of a training: its curves, its learning rate, and a learning-rate range test."""
+"""Figures of a training: its curves, its learning rate, and the learning-rate range test."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, WIDTH, entitle, legend_above, tidy
+from ser_ray.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILION,
+    WIDTH,
+    entitle,
+    finish,
+    legend_above,
+    new_axes,
+    tidy,
+)
 
 _SERIES = {
     "train/loss": ("training", BLUE, "--"),
@@ -21,12 +32,12 @@ _SERIES = {
 def curves_figure(
     history: Sequence[Mapping[str, float]], selected: Mapping[str, float], title: str = ""
 ) -> Figure:
-    """Draw the loss, and WA and UA, of every epoch, and mark the selected one.
+    """Draw the loss, WA and UA of every epoch, and mark the selected epoch.
 
     Args:
         history: rows with the keys epoch, train/loss, train/wa and, if the training has validation
             clips, val/loss, val/wa and val/ua.
-        selected: the row of the epoch whose weights were kept.
+        selected: the row of the selected epoch.
         title: shown above.
     """
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
@@ -60,17 +71,15 @@ def curves_figure(
 def learning_rate_figure(
     learning_rates: Sequence[float], lr_min: float, lr_max: float, title: str = ""
 ) -> Figure:
-    """Draw the learning rate of every step [steps] on a logarithmic scale, between its bounds."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="learning rate", yscale="log")
+    """Draw the learning rate of every step [steps] on a logarithmic scale, and its bounds."""
+    axes = new_axes(2.8, xlabel="step", ylabel="learning rate", yscale="log")
     for name, bound, shift in (("lr_min", lr_min, -12), ("lr_max", lr_max, 4)):
         axes.axhline(bound, color=GREY, linestyle=":")
         axes.annotate(f"{name} {bound:.3g}", (1, bound), (0, shift), textcoords="offset points")
     axes.plot(np.arange(1, len(learning_rates) + 1), learning_rates, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.margins(y=0.12)
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
 
 
 def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
@@ -88,12 +97,11 @@ def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
     """Draw the loss of a range test against the learning rate, with the proposed bounds.
 
     Args:
-        found: `learning_rates` and `losses` of every step as measured, `smooth`, the losses
-            averaged over neighbouring steps, each [steps], and the proposed `lr_min` and `lr_max`.
+        found: the `learning_rates` and `losses` of every step, the losses averaged over
+            neighbouring steps (`smooth`), each [steps], and the proposed `lr_min` and `lr_max`.
         title: shown above.
     """
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="learning rate", ylabel="training loss", xscale="log")
+    axes = new_axes(3.4, xlabel="learning rate", ylabel="training loss", xscale="log")
     axes.plot(
         found["learning_rates"], found["losses"], color=GREY, linewidth=0.8, label="each step"
     )
@@ -102,5 +110,4 @@ def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
         label = f"{name} {found[name]:.1e}"
         axes.axvline(found[name], color=VERMILION, linestyle=dashes, label=label)
     legend_above(axes, columns=2)
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
