@@ -120,7 +120,7 @@ def suggest_protocol(clips: "pa.Table") -> str:
     """Return a protocol that fits a custom corpus: that of its table, or folds by speaker."""
     if clips["split"].null_count < len(clips):
         return "table"
-    return f"speaker-{min(len(set(clips['speaker'].to_pylist())), 5)}"
+    return _alternative(len(set(clips["speaker"].to_pylist())))
 
 
 def split(

@@ -10,12 +10,11 @@ import soundfile
 from matplotlib.figure import Figure
 
 from ser_ray.evaluation.evaluation import Evaluation
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.plots.clip import clip_figure
-from ser_ray.shards.part import RECORDING_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
     views = []
     for clip in evaluation.predictions.take(rows).to_pylist():
         try:
-            sound = decode(clip["path"], max_seconds=RECORDING_SECONDS)
+            sound = decode(clip["path"], max_seconds=MAX_RECORDING_SECONDS)
             if clip["start"] is not None:
                 sound, _ = cut(sound, clip["start"], clip["end"])
             samples, sample_rate, _ = sound

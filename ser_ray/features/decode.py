@@ -38,6 +38,8 @@ from ser_ray.features.samples import (
 from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
+MAX_RECORDING_SECONDS = 3600.0
+"""Longer files are `too_long`: they would not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
 """A wav that was written to a pipe declares this many bytes or more, or 0."""
 MAX_CHUNKS = 100

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ser_ray.errors import ConfigError, SerRayError
+from ser_ray.features.decode import MAX_RECORDING_SECONDS
 from ser_ray.features.errors import ClipError
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.prediction import UNSURE, Prediction
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import MAX_RECORDING_SECONDS, Decode
+from ser_ray.inference.recordings import Decode
 from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.svg import inline_svg
 

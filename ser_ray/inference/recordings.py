@@ -14,13 +14,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ser_ray.features.config import KINDS, FeatureConfig
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
-
-MAX_RECORDING_SECONDS = 3600.0
-"""Longer recordings have the status `too_long`: they would not fit into a worker's memory."""
 
 CLEAR_DB = 12.0
 """A recording gets a warning if its loud parts are less than this many dB above its quiet ones. Of

@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.features.decode import MAX_RECORDING_SECONDS
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox, time_limited
@@ -31,8 +32,6 @@ from ser_ray.shards.digest import file_digest, same_bytes
 from ser_ray.shards.layout import DIGEST, OK, mark_name, outcomes_name, part_name, write_table
 from ser_ray.shards.plan import part_key, part_metadata
 
-RECORDING_SECONDS = 3600.0
-"""Longer files are `too_long`: they would not fit into a worker's memory."""
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
@@ -111,7 +110,7 @@ def _make_tables(
     for row in undecided:
         path, start, end = (rows[name][row].as_py() for name in ("path", "start", "end"))
         try:
-            sound = decode(path, max_seconds=RECORDING_SECONDS)
+            sound = decode(path, max_seconds=MAX_RECORDING_SECONDS)
             loss = sound.loss
             if start is not None:
                 sound, loss = cut(sound, start, end)
@@ -206,7 +205,7 @@ def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
     sounds: list[tuple[str, int]] = []
     for path in (one, other):
         try:
-            samples, sample_rate, _ = decode(path, max_seconds=RECORDING_SECONDS)
+            samples, sample_rate, _ = decode(path, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             if error.failed == "storage":
                 raise OSError(f"{path}: {error.reason}") from error

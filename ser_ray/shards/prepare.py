@@ -309,7 +309,7 @@ def _write_pending(
         for part, rows in plan.pending.items()
     ]
     results = ray.data.from_arrow(blocks).map_batches(
-        _write_part,
+        _write_in_worker,
         fn_args=(absolute(config.shards), FeatureExtractor(config.features)),
         batch_size=None,
         batch_format="pyarrow",
@@ -329,7 +329,7 @@ def _write_pending(
         raise ShardsError(f"{config.shards}: the job failed ({last_line}){AGAIN}") from error
 
 
-def _write_part(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
+def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
     """Write the part with these rows, in a worker.
 
     Returns:
