@@ -53,16 +53,16 @@ MANIFEST_SCHEMA = pa.schema(
     }
 )
 ORDER = [(name, "ascending") for name in ("path", "start", "end")]
-"""The order of a manifest: the segments of a file are neighbours."""
+"""The order of a manifest, in which the segments of a file are consecutive."""
 PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
 """The outcomes that are known before a clip is opened."""
 
 SAME_NAME = "has the file name of "
-"""The reason of a duplicate in a folder begins with this, and the path of the other follows."""
+"""The reason of a duplicate in a folder is this, followed by the path of the other file."""
 
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
 _LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
-"""A manifest, and what decides which of two copies is kept."""
+"""The columns of a manifest, and those that decide which of several copies is kept."""
 _LISTING_BATCH = 65_536  # files held as Python objects at a time
 
 
@@ -79,7 +79,7 @@ class Corpus:
     manifest: pa.Table
     """`MANIFEST_SCHEMA`, sorted by path, start and end."""
     notes: tuple[str, ...] = ()
-    """What the user should know about the listing."""
+    """Lines about the listing for the user."""
 
 
 def list_corpus(
@@ -89,13 +89,13 @@ def list_corpus(
 ) -> Corpus:
     """List a folder or URI that holds RAVDESS in any layout, or the tables of another corpus.
 
-    In a folder every recording becomes a row, and the other files are counted in the notes. Hidden
-    files, such as the `._name.wav` of macOS, are ignored.
+    Every recording in a folder becomes a row, and the notes count the other files. Hidden files,
+    such as the `._name.wav` of macOS, are ignored.
 
     Args:
         source: folder, URI or table.
         missing: words that mean a missing value in a table.
-        columns: the names that some columns have in a table, by the names that they have here.
+        columns: the names of columns in a table, by their names here (`words.COLUMNS`).
 
     Raises:
         CorpusError: the location does not exist, no clip in it is recognised, or a table
@@ -229,9 +229,9 @@ def _read_names(files: list[ListedFile]) -> pa.Table:
 def mark_duplicates(
     manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
 ) -> pa.Table:
-    """Keep one of the rows to decode that have the same key, and mark the others as duplicates.
+    """Keep one of the rows without a status that share a key, and mark the others as duplicates.
 
-    The largest file is kept, because a copy may be truncated. Among files of equal size the one
+    The largest file is kept, because a copy may be truncated. Among equally large files, the one
     with the fewest folders above it is kept, and among those the first by path.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())

@@ -1,12 +1,12 @@
-"""Splitting clips into train, validation and test sides; a protocol is a named list of folds.
+"""Splits clips into train, validation and test sides; a protocol is a named list of folds.
 
-`split` reads a table of clips and returns the row numbers of the three sides of a fold. All rows of
+`split` takes a table of clips and returns the row numbers of the three sides of a fold. All rows of
 a take (the wav and mp4s of a performance), all segments of a file and all rows with identical
 content are on the same side, and so are all clips of a speaker, except in `random`. Models are
 selected by their scores on the validation side, whose speakers are not trained on. The test side is
 used once.
 
-Every function here is pure and independent of the order of the rows.
+The functions have no side effects, and the order of the rows does not matter.
 
 Sources: the six folds of EmoBox (https://github.com/emo-box/EmoBox) and the five of Luna-Jimenez
 (https://github.com/cristinalunaj/MMEmotionRecognition), which define test actors but no validation.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CROSS_CORPUS = "cross-corpus"
 ALL = "all"
-"""The protocol of a model to ship, whose recipe was chosen under another protocol."""
+"""The protocol of a final model, whose recipe was chosen under another protocol."""
 PROTOCOLS = {
     "emobox-6": "the six folds of EmoBox over RAVDESS's 24 actors",
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
@@ -117,7 +117,7 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 
 def suggest_protocol(clips: "pa.Table") -> str:
-    """Return a protocol that fits a custom corpus: that of its table, or folds by speaker."""
+    """Return a protocol that fits a custom corpus: that of its table, or one by speaker."""
     if clips["split"].null_count < len(clips):
         return "table"
     return _alternative(len(set(clips["speaker"].to_pylist())))
@@ -195,8 +195,8 @@ def _kinds(clips: "pa.Table") -> dict[str, str]:
 def one_clip_per_take(clips: "pa.Table") -> Rows:
     """Select the first window of every clip, and of a RAVDESS take only its wav, or else its mp4.
 
-    The wav and the mp4 have the same recording, so scores over both would count it twice. In other
-    corpora (no `channel`) a take may group several recordings, and all of them are selected.
+    The wav and the mp4 are one recording, which scores over both would count twice. In other
+    corpora (no `channel`), a take may have several recordings, and all of them are selected.
 
     Args:
         clips: string columns `path`, `take`, `modality` and `channel`, and the number `window`.
@@ -363,7 +363,7 @@ def _validation_speakers(
 def _groups(takes: Sequence[str], contents: Sequence[str | None], paths: Sequence[str]) -> Rows:
     """Number the rows so that those with the same take, content or path share a number, [num_rows].
 
-    Takes that share a content or path form one group, directly or through other takes. Groups are
+    Takes that share a content or path are one group, directly or through other takes. Groups are
     numbered in the order of their first takes, so the order of the rows does not matter.
     """
     leader = {take: take for take in takes}

@@ -33,7 +33,7 @@ from ser_ray.storage.paths import location_inside, refuse_password
 NO_FOLDER = "its folder does not exist"
 OTHER_DRIVE = "a Windows path, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
-"""The reasons of rows whose file does not exist."""
+"""Reasons that say that a file does not exist."""
 
 _NEEDED = ("path", "label", "speaker")
 _TIME_COLUMN = re.compile(
@@ -108,7 +108,7 @@ def _read_split(column: pa.ChunkedArray) -> pa.Array:
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
-    """Return strings that are equal for rows of the same file or segment of it."""
+    """Return strings that are equal for rows of the same file, or of the same segment of it."""
     times = [pc.fill_null(rows[name].cast("string"), "") for name in ("start", "end")]
     return pc.binary_join_element_wise(rows["path"], *times, "\n")
 
@@ -327,7 +327,7 @@ def _refuse_passwords(source: str, paths: list[str]) -> None:
 def _require_one(
     source: str, rows: pa.Table, key: Literal["take", "clip"], column: Literal["speaker", "label"]
 ) -> None:
-    """Refuse two speakers or labels in a take or clip: no split could keep it on one side."""
+    """Refuse a take or clip with two speakers or labels."""
     counts = rows.group_by(key, use_threads=False).aggregate([(column, "count_distinct")])
     mixed = counts.filter(pc.greater(counts[f"{column}_count_distinct"], 1))
     if len(mixed) == 0:

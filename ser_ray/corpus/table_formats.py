@@ -39,7 +39,7 @@ Row = Mapping[str, Any]
 _SEPARATORS = (",", ";", "\t", "|")
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 SIDE = re.compile(r"(?:.*[-_.])?(train|validation|valid|dev|test)[-_.]")
-"""Matches a file name that says to which part of a split its rows belong."""
+"""Matches a file name that says to which side its rows belong."""
 
 
 def read_any(
@@ -168,7 +168,7 @@ def _read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
 
 
 def _as_table(rows: Iterable[Row]) -> pa.Table:
-    """Return a string column for every name in the rows; objects and lists are left out."""
+    """Return a string column for every name in the rows, except those of objects and lists."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
@@ -181,9 +181,9 @@ def _as_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Table:
-    """Read the folds of EmoBox: the column `fold` says in which fold a recording is tested.
+    """Read the folds of EmoBox, with the number of the fold that tests a recording as `fold`.
 
-    If there is only one fold, the column says train, valid or test.
+    If there is only one fold, the column `fold` is train, valid or test.
     """
     has_one = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
     rows: dict[str, Row] = {}
@@ -199,8 +199,9 @@ def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Tabl
 def _read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
-    In a file of Hugging Face, numbers of a ClassLabel become its names, and a column `path` locates
-    the recordings in `audio`. A file name such as train-00000-of-00001 gives the `split`.
+    In a file of Hugging Face, numbers of a ClassLabel become its names, and the column `path` is
+    made of the locations of the recordings in `audio`. The column `split` is made of a file name
+    such as train-00000-of-00001.
     """
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
@@ -230,7 +231,7 @@ def _read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Fin
 
 
 def _packed_paths(location: str, file: pq.ParquetFile) -> list[str | None]:
-    """Return where the recordings are: in the rows, or in files beside the Parquet file."""
+    """Return the locations of the recordings, in the rows or in files beside the Parquet file."""
     first = next(file.iter_batches(1, columns=[f"{COLUMN}.bytes"]), None)
     if first is not None and first[COLUMN].field("bytes")[0].is_valid:
         return [packed_location(location, row) for row in range(file.metadata.num_rows)]
@@ -241,7 +242,7 @@ def _packed_paths(location: str, file: pq.ParquetFile) -> list[str | None]:
 def _read_kaldi(
     source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
 ) -> pa.Table:
-    """Read a data folder of Kaldi. Each file of utterance ids is a column of the file's name."""
+    """Read a data folder of Kaldi, in which each file of utterance ids is a column."""
 
     def read(name: str) -> dict[str, str]:
         with filesystem.open_input_file(files[name]) as file:
@@ -294,7 +295,7 @@ def _read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str
 
 
 def _read_audformat(source: str, path: str, find: Find) -> pa.Table:
-    """Read a folder of audformat: the clips that have a label, with their split."""
+    """Read a folder of audformat: the labelled clips, with their split."""
     try:
         import audformat
     except ImportError as error:
