@@ -1,6 +1,13 @@
-"""Turns a recording into features: `decode` reads the sound, `transforms` computes the three kinds.
+"""Turns a recording into features. Nothing here imports Ray.
 
-`sandbox` decodes clips that hang or kill the process. Preparing shards and predicting use the same
-functions, so both see the same numbers. `encoder` turns sound into the layers of a pretrained
-speech encoder, another kind of feature. Nothing here imports Ray.
+decode      a file -> mono samples, by soundfile or, in `ffmpeg`, by PyAV
+samples     decoded samples: checks, mixing to one channel, cutting
+sandbox     decodes clips that hang or kill the process
+transforms  samples -> spectrogram, mel, MFCC; `mel` has the filter bank
+encoder     samples -> the layers of a pretrained speech encoder; `encoder_card` describes it
+conditions  a decoded clip as it would be recorded with noise, over a telephone, in a room
+config      the settings of the features
+errors      why a clip cannot become features
+
+Preparing shards and predicting use the same functions, so both see the same numbers.
 """

@@ -35,7 +35,7 @@ class EncoderCard:
     """What the weights were trained on."""
     labelled: tuple[str, ...] = ()
     """Corpora whose emotion labels the weights were trained with: names of
-    `ser_ray.corpus.ravdess.CORPORA`."""
+    `ser_ray.corpus.words.CORPORA`."""
     weights: str = ""
     """SHA-256 of the weights, in hex digits."""
 

@@ -1,7 +1,13 @@
 """Turns a corpus into Parquet shards, and reads them back.
 
-`prepare` lists a corpus, cuts it into parts (`plan`), has Ray Data decode and write them (`part`)
-and writes a card that describes the shard set (`card`). `encode` adds the columns of pretrained
-encoders to a set. `read` opens a finished one and imports nothing that decodes sound. `layout`
-names the files, `progress` shows how far a job is.
+config    settings of `prepare`
+prepare   the job: it lists the corpus, plans, and has Ray Data write the parts, then the card
+plan      which files belong to which part, and which committed parts are still valid
+part      the files of one part -> its clips and outcomes
+encode    adds the columns of pretrained encoders to a set
+card      the description of a shard set, which commits it
+read      opens a finished shard set; imports nothing that decodes sound
+layout    the names and the format of the files
+digest    compares the bytes of files
+progress  files done, rate and time left, here and in the batch pass of `inference`
 """

@@ -33,7 +33,7 @@ from ser_ray.cluster import (
 )
 from ser_ray.errors import ConfigError, EncoderError, ShardsError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.features.decode import decode
+from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
@@ -48,7 +48,6 @@ from ser_ray.shards.layout import (
     weights_name,
     write_table,
 )
-from ser_ray.shards.part import RECORDING_SECONDS
 from ser_ray.shards.progress import Progress, Watch, set_up_ray_data, show
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
@@ -332,7 +331,7 @@ def _waves_again(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> 
     """Read a recording as it was read for its windows, the rows of the clips."""
     path, start, end, content = (windows[0][name] for name in ("path", "start", "end", "content"))
     try:
-        sound = decode(path, max_seconds=RECORDING_SECONDS)
+        sound = decode(path, max_seconds=MAX_RECORDING_SECONDS)
         if start is not None:
             sound, _ = cut(sound, start, end)
         waves = extractor.windows(sound.samples, sound.sample_rate)

@@ -1,1 +1,9 @@
-"""Files on disks and in buckets: paths and URIs, listings, atomic writes, and locks of folders."""
+"""Files on disks and in buckets.
+
+paths      a path or URI -> a filesystem and a path on it
+listing    all files below a folder or in a bucket
+atomic     writing a file completely or not at all
+json_text  JSON that every program can read
+packed     recordings inside the rows of Parquet files
+lock       the right to write into a folder, held by one process
+"""
