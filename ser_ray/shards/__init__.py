@@ -7,6 +7,7 @@ part      the files of one part -> its clips and outcomes
 encode    adds the columns of pretrained encoders to a set
 card      the description of a shard set, which commits it
 read      opens a finished shard set; imports nothing that decodes sound
+corpora   several shard sets as one
 layout    the names and the format of the files
 digest    compares the bytes of files
 progress  files done, rate and time left, here and in the batch pass of `inference`
