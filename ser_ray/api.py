@@ -188,13 +188,14 @@ def tune(
     Raises:
         SerRayError: no trial succeeded; the message gives the first reason.
     """
+    from ser_ray.corpus.splits import CROSS_CORPUS, DEPENDENCE
     from ser_ray.search.trial_table import TrialTable
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
-    from ser_ray.training.parts import select_rows
 
-    total, clips = num_trials(recipe, search), open_shards(shards, recipe.label_map).clips()
-    with TrialTable(stderr_console(), total, select_rows(clips, recipe).label) as table:
+    # Whether corpora share speakers is known only when their clips have been read.
+    label = "" if recipe.protocol == CROSS_CORPUS else DEPENDENCE[recipe.protocol == "random"]
+    with TrialTable(stderr_console(), num_trials(recipe, search), label) as table:
         return run(shards, recipe, run_config, search, slots, show=table, address=address)
 
 
