@@ -1,7 +1,7 @@
 """Finds the recordings in a folder, or among the files that a pattern matches.
 
 `prepare` and `predict` take the same files from a folder, and count the others by suffix to report
-them. No file is opened.
+them. A file is opened only if its suffix is also that of other kinds of files.
 """
 
 import os
@@ -26,10 +26,13 @@ AUDIO_SUFFIXES = frozenset(
         ".oga", ".ogx", ".opus", ".spx", ".wma", ".m4a", ".m4b", ".m4p", ".m4r", ".mp4", ".m4v",
         ".3ga", ".3gp", ".3gpp", ".3g2", ".3gpp2", ".mov", ".qt", ".f4a", ".f4v", ".mka", ".mkv",
         ".weba", ".webm", ".ogv", ".avi", ".asf", ".wmv", ".mpg", ".mpeg", ".vob", ".m2ts", ".m2t",
-        ".mts", ".ts", ".snd", ".voc",
     )
 )  # fmt: skip
 """Suffixes of the recordings that phones, recorders, cameras and editors write."""
+SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
+"""Suffixes that other kinds of files have too, such as TypeScript: the first bytes decide."""
+_STARTS = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
+_PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,19 @@ def suffix_of(name: str) -> str:
 
 
 def is_recording(file: ListedFile) -> bool:
-    """Return whether a listed file is a recording, by its suffix."""
-    return suffix_of(file.inside) in AUDIO_SUFFIXES
+    """Return whether a listed file is a recording, by its suffix or its first bytes."""
+    suffix = suffix_of(file.inside)
+    if suffix not in SHARED_SUFFIXES or file.problem is not None:
+        return suffix in AUDIO_SUFFIXES
+    try:
+        filesystem, path = filesystem_of(file.location)
+        with filesystem.open_input_file(path) as stream:
+            start = stream.read(2 * max(length for _, length in _PACKETS))
+    except OSError:
+        return True  # decoding it will name the reason
+    return start.startswith(_STARTS) or any(
+        start[offset::length][:2] == b"GG" for offset, length in _PACKETS
+    )
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
@@ -140,19 +154,22 @@ def _add_matching(found: AudioFiles, pattern: str) -> None:
 
 
 def _add_recordings(found: AudioFiles, listed: list[ListedFile], *, others: bool = False) -> int:
-    """Add the recordings among listed files, or all files with `others`, and count the rest.
+    """Add the recordings among listed files and count the rest.
+
+    With `others`, files with suffixes of other kinds are added as well.
 
     Returns:
         How many files were added.
     """
     added = []
     for file in listed:
-        if others or is_recording(file):
+        suffix = suffix_of(file.inside)
+        if is_recording(file) or (others and suffix not in SHARED_SUFFIXES):
             added.append(file.location)
             if file.problem is not None:
                 found.problems[file.location] = file.problem
         else:
-            found.left_out[suffix_of(file.inside)] += 1
+            found.left_out[suffix] += 1
     found.files.extend(sorted(added))
     return len(added)
 

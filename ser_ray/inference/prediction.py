@@ -44,7 +44,7 @@ class Segment:
 class Prediction:
     """The answer for one recording, or the reason why there is none.
 
-    `print` writes a line; a notebook also shows the probabilities and the timeline.
+    `print` writes a line; a notebook draws the probabilities.
     """
 
     path: str
@@ -78,11 +78,19 @@ class Prediction:
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def _repr_html_(self) -> str:
-        return Predictions([self])._repr_html_()
+        """Draw the probabilities, the highest first, and the timeline."""
+        lines = [f"<p><b>{html.escape(str(self))}</b></p>"]
+        if self.probabilities:
+            ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+            lines.append(_html_table([[html.escape(label), _html_bar(p)] for label, p in ranked]))
+        if self.timeline:
+            windows = html.escape("\n".join(str(segment) for segment in self.timeline))
+            lines.append(f"<pre style='max-height:20em;overflow:auto'>{windows}</pre>")
+        return "".join(lines)
 
 
 class Predictions(tuple[Prediction, ...]):
-    """The answers for several recordings, in their order; a notebook shows them as text."""
+    """The answers for several recordings, in their order; a notebook draws them as a table."""
 
     __slots__ = ()
 
@@ -108,9 +116,15 @@ class Predictions(tuple[Prediction, ...]):
         return pd.DataFrame([prediction_row(prediction) for prediction in self])
 
     def _repr_html_(self) -> str:
-        more = len(self) - SHOWN_ROWS
-        text = str(Predictions(self[:SHOWN_ROWS])) + (f"\nand {more} more" if more > 0 else "")
-        return f"<pre style='max-height:40em;overflow:auto'>{html.escape(text)}</pre>"
+        names = shortest_names([prediction.path for prediction in self])
+        rows = []
+        for item in self[:SHOWN_ROWS]:
+            shares = (item.probabilities or {}).values()
+            bar = _html_bar(max(shares)) if shares else html.escape(item.reason or "")
+            label = html.escape(item.emotion or item.status)
+            rows.append([html.escape(names[item.path]), label, bar])
+        more = len(self) - len(rows)
+        return _html_table(rows) + (f"<p>and {more} more</p>" if more else "")
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
@@ -164,6 +178,19 @@ def _bars(probabilities: Mapping[str, float]) -> list[str]:
     longest = max(len(label) for label in probabilities)
     ranked = sorted(probabilities.items(), key=lambda item: -item[1])
     return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
+
+
+def _html_bar(share: float) -> str:
+    """Draw a share from 0 to 1 as a bar, followed by its percentage."""
+    style = f"display:inline-block;height:.8em;background:#4c78a8;width:{share * 12:.2f}em"
+    return f"<span style='{style}'></span> {share:.0%}"
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of HTML cells as a table."""
+    cell = "<td style='text-align:left;padding:.1em .8em'>"
+    lines = ("".join(f"{cell}{text}</td>" for text in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _clock(seconds: float) -> str:

@@ -63,8 +63,6 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
         ".mpeg",
         ".spx",
         ".AMR",
-        ".MTS",
-        ".ts",
     ]
     for suffix in (*theirs, ".txt", ".TXT", ".zip", ""):
         (tmp_path / f"x{len(list(tmp_path.iterdir()))}{suffix}").touch()
@@ -79,6 +77,18 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
     (tmp_path / "only" / "texts" / "a.txt").touch()
     with pytest.raises(CorpusError, match=r"no audio or video file .*1 \.txt"):
         list_audio([str(tmp_path / "only")])
+
+
+def test_a_suffix_that_other_files_have_too_is_looked_into(tmp_path):
+    packets = b"".join(b"G" + bytes(187) for _ in range(4))
+    (tmp_path / "film.ts").write_bytes(packets)
+    (tmp_path / "camera.MTS").write_bytes(b"".join(bytes(4) + b"G" + bytes(187) for _ in range(4)))
+    (tmp_path / "page.ts").write_text("Greeting = 'hello'\n" * 20)
+    (tmp_path / "empty.ts").touch()
+    for source in (tmp_path, tmp_path / "*", tmp_path / "*.[tTmM]*"):
+        found = list_audio([str(source)])
+        assert [Path(file).name for file in found.files] == ["camera.MTS", "film.ts"], source
+        assert found.left_out == {".ts": 2}
 
 
 def test_a_name_that_is_not_utf8_is_the_reason_that_is_given(tmp_path):
