@@ -207,7 +207,8 @@ def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
     if encoder is None:
         return read_pretrained(config.weights, len(shards.labels))
     is_new = config.protocol not in ("random", ALL)
-    if is_new and shards.corpus in encoder.labelled and not config.allow_seen_labels:
+    is_seen = shards.corpus in encoder.labelled or (shards.corpus == "several" and encoder.labelled)
+    if is_new and is_seen and not config.allow_seen_labels:
         raise ConfigError(
             f"feature is {encoder.name}: this encoder was trained with labels of "
             f"{CORPORA[shards.corpus]}, so scores by {config.protocol} would not be those of new "

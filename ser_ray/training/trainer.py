@@ -471,7 +471,7 @@ def make_card(
         initial_weights=pretrained.origin,
         ingest=ingest,
         encoder=shards.card.encoder_of(config.feature),
-        encoder_file=location_inside(shards.uri, weights_name(config.feature)),
+        encoder_file=location_inside(shards.locations[0], weights_name(config.feature)),
     )
 
 

@@ -109,6 +109,10 @@ def test_an_encoder_that_has_seen_the_labels_is_refused_for_new_speakers():
     card = layered_shards(labelled=("table",)).card
     with pytest.raises(ConfigError, match=r"trained with labels of .*--allow-seen-labels"):
         initial_weights(CONFIG, card)
+    several = layered_shards(labelled=("ravdess",)).card
+    several.corpus = "several"
+    with pytest.raises(ConfigError, match="trained with labels of several corpora"):
+        initial_weights(CONFIG, several)
     for allowed in (
         replace(CONFIG, allow_seen_labels=True),
         replace(CONFIG, protocol="random"),
