@@ -304,13 +304,13 @@ def check_conditions(
 
     def predict_under(asked, conditions, predictor):
         models.append(predictor.fingerprint)
-        for name in conditions:
-            found = [truth[path] if name == "level-plus-20" else None for path, _, _ in asked]
-            rows = [
-                {"condition": name, "clip": clip, "emotion": emotion, "status": "ok"}
-                for clip, emotion in enumerate(found)
-            ]
-            yield pa.Table.from_pylist(rows)
+        answers = {"level-plus-20": truth, "level-minus-20": {}}
+        rows = [
+            {"condition": name, "clip": clip, "emotion": answers[name].get(path), "status": "ok"}
+            for name in conditions
+            for clip, (path, _, _) in enumerate(asked)
+        ]
+        return [pa.Table.from_pylist(rows)]
 
     monkeypatch.setattr(robustness, "predict_under", predict_under)
     config = replace(SEEDS, under=("level",))
