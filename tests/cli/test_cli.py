@@ -235,6 +235,7 @@ def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, caps
     [
         ("train --workers 7 --batch-size 6", "batch_size is 6, but there are 7 workers"),
         ("train --workers 1..64 --batch-size 100", "24 training clips are too few for 64 workers"),
+        ("train --feature melody", "feature is melody: the shards of "),
         ("tune --workers 40", "every trial of tune and crossval has one worker"),
         ("crossval --workers 2", "every trial of tune and crossval has one worker"),
     ],
@@ -253,7 +254,7 @@ def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", ["train --feature melody", "train --lr-mim 1"])
+@pytest.mark.parametrize("arguments", ["train --channel melody", "train --lr-mim 1"])
 def test_flags_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments.split())
