@@ -17,7 +17,8 @@ from ser_ray.storage.paths import absolute
 SESSION_BYTES = len("/ray/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
 """Bytes that Ray adds to the path of its temporary folder to name a socket."""
 LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Longest path, in bytes, in which Ray's folder can be made: Linux allows a socket's path 107."""
+"""Longest path, in bytes, in which Ray's folder can be made: Linux limits the path of a socket to
+107 bytes."""
 FREE_BYTES = 100_000_000
 """Space that the logs of a session may need."""
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def session_folder() -> Iterator[None]:
-    """Keep the files of a Ray that is started in the block in a folder of its own, then delete it.
+    """Make a temporary folder for a Ray that is started in the `with` block, then delete it.
 
     Ray ends without giving a reason if the disk is full, or if the path is too long for its
     sockets, as the TMPDIR of a batch system often is.
@@ -85,10 +86,11 @@ def _folder_in(root: str) -> str:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Keep this process's handlers of signals while Ray starts in the block.
+    """Keep this process's signal handlers while Ray starts in the `with` block.
 
-    Ray replaces the handler of SIGTERM. SIGHUP is blocked in the block, and Ray's processes inherit
-    that: a closed terminal does not end them while this process needs them for an orderly stop.
+    Ray replaces the handler of SIGTERM, which is put back. SIGHUP is masked while Ray starts, and
+    Ray's processes inherit the mask. So they survive when the terminal closes, and this process can
+    use them to stop in good order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -109,13 +111,13 @@ def signals_kept() -> Iterator[None]:
 
 @contextmanager
 def small_and_on_loopback() -> Iterator[None]:
-    """Let a Ray that is started in the block use the loopback, and only the processes it needs.
+    """Limit a Ray that is started in the `with` block to the loopback and necessary processes.
 
-    The UNUSED processes are left out: Ray starts the dashboard's server, and waits for it, even
-    with `include_dashboard=False`. The node's agent runs without its HTTP server, as in an
-    installation without `ray[default]`. Ray has no public settings for this or for the address: it
-    reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
-    `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    The processes that UNUSED would start are left out. Ray would otherwise start the dashboard's
+    server and wait for it, even with `include_dashboard=False`. The node's agent runs without its
+    HTTP server, as in an installation without `ray[default]`. Ray has no public settings for these
+    processes or for the address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
+    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
     """
     from ray._private import ray_constants, utils
     from ray._private.node import Node

@@ -1,7 +1,7 @@
 """Finds the recordings in a folder, or among the files that a pattern matches.
 
 `prepare` and `predict` take the same files from a folder, and count the others by suffix to report
-them. A file is opened only if its suffix is also that of other kinds of files.
+them. A file is opened only if files of other kinds can have the same suffix.
 """
 
 import os
@@ -118,7 +118,7 @@ def _add(found: AudioFiles, source: str) -> None:
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.Directory:
         _add_folder(found, source)
-    elif kind != fs.FileType.NotFound:  # of a device, decoding says what it is
+    elif kind != fs.FileType.NotFound:  # if it is a device, decoding says so
         found.files.append(source)
     elif set("*?[") & set(source):
         _add_matching(found, source)
@@ -131,8 +131,8 @@ def _add_folder(found: AudioFiles, folder: str) -> None:
     if not _add_recordings(found, listed):
         counts = describe_left_out(Counter(suffix_of(file.inside) for file in listed))
         raise CorpusError(
-            f"{folder}: no audio or video file in this folder; a file with another suffix must be "
-            f"named itself ({counts or 'the folder is empty'})"
+            f"{folder}: no audio or video file in this folder; a file with another suffix must "
+            f"be named by its path ({counts or 'the folder is empty'})"
         )
 
 
@@ -156,7 +156,7 @@ def _add_matching(found: AudioFiles, pattern: str) -> None:
 def _add_recordings(found: AudioFiles, listed: list[ListedFile], *, others: bool = False) -> int:
     """Add the recordings among listed files and count the rest.
 
-    With `others`, files with suffixes of other kinds are added as well.
+    If `others` is true, files with other suffixes are added as well, except SHARED_SUFFIXES.
 
     Returns:
         How many files were added.

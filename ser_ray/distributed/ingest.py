@@ -1,12 +1,12 @@
 """How a worker gets its training clips: it holds all of them in memory (resident), or streams them.
 
-A stream is read ahead, one window of steps at a time: by threads where the training is in this
-process, else by tasks of Ray Data on any node. Ray Data keeps the windows in order, reads ahead as
-far as memory allows, and reads a window again if its node was lost. Ray Data's own ways to split
-and to shuffle a dataset are not used. `get_dataset_shard` gives a worker whichever block is next,
-so an epoch could neither be repeated nor resumed in its middle. It also drops rows, so that all
-workers get the same number. A local shuffle yields short batches in mid-stream, and then
-data-parallel workers wait for each other forever (ray issue 66085).
+A stream is read ahead in windows of several steps. If the training runs in this process, threads
+read the windows; else tasks of Ray Data read them on any node. Ray Data keeps the windows in order,
+reads ahead as far as memory allows, and reads a window again if its node was lost. Ray Data's own
+ways to split and to shuffle a dataset are not used. `get_dataset_shard` gives a worker whichever
+block is next, so an epoch could neither be repeated nor resumed in its middle. It also drops rows,
+so that all workers get the same number. A local shuffle yields short batches in mid-stream, and
+then data-parallel workers wait for each other forever (ray issue 66085).
 
 In a measurement on two busy cores, the first window of Ray Data arrived after 15 s. Therefore the
 tasks are started once for a training, not once for an epoch, and the next epoch is read during
@@ -44,14 +44,14 @@ def streams(
     device: torch.device,
     resume: Path | None,
 ) -> bool:
-    """Whether the training clips are streamed.
+    """Return whether the training clips are streamed.
 
     All workers make the same choice. With `auto`, a resumed training reads its clips as it did
     before. A new training streams if its clips would fill more than RESIDENT_SHARE of the memory of
     any worker.
 
     Args:
-        memory: returns the bytes of memory that this worker has on a CPU.
+        memory: returns the bytes of memory for this worker; called only if it trains on a CPU.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
@@ -67,7 +67,7 @@ def streams(
 def fetch_by_threads(
     read: Callable[[Any], np.ndarray], items: Sequence[Any]
 ) -> Generator[np.ndarray]:
-    """Read the items in threads of this process; a `ser_ray.training.streaming.Fetch`."""
+    """Read the items in threads of this process. It is a `ser_ray.training.streaming.Fetch`."""
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="stream") as readers:
         try:
@@ -82,7 +82,7 @@ def fetch_by_threads(
 
 
 def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Read the items in tasks of Ray Data, on any node; a `ser_ray.training.streaming.Fetch`."""
+    """Read the items by Ray Data, on any node. It is a `ser_ray.training.streaming.Fetch`."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

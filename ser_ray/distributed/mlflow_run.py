@@ -1,4 +1,4 @@
-"""The MLflow run of whatever trains: a training, a search or a cross-validation."""
+"""The MLflow run of a training, a search or a cross-validation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +23,15 @@ def start_run(
     about: str,
     run_id: str = "",
 ) -> Tracker:
-    """Start an MLflow run, or resume the one of `run_id`.
+    """Start an MLflow run, or resume the run that has the id `run_id`.
 
     Args:
-        run: where it is recorded.
+        run: names the tracking store and the experiment.
         name: name of a new run.
-        shards: what is trained on.
+        shards: the shards that are trained on.
         tags: tags of the run (`ser_ray.tracking.about.run_tags`).
         params: parameters of a new run.
-        about: what the run is, for its description.
+        about: sentence for the description of the run.
 
     Raises:
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
@@ -62,7 +62,7 @@ def start_or_resume_run(
     identity: dict[str, Any],
     about: str,
 ) -> Tracker:
-    """Start the MLflow run of a folder, or resume it, and name it in the folder's record.
+    """Start or resume the MLflow run of a folder, and write its id into the folder's record.
 
     Args:
         folder: the folder of the training, search or cross-validation.
@@ -70,7 +70,7 @@ def start_or_resume_run(
         run, shards, tags, params, about: as for `start_run`.
 
     Raises:
-        MismatchError: the folder belongs to something else.
+        MismatchError: the folder belongs to another training, search or cross-validation.
         ResourcesError, TrackingError: as `start_run`.
     """
     folder.require_same(identity)
@@ -81,7 +81,7 @@ def start_or_resume_run(
 
 
 def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
-    """Command that trains the recipe of an MLflow run again, with the same settings of the run."""
+    """Return the command that trains an MLflow run's recipe again, with `run` except its name."""
     settings = replace(run, name="")
     return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)
 

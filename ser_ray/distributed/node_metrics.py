@@ -2,8 +2,8 @@
 
 One worker of each node samples them in a thread, and sends the means with its report of an epoch.
 MLflow's own monitor is not used, because every node would then write to the tracking store, which
-may be a file on the driver's machine. Names and units are MLflow's, whose UI shows
-such metrics on a page of their own.
+may be a file on the driver's machine. The metrics have MLflow's names and units, so its UI shows
+them on its page of system metrics.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class NodeMetrics:
         self._gpus = gpu_handles()
         self._samples: list[dict[str, float]] = []
         self._closed = Event()
-        psutil.cpu_percent()  # the first call starts the count
+        psutil.cpu_percent()  # the first call only starts the measurement
         Thread(target=self._run, name="node-metrics", daemon=True).start()
 
     def means_since_last_call(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class NodeMetrics:
 
 
 def sample(gpus: Sequence[Any]) -> dict[str, float]:
-    """Read this machine's metrics: the CPUs' since the last reading, others as of now."""
+    """Read this machine's metrics: CPU utilisation since the last call, and the rest as of now."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -55,7 +55,7 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in enumerate(gpus):
-        # Some GPUs do not report everything: one in MIG mode has no utilisation.
+        # Some GPUs do not report everything: a GPU in MIG mode reports no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             values |= {
@@ -69,7 +69,7 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
 
 
 def gpu_handles() -> list[Any]:
-    """NVIDIA's handles of all GPUs of this machine, regardless of CUDA_VISIBLE_DEVICES."""
+    """Return NVML's handles of all GPUs of this machine, whatever CUDA_VISIBLE_DEVICES is."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

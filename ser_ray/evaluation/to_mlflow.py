@@ -1,7 +1,7 @@
 """Records trainings and evaluations in MLflow, and registers models there.
 
 The scores, tables, plots and page of an evaluation go into the run that trained the model. A
-registered version gets a model card.
+registered version of a model gets a model card.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ def record_training(
         tracker: the run.
         checkpoint: directory of the selected checkpoint.
         card: its card.
-        validation: its evaluation on the validation part; None if it was trained on all speakers.
+        validation: its evaluation on the validation part; None if all speakers trained the model.
         progress: epochs and scores of the training (`ser_ray.training.checkpoint.Snapshot`).
         page: the run's page.
 
@@ -80,8 +80,8 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     The page in the run's folder gets the test part even if the tracking store does not answer.
 
     Args:
-        evaluation: of the test part of the model's own fold.
-        audio: put the sound of the clips that the page shows into the page.
+        evaluation: the evaluation of the test part of the model's own fold.
+        audio: whether the page gets the sound of the clips that it shows.
 
     Raises:
         TrackingError: the store has no such run, or does not accept the evaluation.
@@ -117,9 +117,10 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 
 
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
-    """Register the model of a run (`best_training_of`); return the version and the model card.
+    """Register the model that `best_training_of` finds for a run; return its version and its card.
 
-    The card of a model of all speakers has the scores of the cross-validation of its recipe.
+    The card of a model that was trained on all speakers has the scores of the cross-validation of
+    its recipe.
 
     Raises:
         TrackingError: there is no such run, or it has no model.

@@ -1,14 +1,15 @@
-"""Pretrained speech encoders: the sound of a clip to the mean of every transformer layer over time.
+"""Pretrained speech encoders, which turn a clip's sound into the mean of each layer over time.
 
-Torchaudio's bundles (WavLM, HuBERT, wav2vec 2.0, XLS-R) and files of weights become an `Encoder`. A
-file of this module is safetensors whose metadata holds the `EncoderCard`, so it needs nothing
-beside it.
+The layers are those of a transformer. Torchaudio's bundles (WavLM, HuBERT, wav2vec 2.0, XLS-R) and
+files of weights become an `Encoder`. An encoder file is what `EncoderWeights.write` writes:
+safetensors with the `EncoderCard` in its metadata, so no second file is needed.
 
 The network is torchaudio's, but its layers are called here, because torchaudio's
-`extract_features` cannot pad every family. WavLM refuses a mask, the group norm of the base sizes
-counts the padding, and `normalize_waveform` scales a whole batch. Here padding is masked in all
-three places, so a clip's values do not depend on its neighbours but for rounding. For a clip by
-itself they are those of `extract_features`.
+`extract_features` cannot handle padding in every family: WavLM refuses an attention mask, the
+group norm of the base models counts the padding, and `normalize_waveform` scales a batch as a
+whole. Here padding is masked in all three places. A clip's values therefore do not depend on the
+other clips of its batch, except for rounding. A clip that is encoded alone has the same values as
+from `extract_features`.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
 
 PADDED_SECONDS = {"cpu": 0, "cuda": 240}
-"""Most seconds of sound in a batch, with its padding, by the kind of device. A CPU encodes each
+"""Maximum seconds of sound in a batch, padding included, by type of device. A CPU encodes each
 clip by itself: that takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
 UNREADABLE = (
     EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError,
@@ -64,11 +65,11 @@ class EncoderWeights:
 
         Args:
             source: a torchaudio bundle's name in lower case, whose weights are downloaded once; or
-                NAME=FILE. The file is one of this module's, or has weights of the bundle NAME.
+                NAME=FILE. FILE is an encoder file, or has the weights of the bundle NAME.
 
         Raises:
             ConfigError: there is no such bundle.
-            EncoderError: the weights cannot be downloaded or read, or are of another network.
+            EncoderError: the weights cannot be downloaded or read, or belong to another network.
         """
         name, _, file = source.partition("=")
         if not file:
@@ -86,10 +87,10 @@ class EncoderWeights:
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":
-        """Read a file of this module at a path or URI.
+        """Read an encoder file at a path or URI.
 
         Raises:
-            EncoderError: the file is missing or damaged, or not of this module.
+            EncoderError: the file is missing, damaged or not an encoder file.
         """
         with local_file(location) as path:
             with path.open("rb") as file:
@@ -105,33 +106,33 @@ class EncoderWeights:
 
     @classmethod
     def fitting(cls, card: EncoderCard, tensors: dict[str, Tensor], where: str) -> "EncoderWeights":
-        """Check that tensors are all weights of the card's network, and name them as it does.
+        """Check that tensors are the weights of the card's network, and give them its names.
 
         Raises:
-            EncoderError: they are weights of another network.
+            EncoderError: the tensors belong to another network, or some are missing.
         """
         tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
         tensors = {key: value for key, value in tensors.items() if not key.startswith("aux.")}
         network = _build(card)
         try:
-            # This also renames the weights of a weight norm in files of older versions of torch.
+            # This also renames the weight-norm tensors that older versions of torch saved.
             network.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise EncoderError(
                 f"{where}: does not hold the weights of {card.name} ({reason}); give the weights "
-                "of that network, or the name of the network that these are of"
+                "of that network, or the name of the network that these weights belong to"
             ) from error
         tensors = {key: value.float().contiguous() for key, value in network.state_dict().items()}
         return cls(replace(card, weights=hash_of(tensors)), tensors)
 
     def write(self, path: Path) -> None:
-        """Write them as a file of this module."""
+        """Write the weights and their card as an encoder file."""
         save_file(self.tensors, path, metadata={METADATA: json.dumps(asdict(self.card))})
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the weights need."""
+        """Memory that the weights need, in bytes."""
         return sum(value.nbytes for value in self.tensors.values())
 
     def build(self) -> "Encoder":
@@ -145,7 +146,7 @@ class EncoderWeights:
 class Encoder(nn.Module):
     """Maps waveforms to the mean of every layer, in evaluation mode.
 
-    Pickled, it is arrays, which the processes of a machine share when Ray sends it.
+    It is pickled as NumPy arrays. If Ray sends it, all processes on a machine share their memory.
     """
 
     network: Any
@@ -190,7 +191,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[np.ndarray]) -> np.ndarray:
-        """Encode clips, each [samples] float32 at 16 kHz, in batches of about equal length.
+        """Encode clips, each [samples] float32 at 16 kHz; clips of similar length are batched.
 
         Returns:
             [clips, layers, dim] float32.
@@ -209,7 +210,7 @@ class Encoder(nn.Module):
         return result
 
     def _convolve(self, maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[batch, 1, samples] -> [batch, frames, channels], with the valid ones of each [batch]."""
+        """[batch, 1, samples] -> [batch, frames, channels], and how many are valid [batch]."""
         for block in self.network.feature_extractor.conv_layers:
             maps, norm = block.conv(maps), block.layer_norm
             if valid is not None:
@@ -230,7 +231,7 @@ def batches_by_length(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
     Args:
         lengths: samples of each clip.
-        most: samples of a batch with its padding; a longer clip is a batch by itself.
+        most: maximum samples in a batch, padding included. A longer clip is a batch of its own.
     """
     order = np.argsort(lengths, kind="stable")
     first = 0
@@ -248,15 +249,15 @@ def bundle_names() -> list[str]:
 
 
 def bundle_card(name: str) -> EncoderCard:
-    """Describe a bundle of torchaudio, whose own text names licence and training data.
+    """Describe a bundle of torchaudio. Its docstring names the licence and the training data.
 
     Raises:
         ConfigError: there is none of this name.
     """
     if name not in bundle_names():
         raise ConfigError(
-            f"encoder is {name}: it must be one of {', '.join(bundle_names())}, or NAME=FILE with "
-            "a file of weights for one, or with an encoder's file and a name of your own"
+            f"encoder is {name}: it must be one of {', '.join(bundle_names())}, or NAME=FILE. "
+            "FILE has weights for NAME, or is an encoder's file, to which you may give any NAME"
         )
     bundle = getattr(torchaudio.pipelines, name.upper())
     text = re.sub(r" *:cite:`[^`]*`|\*", "", " ".join(bundle.__doc__.split()).replace("( ", "("))
@@ -301,8 +302,8 @@ def local_file(location: str) -> Iterator[Path]:
             yield Path(target)
     except OSError as error:
         raise EncoderError(
-            f"{location}: the encoder's weights cannot be read ({error}); give --encoder NAME or "
-            "NAME=FILE with a file that can be"
+            f"{location}: the encoder's weights cannot be read ({error}); give --encoder NAME, or "
+            "NAME=FILE with a file that can be read"
         ) from error
 
 
@@ -369,19 +370,22 @@ def _from_arrays(card: EncoderCard, arrays: dict[str, np.ndarray]) -> Encoder:
     network = _build(card)
     _remove_weight_norm(network)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Ray's arrays are read-only, and so are these
+        warnings.simplefilter("ignore", UserWarning)  # the arrays are read-only, as they should be
         tensors = {key: torch.from_numpy(value) for key, value in arrays.items()}
     network.load_state_dict(tensors, assign=True)
     return Encoder(card, network)
 
 
 def _remove_weight_norm(network: Any) -> None:
-    """Multiply the weight norm of the positional convolution out, once instead of in every pass."""
+    """Compute the weight of the positional convolution once, not from its norm in every pass."""
     remove_parametrizations(network.encoder.transformer.pos_conv_embed.conv, "weight")
 
 
 def _standardised(values: Tensor, valid: Tensor | None, eps: float) -> Tensor:
-    """Scale the first `valid` [...] of values [..., places] to mean 0 and variance 1."""
+    """Scale values [..., length] to mean 0 and variance 1.
+
+    Only the first `valid` [...] values count, and the others become 0; if None, all count.
+    """
     if valid is None:
         return F.layer_norm(values, values.shape[-1:], eps=eps)
     inside = torch.arange(values.shape[-1], device=values.device) < valid[..., None]

@@ -1,16 +1,18 @@
-"""Decodes clips that may hang or kill the process which decodes them.
+"""Decodes clips that may hang or kill the process that decodes them.
 
 The first attempt (`time_limited`) decodes in the calling process and ends it if a clip takes too
-long. The second attempt decodes in a `Sandbox`, a child process, so it finds the bad clip and
-continues with the others. A sandbox takes a second to start and half a millisecond per clip.
+long. The second attempt decodes in a `Sandbox`, which is a child process, so the caller finds the
+bad clip and continues with the others. A sandbox takes a second to start and half a millisecond per
+clip.
 
-Run as a module, this is the process inside a sandbox: it answers each request with a JSON message
-and, if the clip was decoded, with a second message of its samples.
+`python -m` runs this module as the child process. It answers each request with a JSON message. If
+the clip was decoded, a second message holds its samples.
 
 `concurrent.futures` and `multiprocessing` would be shorter, but a pool cannot end a worker that
-hangs, and both import the caller's main module again in the new process: Ray in a Ray worker, or a
-script without an `if __name__ == "__main__"`. Both also unpickle what the process sends, and a
-hostile clip may control that process; JSON and raw samples are safe to read.
+hangs, and both import the caller's main module again in the new process. In a Ray worker, that
+module is Ray's; elsewhere it may be a script without an `if __name__ == "__main__"`. Both also
+unpickle what the process sends, and a hostile clip may control that process. JSON and raw samples
+are safe to read.
 """
 
 import contextlib
@@ -39,16 +41,17 @@ SECONDS_PER_CLIP = 60.0
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> Iterator[Callable[..., Sound]]:
-    """Yield a `decode` that ends this process if a clip takes longer than once or twice the limit.
+    """Yield a `decode` that ends this process if a clip takes too long.
 
-    `faulthandler` ends it, because it needs no Python thread: a library that hangs cannot be
-    interrupted, and may let no other Python thread run.
+    A clip has at least the limit and at most twice the limit. `faulthandler` ends the process,
+    because it needs no Python thread: a library that hangs cannot be interrupted, and may let no
+    other Python thread run.
     """
     began = -math.inf
 
     def read(location: str, *, max_seconds: float) -> Sound:
         nonlocal began
-        # Each timer costs a thread, so one serves all clips that begin within a time limit.
+        # Each timer starts a thread, so one timer serves all clips that begin within one limit.
         if (now := time.monotonic()) - began > seconds_per_clip:
             began = now
             faulthandler.dump_traceback_later(
@@ -85,7 +88,7 @@ class Sandbox:
         request = json.dumps([location, max_seconds]).encode()
         try:
             self._pipe.send_bytes(request)
-        except BrokenPipeError:  # the process was killed after the last clip
+        except BrokenPipeError:  # the process was killed after the previous clip
             self._restart()
             self._pipe.send_bytes(request)
         if not self._pipe.poll(self._seconds_per_clip):

@@ -39,7 +39,7 @@ DRAWN_SECONDS = 60.0
 
 SYNTHETIC_WARNING = (
     '<p role="alert">This model was trained on synthetic sounds, not on speech. It shows that the '
-    "program works; what it says of a voice means nothing.</p>"
+    "program works; its answers about a voice mean nothing.</p>"
 )
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 _STYLE = """
@@ -54,7 +54,7 @@ MAX_PORT = 65_535
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Introduction:
-    """What the page says of the model, and its example clips."""
+    """What the page says about the model, and the example clips that it offers."""
 
     name: str
     score: str
@@ -74,9 +74,9 @@ def serve(
 
     Args:
         predictor: the model.
-        introduction: what the page says of it.
+        introduction: what the page says about the model.
         host: address to listen on.
-        port: 0 takes a free one.
+        port: port to listen on; 0 chooses a free one.
         announce: called with the page's URL when the page can be opened.
 
     Raises:
@@ -97,10 +97,8 @@ def serve(
         app = _make_app(predictor, introduction, partial(answer, predictor, sandbox.decode))
         import uvicorn
 
-        for name in (
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # by default they end the process without cleaning up
+        # By default, these signals end the process before it can clean up.
+        for name in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(name, lambda *_: sys.exit(0))
         with suppress(KeyboardInterrupt):
@@ -139,7 +137,10 @@ def answer(
 def _picture(
     predictor: Predictor, samples: np.ndarray, sample_rate: int, prediction: Prediction
 ) -> str:
-    """Draw a recording, with its silent ends, and its timeline as SVG; "" if all is silent."""
+    """Draw a recording, including its silent ends, and its timeline as SVG.
+
+    The result is empty if the part that is drawn is silent or too short.
+    """
     seconds = DRAWN_SECONDS
     extract = FeatureExtractor(
         replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
@@ -174,9 +175,9 @@ def _make_app(
     card = predictor.card
     about = (
         f"**{introduction.name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
-        f"{card.split['label']}. {introduction.score} It names one of {', '.join(card.labels)}. "
-        "It says which acted emotion a voice resembles, not what a person feels. Recordings stay "
-        "on this machine and are deleted when the page is stopped."
+        f"{card.split['label']}. {introduction.score} The model names one of "
+        f"{', '.join(card.labels)}. It says which acted emotion a voice resembles, not what a "
+        "person feels. Recordings stay on this machine and are deleted when the page is stopped."
     )
 
     def show(path: str | None) -> tuple[Any, str]:
@@ -196,7 +197,7 @@ def _make_app(
                     gr.Examples(
                         [[path] for path, _ in introduction.examples],
                         clip,
-                        label="Clips of voices that it was not trained on, by their true emotion",
+                        label="Clips of voices unknown to the model, named by their true emotion",
                         example_labels=[label for _, label in introduction.examples],
                     )
             with gr.Column():

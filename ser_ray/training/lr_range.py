@@ -20,13 +20,13 @@ from ser_ray.training.trainer import Trainer, build_network
 from ser_ray.training.world import World
 
 SMOOTHING_STEPS = 8.0
-"""Standard deviation of the window over which the loss is averaged, in steps."""
+"""Standard deviation, in steps, of the Gaussian window that smooths the loss."""
 DIVERGED = 2.0
-"""The test ends when the smoothed loss is this many times its first value."""
+"""The test ends when the smoothed loss is more than this many times the loss of the first step."""
 LEAST_FALL = 0.02
-"""A loss that falls by less than this share counts as not fallen."""
+"""A loss that falls by less than this share of its highest value counts as not fallen."""
 BEGINS, ENDS = 0.1, 0.9
-"""Shares of the whole fall at which the loss counts as beginning to fall, and as fallen."""
+"""The proposed range begins and ends where the loss has done these shares of its fall."""
 
 
 @dataclass(frozen=True, slots=True)
