@@ -116,6 +116,7 @@ class WorkerGroup:
 
     def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
         """Yield the epochs of one of Ray's controllers until it ends."""
+        self.losses = 0  # Ray's limit is one for each controller
         here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})

@@ -6,7 +6,7 @@ may be a file on the driver's machine. The metrics have MLflow's names and units
 them on its page of system metrics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from statistics import fmean
 from threading import Event, Thread
@@ -41,10 +41,11 @@ class NodeMetrics:
 
     def _run(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
-            self._samples.append(sample(self._gpus))
+            with suppress(psutil.Error, OSError):  # such as a disk that does not answer
+                self._samples.append(sample(self._gpus))
 
 
-def sample(gpus: Sequence[Any]) -> dict[str, float]:
+def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
     """Read this machine's metrics: CPU utilisation since the last call, and the rest as of now."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
@@ -54,7 +55,7 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
         "disk_available_megabytes": disk.free / MEGABYTE,
         "disk_usage_percentage": disk.percent,
     }
-    for index, gpu in enumerate(gpus):
+    for index, gpu in gpus.items():
         # Some GPUs do not report everything: a GPU in MIG mode reports no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
@@ -68,14 +69,14 @@ def sample(gpus: Sequence[Any]) -> dict[str, float]:
     return values
 
 
-def gpu_handles() -> list[Any]:
-    """Return NVML's handles of all GPUs of this machine, whatever CUDA_VISIBLE_DEVICES is."""
+def gpu_handles() -> dict[int, Any]:
+    """Return NVML's handle of every GPU of this machine, whatever CUDA_VISIBLE_DEVICES is."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []  # no driver, no GPUs
-    handles = []
+        return {}  # no driver, no GPUs
+    handles = {}
     for index in range(pynvml.nvmlDeviceGetCount()):
         with suppress(pynvml.NVMLError):  # a GPU that has failed has no handle
-            handles.append(pynvml.nvmlDeviceGetHandleByIndex(index))
+            handles[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
     return handles

@@ -20,7 +20,7 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import torchaudio
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
@@ -79,11 +79,10 @@ class EncoderWeights:
             return cls.fitting(card, _download(name), name)
         with local_file(file) as path:
             _require_room(name, path.stat().st_size)
-            tensors, metadata = _read_file(path, file)
-            if METADATA in metadata:
+            if _has_card(path):
                 own = cls.read(str(path))
                 return cls(replace(own.card, name=name), own.tensors)
-        return cls.fitting(bundle_card(name), tensors, file)
+            return cls.fitting(bundle_card(name), _read_file(path, file), file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":
@@ -95,7 +94,7 @@ class EncoderWeights:
         with local_file(location) as path:
             with path.open("rb") as file:
                 card = EncoderCard.from_file(file, location)
-            tensors, _ = _read_file(path, location)
+            tensors = _read_file(path, location)
         found = cls.fitting(card, tensors, location)
         if found.card.weights != card.weights:
             raise EncoderError(
@@ -307,15 +306,22 @@ def local_file(location: str) -> Iterator[Path]:
         ) from error
 
 
-def _read_file(path: Path, location: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file, and its metadata if it is safetensors."""
+def _has_card(path: Path) -> bool:
+    """Return whether a file is an encoder file; a file that cannot be read is not one."""
+    if path.suffix != ".safetensors":
+        return False
+    with suppress(*UNREADABLE, OSError), safe_open(path, "pt") as file:
+        return METADATA in (file.metadata() or {})
+    return False
+
+
+def _read_file(path: Path, location: str) -> dict[str, Tensor]:
+    """Read the tensors of a file of weights."""
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                keys = list(file.keys())
-                return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}, {}
+        return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     except UNREADABLE as error:
         raise EncoderError(f"{location}: is not a readable file of weights ({error})") from error
 

@@ -1,1 +1,14 @@
-"""Trains a checkpoint on features: the recipe, the data, the network and the loop, without Ray."""
+"""Trains a checkpoint on features, in plain torch: nothing here imports Ray or MLflow.
+
+config       the recipe
+parts        the clips of a fold's training, validation and test part
+data         shards -> resident tensors -> batches; `streaming` reads what does not fit
+augment      random changes of a batch; `acoustics` adds noise, echo and narrow channels
+model        ResNet18, the head on an encoder, and the weights they start from
+optim        AdamW, OneCycle and the moving average of the weights
+trainer      the loop
+scoring      clips -> probabilities; `metrics` makes scores of them, `calibration` a temperature
+checkpoint   weights, state and card of a training, as files
+lr_range     the learning-rate range test
+world        the workers of a training, as torch.distributed knows them
+"""

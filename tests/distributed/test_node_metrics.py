@@ -52,19 +52,19 @@ def test_metrics_that_a_gpu_does_not_report_are_left_out(monkeypatch: pytest.Mon
     library = node_metrics.pynvml
 
     def refuse(index: int) -> int:
-        if index == 1:
+        if index == 0:
             raise library.NVMLError(library.NVML_ERROR_NOT_SUPPORTED)
         return index
 
     monkeypatch.setattr(library, "nvmlInit", lambda: None)
     monkeypatch.setattr(library, "nvmlDeviceGetCount", lambda: 2)
     monkeypatch.setattr(library, "nvmlDeviceGetHandleByIndex", refuse)
-    assert gpu_handles() == [0]
+    assert gpu_handles() == {1: 1}
     monkeypatch.setattr(
         library, "nvmlDeviceGetMemoryInfo", lambda gpu: SimpleNamespace(used=2e9, total=8e9)
     )
-    monkeypatch.setattr(library, "nvmlDeviceGetUtilizationRates", lambda gpu: refuse(1))
-    values = sample([0])
-    assert values["gpu_0_memory_usage_megabytes"] == 2000
-    assert "gpu_0_utilization_percentage" not in values
+    monkeypatch.setattr(library, "nvmlDeviceGetUtilizationRates", lambda gpu: refuse(0))
+    values = sample(gpu_handles())
+    assert values["gpu_1_memory_usage_megabytes"] == 2000
+    assert "gpu_1_utilization_percentage" not in values
     assert "cpu_utilization_percentage" in values
