@@ -164,7 +164,7 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, content):
         (_empty, "not a readable weights file"),
         (_truncated, "not a readable weights file"),
         (_pickled_network, "not a readable weights file"),
-        (_absent, "no such file; --weights takes imagenet, none or a file"),
+        (_absent, "no such file; --weights takes imagenet, none, a file or a model"),
     ],
 )
 def test_the_error_of_unusable_weights_names_the_reason(tmp_path, spoil, message):
