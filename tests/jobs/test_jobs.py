@@ -27,7 +27,7 @@ from ser_ray.storage.lock import LOCK_NAME
 from tests.clips import six_speakers
 from tests.processes import end, family, held_port, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 RECIPE = [
@@ -348,7 +348,6 @@ def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.soak
 def test_a_job_brings_its_packages_to_a_cluster_that_has_others(head, clone, shared):
     """By uv, from pyproject.toml; last, as it fills the copy that all jobs of the clone run in."""
     command = head.submit(
