@@ -53,7 +53,7 @@ def test_a_model_of_two_corpora_is_scored_and_begins_another(corpora, capsys, in
     own = ran(capsys, "evaluate", str(selected))
     assert own["clips"] == 36
     assert [row["corpus"] for row in own["groups"]["corpus"]] == ["other"]
-    run = MlflowClient("sqlite:///store.db").get_run(trained["run_id"])
+    run = MlflowClient(f"sqlite:///{in_tmp}/store.db").get_run(trained["run_id"])
     assert run.data.metrics["test/corpus/other/ua"] == own["ua"]
 
     # The first corpus trained it, also alone and under another name; new ones have to be mapped.
@@ -86,7 +86,7 @@ def test_a_cross_validation_over_corpora_has_a_table_of_them(corpora, two_cpus, 
     assert [(row["corpus"], row["clips"]) for row in found["by_corpus"]] == [
         ("one", 36), ("other", 36),
     ]  # fmt: skip
-    client, run_id = MlflowClient("sqlite:///store.db"), found["run_id"]
+    client, run_id = MlflowClient(f"sqlite:///{in_tmp}/store.db"), found["run_id"]
     metrics = client.get_run(run_id).data.metrics
     for row in found["by_corpus"]:
         assert metrics[f"test/corpus/{row['corpus']}/ua"] == row["ua"]
