@@ -59,6 +59,11 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def last_line(error: Exception) -> str:
+    """Last line of an error's message; Ray's begin with a trace."""
+    return str(error).strip().rpartition("\n")[2]
+
+
 def is_permanent(error: BaseException) -> bool:
     """Whether another attempt would fail in the same way.
 

@@ -226,8 +226,10 @@ class Crossval(TrainingVerb):
         from ser_ray.corpus.splits import num_folds
 
         config = self.crossval
-        clips = api.open_shards(self.shards, self.recipe.label_map).clips()
-        folds = config.folds or range(num_folds(self.recipe.protocol, clips))
+        folds: Sequence[int] = config.folds
+        if not folds:
+            clips = api.open_shards(self.shards, self.recipe.label_map).clips()
+            folds = range(num_folds(self.recipe.protocol, clips))
         say_training(self.shards, self.recipe, folds)
         say("trainings", f"{config.seeds} of every fold, scored by their {config.part} parts")
         result = api.crossval(

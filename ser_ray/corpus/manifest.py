@@ -259,5 +259,10 @@ def _with_status(
     """Set the status and reason of the rows where the mask is true."""
     for name, value in (("status", status), ("reason", reason)):
         column = pc.if_else(mask, value, manifest[name])
-        manifest = manifest.set_column(manifest.schema.get_field_index(name), name, column)
+        manifest = replace_column(manifest, name, column)
     return manifest
+
+
+def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return a table with another column of the same name in its place."""
+    return table.set_column(table.schema.get_field_index(name), name, column)

@@ -48,9 +48,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
     for clip in evaluation.predictions.take(rows).to_pylist():
         try:
             sound = decode(clip["path"], max_seconds=MAX_RECORDING_SECONDS)
-            if clip["start"] is not None:
-                sound, _ = cut(sound, clip["start"], clip["end"])
-            samples, sample_rate, _ = sound
+            (samples, sample_rate, _), _ = cut(sound, clip["start"], clip["end"])
             waveform = extract.windows(samples, sample_rate)[0]
         except ClipError:
             continue

@@ -47,7 +47,7 @@ class Evaluation:
     protocol: str
     """Protocol and fold in words, or that these are other shards."""
     corpus: str
-    """What was scored: ravdess, synthetic or table."""
+    """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool
     """Whether this is the test part of the model's own fold. The training's run records only these
     scores."""
@@ -183,10 +183,19 @@ class Evaluation:
 
     @property
     def corpus_metrics(self) -> dict[str, float]:
-        """UA and WA of every corpus, by the names they are logged under."""
+        """UA and WA of every corpus, by their metrics' names without the part."""
         return {
             f"corpus/{re.sub(METRIC_SIGNS, '-', str(row['corpus']))}/{score}": float(row[score])
             for row in self.corpus_rows
+            for score in ("ua", "wa")
+        }
+
+    @property
+    def under_metrics(self) -> dict[str, float]:
+        """UA and WA under every condition, by their metrics' names without the part."""
+        return {
+            f"under/{row['condition']}/{score}": float(row[score])
+            for row in self.under
             for score in ("ua", "wa")
         }
 
@@ -266,14 +275,6 @@ class Evaluation:
             + (f", {row['unscored']} clips not scored" if row["unscored"] else "")
             for row in self.under
         ]
-
-    def under_scores(self, part: str) -> dict[str, float]:
-        """UA and WA under each recording condition, by the names they are logged under."""
-        return {
-            f"{part}/under/{row['condition']}/{name}": float(row[name])
-            for row in self.under
-            for name in ("ua", "wa")
-        }
 
     def _shown(self, score: str) -> str:
         """A score with its interval."""

@@ -94,12 +94,10 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
-    test = {f"test/{name}": value for name, value in scores.to_dict().items()}
-    test |= {f"test/{name}": value for name, value in evaluation.corpus_metrics.items()}
-    test["test/ece"] = evaluation.calibration.ece
-    test["test/ece_uncalibrated"] = evaluation.uncalibrated.ece
-    test |= evaluation.under_scores("test")
-    tracker.log_scores(test, now_ms())
+    found = scores.to_dict() | evaluation.corpus_metrics | evaluation.under_metrics
+    found["ece"] = evaluation.calibration.ece
+    found["ece_uncalibrated"] = evaluation.uncalibrated.ece
+    tracker.log_scores({f"test/{name}": value for name, value in found.items()}, now_ms())
     tracker.describe(Test=evaluation.sentence)
     title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
     tracker.log_files(

@@ -77,12 +77,12 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
     raise ClipError("unreadable", f"it has samples {what}")
 
 
-def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | None]:
+def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, str | None]:
     """Cut a segment out of a recording.
 
     Args:
         sound: the recording.
-        start: first second of the segment.
+        start: first second of the segment; None for the whole recording.
         end: second at which it ends; None for the end of the recording.
 
     Returns:
@@ -91,6 +91,8 @@ def cut(sound: Sound, start: float, end: float | None) -> tuple[Sound, str | Non
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.
     """
+    if start is None:
+        return sound, sound.loss
     rate, num_samples = sound.sample_rate, len(sound.samples)
     first, last = round(start * rate), num_samples if end is None else round(end * rate)
     samples = sound.samples[first:last]

@@ -171,7 +171,7 @@ class WaveformModel(nn.Module):
         return torch.where(is_noise, raised, threshold)
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
-        """Compute features [bins, num_frames_max]; frames beyond the sound are meaningless."""
+        """Compute features [bins, num_frames_max]. Frames after the sound's end are not valid."""
         config = self.features
         starts = torch.arange(config.num_frames)[:, None] * config.hop_length
         places = starts + torch.arange(config.window_length) - config.window_length // 2
@@ -188,7 +188,7 @@ class WaveformModel(nn.Module):
     def _layers(
         self, encoder: "Encoder", waveform: Tensor, begin: Tensor, length: Tensor
     ) -> Tensor:
-        """Compute the layers of an encoder [layers * dim, 1], with room for the longest clip."""
+        """Compute an encoder's layers [layers * dim, 1] from the clip, padded to `max_seconds`."""
         places = torch.arange(round(self.features.max_seconds * self.features.sample_rate))
         sound = waveform[(begin + places).clamp(max=waveform.shape[0] - 1)] * (places < length)
         return encoder(sound.float()[None], length[None]).reshape(-1, 1)

@@ -13,12 +13,12 @@ files as answered, and leaves parts instead of one table.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from pyarrow import csv, fs
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.inference.prediction import table_schema
 from ser_ray.inference.recordings import UNREACHABLE
+from ser_ray.shards.progress import in_groups
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
@@ -39,8 +40,6 @@ ROWS_AT_ONCE = 4096
 """Rows written at once, which is the size of a Parquet row group."""
 PARTS_IN_MEMORY = 4
 """Blocks finish out of order, so neighbouring rows of the table are in several parts."""
-
-Item = TypeVar("Item")
 
 
 def output_suffix(output: str) -> str:
@@ -109,7 +108,7 @@ class PartialResults:
             self.write_part()
 
     def write_part(self) -> None:
-        """Write the answers in memory, if there are any.
+        """Write a part with the answers that are only in memory, if there are any.
 
         Raises:
             SerRayError: they cannot be written.
@@ -175,22 +174,6 @@ class PartialResults:
     def _read(self, part: str, columns: Sequence[str] | None = None) -> pa.Table:
         path = f"{self._folder}/{part}"
         return pq.read_table(path, columns=columns, filesystem=self._filesystem, partitioning=None)
-
-
-def in_groups(
-    items: Iterable[Item], size_of: Callable[[Item], int], size: int
-) -> Iterator[list[Item]]:
-    """Yield the items in groups; each ends with the item with which its size reaches `size`."""
-    group: list[Item] = []
-    total = 0
-    for item in items:
-        group.append(item)
-        total += size_of(item)
-        if total >= size:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
 
 
 def _write(suffix: str, stream: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

@@ -10,7 +10,7 @@ from ser_ray.plots.style import BLUE, VERMILION
 STROKES = 300
 """A waveform is drawn as this many vertical strokes."""
 DYNAMIC_RANGE = 70.0
-"""A spectrogram shows this many decibels below its loudest point."""
+"""Range of the colours of a spectrogram: this many decibels, down from its loudest point."""
 
 
 def clip_figure(

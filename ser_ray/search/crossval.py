@@ -236,19 +236,18 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     )
     store_page(page, result.report)
     section = "selected" if part == "validation" else "test"  # as in trainings
-    scores = pooled.under_scores(section)
+    scores = pooled.corpus_metrics | pooled.under_metrics
     for name in SCORES:
         low, high = getattr(pooled.intervals, name)
         scores |= {
-            f"{section}/{name}": pooled.mean(name),
-            f"{section}/{name}_spread": result.spread(name),
-            f"{section}/{name}_low": low,
-            f"{section}/{name}_high": high,
+            name: pooled.mean(name),
+            f"{name}_spread": result.spread(name),
+            f"{name}_low": low,
+            f"{name}_high": high,
         }
         if result.ensemble is not None:
-            scores[f"{section}/{name}_ensemble"] = result.ensemble.to_dict()[name]
-    scores |= {f"{section}/{name}": value for name, value in pooled.corpus_metrics.items()}
-    tracker.log_scores(scores, now_ms())
+            scores[f"{name}_ensemble"] = result.ensemble.to_dict()[name]
+    tracker.log_scores({f"{section}/{name}": value for name, value in scores.items()}, now_ms())
     line = "Validation" if part == "validation" else "Test"
     tracker.describe(**{line: f"UA {result.in_words('ua')} ({label})"})
     confusion = confusion_figure(pooled.scores.confusion, pooled.card.labels, f"{part}, {label}")

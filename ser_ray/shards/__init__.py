@@ -10,5 +10,5 @@ read      opens a finished shard set; imports nothing that decodes sound
 corpora   several shard sets as one
 layout    the names and the format of the files
 digest    compares the bytes of files
-progress  files done, rate and time left, here and in the batch pass of `inference`
+progress  files done, rate and time left, and groups of items; `inference` uses it too
 """

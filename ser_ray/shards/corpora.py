@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ser_ray.corpus.labels import COMMON, in_order, map_labels, only_among
+from ser_ray.corpus.manifest import replace_column
 from ser_ray.errors import ConfigError
 from ser_ray.shards.card import CorpusPart, ShardCard
 from ser_ray.shards.read import ShardSet, open_shards
@@ -32,16 +33,16 @@ class Member:
     shards: ShardSet
     part: CorpusPart
     rows: np.ndarray
-    """Rows of its clips whose labels are mapped [kept], ascending."""
+    """Rows of its clips that are kept, because their labels are mapped [kept]; ascending."""
 
     @property
     def people(self) -> str:
-        """What the names of its speakers and takes begin with."""
+        """The prefix of its speakers' and takes' names, where corpora are mixed."""
         return self.part.name if self.part.kind == "table" else self.part.kind
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
-        """How many of these rows are in each of its parts."""
+        """Number of kept clips in each part of the shard set."""
         sizes = self.shards.card.clips
         parts = np.searchsorted(np.cumsum(sizes), self.rows, side="right")
         return tuple(np.bincount(parts, minlength=len(sizes)).tolist())
@@ -71,10 +72,10 @@ class Corpora(ShardSet):
             table = member.shards.clips().take(member.rows)
             theirs, ours = map(pa.array, zip(*member.part.labels.items(), strict=True))
             places = pc.index_in(table["emotion"].combine_chunks(), value_set=theirs)
-            table = _replace(table, "emotion", ours.take(places))
+            table = replace_column(table, "emotion", ours.take(places))
             for name in ("speaker", "take") if is_mixed else ():
                 named = pc.binary_join_element_wise(member.people, table[name], ":")
-                table = _replace(table, name, named)
+                table = replace_column(table, name, named)
             if len(self.members) > 1:
                 corpus = pa.array([member.part.name] * len(table))
                 table = table.append_column("corpus", corpus)
@@ -222,7 +223,3 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
         encoders=tuple(e for e in cards[0].encoders if all(e in card.encoders for card in cards)),
         fingerprint=digest.hexdigest()[:16],
     )
-
-
-def _replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), name, column)

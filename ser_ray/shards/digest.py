@@ -1,8 +1,9 @@
-"""Compares the bytes of files, to tell a replaced file from one that was only copied again."""
+"""Compares files: by their bytes, to tell a replaced file from a new copy, or by their samples."""
 
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 from pyarrow import fs
 
 from ser_ray.storage.packed import ROW, read_packed
@@ -22,6 +23,11 @@ def file_digest(path: str) -> str | None:
     except OSError:
         return None
     return digest.hexdigest()
+
+
+def sample_digest(samples: np.ndarray) -> str:
+    """Return the digest of decoded samples [num_samples], 16 hex digits: the column `content`."""
+    return hashlib.sha256(samples.data).hexdigest()[:16]
 
 
 def same_bytes(one: str, other: str) -> bool:

@@ -31,7 +31,7 @@ from ser_ray.cluster import (
     require_shared,
     resources_within_reach,
 )
-from ser_ray.errors import ConfigError, EncoderError, ShardsError
+from ser_ray.errors import ConfigError, EncoderError, ShardsError, last_line
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
@@ -39,16 +39,19 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, write_card
+from ser_ray.shards.digest import sample_digest
 from ser_ray.shards.layout import (
     ENCODERS,
     OK,
     REQUESTS_AT_ONCE,
+    feature_column,
     feature_name,
     part_name,
     weights_name,
     write_table,
 )
-from ser_ray.shards.progress import Progress, Watch, set_up_ray_data, show
+from ser_ray.shards.progress import Progress, Watch, in_groups, set_up_ray_data, show
+from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 
 KEY = b"ser_ray.encoder_key"
 """Name of the metadata of a part that says what it was made of."""
+KEYED = ("content", "window")
+"""Columns of the clips on which this depends."""
 ACTORS_PER_GPU = 2
 """One decodes while the other encodes."""
 WINDOWS_AT_ONCE = 256
@@ -117,7 +122,7 @@ def add_encoders(
         progress: called after every part.
 
     Returns:
-        The card as it was written, and lines about columns that are no longer complete.
+        The card that the shard set now has, and a line for each column that lacks clips.
 
     Raises:
         ShardsError: a recording cannot be read again, or the job failed.
@@ -169,7 +174,8 @@ def missing_parts(
         path = f"{folder}/{feature_name(encoder.name, part)}"
         if path not in found:
             return True
-        key = _column_key(filesystem, folder, part, card.features, encoder)
+        clips = _read_clips(filesystem, folder, part, KEYED)
+        key = _column_key(clips, card.features, encoder)
         try:
             schema = pq.read_schema(path, filesystem=filesystem)
         except pa.ArrowException:
@@ -180,13 +186,9 @@ def missing_parts(
         return list(itertools.compress(card.parts, pool.map(is_missing, card.parts)))
 
 
-def _column_key(
-    filesystem: fs.FileSystem, folder: str, part: int, features: FeatureConfig, encoder: EncoderCard
-) -> str:
+def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) -> str:
     """Return hex digits that differ if the clips of a part, their trimming or the weights do."""
-    path = f"{folder}/{part_name(part)}"
-    clips = pq.read_table(path, columns=["content", "window"], filesystem=filesystem)
-    text = json.dumps([features.fingerprint, encoder.weights, clips.to_pydict()])
+    text = json.dumps([features.fingerprint, encoder.weights, clips.select(KEYED).to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -207,7 +209,7 @@ def _write_column(
     name = weights.card.name
     filesystem.create_dir(f"{folder}/{ENCODERS}/{name}")
     _store_weights(filesystem, f"{folder}/{weights_name(name)}", weights)
-    clips = {part: _read_clips(filesystem, folder, part) for part in parts}
+    clips = {part: _read_clips(filesystem, folder, part, ["path", "window"]) for part in parts}
     num_pending = sum(_num_files(table) for table in clips.values())
     watch = Watch(card.counts[OK], card.counts[OK] - num_pending)
     with cluster(address), show(progress) as report:
@@ -241,10 +243,9 @@ def _write_column(
                     lock.check()
                     report(watch.add({OK: _num_files(clips[part])}))
         except ray.exceptions.RayError as error:
-            last_line = str(error).strip().rpartition("\n")[2]
             raise ShardsError(
-                f"{shards}: encoding by {name} failed ({last_line}); the parts so far are kept: "
-                "remove the cause, then give the same command again"
+                f"{shards}: encoding by {name} failed ({last_line(error)}); the parts so far are "
+                "kept: remove the cause, then give the same command again"
             ) from error
 
 
@@ -252,17 +253,17 @@ def _store_weights(filesystem: fs.FileSystem, path: str, weights: "EncoderWeight
     """Write the weights beside their column, unless they are there."""
     if filesystem.get_file_info(path).is_file:
         return
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, atomic_write(filesystem, path) as target:
         file = Path(temporary, "encoder.safetensors")
         weights.write(file)
-        fs.copy_files(str(file), f"{path}.tmp", destination_filesystem=filesystem)
-    filesystem.move(f"{path}.tmp", path)
+        fs.copy_files(str(file), target, destination_filesystem=filesystem)
 
 
-def _read_clips(filesystem: fs.FileSystem, folder: str, part: int) -> pa.Table:
-    columns = ["path", "start", "end", "content", "window", "num_frames"]
+def _read_clips(
+    filesystem: fs.FileSystem, folder: str, part: int, columns: Sequence[str]
+) -> pa.Table:
     path = f"{folder}/{part_name(part)}"
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    return pq.read_table(path, columns=list(columns), filesystem=filesystem)
 
 
 def _num_files(clips: pa.Table) -> int:
@@ -290,25 +291,20 @@ def encode_part(
     Raises:
         OSError: a recording cannot be read as before, or the column cannot be written.
     """
-    clips = _read_clips(filesystem, folder, part)
+    columns = ["path", "start", "end", "num_frames", *KEYED]
+    clips = _read_clips(filesystem, folder, part, columns)
     card = encoder.card
     values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
     with ThreadPoolExecutor(threads) as pool:
         for rows in _groups_of_recordings(clips):
-            columns = clips.take(np.concatenate(rows)).to_pylist()
-            by_file = np.split(np.arange(len(columns)), np.cumsum([len(own) for own in rows])[:-1])
-            recordings = [[columns[row] for row in own] for own in by_file]
+            recordings = [clips.take(own).to_pylist() for own in rows]
             waves = pool.map(lambda windows: _waves_again(windows, extractor), recordings)
             found = encoder.encode(list(itertools.chain.from_iterable(waves)))
             if not np.isfinite(found).all():
                 raise OSError(f"{card.name} has values that are not finite, so its weights are bad")
             values[np.concatenate(rows)] = found.clip(-65504, 65504)
-    key = _column_key(filesystem, folder, part, extractor.config, card)
-    width = card.num_values * values.itemsize
-    column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(width), len(values), [None, pa.py_buffer(values)]
-    )
-    table = pa.table({card.name: column}).replace_schema_metadata({KEY: key})
+    key = _column_key(clips, extractor.config, card)
+    table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
     write_table(filesystem, f"{folder}/{feature_name(card.name, part)}", table)
 
 
@@ -317,28 +313,19 @@ def _groups_of_recordings(clips: pa.Table) -> Iterator[list[np.ndarray]]:
     firsts = np.flatnonzero(clips["window"].to_numpy() == 0)
     recordings = np.split(np.arange(len(clips)), firsts[1:]) if len(clips) else []
     frames = clips["num_frames"].to_numpy()
-    group: list[np.ndarray] = []
-    for rows in sorted(recordings, key=lambda rows: int(frames[rows].max())):
-        group.append(rows)
-        if sum(map(len, group)) >= WINDOWS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
+    by_length = sorted(recordings, key=lambda rows: int(frames[rows].max()))
+    return in_groups(by_length, len, WINDOWS_AT_ONCE)
 
 
 def _waves_again(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
     """Read a recording as it was read for its windows, the rows of the clips."""
     path, start, end, content = (windows[0][name] for name in ("path", "start", "end", "content"))
     try:
-        sound = decode(path, max_seconds=MAX_RECORDING_SECONDS)
-        if start is not None:
-            sound, _ = cut(sound, start, end)
+        sound, _ = cut(decode(path, max_seconds=MAX_RECORDING_SECONDS), start, end)
         waves = extractor.windows(sound.samples, sound.sample_rate)
     except ClipError as error:
         raise OSError(f"{path}: {error.reason}") from error
-    now = hashlib.sha256(sound.samples.data).hexdigest()[:16]
-    if now != content or len(waves) != len(windows):
+    if sample_digest(sound.samples) != content or len(waves) != len(windows):
         raise OSError(f"{path}: the file has changed since its clip was prepared")
     return waves
 

@@ -13,6 +13,9 @@ definition level for every number. Measured on 128 clips, this takes 5 times as 
 times as long to read. An encoder's values are the bytes of a float16 array `[layers, dim]`.
 """
 
+import math
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -30,6 +33,13 @@ REQUESTS_AT_ONCE = 16
 """Parts read at once: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"
 """Saves nine tenths of the bytes that zstd saves, and is read twice as fast."""
+
+
+def feature_column(values: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Turn features [clips, ...] float16 into a column with the bytes of each clip's array."""
+    width = math.prod(values.shape[1:]) * values.itemsize
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), buffers)
 
 
 def part_name(part: int) -> str:

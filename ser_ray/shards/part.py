@@ -28,8 +28,16 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox, time_limited
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.shards.digest import file_digest, same_bytes
-from ser_ray.shards.layout import DIGEST, OK, mark_name, outcomes_name, part_name, write_table
+from ser_ray.shards.digest import file_digest, same_bytes, sample_digest
+from ser_ray.shards.layout import (
+    DIGEST,
+    OK,
+    feature_column,
+    mark_name,
+    outcomes_name,
+    part_name,
+    write_table,
+)
 from ser_ray.shards.plan import part_key, part_metadata
 
 FACTS = pa.schema(
@@ -110,10 +118,7 @@ def _make_tables(
     for row in undecided:
         path, start, end = (rows[name][row].as_py() for name in ("path", "start", "end"))
         try:
-            sound = decode(path, max_seconds=MAX_RECORDING_SECONDS)
-            loss = sound.loss
-            if start is not None:
-                sound, loss = cut(sound, start, end)
+            sound, loss = cut(decode(path, max_seconds=MAX_RECORDING_SECONDS), start, end)
             samples, sample_rate, _ = sound
             waveforms = extractor.windows(samples, sample_rate)
         except ClipError as error:
@@ -122,7 +127,7 @@ def _make_tables(
             outcomes[row] = error.status, error.reason
             is_final &= error.failed == "clip"
             continue
-        content = hashlib.sha256(samples.data).hexdigest()[:16]
+        content = sample_digest(samples)
         for window, waveform in enumerate(waveforms):
             for kind, feature in extractor.features(waveform).items():
                 padded = np.zeros((config.num_bins(kind), config.num_frames), np.float16)
@@ -219,9 +224,8 @@ def _feature_columns(features: dict[str, list[np.ndarray]], config: FeatureConfi
     """Turn lists of arrays `[bins, frames]` into columns with one fixed-size binary value each."""
     columns = {}
     for kind, arrays in features.items():
-        width = config.num_bins(kind) * config.num_frames * np.dtype(np.float16).itemsize
-        buffers = [None, pa.py_buffer(np.stack(arrays) if arrays else b"")]
-        columns[kind] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(arrays), buffers)
+        none = np.empty((0, config.num_bins(kind), config.num_frames), np.float16)
+        columns[kind] = feature_column(np.stack(arrays) if arrays else none)
     return pa.table(columns)
 
 

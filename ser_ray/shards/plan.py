@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER
+from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER, replace_column
 from ser_ray.corpus.table import clip_keys
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
@@ -118,8 +118,7 @@ def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.
     for row, path in zip(rows.tolist(), paths, strict=True):
         if digests[path] is not None and digests[path] == before[DIGEST][row].as_py():
             times[row] = before["modified"][row].as_py()
-    index = manifest.schema.get_field_index("modified")
-    return manifest.set_column(index, "modified", pa.array(times, pa.int64()))
+    return replace_column(manifest, "modified", pa.array(times, pa.int64()))
 
 
 def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
@@ -263,8 +262,7 @@ def adopt_times(
         rows = listed.take(pc.index_in(clip_keys(committed.files), value_set=all_keys))
         path = f"{folder}/{outcomes_name(part)}"
         outcomes = pq.read_table(path, filesystem=filesystem)
-        index = outcomes.schema.get_field_index("modified")
-        outcomes = outcomes.set_column(index, "modified", rows["modified"])
+        outcomes = replace_column(outcomes, "modified", rows["modified"])
         metadata = part_metadata(part_key(rows, features), features)
         write_table(filesystem, path, outcomes.replace_schema_metadata(metadata))
 

@@ -26,7 +26,7 @@ from ser_ray.cluster import cluster, one_of_each_folder, require_kept, require_s
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.slips import describe_clips, find_slips
 from ser_ray.corpus.table import MISSING_FILES
-from ser_ray.errors import CorpusError, ShardsError
+from ser_ray.errors import CorpusError, ShardsError, last_line
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
@@ -325,16 +325,15 @@ def _write_pending(
                 lock.check()
                 report(watch.add(dict(zip(statuses, counts, strict=True))))
     except ray.exceptions.RayError as error:
-        last_line = str(error).strip().rpartition("\n")[2]
-        raise ShardsError(f"{config.shards}: the job failed ({last_line}){AGAIN}") from error
+        raise ShardsError(f"{config.shards}: the job failed ({last_line(error)}){AGAIN}") from error
 
 
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
     """Write the part with these rows, in a worker.
 
     Returns:
-        The columns `part`, `failure`, `status` and `count`: the number of files by status, and why
-        the part was not written, or an empty string.
+        A row for each status, with the part, the status and how many files of the part have it.
+        The column `failure` says why the part was not written; it is empty if it was.
     """
     filesystem, folder = filesystem_of(shards)
     part = rows["part"][0].as_py()

@@ -1,13 +1,15 @@
-"""The progress of `prepare` or a batch pass: files done, rate, errors and time left."""
+"""What jobs over many files share: their progress, and groups of items that fit into memory."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ser_ray.progress import clock, show_progress
 
+Item = TypeVar("Item")
 EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
 """Outcomes that are expected of such files or such a command. All others count as errors."""
 
@@ -78,3 +80,19 @@ def set_up_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # Ray Data's own; its log files stay as they are
             handler.setLevel(logging.ERROR)
+
+
+def in_groups(
+    items: Iterable[Item], size_of: Callable[[Item], int], size: int
+) -> Iterator[list[Item]]:
+    """Yield the items in groups; each ends with the item with which its size reaches `size`."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size_of(item)
+        if total >= size:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

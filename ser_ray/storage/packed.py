@@ -1,4 +1,4 @@
-"""Recordings inside the rows of Parquet files, where Hugging Face data sets have them.
+"""Reads recordings that are stored in rows of Parquet files, as in Hugging Face data sets.
 
 The location of such a recording is that of the Parquet file, `#audio=` and the number of the row.
 """

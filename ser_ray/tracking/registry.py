@@ -9,7 +9,7 @@ A model is named by
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -219,10 +219,8 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
         best_id = str(best.info.run_id)
         if model_id_of(best):
             return best_id
-        recipe = {name: best.data.params[name] for name in flatten(recipe_of_run(best_id, uri))}
-        shards = best.data.tags[SHARDS_TAG]
-        for found in search_runs(client, experiment, f"tags.`{SHARDS_TAG}` = '{shards}'"):
-            if recipe.items() <= found.data.params.items() and model_id_of(found):
+        for found in _runs_like(client, best, uri):
+            if model_id_of(found):
                 return str(found.info.run_id)
     raise TrackingError(
         f"{run_id}: its best training, {best_id}, has no model: train it again with ser-ray train "
@@ -238,18 +236,37 @@ def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
-    shared = flatten(recipe_of_run(run_id, uri)).keys() - OF_A_FOLD
     with store_answers(f"{run_id}: cannot be read from {uri}"):
-        run = client.get_run(run_id)
-        recipe = {name: run.data.params[name] for name in shared}
-        shards = run.data.tags[SHARDS_TAG]
-        condition = f"tags.kind = 'cross-validation' and tags.`{SHARDS_TAG}` = '{shards}'"
-        for found in search_runs(client, run.info.experiment_id, condition):
-            params, metrics = found.data.params, found.data.metrics
-            is_tested = "test/ua" in metrics and params["protocol"] != "random"
-            if is_tested and recipe.items() <= params.items():
+        kind = "tags.kind = 'cross-validation'"
+        for found in _runs_like(client, client.get_run(run_id), uri, kind, OF_A_FOLD):
+            if "test/ua" in found.data.metrics and found.data.params["protocol"] != "random":
                 return found
     return None
+
+
+def _runs_like(
+    client: "MlflowClient",
+    run: "Run",
+    uri: str,
+    condition: str = "",
+    without: Set[str] = frozenset(),
+) -> "Iterator[Run]":
+    """Yield the runs on the same shards with the recipe of a run, the newest first.
+
+    Args:
+        client: of the store.
+        run: has recorded a recipe.
+        uri: the store.
+        condition: what the runs must meet besides, as MLflow writes it.
+        without: settings that may differ.
+    """
+    names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - without
+    recipe = {name: run.data.params[name] for name in names}
+    same_shards = f"tags.`{SHARDS_TAG}` = '{run.data.tags[SHARDS_TAG]}'"
+    wanted = " and ".join(filter(None, (condition, same_shards)))
+    for found in search_runs(client, run.info.experiment_id, wanted):
+        if recipe.items() <= found.data.params.items():
+            yield found
 
 
 def _rank(run: "Run") -> tuple[float, float]:
