@@ -16,7 +16,6 @@ import hashlib
 import json
 import pickle
 import re
-import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,8 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from pyarrow import fs
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
@@ -40,15 +39,11 @@ from ser_ray.cluster import memory_of_this_machine
 from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.tensors import DAMAGED, read_tensors
 
 PADDED_SECONDS = {"cpu": 0, "cuda": 240}
 """Maximum seconds of sound in a batch, padding included, by type of device. A CPU encodes each
 clip by itself: that takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
-UNREADABLE = (
-    EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError,
-    pickle.UnpicklingError, struct.error, SafetensorError,
-)  # fmt: skip
-"""What `torch.load` and safetensors raise for files that are damaged or not weights."""
 BUILDERS = {"Wav2Vec2": torchaudio.models.wav2vec2_model, "WavLM": torchaudio.models.wavlm_model}
 
 
@@ -310,7 +305,7 @@ def _has_card(path: Path) -> bool:
     """Return whether a file is an encoder file; a file that cannot be read is not one."""
     if path.suffix != ".safetensors":
         return False
-    with suppress(*UNREADABLE, OSError), safe_open(path, "pt") as file:
+    with suppress(*DAMAGED, OSError), safe_open(path, "pt") as file:
         return METADATA in (file.metadata() or {})
     return False
 
@@ -318,11 +313,9 @@ def _has_card(path: Path) -> bool:
 def _read_file(path: Path, location: str) -> dict[str, Tensor]:
     """Read the tensors of a file of weights."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
         return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    except UNREADABLE as error:
+    except (ValueError, AttributeError) as error:
         raise EncoderError(f"{location}: is not a readable file of weights ({error})") from error
 
 

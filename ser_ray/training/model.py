@@ -9,17 +9,13 @@ convolution are *summed*: the network then answers a one-channel image as the or
 same image in all three channels.
 """
 
-import pickle
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -27,6 +23,7 @@ from ser_ray.corpus.splits import ALL
 from ser_ray.corpus.words import CORPORA
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.shards.card import ShardCard
+from ser_ray.storage.tensors import read_tensors
 from ser_ray.training.config import TrainConfig
 
 NETWORK_STRIDE = 32
@@ -41,12 +38,6 @@ WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 LAYER_SCALE = 10.0
 """Factor of the numbers behind the weights of layers: a step changes these ten times as much."""
 COUNTER = "num_batches_tracked"
-UNREADABLE = (
-    OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
-    pickle.UnpicklingError, struct.error, SafetensorError,
-)  # fmt: skip
-"""What `torch.load` and safetensors raise for files that are damaged or not weights."""
-
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -258,12 +249,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             f"{path}: no such file; --weights takes imagenet, none, a file or a model"
         )
     try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except UNREADABLE as error:
+        content = read_tensors(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable weights file ({error})") from error
     for key in WRAPPER_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
