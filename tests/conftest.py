@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -50,6 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         slow = Counter(item.path for item in items if any(map(item.get_closest_marker, SLOW)))
         # Sorting keeps the order within a file.
         items.sort(key=lambda item: (item.path.parent.name != "distributed", -slow[item.path]))
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's fixture, with the messages of this package alone.
+
+    A thread that Ray or MLflow has left in the process may log at any time.
+    """
+    ours = logging.Filter("ser_ray")
+    caplog.handler.addFilter(ours)
+    yield caplog
+    caplog.handler.removeFilter(ours)
 
 
 PLAIN = AugmentConfig(

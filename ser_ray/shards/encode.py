@@ -1,12 +1,12 @@
 """Columns of pretrained encoders: a Ray Data job over the parts of a finished shard set.
 
-The shards hold no sound, so the recordings are read again, by the rules that made the clips. Each
-part of the clips gets a Parquet file of its own for each encoder, so neither other features nor
-other encoders are touched, and reading one kind reads only its bytes. A part's file names the clips
-and weights it was made of. It is written last and atomically: an interrupted job continues with the
-other parts, and a part whose clips have changed is made again.
+The shards hold no sound, so the recordings are decoded, trimmed and cut again, as for the clips.
+For each encoder, each part of the clips gets a Parquet file of its own. Adding an encoder therefore
+changes no other file, and reading one kind of feature reads only its bytes. The metadata of a
+part's file identify the clips and weights that it was made from. The file is written atomically: an
+interrupted job continues with the missing parts, and a part whose clips have changed is made again.
 
-An actor encodes, because it holds the weights; those of a machine share them in Ray's memory.
+Actors encode, because the weights must stay in memory. All actors on a machine share them.
 """
 
 import hashlib
@@ -69,11 +69,11 @@ WINDOWS_AT_ONCE = 256
 
 
 def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) -> list[Any]:
-    """Load the `EncoderWeights` that are named, from the shard set where it has them.
+    """Load the named `EncoderWeights`: from the shard set, if it has them.
 
     Raises:
         ConfigError: an encoder is unknown, or the features have another sample rate.
-        EncoderError: weights cannot be had, or differ from those that the shard set has.
+        EncoderError: weights cannot be loaded, or differ from those in the shard set.
     """
     if sources and features.sample_rate != ENCODER_RATE:
         raise ConfigError(
@@ -111,7 +111,7 @@ def add_encoders(
     address: str,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[ShardCard, list[str]]:
-    """Write what is missing of the encoders' columns, and list the complete ones in the card.
+    """Write the missing parts of the encoders' columns, and list the complete columns in the card.
 
     Args:
         shards: folder or URI of the shard set.
@@ -149,7 +149,7 @@ def add_encoders(
 
 
 def _stored(filesystem: fs.FileSystem, folder: str) -> dict[str, EncoderCard]:
-    """Return the cards of the encoders that a shard set has columns of, complete or not."""
+    """Return the cards of all encoders whose columns a shard set has, also if parts are missing."""
     found = {}
     selector = fs.FileSelector(f"{folder}/{ENCODERS}", allow_not_found=True)
     for entry in filesystem.get_file_info(selector):
@@ -163,7 +163,7 @@ def _stored(filesystem: fs.FileSystem, folder: str) -> dict[str, EncoderCard]:
 def missing_parts(
     filesystem: fs.FileSystem, folder: str, card: ShardCard, encoder: EncoderCard
 ) -> list[int]:
-    """Return the parts whose column is missing or of other clips, and delete superfluous ones."""
+    """Return the parts whose column is missing or outdated, and delete files of no part."""
     own = {f"{folder}/{feature_name(encoder.name, part)}" for part in card.parts}
     selector = fs.FileSelector(f"{folder}/{ENCODERS}/{encoder.name}", allow_not_found=True)
     found = {entry.path for entry in filesystem.get_file_info(selector)}
@@ -187,7 +187,7 @@ def missing_parts(
 
 
 def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) -> str:
-    """Return hex digits that differ if the clips of a part, their trimming or the weights do."""
+    """Return hex digits that change with a part's clips, the features' settings and the weights."""
     text = json.dumps([features.fingerprint, encoder.weights, clips.select(KEYED).to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -318,7 +318,7 @@ def _groups_of_recordings(clips: pa.Table) -> Iterator[list[np.ndarray]]:
 
 
 def _waves_again(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
-    """Read a recording as it was read for its windows, the rows of the clips."""
+    """Return the waveforms of a recording's windows, which are these rows of the clips."""
     path, start, end, content = (windows[0][name] for name in ("path", "start", "end", "content"))
     try:
         sound, _ = cut(decode(path, max_seconds=MAX_RECORDING_SECONDS), start, end)
