@@ -162,7 +162,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings in the test's process have a network that takes little time, for 16 bins."""
     from tests.models import SmallNetwork  # it imports torch, which most tests do not need
 
-    monkeypatch.setattr("ser_ray.training.trainer.ResNet18", SmallNetwork)
+    monkeypatch.setattr("ser_ray.training.model.ResNet18", SmallNetwork)
 
 
 @pytest.fixture(scope="session")

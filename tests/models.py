@@ -11,7 +11,8 @@ from torch import nn
 from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.training.checkpoint import CARD, MODEL, CheckpointCard
+from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint import CARD, MODEL
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from ser_ray.training.model import EncoderHead, ResNet18

@@ -95,7 +95,7 @@ class Absent:
         if name.partition(".")[0] in %r:
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
-import ser_ray.training.trainer
+import ser_ray.training.loop
 """
     absent = {"ray", "mlflow", "optuna", "soxr", "av", "soundfile", "matplotlib", "rich", "tyro"}
     subprocess.run([sys.executable, "-c", program % absent], check=True)

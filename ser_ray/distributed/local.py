@@ -26,7 +26,8 @@ from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
 from ser_ray.distributed.task import TrainingTask
 from ser_ray.errors import SerRayError, first_line, is_permanent
 from ser_ray.training.checkpoint import Snapshot
-from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+from ser_ray.training.loop import MakeSnapshot, fit
+from ser_ray.training.trainer import EpochReport
 
 ADDRESS = "127.0.0.1"
 """This machine's address in the names of its metrics. A Ray started here has the same one."""

@@ -29,17 +29,16 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.training.card import CheckpointCard, name_difference
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
     SELECTED,
     STATE,
     VALIDATION,
-    CheckpointCard,
     checkpoint_name,
     keep_encoder,
     learning_rates_by_epoch,
-    name_difference,
     read_card,
     read_progress,
 )

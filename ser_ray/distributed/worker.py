@@ -19,7 +19,8 @@ from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_config import Ingest
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+from ser_ray.training.loop import MakeSnapshot, fit
+from ser_ray.training.trainer import EpochReport
 
 
 def run_worker(

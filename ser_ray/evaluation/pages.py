@@ -45,7 +45,7 @@ from ser_ray.plots.training import (
 )
 from ser_ray.shards.card import CorpusPart
 from ser_ray.tracking.about import provenance, scored_on
-from ser_ray.training.checkpoint import CheckpointCard
+from ser_ray.training.card import CheckpointCard
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row
 

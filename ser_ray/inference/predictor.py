@@ -23,7 +23,7 @@ from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import read_card, read_encoder, read_network
 from ser_ray.training.data import Clips
-from ser_ray.training.model import ResNet18, fold_batch_norm, to_channels_last
+from ser_ray.training.model import EncoderHead, fold_batch_norm, to_channels_last
 from ser_ray.training.scoring import predict_clips
 
 
@@ -48,7 +48,7 @@ class Predictor:
         self.labels = self.card.labels
         self.device = torch.device("cpu")
         network = read_network(checkpoint, self.card).requires_grad_(False)
-        if isinstance(network, ResNet18):
+        if not isinstance(network, EncoderHead):
             network = fold_batch_norm(network)
         self.network = to_channels_last(network, self.device)
         self.encoder = read_encoder(checkpoint, self.card)

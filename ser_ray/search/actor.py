@@ -23,8 +23,9 @@ from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import SELECTED, STATE, Snapshot, read_progress
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained
-from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+from ser_ray.training.trainer import EpochReport
 
 OBJECTIVE = "best_val_ua"
 """The metric that a search maximizes: the last value of `objectives`."""

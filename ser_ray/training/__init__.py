@@ -6,9 +6,10 @@ data         shards -> resident tensors -> batches; `streaming` reads what does 
 augment      random changes of a batch; `acoustics` adds noise, echo and narrow channels
 model        ResNet18, the head on an encoder, and the weights they start from
 optim        AdamW, OneCycle and the moving average of the weights
-trainer      the loop
+loop         training from its beginning, or from a checkpoint, to its end
+trainer      the state of a training: its steps, its scores and its snapshots
 scoring      clips -> probabilities; `metrics` makes scores of them, `calibration` a temperature
-checkpoint   weights, state and card of a training, as files
+checkpoint   weights and state of a training, as files; `card` describes them
 lr_range     the learning-rate range test
 world        the workers of a training, as torch.distributed knows them
 """

@@ -22,9 +22,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ser_ray.corpus.splits import ALL
 from ser_ray.corpus.words import CORPORA
 from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import ShardCard
 from ser_ray.storage.tensors import read_tensors
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import seed_of
 
 NETWORK_STRIDE = 32
 """Bins and frames of the input for each pixel of the last stage's output."""
@@ -184,6 +186,32 @@ class Pretrained:
 
 
 FRESH = Pretrained("fresh weights", {})
+
+
+def new_network(
+    num_labels: int, encoder: EncoderCard | None, head_units: int
+) -> ResNet18 | EncoderHead:
+    """Build a ResNet18, or a head on the encoder if there is one, with torch's random numbers."""
+    if encoder is None:
+        return ResNet18(num_labels)
+    return EncoderHead(encoder.num_layers, encoder.dim, num_labels, head_units)
+
+
+def build_network(
+    config: TrainConfig,
+    pretrained: Pretrained,
+    num_labels: int,
+    device: torch.device,
+    encoder: EncoderCard | None = None,
+) -> ResNet18 | EncoderHead:
+    """Build a network on a device, with initial weights drawn from the recipe's seed.
+
+    Pretrained weights replace the drawn ones.
+    """
+    torch.manual_seed(seed_of(config.seed))
+    network = new_network(num_labels, encoder, config.head_units)
+    network.load_state_dict(network.state_dict() | pretrained.state)
+    return to_channels_last(network, device)
 
 
 def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:

@@ -1,23 +1,8 @@
-"""The training loop in plain torch, which reports scores and checkpoints as it goes.
-
-The loop trains in one process by default. If Ray Train or torchrun has initialised
-`torch.distributed`, this process is one of several workers. Batches, learning rates and
-augmentation depend on (seed, epoch, step), but not on the number of workers. Every worker draws the
-complete batch, and trains on its own share of the clips in it. Therefore a run may resume with a
-different number of workers. (With streamed clips, the augmentation does depend on this number: see
-`ser_ray.training.streaming`.)
-
-No step waits for the device: losses and counts are copied from it once per epoch. A snapshot is a
-copy of the training's state, so another thread can write it to storage while the loop continues.
-"""
+"""The state of a training: the steps that change it, its scores, and its snapshots."""
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,44 +11,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from ser_ray.errors import ConfigError, DivergedError, MismatchError
+from ser_ray.errors import DivergedError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig
-from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.layout import weights_name
-from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import location_inside
 from ser_ray.training.augment import Augment
 from ser_ray.training.calibration import fit_temperature
-from ser_ray.training.checkpoint import VALIDATION, CheckpointCard, Progress, Snapshot, read_card
+from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint import VALIDATION, Progress, Snapshot
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.data import Batch, FoldData, Source, load_fold, seed_of, steps_per_epoch
+from ser_ray.training.data import Batch, FoldData, Source, steps_per_epoch
 from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
-from ser_ray.training.model import (
-    FRESH,
-    EncoderHead,
-    Pretrained,
-    ResNet18,
-    supports_bfloat16,
-    to_channels_last,
-)
+from ser_ray.training.model import EncoderHead, ResNet18, supports_bfloat16
 from ser_ray.training.optim import (
-    build_optimiser,
-    one_cycle,
     optimiser_tensors,
     restore_optimiser,
     restore_schedule,
     update_ema,
 )
-from ser_ray.training.parts import describe_split
 from ser_ray.training.scoring import predict_clips
-from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.world import World
 
 NETWORK, OPTIMISER = "network.", "optimiser."
 """Prefixes of the tensor names in a checkpoint's training state: the network's weights before
 averaging, and the optimiser's moments."""
-PREEMPTION_CHECK_STEPS = 32
-"""Steps between two preemption checks. Each check waits for all workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,103 +55,6 @@ class EpochReport:
     confusion: list[list[int]]
     is_selected: bool
     progress: Progress
-
-
-MakeSnapshot = Callable[[], Snapshot]
-"""Copies the current state of the training, for a checkpoint. A `Report` may call it only
-before returning."""
-Report = Callable[[EpochReport | None, MakeSnapshot], None]
-"""Called on every worker after every epoch. It is also called in mid-epoch, with None instead of an
-`EpochReport`, when `preemption_check` has returned True."""
-
-
-def fit(
-    config: TrainConfig,
-    shards: ShardSet,
-    pretrained: Pretrained,
-    report: Report,
-    *,
-    resume: Path | None = None,
-    device: torch.device | None = None,
-    preemption_check: Callable[[], bool] | None = None,
-    stream: Fetch | None = None,
-) -> None:
-    """Train one fold, from its beginning or from a checkpoint.
-
-    Args:
-        config: the recipe.
-        shards: the shard set to train on.
-        pretrained: weights to start from (`ser_ray.training.model.initial_weights`).
-        report: called after every epoch with its results and a function that makes a snapshot.
-        resume: directory of a checkpoint of the same training, to resume from.
-        device: where to train; the CPU by default.
-        preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
-            the same value on all workers. If it is True, `report` is called in mid-epoch, so that
-            it can write a checkpoint.
-        stream: function that reads the training clips again in every epoch. The built-in `map` is
-            one, which reads them in this process. If None, all clips stay in memory.
-
-    Raises:
-        ConfigError: the recipe does not fit the shards or the number of workers.
-        MismatchError: the checkpoint belongs to another training.
-        DivergedError: a loss or a weight was not finite; the message names the epoch.
-    """
-    world, device = World.current(), device or torch.device("cpu")
-    previous = read_card(resume) if resume is not None else None
-
-    data: FoldData[Source]
-    if stream is None:
-        data = load_fold(shards, config, device)
-    else:
-        known = previous.normalisation if previous is not None else None
-        data = stream_fold(shards, config, device, world, stream, known)
-    require_workers_fit(config, len(data.train), world.size)
-
-    encoder = shards.card.encoder_of(config.feature)
-    pretrained = pretrained if encoder is None else FRESH
-    network = build_network(config, pretrained, len(data.labels), device, encoder)
-    optimiser = build_optimiser(network, config)
-    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
-    schedule = one_cycle(optimiser, config, num_steps)
-    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, world)
-
-    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
-    if resume is not None and previous is not None:
-        card.require_same(previous, str(resume))
-        trainer.restore(Snapshot.read(resume))
-    make_snapshot = partial(trainer.snapshot, card)
-
-    while not trainer.finished:
-        for _ in trainer.begin_epoch():
-            trainer.train_step()
-            is_due = trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
-            if preemption_check is not None and is_due and preemption_check():
-                trainer.reduce_counts()
-                report(None, make_snapshot)
-        trainer.finish_steps()
-        scores = trainer.validate()
-        report(trainer.finish_epoch(scores), make_snapshot)
-
-
-def build_network(
-    config: TrainConfig,
-    pretrained: Pretrained,
-    num_labels: int,
-    device: torch.device,
-    encoder: EncoderCard | None = None,
-) -> ResNet18 | EncoderHead:
-    """Draw the initial weights from the recipe's seed, and load the pretrained ones over them.
-
-    The network is a head on the encoder, if there is one.
-    """
-    torch.manual_seed(seed_of(config.seed))
-    network: ResNet18 | EncoderHead
-    if encoder is None:
-        network = ResNet18(num_labels)
-    else:
-        network = EncoderHead(encoder.num_layers, encoder.dim, num_labels, config.head_units)
-    network.load_state_dict(network.state_dict() | pretrained.state)
-    return to_channels_last(network, device)
 
 
 class Trainer:
@@ -449,45 +321,6 @@ class Trainer:
             for value in network.buffers():
                 if value.is_floating_point():  # the counter of batches is equal on all workers
                     self.world.all_reduce_sum(value).div_(self.world.size)
-
-
-def make_card(
-    config: TrainConfig,
-    shards: ShardSet,
-    data: FoldData[Source],
-    pretrained: Pretrained,
-    ingest: Literal["resident", "stream"],
-) -> CheckpointCard:
-    """Make the card, which but for its temperature all checkpoints of this training share."""
-    return CheckpointCard(
-        labels=data.labels,
-        config=config,
-        features=shards.card.features,
-        normalisation=data.normalisation,
-        corpus=shards.card.corpus,
-        corpora=shards.corpora,
-        shards_fingerprint=shards.card.fingerprint,
-        split=describe_split(data.split),
-        initial_weights=pretrained.origin,
-        ingest=ingest,
-        encoder=shards.card.encoder_of(config.feature),
-        encoder_file=location_inside(shards.locations[0], weights_name(config.feature)),
-    )
-
-
-def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
-    """Refuse more workers than there are clips in a batch or in the training set.
-
-    Raises:
-        ConfigError: there are too many workers.
-    """
-    if config.batch_size < workers:
-        raise ConfigError(
-            f"batch_size is {config.batch_size}, but there are {workers} workers: it counts the "
-            "clips of all workers together, so it must be at least the number of workers"
-        )
-    if num_clips < workers:
-        raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
 
 
 def _add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,15 +13,8 @@ from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.storage.lock import Lock
-from ser_ray.training.checkpoint import (
-    MODEL,
-    PROGRESS,
-    STATE,
-    CheckpointCard,
-    Progress,
-    Snapshot,
-    checkpoint_name,
-)
+from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint import MODEL, PROGRESS, STATE, Progress, Snapshot, checkpoint_name
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 

@@ -199,8 +199,8 @@ def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint,
 
 def test_the_learning_rates_on_the_page_are_those_of_the_loop(shards, tmp_path):
     """The page is drawn from those of the newest checkpoint."""
+    from ser_ray.training.loop import fit
     from ser_ray.training.model import Pretrained
-    from ser_ray.training.trainer import fit
 
     config = dataclasses.replace(CONFIG, epochs=2, batch_size=8)
     reported: list[float] = []

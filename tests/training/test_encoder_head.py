@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError
-from ser_ray.training.checkpoint import CheckpointCard, read_card, read_layer_weights
+from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint import read_card, read_layer_weights
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import FRESH, EncoderHead, initial_weights

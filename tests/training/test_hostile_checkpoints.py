@@ -26,8 +26,9 @@ from ser_ray.training.checkpoint import (
     read_progress,
 )
 from ser_ray.training.config import TrainConfig
+from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained, read_pretrained
-from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+from ser_ray.training.trainer import EpochReport
 from tests.conftest import PLAIN, make_memory_shards
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold, is_answered
 from tests.models import SmallNetwork
@@ -43,7 +44,6 @@ FRESH = Pretrained("fresh weights", {})
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of a training's first epoch."""
-    monkeypatch.setattr("ser_ray.training.checkpoint.ResNet18", SmallNetwork)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from ser_ray.distributed import ingest
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import CheckpointError
+from ser_ray.training import loop
 from ser_ray.training import streaming as stream
-from ser_ray.training import trainer as loop
 from ser_ray.training.checkpoint import MODEL
 from ser_ray.training.data import epoch_order, load_fold, steps_per_epoch
 from ser_ray.training.optim import one_cycle

@@ -16,15 +16,16 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
-from ser_ray.training import trainer as loop
+from ser_ray.training import loop, model, trainer
 from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, read_card
 from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold, steps_per_epoch
+from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
 from ser_ray.training.optim import build_optimiser, one_cycle
 from ser_ray.training.scoring import predict_clips
-from ser_ray.training.trainer import EpochReport, MakeSnapshot, fit
+from ser_ray.training.trainer import EpochReport
 from tests.conftest import PLAIN, cut_into_windows, make_memory_shards
 from tests.models import SmallNetwork
 
@@ -97,13 +98,13 @@ def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
     assert max(rates[1:], default=config.lr_max) == pytest.approx(config.lr_max, rel=0.01)
 
 
-def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> loop.Trainer:
+def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> trainer.Trainer:
     data = load_fold(shards, config, device)
-    network = loop.build_network(config, FRESH, len(data.labels), device)
+    network = model.build_network(config, FRESH, len(data.labels), device)
     optimiser = build_optimiser(network, config)
     num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
     schedule, features = one_cycle(optimiser, config, num_steps), shards.card.features
-    return loop.Trainer(config, data, features, network, optimiser, schedule, loop.World())
+    return trainer.Trainer(config, data, features, network, optimiser, schedule, trainer.World())
 
 
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
@@ -182,7 +183,7 @@ def test_averaged_weights_equal_those_of_torchs_averaged_model(
     memory_shards, tmp_path, monkeypatch
 ):
     averages: list[AveragedModel] = []
-    update = loop.update_ema
+    update = trainer.update_ema
 
     def spy(average: nn.Module, network: nn.Module, decay: float) -> None:
         if not averages:
@@ -191,7 +192,7 @@ def test_averaged_weights_equal_those_of_torchs_averaged_model(
         averages[0].update_parameters(network)
         update(average, network, decay)
 
-    monkeypatch.setattr(loop, "update_ema", spy)
+    monkeypatch.setattr(trainer, "update_ema", spy)
     trained(memory_shards, tmp_path, replace(CONFIG, ema_decay=0.9))
     found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
     floats = [key for key, value in expected.items() if value.is_floating_point()]
@@ -286,7 +287,7 @@ def test_a_weight_that_is_not_finite_is_named_even_if_the_loss_is_finite(
             super().__init__(num_labels)
             self.unused = nn.Parameter(torch.tensor([1.0, torch.nan]))
 
-    monkeypatch.setattr(loop, "ResNet18", Unused)
+    monkeypatch.setattr(model, "ResNet18", Unused)
     with pytest.raises(DivergedError, match="unused is not finite after epoch 1, though the loss"):
         trained(memory_shards, tmp_path)
 
@@ -305,12 +306,12 @@ def test_a_cpu_trains_in_bfloat16_if_it_supports_it_and_inputs_are_large(
     able, bins, frames, bfloat16, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert loop.supports_bfloat16(CPU, bins, frames) is bfloat16
+    assert trainer.supports_bfloat16(CPU, bins, frames) is bfloat16
 
 
 @pytest.mark.parametrize(("bins", "frames"), [(33, 33), (40, 128)])
 def test_bfloat16_gradients_are_finite_and_reproducible(bins, frames):
-    if not loop.supports_bfloat16(CPU, bins, frames):
+    if not trainer.supports_bfloat16(CPU, bins, frames):
         pytest.skip("needs a CPU that multiplies bfloat16")
     gradients = []
     for _ in range(2):
@@ -333,8 +334,8 @@ def test_bfloat16_is_chosen_by_the_size_of_the_trained_feature(monkeypatch):
         asked.append((num_bins, num_frames))
         return False
 
-    monkeypatch.setattr(loop, "supports_bfloat16", ask)
-    monkeypatch.setattr(loop, "ResNet18", NoBatchNorm)
+    monkeypatch.setattr(trainer, "supports_bfloat16", ask)
+    monkeypatch.setattr(model, "ResNet18", NoBatchNorm)
     shards = make_memory_shards()
     config = replace(CONFIG, feature="mfcc")
     data = new_trainer(shards, config).data
@@ -358,7 +359,7 @@ def test_a_checkpoint_cut_short_is_refused(memory_shards, tmp_path):
 
 
 def test_more_workers_than_clips_in_a_batch_are_refused(memory_shards, monkeypatch):
-    monkeypatch.setattr(loop.World, "current", lambda: loop.World(rank=0, size=7))
+    monkeypatch.setattr(trainer.World, "current", lambda: trainer.World(rank=0, size=7))
     with pytest.raises(ConfigError, match="batch_size is 6, but there are 7 workers"):
         fit(CONFIG, memory_shards, FRESH, lambda *_: None)
 
@@ -378,20 +379,20 @@ class NoBatchNorm(nn.Module):
 def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainConfig) -> None:
     torch.set_num_threads(1)
     batches: list[list[int]] = []
-    loop.supports_bfloat16 = lambda *_: False  # its rounding would hide differences
+    trainer.supports_bfloat16 = lambda *_: False  # its rounding would hide differences
     if network == "no batch norm":
-        loop.ResNet18 = NoBatchNorm  # type: ignore[misc,assignment]
+        model.ResNet18 = NoBatchNorm  # type: ignore[misc,assignment]
     if size > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
         )
-    step = loop.Trainer.update_weights
+    step = trainer.Trainer.update_weights
 
-    def spy(self: loop.Trainer, batch: Batch) -> object:
+    def spy(self: trainer.Trainer, batch: Batch) -> object:
         batches.append(batch.rows.tolist())
         return step(self, batch)
 
-    loop.Trainer.update_weights = spy  # type: ignore[assignment,method-assign]
+    trainer.Trainer.update_weights = spy  # type: ignore[assignment,method-assign]
     reports: list[EpochReport] = []
     validated: list[str] = []
     """Hash of each epoch's weights: all ranks must have validated the same network."""
@@ -430,10 +431,10 @@ def run_world(size: int, network: str, folder: Path, config: TrainConfig = CONFI
 def test_bfloat16_trains_as_float32_does_and_validates_in_float32(
     memory_shards, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "ResNet18", NoBatchNorm)
+    monkeypatch.setattr(model, "ResNet18", NoBatchNorm)
     losses = []
     for able in (False, True):
-        monkeypatch.setattr(loop, "supports_bfloat16", lambda *_, able=able: able)
+        monkeypatch.setattr(trainer, "supports_bfloat16", lambda *_, able=able: able)
         recorder = trained(memory_shards, tmp_path / str(able))
         losses.append([report.row["train/loss"] for report in recorder.reports])
     assert losses[0] != losses[1]

@@ -1,0 +1,124 @@
+"""The training loop in plain torch, which reports scores and checkpoints as it goes.
+
+The loop trains in one process by default. If Ray Train or torchrun has initialised
+`torch.distributed`, this process is one of several workers. Batches, learning rates and
+augmentation depend on (seed, epoch, step), but not on the number of workers. Every worker draws the
+complete batch, and trains on its own share of the clips in it. Therefore a run may resume with a
+different number of workers. (With streamed clips, the augmentation does depend on this number: see
+`ser_ray.training.streaming`.)
+
+No step waits for the device: losses and counts are copied from it once per epoch. A snapshot is a
+copy of the training's state, so another thread can write it to storage while the loop continues.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ser_ray.errors import ConfigError
+from ser_ray.shards.read import ShardSet
+from ser_ray.training.card import make_card
+from ser_ray.training.checkpoint import Snapshot, read_card
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.data import FoldData, Source, load_fold, steps_per_epoch
+from ser_ray.training.model import FRESH, Pretrained, build_network
+from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.streaming import Fetch, stream_fold
+from ser_ray.training.trainer import EpochReport, Trainer
+from ser_ray.training.world import World
+
+PREEMPTION_CHECK_STEPS = 32
+"""Steps between two preemption checks. Each check waits for all workers."""
+
+
+MakeSnapshot = Callable[[], Snapshot]
+"""Copies the current state of the training, for a checkpoint. A `Report` may call it only
+before returning."""
+Report = Callable[[EpochReport | None, MakeSnapshot], None]
+"""Called on every worker after every epoch. It is also called in mid-epoch, with None instead of an
+`EpochReport`, when `preemption_check` has returned True."""
+
+
+def fit(
+    config: TrainConfig,
+    shards: ShardSet,
+    pretrained: Pretrained,
+    report: Report,
+    *,
+    resume: Path | None = None,
+    device: torch.device | None = None,
+    preemption_check: Callable[[], bool] | None = None,
+    stream: Fetch | None = None,
+) -> None:
+    """Train one fold, from its beginning or from a checkpoint.
+
+    Args:
+        config: the recipe.
+        shards: the shard set to train on.
+        pretrained: weights to start from (`ser_ray.training.model.initial_weights`).
+        report: called after every epoch with its results and a function that makes a snapshot.
+        resume: directory of a checkpoint of the same training, to resume from.
+        device: where to train; the CPU by default.
+        preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
+            the same value on all workers. If it is True, `report` is called in mid-epoch, so that
+            it can write a checkpoint.
+        stream: function that reads the training clips again in every epoch. The built-in `map` is
+            one, which reads them in this process. If None, all clips stay in memory.
+
+    Raises:
+        ConfigError: the recipe does not fit the shards or the number of workers.
+        MismatchError: the checkpoint belongs to another training.
+        DivergedError: a loss or a weight was not finite; the message names the epoch.
+    """
+    world, device = World.current(), device or torch.device("cpu")
+    previous = read_card(resume) if resume is not None else None
+
+    data: FoldData[Source]
+    if stream is None:
+        data = load_fold(shards, config, device)
+    else:
+        known = previous.normalisation if previous is not None else None
+        data = stream_fold(shards, config, device, world, stream, known)
+    require_workers_fit(config, len(data.train), world.size)
+
+    encoder = shards.card.encoder_of(config.feature)
+    pretrained = pretrained if encoder is None else FRESH
+    network = build_network(config, pretrained, len(data.labels), device, encoder)
+    optimiser = build_optimiser(network, config)
+    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    schedule = one_cycle(optimiser, config, num_steps)
+    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, world)
+
+    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
+    if resume is not None and previous is not None:
+        card.require_same(previous, str(resume))
+        trainer.restore(Snapshot.read(resume))
+    make_snapshot = partial(trainer.snapshot, card)
+
+    while not trainer.finished:
+        for _ in trainer.begin_epoch():
+            trainer.train_step()
+            is_due = trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
+            if preemption_check is not None and is_due and preemption_check():
+                trainer.reduce_counts()
+                report(None, make_snapshot)
+        trainer.finish_steps()
+        scores = trainer.validate()
+        report(trainer.finish_epoch(scores), make_snapshot)
+
+
+def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
+    """Refuse more workers than there are clips in a batch or in the training set.
+
+    Raises:
+        ConfigError: there are too many workers.
+    """
+    if config.batch_size < workers:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, but there are {workers} workers: it counts the "
+            "clips of all workers together, so it must be at least the number of workers"
+        )
+    if num_clips < workers:
+        raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
