@@ -1,4 +1,4 @@
-"""The command that a user may give next, with the settings of the command that has just ended."""
+"""Writes the command that a user may give next, with the settings of the last command."""
 
 import dataclasses
 import shlex
@@ -10,10 +10,10 @@ def next_command(verb: str, *arguments: str, **settings: Any) -> str:
     """Write a command of ser-ray.
 
     Args:
-        verb: its name.
+        verb: name of the command.
         arguments: positional arguments.
-        settings: flags by field name. Of a dataclass, every field that differs from its default
-            is a flag. Empty values are left out.
+        settings: values by field name. A dataclass becomes a flag for every field that differs
+            from its default. Empty values are left out.
     """
     words = ["ser-ray", verb, *arguments]
     for name, value in settings.items():
@@ -23,7 +23,7 @@ def next_command(verb: str, *arguments: str, **settings: Any) -> str:
 
 
 def flags_of(settings: Any, without: Collection[str] = ()) -> list[str]:
-    """Flags for the fields of a configuration that differ from their defaults, but `without`."""
+    """Write flags for all fields that differ from their defaults, except those in `without`."""
     return [
         word
         for name, value in _changes(settings, type(settings)())

@@ -1,8 +1,8 @@
-"""The errors a user can cause.
+"""The errors that a user can cause.
 
-Every message names the item, says what is wrong with it and what to do next; `ser_ray.cli`
-prints it in one line and exits with status 2. A single bad clip is not an error of the run: see
-`ser_ray.features.errors.ClipError`, which becomes a row of the outcomes.
+Every message names the item, the fault and the next step. `ser_ray.cli` prints the message in one
+line and exits with status 2. A bad clip does not end the run: its
+`ser_ray.features.errors.ClipError` becomes a row of the outcomes.
 """
 
 
@@ -10,7 +10,7 @@ class SerRayError(Exception):
     """Base of every error whose message is written for the user, in one line."""
 
     def __str__(self) -> str:
-        # A library's message that is quoted in it may have several lines.
+        # The message may quote a library's message of several lines.
         return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
@@ -55,20 +55,20 @@ class DivergedError(SerRayError):
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message; libraries add details below it."""
+    """Return the first line of an error's message; libraries add details below it."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def last_line(error: Exception) -> str:
-    """Last line of an error's message; Ray's begin with a trace."""
+    """Return the last line of an error's message; Ray's messages begin with a traceback."""
     return str(error).strip().rpartition("\n")[2]
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether another attempt would fail in the same way.
+    """Return whether a retry will fail in the same way.
 
-    It would if the recipe, the shards or the checkpoint are at fault, or if a batch does not fit
-    into a GPU's memory. Any other error, such as a storage that does not respond, may be temporary.
+    A fault of the recipe, the shards or the checkpoint is permanent, and so is a batch that does
+    not fit into a GPU's memory. Other errors, such as storage that does not respond, may pass.
     """
     if isinstance(error, LocationError):
         return False

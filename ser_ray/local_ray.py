@@ -1,4 +1,4 @@
-"""Starting Ray on this machine: its folder for temporary files, its address and its signals."""
+"""Prepares the start of Ray on this machine: its temporary folder, its address and its signals."""
 
 import errno
 import logging
@@ -17,23 +17,22 @@ from ser_ray.storage.paths import absolute
 SESSION_BYTES = len("/ray/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
 """Bytes that Ray adds to the path of its temporary folder to name a socket."""
 LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Longest path, in bytes, in which Ray's folder can be made: Linux limits the path of a socket to
-107 bytes."""
+"""Longest path, in bytes, of the parent of Ray's folder. Linux allows 107 bytes for a socket."""
 FREE_BYTES = 100_000_000
-"""Space that the logs of a session may need."""
+"""Disk space that the logs of a session may need."""
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
-"""Methods of Ray's node that start the servers of its dashboard and autoscaler, and the process
-that sends the workers' logs to the driver."""
+"""Methods of Ray's `Node` that start the dashboard, the autoscaler and the process that sends the
+workers' logs to the driver."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def session_folder() -> Iterator[None]:
-    """Make a temporary folder for a Ray that is started in the `with` block, then delete it.
+    """Make a temporary folder for the Ray that starts in the `with` block, and delete it after.
 
-    Ray ends without giving a reason if the disk is full, or if the path is too long for its
-    sockets, as the TMPDIR of a batch system often is.
+    Ray exits without a reason if the disk is full, or if the path is too long for its sockets. The
+    TMPDIR of batch systems is often too long.
 
     Raises:
         ResourcesError: no folder for temporary files can be used.
@@ -88,9 +87,9 @@ def _folder_in(root: str) -> str:
 def signals_kept() -> Iterator[None]:
     """Keep this process's signal handlers while Ray starts in the `with` block.
 
-    Ray replaces the handler of SIGTERM, which is put back. SIGHUP is masked while Ray starts, and
-    Ray's processes inherit the mask. So they survive when the terminal closes, and this process can
-    use them to stop in good order.
+    Ray replaces the handler of SIGTERM; this function restores it. SIGHUP is masked while Ray
+    starts, and Ray's processes inherit the mask. They survive when the terminal closes, and this
+    process can use them while it stops.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -111,13 +110,13 @@ def signals_kept() -> Iterator[None]:
 
 @contextmanager
 def small_and_on_loopback() -> Iterator[None]:
-    """Limit a Ray that is started in the `with` block to the loopback and necessary processes.
+    """Limit the Ray that starts in the `with` block to the loopback and to the needed processes.
 
-    The processes that UNUSED would start are left out. Ray would otherwise start the dashboard's
-    server and wait for it, even with `include_dashboard=False`. The node's agent runs without its
-    HTTP server, as in an installation without `ray[default]`. Ray has no public settings for these
-    processes or for the address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
-    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    The methods in UNUSED do nothing: by default Ray starts the dashboard's server and waits for it,
+    even with `include_dashboard=False`. The node's agent runs without its HTTP server, as in an
+    installation without `ray[default]`. Ray has no public settings for these processes or for the
+    address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
+    `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
     """
     from ray._private import ray_constants, utils
     from ray._private.node import Node

@@ -1,4 +1,4 @@
-"""Showing how far a long job is on standard error: a bar on a terminal, lines of text in a log."""
+"""Shows the progress of a long job on standard error: a bar on a terminal, lines in a log."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 10.0
-"""A log gets at most one line in this time, and one more at the end."""
+"""Shortest time between two lines in a log, except before the last line."""
 
 Report = Callable[[str, int, int], None]
-"""Called with a text that says how far the job is, the amount that is done, and the total."""
+"""Called with a text to show, the amount of work that is done, and the total amount."""
 
 
 @cache
 def stderr_console() -> "Console":
-    """Console for progress, which stays off standard output.
+    """Return the process's console on standard error.
 
-    There is one for the process, so that a line printed while a bar is shown appears above it.
+    There is only one, so that lines that are printed while a bar is shown appear above the bar.
     """
     from rich.console import Console
 
@@ -29,7 +29,7 @@ def stderr_console() -> "Console":
 
 
 def clock(seconds: float) -> str:
-    """Seconds as H:MM:SS or M:SS."""
+    """Write seconds as H:MM:SS or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -37,7 +37,7 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Yield a function to call after each step, which shows the step on standard error."""
+    """Yield a function that shows progress on standard error; call it after each step."""
     if not sys.stderr.isatty():
         yield _log_lines()
         return

@@ -12,8 +12,8 @@ def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     """Yield the path to write to; the file appears at `path` when the block ends without an error.
 
     On a disk, the block writes a temporary file beside `path`, which is then renamed. In a bucket,
-    the block writes to `path` itself: an object appears only when it is complete, and renaming it
-    would copy and delete it.
+    the block writes to `path` itself, because an object appears only when it is complete, and
+    renaming an object means copying it.
     """
     if filesystem.type_name in ("s3", "gcs"):
         yield path

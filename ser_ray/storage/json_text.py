@@ -1,11 +1,11 @@
-"""Writes JSON that every program can read, and reads JSON from files that are not trusted."""
+"""Writes JSON that every program can read, and reads JSON from untrusted files."""
 
 import json
 from typing import Any
 
 
 def to_json(value: Any) -> str:
-    """Write a value as indented JSON, with null for a number that is not finite.
+    """Write a value as indented JSON; numbers that are not finite become null.
 
     Python's own encoder writes `NaN`, which RFC 8259 does not allow and other parsers refuse.
     """

@@ -13,34 +13,34 @@ from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of, location_ins
 
 DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
-_LEFT_BY_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """An entry below a folder that is a file or is named like one."""
+    """A file below a folder, or a folder that is named like a file."""
 
     inside: str
     """Path relative to the folder, with forward slashes."""
     location: str
-    """Local path or URI that `filesystem_of` opens, on any machine that sees the folder."""
+    """Absolute path or URI of the file."""
     size: int | None
     """Bytes; None if unknown."""
     modified: int | None
     """Time of the last change in nanoseconds since 1970; None if unknown."""
     problem: str | None
-    """Why it cannot be opened; None if it can."""
+    """Why the file cannot be opened; None if it can."""
 
 
 def list_files(location: str) -> Iterator[ListedFile]:
     """Yield every file below a folder, in no particular order.
 
-    Folders whose names have a suffix are yielded too, with a problem. Hidden entries (`.DS_Store`,
-    `._name.wav`) and folders of operating systems (`__MACOSX`) are left out.
+    A folder with a suffix in its name, such as `clip.wav`, is yielded with a problem. Hidden
+    entries (`.DS_Store`, `._name.wav`) and folders of operating systems (`__MACOSX`) are skipped.
 
     Raises:
-        OSError: the folder or one below it cannot be listed.
-        ConfigError: no filesystem opens the location.
+        OSError: the folder or a folder below it cannot be listed.
+        ConfigError: no filesystem can open the location.
     """
     filesystem, root = filesystem_of(location)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -50,10 +50,10 @@ def list_files(location: str) -> Iterator[ListedFile]:
 
 
 def _list_local(root: str) -> Iterator[ListedFile]:
-    """Walk local folders, and follow links except to a folder that the walk is already inside.
+    """List a local folder, following links except to a folder that contains the link.
 
-    The recursive listing of pyarrow leaves out dangling links, never ends in a folder that links to
-    itself, and fails if any name is not UTF-8.
+    pyarrow's recursive listing skips dangling links, never ends if a folder links to itself, and
+    fails if any name is not UTF-8.
     """
     waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
     while waiting:
@@ -77,7 +77,7 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a local path, and why it is not a file that can be opened."""
+    """Return the status of a local path, and the reason if it cannot be opened as a file."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
     except FileNotFoundError:
@@ -92,10 +92,10 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return the form of a path in which a file exists, or the path itself if none does.
+    """Return the Unicode form of a path that exists, or the path unchanged if no form exists.
 
-    Operating systems store letters with accents in different normal forms of Unicode, so a path
-    that was written on one of them may not be found on another.
+    Operating systems store accented letters in different normal forms of Unicode, so a path that
+    was written on one system may not be found on another.
     """
     forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
     return next((form for form in forms if os.path.lexists(form)), path)
@@ -116,4 +116,4 @@ def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterato
 
 
 def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name in _LEFT_BY_SYSTEMS
+    return name.startswith(".") or name in _SYSTEM_FOLDERS

@@ -1,13 +1,13 @@
-"""A lock that lets one process write into a folder, such as shards or the checkpoints of a run.
+"""A lock on a folder: only the process that holds it writes there, for example shards or a run.
 
-The lock is a file in the folder, so it works on any filesystem that pyarrow opens and between
+The lock is a file in the folder, so it works on every filesystem that pyarrow opens, and between
 machines that share nothing else. (`filelock` needs a local disk, and pyarrow has no conditional put
-for a bucket.) The holder rewrites the file every `BEAT_SECONDS` with the next number.
+for buckets.) The holder rewrites the file every `BEAT_SECONDS` and increases the number in it.
 
-Clocks of two machines are never compared. A process that finds another process's lock asks the
-operating system whether that process is running, if it was started on the same machine. Otherwise
-it watches the file: the holder is alive if the file changes, and gone if it does not change for
-`STALE_SECONDS`.
+A process that finds a lock of its own machine asks the operating system whether the holder is
+running. If the lock is from another machine, it watches the file: the holder is alive if the file
+changes, and gone if the file does not change for `STALE_SECONDS`. The clocks of two machines are
+never compared.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from ser_ray.storage.paths import filesystem_of, location_inside
 LOCK_NAME = "lock.json"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-LOOK_SECONDS = 1.0
-"""Time between two looks at a lock that another process may hold."""
+POLL_SECONDS = 1.0
+"""Time between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Processes that claim the lock at the same moment all write within this time."""
+"""Time within which all processes that claim the lock at the same moment have written it."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Lock:
 
     Args:
         location: the folder, which is created if it does not exist.
-        error: the type of error that is raised where the lock cannot be held.
-        advice: the rest of a message that begins with the name of another holder: what it does and
-            what the user can do about it.
+        error: the type of the error that is raised if the lock cannot be held.
+        advice: the end of the error message, after the name of the process that holds the lock:
+            what that process does, and what the user can do about it.
     """
 
     def __init__(self, location: str, error: type[SerRayError], advice: str) -> None:
@@ -72,8 +72,8 @@ class Lock:
         """Acquire the lock.
 
         Raises:
-            SerRayError: of the type `error`: another process holds the lock, or the folder cannot
-                be written.
+            SerRayError: another process holds the lock, or the folder cannot be written. Its type
+                is `error`.
         """
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
@@ -90,7 +90,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         """Release the lock, unless another process took it over.
 
-        Failing to do so is a warning: an error here would hide the one that ended the block.
+        If that fails, a warning is logged: an error would hide the error that ended the block.
         """
         self._is_released.set()
         self._thread.join()
@@ -104,9 +104,9 @@ class Lock:
             )
 
     def check(self) -> None:
-        """Raise `error` if another process took over the lock, as it may after missed beats.
+        """Raise `error` if another process took over the lock because beats were missed.
 
-        The storage is read only if the last beat is overdue, so this can be called at every step.
+        This reads the storage only if the last beat is overdue, so every step may call it.
         """
         if time.time() - self._last_beat > 2 * BEAT_SECONDS:  # for example after the machine slept
             with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ class Lock:
     def _acquire(self) -> None:
         claim = self._read()
         if claim is not None:
-            claim = self._wait_for_end_of(claim)
+            claim = self._wait_until_gone(claim)
         if claim is None and isinstance(self._filesystem, fs.LocalFileSystem):
             try:
                 with Path(self._path).open("x") as file:
@@ -125,14 +125,14 @@ class Lock:
             except FileExistsError:
                 raise self._in_use(self._read()) from None
             return
-        # No condition can be set on replacing a file or an object, so the last writer wins.
+        # A file or an object cannot be replaced conditionally, so the last writer wins.
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
             raise self._in_use(self._read())
 
-    def _wait_for_end_of(self, claim: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the claim if its holder is gone, or None if it was released.
+    def _wait_until_gone(self, claim: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the claim if its holder is gone, or None if the holder released the lock.
 
         Raises:
             SerRayError: the holder is running.
@@ -148,7 +148,7 @@ class Lock:
         )
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             latest = self._read()
             if latest is None:
                 return None
@@ -158,7 +158,7 @@ class Lock:
 
     def _keep_alive(self) -> None:
         while not self._is_released.wait(BEAT_SECONDS) and not self._is_lost:
-            with contextlib.suppress(OSError):  # the bucket does not respond for a moment
+            with contextlib.suppress(OSError):  # the storage may fail for a moment
                 self._beat()
 
     def _beat(self) -> None:
@@ -180,7 +180,7 @@ class Lock:
         write_file(self._filesystem, self._path, self._text().encode())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim, `{}` if it is just being written, None if there is no lock."""
+        """Return the holder's claim, `{}` if it is half written, or None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -196,8 +196,8 @@ class Lock:
         claim = self._read()
         if claim is None:
             return self._error(
-                f"{self._location}: was deleted while this process held it, so another one may be "
-                "writing here; make sure that none is, and give the same command again"
+                f"{self._location}: was deleted while this process held it, so another process may "
+                "be writing here; stop that process, and give the same command again"
             )
         return self._in_use(claim)
 
@@ -207,7 +207,7 @@ def _name(claim: dict[str, Any] | None) -> str:
 
 
 def _is_running(claim: dict[str, Any]) -> bool | None:
-    """Return whether the process that wrote a claim is running; None if that is not known."""
+    """Return whether the process that wrote a claim is running; None if unknown."""
     if (claim.get("host"), claim.get("pid_namespace")) != (socket.gethostname(), _pid_namespace()):
         return None
     try:
@@ -216,12 +216,12 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
         return False
     except psutil.AccessDenied:
         return None
-    # Process ids are reused, and a corrected clock shifts the start times of all processes.
+    # Unknown, because ids are reused, but a corrected clock also shifts the times of all processes.
     return True if abs(started - claim["process_started"]) < 1 else None
 
 
 def _pid_namespace() -> str:
-    """Return a text that is equal in processes that see each other's ids, as in one container."""
+    """Return the PID namespace of this process; processes of one namespace see each other's ids."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux

@@ -1,6 +1,6 @@
 """Reads recordings that are stored in rows of Parquet files, as in Hugging Face data sets.
 
-The location of such a recording is that of the Parquet file, `#audio=` and the number of the row.
+Their locations have the form `PARQUET_FILE#audio=ROW`, with rows counted from 0.
 """
 
 from bisect import bisect_right
@@ -10,15 +10,15 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ser_ray.errors import first_line
 from ser_ray.storage.paths import filesystem_of
 
 ROW = "#audio="
-"""Stands between the location of the Parquet file and the number of a row, counted from 0."""
 COLUMN = "audio"
 
 
 def packed_location(parquet: str, row: int) -> str:
-    """Return the location of a row's recording; locations sort as the rows do."""
+    """Return the location of a row's recording; sorting the locations sorts the rows."""
     return f"{parquet}{ROW}{row:09d}"
 
 
@@ -32,14 +32,14 @@ def read_packed(location: str) -> bytes:
     try:
         filesystem, path = filesystem_of(parquet)
         info = filesystem.get_file_info(path)
-        version = info.size, info.mtime_ns  # a file that was replaced is read anew
+        version = info.size, info.mtime_ns  # so that a replaced file is read again
         footer, firsts = _read_footer(parquet, version)
         if not 0 <= (row := int(number)) < footer.num_rows:
             raise OSError(f"{location}: the file has rows 0 to {footer.num_rows - 1}")
         group = bisect_right(firsts, row) - 1
         found = _read_group(parquet, version, group)[row - firsts[group]].as_py()
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise OSError(f"{location}: {str(error).partition(chr(10))[0]}") from error
+        raise OSError(f"{location}: {first_line(error)}") from error
     if found is None:
         raise OSError(f"{location}: the row has no recording")
     return bytes(found)
@@ -47,7 +47,7 @@ def read_packed(location: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
-    """Return the footer of a Parquet file, and the number of the first row of each row group."""
+    """Return a Parquet file's footer, and the first row of each row group and the row count."""
     filesystem, path = filesystem_of(parquet)
     footer = pq.read_metadata(path, filesystem=filesystem)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
@@ -56,7 +56,7 @@ def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, lis
 
 @lru_cache(maxsize=1)
 def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
-    """Read the recordings of a row group once for all of its rows, which are decoded in turn."""
+    """Read all recordings of a row group; the cache keeps them while its rows are decoded."""
     filesystem, path = filesystem_of(parquet)
     footer, _ = _read_footer(parquet, version)
     with pq.ParquetFile(path, metadata=footer, filesystem=filesystem) as file:

@@ -1,6 +1,6 @@
 """Locations: local paths, and URIs that pyarrow or fsspec opens (`s3://`, `gs://`, `memory://`).
 
-Everything that the program reads or writes is opened through `filesystem_of`.
+The program opens all its inputs and outputs with `filesystem_of`.
 """
 
 import os
@@ -11,24 +11,24 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 
-from ser_ray.errors import ConfigError, LocationError
+from ser_ray.errors import ConfigError, LocationError, first_line
 
 NOT_UTF8 = "the path is not UTF-8: rename it"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-# The schemes that pyarrow opens itself.
+# The schemes that pyarrow opens itself; fsspec opens the others.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
-"""`://user:password@`. Secret keys of S3 may have slashes; `://host:9000/` is a port."""
+"""Matches `://user:password@`, but not the port in `://host:9000/`. S3 keys may have slashes."""
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a location and the path inside it.
 
-    A local path becomes absolute: a Ray worker with another working directory opens the same file.
+    A local path becomes absolute, because Ray workers have other working directories.
 
     Raises:
-        LocationError: no filesystem opens the URI.
-        ConfigError: the location has a password in it, or is not UTF-8.
+        LocationError: no filesystem can open the URI.
+        ConfigError: the location contains a password, or is not UTF-8.
     """
     if as_utf8(location) != location:
         raise ConfigError(f"{as_utf8(location)}: {NOT_UTF8}")
@@ -36,7 +36,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), absolute(location)
     refuse_password(location)
     if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
-        location = location.replace("#", "%23")  # part of the key: objects have no fragments
+        location = location.replace("#", "%23")  # a character of the object's key, not a fragment
     parts = urlsplit(location)
     try:
         if parts.scheme in _BUCKET_SCHEMES:
@@ -47,7 +47,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, NotImplementedError):
         return _fsspec_filesystem(location)
     except OSError as error:
-        raise LocationError(f"{location}: cannot be opened ({_first_line(error)})") from error
+        raise LocationError(f"{location}: cannot be opened ({first_line(error)})") from error
 
 
 def as_utf8(path: str) -> str:
@@ -63,7 +63,7 @@ def printable(text: str) -> str:
 
 
 def refuse_password(location: str) -> None:
-    """Refuse a location with a password, which every manifest, shard and run would store."""
+    """Refuse a location with a password, because manifests, shards and runs store locations."""
     for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
         if _PASSWORD.search(link):
             raise ConfigError(
@@ -74,7 +74,7 @@ def refuse_password(location: str) -> None:
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """Return the client of a bucket, which takes 13 ms to make and keeps its connections."""
+    """Return the client of a bucket; the cache saves 13 ms and new connections."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
@@ -85,7 +85,7 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError, OSError) as error:
         raise LocationError(
-            f"{location}: no filesystem opens this location ({_first_line(error)})"
+            f"{location}: no filesystem opens this location ({first_line(error)})"
         ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
@@ -105,9 +105,9 @@ def absolute(location: str) -> str:
 
 
 def location_inside(folder: str, path: str) -> str:
-    """Return the location of a relative path in a folder, with the query or chain of its URI."""
+    """Return the location of a relative path in a folder; keep the folder URI's query or chain."""
     if "://" not in folder:
-        return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - a million of them
+        return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - called for each file
     before, after = _split_uri(folder)
     while path.startswith("../"):
         before, path = before.rstrip("/").rpartition("/")[0], path.removeprefix("../")
@@ -125,11 +125,7 @@ def folder_of(location: str) -> str:
 
 
 def _split_uri(location: str) -> tuple[str, str]:
-    """Split a URI after its path: before pyarrow's `?region=...` or fsspec's `::file://...`."""
+    """Split a URI into its path, and pyarrow's query or fsspec's chain (`::file://...`)."""
     mark = "?" if urlsplit(location).scheme in _PERCENT_ENCODED else "::"
     before, mark, after = location.partition(mark)
     return before, mark + after
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

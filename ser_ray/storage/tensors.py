@@ -1,4 +1,4 @@
-"""Reads files of weights that anybody may have written: safetensors, or what `torch.save` wrote."""
+"""Reads untrusted files of weights: safetensors, or the output of `torch.save`."""
 
 import pickle
 import struct
@@ -13,15 +13,15 @@ DAMAGED = (
     EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
     pickle.UnpicklingError, struct.error, SafetensorError,
 )  # fmt: skip
-"""What the libraries raise for files that are damaged or hold no weights."""
+"""Errors that the libraries raise for files that are damaged or hold no weights."""
 
 
 def read_tensors(path: Path) -> Any:
-    """Return the content of a file of weights, mostly tensors by name; no code in it is run.
+    """Return the content of a file of weights, usually tensors by name, without running its code.
 
     Raises:
         ValueError: the file is damaged or holds no weights.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
