@@ -188,7 +188,7 @@ def tune(
     Raises:
         SerRayError: no trial succeeded; the message gives the first reason.
     """
-    from ser_ray.corpus.splits import CROSS_CORPUS, DEPENDENCE
+    from ser_ray.corpus.folds import CROSS_CORPUS, DEPENDENCE
     from ser_ray.search.trial_table import TrialTable
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run

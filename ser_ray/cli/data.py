@@ -33,7 +33,7 @@ class Prepare(Verb):
     def run(self) -> Outcome:
         """Prepare the shards and list the outcomes of all files."""
         from ser_ray.corpus.census import compare_with_ravdess
-        from ser_ray.corpus.splits import suggest_protocol
+        from ser_ray.corpus.folds import suggest_protocol
 
         say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)

@@ -223,7 +223,7 @@ class Crossval(TrainingVerb):
 
     def run(self) -> Outcome:
         """Train the folds and print the pooled scores."""
-        from ser_ray.corpus.splits import num_folds
+        from ser_ray.corpus.folds import num_folds
 
         config = self.crossval
         folds: Sequence[int] = config.folds

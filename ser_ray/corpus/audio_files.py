@@ -1,7 +1,7 @@
 """Finds the recordings in a folder, or among the files that a pattern matches.
 
-`prepare` and `predict` take the same files from a folder, and count the others by suffix to report
-them. A file is opened only if files of other kinds can have the same suffix.
+`prepare` and `predict` find the same recordings in a folder. They count the other files by suffix.
+A file is opened only if its suffix is also used for other kinds of files.
 """
 
 import os
@@ -30,7 +30,7 @@ AUDIO_SUFFIXES = frozenset(
 )  # fmt: skip
 """Suffixes of the recordings that phones, recorders, cameras and editors write."""
 SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
-"""Suffixes that other kinds of files have too, such as TypeScript: the first bytes decide."""
+"""Suffixes that other kinds of files, such as TypeScript, have too. The first bytes decide."""
 _STARTS = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
 _PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
 
@@ -42,7 +42,7 @@ class AudioFiles:
     files: list[str] = field(default_factory=list)
     """Paths or URIs, each once."""
     problems: dict[str, str] = field(default_factory=dict)
-    """Why some of them cannot be opened, by path."""
+    """Why a file cannot be opened, by its path; other files are not in here."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of files that are not recordings, by suffix."""
 
@@ -62,21 +62,21 @@ def is_recording(file: ListedFile) -> bool:
         with filesystem.open_input_file(path) as stream:
             start = stream.read(2 * max(length for _, length in _PACKETS))
     except OSError:
-        return True  # decoding it will name the reason
+        return True  # decoding the file gives the reason
     return start.startswith(_STARTS) or any(
         start[offset::length][:2] == b"GG" for offset, length in _PACKETS
     )
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Say how many files of each suffix were left out; return an empty string if there are none."""
+    """Count the files that were left out, by suffix; return an empty string if there are none."""
     if not left_out:
         return ""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))
     kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in ranked[:8]]
     if rest := sum(count for _, count in ranked[8:]):
         kinds.append(f"{rest} of other kinds")
-    hint = "; unpack archives to use what is in them" if ".zip" in left_out else ""
+    hint = "; unpack archives to use the files in them" if ".zip" in left_out else ""
     return f"left out, as they are not recordings: {', '.join(kinds)}{hint}"
 
 
@@ -84,8 +84,8 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
     """List the recordings that a user names.
 
     Args:
-        sources: files with any suffix, folders, or patterns, in which `*` and `?` match within a
-            name and `**` matches any number of folders.
+        sources: files with any suffix, folders, or patterns. In a pattern, `*` and `?` match within
+            a name, and `**` matches any number of folders.
 
     Raises:
         CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
@@ -118,7 +118,7 @@ def _add(found: AudioFiles, source: str) -> None:
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.Directory:
         _add_folder(found, source)
-    elif kind != fs.FileType.NotFound:  # if it is a device, decoding says so
+    elif kind != fs.FileType.NotFound:  # decoding reports a device
         found.files.append(source)
     elif set("*?[") & set(source):
         _add_matching(found, source)
@@ -137,7 +137,7 @@ def _add_folder(found: AudioFiles, folder: str) -> None:
 
 
 def _add_matching(found: AudioFiles, pattern: str) -> None:
-    """Add the recordings that a pattern matches, and any other files whose suffix it names."""
+    """Add the recordings that match a pattern, or all matches if the pattern names a suffix."""
     fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
     base = fixed[0] if fixed else ""
     wanted = unicodedata.normalize("NFC", pattern.removeprefix(base)).split("/")
@@ -154,12 +154,9 @@ def _add_matching(found: AudioFiles, pattern: str) -> None:
 
 
 def _add_recordings(found: AudioFiles, listed: list[ListedFile], *, others: bool = False) -> int:
-    """Add the recordings among listed files and count the rest.
+    """Add the recordings among listed files, count the others, and return how many were added.
 
-    If `others` is true, files with other suffixes are added as well, except SHARED_SUFFIXES.
-
-    Returns:
-        How many files were added.
+    If `others` is true, other files are added as well, except those with SHARED_SUFFIXES.
     """
     added = []
     for file in listed:

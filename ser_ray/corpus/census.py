@@ -1,8 +1,8 @@
-"""Finding missing, doubled and unexpected files by comparing a listing with the complete RAVDESS.
+"""Finds missing, doubled and unexpected files by comparing a listing with the complete RAVDESS.
 
-RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except that actor 18
-does not sing, and each performance is an audio-video mp4, a video-only mp4 and a wav. Few users
-need all of them, so a modality and channel of which nothing is listed is not reported as missing.
+RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except actor 18, who
+does not sing. Each performance is an audio-video mp4, a video-only mp4 and a wav. Few users need
+all files, so files are reported as missing only if others of their modality and channel are there.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _NAMES_SHOWN = 3
 
 @cache
 def expected_ravdess() -> tuple[ClipName, ...]:
-    """Return every file of RAVDESS in the order of the names, [7356]."""
+    """Return the names of all 7,356 files of RAVDESS, sorted."""
     clips = []
     for values in itertools.product(*VALUES.values()):
         try:
@@ -41,12 +41,12 @@ def expected_ravdess() -> tuple[ClipName, ...]:
 
 @dataclass(frozen=True)
 class CorpusComparison:
-    """Which files of RAVDESS are listed, judged by their names alone."""
+    """The listed files compared with those of RAVDESS, by name alone."""
 
     present: tuple[ClipName, ...]
     """Files of RAVDESS that are listed, without repetition."""
     missing: tuple[ClipName, ...]
-    """Files that are not listed, although others of their modality and channel are."""
+    """Files that are not listed, although other files of their modality and channel are."""
     doubled: tuple[ClipName, ...]
     """Files that are listed more than once."""
     unexpected: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Downloading RAVDESS from its Zenodo record into folders that `manifest` can list.
+"""Downloads RAVDESS from its Zenodo record into folders that `manifest` can list.
 
-Each archive is fetched (`fetch`), checked against the checksum in the record, and unpacked
-(`unpack`) into a folder of the same name, which appears only when it is complete. After an
-interruption the same call resumes the download.
+Each archive is fetched and checked against its checksum in the record (`fetch`), then unpacked
+(`unpack`). The unpacked folder appears only when it is complete. After an interruption, the same
+call resumes the download.
 
 RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 """
@@ -29,10 +29,10 @@ ACTORS = tuple(map(int, SPEAKERS))
 ACTORS_WITHOUT_SONG = (18,)
 IN_USE = "is downloading into this folder; wait until it ends, or choose another target"
 
-# Unpacked bytes for each byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
+# Unpacked bytes per byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
-"""An archive that would unpack to more than this many times its size is refused as a bomb."""
+"""An archive that grows more than this when unpacked is refused as a zip bomb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,16 +40,16 @@ class DownloadConfig:
     """Which parts of RAVDESS to download, and where to put them."""
 
     target: str = "ser-ray-out/ravdess"
-    """Local folder that receives one folder for each archive. It is a corpus for `prepare`."""
+    """Local folder to download into; give it to `prepare` as the corpus."""
     parts: tuple[Part, ...] = ("speech",)
-    """speech and song are the wavs of all actors (0.2 GB each). video-speech and video-song are
-    the mp4s with and without sound, in one archive for each actor (about 0.5 GB each)."""
+    """speech and song are the wav files of all actors (0.2 GB each). video-speech and video-song
+    are the mp4 files with and without sound, in one archive per actor (about 0.5 GB each)."""
     actors: tuple[int, ...] = ACTORS
     """Actors whose videos are downloaded, 1 to 24."""
     keep_archives: bool = False
     """Keep the zip files in the target after unpacking them."""
     record_url: str = "https://zenodo.org/api/records/1188976"
-    """Address of the record's listing: names, sizes, checksums and links of the archives."""
+    """Address of the record, which lists names, sizes, checksums and links of the archives."""
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -90,16 +90,16 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
     Args:
         config: which archives, and where to put them.
-        progress: called with an archive's name, the number of its bytes that have arrived, and its
-            size in bytes; by default progress is shown on standard error.
+        progress: called with the name of an archive, the number of downloaded bytes, and the size
+            in bytes; by default progress is shown on standard error.
 
     Returns:
         The complete folders of the requested archives.
 
     Raises:
         CorpusError: the record cannot be read or does not list an archive, an archive has the wrong
-            checksum, the disk is too small, a folder of an archive's name exists already, or
-            another process downloads into the target. What has arrived is kept.
+            checksum, the disk is too small, the folder of an archive exists already, or another
+            process downloads into the target. Downloaded bytes are kept.
     """
     from ser_ray.corpus.unpack import is_unpacked
     from ser_ray.storage.lock import Lock
@@ -119,7 +119,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         except OSError as error:
             raise CorpusError(
                 f"{target}: cannot be written ({error}); free some space or choose another target. "
-                "The same command resumes from what has arrived"
+                "The same command resumes the download"
             ) from error
     return tuple(folders.values())
 
@@ -142,7 +142,7 @@ def _fetch_and_unpack(
 
 
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:
-    """Check that the unpacked clips fit on the disk, together with the zip files needed."""
+    """Check that the disk has room for the unpacked clips and for the zip files."""
     sizes = [archive.size for archive in archives]
     unpacked = sum(archive.size * _GROWTH[archive.name[:5]] for archive in archives)
     files = itertools.chain(*(target.glob(f"{archive.name}*") for archive in archives))
@@ -158,7 +158,7 @@ def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bo
 
 @contextlib.contextmanager
 def _shown(progress: Report | None) -> Iterator[Report]:
-    """Yield the given function, or else one that shows the progress of each archive."""
+    """Yield the given function, or else a function that shows the progress of each archive."""
     if progress is not None:
         yield progress
         return

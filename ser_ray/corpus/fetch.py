@@ -1,9 +1,9 @@
-"""Fetching files of a Zenodo record over HTTP, and resuming where a transfer stopped.
+"""Fetches files of a Zenodo record over HTTP, and resumes interrupted transfers.
 
-The bytes of a file that have arrived are kept in `NAME.part`. After a cut connection, a busy server
-or an interrupted run, only the other bytes are requested, while `pooch` would start over. The
-number of attempts and the pauses between them are limited. A file gets its name only if it has the
-checksum that the record lists.
+Received bytes are kept in `NAME.part`. After a lost connection, a busy server or an interrupted
+run, only the missing bytes are requested (`pooch` starts over). The number of attempts and the
+pauses between them are limited. The file gets its final name only if its checksum is the one in the
+record.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from ser_ray.progress import Report
 
 ATTEMPTS = 8
 FIRST_WAIT_SECONDS = 1.0
-"""Doubled after every failed attempt."""
+"""Pause after the first failed attempt; every further pause is twice as long."""
 MAX_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = (10.0, 60.0)
-"""Time for connecting, and for the next bytes of an open connection."""
+"""Longest wait for a connection, and for the next bytes of an open connection."""
 BUSY = (429, 500, 502, 503, 504)
 """HTTP statuses after which the request is repeated."""
 CHUNK_BYTES = 1 << 14
-"""Small, because an incomplete chunk is lost and has to be requested again."""
+"""Small, because an incomplete chunk is lost and must be requested again."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A file of the record, as its listing describes it."""
+    """A file of the record."""
 
     name: str
     size: int
@@ -50,7 +50,7 @@ class Archive:
 def open_session() -> requests.Session:
     """Open a session, which keeps connections open between requests."""
     session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"  # a compressed transfer could not be resumed
+    session.headers["Accept-Encoding"] = "identity"  # compressed transfers cannot be resumed
     return session
 
 
@@ -58,7 +58,7 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
     """Read the record's listing and return the named files, in the order of `names`.
 
     Raises:
-        CorpusError: the record cannot be read, is not a listing, or does not list a name.
+        CorpusError: the record cannot be read, or does not list one of the names.
     """
 
     def request() -> str:
@@ -80,7 +80,7 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(
             f"{url}: the response is not the listing of a Zenodo record ({type(error).__name__}: "
-            f"{error}); check the address, and whether a proxy responds in its place"
+            f"{error}); check the address, and whether a proxy sent the response"
         ) from error
     absent = [name for name in names if name not in listed]
     if absent:
@@ -96,8 +96,8 @@ def fetch(session: requests.Session, archive: Archive, folder: Path, report: Rep
     A file with the wrong checksum is deleted and fetched once more from the start.
 
     Raises:
-        CorpusError: the server does not have the archive, does not respond, or sends bytes with
-            another checksum than the record lists.
+        CorpusError: the server does not have the archive or does not respond, or its bytes do not
+            have the checksum in the record.
     """
     complete, part = folder / archive.name, folder / f"{archive.name}.part"
     if complete.is_file():
@@ -114,19 +114,19 @@ def fetch(session: requests.Session, archive: Archive, folder: Path, report: Rep
         logger.warning("%s: wrong checksum, starting over", archive.name)
         part.unlink()
     raise CorpusError(
-        f"{archive.name}: {archive.url} sent it twice with another checksum than the record lists "
-        f"(MD5 {archive.md5}); try again later, and tell the record's authors if it persists"
+        f"{archive.name}: was downloaded twice from {archive.url}, both times without the checksum "
+        f"in the record (MD5 {archive.md5}); try again later, or report it to the record's authors"
     )
 
 
 def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report: Report) -> None:
-    """Request the bytes that the partial file lacks, and append them.
+    """Request the bytes that the partial file lacks, and append them to it.
 
     Raises:
-        requests.RequestException: some bytes did not arrive; those that did are kept.
+        requests.RequestException: some bytes did not arrive; the received bytes are kept.
     """
     done = part.stat().st_size if part.exists() else 0
-    if done >= archive.size:  # `fetch` checks whether these are the right bytes
+    if done >= archive.size:  # `fetch` checks their checksum
         part.touch()
         return
     headers = {"Range": f"bytes={done}-"} if done else {}
@@ -149,15 +149,15 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
 
 
 def _retry(name: str, request: Callable[[], Result]) -> Result:
-    """Repeat a request until it succeeds, up to `ATTEMPTS` times with growing pauses."""
+    """Make a request, and repeat it after growing pauses until `ATTEMPTS` attempts have failed."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
         except requests.RequestException as error:
             if attempt == ATTEMPTS:
                 raise CorpusError(
-                    f"{name}: failed {ATTEMPTS} times ({_reason(error)}); what has arrived is "
-                    "kept, and the same command resumes from there"
+                    f"{name}: failed {ATTEMPTS} times ({_reason(error)}); the downloaded part is "
+                    "kept, and the same command resumes the download"
                 ) from error
             seconds = _pause(attempt, error.response)
             logger.warning("%s: %s; trying again in %.0f s", name, _reason(error), seconds)
@@ -166,7 +166,7 @@ def _retry(name: str, request: Callable[[], Result]) -> Result:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the innermost cause; the outer layers repeat the address and each other's messages."""
+    """Return the innermost cause; the outer exceptions repeat the address and inner messages."""
     while error.args:
         inner = getattr(error.args[0], "reason", error.args[0])
         if not isinstance(inner, BaseException):
@@ -176,7 +176,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _pause(attempt: int, response: requests.Response | None) -> float:
-    """Return the seconds until the next attempt: as the server requests, or else doubling."""
+    """Return the seconds until the next attempt, which the server may choose (Retry-After)."""
     requested = response.headers.get("Retry-After", "") if response is not None else ""
     seconds = float(requested) if requested.isdecimal() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(seconds, MAX_WAIT_SECONDS)

@@ -1,9 +1,9 @@
-"""The labels of several corpora as one set: a map from the labels of each corpus to common ones.
+"""Maps the labels of each corpus to one label set, so that several corpora can be used together.
 
-`--label-map` chooses the map. The word `usual` gives the usual names of an emotion one name, that
-of RAVDESS, and leaves other labels as they are. The word `common` does the same and leaves out the
-clips whose label not all corpora have. Otherwise it is a CSV file, which must list every label that
-is kept. A row without a corpus is for all corpora that have no row of their own for this label:
+`--label-map` chooses the map. `usual` replaces the usual names of an emotion by RAVDESS's name, and
+does not change other labels. `common` does the same, and leaves out clips whose label some corpus
+lacks. Any other value is a CSV file, which must list every label to use. A row without a corpus
+applies to all corpora that have no row of their own for the label:
 
     corpus,label,as
     iemocap,exc,happy
@@ -30,36 +30,36 @@ USUAL_NAMES = {
     "disgust": ("disgusted", "dis"),
     "surprised": ("surprise", "sur"),
 }
-"""The label that `usual` gives to each of these names, and to the label itself in any case."""
+"""The names that `usual` replaces by each label. Upper and lower case are equal."""
 COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
-"""For the name of each corpus, the label that each of its labels becomes. Others are left out."""
+"""{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""
 
-_SHOWN = 8  # names in a message
+_SHOWN = 8  # most names that a message lists
 _LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (label, *names)}
 
 
 def usual_label(name: str) -> str:
-    """Return the label that `usual` gives to a name: RAVDESS's, or the name itself."""
+    """Return the label that `usual` gives to a name: RAVDESS's label, or the name itself."""
     return _LABEL_OF.get(name.strip().lower(), name)
 
 
 def map_labels(
     labels: Mapping[str, Sequence[str]], choice: str, known: Sequence[str] = ()
 ) -> LabelMaps:
-    """Map the labels of each corpus to the labels of all.
+    """Map the labels of each corpus to one label set.
 
-    Without a choice, labels stay as they are if all corpora have the same; otherwise the map is
-    `usual`, because two spellings of an emotion would be two labels that no network can tell apart.
+    Without a choice, labels do not change if all corpora have the same labels. Otherwise the map is
+    `usual`: no network can separate two labels that are two spellings of one emotion.
 
     Args:
-        labels: the labels of every corpus, by its name.
+        labels: the labels of every corpus, by the corpus's name.
         choice: `usual`, `common`, the location of a file, or empty.
-        known: the labels of the model that is to answer, if there is one. `usual` then writes a
-            label as the model does, and `common` maps only to these.
+        known: the labels of the model to evaluate, if there is one. Then `usual` uses the model's
+            spelling of a label, and `common` maps only to labels of the model.
 
     Raises:
-        ConfigError: there is no such file, or it names an unknown corpus or label.
+        ConfigError: the file cannot be read, or names an unknown corpus or label.
     """
     if choice not in ("", "usual", COMMON):
         return _read_map(choice, labels)
@@ -76,7 +76,7 @@ def map_labels(
 
 
 def only_among(maps: LabelMaps, kept: Iterable[str]) -> LabelMaps:
-    """Leave out every label that does not become one of `kept`."""
+    """Remove every label that is mapped to a label outside `kept`."""
     wanted = set(kept)
     return {
         corpus: {name: label for name, label in names.items() if label in wanted}
@@ -85,7 +85,7 @@ def only_among(maps: LabelMaps, kept: Iterable[str]) -> LabelMaps:
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Sort labels: those of RAVDESS first, in its order, then the others by name."""
+    """Sort labels: the labels of RAVDESS first, in its order, then the others by name."""
     names = set(labels)
     return *(label for label in EMOTIONS if label in names), *sorted(names.difference(EMOTIONS))
 

@@ -1,7 +1,7 @@
-"""Listing a folder, bucket or table as a manifest: one row for each recording, or segment of one.
+"""Lists a folder, bucket or table as a manifest: one row for each recording or segment.
 
 RAVDESS is recognised by its file names alone (`ravdess`), in any layout: the unpacked archives of
-Zenodo, the Kaggle archive with its second copy, one flat folder. Other corpora come as tables
+Zenodo, the Kaggle archive with its second copy, or one flat folder. Other corpora need a table
 (`table`). No clip is opened here. If the outcome of a file is known without opening it, its row
 already has a `status` and a `reason`.
 """
@@ -36,34 +36,34 @@ MANIFEST_SCHEMA = pa.schema(
         "path": pa.string(),  # absolute path or URI, which every worker can open
         "size": pa.int64(),  # bytes; null if unknown
         "modified": pa.int64(),  # nanoseconds since 1970; null if unknown
-        "start": pa.float64(),  # of a segment, in seconds of the file; null for a complete file
-        "end": pa.float64(),  # null for the end of the file
+        "start": pa.float64(),  # start of the segment in seconds; null for a complete file
+        "end": pa.float64(),  # end of the segment in seconds; null for the end of the file
         "modality": pa.string(),  # av | video | audio
-        "channel": pa.string(),  # speech | song; null for tables, like intensity to repetition
+        "channel": pa.string(),  # speech | song; null for tables
         "emotion": pa.string(),  # the label
-        "intensity": pa.string(),  # normal | strong
-        "statement": pa.int8(),
-        "repetition": pa.int8(),
+        "intensity": pa.string(),  # normal | strong; null for tables
+        "statement": pa.int8(),  # null for tables
+        "repetition": pa.int8(),  # null for tables
         "speaker": pa.string(),
         "sex": pa.string(),  # male | female; null for tables
         "take": pa.string(),  # the performance: equal for its wav and its mp4s
-        "split": pa.string(),  # train | validation | test, or the fold that tests it; for tables
+        "split": pa.string(),  # train | validation | test, or the fold that tests it; only tables
         "status": pa.string(),  # one of `PRE_DECODE`; null for a file to decode
         "reason": pa.string(),  # explains the status
     }
 )
 ORDER = [(name, "ascending") for name in ("path", "start", "end")]
-"""The order of a manifest, in which the segments of a file are consecutive."""
+"""The order of the rows, in which the segments of a file are consecutive."""
 PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
 """The outcomes that are known before a clip is opened."""
 
 SAME_NAME = "has the file name of "
-"""The reason of a duplicate in a folder is this, followed by the path of the other file."""
+"""The reason of a duplicate in a folder: this text, then the path of the other file."""
 
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
 _LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
-"""The columns of a manifest, and those that decide which of several copies is kept."""
-_LISTING_BATCH = 65_536  # files held as Python objects at a time
+"""The columns of a manifest, and two columns that decide which of several copies is kept."""
+_LISTING_BATCH = 65_536  # files that are Python objects at the same time
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class Corpus:
     """A listed corpus."""
 
     name: Literal["ravdess", "synthetic", "table"]
-    """Real RAVDESS, the synthetic corpus with the same names, or the user's own corpus."""
+    """Real RAVDESS, the synthetic corpus with the same names, or a table."""
     root: str
     """The folder, bucket or table, as the user wrote it."""
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     manifest: pa.Table
-    """`MANIFEST_SCHEMA`, sorted by path, start and end."""
+    """`MANIFEST_SCHEMA`, in `ORDER`."""
     notes: tuple[str, ...] = ()
-    """Lines about the listing for the user."""
+    """Lines for the user about the listing."""
 
 
 def list_corpus(
@@ -87,19 +87,19 @@ def list_corpus(
     missing: Iterable[str] = MISSING_WORDS,
     columns: Mapping[str, str] | None = None,
 ) -> Corpus:
-    """List a folder or URI that holds RAVDESS in any layout, or the tables of another corpus.
+    """List RAVDESS in a folder or bucket, in any layout, or the clips of a table.
 
     Every recording in a folder becomes a row, and the notes count the other files. Hidden files,
-    such as the `._name.wav` of macOS, are ignored.
+    such as `._name.wav` of macOS, are ignored.
 
     Args:
         source: folder, URI or table.
         missing: words that mean a missing value in a table.
-        columns: the names of columns in a table, by their names here (`words.COLUMNS`).
+        columns: {column of the corpus (`words.COLUMNS`): name in the table}.
 
     Raises:
-        CorpusError: the location does not exist, no clip in it is recognised, or a table
-            contradicts itself.
+        CorpusError: the location does not exist, has no clip that is recognised, or is a table
+            whose rows contradict each other.
         ConfigError: no filesystem opens the location.
     """
     filesystem, path = filesystem_of(source)
@@ -143,7 +143,7 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 
 
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
-    """Return whether a folder, or one above it, is marked as a synthetic corpus."""
+    """Return whether a folder, or a folder above it, is marked as a synthetic corpus."""
     folders = [path]
     if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, only the folder may be readable
         folders += map(str, PurePosixPath(path).parents)
@@ -152,7 +152,7 @@ def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
 
 
 def _list_folder(source: str, is_synthetic: bool) -> Corpus:
-    """List a folder of RAVDESS names."""
+    """List a folder of files with RAVDESS names."""
     others: Counter[str] = Counter()
     clips = _only_clips(source, others, is_synthetic=is_synthetic)
     batches = []
@@ -231,8 +231,8 @@ def mark_duplicates(
 ) -> pa.Table:
     """Keep one of the rows without a status that share a key, and mark the others as duplicates.
 
-    The largest file is kept, because a copy may be truncated. Among equally large files, the one
-    with the fewest folders above it is kept, and among those the first by path.
+    The largest file is kept, because a copy may be truncated. Among files of equal size, the file
+    with the fewest folders above it is kept, and then the first by path.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}
@@ -264,5 +264,5 @@ def _with_status(
 
 
 def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return a table with another column of the same name in its place."""
+    """Return the table with a column replaced."""
     return table.set_column(table.schema.get_field_index(name), name, column)

@@ -1,7 +1,7 @@
-"""RAVDESS's file names, as in 03-01-06-01-02-01-12.wav: seven codes that say what a clip is.
+"""RAVDESS's file names, such as 03-01-06-01-02-01-12.wav: seven codes that describe a clip.
 
 `parse_name` turns a file name into a `ClipName`, and `format_name` does the reverse. RAVDESS has no
-other labels, so a name that is not completely valid raises a `NameProblem`; nothing is guessed.
+other labels, so nothing is guessed: an invalid name raises a `NameProblem`.
 
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """
@@ -33,13 +33,13 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "repetition": (1, 2),
     "actor": SPEAKERS,
 }
-"""The fields in the order of a name, and what each code means: 01 is the first value."""
+"""The fields, in their order in a file name, and their values: code 01 is the first value."""
 _NAME = re.compile("-".join([r"(\d\d)"] * len(VALUES)), re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
 
 class NameProblem(ValueError):  # noqa: N818 - a property of the file, not an error of the run
-    """A file name is not a RAVDESS name; the message says why."""
+    """A file name is not a RAVDESS name; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ClipName:
 
     @property
     def take(self) -> str:
-        """The performance: equal for its wav and its mp4s, whose names differ in the modality."""
+        """The performance: the codes without the modality, equal for its wav and its mp4s."""
         return "-".join(_codes(self)[1:])
 
     @property
@@ -78,12 +78,12 @@ class ClipName:
         return "male" if int(self.speaker) % 2 else "female"
 
 
-@lru_cache(maxsize=16_384)  # 7,356 names, which every copy of the corpus repeats
+@lru_cache(maxsize=16_384)  # the 7,356 names of RAVDESS are often listed twice
 def parse_name(file_name: str) -> ClipName:
-    """Read a file name (no folder), with or without a suffix.
+    """Parse a file name (without folder), with or without a suffix.
 
     Raises:
-        NameProblem: it is not a RAVDESS name; the message says why.
+        NameProblem: the name is not a RAVDESS name.
     """
     stem = file_name.rpartition(".")[0] or file_name
     match = _NAME.fullmatch(stem)

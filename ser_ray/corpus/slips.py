@@ -1,6 +1,6 @@
-"""What a prepared corpus holds by label and speaker, and likely mistakes in its labels.
+"""Counts the labels and speakers of a prepared corpus, and points out likely mistakes in them.
 
-Nothing here is an error: a mistake is pointed out, and the clips are used as they are labelled.
+No mistake is an error here: the user is warned, and the clips keep their labels.
 """
 
 import re
@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 from ser_ray.corpus.words import shorten
 
 RARE = 4
-"""A label is rare beside one that has at least this many times as many clips."""
+"""A label is rare if a similar label has at least this many times as many clips."""
 LONG = 4
-"""Labels of fewer letters often differ in one, such as "sad" and "mad"."""
+"""Shortest frequent label that is compared. Short labels, like "sad" and "mad", are often alike."""
 SHOWN = 3
 SHOWN_LABELS = 20
 _ACTOR_FOLDER = re.compile(r"actor[ _-]?0*(\d+)", re.IGNORECASE)
 
 
 def describe_clips(clips: pa.Table) -> str:
-    """Say how many clips each label has, and how many speakers there are.
+    """Write how many clips each label has, and how many speakers there are.
 
     Args:
         clips: string columns `emotion` and `speaker`, one row per clip.
@@ -35,7 +35,7 @@ def describe_clips(clips: pa.Table) -> str:
 
 
 def find_slips(outcomes: pa.Table) -> list[str]:
-    """Return a line for everything that the owner of the corpus probably did not mean.
+    """Return a line for each likely mistake in the labels, speakers and splits.
 
     Args:
         outcomes: one row per listed file, with the columns of the manifest.
@@ -43,7 +43,7 @@ def find_slips(outcomes: pa.Table) -> list[str]:
     clips = outcomes.filter(pc.equal(outcomes["status"], "ok"))
     lines = _conflicts(outcomes) + _foreign_actors(outcomes)
     if pc.all(pc.is_valid(clips["channel"])).as_py():
-        return lines  # the names of RAVDESS have no free text
+        return lines  # the labels and speakers of RAVDESS are not free text
     labels = Counter(clips["emotion"].to_pylist())
     if len(labels) == 1:
         lines.append(f"all clips have the label {next(iter(labels))!r}: nothing can be trained")
@@ -69,7 +69,7 @@ def _conflicts(outcomes: pa.Table) -> list[str]:
 
 
 def _foreign_actors(outcomes: pa.Table) -> list[str]:
-    """Point out files of RAVDESS in the folder of another actor."""
+    """Point out files of RAVDESS that are in the folder of another actor."""
     found = []
     named = outcomes.filter(pc.is_valid(outcomes["channel"]))
     for path, actor in zip(named["path"].to_pylist(), named["speaker"].to_pylist(), strict=True):
@@ -80,12 +80,12 @@ def _foreign_actors(outcomes: pa.Table) -> list[str]:
         return []
     return [
         f"files in the folder of another actor than their names say: {shorten(found, SHOWN)}; the "
-        "names are taken as right"
+        "names are used"
     ]
 
 
 def _misspelt(counts: Mapping[str, int]) -> list[str]:
-    """Point out rare labels that differ in one letter from a frequent one."""
+    """Point out rare labels that differ from a frequent label in one letter."""
     lines = []
     frequent = [label for label, count in counts.items() if count >= RARE and len(label) >= LONG]
     for rare, count in counts.items():
@@ -106,9 +106,9 @@ def _misspelt(counts: Mapping[str, int]) -> list[str]:
 
 
 def _spellings(word: str) -> set[str]:
-    """Return a word, and the word without each of its letters.
+    """Return the word, and every word that results from deleting one letter.
 
-    Two words have a common spelling if one letter was changed, added, left out or moved.
+    Two words share a result if they differ in one letter that was changed, added, lost or moved.
     """
     return {word} | {word[:place] + word[place + 1 :] for place in range(len(word))}
 
@@ -116,7 +116,7 @@ def _spellings(word: str) -> set[str]:
 def _alike(
     what: str, counts: Mapping[str, int], key: Callable[[str], str], relation: str
 ) -> list[str]:
-    """Name the first groups of names that have the same key."""
+    """Report the first groups of names that have the same key."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in counts:
         groups[key(name)].append(name)
@@ -129,14 +129,14 @@ def _alike(
 
 
 def _plain(name: str) -> str:
-    """Return a name without case, blanks, punctuation and compatibility forms of letters."""
+    """Return a name in lower case, with plain forms of letters, and no blanks or punctuation."""
     folded = unicodedata.normalize("NFKC", name).casefold()
     return "".join(letter for letter in folded if letter.isalnum()) or name
 
 
 def _speaker_key(name: str) -> str:
-    """Return a plain name whose numbers have no leading zeros."""
-    whole = re.sub(r"^(\d+)\.0$", r"\1", name.strip())  # a number that became a float
+    """Return the plain name, without leading zeros in its numbers."""
+    whole = re.sub(r"^(\d+)\.0$", r"\1", name.strip())  # an integer that was stored as a float
     return re.sub(r"(?<!\d)0+(?=\d)", "", _plain(whole))
 
 

@@ -1,13 +1,12 @@
-"""The synthetic corpus: RAVDESS names, layout and modalities with synthesised voices.
+"""The synthetic corpus: synthesised voices with the names, layout and modalities of RAVDESS.
 
-Every stage runs on it, so the program can be tried without RAVDESS. 24 actors speak each of the 8
-emotions once, and every take is a wav, an mp4 with sound and an mp4 without. A marker file in the
-folder says that the clips are synthetic. Emotions differ audibly (in pitch, loudness, tempo and
-timbre), and so do speakers. A score on these clips shows that the program works and says nothing
-about RAVDESS.
+It lets users try every stage without RAVDESS. 24 actors speak each of the 8 emotions once, and
+every take is a wav, an mp4 with sound and an mp4 without. A marker file in the folder says that the
+clips are synthetic. Emotions differ in pitch, loudness, tempo and timbre, and so do speakers. A
+score on these clips shows that the program works; it is not a result on RAVDESS.
 
-A voice is a source and a filter (Fant 1960): glottal pulses and breath noise, shaped frame by frame
-by the formants of the vowels and by a spectral tilt.
+A voice is a source and a filter (Fant 1960). The source is glottal pulses and breath noise. The
+filter has the formants of the vowels and a spectral tilt, and changes with every frame.
 """
 
 import dataclasses
@@ -35,15 +34,15 @@ _ABOUT = (
     "Results on these clips are not results on RAVDESS.\n"
 )
 _SAMPLE_RATE = 48_000
-_WINDOW = 1024  # samples, of the filter's frames
+_WINDOW = 1024  # samples in a frame of the filter
 _HOP = _WINDOW // 4
 _SYLLABLES_PER_SECOND = 5.0
-_LEVEL = -34.0  # dBFS, RMS of a neutral voice: leaves headroom for a loud, strong, angry one
-_FLOOR = -62.0  # dB relative to the voice: room noise, quiet enough to be trimmed as silence
-_SIDE = 64  # pixels
+_LEVEL = -34.0  # dBFS, RMS of a neutral voice; loud, angry voices need the headroom
+_FLOOR = -62.0  # dB, room noise relative to the voice; quiet enough to be trimmed as silence
+_SIDE = 64  # pixels, width and height of the videos
 _FRAMES_PER_SECOND = 8
 
-# Formants of men in hertz (Peterson and Barney 1952); the higher ones are those of a tube.
+# Formants of men in hertz (Peterson and Barney 1952). The higher formants are those of a tube.
 _VOWELS = {
     "i": (390, 1990, 2550),  # bit
     "a": (730, 1090, 2440),  # father
@@ -55,20 +54,20 @@ _STATEMENTS = {1: "iaoi", 2: "oaii"}
 
 
 class Manner(NamedTuple):
-    """How a take is spoken, as differences from the speaker's neutral voice."""
+    """How a take is spoken: differences from the speaker's neutral voice."""
 
     pitch: float
     """Semitones."""
     swing: float
-    """Semitones by which accented syllables rise above the contour."""
+    """Semitones; how far accented syllables rise above the contour."""
     slope: float
-    """Semitones by which the contour rises from the first to the last syllable."""
+    """Semitones; how far the contour rises from the first to the last syllable."""
     level: float
     """Decibels."""
     tempo: float
-    """Octaves of the speaking rate: 1 doubles it."""
+    """Octaves of the speaking rate: 1 doubles the rate."""
     tilt: float
-    """Decibels per octave above 500 Hz: positive sounds bright and pressed, negative dark."""
+    """Decibels per octave above 500 Hz: positive values sound bright, negative values dark."""
     breath: float
     """Decibels of the breath noise."""
     tremor: float
@@ -89,7 +88,7 @@ _MANNERS = {
     "surprised": Manner(5, 3, 9, 4, 0, 1, 3, 0, 0),
 }
 _SPREAD = Manner(1.2, 0.8, 1.2, 1.5, 0.08, 0.6, 1.5, 0.1, 0.1)
-"""Standard deviation of a take around its emotion's manner."""
+"""Standard deviation of the takes of an emotion."""
 _STRENGTH = {"normal": 0.85, "strong": 1.2}
 
 
@@ -100,7 +99,7 @@ class Voice:
     pitch: float
     """Hertz of the neutral voice."""
     formant_scale: float
-    """Formants relative to those of a man: above 1 is a shorter vocal tract."""
+    """Formants relative to those of a man; above 1, the vocal tract is shorter."""
     level: float
     """Decibels."""
     tempo: float
@@ -114,11 +113,11 @@ class Voice:
 def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
     """Make the synthetic corpus at `target`: 192 takes in 576 files, within seconds.
 
-    The folder appears only when it is complete. A synthetic corpus of the same seed and version is
-    kept, one of another seed or version is replaced.
+    The folder appears only when it is complete. An existing synthetic corpus is replaced only if
+    its seed or version differs.
 
     Raises:
-        CorpusError: `target` has something else in it, or cannot be written.
+        CorpusError: `target` has other files in it, or cannot be written.
     """
     marker = target / SYNTHETIC_MARKER
     text = f"{_ABOUT}version {VERSION}, seed {seed}\n"
@@ -128,8 +127,8 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         shutil.rmtree(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CorpusError(
-            f"{target}: has something other than a synthetic corpus in it, which would be lost; "
-            "choose an empty or a new folder"
+            f"{target}: has files in it that are not a synthetic corpus, and would be lost; choose "
+            "an empty or a new folder"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +164,7 @@ def _write_speaker(root: Path, speaker: str, seed: int) -> None:
 
 
 def _clips(speaker: str) -> Iterator[ClipName]:
-    """Yield one take per emotion; intensity, statement and repetition alternate over the actors."""
+    """Yield one take per emotion; intensity, statement and repetition depend on the actor."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
         intensity: Intensity = "strong" if turn % 2 else "normal"
@@ -196,7 +195,7 @@ def _draw_voice(speaker: str, seed: int) -> Voice:
 def speak(
     vowels: str, voice: Voice, manner: Manner, rng: np.random.Generator
 ) -> npt.NDArray[np.int16]:
-    """Synthesise an utterance with one syllable per vowel, and silence before and after.
+    """Synthesise an utterance with one syllable per vowel, and silence before and after it.
 
     Returns:
         Samples [num_samples] at 48 kHz.
@@ -244,8 +243,8 @@ def _pitch_contour(
 def _gain(formants: np.ndarray, tilt: float) -> np.ndarray:
     """Return the filter's magnitude [vowels, bins] for formants [vowels, 8] in hertz.
 
-    Each formant is a resonance of the second order, the tilt a slope above 500 Hz, beside the
-    -12 dB an octave of glottal pulses and the +6 dB of the lips (Klatt 1980).
+    Each formant is a second-order resonance. The tilt is added to -6 dB per octave: -12 dB of the
+    glottal pulses and +6 dB of the lips (Klatt 1980).
     """
     frequency = np.fft.rfftfreq(_WINDOW, 1 / _SAMPLE_RATE)
     octaves = np.log2(np.maximum(frequency, 500) / 500)
@@ -259,7 +258,7 @@ def _gain(formants: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _filter(source: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Filter a source [num_samples] with one magnitude per hop [frames, bins], by overlap-add."""
+    """Filter a source [num_samples] with one magnitude per hop [frames, bins] by overlap-add."""
     padded = np.pad(source, (_WINDOW // 2, _WINDOW))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP][: len(gain)]
     window = np.hanning(_WINDOW + 1)[:-1]

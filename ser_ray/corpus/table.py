@@ -1,11 +1,11 @@
-"""The user's own corpus: a table that names the file, label and speaker of every clip.
+"""A custom corpus: a table with the file, label and speaker of every clip.
 
-A clip is a file, or the segment of a file between two times, `start` and `end`. `read_table` finds
-the columns and checks the values, and `list_table` finds the files. `table_formats` reads the file.
+A clip is a file, or a segment of a file between the times `start` and `end`. `read_table` finds the
+columns and checks the values, `table_formats` parses the file, and `list_table` finds the clips'
+files.
 
-Tables come from spreadsheets and other systems, so every unambiguous variant is read, such as
-blanks and capitals in the names of the columns, backslashes in paths, and `~`. An ambiguous row or
-column is an error.
+Tables come from spreadsheets and other systems, so every unambiguous variant is accepted: blanks
+and capitals in column names, backslashes in paths, and `~`. An ambiguous row or column is an error.
 """
 
 import csv
@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.table_formats import column_key, read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
-from ser_ray.errors import ConfigError, CorpusError
+from ser_ray.errors import ConfigError, CorpusError, first_line
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import location_inside, refuse_password
@@ -33,7 +33,7 @@ from ser_ray.storage.paths import location_inside, refuse_password
 NO_FOLDER = "its folder does not exist"
 OTHER_DRIVE = "a Windows path, which does not exist here"
 MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
-"""Reasons that say that a file does not exist."""
+"""The reasons that mean that a file does not exist."""
 
 _NEEDED = ("path", "label", "speaker")
 _TIME_COLUMN = re.compile(
@@ -55,18 +55,18 @@ def read_table(
 
     Args:
         source: the table or folder, as the user wrote it.
-        filesystem: where it is.
-        path: its path there.
-        missing: words that mean a missing value, in any case.
-        columns: the names of columns in the table, by their names in `COLUMNS`.
+        filesystem: the filesystem of the source.
+        path: the path of the source on it.
+        missing: words that mean a missing value, in upper or lower case.
+        columns: {column in `COLUMNS`: name in the table}.
 
     Returns:
-        The clips, and lines to tell the user. The columns are `path`, `label`, `speaker`, `split`
-        and perhaps `take`, without blanks around the values, and `start` and `end` in seconds, both
-        null for a complete file.
+        The clips, and lines for the user. The columns are `path`, `label`, `speaker`, `split` and
+        perhaps `take`, without blanks around the values, and `start` and `end` in seconds, which
+        are both null for a complete file.
 
     Raises:
-        CorpusError: the table cannot be read, lacks a column, or a row lacks a value.
+        CorpusError: the table cannot be read, or lacks a column or a value.
     """
     names = columns or {}
     find = partial(_find_columns, source, names)
@@ -81,7 +81,7 @@ def read_table(
             for name, given in found.items()
         }
     except (pa.ArrowException, LookupError, ValueError, TypeError, csv.Error) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         is_ragged = "columns, got" in reason
         advice = "every row needs as many values as the header row"
         raise CorpusError(
@@ -101,14 +101,14 @@ def read_table(
 
 
 def _read_split(column: pa.ChunkedArray) -> pa.Array:
-    """Return the sides train, validation and test, or the values as folds if some are no sides."""
+    """Replace the values by sides (train, validation, test), unless some values name folds."""
     given = [None if (text or "").lower() in _NO_VALUE else text for text in column.to_pylist()]
     sides = [text and SIDES.get(text.lower()) for text in given]
     return pa.array(sides if sides.count(None) == given.count(None) else given, pa.string())
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
-    """Return strings that are equal for rows of the same file, or of the same segment of it."""
+    """Return a key for each row: its path, start and end."""
     times = [pc.fill_null(rows[name].cast("string"), "") for name in ("start", "end")]
     return pc.binary_join_element_wise(rows["path"], *times, "\n")
 
@@ -116,7 +116,7 @@ def clip_keys(rows: pa.Table) -> pa.ChunkedArray:
 def _read_times(
     source: str, starts: list[str | None], ends: list[str | None]
 ) -> list[tuple[float | None, float | None]]:
-    """Return the start and end of every row in seconds, both None for a complete file.
+    """Return the start and end of every row in seconds; both are None for a complete file.
 
     Raises:
         CorpusError: the times of a row do not define a segment.
@@ -136,7 +136,7 @@ def _read_times(
 
 
 def _seconds(text: str | None) -> float | None:
-    """Read seconds, or a time as pandas writes it; None for no value, NaN for any other text."""
+    """Parse seconds or a time of pandas; return None for no value, and NaN for any other text."""
     if text is None or text.lower() in _NO_VALUE:
         return None
     try:
@@ -152,7 +152,7 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Turn NaN, which pandas writes for a missing value, into null, and durations into seconds."""
+    """Convert NaN, which pandas writes for a missing value, to null, and durations to seconds."""
     if pa.types.is_duration(column.type):
         return pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
     if not pa.types.is_floating(column.type):
@@ -161,10 +161,10 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Choose the columns to read among the names in a table: {corpus column: name in the table}.
+    """Choose the columns to read from the names in a table: {column in `COLUMNS`: name in table}.
 
     Raises:
-        CorpusError: a column is missing or is there twice, or a column of times is unknown.
+        CorpusError: a column is missing or appears twice, or a column of times has an unknown name.
     """
     found: dict[str, str] = {}
     for column, known in COLUMNS.items():
@@ -206,7 +206,7 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
 
 
 def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set[str]) -> None:
-    """Refuse empty values and words that mean a missing value, naming the first rows."""
+    """Raise an error that names the first rows with a missing value, if there are any."""
     missing = pa.array(sorted({*words, ""}))
     faults: list[tuple[int, str, str]] = []
     for name, column in columns.items():
@@ -233,12 +233,12 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of a table's rows, as `read_table` returned them.
+    """Find the files of the clips that `read_table` returned.
 
-    Relative paths start at the folder, or at the nearest one above it that has one of the files.
+    Relative paths start at `folder`, or at the nearest folder above it that has one of the files.
 
     Returns:
-        The manifest's columns that a table has, one value for each row.
+        The columns of the manifest that a table has.
 
     Raises:
         CorpusError: rows contradict each other, or a path has a password in it.
@@ -283,7 +283,7 @@ def _base(folder: str, paths: list[str]) -> str:
 
 
 def _find(folder: str, path: str) -> ListedFile:
-    """Look up a file that a table names."""
+    """Find a file by its path in the table."""
     path, mark, row = path.partition(ROW)
     location, is_foreign = path, False
     if "://" not in path:
@@ -315,7 +315,7 @@ def _exists(folder: str, path: str) -> bool:
 
 
 def _refuse_passwords(source: str, paths: list[str]) -> None:
-    """Refuse URIs with a password in them, because the shards would store it."""
+    """Refuse URIs with a password, because shards store the paths."""
     for row, path in enumerate(paths, start=1):
         if "://" in path:
             try:
@@ -333,13 +333,13 @@ def _require_one(
     if len(mixed) == 0:
         return
     name = mixed[key][0].as_py()
-    shown = name.rstrip("\n").replace("\n", " ")  # the times of a segment
+    shown = name.rstrip("\n").replace("\n", " ")  # `clip_keys` joins by line ends
     numbers = np.flatnonzero(pc.equal(rows[key], name).to_numpy())
     values = rows[column].take(numbers).to_pylist()
     other = next(i for i, value in enumerate(values) if value != values[0])
     hint = (
-        "; a take is one performance, named by the column take, or else by the path without its "
-        "extension"
+        "; a take is one performance, named by the column take or, without this column, by the "
+        "path without its extension"
     )
     raise CorpusError(
         f"{source}: rows {numbers[0] + 1} and {numbers[other] + 1} (after the header) are one "

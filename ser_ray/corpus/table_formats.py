@@ -1,14 +1,14 @@
-"""Reads a table of any format, or a folder of another tool's tables, into one table.
+"""Reads a table of any format, or a folder of another tool's tables, as one Arrow table.
 
-    text                   commas, semicolons, tabs or bars; UTF-8, UTF-16 or Windows-1252
+    text                   separated by commas, semicolons, tabs or |; UTF-8, UTF-16, Windows-1252
     JSON lines             EmoBox; also a folder of its folds, fold_1/*_test_fold_1.jsonl
-    Parquet                any; also a Hugging Face data set, whose `audio` holds the recordings
+    Parquet                any; also Hugging Face data sets, with recordings in the column `audio`
     db.yaml                a folder of audformat, read by the package audformat
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
-    *supervisions*.jsonl   a folder of lhotse, with the recordings beside the supervisions
+    *supervisions*.jsonl   a folder of lhotse, which also has *recordings*.jsonl
 
-The columns keep the names that they have there; `table` chooses those that a corpus needs. No
-recording is opened here.
+The columns keep their names; `table` chooses the columns that a corpus needs. No recording is
+opened here.
 """
 
 import codecs
@@ -34,28 +34,28 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 Find = Callable[[Sequence[str]], Mapping[str, str]]
-"""Chooses the corpus's columns among a table's names: {corpus column: name in the table}."""
+"""Chooses the columns to read from the names in a table: {column in `COLUMNS`: name in table}."""
 Row = Mapping[str, Any]
 _SEPARATORS = (",", ";", "\t", "|")
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 SIDE = re.compile(r"(?:.*[-_.])?(train|validation|valid|dev|test)[-_.]")
-"""Matches a file name that says to which side its rows belong."""
+"""Matches a file name that contains the side of its rows."""
 
 
 def read_any(
     source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
 ) -> tuple[pa.Table | None, tuple[str, ...]]:
-    """Read a table or a folder, and return it with lines to tell the user.
+    """Read a table or a folder of tables.
 
     Args:
         source: the table or folder, as the user wrote it.
-        filesystem: where it is.
-        path: its path there.
+        filesystem: the filesystem of the source.
+        path: the path of the source on it.
         find: chooses the columns.
         wanted: names of columns that the user gave.
 
     Returns:
-        None instead of a table if the folder has no tables of these formats.
+        The table, or None if the folder has no tables of these formats; and lines for the user.
 
     Raises:
         CorpusError: the tables contradict each other, or need a package that is not installed.
@@ -95,7 +95,7 @@ def _read_folder(source: str, filesystem: fs.FileSystem, path: str, find: Find) 
 
 
 def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Decode the bytes of a text table, and say if its encoding had to be guessed."""
+    """Decode a text table; also return a line for the user if the encoding was guessed."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encodings = ["utf-16"]
     elif b"\0" in data[:1000]:
@@ -110,13 +110,13 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{source}: the table cannot be read, as it is not text in UTF-8, UTF-16 or Windows-1252; "
+        f"{source}: the table cannot be read: it is not text in UTF-8, UTF-16 or Windows-1252; "
         "save it again as UTF-8"
     )
 
 
 def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
-    """Parse separated values with the separator that yields the most known columns."""
+    """Parse separated values; the separator is the one that yields the most known columns."""
     text = text.lstrip("\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
         text = text[declared.end() :]
@@ -133,19 +133,19 @@ def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
         io.BytesIO(text.encode()),
         pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
         pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-        # As text, because speaker 01 would otherwise be read as the number 1.
+        # All as text: otherwise speaker 01 becomes the number 1.
         pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
     )
     return table.rename_columns(names)
 
 
 def column_key(name: str) -> str:
-    """Return a column's name without case and blanks around it."""
+    """Return a column's name in lower case, without blanks around it."""
     return name.strip().lower()
 
 
 def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the paths of the files and of the folders in a folder, both by name."""
+    """Return the files and the folders in a folder: {name: path} for each."""
     entries = filesystem.get_file_info(fs.FileSelector(path))
     files = {entry.base_name: entry.path for entry in entries if entry.is_file}
     kind = fs.FileType.Directory
@@ -153,7 +153,7 @@ def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict
 
 
 def _read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
-    """Read a file of JSON objects, one per line, which may be compressed by gzip."""
+    """Read a file of JSON objects, one per line. A file named .gz is decompressed."""
     with filesystem.open_input_file(path) as file:
         data = file.read()
     text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
@@ -168,7 +168,7 @@ def _read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
 
 
 def _as_table(rows: Iterable[Row]) -> pa.Table:
-    """Return a string column for every name in the rows, except those of objects and lists."""
+    """Make a table with a string column for every name, except names of objects and lists."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
@@ -181,7 +181,7 @@ def _as_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Table:
-    """Read the folds of EmoBox, with the number of the fold that tests a recording as `fold`.
+    """Read the folds of EmoBox; the column `fold` is the number of the fold that tests a row.
 
     If there is only one fold, the column `fold` is train, valid or test.
     """
@@ -199,9 +199,9 @@ def _read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Tabl
 def _read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
-    In a file of Hugging Face, numbers of a ClassLabel become its names, and the column `path` is
-    made of the locations of the recordings in `audio`. The column `split` is made of a file name
-    such as train-00000-of-00001.
+    A file of Hugging Face gets a column `path`, with the locations of the recordings in `audio`,
+    and a column `split` if its name is like train-00000-of-00001. The numbers of a ClassLabel
+    become names.
     """
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
@@ -231,7 +231,7 @@ def _read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Fin
 
 
 def _packed_paths(location: str, file: pq.ParquetFile) -> list[str | None]:
-    """Return the locations of the recordings, in the rows or in files beside the Parquet file."""
+    """Return the locations of the recordings, which are in the rows or in separate files."""
     first = next(file.iter_batches(1, columns=[f"{COLUMN}.bytes"]), None)
     if first is not None and first[COLUMN].field("bytes")[0].is_valid:
         return [packed_location(location, row) for row in range(file.metadata.num_rows)]
@@ -242,7 +242,7 @@ def _packed_paths(location: str, file: pq.ParquetFile) -> list[str | None]:
 def _read_kaldi(
     source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
 ) -> pa.Table:
-    """Read a data folder of Kaldi, in which each file of utterance ids is a column."""
+    """Read a data folder of Kaldi; each file of lines `UTTERANCE VALUE` is a column."""
 
     def read(name: str) -> dict[str, str]:
         with filesystem.open_input_file(files[name]) as file:
@@ -252,7 +252,7 @@ def _read_kaldi(
     scp = read("wav.scp")
     if pipe := next((name for name, path in scp.items() if path.endswith("|")), None):
         raise CorpusError(
-            f"{source}/wav.scp: {pipe} is the output of a command, which is not run; write the "
+            f"{source}/wav.scp: {pipe} is a command, and commands are not run; write the "
             "recordings into files first"
         )
     label = "utt2emo" if "utt2emo" in files else "text"
@@ -273,7 +273,7 @@ def _read_kaldi(
 
 
 def _read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str]) -> pa.Table:
-    """Read the recordings and supervisions of lhotse; a supervision is a clip."""
+    """Read the recordings and supervisions of lhotse; each supervision is a clip."""
     rows = []
     for name in sorted(name for name in files if "supervisions" in name and ".jsonl" in name):
         beside = name.replace("supervisions", "recordings")
@@ -295,16 +295,16 @@ def _read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str
 
 
 def _read_audformat(source: str, path: str, find: Find) -> pa.Table:
-    """Read a folder of audformat: the labelled clips, with their split."""
+    """Read a folder of audformat: the labelled clips and their splits."""
     try:
         import audformat
     except ImportError as error:
         raise CorpusError(
-            f"{source}: reading a folder of audformat needs its package: pip install audformat"
+            f"{source}: a folder of audformat needs the package audformat: pip install audformat"
         ) from error
     if any(name.endswith(".pkl") for name in _entries(fs.LocalFileSystem(), path)[0]):
         raise CorpusError(
-            f"{source}: has pickled tables, which can run code; save the database with "
+            f"{source}: has pickled tables, which can run code; save the database with the "
             "storage_format csv or parquet, and delete the files *.pkl"
         )
     database = audformat.Database.load(path)

@@ -1,7 +1,7 @@
-"""Unpacking an untrusted zip file into a folder that appears only when it is complete.
+"""Unpacks an untrusted zip file into a folder that appears only when it is complete.
 
-Every name, file type and size is checked before the first byte is written, and `zipfile` reads no
-more bytes of a member than it declares.
+Every name, file type and size is checked before the first byte is written. `zipfile` reads no more
+bytes of a member than its declared size.
 """
 
 import shutil
@@ -28,11 +28,11 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
     Args:
         archive: the zip file.
-        folder: is created, with a marker file in it.
-        max_bytes: the most bytes that all members together may have.
+        folder: the folder to create; it also gets a marker file.
+        max_bytes: limit for the total size of all members.
 
     Raises:
-        CorpusError: the archive is broken or hostile, or the disk is full. Nothing is left behind.
+        CorpusError: the archive is broken or hostile, or the disk is full. No file remains.
     """
     temporary = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
@@ -46,7 +46,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
                     shutil.copyfileobj(source, sink, 1 << 20)
         (temporary / MARKER).write_text(f"all of {archive.name}\n")
         temporary.replace(folder)
-    # zipfile raises all of these: for broken members, unknown compressions, impossible names.
+    # zipfile raises these errors for broken members, unknown compressions and invalid names.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         raise CorpusError(
             f"{archive}: cannot be unpacked ({error}); delete it to download it again, or free "
@@ -57,7 +57,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
 
 def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list[zipfile.ZipInfo]:
-    """Return the files in the archive, after checking that it can be unpacked safely."""
+    """Check that the archive can be unpacked safely, and return its files."""
     infos = opened.infolist()
     members = [info for info in infos if not info.is_dir()]
     if not members or len(infos) > MAX_MEMBERS:
@@ -69,14 +69,14 @@ def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list
     total = sum(info.file_size for info in members)
     if total > max_bytes:
         raise CorpusError(
-            f"{name}: would unpack to {total / 1e6:.0f} MB, more than the {max_bytes / 1e6:.0f} MB "
+            f"{name}: its files have {total / 1e6:.0f} MB, more than the {max_bytes / 1e6:.0f} MB "
             "that are plausible for its size; nothing was unpacked"
         )
     return members
 
 
 def _problem(info: zipfile.ZipInfo) -> str:
-    """Say why a member must not be unpacked; return an empty string if it may be."""
+    """Return why a member must not be unpacked, or an empty string if it is safe."""
     path = PurePosixPath(info.filename)
     kind = stat.S_IFMT(info.external_attr >> 16)
     is_plain = path.parts and not path.is_absolute() and ".." not in path.parts

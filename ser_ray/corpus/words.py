@@ -1,4 +1,4 @@
-"""Names of corpora and of the columns of tables. `--help` imports this: it imports nothing slow."""
+"""Names of corpora and of columns in tables. `--help` imports this module, so it must be fast."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,12 +10,12 @@ CORPORA = {
     "table": "a custom corpus",
     "several": "several corpora",
 }
-"""The kinds of corpus, and the name of each that is printed next to every score."""
+"""The kinds of corpus, and their names, which are printed next to every score."""
 MISSING_WORDS = (
     "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "#n/a", "#na", "#null!", "?",
     "-", "--",
 )  # fmt: skip
-"""What spreadsheets, pandas and R write for a missing value, in any case."""
+"""Words that spreadsheets, pandas and R write for a missing value, in upper or lower case."""
 COLUMNS = {
     "path": ("path", "file", "wav", "audio", "file_name", "filename", "audio_path"),
     "label": ("label", "emotion", "emo"),
@@ -25,15 +25,15 @@ COLUMNS = {
     "end": ("end", "end_time"),
     "split": ("split", "fold"),
 }
-"""The columns of a corpus, and the names that each has in tables; the first one found is read."""
+"""The columns of a corpus, and the possible names of each in a table. The first match is read."""
 SIDES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation",
     "val": "validation", "dev": "validation", "devel": "validation", "test": "test",
 }  # fmt: skip
-"""The sides that values of the column `split` mean. Any other value is the name of a fold."""
+"""The side that each value of the column `split` means. Other values are names of folds."""
 
 
 def shorten(names: Sequence[str], shown: int) -> str:
-    """Join the first names, and say how many more there are."""
+    """Join the first names, and add the number of the others."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ser_ray.corpus.splits import ALL, one_clip_per_take
+from ser_ray.corpus.folds import ALL
+from ser_ray.corpus.splits import one_clip_per_take
 from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsError
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.cluster import cluster, require_shared
-from ser_ray.corpus.splits import ALL, DEPENDENCE, num_folds
+from ser_ray.corpus.folds import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError

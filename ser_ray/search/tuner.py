@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ser_ray.cluster import cluster, require_shared
-from ser_ray.corpus.splits import ALL
+from ser_ray.corpus.folds import ALL
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ser_ray.corpus.splits import ALL
+from ser_ray.corpus.folds import ALL
 from ser_ray.corpus.words import CORPORA
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.encoder_card import EncoderCard

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.corpus.splits import ALL, Split, one_clip_per_take, split, windows_of
+from ser_ray.corpus.folds import ALL
+from ser_ray.corpus.splits import Split, one_clip_per_take, split, windows_of
 from ser_ray.errors import ConfigError
 from ser_ray.training.config import TrainConfig
 

@@ -71,7 +71,7 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
     assert {suffix.lower() for suffix in theirs} <= AUDIO_SUFFIXES
     assert describe_left_out(found.left_out) == (
         "left out, as they are not recordings: 2 .txt, 1 .zip, 1 without suffix; "
-        "unpack archives to use what is in them"
+        "unpack archives to use the files in them"
     )
     (tmp_path / "only" / "texts").mkdir(parents=True)
     (tmp_path / "only" / "texts" / "a.txt").touch()

@@ -11,13 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ser_ray.corpus.census import expected_ravdess
-from ser_ray.corpus.splits import (
-    PROTOCOLS,
-    num_folds,
-    one_clip_per_take,
-    split,
-    suggest_protocol,
-)
+from ser_ray.corpus.folds import PROTOCOLS, num_folds, suggest_protocol
+from ser_ray.corpus.splits import one_clip_per_take, split
 from ser_ray.errors import ConfigError
 
 # The folds as EmoBox and Luna-Jimenez publish them.

@@ -195,7 +195,7 @@ def test_columns_name_what_a_table_calls_otherwise(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "spoil", "message"),
     [
-        (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is the output of a command"),
+        (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is a command"),
         (emobox, ("data/mine.jsonl", "[1]\n"), "cannot be read .line 1 is not a JSON object"),
         (emobox, ("data/mine.jsonl", "{\n"), "cannot be read .Expecting property name"),
         (
@@ -222,5 +222,5 @@ def test_lhotse_without_recordings_and_audformat_without_its_package(folder: Pat
         list_corpus(str(source))
     if importlib.util.find_spec("audformat") is None:
         (folder / "db.yaml").write_text("name: mine\n")
-        with pytest.raises(CorpusError, match="needs its package: pip install audformat"):
+        with pytest.raises(CorpusError, match="needs the package audformat: pip install audformat"):
             list_corpus(str(folder))

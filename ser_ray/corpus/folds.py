@@ -1,0 +1,171 @@
+"""Protocols: the named lists of folds, and the speakers that each fold tests.
+
+Sources: the six folds of EmoBox (https://github.com/emo-box/EmoBox) and the five of Luna-Jimenez
+(https://github.com/cristinalunaj/MMEmotionRecognition). Both define test actors, but no validation
+actors.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ser_ray.corpus.words import SIDES, shorten
+from ser_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CROSS_CORPUS = "cross-corpus"
+ALL = "all"
+"""The protocol of a final model. Its recipe is chosen under another protocol."""
+PROTOCOLS = {
+    "emobox-6": "the six folds of EmoBox over RAVDESS's 24 actors",
+    "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
+    "loso": "leave one speaker out: as many folds as speakers",
+    "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
+    "table": "the sides or folds in the column split of the corpus's table",
+    CROSS_CORPUS: "each of several corpora is tested in turn, and the others train",
+    "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
+    ALL: "no folds: every speaker trains the model, which has no validation or test scores",
+}
+"""The names that `--protocol` accepts, and their meaning."""
+
+DEPENDENCE = {True: "SPEAKER-DEPENDENT", False: "speaker-independent"}
+"""How captions say whether training includes the tested speakers."""
+_NAMED_FOLDS = {
+    "emobox-6": (
+        ("01", "11", "20", "21"),
+        ("04", "10", "12", "14"),
+        ("08", "09", "19", "23"),
+        ("03", "05", "07", "24"),
+        ("02", "15", "16", "18"),
+        ("06", "13", "17", "22"),
+    ),
+    "luna-5": (
+        ("02", "05", "14", "15", "16"),
+        ("03", "06", "07", "13", "18"),
+        ("10", "11", "12", "19", "20"),
+        ("08", "17", "21", "23", "24"),
+        ("01", "04", "09", "22"),
+    ),
+}
+RANDOM_FOLDS = 5
+"""Each fold of `random` tests a fifth of the takes."""
+SHOWN = 8
+"""Most names that a message lists."""
+
+
+def num_folds(protocol: str, clips: "pa.Table") -> int:
+    """Count the folds of a protocol for the clips of a corpus, which have the columns of `split`.
+
+    Raises:
+        ConfigError: the protocol is unknown, or does not fit these clips.
+    """
+    return len(list_folds(protocol, speaker_strata(clips), clips))
+
+
+def suggest_protocol(clips: "pa.Table") -> str:
+    """Return a protocol that fits a custom corpus: its column `split`, or folds over speakers."""
+    if clips["split"].null_count < len(clips):
+        return "table"
+    return alternative(len(set(clips["speaker"].to_pylist())))
+
+
+def speaker_strata(clips: "pa.Table") -> dict[str, str]:
+    """Return the stratum of every speaker, for folds and validation sides: corpus and sex."""
+    corpora = clips["corpus"].to_pylist() if "corpus" in clips.column_names else [""] * len(clips)
+    columns = clips["speaker"].to_pylist(), corpora, clips["sex"].to_pylist()
+    return {speaker: f"{corpus}/{sex or ''}" for speaker, corpus, sex in zip(*columns, strict=True)}
+
+
+def list_folds(
+    protocol: str, strata: Mapping[str, str], clips: "pa.Table"
+) -> list[tuple[str, ...]]:
+    """Return the test speakers of every fold; none for `random`, which draws takes instead."""
+    if protocol == ALL:
+        return [()]
+    if protocol == "table":
+        parts = table_parts(clips)
+        if set(parts) <= set(SIDES.values()):
+            return [parts.get("test", ())]
+        return [speakers for part, speakers in parts.items() if part != "train"]
+    if protocol == "random":
+        return [()] * RANDOM_FOLDS
+    if protocol == CROSS_CORPUS:
+        return _corpus_folds(clips)
+    if protocol == "loso":
+        return [(speaker,) for speaker in sorted(strata)]
+    if protocol in _NAMED_FOLDS:
+        folds = _NAMED_FOLDS[protocol]
+        if strangers := sorted(set(strata) - set(itertools.chain(*folds))):
+            raise ConfigError(
+                f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
+                f"{shorten(strangers, SHOWN)}: use {alternative(len(strata))}"
+            )
+        return list(folds)
+    return _speaker_folds(protocol, strata)
+
+
+def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
+    """Return the speakers of each side or fold that the column `split` names.
+
+    Raises:
+        ConfigError: there is no such column, or a speaker is in two parts.
+    """
+    if "corpus" in clips.column_names:
+        corpora, parts = clips["corpus"], clips["split"]
+        if whole := sorted(
+            {*corpora.to_pylist()} - {*corpora.filter(parts.is_valid()).to_pylist()}
+        ):
+            raise ConfigError(
+                f"table: the corpus {whole[0]} has no column split: choose another --protocol, or "
+                "leave it out"
+            )
+    part_of: dict[str, str] = {}
+    for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
+        if part is not None and part_of.setdefault(speaker, part) != part:
+            raise ConfigError(
+                f"table: the column split has the speaker {speaker} in {part_of[speaker]} and in "
+                f"{part}, so a model would be tested on a voice that it was trained on: give every "
+                "speaker one part and prepare the table again, or choose another --protocol"
+            )
+    if not part_of:
+        raise ConfigError(
+            "table: the corpus has no column split with sides or folds: choose another --protocol"
+        )
+    parts = sorted(set(part_of.values()), key=lambda part: (len(part), part))
+    return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in parts}
+
+
+def _corpus_folds(clips: "pa.Table") -> list[tuple[str, ...]]:
+    """Return the speakers of every corpus, sorted by the name of the corpus."""
+    if "corpus" not in clips.column_names:
+        raise ConfigError(
+            f"{CROSS_CORPUS} tests one of several corpora: name several shard sets, as in --shards "
+            "out/emodb out/iemocap, or choose another --protocol"
+        )
+    pairs = set(zip(*(clips[name].to_pylist() for name in ("corpus", "speaker")), strict=True))
+    corpora = sorted({corpus for corpus, _ in pairs})
+    return [tuple(sorted(s for c, s in pairs if c == corpus)) for corpus in corpora]
+
+
+def _speaker_folds(protocol: str, strata: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return the test speakers of every fold of speaker-K."""
+    match = re.fullmatch(r"speaker-([1-9]\d{0,5})", protocol, re.ASCII)
+    if match is None or (count := int(match[1])) < 2:
+        raise ConfigError(f"protocol is {protocol!r}: it must be one of {', '.join(PROTOCOLS)}")
+    if count > len(strata):
+        raise ConfigError(
+            f"{protocol} needs {count} speakers and the corpus has {len(strata)}: use "
+            f"{alternative(len(strata))}"
+        )
+    # Every fold gets its share of each stratum. The order in a stratum is fixed, but as if random.
+    ordered = sorted(strata, key=lambda s: (strata[s], hashlib.sha256(s.encode()).digest()))
+    return [tuple(sorted(ordered[fold::count])) for fold in range(count)]
+
+
+def alternative(num_speakers: int) -> str:
+    """Return a protocol that works with this number of speakers."""
+    return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"
