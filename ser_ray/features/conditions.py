@@ -1,13 +1,13 @@
 """Simulates recording conditions, such as noise, a telephone or a room, to test a model.
 
-`under` changes a decoded clip before its features are computed. Its random numbers depend only on
-the condition and the clip's file name, so they are the same on every machine. The result is
-16-bit sound at the clip's own rate, clipped at full scale. Full scale is a mean square of 1, as
-everywhere in this package.
+`under` changes a decoded clip before its features are computed. The random numbers depend only on
+the condition and the clip's file name, so they are the same on every machine. The result is 16-bit
+sound at the clip's own rate, clipped at full scale. In this package, sound with a mean square of 1
+has the level of full scale (0 dB).
 
-`CONDITIONS` defines the conditions. Noise reaches from 20 Hz to 8 kHz at any sample rate, and pink
-noise has equal power in every octave. The level of speech is the mean square of those 10 ms
-stretches that are at most 40 dB below the loudest one, so pauses do not count.
+`CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz at any sample rate,
+and pink noise has equal power in every octave. The level of speech is the mean square of the 10 ms
+stretches that are at most 40 dB below the loudest stretch, so pauses do not count.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import ENERGY_SECONDS
 
 NOISE_BAND = (20.0, 8_000.0)
-"""Hertz."""
+"""Lowest and highest frequency in hertz."""
 SPEECH_DB = 40.0
-"""Stretches further below the loudest one are pauses."""
+"""Stretches that are further below the loudest stretch are pauses."""
 PHONE_BAND = (300.0, 3_400.0)
 """Hertz; the band of a telephone line."""
 ECHO_SECONDS = 0.4
-"""Reverberation time (RT60), in which the echo falls by 60 dB."""
+"""Reverberation time (RT60): the time in which the echo falls by 60 dB."""
 FIRST_ECHO_SECONDS = 0.003
-"""Delay of the first echo, from a wall half a metre away."""
+"""Delay of the first echo; the wall is half a metre away."""
 
 Effect = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 """Samples [num_samples] float, sample rate in hertz, random generator -> samples [num_samples]."""
 
 
 def under(condition: str, sound: Sound, name: str) -> Sound:
-    """Return a clip as it would be recorded under a condition; only its samples change.
+    """Simulate a recording condition; only the samples of the clip change.
 
     Args:
         condition: name of one of `CONDITIONS`.
@@ -108,7 +108,7 @@ def _through_codec(
     sample_rate: int,
     _: np.random.Generator,
 ) -> np.ndarray:
-    """Encode with an FFmpeg encoder at `codec_rate` hertz, and decode again."""
+    """Encode the samples with an FFmpeg encoder at `codec_rate` hertz, and decode the result."""
     file = io.BytesIO()
     sent = soxr.resample(samples, sample_rate, codec_rate).astype(np.float32)
     frame = av.AudioFrame.from_ndarray(sent.clip(-1, 1)[None], format="fltp", layout="mono")
@@ -186,5 +186,5 @@ CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
         "level-minus-20": ("20 dB quieter", partial(_level, -20.0)),
     },
 }
-"""The definition and effect of every condition, by group and name."""
+"""{group: {name: (definition, effect)}} of every condition."""
 _EFFECTS = {name: pair[1] for group in CONDITIONS.values() for name, pair in group.items()}

@@ -18,15 +18,15 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Condition = Literal["noise", "phone", "codec", "room", "level"]
 """A group of recording conditions (`ser_ray.features.conditions`)."""
 LARGEST_NUMBER = 2**63
-"""No setting is a number as large as this."""
+"""Every number in the settings must be smaller."""
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
-"""The largest values of settings that determine how much memory a clip needs."""
+"""The largest allowed values of the settings that determine the memory for a clip."""
 LARGEST_FEATURE = 2**26
-"""The most numbers that a feature of a clip may have: 256 MB as float32."""
+"""Largest allowed size of a clip's feature: this many numbers, 256 MB as float32."""
 
 
 def require_valid(config: Any) -> None:
-    """Check that all fields of a dataclass have their types, and that its numbers are finite.
+    """Check that all fields of a dataclass have the right types, and that numbers are finite.
 
     Raises:
         ConfigError: names the field that is wrong.
@@ -56,7 +56,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         )
     if origin in (list, tuple):
         return isinstance(value, origin) and all(_is_a(item, inner[0]) for item in value)
-    if kind in (int, float):  # numpy's numbers, too
+    if kind in (int, float):  # includes numpy's numbers
         is_number = isinstance(value, Integral if kind is int else Real)
         is_number = is_number and not isinstance(value, bool)
         return is_number and not abs(value) >= LARGEST_NUMBER
@@ -65,29 +65,29 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
-    """How a clip becomes features. Equal configurations give equal features."""
+    """The settings of the features. Equal settings give equal features."""
 
     sample_rate: int = 16_000
-    """Rate that every clip is resampled to, in hertz."""
+    """Sample rate in hertz to which every clip is resampled."""
     window_length: int = 800
-    """Length of the Hann window and FFT in samples: 50 ms, to resolve the harmonics of a voice."""
+    """Length of the Hann window and FFT in samples: 50 ms, which resolves a voice's harmonics."""
     hop_length: int = 400
     """Step between frames in samples: 25 ms."""
     num_mels: int = 64
-    """Bands of the mel filter bank."""
+    """Number of bands of the mel filter bank."""
     num_mfcc: int = 40
     """Number of cepstral coefficients."""
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
-    """The ends of a clip are silent where they are this many dB below its loudest 10 ms."""
+    """The silent ends of a clip are this many dB below its loudest 10 ms, and are trimmed."""
     trim_margin: float = 0.1
-    """Seconds kept before the first and after the last sound, so that no quiet onset is lost."""
+    """Seconds that are not trimmed before the first and after the last sound, for quiet onsets."""
     min_seconds: float = 0.2
     """Clips with fewer seconds of sound are `too_short`."""
     max_seconds: float = 6.5
-    """Length of a clip's features in the shards. A clip with more seconds of sound is cut into
-    windows; the longest clip of RAVDESS has 6.37 s."""
+    """Length of a clip's features in the shards, in seconds. A clip with more sound is cut into
+    windows. The longest clip of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -108,31 +108,33 @@ class FeatureConfig:
             )
         if self.hop_length > self.window_length:
             raise ConfigError(
-                f"hop_length is {self.hop_length}: above window_length, {self.window_length}, it "
-                "would skip samples"
+                f"hop_length is {self.hop_length}: it must be at most window_length, "
+                f"{self.window_length}, so that no samples are skipped"
             )
         if self.num_mfcc > self.num_mels:
             raise ConfigError(
-                f"num_mfcc is {self.num_mfcc}: at most num_mels, {self.num_mels}, can be computed"
+                f"num_mfcc is {self.num_mfcc}: it must be at most num_mels, {self.num_mels}"
             )
         if self.min_seconds > self.max_seconds:
             raise ConfigError(
-                f"min_seconds is {self.min_seconds}: above max_seconds, {self.max_seconds}"
+                f"min_seconds is {self.min_seconds}: it must be at most max_seconds, "
+                f"{self.max_seconds}"
             )
         largest = max(map(self.num_bins, KINDS)) * self.num_frames
         if largest > LARGEST_FEATURE:
             raise ConfigError(
-                f"hop_length is {self.hop_length}: a clip of {self.max_seconds:g} s would have "
-                f"features of {largest} numbers, and at most {LARGEST_FEATURE} are possible"
+                f"hop_length is {self.hop_length}: it is too small, because a clip of "
+                f"{self.max_seconds:g} s gets features of {largest} numbers, and at most "
+                f"{LARGEST_FEATURE} are allowed"
             )
 
     @property
     def num_frames(self) -> int:
-        """Number of frames of every array in the shards: those of `max_seconds`."""
+        """Number of frames of every array in the shards, which have `max_seconds`."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:
-        """Return the number of frames of a waveform: one for every `hop_length`-th sample."""
+        """Return the number of frames of a waveform; the frames are `hop_length` samples apart."""
         return num_samples // self.hop_length + 1
 
     def num_bins(self, kind: str) -> int:

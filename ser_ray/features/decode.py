@@ -1,15 +1,14 @@
 """First stage of a clip: the bytes of a file become mono samples.
 
-The first bytes of a file determine its format; its name is ignored. soundfile reads wav and returns
-16-bit samples as they are stored. PyAV reads all other formats, and only the audio packets of a
-video. If the first choice cannot read a file, the other one is tried. No file is trusted: its
-length is limited before and while samples are read, playlists are refused because they can name
-other files, and every failure is a `ClipError` with a reason in words.
+The first bytes of a file determine its format; its name is ignored. soundfile reads wav, and
+returns 16-bit samples unchanged. PyAV reads all other formats; of a video it reads only the audio
+packets. If one library cannot read a file, the other is tried. No file is trusted: its length is
+limited before and while samples are read, playlists are refused because they can name other files,
+and every failure is a `ClipError` that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
-the file says how long the lost sound was, silence replaces it, so the times of all other sound stay
-correct.
+the length of the lost sound is known, silence replaces it, so all other sound has the right times.
 """
 
 import io
@@ -39,19 +38,20 @@ from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
-"""Longer files are `too_long`: they would not fit into a worker's memory."""
+"""Longer files are `too_long`: they do not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
-"""A wav that was written to a pipe declares this many bytes or more, or 0."""
+"""Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 MAX_CHUNKS = 100
-"""The most chunks of a wav that are searched for the samples; real files have fewer than ten."""
+"""Chunks of a wav that are searched for the samples; real files have fewer than ten."""
 FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")
 """The names of the tables in the first frame of an mp3 that declare its length."""
 HEAD_BYTES = 4096
-"""Bytes that are searched for such a table."""
+"""Bytes of a file that are searched for `FRAME_COUNTS`."""
 SMALL_FILE = 1 << 21
-"""Files in a bucket up to this many bytes are fetched at once: 20 s of 16-bit mono at 48 kHz."""
+"""A file in a bucket with up to this many bytes (20 s of 16-bit mono at 48 kHz) is fetched with one
+request."""
 READ_AHEAD = 1 << 18
-"""Bytes fetched at once from larger files; the header of a video may show that it has no sound."""
+"""Bytes per request for larger files. The first may show that a video has no sound."""
 
 
 def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
@@ -59,11 +59,11 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
 
     Args:
         file: a path or URI, or a seekable binary stream.
-        max_seconds: longer clips are `too_long`, and no more than this is ever decoded.
+        max_seconds: longer clips are `too_long`; no more than this is decoded.
 
     Returns:
-        The samples of a 16-bit mono wav as stored (int16), all others as one channel (`to_mono`) of
-        float32 with full scale ±1.
+        The unchanged samples of a 16-bit mono wav (int16), or one channel (`to_mono`) of float32
+        with full scale ±1.
 
     Raises:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
@@ -85,7 +85,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
     except ConfigError as error:  # no filesystem opens it
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
-        # If the folder is missing too, a disk may not be mounted; if not, the clip was deleted.
+        # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
         parent = Path(file).expanduser().parent if isinstance(file, str) else None
         has_folder = parent is None or "://" in str(file) or parent.exists()
         reason = "the file does not exist" if has_folder else "its folder does not exist"
@@ -109,7 +109,7 @@ def _decode_stream(stream: BinaryIO, max_seconds: float) -> Sound:
 
 
 def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound:
-    """Decode `source`, a path or stream, after a look at `file`, which has the same bytes."""
+    """Decode `source`, a path or stream; `file` is a stream of the same bytes."""
     start = file.read(12)
     if not start:
         raise ClipError("unreadable", "the file is empty")
@@ -148,10 +148,10 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
 
 
 def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool]:
-    """Return how many bytes of samples a wav declares and has, and whether the length is valid.
+    """Return the bytes of samples that a wav declares, those it has, and if the length is valid.
 
-    soundfile reports only the bytes that it has. The length is not valid if the recorder did not
-    complete the header: it is 0, a placeholder, or does not end where a chunk begins. `wav` must be
+    soundfile reports only the bytes that the file has. A recorder that did not complete the header
+    leaves an invalid length: 0, a placeholder, or a position where no chunk begins. `wav` must be
     positioned after its first 12 bytes.
     """
     layout = ">4sI" if is_big_endian else "<4sI"
@@ -162,7 +162,7 @@ def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool
         if name == b"data":
             start = wav.tell()
             held = wav.seek(0, io.SEEK_END) - start
-            if size >= UNKNOWN_LENGTH:  # RF64 has it elsewhere; soundfile reads to the end
+            if size >= UNKNOWN_LENGTH:  # RF64 has its length elsewhere; soundfile reads to the end
                 return held, held, True
             wav.seek(start + size + size % 2)
             after = wav.read(8)
@@ -181,7 +181,7 @@ def _is_chunk(header: bytes, layout: str, bytes_left: int) -> bool:
 def _decode_with_soundfile(
     source: str | BinaryIO, max_seconds: float, declared_share: float = 1.0
 ) -> Decoded | None:
-    """Decode with soundfile; None for a file that it cannot read.
+    """Decode with soundfile; return None for a file that it cannot read.
 
     Args:
         declared_share: the length that the header declares, divided by the actual length.

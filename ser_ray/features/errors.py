@@ -7,17 +7,17 @@ Failure = Literal["clip", "file", "storage"]
 
 
 class ClipError(Exception):
-    """A clip cannot become features. The run continues, and the outcomes say why."""
+    """A clip cannot become features. The run continues, and the outcomes give the reason."""
 
     def __init__(self, status: ClipStatus, reason: str, *, failed: Failure = "clip") -> None:
         super().__init__(status, reason)
         self.status: ClipStatus = status
         """The clip's outcome."""
         self.reason = reason
-        """The outcome in words, for the owner of the corpus."""
+        """The reason for the outcome, for the owner of the corpus."""
         self.failed: Failure = failed
-        """What failed: the content of the `clip`, which another attempt would not change; reading
-        this `file`, which may be temporary; or the `storage`, so that other clips may fail too."""
+        """What failed: `clip` is the content, which always fails; `file` is reading this file,
+        which may work later; `storage` may affect other clips too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

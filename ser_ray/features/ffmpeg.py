@@ -1,4 +1,4 @@
-"""Decodes videos and all audio formats but wav, and the wavs that soundfile cannot read, by PyAV.
+"""Decodes videos and audio formats with PyAV: all except wav, and wavs that soundfile cannot read.
 
 Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
@@ -35,33 +35,35 @@ CODECS = (
     "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
     "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that may run. None of them decodes pictures. FFmpeg would otherwise decode
-the first picture, which takes 20 of the 22 ms of opening a video of 720 lines."""
+"""FFmpeg's decoders that may run. They decode no pictures: decoding the first picture takes 20 of
+the 22 ms of opening a 720-line video."""
 GAP_SECONDS = 0.06
 """A longer gap between the time stamps of two frames is filled with silence. Rounding and inexact
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
 """Reading ends after this many damaged places in the container."""
 EXACT_LENGTH = ("mp4", "aiff", "au", "flac", "tta", "wv", "matroska")
-"""Formats whose header declares the length; in others FFmpeg estimates it."""
+"""Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
-"""Codecs for which the headers of EXACT_LENGTH count packets instead of samples."""
+"""Codecs with inexact lengths even in EXACT_LENGTH, because the header counts packets."""
 PAUSES = "mp4"
-"""The format with an index of time stamps apart from the sound. There, a gap means that the
-recorder paused; in other formats, packets are missing."""
+"""The format that stores time stamps separately from the sound. There, a gap means that the
+recorder paused. In other formats, a gap means that packets are missing."""
 
 
 class UnsupportedError(Exception):
-    """FFmpeg cannot read a file; the message tells its owner why."""
+    """FFmpeg cannot read a file; the message gives the reason."""
 
 
 def decode_with_ffmpeg(
     source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, is_counted: bool
 ) -> Decoded:
-    """Decode the first audio stream with PyAV and skip the packets of all other streams.
+    """Decode the first audio stream with PyAV, and skip the packets of all other streams.
 
     Args:
-        ignore_length: read a wav to the end of the file, whatever its header declares.
+        source: path or seekable stream.
+        max_seconds: longer clips are `too_long`.
+        ignore_length: read a wav to the end of the file, and ignore the length in its header.
         is_counted: whether the header of an mp3 declares its length.
 
     Raises:
@@ -87,7 +89,7 @@ def decode_with_ffmpeg(
 
 
 class _Timeline:
-    """Collects the frames of a stream, with silence in place of missing ones."""
+    """Collects the frames of a stream, with silence in place of missing frames."""
 
     def __init__(self, sample_rate: int, max_seconds: float, *, has_pauses: bool) -> None:
         self.sample_rate, self._max_seconds = sample_rate, max_seconds
@@ -99,7 +101,7 @@ class _Timeline:
         self._num_mixed = 0
 
     def append(self, block: np.ndarray, second: float | None) -> None:
-        """Append samples `[channels, num_samples]` at a time stamp in seconds, if they have one."""
+        """Append samples `[channels, num_samples]`; `second` is their time stamp, if known."""
         if second is not None:
             now = self.num_samples / self.sample_rate
             gap = 0.0 if self._begin is None else second - self._begin - now
@@ -110,7 +112,7 @@ class _Timeline:
         self._append(block)
 
     def append_silence(self, seconds: float, *, is_lost: bool) -> None:
-        """Append silence in place of frames that are missing."""
+        """Append silence in place of missing frames."""
         num_samples = round(seconds * self.sample_rate)
         channels = len(self._blocks[-1]) if self._blocks else 1
         self._append(np.zeros((channels, num_samples), np.float32))
@@ -144,7 +146,7 @@ def _decode_packets(
 ) -> Decoded:
     require_shape(stream.channels, stream.sample_rate)
     sound = _Timeline(stream.sample_rate, max_seconds, has_pauses=PAUSES in clip.format.name)
-    stream.codec_context.options = {"err_detect": "crccheck"}  # otherwise damage can be loud noise
+    stream.codec_context.options = {"err_detect": "crccheck"}  # without it, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
     for packet in _packets(clip, stream):
         try:
@@ -156,7 +158,7 @@ def _decode_packets(
         for frame in frames:
             assert isinstance(frame, av.AudioFrame)
             if not sound.num_samples:
-                sound.sample_rate = frame.sample_rate  # AAC's header may declare half of it
+                sound.sample_rate = frame.sample_rate  # AAC's header may declare half the rate
             for block in to_float.resample(frame):
                 samples = block.to_ndarray()
                 if frame.sample_rate != sound.sample_rate:
@@ -167,7 +169,7 @@ def _decode_packets(
     seconds, lost = sound.num_samples / rate, sound.num_lost / rate
     decoded = seconds - lost
     missing = _declared_seconds(clip, stream, exact_formats) - seconds
-    if MISSING_SECONDS < missing <= max_seconds - seconds:  # a longer gap means a false header
+    if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
         lost += missing
     return Decoded(sound.samples(), rate, lost, decoded)
 
@@ -175,7 +177,7 @@ def _decode_packets(
 def _declared_seconds(
     clip: av.container.InputContainer, stream: av.AudioStream, exact_formats: tuple[str, ...]
 ) -> float:
-    """Return the seconds of sound that the header declares, or 0 if it declares no exact length."""
+    """Return the exact length in seconds that the header declares, or 0 if there is none."""
     is_exact = any(name in clip.format.name for name in exact_formats)
     if not is_exact or stream.codec_context.name.startswith(ESTIMATED_CODECS):
         return 0.0

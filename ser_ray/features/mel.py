@@ -1,15 +1,15 @@
-"""The mel filter bank, which `training` imports without the modules that read sound."""
+"""The mel filter bank. `training` imports it without the modules that read sound."""
 
 import numpy as np
 
 from ser_ray.features.config import FeatureConfig
 
 POWER_FLOOR = 1e-10
-"""Lower power is raised to this value: -100 dB."""
+"""Lower powers are replaced by this value: -100 dB."""
 
 
 def mel_bands(config: FeatureConfig) -> np.ndarray:
-    """Return triangles of height 1, evenly spaced on the HTK mel scale, `[mels, bins]` float32."""
+    """Return triangular filters `[mels, bins]` of height 1, evenly spaced on the HTK mel scale."""
     top = config.sample_rate / 2
     lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (config.f_min, top))
     corners = 700 * (10 ** (np.linspace(lowest, highest, config.num_mels + 2) / 2595) - 1)

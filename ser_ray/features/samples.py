@@ -1,4 +1,4 @@
-"""Decoded samples, and how they are checked, mixed and cut, whatever their format was."""
+"""Decoded samples of any file format: checks, mixing to one channel, and cutting."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,17 @@ MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
 """Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
 MAX_PEAK = 8.0
-"""The largest float sample with full scale ±1; a mix may exceed 1 a little."""
+"""The largest float sample with full scale ±1, which a mix may exceed."""
 INTEGER_PEAK = 2.0**15
-"""Larger float samples have this full scale: some tools write the 16-bit range as floats. Samples
-above this are not sound."""
+"""Full scale of larger float samples: some tools write the 16-bit range as floats. Samples above
+this value are not sound."""
 MISSING_SECONDS = 0.25
-"""Seconds that the header of an undamaged file may declare too many. If it declares more, the end
-of the clip is lost."""
+"""If the header declares more missing seconds than this, the end of the clip is lost. Headers of
+undamaged files may be wrong by less."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
 MIX_SECONDS = 10.0
-"""Recordings are mixed to one channel in pieces of this length: hours would not fit into memory."""
+"""Recordings are mixed to one channel in pieces of this length, to save memory."""
 
 
 class Sound(NamedTuple):
@@ -35,14 +35,14 @@ class Sound(NamedTuple):
 
     @property
     def loss(self) -> str | None:
-        """The loss in words; None if nothing was lost."""
+        """Describe the loss; None if nothing was lost."""
         if self.lost_seconds < MIN_LOST_SECONDS:
             return None
         return f"{self.lost_seconds:.2f} s of it are lost: the file is damaged or incomplete"
 
 
 class Decoded(NamedTuple):
-    """The sound as a library decoded it, before it is checked."""
+    """The decoded sound before it is checked."""
 
     samples: np.ndarray
     sample_rate: int
@@ -83,10 +83,10 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
     Args:
         sound: the recording.
         start: first second of the segment; None for the whole recording.
-        end: second at which it ends; None for the end of the recording.
+        end: last second of the segment; None for the end of the recording.
 
     Returns:
-        The segment, and what is missing from it in words, or None.
+        The segment, and a text about missing sound, or None if nothing is missing.
 
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.
@@ -111,15 +111,15 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
 
 
 def to_mono(channels: np.ndarray) -> np.ndarray:
-    """Mix `[channels, num_samples]` to one channel as people hear it, `[num_samples]`.
+    """Mix `[channels, num_samples]` to one channel, `[num_samples]`.
 
-    The result is the mean of the channels, unless they have opposite phase and cancel each other.
-    If the mean has less than half the power that it would have if only one channel had sound, the
-    loudest channel is returned. Constant offsets do not count as power.
+    The result is the mean of the channels. But if the mean has less than half the power of a mean
+    of unrelated channels, channels of opposite phase cancel each other, and the result is the
+    loudest channel. Constant offsets do not count as power.
     """
     if len(channels) == 1 or not channels.size:
         return channels.mean(axis=0)
-    with np.errstate(invalid="ignore", over="ignore"):  # `finite` deals with these samples
+    with np.errstate(invalid="ignore", over="ignore"):  # `finite` replaces these samples
         mean = channels.mean(axis=0)
         powers = channels.var(axis=1)
         if mean.var() < powers.mean() / (2 * len(channels)):
@@ -128,7 +128,7 @@ def to_mono(channels: np.ndarray) -> np.ndarray:
 
 
 def require_shape(num_channels: int, sample_rate: int) -> None:
-    """Refuse too many channels, and a sample rate outside `SAMPLE_RATES`, as `unreadable`."""
+    """Raise `unreadable` for too many channels, or a sample rate outside `SAMPLE_RATES`."""
     if num_channels not in range(1, MAX_CHANNELS + 1) or sample_rate not in SAMPLE_RATES:
         raise ClipError(
             "unreadable",
@@ -138,6 +138,6 @@ def require_shape(num_channels: int, sample_rate: int) -> None:
 
 
 def require_length(seconds: float, max_seconds: float) -> None:
-    """Refuse a clip that is longer than this, as `too_long`."""
+    """Raise `too_long` for a clip that is longer than `max_seconds`."""
     if seconds > max_seconds:
         raise ClipError("too_long", f"longer than {max_seconds:g} s")

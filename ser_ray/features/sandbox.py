@@ -1,18 +1,17 @@
-"""Decodes clips that may hang or kill the process that decodes them.
+"""Decodes clips that may hang or kill the decoding process.
 
-The first attempt (`time_limited`) decodes in the calling process and ends it if a clip takes too
-long. The second attempt decodes in a `Sandbox`, which is a child process, so the caller finds the
-bad clip and continues with the others. A sandbox takes a second to start and half a millisecond per
-clip.
+The first attempt (`time_limited`) decodes in the calling process, and kills the process if a clip
+takes too long. The second attempt decodes in a child process (`Sandbox`), so the caller survives
+the bad clip and continues with the others. A sandbox takes a second to start and half a millisecond
+per clip.
 
 `python -m` runs this module as the child process. It answers each request with a JSON message. If
 the clip was decoded, a second message holds its samples.
 
-`concurrent.futures` and `multiprocessing` would be shorter, but a pool cannot end a worker that
-hangs, and both import the caller's main module again in the new process. In a Ray worker, that
-module is Ray's; elsewhere it may be a script without an `if __name__ == "__main__"`. Both also
-unpickle what the process sends, and a hostile clip may control that process. JSON and raw samples
-are safe to read.
+`concurrent.futures` and `multiprocessing` do not fit: a pool cannot end a worker that hangs, and
+both import the caller's main module in the new process. In a Ray worker that module is Ray's, and
+elsewhere it may be a script without `if __name__ == "__main__"`. Both also unpickle the messages of
+a process that a hostile clip may control. JSON and raw samples are safe to read.
 """
 
 import contextlib
@@ -41,17 +40,16 @@ SECONDS_PER_CLIP = 60.0
 def time_limited(
     seconds_per_clip: float = SECONDS_PER_CLIP,
 ) -> Iterator[Callable[..., Sound]]:
-    """Yield a `decode` that ends this process if a clip takes too long.
+    """Yield a `decode` that kills this process if a clip takes too long.
 
-    A clip has at least the limit and at most twice the limit. `faulthandler` ends the process,
-    because it needs no Python thread: a library that hangs cannot be interrupted, and may let no
-    other Python thread run.
+    The process dies between one and two limits after a clip began. `faulthandler` kills it, because
+    a library that hangs cannot be interrupted and may block all Python threads.
     """
     began = -math.inf
 
     def read(location: str, *, max_seconds: float) -> Sound:
         nonlocal began
-        # Each timer starts a thread, so one timer serves all clips that begin within one limit.
+        # A timer starts a thread, so all clips that begin within one limit share a timer.
         if (now := time.monotonic()) - began > seconds_per_clip:
             began = now
             faulthandler.dump_traceback_later(
@@ -82,8 +80,8 @@ class Sandbox:
         """Return the sound of a clip, as `ser_ray.features.decode` does.
 
         Raises:
-            ClipError: as `decode` does, and `unreadable` for a clip that kills the process or takes
-                too long.
+            ClipError: like `decode`, and `unreadable` if a clip kills the process or takes too
+                long.
         """
         request = json.dumps([location, max_seconds]).encode()
         try:
@@ -112,7 +110,7 @@ class Sandbox:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         theirs.close()
-        self._pipe.recv_bytes()  # "ready": the first clip's time must not include the start
+        self._pipe.recv_bytes()  # wait for "ready", so the first clip's time excludes the start
 
     def _stop(self) -> None:
         self._pipe.close()
@@ -125,7 +123,7 @@ class Sandbox:
 
 
 def _answer_requests(pipe: Connection) -> None:
-    """Decode what is requested until the other end of the pipe is closed."""
+    """Answer requests to decode a clip, until the other end of the pipe is closed."""
     pipe.send_bytes(b"ready")
     while True:
         try:

@@ -1,9 +1,8 @@
 """Second stage of a clip: mono samples become spectrogram, mel and mfcc.
 
-The silent ends are cut off first, so that only sound is resampled. One Fourier transform serves all
+The silent ends are trimmed first, so that only sound is resampled. One Fourier transform serves all
 three kinds. The values equal those of torchaudio's Spectrogram, MelScale and MFCC. scipy computes
-them, because importing torch would take seconds in every worker, and the threads of BLAS would only
-compete for the cores on matrices as small as these.
+them, because torch takes seconds to import in every worker, and its threads compete for the cores.
 """
 
 import itertools
@@ -20,26 +19,26 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.mel import POWER_FLOOR, mel_bands
 
 ENERGY_SECONDS = 0.01
-"""Length of a stretch, over which loudness is measured."""
+"""Length of a stretch. The loudness of a recording is measured in every stretch."""
 SILENCE_POWER = 1e-8
 """A recording whose loud stretches have less power is silent: -80 dB of full scale."""
 STEADY_RATIO = 10**0.2
-"""The quiet stretches are the steady noise of a room if the 30th percentile of the power of all
-stretches is less than this ratio, 2 dB, above the 10th. In clean speech the difference is larger:
-3.4 dB or more in 300 clips of RAVDESS that were cut at the first and last sound."""
+"""A recording has steady room noise if the 30th percentile of the stretches' power is less than
+this ratio (2 dB) above the 10th percentile. In 300 clips of RAVDESS that were trimmed to their
+sound, the difference is 3.4 dB or more."""
 HEARD_RATIO = 10.0
-"""Noise counts only if its 10th percentile is this ratio, 10 dB, below the loudest stretch."""
+"""Noise counts only if its 10th percentile is this ratio (10 dB) below the loudest stretch."""
 NOISE_MARGIN_DB = (3.0, 9.0)
-"""Smallest and largest margin of sound above the 10th percentile of a room's noise. Pink noise
-exceeds it by up to 8 dB, white noise by 1.3 dB (at 48 kHz), and speech fades into it."""
+"""Smallest and largest margin between the 10th percentile of the noise and the threshold of sound.
+Pink noise exceeds the percentile by up to 8 dB, and white noise at 48 kHz by 1.3 dB."""
 NOISE_SPREADS = 8.0
-"""Between these bounds, the margin in dB is this many times the difference between the 30th and the
-10th percentile. In 4 s, Gaussian noise exceeds the 10th by 6 times this difference."""
+"""Between these limits, the margin in dB is this many times the difference between the 30th and the
+10th percentile. In 4 s, Gaussian noise exceeds the 10th percentile by 6 times the difference."""
 LOUD_STRETCHES = 20
-"""The level of a recording is that of its 20th loudest stretch, because no click lasts 0.2 s. With
-fewer than 400 stretches, it is the level that a twentieth of them reach."""
+"""The level of a recording is that of its 20th loudest stretch, because clicks are shorter than
+0.2 s. With fewer than 400 stretches, it is the 95th percentile."""
 BLOCK_STRETCHES = 10_000
-"""Stretches measured at once."""
+"""Stretches that are measured together, to save memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Loudness:
     stretch: int
     """Samples in a stretch."""
     power: np.ndarray
-    """Power of every stretch `[num_stretches]`; the last one is shorter and may be empty."""
+    """Power of every stretch `[num_stretches]`; the last stretch is shorter and may be empty."""
     threshold: float
     """A stretch with more power than this is sound."""
     above_noise_db: float
@@ -57,18 +56,18 @@ class Loudness:
 
     @property
     def is_sound(self) -> np.ndarray:
-        """Which stretches are sound, bool `[num_stretches]`."""
+        """Whether each stretch is sound, bool `[num_stretches]`."""
         return self.power > self.threshold
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing longer than a click is loud enough to be sound."""
+        """Whether the recording is silent, except for clicks."""
         num_sounding = np.count_nonzero(self.power >= SILENCE_POWER)
         return bool(num_sounding < num_loud(len(self.power)))
 
 
 class FeatureExtractor:
-    """Computes features with a `FeatureConfig`. It holds plain arrays, so it can be pickled."""
+    """Computes the features that a `FeatureConfig` describes. It can be pickled."""
 
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
@@ -78,12 +77,12 @@ class FeatureExtractor:
     def waveform(
         self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None
     ) -> np.ndarray:
-        """Cut off the silent ends and resample to the configured rate, `[num_samples]` float32.
+        """Trim the silent ends and resample to the configured rate, `[num_samples]` float32.
 
         Args:
-            samples: `[num_samples]`, int16 or float32, as `decode` returns them.
-            sample_rate: their rate in hertz.
-            loudness: their loudness with this configuration, if it was measured already.
+            samples: output of `decode`, `[num_samples]`, int16 or float32.
+            sample_rate: rate of the samples in hertz.
+            loudness: loudness of the samples with this configuration; measured if None.
 
         Raises:
             ClipError: `silent`, `too_short` or `too_long`.
@@ -98,10 +97,10 @@ class FeatureExtractor:
         return self._resample(samples[first:end], sample_rate)
 
     def windows(self, samples: np.ndarray, sample_rate: int) -> list[np.ndarray]:
-        """Return the waveform of a clip, or of its windows if it has more sound than `max_seconds`.
+        """Return the waveform of a clip, or several windows if its sound exceeds `max_seconds`.
 
-        The windows have equal length and are as few as possible to cover all sound. Windows with
-        less than `min_seconds` of sound are left out, unless all have less.
+        The windows have equal length, and their number is the smallest that covers all sound.
+        Windows with less than `min_seconds` of sound are left out, unless all windows have less.
 
         Raises:
             ClipError: `silent` or `too_short`.
@@ -123,7 +122,7 @@ class FeatureExtractor:
         return [self._resample(samples[start:stop], sample_rate) for start, stop in chosen]
 
     def _trim(self, samples: np.ndarray, sample_rate: int, loudness: Loudness) -> tuple[int, int]:
-        """Return where the sound begins and ends, in samples, with a margin around it."""
+        """Return the first and last sample of the sound, including the margins."""
         config = self.config
         if loudness.is_silent:
             raise ClipError("silent", "nothing but clicks is louder than -80 dB of full scale")
@@ -138,7 +137,7 @@ class FeatureExtractor:
         return max(0, start - margin), min(stop + margin, len(samples))
 
     def _resample(self, sound: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Return sound without its constant offset, at the configured rate."""
+        """Remove the constant offset and resample to the configured rate."""
         config = self.config
         is_integer = sound.dtype == np.int16
         sound = sound - np.float32(sound.mean(dtype=np.float64))
@@ -150,12 +149,12 @@ class FeatureExtractor:
         return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds up
 
     def features(self, waveform: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each kind of feature of a waveform `[num_samples]`, `[bins, frames]` float32.
+        """Return each kind of feature of a waveform `[num_samples]`: `[bins, frames]` float32.
 
-        Spectrogram and mel are powers in dB, 10 log10(max(power, 1e-10)), of Hann windows centred
-        on every `hop_length`-th sample of the waveform, which is mirrored at its ends. mfcc is the
-        orthonormal DCT-II of the mel dB (Davis and Mermelstein 1980). There are
-        `FeatureConfig.frames_of(num_samples)` frames.
+        Hann windows are centred on every `hop_length`-th sample of the waveform, which is mirrored
+        at its ends. This gives `FeatureConfig.frames_of(num_samples)` frames. Spectrogram and mel
+        are powers in dB: 10 log10(max(power, 1e-10)). mfcc is the orthonormal DCT-II of mel (Davis
+        and Mermelstein 1980).
         """
         length, hop = self.config.window_length, self.config.hop_length
         mirrored = np.pad(waveform, (length // 2, length - length // 2), mode="reflect")
@@ -170,13 +169,13 @@ class FeatureExtractor:
 
 
 def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> Loudness:
-    """Measure samples `[num_samples]`, int16 or float32.
+    """Measure the loudness of samples `[num_samples]`, int16 or float32.
 
-    The power of a stretch is that of its differences from the straight line that fits it best, so
-    constant and drifting offsets do not count, and rumble below 50 Hz hardly does. A stretch is
-    sound if it is less than `trim_db` below the loudest one. If the quiet stretches are the steady
-    noise of a room (`STEADY_RATIO`), sound must also be above the noise by a margin that depends on
-    how much the noise fluctuates (`NOISE_SPREADS`).
+    The best-fitting straight line is subtracted from each stretch before its power is computed, so
+    constant and drifting offsets do not count, and rumble below 50 Hz counts little. A stretch is
+    sound if it is less than `trim_db` below the loudest stretch. If there is steady room noise
+    (`STEADY_RATIO`), sound must also exceed the noise by a margin that grows with the fluctuation
+    of the noise (`NOISE_SPREADS`).
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
@@ -202,12 +201,12 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
 
 
 def num_loud(num_stretches: int) -> int:
-    """Return how many of these stretches are at least as loud as the level of the recording."""
+    """Return the number of loud stretches; the quietest of them has the recording's level."""
     return min(max(num_stretches // 20, 1), LOUD_STRETCHES)
 
 
 def _squares(stretches: np.ndarray) -> np.ndarray:
-    """Sum the squared differences of each row `[rows, samples]` from its best straight line."""
+    """Sum the squared residuals of a linear fit to each row `[rows, samples]`."""
     num_samples = stretches.shape[1]
     line = np.arange(num_samples, dtype=np.float32) - np.float32((num_samples - 1) / 2)
     centred = stretches - stretches.sum(axis=1, keepdims=True) / max(num_samples, 1)
