@@ -27,20 +27,20 @@ FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusPart:
-    """What is read of one of several shard sets, or of one whose labels are mapped."""
+    """The used clips of a shard set, if there are several sets or if labels are mapped."""
 
     name: str
     """Name of the shard set's folder."""
     kind: CorpusKind
     """The kind of corpus."""
     fingerprint: str
-    """That of the shard set."""
+    """Fingerprint of the shard set."""
     labels: dict[str, str]
-    """What each of its labels becomes. Clips of other labels are left out."""
+    """{label in the shard set: new label}. Clips with other labels are left out."""
     clips: int
-    """Number of its clips, without those that are left out."""
+    """Number of clips that are used."""
     speakers: int
-    """Number of the speakers of these clips."""
+    """Number of speakers of the clips that are used."""
     left_out: dict[str, int]
     """Number of clips that are left out, by label."""
 
@@ -62,7 +62,7 @@ class ShardCard:
     corpus: CorpusKind
     """The kind of corpus."""
     source: str
-    """Folder, bucket or table that was listed."""
+    """Folder, bucket or table of the corpus."""
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     features: FeatureConfig
@@ -72,12 +72,12 @@ class ShardCard:
     parts: tuple[int, ...]
     """Numbers of the parts, ascending."""
     clips: tuple[int, ...]
-    """Number of rows in each part: one for a decoded clip, several for a long one."""
+    """Number of rows in each part: one for each decoded clip, several for a long clip."""
     fingerprint: str
-    """Sixteen hex digits that change with the features, clips, labels and speakers, but not with
-    the location of the corpus."""
+    """Sixteen hex digits that depend on the features, clips, labels and speakers, but not on the
+    location of the corpus or on encoders."""
     encoders: tuple[EncoderCard, ...] = ()
-    """The encoders whose columns are complete. The fingerprint does not depend on them."""
+    """The encoders whose columns are complete."""
     schema_version: int = SCHEMA_VERSION
     """Version of the folder's layout."""
 
@@ -93,14 +93,14 @@ class ShardCard:
 
     @property
     def num_clips(self) -> int:
-        """Number of rows of the shards."""
+        """Number of rows."""
         return sum(self.clips)
 
     def encoder_of(self, kind: str) -> EncoderCard | None:
         """Return the encoder of a kind of feature, or None for a spectrogram, mel or mfcc.
 
         Raises:
-            ConfigError: the shards have no such kind; the message lists theirs.
+            ConfigError: the shards do not have this kind; the message lists the kinds they have.
         """
         if kind in KINDS:
             return None
@@ -110,7 +110,7 @@ class ShardCard:
         names = ", ".join([*KINDS, *(encoder.name for encoder in self.encoders)])
         raise ConfigError(
             f"feature is {kind}: the shards of {self.source} have {names}; `ser-ray prepare "
-            f"--encoder {kind}` adds the column of an encoder"
+            f"--encoder {kind}` adds an encoder"
         )
 
     def shape_of(self, kind: str) -> tuple[int, int]:
@@ -121,12 +121,12 @@ class ShardCard:
         return self.features.num_bins(kind), self.features.num_frames
 
     def num_bins(self, kind: str) -> int:
-        """Return the number of values of a frame; an encoder's one frame has all its layers."""
+        """Return the number of values in a frame. An encoder has one frame with all its layers."""
         encoder = self.encoder_of(kind)
         return self.features.num_bins(kind) if encoder is None else encoder.num_values
 
     def fingerprint_of(self, kind: str) -> str:
-        """Return sixteen hex digits that change with a kind's values: also with an encoder's."""
+        """Return the fingerprint of one kind of feature, which depends on an encoder's weights."""
         encoder = self.encoder_of(kind)
         if encoder is None:
             return self.fingerprint
@@ -143,8 +143,8 @@ def make_card(
     """Describe the committed parts of a shard set.
 
     Args:
-        filesystem: where the shard set is.
-        folder: path of the shard set on it.
+        filesystem: the filesystem of the shard set.
+        folder: the path of the shard set on it.
         corpus: the listed corpus.
         features: the settings of the features.
         parts: numbers of the parts, ascending.
@@ -167,7 +167,7 @@ def make_card(
             clips.append(len(table))
             for row in zip(*table.to_pydict().values(), strict=True):
                 digest.update(json.dumps(row).encode())
-    assert sum(clips) >= counts[OK], "one row or more for every decoded clip"
+    assert sum(clips) >= counts[OK], "every decoded clip has at least one row"
     return ShardCard(
         corpus=corpus.name,
         source=corpus.root,
@@ -187,10 +187,10 @@ def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
 
 
 def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
-    """Return the card of a folder, or None if it has none.
+    """Return the card in a folder, or None if there is no card.
 
     Raises:
-        ShardsError: the card has another version, is damaged, or the folder cannot be read.
+        ShardsError: the card cannot be read, is damaged, or has another version.
     """
     try:
         with filesystem.open_input_file(f"{folder}/{CARD_NAME}") as file:

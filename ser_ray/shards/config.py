@@ -16,20 +16,21 @@ class PrepareConfig:
     corpus: str
     """Folder or URI with RAVDESS in any layout, or a table of other clips."""
     shards: str = "ser-ray-out/shards"
-    """Folder or URI that the shards are written to."""
+    """Folder or URI to write the shards to."""
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in any case; none if given without a word."""
+    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
+    means a missing value."""
     columns: tuple[str, ...] = ()
-    """Which columns of a table are which, as in label=emotion speaker=spk, if it has other names
-    than path, label, speaker, take, start, end and split."""
+    """Names of columns in a table that differ from path, label, speaker, take, start, end and
+    split, as in label=emotion speaker=spk."""
     rows_per_part: int = 128
-    """The most files in a part, which is the unit that one task decodes and commits."""
+    """Largest number of files in a part. One task decodes and commits a part."""
     encoder: tuple[str, ...] = ()
-    """Pretrained speech encoders whose layers also become features, such as wavlm_base_plus,
-    hubert_large or wav2vec2_xlsr_300m: bundles of torchaudio in lower case, or NAME=FILE with a
-    file of weights."""
+    """Pretrained speech encoders whose layers also become features: a bundle of torchaudio in lower
+    case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE with a file of
+    weights."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """The settings of the features."""
 
@@ -48,18 +49,18 @@ class PrepareConfig:
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:
-    """Return the names in a table by the names of the columns, from words such as label=emotion.
+    """Parse words such as label=emotion: {column in `words.COLUMNS`: name in the table}.
 
     Raises:
-        ConfigError: a word is not of that form, or names no column.
+        ConfigError: a word has another form, or an unknown column.
     """
     found = {}
     for word in columns:
         name, _, given = word.partition("=")
         if name not in COLUMNS or not given:
             raise ConfigError(
-                f"columns is {word}: it must be one of {','.join(COLUMNS)}, an equals sign and the "
-                "name in the table, as in label=emotion"
+                f"columns is {word}: it must be COLUMN=NAME, as in label=emotion, where COLUMN is "
+                f"one of {','.join(COLUMNS)} and NAME is its name in the table"
             )
         found[name] = given
     return found

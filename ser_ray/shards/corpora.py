@@ -1,11 +1,11 @@
-"""Several shard sets read as one: the clips of all corpora, with labels that they have in common.
+"""Reads several shard sets as one: the clips of all corpora, with one label set.
 
     shards = open_corpora(["ser-ray-out/emodb", "ser-ray-out/iemocap"], "common")
 
-The result has the interface of one `ShardSet`, so trainings and evaluations do not know how many
-there are. The column `corpus` of its clips is the name of their shard set's folder. Speakers and
-takes begin with that name, so those of different corpora never clash. But all sets of RAVDESS, such
-as its speech and its song, have the same actors, who keep the same names.
+The result has the interface of a `ShardSet`, so training and evaluation work the same for one set
+and for several. The column `corpus` of a clip is the name of its shard set's folder. This name also
+prefixes speakers and takes, so corpora never share them by accident. But all shard sets of RAVDESS,
+such as its speech and its song, have the same actors, so they have the same prefix.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ from ser_ray.storage.paths import absolute
 
 @dataclass(frozen=True)
 class Member:
-    """One of the shard sets, and what is read of it."""
+    """A shard set, and the clips of it that are used."""
 
     shards: ShardSet
     part: CorpusPart
     rows: np.ndarray
-    """Rows of its clips that are kept, because their labels are mapped [kept]; ascending."""
+    """Rows of the clips that are used, ascending [num_rows]."""
 
     @property
     def people(self) -> str:
-        """The prefix of its speakers' and takes' names, where corpora are mixed."""
+        """The prefix of the names of speakers and takes."""
         return self.part.name if self.part.kind == "table" else self.part.kind
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
-        """Number of kept clips in each part of the shard set."""
+        """Number of used rows in each part of the shard set."""
         sizes = self.shards.card.clips
         parts = np.searchsorted(np.cumsum(sizes), self.rows, side="right")
         return tuple(np.bincount(parts, minlength=len(sizes)).tolist())
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Corpora(ShardSet):
-    """Shard sets as one. The rows are those of one set after the other."""
+    """Several shard sets as one. The rows of the sets follow one another."""
 
     members: tuple[Member, ...]
 
@@ -61,11 +61,11 @@ class Corpora(ShardSet):
 
     @property
     def corpora(self) -> tuple[CorpusPart, ...]:
-        """What is read of each shard set."""
+        """The used clips of each shard set."""
         return tuple(member.part for member in self.members)
 
     def clips(self) -> pa.Table:
-        """Return every column except the features, with the common labels."""
+        """Return every column except the features, with mapped labels."""
         tables = []
         is_mixed = len({member.people for member in self.members}) > 1
         for member in self.members:
@@ -87,7 +87,7 @@ class Corpora(ShardSet):
         return pa.concat_tables(member.shards.outcomes() for member in self.members)
 
     def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return one kind of feature, as a single set does; `rows` are those of `clips()`."""
+        """Return one kind of feature, like `ShardSet.features`."""
         rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
@@ -111,14 +111,14 @@ def open_corpora(
     known: Sequence[CorpusPart] = (),
     labels: Sequence[str] = (),
 ) -> ShardSet:
-    """Open shard sets, and read them as one if there are several or if labels are mapped.
+    """Open one shard set, or several as one.
 
     Args:
         locations: folder or URI of each set.
-        label_map: which labels are one (`ser_ray.corpus.labels`).
-        known: the corpora of a model's card. A set with the fingerprint of one of them gets its
+        label_map: how labels are mapped (`ser_ray.corpus.labels`).
+        known: the corpora of a model's card. A set with the fingerprint of a known corpus gets its
             name and, without a label map, its labels.
-        labels: the labels of the model that is to answer, if there is one.
+        labels: the labels of the model to evaluate, if there is one.
 
     Raises:
         ShardsError: a location has no committed shard set.
@@ -155,7 +155,7 @@ def open_corpora(
 
 
 def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str, ShardSet]:
-    """Name every set after its folder, or as a model knows it, and sort them by name."""
+    """Name every set after its folder, or like the model's known corpora, and sort by name."""
     names = {part.fingerprint: part.name for part in known}
     named: dict[str, ShardSet] = {}
     for shards in sets:
@@ -164,8 +164,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str,
         kinds = {other.card.corpus for other in named.values()} - {"table"}
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(
-                f"{shards.uri}: another corpus is called {name!r} too, and corpora are told apart "
-                "by the names of their shard sets' folders: rename one of the folders"
+                f"{shards.uri}: another corpus is called {name!r} too, but every corpus needs a "
+                "name of its own, which is that of its folder: rename one of the folders"
             )
         named[name] = shards
     return dict(sorted(named.items()))
@@ -180,7 +180,7 @@ def _require_same_features(sets: Mapping[str, ShardSet]) -> None:
             if theirs[setting] != value:
                 raise ConfigError(
                     f"{first} and {name} were prepared with different features ({setting} is "
-                    f"{value} and {theirs[setting]}): prepare one of them again, with the settings "
+                    f"{value} and {theirs[setting]}): prepare one corpus again, with the settings "
                     "of the other"
                 )
 
@@ -202,7 +202,7 @@ def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, s
 
 
 def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
-    """Describe the sets as one."""
+    """Make the card of all sets together."""
     cards = [member.shards.card for member in members]
     kinds = {card.corpus for card in cards}
     is_synthetic, is_one = "synthetic" in kinds, len(kinds) == 1

@@ -1,4 +1,4 @@
-"""Compares files: by their bytes, to tell a replaced file from a new copy, or by their samples."""
+"""Compares files by their bytes or by their samples."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from pyarrow import fs
 from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes per read
 
 
 def file_digest(path: str) -> str | None:
-    """Return the digest of a local file, 16 hex digits; None if it is remote or cannot be read."""
+    """Return 16 hex digits for the bytes of a local file; None if it is remote or unreadable."""
     if "://" in path:
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -26,7 +26,7 @@ def file_digest(path: str) -> str | None:
 
 
 def sample_digest(samples: np.ndarray) -> str:
-    """Return the digest of decoded samples [num_samples], 16 hex digits: the column `content`."""
+    """Return 16 hex digits for decoded samples [num_samples], for the column `content`."""
     return hashlib.sha256(samples.data).hexdigest()[:16]
 
 

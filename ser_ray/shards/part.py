@@ -1,13 +1,13 @@
-"""Writes one part: some rows of the manifest become two Parquet files, equal on any machine.
+"""Writes a part: rows of the manifest become two Parquet files, which are equal on any machine.
 
 The clips are written first and the outcomes last, so a part with outcomes is complete. Nothing here
 imports Ray.
 
-Ray Data's `write_parquet` with its checkpoints was tried for the clips, but cannot keep four
-promises. A file that fails gets a row in the outcomes of the same pass. A killed writer leaves no
-broken file among the clips. If a file is removed or changed, so is its clip, while a checkpoint
-only knows which rows to leave out. Names and order of the parts do not depend on interruptions, so
-training on the shards does not either.
+Ray Data's `write_parquet` with its checkpoints was tried for the clips, but it cannot keep four
+promises. Every file gets an outcome in the same pass, even if it fails. A killed writer leaves no
+broken file among the clips. If a file is removed or changed, its clip is too; a checkpoint only
+says which rows to skip. Interruptions change neither names nor order of the parts, so they do not
+change a training on the shards.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ from ser_ray.shards.plan import part_key, part_metadata
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
-        "duration": pa.float64(),  # of the complete clip before trimming, in seconds
-        "sample_rate": pa.int32(),  # of the file, in hertz
-        "window": pa.int32(),  # 0, and for a long clip also 1, 2, ...: each has a row of its own
+        "duration": pa.float64(),  # seconds of the complete clip before trimming
+        "sample_rate": pa.int32(),  # hertz of the file
+        "window": pa.int32(),  # 0; a long clip also has rows with 1, 2, ...
         "num_frames": pa.int32(),  # valid frames; the rest of the fixed shape is zero
     }
 )
-"""The columns of a decoded clip besides those of the manifest and the features."""
+"""Further columns of a decoded clip, besides the columns of the manifest and the features."""
 
 
 def write_part(
@@ -57,14 +57,14 @@ def write_part(
 ) -> dict[str, int]:
     """Decode the files of a part, commit its clips and outcomes, and count the files by status.
 
-    If reading a file failed for a reason that may be temporary, the part is committed without a
-    key, so that the next run writes it again.
+    If reading a file failed and may work later, the part is committed without a key, so that the
+    next run writes it again.
 
     Args:
-        filesystem: where the shard set is.
-        folder: path of the shard set on it.
-        part: the part's number.
-        rows: the manifest's rows of the part; files with a status are not opened.
+        filesystem: the filesystem of the shard set.
+        folder: the path of the shard set on it.
+        part: number of the part.
+        rows: the part's rows of the manifest; files with a status are not opened.
         extractor: computes the features.
 
     Raises:
@@ -81,10 +81,10 @@ def write_part(
 
 @contextlib.contextmanager
 def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
-    """Yield the function that decodes clips, in a sandbox if an earlier attempt was killed.
+    """Yield the function that decodes clips. It uses a sandbox if an earlier process was killed.
 
-    Only a killed process leaves its mark. Ray gives the part to one process after another, so
-    without a sandbox a single clip could keep the job from ever ending.
+    Only a killed process leaves its mark. Ray retries the part in new processes, so without a
+    sandbox one bad clip can kill all of them.
     """
     try:
         if filesystem.get_file_info(mark).is_file:
@@ -105,14 +105,14 @@ def _make_tables(
 ) -> tuple[pa.Table, pa.Table, bool]:
     """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
 
-    Outcomes are not final if reading a file failed for a reason that may be temporary.
+    Outcomes are not final if reading a file failed and may work later.
     """
     config = extractor.config
     decode = _remember_last(decode)
     outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
     undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
     features: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    decoded: list[int] = []  # rows of the clips
+    decoded: list[int] = []  # the row of each clip or window
     facts: list[dict[str, Any]] = []
     is_final = True
     for row in undecided:
@@ -122,7 +122,7 @@ def _make_tables(
             samples, sample_rate, _ = sound
             waveforms = extractor.windows(samples, sample_rate)
         except ClipError as error:
-            if error.failed == "storage":  # not the fault of the clip, so not an outcome
+            if error.failed == "storage":  # the clip is not at fault, so this is no outcome
                 raise OSError(f"{path}: {error.reason}") from error
             outcomes[row] = error.status, error.reason
             is_final &= error.failed == "clip"
@@ -152,7 +152,7 @@ def _make_tables(
 
 
 def _remember_last(decode: Callable[..., Sound]) -> Callable[..., Sound]:
-    """Return a `decode` that decodes a file once for all its segments, which are consecutive."""
+    """Return a `decode` that remembers the last file, because its segments are consecutive."""
 
     @functools.lru_cache(maxsize=1)
     def attempt(path: str, max_seconds: float) -> Sound | ClipError:
@@ -173,7 +173,7 @@ def _remember_last(decode: Callable[..., Sound]) -> Callable[..., Sound]:
 def _outcomes_table(
     rows: pa.Table, outcomes: list[tuple[str | None, str | None]], opened: list[int]
 ) -> pa.Table:
-    """Return the rows with their outcomes, and with the digests of the files that were opened."""
+    """Return the rows with their outcomes, and the digests of the opened files."""
     paths = rows["path"].to_pylist()
     digest_of = {path: file_digest(path) for path in dict.fromkeys(paths[row] for row in opened)}
     digests = [digest_of.get(path) for path in paths]
@@ -188,7 +188,7 @@ def _compare_copies(
     outcomes: list[tuple[str | None, str | None]],
     decode: Callable[..., Sound],
 ) -> None:
-    """Give files with the name of another file but different sound the status `conflict`."""
+    """Set the status `conflict` for files with the name of another file but different sound."""
     for row, (status, reason) in enumerate(outcomes):
         if status != "duplicate" or not (reason or "").startswith(SAME_NAME):
             continue
@@ -196,14 +196,14 @@ def _compare_copies(
         if not has_same_sound(path, other, decode):
             outcomes[row] = (
                 "conflict",
-                f"differs in sound from {other}, which has the same file name and was taken",
+                f"differs in sound from {other}, which has the same file name and is used",
             )
 
 
 def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
     """Return whether two files have the same bytes or the same samples.
 
-    A file that cannot be decoded differs from one that can.
+    If only one of them can be decoded, they differ.
     """
     if same_bytes(one, other):
         return True
@@ -221,7 +221,7 @@ def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
 
 
 def _feature_columns(features: dict[str, list[np.ndarray]], config: FeatureConfig) -> pa.Table:
-    """Turn lists of arrays `[bins, frames]` into columns with one fixed-size binary value each."""
+    """Turn lists of arrays `[bins, frames]` into columns of fixed-size binary values."""
     columns = {}
     for kind, arrays in features.items():
         none = np.empty((0, config.num_bins(kind), config.num_frames), np.float16)

@@ -1,9 +1,9 @@
 """Decides which committed parts are still valid, and cuts all other files into parts.
 
-The plan is derived from the committed outcomes, so nothing else is stored. A committed part is kept
-if the manifest's rows of its files and the features are the same as before. All other files are cut
-into parts in the order of their paths, which get the lowest free numbers. An interrupted run
-therefore continues on any machine with exactly the parts that it would have written next.
+The plan is made from the committed outcomes, so nothing else is stored. A committed part is kept if
+the features and its rows of the manifest have not changed. All other files, in the order of their
+paths, are cut into parts with the lowest free numbers. So any machine can continue an interrupted
+run, and writes the same parts as the first machine.
 
 Here, a file means a row of the manifest, which may also be a segment of a file.
 """
@@ -39,29 +39,29 @@ from ser_ray.storage.json_text import read_object
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that several cores have work."""
 KEY, FEATURES = b"ser_ray.part_key", b"ser_ray.features"
-"""Names of metadata in a part's outcomes. A part that the next run must write has no key."""
+"""Names of metadata in a part's outcomes. The key is empty if the part must be written again."""
 
 
 @dataclass(frozen=True)
 class CommittedPart:
-    """A part, as its outcomes describe it."""
+    """The outcomes and metadata of a committed part."""
 
     files: pa.Table
-    """The manifest's rows of its files without status and reason, and the files' digests."""
+    """The part's rows of the manifest without status and reason, with the files' digests."""
     key: str
-    """The `part_key` that it was written with; empty if it must be written again."""
+    """The `part_key` when the part was written; empty if it must be written again."""
     features: FeatureConfig
-    """The settings of its features."""
+    """The settings of the part's features."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts that a run keeps, and those that it writes."""
+    """The parts that a run keeps, and the parts that it writes."""
 
     kept: list[int]
     """Numbers of the committed parts that are still valid, ascending."""
     pending: dict[int, pa.Table]
-    """The manifest's rows of each part to be written, by the part's number."""
+    """{number: rows of the manifest} of each part to write."""
     num_files: int
     """Number of listed files."""
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def num_pending(self) -> int:
-        """Number of files in the parts to be written."""
+        """Number of files in the parts to write."""
         return sum(len(rows) for rows in self.pending.values())
 
     @property
@@ -82,24 +82,27 @@ class Plan:
 
 
 def part_key(rows: pa.Table, features: FeatureConfig) -> str:
-    """Return 16 hex digits that change with the manifest's rows of a part and with the features."""
+    """Return 16 hex digits for a part's rows of the manifest and the settings of the features."""
     text = json.dumps([features.fingerprint, rows.to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
-    """Return the metadata to write into a part's outcomes."""
+    """Return the metadata for a part's outcomes."""
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
 
 
 def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
-    """Return the manifest with the committed times of the files whose bytes are unchanged.
+    """Restore the committed times of files with a new time but unchanged bytes.
 
-    If only the time of a file has changed, its bytes are compared, which is faster than decoding.
+    Comparing bytes is faster than decoding.
 
     Args:
         manifest: one row per listed file.
-        committed: what `read_committed` returned.
+        committed: the result of `read_committed`.
+
+    Returns:
+        The manifest with the restored times.
     """
     if not committed:
         return manifest
@@ -122,7 +125,7 @@ def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.
 
 
 def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
-    """Read the outcomes of the committed parts of a shard set, by the numbers of the parts."""
+    """Read the committed parts of a shard set: {number: part}."""
 
     def read_part(part: int) -> CommittedPart | None:
         try:
@@ -160,14 +163,13 @@ def make_plan(
 ) -> Plan:
     """Decide which committed parts are kept, and cut all other files into parts.
 
-    The segments of a file are in one part, so that it is decoded once, unless they are more than a
-    part holds.
+    All segments of a file are in one part, unless there are too many, so the file is decoded once.
 
     Args:
         manifest: one row per listed file.
         features: the settings of the features.
-        rows_per_part: the most files in a part.
-        committed: what `read_committed` returned.
+        rows_per_part: largest number of files in a part.
+        committed: the result of `read_committed`.
     """
     manifest = manifest.sort_by(ORDER)
     parts = np.full(len(manifest), -1)
@@ -200,10 +202,9 @@ def make_plan(
 def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarray) -> np.ndarray:
     """Return how many rows of a part each pending row needs, [num_pending].
 
-    The first segment of a file needs a row for each of its segments, and the others need none; a
-    complete file needs one. If kept parts are between a pending row and the one before it, the need
-    of the files at their beginnings counts too, so that parts end where they would have ended if
-    the kept parts were still to be written.
+    The first segment of a file needs a row for each segment of the file, and the other segments
+    need none. A complete file needs one row. The first file of a kept part counts with the next
+    pending row, so that an interrupted run cuts parts at the same rows as an uninterrupted run.
     """
     paths = manifest["path"].combine_chunks()
     begins_file = np.ones(len(paths), bool)
@@ -212,7 +213,7 @@ def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarra
     needed = np.zeros(len(paths), np.int64)
     needed[firsts] = np.diff(firsts, append=len(paths))
     is_pending = ~is_kept
-    place = np.cumsum(is_pending) - is_pending  # of each row, or of the next one that is pending
+    place = np.cumsum(is_pending) - is_pending  # index of the row or of the next pending row
     counted = (is_pending | begins_part) & (place < is_pending.sum())
     result = np.zeros(is_pending.sum(), np.int64)
     np.maximum.at(result, place[counted], needed[counted])
@@ -220,9 +221,9 @@ def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarra
 
 
 def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each part and the row after its last.
+    """Yield the first row and the end row of each part.
 
-    A part has at most `size` rows, or up to `limit` if they are all of one file.
+    A part has at most `size` rows, or up to `limit` rows if all of them are segments of one file.
     """
     first = 0
     for row, num_rows in enumerate(needed.tolist()):
@@ -247,12 +248,12 @@ def adopt_times(
     The next run then does not compare their bytes again.
 
     Args:
-        filesystem: where the shard set is.
-        folder: path of the shard set on it.
-        listed: the manifest as it was listed.
-        recognised: the manifest as `recognise` returned it.
+        filesystem: the filesystem of the shard set.
+        folder: the path of the shard set on it.
+        listed: the manifest with the new times.
+        recognised: the result of `recognise`.
         features: the settings of the features.
-        kept: the parts that are still valid, by number.
+        kept: {number: part} of the parts that are still valid.
     """
     touched = pc.fill_null(pc.not_equal(listed["modified"], recognised["modified"]), False)
     paths, all_keys = listed["path"].filter(touched), clip_keys(listed)
@@ -270,7 +271,7 @@ def adopt_times(
 def require_same_corpus(
     committed: Mapping[int, CommittedPart], manifest: pa.Table, shards: str
 ) -> None:
-    """Refuse to replace the shards of one corpus by those of another.
+    """Refuse to replace the shards of another corpus.
 
     Raises:
         ShardsError: no file of the committed parts is listed.
@@ -281,14 +282,15 @@ def require_same_corpus(
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
             f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
-            "none of which is in this one: choose another folder with --shards, or delete that one"
+            "and none of them is in this corpus: choose another folder with --shards, or delete "
+            "this folder"
         )
 
 
 def describe_changes(
     committed: Mapping[int, CommittedPart], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Return lines that say what an earlier run prepared, and what has changed since."""
+    """Return lines about the files that an earlier run prepared, and about changes since then."""
     if not committed:
         return ()
     first = next(iter(committed.values()))
@@ -320,7 +322,7 @@ def describe_changes(
 
 
 def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the keys of all committed files, and the number of the part of each."""
+    """Return the keys of all committed files, and the part of each file."""
     keys = pa.chunked_array([clip_keys(part.files).combine_chunks() for part in committed.values()])
     counts = [len(part.files) for part in committed.values()]
     return keys, np.repeat(list(committed), counts)

@@ -1,16 +1,15 @@
 """Prepares the shards of a corpus: a Ray Data job over the parts of a plan.
 
-Each block of the dataset has the manifest's rows of one part. Its task decodes the files, writes
-the part (`part` says why Ray Data does not write it) and returns the number of files by status.
-When the same command is given again, it writes only the parts that `plan` finds missing. The card
-is written when all parts are committed.
+Each block of the dataset is one part's rows of the manifest. A task decodes the files, writes the
+part (`part` explains why Ray Data does not write it) and returns the number of files by status. If
+the command is given again, it writes only the missing parts of the `plan`. The card is written when
+all parts are committed.
 
-An actor pool would take 27 s instead of 7 for 1,440 clips on two CPUs, because Ray Data runs the
-pool and the writing as two operators and copies the features in between.
+An actor pool takes 27 s instead of 7 s for 1,440 clips on two CPUs, because Ray Data runs the pool
+and the writing as two operators, and copies the features from one to the other.
 """
 
 import contextlib
-import re
 import socket
 import sys
 import time
@@ -31,15 +30,7 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.encode import add_encoders, load_encoders
-from ser_ray.shards.layout import (
-    CARD_NAME,
-    CLIPS,
-    OK,
-    OUTCOMES,
-    mark_name,
-    outcomes_name,
-    part_name,
-)
+from ser_ray.shards.layout import CLIPS, OK, OUTCOMES, keep_only, part_name, require_own
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     Plan,
@@ -60,32 +51,30 @@ from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
 IN_USE = "is writing these shards; wait until it ends, or choose another folder"
-ELSEWHERE = "with several machines, shards belong in a bucket or on a disk that all of them mount"
+ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
 MISSING_NAME = "missing.csv"
-"""The file of a shard set with the files of a table that do not exist."""
+"""The file in a shard set that lists the files of a table that do not exist."""
 NAMES_SHOWN = 3
-_OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
-"""Names of the files in the folders of clips and outcomes."""
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a run did, and what the shard set now holds."""
+    """The result of a run of `prepare`."""
 
     card: ShardCard
-    """The shard set."""
+    """The card of the shard set."""
     notes: tuple[str, ...]
-    """Lines that say what an earlier run prepared, and what has changed since."""
+    """Lines about the files that an earlier run prepared, and about changes since then."""
     files_done: int
     """Number of files that got their outcome in this run."""
     seconds: float
     """Wall time of this run."""
     listed: str
-    """The number of listed files, and of segments if there are any."""
+    """A text with the number of listed files and segments."""
     contents: str
-    """The number of clips by label, and of speakers."""
+    """A text with the number of clips by label, and the number of speakers."""
     warnings: tuple[str, ...]
-    """Lines that say what was left out or is missing, and point out likely mistakes."""
+    """Lines about files that were left out or are missing, and about likely mistakes."""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
@@ -114,15 +103,15 @@ def prepare(
     Args:
         config: which clips become shards, with which features, and where the shards are written.
         address: cluster to join, as for `ser_ray.cluster.cluster`; unused if no part is missing.
-        progress: called after every part. By default the notes on an earlier run are printed on
-            standard error, and then a bar or log lines.
+        progress: called after every part. By default, notes on an earlier run and then a bar or
+            log lines are printed on standard error.
 
     Raises:
-        CorpusError: no corpus is found, files of a table do not exist, or none becomes a clip.
+        CorpusError: no corpus is found, files of a table do not exist, or no file becomes a clip.
         ShardsError: another run writes to the folder, the folder holds another corpus, or a part
             could not be written.
-        EncoderError: an encoder's weights cannot be had; before anything is prepared.
-        ResourcesError: no cluster answers, or one of its nodes does not see the corpus or shards.
+        EncoderError: the weights of an encoder cannot be loaded. This is checked first.
+        ResourcesError: no cluster answers, or a node cannot open the corpus or the shards.
     """
     started = time.monotonic()
     for location in (config.corpus, config.shards):
@@ -133,7 +122,7 @@ def prepare(
     encoders = load_encoders(config.shards, config.encoder, config.features)
     try:
         with Lock(config.shards, ShardsError, IN_USE) as lock:
-            _require_own(filesystem, folder, config.shards)
+            require_own(filesystem, folder, config.shards)
             missing = _report_missing(manifest, config)
             committed = read_committed(filesystem, folder)
             require_same_corpus(committed, manifest, config.shards)
@@ -170,14 +159,14 @@ def prepare(
 
 
 def _count_files(rows: pa.Table) -> str:
-    """Say how many files are listed, and how many segments of them if there are any."""
+    """Count the listed files, and their segments if there are any."""
     if not pc.any(pc.is_valid(rows["start"])).as_py():
         return f"{len(rows)} files"
     return f"{len(rows)} segments of {len(pc.unique(rows['path']))} files"
 
 
 def _count_windows(card: ShardCard) -> list[str]:
-    """Say how many rows the clips are, if long ones were cut into windows."""
+    """Return a line with the number of rows, if long clips were cut into windows."""
     if card.num_clips == (num_ok := card.counts[OK]):
         return []
     return [
@@ -194,7 +183,7 @@ def _complete(
     address: str,
     progress: Callable[[Progress], None] | None,
 ) -> ShardCard:
-    """Write the parts that the plan finds missing, and then the card of the shard set."""
+    """Write the pending parts of the plan, and then the card of the shard set."""
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
         with cluster(address):
@@ -202,9 +191,9 @@ def _complete(
             paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
             clips = one_of_each_folder(path.partition(ROW)[0] for path in paths)
             require_shared(config.corpus, config.shards, *clips)
-            _keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
+            keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
             _write_pending(config, plan, lock, progress)
-    _keep_only(filesystem, folder, plan.parts)
+    keep_only(filesystem, folder, plan.parts)
     card = make_card(filesystem, folder, corpus, config.features, plan.parts)
     assert card.num_files == plan.num_files, "one outcome for every listed file"
     write_card(filesystem, folder, card)
@@ -212,11 +201,11 @@ def _complete(
 
 
 def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
-    """List the files of a table that do not exist in the shard set, and return a line about them.
+    """Write missing.csv, and return a line about the files of a table that do not exist.
 
     Raises:
-        CorpusError: none of the files exists, or the folder of some does not, as when a disk is not
-            mounted.
+        CorpusError: no file of the table exists, or the folder of a file does not exist: a disk may
+            not be mounted.
     """
     filesystem, folder = filesystem_of(config.shards)
     listing = f"{folder}/{MISSING_NAME}"
@@ -242,48 +231,6 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
             f"{config.corpus}: {text}. Relative paths start at the folder of the table"
         )
     return [text]
-
-
-def _require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
-    """Refuse a folder that has other files where the clips belong.
-
-    Raises:
-        ShardsError: names one of the files.
-    """
-    names = sorted(_entries(filesystem, f"{folder}/{CLIPS}"))
-    has_outcomes = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
-    foreign = [name for name in names if not (has_outcomes and _OWN.fullmatch(name))]
-    if foreign:
-        raise ShardsError(
-            f"{shards}: holds {CLIPS}/{foreign[0]}, which is not part of a shard set; choose "
-            "another folder"
-        )
-
-
-def _entries(filesystem: fs.FileSystem, folder: str) -> dict[str, str]:
-    """Return the paths of the files in a folder by their names, or none if there is no folder."""
-    entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    return {entry.base_name: entry.path for entry in entries if entry.is_file}
-
-
-def _keep_only(
-    filesystem: fs.FileSystem, folder: str, parts: list[int], marks: list[int] | None = None
-) -> None:
-    """Delete the card, and the outcomes, clips and marks of all other parts.
-
-    Outcomes go before clips, so that an interruption never leaves a part that looks complete.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(f"{folder}/{CARD_NAME}")
-    outcomes, clips, tops = (
-        _entries(filesystem, path) for path in (f"{folder}/{OUTCOMES}", f"{folder}/{CLIPS}", folder)
-    )
-    kept = {f"{folder}/{name(part)}" for part in parts for name in (outcomes_name, part_name)}
-    kept |= {f"{folder}/{mark_name(part)}" for part in marks or ()}
-    old_marks = [path for name, path in tops.items() if re.fullmatch(r"part-\d+\.trying", name)]
-    for path in (*outcomes.values(), *clips.values(), *old_marks):
-        if path not in kept:
-            filesystem.delete_file(path)
 
 
 def _write_pending(
@@ -329,11 +276,11 @@ def _write_pending(
 
 
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
-    """Write the part with these rows, in a worker.
+    """Write the part with these rows. This runs in a worker.
 
     Returns:
-        A row for each status, with the part, the status and how many files of the part have it.
-        The column `failure` says why the part was not written; it is empty if it was.
+        The columns `part`, `status` and `count`, with one row for each status of the part's files.
+        The column `failure` is empty, or the reason why the part was not written.
     """
     filesystem, folder = filesystem_of(shards)
     part = rows["part"][0].as_py()

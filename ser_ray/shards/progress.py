@@ -1,4 +1,4 @@
-"""What jobs over many files share: their progress, and groups of items that fit into memory."""
+"""Progress of jobs over many files, and groups of items that fit into memory."""
 
 import logging
 import time
@@ -11,19 +11,19 @@ from ser_ray.progress import clock, show_progress
 
 Item = TypeVar("Item")
 EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
-"""Outcomes that are expected of such files or such a command. All others count as errors."""
+"""Outcomes that are normal. All other outcomes count as errors."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """The progress of a job."""
 
     done: int
     """Files with an outcome, including those that earlier runs committed."""
     total: int
-    """Files listed."""
+    """Listed files."""
     errors: int
-    """Files of this run that should have become features and did not."""
+    """Files of this run whose outcome is not in `EXPECTED`."""
     rate: float
     """Files per second since the first result of this run; 0 before the second result."""
 
@@ -46,10 +46,10 @@ class Watch:
         self._total = total
         self._done = committed
         self._errors = 0
-        self._first: tuple[float, int] | None = None  # its time, and how many were done by then
+        self._first: tuple[float, int] | None = None  # time of the first result, files done by then
 
     def add(self, counts: Mapping[str, int]) -> Progress:
-        """Add a part's number of files by status and return how far the job is."""
+        """Add a part's number of files by status, and return the progress of the job."""
         now = time.monotonic()
         self._done += sum(counts.values())
         self._errors += sum(count for status, count in counts.items() if status not in EXPECTED)
@@ -60,7 +60,7 @@ class Watch:
 
 @contextmanager
 def show(progress: Callable[[Progress], None] | None) -> Iterator[Callable[[Progress], None]]:
-    """Yield the function to call with each `Progress`: `progress`, or else a bar or log lines."""
+    """Yield `progress`, or else a function that shows each `Progress` as a bar or log lines."""
     if progress is not None:
         yield progress
         return
@@ -69,23 +69,23 @@ def show(progress: Callable[[Progress], None] | None) -> Iterator[Callable[[Prog
 
 
 def set_up_ray_data() -> None:
-    """Silence Ray Data's output, and let parts use all CPUs from the start."""
+    """Silence Ray Data, and let tasks use all CPUs from the start."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Otherwise a second part starts only when the first is done and the size of its result is
-    # known. That takes seconds, as each worker process first imports Ray Data.
+    # By default a second task starts only when the first has ended, and the size of its result is
+    # known. That takes seconds, because each worker process first imports Ray Data.
     context.op_resource_reservation_enabled = False
     for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":  # Ray Data's own; its log files stay as they are
+        if handler.name == "console":  # not Ray Data's log files
             handler.setLevel(logging.ERROR)
 
 
 def in_groups(
     items: Iterable[Item], size_of: Callable[[Item], int], size: int
 ) -> Iterator[list[Item]]:
-    """Yield the items in groups; each ends with the item with which its size reaches `size`."""
+    """Yield the items in groups. A group ends when the sum of its sizes reaches `size`."""
     group: list[Item] = []
     total = 0
     for item in items:

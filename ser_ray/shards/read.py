@@ -1,4 +1,4 @@
-"""Reads shards: a table that describes the clips, and an array of their features.
+"""Reads shards: a table that describes the clips, and arrays of features.
 
     shards = ser_ray.open_shards("ser-ray-out/shards")
     shards.clips().to_pandas()                                  # one row per clip
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 Side = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
-"""Parts read at once, which keeps two cores busy and a bucket answering several requests."""
+"""Parts that are read in parallel."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A committed shard set. Its rows are in the order of the parts, then of their paths."""
+    """A committed shard set. Its rows are sorted by part, and by path in a part."""
 
     uri: str
     """Folder or URI of the shards."""
@@ -56,12 +56,12 @@ class ShardSet:
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """The location of the set, or of each one where several are read as one."""
+        """The location of the set, or of each set in `ser_ray.shards.corpora`."""
         return (self.uri,)
 
     @property
     def corpora(self) -> tuple[CorpusPart, ...]:
-        """What is read of each corpus (`ser_ray.shards.corpora`); empty for a set as it is."""
+        """The used clips of each corpus; only in `ser_ray.shards.corpora`."""
         return ()
 
     def clips(self) -> pa.Table:
@@ -91,14 +91,14 @@ class ShardSet:
         """Turn a feature column of this set's Parquet files into an array.
 
         Args:
-            kind: which feature the column holds.
-            column: the column as any library reads it: a pyarrow column (which is not copied), a
-                series of pandas or polars, or an array or list of bytes.
+            kind: the kind of feature.
+            column: a pyarrow column (which is not copied), a series of pandas or polars, or an
+                array or list of bytes.
 
         Returns:
-            `[len(column), bins, num_frames]` float16, read-only, in decibels for spectrogram and
-            mel, and zero from a clip's `num_frames` on; `[len(column), layers, dim]` for an
-            encoder.
+            `[len(column), bins, num_frames]` float16, read-only. Spectrogram and mel are in
+            decibels. Frames from the clip's `num_frames` on are zero. For an encoder,
+            `[len(column), layers, dim]`.
         """
         shape = self.card.shape_of(kind)
         if not isinstance(column, pa.ChunkedArray):
@@ -113,12 +113,12 @@ class ShardSet:
         """Return one kind of feature. The other kinds are not read.
 
         Args:
-            kind: which feature.
+            kind: the kind of feature.
             rows: row numbers of `clips()`, `[num_rows]` in any order; None for all rows.
 
         Returns:
-            `[num_rows, bins, num_frames]` float16, zero from a clip's `num_frames` on;
-            `[num_rows, layers, dim]` for an encoder.
+            `[num_rows, bins, num_frames]` float16. Frames from the clip's `num_frames` on are zero.
+            For an encoder, `[num_rows, layers, dim]`.
         """
         rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
@@ -155,7 +155,7 @@ class ShardSet:
     def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
         """Return the clips on one side of a fold, with one clip for each RAVDESS performance.
 
-        A long clip has several rows, its windows.
+        A long clip has several rows: its windows.
 
         Args:
             protocol: name of the protocol, such as `emobox-6` or `speaker-5`.
@@ -176,10 +176,10 @@ class ShardSet:
     def torch_dataset(
         self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "TensorDataset":
-        """Read one side of a fold, as `rows_of` selects it, for a `DataLoader` of torch.
+        """Read the rows of `rows_of` for a `DataLoader` of torch.
 
         Returns:
-            Items of a feature `[bins, num_frames]` float16, the index of the label in
+            Each item is a feature `[bins, num_frames]` float16, the index of the label in
             `card.labels`, and the number of frames that are not padding.
 
         Raises:
@@ -200,15 +200,14 @@ class ShardSet:
     def ray_dataset(
         self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
     ) -> "Dataset":
-        """Make one side of a fold, as `rows_of` selects it, a dataset of Ray Data.
+        """Make a Ray Data dataset of the rows of `rows_of`.
 
-        Each of its tasks reads one part of the set. Like all of Ray Data, this joins a Ray cluster
-        or starts one.
+        Each task reads one part of the set. Ray Data joins a Ray cluster or starts one.
 
         Returns:
             The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
-            float16. Parts are in the order in which their tasks end, unless Ray Data's context
-            preserves the order.
+            float16. The order of the parts is not fixed, unless Ray Data's context preserves the
+            order.
 
         Raises:
             ConfigError: the protocol does not fit the speakers, or there is no such fold.
@@ -242,14 +241,14 @@ def open_shards(uri: str) -> ShardSet:
 
     Raises:
         ShardsError: there is no shard set, or it is unfinished.
-        ResourcesError: there is none, and the path is in the folder that Ray deletes after a job.
+        ResourcesError: there is no shard set, and Ray deletes the folder of the path after a job.
     """
     filesystem, folder = filesystem_of(uri)
     card = read_card(filesystem, folder)
     if card is not None:
         return ShardSet(uri, card)
     is_begun = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
-    require_kept(uri)  # if it is a relative path in a Ray job, that is the reason
+    require_kept(uri)  # a relative path in a Ray job is the likely reason
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
         if is_begun

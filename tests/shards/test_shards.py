@@ -485,7 +485,7 @@ def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
     kept = tmp_path / name
     assert found["status"] == "conflict"
     assert found["reason"] == (
-        f"differs in sound from {kept}, which has the same file name and was taken"
+        f"differs in sound from {kept}, which has the same file name and is used"
     )
     assert find_slips(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
 
