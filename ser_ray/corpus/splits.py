@@ -115,9 +115,9 @@ def split(
     train, validation, test, left_out = (
         np.flatnonzero(sides == side) for side in (_TRAIN, _VALIDATION, _TEST, _LEFT_OUT)
     )
-    names = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
+    who = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
     drawn = Split(
-        protocol, fold, train, validation, test, left_out, *names, tested_corpus=tested_corpus
+        protocol, fold, train, validation, test, left_out, who[0], who[1], who[2], tested_corpus
     )
     if protocol != ALL:
         _check_sides(drawn, sorted(strata), folds[fold])
