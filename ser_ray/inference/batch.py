@@ -1,14 +1,13 @@
 """Predicts the emotions in many files: a Ray Data pass with a pool of model actors.
 
-`predict_many` writes a table. `predict_under` scores files as they would be recorded under some
-conditions.
+`predict_many` writes a table. `predict_under` scores files under simulated recording conditions.
 
-Files pass through in small blocks, so memory does not grow with their number. The answers of each
-finished block are stored, and the same command resumes with the other files. On CPUs, an actor
-decodes and scores; with GPUs, some actors decode on the CPUs and others score on the GPUs. A file
-that cannot be scored becomes a row too, even if decoding it kills a process. Ray would give the
-block of such a file to one actor after another without end, so each actor decodes in a sandbox,
-which costs half a millisecond per file.
+Ray Data processes the files in small blocks, so memory does not grow with their number. The answers
+of each finished block are stored, and the same command resumes with the other files. On CPUs, every
+actor decodes and scores. With GPUs, some actors decode on the CPUs and others score on the GPUs. A
+file that cannot be scored becomes a row too, even if decoding it kills a process: each actor
+decodes in a sandbox, which costs half a millisecond per file. Without it, Ray retries the block of
+such a file with one actor after another, and never ends.
 """
 
 import logging
@@ -32,7 +31,7 @@ from ser_ray.cluster import (
     require_shared,
     resources_within_reach,
 )
-from ser_ray.errors import SerRayError
+from ser_ray.errors import SerRayError, first_line
 from ser_ray.features.conditions import under
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox
@@ -44,19 +43,19 @@ from ser_ray.shards.progress import Progress, Watch, show
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
-"""The most answers that an actor loses in an interruption."""
+"""An interruption loses at most this many answers of an actor."""
 WINDOWS_AT_ONCE = 256
-"""Windows whose features an actor holds before it scores them; an hour's recording has 2,300. With
-a GPU, the features of a block wait in the object store."""
+"""Windows that are scored together; a recording of an hour has 2,300. With a GPU, the features of a
+block wait in the object store."""
 SECONDS_PER_FILE = 600.0
-"""A file that takes longer to decode is unreadable; an hour's video from a bucket takes minutes."""
+"""A file that takes longer to decode is unreadable. A bucket's video of an hour takes minutes."""
 
 NAMES = ("condition", "clip")
-"""Columns that say which clip, under which condition, an answer is for."""
+"""Columns that identify the condition and the clip of an answer."""
 
 Batch = dict[str, np.ndarray]
 Clip = tuple[str, float | None, float | None]
-"""Path or URI of a file; first and last second of a segment of it, or None."""
+"""Path or URI of a file, and the start and end of a segment in seconds, or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +63,13 @@ class BatchSummary:
     """The result of a batch pass."""
 
     output: str
-    """Where the table is."""
+    """Path or URI of the table."""
     counts: dict[str, int]
-    """Files by status."""
+    """Number of files by status."""
     emotions: dict[str, int]
-    """Files by predicted emotion."""
+    """Number of files by predicted emotion."""
     files_before: int
-    """Files that were answered in interrupted passes."""
+    """Number of files that interrupted passes answered."""
     seconds: float
     """Wall time of this run."""
 
@@ -83,18 +82,19 @@ def predict_many(
     problems: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> BatchSummary:
-    """Score files on the connected cluster, except those that an interrupted pass answered.
+    """Score files on the connected cluster, except files that an interrupted pass answered.
 
     Args:
-        files: paths or URIs, each once.
-        problems: why some of the files cannot be opened, by path.
+        files: paths or URIs without repetition.
+        predictor: the model.
         output: table to write, with one of the suffixes of `results.SUFFIXES`.
+        problems: reasons why files cannot be opened, by path.
         progress: called after every block; by default a bar or log lines on standard error.
 
     Raises:
         ConfigError: the output has another suffix, another run writes it, or it cannot be written.
-        ResourcesError: a node of the cluster does not see the files, or Ray would delete the output
-            after the job.
+        ResourcesError: a node of the cluster cannot open the files, or Ray deletes the folder of
+            the output after the job.
         SerRayError: the pass ended early.
     """
     output_suffix(output)
@@ -129,7 +129,7 @@ def predict_many(
 def predict_under(
     clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Score clips under each of some conditions on the connected cluster.
+    """Score clips under simulated recording conditions on the connected cluster.
 
     Args:
         clips: files and segments of files.
@@ -137,11 +137,11 @@ def predict_under(
         predictor: the model.
 
     Yields:
-        Rows in any order, with the columns of `table_schema`, `condition`, and `clip`, the index of
-        the clip.
+        Rows in any order, with the columns of `table_schema`, the name of the condition in
+        `condition`, and the index of the clip in `clip`.
 
     Raises:
-        ResourcesError: a node of the cluster does not see the files.
+        ResourcesError: a node of the cluster cannot open the files.
         SerRayError: the pass ended early.
     """
     require_shared(*one_of_each_folder([path for path, _, _ in clips]))
@@ -155,9 +155,9 @@ def predict_under(
 def _predict(
     clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Run the pass and yield the rows of each finished block, as `predict_under` does.
+    """Run the pass and yield the rows of each finished block, like `predict_under`.
 
-    The condition "" leaves the clips unchanged.
+    The condition "" does not change the clips.
     """
     if not clips:
         return
@@ -165,7 +165,7 @@ def _predict(
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it sets a level when it is imported
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data sets the level
     items = [
         {"condition": condition, "clip": clip, "path": path}
         | {"start": _or_nan(start), "end": _or_nan(end)}
@@ -199,8 +199,8 @@ def _predict(
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise SerRayError(
-            f"the pass ended early ({str(error).splitlines()[0]}); the answers so far are kept, "
-            "and the same command resumes from there"
+            f"the pass ended early ({first_line(error)}); the answers so far are kept, and the "
+            "same command resumes from there"
         ) from error
 
 
@@ -212,13 +212,13 @@ def _in_window_groups(
 
 
 def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value  # a column of numbers holds no None
+    return math.nan if value is None else value  # a numeric column cannot hold None
 
 
 def _decode_as(
     decode: Decode, condition: str, start: float, end: float, path: str, *, max_seconds: float
 ) -> Sound:
-    """Decode a file, or a segment of it, as it would be recorded under a condition."""
+    """Decode a file or a segment of it, and simulate the recording condition."""
     sound, name = decode(path, max_seconds=max_seconds), Path(path).name
     if not math.isnan(start):
         sound, _ = cut(sound, start, None if math.isnan(end) else end)
@@ -232,7 +232,7 @@ class _Decoder:
     def __init__(self, reader: RecordingReader) -> None:
         self.reader = reader
         self.sandbox = Sandbox(SECONDS_PER_FILE)
-        self.sandbox.__enter__()  # its process ends when this one does and closes their pipe
+        self.sandbox.__enter__()  # the child process exits when this process exits
 
     def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
         columns = (batch[name].tolist() for name in ("path", "condition", "start", "end"))
@@ -250,7 +250,7 @@ class _Decoder:
 
 
 class _Scorer:
-    """An actor that holds the model, and on CPUs decodes as well."""
+    """An actor that holds the model. On CPUs it also decodes."""
 
     def __init__(self, predictor: Any, decodes: bool) -> None:
         import ray

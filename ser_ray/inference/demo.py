@@ -1,6 +1,6 @@
-"""A page where a person records or drops a clip and sees what the model predicts.
+"""A web page where a person records or uploads a clip and sees the model's prediction.
 
-Gradio draws the page. Nothing leaves the machine: there is no share link and no analytics, and a
+Gradio draws the page. No data leaves the machine: there is no share link and no analytics, and a
 content security policy makes the browser refuse fonts and scripts of other servers. Recordings are
 in a temporary folder, which is deleted when the server stops.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 DRAWN_SECONDS = 60.0
-"""Only the first seconds of a longer recording are drawn."""
+"""A longer recording is drawn only up to this time."""
 
 SYNTHETIC_WARNING = (
     '<p role="alert">This model was trained on synthetic sounds, not on speech. It shows that the '
@@ -54,7 +54,7 @@ MAX_PORT = 65_535
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Introduction:
-    """What the page says about the model, and the example clips that it offers."""
+    """The page's text about the model, and its example clips."""
 
     name: str
     score: str
@@ -74,9 +74,9 @@ def serve(
 
     Args:
         predictor: the model.
-        introduction: what the page says about the model.
+        introduction: the page's text about the model, and its example clips.
         host: address to listen on.
-        port: port to listen on; 0 chooses a free one.
+        port: port to listen on; 0 chooses a free port.
         announce: called with the page's URL when the page can be opened.
 
     Raises:
@@ -84,13 +84,13 @@ def serve(
         ConfigError: the server cannot listen on the address.
     """
     if not 0 <= port <= MAX_PORT:
-        raise ConfigError(f"port is {port}: it must be 0, for a free one, to {MAX_PORT}")
+        raise ConfigError(f"port is {port}: it must be from 0 (a free port) to {MAX_PORT}")
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): choose another --host or "
-            "--port; --port 0 takes a free one"
+            f"{host}:{port}: the server cannot listen there ({error.strerror}); choose another "
+            "--host or --port; --port 0 takes a free port"
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
         os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported
@@ -109,7 +109,7 @@ def serve(
 def answer(
     predictor: Predictor, decode: Decode, path: str | None
 ) -> tuple[dict[str, float] | None, str]:
-    """Return what the page shows: the probabilities, and HTML with a picture or an error."""
+    """Return the content of the page: the probabilities, and HTML with a picture or an error."""
     if path is None:
         return None, ""
     name = Path(path).name
@@ -139,7 +139,7 @@ def _picture(
 ) -> str:
     """Draw a recording, including its silent ends, and its timeline as SVG.
 
-    The result is empty if the part that is drawn is silent or too short.
+    The result is empty if the drawn part is silent or too short.
     """
     seconds = DRAWN_SECONDS
     extract = FeatureExtractor(

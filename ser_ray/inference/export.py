@@ -1,13 +1,13 @@
 """Exports a checkpoint to one file that runs without this program: ONNX, or torch's own format.
 
 The input is a mono waveform [num_samples] float32 at the model's sample rate, of any length. The
-output is the probability of every label [labels] float32. It is NaN for a waveform that `Predictor`
-would not score as one clip: silent, too short, or with more sound than the longest training clip.
+output is the probability of every label [labels] float32. It is NaN for waveforms that `Predictor`
+does not score as one clip: silent, too short, or with more sound than the longest training clip.
 
-The graph holds trimming, features or encoder, normalisation, windows, network and temperature, so
-the features are implemented a second time here. In the graph, no shape but that of the input
-depends on the recording, so silent ends are masked instead of cut off. An export is written only if
-it agrees with `Predictor`.
+The graph contains trimming, features or encoder, normalisation, windows, network and temperature,
+so this module implements the features a second time. Only the shape of the input may depend on the
+recording, so silent ends are masked instead of trimmed. An export is written only if its
+probabilities agree with `Predictor`.
 """
 
 import json
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
-"""Largest allowed difference of a probability from `Predictor`, which sums in another order."""
+"""Largest allowed difference from a probability of `Predictor`, which sums in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 OPSET = 20
 
@@ -56,8 +56,7 @@ class ExportResult:
 
     output: str
     largest_difference: float
-    """Largest difference of a probability from the original's, over waveforms of `CHECKED_SECONDS`
-    with silent ends."""
+    """Largest difference from a probability of `Predictor`, for waveforms of `CHECKED_SECONDS`."""
     tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
@@ -114,7 +113,7 @@ class WaveformModel(nn.Module):
         else:
             num_frames = torch.ones_like(length)
             features = self._layers(self.encoder, samples, begin, length)
-        # Rounded twice, as the shards and the training's tensors round.
+        # Rounded twice: shards and training tensors are float16.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
         crops, weights = self._windows(normalised, num_frames)
@@ -151,11 +150,7 @@ class WaveformModel(nn.Module):
         return begin, length, is_scored
 
     def _threshold(self, power: Tensor) -> Tensor:
-        """Return the power above which a stretch is sound, as `measure_loudness` does.
-
-        Args:
-            power: of every stretch [stretches].
-        """
+        """Return the threshold of sound like `measure_loudness`, for the power of [stretches]."""
         loudest = power.max()
         threshold = loudest * 10 ** (-self.features.trim_db / 10)
         ranked = power[:-1].sort().values
@@ -171,7 +166,7 @@ class WaveformModel(nn.Module):
         return torch.where(is_noise, raised, threshold)
 
     def _features(self, waveform: Tensor, begin: Tensor, length: Tensor) -> Tensor:
-        """Compute features [bins, num_frames_max]. Frames after the sound's end are not valid."""
+        """Compute features [bins, num_frames_max]; frames after the sound are invalid."""
         config = self.features
         starts = torch.arange(config.num_frames)[:, None] * config.hop_length
         places = starts + torch.arange(config.window_length) - config.window_length // 2
@@ -194,11 +189,11 @@ class WaveformModel(nn.Module):
         return encoder(sound.float()[None], length[None]).reshape(-1, 1)
 
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut windows as `ser_ray.training.scoring.window_starts` places them.
+        """Cut windows at the positions of `ser_ray.training.scoring.window_starts`.
 
         Returns:
-            Crops [max_windows, 1, bins, crop_frames], and weights [max_windows]: 1 for the windows
-            in use, 0 for the others.
+            Crops [max_windows, 1, bins, crop_frames], and weights [max_windows]: 1 for used
+            windows, 0 for the others.
         """
         spare = num_frames - self.crop_frames
         count = (num_frames + self.crop_frames - 1) // self.crop_frames
@@ -213,12 +208,12 @@ class WaveformModel(nn.Module):
 
 
 def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
-    """Write a checkpoint as one file at a path or URI, if the file agrees with the original.
+    """Write a checkpoint as one file at a path or URI, if its probabilities agree.
 
     Raises:
         CheckpointError: there is no checkpoint.
         ConfigError: no filesystem opens the output.
-        ResourcesError: Ray would delete the output after the job.
+        ResourcesError: Ray deletes the folder of the output after the job.
         SerRayError: a package is missing, the probabilities differ, or the file cannot be written.
     """
     require_kept(output)
@@ -243,7 +238,7 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
         else:
             file = Path(folder, "model.pt2")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about tensors that share memory
+                warnings.simplefilter("ignore", UserWarning)  # "tensors share memory"
                 torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
             run = _run_torch(file)
         largest = _compare(run, predictor, output)
@@ -271,7 +266,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
             "pip install -e '.[export]'"
         ) from error
     with warnings.catch_warnings():
-        # torch's exporter uses deprecated parts of torch.
+        # torch's exporter calls deprecated functions of torch.
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         graph = torch.onnx.export(
@@ -291,13 +286,17 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
 
 def _run_torch(path: Path) -> Run:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns of its own archive's buffers
+        warnings.simplefilter("ignore", UserWarning)  # torch warns about buffers of its archive
         module = torch.export.load(path).module()
     return lambda waveform: module(torch.from_numpy(waveform)).numpy()
 
 
 def _compare(run: Run, predictor: Predictor, output: str) -> float:
-    """Return the largest difference of a probability over waveforms of several lengths."""
+    """Return the largest difference between probabilities, for waveforms of several lengths.
+
+    Raises:
+        SerRayError: it is larger than `TOLERANCE`.
+    """
     rate = predictor.card.features.sample_rate
     largest = 0.0
     for seconds in CHECKED_SECONDS:
@@ -311,15 +310,15 @@ def _compare(run: Run, predictor: Predictor, output: str) -> float:
         largest = max(largest, float(difference.max()))
     if not largest <= TOLERANCE:
         raise SerRayError(
-            f"{output}: not written, because its probabilities differ from the original's by "
-            f"{largest:.2g}, which is more than {TOLERANCE:g}; this is a fault of the program, so "
+            f"{output}: not written, because its probabilities differ from those of the checkpoint "
+            f"by {largest:.2g}, which is more than {TOLERANCE:g}; this is a fault of ser_ray: "
             "please report it with the model's card.json"
         )
     return largest
 
 
 def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
-    """Make a voice with faint noise, an offset and silent ends, float32 [num_samples]."""
+    """Make a voice with weak noise, an offset and silent ends, float32 [num_samples]."""
     time = np.arange(round(seconds * rate)) / rate
     pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
     voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))

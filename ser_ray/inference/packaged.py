@@ -1,16 +1,16 @@
-"""The model as MLflow packages it, which needs neither Ray nor this repository.
+"""The model in MLflow's package format. It runs without Ray and without this repository.
 
-This module implements MLflow's `loader_module` protocol: the data are the checkpoint's directory,
-and `_load_pyfunc` opens it. The input has a row for each recording, with one of these columns:
+This module implements MLflow's `loader_module` protocol: `_load_pyfunc` opens the checkpoint's
+directory. The input has a row for each recording, with one of these columns:
 
 path       path or URI of a recording that the model's machine can open
-audio      a recording's file: base64, a data URI, or bytes
+audio      the content of a file: base64, a data URI, or bytes
 waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; the column
-           `sample_rate` holds their rate in hertz, 16000 if it is left out
+           `sample_rate` is their rate in hertz, by default 16000
 
-The output has a row for each recording with `emotion`, a probability for every label, `status` and
-`reason`. The columns of the signature have the type Any, because MLflow would refuse integers for
-the type double, and rows of different kinds for the type binary.
+The output has a row for each recording with `emotion`, a probability for every label, `status`,
+`reason` and `warning`. The columns of the signature have the type Any: with the type double, MLflow
+refuses integers, and with the type binary, it refuses rows of different kinds.
 """
 
 import base64
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "av", "soxr",
                 "safetensors", "pandas")  # fmt: skip
-"""Those of any model."""
+"""The packages that every model needs."""
 
 WAVEFORM_RATE = 16_000.0
 FORM = (
     'send {"dataframe_records": [...]} with a row for each recording, as {"path": "clip.wav"}, '
     '{"audio": "BASE64"} or {"waveform": [0.1, ...], "sample_rate": 16000}'
 )
-"""What to send instead of a row that cannot be read."""
+"""The end of error messages about rows."""
 EXAMPLE_SECONDS = 0.25
 
 
 def requirements(checkpoint: Path) -> tuple[str, ...]:
-    """Return the packages that loading the model in a directory and predicting import."""
+    """Return the packages that a checkpoint needs for loading and predicting."""
     has_encoder = read_card(checkpoint).encoder is not None
     return (*_REQUIREMENTS, "torchaudio") if has_encoder else _REQUIREMENTS
 
@@ -56,11 +56,11 @@ class PackagedModel:
     def predict(
         self, model_input: "pd.DataFrame", params: dict[str, Any] | None = None
     ) -> "pd.DataFrame":
-        """Name the emotion of the recording in each row.
+        """Predict the emotion of the recording in each row.
 
-        The probabilities of a recording that cannot be scored are None, because MLflow's server
-        would write NaN, which is not JSON. If no column is known, MLflow removes the rows too, and
-        one row is returned with the reason.
+        The probabilities of a recording that cannot be scored are None, which MLflow's server
+        writes as null; NaN is not JSON. If no column is known, MLflow removes all rows, and the
+        result is one row with the reason.
         """
         import pandas as pd
 
@@ -103,7 +103,7 @@ class PackagedModel:
 
 
 def example_input() -> "pd.DataFrame":
-    """Make a row that any machine can score: a tone as samples."""
+    """Make a row that every machine can score: the samples of a tone."""
     import pandas as pd
 
     seconds = np.arange(int(EXAMPLE_SECONDS * WAVEFORM_RATE)) / WAVEFORM_RATE
@@ -112,9 +112,10 @@ def example_input() -> "pd.DataFrame":
 
 
 def _one_recording_each(rows: "pd.DataFrame") -> "pd.DataFrame":
-    """Give each recording one row, which MLflow's form `inputs` with columns does not.
+    """Give each recording one row.
 
-    MLflow turns a list of paths into one row, and each sample of a single waveform into a row.
+    For requests with `inputs`, MLflow turns a list of paths into one row, and each sample of a
+    single waveform into a row.
     """
     waveform = rows.get("waveform")
     if waveform is not None and waveform.dtype.kind in "iuf" and waveform.notna().all():
@@ -128,10 +129,10 @@ def _one_recording_each(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _file_bytes(audio: Any) -> bytes:
-    """Return the bytes of a file that is given as bytes, as base64 or as a data URI.
+    """Return the content of a file from bytes, base64 or a data URI.
 
     Raises:
-        ClipError: it is none of these.
+        ClipError: the value has another form.
     """
     if isinstance(audio, bytes):
         return audio

@@ -1,4 +1,4 @@
-"""The answer for a recording, and the answers for many, as text, a table or a notebook's cell."""
+"""Predictions for one or several recordings, which become text, a table or a notebook's cell."""
 
 import html
 from collections import Counter
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BAR_WIDTH = 40
-"""Characters of a bar for 100 %."""
+"""Number of characters in a bar for 100 %."""
 UNSURE = "unsure"
-"""Status of a recording for which no emotion is probable enough."""
+"""Status of a recording if no emotion is probable enough."""
 _TEXTS = ("path", "status", "reason", "warning", "emotion")
 SHOWN_ROWS = 100
-"""The most answers that a notebook shows of a list."""
+"""Largest number of predictions that a notebook shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """The answer for one window of a long recording."""
+    """The prediction for a window of a long recording."""
 
     start: float
     """Seconds from the beginning."""
@@ -33,7 +33,7 @@ class Segment:
     emotion: str | None
     """None if the model is unsure."""
     probabilities: dict[str, float]
-    """Probability of every label; they sum to 1."""
+    """Probability of every label; the sum is 1."""
 
     def __str__(self) -> str:
         when = f"{_clock(self.start)}–{_clock(self.end)}"
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """The answer for one recording, or the reason why there is none.
+    """The prediction for a recording, or the reason why there is none.
 
     `print` writes a line; a notebook draws the probabilities.
     """
@@ -50,18 +50,18 @@ class Prediction:
     path: str
     emotion: str | None = None
     probabilities: dict[str, float] | None = None
-    """Probability of every label; they sum to 1. A long recording has the mean of its windows."""
+    """Probability of every label; the sum is 1. For a long recording, the mean of its windows."""
     duration: float | None = None
     """Seconds of the complete recording."""
     timeline: tuple[Segment, ...] = ()
     """The windows with sound, if the recording is longer than the model's training clips."""
     status: str = "ok"
-    """ok, or why no emotion is named: unsure (no probability reaches the minimum confidence),
+    """ok, or why there is no emotion: unsure (no probability reaches the minimum confidence),
     unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
-    """The status in words."""
+    """The reason for the status."""
     warning: str | None = None
-    """A reason to doubt the answer, such as a loud background."""
+    """A reason to doubt the prediction, such as a loud background."""
 
     def __str__(self) -> str:
         return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
@@ -78,7 +78,7 @@ class Prediction:
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def _repr_html_(self) -> str:
-        """Draw the probabilities, the highest first, and the timeline."""
+        """Draw the probabilities, from the highest, and the timeline."""
         lines = [f"<p><b>{html.escape(str(self))}</b></p>"]
         if self.probabilities:
             ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
@@ -90,12 +90,12 @@ class Prediction:
 
 
 class Predictions(tuple[Prediction, ...]):
-    """The answers for several recordings, in their order; a notebook draws them as a table."""
+    """The predictions for several recordings; a notebook draws them as a table."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Write a line for each recording and its windows, and bars if there is one recording."""
+        """Write a line for each recording and each window, and bars if there is one recording."""
         names = shortest_names([prediction.path for prediction in self])
         lines = []
         for prediction in self:
@@ -106,9 +106,9 @@ class Predictions(tuple[Prediction, ...]):
         return "\n".join(lines)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a row for each recording, with the columns of the table that a batch pass writes.
+        """Return a row for each recording, like the table of a batch pass.
 
-        They are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds, the
+        The columns are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds, the
         probability of every label as `p_<label>`, and `timeline`, a list of windows.
         """
         import pandas as pd
@@ -128,7 +128,7 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Name each path by its file name and as few folders as distinguish it from the other paths.
+    """Return for each path the shortest name that no other path has: the end of the path.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """

@@ -1,9 +1,10 @@
 """Predicts the emotion in recordings with a checkpoint.
 
-`RecordingReader` turns a file, a stream or samples into the features of one or more windows, the
-function that scores validation clips computes their probabilities, and these become a `Prediction`.
-The batch pass, the packaged model and the demo all call `Predictor`. This module imports neither
-Ray, MLflow nor torchvision, so predicting one file takes little longer than importing torch.
+`RecordingReader` turns a file, a stream or samples into the features of one or more windows. The
+function that scores validation clips computes the probabilities of the windows, and their mean
+becomes a `Prediction`. The batch pass, the packaged model and the demo page call `Predictor`. This
+module imports neither Ray, MLflow nor torchvision, so a prediction takes little longer than
+importing torch.
 """
 
 import hashlib
@@ -32,8 +33,8 @@ class Predictor:
 
     Args:
         checkpoint: directory of a checkpoint.
-        min_confidence: if the highest probability of a recording is below this, its status is
-            `unsure` and no emotion is named.
+        min_confidence: if the highest probability of a recording is lower, its status is `unsure`,
+            and it gets no emotion.
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
@@ -57,7 +58,7 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change when the card, the confidence or any weight changes."""
+        """Sixteen hex digits that depend on the card, the minimum confidence and the weights."""
         settings = f"{self.min_confidence} {self.card.to_json()}"
         digest = hashlib.blake2b(settings.encode(), digest_size=8)
         for weight in self.network.parameters():
@@ -84,17 +85,17 @@ class Predictor:
     ) -> Predictions: ...
 
     def predict(self, audio: Any, sample_rate: float | None = None) -> Prediction | Predictions:
-        """Name the emotion in a recording, or in each of several.
+        """Predict the emotion in a recording, or in several recordings.
 
-        A fault of a recording is part of its answer and raises nothing.
+        A bad recording raises no error: its prediction gives the reason.
 
         Args:
-            audio: path or URI of an audio or video file, samples as `predict_samples` takes them,
-                or several of these.
-            sample_rate: of the samples, in hertz.
+            audio: path or URI of an audio or video file, samples as for `predict_samples`, or a
+                sequence of these.
+            sample_rate: sample rate of the samples in hertz.
 
         Raises:
-            ConfigError: samples without a sample rate.
+            ConfigError: there are samples, but no sample rate.
         """
         if isinstance(audio, str | Path):
             return self.predict_file(str(audio))
@@ -105,13 +106,16 @@ class Predictor:
         return self.predict_samples(np.asarray(audio), sample_rate, "samples")
 
     def predict_file(self, file: str | BinaryIO, name: str = "") -> Prediction:
-        """Score the file at a path or URI, or a seekable stream under a name for the answer."""
+        """Score a file (path or URI) or a seekable stream; the result calls it `name`."""
         return self.predict_features([self.reader.read(file, name=name)])[0]
 
     def predict_samples(self, samples: np.ndarray, sample_rate: float, name: str) -> Prediction:
-        """Score mono samples [num_samples] at a rate in hertz, under a name for the answer.
+        """Score mono samples [num_samples]: floats in [-1, 1], or integers on the scale of int16.
 
-        Floats are in [-1, 1], integers on the scale of int16.
+        Args:
+            samples: the samples.
+            sample_rate: their rate in hertz.
+            name: name of the recording in the prediction.
         """
         try:
             samples = _as_decoded(samples, sample_rate)
@@ -127,10 +131,10 @@ class Predictor:
         return [self._answer(recording, rows) for recording, rows in by_file]
 
     def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Score clips as validation does, and calibrate the probabilities.
+        """Score clips like validation, and calibrate the probabilities.
 
         Args:
-            features: [bins, frames] float16 of each clip, or its waveform for an encoder.
+            features: for each clip, [bins, frames] float16, or the waveform for an encoder.
 
         Returns:
             Probability of every label, float64 [clips, labels].
@@ -150,7 +154,7 @@ class Predictor:
         return apply_temperature(scores, self.card.temperature)
 
     def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
-        """Make the answer from the probabilities [windows, labels] of one file."""
+        """Make the prediction from the probabilities [windows, labels] of a recording."""
         if recording.status != "ok":
             return Prediction(
                 path=recording.path,
@@ -182,7 +186,7 @@ class Predictor:
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """Return the most probable label of probabilities [labels], if it is probable enough."""
+        """Return probabilities [labels] by label, and the best label if it is probable enough."""
         by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
         label, highest = max(by_label.items(), key=itemgetter(1))
         return {
@@ -192,10 +196,10 @@ class Predictor:
 
 
 def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
-    """Return a user's samples as `decode` would: float32 in [-1, 1] or int16.
+    """Convert a user's samples to the form that `decode` returns: float32 in [-1, 1] or int16.
 
     Raises:
-        ClipError: they are not one channel of numbers, or their rate is not possible.
+        ClipError: the samples are not one channel of numbers, or their rate is not accepted.
     """
     if samples.ndim != 1 or not samples.size or samples.dtype.kind not in "iuf":
         raise ClipError(
@@ -206,7 +210,7 @@ def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
     if sample_rate not in SAMPLE_RATES:
         raise ClipError(
             "unreadable",
-            f"the sample rate is {sample_rate}, but {SAMPLE_RATES[0]} to {SAMPLE_RATES[-1]} Hz are "
-            "read, in whole numbers",
+            f"the sample rate is {sample_rate}: it must be a whole number from {SAMPLE_RATES[0]} "
+            f"to {SAMPLE_RATES[-1]} Hz",
         )
     return full_scale(samples if samples.dtype == np.int16 else samples.astype(np.float32))

@@ -1,9 +1,9 @@
-"""Computes the features of a recording: of all its sound, or of the windows of a long recording.
+"""Computes the features of a recording, or of the windows of a long recording.
 
-Code and configuration are those of the shards that the model was trained on. A recording with more
-sound than the longest training clip is cut into overlapping windows as long as the network's crop,
-and each is treated as a clip. Windows without sound are left out. This module imports neither torch
-nor Ray, so that decoding processes start quickly.
+It uses the same code and settings as the shards that the model was trained on. A recording with
+more sound than the longest training clip is cut into overlapping windows. Every window has the
+length of the network's crop and is treated as a clip. Windows without sound are left out. This
+module imports neither torch nor Ray, so that decoding processes start quickly.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,16 +20,16 @@ from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
 
 CLEAR_DB = 12.0
-"""A recording gets a warning if its loud parts are less than this many dB above its quiet ones. Of
-400 clips of RAVDESS none got it, 4 % with white noise at -60 dB of full scale, 26 % at -50 dB and
-69 % at -40 dB. Recordings of noise alone always get it."""
+"""A recording gets a warning if its loud parts are less than this many dB above its quiet parts. Of
+400 clips of RAVDESS, none got the warning. With white noise at -60 dB of full scale, 4 % got it, at
+-50 dB 26 %, and at -40 dB 69 %. Recordings of noise alone always get it."""
 UNREACHABLE = "unreachable"
-"""Status of a file whose storage did not respond; another attempt may succeed."""
+"""Status of a file whose storage did not respond; a retry may succeed."""
 
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
 Decode = Callable[..., Sound]
-"""`decode`, or that of a sandbox, which survives a clip that kills the decoding process."""
+"""`decode`, or `Sandbox.decode`, which survives clips that kill the decoding process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,26 +40,26 @@ class RecordingFeatures:
     duration: float | None = None
     """Seconds of the complete recording; None if it could not be decoded."""
     windows: tuple[Window, ...] = ()
-    """The window that each of the features covers in a long recording; empty for a clip."""
+    """The windows of a long recording; empty if the recording is treated as one clip."""
     features: tuple[np.ndarray, ...] = ()
-    """One array for a clip, or one for each window; each is [bins, frames] float16, or for
-    an encoder the waveform [num_samples] float32."""
+    """One array for a clip, or one for each window: [bins, frames] float16, or for an encoder the
+    waveform [num_samples] float32."""
     status: str = "ok"
     """ok, unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
-    """The status in words."""
+    """The reason for the status."""
     warning: str | None = None
-    """A reason to doubt the answer."""
+    """A reason to doubt the prediction."""
 
 
 class RecordingReader:
-    """Turns recordings into features. It holds plain arrays, so Ray can send it to workers.
+    """Turns recordings into features. Ray can send it to workers.
 
     Args:
         config: the model's feature configuration.
-        kind: the feature that is the network's input. If it is an encoder's, what is read is the
-            waveform, which the encoder then takes.
-        crop_frames: frames of the network's input, which is the length of a window.
+        kind: the kind of feature that the network takes. For an encoder, the reader returns the
+            waveform.
+        crop_frames: number of frames in the network's input, which is the length of a window.
     """
 
     def __init__(self, config: FeatureConfig, kind: str, crop_frames: int) -> None:
@@ -71,7 +71,7 @@ class RecordingReader:
     def read(
         self, file: str | BinaryIO, decode: Decode = decode, name: str = ""
     ) -> RecordingFeatures:
-        """Read the file at a path or URI, or a seekable stream under a name for the answer."""
+        """Read a file (path or URI) or a seekable stream; the result calls it `name`."""
         name = name or str(file)
         try:
             sound = decode(file, max_seconds=MAX_RECORDING_SECONDS)
@@ -83,7 +83,7 @@ class RecordingReader:
         return replace(found, warning="; ".join(warnings) or None)
 
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Read mono samples [num_samples], float32 in [-1, 1] or int16, at a rate in hertz."""
+        """Read mono samples [num_samples], float32 in [-1, 1] or int16; the rate is in hertz."""
         if not len(samples):
             return RecordingFeatures(path=name, status="unreadable", reason="it has no samples")
         answer = partial(RecordingFeatures, path=name, duration=len(samples) / sample_rate)
@@ -102,7 +102,7 @@ class RecordingReader:
                 return answer(status=error.status, reason=error.reason)
         found = list(self._windows(samples, sample_rate, loudness))
         if not found:
-            return answer(status="silent", reason="no window of it holds enough sound")
+            return answer(status="silent", reason="none of its windows has enough sound")
         windows, all_features = zip(*found, strict=True)
         return answer(windows=windows, features=all_features, warning=warning)
 
@@ -127,11 +127,11 @@ class RecordingReader:
                 continue
             try:
                 yield window, self._features(samples[first:end], sample_rate)
-            except ClipError:  # measured by itself, the window is silent or too short
+            except ClipError:  # the window alone is silent or too short
                 continue
 
 
 def segment_starts(seconds: float, window_seconds: float) -> list[float]:
-    """Return where windows start, in seconds: every half window, and the last one at the end."""
+    """Return the starts of the windows in seconds: every half window, and the last at the end."""
     last = max(seconds - window_seconds, 0.0)
     return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]

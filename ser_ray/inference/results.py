@@ -1,13 +1,13 @@
-"""Stores the predictions of many files: in parts during the pass, as one table at its end.
+"""Stores the predictions of a batch pass: in parts during the pass, and as one table at its end.
 
-The driver writes answers as they arrive into Parquet files in a folder beside the output
-(`OUTPUT.partial`, on a disk or in a bucket), from which the same command resumes. When every file
-is answered, the parts become one Parquet, CSV or JSON lines file in the order of the files, and the
-folder is deleted. If some files were unreachable, the folder stays, and the same command scores
-only those again.
+The driver writes new answers into Parquet files in a folder beside the output (`OUTPUT.partial`, on
+a disk or in a bucket). The same command resumes from this folder. When every file is answered, the
+parts become one Parquet, CSV or JSON lines file in the order of the files, and the folder is
+deleted. If some files were unreachable, the folder remains, and the same command scores only these
+files again.
 
 Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, counts unreachable
-files as answered, and leaves parts instead of one table.
+files as answered, and writes parts instead of one table.
 """
 
 import json
@@ -35,18 +35,18 @@ from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 SECONDS_PER_PART = 5.0
-"""Answers become a part after this time in memory; a killed driver loses those in memory."""
+"""Longest time between two parts. A driver that is killed loses the answers since the last part."""
 ROWS_AT_ONCE = 4096
-"""Rows written at once, which is the size of a Parquet row group."""
+"""Rows that are written together: the size of a Parquet row group."""
 PARTS_IN_MEMORY = 4
-"""Blocks finish out of order, so neighbouring rows of the table are in several parts."""
+"""Number of cached parts. Blocks finish out of order, so consecutive rows are in several parts."""
 
 
 def output_suffix(output: str) -> str:
     """Return the suffix of an output, which decides its format.
 
     Raises:
-        ConfigError: it is none of `SUFFIXES`.
+        ConfigError: the suffix is not in `SUFFIXES`.
     """
     suffix = Path(filesystem_of(output)[1]).suffix.lower()
     if suffix not in SUFFIXES:
@@ -59,8 +59,8 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
     """Resume the results of an interrupted pass, or start new ones, under a lock.
 
     Args:
-        output: where the table will be.
-        model: fingerprint of the model; the answers of another model are ignored.
+        output: table to write.
+        model: fingerprint of the model; answers of other models are ignored.
         labels: the model's labels.
 
     Raises:
@@ -74,12 +74,12 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
         try:
             yield results
         finally:
-            with suppress(SerRayError):  # the error that ended the pass matters more
+            with suppress(SerRayError):  # it must not hide the error that ended the pass
                 results.write_part()
 
 
 class PartialResults:
-    """The answers of a pass so far. In memory are only each file's path, part and row."""
+    """The answers of a pass so far. Only the path, part and row of each file are in memory."""
 
     def __init__(
         self, filesystem: fs.FileSystem, path: str, lock: Lock, model: str, labels: Sequence[str]
@@ -102,16 +102,16 @@ class PartialResults:
         return path in self._places
 
     def append(self, answers: pa.Table) -> None:
-        """Keep the answers of some files."""
+        """Add answers, and write a part if `SECONDS_PER_PART` have passed."""
         self._waiting.append(answers)
         if time.monotonic() - self._last_part > SECONDS_PER_PART:
             self.write_part()
 
     def write_part(self) -> None:
-        """Write a part with the answers that are only in memory, if there are any.
+        """Write a part with the answers in memory, if there are any.
 
         Raises:
-            SerRayError: they cannot be written.
+            SerRayError: the part cannot be written.
         """
         self._last_part = time.monotonic()
         if not self._waiting:
@@ -123,21 +123,24 @@ class PartialResults:
                 pq.write_table(answers, path, filesystem=self._filesystem)
         except OSError as error:
             raise SerRayError(
-                f"{self._folder}: answers cannot be written ({error}); make room for them or wait "
-                "until the storage is back, and the same command resumes"
+                f"{self._folder}: answers cannot be written ({error}); free some space or wait "
+                "until the storage responds, then the same command resumes"
             ) from error
         self._waiting = []
         for row, name in enumerate(answers["path"].to_pylist()):
             self._places[name] = part, row
 
     def finish(self, files: Sequence[str]) -> tuple[Counter[str], Counter[str]]:
-        """Write the table of these files, and delete the parts unless a file was unreachable.
+        """Write the table, and delete the parts unless a file was unreachable.
+
+        Args:
+            files: the files in the order of the table.
 
         Returns:
             The number of files by status, and by emotion.
 
         Raises:
-            SerRayError: the table cannot be written; the parts stay.
+            SerRayError: the table cannot be written; the parts remain.
         """
         statuses: Counter[str] = Counter()
         emotions: Counter[str] = Counter()
@@ -149,7 +152,7 @@ class PartialResults:
                 emotions.update(table["emotion"].drop_null().to_pylist())
                 yield table
 
-        # If an error closes a stream into a bucket, the object looks complete.
+        # Not `atomic_write`: a stream to a bucket that an error closes leaves a complete object.
         temporary = f"{self._path}.tmp"
         self.write_part()
         self._lock.check()
@@ -182,7 +185,7 @@ def _write(suffix: str, stream: Any, schema: pa.Schema, tables: Iterable[pa.Tabl
             for table in tables:
                 parquet.write_table(table)
     elif suffix == ".csv":
-        # A cell cannot hold a list, so the timeline is JSON there.
+        # A CSV cell cannot hold a list, so the timeline is JSON.
         place = schema.get_field_index("timeline")
         flat = schema.set(place, pa.field("timeline", pa.string()))
         with csv.CSVWriter(stream, flat) as lines:

@@ -74,12 +74,12 @@ def test_a_port_in_use_is_named(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["demo-ui", str(checkpoint), "--port", str(port)]) == 2
-    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
+    assert f"127.0.0.1:{port}: the server cannot listen there" in capsys.readouterr().err
 
 
 def test_an_invalid_port_is_named(checkpoint, capsys):
     assert main(["demo-ui", str(checkpoint), "--port", "70000"]) == 2
-    assert "port is 70000: it must be 0, for a free one, to 65535" in capsys.readouterr().err
+    assert "port is 70000: it must be from 0 (a free port) to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.slow
