@@ -7,10 +7,10 @@
     print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
-In every function, `address` is the Ray cluster to join: by default the one of RAY_ADDRESS, else one
-that is started on this machine. `tracking_uri` is the MLflow store in which a run or a registered
-model is looked up. The verbs of `ser_ray.cli` call these functions. A function imports what it
-needs when it is called, so that a quick answer does not wait for libraries that it does not use.
+In every function, `address` is the Ray cluster to join. By default it is the cluster of
+RAY_ADDRESS, or else this machine does the work. `tracking_uri` is the MLflow store with the runs
+and registered models. The verbs of `ser_ray.cli` call these functions. Every function imports its
+libraries when it is called, so that quick functions need not wait for slow libraries.
 """
 
 import logging
@@ -47,27 +47,27 @@ if TYPE_CHECKING:
     from ser_ray.shards.read import ShardSet
 
 OUT = "ser-ray-out"
-"""Folder in the current directory for every output whose place the user does not name."""
+"""Default folder for outputs, in the current directory."""
 SHARDS = f"{OUT}/shards"
 SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
-"""Where `pipeline` puts the shards of the synthetic corpus."""
+"""The shards of the synthetic corpus, which `pipeline` makes."""
+PREDICTIONS = f"{OUT}/predictions.parquet"
 
 Shards = str | Sequence[str]
-"""Folder or URI of a shard set, or of several, which are then read as one."""
-PREDICTIONS = f"{OUT}/predictions.parquet"
+"""Folder or URI of a shard set, or of several sets that are read as one."""
 
 logger = logging.getLogger(__name__)
 
 
 def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
-    """Fetch and unpack RAVDESS from its Zenodo record; complete files are not requested again.
+    """Download RAVDESS from its Zenodo record, and unpack it. Complete files are kept.
 
     Returns:
         The folders of the corpus.
 
     Raises:
-        ResourcesError: the target is a folder that Ray deletes after the job.
-        CorpusError: an archive cannot be fetched or is damaged.
+        ResourcesError: the target is in a folder that Ray deletes after the job.
+        CorpusError: an archive cannot be downloaded or is damaged.
     """
     from ser_ray.cluster import require_kept
     from ser_ray.corpus.download import download as run
@@ -77,10 +77,10 @@ def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
 
 
 def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
-    """Decode a corpus into Parquet shards of features; call it again to resume or to update them.
+    """Decode a corpus into Parquet shards of features. The same call resumes or updates the shards.
 
     Raises:
-        CorpusError, ShardsError, ConfigError, ResourcesError: each names the item and the way out.
+        CorpusError, ShardsError, ConfigError, ResourcesError: as `ser_ray.shards.prepare.prepare`.
     """
     from ser_ray.shards.prepare import prepare as run
 
@@ -92,11 +92,11 @@ def open_shards(location: "Path | Shards", label_map: str = "") -> "ShardSet":
 
     Args:
         location: folder or URI of the set, or a sequence of several.
-        label_map: which labels are one, as in `TrainConfig`.
+        label_map: how labels are mapped, as in `TrainConfig`.
 
     Raises:
-        ShardsError: no complete shard set is there.
-        ConfigError: the sets do not go together, or the label map does not fit them.
+        ShardsError: there is no complete shard set.
+        ConfigError: the sets have different features, or the label map does not fit them.
     """
     from ser_ray.shards.corpora import open_corpora
 
@@ -116,14 +116,14 @@ def train(
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
-        recipe: what is trained and how.
+        recipe: settings of the training.
         run_config: workers, devices, names and places.
-        on_epoch: called with the numbers of each epoch, perhaps in another thread; if None they are
-            printed on standard error.
+        on_epoch: called with the metrics of each epoch, perhaps in another thread. By default they
+            are printed on standard error.
 
     Raises:
-        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
-            starts, where that can be known.
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: a setting or an
+            input is wrong. Most of these errors are raised before any worker starts.
         SerRayError: the training failed; the message gives the reason.
     """
     from ser_ray.distributed.epoch_table import EpochTable
@@ -136,13 +136,13 @@ def train(
 
 
 def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
-    """Read a recipe from the MLflow run of a training, of a trial or fold, or of a whole study.
+    """Read the recipe of an MLflow run: a training, trial, fold, search or cross-validation.
 
-    The recipe of a search is that of its best trial. That of a cross-validation has the folds' mean
-    temperature, for a model of the protocol all.
+    For a search, this is the recipe of the best trial. For a cross-validation, the recipe has the
+    folds' mean temperature, so that a model can be trained with the protocol `all`.
 
     Raises:
-        TrackingError: there is no such run, or it holds no recipe.
+        TrackingError: there is no such run, or it has no recipe.
     """
     from ser_ray.tracking.registry import recipe_of_run
 
@@ -157,7 +157,7 @@ def lr_range(
     *,
     address: str = "",
 ) -> "RangeResult":
-    """Propose both bounds of a recipe's learning rate by a range test (Smith 2015).
+    """Propose the two bounds of a recipe's learning rate by a range test (Smith 2015).
 
     Raises:
         DivergedError: the loss did not fall at any learning rate.
@@ -180,9 +180,9 @@ def tune(
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
-        recipe: values of the fields that are not searched; also the first trial.
+        recipe: recipe of the first trial; other trials change only the searched fields.
         run_config: devices, names and places of all trials.
-        search: space, searcher and scheduler.
+        search: search space, searcher and scheduler.
         slots: CPUs and GPUs of a trial.
 
     Raises:
@@ -193,7 +193,7 @@ def tune(
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
 
-    # Whether corpora share speakers is known only when their clips have been read.
+    # For cross-corpus, the label depends on shared speakers, which are unknown before reading.
     label = "" if recipe.protocol == CROSS_CORPUS else DEPENDENCE[recipe.protocol == "random"]
     with TrialTable(stderr_console(), num_trials(recipe, search), label) as table:
         return run(shards, recipe, run_config, search, slots, show=table, address=address)
@@ -206,7 +206,7 @@ def refit(
     *,
     address: str = "",
 ) -> "TrainResult":
-    """Train the best recipe of a search again, so that its model is kept."""
+    """Train the best recipe of a search again, to get its model."""
     from ser_ray.tracking.registry import name_like
 
     run_config = replace(run_config, name=name_like(result.best.run_id))
@@ -226,10 +226,10 @@ def crossval(
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
-        recipe: what is trained in every fold.
+        recipe: recipe of every fold.
         run_config: devices, names and places of all trainings.
-        config: seeds, folds and which part is scored.
-        slots: CPUs and GPUs of one training.
+        config: seeds, folds, and the part that is scored.
+        slots: CPUs and GPUs of a training.
     """
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
@@ -243,16 +243,16 @@ def crossval(
 def load_model(
     model: "str | Path", tracking_uri: str = "", *, min_confidence: float = 0.0
 ) -> "Predictor":
-    """Load a model that names the emotion in audio files.
+    """Load a model to predict the emotion in audio files.
 
     Args:
         model: folder or URI of a checkpoint or of a finished run, a run's name or id,
             `runs:/ID/model`, or `models:/NAME@ALIAS`.
-        min_confidence: a recording whose most probable emotion has a lower probability than this
-            is `unsure`: it gets its probabilities, but no emotion.
+        min_confidence: a recording is `unsure`, and gets no emotion, if its most probable emotion
+            has a lower probability.
 
     Raises:
-        CheckpointError: no checkpoint is there.
+        CheckpointError: there is no checkpoint.
         TrackingError: there is no such run or registered model.
     """
     from ser_ray.inference.predictor import Predictor
@@ -270,17 +270,17 @@ def predict_to_table(
     tracking_uri: str = "",
     address: str = "",
 ) -> "BatchSummary":
-    """Name the emotion in many files on a cluster; the same call resumes an interrupted pass.
+    """Predict the emotion in many files on a cluster; the same call resumes an interrupted pass.
 
     Args:
-        files: files, folders, URIs or patterns like `clips/**/*.wav`, or what `list_audio` found.
-        model: as `load_model` takes it, or a loaded model.
-        output: table to write, one row for each file: .parquet, .csv or .jsonl.
+        files: files, folders, URIs or patterns like `clips/**/*.wav`, or a result of `list_audio`.
+        model: as in `load_model`, or a loaded model.
+        output: table to write, with one row for each file: .parquet, .csv or .jsonl.
 
     Raises:
         CorpusError: there are no such files.
-        ConfigError, ResourcesError: the output cannot be written, or the cluster cannot see a file.
-        SerRayError: the pass ended early; the answers so far are kept.
+        ConfigError, ResourcesError: the output cannot be written, or a node cannot open the files.
+        SerRayError: the pass ended early; the finished predictions are kept.
     """
     from ser_ray.cluster import cluster
     from ser_ray.corpus.audio_files import AudioFiles, list_audio
@@ -302,16 +302,16 @@ def export(
     *,
     tracking_uri: str = "",
 ) -> "ExportResult":
-    """Write a model as one file: waveform at its sample rate in, probabilities out.
+    """Write a model as one file, which turns a waveform at its sample rate into probabilities.
 
     Args:
-        model: as `load_model` takes it.
-        output: file to write; `ser-ray-out/model.onnx` or `.pt2` if empty.
+        model: as in `load_model`.
+        output: file to write; the default is `ser-ray-out/model.onnx` or `.pt2`.
         format: ONNX, or torch's exported program.
 
     Raises:
-        CheckpointError, TrackingError: no such model.
-        SerRayError: a package is missing, or the file's answers differ from the model's.
+        CheckpointError, TrackingError: there is no such model.
+        SerRayError: a package is missing, or the probabilities of file and model differ.
     """
     from ser_ray.inference.export import export as run
     from ser_ray.tracking.registry import local_model
@@ -324,15 +324,15 @@ def export(
 def register(
     run_id: str, name: str = "ser-ray", alias: str = "champion", *, tracking_uri: str = ""
 ) -> tuple[str, str]:
-    """Make a run's model a registered version, described by its model card.
+    """Register a run's model in MLflow, with its model card as description.
 
     Args:
         run_id: MLflow run of a training, of a search or of a cross-validation.
-        name: the registered model.
-        alias: alias that the version gets; `models:/NAME@ALIAS` then names it.
+        name: name of the registered model.
+        alias: alias of the new version, which then has the address `models:/NAME@ALIAS`.
 
     Returns:
-        The version's number and the model card as Markdown.
+        The number of the version, and the model card as Markdown.
 
     Raises:
         TrackingError: there is no such run, it has no model, or the store refuses the version.
@@ -355,14 +355,14 @@ def prepare_for(
     """Prepare a corpus with the features that a model was trained on.
 
     Args:
-        model: as `load_model` takes it.
+        model: as in `load_model`.
         corpus: folder, URI or table, as in `PrepareConfig`.
-        shards: folder or URI that the shards are written to.
+        shards: folder or URI to write the shards to.
         missing: words in a table that mean a missing value.
-        columns: which columns of a table are which, as in `PrepareConfig`.
+        columns: names of columns in a table, as in `PrepareConfig`.
 
     Raises:
-        CheckpointError, TrackingError: no such model.
+        CheckpointError, TrackingError: there is no such model.
         CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
     """
     from ser_ray.tracking.registry import local_model
@@ -396,26 +396,26 @@ def evaluate(
     tracking_uri: str = "",
     address: str = "",
 ) -> "Evaluation":
-    """Score a model, by default on the test part of its own fold, and record that in its run.
+    """Score a model, by default on the test part of its own fold, and record the scores in its run.
 
-    The scores of other clips go to a page of their own, in `ser-ray-out/evaluations`.
+    Scores of other clips are written to a page in `ser-ray-out/evaluations`.
 
     Args:
-        model: as `load_model` takes it.
-        shards: the shard sets that it was trained on, or others of speakers that it was not trained
-            on. If empty, the former are looked for.
-        label_map: which labels are one, as in `TrainConfig`, and how the model writes them.
-        protocol: score the test part of a fold of this protocol instead.
-        fold: number of the fold to score instead of the model's own, counted from 0.
+        model: as in `load_model`.
+        shards: shard sets to score: those of the training, or shards of other speakers. If empty,
+            the shards of the training are looked for.
+        label_map: how labels are mapped, as in `TrainConfig`, but to the model's spelling.
+        protocol: score the test part of a fold of this protocol, instead of the model's own.
+        fold: score this fold instead of the model's own fold; folds are numbered from 0.
         allow_seen_speakers: also score speakers that the model was trained on.
-        under: also score the clips under these groups of recording conditions, which
-            `ser_ray.features.conditions` defines. Their files are decoded again.
+        under: also score the clips under these groups of simulated recording conditions
+            (`ser_ray.features.conditions`). The clips' files are decoded again.
         audio: put the sound of the clips that the report shows into the report.
 
     Raises:
-        CorpusError: with `under`, a clip's file cannot be read again.
-        CheckpointError, ShardsError, ConfigError: the model, the shards or their features do not
-            fit, or the model was trained on the speakers.
+        CorpusError: with `under`, the file of a clip cannot be read.
+        CheckpointError, ShardsError, ConfigError: the model does not fit the shards or their
+            features, or was trained on the speakers.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of
@@ -459,7 +459,7 @@ def compare(first: "Evaluation", second: "Evaluation") -> "Comparison":
     """Compare two models that were scored on the same clips, by paired tests.
 
     Raises:
-        ConfigError: they were scored on different clips, or know different labels.
+        ConfigError: the models were scored on different clips, or have different labels.
     """
     from ser_ray.evaluation.evaluate import compare as run
 

@@ -1,7 +1,7 @@
-"""Joining a Ray cluster, or starting one on this machine, and finding out what it offers.
+"""Joins a Ray cluster or starts one on this machine, and checks its CPUs, GPUs and files.
 
-Work that one process can do on this machine is done without Ray, unless the user names a cluster
-(`needs_ray`). Without Ray, the functions about nodes describe this machine alone.
+Work that needs only one process is done without Ray, unless the user names a cluster (`needs_ray`).
+Without Ray, the functions about nodes describe only this machine.
 """
 
 import json
@@ -21,41 +21,41 @@ from ser_ray.local_ray import session_folder, signals_kept, small_and_on_loopbac
 from ser_ray.storage.paths import absolute
 
 AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
-"""File on the head node of a cluster that `ray up` started, with the nodes that it may add."""
+"""File on the head node of a cluster of `ray up`, with the nodes that the autoscaler may add."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""The variable in which a job's driver finds its runtime environment before it connects to Ray."""
+"""Environment variable with the runtime environment of a Ray job."""
 CONNECT_SECONDS = 5.0
-"""Longest wait for the connection to a cluster; Ray would try a refused port for minutes."""
+"""Longest wait for the connection to a cluster; Ray itself retries a refused port for minutes."""
 ANSWER_SECONDS = 60.0
-"""Time that a node has to start a worker process and look for files."""
+"""Longest wait for a node that starts a worker process and looks for files."""
 FOLDERS_ASKED = 256
-"""Most folders of listed files that a node is asked to look for."""
+"""Largest number of folders that a node looks for."""
 
 logger = logging.getLogger(__name__)
 
 
 def needs_ray(address: str, workers: int = 1) -> bool:
-    """Whether this many workers run on Ray; if not, the only one runs in this process.
+    """Return whether this many workers run on Ray. If not, one worker runs in this process.
 
-    Several workers do. One does if a cluster is named: by an address (`local` is a cluster that is
-    started on this machine), by RAY_ADDRESS, by a Ray job, or by this process's connection.
+    Several workers always run on Ray. One worker runs on Ray if there is an address (`local` starts
+    a cluster on this machine), a RAY_ADDRESS or a Ray job, or if this process is connected to Ray.
     """
     names = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
     return workers > 1 or any(names) or is_connected()
 
 
 def is_connected() -> bool:
-    """Whether this process is connected to Ray."""
+    """Return whether this process is connected to Ray."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def place_of_training(address: str, workers: int) -> str:
-    """Say where this many workers train."""
+    """Describe where this many workers train."""
     return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
 
 
 def place_of_ray(address: str) -> str:
-    """Say which Ray `cluster` connects to."""
+    """Describe the cluster to which `cluster` connects."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     is_here = address in ("", "local")
     return "on Ray, started on this machine" if is_here else f"on the Ray cluster at {address}"
@@ -65,13 +65,13 @@ def place_of_ray(address: str) -> str:
 def cluster(address: str = "") -> Iterator[None]:
     """Connect to Ray for the duration of the block.
 
-    Joins the cluster at `address`, or else the one that `RAY_ADDRESS` or a Ray job names. Without
-    either, or at the address `local`, it starts Ray on this machine, listening on the loopback
-    only, and stops it at the end. A nested block uses the connection of the outer one.
+    Joins the cluster at `address`, or else the cluster of `RAY_ADDRESS` or of the Ray job. Without
+    these, or with the address `local`, it starts Ray on this machine, which listens only on the
+    loopback and stops at the end. A nested block uses the connection of the outer block.
 
     Raises:
-        ResourcesError: no cluster answers at the address, the address is that of a job server, Ray
-            does not start on this machine, or there is no folder for its temporary files.
+        ResourcesError: no cluster answers at the address, the address is a job server, Ray does not
+            start on this machine, or Ray has no folder for temporary files.
     """
     import ray
 
@@ -93,7 +93,7 @@ def cluster(address: str = "") -> Iterator[None]:
 
 
 def _init(address: str, named: str) -> None:
-    """Join the cluster at an address, which `named` gave, or start one if it is empty."""
+    """Join a cluster, or start one if the address is empty; `named` says who gave the address."""
     import ray
 
     try:
@@ -104,7 +104,7 @@ def _init(address: str, named: str) -> None:
                 address=address or "local",
                 include_dashboard=None if address else False,
                 logging_level=logging.ERROR,
-                # ser_ray reports progress and errors to the driver itself; Ray's logs are in files.
+                # ser_ray itself reports progress and errors; Ray's logs are in files.
                 log_to_driver=False,
             )
     except (ValueError, RuntimeError) as error:
@@ -136,23 +136,23 @@ def _not_started(error: Exception) -> ResourcesError:
 
 
 def _require_listener(address: str, named: str) -> None:
-    """Find out within seconds whether anything listens at the address of a cluster.
+    """Check within seconds that a server listens at the address of a cluster.
 
     Raises:
         ResourcesError: the address has the wrong form.
-        OSError: nothing listens, or the name has no address.
+        OSError: no server listens, or the host name is unknown.
     """
     if address == "auto":
         return
     if address.startswith(("http://", "https://")):
         raise ResourcesError(
-            f"{address} is a job server, which only takes submissions: give it to `ray job submit` "
-            "in RAY_API_SERVER_ADDRESS; --address and RAY_ADDRESS take HOST:6379"
+            f"{address} is a job server, which only accepts jobs: set RAY_API_SERVER_ADDRESS to it "
+            "for `ray job submit`; --address and RAY_ADDRESS have the form HOST:6379"
         )
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port
-    except ValueError:  # the port is no number
+    except ValueError:  # the port is not a number
         host, port = None, None
     if not host or not port:
         raise ResourcesError(f"{named} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
@@ -160,15 +160,15 @@ def _require_listener(address: str, named: str) -> None:
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster has room for this many workers, or can grow until it has.
+    """Check that the cluster, after the autoscaler has grown it, has room for all workers.
 
     Args:
-        workers: how many workers run at the same time.
+        workers: number of workers that run at the same time.
         cpus: CPUs of each worker.
         gpus: GPUs of each worker.
 
     Raises:
-        ResourcesError: names what was requested and what is available.
+        ResourcesError: the message has the required and the available resources.
     """
     have = resources_within_reach()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
@@ -181,17 +181,17 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has a GPU, or can add a node that has one."""
+    """Return whether the cluster has a GPU, or can add a node with a GPU."""
     return resources_within_reach().get("GPU", 0) >= 1
 
 
 def trains_on_gpus(device: str) -> bool:
-    """Whether `RunConfig.device` means GPUs on this cluster."""
+    """Return whether `RunConfig.device` means GPUs on this cluster."""
     return device == "gpu" or (device == "auto" and has_gpus())
 
 
 def resources_within_reach() -> dict[str, float]:
-    """Return the resources of the cluster at the largest size that its autoscaler may give it."""
+    """Return the resources of the cluster at its largest size."""
     reach: dict[str, float] = {}
     for node in nodes_within_reach():
         for name, amount in node.items():
@@ -200,7 +200,7 @@ def resources_within_reach() -> dict[str, float]:
 
 
 def nodes_within_reach() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster, and of each that its autoscaler may add."""
+    """Return the resources of each node, including nodes that the autoscaler may add."""
     if not is_connected():
         return [this_machine()]
     import ray
@@ -217,10 +217,10 @@ def nodes_within_reach() -> list[dict[str, float]]:
 
 
 def this_machine() -> dict[str, float]:
-    """Return the CPUs that this process may use, and the GPUs that torch can."""
+    """Return the CPUs and GPUs that this process can use."""
     import torch
 
-    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS does not have it
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     if limit := _container_limit("cpu.max"):  # "QUOTA PERIOD", in microseconds
         quota, period = map(int, limit.split())
@@ -229,7 +229,7 @@ def this_machine() -> dict[str, float]:
 
 
 def memory_of_this_machine() -> int:
-    """Return the bytes of free memory, at most the limit of the container."""
+    """Return the free memory in bytes, or the limit of the container if it is smaller."""
     import psutil
 
     return min(
@@ -238,7 +238,7 @@ def memory_of_this_machine() -> int:
 
 
 def _container_limit(name: str) -> str:
-    """Read a limit of the container in which this process runs; empty if there is none."""
+    """Read a limit of this process's container; empty if there is no limit."""
     try:
         limit = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
@@ -247,11 +247,10 @@ def _container_limit(name: str) -> str:
 
 
 def require_shared(*locations: str) -> None:
-    """Check that local paths lead to the same place on every node; URIs are assumed to do so.
+    """Check that all nodes can open these local paths; URIs are not checked.
 
     Raises:
-        ResourcesError: a node does not see a path, a node that the autoscaler adds would not see
-            it, or Ray deletes it after the job.
+        ResourcesError: a path is not on a shared disk, or Ray deletes it after the job.
     """
     for location in locations:
         require_kept(location)
@@ -269,7 +268,7 @@ def require_shared(*locations: str) -> None:
             missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
     elif AUTOSCALER_CONFIG.exists():
         added = ["the machines that the autoscaler starts"]
-        root = Path("/").stat().st_dev  # shared folders are mounted, so they are on another device
+        root = Path("/").stat().st_dev  # a shared folder is mounted, so it has another device
         missing_on = {
             location: added
             for location, path in local.items()
@@ -288,15 +287,15 @@ def one_of_each_folder(files: Iterable[str]) -> list[str]:
     found: dict[str, str] = {}
     for file in files:
         if "://" not in file:
-            found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - a million of them
+            found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - called for each file
     return list(found.values())[:: -(-len(found) // FOLDERS_ASKED) or 1]
 
 
 def require_kept(location: str) -> None:
-    """Check that a path or SQLite store is outside the working folder that Ray deletes after a job.
+    """Check that Ray does not delete a path or SQLite store after the job.
 
     Raises:
-        ResourcesError: the location is in that folder, the copy of the code that Ray made.
+        ResourcesError: the location is in the working folder of a Ray job, a copy of the code.
     """
     location = location.removeprefix("sqlite:///")
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
@@ -310,7 +309,7 @@ def require_kept(location: str) -> None:
 
 @contextmanager
 def _marker(path: Path) -> Iterator[Path]:
-    """Yield a path that exists for the duration of the block, on machines that share the folder."""
+    """Yield the path of a file in the folder, which exists for the duration of the block."""
     marker = path / f".seen-by-all-{os.getpid()}"
     try:
         marker.touch()
@@ -324,7 +323,7 @@ def _marker(path: Path) -> Iterator[Path]:
 
 
 def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the names of the nodes that lack each path, [num_paths]; ignore unresponsive nodes."""
+    """Return, for each path, the names of nodes that lack it. Unresponsive nodes are ignored."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -352,13 +351,13 @@ def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[
 
 
 def cpus_per_worker(workers: int) -> int:
-    """Return how many CPUs each worker can have at most if all of them run at the same time."""
+    """Return the largest number of CPUs per worker with which all workers run at the same time."""
     sizes = [int(node.get("CPU", 0)) for node in nodes_within_reach()]
     fitting = range(max(sizes, default=1), 1, -1)
     return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
 
 
 def in_words(resources: Mapping[str, float]) -> str:
-    """Name the CPUs and GPUs among some resources."""
+    """Write the CPUs and GPUs among the resources."""
     names = [name for name in ("CPU", "GPU") if name in resources]
     return ", ".join(f"{resources[name]:g} {name}s" for name in names)

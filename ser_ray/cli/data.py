@@ -1,4 +1,4 @@
-"""Verbs that make shards: download and prepare."""
+"""The verbs download and prepare."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from ser_ray.shards.config import PrepareConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Download(Verb):
-    """Fetch RAVDESS from its Zenodo record; files that are complete are not requested again."""
+    """Download RAVDESS from its Zenodo record; complete files are not downloaded again."""
 
     download: DownloadConfig = field(default_factory=DownloadConfig)
 

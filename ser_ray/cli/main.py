@@ -1,8 +1,8 @@
-"""`ser-ray <verb>`: parse the command line, run one verb, turn errors into a line and a status.
+"""`ser-ray <verb>`: parses the command line, runs a verb, and reports errors in one line.
 
-Every verb is a dataclass made of the configuration dataclasses that `ser_ray.api` takes: a flag is
-a field, and its help is the field's description. Nothing heavy is imported before a verb runs.
-`jobs/*.py` are these verbs for `ray job submit`.
+Every verb is a dataclass. It contains the configuration dataclasses that `ser_ray.api` takes. A
+field is a flag, and the field's docstring is the flag's help. Nothing slow is imported before a
+verb runs. `jobs/*.py` run these verbs for `ray job submit`.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ MACHINE_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
     errno.ESTALE,
 }  # fmt: skip
-"""Errors of an operating system whose reason is the machine: a full or read-only disk, say."""
+"""Errors of the operating system that the machine causes, such as a full or read-only disk."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status.
+    """Run one verb and return the exit status.
 
-    It is 0, 2 for an error of the user or the machine, 130 for Ctrl-C, 143 for SIGTERM and 129 for
-    SIGHUP.
+    The status is 0 for success, 2 for an error of the user or the machine, 130 for Ctrl-C, 143 for
+    SIGTERM and 129 for SIGHUP.
     """
     make_output_safe()
     logger, handler = logging.getLogger("ser_ray"), Lines()
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end("interrupted; the same command resumes from here", 130)
     except BrokenPipeError:
-        # Nobody reads the output any more: close it, so that Python does not complain at its exit.
+        # The reader closed the pipe. Without this, Python prints a warning when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -105,7 +105,7 @@ def _end(message: str, status: int) -> int:
 
 
 class Lines(logging.Handler):
-    """Prints what the package logs as lines of progress, above the bar or table if there is one."""
+    """Prints the package's log messages as lines, above the bar or table if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""

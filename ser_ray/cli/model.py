@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor
 
 FEW_FILES = 48
-"""More are predicted by a pass of Ray Data, which takes some ten seconds to start."""
+"""More files are predicted by a pass of Ray Data, which takes about ten seconds to start."""
 NOTHING_SCORED = "none of these files could be scored"
 
 Model = Annotated[
@@ -40,7 +40,7 @@ class ModelVerb(Verb):
     """Flags of every verb that uses a model."""
 
     tracking_uri: str = ""
-    """MLflow store in which a run or a registered name is looked up."""
+    """MLflow store with the run or the registered model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +49,27 @@ class Evaluate(ModelVerb):
 
     model: tyro.conf.Positional[Model]
     shards: tuple[str, ...] = ()
-    """The shard sets that the model was trained on, or others of speakers that it was not trained
-    on. If empty, the former are looked for; with --corpus, a folder in ser-ray-out is used."""
+    """Shard sets to score: those of the training, or shards of other speakers. By default, the
+    shards of the training are looked for. With --corpus, a folder in ser-ray-out is the default."""
     label_map: str = ""
-    """Which labels are one: usual, common (without labels that the model does not know), or a CSV
-    file, as in `train`. By default usual, if the model does not know all labels of the shards."""
+    """How labels are mapped: usual, common (without labels that the model does not know), or a CSV
+    file, as in `train`. The default is usual if the model does not know all labels of the
+    shards."""
     corpus: str = ""
-    """Corpus to score, as in `prepare --corpus`. It is prepared into the shard set first, with the
+    """Corpus to score, as in `prepare --corpus`. It is first prepared into the shard set, with the
     features that the model was trained on."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in any case; none if given without a word."""
+    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
+    means a missing value."""
     columns: tuple[str, ...] = ()
-    """Which columns of a table are which, as in label=emotion speaker=spk."""
+    """Names of columns in a table, as in label=emotion speaker=spk."""
     protocol: str = ""
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
-    """Number of the fold to score instead of the model's own, counted from 0."""
+    """Score this fold instead of the model's own fold; folds are numbered from 0."""
     under: tuple[Condition, ...] = ()
-    """Also score the clips as they would be recorded with noise, over a phone, with a codec, in a
-    room with an echo, or at another level. Their files are decoded again."""
+    """Also score the clips under simulated recording conditions: noise, a phone, a codec, a room
+    with an echo, another level. The clips' files are decoded again."""
     against: str = ""
     """Another model to compare with on the same clips, by paired tests."""
     allow_seen_speakers: bool = False
@@ -78,14 +80,14 @@ class Evaluate(ModelVerb):
     """Put the sound of the clips that the report shows into the report."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in where the shards of a corpus go."""
+        """Fill in the folder for the shards of a corpus."""
         if self.shards or not self.corpus:
             return self
         digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
         return replace(self, shards=(f"{api.OUT}/scored-{digest}",))
 
     def run(self) -> Outcome:
-        """Prepare the corpus if one is named, score the model, and compare it if asked to."""
+        """Prepare the corpus if there is one, score the model, and compare it with `against`."""
         scored = self.corpus or " ".join(self.shards) or "its own shards"
         say("model", f"scoring {self.model} on {scored}")
         if self.corpus:
@@ -128,24 +130,25 @@ class Evaluate(ModelVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(ModelVerb):
-    """Name the emotion in audio or video files.
+    """Predict the emotion in audio or video files.
 
-    A few files are answered at once, without Ray. Many, or any with `--output`, go through a pool
-    of model actors into a table; the same command resumes an interrupted pass.
+    Up to 48 files are predicted without Ray. More files, or any files with `--output`, are
+    predicted by a pool of model actors and written to a table. The same command resumes an
+    interrupted pass.
     """
 
     files: tyro.conf.Positional[Files]
     """Files, folders, URIs, or patterns like 'clips/**/*.wav'."""
     model: Model
     output: str = ""
-    """Table to write, .parquet, .csv or .jsonl, one row a file. For more than 48 files the default
-    is ser-ray-out/predictions.parquet."""
+    """Table to write, with one row per file: .parquet, .csv or .jsonl. For more than 48 files, the
+    default is ser-ray-out/predictions.parquet."""
     min_confidence: float = 0.0
-    """Call a file unsure, and name no emotion, if its most probable emotion has a lower probability
-    than this, from 0 to 1. Probabilities are calibrated on validation clips."""
+    """A file is unsure, and gets no emotion, if its most probable emotion has a lower probability
+    than this (0 to 1). Probabilities are calibrated on validation clips."""
 
     def run(self) -> Outcome:
-        """Answer the files here, or on a cluster."""
+        """Predict the files in this process or on a cluster."""
         from ser_ray.corpus.audio_files import describe_left_out, list_audio
         from ser_ray.inference.prediction import Prediction, Predictions
 
@@ -197,14 +200,14 @@ class Predict(ModelVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoUi(ModelVerb):
-    """Serve a page where people record or drop a clip and see what the model predicts."""
+    """Serve a web page where people record or upload a clip and see the model's prediction."""
 
     model: tyro.conf.Positional[Model]
     host: str = "127.0.0.1"
-    """Address to listen on: 127.0.0.1 serves this machine alone, 0.0.0.0 every machine that reaches
-    this one."""
+    """Address to listen on. 127.0.0.1 serves only this machine; 0.0.0.0 serves every machine that
+    can connect to this machine."""
     port: int = 7860
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 takes a free port."""
 
     def run(self) -> Outcome:
         """Serve the page until Ctrl-C."""
@@ -229,31 +232,32 @@ class DemoUi(ModelVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(ModelVerb):
-    """Write a model as one file: waveform at its sample rate in, probabilities out."""
+    """Write a model as one file, which turns a waveform at its sample rate into probabilities."""
 
     model: tyro.conf.Positional[Model]
     format: Literal["onnx", "torch"] = "onnx"
     """ONNX, or torch's exported program (.pt2)."""
     output: str = ""
-    """File to write; ser-ray-out/model.onnx or .pt2 if empty."""
+    """File to write; the default is ser-ray-out/model.onnx or .pt2."""
 
     def run(self) -> Outcome:
-        """Export the model and check it against the original."""
+        """Export the model and check its probabilities."""
         exported = api.export(self.model, self.output, self.format, tracking_uri=self.tracking_uri)
         return Outcome(asdict(exported), str(exported))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Register(Verb):
-    """Make a run's model a registered version, described by its model card."""
+    """Register a run's model in MLflow, with its model card as description."""
 
     run_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_ID")]]
-    """MLflow run of a training, of a cross-validation (its best fold is registered) or of a search
-    (the training of its best recipe by `tune --refit` or `train --like` is registered)."""
+    """MLflow run of a training, a cross-validation or a search. Of a cross-validation, the best
+    fold is registered. Of a search, the training of the best recipe by `tune --refit` or
+    `train --like` is registered."""
     name: str = "ser-ray"
-    """Registered model."""
+    """Name of the registered model."""
     alias: str = "champion"
-    """Alias that the version gets; models:/NAME@ALIAS then names it."""
+    """Alias of the new version, which then has the address models:/NAME@ALIAS."""
     tracking_uri: str = ""
     """MLflow store of the run and the registry."""
 

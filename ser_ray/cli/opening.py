@@ -1,4 +1,4 @@
-"""The first lines of a verb: what it will work on, before anything slow is imported."""
+"""Prints the first lines of a verb, before anything slow is imported."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,11 +11,11 @@ from ser_ray.training.config import TrainConfig
 NAMED = (
     "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",
 )  # fmt: skip
-"""Fields of the recipe that the opening names in words."""
+"""Fields of the recipe that `say_training` prints in sentences, not as flags."""
 
 
 def say(name: str, text: str) -> None:
-    """Print a line on standard error: a name, and what there is to say about it."""
+    """Print a line on standard error: a name and a text."""
     stderr_console().print(f"{name:12} {text}", markup=False)
 
 
@@ -23,8 +23,9 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
     """Print the shards, the clips and speakers of each part of these folds, and the recipe.
 
     Raises:
-        ShardsError: no shard set is there.
-        ConfigError: there is no such fold, it has an empty part, or the shards do not go together.
+        ShardsError: there is no shard set.
+        ConfigError: there is no such fold, a part is empty, or the shard sets have different
+            features.
     """
     from ser_ray.shards.corpora import open_corpora
     from ser_ray.training.parts import select_rows

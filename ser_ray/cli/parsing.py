@@ -1,8 +1,8 @@
-"""Turns a command line into a verb: a flag is a field of a dataclass, its help the field's text.
+"""Parses a command line into a verb: a field of the dataclass is a flag, its docstring the help.
 
-tyro's own rule for dataclasses keeps the line breaks of the source in the help, and lists inherited
-fields first. The rule here joins the lines, and lists a verb's own flags before those that it has
-in common with others. A switch that is on by default is described by `metadata["off"]`.
+tyro's own rule for dataclasses keeps the line breaks of docstrings in the help, and lists inherited
+fields first. The rule here joins the lines, and lists the verb's own flags first. The help of a
+switch that is on by default is `metadata["off"]`.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from ser_ray.errors import ConfigError
 
 V = TypeVar("V", bound=Verb)
 DESCRIPTION = """Speech emotion recognition at scale, on Ray and MLflow.
-Options of a verb: `ser-ray VERB --help`. Version: `ser-ray --version`. Completion by the Tab key:
-write its script with `ser-ray --tyro-write-completion bash FILE` (or zsh), then `source FILE`."""
+Options of a verb: `ser-ray VERB --help`. Version: `ser-ray --version`. To complete words with the
+Tab key: `ser-ray --tyro-write-completion bash FILE` (or zsh), then `source FILE`."""
 
 
 def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Verb:
@@ -35,14 +35,14 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
     Raises:
         ConfigError: there is no such verb.
-        SystemExit: help was asked for, or a flag cannot be parsed; what to say has been printed.
+        SystemExit: help was requested, or a flag cannot be parsed. tyro has printed the text.
     """
     name, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in verbs:
         return _parse(verbs[name], flags, f"ser-ray {name}").resolved(flags)
     if not name.startswith("-"):
         near = difflib.get_close_matches(name, verbs, n=1) or ["--help"]
-        hint = "lists the verbs" if near == ["--help"] else "is the nearest one"
+        hint = "lists the verbs" if near == ["--help"] else "is the most similar verb"
         raise ConfigError(f"there is no verb {name!r}: ser-ray {near[0]} {hint}")
     verb: Verb = tyro.extras.subcommand_cli_from_dict(
         dict(verbs),
@@ -55,12 +55,12 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
 
 def parse_over(flags: Sequence[str], defaults: V) -> V:
-    """Parse a verb's flags again over other defaults: a flag wins even if it repeats a default."""
+    """Parse a verb's flags with other defaults. Flags win, even with a usual default."""
     return _parse(type(defaults), flags, "ser-ray", defaults)
 
 
 def _parse(verb: type[V], flags: Sequence[str], prog: str, defaults: V | None = None) -> V:
-    # With FlagCreatePairsOff, a switch that is on in other defaults could not be given.
+    # Other defaults may turn a switch on or off, so both --flag and --no-flag are needed.
     pairs = () if defaults is not None else (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(
         verb,
@@ -82,7 +82,7 @@ def _registry() -> ConstructorRegistry:
 def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     kind = info.type
     if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("ser_ray."):
-        return None  # tyro makes one of all verbs
+        return None  # such as tyro's dataclass of all verbs
     texts = {item.arg_name: item.description or "" for item in parse_from_object(kind).params}
     for base in kind.__mro__[1:-1]:
         for item in parse_from_object(base).params:
@@ -101,7 +101,7 @@ def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         text = field.metadata["off"] if is_on else " ".join(texts.get(field.name, "").split())
         hint = hints[field.name]
         if default is None or default in ("", ()) or isinstance(default, bool):
-            # The text says what these mean.
+            # The docstring explains these defaults.
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         fields.append(StructFieldSpec(field.name, hint, default, text))
     return StructConstructorSpec(kind, tuple(fields))

@@ -22,7 +22,7 @@ from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.training.config import AugmentConfig, TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
-"""Folder of the synthetic corpus, which is used if the user names no corpus."""
+"""Folder of the synthetic corpus, the default corpus."""
 SYNTHETIC_RECIPE = TrainConfig(
     weights="none",
     validation_speakers=4,
@@ -31,7 +31,7 @@ SYNTHETIC_RECIPE = TrainConfig(
     batch_size=16,
     augment=AugmentConfig(noise=0.0, echo=0.0, band_limit=0.0),
 )
-"""The default recipe on the synthetic corpus, which is too small to learn from noise as well."""
+"""The default recipe for the synthetic corpus, which is too small for noise augmentation."""
 SHOWN_PREDICTIONS = 8
 
 
@@ -40,20 +40,22 @@ class Pipeline(Verb):
     """Run every step in order: prepare, train, evaluate, predict."""
 
     corpus: str = ""
-    """RAVDESS folder or URI, or a table of your own recordings. Without it a small synthetic corpus
+    """RAVDESS folder or URI, or a table of your own recordings. By default a small synthetic corpus
     is made, and a short recipe without pretrained weights is trained on it."""
     shards: str = ""
-    """Where the shards go; `ser-ray-out/shards`, or `ser-ray-out/synthetic-shards`, if empty."""
+    """Folder or URI to write the shards to. The default is `ser-ray-out/shards`, or
+    `ser-ray-out/synthetic-shards` for the synthetic corpus."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in any case; none if given without a word."""
+    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
+    means a missing value."""
     columns: tuple[str, ...] = ()
-    """Which columns of a table are which, as in label=emotion speaker=spk."""
+    """Names of columns in a table, as in label=emotion speaker=spk."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in where the shards go and, without a corpus, the synthetic one and its recipe."""
+        """Fill in the folder of the shards and, by default, the synthetic corpus and its recipe."""
         if self.corpus:
             return replace(self, shards=self.shards or api.SHARDS)
         verb = parse_over(flags, type(self)(recipe=SYNTHETIC_RECIPE))
@@ -64,14 +66,14 @@ class Pipeline(Verb):
         return self._train().place()
 
     def run(self) -> Outcome:
-        """Run the steps: all on one cluster, or only `prepare` if the training needs no Ray."""
+        """Run all steps on one cluster, or only `prepare` if the training needs no Ray."""
         from ser_ray.cluster import cluster, needs_ray
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
         from ser_ray.tracking.registry import read_weights
 
-        # Whatever is missing is reported before anything slow starts.
+        # Missing files are reported before anything slow starts.
         labels: tuple[str, ...] = EMOTIONS
         if self.corpus != SYNTHETIC:
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
@@ -79,7 +81,7 @@ class Pipeline(Verb):
             labels = listed.labels
         read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
         if self.corpus == SYNTHETIC:
-            say("corpus", f"no --corpus: making the synthetic one in {self.corpus}")
+            say("corpus", f"no --corpus: making the synthetic corpus in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
         config = PrepareConfig(
             corpus=self.corpus,
@@ -125,7 +127,7 @@ class Pipeline(Verb):
         )
 
     def _test_clips(self) -> dict[str, str]:
-        """Path and emotion of a few test files of the fold, spread evenly over all of them."""
+        """Select a few test files of the fold at equal distances: {path: emotion}."""
         import pyarrow.compute as pc
 
         from ser_ray.storage.packed import ROW
@@ -144,10 +146,10 @@ class Pipeline(Verb):
 
 
 def marked_lines(truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a test clip: whether the prediction is right, both emotions, and the file.
+    """Write a line for each test clip: whether the prediction is right, both emotions, the file.
 
     Args:
-        truth: emotion of every clip by its path.
+        truth: true emotion of every clip, by its path.
         predictions: `path`, `emotion` and `probabilities` of every clip.
     """
     lines = ["test clips   true       predicted"]

@@ -1,7 +1,7 @@
-"""Signals that stop a verb, and output that every terminal can show.
+"""Handles signals that stop a verb, and characters that a terminal cannot show.
 
-SIGTERM and SIGHUP raise `Stopped`, which is a KeyboardInterrupt: whatever cleans up after Ctrl-C
-cleans up after them, MLflow's run becomes KILLED, and Ray stops.
+SIGTERM and SIGHUP raise `Stopped`. It is a KeyboardInterrupt, so the same code cleans up as after
+Ctrl-C: MLflow's run becomes KILLED, and Ray stops.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 ASCII = {"–": "-", "±": "+-", "█": "#", "…": "..."}
-"""Characters of our output, and their replacements where the terminal cannot show them."""
+"""Characters of our output, and their replacements if the terminal cannot show them."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,9 +29,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise `Stopped` in the block at SIGTERM and SIGHUP.
+    """Raise `Stopped` in the block when SIGTERM or SIGHUP arrives.
 
-    A signal that is ignored stays ignored, as SIGHUP under nohup.
+    An ignored signal, such as SIGHUP under nohup, is still ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,7 +47,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def _stop(number: int, _: object) -> None:
-    for each in SIGNALS:  # a second signal must not interrupt the cleaning up
+    for each in SIGNALS:  # a second signal must not interrupt the cleanup
         signal.signal(each, signal.SIG_IGN)
     if number == signal.SIGHUP:
         _leave_terminal()
@@ -55,7 +55,7 @@ def _stop(number: int, _: object) -> None:
 
 
 def _leave_terminal() -> None:
-    """Discard further output to the terminal, which is closed: writing to it would fail."""
+    """Discard further output to the terminal, because writing to a closed terminal fails."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -64,9 +64,9 @@ def _leave_terminal() -> None:
 
 
 def make_output_safe() -> None:
-    """Let standard output and error replace characters that their encoding does not have.
+    """Let standard output and error replace characters that their encoding lacks.
 
-    A locale or PYTHONIOENCODING may allow ASCII only, and a file's name may be no text at all.
+    A locale or PYTHONIOENCODING may allow only ASCII, and a file's name may be invalid UTF-8.
     """
     codecs.register_error("readable", _replace)
     for stream in (sys.stdout, sys.stderr):

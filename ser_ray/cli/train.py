@@ -20,13 +20,13 @@ class TrainingVerb(Verb):
     """Flags of every verb that trains."""
 
     shards: tuple[str, ...] = (api.SHARDS,)
-    """Folder or URI of the shard set that `prepare` wrote; one serves all feature kinds. Several
-    are several corpora, which are trained on together."""
+    """Folder or URI of the shard set that `prepare` wrote. Several shard sets are several corpora,
+    which are trained on together."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
     def place(self) -> str:
-        """Say that the trainings run on Ray."""
+        """Return where the trainings run: on Ray."""
         from ser_ray.cluster import place_of_ray
 
         return place_of_ray(self.common.address)
@@ -37,8 +37,8 @@ class Train(TrainingVerb):
     """Train one fold; the same command resumes an interrupted training."""
 
     like: str = ""
-    """MLflow run of a training, a search, a cross-validation or a trial, whose recipe is trained.
-    Further flags replace single settings of that recipe."""
+    """Train the recipe of this MLflow run: a training, a search, a cross-validation or a trial.
+    Other flags replace settings of that recipe."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the recipe of the run that --like names."""
@@ -53,13 +53,13 @@ class Train(TrainingVerb):
         return replace(verb, run_config=replace(self.run_config, name=name))
 
     def place(self) -> str:
-        """Say whether the training runs on Ray."""
+        """Return where the training runs: on Ray or in this process."""
         from ser_ray.cluster import place_of_training
 
         return place_of_training(self.common.address, self.run_config.worker_range[1])
 
     def run(self) -> Outcome:
-        """Train and say where the checkpoint is."""
+        """Train, and report the checkpoint."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
         return train_outcome(
             api.train(self.shards, self.recipe, self.run_config, address=self.common.address),
@@ -68,7 +68,7 @@ class Train(TrainingVerb):
 
 
 def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome:
-    """Make the output of a finished training on shard sets."""
+    """Return the outcome of a finished training."""
     selected, card = result.selected, result.card
     data = {
         "name": result.name,
@@ -100,7 +100,7 @@ def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome
 def _report_lines(
     result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
 ) -> list[str]:
-    """Say where the report of a result and its run in MLflow are."""
+    """Return lines with the places of the report and the MLflow run."""
     from ser_ray.tracking.views import links
 
     run, all_runs, command = links(result.tracking_uri, result.run_id)
@@ -119,13 +119,13 @@ class LrRange(TrainingVerb):
     test: LrRangeConfig = field(default_factory=LrRangeConfig)
 
     def place(self) -> str:
-        """Say whether the test runs on Ray."""
+        """Return where the test runs: on Ray or in this process."""
         from ser_ray.cluster import place_of_training
 
         return place_of_training(self.common.address, 1)
 
     def run(self) -> Outcome:
-        """Run the test and print the command that trains with its bounds."""
+        """Run the test, and report the command that trains with its bounds."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
         say("range test", f"{self.test.steps} steps, {self.test.lowest:g} to {self.test.highest:g}")
         result = api.lr_range(
@@ -216,13 +216,13 @@ class Tune(TrainingVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Crossval(TrainingVerb):
-    """Train and test every fold of a protocol; the same command resumes where it stopped."""
+    """Train and test every fold of a protocol; the same command resumes an interrupted run."""
 
     crossval: CrossvalConfig = field(default_factory=CrossvalConfig)
     slots: SlotConfig = field(default_factory=SlotConfig)
 
     def run(self) -> Outcome:
-        """Train the folds and print the pooled scores."""
+        """Train the folds, and report the pooled scores."""
         from ser_ray.corpus.folds import num_folds
 
         config = self.crossval

@@ -1,4 +1,4 @@
-"""The base of every verb of the command line, and the result that a verb returns."""
+"""The base class of the command line's verbs, and the result of a verb."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,16 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verb's result, for a program and for a person."""
+    """The result of a verb, for programs and for people."""
 
     data: dict[str, Any]
+    """The result for programs (`--json`)."""
     text: str
+    """The result for people."""
     after: str = ""
-    """What may come next: a command, with its purpose. Only a person is shown it."""
+    """Lines for people below the result, such as the next command and its purpose."""
     problem: str = ""
-    """Reason why the verb failed although there is a result."""
+    """Why the verb failed although there is a result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +24,13 @@ class Common:
     """Options of every verb."""
 
     address: str = ""
-    """Ray cluster to join; `local` starts one on this machine. If empty, that of RAY_ADDRESS or of
-    the surrounding job; without those, this machine does the work, and starts Ray only for work of
-    several processes."""
+    """Ray cluster to join; `local` starts a cluster on this machine. The default is the cluster of
+    RAY_ADDRESS or of the Ray job. Without these, this machine does the work, and starts Ray only if
+    several processes work."""
     json: bool = False
     """Print the result as JSON on standard output; progress stays on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration and where a training would run, then stop."""
+    """Print the resolved configuration and the place of a training, then stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Verb:
     common: Common = field(default_factory=Common)
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Return this verb with the settings filled in that follow from the others.
+        """Fill in settings that depend on other settings.
 
         Args:
             flags: the command line after the verb's name.
@@ -46,13 +48,13 @@ class Verb:
         return self
 
     def place(self) -> str:
-        """Say where a training of this verb would run; empty if it has none."""
+        """Return where a training of this verb runs; empty if there is no training."""
         return ""
 
     def run(self) -> Outcome:
         """Do the work.
 
         Raises:
-            SerRayError: it failed; the message is for the user.
+            SerRayError: the verb failed; the message is for the user.
         """
         raise NotImplementedError

@@ -75,7 +75,7 @@ def test_no_verb_prints_help_and_version_the_version(capsys):
 def test_a_mistyped_verb_or_flag_names_the_nearest_one(capsys):
     assert main(["trian", "--epochs", "3"]) == 2
     assert capsys.readouterr().err == (
-        "error: there is no verb 'trian': ser-ray train is the nearest one\n"
+        "error: there is no verb 'trian': ser-ray train is the most similar verb\n"
     )
     assert main(["fly"]) == 2
     assert "ser-ray --help lists the verbs" in capsys.readouterr().err
