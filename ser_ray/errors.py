@@ -68,7 +68,7 @@ def is_permanent(error: BaseException) -> bool:
     """Return whether a retry will fail in the same way.
 
     A fault of the recipe, the shards or the checkpoint is permanent, and so is a batch that does
-    not fit into a GPU's memory. Other errors, such as storage that does not respond, may pass.
+    not fit into a GPU's memory. Other errors may be temporary, such as storage that is away.
     """
     if isinstance(error, LocationError):
         return False

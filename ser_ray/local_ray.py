@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def session_folder() -> Iterator[None]:
-    """Make a temporary folder for the Ray that starts in the `with` block, and delete it after.
+    """Make a temporary folder for a Ray that starts in the `with` block; delete it at the end.
 
     Ray exits without a reason if the disk is full, or if the path is too long for its sockets. The
     TMPDIR of batch systems is often too long.

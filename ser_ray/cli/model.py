@@ -59,8 +59,8 @@ class Evaluate(ModelVerb):
     """Corpus to score, as in `prepare --corpus`. It is first prepared into the shard set, with the
     features that the model was trained on."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
-    means a missing value."""
+    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
+    turns this off."""
     columns: tuple[str, ...] = ()
     """Names of columns in a table, as in label=emotion speaker=spk."""
     protocol: str = ""

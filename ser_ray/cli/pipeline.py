@@ -46,8 +46,8 @@ class Pipeline(Verb):
     """Folder or URI to write the shards to. The default is `ser-ray-out/shards`, or
     `ser-ray-out/synthetic-shards` for the synthetic corpus."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
-    means a missing value."""
+    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
+    turns this off."""
     columns: tuple[str, ...] = ()
     """Names of columns in a table, as in label=emotion speaker=spk."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -62,7 +62,7 @@ class Pipeline(Verb):
         return replace(verb, corpus=SYNTHETIC, shards=self.shards or api.SYNTHETIC_SHARDS)
 
     def place(self) -> str:
-        """Say whether the training runs on Ray."""
+        """Return where the training runs: on Ray or in this process."""
         return self._train().place()
 
     def run(self) -> Outcome:

@@ -40,16 +40,16 @@ class AudioFiles:
     """The recordings that a user named."""
 
     files: list[str] = field(default_factory=list)
-    """Paths or URIs, each once."""
+    """Paths or URIs, without repetition."""
     problems: dict[str, str] = field(default_factory=dict)
-    """Why a file cannot be opened, by its path; other files are not in here."""
+    """{path: reason} of the files that cannot be opened."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of files that are not recordings, by suffix."""
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a file name in lower case, with its dot, or nothing."""
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million Path objects are slow
+    """Return the suffix of a file name in lower case, with its dot; empty if there is none."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - called for each file
 
 
 def is_recording(file: ListedFile) -> bool:
@@ -91,7 +91,7 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
         CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
     """
     if not sources:
-        raise CorpusError("no files are named; name files, folders or patterns")
+        raise CorpusError("there are no files: give files, folders or patterns")
     found = AudioFiles()
     for source in sources:
         try:

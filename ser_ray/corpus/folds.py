@@ -33,7 +33,7 @@ PROTOCOLS = {
 """The names that `--protocol` accepts, and their meaning."""
 
 DEPENDENCE = {True: "SPEAKER-DEPENDENT", False: "speaker-independent"}
-"""How captions say whether training includes the tested speakers."""
+"""The words in captions, by whether training includes the tested speakers."""
 _NAMED_FOLDS = {
     "emobox-6": (
         ("01", "11", "20", "21"),
@@ -54,7 +54,7 @@ _NAMED_FOLDS = {
 RANDOM_FOLDS = 5
 """Each fold of `random` tests a fifth of the takes."""
 SHOWN = 8
-"""Most names that a message lists."""
+"""Largest number of names in a message."""
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
@@ -161,7 +161,8 @@ def _speaker_folds(protocol: str, strata: Mapping[str, str]) -> list[tuple[str, 
             f"{protocol} needs {count} speakers and the corpus has {len(strata)}: use "
             f"{alternative(len(strata))}"
         )
-    # Every fold gets its share of each stratum. The order in a stratum is fixed, but as if random.
+    # Every fold takes each `count`-th speaker, so it gets its share of each stratum. In a stratum,
+    # speakers are sorted by a hash, so their order does not depend on the meaning of the names.
     ordered = sorted(strata, key=lambda s: (strata[s], hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(ordered[fold::count])) for fold in range(count)]
 

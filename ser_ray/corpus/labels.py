@@ -30,12 +30,12 @@ USUAL_NAMES = {
     "disgust": ("disgusted", "dis"),
     "surprised": ("surprise", "sur"),
 }
-"""The names that `usual` replaces by each label. Upper and lower case are equal."""
+"""The names that `usual` replaces by each label, in upper or lower case."""
 COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""
 
-_SHOWN = 8  # most names that a message lists
+_SHOWN = 8  # largest number of labels in a message
 _LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (label, *names)}
 
 

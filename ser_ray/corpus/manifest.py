@@ -63,7 +63,7 @@ SAME_NAME = "has the file name of "
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
 _LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
 """The columns of a manifest, and two columns that decide which of several copies is kept."""
-_LISTING_BATCH = 65_536  # files that are Python objects at the same time
+_LISTING_BATCH = 65_536  # largest number of files that are Python objects, to save memory
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def list_corpus(
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Give rows without a status whose modality is not in `include` the status `excluded`."""
+    """Set the status `excluded` for rows whose modality is not in `include`, if they have none."""
     wanted = sorted(set(include))
     is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
     left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
@@ -200,7 +200,7 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
             others[suffix_of(file.inside)] += 1
         elif not suffix_of(file.inside) and file.problem != DEVICE:
             raise CorpusError(
-                f"{file.location}: {file.problem}; if it should be a folder, its clips would be "
+                f"{file.location}: {file.problem}; if it should be a folder, its clips are "
                 "missing: repair it or remove it"
             )
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _RANDOM_VALIDATION = 8
 """In `random`, an eighth of the takes that are not tested are the validation side."""
 _LEFT_OUT, _TRAIN, _VALIDATION, _TEST = -1, 0, 1, 2
-"""The sides. A group whose rows are on several sides keeps only the rows on the highest side."""
+"""The sides. If the rows of a group are on several sides, only the highest side keeps its rows."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -164,10 +164,10 @@ def _sides_by_speaker(
 
 
 def one_clip_per_take(clips: "pa.Table") -> Rows:
-    """Select the first window of one clip per RAVDESS take, and of every clip of other corpora.
+    """Select the clips that scores count: one clip per RAVDESS take, or every clip of a table.
 
-    The wav and the mp4 of a RAVDESS take are the same recording, and scores must count it once. The
-    wav is selected if there is one. Rows of other corpora have no `channel`.
+    The wav and the mp4 of a RAVDESS take are the same recording. The wav is selected if there is
+    one. Clips of a table have no `channel`. Only the first window of a clip is selected.
 
     Args:
         clips: the string columns `path`, `take`, `modality` and `channel`, and the number `window`.
@@ -212,9 +212,9 @@ def _choose_validation(
 ) -> list[str]:
     """Choose the validation speakers of the last fold in `tests`.
 
-    Every stratum contributes the same number, and speakers whom fewer earlier folds chose come
-    first. The default number is a twelfth of all speakers, but at least two and at most a third of
-    the speakers that are not tested: most speakers must train, because scores depend on it.
+    Every stratum contributes the same number of speakers. Speakers take turns over the folds. By
+    default, a twelfth of all speakers validate, but at least two speakers, and at most a third of
+    the speakers that are not tested. The others train.
 
     Args:
         tests: the test speakers of every fold up to this one.
@@ -246,8 +246,8 @@ def _choose_validation(
 def _groups(takes: Sequence[str], contents: Sequence[str | None], paths: Sequence[str]) -> Rows:
     """Return a group number for each row; rows with the same take, content or path are a group.
 
-    Takes that share a content or path are in one group, directly or through other takes. The sorted
-    takes decide the numbers, so the order of the rows does not matter.
+    Takes that share a content or path are in one group, directly or through other takes. Groups are
+    numbered by their first take, so the order of the rows does not matter.
     """
     leader = {take: take for take in takes}
 

@@ -148,9 +148,9 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
 
 
 def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool]:
-    """Return the bytes of samples that a wav declares, those it has, and if the length is valid.
+    """Return a wav's declared and actual sample bytes, and whether the declared number is valid.
 
-    soundfile reports only the bytes that the file has. A recorder that did not complete the header
+    soundfile reports only the actual bytes. A recorder that did not complete the header
     leaves an invalid length: 0, a placeholder, or a position where no chunk begins. `wav` must be
     positioned after its first 12 bytes.
     """

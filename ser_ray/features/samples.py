@@ -15,8 +15,8 @@ INTEGER_PEAK = 2.0**15
 """Full scale of larger float samples: some tools write the 16-bit range as floats. Samples above
 this value are not sound."""
 MISSING_SECONDS = 0.25
-"""If the header declares more missing seconds than this, the end of the clip is lost. Headers of
-undamaged files may be wrong by less."""
+"""If a file has this many seconds less sound than its header declares, its end is lost. Smaller
+differences occur in undamaged files."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
 MIX_SECONDS = 10.0

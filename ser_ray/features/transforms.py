@@ -180,7 +180,7 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
     powers: list[np.ndarray] = []
-    for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # hours do not fit as float
+    for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # saves memory
         block = samples[first : first + BLOCK_STRETCHES * stretch] * scale
         even = len(block) // stretch * stretch
         stretches, rest = block[:even].reshape(-1, stretch), block[even:]

@@ -48,7 +48,7 @@ WINDOWS_AT_ONCE = 256
 """Windows that are scored together; a recording of an hour has 2,300. With a GPU, the features of a
 block wait in the object store."""
 SECONDS_PER_FILE = 600.0
-"""A file that takes longer to decode is unreadable. A bucket's video of an hour takes minutes."""
+"""A file that takes longer to decode is unreadable. An hour's video in a bucket takes minutes."""
 
 NAMES = ("condition", "clip")
 """Columns that identify the condition and the clip of an answer."""

@@ -150,7 +150,7 @@ class WaveformModel(nn.Module):
         return begin, length, is_scored
 
     def _threshold(self, power: Tensor) -> Tensor:
-        """Return the threshold of sound like `measure_loudness`, for the power of [stretches]."""
+        """Compute `Loudness.threshold` from the power of every stretch [stretches]."""
         loudest = power.max()
         threshold = loudest * 10 ** (-self.features.trim_db / 10)
         ranked = power[:-1].sort().values
@@ -208,7 +208,7 @@ class WaveformModel(nn.Module):
 
 
 def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
-    """Write a checkpoint as one file at a path or URI, if its probabilities agree.
+    """Write a checkpoint as one file at a path or URI, if the file agrees with `Predictor`.
 
     Raises:
         CheckpointError: there is no checkpoint.

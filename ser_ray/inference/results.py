@@ -152,7 +152,7 @@ class PartialResults:
                 emotions.update(table["emotion"].drop_null().to_pylist())
                 yield table
 
-        # Not `atomic_write`: a stream to a bucket that an error closes leaves a complete object.
+        # A temporary file even in a bucket: closing the stream after an error completes the object.
         temporary = f"{self._path}.tmp"
         self.write_part()
         self._lock.check()

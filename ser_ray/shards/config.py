@@ -20,8 +20,8 @@ class PrepareConfig:
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. Without a word, no word
-    means a missing value."""
+    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
+    turns this off."""
     columns: tuple[str, ...] = ()
     """Names of columns in a table that differ from path, label, speaker, take, start, end and
     split, as in label=emotion speaker=spk."""

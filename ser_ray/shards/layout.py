@@ -53,7 +53,7 @@ def part_name(part: int) -> str:
 
 
 def feature_name(kind: str, part: int) -> str:
-    """Return the path of the file with a kind of feature of a part."""
+    """Return the path of a part's file with this kind of feature."""
     return part_name(part) if kind in KINDS else f"{ENCODERS}/{kind}/part-{part:05d}.parquet"
 
 

@@ -1,4 +1,4 @@
-"""A lock on a folder: only the process that holds it writes there, for example shards or a run.
+"""A lock on a folder: only the process that holds the lock may write into the folder.
 
 The lock is a file in the folder, so it works on every filesystem that pyarrow opens, and between
 machines that share nothing else. (`filelock` needs a local disk, and pyarrow has no conditional put
@@ -34,7 +34,7 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Time between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Time within which all processes that claim the lock at the same moment have written it."""
+"""Time in which processes that claim the lock at the same moment have all written the file."""
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
         return False
     except psutil.AccessDenied:
         return None
-    # Unknown, because ids are reused, but a corrected clock also shifts the times of all processes.
+    # A difference means that the id was reused, or that the machine's clock was corrected.
     return True if abs(started - claim["process_started"]) < 1 else None
 
 

@@ -47,7 +47,7 @@ def read_packed(location: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
-    """Return a Parquet file's footer, and the first row of each row group and the row count."""
+    """Return a Parquet file's footer, and the first row of each row group, then the row count."""
     filesystem, path = filesystem_of(parquet)
     footer = pq.read_metadata(path, filesystem=filesystem)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]

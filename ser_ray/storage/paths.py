@@ -74,7 +74,7 @@ def refuse_password(location: str) -> None:
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """Return the client of a bucket; the cache saves 13 ms and new connections."""
+    """Return the client of a bucket. It is cached, because making a client takes 13 ms."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
