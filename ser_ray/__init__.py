@@ -84,6 +84,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """List the names that a notebook completes."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import `ser_ray.api` when one of its names is first used."""
     if name not in __all__:

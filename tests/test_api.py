@@ -9,10 +9,11 @@ import pytest
 import ser_ray
 from tests.clips import voice, write_wav
 from tests.models import LABELS
+from tests.shard_files import write_shard_files
 
 CELLS = (
     "import ser_ray",
-    "model = ser_ray.load_model(MODEL)\nmodel.labels",
+    "model = ser_ray.load_model(MODEL)\nmodel",
     "answer = model.predict('a.wav')\nanswer",
     "answers = model.predict(['a.wav', 'b.wav'])\nanswers",
     "table = answers.to_pandas()\ntable",
@@ -34,7 +35,8 @@ def test_a_notebooks_cells_name_emotions_and_draw_them(in_tmp, checkpoint):
         write_wav(in_tmp / f"{name}.wav", voice(1.0, 16_000, seed), 16_000)
     names: dict[str, Any] = {"MODEL": checkpoint}
     shown = [run_cell(cell, names) for cell in CELLS]
-    assert shown[1] == LABELS
+    assert repr(shown[1]).startswith("ResNet18 on mel, trained on ")
+    assert repr(shown[1]).endswith(f"labels: {', '.join(LABELS)}")
     answer, answers, table, from_samples = shown[2:]
     assert [item.path for item in answers] == ["a.wav", "b.wav"]
     assert list(table["emotion"]) == [item.emotion for item in answers]
@@ -42,6 +44,16 @@ def test_a_notebooks_cells_name_emotions_and_draw_them(in_tmp, checkpoint):
     assert from_samples.probabilities == pytest.approx(answer.probabilities, abs=1e-3)
     for drawn in shown[2:]:
         assert "<t" in drawn._repr_html_()
+
+
+def test_a_notebook_completes_the_functions_and_shows_what_shards_hold(memory_shards, tmp_path):
+    assert set(dir(ser_ray)) == {*ser_ray.__all__, "__version__"}
+    folder = write_shard_files(tmp_path / "a", memory_shards, ("mel",))
+    assert repr(ser_ray.open_shards(folder)) == (
+        f"{folder}: 48 clips, 4 labels (neutral, calm, happy, sad), features spectrogram, mel, mfcc"
+    )
+    other = write_shard_files(tmp_path / "b", memory_shards, ("mel",))
+    assert repr(ser_ray.open_shards([folder, other])).startswith(f"{folder} and {other}: 96 clips")
 
 
 @pytest.mark.parametrize(

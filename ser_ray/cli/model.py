@@ -184,18 +184,10 @@ class Predict(ModelVerb):
 
         output = self.output or api.PREDICTIONS
         summary = api.predict_to_table(listed, predictor, output, address=self.common.address)
-        counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
-        emotions = ", ".join(f"{count} {emotion}" for emotion, count in summary.emotions.items())
-        before = f", {summary.files_before} of them before" if summary.files_before else ""
-        lines = [
-            f"{len(listed.files)} files: {counts}",
-            emotions,
-            f"in {summary.seconds:.1f} s{before}: {output}",
-        ]
         problem = "" if {"ok", UNSURE} & summary.counts.keys() else NOTHING_SCORED
         if missing := summary.counts.get(UNREACHABLE):
             problem = f"{missing} files were unreachable; the same command tries them again"
-        return Outcome(asdict(summary), "\n".join(line for line in lines if line), problem=problem)
+        return Outcome(asdict(summary), str(summary), problem=problem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,35 +81,27 @@ def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome
         "selected": selected,
         "history": result.history,
     }
-    lines = [f"trained on   {card.trained_on}, {card.split['label']}"]
     if "val/ua" in selected:
-        best = max(result.history, key=lambda row: row["val/ua"])
-        lines.append(
-            f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
-            f"{selected['epoch']:.0f}, the {card.config.keep} of {len(result.history)}; "
-            f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}"
-        )
         command = next_command("evaluate", result.checkpoint, shards=shards)
         advice = f"test it      {command}"
     else:
         advice = f"register it  {next_command('register', result.run_id)}"
-    lines += [f"checkpoint   {result.checkpoint}", *_report_lines(result)]
-    return Outcome(data, "\n".join(lines), advice, problem=result.undelivered)
+    return Outcome(data, _with_links(result), advice, problem=result.undelivered)
 
 
-def _report_lines(
+def _with_links(
     result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
-) -> list[str]:
-    """Return lines with the places of the report and the MLflow run."""
+) -> str:
+    """Show a result, and where its run is in MLflow."""
     from ser_ray.tracking.views import links
 
     run, all_runs, command = links(result.tracking_uri, result.run_id)
     lines = [
-        f"report       {result.report}",
+        str(result),
         f"MLflow run   {result.run_id}: {run}",
         f"all runs     {all_runs}",
     ]
-    return [*lines, f"served by    {command}"] if command else lines
+    return "\n".join([*lines, f"served by    {command}"] if command else lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +123,7 @@ class LrRange(TrainingVerb):
         result = api.lr_range(
             self.shards, self.recipe, self.run_config, self.test, address=self.common.address
         )
-        found = result.found
-        lr_min, lr_max = float(f"{found.lr_min:.1e}"), float(f"{found.lr_max:.1e}")
+        lr_min, lr_max = result.bounds
         command = next_command(
             "train",
             shards=self.shards,
@@ -140,18 +131,12 @@ class LrRange(TrainingVerb):
             run_config=replace(self.run_config, name=""),
             address=self.common.address,
         )
-        lines = (
-            f"range test   {result.label}: {len(found.learning_rates)} steps, "
-            f"{found.learning_rates[0]:.0e} to {found.learning_rates[-1]:.0e}",
-            f"proposed     --lr-min {lr_min:g} --lr-max {lr_max:g}",
-            *_report_lines(result),
-        )
-        data = asdict(found) | {
+        data = asdict(result.found) | {
             "run_id": result.run_id,
             "tracking_uri": result.tracking_uri,
             "report": result.report,
         }
-        return Outcome(data, "\n".join(lines), f"train with   {command}")
+        return Outcome(data, _with_links(result), f"train with   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,30 +162,19 @@ class Tune(TrainingVerb):
             self.slots,
             address=self.common.address,
         )
-        best, recipe = result.best, result.best.recipe
-        drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
-        drawn = {
-            name: f"{value:.3g}" if isinstance(value, float) else value
-            for name, value in drawn.items()
-        }
-        counts = Counter(trial.state for trial in result.trials)
-        counted = ", ".join(f"{count} {state}" for state, count in counts.items())
-        lines = [
-            f"searched     {len(result.trials)} trials: {counted}",
-            f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
-            f"{best.selected['val/wa']:.1%} in epoch {best.selected['epoch']:.0f} ({result.label})",
-            *(f"             {name} {value}" for name, value in drawn.items()),
-            f"kept in      {result.best_recipe}",
-            *_report_lines(result),
-        ]
+        best, text = result.best, _with_links(result)
         data = {
             "name": result.name,
             "run_id": result.run_id,
             "tracking_uri": result.tracking_uri,
             "report": result.report,
             "protocol": result.label,
-            "states": counts,
-            "best": {"run_id": best.run_id, "selected": best.selected, "recipe": recipe.to_dict()},
+            "states": Counter(trial.state for trial in result.trials),
+            "best": {
+                "run_id": best.run_id,
+                "selected": best.selected,
+                "recipe": best.recipe.to_dict(),
+            },
         }
         after, problem = f"train it     {result.again}", ""
         if self.search.refit:
@@ -208,10 +182,10 @@ class Tune(TrainingVerb):
                 api.refit(result, self.shards, self.run_config, address=self.common.address),
                 self.shards,
             )
-            lines.append(fitted.text)
+            text = f"{text}\n{fitted.text}"
             after, problem = fitted.after, fitted.problem
             data["refit"] = fitted.data
-        return Outcome(data, "\n".join(lines), after, problem)
+        return Outcome(data, text, after, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,15 +228,5 @@ class Crossval(TrainingVerb):
                 run_config=replace(self.run_config, name=""),
             )
             after = f"test it      {command}"
-        lines = (
-            *(
-                f"fold {row['fold']}, seed {row['seed']} {config.part} UA {row['ua']:.1%}, "
-                f"WA {row['wa']:.1%}, {row['clips']} clips"
-                for row in result.trainings
-            ),
-            result.text(),
-            f"predictions  {result.table}",
-            *_report_lines(result),
-        )
         data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}
-        return Outcome(data, "\n".join(lines), after)
+        return Outcome(data, _with_links(result), after)

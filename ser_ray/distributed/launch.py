@@ -70,6 +70,19 @@ class TrainResult:
     undelivered: str = ""
     """Why MLflow does not have the complete run; the same call delivers the rest."""
 
+    def __repr__(self) -> str:
+        selected, card = self.selected, self.card
+        lines = [f"trained on   {card.trained_on}, {card.split['label']}"]
+        if "val/ua" in selected:
+            best = max(self.history, key=lambda row: row["val/ua"])
+            lines.append(
+                f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
+                f"{selected['epoch']:.0f}, the {card.config.keep} of {len(self.history)}; "
+                f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}"
+            )
+        lines += [f"checkpoint   {self.checkpoint}", f"report       {self.report}"]
+        return "\n".join(lines)
+
 
 def train(
     shards_location: str | Sequence[str],

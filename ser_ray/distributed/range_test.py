@@ -47,6 +47,19 @@ class RangeResult:
     report: str
     """Location of the test's page."""
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The proposed learning rates, lr_min and lr_max, with two digits."""
+        return float(f"{self.found.lr_min:.1e}"), float(f"{self.found.lr_max:.1e}")
+
+    def __repr__(self) -> str:
+        rates, (lr_min, lr_max) = self.found.learning_rates, self.bounds
+        return (
+            f"range test   {self.label}: {len(rates)} steps, {rates[0]:.0e} to {rates[-1]:.0e}\n"
+            f"proposed     --lr-min {lr_min:g} --lr-max {lr_max:g}\n"
+            f"report       {self.report}"
+        )
+
 
 def find_range(
     shards_location: str | Sequence[str],

@@ -255,7 +255,7 @@ class Evaluation:
             f"{self.intervals.count} {self.intervals.drawn})"
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The scores in a few lines."""
         lines = [
             f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {self.scores.num_clips} clips: "

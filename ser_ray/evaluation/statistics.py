@@ -128,7 +128,7 @@ class Comparison:
     count: int
     """Number of speakers or clips."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         low, high = self.ua_interval
         return (
             f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} by bootstrap "

@@ -73,6 +73,17 @@ class BatchSummary:
     seconds: float
     """Wall time of this run."""
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
+        emotions = ", ".join(f"{count} {emotion}" for emotion, count in self.emotions.items())
+        before = f", {self.files_before} of them before" if self.files_before else ""
+        lines = [
+            f"{sum(self.counts.values())} files: {counts}",
+            emotions,
+            f"in {self.seconds:.1f} s{before}: {self.output}",
+        ]
+        return "\n".join(line for line in lines if line)
+
 
 def predict_many(
     files: Sequence[str],

@@ -59,7 +59,7 @@ class ExportResult:
     """Largest difference from a probability of `Predictor`, for waveforms of `CHECKED_SECONDS`."""
     tolerance: float = TOLERANCE
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"{self.output}: within {self.largest_difference:.1e} of the original "
             f"(tolerance {self.tolerance:g})"

@@ -56,6 +56,13 @@ class Predictor:
         config = self.card.config
         self.reader = RecordingReader(self.card.features, config.feature, config.crop_frames)
 
+    def __repr__(self) -> str:
+        card = self.card
+        return (
+            f"{card.network} on {card.config.feature}, trained on {card.trained_on}, "
+            f"{card.split['label']}; labels: {', '.join(self.labels)}"
+        )
+
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that depend on the card, the minimum confidence and the weights."""

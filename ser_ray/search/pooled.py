@@ -126,10 +126,15 @@ class CrossvalResult(StudyResult):
             f"{self.pooled.intervals.drawn} {low:.1%} to {high:.1%}"
         )
 
-    def text(self) -> str:
-        """The scores, each with its protocol."""
+    def __repr__(self) -> str:
+        part = self.plan.config.part
+        lines = [
+            f"fold {row['fold']}, seed {row['seed']} {part} UA {row['ua']:.1%}, "
+            f"WA {row['wa']:.1%}, {row['clips']} clips"
+            for row in self.trainings
+        ]
         label = self.plan.label
-        lines = [f"{title:8}  {self.in_words(name)}  ({label})" for name, title in SCORES.items()]
+        lines += [f"{title:8}  {self.in_words(name)}  ({label})" for name, title in SCORES.items()]
         lines += self.pooled.corpus_lines
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
@@ -138,7 +143,9 @@ class CrossvalResult(StudyResult):
                 f"{'ensemble':8}  {shown}: mean probability of {self.plan.config.seeds} networks, "
                 f"not one of them  ({label})"
             )
-        return "\n".join([*lines, *self.pooled.under_lines])
+        lines += self.pooled.under_lines
+        lines += [f"predictions  {self.table}", f"report       {self.report}"]
+        return "\n".join(lines)
 
 
 def pool(

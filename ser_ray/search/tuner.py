@@ -64,6 +64,22 @@ class TuneResult(StudyResult):
         """Location of best.json."""
         return location_inside(self.location, BEST_RECIPE)
 
+    def __repr__(self) -> str:
+        best, recipe = self.best, self.best.recipe
+        drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
+        lines = [
+            f"searched     {len(self.trials)} trials: {count_states(self.trials)}",
+            f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
+            f"{best.selected['val/wa']:.1%} in epoch {best.selected['epoch']:.0f} ({self.label})",
+            *(
+                f"             {name} {f'{value:.3g}' if isinstance(value, float) else value}"
+                for name, value in drawn.items()
+            ),
+            f"kept in      {self.best_recipe}",
+            f"report       {self.report}",
+        ]
+        return "\n".join(lines)
+
 
 def search(
     shards_location: str | Sequence[str],

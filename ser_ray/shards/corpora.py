@@ -48,7 +48,7 @@ class Member:
         return tuple(np.bincount(parts, minlength=len(sizes)).tolist())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Corpora(ShardSet):
     """Several shard sets as one. The rows of the sets follow one another."""
 

@@ -76,7 +76,7 @@ class PrepareSummary:
     warnings: tuple[str, ...]
     """Lines about files that were left out or are missing, and about likely mistakes."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
         lines = [
             f"{self.listed}: {counts}",

@@ -54,6 +54,14 @@ class ShardSet:
     card: ShardCard
     """The description of the set."""
 
+    def __repr__(self) -> str:
+        kinds = (*KINDS, *(encoder.name for encoder in self.card.encoders))
+        return (
+            f"{' and '.join(self.locations)}: {sum(self.card.clips)} clips, "
+            f"{len(self.card.labels)} labels ({', '.join(self.card.labels)}), "
+            f"features {', '.join(kinds)}"
+        )
+
     @property
     def locations(self) -> tuple[str, ...]:
         """The location of the set, or of each set in `ser_ray.shards.corpora`."""

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -21,6 +22,7 @@ from ser_ray import api
 from ser_ray.cli import train as verbs
 from ser_ray.cli.train import Tune
 from ser_ray.distributed import mlflow_run
+from ser_ray.distributed.launch import TrainResult
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import (
@@ -532,10 +534,10 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
         trials=[best, TrialRecord("b", 3, {}, RECIPE, state="failed")], run_id="parent",
         tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
     )  # fmt: skip
-    card = SimpleNamespace(
+    card: Any = SimpleNamespace(
         trained_on="table", split={"label": "speaker-3"}, corpus="table", config=RECIPE
     )
-    fitted = SimpleNamespace(
+    fitted = TrainResult(
         name="like-0123456789ab", checkpoint="s3://b/runs/like/selected", card=card, run_id="refit",
         tracking_uri="http://host:5000", history=[row], selected=row, undelivered="",
         report="s3://b/runs/like/report.html",
