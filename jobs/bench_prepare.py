@@ -79,7 +79,7 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     """Prepare as users do; returns the peak memory of the workers in kilobytes."""
     import ray
 
-    from ser_ray.cluster import cluster
+    from ser_ray.cluster.connect import cluster
     from ser_ray.shards.config import PrepareConfig
     from ser_ray.shards.prepare import prepare
 

@@ -236,7 +236,7 @@ def stream(bench: Bench, started: float) -> Timing:
     """Train on batches that Ray Data reads, decodes and shuffles again in every epoch."""
     import ray.data
 
-    from ser_ray.cluster import cluster
+    from ser_ray.cluster.connect import cluster
     from ser_ray.shards.layout import part_name
     from ser_ray.shards.read import open_shards
     from ser_ray.training.parts import select_rows
@@ -268,7 +268,7 @@ def stream(bench: Bench, started: float) -> Timing:
 
 def ray(bench: Bench, started: float) -> Timing:
     """Train with the bare loop in a worker of Ray Train."""
-    from ser_ray.cluster import cluster
+    from ser_ray.cluster.connect import cluster
 
     with cluster():
         return _in_ray(_ray_worker, bench, started, {})

@@ -1,27 +1,25 @@
-"""Speech emotion recognition at scale: the way of a clip, in order.
+"""Speech emotion recognition at scale. The modules and folders, in the order of a clip's way:
 
-errors       what a user can cause
-progress     bars and lines that show how far a job is
-command      the command that a user may give next, with the same settings
-storage      paths and URIs, files written completely or not at all, one writer for a folder
-local_ray    how Ray is started on this machine
-cluster      joining a Ray cluster, or starting one on this machine
+errors       errors that a user can cause
+progress     progress bars and log lines
+command      writes the command that a user may give next
+storage      paths and URIs, atomic writes, one writer for a folder
+cluster      joins a Ray cluster or starts Ray here; CPUs, GPUs and shared files
 corpus       a folder, bucket or table of recordings -> a manifest with one row for each file, and
              the speakers of each fold
 features     a recording -> 16 kHz sound without silent ends -> spectrogram, mel, MFCC
 shards       the manifest -> Parquet shards of features and the outcome of every file, by Ray Data
-training     shards -> tensors that stay in memory -> ResNet18 -> checkpoint, in plain torch
+training     shards -> tensors in memory -> ResNet18 -> checkpoint, in plain torch
 plots        numbers -> figures
-inference    a checkpoint -> the emotion in any audio files, ONNX, a model for MLflow, a demo page
+inference    a checkpoint -> the emotion in audio files, ONNX, a model for MLflow, a demo page
 tracking     MLflow: runs, registered models, the server of a cluster
-evaluation   a checkpoint's answers -> scores, statistics, a model card, pages
-distributed  one training as a run, with a folder and a record: in this process, or by several
-             workers of Ray Train
-search       Ray Tune around the training: searches and cross-validations
-api          these steps as Python functions, which `ser_ray` itself offers by name
+evaluation   the predictions of a checkpoint -> scores, statistics, a model card, pages
+distributed  one training with a run folder and an MLflow run, in this process or on Ray Train
+search       searches and cross-validations on Ray Tune
+api          these steps as Python functions, which `ser_ray` offers by name
 cli          these steps as verbs of the command line
 
-A folder imports only from itself and from those above it. `import ser_ray` loads none of them.
+A folder imports only from itself and from folders above it. `import ser_ray` imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -69,7 +69,7 @@ def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
         ResourcesError: the target is in a folder that Ray deletes after the job.
         CorpusError: an archive cannot be downloaded or is damaged.
     """
-    from ser_ray.cluster import require_kept
+    from ser_ray.cluster.shared_files import require_kept
     from ser_ray.corpus.download import download as run
 
     require_kept(config.target)
@@ -282,7 +282,7 @@ def predict_to_table(
         ConfigError, ResourcesError: the output cannot be written, or a node cannot open the files.
         SerRayError: the pass ended early; the finished predictions are kept.
     """
-    from ser_ray.cluster import cluster
+    from ser_ray.cluster.connect import cluster
     from ser_ray.corpus.audio_files import AudioFiles, list_audio
     from ser_ray.inference.batch import predict_many
     from ser_ray.inference.predictor import Predictor
@@ -435,7 +435,7 @@ def evaluate(
             allow_seen_speakers=allow_seen_speakers,
         )
         if under:
-            from ser_ray.cluster import cluster
+            from ser_ray.cluster.connect import cluster
             from ser_ray.evaluation.robustness import predict_conditions, score_under
             from ser_ray.inference.predictor import Predictor
 

@@ -20,24 +20,20 @@ import psutil
 import pytest
 import ray
 
-from ser_ray import cluster as cluster_module
-from ser_ray import local_ray
-from ser_ray.cluster import (
-    JOB_CONFIG,
-    cluster,
+from ser_ray.cluster import local_ray, resources, shared_files
+from ser_ray.cluster.connect import JOB_CONFIG, cluster, needs_ray
+from ser_ray.cluster.local_ray import small_and_on_loopback
+from ser_ray.cluster.resources import (
     cpus_per_worker,
     memory_of_this_machine,
-    needs_ray,
     nodes_within_reach,
-    one_of_each_folder,
-    require_kept,
     require_workers,
     trains_on_gpus,
 )
+from ser_ray.cluster.shared_files import one_of_each_folder, require_kept
 from ser_ray.distributed.process_group import serve_store
 from ser_ray.errors import ResourcesError
 from ser_ray.inference import batch
-from ser_ray.local_ray import small_and_on_loopback
 from ser_ray.shards import prepare
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.read import open_shards
@@ -128,7 +124,7 @@ def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
     limits = {"cpu.max": "150000 100000", "memory.max": "1000"}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
-    monkeypatch.setattr(cluster_module, "_container_limit", lambda name: limits.get(name, ""))
+    monkeypatch.setattr(resources, "_container_limit", lambda name: limits.get(name, ""))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert nodes_within_reach() == [{"CPU": 1, "GPU": 3}]
@@ -260,7 +256,7 @@ def test_one_file_of_every_folder_is_checked_up_to_a_limit(
     files = [f"/{folder}/{name}.wav" for name in "ab" for folder in range(9)]
     assert one_of_each_folder([]) == []
     assert one_of_each_folder([*files, "s3://bucket/a.wav"]) == files[:9]
-    monkeypatch.setattr(cluster_module, "FOLDERS_ASKED", 4)
+    monkeypatch.setattr(shared_files, "FOLDERS_ASKED", 4)
     assert one_of_each_folder(files) == [files[0], files[3], files[6]]
 
 

@@ -67,7 +67,7 @@ class Pipeline(Verb):
 
     def run(self) -> Outcome:
         """Run all steps on one cluster, or only `prepare` if the training needs no Ray."""
-        from ser_ray.cluster import cluster, needs_ray
+        from ser_ray.cluster.connect import cluster, needs_ray
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus

@@ -27,7 +27,7 @@ class TrainingVerb(Verb):
 
     def place(self) -> str:
         """Return where the trainings run: on Ray."""
-        from ser_ray.cluster import place_of_ray
+        from ser_ray.cluster.connect import place_of_ray
 
         return place_of_ray(self.common.address)
 
@@ -54,7 +54,7 @@ class Train(TrainingVerb):
 
     def place(self) -> str:
         """Return where the training runs: on Ray or in this process."""
-        from ser_ray.cluster import place_of_training
+        from ser_ray.cluster.connect import place_of_training
 
         return place_of_training(self.common.address, self.run_config.worker_range[1])
 
@@ -112,7 +112,7 @@ class LrRange(TrainingVerb):
 
     def place(self) -> str:
         """Return where the test runs: on Ray or in this process."""
-        from ser_ray.cluster import place_of_training
+        from ser_ray.cluster.connect import place_of_training
 
         return place_of_training(self.common.address, 1)
 

@@ -30,7 +30,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ser_ray.cluster import in_words
+from ser_ray.cluster.resources import in_words
 from ser_ray.distributed.process_group import torch_config
 from ser_ray.distributed.room import (
     START_ATTEMPTS,

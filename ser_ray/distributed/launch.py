@@ -16,15 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ser_ray.cluster import (
-    cluster,
-    cpus_per_worker,
-    is_connected,
-    needs_ray,
-    require_shared,
-    require_workers,
-    trains_on_gpus,
-)
+from ser_ray.cluster.connect import cluster, is_connected, needs_ray
+from ser_ray.cluster.resources import cpus_per_worker, require_workers, trains_on_gpus
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.local import train_here
 from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
 from ser_ray.distributed.run_config import RunConfig
@@ -97,7 +91,7 @@ def train(
     Args:
         shards_location: folder or URI of the set, or of several that are read as one.
         on_epoch: called with the row of every new epoch; without Ray, in another thread.
-        address: Ray cluster to join (`ser_ray.cluster.needs_ray`).
+        address: Ray cluster to join (`ser_ray.cluster.connect.needs_ray`).
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker

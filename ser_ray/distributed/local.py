@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 import torch
 from safetensors import SafetensorError
 
-from ser_ray.cluster import cpus_per_worker, memory_of_this_machine
+from ser_ray.cluster.resources import cpus_per_worker, memory_of_this_machine
 from ser_ray.distributed.ingest import fetch_by_threads, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint

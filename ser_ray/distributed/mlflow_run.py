@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ser_ray.cluster import is_connected, require_kept, resources_within_reach
+from ser_ray.cluster.connect import is_connected
+from ser_ray.cluster.resources import resources_within_reach
+from ser_ray.cluster.shared_files import require_kept
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder

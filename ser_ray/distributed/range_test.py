@@ -4,15 +4,9 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 
-from ser_ray.cluster import (
-    cluster,
-    cpus_per_worker,
-    in_words,
-    needs_ray,
-    require_shared,
-    require_workers,
-    trains_on_gpus,
-)
+from ser_ray.cluster.connect import cluster, needs_ray
+from ser_ray.cluster.resources import cpus_per_worker, in_words, require_workers, trains_on_gpus
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.local import FAILURES, worker_device
 from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig

@@ -17,7 +17,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ser_ray.cluster import in_words
+from ser_ray.cluster.resources import in_words
 from ser_ray.errors import ResourcesError
 
 START_SECONDS = 30.0

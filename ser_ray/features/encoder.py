@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from ser_ray.cluster import memory_of_this_machine
+from ser_ray.cluster.resources import memory_of_this_machine
 from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of

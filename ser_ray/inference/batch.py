@@ -24,13 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.cluster import (
-    has_gpus,
-    one_of_each_folder,
-    require_kept,
-    require_shared,
-    resources_within_reach,
-)
+from ser_ray.cluster.resources import has_gpus, resources_within_reach
+from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.errors import SerRayError, first_line
 from ser_ray.features.conditions import under
 from ser_ray.features.samples import Sound, cut

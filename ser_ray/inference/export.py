@@ -24,7 +24,7 @@ from pyarrow import fs
 from scipy.fft import dct
 from torch import Tensor, nn
 
-from ser_ray.cluster import require_kept
+from ser_ray.cluster.shared_files import require_kept
 from ser_ray.errors import SerRayError
 from ser_ray.features.mel import POWER_FLOOR
 from ser_ray.features.transforms import (

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from ser_ray.cluster import cluster, require_shared
+from ser_ray.cluster.connect import cluster
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.corpus.folds import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder

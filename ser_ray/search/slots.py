@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 
-from ser_ray.cluster import nodes_within_reach, trains_on_gpus
+from ser_ray.cluster.resources import nodes_within_reach, trains_on_gpus
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.space import SlotConfig

@@ -29,7 +29,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ser_ray.cluster import in_words
+from ser_ray.cluster.resources import in_words
 from ser_ray.distributed.room import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial

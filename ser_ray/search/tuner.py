@@ -14,7 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ser_ray.cluster import cluster, require_shared
+from ser_ray.cluster.connect import cluster
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.corpus.folds import ALL
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig

@@ -24,13 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.cluster import (
-    cluster,
-    has_gpus,
-    one_of_each_folder,
-    require_shared,
-    resources_within_reach,
-)
+from ser_ray.cluster.connect import cluster
+from ser_ray.cluster.resources import has_gpus, resources_within_reach
+from ser_ray.cluster.shared_files import one_of_each_folder, require_shared
 from ser_ray.errors import ConfigError, EncoderError, ShardsError, last_line
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.cluster import cluster, one_of_each_folder, require_kept, require_shared
+from ser_ray.cluster.connect import cluster
+from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.slips import describe_clips, find_slips
 from ser_ray.corpus.table import MISSING_FILES
@@ -102,7 +103,7 @@ def prepare(
 
     Args:
         config: which clips become shards, with which features, and where the shards are written.
-        address: cluster to join, as for `ser_ray.cluster.cluster`; unused if no part is missing.
+        address: cluster to join, as for `cluster.connect.cluster`; unused if no part is missing.
         progress: called after every part. By default, notes on an earlier run and then a bar or
             log lines are printed on standard error.
 

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ser_ray.cluster import require_kept
+from ser_ray.cluster.shared_files import require_kept
 from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS

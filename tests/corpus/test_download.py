@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from ser_ray.cli.main import main
-from ser_ray.cluster import JOB_CONFIG
+from ser_ray.cluster.connect import JOB_CONFIG
 from ser_ray.corpus import download as downloading
 from ser_ray.corpus import fetch, unpack
 from ser_ray.corpus.download import DownloadConfig, download

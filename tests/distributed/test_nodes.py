@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ser_ray.cluster import require_shared
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ResourcesError

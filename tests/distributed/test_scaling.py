@@ -25,7 +25,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 from ray.train.torch import TorchConfig
 
-from ser_ray import cluster
+from ser_ray.cluster import resources
 from ser_ray.distributed import group
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
@@ -95,7 +95,7 @@ def head(gcs: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
     config = temp / "ray_bootstrap_config.yaml"
     config.write_text(yaml.safe_dump(fake_config(gcs)))
-    monkeypatch.setattr(cluster, "AUTOSCALER_CONFIG", config)
+    monkeypatch.setattr(resources, "AUTOSCALER_CONFIG", config)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # its poller would outlive the cluster
     env = os.environ | {
         "RAY_AUTH_MODE": "disabled",

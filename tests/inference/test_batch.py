@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from ser_ray.cluster import cluster
+from ser_ray.cluster.connect import cluster
 from ser_ray.errors import ConfigError
 from ser_ray.features.conditions import under
 from ser_ray.features.decode import decode

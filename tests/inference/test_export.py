@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ser_ray.cli.main import main
-from ser_ray.cluster import JOB_CONFIG
+from ser_ray.cluster.connect import JOB_CONFIG
 from ser_ray.errors import ResourcesError, SerRayError
 from ser_ray.features.encoder import EncoderWeights
 from ser_ray.inference import export as export_module

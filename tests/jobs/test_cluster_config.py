@@ -24,8 +24,9 @@ from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ser_ray import cluster
-from ser_ray.cluster import cpus_per_worker, has_gpus, require_shared, require_workers
+from ser_ray.cluster import resources
+from ser_ray.cluster.resources import cpus_per_worker, has_gpus, require_workers
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ResourcesError
 from ser_ray.search.slots import find_slots
@@ -230,7 +231,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     known = [{"Alive": True, "NodeID": "head", "Labels": {}, "Resources": {"memory": 1.0}}]
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: known)
-    monkeypatch.setattr(cluster, "AUTOSCALER_CONFIG", tmp_path / "bootstrap.yaml")
+    monkeypatch.setattr(resources, "AUTOSCALER_CONFIG", tmp_path / "bootstrap.yaml")
     return known
 
 

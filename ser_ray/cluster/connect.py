@@ -1,0 +1,147 @@
+"""Joins a Ray cluster, or starts Ray on this machine.
+
+Work that needs only one process is done without Ray, unless the user names a cluster (`needs_ray`).
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from urllib.parse import urlsplit
+
+from ser_ray.cluster.local_ray import session_folder, signals_kept, small_and_on_loopback
+from ser_ray.errors import ResourcesError
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable with the runtime environment of a Ray job."""
+CONNECT_SECONDS = 5.0
+"""Longest wait for the connection to a cluster; Ray itself retries a refused port for minutes."""
+
+logger = logging.getLogger(__name__)
+
+
+def needs_ray(address: str, workers: int = 1) -> bool:
+    """Return whether this many workers run on Ray. If not, one worker runs in this process.
+
+    Several workers always run on Ray. One worker runs on Ray if there is an address (`local` starts
+    a cluster on this machine), a RAY_ADDRESS or a Ray job, or if this process is connected to Ray.
+    """
+    names = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
+    return workers > 1 or any(names) or is_connected()
+
+
+def is_connected() -> bool:
+    """Return whether this process is connected to Ray."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def place_of_training(address: str, workers: int) -> str:
+    """Describe where this many workers train."""
+    return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
+
+
+def place_of_ray(address: str) -> str:
+    """Describe the cluster to which `cluster` connects."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    is_here = address in ("", "local")
+    return "on Ray, started on this machine" if is_here else f"on the Ray cluster at {address}"
+
+
+@contextmanager
+def cluster(address: str = "") -> Iterator[None]:
+    """Connect to Ray for the duration of the block.
+
+    Joins the cluster at `address`, or else the cluster of `RAY_ADDRESS` or of the Ray job. Without
+    these, or with the address `local`, it starts Ray on this machine, which listens only on the
+    loopback and stops at the end. A nested block uses the connection of the outer block.
+
+    Raises:
+        ResourcesError: no cluster answers at the address, the address is a job server, Ray does not
+            start on this machine, or Ray has no folder for temporary files.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    named = "--address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address
+    logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
+    with nullcontext() if address else session_folder():
+        _init(address, named)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _init(address: str, named: str) -> None:
+    """Join a cluster, or start one if the address is empty; `named` says who gave the address."""
+    import ray
+
+    try:
+        if address:
+            _require_listener(address, named)
+        with signals_kept(), nullcontext() if address else small_and_on_loopback():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                logging_level=logging.ERROR,
+                # ser_ray itself reports progress and errors; Ray's logs are in files.
+                log_to_driver=False,
+            )
+    except (ValueError, RuntimeError) as error:
+        if not address:
+            raise
+        raise ResourcesError(
+            f"the Ray cluster at {address}, which {named} names, cannot be joined: {error}"
+        ) from error
+    except OSError as error:
+        if not address:
+            raise _not_started(error) from error
+        raise ResourcesError(
+            f"no Ray cluster answers at {address}, which {named} names ({error}): start it with "
+            "`ray start --head`; if it is running, it may require a token: set "
+            "RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave "
+            f"out {named} to use this machine only"
+        ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray raises this type when its start takes over 30 s
+            raise
+        raise _not_started(error) from error
+
+
+def _not_started(error: Exception) -> ResourcesError:
+    return ResourcesError(
+        f"Ray did not start on this machine ({error}): it is too busy, or short of memory or disk "
+        "space; run the same command again later, or name a cluster with --address"
+    )
+
+
+def _require_listener(address: str, named: str) -> None:
+    """Check within seconds that a server listens at the address of a cluster.
+
+    Raises:
+        ResourcesError: the address has the wrong form.
+        OSError: no server listens, or the host name is unknown.
+    """
+    if address == "auto":
+        return
+    if address.startswith(("http://", "https://")):
+        raise ResourcesError(
+            f"{address} is a job server, which only accepts jobs: set RAY_API_SERVER_ADDRESS to it "
+            "for `ray job submit`; --address and RAY_ADDRESS have the form HOST:6379"
+        )
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:  # the port is not a number
+        host, port = None, None
+    if not host or not port:
+        raise ResourcesError(f"{named} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
+    socket.create_connection((host, port), CONNECT_SECONDS).close()

@@ -1,0 +1,122 @@
+"""Checks that all nodes can open the files of a job, and that Ray does not delete its outputs."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ser_ray.cluster import resources
+from ser_ray.cluster.connect import JOB_CONFIG, is_connected
+from ser_ray.errors import ResourcesError
+from ser_ray.storage.paths import absolute
+
+ANSWER_SECONDS = 60.0
+"""Longest wait for a node that starts a worker process and looks for files."""
+FOLDERS_ASKED = 256
+"""Largest number of folders that a node looks for."""
+
+
+def require_shared(*locations: str) -> None:
+    """Check that all nodes can open these local paths; URIs are not checked.
+
+    Raises:
+        ResourcesError: a path is not on a shared disk, or Ray deletes it after the job.
+    """
+    for location in locations:
+        require_kept(location)
+    if not is_connected():
+        return
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    local = {location: Path(absolute(location)) for location in locations if "://" not in location}
+    missing_on: dict[str, list[str]] = {}
+    if others:
+        with ExitStack() as stack:
+            seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
+            missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
+    elif resources.AUTOSCALER_CONFIG.exists():
+        added = ["the machines that the autoscaler starts"]
+        root = Path("/").stat().st_dev  # a shared folder is mounted, so it has another device
+        missing_on = {
+            location: added
+            for location, path in local.items()
+            if path.exists() and path.stat().st_dev == root
+        }
+    for location, names in missing_on.items():
+        if names:
+            raise ResourcesError(
+                f"{location}: is on this machine, but not on {', '.join(names)}: use a folder "
+                "that all nodes of the cluster share, or a URI like s3://bucket/folder"
+            )
+
+
+def one_of_each_folder(files: Iterable[str]) -> list[str]:
+    """Return one local file from each folder, from at most `FOLDERS_ASKED` of the folders."""
+    found: dict[str, str] = {}
+    for file in files:
+        if "://" not in file:
+            found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - called for each file
+    return list(found.values())[:: -(-len(found) // FOLDERS_ASKED) or 1]
+
+
+def require_kept(location: str) -> None:
+    """Check that Ray does not delete a path or SQLite store after the job.
+
+    Raises:
+        ResourcesError: the location is in the working folder of a Ray job, a copy of the code.
+    """
+    location = location.removeprefix("sqlite:///")
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
+    is_copy = "working_dir" in job.get("runtime_env", {})
+    if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):
+        raise ResourcesError(
+            f"{location}: is inside the copy of the code that Ray deletes after the job: use an "
+            "absolute path or, where a URI is accepted, one like s3://bucket/folder"
+        )
+
+
+@contextmanager
+def _marker(path: Path) -> Iterator[Path]:
+    """Yield the path of a file in the folder, which exists for the duration of the block."""
+    marker = path / f".seen-by-all-{os.getpid()}"
+    try:
+        marker.touch()
+    except OSError:  # a file or a read-only folder: the nodes look for the path itself
+        yield path
+        return
+    try:
+        yield marker
+    finally:
+        marker.unlink()
+
+
+def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[str]]:
+    """Return, for each path, the names of nodes that lack it. Unresponsive nodes are ignored."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def exist() -> list[bool]:
+        return [os.path.exists(path) for path in paths]  # noqa: PTH110 - raises nothing
+
+    look = ray.remote(num_cpus=0, max_retries=0)(exist)
+    asked = {
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(): node["NodeManagerHostname"]
+        for node in nodes
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    missing_on: list[list[str]] = [[] for _ in paths]
+    for answer in answered:
+        try:
+            found = ray.get(answer)
+        except ray.exceptions.RayError:  # the node was lost in the meantime
+            continue
+        for names, is_found in zip(missing_on, found, strict=True):
+            if not is_found:
+                names.append(asked[answer])
+    return [sorted(names) for names in missing_on]
