@@ -46,27 +46,32 @@ def write_video(
             container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             if sound is not None and samples is not None:
                 start = number * 1920
-                container.mux(sound.encode(_audio_frame(samples[start : start + 1920], start)))
+                container.mux(sound.encode(audio_frame(samples[start : start + 1920], start)))
         container.mux(video.encode(None))
         if sound is not None:
             container.mux(sound.encode(None))
     return path
 
 
-def write_sound(path: Path, samples: np.ndarray, codec: str, container_format: str) -> Path:
-    """Write 48 kHz mono sound with one of FFmpeg's encoders."""
+def write_sound(
+    path: Path, samples: np.ndarray, codec: str, container_format: str, rate: int = 48_000
+) -> Path:
+    """Write 48 kHz mono sound with one of FFmpeg's encoders, which may get another rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=container_format) as container:
-        stream = container.add_stream(codec, rate=48_000, layout="mono")
+        stream = container.add_stream(codec, rate=rate, layout="mono")
         assert isinstance(stream, av.AudioStream)
-        to_codec = av.AudioResampler(format=stream.format, frame_size=stream.frame_size or 1024)
-        for frame in (*to_codec.resample(_audio_frame(samples, 0)), *to_codec.resample(None)):
+        to_codec = av.AudioResampler(
+            format=stream.format, rate=rate, frame_size=stream.frame_size or 1024
+        )
+        for frame in (*to_codec.resample(audio_frame(samples, 0)), *to_codec.resample(None)):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 
 
-def _audio_frame(samples: np.ndarray, start: int) -> av.AudioFrame:
+def audio_frame(samples: np.ndarray, start: int) -> av.AudioFrame:
+    """Make a frame of 48 kHz samples that begins at sample `start`."""
     block = np.ascontiguousarray(samples[None], np.float32)
     frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = 48_000, start, Fraction(1, 48_000)

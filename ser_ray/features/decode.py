@@ -43,8 +43,8 @@ UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 MAX_CHUNKS = 100
 """Chunks of a wav that are searched for the samples; real files have fewer than ten."""
-FRAME_COUNTS = (b"Xing", b"Info", b"VBRI")
-"""The names of the tables in the first frame of an mp3 that declare its length."""
+FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
+"""The tables in the first frame of an mp3 that declare its number of frames, and where."""
 HEAD_BYTES = 4096
 """Bytes of a file that are searched for `FRAME_COUNTS`."""
 SMALL_FILE = 1 << 21
@@ -121,13 +121,11 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
         if has_length:
             sound = _decode_with_soundfile(source, max_seconds, declared / held if held else 1.0)
     if sound is None:
-        file.seek(0)
-        head = file.read(HEAD_BYTES)
-        is_counted = any(name in head for name in FRAME_COUNTS)
+        num_frames = _num_frames(file)
         file.seek(0)
         try:
             sound = decode_with_ffmpeg(
-                source, max_seconds, ignore_length=not has_length, is_counted=is_counted
+                source, max_seconds, ignore_length=not has_length, num_frames=num_frames
             )
         except UnsupportedError as error:
             file.seek(0)
@@ -147,6 +145,20 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
     return Sound(full_scale(samples), sample_rate, lost)
 
 
+def _num_frames(file: BinaryIO) -> int:
+    """Return the number of frames that the header of an mp3 declares; 0 if it declares none."""
+    file.seek(0)
+    tag = file.read(10)
+    if tag[:3] == b"ID3":  # its length has 7 bits in each byte
+        size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+        file.seek(10 + size)
+    head = file.read(HEAD_BYTES)
+    for name, place in FRAME_COUNTS.items():
+        if (first := head.find(name)) >= 0:
+            return int.from_bytes(head[first + place : first + place + 4])
+    return 0
+
+
 def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool]:
     """Return a wav's declared and actual sample bytes, and whether the declared number is valid.
 
@@ -155,6 +167,7 @@ def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool
     positioned after its first 12 bytes.
     """
     layout = ">4sI" if is_big_endian else "<4sI"
+    large = 0
     for _ in range(MAX_CHUNKS):
         if len(header := wav.read(8)) < 8:
             break
@@ -162,12 +175,15 @@ def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool
         if name == b"data":
             start = wav.tell()
             held = wav.seek(0, io.SEEK_END) - start
-            if size >= UNKNOWN_LENGTH:  # RF64 has its length elsewhere; soundfile reads to the end
-                return held, held, True
+            if size >= UNKNOWN_LENGTH:  # soundfile reads to the end
+                return max(large, held), held, True
             wav.seek(start + size + size % 2)
             after = wav.read(8)
             is_valid = bool(size) and (len(after) < 8 or _is_chunk(after, layout, held - size))
             return size, held, is_valid or not held
+        if name == b"ds64":  # of RF64: the sizes of the file and of the samples
+            large = int.from_bytes(wav.read(16)[8:], "little")
+            size -= 16
         wav.seek(size + size % 2, io.SEEK_CUR)  # chunks start at even positions
     return 0, 0, True
 
@@ -188,6 +204,8 @@ def _decode_with_soundfile(
     """
     try:
         with soundfile.SoundFile(source) as sound:
+            if sound.format == "RAW":  # it knows the suffix, but nothing in the file
+                return None
             seconds = sound.frames / sound.samplerate
             require_shape(sound.channels, sound.samplerate)
             require_length(seconds, max_seconds)

@@ -49,22 +49,40 @@ ESTIMATED_CODECS = ("adpcm", "gsm")
 PAUSES = "mp4"
 """The format that stores time stamps separately from the sound. There, a gap means that the
 recorder paused. In other formats, a gap means that packets are missing."""
+FROM_ZERO = ("mp4", "matroska")
+"""Formats whose time stamps begin at 0, so sound may begin later. In others, the first time stamp
+of any stream is the beginning."""
+UNTIMED = ("aac", "ac3", "eac3", "mp3")
+"""Formats without time stamps. A damaged packet may hold many frames, so its length is estimated
+from its size."""
+CHECKED = ("ape", "flac", "tta", "wavpack")
+"""Lossless codecs with checksums. FFmpeg returns samples with a wrong checksum unless it is told
+to return no damaged frame at all."""
+AMR_ZEROS = 0b10000011
+"""Bits that are 0 in the first byte of every packet of AMR (RFC 4867, 5.3)."""
+ENCODER_SAMPLES = 2304
+"""Samples that an mp3's encoder adds at its ends at most; decoders leave them out."""
 
 
 class UnsupportedError(Exception):
     """FFmpeg cannot read a file; the message gives the reason."""
 
+    def __init__(self, reason: str = "damaged, or not a supported audio or video format") -> None:
+        super().__init__(reason)
+
 
 def decode_with_ffmpeg(
-    source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, is_counted: bool
+    source: str | BinaryIO, max_seconds: float, *, ignore_length: bool, num_frames: int
 ) -> Decoded:
-    """Decode the first audio stream with PyAV, and skip the packets of all other streams.
+    """Decode an audio stream with PyAV and skip the packets of all other streams.
+
+    Players play the default stream, or else the first one. If it is silent, the next one is taken.
 
     Args:
         source: path or seekable stream.
         max_seconds: longer clips are `too_long`.
         ignore_length: read a wav to the end of the file, and ignore the length in its header.
-        is_counted: whether the header of an mp3 declares its length.
+        num_frames: number of frames that the header of an mp3 declares; 0 if it declares none.
 
     Raises:
         UnsupportedError: FFmpeg does not know the format or the codec.
@@ -72,33 +90,54 @@ def decode_with_ffmpeg(
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
     if ignore_length:
         options["ignore_length"] = "1"
-    try:
-        with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
-            if not clip.streams.audio:
-                raise ClipError("no_audio", "it has no audio stream")
-            stream = clip.streams.audio[0]
-            if stream.codec_context is None:
-                raise UnsupportedError("its audio codec is not supported")
-            for other in clip.streams:
-                if other is not stream:
-                    other.discard = av.stream.Discard.all
-            exact = (*EXACT_LENGTH, "mp3") if is_counted else EXACT_LENGTH
-            return _decode_packets(clip, stream, max_seconds, exact)
-    except av.error.FFmpegError as error:
-        raise UnsupportedError("damaged, or not a supported audio or video format") from error
+    number, last = 0, 0
+    while True:
+        try:
+            with av.open(source, "r", options=options, metadata_errors="ignore") as clip:
+                streams = _audio_streams(clip)
+                stream, last = streams[number], len(streams) - 1
+                for other in clip.streams:
+                    if other is not stream:
+                        other.discard = av.stream.Discard.all
+                sound = _decode_packets(clip, stream, max_seconds, num_frames)
+        except av.error.FFmpegError as error:
+            raise UnsupportedError from error
+        if number == last or sound.samples.any():
+            return sound
+        number += 1
+        if not isinstance(source, str):
+            source.seek(0)
+
+
+def _audio_streams(clip: av.container.InputContainer) -> list[av.AudioStream]:
+    """Return the audio streams that can be decoded, the default one first."""
+    if not clip.streams.audio:
+        raise ClipError("no_audio", "it has no audio stream")
+    streams = [stream for stream in clip.streams.audio if stream.codec_context is not None]
+    if not streams:
+        raise UnsupportedError("its audio codec is not supported")
+    default = av.stream.Disposition.default
+    return sorted(streams, key=lambda stream: not stream.disposition & default)
 
 
 class _Timeline:
     """Collects the frames of a stream, with silence in place of missing frames."""
 
-    def __init__(self, sample_rate: int, max_seconds: float, *, has_pauses: bool) -> None:
+    def __init__(
+        self, sample_rate: int, max_seconds: float, begin: float | None, *, has_pauses: bool
+    ) -> None:
         self.sample_rate, self._max_seconds = sample_rate, max_seconds
         self._has_pauses = has_pauses
         self.num_samples = self.num_lost = 0
-        self._begin: float | None = None  # time stamp of sample 0
+        self._begin = begin  # time stamp of sample 0
         self._blocks: list[np.ndarray] = []  # [channels, num_samples], with equal channels
         self._mixed: list[np.ndarray] = []  # [num_samples]
         self._num_mixed = 0
+
+    @property
+    def decoded_seconds(self) -> float:
+        """Seconds of sound without the silence in place of lost sound."""
+        return (self.num_samples - self.num_lost) / self.sample_rate
 
     def append(self, block: np.ndarray, second: float | None) -> None:
         """Append samples `[channels, num_samples]`; `second` is their time stamp, if known."""
@@ -106,7 +145,8 @@ class _Timeline:
             now = self.num_samples / self.sample_rate
             gap = 0.0 if self._begin is None else second - self._begin - now
             if GAP_SECONDS < gap <= self._max_seconds - now:
-                self.append_silence(gap, is_lost=not self._has_pauses)
+                begins = self.num_samples == 0
+                self.append_silence(gap, is_lost=not (begins or self._has_pauses))
             elif self._begin is None or abs(gap) > GAP_SECONDS:  # another clock begins
                 self._begin = second - now
         self._append(block)
@@ -142,43 +182,71 @@ def _decode_packets(
     clip: av.container.InputContainer,
     stream: av.AudioStream,
     max_seconds: float,
-    exact_formats: tuple[str, ...],
+    num_frames: int,
 ) -> Decoded:
+    name, codec = clip.format.name, stream.codec_context.name
+    if not (stream.channels and stream.sample_rate):  # FFmpeg found no sound
+        raise UnsupportedError
     require_shape(stream.channels, stream.sample_rate)
-    sound = _Timeline(stream.sample_rate, max_seconds, has_pauses=PAUSES in clip.format.name)
-    stream.codec_context.options = {"err_detect": "crccheck"}  # without it, damage is loud noise
+    start = None if clip.start_time is None else clip.start_time / av.time_base
+    begin = 0.0 if any(known in name for known in FROM_ZERO) else start
+    sound = _Timeline(stream.sample_rate, max_seconds, begin, has_pauses=PAUSES in name)
+    checks = "crccheck+explode" if codec in CHECKED else "crccheck"
+    stream.codec_context.options = {"err_detect": checks}  # without it, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
+    num_bytes, skipped = 0, 0.0
     for packet in _packets(clip, stream):
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
+        frames = _decode_packet(packet, codec)
+        if frames is None:
             seconds = float((packet.duration or 0) * (packet.time_base or 0))
-            sound.append_silence(seconds, is_lost=True)
+            if name not in UNTIMED:
+                sound.append_silence(seconds, is_lost=True)
+            else:
+                skipped += max(seconds, packet.size * sound.decoded_seconds / max(num_bytes, 1))
             continue
+        num_bytes += packet.size
+        if frames and skipped:
+            sound.append_silence(skipped, is_lost=True)
+            skipped = 0.0
         for frame in frames:
-            assert isinstance(frame, av.AudioFrame)
-            if not sound.num_samples:
-                sound.sample_rate = frame.sample_rate  # AAC's header may declare half the rate
-            for block in to_float.resample(frame):
-                samples = block.to_ndarray()
-                if frame.sample_rate != sound.sample_rate:
-                    rates = frame.sample_rate, sound.sample_rate
-                    samples = soxr.resample(samples.T, *rates).T
-                sound.append(samples, frame.time)
-    rate = sound.sample_rate
+            _append_frame(sound, frame, to_float)
+    sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)  # a tag may follow the sound
+    rate, decoded = sound.sample_rate, sound.decoded_seconds
     seconds, lost = sound.num_samples / rate, sound.num_lost / rate
-    decoded = seconds - lost
-    missing = _declared_seconds(clip, stream, exact_formats) - seconds
+    missing = _declared_seconds(clip, stream, num_frames) - seconds
     if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
         lost += missing
     return Decoded(sound.samples(), rate, lost, decoded)
 
 
+def _decode_packet(packet: "av.Packet[av.AudioStream]", codec: str) -> list[av.AudioFrame] | None:
+    """Return the frames in a packet; None if it is damaged."""
+    if codec.startswith("amr") and packet.size and bytes(packet)[0] & AMR_ZEROS:
+        return None
+    try:
+        return packet.decode()
+    except av.error.FFmpegError:
+        return None
+
+
+def _append_frame(sound: _Timeline, frame: av.AudioFrame, to_float: av.AudioResampler) -> None:
+    if not sound.num_samples:
+        sound.sample_rate = frame.sample_rate  # AAC's header may declare half the rate
+    for block in to_float.resample(frame):
+        samples = block.to_ndarray()
+        if frame.sample_rate != sound.sample_rate:
+            samples = soxr.resample(samples.T, frame.sample_rate, sound.sample_rate).T
+        sound.append(samples, frame.time)
+
+
 def _declared_seconds(
-    clip: av.container.InputContainer, stream: av.AudioStream, exact_formats: tuple[str, ...]
+    clip: av.container.InputContainer, stream: av.AudioStream, num_frames: int
 ) -> float:
     """Return the exact length in seconds that the header declares, or 0 if there is none."""
-    is_exact = any(name in clip.format.name for name in exact_formats)
+    if clip.format.name == "mp3":  # FFmpeg estimates it if anything is attached to the file
+        per_frame = 1152 if stream.sample_rate >= 32_000 else 576
+        return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
+    is_exact = any(name in clip.format.name for name in EXACT_LENGTH)
     if not is_exact or stream.codec_context.name.startswith(ESTIMATED_CODECS):
         return 0.0
     if stream.duration is not None and stream.time_base is not None:

@@ -19,6 +19,8 @@ MISSING_SECONDS = 0.25
 differences occur in undamaged files."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
+SILENT_BESIDE = 1e-6
+"""A channel with less than this share of the loudest channel's power is silent: -60 dB."""
 MIX_SECONDS = 10.0
 """Recordings are mixed to one channel in pieces of this length, to save memory."""
 
@@ -113,15 +115,19 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel, `[num_samples]`.
 
-    The result is the mean of the channels. But if the mean has less than half the power of a mean
-    of unrelated channels, channels of opposite phase cancel each other, and the result is the
-    loudest channel. Constant offsets do not count as power.
+    The result is the mean of the channels, without those that are silent beside the loudest one.
+    But if the mean has less than half the power of a mean of unrelated channels, channels of
+    opposite phase cancel each other, and the result is the loudest channel. Constant offsets do not
+    count as power.
     """
     if len(channels) == 1 or not channels.size:
         return channels.mean(axis=0)
     with np.errstate(invalid="ignore", over="ignore"):  # `finite` replaces these samples
-        mean = channels.mean(axis=0)
         powers = channels.var(axis=1)
+        if np.isfinite(powers).all():
+            is_heard = powers >= powers.max() * SILENT_BESIDE
+            channels, powers = channels[is_heard], powers[is_heard]
+        mean = channels.mean(axis=0)
         if mean.var() < powers.mean() / (2 * len(channels)):
             return channels[int(np.argmax(powers))]
     return mean
