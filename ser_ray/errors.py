@@ -74,5 +74,5 @@ def is_permanent(error: BaseException) -> bool:
         return False
     # Looked up by name, because importing torch takes seconds.
     names = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
-    is_ours = isinstance(error, ConfigError | MismatchError | DivergedError)
-    return is_ours or "torch.OutOfMemoryError" in names
+    is_permanent_kind = isinstance(error, ConfigError | MismatchError | DivergedError)
+    return is_permanent_kind or "torch.OutOfMemoryError" in names

@@ -11,7 +11,7 @@ audio_files    which files are recordings
 words          names of corpora and columns, and the words for a missing value
 
 census         compares the listed files with the complete RAVDESS
-slips          points out likely mistakes in labels
+mistakes       points out likely mistakes in labels
 labels         the labels of several corpora as one label set
 
 folds          protocols: the test speakers of every fold

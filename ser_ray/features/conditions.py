@@ -1,9 +1,9 @@
 """Simulates recording conditions, such as noise, a telephone or a room, to test a model.
 
-`under` changes a decoded clip before its features are computed. The random numbers depend only on
-the condition and the clip's file name, so they are the same on every machine. The result is 16-bit
-sound at the clip's own rate, clipped at full scale. In this package, sound with a mean square of 1
-has the level of full scale (0 dB).
+`simulate` changes a decoded clip before its features are computed. The random numbers depend only
+on the condition and the clip's file name, so they are the same on every machine. The result is
+16-bit sound at the clip's own rate, clipped at full scale. In this package, sound with a mean
+square of 1 has the level of full scale (0 dB).
 
 `CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz at any sample rate,
 and pink noise has equal power in every octave. The level of speech is the mean square of the 10 ms
@@ -39,7 +39,7 @@ Effect = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 """Samples [num_samples] float, sample rate in hertz, random generator -> samples [num_samples]."""
 
 
-def under(condition: str, sound: Sound, name: str) -> Sound:
+def simulate(condition: str, sound: Sound, name: str) -> Sound:
     """Simulate a recording condition; only the samples of the clip change.
 
     Args:

@@ -27,14 +27,14 @@ import pyarrow as pa
 from ser_ray.cluster.resources import has_gpus, resources_within_reach
 from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.errors import SerRayError, first_line
-from ser_ray.features.conditions import under
+from ser_ray.features.conditions import simulate
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
 from ser_ray.inference.results import in_groups, open_results, output_suffix
-from ser_ray.shards.progress import Progress, Watch, show
+from ser_ray.shards.progress import Progress, ProgressCounter, show
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
@@ -117,11 +117,11 @@ def predict_many(
             results.append(pa.Table.from_pylist(refused, table_schema(predictor.labels)))
         remaining = [p for p in files if p not in known and not results.is_answered(p)]
         require_shared(*one_of_each_folder(remaining))
-        watch = Watch(len(files), len(files) - len(remaining))
+        counter = ProgressCounter(len(files), len(files) - len(remaining))
         with show(progress) as report:
             for answers in _predict([(path, None, None) for path in remaining], [""], predictor):
                 results.append(answers.drop_columns(list(NAMES)))
-                report(watch.add(Counter(answers["status"].to_pylist())))
+                report(counter.add(Counter(answers["status"].to_pylist())))
         statuses, emotions = results.finish(files)
     return BatchSummary(
         output=output,
@@ -151,10 +151,10 @@ def predict_under(
         SerRayError: the pass ended early.
     """
     require_shared(*one_of_each_folder([path for path, _, _ in clips]))
-    watch = Watch(len(clips) * len(conditions), 0)
+    counter = ProgressCounter(len(clips) * len(conditions), 0)
     with show(None) as report:
         for answers in _predict(clips, conditions, predictor):
-            report(watch.add(Counter(answers["status"].to_pylist())))
+            report(counter.add(Counter(answers["status"].to_pylist())))
             yield answers
 
 
@@ -229,7 +229,7 @@ def _decode_as(
     if not math.isnan(start):
         sound, _ = cut(sound, start, None if math.isnan(end) else end)
         name = f"{name} from {start:g}"
-    return under(condition, sound, name) if condition else sound
+    return simulate(condition, sound, name) if condition else sound
 
 
 class _Decoder:

@@ -36,7 +36,7 @@ class Member:
     """Rows of the clips that are used, ascending [num_rows]."""
 
     @property
-    def people(self) -> str:
+    def prefix(self) -> str:
         """The prefix of the names of speakers and takes."""
         return self.part.name if self.part.kind == "table" else self.part.kind
 
@@ -67,14 +67,14 @@ class Corpora(ShardSet):
     def clips(self) -> pa.Table:
         """Return every column except the features, with mapped labels."""
         tables = []
-        is_mixed = len({member.people for member in self.members}) > 1
+        is_mixed = len({member.prefix for member in self.members}) > 1
         for member in self.members:
             table = member.shards.clips().take(member.rows)
             theirs, ours = map(pa.array, zip(*member.part.labels.items(), strict=True))
             places = pc.index_in(table["emotion"].combine_chunks(), value_set=theirs)
             table = replace_column(table, "emotion", ours.take(places))
             for name in ("speaker", "take") if is_mixed else ():
-                named = pc.binary_join_element_wise(member.people, table[name], ":")
+                named = pc.binary_join_element_wise(member.prefix, table[name], ":")
                 table = replace_column(table, name, named)
             if len(self.members) > 1:
                 corpus = pa.array([member.part.name] * len(table))

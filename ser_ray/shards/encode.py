@@ -46,7 +46,7 @@ from ser_ray.shards.layout import (
     weights_name,
     write_table,
 )
-from ser_ray.shards.progress import Progress, Watch, in_groups, set_up_ray_data, show
+from ser_ray.shards.progress import Progress, ProgressCounter, in_groups, set_up_ray_data, show
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
@@ -207,7 +207,7 @@ def _write_column(
     _store_weights(filesystem, f"{folder}/{weights_name(name)}", weights)
     clips = {part: _read_clips(filesystem, folder, part, ["path", "window"]) for part in parts}
     num_pending = sum(_num_files(table) for table in clips.values())
-    watch = Watch(card.counts[OK], card.counts[OK] - num_pending)
+    counter = ProgressCounter(card.counts[OK], card.counts[OK] - num_pending)
     with cluster(address), show(progress) as report:
         paths = itertools.chain.from_iterable(t["path"].to_pylist() for t in clips.values())
         require_shared(shards, *one_of_each_folder(paths))
@@ -237,7 +237,7 @@ def _write_column(
                             "the same command again"
                         )
                     lock.check()
-                    report(watch.add({OK: _num_files(clips[part])}))
+                    report(counter.add({OK: _num_files(clips[part])}))
         except ray.exceptions.RayError as error:
             raise ShardsError(
                 f"{shards}: encoding by {name} failed ({last_line(error)}); the parts so far are "

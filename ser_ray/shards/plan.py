@@ -92,7 +92,7 @@ def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
 
 
-def recognise(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
+def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
     """Restore the committed times of files with a new time but unchanged bytes.
 
     Comparing bytes is faster than decoding.
@@ -235,11 +235,11 @@ def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]
         yield first, len(needed)
 
 
-def adopt_times(
+def update_times(
     filesystem: fs.FileSystem,
     folder: str,
     listed: pa.Table,
-    recognised: pa.Table,
+    restored: pa.Table,
     features: FeatureConfig,
     kept: Mapping[int, CommittedPart],
 ) -> None:
@@ -251,11 +251,11 @@ def adopt_times(
         filesystem: the filesystem of the shard set.
         folder: the path of the shard set on it.
         listed: the manifest with the new times.
-        recognised: the result of `recognise`.
+        restored: the result of `restore_times`.
         features: the settings of the features.
         kept: {number: part} of the parts that are still valid.
     """
-    touched = pc.fill_null(pc.not_equal(listed["modified"], recognised["modified"]), False)
+    touched = pc.fill_null(pc.not_equal(listed["modified"], restored["modified"]), False)
     paths, all_keys = listed["path"].filter(touched), clip_keys(listed)
     for part, committed in kept.items():
         if not pc.any(pc.is_in(committed.files["path"], value_set=paths)).as_py():

@@ -24,7 +24,7 @@ from pyarrow import fs
 from ser_ray.cluster.connect import cluster
 from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
-from ser_ray.corpus.slips import describe_clips, find_slips
+from ser_ray.corpus.mistakes import describe_clips, find_mistakes
 from ser_ray.corpus.table import MISSING_FILES
 from ser_ray.errors import CorpusError, ShardsError, last_line
 from ser_ray.features.transforms import FeatureExtractor
@@ -35,14 +35,14 @@ from ser_ray.shards.layout import CLIPS, OK, OUTCOMES, keep_only, part_name, req
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     Plan,
-    adopt_times,
     describe_changes,
     make_plan,
     read_committed,
-    recognise,
     require_same_corpus,
+    restore_times,
+    update_times,
 )
-from ser_ray.shards.progress import Progress, Watch, set_up_ray_data, show
+from ser_ray.shards.progress import Progress, ProgressCounter, set_up_ray_data, show
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
@@ -127,13 +127,13 @@ def prepare(
             missing = _report_missing(manifest, config)
             committed = read_committed(filesystem, folder)
             require_same_corpus(committed, manifest, config.shards)
-            listed, manifest = manifest, recognise(manifest, committed)
+            listed, manifest = manifest, restore_times(manifest, committed)
             plan = make_plan(manifest, config.features, config.rows_per_part, committed)
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             kept = {part: committed[part] for part in plan.kept}
-            adopt_times(filesystem, folder, listed, manifest, config.features, kept)
+            update_times(filesystem, folder, listed, manifest, config.features, kept)
             card = read_card(filesystem, folder)
             if card is None or plan.pending or card.parts != tuple(plan.kept):
                 card = _complete(config, corpus, plan, lock, address, progress)
@@ -155,7 +155,7 @@ def prepare(
         seconds=time.monotonic() - started,
         listed=_count_files(outcomes),
         contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        warnings=(*corpus.notes, *missing, *_count_windows(card), *stale, *find_slips(outcomes)),
+        warnings=(*corpus.notes, *missing, *_count_windows(card), *stale, *find_mistakes(outcomes)),
     )
 
 
@@ -262,7 +262,7 @@ def _write_pending(
         batch_size=None,
         batch_format="pyarrow",
     )
-    watch = Watch(plan.num_files, plan.num_prepared)
+    counter = ProgressCounter(plan.num_files, plan.num_prepared)
     try:
         with show(progress) as report:
             for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -271,7 +271,7 @@ def _write_pending(
                     where = f"{config.shards}/{part_name(part[0])}"
                     raise ShardsError(f"{where}: {failure[0]}{AGAIN}")
                 lock.check()
-                report(watch.add(dict(zip(statuses, counts, strict=True))))
+                report(counter.add(dict(zip(statuses, counts, strict=True))))
     except ray.exceptions.RayError as error:
         raise ShardsError(f"{config.shards}: the job failed ({last_line(error)}){AGAIN}") from error
 

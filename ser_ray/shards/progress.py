@@ -39,7 +39,7 @@ class Progress:
         return f"{text}, {self.rate:.0f} files/s, {clock(self.seconds_left)} left"
 
 
-class Watch:
+class ProgressCounter:
     """Adds up the outcomes of parts as they arrive."""
 
     def __init__(self, total: int, committed: int) -> None:

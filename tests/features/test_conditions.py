@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from ser_ray.features.conditions import CONDITIONS, NOISE_BAND, under
+from ser_ray.features.conditions import CONDITIONS, NOISE_BAND, simulate
 from ser_ray.features.config import Condition
 from ser_ray.features.samples import Sound
 from tests.clips import voice
@@ -21,7 +21,7 @@ def speech(rate: int = 16_000, scale: float = 0.2) -> np.ndarray:
 
 
 def recorded(condition: str, samples: np.ndarray, rate: int, name: str = "a.wav") -> np.ndarray:
-    sound = under(condition, Sound(samples.astype(np.float32), rate), name)
+    sound = simulate(condition, Sound(samples.astype(np.float32), rate), name)
     assert (sound.samples.dtype, sound.sample_rate) == (np.int16, rate)
     assert len(sound.samples) == len(samples)
     return sound.samples / 2**15
@@ -122,14 +122,16 @@ def test_levels_change_by_20_db_and_clip_at_full_scale() -> None:
 @pytest.mark.parametrize("condition", [name for group in CONDITIONS.values() for name in group])
 def test_a_condition_depends_on_the_name_alone_and_takes_any_clip(condition: str) -> None:
     clip = np.round(speech() * 2**15).astype(np.int16)
-    once, again = (under(condition, Sound(clip, 16_000), "a.wav").samples for _ in range(2))
+    once, again = (simulate(condition, Sound(clip, 16_000), "a.wav").samples for _ in range(2))
     np.testing.assert_array_equal(once, again)
-    of_floats = under(condition, Sound((clip / 2**15).astype(np.float32), 16_000), "a.wav").samples
+    of_floats = simulate(
+        condition, Sound((clip / 2**15).astype(np.float32), 16_000), "a.wav"
+    ).samples
     np.testing.assert_array_equal(of_floats, once)
-    other = under(condition, Sound(clip, 16_000), "b.wav").samples
+    other = simulate(condition, Sound(clip, 16_000), "b.wav").samples
     is_random = condition.partition("-")[0] in ("noise", "white", "pink", "room")
     assert np.array_equal(once, other) != is_random
-    assert len(under(condition, Sound(np.zeros(4_410, np.int16), 22_050), "a").samples) == 4_410
+    assert len(simulate(condition, Sound(np.zeros(4_410, np.int16), 22_050), "a").samples) == 4_410
 
 
 def test_the_command_line_offers_every_group() -> None:

@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from ser_ray.cluster.connect import cluster
 from ser_ray.errors import ConfigError
-from ser_ray.features.conditions import under
+from ser_ray.features.conditions import simulate
 from ser_ray.features.decode import decode
 from ser_ray.inference import batch
 from ser_ray.inference import results as results_module
@@ -171,7 +171,7 @@ def test_files_are_scored_as_they_would_be_recorded_under_conditions(
             sound = sound._replace(samples=sound.samples[16_000:40_000])
             title = f"{title} from 1"
             assert row["duration"] == end - start
-        changed = under(name, sound, title)
+        changed = simulate(name, sound, title)
         expected = predictor.predict_samples(changed.samples, changed.sample_rate, path)
         require_close([row], [prediction_row(expected) | {"condition": name, "clip": clip}])
     statuses = Counter(row["status"] for row in found.values())

@@ -21,7 +21,7 @@ from ser_ray.shards.plan import (
     make_plan,
     part_metadata,
     read_committed,
-    recognise,
+    restore_times,
 )
 from ser_ray.shards.read import open_shards
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold, is_answered
@@ -105,7 +105,7 @@ def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, exampl
     def is_planned(content: bytes) -> None:
         (shards / outcomes_name(0)).write_bytes(content)
         found = read_committed(filesystem, str(shards))
-        plan = make_plan(recognise(manifest, found), features, 128, found)
+        plan = make_plan(restore_times(manifest, found), features, 128, found)
         describe_changes(found, features, plan)
         assert plan.num_files == 2
 

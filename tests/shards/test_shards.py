@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
-from ser_ray.corpus.slips import find_slips
+from ser_ray.corpus.mistakes import find_mistakes
 from ser_ray.corpus.splits import one_clip_per_take
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
@@ -39,16 +39,16 @@ from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     CommittedPart,
     Plan,
-    adopt_times,
     describe_changes,
     make_plan,
     part_key,
     read_committed,
-    recognise,
     require_same_corpus,
+    restore_times,
+    update_times,
 )
 from ser_ray.shards.prepare import prepare
-from ser_ray.shards.progress import Progress, Watch, show
+from ser_ray.shards.progress import Progress, ProgressCounter, show
 from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
 
@@ -460,12 +460,12 @@ def test_a_file_is_changed_by_its_bytes_and_not_by_its_time(tmp_path: Path) -> N
         os.utime(path, ns=(1, 1))
     listed = list_corpus(str(tmp_path / "corpus")).manifest
     committed = read_committed(LOCAL, shards.uri)
-    recognised = recognise(listed, committed)
-    plan = make_plan(recognised, FEATURES, 1, committed)
+    restored = restore_times(listed, committed)
+    plan = make_plan(restored, FEATURES, 1, committed)
     assert [path for rows in plan.pending.values() for path in paths_of(rows)] == [str(replaced)]
     assert "1 file has changed" in describe_changes(committed, FEATURES, plan)
     kept = {part: committed[part] for part in plan.kept}
-    adopt_times(LOCAL, shards.uri, listed, recognised, FEATURES, kept)
+    update_times(LOCAL, shards.uri, listed, restored, FEATURES, kept)
     again = read_committed(LOCAL, shards.uri)
     assert make_plan(listed, FEATURES, 1, again).kept == plan.kept, "no bytes are compared again"
 
@@ -487,7 +487,7 @@ def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
     assert found["reason"] == (
         f"differs in sound from {kept}, which has the same file name and is used"
     )
-    assert find_slips(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
+    assert find_mistakes(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
 
 
 def test_segments_are_clips_and_their_file_is_decoded_once(
@@ -689,7 +689,7 @@ def test_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "ser_ray.shards.progress.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
-    watch = Watch(total=100, committed=30)
+    watch = ProgressCounter(total=100, committed=30)
     first = watch.add({"ok": 8, "unreadable": 2})
     assert (first.done, first.errors, first.seconds_left) == (40, 2, None)
     watch.add({"ok": 20})

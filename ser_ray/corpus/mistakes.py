@@ -34,7 +34,7 @@ def describe_clips(clips: pa.Table) -> str:
     return f"labels: {shown}\nspeakers: {speakers}"
 
 
-def find_slips(outcomes: pa.Table) -> list[str]:
+def find_mistakes(outcomes: pa.Table) -> list[str]:
     """Return a line for each likely mistake in the labels, speakers and splits.
 
     Args:

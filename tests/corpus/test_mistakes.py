@@ -1,9 +1,9 @@
-"""Likely slips of a corpus are pointed out, and ordinary corpora are not accused of any."""
+"""Likely mistakes in a corpus are pointed out, and ordinary corpora are not accused of any."""
 
 import pyarrow as pa
 import pytest
 
-from ser_ray.corpus.slips import describe_clips, find_slips
+from ser_ray.corpus.mistakes import describe_clips, find_mistakes
 
 
 def outcomes(labels: dict[str, int], speakers: list[str] | None = None) -> pa.Table:
@@ -23,8 +23,8 @@ def test_a_speaker_in_two_parts_of_a_table_is_pointed_out() -> None:
     table = outcomes({"sad": 4, "angry": 4}).drop_columns("split")  # anna and ben in turn
     apart = table.append_column("split", pa.array(["train", "test"] * 4))
     mixed = table.append_column("split", pa.array(["train", "test", None, "dev"] * 2))
-    assert find_slips(apart) == []
-    [line] = find_slips(mixed)
+    assert find_mistakes(apart) == []
+    [line] = find_mistakes(mixed)
     assert line.startswith("several parts of the column split have the speakers ben, so")
 
 
@@ -49,7 +49,7 @@ def test_labels_are_counted_and_speakers_too() -> None:
     ],
 )
 def test_a_slip_is_pointed_out(labels: dict[str, int], speakers: list[str], line: str) -> None:
-    (found,) = find_slips(outcomes(labels, speakers))
+    (found,) = find_mistakes(outcomes(labels, speakers))
     assert found.startswith(line)
 
 
@@ -62,12 +62,12 @@ def test_a_slip_is_pointed_out(labels: dict[str, int], speakers: list[str], line
     ],
 )
 def test_what_differs_on_purpose_is_left_alone(labels: dict[str, int], speakers: list[str]) -> None:
-    assert find_slips(outcomes(labels, speakers)) == []
+    assert find_mistakes(outcomes(labels, speakers)) == []
 
 
 def test_a_file_in_the_folder_of_another_actor_is_pointed_out() -> None:
     paths = ["/r/Actor_05/a.wav", "/r/Actor_17/b.wav", "/r/actor 3/c.wav", "/r/Actor_05/x/d.wav"]
     speakers = ["17", "17", "04", "04"]
     rows = {"path": paths, "speaker": speakers, "channel": ["speech"] * 4, "status": ["ok"] * 4}
-    (line,) = find_slips(pa.table(rows))
+    (line,) = find_mistakes(pa.table(rows))
     assert "/r/Actor_05/a.wav (actor 17), /r/actor 3/c.wav (actor 04);" in line
