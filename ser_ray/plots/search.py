@@ -18,7 +18,8 @@ from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, finish, legend_abo
 TrialRow = Mapping[str, Any]
 
 FEW_VALUES = 5
-"""Up to this many different numbers, each gets a tick of its own."""
+"""Up to this many different numbers, each gets a tick of its own, if some trials share one: then
+they were chosen from a list, and have few digits."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
@@ -91,8 +92,8 @@ def _places(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        few = len(distinct) <= FEW_VALUES
-        axes.xaxis.set_major_locator(FixedLocator(distinct) if few else MaxNLocator(5))
+        is_list = len(distinct) <= FEW_VALUES and len(distinct) < len(values)
+        axes.xaxis.set_major_locator(FixedLocator(distinct) if is_list else MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g}")
     return values
 

@@ -60,6 +60,20 @@ def test_a_searched_choice_has_a_place_for_each_of_its_values() -> None:
     assert {x for x, _ in points(axes)["mel (4)"]} == {0}
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [((16, 32, 32, 64, 16), [16, 32, 64]), ((2.05541, 2.1, 2.88895, 4.8, 6.02), None)],
+)
+def test_values_of_a_list_have_ticks_and_drawn_ones_round_numbers(
+    values: tuple[float, ...], ticks: list[float] | None
+) -> None:
+    scored = [item for item in TRIALS if item["state"] != "failed"]
+    trials = [item | {"drawn": x} for item, x in zip(scored, values, strict=True)]
+    (axes,) = parameter_figure(trials, "drawn").axes
+    found = [x for x in axes.get_xticks() if min(values) <= x <= max(values)]
+    assert found == (ticks or [3, 4, 5, 6])
+
+
 def test_importance_has_the_largest_share_at_the_top() -> None:
     (axes,) = importance_figure({"feature": 0.1, "lr_max": 0.7, "lr_ratio": 0.2}).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
