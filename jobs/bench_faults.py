@@ -153,6 +153,7 @@ class World:
                  "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
                  "--artifacts-destination", f"{self.folder}/artifacts"],
                 stdout=self.log, stderr=self.log,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )  # fmt: skip
         wait_until("the MLflow server answers", self._server_answers, HANG)
 
@@ -439,12 +440,13 @@ def check(world: World, this: Round, target: Path) -> None:
 def files(target: Path) -> set[str]:
     """Names of the files that a verb wrote, without this program's own, and without dates.
 
-    Tune writes the date of its start into the names of its snapshots.
+    Tune writes the date of its start into the names of its snapshots. The `error.txt` and
+    `error.pkl` of an attempt that failed may stay: they say why.
     """
     return {
         re.sub(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", "DATE", str(path.relative_to(target)))
         for path in target.rglob("*")
-        if path.is_file() and not path.name.startswith(("output-", "errors-"))
+        if path.is_file() and not path.name.startswith(("output-", "errors-", "error."))
     }
 
 
