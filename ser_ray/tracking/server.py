@@ -74,7 +74,10 @@ def serve(store: str, port: int) -> int:
                 *("--backend-store-uri", f"sqlite:///{database}"),
                 *("--artifacts-destination", location_inside(store, "artifacts")),
             ],
-            env=os.environ | _authentication(folder),
+            # MLflow's job runners, eight processes, serve only its evaluation of language models.
+            env=os.environ
+            | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            | _authentication(folder),
         )
         try:
             while True:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 from mlflow import MlflowClient
@@ -18,6 +19,8 @@ from ser_ray.tracking.server import local_folder
 from ser_ray.tracking.tracker import Tracker
 from tests.mlflow_server import is_ready
 from tests.processes import held_port, started
+
+JOBS = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
 
 
 def credentials_of(home: Path) -> tuple[str, str]:
@@ -40,8 +43,10 @@ def running(store: Path, home: Path) -> Iterator[str]:
             command,
             home / "log",
             lambda: is_ready(uri, credentials_of(home)),
-            env=os.environ | {"HOME": str(home)},
+            env={k: v for k, v in os.environ.items() if k != JOBS} | {"HOME": str(home)},
         ) as server:
+            processes = psutil.Process(server.pid).children(recursive=True)
+            assert not [one for one in processes if "mlflow.server.jobs" in " ".join(one.cmdline())]
             yield uri
             server.send_signal(signal.SIGTERM)
             assert server.wait(60) == 0, (home / "log").read_text()
