@@ -55,7 +55,7 @@ def require_shared(*locations: str) -> None:
 
 
 def one_of_each_folder(files: Iterable[str]) -> list[str]:
-    """Return one local file from each folder, from at most `FOLDERS_ASKED` of the folders."""
+    """Return one local file from each folder, or from only `FOLDERS_ASKED` of the folders."""
     found: dict[str, str] = {}
     for file in files:
         if "://" not in file:

@@ -77,7 +77,7 @@ class Corpus:
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     manifest: pa.Table
-    """`MANIFEST_SCHEMA`, in `ORDER`."""
+    """A table with `MANIFEST_SCHEMA`, sorted by `ORDER`."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the listing."""
 
@@ -132,7 +132,7 @@ def list_corpus(
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Set the status `excluded` for rows whose modality is not in `include`, if they have none."""
+    """Set the status `excluded` for rows without a status whose modality is not in `include`."""
     wanted = sorted(set(include))
     is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
     left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
@@ -229,10 +229,17 @@ def _read_names(files: list[ListedFile]) -> pa.Table:
 def mark_duplicates(
     manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
 ) -> pa.Table:
-    """Keep one of the rows without a status that share a key, and mark the others as duplicates.
+    """Find rows with the same key, keep one of them, and set the status `duplicate` for the others.
 
-    The largest file is kept, because a copy may be truncated. Among files of equal size, the file
-    with the fewest folders above it is kept, and then the first by path.
+    Rows that have a status are ignored. The largest file is kept, because a copy may be truncated.
+    Among files of equal size, the file with the fewest folders above it is kept, and then the first
+    by path.
+
+    Args:
+        manifest: the listed files.
+        keys: a key for each row.
+        depths: the number of folders above each file.
+        reason: the start of a duplicate's reason, which ends with the path of the kept file.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}

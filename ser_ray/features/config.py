@@ -130,7 +130,7 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames of every array in the shards, which have `max_seconds`."""
+        """Number of frames of every array in the shards, which is `max_seconds` long."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:

@@ -128,7 +128,7 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return for each path the shortest name that no other path has: the end of the path.
+    """Shorten each path to its file name, and to as many folders as make the name unique.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """

@@ -1,4 +1,4 @@
-"""Writing a file so that it is complete or does not exist."""
+"""Writes files that are either complete or do not exist."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

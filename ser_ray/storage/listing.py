@@ -1,4 +1,4 @@
-"""Listing every file below a folder or in a bucket, without opening any."""
+"""Lists every file below a folder or in a bucket, without opening a file."""
 
 import os
 import stat
