@@ -68,7 +68,7 @@ def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, ca
     assert "speaker-3, every fold has" in capsys.readouterr().err
 
 
-def test_the_pipeline_marks_what_was_heard_right():
+def test_the_pipeline_marks_correct_predictions():
     predictions = [
         {"path": "/a/1.wav", "emotion": "sad", "probabilities": {"sad": 0.75}, "status": "ok"},
         {"path": "/a/2.wav", "emotion": "sad", "probabilities": {"sad": 0.5}, "status": "ok"},

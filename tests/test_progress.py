@@ -1,4 +1,4 @@
-"""Where standard error is a terminal, progress is a bar; in a log it is a line now and then."""
+"""Progress is a bar on a terminal, and a few lines in a log."""
 
 import sys
 from types import SimpleNamespace

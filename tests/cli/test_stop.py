@@ -1,4 +1,4 @@
-"""Signals and encodings, which every verb meets."""
+"""Signals and encodings, for every verb."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Outcome]], i
 
 @pytest.fixture(autouse=True)
 def _default_signals() -> Any:
-    """Under `nohup pytest` SIGHUP would be ignored."""
+    """Restore the default signals: under `nohup pytest`, SIGHUP is ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number in before:
         signal.signal(number, signal.SIG_DFL)
@@ -67,7 +67,7 @@ def test_a_signal_that_is_ignored_stays_ignored(verb):
     assert verb(work) == 0
 
 
-def test_a_closed_terminal_does_not_hinder_the_cleaning_up(verb):
+def test_a_closed_terminal_does_not_prevent_the_cleanup(verb):
     keep = [os.dup(1), os.dup(2)]
     leader, terminal = os.openpty()
     try:
@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line(verb, capsys):
     assert capsys.readouterr().err == "error: No space left on device\n"
 
 
-def test_another_error_of_the_system_keeps_its_trace(verb):
+def test_another_error_of_the_system_keeps_its_traceback(verb):
     def work() -> Outcome:
         raise FileNotFoundError("our own bug")
 

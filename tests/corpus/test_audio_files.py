@@ -43,7 +43,7 @@ def test_a_pattern_may_be_a_uri():
 
 
 @pytest.mark.parametrize("source", ["nowhere.wav", "*.ogg", "empty", "no/such/**"])
-def test_sources_without_a_file_are_named(source, in_tmp):
+def test_a_source_without_recordings_is_an_error_that_names_it(source, in_tmp):
     (in_tmp / "empty").mkdir()
     with pytest.raises(CorpusError, match=source.replace("*", r"\*")):
         list_audio([source])
@@ -79,7 +79,7 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
         list_audio([str(tmp_path / "only")])
 
 
-def test_a_suffix_that_other_files_have_too_is_looked_into(tmp_path):
+def test_files_with_a_shared_suffix_are_recognised_by_their_content(tmp_path):
     packets = b"".join(b"G" + bytes(187) for _ in range(4))
     (tmp_path / "film.ts").write_bytes(packets)
     (tmp_path / "camera.MTS").write_bytes(b"".join(bytes(4) + b"G" + bytes(187) for _ in range(4)))
@@ -91,7 +91,7 @@ def test_a_suffix_that_other_files_have_too_is_looked_into(tmp_path):
         assert found.left_out == {".ts": 2}
 
 
-def test_a_name_that_is_not_utf8_is_the_reason_that_is_given(tmp_path):
+def test_a_name_that_is_not_utf8_is_reported(tmp_path):
     bad = os.fsdecode(os.fsencode(tmp_path) + b"/bad-\xff.wav")
     Path(bad).touch()
     shown = f"{tmp_path}/bad-\\xff.wav"
@@ -103,7 +103,7 @@ def test_a_name_that_is_not_utf8_is_the_reason_that_is_given(tmp_path):
         list_audio([bad.replace("bad", "gone")])
 
 
-def test_names_are_found_in_either_normal_form(tmp_path):
+def test_names_are_found_in_either_form_of_unicode(tmp_path):
     stored = unicodedata.normalize("NFD", f"{tmp_path}/café 100%#1\n.wav")
     Path(stored).touch()
     for form in ("NFC", "NFD"):

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that acts as the record does, or fails as servers do."""
+"""Downloads from a local server that imitates the record and its failures."""
 
 import contextlib
 import functools
@@ -152,7 +152,7 @@ def quiet(*_: object) -> None:
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but our own hidden ones."""
+    """All files in a folder, except the hidden files of ser_ray."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -201,7 +201,7 @@ def test_parts_become_the_names_in_the_record(
     assert DownloadConfig(parts=parts, actors=actors).archive_names == tuple(names)
 
 
-def test_everything_is_the_49_archives_of_the_record() -> None:
+def test_all_parts_are_the_49_archives_of_the_record() -> None:
     everything = DownloadConfig(parts=("speech", "song", "video-speech", "video-song"))
     assert len(everything.archive_names) == 1 + 1 + 24 + 23
 

@@ -30,7 +30,7 @@ def test_equal_label_sets_stay_as_they_are_and_others_get_the_usual_names():
     assert map_labels({"a": EMODB}, "usual") == {"a": usual["a"]}
 
 
-def test_a_models_own_spelling_wins_and_common_leaves_out_what_it_does_not_know():
+def test_the_models_spelling_wins_and_common_leaves_out_labels_it_lacks():
     known = ("anger", "happiness")
     assert map_labels({"b": IEMOCAP}, "", known)["b"] == {
         "ang": "anger", "exc": "exc", "hap": "happiness",
@@ -41,7 +41,7 @@ def test_a_models_own_spelling_wins_and_common_leaves_out_what_it_does_not_know(
     assert map_labels({"b": known}, "", (*known, "calm"))["b"] == {x: x for x in known}
 
 
-def test_a_file_maps_what_it_lists_and_a_row_of_a_corpus_wins(tmp_path):
+def test_a_map_file_maps_its_labels_and_rows_of_a_corpus_win(tmp_path):
     path = tmp_path / "labels.csv"
     rows = ("b,exc,happy", "b,ang,furious", ",ang,angry", ", anger ,angry", "a,boredom,")
     path.write_text("\n".join(("corpus,label,as", *rows)))

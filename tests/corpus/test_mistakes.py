@@ -1,4 +1,4 @@
-"""Likely mistakes in a corpus are pointed out, and ordinary corpora are not accused of any."""
+"""Likely mistakes in a corpus are pointed out, and correct corpora get no warnings."""
 
 import pyarrow as pa
 import pytest
@@ -48,7 +48,9 @@ def test_labels_are_counted_and_speakers_too() -> None:
         ({"x": 4}, None, "all clips have the label 'x': nothing can be trained"),
     ],
 )
-def test_a_slip_is_pointed_out(labels: dict[str, int], speakers: list[str], line: str) -> None:
+def test_a_likely_mistake_is_pointed_out(
+    labels: dict[str, int], speakers: list[str], line: str
+) -> None:
     (found,) = find_mistakes(outcomes(labels, speakers))
     assert found.startswith(line)
 
@@ -61,7 +63,7 @@ def test_a_slip_is_pointed_out(labels: dict[str, int], speakers: list[str], line
         ({"level 1": 90, "level 2": 1}, ["anna 1", "anna 11"]),
     ],
 )
-def test_what_differs_on_purpose_is_left_alone(labels: dict[str, int], speakers: list[str]) -> None:
+def test_intended_differences_are_not_reported(labels: dict[str, int], speakers: list[str]) -> None:
     assert find_mistakes(outcomes(labels, speakers)) == []
 
 

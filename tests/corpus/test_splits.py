@@ -78,7 +78,7 @@ def test_validation_speakers_are_of_both_sexes_and_take_turns(protocol):
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 12])
-def test_the_requested_number_of_speakers_validates_and_the_tested_ones_stay(wanted):
+def test_the_requested_number_of_speakers_validates_and_tests_do_not_change(wanted):
     clips = ravdess()
     turns: Counter[str] = Counter()
     for fold in range(6):

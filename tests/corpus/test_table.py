@@ -1,4 +1,4 @@
-"""A table is read where it has one meaning, whoever wrote it; all else is refused by its row."""
+"""Every table with one meaning is read; any other table is refused, and the row is named."""
 
 import json
 import unicodedata
@@ -94,7 +94,7 @@ def test_words_for_missing_values_are_refused_with_their_row(folder: Path, word:
             list_corpus(str(folder / "t.csv"), missing=["ZORN"])
 
 
-def test_a_number_that_pandas_writes_for_a_missing_value_is_missing(folder: Path) -> None:
+def test_nan_from_pandas_is_a_missing_value(folder: Path) -> None:
     columns = {"path": list(NAMES), "label": [1.0, float("nan")], "speaker": ["1", "2"]}
     pq.write_table(pa.table(columns), folder / "t.parquet")
     for words in (["nan"], []):
@@ -102,9 +102,7 @@ def test_a_number_that_pandas_writes_for_a_missing_value_is_missing(folder: Path
             list_corpus(str(folder / "t.parquet"), missing=words)
 
 
-def test_files_that_are_not_there_have_the_true_reason(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_files_get_the_right_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     paths = ["~/clips/b.wav", "clips/gone.wav", "other/b.wav", "C:\\clips\\b.wav", "D:/c.wav"]
     rows = "".join(f"{path},x,1\n" for path in paths)

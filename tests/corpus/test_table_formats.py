@@ -175,7 +175,7 @@ def test_segments_of_kaldi_and_lhotse_have_their_times(folder: Path) -> None:
     assert [(row["start"], row["end"]) for row in found] == [(0.25, 0.75)]
 
 
-def test_columns_name_what_a_table_calls_otherwise(folder: Path) -> None:
+def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
     lines = [f"{n};{row[0]};{row[1]};{row[2]};{of}" for n, (row, of) in
              enumerate(zip(rows(), SIDES, strict=True))]  # fmt: skip
     (folder / "t.csv").write_text("\n".join(["path;clip;Mood;who;part", *lines]))
@@ -206,7 +206,7 @@ def test_columns_name_what_a_table_calls_otherwise(folder: Path) -> None:
         (hugging_face, ("hf/data/test-00000-of-00001.parquet", "no"), "the table cannot be read"),
     ],
 )
-def test_a_corpus_that_cannot_be_read_is_one_sentence(
+def test_an_unreadable_corpus_is_an_error_in_one_line(
     folder: Path, make: Callable[[Path], Path], spoil: tuple[str, str], message: str
 ) -> None:
     source = make(folder)

@@ -1,4 +1,4 @@
-"""Recording conditions, measured on what comes out."""
+"""Recording conditions, measured on the simulated sound."""
 
 from typing import get_args
 

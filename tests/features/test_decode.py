@@ -262,7 +262,7 @@ def test_a_wav_from_a_pipe_is_decoded_to_its_end(
 
 @pytest.mark.parametrize("form", ["RIFF", "RIFX"])
 @pytest.mark.parametrize("chunk", [0, 7, 4004])
-def test_a_wav_that_is_cut_short_is_used_and_the_loss_is_said(
+def test_a_wav_that_is_cut_short_is_used_and_the_loss_is_reported(
     tmp_path: Path, samples: np.ndarray, form: str, chunk: int
 ) -> None:
     """The byte order and a chunk before the samples, even of odd length, make no difference."""
@@ -340,7 +340,7 @@ def test_a_missing_file_is_distinguished_from_missing_storage(
         ("a.flac", "flac", "flac", 0.02),
     ],
 )
-def test_damage_costs_only_the_sound_it_hits_and_is_said(
+def test_damage_loses_only_the_damaged_sound_and_is_reported(
     tmp_path: Path, name: str, codec: str, container: str, at_least: float
 ) -> None:
     """All sound after it keeps its place where a format has time stamps."""
@@ -362,7 +362,7 @@ def test_damage_costs_only_the_sound_it_hits_and_is_said(
     np.testing.assert_allclose(found.samples[first], whole.samples[first], atol=1e-3)
 
 
-def test_a_damaged_packet_of_many_frames_is_as_long_as_they_were(tmp_path: Path) -> None:
+def test_a_damaged_packet_of_many_frames_keeps_its_length(tmp_path: Path) -> None:
     """A damaged header of AAC may say that its frame is as long as many frames."""
     path = write_sound(tmp_path / "a.aac", voice(6.0), "aac", "adts")
     whole, data = decode(str(path)), bytearray(path.read_bytes())
@@ -431,7 +431,7 @@ def test_of_several_audio_streams_the_first_that_is_not_silent_is_decoded(
         np.testing.assert_array_equal(decode(file).samples, found)
 
 
-def test_a_pause_of_the_recorder_is_silent_and_no_loss(tmp_path: Path) -> None:
+def test_a_pause_of_the_recorder_is_silent_and_not_a_loss(tmp_path: Path) -> None:
     plain = write_sound(tmp_path / "a.m4a", voice(3.0), "aac", "mp4")
     samples, rate, lost = decode(str(delayed(plain, tmp_path / "pause.m4a", 2.0, 1.0)))
     assert lost == 0
@@ -474,7 +474,7 @@ def test_codecs_of_telephones_are_decoded(tmp_path: Path, subtype: str, containe
 
 
 @pytest.mark.parametrize("codec", ["libopencore_amrnb", "amr"])
-def test_amr_is_decoded_and_what_is_no_amr_is_refused(tmp_path: Path, codec: str) -> None:
+def test_amr_is_decoded_and_other_bytes_are_refused(tmp_path: Path, codec: str) -> None:
     """AMR has no checksums, but every packet begins with bits that are always 0."""
     path = tmp_path / "a.amr"
     if codec == "amr":
@@ -491,7 +491,7 @@ def test_amr_is_decoded_and_what_is_no_amr_is_refused(tmp_path: Path, codec: str
 
 
 @pytest.mark.parametrize("suffix", ["au", "vox", "gsm", "snd"])
-def test_a_suffix_alone_makes_no_sound(tmp_path: Path, suffix: str) -> None:
+def test_bytes_with_an_audio_suffix_are_refused(tmp_path: Path, suffix: str) -> None:
     """libsndfile would read any bytes in a file with such a name."""
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(b"This is no sound.\n" * 99)
@@ -523,7 +523,7 @@ def test_a_tag_before_the_header_is_skipped(tmp_path: Path, samples: np.ndarray,
     np.testing.assert_array_equal(found * scale, samples)
 
 
-def test_samples_that_are_no_numbers_are_lost(tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_are_lost(tmp_path: Path) -> None:
     sound = voice()
     sound[10_000:20_000] = np.nan
     found = decode(str(write_wav(tmp_path / "a.wav", sound, subtype="FLOAT")))
@@ -535,7 +535,7 @@ def test_samples_that_are_no_numbers_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"a", b"This is no sound.\n" * 99, b"RIFF", b"RIFF\0\0\0\0WAVE"])
-def test_a_text_is_not_called_anything_else(tmp_path: Path, text: bytes) -> None:
+def test_a_text_file_is_reported_as_unsupported(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(text)
     assert failure(path).reason == "damaged, or not a supported audio or video format"
@@ -551,7 +551,7 @@ def test_a_text_is_not_called_anything_else(tmp_path: Path, text: bytes) -> None
         ("rf64.wav", "pcm_s16le", "wav"),
     ],
 )
-def test_a_lost_end_is_said_if_the_header_declares_the_length(
+def test_a_lost_end_is_reported_if_the_header_declares_the_length(
     tmp_path: Path, name: str, codec: str, container: str
 ) -> None:
     path = write_sound(tmp_path / name, voice(6.0), codec, container)
@@ -568,7 +568,7 @@ def test_a_lost_end_is_said_if_the_header_declares_the_length(
     assert float(failure(path).reason.split()[5]) == pytest.approx(6.0, abs=0.1)
 
 
-def test_what_is_attached_to_an_mp3_is_no_lost_sound(tmp_path: Path) -> None:
+def test_data_attached_to_an_mp3_is_not_lost_sound(tmp_path: Path) -> None:
     """FFmpeg would distrust the declared length, and estimate another one from the size."""
     path, sound = tmp_path / "a.mp3", voice(6.0)
     soundfile.write(path, sound, 48_000, format="MP3")
@@ -582,7 +582,7 @@ def test_what_is_attached_to_an_mp3_is_no_lost_sound(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("codec", "container"), [("flac", "flac"), ("wavpack", "wv")])
-def test_damage_that_a_checksum_finds_is_no_loud_noise(
+def test_damage_that_a_checksum_finds_is_not_loud_noise(
     tmp_path: Path, codec: str, container: str
 ) -> None:
     path, sound = write_sound(tmp_path / "a.bin", voice(6.0), codec, container), voice(6.0)

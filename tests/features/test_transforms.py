@@ -136,7 +136,7 @@ def test_the_power_of_silence_is_the_floor() -> None:
 
 @given(num_samples=st.integers(1, 104_000))
 @settings(max_examples=50, deadline=None)
-def test_the_number_of_frames_is_the_promised_one(num_samples: int) -> None:
+def test_the_number_of_frames_is_as_documented(num_samples: int) -> None:
     found = EXTRACTOR.features(np.zeros(num_samples, np.float32))
     assert found["mel"].shape[1] == CONFIG.frames_of(num_samples) <= CONFIG.num_frames
 
@@ -181,7 +181,7 @@ def noise_of(num_samples: int, db: float, *, slope: float = 0.0) -> np.ndarray:
 @pytest.mark.parametrize("offset", [0.02, -0.3])
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 def test_a_constant_offset_changes_nothing(offset: float, dtype: type) -> None:
-    """Neither where the sound begins nor what it is."""
+    """Neither the trimming nor the features."""
     clip = 0.3 * np.concatenate([np.zeros(32_000), voice(2.0, 16_000), np.zeros(8_000)])
     scale = 32767 if dtype is np.int16 else 1
     plain = EXTRACTOR.waveform((scale * clip).astype(dtype), 16_000)
@@ -208,14 +208,14 @@ def test_an_offset_alone_is_silent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["drifting", "settling"])
-def test_an_offset_that_changes_is_no_sound(name: str) -> None:
+def test_a_drifting_offset_is_not_sound(name: str) -> None:
     clip = np.concatenate([np.zeros(24_000), 0.3 * voice(1.0, 16_000), np.zeros(8_000)])
     plain = EXTRACTOR.waveform(clip.astype(np.float32), 16_000)
     shifted = EXTRACTOR.waveform((clip + OFFSETS[name]).astype(np.float32), 16_000)
     assert len(shifted) == pytest.approx(len(plain), abs=0.03 * 16_000)
 
 
-def test_the_power_of_a_stretch_is_that_around_its_best_straight_line() -> None:
+def test_the_best_straight_line_of_a_stretch_has_no_power() -> None:
     samples = np.random.default_rng(0).normal(0.2, 0.1, 330) + np.arange(330) / 300
     found = measure_loudness(samples.astype(np.float32), 16_000, 50.0).power
     for stretch, power in zip(np.split(samples, [160, 320]), found, strict=True):
@@ -234,7 +234,7 @@ def test_a_rooms_noise_is_cut_off_at_the_ends(slope: float, db: float) -> None:
 
 
 def test_quiet_speech_is_not_cut_off_with_the_noise_of_a_room() -> None:
-    """Speech 7 dB above white noise at its ends, where 9 dB would be needed against pink noise."""
+    """Its ends are 7 dB above white noise; above pink noise, 9 dB are needed."""
     rng = np.random.default_rng(3)
     silence = np.zeros(24_000)
     quiet = rng.normal(0, 0.005, 8_000)
@@ -245,7 +245,7 @@ def test_quiet_speech_is_not_cut_off_with_the_noise_of_a_room() -> None:
     assert len(EXTRACTOR.waveform(noisy, 16_000)) == pytest.approx(expected, abs=0.05 * 16_000)
 
 
-def test_hours_are_measured_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_in_blocks_equals_measuring_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = (3000 * voice(2.0, 16_000)).astype(np.int16)[:31_777]
     expected = measure_loudness(samples, 16_000, 50.0)
     monkeypatch.setattr(transforms, "BLOCK_STRETCHES", 7)

@@ -1,4 +1,4 @@
-"""Many files through Ray, compared with one after the other, and interrupted."""
+"""Batch passes on Ray: interrupted, and compared with one prediction after the other."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def rows_of(predictor: Predictor, files: list[str]) -> list[dict]:
 
 
 def require_close(found: list[dict], expected: list[dict]) -> None:
-    """Compare rows, whose probabilities were computed in other batches."""
+    """Compare rows; other batches change the last digits of probabilities."""
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name, value in other.items():
@@ -199,7 +199,7 @@ def test_formats_hold_the_same_rows_in_the_order_of_the_files(predictor, files, 
     require_close(found, rows_of(predictor, files))
 
 
-def test_an_interrupted_pass_resumes_with_the_answers_of_the_same_model_alone(tmp_path):
+def test_an_interrupted_pass_resumes_only_with_answers_of_the_same_model(tmp_path):
     output = str(tmp_path / "found.csv")
     with suppress(KeyboardInterrupt), open_results(output, "one", LABELS) as results:
         results.append(table_of([{"path": "a", "status": "ok"}]))

@@ -1,4 +1,4 @@
-"""The demo's page: what it answers, and a browser that drops a clip and records one."""
+"""The demo page: its answers, and a browser that uploads and records a clip."""
 
 import contextlib
 import os

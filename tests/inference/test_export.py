@@ -28,7 +28,7 @@ RATE = 16_000
 
 
 def waveforms() -> list[np.ndarray]:
-    """Of odd lengths, from below one window to above the longest clip, with silent ends or not."""
+    """Waveforms from less than a window to more than the longest clip, some with silent ends."""
     lengths = (0.31, 0.73, 1.2799, 1.28, 2.0, 2.9)
     sounds = [voice(seconds, RATE, seed) for seed, seconds in enumerate(lengths)]
     padded = [np.concatenate([np.zeros(777), s[:RATE], np.zeros(5001)]) for s in sounds[2:4]]
@@ -108,7 +108,7 @@ def test_a_file_whose_probabilities_differ_is_not_written(tmp_path: Path, monkey
 
 
 def test_a_job_refuses_an_output_in_its_copy_of_the_code(tmp_path: Path, monkeypatch):
-    """Before the checkpoint is read: there is none."""
+    """This happens before the checkpoint is read, because there is none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
     with pytest.raises(ResourcesError, match="that Ray deletes after the job"):

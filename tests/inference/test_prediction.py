@@ -1,4 +1,4 @@
-"""Answers as text, as a table and as HTML, and the forms of audio that `predict` takes."""
+"""Predictions as text, table and HTML, and the forms of audio that `predict` takes."""
 
 from xml.etree import ElementTree
 
@@ -11,7 +11,7 @@ from tests.clips import voice, write_wav
 from tests.models import LABELS
 
 
-def test_equal_file_names_are_told_apart_by_the_folders_that_they_need():
+def test_equal_file_names_get_folders_that_make_them_unique():
     paths = ["/a/x/1.wav", "/b/x/1.wav", "/b/y/1.wav", "/b/2.wav", "s3://b/2.wav", "3.wav"]
     assert shortest_names([*paths, paths[0]]) == dict(
         zip(

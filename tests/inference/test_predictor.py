@@ -1,4 +1,4 @@
-"""One file to an emotion, compared with the trained network on features made by hand."""
+"""Predictions for single files, compared with the network on features made by hand."""
 
 import io
 import json

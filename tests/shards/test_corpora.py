@@ -1,4 +1,4 @@
-"""Several shard sets read as one, against the sets themselves."""
+"""Several shard sets read as one, compared with the single sets."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ SPELLED = {"neutral": "neu", "calm": "calm", "happy": "joy", "sad": "boredom"}
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[str, str]:
-    """The sets `a` and `bb`; the second spells three of the four labels otherwise."""
+    """The sets `a` and `bb`; the second spells three of the four labels differently."""
     return write_spelled(tmp_path / "a"), write_spelled(tmp_path / "bb", SPELLED)
 
 
@@ -94,7 +94,7 @@ def test_a_set_that_a_model_knows_keeps_its_name_and_labels_wherever_it_is(pair,
     assert alone.corpora == trained.corpora[1:]
 
 
-def test_sets_of_ravdess_have_the_same_actors_and_others_have_not(tmp_path):
+def test_sets_of_ravdess_share_actors_and_other_sets_do_not(tmp_path):
     speech = write_spelled(tmp_path / "speech", corpus="ravdess")
     song = write_spelled(tmp_path / "song", corpus="ravdess")
     own = write_spelled(tmp_path / "own")

@@ -1,4 +1,4 @@
-"""Damaged cards, clips and outcomes of a shard set are used if they can be, or refused in words."""
+"""Damaged cards, clips and outcomes of a shard set are read, or refused with a message."""
 
 import json
 from io import BytesIO

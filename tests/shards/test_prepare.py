@@ -339,7 +339,7 @@ def test_a_full_disk_is_reported_and_the_next_run_resumes(
 
 
 @pytest.mark.parametrize("name", ["part-00000.parquet", "mine.wav"])
-def test_files_that_something_else_made_stay(corpus: Path, tmp_path: Path, name: str) -> None:
+def test_files_of_other_programs_are_kept(corpus: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / CLIPS).mkdir()
     (tmp_path / CLIPS / name).write_text("mine")
     with pytest.raises(ShardsError, match=rf"holds clips/{name}, which is not part.*another fol"):
@@ -347,7 +347,7 @@ def test_files_that_something_else_made_stay(corpus: Path, tmp_path: Path, name:
     assert (tmp_path / CLIPS / name).read_text() == "mine"
 
 
-def test_a_file_among_the_clips_that_is_not_ours_stays(
+def test_a_foreign_file_among_the_clips_is_kept(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))

@@ -57,7 +57,7 @@ FEATURES = FeatureConfig(max_seconds=2.0)
 
 
 def segments_of(files: Iterable[int], counts: Mapping[int, int]) -> pa.Table:
-    """Rows to be decoded: so many segments of each file."""
+    """Rows to decode: the given number of segments of each file."""
     times = [(f"{file:03d}", number) for file in files for number in range(counts.get(file, 1))]
     table = manifest([path for path, _ in times])
     columns = {
@@ -70,7 +70,7 @@ def segments_of(files: Iterable[int], counts: Mapping[int, int]) -> pa.Table:
 
 
 def manifest(paths: list[str], size: int = 100) -> pa.Table:
-    """Rows to be decoded of which only path and size are known."""
+    """Rows to decode, with only path and size."""
     columns = {"path": paths, "size": [size] * len(paths)}
     nothing = {name: [None] * len(paths) for name in MANIFEST_SCHEMA.names if name not in columns}
     return pa.table(columns | nothing, MANIFEST_SCHEMA)
@@ -160,7 +160,7 @@ def test_a_row_out_of_range_is_an_index_error(shards: ShardSet) -> None:
         shards.features("mel", np.array([3, 22]))
 
 
-def test_reading_one_kind_reads_its_bytes_alone(shards: ShardSet, tmp_path: Path) -> None:
+def test_reading_one_kind_reads_only_its_bytes(shards: ShardSet, tmp_path: Path) -> None:
     """The same features are read after the bytes of the other kinds were overwritten."""
     set_folder(tmp_path)
     for part in shards.card.parts:
@@ -447,7 +447,7 @@ def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> Non
     assert make_plan(corpus.manifest, FEATURES, 4, committed).pending == {}
 
 
-def test_a_file_is_changed_by_its_bytes_and_not_by_its_time(tmp_path: Path) -> None:
+def test_a_file_has_changed_if_its_bytes_have_and_not_its_time(tmp_path: Path) -> None:
     """All times change, and the bytes of one file do; sizes stay."""
     names = [f"{name}.wav" for name in clip_names(4)]
     for number, name in enumerate(names):
@@ -470,7 +470,7 @@ def test_a_file_is_changed_by_its_bytes_and_not_by_its_time(tmp_path: Path) -> N
     assert make_plan(listed, FEATURES, 1, again).kept == plan.kept, "no bytes are compared again"
 
 
-def test_copies_with_other_sound_are_in_conflict(tmp_path: Path) -> None:
+def test_copies_with_different_sound_are_conflicts(tmp_path: Path) -> None:
     name, other = (f"{name}.wav" for name in clip_names(2))
     samples = (voice(0.6) * 20_000).astype(np.int16)
     for place, sound in {"": samples, "a/": samples[::-1], "a/b/": samples}.items():

@@ -56,7 +56,7 @@ def test_the_footer_is_read_once(
     assert read.call_count == 2
 
 
-def test_a_replaced_file_is_read_anew(tmp_path: Path, recordings: list[bytes | None]) -> None:
+def test_a_replaced_file_is_read_again(tmp_path: Path, recordings: list[bytes | None]) -> None:
     location = packed_location(write(tmp_path / "a.parquet", recordings), 1)
     assert read_packed(location) == recordings[1]
     write(tmp_path / "a.parquet", [b"other", b"recordings now"])
@@ -72,7 +72,7 @@ def test_a_row_that_is_not_there_is_an_error_of_the_file(
         read_packed(f"{parquet}{packed.ROW}{row}")
 
 
-def test_what_is_no_recording_is_an_error_of_the_file(tmp_path: Path) -> None:
+def test_a_row_without_a_recording_is_an_error_of_the_file(tmp_path: Path) -> None:
     parquet = write(tmp_path / "a.parquet", [b"sound", None])
     with pytest.raises(OSError, match="the row has no recording"):
         read_packed(packed_location(parquet, 1))

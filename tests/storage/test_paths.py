@@ -184,7 +184,7 @@ def test_a_user_a_port_and_odd_names_are_not_taken_for_a_password(location):
     filesystem_of(location)
 
 
-def test_a_home_folder_that_is_not_known_is_said(monkeypatch):
+def test_an_unknown_home_folder_is_reported(monkeypatch):
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
