@@ -10,6 +10,7 @@ from typing import Any
 from ser_ray.cluster import resources
 from ser_ray.cluster.connect import JOB_CONFIG, is_connected
 from ser_ray.errors import ResourcesError
+from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import absolute
 
 ANSWER_SECONDS = 60.0
@@ -55,9 +56,13 @@ def require_shared(*locations: str) -> None:
 
 
 def one_of_each_folder(files: Iterable[str]) -> list[str]:
-    """Return one local file from each folder, or from only `FOLDERS_ASKED` of the folders."""
+    """Return one local file from each folder, or from only `FOLDERS_ASKED` of the folders.
+
+    For a recording in a row of a Parquet file, this is the Parquet file.
+    """
     found: dict[str, str] = {}
-    for file in files:
+    for location in files:
+        file = location.partition(ROW)[0]
         if "://" not in file:
             found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - called for each file
     return list(found.values())[:: -(-len(found) // FOLDERS_ASKED) or 1]

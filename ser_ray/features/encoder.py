@@ -14,8 +14,6 @@ from `extract_features`.
 
 import hashlib
 import json
-import pickle
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -36,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from ser_ray.cluster.resources import memory_of_this_machine
-from ser_ray.errors import ConfigError, EncoderError
+from ser_ray.errors import EncoderError
+from ser_ray.features.bundles import bundle_card, download
 from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.storage.tensors import DAMAGED, read_tensors
@@ -70,14 +68,15 @@ class EncoderWeights:
         if not file:
             card = bundle_card(name)
             need = sum(value.nbytes for value in _build(card).parameters())
-            _require_room(name, need)
-            return cls.fitting(card, _download(name), name)
+            _require_room(name, 2 * need)  # torchaudio copies them into a network
+            return cls.fitting(card, download(name), name)
         with local_file(file) as path:
             _require_room(name, path.stat().st_size)
             if _has_card(path):
                 own = cls.read(str(path))
                 return cls(replace(own.card, name=name), own.tensors)
-            return cls.fitting(bundle_card(name), _read_file(path, file), file)
+            tensors = _read_file(path, file)
+            return cls.fitting(bundle_card(name), tensors, file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":
@@ -94,7 +93,8 @@ class EncoderWeights:
         if found.card.weights != card.weights:
             raise EncoderError(
                 f"{location}: its weights have the hash {found.card.weights[:16]}, and its card "
-                f"says {card.weights[:16] or 'none'}, so it is damaged; fetch it again"
+                f"says {card.weights[:16] or 'none'}, so it is damaged; "
+                "delete it and fetch it again"
             )
         return found
 
@@ -123,11 +123,6 @@ class EncoderWeights:
     def write(self, path: Path) -> None:
         """Write the weights and their card as an encoder file."""
         save_file(self.tensors, path, metadata={METADATA: json.dumps(asdict(self.card))})
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the weights need, in bytes."""
-        return sum(value.nbytes for value in self.tensors.values())
 
     def build(self) -> "Encoder":
         """Build the encoder, which shares the memory of the weights."""
@@ -174,7 +169,9 @@ class Encoder(nn.Module):
             else:
                 attention = valid[:, None, None].expand(-1, 1, hidden.shape[1], -1)
         transformer = self.network.encoder.transformer
-        hidden, bias, means = transformer._preprocess(hidden), None, []
+        hidden, bias, means = hidden + transformer.pos_conv_embed(hidden), None, []
+        if transformer.layer_norm_first:
+            hidden = transformer.layer_norm(hidden)
         for layer in transformer.layers:
             hidden, bias = layer(hidden, attention, bias, padding)
             if valid is None or num_frames is None:
@@ -235,38 +232,6 @@ def batches_by_length(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
             first = end
 
 
-def bundle_names() -> list[str]:
-    """Return the names of torchaudio's encoders, in lower case."""
-    kind = torchaudio.pipelines.Wav2Vec2Bundle
-    names = torchaudio.pipelines.__all__
-    return [n.lower() for n in names if isinstance(getattr(torchaudio.pipelines, n), kind)]
-
-
-def bundle_card(name: str) -> EncoderCard:
-    """Describe a bundle of torchaudio. Its docstring names the licence and the training data.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name not in bundle_names():
-        raise ConfigError(
-            f"encoder is {name}: it must be one of {', '.join(bundle_names())}, or NAME=FILE. "
-            "FILE has weights for NAME, or is an encoder's file, to which you may give any NAME"
-        )
-    bundle = getattr(torchaudio.pipelines, name.upper())
-    text = re.sub(r" *:cite:`[^`]*`|\*", "", " ".join(bundle.__doc__.split()).replace("( ", "("))
-    trained = re.search(r"[Tt]rained on (.+?),? (?:not fine-tuned|Originally|Published)", text)
-    licence = re.search(r" under \[?`?(.+?)(?: <| and redistributed)", text)
-    return EncoderCard(
-        name=name,
-        family=bundle._model_type,
-        arguments=bundle._params | {"aux_num_out": None},
-        normalises=bundle._normalize_waveform,
-        licence=licence[1] if licence else "not stated",
-        trained_on=trained[1].strip(" .,") if trained else "not stated",
-    )
-
-
 def hash_of(tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of named tensors, in hex digits."""
     digest = hashlib.sha256()
@@ -296,8 +261,7 @@ def local_file(location: str) -> Iterator[Path]:
             yield Path(target)
     except OSError as error:
         raise EncoderError(
-            f"{location}: the encoder's weights cannot be read ({error}); give --encoder NAME, or "
-            "NAME=FILE with a file that can be read"
+            f"{location}: the encoder's weights cannot be read ({error}); check the path"
         ) from error
 
 
@@ -316,20 +280,9 @@ def _read_file(path: Path, location: str) -> dict[str, Tensor]:
         content = read_tensors(path)
         return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     except (ValueError, AttributeError) as error:
-        raise EncoderError(f"{location}: is not a readable file of weights ({error})") from error
-
-
-def _download(name: str) -> dict[str, Tensor]:
-    bundle = getattr(torchaudio.pipelines, name.upper())
-    options = {"map_location": "cpu", "progress": False, "weights_only": True}
-    try:
-        tensors: dict[str, Tensor] = bundle._get_state_dict(options)
-    except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise EncoderError(
-            f"the weights of {name} cannot be downloaded to {torch.hub.get_dir()} ({error}); put "
-            f"their file ({bundle._path}) on this machine and give --encoder {name}=FILE"
+            f"{location}: is not a readable file of weights ({error}); delete it and fetch it again"
         ) from error
-    return tensors
 
 
 def _build(card: EncoderCard) -> Any:

@@ -96,5 +96,5 @@ class EncoderCard:
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise EncoderError(
                 f"{location}: is not an encoder's file, because its metadata has no valid "
-                f"{METADATA} ({error}); give a file that ser_ray wrote"
+                f"{METADATA} ({error}); delete it, and give a file that ser_ray wrote"
             ) from error

@@ -4,7 +4,7 @@ config    settings of `prepare`
 prepare   the job: lists the corpus, makes a plan, lets Ray Data write the parts, writes the card
 plan      which files belong to which part, and which committed parts are still valid
 part      decodes the files of a part, and writes its clips and outcomes
-encode    adds the features of pretrained encoders to a shard set
+encode    adds the features of pretrained encoders to a shard set; `column` writes one part
 card      the description of a shard set; writing it commits the set
 read      opens a finished shard set, without importing anything that decodes sound
 corpora   opens several shard sets as one

@@ -44,6 +44,9 @@ class PrepareConfig:
                 f"{','.join(MODALITIES)}"
             )
         column_names(self.columns)
+        names = [source.partition("=")[0] for source in self.encoder]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"encoder is {' '.join(self.encoder)}: a name must occur only once")
         if self.rows_per_part < 1:
             raise ConfigError(f"rows_per_part is {self.rows_per_part}: it must be at least 1")
 

@@ -47,7 +47,6 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
-from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import absolute, filesystem_of
 
 AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
@@ -135,9 +134,10 @@ def prepare(
             kept = {part: committed[part] for part in plan.kept}
             update_times(filesystem, folder, listed, manifest, config.features, kept)
             card = read_card(filesystem, folder)
-            if card is None or plan.pending or card.parts != tuple(plan.kept):
-                card = _complete(config, corpus, plan, lock, address, progress)
-            card, stale = add_encoders(config.shards, card, encoders, lock, address, progress)
+            with cluster(address) if plan.pending else contextlib.nullcontext():
+                if card is None or plan.pending or card.parts != tuple(plan.kept):
+                    card = _complete(config, corpus, plan, lock, progress)
+                card, stale = add_encoders(config.shards, card, encoders, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
@@ -181,19 +181,17 @@ def _complete(
     corpus: Corpus,
     plan: Plan,
     lock: Lock,
-    address: str,
     progress: Callable[[Progress], None] | None,
 ) -> ShardCard:
     """Write the pending parts of the plan, and then the card of the shard set."""
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
-        with cluster(address):
-            to_open = (rows.filter(pc.is_null(rows["status"])) for rows in plan.pending.values())
-            paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
-            clips = one_of_each_folder(path.partition(ROW)[0] for path in paths)
-            require_shared(config.corpus, config.shards, *clips)
-            keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
-            _write_pending(config, plan, lock, progress)
+        to_open = (rows.filter(pc.is_null(rows["status"])) for rows in plan.pending.values())
+        paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
+        clips = one_of_each_folder(paths)
+        require_shared(config.corpus, config.shards, *clips)
+        keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
+        _write_pending(config, plan, lock, progress)
     keep_only(filesystem, folder, plan.parts)
     card = make_card(filesystem, folder, corpus, config.features, plan.parts)
     assert card.num_files == plan.num_files, "one outcome for every listed file"

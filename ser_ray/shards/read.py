@@ -32,7 +32,7 @@ from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS
 from ser_ray.shards.card import CorpusPart, ShardCard, read_card
-from ser_ray.shards.layout import OUTCOMES, feature_name, outcomes_name, part_name
+from ser_ray.shards.layout import OK, OUTCOMES, feature_name, outcomes_name, part_name
 from ser_ray.storage.paths import filesystem_of
 
 if TYPE_CHECKING:
@@ -86,14 +86,22 @@ class ShardSet:
         return pa.concat_tables(tables)
 
     def outcomes(self) -> pa.Table:
-        """Return the manifest with the final status and reason, one row per listed file."""
+        """Return the manifest with the final status and reason, one row per listed file.
+
+        The column `encoders` names the encoders by which the file was encoded, as NAME:HASH with
+        the hash of the weights. The card is where this comes from: it lists complete columns only.
+        """
         filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
             path = f"{folder}/{outcomes_name(part)}"
             with _reading(path):
                 tables.append(pq.read_table(path, filesystem=filesystem))
-        return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+        table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
+        names = pa.list_(pa.string())
+        own = pa.scalar([f"{item.name}:{item.weights}" for item in self.card.encoders], names)
+        encoders = pc.if_else(pc.equal(table["status"], OK), own, pa.scalar([], names))
+        return table.append_column("encoders", encoders)
 
     def to_array(self, kind: str, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
         """Turn a feature column of this set's Parquet files into an array.

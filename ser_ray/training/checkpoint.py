@@ -270,8 +270,8 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
                 found = EncoderWeights.named(name)
             except (EncoderError, ConfigError):
                 raise EncoderError(
-                    f"{directory}: the weights of its encoder {name} are not in it ({ENCODER}), "
-                    f"and not where they were at its training: {error}"
+                    f"{directory}: put the weights of its encoder {name} into it as {ENCODER}, "
+                    f"because they are not where they were at its training ({error})"
                 ) from None
     if found.card.weights != card.encoder.weights:
         raise EncoderError(
@@ -292,8 +292,10 @@ def keep_encoder(directory: Path) -> None:
     if card.encoder is None or (directory / ENCODER).exists():
         return
     filesystem, path = filesystem_of(card.encoder_file)
+    copy = directory / f"{ENCODER}.tmp"
     try:
-        fs.copy_files(path, str(directory / ENCODER), source_filesystem=filesystem)
+        fs.copy_files(path, str(copy), source_filesystem=filesystem)
+        copy.replace(directory / ENCODER)
     except OSError as error:
         raise CheckpointError(
             f"{card.encoder_file}: the encoder's weights cannot be copied into the checkpoint "

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.features.encoder import EncoderWeights
 from ser_ray.inference.packaged import PackagedModel, requirements
 from ser_ray.inference.predictor import Predictor
+from ser_ray.search import crossval
+from ser_ray.search.crossval import keep_fold
+from ser_ray.search.pooled import fold_folder
 from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CARD, ENCODER, read_card, read_encoder
@@ -110,8 +115,31 @@ def test_without_a_copy_the_encoder_is_found_by_place_and_hash(
         Predictor(named)
     (named / ENCODER).unlink()
     (named / CARD).write_text(dataclasses.replace(card, encoder_file="gone").to_json())
-    with pytest.raises(EncoderError, match=r"encoder tiny are not in it .*no such file"):
+    with pytest.raises(EncoderError, match=r"encoder tiny into it as .*no such file"):
         read_encoder(named, read_card(named))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
+    selected: Path, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    """The other folds' models name its place in the shards and its hash."""
+    keep_fold(selected, shards, RECIPE, folder=str(tmp_path), part="validation")
+    fold = Path(fold_folder(str(tmp_path), RECIPE))
+    wave = voice(1.0, 16_000)
+    expected = Predictor(selected).predict(wave, 16_000).probabilities
+    assert not (fold / ENCODER).exists()
+    assert Predictor(fold).predict(wave, 16_000).probabilities == expected
+    best = SimpleNamespace(recipe=RECIPE, run_id="best", selected={})
+    logged = MagicMock()
+    monkeypatch.setattr(crossval, "Tracker", logged)
+    monkeypatch.setattr(crossval, "best_of", lambda trials: best)
+    monkeypatch.setattr(crossval, "model_id_of", lambda run: "")
+    study = MagicMock(run=RunConfig(keep_encoder=keeps))
+    crossval._log_best(study, str(tmp_path))
+    [path, _] = logged.return_value.log_model.call_args.args
+    assert path == fold
+    assert (fold / ENCODER).is_file() == keeps
 
 
 def test_a_column_of_other_weights_is_not_scored(selected: Path, folder: Path) -> None:

@@ -12,10 +12,13 @@ from ser_ray.corpus.manifest import list_corpus
 from ser_ray.errors import ConfigError, EncoderError, ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import decode
+from ser_ray.features.encoder import EncoderWeights
+from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import write_card
+from ser_ray.shards.column import encode_part
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.encode import encode_part, load_encoders, missing_parts
+from ser_ray.shards.encode import load_encoders, missing_parts
 from ser_ray.shards.layout import CLIPS, ENCODERS, feature_name, weights_name
 from ser_ray.shards.prepare import prepare
 from ser_ray.shards.progress import Progress
@@ -60,6 +63,41 @@ def test_each_row_has_the_layers_of_its_clip(shards: ShardSet) -> None:
     assert len(np.unique(values.reshape(len(clips), -1), axis=0)) == len(sounds) > 10
     rows = np.array([5, 0, len(clips) - 1])
     np.testing.assert_array_equal(shards.features("tiny", rows), values[rows])
+
+
+def test_the_outcomes_name_the_encoder_and_the_hash_of_its_weights(shards: ShardSet) -> None:
+    assert all(row["encoders"] == [] for row in shards.outcomes().to_pylist())
+    rows = encode(shards, list(shards.card.parts)).outcomes().to_pylist()
+    named = {row["path"] for row in rows if row["encoders"]}
+    assert named == set(shards.clips()["path"].to_pylist())
+    assert len(named) < len(rows)
+    found = {name for row in rows for name in row["encoders"]}
+    assert found == {f"tiny:{tiny_weights().card.weights}"}
+
+
+def test_a_file_is_decoded_once_for_all_its_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = voice(6.0, 16_000)
+    write_wav(tmp_path / "long.wav", sound, 16_000)
+    rows = [f"long.wav,{start},{start + 1},x,1" for start in (3, 0, 4)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,start,end,label,speaker", *rows]))
+    shards = write_shards(list_corpus(str(tmp_path / "t.csv")), tmp_path / "set", 16)
+    decoded: list[str] = []
+
+    def count(path: str, **limits: float) -> Sound:
+        decoded.append(Path(path).name)
+        return decode(path, **limits)
+
+    monkeypatch.setattr("ser_ray.shards.column.decode", count)
+    values = encode(shards, [0]).features("tiny")
+    assert decoded == ["long.wav"]
+    encoder, extract = tiny_weights().build(), FeatureExtractor(FEATURES)
+    for clip, value in zip(shards.clips().to_pylist(), values, strict=True):
+        part = decode(clip["path"]).samples[int(clip["start"] * 16_000) :][:16_000]
+        np.testing.assert_allclose(
+            value, encoder.encode(extract.windows(part, 16_000))[0], atol=2e-3
+        )
 
 
 def test_the_clips_and_the_fingerprints_of_other_kinds_stay_as_they_are(shards: ShardSet) -> None:
@@ -121,6 +159,8 @@ def test_what_cannot_be_encoded_is_said_before_the_pass(tmp_path: Path) -> None:
     source = f"tiny={file}"
     with pytest.raises(ConfigError, match="sample_rate is 8000: encoders read 16000 Hz"):
         load_encoders(str(tmp_path), [source], FeatureConfig(sample_rate=8_000))
+    with pytest.raises(ConfigError, match="a name must occur only once"):
+        PrepareConfig(corpus="x", encoder=(source, "tiny"))
     [weights] = load_encoders(str(tmp_path), [source], FEATURES)
     stored = tmp_path / "set" / weights_name("tiny")
     stored.parent.mkdir(parents=True)
@@ -176,6 +216,9 @@ def test_a_shard_set_gets_the_column_of_an_encoder(tmp_path: Path) -> None:
     assert values.shape == (14, 2, 16)
     prepare(config, progress=lambda _: pytest.fail("a part was missing"))
     assert open_shards(config.shards).card == after.card
+    (tmp_path / "set" / weights_name("tiny")).unlink()
+    prepare(both, progress=lambda _: pytest.fail("a part was missing"))
+    assert EncoderWeights.read(str(tmp_path / "set" / weights_name("tiny"))).card.name == "tiny"
     (tmp_path / "set" / feature_name("tiny", 0)).unlink()
     summary = prepare(config, progress=lambda _: pytest.fail("a part was missing"))
     assert "the column tiny lacks clips, so it cannot be trained on" in str(summary)

@@ -1,0 +1,130 @@
+"""Writes the column of an encoder for one part: its clips' recordings are decoded and cut again.
+
+The metadata of the file identify the clips and the weights that it was made from. The file is
+written atomically. Nothing here imports Ray.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ser_ray.features.config import FeatureConfig
+from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
+from ser_ray.features.encoder_card import EncoderCard
+from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import cut
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.shards.digest import sample_digest
+from ser_ray.shards.layout import feature_column, feature_name, part_name, write_table
+from ser_ray.shards.progress import in_groups
+
+if TYPE_CHECKING:
+    from ser_ray.features.encoder import Encoder
+
+KEY = b"ser_ray.encoder_key"
+"""Name of the metadata of a part that says what it was made of."""
+KEYED = ("content", "window")
+"""Columns of the clips on which this depends."""
+WINDOWS_AT_ONCE = 256
+"""Windows whose sound an actor holds: 107 MB at 6.5 s each."""
+
+
+def read_clips(
+    filesystem: fs.FileSystem, folder: str, part: int, columns: Sequence[str]
+) -> pa.Table:
+    """Read columns of a part's clips."""
+    path = f"{folder}/{part_name(part)}"
+    return pq.read_table(path, columns=list(columns), filesystem=filesystem)
+
+
+def is_current(
+    filesystem: fs.FileSystem,
+    folder: str,
+    part: int,
+    features: FeatureConfig,
+    encoder: EncoderCard,
+) -> bool:
+    """Return whether the file of a part's column is undamaged, and made of its clips."""
+    key = _column_key(read_clips(filesystem, folder, part, KEYED), features, encoder)
+    path = f"{folder}/{feature_name(encoder.name, part)}"
+    try:
+        schema = pq.read_schema(path, filesystem=filesystem)
+    except pa.ArrowException:
+        return False
+    return bool((schema.metadata or {}).get(KEY, b"").decode() == key)
+
+
+def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) -> str:
+    """Return hex digits that change with a part's clips, the features' settings and the weights."""
+    text = json.dumps([features.fingerprint, encoder.weights, clips.select(KEYED).to_pydict()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encode_part(
+    filesystem: fs.FileSystem,
+    folder: str,
+    part: int,
+    extractor: FeatureExtractor,
+    encoder: "Encoder",
+    threads: int = 1,
+) -> None:
+    """Encode the clips of a part, and write its column.
+
+    Args:
+        filesystem: where the shard set is.
+        folder: path of the shard set on it.
+        part: the part's number.
+        extractor: trims and cuts, as it did for the clips.
+        encoder: the encoder, on its device.
+        threads: number of recordings that are decoded at once.
+
+    Raises:
+        OSError: a recording cannot be read as before, or the column cannot be written.
+    """
+    clips = read_clips(filesystem, folder, part, ["path", "start", "end", *KEYED])
+    card = encoder.card
+    values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in _groups_of_files(clips):
+            files = [clips.take(own).to_pylist() for own in rows]
+            waves = pool.map(lambda windows: _waves_again(windows, extractor), files)
+            found = encoder.encode(list(itertools.chain.from_iterable(waves)))
+            if not np.isfinite(found).all():
+                raise OSError(f"{card.name} has values that are not finite, so its weights are bad")
+            values[np.concatenate(rows)] = found.clip(-65504, 65504)
+    key = _column_key(clips, extractor.config, card)
+    table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
+    write_table(filesystem, f"{folder}/{feature_name(card.name, part)}", table)
+
+
+def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
+    """Yield the rows of each file, which are consecutive, in groups of `WINDOWS_AT_ONCE` rows."""
+    paths = clips["path"].to_numpy()
+    firsts = np.flatnonzero(paths[1:] != paths[:-1]) + 1
+    files = np.split(np.arange(len(clips)), firsts) if len(clips) else []
+    return in_groups(files, len, WINDOWS_AT_ONCE)
+
+
+def _waves_again(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
+    """Return the waveforms of a file's windows, which are these rows of the clips."""
+    path, waves = windows[0]["path"], []
+    try:
+        recording = decode(path, max_seconds=MAX_RECORDING_SECONDS)
+        for first in (row for row in windows if row["window"] == 0):
+            sound, _ = cut(recording, first["start"], first["end"])
+            if sample_digest(sound.samples) != first["content"]:
+                break
+            waves += extractor.windows(sound.samples, sound.sample_rate)
+    except ClipError as error:
+        raise OSError(f"{path}: {error.reason}") from error
+    if len(waves) != len(windows):
+        raise OSError(f"{path}: the file has changed since its clip was prepared")
+    return waves
