@@ -349,6 +349,7 @@ def prepare_for(
     *,
     missing: tuple[str, ...] = MISSING_WORDS,
     columns: tuple[str, ...] = (),
+    label_map: str = "",
     tracking_uri: str = "",
     address: str = "",
 ) -> "PrepareSummary":
@@ -360,18 +361,28 @@ def prepare_for(
         shards: folder or URI to write the shards to.
         missing: words in a table that mean a missing value.
         columns: names of columns in a table, as in `PrepareConfig`.
+        label_map: how labels are mapped, as in `evaluate`.
 
     Raises:
-        CheckpointError, TrackingError: there is no such model.
+        CheckpointError, TrackingError: there is no such model, or it does not know the labels.
         CorpusError, ShardsError, ConfigError, ResourcesError: as `prepare`.
     """
+    from ser_ray.corpus.labels import map_labels
+    from ser_ray.corpus.manifest import list_corpus
+    from ser_ray.evaluation.evaluate import require_known_labels
+    from ser_ray.shards.config import column_names
     from ser_ray.tracking.registry import local_model
     from ser_ray.training.checkpoint import ENCODER, read_card
 
+    listed = list_corpus(corpus, missing, column_names(columns))
     with local_model(model, tracking_uri) as checkpoint:
         card = read_card(checkpoint)
-        own, name = checkpoint / ENCODER, card.config.feature
-        encoder = f"{name}={own if own.exists() else card.encoder_file}"
+        name = shards.rstrip("/").rpartition("/")[2]
+        mapped = map_labels({name: listed.labels}, label_map, card.labels)[name]
+        if label_map or not card.corpora:  # it may be one of these, whose labels it maps
+            require_known_labels(card, mapped.values(), corpus)
+        own, kind = checkpoint / ENCODER, card.config.feature
+        encoder = f"{kind}={own if own.exists() else card.encoder_file}"
         config = PrepareConfig(
             corpus=corpus,
             shards=shards,

@@ -97,6 +97,7 @@ class Evaluate(ModelVerb):
                 self.shards[0],
                 missing=self.missing,
                 columns=self.columns,
+                label_map=self.label_map,
                 tracking_uri=self.tracking_uri,
                 address=self.common.address,
             )

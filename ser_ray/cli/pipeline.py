@@ -67,9 +67,13 @@ class Pipeline(Verb):
 
     def run(self) -> Outcome:
         """Run all steps on one cluster, or only `prepare` if the training needs no Ray."""
+        import pyarrow.compute as pc
+
         from ser_ray.cluster.connect import cluster, needs_ray
+        from ser_ray.corpus.labels import map_labels
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
+        from ser_ray.corpus.folds import num_folds
         from ser_ray.corpus.synthetic import make_synthetic_corpus
         from ser_ray.tracking.registry import read_weights
 
@@ -79,6 +83,10 @@ class Pipeline(Verb):
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
             say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
             labels = listed.labels
+            opened = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
+            if opened.num_rows:
+                num_folds(self.recipe.protocol, opened)
+            map_labels({Path(self.shards).name: labels}, self.recipe.label_map)
         read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic corpus in {self.corpus}")

@@ -6,7 +6,9 @@ manifest       lists a corpus, with the next five modules
 ravdess        the file names of RAVDESS, which hold its labels. Another corpus with labels in its
                file names needs a table, or a module like this one
 table          a table of clips that the user wrote
-table_formats  the tables of other tools: audformat, EmoBox, Hugging Face, Kaldi, lhotse
+table_files    one file as a table: separated text, JSON lines, Parquet
+table_tools    the folders of other tools: audformat, EmoBox, Kaldi, lhotse
+table_formats  which of these a table or folder is
 audio_files    which files are recordings
 words          names of corpora and columns, and the words for a missing value
 

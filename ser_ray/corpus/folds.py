@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ser_ray.corpus.words import SIDES, shorten
@@ -68,8 +69,9 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 def suggest_protocol(clips: "pa.Table") -> str:
     """Return a protocol that fits a custom corpus: its column `split`, or folds over speakers."""
-    if clips["split"].null_count < len(clips):
-        return "table"
+    with suppress(ConfigError):  # the column is empty, or a speaker is in two parts
+        if len(table_parts(clips)) > 1 and all(list_folds("table", {}, clips)):
+            return "table"
     return alternative(len(set(clips["speaker"].to_pylist())))
 
 

@@ -22,7 +22,7 @@ from pyarrow import fs
 from ser_ray.corpus.audio_files import describe_left_out, is_recording, suffix_of
 from ser_ray.corpus.ravdess import EMOTIONS, EXAMPLE_NAME, ClipName, NameProblem, parse_name
 from ser_ray.corpus.table import clip_keys, list_table, read_table
-from ser_ray.corpus.table_formats import TABLE_SUFFIXES
+from ser_ray.corpus.table_files import TABLE_SUFFIXES
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files

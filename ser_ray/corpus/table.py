@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.corpus.table_formats import column_key, read_any
+from ser_ray.corpus.table_files import column_key
+from ser_ray.corpus.table_formats import read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
 from ser_ray.errors import ConfigError, CorpusError, first_line
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file

@@ -1,5 +1,6 @@
 """Names of corpora and of columns in tables. `--help` imports this module, so it must be fast."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -31,6 +32,13 @@ SIDES = {
     "val": "validation", "dev": "validation", "devel": "validation", "test": "test",
 }  # fmt: skip
 """The side that each value of the column `split` means. Other values are names of folds."""
+_SIDE_IN_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(SIDES)})\d*[-_.]", re.IGNORECASE)
+
+
+def side_of_file(name: str) -> str | None:
+    """Return the side of the rows in a file by its name, such as mine_dev.csv."""
+    match = _SIDE_IN_NAME.match(name)
+    return SIDES[match[1].lower()] if match else None
 
 
 def shorten(names: Sequence[str], shown: int) -> str:

@@ -8,7 +8,7 @@ user allows such speakers, every score names them.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -258,10 +258,18 @@ def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:
             f"{encoder.weights[:16]}, and the model was trained on {card.encoder.weights[:16]}; "
             "prepare shards in another folder with the model's encoder"
         )
-    unknown = sorted(set(shards.card.labels) - set(card.labels))
-    if unknown:
+    require_known_labels(card, shards.card.labels, shards.uri)
+
+
+def require_known_labels(card: CheckpointCard, labels: Iterable[str], where: str) -> None:
+    """Refuse a corpus that has labels which the model does not know.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    if unknown := sorted(set(labels) - set(card.labels)):
         raise CheckpointError(
-            f"{shards.uri}: the model does not know the labels {', '.join(unknown)}; it knows "
+            f"{where}: the model does not know the labels {', '.join(unknown)}; it knows "
             f"{', '.join(card.labels)}. Leave their clips out with --label-map common, or map them"
         )
 

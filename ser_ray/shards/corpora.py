@@ -86,22 +86,16 @@ class Corpora(ShardSet):
         """Return the outcomes of all sets."""
         return pa.concat_tables(member.shards.outcomes() for member in self.members)
 
-    def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return one kind of feature, like `ShardSet.features`."""
-        rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
+    def read_into(
+        self, features: np.ndarray, places: np.ndarray, kind: str, rows: np.ndarray
+    ) -> None:
+        """Read rows of `clips()`, like `ShardSet.read_into`."""
         starts = np.cumsum([0, *(len(member.rows) for member in self.members)])
         owners = np.searchsorted(starts, rows, side="right") - 1
-        features: np.ndarray | None = None
         for index, member in enumerate(self.members):
             wanted = np.flatnonzero(owners == index)
-            own = member.shards.features(kind, member.rows[rows[wanted] - starts[index]])
-            if features is None:
-                features = np.empty((len(rows), *own.shape[1:]), np.float16)
-            features[wanted] = own
-        assert features is not None, "there is a member"
-        return features
+            own = member.rows[rows[wanted] - starts[index]]
+            member.shards.read_into(features, places[wanted], kind, own)
 
 
 def open_corpora(

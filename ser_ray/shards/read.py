@@ -146,6 +146,16 @@ class ShardSet:
             raise ShardsError(
                 f"{self.uri}: {kind} of {len(rows)} clips do not fit into memory ({error})"
             ) from error
+        self.read_into(features, np.arange(len(rows)), kind, rows)
+        return features
+
+    def read_into(
+        self, features: np.ndarray, places: np.ndarray, kind: str, rows: np.ndarray
+    ) -> None:
+        """Read rows of `clips()` [num_rows] to these places [num_rows] of an array of features.
+
+        The array is read part by part, so no more memory is needed than it has and a few parts.
+        """
         starts = np.cumsum((0, *self.card.clips))
         owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's part
         filesystem, folder = filesystem_of(self.uri)
@@ -162,11 +172,10 @@ class ShardSet:
                 array = self.to_array(kind, table[kind])
                 if len(array) != self.card.clips[index]:
                     raise ValueError("it does not have the clips that the card lists")
-                features[wanted] = array[rows[wanted] - starts[index]]
+                features[places[wanted]] = array[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_part, range(len(self.card.parts))))
-        return features
 
     def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
         """Return the clips on one side of a fold, with one clip for each RAVDESS performance.

@@ -3,9 +3,11 @@
 Their locations have the form `PARQUET_FILE#audio=ROW`, with rows counted from 0.
 """
 
+import json
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +16,26 @@ from ser_ray.errors import first_line
 from ser_ray.storage.paths import filesystem_of
 
 ROW = "#audio="
-COLUMN = "audio"
+
+
+def features_of(schema: pa.Schema) -> dict[str, Any]:
+    """Return the description of the columns that Hugging Face stores: {column: description}."""
+    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = info.get("info", {}).get("features", {})
+    return features
+
+
+def audio_column(schema: pa.Schema) -> str | None:
+    """Return the name of the column with the recordings, which is `audio` if there are several.
+
+    Each of its values is a struct with the `bytes` of a file and its `path`.
+    """
+    features = features_of(schema)
+    for name in sorted(schema.names, key=lambda name: name != "audio"):
+        kind, told = schema.field(name).type, (features.get(name) or {}).get("_type", "Audio")
+        if pa.types.is_struct(kind) and told == "Audio" and kind.get_field_index("bytes") >= 0:
+            return str(name)
+    return None
 
 
 def packed_location(parquet: str, row: int) -> str:
@@ -60,5 +81,8 @@ def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
     filesystem, path = filesystem_of(parquet)
     footer, _ = _read_footer(parquet, version)
     with pq.ParquetFile(path, metadata=footer, filesystem=filesystem) as file:
-        table = file.read_row_group(group, columns=[f"{COLUMN}.bytes"])
-    return table[COLUMN].combine_chunks().field("bytes")
+        audio = audio_column(file.schema_arrow)
+        if audio is None:
+            raise ValueError("it has no column of recordings")
+        table = file.read_row_group(group, columns=[f"{audio}.bytes"])
+    return table[audio].combine_chunks().field("bytes")

@@ -14,6 +14,7 @@ import pytest
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.features.decode import decode
+from ser_ray.features.errors import ClipError
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.digest import file_digest
 from tests.clips import voice, write_wav
@@ -77,6 +78,20 @@ def hugging_face(folder: Path) -> Path:
     return folder / "hf"
 
 
+def hugging_face_folders(folder: Path) -> Path:
+    """A folder a split, and another name for the recordings, beside a path that is long gone."""
+    for file in (hugging_face(folder) / "data").iterdir():
+        table = pq.read_table(file)
+        gone = pa.array([f"/gone/{n}.wav" for n in range(len(table))])
+        told = table.schema.metadata
+        table = table.rename_columns({"audio": "speech"}).append_column("path", gone)
+        side = file.name.partition("-")[0]
+        (folder / "hf" / "default" / side).mkdir(parents=True)
+        target = folder / "hf" / "default" / side / "0000.parquet"
+        pq.write_table(table.replace_schema_metadata(told), target, row_group_size=1)
+    return folder / "hf" / "default"
+
+
 def hugging_face_paths(folder: Path) -> Path:
     sound = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     audio = pa.array([{"bytes": None, "path": row[0]} for row in rows()], sound)
@@ -102,13 +117,55 @@ def lhotse(folder: Path) -> Path:
     return folder / "lhotse"
 
 
-def kaldi(folder: Path) -> Path:
-    (folder / "kaldi").mkdir()
-    for column, name in enumerate(("wav.scp", "utt2emo", "utt2spk")):
-        lines = [f"u{n} {row[column]}\n" for n, row in enumerate(rows())]
-        (folder / "kaldi" / name).write_text("".join(lines))
-    (folder / "kaldi" / "text").write_text("".join(f"u{n} some words\n" for n in range(NUM_CLIPS)))
-    return folder / "kaldi"
+def lhotse_cuts(folder: Path) -> Path:
+    """One cut for each recording, with one supervision, and a folder of nothing else."""
+    source = lhotse(folder)
+    files = [source / f"mine_{name}_all.jsonl.gz" for name in ("recordings", "supervisions")]
+    recordings, supervisions = (
+        [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+        for file in files
+    )
+    for recording, supervision, side in zip(recordings, supervisions, SIDES, strict=True):
+        cut = {"id": supervision["id"], "start": 0.0, "duration": recording["duration"]}
+        cut |= {"supervisions": [supervision], "recording": recording, "type": "MonoCut"}
+        name = f"cuts_{'dev' if side == 'validation' else side}.jsonl.gz"
+        old = folder / "cuts" / name
+        before = gzip.decompress(old.read_bytes()).splitlines() if old.exists() else []
+        json_lines(old, [*map(json.loads, before), cut])
+    return folder / "cuts"
+
+
+def kaldi(folder: Path, name: str = "kaldi", chosen: Sequence[int] = range(NUM_CLIPS)) -> Path:
+    target = folder / name
+    target.mkdir(parents=True)
+    for column, file in enumerate(("wav.scp", "utt2emo", "utt2spk")):
+        lines = [f"u{n} {row[column]}\n" for n, row in enumerate(rows()) if n in chosen]
+        (target / file).write_text("".join(lines))
+    (target / "text").write_text("".join(f"u{n} some words\n" for n in chosen))
+    return target
+
+
+def kaldi_sides(folder: Path) -> Path:
+    for side in dict.fromkeys(SIDES):
+        name = "dev" if side == "validation" else side
+        kaldi(folder, f"sets/{name}", [n for n in range(NUM_CLIPS) if SIDES[n] == side])
+    return folder / "sets"
+
+
+def nkululeko_sides(folder: Path) -> Path:
+    """The files of a folder of nkululeko, in which a table of all clips is beside the sides."""
+    lines = [f"{path},{speaker},female,30,{label}" for path, label, speaker in rows()]
+    for side in ("", *dict.fromkeys(SIDES)):
+        name = f"mine_{side}.csv" if side else "mine.csv"
+        chosen = [line for line, of in zip(lines, SIDES, strict=True) if side in ("", of)]
+        (folder / name).write_text("\n".join(["file,speaker,gender,age,emotion", *chosen]))
+    return folder
+
+
+def hugging_face_metadata(folder: Path) -> Path:
+    lines = [",".join(row) for row in rows()]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label,speaker", *lines]))
+    return folder
 
 
 def audformat(folder: Path) -> Path:
@@ -134,9 +191,14 @@ MAKERS: dict[Callable[[Path], Path], list[str | None]] = {
     emobox: [None] * 4,
     emobox_folds: ["1", "2", "1", "2"],
     hugging_face: [*SIDES],
+    hugging_face_folders: [*SIDES],
     hugging_face_paths: [None] * 4,
+    hugging_face_metadata: [None] * 4,
     lhotse: [None] * 4,
+    lhotse_cuts: [*SIDES],
     kaldi: [None] * 4,
+    kaldi_sides: [*SIDES],
+    nkululeko_sides: [*SIDES],
     audformat: [*SIDES],
 }
 
@@ -157,7 +219,7 @@ def test_every_format_names_the_same_clips(folder: Path, make: Callable[[Path], 
         assert file_digest(row["path"]) == file_digest(str(folder / path))
         assert row["size"]
     assert len({row["take"] for row in found}) == NUM_CLIPS
-    if make is not lhotse:  # it has absolute paths
+    if make not in (lhotse, lhotse_cuts):  # they have absolute paths
         assert not any(str(folder) in row["take"] for row in found)
 
 
@@ -173,6 +235,66 @@ def test_segments_of_kaldi_and_lhotse_have_their_times(folder: Path) -> None:
     json_lines(source / "mine_supervisions_all.jsonl.gz", [line | {"custom": {"emotion": "joy"}}])
     found = list_corpus(str(source)).manifest.to_pylist()
     assert [(row["start"], row["end"]) for row in found] == [(0.25, 0.75)]
+
+
+def test_a_supervision_in_a_cut_has_the_times_of_the_recording(folder: Path) -> None:
+    """It starts in the cut, which starts in the recording, and ends with the cut at the latest."""
+    source = lhotse_cuts(folder)
+    file = source / "cuts_train.jsonl.gz"
+    cut = json.loads(gzip.decompress(file.read_bytes()).splitlines()[0])
+    [supervision] = cut["supervisions"]
+    cut |= {"start": 0.25, "duration": 0.5}
+    for start, duration in ((-0.125, 0.25), (0.125, 0.25), (0.25, 0.5)):
+        cut["supervisions"] = [supervision | {"start": start, "duration": duration}]
+        found = list_corpus(str(json_lines(file, [cut]))).manifest.to_pylist()
+        end = min(0.25 + start + duration, 0.75)
+        assert [(row["start"], row["end"]) for row in found] == [(0.25 + max(start, 0), end)]
+    del cut["type"]
+    json_lines(file, [cut | {"type": "MixedCut", "tracks": []}])
+    with pytest.raises(CorpusError, match=r"the cut 0-0 is a mixture of several recordings"):
+        list_corpus(str(file))
+
+
+def test_the_recordings_of_one_lhotse_file_are_found_beside_it(folder: Path) -> None:
+    source = lhotse(folder)
+    whole = list_corpus(str(source)).manifest
+    assert list_corpus(str(source / "mine_supervisions_all.jsonl.gz")).manifest.equals(whole)
+
+
+def test_tables_in_a_folder_that_are_no_side_are_named(folder: Path) -> None:
+    [note] = list_corpus(str(nkululeko_sides(folder))).notes
+    assert note.endswith("mine_train.csv, mine_validation.csv were read, and mine.csv were not")
+
+
+def test_rows_without_a_recording_are_outcomes(folder: Path) -> None:
+    file = hugging_face(folder) / "data" / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    empty = pa.array([{"bytes": None, "path": "a.wav"}], table["audio"].type)
+    audio = pa.chunked_array([empty, table["audio"].combine_chunks()[1:]])
+    pq.write_table(table.set_column(0, "audio", audio), file)
+    found = list_corpus(str(file)).manifest.to_pylist()
+    with pytest.raises(ClipError, match="the row has no recording"):
+        decode(found[0]["path"])
+    assert len(decode(found[1]["path"]).samples)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pickles_and_code_in_a_folder_of_audformat_are_not_run(folder: Path) -> None:
+    source = audformat(folder)
+    wanted = list_corpus(str(source)).manifest
+    for side in dict.fromkeys(SIDES):
+        (source / f"db.{side}.pkl").write_bytes(b"not a pickle")  # newer than the other file
+    assert list_corpus(str(source)).manifest.equals(wanted)
+    mark, header = folder / "mark", source / "db.yaml"
+    plain = header.read_text()
+    header.write_text(f"{plain}\nmeta: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(CorpusError, match=r"db.yaml: is not a header of audformat with plain"):
+        list_corpus(str(source))
+    assert not mark.exists()
+    header.write_text(plain)
+    (source / "db.test.csv").unlink()
+    with pytest.raises(CorpusError, match="its table test is there only as a pickle"):
+        list_corpus(str(source))
 
 
 def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
@@ -196,6 +318,7 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
     ("make", "spoil", "message"),
     [
         (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is a command"),
+        (hugging_face, ("hf/dataset_dict.json", "{}"), "was written by save_to_disk"),
         (emobox, ("data/mine.jsonl", "[1]\n"), "cannot be read .line 1 is not a JSON object"),
         (emobox, ("data/mine.jsonl", "{\n"), "cannot be read .Expecting property name"),
         (
@@ -212,6 +335,25 @@ def test_an_unreadable_corpus_is_an_error_in_one_line(
     source = make(folder)
     (folder / spoil[0]).write_text(spoil[1])
     with pytest.raises(CorpusError, match=message):
+        list_corpus(str(source))
+
+
+def test_transcripts_are_not_taken_for_labels(folder: Path) -> None:
+    source = kaldi(folder)
+    (source / "utt2emo").rename(source / "utt2mood")
+    with pytest.raises(CorpusError, match=r"hold transcripts, such as 'some words'; name the file"):
+        list_corpus(str(source))
+    found = list_corpus(str(source), columns={"label": "utt2mood"})
+    assert found.labels == tuple(sorted(LABELS))
+
+
+def test_a_command_of_lhotse_is_not_run(folder: Path) -> None:
+    source = lhotse(folder)
+    file = source / "mine_recordings_all.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    lines[1]["sources"][0] |= {"type": "command", "source": "touch mark"}
+    json_lines(file, lines)
+    with pytest.raises(CorpusError, match="lhotse: 1 is a command, and commands are not run"):
         list_corpus(str(source))
 
 

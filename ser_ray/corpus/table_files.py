@@ -1,0 +1,167 @@
+"""Reads one file as a table: separated text, JSON lines or Parquet. No recording is opened here."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ser_ray.corpus.words import COLUMNS
+from ser_ray.errors import CorpusError
+from ser_ray.storage.packed import audio_column, features_of, packed_location
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
+Find = Callable[[Sequence[str]], Mapping[str, str]]
+"""Chooses the columns to read from the names in a table: {column in `COLUMNS`: name in table}."""
+Row = Mapping[str, Any]
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+def read_text(
+    source: str, filesystem: fs.FileSystem, path: str, wanted: set[str]
+) -> tuple[pa.Table, tuple[str, ...]]:
+    """Read separated values as columns of strings.
+
+    Args:
+        source: the table, as the user wrote it.
+        filesystem: the filesystem of the table.
+        path: the path of the table on it.
+        wanted: names of columns that the user gave.
+
+    Returns:
+        The table, and lines for the user.
+
+    Raises:
+        CorpusError: the text is empty, or in an unknown encoding.
+    """
+    with filesystem.open_input_file(path) as file:
+        text, notes = _decode(source, file.read())
+    return _parse(source, text, wanted), notes
+
+
+def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+    """Decode a text table; also return a line for the user if the encoding was guessed."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif b"\0" in data[:1000]:
+        encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
+    else:
+        encodings = ["utf-8-sig", "cp1252"]
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
+        return text, notes if encoding == "cp1252" else ()
+    raise CorpusError(
+        f"{source}: the table cannot be read: it is not text in UTF-8, UTF-16 or Windows-1252; "
+        "save it again as UTF-8"
+    )
+
+
+def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
+    """Parse separated values; the separator is the one that yields the most known columns."""
+    text = text.lstrip("\r\n")
+    if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
+        text = text[declared.end() :]
+    if not text.strip():
+        raise CorpusError(f"{source}: the table is empty")
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
+    known = {column_key(name) for names in (*COLUMNS.values(), wanted) for name in names}
+    num_known = {mark: len(known & set(map(column_key, names))) for mark, names in rows.items()}
+    separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
+    names = rows[separator]
+    numbered = [f"column {number}" for number in range(len(names))]
+    table = pa.csv.read_csv(
+        io.BytesIO(text.encode()),
+        pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
+        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        # All as text: otherwise speaker 01 becomes the number 1.
+        pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
+    )
+    return table.rename_columns(names)
+
+
+def column_key(name: str) -> str:
+    """Return a column's name in lower case, without blanks around it."""
+    return name.strip().lower()
+
+
+def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
+    """Read a file of JSON objects, one per line. A file named .gz is decompressed."""
+    with filesystem.open_input_file(path) as file:
+        data = file.read()
+    text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+    rows: list[Row] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def as_table(rows: Iterable[Row]) -> pa.Table:
+    """Make a table with a string column for every name, except names of objects and lists."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if not any(isinstance(value, dict | list) for value in values):
+            texts = [None if value is None else str(value) for value in values]
+            columns[name] = pa.array(texts, pa.string())
+    return pa.table(columns)
+
+
+def read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
+    """Read the columns that `find` chooses from a Parquet file.
+
+    A file of Hugging Face gets a column `path`, with the locations of the recordings. The numbers
+    of a ClassLabel become names.
+    """
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        schema = file.schema_arrow
+        audio, features = audio_column(schema), features_of(schema)
+        names = list(schema.names)
+        if audio:  # a column `path` beside it says where the recording was once
+            names = ["path", *(n for n in names if n != audio and column_key(n) != "path")]
+        chosen = list(dict.fromkeys(find(names).values()))
+        made = ["path"] if audio and "path" in chosen else []
+        table = file.read([name for name in chosen if name not in made])
+        if made:
+            table = table.append_column("path", pa.array(_packed_paths(location, file, str(audio))))
+    for name in table.column_names:
+        if classes := (features.get(name) or {}).get("names"):
+            numbers = table[name].to_pylist()
+            known = [
+                None if n is None or not 0 <= n < len(classes) else classes[n] for n in numbers
+            ]
+            index = table.column_names.index(name)
+            table = table.set_column(index, name, pa.array(known, pa.string()))
+    return table
+
+
+def _packed_paths(location: str, file: pq.ParquetFile, audio: str) -> list[str | None]:
+    """Return the locations of the recordings, which are in the rows or in separate files."""
+    is_packed = any(
+        batch[audio].field("bytes").null_count < len(batch)
+        for batch in file.iter_batches(16, columns=[f"{audio}.bytes"])
+    )
+    if is_packed:
+        return [packed_location(location, row) for row in range(file.metadata.num_rows)]
+    column = file.read([f"{audio}.path"])[audio].combine_chunks()
+    return list(column.field("path").to_pylist())

@@ -1,0 +1,210 @@
+"""Reads the folders of other tools as one table each: EmoBox, Kaldi, lhotse, audformat.
+
+The columns keep the names that they have there. No recording is opened, and no command is run.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ser_ray.corpus.table_files import Find, Row, as_table, read_json_lines
+from ser_ray.corpus.words import side_of_file
+from ser_ray.errors import CorpusError
+
+FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
+_LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
+"""The files of Kaldi that may hold the labels; the first one found is read."""
+_COMMAND = " is a command, and commands are not run; write the recordings into files first"
+
+
+def read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Table:
+    """Read the folds of EmoBox; the column `fold` is the number of the fold that tests a row.
+
+    If there is only one fold, the column `fold` is train, valid or test.
+    """
+    has_one = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
+    rows: dict[str, Row] = {}
+    for name in sorted(tables, key=lambda name: "_test_" in name):
+        match = FOLD.match(name)
+        assert match is not None
+        for row in read_json_lines(filesystem, tables[name]):
+            fold = match[2] if match[1] == "test" else "train"
+            rows[str(row.get("key"))] = {**row, "fold": match[1] if has_one else fold}
+    return as_table(rows.values())
+
+
+def read_kaldi(
+    source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
+) -> pa.Table:
+    """Read a data folder of Kaldi; each file of lines `UTTERANCE VALUE` is a column.
+
+    Raises:
+        CorpusError: a recording is a command, or the labels seem to be transcripts.
+    """
+
+    def read(name: str) -> dict[str, str]:
+        with filesystem.open_input_file(files[name]) as file:
+            lines = [line.split(maxsplit=1) for line in file.read().decode().splitlines()]
+        return {line[0]: line[1].strip() for line in lines if len(line) == 2}
+
+    scp = read("wav.scp")
+    if pipe := next((name for name, path in scp.items() if path.endswith("|")), None):
+        raise CorpusError(f"{source}/wav.scp: {pipe}{_COMMAND}")
+    label = next((name for name in _LABEL_FILES if name in files), "text")
+    others = {{"utt2spk": "speaker", label: "label"}.get(name, name): name for name in files}
+    found = find(["path", "start", "end", *others])
+    columns = {name: read(others[name]) for name in found.values() if name in others}
+    labels = list(columns["label"].values()) if found["label"] == "label" else []
+    if label == "text" and sum(" " in text for text in labels) > len(labels) / 2:
+        raise CorpusError(
+            f"{source}: has no file utt2emo, and its file text seems to hold transcripts, such as "
+            f"{labels[0]!r}; name the file with the labels, as in --columns label=utt2mood"
+        )
+    segments: dict[str, tuple[str, str | None, str | None]] = {
+        name: (name, None, None) for name in scp
+    }
+    if "segments" in files:
+        parts = {name: text.split() for name, text in read("segments").items()}
+        segments = {name: (part[0], part[1], part[2]) for name, part in parts.items()}
+    return as_table(
+        {"path": scp.get(recording), "start": start, "end": None if end == "-1" else end}
+        | {column: values.get(name) for column, values in columns.items()}
+        for name, (recording, start, end) in segments.items()
+    )
+
+
+def is_lhotse(name: str) -> bool:
+    """Whether a file holds the cuts or supervisions of lhotse, by its name."""
+    return ".jsonl" in name and ("supervisions" in name or "cuts" in name)
+
+
+def read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str]) -> pa.Table:
+    """Read supervisions with the recordings beside them, or else cuts; each supervision is a clip.
+
+    Args:
+        source: the folder or file, as the user wrote it.
+        filesystem: the filesystem of the source.
+        files: the paths of the files to read, by their names.
+
+    Raises:
+        CorpusError: supervisions are without recordings, a cut is a mixture of several, or a
+            recording is a command.
+    """
+    rows: list[Row] = []
+    names = sorted(name for name in files if is_lhotse(name) and "supervisions" in name)
+    for name in names or sorted(filter(is_lhotse, files)):
+        found = read_json_lines(filesystem, files[name])
+        if not names:
+            clips = [clip for cut in found for clip in _clips_of_cut(source, cut)]
+        else:
+            beside = name.replace("supervisions", "recordings")
+            if beside not in files:
+                raise CorpusError(f"{source}: has {name}, but not {beside} with its recordings")
+            recordings = {row["id"]: row for row in read_json_lines(filesystem, files[beside])}
+            clips = [(row, recordings.get(row["recording_id"]), row["start"]) for row in found]
+        side = side_of_file(name)
+        split = {"split": side} if side else {}
+        rows.extend({**split, **_clip_of_lhotse(source, *clip)} for clip in clips)
+    return as_table(rows)
+
+
+def _clips_of_cut(source: str, cut: Row) -> Iterator[tuple[Row, Row | None, float]]:
+    """Yield the supervisions in a cut, with the recording and the start in the recording."""
+    if "tracks" in cut:
+        raise CorpusError(
+            f"{source}: the cut {cut['id']} is a mixture of several recordings; save cuts of one "
+            "recording each"
+        )
+    for row in cut.get("supervisions", ()):
+        start = max(row["start"], 0.0)
+        duration = min(row["start"] + row["duration"], cut["duration"]) - start
+        clip = {**row, "duration": duration}
+        clip["custom"] = {**(cut.get("custom") or {}), **(row.get("custom") or {})}
+        yield clip, cut.get("recording"), round(cut["start"] + start, 6)
+
+
+def _clip_of_lhotse(source: str, row: Row, recording: Row | None, start: float) -> Row:
+    """Return the columns of a supervision that starts at this second of the recording."""
+    sources = (recording or {}).get("sources", ())
+    if any(found["type"] == "command" for found in sources):
+        raise CorpusError(f"{source}: {row['recording_id']}{_COMMAND}")
+    paths = [found["source"] for found in sources if found["type"] in ("file", "url")]
+    end = round(start + row["duration"], 6)
+    is_whole = start == 0 and recording and abs(end - recording["duration"]) < 0.001
+    times = {} if is_whole else {"start": start, "end": end}
+    plain = {key: row[key] for key in row if key not in ("start", "custom")}
+    return {**(row.get("custom") or {}), **plain, **times, "path": (paths or [None])[0]}
+
+
+def read_audformat(
+    source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
+) -> pa.Table:
+    """Read a folder of audformat: the labelled clips and their splits.
+
+    Tables are also pickled where `audb` keeps its copies. Pickles can run code, and so can the
+    header, which the package trusts. It therefore reads a copy with plain values and no pickles.
+
+    Raises:
+        CorpusError: the package is not installed, or a table is there only as a pickle.
+    """
+    try:
+        import audformat
+        import yaml
+    except ImportError as error:
+        raise CorpusError(
+            f"{source}: a folder of audformat needs the package audformat: pip install audformat"
+        ) from error
+    with TemporaryDirectory() as folder:
+        for name, file in files.items():
+            if name.startswith("db.") and name.endswith((".yaml", ".csv", ".parquet")):
+                with filesystem.open_input_file(file) as stream:
+                    Path(folder, name).write_bytes(stream.read())
+        header = Path(folder, "db.yaml")
+        try:
+            plain = yaml.safe_load(header.read_bytes())
+        except yaml.YAMLError as error:
+            raise CorpusError(
+                f"{source}/db.yaml: is not a header of audformat with plain values "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        header.write_text(yaml.safe_dump(plain, sort_keys=False))
+        database = audformat.Database.load(folder)
+        for name in (*database.tables, *database.misc_tables):
+            if not {f"db.{name}.csv", f"db.{name}.parquet"} & files.keys():
+                raise CorpusError(
+                    f"{source}: its table {name} is there only as a pickle, which can run code; "
+                    "save the database with the storage_format csv or parquet"
+                )
+        return _clips_of_audformat(database, find)
+
+
+def _clips_of_audformat(database: Any, find: Find) -> pa.Table:
+    """Read the labelled clips of an `audformat.Database`, and their splits."""
+    import audformat
+
+    tables = [column for table in database.tables.values() for column in table.columns]
+    labels = [key for scheme in database.schemes.values() if isinstance(scheme.labels, dict)
+              for value in scheme.labels.values() if isinstance(value, dict)
+              for key in value]  # fmt: skip
+    names = list(dict.fromkeys([*database.schemes, *tables, *labels]))
+    chosen = find(["file", "start", "end", "split", *names])
+    wanted = [name for name in chosen.values() if name in names]
+    label = chosen["label"]
+    frame = database.get(label, [name for name in wanted if name != label])
+    frame = frame.set_axis(audformat.utils.to_segmented_index(frame.index))
+    sides = {}
+    for split, kind in ((name, item.type) for name, item in database.splits.items()):
+        inside = database.get(label, splits=split)
+        for key in audformat.utils.to_segmented_index(inside.index):
+            sides[key] = kind
+    table = pa.Table.from_pandas(
+        frame.reset_index().astype({"file": "string"}), preserve_index=False
+    )
+    return table.append_column(
+        "split", pa.array([sides.get(key) for key in frame.index], pa.string())
+    )
