@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -267,6 +268,42 @@ def test_a_mistyped_corpus_is_reported_before_weights_are_read(capsys, in_tmp, m
     monkeypatch.setattr(registry, "read_weights", lambda *_: pytest.fail("weights were read"))
     assert main(["pipeline", "--corpus", "RAVDES"]) == 2
     assert "RAVDES" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--protocol table", "the column split has the speaker s0 in test and in train, so"),
+        ("--protocol emobox-6", "emobox-6 is defined for RAVDESS's actors 01 to 24"),
+        ("--protocol loso --label-map map.csv", "map.csv, line 2: out has no label 'anger'"),
+    ],
+)
+def test_what_a_table_cannot_do_is_said_before_it_is_prepared(
+    flags, message, capsys, in_tmp, monkeypatch
+):
+    from ser_ray.cli.data import Prepare
+
+    monkeypatch.setattr(Prepare, "run", lambda _: pytest.fail("it was prepared"))
+    sides = ("train", "train", "test", "test")
+    rows = [f"{n}.wav,{'joy' if n else 'sad'},s{n % 3},{side}" for n, side in enumerate(sides)]
+    Path("t.csv").write_text("\n".join(["path,label,speaker,split", *rows]))
+    for n in range(4):
+        Path(f"{n}.wav").touch()
+    Path("map.csv").write_text("label,as\nanger,angry\n")
+    command = f"pipeline --corpus t.csv --shards out --weights none {flags}"
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_labels_that_a_model_does_not_know_are_named_before_a_corpus_is_prepared(
+    capsys, in_tmp, monkeypatch, checkpoint
+):
+    monkeypatch.setattr(api, "prepare", lambda *_, **__: pytest.fail("it was prepared"))
+    Path("a.wav").touch()
+    Path("t.csv").write_text("path,label,speaker\na.wav,bored,anna\n")
+    assert main(["evaluate", str(checkpoint), "--corpus", "t.csv"]) == 2
+    message = "t.csv: the model does not know the labels bored; it knows "
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_the_package_logs_is_printed_while_a_verb_runs(capsys, monkeypatch):

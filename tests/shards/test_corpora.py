@@ -1,6 +1,7 @@
 """Several shard sets read as one, compared with the single sets."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from ser_ray.shards.card import ShardCard
 from ser_ray.shards.corpora import Corpora, open_corpora
 from ser_ray.shards.layout import CARD_NAME
 from ser_ray.shards.read import open_shards
-from tests.shard_files import write_spelled
+from tests.conftest import make_memory_shards
+from tests.shard_files import write_shard_files, write_spelled
 
 SPELLED = {"neutral": "neu", "calm": "calm", "happy": "joy", "sad": "boredom"}
 
@@ -43,6 +45,19 @@ def test_the_clips_and_features_are_those_of_the_sets_one_after_the_other(pair):
     assert shards.features("mel", np.array([], int)).shape == (0, *expected.shape[1:])
     with pytest.raises(IndexError, match="rows 0 to 96 of 96"):
         shards.features("mel", np.array([0, 96]))
+
+
+def test_the_features_of_several_sets_are_kept_once(tmp_path):
+    """Besides the array itself, memory is needed for parts of sets, here one of four sets."""
+    memory = make_memory_shards(per_emotion=60)
+    sets = [write_shard_files(tmp_path / name, memory) for name in "abcd"]
+    shards = open_corpora(sets)
+    tracemalloc.start()
+    features = shards.features("mel")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert features.nbytes > 4_000_000
+    assert peak < 1.4 * features.nbytes
 
 
 def test_clips_of_unmapped_labels_are_left_out_and_counted(pair, tmp_path):
