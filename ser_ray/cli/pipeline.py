@@ -70,10 +70,10 @@ class Pipeline(Verb):
         import pyarrow.compute as pc
 
         from ser_ray.cluster.connect import cluster, needs_ray
+        from ser_ray.corpus.folds import num_folds
         from ser_ray.corpus.labels import map_labels
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
-        from ser_ray.corpus.folds import num_folds
         from ser_ray.corpus.synthetic import make_synthetic_corpus
         from ser_ray.tracking.registry import read_weights
 
