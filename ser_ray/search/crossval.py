@@ -102,7 +102,7 @@ def crossval(
     """
     shards, recipe, config = plan.shards, plan.recipe, plan.config
     require_one_worker(run)
-    pretrained = read_initial_weights(recipe, shards, run.tracking_uri)
+    pretrained = read_initial_weights(recipe, shards, run.tracking_uri, plan.folds)
     folder = RunFolder(run.storage, run.name or crossval_name(plan))
     location = absolute(folder.location)
     require_server(run.tracking_uri)

@@ -9,22 +9,29 @@ A model is named by
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ser_ray.errors import TrackingError
+from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
-from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
+from ser_ray.training.checkpoint import (
+    CheckpointCard,
+    local_checkpoint,
+    read_card,
+    read_network,
+)
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained, initial_weights, read_pretrained
+from ser_ray.training.parts import select_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,29 +78,65 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
         yield checkpoint
 
 
-def read_initial_weights(config: TrainConfig, shards: ShardSet, tracking_uri: str) -> Pretrained:
+def read_initial_weights(
+    config: TrainConfig, shards: ShardSet, tracking_uri: str, folds: Sequence[int] = ()
+) -> Pretrained:
     """Read the weights that a training on these shards starts from.
+
+    Args:
+        config: the recipe.
+        shards: the shard set.
+        tracking_uri: as in `read_weights`.
+        folds: the folds to train; by default that of the recipe.
 
     Raises:
         ConfigError: the shards do not have the feature, or it is of an encoder that has seen the
             labels of a corpus.
+        CheckpointError: the weights are of a model that was trained on speakers who are tested.
         CheckpointError, TrackingError: as `read_weights`.
     """
     card = shards.card
     if card.encoder_of(config.feature) is None:
-        return read_weights(config.weights, card.labels, tracking_uri)
+        check = partial(_refuse_seen_speakers, config, shards, folds or (config.fold,))
+        return read_weights(config.weights, card.labels, tracking_uri, check)
     for part in shards.corpora:  # the encoder may have seen the labels of one of them
         initial_weights(config, replace(card, corpus=part.kind))
     return initial_weights(config, card)
 
 
-def read_weights(weights: str, labels: Sequence[str], tracking_uri: str = "") -> Pretrained:
+def _refuse_seen_speakers(
+    config: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
+) -> None:
+    """Refuse a model of the same corpus that was trained on speakers whom a fold tests."""
+    theirs = {model.shards_fingerprint, *(part.fingerprint for part in model.corpora)}
+    ours = {shards.card.fingerprint, *(part.fingerprint for part in shards.corpora)}
+    is_same = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
+    if config.protocol == "random" or not is_same:
+        return
+    seen = {*model.split["train_speakers"], *model.split["validation_speakers"]}
+    clips = shards.clips()
+    for fold in folds:
+        if tested := sorted(seen & {*select_rows(clips, replace(config, fold=fold)).test_speakers}):
+            raise CheckpointError(
+                f"weights is {config.weights}: this model was trained on the speakers "
+                f"{', '.join(tested)}, whom fold {fold} of {config.protocol} tests; choose the "
+                "protocol and fold of the model, or other weights"
+            )
+
+
+def read_weights(
+    weights: str,
+    labels: Sequence[str],
+    tracking_uri: str = "",
+    check: Callable[[CheckpointCard], None] = lambda _: None,
+) -> Pretrained:
     """Read the weights that `TrainConfig.weights` names.
 
     Args:
         weights: `imagenet`, `none`, a file of ResNet18 weights, or a model as above.
         labels: those of the training. The last layer of a model with other labels starts fresh.
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
+        check: called with the card of a model; it may refuse the model.
 
     Raises:
         CheckpointError: the weights cannot be read, or are of another network.
@@ -104,6 +147,12 @@ def read_weights(weights: str, labels: Sequence[str], tracking_uri: str = "") ->
         return read_pretrained(weights, len(labels))
     with local_model(weights, tracking_uri) as checkpoint:
         card = read_card(checkpoint)
+        if card.encoder:
+            raise CheckpointError(
+                f"weights is {weights}: this model is a head on the encoder {card.config.feature}, "
+                "and its weights do not fit a ResNet18"
+            )
+        check(card)
         state = read_network(checkpoint, card).state_dict()
     origin = f"the model {weights}, trained on {card.config.feature} of {card.trained_on}"
     if card.labels != tuple(labels):
