@@ -2,7 +2,7 @@
 
     folder, bucket or table ──manifest──> one row per file ──splits──> train, validation, test rows
 
-manifest       lists a corpus, with the next five modules
+manifest       lists a corpus, with the next seven modules
 ravdess        the file names of RAVDESS, which hold its labels. Another corpus with labels in its
                file names needs a table, or a module like this one
 table          a table of clips that the user wrote
