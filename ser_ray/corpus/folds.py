@@ -59,7 +59,7 @@ SHOWN = 8
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
-    """Count the folds of a protocol for the clips of a corpus, which have the columns of `split`.
+    """Count the folds of a protocol; `clips` has the columns that `splits.split` needs.
 
     Raises:
         ConfigError: the protocol is unknown, or does not fit these clips.

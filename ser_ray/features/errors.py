@@ -16,8 +16,8 @@ class ClipError(Exception):
         self.reason = reason
         """The reason for the outcome, for the owner of the corpus."""
         self.failed: Failure = failed
-        """What failed: `clip` is the content, which always fails; `file` is reading this file,
-        which may work later; `storage` may affect other clips too."""
+        """What failed: the content (`clip`), reading this file (`file`), or the storage. Only the
+        content always fails again. If the storage failed, other clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

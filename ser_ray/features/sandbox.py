@@ -42,8 +42,8 @@ def time_limited(
 ) -> Iterator[Callable[..., Sound]]:
     """Yield a `decode` that kills this process if a clip takes too long.
 
-    The process dies between one and two limits after a clip began. `faulthandler` kills it, because
-    a library that hangs cannot be interrupted and may block all Python threads.
+    A clip gets at least `seconds_per_clip`, and at most twice this time. `faulthandler` kills the
+    process, because a library that hangs cannot be interrupted and may block all Python threads.
     """
     began = -math.inf
 

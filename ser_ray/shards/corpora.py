@@ -158,8 +158,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str,
         kinds = {other.card.corpus for other in named.values()} - {"table"}
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(
-                f"{shards.uri}: another corpus is called {name!r} too, but every corpus needs a "
-                "name of its own, which is that of its folder: rename one of the folders"
+                f"{shards.uri}: another corpus is called {name!r} too; corpora are named after the "
+                "folders of their shard sets: rename one of the folders"
             )
         named[name] = shards
     return dict(sorted(named.items()))

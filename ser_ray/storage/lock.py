@@ -34,7 +34,7 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Time between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Time in which processes that claim the lock at the same moment have all written the file."""
+"""Wait before a claim is checked, so that processes with simultaneous claims have all written."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         """Release the lock, unless another process took it over.
 
-        If that fails, a warning is logged: an error would hide the error that ended the block.
+        If that fails, a warning is logged, because an error here hides the error of the block.
         """
         self._is_released.set()
         self._thread.join()

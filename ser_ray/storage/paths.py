@@ -125,7 +125,7 @@ def folder_of(location: str) -> str:
 
 
 def _split_uri(location: str) -> tuple[str, str]:
-    """Split a URI into its path, and pyarrow's query or fsspec's chain (`::file://...`)."""
+    """Split off the end of a URI: a query (`?region=...`) or a chain of fsspec (`::file://...`)."""
     mark = "?" if urlsplit(location).scheme in _PERCENT_ENCODED else "::"
     before, mark, after = location.partition(mark)
     return before, mark + after
