@@ -76,6 +76,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     """
     configure_mlflow_client()
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     is_server = uri.startswith("http")
     is_from_variable = VARIABLE in os.environ and uri == resolve_uri("")
@@ -93,7 +94,16 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
             _require_listener(uri)
         open_database(uri, create=create)
         set_tracking_uri(uri)
-        client = mlflow.MlflowClient(tracking_uri=uri)
+        try:
+            client = mlflow.MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            if "mlflow db upgrade" not in error.message:
+                raise
+            raise TrackingError(
+                f"{named}: this database has the tables of another MLflow version, or its upgrade "
+                f"was interrupted: copy the file, run `mlflow db upgrade {uri}`, and restore the "
+                "copy if that fails; or name a new database with --tracking-uri"
+            ) from error
         if is_server:
             client.search_experiments(max_results=1)
     return client

@@ -253,3 +253,19 @@ def test_the_first_runs_of_several_processes_in_an_empty_folder_are_all_recorded
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"mlflow.db", "mlartifacts"}
     settings = tmp_path.glob("new/mlartifacts/one/*/artifacts/settings.json")
     assert [json.loads(file.read_text()) for file in settings] == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE alembic_version SET version_num = '451aebb31d03'", "DROP TABLE alembic_version"],
+)
+def test_a_database_of_another_version_or_half_upgraded_names_the_command_that_mends_it(
+    empty_store: Path, tmp_path: Path, damage: str
+) -> None:
+    uri = copied(empty_store, tmp_path / "store")
+    connection = sqlite3.connect(tmp_path / "store" / "mlflow.db")
+    connection.execute(damage)
+    connection.commit()
+    connection.close()
+    with pytest.raises(TrackingError, match=rf"was interrupted: .* `mlflow db upgrade {uri}`"):
+        connect(uri)
