@@ -34,6 +34,8 @@ from ser_ray.plots.svg import inline_svg
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from ser_ray.training.checkpoint import CheckpointCard
+
 DRAWN_SECONDS = 60.0
 """A longer recording is drawn only up to this time."""
 
@@ -160,6 +162,17 @@ def _picture(
     return inline_svg(figure, f"Waveform and spectrogram of {prediction.path}")
 
 
+def describe_model(card: "CheckpointCard", introduction: Introduction) -> str:
+    """Write the introduction of the page as Markdown; labels are shown as they are."""
+    labels = html.escape(", ".join(card.labels))
+    return (
+        f"**{introduction.name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
+        f"{card.split['label']}. {introduction.score} The model names one of {labels}. It says "
+        "which acted emotion a voice resembles, not what a person feels. Recordings stay on this "
+        "machine and are deleted when the page is stopped."
+    )
+
+
 def _make_app(
     predictor: Predictor, introduction: Introduction, respond: Callable[[str | None], Any]
 ) -> "FastAPI":
@@ -172,13 +185,7 @@ def _make_app(
         ) from error
     from fastapi import FastAPI, Request
 
-    card = predictor.card
-    about = (
-        f"**{introduction.name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
-        f"{card.split['label']}. {introduction.score} The model names one of "
-        f"{', '.join(card.labels)}. It says which acted emotion a voice resembles, not what a "
-        "person feels. Recordings stay on this machine and are deleted when the page is stopped."
-    )
+    about = describe_model(predictor.card, introduction)
 
     def show(path: str | None) -> tuple[Any, str]:
         probabilities, text = respond(path)
@@ -186,7 +193,7 @@ def _make_app(
 
     with gr.Blocks(title="ser_ray", analytics_enabled=False) as page:
         gr.Markdown("## What emotion does a voice resemble?")
-        if card.corpus == "synthetic":
+        if predictor.card.corpus == "synthetic":
             gr.HTML(SYNTHETIC_WARNING, elem_classes="ser-ray")
         with gr.Row():
             with gr.Column():
