@@ -310,7 +310,7 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
     with pytest.raises(CorpusError, match="has no column voice, which --columns names as speaker"):
         list_corpus(str(folder / "t.csv"), columns={"speaker": "voice"})
     for word in ("mood", "label=", "emotion=mood"):
-        with pytest.raises(ConfigError, match=f"columns is {word}: it must be one of path,label"):
+        with pytest.raises(ConfigError, match=f"columns is {word}: it must be COLUMN=NAME, as in"):
             PrepareConfig(corpus="t.csv", columns=(word,))
 
 
