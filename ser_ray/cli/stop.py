@@ -11,10 +11,13 @@ import signal
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+RETRY_SECONDS = 0.1
+"""Pause before a signal is sent again whose error was dropped."""
 ASCII = {"–": "-", "±": "+-", "█": "#", "…": "..."}
 """Characters of our output, and their replacements if the terminal cannot show them."""
 
@@ -31,27 +34,44 @@ class Stopped(KeyboardInterrupt):
 def stopped_by_signals() -> Iterator[None]:
     """Raise `Stopped` in the block when SIGTERM or SIGHUP arrives.
 
-    An ignored signal, such as SIGHUP under nohup, is still ignored.
+    An ignored signal, such as SIGHUP under nohup, is still ignored. While `Stopped` passes through
+    the block, a second signal does not interrupt the cleanup. Python ignores every error in a
+    finalizer, and so do libraries in some of their C code. If `Stopped` is lost there, the signal
+    is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    raised: list[weakref.ref[Stopped]] = []
+
+    def stop(number: int, _: object) -> None:
+        if raised and raised[0]() is not None:
+            return
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        raise watched(Stopped(number))
+
+    def watched(error: Stopped) -> Stopped:
+        again = threading.Timer(RETRY_SECONDS, send, [error.status - 128])
+        again.daemon = True
+        raised[:] = [weakref.ref(error, lambda _: again.start() if is_active else None)]
+        return error
+
+    def send(number: int) -> None:
+        if signal.getsignal(number) is stop:
+            os.kill(os.getpid(), number)
+
     taken = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
+    hook, is_active = sys.unraisablehook, True
+    sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else hook(lost)
     try:
         yield
     finally:
+        is_active, sys.unraisablehook = False, hook
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _stop(number: int, _: object) -> None:
-    for each in SIGNALS:  # a second signal must not interrupt the cleanup
-        signal.signal(each, signal.SIG_IGN)
-    if number == signal.SIGHUP:
-        _leave_terminal()
-    raise Stopped(number)
 
 
 def _leave_terminal() -> None:

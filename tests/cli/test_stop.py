@@ -13,6 +13,7 @@ from ser_ray.cli import main as main_module
 from ser_ray.cli.main import main
 from ser_ray.cli.stop import make_output_safe
 from ser_ray.cli.verb import Outcome
+from tests.processes import wait_for
 
 
 @pytest.fixture
@@ -55,6 +56,22 @@ def test_a_signal_lets_a_verb_clean_up_and_says_one_line(verb, capfd, number, st
     name = signal.Signals(number).name
     assert capfd.readouterr().err == f"stopped by {name}; the same command resumes from here\n"
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
+    """Python ignores an error that is raised there."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> Outcome:
+        Finalized()
+        wait_for("the signal", lambda: False)
+        raise AssertionError("unreachable")
+
+    assert verb(work) == 143
+    assert capfd.readouterr().err == "stopped by SIGTERM; the same command resumes from here\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(verb):
