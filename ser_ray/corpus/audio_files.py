@@ -22,10 +22,11 @@ from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of
 AUDIO_SUFFIXES = frozenset(
     (
         ".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".caf", ".sph",
-        ".flac", ".mp3", ".mp2", ".mp1", ".mpa", ".mpga", ".aac", ".adts", ".amr", ".awb", ".ogg",
-        ".oga", ".ogx", ".opus", ".spx", ".wma", ".m4a", ".m4b", ".m4p", ".m4r", ".mp4", ".m4v",
-        ".3ga", ".3gp", ".3gpp", ".3g2", ".3gpp2", ".mov", ".qt", ".f4a", ".f4v", ".mka", ".mkv",
-        ".weba", ".webm", ".ogv", ".avi", ".asf", ".wmv", ".mpg", ".mpeg", ".vob", ".m2ts", ".m2t",
+        ".nist", ".ac3", ".ape", ".eac3", ".flv", ".tta", ".wv", ".flac", ".mp3", ".mp2", ".mp1",
+        ".mpa", ".mpga", ".aac", ".adts", ".amr", ".awb", ".ogg", ".oga", ".ogx", ".opus", ".spx",
+        ".wma", ".m4a", ".m4b", ".m4p", ".m4r", ".mp4", ".m4v", ".3ga", ".3gp", ".3gpp", ".3g2",
+        ".3gpp2", ".mov", ".qt", ".f4a", ".f4v", ".mka", ".mkv", ".weba", ".webm", ".ogv", ".avi",
+        ".asf", ".wmv", ".mpg", ".mpeg", ".vob", ".m2ts", ".m2t",
     )
 )  # fmt: skip
 """Suffixes of the recordings that phones, recorders, cameras and editors write."""
@@ -77,7 +78,7 @@ def describe_left_out(left_out: Counter[str]) -> str:
     if rest := sum(count for _, count in ranked[8:]):
         kinds.append(f"{rest} of other kinds")
     hint = "; unpack archives to use the files in them" if ".zip" in left_out else ""
-    return f"left out, as they are not recordings: {', '.join(kinds)}{hint}"
+    return f"left out because of their suffixes: {', '.join(kinds)}{hint}"
 
 
 def list_audio(sources: Sequence[str]) -> AudioFiles:
@@ -90,7 +91,7 @@ def list_audio(sources: Sequence[str]) -> AudioFiles:
     Raises:
         CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
     """
-    if not sources:
+    if not sources or "" in sources:  # an empty name would be the current folder
         raise CorpusError("there are no files: give files, folders or patterns")
     found = AudioFiles()
     for source in sources:

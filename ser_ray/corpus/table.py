@@ -12,6 +12,7 @@ import csv
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from pyarrow import fs
 
-from ser_ray.corpus.table_files import column_key
+from ser_ray.corpus.table_files import TableError, column_key
 from ser_ray.corpus.table_formats import read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
-from ser_ray.errors import ConfigError, CorpusError, first_line
+from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
-from ser_ray.storage.paths import location_inside, refuse_password
+from ser_ray.storage.paths import location_inside, printable, refuse_password
 
 NO_FOLDER = "its folder does not exist"
 OTHER_DRIVE = "a Windows path, which does not exist here"
@@ -37,11 +38,13 @@ MISSING_FILES = (NO_FILE, NO_FOLDER, OTHER_DRIVE)
 """The reasons that mean that a file does not exist."""
 
 _NEEDED = ("path", "label", "speaker")
-_TIME_COLUMN = re.compile(
-    r"(start|begin|onset|end|stop|offset)([ _]?(time|s|sec|seconds|ms|samples?))?"
-)
+_UNIT = "(_?(time|s|sec|seconds|ms|samples?))?"
+_TIMES = f"(start|begin|onset|end|stop|offset){_UNIT}"
+_LENGTH = f"(dur|duration|length){_UNIT}"
+"""Names of columns of times, as `column_key` returns them. A length is one beside a start."""
 _NO_VALUE = {*MISSING_WORDS, ""}
 _SHOWN_ROWS = 5
+_SHOWN_LETTERS = 300
 _FOLDERS_ABOVE = 5
 
 
@@ -77,17 +80,20 @@ def read_table(
             return None
         found = find(table.column_names)
         table.select(list(found.values())).validate(full=True)  # finds text that is not UTF-8
-        values = {
-            name: pc.utf8_trim_whitespace(_without_nan(table[given]).cast("string"))
-            for name, given in found.items()
-        }
-    except (pa.ArrowException, LookupError, ValueError, TypeError, csv.Error) as error:
-        reason = first_line(error)
-        is_ragged = "columns, got" in reason
-        advice = "every row needs as many values as the header row"
+        values = {name: _texts(given, table[given]) for name, given in found.items()}
+        for name in ("label", "speaker"):
+            values[name] = _composed(values[name])
+    except (pa.ArrowException, LookupError, ValueError, TypeError, OSError, csv.Error) as error:
+        if isinstance(error, OSError) and (error.errno or "://" in source):
+            raise  # pyarrow raises others for a damaged file
+        reason = "its content is damaged"
+        if isinstance(error, KeyError):
+            reason = f"a row has no {error.args[0]}"
+        elif isinstance(error, TableError):
+            reason = str(error)
         raise CorpusError(
-            f"{source}: the table cannot be read ({reason}); "
-            f"{advice if is_ragged else 'save it again with one header row'}"
+            f"{source}: the table cannot be read ({reason}); save it again with a header row and "
+            "as many values in every row"
         ) from error
     if len(table) == 0:
         raise CorpusError(f"{source}: the table has no rows")
@@ -152,6 +158,22 @@ def _seconds(text: str | None) -> float | None:
     return seconds if 0 <= seconds < math.inf else math.nan
 
 
+def _texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the values of a column as texts without blanks around them."""
+    try:
+        return pc.utf8_trim_whitespace(_without_nan(column).cast("string"))
+    except pa.ArrowException as error:
+        problem = f"the values in the column {name} are not texts or numbers"
+        raise TableError(problem) from error
+
+
+def _composed(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Give letters with accents one normal form, which pyarrow 25 does not do."""
+    coded = texts.combine_chunks().dictionary_encode()
+    forms = [unicodedata.normalize("NFC", text) for text in coded.dictionary.to_pylist()]
+    return pa.chunked_array([pa.array(forms, pa.string()).take(coded.indices)])
+
+
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Convert NaN, which pandas writes for a missing value, to null, and durations to seconds."""
     if pa.types.is_duration(column.type):
@@ -168,6 +190,7 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
         CorpusError: a column is missing or appears twice, or a column of times has an unknown name.
     """
     found: dict[str, str] = {}
+    shown = printable(",".join(names))[:_SHOWN_LETTERS]  # it may be no table at all
     for column, known in COLUMNS.items():
         wanted = (columns[column],) if column in columns else known
         same = [[name for name in names if column_key(name) == column_key(want)] for want in wanted]
@@ -182,9 +205,10 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
         elif column in columns:
             raise CorpusError(
                 f"{source}: has no column {columns[column]}, which --columns names as {column}; it "
-                f"has {','.join(names)}"
+                f"has {shown}"
             )
-    times = [name for name in names if _TIME_COLUMN.fullmatch(column_key(name))]
+    is_time = re.compile(f"{_TIMES}|{_LENGTH}" if "start" in found else _TIMES).fullmatch
+    times = [name for name in names if is_time(column_key(name))]
     if (other := [name for name in times if name not in found.values()]) and len(
         {"start", "end"} & set(found)
     ) < 2:
@@ -201,7 +225,7 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
             )
         raise CorpusError(
             f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker and may "
-            f"have take,start,end,split, but it has {','.join(names)}; {hint}"
+            f"have take,start,end,split, but it has {shown}; {hint}"
         )
     return found
 

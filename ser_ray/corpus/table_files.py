@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,12 @@ Row = Mapping[str, Any]
 _SEPARATORS = (",", ";", "\t", "|")
 
 
+class TableError(ValueError):
+    """Why a table cannot be read, in words."""
+
+
 def read_text(
-    source: str, filesystem: fs.FileSystem, path: str, wanted: set[str]
+    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
 ) -> tuple[pa.Table, tuple[str, ...]]:
     """Read separated values as columns of strings.
 
@@ -36,6 +41,7 @@ def read_text(
         source: the table, as the user wrote it.
         filesystem: the filesystem of the table.
         path: the path of the table on it.
+        find: raises an error if the names in the header are not those of a corpus.
         wanted: names of columns that the user gave.
 
     Returns:
@@ -43,15 +49,18 @@ def read_text(
 
     Raises:
         CorpusError: the text is empty, or in an unknown encoding.
+        TableError: a row has more or fewer values than the header row.
     """
     with filesystem.open_input_file(path) as file:
         text, notes = _decode(source, file.read())
-    return _parse(source, text, wanted), notes
+    return _parse(source, text, find, wanted), notes
 
 
 def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     """Decode a text table; also return a line for the user if the encoding was guessed."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encodings = ["utf-32"]
+    elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encodings = ["utf-16"]
     elif b"\0" in data[:1000]:
         encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
@@ -70,7 +79,7 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
+def _parse(source: str, text: str, find: Find, wanted: set[str]) -> pa.Table:
     """Parse separated values; the separator is the one that yields the most known columns."""
     text = text.lstrip("\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
@@ -83,33 +92,59 @@ def _parse(source: str, text: str, wanted: set[str]) -> pa.Table:
     num_known = {mark: len(known & set(map(column_key, names))) for mark, names in rows.items()}
     separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
     names = rows[separator]
+    find(names)  # a file that is no table has no row of the right length either
     numbered = [f"column {number}" for number in range(len(names))]
-    table = pa.csv.read_csv(
-        io.BytesIO(text.encode()),
-        pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
-        pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-        # All as text: otherwise speaker 01 becomes the number 1.
-        pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
-    )
+    uneven: list[Any] = []
+
+    def refuse(row: Any) -> str:
+        uneven.append(row)
+        return "error"
+
+    try:
+        table = pa.csv.read_csv(
+            io.BytesIO(f"{text}\n".encode()),
+            pa.csv.ReadOptions(column_names=numbered, skip_rows=1),
+            pa.csv.ParseOptions(
+                delimiter=separator, newlines_in_values=True, invalid_row_handler=refuse
+            ),
+            # All as text: otherwise speaker 01 becomes the number 1.
+            pa.csv.ConvertOptions(column_types=dict.fromkeys(numbered, pa.string())),
+        )
+    except pa.ArrowInvalid as error:
+        if not uneven:
+            raise
+        row = uneven[0]
+        raise TableError(
+            f"the header row has {row.expected_columns} values, and a row has "
+            f"{row.actual_columns}: {row.text[:80]!r}"
+        ) from error
     return table.rename_columns(names)
 
 
 def column_key(name: str) -> str:
-    """Return a column's name in lower case, without blanks around it."""
-    return name.strip().lower()
+    """Return a column's name in lower case, with its words joined by underscores."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
 def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
     """Read a file of JSON objects, one per line. A file named .gz is decompressed."""
     with filesystem.open_input_file(path) as file:
         data = file.read()
-    text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+    try:
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TableError("it is not text in UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise TableError("it is no complete gzip file") from error
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
+                raise TableError(f"line {number} is not a JSON object")
             rows.append(row)
     return rows
 

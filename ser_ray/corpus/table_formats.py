@@ -72,7 +72,7 @@ def read_any(
         return read_lhotse(source, filesystem, {**recordings, name: path}), ()
     if name.lower().endswith(JSON_SUFFIXES):
         return as_table(read_json_lines(filesystem, path)), ()
-    return read_text(source, filesystem, path, wanted)
+    return read_text(source, filesystem, path, find, wanted)
 
 
 def _read_folder(

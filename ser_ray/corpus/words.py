@@ -13,8 +13,8 @@ CORPORA = {
 }
 """The kinds of corpus, and their names, which are printed next to every score."""
 MISSING_WORDS = (
-    "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "#n/a", "#na", "#null!", "?",
-    "-", "--",
+    "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "n.a.", "#n/a", "#na",
+    "#null!", "#ref!", "#value!", "#name?", "?", "-", "--",
 )  # fmt: skip
 """Words that spreadsheets, pandas and R write for a missing value, in upper or lower case."""
 COLUMNS = {

@@ -34,6 +34,7 @@ from ser_ray.features.samples import (
     require_shape,
     to_mono,
 )
+from ser_ray.storage.listing import stat_file
 from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
@@ -75,6 +76,9 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
             return _decode_stream(io.BytesIO(read_packed(file)), max_seconds)
         filesystem, path = filesystem_of(file)
         if isinstance(filesystem, fs.LocalFileSystem):
+            status, problem = stat_file(path)
+            if status is not None and problem:  # opening a pipe would wait for its writer
+                raise ClipError("unreadable", problem, failed="file")
             with Path(path).open("rb") as local:
                 return _decode(path, local, max_seconds)  # libraries are fastest with a path
         with filesystem.open_input_file(path) as remote:

@@ -49,6 +49,13 @@ def test_a_source_without_recordings_is_an_error_that_names_it(source, in_tmp):
         list_audio([source])
 
 
+def test_an_empty_name_is_not_the_current_folder(in_tmp):
+    """It is what a shell makes of a variable that is not set."""
+    for sources in ([], [""], ["clip.wav", ""]):
+        with pytest.raises(CorpusError, match="there are no files"):
+            list_audio(sources)
+
+
 def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_path):
     theirs = [
         ".oga",
@@ -63,6 +70,8 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
         ".mpeg",
         ".spx",
         ".AMR",
+        ".flv",
+        ".wv",
     ]
     for suffix in (*theirs, ".txt", ".TXT", ".zip", ""):
         (tmp_path / f"x{len(list(tmp_path.iterdir()))}{suffix}").touch()
@@ -70,7 +79,7 @@ def test_recordings_of_every_device_are_listed_and_other_files_are_counted(tmp_p
     assert {Path(file).suffix for file in found.files} == set(theirs)
     assert {suffix.lower() for suffix in theirs} <= AUDIO_SUFFIXES
     assert describe_left_out(found.left_out) == (
-        "left out, as they are not recordings: 2 .txt, 1 .zip, 1 without suffix; "
+        "left out because of their suffixes: 2 .txt, 1 .zip, 1 without suffix; "
         "unpack archives to use the files in them"
     )
     (tmp_path / "only" / "texts").mkdir(parents=True)

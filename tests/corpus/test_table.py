@@ -56,7 +56,9 @@ DIALECTS = {
     "blanks": PLAIN.replace(",", " , ").encode(),
     "backslashes": PLAIN.replace("clips/", "clips\\").encode(),
     "both slashes": PLAIN.replace("clips/", ".\\./clips\\").encode(),
-    "other normal form": unicodedata.normalize("NFD", PLAIN).replace("o\u0308", "ö").encode(),
+    "other normal form": unicodedata.normalize("NFD", PLAIN).encode(),
+    "utf-32": PLAIN.encode("utf-32"),
+    "words": PLAIN.replace("path,label,speaker", "File Name,Label,speaker-ID").encode(),
     "index": b",path,label,speaker\n"
     + "\n".join(f"{i},{row}" for i, row in enumerate(PLAIN.splitlines()[1:])).encode(),
 }
@@ -100,6 +102,49 @@ def test_nan_from_pandas_is_a_missing_value(folder: Path) -> None:
     for words in (["nan"], []):
         with pytest.raises(CorpusError, match=r"row 2 \(after the header\) has no label"):
             list_corpus(str(folder / "t.parquet"), missing=words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.csv", b"<html><body>Log in</body></html>", "no column label, path, speaker"),
+        ("t.csv", b"# my clips\npath,label,speaker\na,b,c\n", "but it has # my clips;"),
+        ("t.csv", bytes(500), r"but it has (\\x00)+"),
+        ("t.jsonl", b'{"path": "a.wav"\n', "line 1 is not a JSON object"),
+        ("t.jsonl", b"\xff\xfe", "it is not text in UTF-8"),
+        ("t.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xff\xff\xff", "it is no complete gzip file"),
+        ("t.parquet", b"PAR1" + bytes(99) + b"PAR1", "its content is damaged"),
+        ("t.parquet", b"", "its content is damaged"),
+    ],
+)
+def test_why_a_table_cannot_be_read_is_said_in_our_words(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=reason):
+        list_corpus(str(tmp_path / name))
+
+
+def test_a_column_of_lists_is_named(tmp_path: Path) -> None:
+    rows = pa.table({"path": ["a.wav"], "label": [["sad"]], "speaker": ["1"]})
+    pq.write_table(rows, tmp_path / "t.parquet")
+    with pytest.raises(CorpusError, match="the values in the column label are not texts or num"):
+        list_corpus(str(tmp_path / "t.parquet"))
+
+
+def test_a_length_beside_a_start_is_a_segment_and_alone_it_is_not(tmp_path: Path) -> None:
+    source = tmp_path / "t.csv"
+    source.write_text("path,label,speaker,duration\na.wav,sad,1,2.5\n")
+    assert list_corpus(str(source)).manifest["end"].to_pylist() == [None]
+    source.write_text("path,label,speaker,start,duration\na.wav,sad,1,1,2.5\n")
+    with pytest.raises(CorpusError, match="has the column duration, so its rows seem to be segm"):
+        list_corpus(str(source))
+
+
+def test_a_label_in_two_normal_forms_is_one(tmp_path: Path) -> None:
+    source = tmp_path / "t.csv"
+    source.write_text("path,label,speaker\na.wav,fro\u0308hlich,1\nb.wav,fr\u00f6hlich,1\n")
+    assert list_corpus(str(source)).labels == ("fr\u00f6hlich",)
 
 
 def test_missing_files_get_the_right_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,7 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
         (kaldi, ("kaldi/wav.scp", "u0 sox a.wav -t wav - |\n"), "u0 is a command"),
         (hugging_face, ("hf/dataset_dict.json", "{}"), "was written by save_to_disk"),
         (emobox, ("data/mine.jsonl", "[1]\n"), "cannot be read .line 1 is not a JSON object"),
-        (emobox, ("data/mine.jsonl", "{\n"), "cannot be read .Expecting property name"),
+        (emobox, ("data/mine.jsonl", "{\n"), "cannot be read .line 1 is not a JSON object"),
         (
             emobox,
             ("data/mine.jsonl", '{"wav": "a.wav", "emo": "x", "fold": "1"}\n'),

@@ -1,6 +1,7 @@
 """Every supported format is decoded to its samples; any other file is refused with a reason."""
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,14 @@ def test_any_error_of_a_library_is_the_outcome_of_the_clip(
     found = failure(write_wav(tmp_path / "a.wav", samples))
     assert (found.status, found.failed) == ("unreadable", "clip")
     assert found.reason == "its content is damaged in a way that stops the decoder (IndexError)"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    (tmp_path / "b.wav").mkdir()
+    assert failure(tmp_path / "a.wav").reason == "a device or pipe, not a file"
+    assert failure(Path("/dev/zero")).reason == "a device or pipe, not a file"
+    assert failure(tmp_path / "b.wav").reason == "a folder, not a file"
 
 
 def test_a_missing_file_is_distinguished_from_missing_storage(
