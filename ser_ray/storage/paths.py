@@ -3,8 +3,10 @@
 The program opens all its inputs and outputs with `filesystem_of`.
 """
 
+import getpass
 import os
 import re
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -88,6 +90,19 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
             f"{location}: no filesystem opens this location ({first_line(error)})"
         ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def name_account() -> None:
+    """Give a user without an account, as in many containers, a name and a home folder.
+
+    torch's optimisers and MLflow cannot be imported without them.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13
+        os.environ["LOGNAME"] = str(os.getuid())
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - `Path.home` raises an error
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 def absolute(location: str) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ser_ray.corpus.words import CORPORA
 from ser_ray.features.config import KINDS
 from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.store import configure_mlflow_client
 from ser_ray.version import __version__
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def dataset_name(shards: ShardSet) -> str:
 
 def dataset_of(shards: ShardSet) -> "DatasetInput":
     """Describe a shard set as the input of a run: name, fingerprint, place and columns."""
+    configure_mlflow_client()
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.types import ColSpec, Schema
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ser_ray.errors import TrackingError, first_line
+from ser_ray.storage.paths import name_account
 from ser_ray.tracking.database import SCHEME, open_database
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def configure_mlflow_client() -> None:
 
     Values that the environment sets are kept.
     """
+    name_account()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

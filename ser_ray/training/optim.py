@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from ser_ray.storage.paths import name_account
 from ser_ray.training.config import TrainConfig
 
 
 def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
     """Build AdamW over all weights of a network. Its learning rate is set by `one_cycle`."""
+    name_account()
     return AdamW(
         network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
     )

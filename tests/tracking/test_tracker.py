@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -183,14 +185,34 @@ def test_the_check_of_a_server_sends_the_credentials_of_the_client(
     connect(closed_server)
 
 
+NAMES_OF_USERS = ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME")
+
+
 def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    for name in NAMES_OF_USERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert provenance()["mlflow.user"] == str(os.getuid())
+
+
+def test_a_user_without_an_account_and_a_home_can_train_and_record(tmp_path: Path) -> None:
+    program = f"""if True:
+        import pwd
+        def unknown(uid):
+            raise KeyError(f"getpwuid(): uid not found: {{uid}}")
+        pwd.getpwuid = unknown
+        import torch
+        from ser_ray.tracking.tracker import Tracker
+        from ser_ray.training.config import TrainConfig
+        from ser_ray.training.optim import build_optimiser
+        build_optimiser(torch.nn.Linear(1, 1), TrainConfig())
+        Tracker.start("sqlite:///{tmp_path}/m.db", "e", name="r", params={{}}, tags={{}})
+    """
+    environment = {name: os.environ[name] for name in os.environ if name not in NAMES_OF_USERS}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_a_run_that_the_store_does_not_have_is_an_error(mlflow_server: MlflowServer) -> None:
