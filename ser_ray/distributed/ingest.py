@@ -85,14 +85,13 @@ def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Ite
     """Read the items by Ray Data, on any node. It is a `ser_ray.training.streaming.Fetch`."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-
     def read_item(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"values": read(items[int(batch["item"][0])])}
 
     numbers = ray.data.from_items(list(range(len(items))), override_num_blocks=len(items))
+    # The context of a dataset is a copy, so this changes no other dataset of the process.
+    numbers.context.enable_progress_bars = False
+    numbers.context.execution_options.preserve_order = True
     # The tasks reserve no CPU, because the workers may hold all of them.
     windows = numbers.map_batches(
         read_item, batch_size=None, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)

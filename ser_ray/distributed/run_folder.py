@@ -29,7 +29,7 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
-from ser_ray.training.card import CheckpointCard, name_difference
+from ser_ray.training.card import CheckpointCard, first_difference
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -37,7 +37,7 @@ from ser_ray.training.checkpoint import (
     STATE,
     VALIDATION,
     checkpoint_name,
-    keep_encoder,
+    copy_encoder,
     learning_rates_by_epoch,
     read_card,
     read_progress,
@@ -169,7 +169,7 @@ class RunFolder:
             MismatchError: names what differs.
         """
         identity = json.loads(json.dumps(identity))
-        difference = name_difference(self.record().get("identity", identity), identity)
+        difference = first_difference(self.record().get("identity", identity), identity)
         if difference:
             raise MismatchError(
                 f"{self.location}: in the earlier run of this name {difference}; give another "
@@ -249,7 +249,7 @@ class RunFolder:
             )
         (into / RECORD).write_text(json.dumps(origin))
         if encoder:
-            keep_encoder(into)
+            copy_encoder(into)
         target = f"{self.path}/{SELECTED}"
         self.filesystem.create_dir(target, recursive=True)
         fs.copy_files(str(into), target, destination_filesystem=self.filesystem, use_threads=False)

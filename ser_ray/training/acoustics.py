@@ -59,7 +59,7 @@ CORNER_HERTZ = 50.0
 
 
 class Conditions(NamedTuple):
-    """What is done to each clip of a batch; every tensor is [batch]."""
+    """The acoustic conditions of each clip of a batch. Every tensor has the shape [batch]."""
 
     noise: Tensor
     """Mean square of the noise; 0 is none."""
@@ -81,7 +81,7 @@ class Acoustics:
     """Adds noise, an echo or a narrow channel to a share of the clips of a batch.
 
     Args:
-        config: the share of the clips for each of them.
+        config: the share of the clips that gets noise, an echo or a narrow channel.
         kind: kind of the features.
         features: defines the frames and the bins.
         normalisation: how the batches are normalised.
@@ -148,7 +148,8 @@ class Acoustics:
 
         Args:
             batch: normalised features [batch, 1, bins, frames].
-            valid: which frames are in a clip [batch, 1, 1, frames]. The others stay 0.
+            valid: mask of the frames that belong to a clip [batch, 1, 1, frames]. The other frames
+                stay 0.
             drawn: conditions of the clips.
 
         Returns:

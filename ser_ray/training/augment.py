@@ -19,14 +19,13 @@ from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Clips, Normalisation
 
 MIN_VARIANCE = 1e-5
-"""Added to each bin's variance over a clip's frames, in units of its variance over all training
-clips."""
+"""MixStyle adds this to the variance of each normalised bin over the frames of a clip."""
 
 
 class Augment:
     """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
-    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order. The layers of
-    an encoder get mixup alone.
+    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order. The features
+    of an encoder get only mixup.
 
     Args:
         recipe: the recipe, with the strength of each augmentation and the feature kind.
@@ -101,7 +100,7 @@ class Augment:
 
 
 def mixup_alone(config: AugmentConfig) -> AugmentConfig:
-    """Switch everything off that changes pictures of sound; an encoder's layers are none."""
+    """Switch off every augmentation but mixup: the others need features with a time axis."""
     return replace(
         config, noise=0, echo=0, band_limit=0, mix_style=0, gain_db=0, time_masks=0, freq_masks=0
     )
@@ -116,19 +115,21 @@ def _mix(values: Tensor, weight: float) -> Tensor:
 
 
 def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
-    """Mix each bin's mean and spread over time with those of another clip, for a share of clips.
+    """Mix each bin's mean and deviation over time with those of another clip, for a share of clips.
 
-    Only the `valid` frames [batch, 1, 1, frames] of the batch [batch, 1, bins, frames] are used.
-    The others stay 0.
+    Args:
+        batch: normalised features [batch, 1, bins, frames].
+        valid: mask of the frames that belong to a clip [batch, 1, 1, frames]. Other frames stay 0.
+        share: probability that a clip is changed.
     """
     frames = valid.sum(dim=3, keepdim=True).clamp(min=1)
     mean = batch.sum(dim=3, keepdim=True) / frames
-    apart = (batch - mean) * valid
-    spread = (apart.square().sum(dim=3, keepdim=True) / frames + MIN_VARIANCE).sqrt()
+    centred = (batch - mean) * valid
+    std = (centred.square().sum(dim=3, keepdim=True) / frames + MIN_VARIANCE).sqrt()
     drawn, weight = torch.rand(2, len(batch), 1, 1, 1, device=batch.device)
     weight = torch.where(drawn < share, weight, 1.0)
-    mean, new = (weight * own + (1 - weight) * own.flip(0) for own in (mean, spread))
-    return (apart / spread * new + mean) * valid
+    mean, new_std = (weight * own + (1 - weight) * own.flip(0) for own in (mean, std))
+    return (centred / std * new_std + mean) * valid
 
 
 def gain_response(

@@ -1,23 +1,24 @@
 """Temperature scaling: one number that makes a model's probabilities agree with its accuracy.
 
-A network may be surer, or less sure, than it is right. Its clip probabilities p become
-p^(1/T) / sum(p^(1/T)), with the temperature T of the smallest negative log-likelihood on the
-validation clips (Guo et al. 2017, section 4.2). For a clip of one window this divides the logits by
-T. The order of the probabilities, and so every accuracy, stays the same.
+A network may be overconfident or underconfident. Its probabilities p for a clip become
+p^(1/T) / sum(p^(1/T)). The temperature T minimises the negative log-likelihood of the validation
+clips (Guo et al. 2017, section 4.2). For a clip of one window, this divides the logits by T. The
+order of the probabilities does not change, and neither does any accuracy.
 """
 
 import numpy as np
 
 LARGEST = 4.0
-"""T is from 1 / LARGEST to LARGEST: a few validation clips that are all right would ask for 0."""
+"""T is limited to the range from 1 / LARGEST to LARGEST. Without a limit, T goes to 0 if all
+validation clips are classified correctly."""
 SMALLEST_PROBABILITY = 1e-30
 BISECTIONS = 40
 
 
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Scale probabilities [clips, labels], rows summing to 1; a temperature of 1 changes nothing.
+    """Scale probabilities [clips, labels], rows summing to 1. A temperature of 1 changes nothing.
 
-    The reciprocal of a temperature undoes it.
+    Scaling again by 1 / temperature restores the original probabilities.
     """
     if temperature == 1:
         return probabilities
@@ -25,9 +26,9 @@ def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarr
 
 
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """Find the temperature of the smallest negative log-likelihood; 1 if there are no clips.
+    """Find the temperature with the smallest negative log-likelihood; 1 if there are no clips.
 
-    The likelihood's slope rises with 1 / T, so bisection finds where it is 0.
+    The slope of this loss over 1 / T rises with 1 / T, so bisection finds where the slope is 0.
 
     Args:
         truth: label indices [clips].

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointCard:
-    """Describes the weights beside it: all that a reader needs in order to use them."""
+    """Describes the weights in the same folder: everything that is needed to use them."""
 
     labels: tuple[str, ...]
     """Label of every output."""
@@ -44,20 +44,20 @@ class CheckpointCard:
     initial_weights: str
     """Origin of the weights that training started from."""
     corpora: tuple[CorpusPart, ...] = ()
-    """What was read of each corpus, if there were several or if labels were mapped."""
+    """The clips and labels of each corpus, if there are several or if labels were mapped."""
     ingest: Literal["resident", "stream"] = "resident"
-    """How the training clips were read. It decides their order."""
+    """How the training clips were read. The order of the clips depends on it."""
     encoder: EncoderCard | None = None
-    """The encoder whose layers are the features; None for a picture of sound."""
+    """The encoder whose layers are the features; None for spectrogram, mel and mfcc."""
     encoder_file: str = ""
-    """Where its weights are, unless a copy is beside the card."""
+    """Where the encoder's weights were during the training."""
     temperature: float = 1.0
     """Scales the probabilities (`ser_ray.training.calibration`); fitted on the validation clips."""
 
     def __post_init__(self) -> None:
         require_valid(self)
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise ConfigError(f"labels is {self.labels}: two or more different ones are needed")
+            raise ConfigError(f"labels is {self.labels}: it must be two or more different labels")
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}: it must be above 0")
 
@@ -88,11 +88,11 @@ class CheckpointCard:
 
     @classmethod
     def from_json(cls, text: str) -> "CheckpointCard":
-        """Read what `to_json` wrote.
+        """Parse the text that `to_json` returned.
 
         Raises:
             CheckpointError: the card has another schema version.
-            ValueError, KeyError, TypeError, ConfigError: it is not a card.
+            ValueError, KeyError, TypeError, ConfigError: the text is not a card.
         """
         values = read_object(text)
         version = values.pop("schema_version", None)
@@ -107,12 +107,12 @@ class CheckpointCard:
         features = FeatureConfig(**values.pop("features"))
         encoder = EncoderCard.from_dict(own) if (own := values.pop("encoder")) else None
         if (encoder.name if encoder else "") != ("" if config.feature in KINDS else config.feature):
-            raise ValueError("its encoder is not that of its feature")
+            raise ValueError(f"the encoder does not match the feature {config.feature}")
         num_bins = encoder.num_values if encoder else features.num_bins(config.feature)
         if not mean.shape == std.shape == (num_bins,):
-            raise ValueError("its normalisation does not have a number for every bin")
+            raise ValueError(f"the normalisation is not for features of {num_bins} bins")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise ValueError("its normalisation has numbers that cannot be divided by")
+            raise ValueError("the normalisation must be finite, with deviations above 0")
         return cls(
             labels=tuple(values.pop("labels")),
             corpora=tuple(CorpusPart(**part) for part in values.pop("corpora", ())),
@@ -138,7 +138,7 @@ class CheckpointCard:
             {key: values[key] for key in keys}
             for values in (json.loads(card.to_json()) for card in (self, other))
         )
-        if difference := name_difference(theirs, ours):
+        if difference := first_difference(theirs, ours):
             raise MismatchError(
                 f"{where}: its {difference}; give the run another --name to start afresh, or use "
                 "the settings it was trained with"
@@ -152,7 +152,7 @@ def make_card(
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """Make the card, which but for its temperature all checkpoints of this training share."""
+    """Make the card of a training. Its checkpoints differ from it only in their temperature."""
     return CheckpointCard(
         labels=data.labels,
         config=config,
@@ -169,8 +169,8 @@ def make_card(
     )
 
 
-def name_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Describe the first entry in which two JSON mappings differ; empty if none does."""
+def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Describe the first entry in which two JSON mappings differ; empty if they are equal."""
     for key in ours:
         if theirs.get(key) != ours[key]:
             return f"{key} is {_describe_difference(theirs.get(key), ours[key])}"

@@ -1,14 +1,13 @@
 """Checkpoints: directories that describe themselves.
 
-    model.safetensors           the network's weights (the averaged ones where averaging is on)
+    model.safetensors           the network's weights, or their moving average if it is used
     card.json                   recipe, labels, normalisation, protocol and fold, shard set
     training_state.safetensors  the other tensors that a resume needs, mostly the optimiser's
-    progress.json               the `Progress` of the training, the other values that a resume
-                                needs, and the sizes of the files above
+    progress.json               the `Progress` of the training, and the sizes of the files above
 
 `progress.json` is written last: a checkpoint is complete if its files have the sizes given there.
-An incomplete checkpoint is not used, and one of another training is refused with the first
-difference named.
+Incomplete checkpoints are ignored. To resume from a checkpoint of another training is an error that
+names the first difference.
 """
 
 import json
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
 ENCODER = "encoder.safetensors"
-"""The weights of the encoder, in the selected checkpoint of a model that has one."""
+"""The encoder's weights. Only the selected checkpoint of a model with an encoder has this file."""
 SELECTED = "selected"
 """Folder of the selected checkpoint in the folder of a finished run."""
 VALIDATION = "validation_probabilities"
@@ -48,12 +47,12 @@ VALIDATION = "validation_probabilities"
 
 @dataclass(slots=True)
 class Progress:
-    """How far a training is, and its results so far. Every checkpoint holds it."""
+    """Progress of a training and its results so far. Every checkpoint holds it."""
 
     epoch: int = 0
     """Completed epochs."""
     step: int = 0
-    """Completed steps of the epoch after those."""
+    """Completed steps of the next epoch."""
     learning_rates: list[float] = field(default_factory=list)
     """Learning rate of every completed step."""
     selected: dict[str, float] = field(default_factory=dict)
@@ -70,29 +69,29 @@ class Progress:
         """Select the fields from the values of a progress file.
 
         Raises:
-            ValueError, KeyError, ConfigError: the values are not those of a training.
+            ValueError, KeyError, ConfigError: values are missing or inconsistent.
         """
         progress = cls(**{item.name: values[item.name] for item in fields(cls)})
         require_valid(progress)
         steps, epochs = len(progress.learning_rates), len(progress.history)
         if not 0 <= progress.step <= steps or (epochs == 0) != (steps == progress.step):
-            raise ValueError("its steps are not those of its epochs")
+            raise ValueError("the number of steps does not match the number of epochs")
         if not progress.epoch == epochs == len(progress.times_ms):
-            raise ValueError("its epochs are not those of its history")
+            raise ValueError("the number of epochs does not match the history")
         if any("epoch" not in row for row in (*progress.history, progress.selected) if row):
-            raise ValueError("a row of its history does not name its epoch")
+            raise ValueError("a row of the history has no epoch")
         return progress
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A copy of a training's state between two steps. Training on does not change it.
+    """A copy of a training's state between two steps. Further training does not change it.
 
     Args:
         card: describes the weights.
         weights: the network's weights, each contiguous.
         state: the other tensors that a resume needs, each contiguous.
-        progress: the fields of `Progress` and the other values that a resume needs, as JSON types.
+        progress: the fields of `Progress`, as JSON types.
     """
 
     card: CheckpointCard
@@ -110,8 +109,8 @@ class Snapshot:
         card = read_card(directory)
         if not (directory / STATE).exists():
             raise CheckpointError(
-                f"{directory}: it has no {STATE}, so another version of ser-ray wrote it: resume "
-                "with that version, or give another --name to start afresh"
+                f"{directory}: this checkpoint has no {STATE}, so another version of ser-ray wrote "
+                "it: resume with that version, or give another --name to start afresh"
             )
         try:
             weights, state = (load_file(directory / name) for name in (MODEL, STATE))
@@ -120,8 +119,8 @@ class Snapshot:
             return cls(card, weights, state, progress)
         except (OSError, SafetensorError, ValueError, KeyError, ConfigError) as error:
             raise CheckpointError(
-                f"{directory}: the training's state cannot be loaded from it ({error}); delete "
-                "this folder and run the same command again to resume from the checkpoint before"
+                f"{directory}: the training's state cannot be loaded ({error}); delete this folder "
+                "and run the same command again to resume from the previous checkpoint"
             ) from error
 
     @property
@@ -131,7 +130,7 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write a checkpoint into an existing directory."""
-        # safetensors, because torch.save holds the GIL for long and would delay training on a GPU.
+        # torch.save holds the GIL for long, which delays training on a GPU. safetensors does not.
         save_file(self.weights, directory / MODEL)
         save_file(self.state, directory / STATE)
         (directory / CARD).write_text(self.card.to_json())
@@ -139,7 +138,7 @@ class Snapshot:
         (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
 
     def store(self, filesystem: fs.FileSystem, path: str) -> None:
-        """Write a checkpoint to storage. An incomplete one at the same path is replaced."""
+        """Write a checkpoint to storage, in place of an incomplete one at the same path."""
         if filesystem.get_file_info(path).type != fs.FileType.NotFound:
             filesystem.delete_dir(path)
         filesystem.create_dir(path, recursive=True)
@@ -171,13 +170,15 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, ConfigError):
-        return None  # it is being written, or damaged
+        return None  # the file is damaged, or is being written
     return progress if complete else None
 
 
 @contextmanager
 def local_checkpoint(location: str) -> Iterator[Path]:
-    """Yield a checkpoint as a local directory, downloaded until the block ends if necessary.
+    """Yield a checkpoint as a local directory.
+
+    A checkpoint in remote storage is downloaded, and the download is deleted at the end.
 
     Args:
         location: folder or URI of the checkpoint, or of a finished run.
@@ -247,13 +248,13 @@ def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
 
 
 def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
-    """Read the encoder of a model, in evaluation mode, on the CPU; None if it has none.
+    """Read the encoder of a model, in evaluation mode, on the CPU; None if the model has none.
 
-    Its weights are in the checkpoint's directory, or where they were when it was trained, or, for a
-    bundle of torchaudio, they are downloaded.
+    The weights come from the checkpoint's directory, or from where they were during the training.
+    If they are in neither place, those of a bundle of torchaudio are downloaded.
 
     Raises:
-        EncoderError: they are in none of these places, or are not those of the training.
+        EncoderError: no weights were found, or not those of the training.
     """
     if card.encoder is None:
         return None
@@ -275,18 +276,18 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
                 ) from None
     if found.card.weights != card.encoder.weights:
         raise EncoderError(
-            f"{directory}: the weights that were found of {name} have the hash "
-            f"{found.card.weights[:16]}, and the model was trained on "
-            f"{card.encoder.weights[:16]}: put those into it as {ENCODER}"
+            f"{directory}: the weights found for {name} have the hash {found.card.weights[:16]}, "
+            f"but the model was trained with {card.encoder.weights[:16]}: put the weights of the "
+            f"training into this folder as {ENCODER}"
         )
     return found.build()
 
 
-def keep_encoder(directory: Path) -> None:
-    """Copy the weights of a model's encoder, if it has one, into the checkpoint's directory.
+def copy_encoder(directory: Path) -> None:
+    """Copy the encoder's weights into the directory of a checkpoint, if its model has an encoder.
 
     Raises:
-        CheckpointError: they are no longer where they were at its training.
+        CheckpointError: the weights are no longer where they were during the training.
     """
     card = read_card(directory)
     if card.encoder is None or (directory / ENCODER).exists():
@@ -299,7 +300,7 @@ def keep_encoder(directory: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{card.encoder_file}: the encoder's weights cannot be copied into the checkpoint "
-            f"({error}); put them there again, then give the same command again"
+            f"({error}); restore this file, then give the same command again"
         ) from error
 
 

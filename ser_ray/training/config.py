@@ -10,7 +10,7 @@ from ser_ray.errors import ConfigError
 from ser_ray.features.config import KINDS, require_valid
 
 Keep = Literal["last", "best"]
-"""Which epoch a training selects, to keep its weights."""
+"""Which epoch is selected: its weights become the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class AugmentConfig:
         default=True,
         metadata={"off": "Centre the crop of a longer clip, and a shorter clip in its crop."},
     )
-    """Choose the crop of a longer clip, and the place of a shorter clip in the crop, at random. If
+    """Cut a longer clip at a random frame, and place a shorter clip at random in the crop. If
     false, both are centred."""
     noise: float = 0.5
     """Share of the clips that get noise between white and brown, -80 to -30 dB of full scale; 0 is
@@ -30,23 +30,23 @@ class AugmentConfig:
     """Share of the clips that get the echo of a room, with a reverberation time of 0.1 to 0.8 s; 0
     is off."""
     band_limit: float = 0.5
-    """Share of the clips that pass a narrow channel, such as a telephone: a low pass at 2.5 to
-    7 kHz, for half of them also a high pass at 50 to 400 Hz; 0 is off."""
+    """Share of the clips that pass a narrow channel, such as a telephone: a low-pass filter at 2.5
+    to 7 kHz and, for half of these clips, a high-pass filter at 50 to 400 Hz; 0 is off."""
     mix_style: float = 0.5
     """MixStyle (Zhou 2021): share of the clips whose mean and standard deviation over time in every
-    bin are mixed with those of another clip, in a proportion drawn uniformly. These tell voices
-    apart more than emotions. Has no effect with the protocol random, which tests known voices; 0 is
-    off."""
+    bin are mixed with those of another clip, in a proportion drawn uniformly. These statistics
+    depend more on the speaker than on the emotion. MixStyle has no effect with the protocol random,
+    which tests known speakers; 0 is off."""
     gain_db: float = 6.0
     """Change the level of each clip by up to ± this many dB, drawn uniformly; 0 is off."""
     time_masks: int = 2
     """SpecAugment: number of masks in time for each clip; 0 is off."""
     time_mask_frames: int = 16
-    """SpecAugment: the longest mask in time, in frames."""
+    """SpecAugment: maximum length of a mask in time, in frames."""
     freq_masks: int = 2
     """SpecAugment: number of masks in frequency for each clip; 0 is off."""
     freq_mask_share: float = 0.15
-    """SpecAugment: the widest mask in frequency, as a share of the bins."""
+    """SpecAugment: maximum width of a mask in frequency, as a share of the bins."""
     mixup: float = 0.2
     """Mixup (Zhang 2018): both parameters of the Beta distribution; 0 is off."""
 
@@ -75,9 +75,9 @@ class TrainConfig:
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
-    """Number of speakers held out from training for validation, in every protocol but random. If 0,
-    a twelfth of the corpus's speakers, at least two and at most a third of those that are not
-    tested."""
+    """Number of speakers held out from training for validation, in every protocol but random. 0
+    means a twelfth of the corpus's speakers, but at least two and at most a third of the speakers
+    that are not tested."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Channel of the validation and test clips."""
     train_channel: Literal["speech", "song", "all"] = "all"
@@ -99,16 +99,17 @@ class TrainConfig:
     label_smoothing: float = 0.1
     """Share of the target spread over all labels; 0 is off."""
     label_map: str = ""
-    """Which labels are one: usual (anger, angry, ang, ...), common (usual, without the labels that
-    not all corpora have), or a CSV file with the columns corpus,label,as. By default labels stay as
-    they are where all corpora have the same, else usual."""
+    """How the labels of corpora are merged: usual (anger, angry, ang, ... become one label), common
+    (as usual, and labels that some corpora lack are left out), or a CSV file with the columns
+    corpus,label,as. By default, labels are merged as usual, unless all corpora have the same
+    labels."""
     balanced: bool = False
     """Draw training clips with replacement, so that every label is equally likely."""
     corpus_balance: float = 0.0
     """With several corpora, from 0 (every clip once in an epoch) to 1 (clips are drawn with
     replacement, so that every corpus is equally likely)."""
     ema_decay: float = 0.0
-    """Exponential moving average of the weights: its decay per step. The averaged weights are
+    """Decay per step of an exponential moving average of the weights. The averaged weights are
     validated and kept; 0 is off."""
     keep: Keep = "last"
     """Epoch whose weights are kept: the last, or the best on validation. With few validation
@@ -120,15 +121,15 @@ class TrainConfig:
     """Length of a training crop in frames. A longer clip is scored by windows of this length."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, a file of ResNet18 weights, or a model of this program (its
-    folder, run or registered name), whose last layer starts afresh if its labels are others. The
-    head on an encoder always starts from fresh weights."""
+    folder, run or registered name). If the labels of that model differ, the last layer gets fresh
+    weights. The head on an encoder always starts from fresh weights."""
     head_units: int = 0
     """With an encoder: units of a hidden layer before the last one; 0 is a linear head."""
     allow_seen_labels: bool = False
-    """Train on an encoder that has seen the labels of this corpus, whose scores on new speakers
-    are then too good."""
+    """Allow an encoder that was trained with labels of this corpus. The scores on new speakers are
+    then too good."""
     temperature: float = 1.0
-    """Scales the probabilities of a model of the protocol all, which has no validation clips to fit
+    """Temperature of the probabilities with the protocol all, which has no validation clips to fit
     it on. `--like` with the run of a cross-validation sets it to the mean of the folds."""
     seed: int = 0
     """Seed of the initial weights, the order of the clips and the augmentation."""
@@ -163,8 +164,8 @@ class TrainConfig:
             )
         if self.protocol == "all" and self.keep == "best":
             raise ConfigError(
-                "keep is best: the protocol all has no validation clips that could tell which "
-                "epoch is best; keep the last"
+                "keep is best: the protocol all has no validation clips to find the best epoch; "
+                "give --keep last"
             )
         if not 0 < self.pct_start < 1:
             raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")
@@ -173,7 +174,7 @@ class TrainConfig:
 
     @property
     def window_frames(self) -> int:
-        """Length of the network's input in frames; what an encoder makes of a clip is one frame."""
+        """Length of the network's input in frames; the features of an encoder have one frame."""
         return self.crop_frames if self.feature in KINDS else 1
 
     @property
@@ -188,7 +189,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Convert from such a mapping. A missing setting has its default.
+        """Build a recipe from a mapping like that of `to_dict`. Missing settings are the defaults.
 
         Raises:
             ConfigError: a setting is unknown; the message lists the known ones.

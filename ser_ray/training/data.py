@@ -6,8 +6,8 @@ copies from the host.
 
 Clips that do not fit into memory come from `training.streaming` instead. Both are a `Source`.
 
-Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames. What
-an encoder makes of a clip is one frame, whose bins are the values of all its layers.
+Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames. The
+features of an encoder have one frame per clip, and its bins are the values of all layers.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.world import World
 
 MIN_STD = 1e-3
-"""Smallest standard deviation to divide by, in dB: bins that hardly vary are not amplified."""
+"""Smallest standard deviation to divide by, in dB, so that nearly constant bins are not amplified.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Normalisation:
 
     @classmethod
     def from_sums(cls, sums: np.ndarray, num_frames: int) -> "Normalisation":
-        """Compute it from the `frame_sums` over `num_frames` frames [2, bins]."""
+        """Compute mean and deviation from `frame_sums` [2, bins] over `num_frames` frames."""
         mean, squares = sums / max(num_frames, 1)
         std = np.sqrt(np.maximum(squares - mean**2, 0.0))
         return cls(mean, np.maximum(std, MIN_STD))
@@ -86,9 +87,9 @@ class Clips:
         features: [clips, frames, bins] float16, normalised, 0 beyond a clip's valid frames.
         num_frames: valid frames [clips].
         labels: label indices [clips].
-        owners: where windows of long clips are scored together: the number of the clip that each
-            window is of [clips], ascending from 0; None if each row is scored by itself.
-        weights: of the draws of an epoch (`draw_weights`).
+        owners: if rows are windows of long clips, the index of each row's clip [clips], ascending
+            from 0. All rows of a clip are scored together. If None, each row is a clip.
+        weights: how often each clip is drawn (`sampling_weights`).
     """
 
     features: Tensor
@@ -217,7 +218,7 @@ def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> Fo
     raw = inputs_of(shards, config.feature, parts.train)
     normalisation = Normalisation.of(raw, num_frames[parts.train])
     train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
-    train = replace(train, weights=draw_weights(table.take(parts.train), config))
+    train = replace(train, weights=sampling_weights(table.take(parts.train), config))
     validation = load_clips(shards, config.feature, table, parts.validation, normalisation, device)
     return FoldData(train, validation, parts, shards.card.labels, normalisation)
 
@@ -230,7 +231,7 @@ def frames_of(shards: ShardSet, kind: str, clips: pa.Table) -> np.ndarray:
 
 
 def inputs_of(shards: ShardSet, kind: str, rows: np.ndarray) -> np.ndarray:
-    """Read clips as pictures, [rows, bins, frames] float16; those of an encoder have one frame."""
+    """Read features [rows, bins, frames] float16; those of an encoder have one frame."""
     features = shards.features(kind, rows)
     if shards.card.encoder_of(kind) is not None:
         return features.reshape(len(rows), shards.card.num_bins(kind), 1)
@@ -246,14 +247,14 @@ def load_clips(
     device: torch.device,
     labels: tuple[str, ...] = (),
 ) -> Clips:
-    """Read clips to score into the device's memory, with all windows of long ones.
+    """Read the clips to be scored, with all windows of long clips, into the device's memory.
 
     Args:
         shards: the shard set.
-        kind: which feature.
+        kind: kind of the features.
         table: `shards.clips()`.
         rows: row of the first window of every clip [scored].
-        normalisation: that of the network.
+        normalisation: the normalisation that the network was trained with.
         device: where the clips are scored.
         labels: the network's labels; those of the shards if empty.
     """
@@ -279,15 +280,15 @@ def seed_of(*parts: int) -> int:
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Number of full batches in an epoch; at least 1, for a set smaller than a batch."""
+    """Number of full batches in an epoch; 1 if there are fewer rows than a batch has."""
     return max(num_rows // batch_size, 1)
 
 
-def draw_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
-    """How often the training clips are drawn in an epoch, in proportion, float64 [clips].
+def sampling_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
+    """Compute how often each training clip is drawn, relative to the others, float64 [clips].
 
     Returns:
-        None if every clip is drawn once, because the recipe balances nothing.
+        None if the recipe balances nothing: every clip is drawn once in an epoch.
     """
     powers = {"emotion": float(config.balanced), "corpus": config.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}
@@ -301,8 +302,7 @@ def draw_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
 def epoch_order(seed: int, epoch: int, num_rows: int, weights: Tensor | None = None) -> Tensor:
     """Order of the training rows in an epoch, int64 [rows], equal on every worker.
 
-    It is a permutation. If there are weights, rows are drawn in proportion to them instead, with
-    replacement.
+    Without weights, the order is a permutation. With weights, rows are drawn with replacement.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     if weights is None:

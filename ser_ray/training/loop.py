@@ -37,8 +37,8 @@ MakeSnapshot = Callable[[], Snapshot]
 """Copies the current state of the training, for a checkpoint. A `Report` may call it only
 before returning."""
 Report = Callable[[EpochReport | None, MakeSnapshot], None]
-"""Called on every worker after every epoch. It is also called in mid-epoch, with None instead of an
-`EpochReport`, when `preemption_check` has returned True."""
+"""Called on every worker after every epoch, with the epoch's results. When `preemption_check` has
+returned True, it is also called in mid-epoch, with None instead of results."""
 
 
 def fit(
@@ -64,8 +64,8 @@ def fit(
         preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
             the same value on all workers. If it is True, `report` is called in mid-epoch, so that
             it can write a checkpoint.
-        stream: function that reads the training clips again in every epoch. The built-in `map` is
-            one, which reads them in this process. If None, all clips stay in memory.
+        stream: reads the training clips again in every epoch, as `map` does. If None, all clips
+            stay in memory.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.

@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith 2015, arXiv 1506.01186), with the training loop's own step.
+"""The learning-rate range test (Smith 2015, arXiv 1506.01186), with the steps of a training.
 
 The learning rate rises a little with every step, from far too small to far too large. OneCycle's
 lower bound is where the loss begins to fall, and its upper bound is where the loss stops falling.
@@ -21,12 +21,12 @@ from ser_ray.training.world import World
 
 SMOOTHING_STEPS = 8.0
 """Standard deviation, in steps, of the Gaussian window that smooths the loss."""
-DIVERGED = 2.0
-"""The test ends when the smoothed loss is more than this many times the loss of the first step."""
+DIVERGED = 4.0
+"""The test ends when the smoothed loss is more than this many times its minimum, as in fastai."""
 LEAST_FALL = 0.02
 """A loss that falls by less than this share of its highest value counts as not fallen."""
 BEGINS, ENDS = 0.1, 0.9
-"""The proposed range begins and ends where the loss has done these shares of its fall."""
+"""The proposed bounds are where the loss has gone through these shares of its fall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class LrRange:
     Args:
         learning_rates: learning rate of every step.
         losses: training loss of every step, as measured.
-        smooth: the losses averaged over neighbouring steps.
+        smooth: moving average of the losses, of every step.
         lr_min, lr_max: the proposed bounds.
     """
 
@@ -61,13 +61,14 @@ def range_steps(
         test: the range of learning rates.
 
     Yields:
-        The learning rate and the training loss of every step; the loss is finite.
+        The learning rate and the training loss of every step. A loss that is not finite ends the
+        test and is not yielded.
     """
     data = load_fold(shards, config, device)
     encoder = shards.card.encoder_of(config.feature)
     network = build_network(config, pretrained, len(data.labels), device, encoder)
     optimiser = build_optimiser(network, config)
-    # The schedule is not stepped, but it sets the momentum with which a training starts.
+    # The schedule is not stepped, but it sets the optimiser's momentum as in a training.
     schedule = one_cycle(optimiser, config, test.steps)
     trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, World())
     learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
@@ -81,8 +82,14 @@ def range_steps(
         if not np.isfinite(losses[-1]):
             return
         yield float(rate), losses[-1]
-        if _smooth(losses)[-1] > DIVERGED * losses[0]:
+        if has_diverged(losses):
             return
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the smoothed loss of the last step is far above the minimum so far."""
+    smooth = _smooth(losses)
+    return bool(smooth[-1] > DIVERGED * smooth.min())
 
 
 def propose(

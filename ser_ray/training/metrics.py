@@ -1,7 +1,6 @@
-"""Confusion counts to scores, and an epoch's scores to the selected epoch.
+"""Computes scores from confusion matrices, and selects an epoch by its scores.
 
-Accuracies are functions of one confusion matrix. Summed over workers, its counts are exactly those
-of one worker, and so are the accuracies.
+Workers add up their confusion matrices, so the accuracies do not depend on the number of workers.
 
 Terms as in the field: WA, weighted accuracy, is plain accuracy; UA, unweighted accuracy (also UAR),
 is the mean recall over the labels that occur; macro F1 is the mean F1 over the labels that occur or
@@ -64,7 +63,7 @@ class Scores:
         return f1_of(self.confusion)
 
     def to_dict(self) -> dict[str, float]:
-        """The scalar scores, by the names they are logged under."""
+        """Return the scalar scores by the names under which they are logged."""
         return {"loss": self.loss, "wa": self.wa, "ua": self.ua, "f1": self.macro_f1}
 
 
@@ -92,7 +91,8 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     return Scores(count_confusion(truth, predicted, num_labels), loss)
 
 
-# Of one confusion matrix, or of each of many: counts [..., labels, labels], row = true label.
+# These functions score one confusion matrix, or many at once: counts [..., labels, labels], where a
+# row is a true label and a column a predicted one.
 
 
 def recall_of(confusion: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
 
 
 def selected_metrics(row: Mapping[str, float]) -> dict[str, float]:
-    """Number and validation metrics of the selected epoch, by the names they are logged under."""
+    """Return the epoch and validation metrics of the selected row, named as they are logged."""
     return {
         f"selected/{name.removeprefix('val/')}": value
         for name, value in row.items()

@@ -38,8 +38,9 @@ WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 """Prefixes that wrappers of a network put before the names of its weights."""
 LAYER_SCALE = 10.0
-"""Factor of the numbers behind the weights of layers: a step changes these ten times as much."""
+"""The logits of the layer weights are trained divided by this, so a step changes them more."""
 COUNTER = "num_batches_tracked"
+"""Name of a batch norm's counter of batches."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -77,8 +78,8 @@ class ResNet18(nn.Module):
 class EncoderHead(nn.Module):
     """Maps an encoder's layers [batch, 1, layers * dim, 1] to logits [batch, labels].
 
-    The layers are summed with weights that softmax makes of trained numbers, as in SUPERB (Yang
-    2021) and EmoBox (Ma 2024). One linear layer follows, or a hidden one before it.
+    The head sums the layers with trained weights that pass a softmax, as in SUPERB (Yang 2021) and
+    EmoBox (Ma 2024). Then come a hidden layer, if `num_units` is above 0, and a linear layer.
     """
 
     def __init__(self, num_layers: int, dim: int, num_labels: int, num_units: int = 0) -> None:
@@ -128,7 +129,7 @@ class BasicBlock(nn.Module):
 
 
 def _draw_weights(convolution: nn.Conv2d) -> None:
-    # On the meta device there is nothing to draw, but torch would import sympy: seconds.
+    # On the meta device there is nothing to draw, but torch would import sympy for seconds.
     if not convolution.weight.is_meta:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
@@ -215,23 +216,25 @@ def build_network(
 
 
 def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
-    """Read the weights that a training on these shards starts from, which have its feature.
+    """Read the initial weights of a training on these shards.
 
     Raises:
-        ConfigError: the shards do not have the feature, or it is of an encoder that has seen the
-            labels of the corpus.
+        ConfigError: the shards lack the feature, or its encoder was trained with labels of the
+            corpus.
         CheckpointError: the weights cannot be read.
     """
     encoder = shards.encoder_of(config.feature)
     if encoder is None:
         return read_pretrained(config.weights, len(shards.labels))
-    is_new = config.protocol not in ("random", ALL)
-    is_seen = shards.corpus in encoder.labelled or (shards.corpus == "several" and encoder.labelled)
-    if is_new and is_seen and not config.allow_seen_labels:
+    tests_new_speakers = config.protocol not in ("random", ALL)
+    has_seen = shards.corpus in encoder.labelled or (
+        shards.corpus == "several" and encoder.labelled
+    )
+    if tests_new_speakers and has_seen and not config.allow_seen_labels:
         raise ConfigError(
             f"feature is {encoder.name}: this encoder was trained with labels of "
-            f"{CORPORA[shards.corpus]}, so scores by {config.protocol} would not be those of new "
-            "speakers; choose another one, or give --allow-seen-labels"
+            f"{CORPORA[shards.corpus]}, so the speakers that {config.protocol} tests are not new "
+            "to it; choose another encoder, or give --allow-seen-labels"
         )
     return FRESH
 

@@ -1,4 +1,4 @@
-"""The optimiser and what is built around it: AdamW, OneCycle and the moving average."""
+"""The optimiser AdamW, the OneCycle schedule, and the moving average of the weights."""
 
 from collections import defaultdict
 
@@ -12,7 +12,7 @@ from ser_ray.training.config import TrainConfig
 
 
 def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
-    """Build AdamW over all weights of a network. Its learning rate is set by `one_cycle`."""
+    """Build AdamW over all weights of a network. `one_cycle` sets its learning rate."""
     name_account()
     return AdamW(
         network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
@@ -29,10 +29,10 @@ def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimiser_tensors` named.
+    """Load the tensors that `optimiser_tensors` returned.
 
     Raises:
-        ValueError, KeyError, RuntimeError: these are not the moments of the optimiser's weights.
+        ValueError, KeyError, RuntimeError: the tensors do not fit the optimiser's weights.
     """
     weights = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -44,13 +44,13 @@ def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
         state[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
     names = {"step", "exp_avg", "exp_avg_sq"}
     if state.keys() != set(range(len(weights))) or any(v.keys() != names for v in state.values()):
-        raise ValueError("it lacks moments of the optimiser")
+        raise ValueError("the optimiser's moments are incomplete")
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
 def restore_schedule(schedule: OneCycleLR, num_steps: int) -> None:
-    """Set a new schedule, and its optimiser, to the state after this many of its steps."""
+    """Set a new schedule and its optimiser to their state after `num_steps` steps."""
     if num_steps:
         before = {"last_epoch": num_steps - 1, "_step_count": num_steps + 1}
         schedule.load_state_dict(schedule.state_dict() | before)

@@ -13,10 +13,10 @@ from ser_ray.training.config import TrainConfig
 
 
 def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
-    """Select the rows of `clips` that each part of the configured fold consists of.
+    """Select the rows of `clips` that belong to each part of the configured fold.
 
     Each part has one clip per take (the wav if there is one) of the configured channel, in the
-    order of the takes. The training part has all windows of long clips, the others only the first.
+    order of the takes. The training part has all windows of a long clip, the others only the first.
 
     Raises:
         ConfigError: a part of the fold is empty, or its training clips have one label only. With

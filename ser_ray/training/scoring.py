@@ -1,7 +1,8 @@
-"""Clips to probabilities: how validation, evaluation and prediction score a clip.
+"""Computes the probabilities of clips, for validation, evaluation and prediction.
 
-A clip is covered by crops as long as a training crop, and so is every window of a clip that was too
-long for one row of the shards. Its probabilities are the mean of the crops' probabilities.
+A clip is covered by crops as long as a training crop. A clip that was too long for one row of the
+shards has several rows, and each row is covered in this way. The probabilities of a clip are the
+mean of the probabilities of its crops.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips
 
 MIN_BATCH_SIZE = 32
-"""Smallest batch of windows, also if the recipe's batches are smaller."""
+"""Smallest batch of windows, even if the recipe's batches are smaller."""
 
 
 @torch.inference_mode()
@@ -29,7 +30,7 @@ def predict_clips(
 
     Args:
         network: [batch, 1, bins, frames] -> logits [batch, num_labels], on the clips' device.
-        clips: the clips, of which `rows` are scored.
+        clips: all clips.
         rows: numbers of the clips to score [scored]: rows of `clips`, or of their `owners`.
         config: the recipe, whose `window_frames` is the length of a crop.
         num_labels: number of the network's outputs.

@@ -4,16 +4,18 @@ As with resident clips, the clips of an epoch and its batches follow from (seed,
 number of workers. Steps, learning rates and resuming in mid-epoch are therefore the same. But the
 clips of a shard part are stored together and are best read together, so the parts are
 shuffled, and the clips within each part. This sequence is cut into *lanes*, as many as a batch has
-clips, and each step uses the next clip of every lane. The clips of a step come from all over the
-sequence. A worker owns every world-size-th lane, and reads only the parts that its lanes reach.
+clips, and each step uses the next clip of every lane. The clips of a step therefore come from all
+over the sequence. With N workers, a worker owns every N-th lane, and reads only the parts that its
+lanes reach.
 
 Streaming differs from resident clips in this:
 
 - Each lane reads one part after another, so batches are shuffled less than by a permutation.
-- A worker augments only its own clips, where with resident clips it augments the complete batch.
-  With several workers the augmentation, above all the pairs of MixStyle and mixup, therefore
-  depends on their number.
-- Every worker with a lane in a part reads that part, once for each window that reaches into it.
+- A worker augments only its own clips. With resident clips, it augments the complete batch. The
+  augmentation of streamed clips therefore depends on the number of workers, most of all the pairs
+  of MixStyle and mixup.
+- Several workers may read the same part, and each of them reads it once for each window that needs
+  it.
 - The validation clips are still resident.
 
 This module does not use Ray: a `Fetch` decides how clips are read ahead.
@@ -35,13 +37,13 @@ from ser_ray.training.data import (
     Clips,
     FoldData,
     Normalisation,
-    draw_weights,
     epoch_order,
     frame_sums,
     frames_of,
     inputs_of,
     label_indices,
     load_clips,
+    sampling_weights,
     seed_of,
     steps_per_epoch,
 )
@@ -71,7 +73,7 @@ def stream_order(
 
     Args:
         parts: shard part of each training clip [clips].
-        weights: of the draws (`ser_ray.training.data.draw_weights`).
+        weights: how often each clip is drawn (`ser_ray.training.data.sampling_weights`).
     """
     rng = np.random.default_rng(seed_of(seed, epoch))
     part_position = rng.permutation(int(parts.max()) + 1)
@@ -83,14 +85,14 @@ def stream_order(
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The clips of one worker's lanes. Other processes get copies of it, as of the reader."""
+    """The clips of one worker's lanes. Lanes and reader are copied to other processes."""
 
     config: TrainConfig
     world: World
     parts: np.ndarray
     """Shard part of each training clip [clips]."""
     weights: Tensor | None = None
-    """Of the draws (`ser_ray.training.data.draw_weights`)."""
+    """How often each clip is drawn (`ser_ray.training.data.sampling_weights`)."""
 
     @property
     def batch_size(self) -> int:
@@ -132,7 +134,7 @@ class Reader:
 
     @property
     def clips_at_once(self) -> int:
-        """Number of clips that WINDOW_BYTES hold; at least 1."""
+        """Number of clips that fit into WINDOW_BYTES; at least 1."""
         num_bins = self.shards.card.num_bins(self.kind)
         return max(WINDOW_BYTES // clip_bytes(num_bins, self.num_frames), 1)
 
@@ -159,7 +161,7 @@ class Stream:
         labels: label indices [clips], on the device that trains.
         normalisation: applied to the clips.
         fetch: maps the reader over the windows.
-        weights: of the draws of an epoch (`ser_ray.training.data.draw_weights`).
+        weights: how often each clip is drawn (`ser_ray.training.data.sampling_weights`).
     """
 
     reader: Reader
@@ -214,9 +216,8 @@ def stream_fold(
         device: where the batches and the validation clips are needed.
         world: the workers.
         fetch: maps the reader over the windows.
-        normalisation: that of the checkpoint to resume from. If None, the workers read all
-            training clips once and measure it.
-
+        normalisation: the normalisation in the checkpoint to resume from. If None, the workers
+            read all training clips once to measure it.
     """
     table = shards.clips()
     split = select_rows(table, config)
@@ -227,13 +228,13 @@ def stream_fold(
     validation = load_clips(shards, config.feature, table, split.validation, normalisation, device)
     part_of = np.repeat(np.arange(len(shards.card.clips)), shards.card.clips)
     train_labels = torch.from_numpy(labels[split.train]).to(device)
-    weights = draw_weights(table.take(split.train), config)
+    weights = sampling_weights(table.take(split.train), config)
     train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch, weights)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
 
 
 def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
-    """Memory that a fold's training and validation clips need if they are resident."""
+    """Bytes of memory that a fold's training and validation clips need if they are resident."""
     table = shards.clips()
     split = select_rows(table, config)
     num_frames = frames_of(shards, config.feature, table)
@@ -244,7 +245,7 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
 
 
 def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:
-    """Memory of one clip, padded to the longest of clips of `num_frames` frames [clips]."""
+    """Bytes of memory of a clip that is padded to the longest of `num_frames` [clips] frames."""
     return num_bins * int(num_frames.max(initial=1)) * np.dtype(np.float16).itemsize
 
 

@@ -91,14 +91,10 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or none of the last `patience` was the best so far."""
-        epoch, selected, patience = (
-            self.progress.epoch,
-            self.progress.selected,
-            self.config.patience,
-        )
-        stale = bool(selected) and epoch - selected["epoch"] >= patience > 0
-        return epoch >= self.config.epochs or stale
+        """Whether all epochs are done, or the last `patience` epochs were no better."""
+        epoch, selected = self.progress.epoch, self.progress.selected
+        is_stale = bool(selected) and epoch - selected["epoch"] >= self.config.patience > 0
+        return epoch >= self.config.epochs or is_stale
 
     @property
     def steps_taken(self) -> int:
@@ -141,13 +137,10 @@ class Trainer:
         return loss, num_correct
 
     def finish_steps(self) -> None:
-        """Sum the epoch's losses and counts over the workers, and check that they are finite.
-
-        The weights must be finite too.
+        """Sum the epoch's losses and counts over the workers.
 
         Raises:
-            DivergedError: the loss of a step of this epoch is not finite, or a weight at the end of
-                the epoch.
+            DivergedError: a loss of this epoch or a weight is not finite.
         """
         self.reduce_counts(on_all_workers=True)
         self._require_finite()
@@ -232,9 +225,8 @@ class Trainer:
         state |= _add_prefix(OPTIMISER, optimiser_tensors(self.optimiser))
         if self.ema_network is not None:
             state |= _add_prefix(NETWORK, self.network.state_dict())
-        # The tensors are copied here, not in the thread that writes them: for a copy there, torch
-        # would start a second pool of CPU threads. When there are more of these threads than CPUs,
-        # each of them sleeps at every barrier.
+        # If the thread that writes the tensors copied them, torch would start a second pool of CPU
+        # threads. With more threads than CPUs, each thread sleeps at every barrier.
         weights, state = (
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
             for part in (self.kept_network.state_dict(), state)
@@ -276,7 +268,7 @@ class Trainer:
 
     @property
     def kept_network(self) -> nn.Module:
-        """The network that is validated and kept: the averaged one where averaging is on."""
+        """The network that is validated and saved: the moving average if there is one."""
         return self.network if self.ema_network is None else self.ema_network
 
     def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

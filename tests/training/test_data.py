@@ -16,9 +16,9 @@ from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Clips,
     Normalisation,
-    draw_weights,
     epoch_order,
     load_fold,
+    sampling_weights,
     seed_of,
     steps_per_epoch,
 )
@@ -105,7 +105,7 @@ def test_an_epoch_draws_labels_and_corpora_as_often_as_the_recipe_says(settings,
     kinds = np.repeat(list(expected), [600, 300, 100])
     corpora, _, emotions = np.char.partition(kinds, " ").T
     table = pa.table([corpora, emotions], ["corpus", "emotion"])
-    weights = draw_weights(table, TrainConfig(**settings))
+    weights = sampling_weights(table, TrainConfig(**settings))
     drawn = [kinds[epoch_order(0, epoch, 1000, weights).numpy()] for epoch in range(40)]
     for kind, count in expected.items():
         mean = np.mean(np.stack(drawn) == kind) * 1000

@@ -6,7 +6,7 @@ import torch
 
 from ser_ray.errors import ConfigError, DivergedError
 from ser_ray.training.config import LrRangeConfig, TrainConfig
-from ser_ray.training.lr_range import propose, range_steps
+from ser_ray.training.lr_range import has_diverged, propose, range_steps
 from ser_ray.training.model import Pretrained
 from tests.conftest import PLAIN
 
@@ -48,6 +48,13 @@ def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(
     assert found.learning_rates[0] == pytest.approx(1e-6)
     assert TrainConfig(lr_min=found.lr_min, lr_max=found.lr_max)
     assert 1e-6 < found.lr_min < found.lr_max < found.learning_rates[-1]
+
+
+@pytest.mark.parametrize("first", [0.3, 2.0, 20.0])
+def test_one_unusual_loss_in_the_first_step_does_not_decide_when_the_test_ends(first):
+    falling = [first, *np.linspace(2.0, 0.5, 99)]
+    assert not any(has_diverged(falling[: step + 1]) for step in range(len(falling)))
+    assert has_diverged([*falling, *np.linspace(0.5, 9.0, 30)])
 
 
 @pytest.mark.parametrize("wrong", [{"lowest": 0.0}, {"lowest": 2.0}, {"steps": 3}])

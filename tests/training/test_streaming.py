@@ -208,10 +208,15 @@ def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
         logging_level="ERROR",
     )  # fmt: skip
     try:
+        context = ray.data.DataContext.get_current()
+        before = context.enable_progress_bars, context.execution_options.preserve_order
+        assert before == (True, False)
         pieces = list(
             ingest.fetch_by_ray(lambda item: np.full((2, 3), item, np.float16), [3, 1, 2])
         )
         np.testing.assert_array_equal(np.concatenate(pieces)[::2, 0], [3, 1, 2])
+        after = ray.data.DataContext.get_current()
+        assert (after.enable_progress_bars, after.execution_options.preserve_order) == before
         result = train(write_shard_files(tmp_path / "shards"), config, run, on_epoch=lambda _: None)
     finally:
         ray.shutdown()
