@@ -1,4 +1,4 @@
-"""The clips that a page shows, read again from the corpus if it is still reachable."""
+"""Reads the clips that a page shows from the corpus, if the corpus is still there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class ClipView:
     figure: Figure
     """Its waveform, without the silence at both ends, and its spectrogram."""
     mp3: bytes | None
-    """The same sound for the page's player, or None for a page without players."""
+    """The sound for the page's player; None for a page without players."""
 
 
 def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[ClipView]:
-    """Read some clips of an evaluation again, and leave out those that cannot be read any more.
+    """Read clips of an evaluation from the corpus. Clips that cannot be read are left out.
 
     Args:
-        rows: which rows of `evaluation.predictions` to read, by number.
+        rows: row numbers in `evaluation.predictions`.
         audio: whether to add the sound as MP3, for the page's player.
     """
     extract = FeatureExtractor(evaluation.card.features)

@@ -1,9 +1,9 @@
 """Scores a checkpoint on the clips of a shard set. Nothing is written.
 
-Only this module reads a test part; whatever is selected is selected on validation clips. By default
-it scores the test part of the fold that the checkpoint was trained on. It also scores a fold of
-another protocol, or other shards, but refuses speakers that the checkpoint was trained on. If the
-user allows such speakers, every score names them.
+Only this module reads a test part. Epochs, trials and folds are selected on validation clips. By
+default, the test part of the checkpoint's own fold is scored. A fold of another protocol, or other
+shards, can be scored too, but not speakers that the checkpoint was trained on. If the user allows
+these speakers, every score names them.
 """
 
 import json
@@ -49,12 +49,12 @@ def evaluate(
     """Score a checkpoint on one part of a fold, or on all clips of other shards.
 
     Args:
-        checkpoint: its directory.
-        locations: the shard sets that it was trained on, or others with the same features.
-        label_map: which labels are one; if empty, those of its training, as on other shards the
-            usual names where the model does not know their labels (`ser_ray.corpus.labels`).
+        checkpoint: directory of the checkpoint.
+        locations: the shard sets of the training, or others with the same features.
+        label_map: how labels are merged (`ser_ray.corpus.labels`). If empty, labels are merged as
+            in the training; labels that the model does not know get their usual names.
         part: which part of the fold to score.
-        protocol: if empty, that of the training; on other shards, all clips are scored.
+        protocol: if empty, the protocol of the training; on other shards, all clips are scored.
         fold: number of the fold. If None, the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained on.
         probabilities: the network's output for the part's clips [clips, labels], without
@@ -75,9 +75,9 @@ def evaluate(
     if seen and not allow_seen_speakers:
         raise CheckpointError(
             f"{shards.uri}: the model was trained on {len(seen)} of these speakers "
-            f"({', '.join(seen)}), so scores on them would say nothing about other people; name "
-            "shards of other speakers, or add --allow-seen-speakers (also if these are other "
-            "people with the same names)"
+            f"({', '.join(seen)}), so scores on them do not hold for new speakers; name shards of "
+            "other speakers, or add --allow-seen-speakers (also if these are different people with "
+            "the same names)"
         )
     if probabilities is None:
         probabilities = _score(checkpoint, card, shards, table, rows)
@@ -108,8 +108,8 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     if first.card.labels != second.card.labels or ours != theirs:
         raise ConfigError(
             f"the two models were scored on different clips ({len(ours)} and {len(theirs)}) or "
-            "have different labels, but a paired test needs the same; name a --protocol and --fold "
-            "whose test speakers neither was trained on"
+            "have different labels, but a paired test needs the same clips and labels; name a "
+            "--protocol and --fold whose test speakers neither model was trained on"
         )
     return statistics.compare(
         first.speakers, first.truth, first.predicted, second.predicted, len(first.card.labels)
@@ -117,11 +117,11 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def origin_of(checkpoint: Path) -> Mapping[str, Any]:
-    """Return what a training recorded beside its checkpoint, or nothing if there is no record.
+    """Return the record that a training wrote beside its checkpoint; empty if there is none.
 
-    It recorded the `run_id` and `tracking_uri` of its MLflow run, and where its `report` and its
-    `shards` are. If the run's folder was moved or copied since, the local paths are adapted to the
-    new place, so that nothing is written into the old one.
+    The record holds the `run_id` and `tracking_uri` of the MLflow run, and the locations of its
+    `report` and its `shards`. If the run's folder was moved or copied since, the local paths are
+    adapted to the new place, so that nothing is written into the old one.
     """
     path = checkpoint / "run.json"
     if not path.is_file():
@@ -137,7 +137,7 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def _moved(place: str, old: str, new: str) -> str:
-    """Where a path beside the folder `old` is, if both were moved to `new`; URIs stay."""
+    """Return the new path of a file beside the folder `old`, which moved to `new`; URIs stay."""
     scheme = "sqlite:///" if place.startswith("sqlite:///") else ""
     path = place.removeprefix(scheme)
     if not path or "://" in path:
@@ -146,10 +146,10 @@ def _moved(place: str, old: str, new: str) -> str:
 
 
 def shards_of(checkpoint: Path, usual: Sequence[str]) -> tuple[str, ...]:
-    """Return where the shard sets are that a model was trained on.
+    """Find the shard sets that a model was trained on.
 
     Args:
-        checkpoint: its directory.
+        checkpoint: directory of the model's checkpoint.
         usual: locations to try if the shards are not where the training read them.
 
     Raises:
@@ -187,8 +187,8 @@ def _rows(
     if not (is_same_data or protocol):
         if fold is not None:
             raise ConfigError(
-                f"fold is {fold}, but the model was trained on other shards, and of these all "
-                "speakers are scored: name a --protocol too"
+                f"fold is {fold}, but the model was trained on other shards, so all speakers of "
+                "these shards are scored: name a --protocol too"
             )
         rows = on_channel(table, one_clip_per_take(table), config.channel)
         if not len(rows):
@@ -212,8 +212,8 @@ def _rows(
     rows = getattr(parts, part)
     if not len(rows):
         raise ConfigError(
-            f"{shards.uri}: protocol {ALL} has no {part} part, because every speaker is trained "
-            "on: name shards of other speakers"
+            f"{shards.uri}: protocol {ALL} has no {part} part, because every speaker is in the "
+            "training part: name shards of other speakers"
         )
     return rows, parts.label, is_own
 
@@ -221,8 +221,8 @@ def _rows(
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
     """Names of the speakers of these rows that the model was trained or validated on.
 
-    Several corpora have names like `emodb:03`. Other shards may have the same people without the
-    name of the corpus, or under another one.
+    Speakers of several corpora have names like `emodb:03`. In other shards, the same people may
+    have names without a corpus or with another one.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
     bare, known = {_person(name) for name in seen}, {part.name for part in card.corpora}
@@ -241,7 +241,7 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
 
 
 def _person(speaker: str) -> str:
-    """Name of a speaker without that of the corpus."""
+    """Name of a speaker without the name of the corpus."""
     return speaker.rpartition(":")[2]
 
 
@@ -254,8 +254,8 @@ def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:
     encoder = shards.card.encoder_of(card.config.feature)
     if encoder is not None and card.encoder is not None and encoder.weights != card.encoder.weights:
         raise CheckpointError(
-            f"{shards.uri}: its column {encoder.name} is of weights with the hash "
-            f"{encoder.weights[:16]}, and the model was trained on {card.encoder.weights[:16]}; "
+            f"{shards.uri}: its column {encoder.name} comes from weights with the hash "
+            f"{encoder.weights[:16]}, but the model was trained with {card.encoder.weights[:16]}; "
             "prepare shards in another folder with the model's encoder"
         )
     require_known_labels(card, shards.card.labels, shards.uri)
@@ -277,7 +277,7 @@ def require_known_labels(card: CheckpointCard, labels: Iterable[str], where: str
 def _score(
     checkpoint: Path, card: CheckpointCard, shards: ShardSet, table: pa.Table, rows: np.ndarray
 ) -> np.ndarray:
-    """Probabilities [clips, labels] of some rows of a shard set."""
+    """Compute the probabilities [clips, labels] of some rows of a shard set."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clips = load_clips(
         shards, card.config.feature, table, rows, card.normalisation, device, card.labels

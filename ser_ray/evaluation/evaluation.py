@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
+from ser_ray.evaluation.tables import Row, group_rows
 from ser_ray.shards.card import CorpusPart
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.data import label_indices
-from ser_ray.training.metrics import Scores, count_confusion, scores_of
+from ser_ray.training.metrics import Scores, scores_of
 
 Part = Literal["validation", "test"]
 REPORT = "report.html"
@@ -27,13 +28,11 @@ GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
 KEPT = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
 """Columns of the clips that are kept beside their predictions."""
 HARDEST = 12
-METRIC_SIGNS = r"[^\w.\- ]"
-"""What MLflow refuses in the name of a metric, besides the slash that groups metrics."""
+"""Number of the hardest clips that a page shows."""
+FORBIDDEN = r"[^\w.\- ]"
+"""Characters that MLflow forbids in the names of metrics, and the slash, which groups metrics."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 """The scores that have intervals, by their names in `Scores.to_dict` and `Intervals`."""
-
-Row = dict[str, str | int | float]
-"""A row of a table: names and counts, and scores as shares from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Evaluation:
     """Predictions of a model on one part of a fold, or on shards it was not trained on."""
 
     card: CheckpointCard
-    """Card of the checkpoint that was scored; where folds are pooled, of one of them."""
+    """Card of the checkpoint that was scored. If folds are pooled, the card of one fold."""
     part: Part
     """Which part of the fold was scored."""
     protocol: str
-    """Protocol and fold in words, or that these are other shards."""
+    """Protocol and fold in words, or a phrase that says that other shards were scored."""
     corpus: str
     """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool
@@ -54,12 +53,12 @@ class Evaluation:
     seen_speakers: tuple[str, ...]
     """Speakers of these clips that the model was trained on, if the user allowed them."""
     predictions: pa.Table
-    """One row a clip, as `predictions_table` makes it."""
+    """One row for each clip (`predictions_table`)."""
     corpora: tuple[CorpusPart, ...] = ()
-    """What was read of each corpus, if there were several or if labels were mapped."""
+    """The clips and labels of each corpus, if there are several or if labels were mapped."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Run that trained the model, as `ser_ray.evaluation.evaluate.origin_of` returns it; empty if
-    none is known."""
+    """Record of the run that trained the model (`ser_ray.evaluation.evaluate.origin_of`); empty if
+    there is none."""
     report: str = ""
     """Location of the page that has these scores; empty if there is none."""
     under: tuple[Row, ...] = ()
@@ -75,7 +74,7 @@ class Evaluation:
 
     @property
     def measured_on(self) -> str:
-        """Part, protocol and corpus: without them a score says nothing."""
+        """Part, protocol and corpus, as shown beside every score."""
         return f"{self.part}, {self.label}, {CORPORA[self.corpus]}"
 
     @cached_property
@@ -102,7 +101,7 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """The scores; with several seeds, those of the sum of their confusion matrices."""
+        """The scores; several seeds are scored by the sum of their confusion matrices."""
         return scores_of(self.truth, self.probabilities)
 
     @cached_property
@@ -139,7 +138,7 @@ class Evaluation:
 
     @cached_property
     def uncalibrated(self) -> Calibration:
-        """The same, before the model's temperature scaled the probabilities."""
+        """Calibration before the model's temperature scaled the probabilities."""
         return statistics.calibration(
             self.truth, apply_temperature(self.probabilities, 1 / self.card.temperature)
         )
@@ -159,7 +158,7 @@ class Evaluation:
 
     @cached_property
     def corpus_rows(self) -> list[Row]:
-        """Clips, WA, UA and its 95 % interval of every corpus; empty if there is only one set."""
+        """Clips, WA, and UA with its 95 % interval, of every corpus; empty for one shard set."""
         if "corpus" not in self.predictions.column_names:
             return []
         names, rows = self.predictions["corpus"], []
@@ -183,16 +182,16 @@ class Evaluation:
 
     @property
     def corpus_metrics(self) -> dict[str, float]:
-        """UA and WA of every corpus, by their metrics' names without the part."""
+        """UA and WA of every corpus, by the name of the metric without the part."""
         return {
-            f"corpus/{re.sub(METRIC_SIGNS, '-', str(row['corpus']))}/{score}": float(row[score])
+            f"corpus/{re.sub(FORBIDDEN, '-', str(row['corpus']))}/{score}": float(row[score])
             for row in self.corpus_rows
             for score in ("ua", "wa")
         }
 
     @property
     def under_metrics(self) -> dict[str, float]:
-        """UA and WA under every condition, by their metrics' names without the part."""
+        """UA and WA under every condition, by the name of the metric without the part."""
         return {
             f"under/{row['condition']}/{score}": float(row[score])
             for row in self.under
@@ -205,14 +204,14 @@ class Evaluation:
         return sorted(self.groups["speaker"], key=lambda row: -float(row["wa"]))
 
     def hardest(self, count: int = HARDEST) -> list[int]:
-        """Rows of the wrong predictions with the highest confidence, the highest first."""
+        """Row numbers of the wrong predictions with the highest confidence, the highest first."""
         wrong = np.flatnonzero(self.predicted != self.truth)
         confidence = self.probabilities[wrong].max(axis=1)
         hardest: list[int] = wrong[np.argsort(-confidence, kind="stable")][:count].tolist()
         return hardest
 
     def typical(self) -> list[int]:
-        """One row of each label: the clip whose true label has the median probability."""
+        """One row number for each label: the clip whose true label has the median probability."""
         rows = []
         for label in np.unique(self.truth):
             own = np.flatnonzero(self.truth == label)
@@ -248,7 +247,7 @@ class Evaluation:
 
     @property
     def sentence(self) -> str:
-        """UA and WA with their intervals and what they were measured on, in one line."""
+        """UA and WA with their intervals, protocol and corpus, in one line."""
         return (
             f"{self._shown('ua')}, {self._shown('wa')} on {self.scores.num_clips} clips "
             f"({self.label}, {CORPORA[self.corpus]}; 95 % intervals by bootstrap over "
@@ -285,10 +284,10 @@ class Evaluation:
 def predictions_table(
     clips: pa.Table, probabilities: np.ndarray, labels: Sequence[str]
 ) -> pa.Table:
-    """Put predictions beside their clips: `KEPT`, predicted, and p_<label> for each label.
+    """Add predictions to their clips: the columns `KEPT`, predicted, and p_<label> for each label.
 
     Args:
-        clips: one row a clip, with the columns of a shard set.
+        clips: one row for each clip, with the columns of a shard set.
         probabilities: [clips, labels].
         labels: names of the probabilities' columns.
     """
@@ -298,80 +297,3 @@ def predictions_table(
     for index, name in enumerate(labels):
         table = table.append_column(f"p_{name}", pa.array(probabilities[:, index]))
     return table
-
-
-def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
-    """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
-
-    A score whose denominator is 0 is 0, such as the precision of a label that is never predicted.
-
-    Args:
-        confusions: for each seed, counts [labels, labels], row = true, column = predicted. The
-            shares are means over the seeds, and the support is the sum.
-        labels: names of the rows.
-    """
-    of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
-    precision, recall, f1 = (
-        np.mean([getattr(scores, name) for scores in of_seeds], axis=0)
-        for name in ("precision", "recall", "f1")
-    )
-    support = np.sum(confusions, axis=(0, 2))
-    columns = zip(labels, precision, recall, f1, support, strict=True)
-    return [
-        {
-            "label": label,
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
-            "support": int(support),
-        }
-        for label, precision, recall, f1, support in columns
-    ]
-
-
-def group_rows(
-    kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
-) -> list[Row]:
-    """Tabulate clips, WA and UA (shares) of every group of clips, by name.
-
-    Args:
-        kind: what the groups are, such as speaker or sex; it names their column.
-        groups: group of every clip [clips].
-        truth: label indices [clips].
-        predicted: label indices [clips].
-    """
-    num_labels = int(max(truth.max(), predicted.max())) + 1
-    rows: list[Row] = []
-    for group in sorted(set(groups)):
-        own = np.asarray(groups) == group
-        scores = Scores(count_confusion(truth[own], predicted[own], num_labels), loss=0.0)
-        rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
-    return rows
-
-
-def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Name in sentences the labels with the highest and lowest recall, and the worst confusion.
-
-    Args:
-        confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
-        labels: names of the rows.
-    """
-    support = confusion.sum(axis=1)
-    recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
-    best, worst = int(np.nanargmax(recall)), int(np.nanargmin(recall))
-    if recall[best] == recall[worst]:
-        sentence = f"Every label has a recall of {recall[best]:.0%}."
-    else:
-        sentence = (
-            f"The model recognises {labels[best]} best ({recall[best]:.0%} of its clips) and "
-            f"{labels[worst]} worst ({recall[worst]:.0%})."
-        )
-    wrong = confusion - np.diag(np.diag(confusion))
-    shares = wrong / np.maximum(support, 1)[:, None]
-    true, predicted = np.unravel_index(shares.argmax(), shares.shape)
-    if wrong[true, predicted]:
-        sentence += (
-            f" It most often mistakes {labels[true]} for {labels[predicted]} "
-            f"({wrong[true, predicted]} of {support[true]} clips)."
-        )
-    return sentence

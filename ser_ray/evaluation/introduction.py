@@ -1,4 +1,4 @@
-"""What the demo page shows of a model: its name, its test score, and test clips to click."""
+"""Introduces a model on the demo page: its name, its test score, and some of its test clips."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,10 +15,10 @@ from ser_ray.training.parts import select_rows
 
 
 def introduce(checkpoint: Path, name: str) -> Introduction:
-    """Introduce a model. What cannot be found is left out.
+    """Collect the name, test score and example clips of a model. Examples may be missing.
 
     Args:
-        checkpoint: its directory.
+        checkpoint: directory of the model's checkpoint.
         name: how the user named the model; a checkpoint in a run's folder has the run's name.
     """
     card, origin = read_card(checkpoint), origin_of(checkpoint)
@@ -51,7 +51,7 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
 
 
 def _examples(card: CheckpointCard, locations: Sequence[str]) -> list[tuple[str, str]]:
-    """Path and label of a test clip of each emotion, if these clips are on this machine."""
+    """Find a test clip of each emotion on this machine: path and label."""
     if not locations:
         return []
     try:

@@ -27,7 +27,7 @@ def render(template: str, **values: object) -> str:
 def store_page(page: str, location: str) -> None:
     """Write a page to a path or URI, and create its folder.
 
-    A page that cannot be written costs only a warning: the numbers on it are stored elsewhere.
+    If the page cannot be written, this only logs a warning: its numbers are also stored elsewhere.
     """
     try:
         filesystem, path = filesystem_of(location)
@@ -40,7 +40,7 @@ def store_page(page: str, location: str) -> None:
 def as_artifact(page: str) -> str:
     """Return a page without its links to other pages, as MLflow stores it.
 
-    MLflow's viewer shows a page alone, where these links would lead nowhere.
+    MLflow's viewer shows only this page, so the links do not work there.
     """
     return _PAGE_LINK.sub(r"\1", page)
 

@@ -1,8 +1,8 @@
 """Scores of a model on the same clips under other recording conditions.
 
-The shards hold no sound, so the clips are decoded again, changed by `ser_ray.features.conditions`,
-and scored as `predict` scores files. A clip that cannot be scored under a condition, because its
-sound is then too short or silent, counts as wrong.
+The shards hold no sound. Therefore the clips are decoded again, changed by
+`ser_ray.features.conditions`, and scored as `predict` scores files. A clip counts as wrong if its
+sound is too short or silent under a condition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from ser_ray.errors import CorpusError
 from ser_ray.evaluation import statistics
-from ser_ray.evaluation.evaluation import Evaluation, Row
+from ser_ray.evaluation.evaluation import Evaluation
+from ser_ray.evaluation.tables import Row
 from ser_ray.features.conditions import CONDITIONS
 from ser_ray.inference.batch import predict_under
 from ser_ray.inference.predictor import Predictor
@@ -31,8 +32,8 @@ def predict_conditions(
         groups: names of `CONDITIONS`.
 
     Returns:
-        For the name of each condition, the predicted label indices [clips]. A clip without an
-        answer has an index that is no label: the number of labels.
+        For each condition by name, the predicted label indices [clips]. The index of a clip
+        without an answer is the number of labels, which is no label.
 
     Raises:
         CorpusError: a clip cannot be read again.

@@ -2,7 +2,7 @@
 
 Clips of one speaker are alike, so the bootstrap resamples complete speakers (the cluster bootstrap,
 Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations and computes one
-statistic a call. Here the resampled unit is a speaker's confusion counts, and all scores are
+statistic per call. Here, a draw sums the confusion counts of whole speakers, and all scores are
 computed from the same draws.
 """
 
@@ -81,7 +81,7 @@ class Calibration:
     confidence: np.ndarray
     """Mean probability of the predicted label in every bin [bins]; NaN in an empty one."""
     accuracy: np.ndarray
-    """Share predicted right in every bin [bins]; NaN in an empty one."""
+    """Share of correct predictions in every bin [bins]; NaN in an empty one."""
     count: np.ndarray
     """Clips in every bin [bins]."""
 
@@ -93,7 +93,7 @@ class Calibration:
 
 
 def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
-    """Measure how far the confidence agrees with the accuracy.
+    """Measure how well the confidence agrees with the accuracy.
 
     Args:
         truth: label indices [clips].
@@ -113,7 +113,7 @@ def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same clips; differences are first minus second."""
+    """Two models scored on the same clips; differences are first minus second."""
 
     wa_difference: float
     only_first_right: int
@@ -122,7 +122,7 @@ class Comparison:
     """Exact McNemar test of equal WA. It treats clips as independent, so p is too small."""
     ua_difference: float
     ua_interval: Interval
-    """Interval of the UA difference, by bootstrap over speakers, the same draws for both models."""
+    """Interval of the UA difference by bootstrap over speakers. Both models have the same draws."""
     drawn: str
     """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
@@ -184,7 +184,7 @@ def _counts(
     """Count the confusions of every speaker, or of every clip if there is only one speaker.
 
     Returns:
-        [units, seeds, labels, labels], and what the units are.
+        Counts [units, seeds, labels, labels], and the plural noun for the units.
     """
     names, owners = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
@@ -197,7 +197,7 @@ def _counts(
 
 
 def _draw(counts: np.ndarray) -> np.ndarray:
-    """Draw as many units as there are, with replacement; sum their counts per draw.
+    """Draw all units again with replacement, DRAWS times, and sum the counts of each draw.
 
     Args:
         counts: [units, seeds, labels, labels].

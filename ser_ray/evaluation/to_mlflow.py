@@ -39,18 +39,18 @@ def record_training(
     progress: dict[str, Any],
     page: str,
 ) -> None:
-    """Complete the run of a training: its model, scores, page, plots and history.
+    """Log the model, scores, page, plots and history of a training, and finish its run.
 
     Args:
-        tracker: the run.
+        tracker: tracker of the run.
         checkpoint: directory of the selected checkpoint.
-        card: its card.
-        validation: its evaluation on the validation part; None if all speakers trained the model.
+        card: card of this checkpoint.
+        validation: evaluation on the validation part; None if all speakers trained the model.
         progress: epochs and scores of the training (`ser_ray.training.checkpoint.Snapshot`).
         page: the run's page.
 
     Raises:
-        TrackingError: the store did not accept all of it.
+        TrackingError: the store did not accept everything.
     """
     selected, history = progress["selected"], progress["history"]
     tracker.deliver()
@@ -118,8 +118,8 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
     """Register the model that `best_training_of` finds for a run; return its version and its card.
 
-    The card of a model that was trained on all speakers has the scores of the cross-validation of
-    its recipe.
+    If the model was trained on all speakers, the card has the scores of a cross-validation of the
+    same recipe.
 
     Raises:
         TrackingError: there is no such run, or it has no model.

@@ -10,7 +10,7 @@ from ser_ray.plots.style import BLUE, VERMILION
 STROKES = 300
 """A waveform is drawn as this many vertical strokes."""
 DYNAMIC_RANGE = 70.0
-"""Range of the colours of a spectrogram: this many decibels, down from its loudest point."""
+"""The colours of a spectrogram cover this many decibels below its loudest point."""
 
 
 def clip_figure(

@@ -109,7 +109,7 @@ def reliability_figure(
     before: tuple[Sequence[float], Sequence[float]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw how often the model is right at each confidence, and how often it should be.
+    """Draw a reliability diagram: the accuracy at each confidence, and the ideal diagonal.
 
     Args:
         confidence: mean probability of the predicted label in each bin [bins], NaN in an empty one.

@@ -18,15 +18,15 @@ from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, finish, legend_abo
 TrialRow = Mapping[str, Any]
 
 FEW_VALUES = 5
-"""Up to this many different numbers, each gets a tick of its own, if some trials share one: then
-they were chosen from a list, and have few digits."""
+"""If there are at most this many different numbers, and some trials share a number, each number gets
+a tick. These numbers were chosen from a list, so they have few digits."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
 
 
 def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
-    """Draw the validation UA of every trial in their order, and the best so far."""
+    """Draw the validation UA of every trial in order, and the best UA so far."""
     axes = new_axes(3.4, xlabel="trial", ylabel="validation UA")
     scored = _scored(trials)
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
@@ -107,7 +107,10 @@ def importance_figure(importance: Mapping[str, float], title: str = "") -> Figur
 
 
 def rank_of(row: TrialRow) -> tuple[float, ...]:
-    """Return the rank of a trial, higher for better ones, and for finished than for pruned ones."""
+    """Sort key of a trial: finished after pruned, then the validation UA, then the negative loss.
+
+    A trial without a score comes first.
+    """
     if row["selected/ua"] is None:
         return ()
     return row["state"] == "finished", row["selected/ua"], -row["selected/loss"]

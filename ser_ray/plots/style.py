@@ -1,4 +1,4 @@
-"""What all figures share: colours, width, frame, legend and title.
+"""The common style of all figures: colours, width, frame, legend and title.
 
 Figures are drawn without pyplot, so they need no display and no global state. The colours can be
 distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ in their
@@ -46,7 +46,7 @@ def finish(axes: Axes, *title: str) -> Figure:
 
 
 def entitle(figure: Figure, *lines: str) -> Figure:
-    """Write lines above a figure, broken to its width; empty lines are left out."""
+    """Write lines above a figure, wrapped to its width. Empty lines are left out."""
     letters = round(figure.get_figwidth() * LETTERS_PER_INCH)
     title = "\n".join(textwrap.fill(line, letters) for line in lines if line)
     if title:

@@ -18,7 +18,7 @@ def inline_svg(figure: Figure, description: str) -> str:
     """Return a figure as an element of a page, without background and in the colour of its text.
 
     Args:
-        figure: scrolls instead of shrinking if it is wider than `WIDTH`.
+        figure: the figure. If it is wider than `WIDTH`, it scrolls instead of shrinking.
         description: text for screen readers, unique within the page.
     """
     buffer = io.StringIO()

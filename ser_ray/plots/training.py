@@ -83,7 +83,7 @@ def learning_rate_figure(
 
 
 def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
-    """Draw the weight of every layer of an encoder [layers]; together they are 1."""
+    """Draw the weights of an encoder's layers [layers], which sum to 1."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot(xlabel="layer of the encoder", ylabel="weight")
     axes.bar(np.arange(1, len(weights) + 1), weights, color=BLUE)

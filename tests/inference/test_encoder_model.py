@@ -145,6 +145,6 @@ def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
 def test_a_column_of_other_weights_is_not_scored(selected: Path, folder: Path) -> None:
     other = write_shards(list_corpus(str(folder / "corpus")), folder / "other")
     other = encode(other, list(other.card.parts), seed=1)
-    with pytest.raises(CheckpointError, match="its column tiny is of weights with the hash"):
+    with pytest.raises(CheckpointError, match="its column tiny comes from weights with the hash"):
         evaluate(selected, other.uri, protocol="speaker-3")
     assert np.isfinite(open_shards(other.uri).features("tiny")).all()

@@ -1,0 +1,159 @@
+"""The header, contents and sections that several HTML pages share."""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ser_ray.corpus.words import CORPORA
+from ser_ray.evaluation.clips import read_clips
+from ser_ray.evaluation.evaluation import SCORES, Evaluation
+from ser_ray.evaluation.rendering import render
+from ser_ray.evaluation.tables import headline, label_rows
+from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
+from ser_ray.plots.training import curves_figure, learning_rate_figure
+from ser_ray.shards.card import CorpusPart
+from ser_ray.tracking.about import provenance
+from ser_ray.training.card import CheckpointCard
+from ser_ray.training.config import TrainConfig
+from ser_ray.training.metrics import selected_row
+
+History = Sequence[Mapping[str, float]]
+"""A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
+
+_CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
+_HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
+
+
+def corpora_fact(corpora: Sequence[CorpusPart]) -> dict[str, str]:
+    """Return the fact of a page's header that describes each corpus."""
+    return {"Corpora": ". ".join(map(str, corpora))} if corpora else {}
+
+
+def make_page(
+    template: str,
+    kind: str,
+    title: str,
+    corpus: str,
+    *,
+    facts: Mapping[str, object],
+    versions: Mapping[str, str] = {},
+    summary: str = "",
+    **values: object,
+) -> str:
+    """Render a page with its header and contents.
+
+    Args:
+        template: name of the template, without the suffix.
+        kind: kind of the run, as the page names it.
+        title: name of the run.
+        corpus: kind of the corpus.
+        facts: name and value of each fact in the page's header.
+        versions: rows of the page's last table, in addition to the program's provenance.
+        summary: the result in a sentence.
+        values: other values that the template needs.
+    """
+    today = datetime.now(UTC).date().isoformat()
+    known = {**versions, **provenance()}
+    page = render(
+        f"{template}.html.jinja",
+        kind=kind,
+        title=title,
+        summary=summary,
+        is_synthetic=corpus == "synthetic",
+        facts={"Date": today, "Corpus": CORPORA[corpus], **facts},
+        versions={name: text for name, text in known.items() if not name.startswith("mlflow.")},
+        **values,
+    )
+    return with_contents(page)
+
+
+def with_contents(page: str) -> str:
+    """Fill the list of contents from the headings of a page."""
+    lines: list[str] = []
+    for level, anchor, title in _HEADING.findall(page):
+        link = f'<a href="#{anchor}">{title}</a>'
+        lines.append(f"<li>{link}") if level == "2" else lines.append(link)
+    items = " ".join(lines).replace(" <li>", "</li>\n<li>")
+    return _CONTENTS.sub(lambda _: f"<ul>\n{items}</li>\n</ul>", page, count=1)
+
+
+def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
+    """Collect the values of `part.html.jinja` from an evaluation."""
+    labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
+    shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
+    confusion = evaluation.scores.confusion
+    base = confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, shown)
+    calibration, before = evaluation.calibration, evaluation.uncalibrated
+    reliability = reliability_figure(
+        calibration.confidence.tolist(),
+        calibration.accuracy.tolist(),
+        calibration.count.tolist(),
+        None
+        if evaluation.card.temperature == 1
+        else (before.confidence.tolist(), before.accuracy.tolist()),
+    )
+    return base | {
+        "evaluation": evaluation,
+        "labels": label_rows([seed.confusion for seed in of_seeds], labels),
+        "intervals": {title: getattr(evaluation.intervals, name) for name, title in SCORES.items()},
+        "speaker_bars": speakers_figure(evaluation.speaker_rows),
+        "groups": [
+            rows for kind, rows in evaluation.groups.items() if kind != "speaker" and len(rows) > 1
+        ],
+        "reliability": reliability,
+        "examples": read_clips(evaluation, evaluation.typical(), audio=audio),
+        "hardest": read_clips(evaluation, evaluation.hardest(), audio=audio),
+    }
+
+
+def confusion_part(
+    part: str,
+    measured_on: str,
+    confusion: np.ndarray,
+    labels: Sequence[str],
+    scores: Mapping[str, float],
+) -> dict[str, Any]:
+    """Collect the values of `part.html.jinja` if only the confusion counts are known."""
+    return {
+        "id": part,
+        "title": f"{part.capitalize()} part",
+        "headline": headline(confusion, labels),
+        "measured_on": f"{measured_on}, {confusion.sum()} clips",
+        "scores": scores,
+        "num_labels": int((confusion.sum(axis=1) > 0).sum()),
+        "confusion": confusion_figure(confusion, labels),
+        "labels": label_rows([confusion], labels),
+        "intervals": {},
+        "evaluation": None,
+    }
+
+
+def training_section(
+    history: History, learning_rates: Sequence[float], recipe: TrainConfig
+) -> dict[str, Any]:
+    """Draw the figures of a training's epochs and steps; empty before the first epoch ends."""
+    if not history:
+        return {}
+    curves = curves_figure(history, selected_row(history, recipe.keep))
+    schedule = learning_rate_figure(learning_rates, recipe.lr_min, recipe.lr_max)
+    return {"curves": curves, "schedule": schedule}
+
+
+def selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
+    """Return the validation scores of the selected epoch by their titles."""
+    values = {title: selected.get(f"val/{name}") for name, title in SCORES.items()}
+    return {title: value for title, value in values.items() if value is not None}
+
+
+def recipe_of(card: CheckpointCard) -> dict[str, Any]:
+    """Return the settings that a checkpoint's page lists."""
+    return {"settings": settings_of(card.config) | {"started from": card.initial_weights}}
+
+
+def settings_of(recipe: TrainConfig) -> dict[str, object]:
+    """Return all settings of a recipe in one mapping."""
+    settings = recipe.to_dict()
+    return settings | settings.pop("augment")
