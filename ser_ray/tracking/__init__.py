@@ -1,9 +1,11 @@
-"""MLflow: runs, models and the server of a cluster. The only room that imports it.
+"""Records runs in MLflow, looks up runs and models, and serves MLflow on a cluster.
 
-store     which store is used, and the connection to it; `database` is one in a sqlite file
-tracker   one run, as the driver records it
-about     what MLflow shows of a run besides its numbers
-registry  runs, recipes, scores and models that are looked up, and registered models
+store     chooses the tracking store and connects to it; `database` handles a sqlite file
+tracker   records one run
+about     tags, data set and description of a run
+registry  looks up runs, recipes, scores and models, and registers models
 views     links to MLflow's pages
-server    the server of a cluster's head; `backups` keep its database in a bucket
+server    the server of a cluster's head; `backups` keeps its database in a bucket
+
+No other folder imports MLflow.
 """

@@ -1,7 +1,7 @@
-"""What MLflow shows of a run besides its numbers: its kind, origin, data set and description.
+"""Tags, data set and description of a run in MLflow.
 
-Every run of this package, whatever it trains, gets the same tags from `run_tags`, the same input
-from `dataset_of`, and a description of the same lines, which `merge_note` puts together.
+Every run of this package gets its tags from `run_tags`, its data set from `dataset_of`, and a
+description with the LINES, which `merge_note` writes.
 """
 
 import getpass
@@ -35,19 +35,19 @@ NOTE = "mlflow.note.content"
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Lines of a description, in their order."""
 FEATURES = "binary"
-"""MLflow's type for the feature columns; `ShardSet.to_array` makes arrays of them."""
+"""MLflow's type of the feature columns, which `ShardSet.to_array` converts to arrays."""
 TAG_BYTES = 5000
-"""MLflow's own limit of a tag."""
+"""MLflow's limit for the length of a tag."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
 def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
-    """Return the tags of a run: what it is, what it was trained on, and from which code.
+    """Return the tags of a run: its kind, protocol, shards and code.
 
     Args:
-        kind: what the run does.
+        kind: kind of the run.
         protocol: protocol and fold in words, as shown beside every score.
-        shards: what it is trained on.
+        shards: the shards that the run trains on.
     """
     facts = provenance()
     tags = {
@@ -69,7 +69,7 @@ def scored_on(tags: Mapping[str, str]) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Describe this process, its code and its machine: text by name."""
+    """Describe this process, its code and its machine, as texts by name."""
     tags = {f"version.{name}": version(name) for name in PACKAGES}
     tags["version.ser_ray"] = __version__
     tags["mlflow.user"] = _user()
@@ -90,7 +90,7 @@ def _program() -> str:
 
 
 def _user() -> str:
-    """Name of the user, or the number of one without an account, as containers often have."""
+    """Name of the user. Users of containers often have no account; then the number of the user."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13
@@ -126,7 +126,7 @@ def dataset_name(shards: ShardSet) -> str:
 
 
 def dataset_of(shards: ShardSet) -> "DatasetInput":
-    """Describe a shard set as the input of a run: name, fingerprint, place and columns."""
+    """Describe a shard set as the input of a run: name, fingerprint, location and columns."""
     configure_mlflow_client()
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.types import ColSpec, Schema
@@ -146,23 +146,23 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
 
 
 def merge_note(note: str, lines: Mapping[str, str]) -> str:
-    """Set lines of a description, and keep its others.
+    """Set some lines of a description. Its other lines do not change.
 
     Args:
         note: the present description, which may be empty.
-        lines: text by the name of its line, one of LINES.
+        lines: text of each line to set, by its name in LINES.
     """
     merged = {**dict(re.findall(r"^\*\*(\w+)\*\*: (.*)$", note, re.MULTILINE)), **lines}
     return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if name in merged)
 
 
 def model_name(run_name: str) -> str:
-    """Name of a run's model in MLflow: the run's name without the characters MLflow refuses."""
+    """Name of a run's model in MLflow: the run's name without forbidden characters."""
     return re.sub(r"[/:.%\"']", "-", run_name)
 
 
 def _mlflow_type(kind: Any) -> str:
-    """MLflow's name of an Arrow type."""
+    """MLflow's name for an Arrow type."""
     import pyarrow as pa
 
     if pa.types.is_boolean(kind):

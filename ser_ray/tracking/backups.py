@@ -1,12 +1,12 @@
 """Backups of a sqlite database in a bucket, so that it outlives the machine that uses it.
 
 Every backup is a complete copy named `GENERATION-NUMBER.db`. Each start of a server begins a new
-generation, so the newest backup is the last by name, whatever the clocks say and whenever the
+generation, so the newest backup is the last by name. This does not depend on clocks, or on when the
 upload of an earlier server arrives.
 
-A machine's own database is used only if it continues the newest backup: the file `backup` beside it
-names the backup that it was restored from or last stored as. Any other database is out of date,
-because another machine has served the store since. It is moved aside and the newest backup is
+The file `backup` beside a machine's database names the backup that the database was restored from
+or last stored as. If this is the newest backup, the machine uses its database. Otherwise another
+machine has served the store since, so the database is moved aside and the newest backup is
 restored.
 """
 
@@ -25,12 +25,12 @@ BACKUPS_KEPT = 10
 
 
 class Backups:
-    """A database on this machine and its backups, which one process at a time may use.
+    """A database on this machine and its backups. Only one process at a time may use them.
 
     Args:
-        filesystem: where the backups are.
-        folder: path of the folder of backups; it holds nothing else.
-        database: path on this machine.
+        filesystem: storage of the backups.
+        folder: path of the folder that holds only the backups.
+        database: path of the database on this machine.
     """
 
     def __init__(self, filesystem: fs.FileSystem, folder: str, database: Path) -> None:
@@ -41,10 +41,10 @@ class Backups:
         self._stored_version: int | None = None
 
     def __enter__(self) -> Self:
-        """Restore the newest backup unless this machine's database continues it.
+        """Restore the newest backup, unless this machine's database continues it.
 
         Raises:
-            TrackingError: the backups cannot be read; an empty database must not replace them.
+            TrackingError: the backups cannot be read. An empty database must not replace them.
         """
         self._database.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -65,7 +65,7 @@ class Backups:
         self._connection.close()
 
     def store(self) -> bool:
-        """Store a backup if the database changed since the last one; returns whether it did.
+        """Store a backup if the database changed since the last one. Return whether it changed.
 
         Raises:
             OSError, sqlite3.Error: the backup could not be made or stored.

@@ -1,10 +1,10 @@
-"""A store in a sqlite file on this machine.
+"""Handles a tracking store in a sqlite file on this machine.
 
-MLflow makes a missing database wherever it is told to look for one, fails if two processes make it
-at the same time, records its artifacts by absolute paths, and gives up a locked database after
-20 seconds. So `open_database` makes a database as a complete file and only for a run that is to be
-recorded, corrects the paths if the folder was moved or copied, and waits while another program
-holds the database.
+MLflow creates a missing database at any path that it reads, and fails if two processes create it at
+the same time. It records artifacts by absolute paths, and gives up after 20 seconds if the database
+is locked. Therefore `open_database` creates a database only to record a run, and as a complete
+file. It corrects the paths if the folder was moved or copied, and waits while another program holds
+the database.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ ARTIFACTS = "mlartifacts"
 LOOK_SECONDS = 1.0
 """How long one attempt waits for a database that another program holds."""
 LOCKED_SECONDS = 90.0
-"""Longest wait for a database that another program holds; then MLflow is asked anyway."""
+"""Longest wait for a database that another program holds. Then MLflow tries to use it anyway."""
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),
 )
-"""Tables and columns in which MLflow records where artifacts are."""
+"""Tables and columns in which MLflow records the locations of artifacts."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ def artifacts_of(database: Path) -> str:
 
 
 def open_database(uri: str, *, create: bool) -> None:
-    """Make sure that the file of a sqlite store exists and knows where its artifacts are.
+    """Make sure that the file of a sqlite store exists and has the right paths of its artifacts.
 
     Args:
-        uri: a store; one that is not a sqlite file is left alone.
-        create: make the file if it does not exist.
+        uri: a store. If it is not a sqlite file, nothing is done.
+        create: whether to create a missing file.
 
     Raises:
-        TrackingError: the file does not exist, cannot be made or corrected, or has a path that
+        TrackingError: the file does not exist, cannot be created or corrected, or has a path that
             MLflow misreads.
         OSError, sqlite3.Error: the file is not a database or cannot be read.
     """
@@ -83,7 +83,7 @@ def open_database(uri: str, *, create: bool) -> None:
 
 
 def await_database(uri: str) -> None:
-    """Wait while another program holds a sqlite store, for at most LOCKED_SECONDS; warn once."""
+    """Wait until no other program holds a sqlite store, at most LOCKED_SECONDS, and warn once."""
     database = database_of(uri)
     if database is None or not os.access(database, os.W_OK):
         return
@@ -107,7 +107,7 @@ def await_database(uri: str) -> None:
 
 
 def _make(database: Path) -> None:
-    """Make an empty database, which appears as a complete file unless another process is first."""
+    """Create an empty database as a complete file, unless another process has created one."""
     from mlflow import MlflowClient
 
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _make(database: Path) -> None:
         partial, complete = Path(made, "partial.db"), Path(made, "complete.db")
         MlflowClient(tracking_uri=f"{SCHEME}{partial}")
         with contextlib.closing(sqlite3.connect(partial)) as connection, connection:
-            # MLflow's own place depends on the directory that the program runs in.
+            # MLflow's default location depends on the working directory.
             connection.execute(
                 "UPDATE experiments SET artifact_location = ? || '/' || name",
                 (artifacts_of(database),),
@@ -133,7 +133,7 @@ def _make(database: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time make a database in a folder, if the file system has locks."""
+    """Let one process at a time create a database in a folder, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _follow_move(database: Path) -> None:
-    """Correct the recorded places of artifacts after the database's folder was moved or copied."""
+    """Correct the recorded locations of artifacts after the folder was moved or copied."""
     here = artifacts_of(database)
     with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
         recorded = connection.execute(
@@ -176,7 +176,7 @@ def _follow_move(database: Path) -> None:
 
 
 def _is_same_folder(old: str, here: str) -> bool:
-    """Whether two paths lead to one folder, as through a link or a second mount."""
+    """Whether two paths lead to the same folder, for example through a link or a second mount."""
     before, now = _path(old).parent, _path(here).parent
     return before.exists() and before.samefile(now)
 

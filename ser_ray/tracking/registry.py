@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 SELECTED_BY, TIE_BROKEN_BY = "selected/ua", "selected/loss"
 """Metrics that rank finished trainings: the higher UA is better, then the lower loss."""
 OF_A_FOLD = {"protocol", "fold", "seed", "temperature"}
-"""Settings in which a model of all speakers differs from the folds that tested its recipe."""
+"""Settings that differ between a model of all speakers and the folds that tested its recipe."""
 TEST_SCORES = "tables/test.json"
 """Artifact of an evaluated training."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-"""Of files of weights: such a name is not looked up in MLflow."""
+"""Suffixes of weight files. A name with one of these suffixes is not looked up in MLflow."""
 ADVICE = (
     "; name a checkpoint's or run's folder, a run's name or id, runs:/ID/model or "
     "models:/NAME@ALIAS, and the store with --tracking-uri"
@@ -55,10 +55,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
-    """Yield a model as a local checkpoint directory, downloaded until the block ends if necessary.
+    """Yield a model as a local checkpoint directory.
+
+    A remote model is downloaded, and the download is deleted at the end.
 
     Args:
-        model: any of the names above.
+        model: a name as described above.
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
 
     Raises:
@@ -133,13 +135,13 @@ def read_weights(
     """Read the weights that `TrainConfig.weights` names.
 
     Args:
-        weights: `imagenet`, `none`, a file of ResNet18 weights, or a model as above.
-        labels: those of the training. The last layer of a model with other labels starts fresh.
+        weights: `imagenet`, `none`, a file of ResNet18 weights, or the name of a model.
+        labels: labels of the training. If the model has others, its last layer is not used.
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
         check: called with the card of a model; it may refuse the model.
 
     Raises:
-        CheckpointError: the weights cannot be read, or are of another network.
+        CheckpointError: the weights cannot be read, or belong to another network.
         TrackingError: there is no such run or registered model.
     """
     path = Path(weights).expanduser()
@@ -163,10 +165,11 @@ def read_weights(
 
 
 def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
-    """Download the checkpoint in a packaged model into an empty folder; returns its directory.
+    """Download the checkpoint in a packaged model into an empty folder; return its directory.
 
     Args:
-        model: name or id of the run that logged it, `runs:/ID/model`, or a registered version.
+        model: name or id of the run that logged the model, `runs:/ID/model`, or a registered
+            version.
         tracking_uri: as `resolve_uri` takes it.
 
     Raises:
@@ -190,7 +193,7 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 
 
 def _model_uri(client: "MlflowClient", model: str) -> str:
-    """Return the URI that MLflow gives to a model."""
+    """Find the URI of a model in MLflow."""
     if model.startswith("models:/"):
         return model
     if model.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", model):
@@ -211,7 +214,7 @@ def _model_uri(client: "MlflowClient", model: str) -> str:
 
 
 def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """Return the recipe that a run recorded, as `TrainConfig.to_dict` wrote it.
+    """Return the recipe that a run recorded, in the form of `TrainConfig.to_dict`.
 
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.
@@ -232,11 +235,11 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
 
 
 def name_like(run_id: str, changed_recipe: str = "") -> str:
-    """Name of a run that trains the recipe of another one.
+    """Name of a run that trains the recipe of another run.
 
     Args:
-        run_id: the other run.
-        changed_recipe: fingerprint of the recipe, where it differs from the other run's.
+        run_id: id of the other run.
+        changed_recipe: fingerprint of the recipe, if it differs from the other run's recipe.
     """
     return f"like-{run_id[:12]}" + (f"-{changed_recipe[:8]}" if changed_recipe else "")
 
@@ -244,9 +247,10 @@ def name_like(run_id: str, changed_recipe: str = "") -> str:
 def best_training_of(run_id: str, tracking_uri: str) -> str:
     """Find the run whose model represents a training, a search or a cross-validation.
 
-    For a cross-validation, it is the fold with the best validation UA. The trials of a search keep
-    no model, so for a search it is the newest run with a model that trained the best trial's recipe
-    on the same shards, as `tune --refit` and `train --like` do.
+    A training represents itself. A cross-validation is represented by the fold with the best
+    validation UA. The trials of a search keep no model, so a search is represented by the newest
+    run that has a model and trained the best trial's recipe on the same shards. `tune --refit` and
+    `train --like` make such runs.
 
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.
@@ -300,13 +304,13 @@ def _runs_like(
     condition: str = "",
     without: Set[str] = frozenset(),
 ) -> "Iterator[Run]":
-    """Yield the runs on the same shards with the recipe of a run, the newest first.
+    """Yield the runs with the same recipe and shards as a run, the newest first.
 
     Args:
-        client: of the store.
-        run: has recorded a recipe.
+        client: client of the store.
+        run: a run with a recorded recipe.
         uri: the store.
-        condition: what the runs must meet besides, as MLflow writes it.
+        condition: a further condition on the runs, in MLflow's filter syntax.
         without: settings that may differ.
     """
     names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - without
@@ -342,13 +346,13 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
 def register_model(
     run_id: str, tracking_uri: str, name: str, alias: str, tags: Mapping[str, str], card: str
 ) -> str:
-    """Make a run's packaged model a registered version; returns its number.
+    """Register a run's packaged model as a new version; return the number of the version.
 
     Args:
-        card: description of the version, Markdown.
+        card: description of the version, as Markdown.
 
     Raises:
-        TrackingError: the store refused the version or its alias; no version is left.
+        TrackingError: the store refused the version or its alias. Then no version remains.
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
@@ -356,7 +360,7 @@ def register_model(
     from mlflow.exceptions import MlflowException
 
     with store_answers(f"{uri}: {name} was not registered"):
-        with redirect_stderr(StringIO()):  # it prints what the caller says anyway
+        with redirect_stderr(StringIO()):  # it prints the version, which the caller prints too
             made = mlflow.register_model(_model_uri(client, run_id), name, tags=dict(tags))
         try:
             client.update_model_version(name, made.version, description=card)

@@ -1,16 +1,16 @@
-"""The MLflow server of a cluster's head node: behind a password, its runs kept in a bucket.
+"""Runs the MLflow server of a cluster's head node, with a password and backups in a bucket.
 
     python -m ser_ray.tracking.server s3://bucket/mlflow
 
-MLflow needs a SQL database, and the disk of a head node is lost with the node. So the database is a
-sqlite file that is backed up to the store every `BACKUP_SECONDS` if it changed, and a restarted or
-a new head continues from the newest backup. A head that is lost without warning loses what was
-recorded in the last `BACKUP_SECONDS`; in return, nobody has to pay for a database server. Artifacts
-go to the store through the server, so its clients need no access to the bucket.
+MLflow needs a SQL database, and the disk of a head node is lost with the node. Therefore the
+database is a sqlite file. The server checks every `BACKUP_SECONDS` whether the file has changed,
+and backs it up to the store. A restarted or new head continues from the newest backup. If a head is
+lost without warning, the records since the last backup are lost; in return, no database server is
+needed. Artifacts go to the store through the server, so clients need no access to the bucket.
 
-The server listens on the loopback alone. Jobs reach it because their drivers run on the head, and
-people reach it through an ssh tunnel. Its password is made at the first start on a machine and
-written where MLflow's own client looks for it, `~/.mlflow/credentials`.
+The server listens only on the loopback address. Drivers of jobs run on the head, so they can reach
+it. People use an ssh tunnel. The first start on a machine creates a password and writes it to
+`~/.mlflow/credentials`, where MLflow's client reads it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ IN_USE = "serves this store; stop it, or give another store"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until the process is stopped; returns the exit status."""
+    """Serve until the process is stopped; return the exit status."""
     parser = argparse.ArgumentParser(description="Serve MLflow; its runs are kept in a bucket.")
     parser.add_argument("store", help="folder or URI for the database's backups and the artifacts")
     parser.add_argument("--port", type=int, default=5000, help="port on the loopback")
@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(store: str, port: int) -> int:
-    """Run the server and back up its database; returns MLflow's exit status.
+    """Run the server and back up its database; return MLflow's exit status.
 
     Raises:
         TrackingError: another server uses the store, its backups cannot be read, or the last backup
-            could not be stored.
+            failed.
     """
     folder = local_folder(store)
     filesystem, root = filesystem_of(store)
@@ -108,7 +108,7 @@ def local_folder(store: str) -> Path:
 
 
 def _authentication(folder: Path) -> dict[str, str]:
-    """Make this machine's password, once; return MLflow's settings for it."""
+    """Create this machine's password if there is none; return MLflow's settings for it."""
     credentials = CREDENTIALS.expanduser()
     if not credentials.exists():
         credentials.parent.mkdir(mode=0o700, exist_ok=True)

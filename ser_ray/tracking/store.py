@@ -1,8 +1,9 @@
-"""The connection to MLflow's store: how it is chosen, checked and searched, and its errors."""
+"""Chooses the tracking store, connects to it, searches its runs, and translates its errors."""
 
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 import warnings
@@ -10,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ser_ray.errors import TrackingError, first_line
 from ser_ray.storage.paths import name_account
-from ser_ray.tracking.database import SCHEME, open_database
+from ser_ray.tracking.database import SCHEME, artifacts_of, database_of, open_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCAL_STORE = Path("ser-ray-out")
-"""Where the database and the artifacts go when no server is named."""
+"""Folder of the database and the artifacts if no store is named."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 REQUEST_SECONDS = 10
-"""Longest wait for one answer of a server."""
+"""Longest wait for an answer of a server."""
 CONNECT_SECONDS = 5.0
 """Seconds to wait for a connection to a server."""
 RUNS_PER_CALL = 1000
@@ -31,10 +32,10 @@ RUNS_PER_CALL = 1000
 
 
 def resolve_uri(tracking_uri: str) -> str:
-    """Return the store to use: the one named, the environment's, or a sqlite file with the output.
+    """Return the store to use: the argument, the environment variable, or a local sqlite file.
 
-    A relative path in a URI is made absolute, so that it means one place in every record. A server
-    without a scheme, as in localhost:5000, is reached by http.
+    A relative path in a URI is made absolute, because records keep the URI. An address without a
+    scheme, such as localhost:5000, gets http://.
 
     Raises:
         TrackingError: the URI holds a password, which would be written into runs and checkpoints.
@@ -63,14 +64,14 @@ def _absolute(uri: str) -> str:
 
 
 def connect(uri: str, *, create: bool = False) -> "MlflowClient":
-    """Return MLflow's client of a store, after checking that the store answers it.
+    """Return MLflow's client for a store, after checking that the store answers.
 
-    The check is a request of that client, so it uses the client's credentials, certificates and
-    proxies. MLflow's functions that take no client use this store from then on.
+    The check is a request of this client, so it uses the client's credentials, certificates and
+    proxies. From then on, MLflow's functions that take no client also use this store.
 
     Args:
-        uri: a store, as `resolve_uri` gives it.
-        create: make the file of a local database if it does not exist.
+        uri: a store, as `resolve_uri` returns it.
+        create: whether to create the file of a local database if it does not exist.
 
     Raises:
         TrackingError: no server answers, or the database does not exist or cannot be opened.
@@ -111,7 +112,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
 
 
 def require_server(tracking_uri: str) -> None:
-    """Check a tracking server before slow work begins; a local database is left for later.
+    """Check a tracking server before slow work begins. A local database is not checked.
 
     Raises:
         TrackingError: the server does not answer.
@@ -122,12 +123,12 @@ def require_server(tracking_uri: str) -> None:
 
 
 def _require_listener(uri: str) -> None:
-    """Find out within seconds whether anything listens at a server's address.
+    """Find out within CONNECT_SECONDS whether anything listens at a server's address.
 
-    MLflow's client would try for several times as long. A proxy is left to the client.
+    MLflow's client tries several times as long. Behind a proxy, nothing is checked here.
 
     Raises:
-        OSError: nothing does, or the name has no address.
+        OSError: nothing listens there, or the name has no address.
     """
     from requests.utils import get_environ_proxies
 
@@ -138,9 +139,10 @@ def _require_listener(uri: str) -> None:
 
 
 def set_tracking_uri(uri: str) -> None:
-    """Set the store of MLflow's functions, and leave the user's environment as it is.
+    """Set the store of MLflow's functions without changing the environment.
 
-    MLflow also sets the variable, which then would name the store of the next command in Python.
+    MLflow also sets the environment variable. Later calls in this process would read it as the
+    user's choice.
     """
     import mlflow
 
@@ -164,6 +166,37 @@ def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> I
             return
 
 
+def experiment_id_of(client: "MlflowClient", uri: str, name: str) -> str:
+    """Return the id of an experiment. If it does not exist, create it.
+
+    Raises:
+        TrackingError: the experiment was deleted.
+        MlflowException: the store does not answer, or refuses the experiment.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        artifacts = None
+        if (database := database_of(uri)) is not None:
+            # MLflow's default location, ./mlruns, depends on the working directory.
+            artifacts = f"{artifacts_of(database)}/{quote(name.replace('/', '_'))}"
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
+        except MlflowException:  # another process may have made it since
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        store = shlex.quote(f"MLFLOW_TRACKING_URI={uri}")
+        raise TrackingError(
+            f"the experiment {name!r} is deleted: restore it with `env {store} mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}`, or choose another with --experiment"
+        )
+    return str(found.experiment_id)
+
+
 def configure_mlflow_client() -> None:
     """Set MLflow's client to fail in seconds, not minutes, and to be quiet.
 
@@ -175,21 +208,21 @@ def configure_mlflow_client() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    # At level ERROR it logs the traces of errors that it also raises.
+    # At level ERROR, MLflow logs the traces of errors that it also raises.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="mlflow")
 
 
 @contextmanager
 def store_answers(problem: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever MLflow and its stores raise in the block into one error.
+    """Convert the errors that MLflow and its stores raise in the block to a TrackingError.
 
     Args:
-        problem: what failed; the reason follows in brackets.
-        advice: what the user can do.
+        problem: message that names the failed action; the reason follows in brackets.
+        advice: end of the message, which says what the user can do.
 
     Raises:
-        TrackingError: the store does not answer, is not a store, or lacks what was asked for.
+        TrackingError: the store does not answer, is not a store, or lacks the requested item.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

@@ -1,8 +1,8 @@
-"""One MLflow run, recorded by the driver.
+"""Records one MLflow run from the driver.
 
-A training has one run, however often its workers or its driver die. The tracker lives in the driver
-and sends each epoch in a few batched calls. A store that does not answer at the start is an error.
-One that stops answering later costs a warning: metrics wait in the tracker and are sent when the
+A training has one run, even if its workers or its driver are restarted. The tracker lives in the
+driver and sends each epoch in a few batched calls. If the store does not answer at the start, that
+is an error. If it stops answering later, a warning is logged: metrics wait in the tracker until the
 store answers again.
 """
 
@@ -15,20 +15,25 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name
-from ser_ray.tracking.database import artifacts_of, await_database, database_of
-from ser_ray.tracking.store import connect, search_runs, set_tracking_uri, store_answers
+from ser_ray.tracking.database import await_database
+from ser_ray.tracking.store import (
+    connect,
+    experiment_id_of,
+    search_runs,
+    set_tracking_uri,
+    store_answers,
+)
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Run
 
 METRICS_PER_CALL = 1000
-"""MLflow's own limit of one batch."""
+"""MLflow's limit for one batch."""
 RETRY_SECONDS = 5.0
 """Pause between two attempts to reach a store that did not answer."""
 
@@ -39,8 +44,8 @@ class Tracker:
     """One MLflow run.
 
     Args:
-        uri: tracking store, as `resolve_uri` gives it.
-        run_id: the run; it exists.
+        uri: tracking store, as `resolve_uri` returns it.
+        run_id: id of an existing run.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -51,7 +56,7 @@ class Tracker:
         self._queue: list[Metric] = []
         """Metrics that have not been sent to the store yet."""
         self._epochs: set[int] = set()
-        """The epochs that were logged."""
+        """The epochs that were queued or sent."""
         self._retry_at = 0.0
         """When to try again, by time.monotonic; 0 while the store answers."""
 
@@ -67,22 +72,22 @@ class Tracker:
         dataset: "DatasetInput | None" = None,
         run_id: str = "",
     ) -> "Tracker":
-        """Create a run, or resume the one of `run_id`.
+        """Create a run, or resume the run `run_id`.
 
-        The parameters are also stored as the artifact `settings.json`, so that an artifact store
-        that cannot be written is found before anything is trained.
+        The parameters are also stored as the artifact `settings.json`. If artifacts cannot be
+        stored, this fails before anything is trained.
 
         Args:
-            uri: tracking store, as `resolve_uri` gives it.
-            experiment: name of the experiment; it is made if there is none.
+            uri: tracking store, as `resolve_uri` returns it.
+            experiment: name of the experiment, which is created if it does not exist.
             name: name of a new run.
             params: parameters of a new run; those of nested mappings are named with dots.
             tags: tags of the run (`ser_ray.tracking.about.run_tags`).
             dataset: input of a new run (`ser_ray.tracking.about.dataset_of`).
-            run_id: the run to resume; its name, parameters and input stay as they are.
+            run_id: id of the run to resume. Its name, parameters and input do not change.
 
         Raises:
-            TrackingError: the store does not answer, does not have the run, or stores no artifact.
+            TrackingError: the store does not answer, lacks the run, or cannot store artifacts.
         """
         client = connect(uri, create=True)
         problem = f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''}"
@@ -96,7 +101,7 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
                 tracker.set_tags(tags)
             else:
-                experiment_id = _experiment_id(client, uri, experiment)
+                experiment_id = experiment_id_of(client, uri, experiment)
                 save_view(client, experiment_id)
                 run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
                 if dataset is not None:
@@ -120,10 +125,10 @@ class Tracker:
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":
-        """Return the tracker of a recorded run, which another machine may have recorded.
+        """Return the tracker of a recorded run, also if another machine recorded it.
 
         Raises:
-            TrackingError: the store does not answer, or does not have the run.
+            TrackingError: the store does not answer, or lacks the run.
         """
         client = connect(uri)
         with store_answers(f"{uri}: run {run_id} cannot be read"):
@@ -136,7 +141,7 @@ class Tracker:
             return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
-        """MLflow's runs nested in this one, by the value of one of their tags."""
+        """Fetch the runs nested in this run, by the value of a tag."""
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         experiment_id = self.read().info.experiment_id
         with self._writing():
@@ -144,7 +149,7 @@ class Tracker:
             return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Store parameters; MLflow refuses to change one that the run has."""
+        """Store parameters. MLflow refuses to change a parameter that the run already has."""
         from mlflow.entities import Param
 
         listed = [Param(key, str(value)) for key, value in flatten(params).items()]
@@ -152,7 +157,7 @@ class Tracker:
             self._client.log_batch(self.run_id, params=listed)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        """Queue metrics of one step, until `flush` or `deliver`.
+        """Queue metrics of one step. `flush` or `deliver` sends them.
 
         MLflow ignores a metric that it already has: same name, step, timestamp and value.
         """
@@ -161,12 +166,12 @@ class Tracker:
         self._queue += [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
 
     def log_scores(self, scores: Mapping[str, float], timestamp_ms: int) -> None:
-        """Store final scores, and link them to the run's data set and to its model if it has one.
+        """Store final scores, and link them to the run's data set and, if there is one, its model.
 
         MLflow compares models by the scores that are linked to them.
 
         Raises:
-            TrackingError: the store did not accept them.
+            TrackingError: the store did not accept the scores.
         """
         from mlflow.entities import Metric
 
@@ -188,15 +193,15 @@ class Tracker:
         timestamp_ms: int,
         system_metrics: Mapping[str, Mapping[str, float]] | None = None,
     ) -> bool:
-        """Queue everything that one epoch reported, until `flush` or `deliver`.
+        """Queue the metrics of one epoch. `flush` or `deliver` sends them.
 
-        An epoch may be repeated after a failure; this method ignores one that it has logged.
+        An epoch may be repeated after a failure. A repeated epoch is ignored.
 
         Args:
             row: the epoch's number (`epoch`, from 1) and its metrics, whose names have a slash.
-            learning_rates: one per step of the epoch; logged as `train/lr` over all steps.
-            timestamp_ms: when the epoch ended, as `now_ms` gives it.
-            system_metrics: for each node its metrics by name; logged as `system/NODE/NAME`.
+            learning_rates: learning rate of every step of the epoch; logged as `train/lr`.
+            timestamp_ms: when the epoch ended, as `now_ms` returns it.
+            system_metrics: metrics by name for each node; logged as `system/NODE/NAME`.
 
         Returns:
             Whether the epoch is new.
@@ -215,9 +220,9 @@ class Tracker:
         return True
 
     def flush(self) -> bool:
-        """Try to send the queue to the store; returns whether the queue is empty.
+        """Try to send the queue to the store; return whether the queue is empty.
 
-        For `RETRY_SECONDS` after a failure, it does not ask the store again.
+        For `RETRY_SECONDS` after a failure, this does not try again.
         """
         if not self._queue:
             return True
@@ -236,7 +241,7 @@ class Tracker:
         """Send the queue to the store.
 
         Raises:
-            TrackingError: the store did not accept all of it; the rest stays in the queue.
+            TrackingError: the store did not accept everything; the rest stays in the queue.
         """
         while self._queue:
             with self._writing():
@@ -251,7 +256,7 @@ class Tracker:
                 self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
 
     def read_text(self, name: str) -> str:
-        """Read an artifact that is text.
+        """Read a text artifact.
 
         Raises:
             TrackingError: the store does not answer, or the run has no such artifact.
@@ -266,7 +271,7 @@ class Tracker:
         self.set_tags({NOTE: merge_note(note, lines)})
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts by their path in the run: figures, text, tables, and values as JSON."""
+        """Store artifacts by their path in the run: figures, texts, tables, and values as JSON."""
         import pyarrow as pa
         from pyarrow import csv
 
@@ -311,7 +316,7 @@ class Tracker:
             self._client.set_terminated(self.run_id, status)
 
     def abandon(self, error: BaseException) -> None:
-        """Close the run that an error ended: as KILLED if somebody stopped it, else as FAILED."""
+        """Close the run after an error: as KILLED if somebody stopped it, otherwise as FAILED."""
         with suppress(TrackingError):  # a tracking failure must not mask the original error
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             self.finish("KILLED" if stopped else "FAILED")
@@ -335,7 +340,7 @@ class Tracker:
             raise
 
     def _require_present(self) -> None:
-        """Raise TrackingError if somebody has deleted the run; MLflow accepts no records then."""
+        """Raise TrackingError if the run was deleted, because MLflow then accepts no records."""
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             store = shlex.quote(f"MLFLOW_TRACKING_URI={self.uri}")
             raise TrackingError(
@@ -352,7 +357,7 @@ def model_id_of(run: "Run") -> str:
 
 
 def has_run(uri: str, run_id: str) -> bool:
-    """Whether a store, given as `resolve_uri` returns it, answers and has a run."""
+    """Whether a store answers and has a run; `uri` is as `resolve_uri` returns it."""
     try:
         Tracker.of_run(uri, run_id)
     except TrackingError:
@@ -361,14 +366,14 @@ def has_run(uri: str, run_id: str) -> bool:
 
 
 def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:
-    """Return the id of the run that a folder's record names if a store has it; empty if not.
+    """Return the id of the run that a folder's record names; empty if the store lacks this run.
 
-    The record's own address of the store may be out of date: a store can be moved together with the
-    folder, and a server can have several addresses. So the store is asked.
+    The record may hold another address of the same store: a store can be moved together with the
+    folder, and a server can have several addresses. Therefore the store is searched for the run.
 
     Args:
-        uri: tracking store, as `resolve_uri` gives it.
-        record: what `ser_ray.distributed.run_folder.RunFolder.record` returned.
+        uri: tracking store, as `resolve_uri` returns it.
+        record: record of the folder (`ser_ray.distributed.run_folder.RunFolder.record`).
     """
     run_id = str(record.get("run_id", ""))
     if not run_id or record["tracking_uri"] == uri or has_run(uri, run_id):
@@ -397,7 +402,7 @@ def now_ms() -> int:
 
 
 def _signature(labels: Sequence[str]) -> Any:
-    """Columns that the packaged model reads and returns, as `ser_ray.inference.packaged` says."""
+    """Return the input and output columns of the packaged model (`ser_ray.inference.packaged`)."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType
@@ -410,29 +415,3 @@ def _signature(labels: Sequence[str]) -> Any:
         Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
         Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
     )
-
-
-def _experiment_id(client: Any, uri: str, name: str) -> str:
-    """Return the id of an experiment, which is made if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        artifacts = None
-        if (database := database_of(uri)) is not None:
-            # MLflow's own default, ./mlruns, depends on the directory the program runs in.
-            artifacts = f"{artifacts_of(database)}/{quote(name.replace('/', '_'))}"
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
-        except MlflowException:  # another process may have made it since
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        store = shlex.quote(f"MLFLOW_TRACKING_URI={uri}")
-        raise TrackingError(
-            f"the experiment {name!r} is deleted: restore it with `env {store} mlflow experiments "
-            f"restore --experiment-id {found.experiment_id}`, or choose another with --experiment"
-        )
-    return str(found.experiment_id)

@@ -1,11 +1,12 @@
-"""Links to MLflow's pages: the page of a run, and the table of all runs that says which is best.
+"""Links to MLflow's pages: the page of a run, and a table of all runs, the best first.
 
-The table is a saved view of the experiment: the scores, the settings that matter and the duration,
-the best validation UA first. MLflow nests child runs only in the order of their start, so trials
-and folds are left out; the page of their parent lists them. MLflow's pages can save such a view and
-share its link, but MLflow has no Python function for either, and does not document how it stores a
-view. What is needed of both is in this module. `tests/tracking/test_views.py` fails if an upgrade
-of MLflow changes it.
+The table is a saved view of the experiment with scores, important settings and duration, sorted by
+validation UA. MLflow sorts nested runs only by their start, so the view leaves out trials and
+folds. The page of their parent run lists them.
+
+In MLflow's pages, users can save a view and share its link. MLflow has no Python function for this,
+and does not document its format. This module writes that format. `tests/tracking/test_views.py`
+fails if an upgrade of MLflow changes the format.
 """
 
 import json
@@ -37,7 +38,7 @@ COLUMNS = (
     "attributes.`Dataset`",
     "attributes.`Models`",
 )
-"""The columns of the table in their order, as MLflow's pages name them."""
+"""The columns of the table in order, as MLflow's pages name them."""
 STATE = {
     "selectedColumns": COLUMNS,
     "columnOrder": COLUMNS,
@@ -46,19 +47,19 @@ STATE = {
     "orderByAsc": False,
     "searchFilter": "tags.kind != 'trial' and tags.kind != 'fold'",
 }
-"""What the page of an experiment shows, by the names that MLflow's pages use."""
+"""The settings of the view, by the names that MLflow's pages use."""
 
 
 def links(uri: str, run_id: str) -> tuple[str, str, str]:
     """Return the links to a run. If the store does not answer, both lead to its first page.
 
     Args:
-        uri: tracking store, as `resolve_uri` gives it.
+        uri: tracking store, as `resolve_uri` returns it.
         run_id: id of the run.
 
     Returns:
-        The page of the run; the table of all runs of its experiment, the best first; and the
-        command that starts a local server for both, which is empty if the store is a server itself.
+        The link to the run's page, the link to the table of all runs of the experiment, and the
+        command that starts a local server for both. The command is empty if the store is a server.
     """
     is_server = uri.startswith("http")
     pages = uri.rstrip("/") if is_server else LOCAL_UI
@@ -77,10 +78,10 @@ def links(uri: str, run_id: str) -> tuple[str, str, str]:
 
 
 def save_view(client: "MlflowClient", experiment_id: str) -> None:
-    """Save the view in an experiment, unless it is there.
+    """Save the view in an experiment, unless it is already there.
 
     Raises:
-        MlflowException: the store refused it.
+        MlflowException: the store refused the view.
     """
     view = json.dumps({"name": "Which run is best", "createdAt": 0, "state": json.dumps(STATE)})
     if client.get_experiment(experiment_id).tags.get(VIEW_TAG) != view:
