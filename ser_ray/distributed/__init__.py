@@ -1,8 +1,8 @@
 """Runs one training: in this process or on a cluster, with a folder and an MLflow run.
 
 run_config     settings of a run that are not part of its recipe
-launch         a training from its shards to its report; it begins here
-task           what is trained
+launch         the entry point: a training from its shards to its report
+task           recipe, shards, folder and settings of a training
 local          training in this process
 group          training by workers of Ray Train; `worker` is what runs in each of them
 process_group  the network of these workers
@@ -27,6 +27,6 @@ A training survives failures. It resumes from the newest complete checkpoint in 
                                     run_trials)
     driver                          the user, by the same command
 
-An error that another attempt would meet again (`ser_ray.errors.is_permanent`) ends the training at
-once; on a cluster, `group.DriverCallback.after_exception` finds it.
+A permanent error (`ser_ray.errors.is_permanent`) ends the training at once, because another attempt
+fails in the same way. On a cluster, `group.DriverCallback.after_exception` detects such errors.
 """

@@ -59,7 +59,7 @@ class EpochTable:
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
 
     def running(self) -> RenderableType:
-        """The running epoch, with a bar over all epochs and the time left.
+        """Show the running epoch, with a bar over all epochs and the time left.
 
         The progress within the epoch is estimated from the duration of the previous one.
         """

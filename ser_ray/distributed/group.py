@@ -1,10 +1,10 @@
-"""Training by a group of Ray Train's workers, and its epochs as they end.
+"""Trains with a group of Ray Train's workers, and passes on epochs as they end.
 
     loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the caller
 
-Ray replaces a lost worker, and `WorkerGroup` replaces a lost controller; both resume from the
-newest checkpoint. A lost queue loses no epoch: a checkpoint holds the numbers of all epochs before
-it, so reports that did not reach the caller are restored from there.
+Ray replaces a lost worker, and `WorkerGroup` a lost controller. Both resume from the newest
+checkpoint. A checkpoint holds the metrics of all epochs before it. Therefore reports that did not
+reach the caller are restored from the checkpoint, and a lost queue loses no epoch.
 """
 
 import logging
@@ -58,9 +58,9 @@ class WorkerGroup:
     """The workers of Ray Train that train one task.
 
     Args:
-        task: what they train.
-        fewest: workers without which the training waits.
-        most: workers that the training grows to when the cluster has room.
+        task: the training.
+        fewest: smallest number of workers. With fewer, the training waits.
+        most: largest number of workers, which the training uses when the cluster has room.
         cpus: CPUs of each worker, or 0 for a GPU each.
     """
 
@@ -76,7 +76,7 @@ class WorkerGroup:
         self.need = f"{fewest} workers with {in_words(each)} each"
         self.pretrained = ray.put(task.pretrained)
         self.other_groups = placement_groups()
-        """Ids of the placement groups that this job held before."""
+        """Ids of the placement groups that this job held before the training."""
         self.losses = 0
         """How often workers were lost."""
 
@@ -84,9 +84,9 @@ class WorkerGroup:
         """Train to the end.
 
         Args:
-            on_epoch: called with every epoch, first with those of earlier starts. After a loss it
-                may get an epoch again, with the same numbers. An error that it raises stops the
-                group.
+            on_epoch: called with every epoch, first with the epochs of earlier starts. After a
+                loss, it may be called again with the same epoch. If it raises an error, the group
+                stops.
 
         Raises:
             CheckpointError: another process has taken over the folder.
@@ -115,7 +115,7 @@ class WorkerGroup:
                 return
 
     def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
-        """Yield the epochs of one of Ray's controllers until it ends."""
+        """Start a controller of Ray Train, and yield its epochs until it ends."""
         self.losses = 0  # Ray's limit is one for each controller
         here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -137,12 +137,12 @@ class WorkerGroup:
                     watch.require_room()
                 else:
                     if "lost" in report:
-                        self._tell_loss(report["lost"])
+                        self._log_loss(report["lost"])
                     else:
                         yield Epoch(**report)
             training.result()
         except BaseException as error:
-            queue.shutdown(force=True)  # the next epoch's report fails, and that ends the group
+            queue.shutdown(force=True)  # then the report of the next epoch fails and ends the group
             if not isinstance(error, KeyboardInterrupt):
                 wait([training], timeout=STOP_SECONDS)
             raise
@@ -151,7 +151,7 @@ class WorkerGroup:
         task, folder = self.task, self.task.folder
         path = f"{folder.path}/{start.name}" if start is not None else ""
         work = partial(run_worker, task.config, task.shards, self.pretrained, task.run.ingest, path)
-        # Ray has no other settings for these two than environment variables.
+        # Ray has only environment variables for these two settings.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
         return TorchTrainer(
@@ -175,8 +175,8 @@ class WorkerGroup:
             ),
         )
 
-    def _tell_loss(self, reason: str) -> None:
-        """Say in a line that a worker is replaced; a loss that ends the training raises instead."""
+    def _log_loss(self, reason: str) -> None:
+        """Log that a lost worker is replaced. If the limit is exceeded, Ray raises an error."""
         self.losses += 1
         max_failures = self.task.run.max_failures
         if max_failures == -1 or self.losses <= max_failures:
@@ -187,7 +187,7 @@ class WorkerGroup:
             )
 
     def _failure(self, error: Exception) -> SerRayError:
-        """The error for the user: the SerRayError that caused it, or else Ray's message."""
+        """Return the SerRayError that caused an error of Ray, or an error with Ray's message."""
         causes: list[Exception] = []
         if isinstance(error, ControllerError):
             causes = [error.controller_failure]
@@ -200,11 +200,11 @@ class WorkerGroup:
 
 
 class DriverCallback(UserCallback):
-    """Runs in Ray's controller. If it raises, the training ends, whatever `max_failures` is.
+    """Runs in Ray's controller. If this callback raises, the training ends for any `max_failures`.
 
     Args:
-        queue: receives the report of every epoch. `put` raises once the queue is shut down, which
-            is how `WorkerGroup` stops a training.
+        queue: receives the report of every epoch. To stop a training, `WorkerGroup` shuts the queue
+            down; then `put` raises.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -213,7 +213,7 @@ class DriverCallback(UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        """Forward a stored epoch: rank 0's report, and every node's metrics."""
+        """Forward the report of rank 0 and the metrics of every node, once they are stored."""
         if "row" not in metrics[0]:
             return  # a checkpoint in mid-epoch
         nodes: dict[str, dict[str, float]] = {}
@@ -224,7 +224,7 @@ class DriverCallback(UserCallback):
         self.queue.put(report | {"system_metrics": nodes})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """End a training whose workers would fail in the same way again; else report the loss."""
+        """End the training if an error is permanent; otherwise report the loss."""
         for error in worker_exceptions.values():
             if is_permanent(error):
                 raise error

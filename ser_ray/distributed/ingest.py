@@ -1,12 +1,14 @@
-"""How a worker gets its training clips: it holds all of them in memory (resident), or streams them.
+"""Chooses how a worker gets its training clips, and reads ahead of a training that streams them.
 
-A stream is read ahead in windows of several steps. If the training runs in this process, threads
-read the windows; else tasks of Ray Data read them on any node. Ray Data keeps the windows in order,
-reads ahead as far as memory allows, and reads a window again if its node was lost. Ray Data's own
-ways to split and to shuffle a dataset are not used. `get_dataset_shard` gives a worker whichever
-block is next, so an epoch could neither be repeated nor resumed in its middle. It also drops rows,
-so that all workers get the same number. A local shuffle yields short batches in mid-stream, and
-then data-parallel workers wait for each other forever (ray issue 66085).
+Clips are resident in memory, or streamed. A stream is read ahead in windows of several steps. If
+the training runs in this process, threads read the windows. Otherwise tasks of Ray Data read them
+on any node. Ray Data keeps the windows in order, reads ahead as far as memory allows, and reads a
+window again if its node was lost.
+
+Ray Data's functions to split and to shuffle a dataset are not used. `get_dataset_shard` gives a
+worker the block that is ready first, so an epoch can neither be repeated nor resumed in its middle.
+It also drops rows to give all workers the same number. A local shuffle yields short batches in
+mid-stream, and then data-parallel workers wait for each other forever (ray issue 66085).
 
 In a measurement on two busy cores, the first window of Ray Data arrived after 15 s. Therefore the
 tasks are started once for a training, not once for an epoch, and the next epoch is read during
@@ -30,10 +32,10 @@ from ser_ray.training.streaming import resident_bytes
 from ser_ray.training.world import World
 
 READERS = 2
-"""Windows that are read at the same time for one worker."""
+"""Number of windows that are read at the same time for one worker."""
 RESIDENT_SHARE = 0.5
-"""Share of a worker's memory that resident clips may fill. The rest is needed by the network, and
-by the raw features while they are read."""
+"""Share of a worker's memory that resident clips may fill. The network needs the rest, and so do
+the raw features while they are read."""
 
 
 def streams(
@@ -46,9 +48,9 @@ def streams(
 ) -> bool:
     """Return whether the training clips are streamed.
 
-    All workers make the same choice. With `auto`, a resumed training reads its clips as it did
-    before. A new training streams if its clips would fill more than RESIDENT_SHARE of the memory of
-    any worker.
+    All workers make the same choice. With `auto`, a resumed training reads its clips as before. A
+    new training streams if resident clips need more than RESIDENT_SHARE of the memory of any
+    worker.
 
     Args:
         memory: returns the bytes of memory for this worker; called only if it trains on a CPU.
@@ -67,7 +69,7 @@ def streams(
 def fetch_by_threads(
     read: Callable[[Any], np.ndarray], items: Sequence[Any]
 ) -> Generator[np.ndarray]:
-    """Read the items in threads of this process. It is a `ser_ray.training.streaming.Fetch`."""
+    """Read the items in threads of this process (a `ser_ray.training.streaming.Fetch`)."""
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="stream") as readers:
         try:
@@ -82,7 +84,7 @@ def fetch_by_threads(
 
 
 def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Read the items by Ray Data, on any node. It is a `ser_ray.training.streaming.Fetch`."""
+    """Read the items with Ray Data on any node (a `ser_ray.training.streaming.Fetch`)."""
     import ray.data
 
     def read_item(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

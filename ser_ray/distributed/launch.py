@@ -1,9 +1,9 @@
 """One training: its shards, its folder, its worker or workers and its MLflow run.
 
-One worker trains in this process, unless a cluster was named; several are workers of Ray Train.
-The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If the
-driver is lost, the same command resumes: the name of a run follows from its recipe and shards, and
-its folder holds everything that is needed.
+A single worker trains in this process, unless the user names a cluster. Several workers use Ray
+Train. The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If
+the driver is lost, the same command resumes: the name of a run follows from its recipe and shards,
+and its folder holds everything that is needed.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class TrainResult:
     report: str
     """Location of the run's page."""
     undelivered: str = ""
-    """Why MLflow does not have the complete run; the same call delivers the rest."""
+    """Why MLflow lacks a part of the run; the same call delivers the rest."""
 
     def __repr__(self) -> str:
         selected, card = self.selected, self.card
@@ -95,7 +95,7 @@ def train(
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
-            starts, where that can be known.
+            starts, if possible.
         SerRayError: the training failed; the message gives the reason.
     """
     shards = open_corpora(shards_location, config.label_map)
@@ -140,17 +140,17 @@ def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
 
 
 def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) -> dict[str, Any]:
-    """Check the recipe against the shards and the number of workers; return the split in words."""
+    """Check the recipe against the shards and the number of workers; return the split."""
     parts = select_rows(shards.clips(), config)
     require_workers_fit(config, len(parts.train), run.worker_range[1])
     return describe_split(parts)
 
 
 def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
-    """Return the function that trains: on the cluster that this process is connected to, or here.
+    """Return the function that trains: on the connected cluster, or in this process.
 
     Raises:
-        ResourcesError: there is no room for the workers.
+        ResourcesError: the workers need more than the cluster has.
     """
     fewest, most = task.run.worker_range
     gpu = trains_on_gpus(task.run.device)
@@ -200,15 +200,16 @@ def _follow(
 
     if not task.folder.record().get("finished"):
         run_task(log)
-    elif newest := task.folder.newest():  # the tracking server did not answer then
+    elif newest := task.folder.newest():  # MLflow may lack epochs of the finished training
         for epoch in newest.epochs():
             log(epoch)
 
 
 def _conclude(task: TrainingTask, tracker: Tracker) -> None:
-    """Keep the selected checkpoint under a fixed name, and complete the MLflow run.
+    """Copy the selected checkpoint to a fixed name, and complete the MLflow run.
 
-    If the tracking server does not answer, the record says so: the same command delivers the rest.
+    If the tracking server does not answer, the folder's record says so, and the same command
+    delivers the rest.
     """
     from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
     from ser_ray.evaluation.pages import run_page
@@ -232,7 +233,7 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
         try:
             card, evaluation = read_card(selected), None
             if card.split["validation_speakers"]:
-                # Scored by the workers: all validation clips may not fit into the driver's memory.
+                # The workers scored the clips, because the driver may not have enough memory.
                 evaluation = evaluate(
                     selected,
                     shards.locations,

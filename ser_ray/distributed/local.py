@@ -1,12 +1,12 @@
-"""Training with one worker in this process. `ser_ray.distributed.group` trains with Ray Train.
+"""Trains with one worker in this process. `ser_ray.distributed.group` trains with Ray Train.
 
-One worker on this machine does not need Ray. Ray's processes would use some of the CPUs and need
-several seconds to start. The loop, the run's folder and the epochs that the caller gets are the
-same, so a run can begin here and resume on Ray, or the other way round.
+One worker on this machine does not need Ray. Ray's processes use some of the CPUs and need several
+seconds to start. The loop, the run's folder and the reported epochs are the same with and without
+Ray. Therefore a run can begin here and resume on Ray, or the other way round.
 
-Ray Train's own local mode (`num_workers=0`) is not used. It needs no cluster either, but it calls
-no callback, stores no checkpoint and resumes from none, so all of this module would still be
-needed. Importing Ray Train also takes seconds.
+Ray Train's local mode (`num_workers=0`) is not used. It needs no cluster either, but it calls no
+callbacks, and neither stores checkpoints nor resumes from them. Importing Ray Train also takes
+seconds.
 """
 
 import logging
@@ -30,7 +30,7 @@ from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.trainer import EpochReport
 
 ADDRESS = "127.0.0.1"
-"""This machine's address in the names of its metrics. A Ray started here has the same one."""
+"""Address of this machine in the names of its metrics, as Ray has it on this machine."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
 
@@ -41,10 +41,10 @@ def train_here(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bo
     """Train in this process to the end.
 
     Args:
-        task: what is trained.
-        on_epoch: called with every epoch, first with those of earlier starts. After a failure it
-            may get an epoch again, with the same numbers. For new epochs it is called in the thread
-            that stores their checkpoints. An error that it raises ends the training.
+        task: the training.
+        on_epoch: called with every epoch, first with the epochs of earlier starts. After a failure,
+            it may be called again with the same epoch. For new epochs, it is called in the thread
+            that stores their checkpoints. If it raises an error, the training ends.
         gpu: whether to use a GPU.
 
     Raises:
@@ -96,7 +96,7 @@ class LocalReporter:
     """Stores checkpoints and passes on epochs in another thread, while the loop continues.
 
     Args:
-        on_epoch: called in that thread with every epoch whose checkpoint is stored.
+        on_epoch: called in the other thread with every epoch whose checkpoint is stored.
     """
 
     def __init__(self, folder: RunFolder, on_epoch: Callable[[Epoch], None]) -> None:
@@ -108,7 +108,7 @@ class LocalReporter:
         self._writing: Future[None] | None = None
 
     def __call__(self, report: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
-        """Start to store an epoch's checkpoint, once the one before it is stored."""
+        """Wait until the previous checkpoint is stored, then start to store this epoch's."""
         self.wait()
         assert report is not None, "only Ray announces preemptions, so no report is in mid-epoch"
         metrics = {ADDRESS: self._node.means_since_last_call()}
@@ -116,7 +116,7 @@ class LocalReporter:
         self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is stored, and raise the error if that failed.
+        """Wait until the last checkpoint is stored. If that failed, raise the error.
 
         Raises:
             CheckpointError: another process has taken over the folder.

@@ -30,10 +30,10 @@ def start_run(
     Args:
         run: names the tracking store and the experiment.
         name: name of a new run.
-        shards: the shards that are trained on.
+        shards: the training's shards.
         tags: tags of the run (`ser_ray.tracking.about.run_tags`).
         params: parameters of a new run.
-        about: sentence for the description of the run.
+        about: a sentence that describes the run.
 
     Raises:
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
@@ -68,7 +68,7 @@ def start_or_resume_run(
 
     Args:
         folder: the folder of the training, search or cross-validation.
-        identity: what must be the same whenever the folder is used again.
+        identity: the settings that must be the same whenever the folder is used again.
         run, shards, tags, params, about: as for `start_run`.
 
     Raises:
@@ -83,7 +83,7 @@ def start_or_resume_run(
 
 
 def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
-    """Return the command that trains an MLflow run's recipe again, with `run` except its name."""
+    """Return the command that trains the recipe of an MLflow run again, without the run's name."""
     settings = replace(run, name="")
     return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)
 

@@ -1,9 +1,9 @@
-"""Metrics of a node while it trains: the utilisation of its processors and memories.
+"""Measures the utilisation of a node's processors and memories while it trains.
 
-One worker of each node samples them in a thread, and sends the means with its report of an epoch.
-MLflow's own monitor is not used, because every node would then write to the tracking store, which
-may be a file on the driver's machine. The metrics have MLflow's names and units, so its UI shows
-them on its page of system metrics.
+On each node, a thread of one worker takes samples, and the worker sends their means with its report
+of an epoch. MLflow's system monitor is not used: it writes to the tracking store from every node,
+but the store may be a file on the driver's machine. The metrics have MLflow's names and units, so
+MLflow shows them on its page of system metrics.
 """
 
 from collections.abc import Mapping
@@ -41,12 +41,12 @@ class NodeMetrics:
 
     def _run(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
-            with suppress(psutil.Error, OSError):  # such as a disk that does not answer
+            with suppress(psutil.Error, OSError):  # for example, a disk does not answer
                 self._samples.append(sample(self._gpus))
 
 
 def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
-    """Read this machine's metrics: CPU utilisation since the last call, and the rest as of now."""
+    """Read this machine's metrics: the CPU utilisation since the last call, and present values."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -70,11 +70,11 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
 
 
 def gpu_handles() -> dict[int, Any]:
-    """Return NVML's handle of every GPU of this machine, whatever CUDA_VISIBLE_DEVICES is."""
+    """Return NVML's handle of every GPU of this machine, independent of CUDA_VISIBLE_DEVICES."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return {}  # no driver, no GPUs
+        return {}  # there is no NVIDIA driver
     handles = {}
     for index in range(pynvml.nvmlDeviceGetCount()):
         with suppress(pynvml.NVMLError):  # a GPU that has failed has no handle

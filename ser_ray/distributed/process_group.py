@@ -1,8 +1,8 @@
-"""The process group of a training, on the network that Ray uses and on no other.
+"""Starts the process group of a training on Ray's network only.
 
-Ray's own backend lets torch choose a free port, on which torch's store listens on all interfaces
-and asks for no password. Here the store listens on Ray's address alone, which is the loopback for a
-Ray that was started on this machine. The port is bound once, so no other process can take it.
+With Ray's own backend, torch's store listens on all network interfaces without a password. Here,
+the store listens only on Ray's address, which is the loopback address if Ray was started on this
+machine. The port is bound once and stays bound, so no other process can use it in between.
 """
 
 import os
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 TorchBackend: Any = TorchConfig().backend_cls
-"""Ray's class that starts torch's process group; it is public only through its configuration."""
+"""Ray's class that starts torch's process group. Only TorchConfig makes the class public."""
 
 _store: dist.TCPStore | None = None
-"""The store that this process serves to the other workers; it ends with the process."""
+"""The store that this process serves to the other workers until the process ends."""
 
 
 def torch_config(*, gpu: bool) -> TorchConfig:
@@ -28,7 +28,7 @@ def torch_config(*, gpu: bool) -> TorchConfig:
 
 
 class BoundConfig(TorchConfig):
-    """The process group of workers that listen on Ray's network alone."""
+    """Configures workers that listen only on Ray's network."""
 
     @property
     def backend_cls(self) -> type[Any]:
@@ -37,7 +37,7 @@ class BoundConfig(TorchConfig):
 
 
 class BoundBackend(TorchBackend):
-    """Ray's backend, with the process group on the network of Ray."""
+    """Ray's backend with a process group on Ray's network only."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Start the process group."""
@@ -54,13 +54,13 @@ class BoundBackend(TorchBackend):
 
 
 def serve_store() -> tuple[str, int]:
-    """Serve a store to all workers on Ray's address of this node; returns host and port."""
+    """Serve a store to all workers on Ray's address of this node; return host and port."""
     global _store
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listener:
         port = listener.getsockname()[1]
-        # The store closes the descriptor that it is given, so it gets one of its own.
+        # Both the store and `listener` close their descriptors, so each needs its own.
         _store = dist.TCPStore(
             host,
             port,
@@ -76,8 +76,8 @@ def join_group(
 ) -> None:
     """Join the process group of the workers.
 
-    By default, gloo uses the address that the machine's own name resolves to. On many machines that
-    is 127.0.1.1, and workers on other machines wait for it until they time out.
+    By default, gloo uses the address of the machine's host name. On many machines, this is
+    127.0.1.1, which workers on other machines cannot reach.
     """
     if interface := interface_of(ray.util.get_node_ip_address()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -87,7 +87,7 @@ def join_group(
 
 
 def interface_of(address: str) -> str:
-    """Name of this machine's network interface with an IPv4 address; empty if none has it."""
+    """Name of the network interface that has this IPv4 address; empty if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(item.family == socket.AF_INET and item.address == address for item in addresses):
             return name

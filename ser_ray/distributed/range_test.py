@@ -1,4 +1,4 @@
-"""A learning-rate range test: in this process or, if a cluster was named, in one Ray task."""
+"""Runs a learning-rate range test in this process or, on a cluster, in one Ray task."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -63,7 +63,7 @@ def find_range(
     *,
     address: str = "",
 ) -> RangeResult:
-    """Propose bounds for a recipe's learning rate; one worker tests it, on a GPU if there is one.
+    """Propose bounds for a recipe's learning rate. One worker runs the test, if possible on a GPU.
 
     Raises:
         ShardsError, ConfigError, ResourcesError, TrackingError: before the test starts.
@@ -150,7 +150,7 @@ def _steps_on_ray(
 def _follow(
     steps: Iterable[tuple[float, float]], test: LrRangeConfig
 ) -> tuple[list[float], list[float]]:
-    """Show the steps as they end; returns their learning rates and losses."""
+    """Show the progress of the steps; return their learning rates and losses."""
     rates: list[float] = []
     losses: list[float] = []
     with show_progress() as report:

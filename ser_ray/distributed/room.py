@@ -1,7 +1,7 @@
-"""Room on a cluster for workers and trials: the placement groups that hold it, and waiting for it.
+"""Waits until a cluster has room for workers or trials, that is, a placement group for them.
 
-Ray says nothing to a driver while a training or search waits for room, and lets an elastic training
-or a search wait forever. `RoomWatch` says what is waited for, and ends the waiting.
+While a training or a search waits for room, Ray tells the driver nothing. Ray also lets elastic
+trainings and searches wait forever. `RoomWatch` logs that they wait, and ends the wait.
 """
 
 import logging
@@ -23,22 +23,22 @@ from ser_ray.errors import ResourcesError
 START_SECONDS = 30.0
 """How long Ray waits for the placement group of new workers before it counts the nodes again.
 
-Ray's list of nodes may be 20 s old, so only the second attempt may notice that a node is gone.
-Workers that have their placement group are not limited, for instance to install packages."""
+Ray's list of nodes may be 20 s old, so perhaps only the second attempt notices that a node is gone.
+After workers have their placement group, there is no limit, for example to install packages."""
 START_ATTEMPTS = 60
-"""Number of these waits: half an hour in all to start machines or to finish other work."""
-TELL_SECONDS = 60.0
-"""How often whoever waits for room says so."""
+"""Number of these waits: half an hour in total to start machines or to finish other work."""
+LOG_SECONDS = 60.0
+"""Time between two log lines about the wait."""
 
 logger = logging.getLogger(__name__)
 
 
 class RoomWatch:
-    """Says what workers or trials wait for, and raises an error if they wait too long.
+    """Logs that workers or trials wait for room, and raises an error if they wait too long.
 
     Args:
-        other_groups: ids of the placement groups that do not count.
-        need: what needs room, in words.
+        other_groups: ids of placement groups that belong to other work.
+        need: description of the workers or trials, for messages.
     """
 
     def __init__(self, other_groups: set[str], need: str) -> None:
@@ -61,7 +61,7 @@ class RoomWatch:
                 f"the cluster had no room for {self.need} for {START_SECONDS * START_ATTEMPTS:g} "
                 "seconds: give the same command again when there is room, or ask for less"
             )
-        elif self.looked - self.told >= TELL_SECONDS:
+        elif self.looked - self.told >= LOG_SECONDS:
             self.told = self.looked
             waited = self.looked - self.had_room
             logger.warning(
@@ -76,11 +76,11 @@ def placed(bundle: dict[str, float], need: str) -> Iterator[PlacementGroup]:
     """Yield a placement group as soon as the cluster has room for it, and release it at the end.
 
     Args:
-        bundle: its resources.
-        need: what needs them, in words.
+        bundle: resources of the placement group.
+        need: description of the work that needs the group, for messages.
 
     Raises:
-        ResourcesError: there was no room.
+        ResourcesError: the cluster had no room for START_ATTEMPTS times START_SECONDS.
     """
     watch = RoomWatch(placement_groups(), need)
     group = placement_group([bundle])
@@ -96,7 +96,7 @@ def placement_groups(*, with_room: bool = False) -> set[str]:
     """Return the ids of the placement groups that this job holds.
 
     Args:
-        with_room: leave out those that wait for room.
+        with_room: whether to leave out the groups that wait for room.
     """
     # The id of a placement group ends with the id of the job that created it.
     job = ray.get_runtime_context().get_job_id()
@@ -115,5 +115,5 @@ def remove_placement_groups(names: set[str]) -> None:
 
 
 def free_resources() -> str:
-    """Return the CPUs and GPUs that nothing uses at present, in words."""
+    """Return the unused CPUs and GPUs, in words."""
     return in_words({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())

@@ -10,34 +10,36 @@ Ingest = Literal["auto", "resident", "stream"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Where a training runs, what it is called and where it is recorded."""
+    """Where a training runs, the name of the run, and where it is recorded."""
 
     workers: str = "1"
-    """Data-parallel workers: a number, or a range like 1..4 to use what the cluster has."""
+    """Number of data-parallel workers, or a range like 1..4 to use as many as the cluster has."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Train on GPUs, one for each worker, or on CPUs; auto uses GPUs if the cluster has any."""
     ingest: Ingest = "auto"
-    """Keep the clips in each worker's memory, or read the training clips again in every epoch; auto
-    streams clips that would fill more than half of a worker's memory. Only `train` uses this."""
+    """Keep the clips in each worker's memory (resident), or read the training clips again in every
+    epoch (stream). auto streams clips that need more than half of a worker's memory. Only `train`
+    uses this."""
     name: str = ""
-    """Name of the run; the same name resumes it. Derived from the recipe and shards if empty."""
+    """Name of the run. A command with the same name resumes the run. If empty, the name is derived
+    from the recipe and shards."""
     storage: str = "ser-ray-out/runs"
-    """Folder or URI for checkpoints; with several nodes, one that all of them can reach."""
+    """Folder or URI for checkpoints. With several nodes, all nodes must be able to reach it."""
     experiment: str = "ser-ray"
     """MLflow experiment."""
     tracking_uri: str = ""
-    """MLflow tracking server or database; MLFLOW_TRACKING_URI or a local sqlite file if empty."""
+    """MLflow tracking server or database. If empty, MLFLOW_TRACKING_URI or a local sqlite file."""
     audio: bool = field(
         default=True, metadata={"off": "Leave the sound of clips out of the report."}
     )
     """Include in the report the sound of the validation clips that it shows."""
     keep_encoder: bool = field(
-        default=True, metadata={"off": "Only name the encoder's weights, by place and hash."}
+        default=True, metadata={"off": "Store only the location and hash of the encoder's weights."}
     )
-    """Put the weights of the encoder, if the model has one, into the model's folder."""
+    """Copy the weights of the encoder, if the model has one, into the model's folder."""
     max_failures: int = 3
-    """How often lost workers are replaced, or a failed training or trial starts again, before the
-    run fails; -1 sets no limit."""
+    """How often lost workers are replaced, or a failed training or trial is started again, before
+    the run fails. -1 means no limit."""
 
     def __post_init__(self) -> None:
         fewest, most = self.worker_range

@@ -1,13 +1,13 @@
-"""A run's folder on the storage: its lock, its record and its checkpoints.
+"""The folder of a run: its lock, its record and its checkpoints.
 
-    run.json                what the run is, which MLflow run it has, whether it is finished
-    checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next
-    selected                the selected checkpoint, once the training is finished
+    run.json                recipe and shards of the run, its MLflow run, whether it has finished
+    checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next epoch
+    selected                the selected checkpoint, after the training has finished
     report.html             the run's page, to which `evaluate` adds the test part
 
-A run resumes from the newest checkpoint that is complete and whose selected checkpoint is complete
-too. Ray also keeps a list of checkpoints, but rewrites it in place, so a full disk or a lost
-machine can truncate it. A driver therefore deletes the list when it starts.
+A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
+must be complete too. Ray also has a list of checkpoints, but rewrites it in place, so a full disk
+or a lost machine can truncate it. Therefore a driver deletes this list when it starts.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ from ser_ray.training.checkpoint import (
 RECORD = "run.json"
 TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
-"""Ray's list of checkpoints. Ray has no public way to start without it; a test of `train` fails
-if Ray renames it."""
+"""Ray's list of checkpoints. Ray has no public function to start without it. A test of `train`
+fails if Ray renames the file."""
 DYING_SECONDS = 5.0
-"""How long a worker may outlive the controller that owned it."""
+"""How long a worker may continue after its controller was lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,16 @@ class Epoch:
     """An epoch whose checkpoint is stored."""
 
     row: dict[str, float]
-    """Its numbers, by the names they are logged under."""
+    """The metrics of the epoch, by the names under which they are logged."""
     learning_rates: list[float]
     """Learning rate of every step."""
     timestamp_ms: int
-    """When it ended."""
+    """When the epoch ended, in milliseconds since 1970."""
     system_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of every node, by its address."""
+    """System metrics of every node, by the node's address."""
     is_restored: bool = False
-    """Whether it was read from a checkpoint: it ended before this start, or its report was lost."""
+    """Whether the epoch was read from a checkpoint, because it ended before this start or its
+    report was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class StoredCheckpoint:
         return checkpoint_name(int(row["epoch"])) if row else ""
 
     def epochs(self) -> Generator[Epoch]:
-        """Yield every epoch whose numbers the checkpoint holds."""
+        """Yield the epochs before the checkpoint."""
         progress = self.progress
         rates = learning_rates_by_epoch(progress)
         for row, of_steps, when in zip(
@@ -95,10 +96,10 @@ class StoredCheckpoint:
 
 
 class RunFolder:
-    """A run's folder.
+    """The folder of a run.
 
     Args:
-        storage: folder or URI that holds the folders of many runs.
+        storage: folder or URI that holds the folders of all runs.
         name: name of the run.
     """
 
@@ -110,7 +111,7 @@ class RunFolder:
 
     @property
     def location(self) -> str:
-        """The folder, as a user would type it."""
+        """Path or URI of the folder."""
         return location_inside(self.storage, self.name)
 
     @property
@@ -119,24 +120,24 @@ class RunFolder:
         return location_inside(self.location, REPORT)
 
     def lock(self) -> Lock:
-        """Make the lock that a process holds while it trains under this name."""
+        """Make the lock that a process holds while it trains the run of this name."""
         advice = "is training under this name; wait for it to end, or give another --name"
         self._lock = Lock(self.location, CheckpointError, advice)
         return self._lock
 
     def check_lock(self) -> None:
-        """Raise CheckpointError if another process has taken over this one's lock."""
+        """Raise CheckpointError if another process has taken over the lock of this process."""
         if self._lock is not None:
             self._lock.check()
 
     def read(self, name: str) -> bytes:
-        """Read a small file of the folder."""
+        """Read a small file in the folder."""
         with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
             content: bytes = stream.read()
         return content
 
     def write(self, name: str, text: str) -> None:
-        """Write a small file of the folder, completely or not at all."""
+        """Write a small file in the folder, completely or not at all."""
         write_file(self.filesystem, f"{self.path}/{name}", text.encode())
 
     def record(self) -> dict[str, Any]:
@@ -163,21 +164,21 @@ class RunFolder:
         self.write(RECORD, record)
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """Refuse to resume a run that had another recipe or other shards.
+        """Refuse to resume a run with another recipe or other shards.
 
         Raises:
-            MismatchError: names what differs.
+            MismatchError: the identity differs; the message names the first difference.
         """
         identity = json.loads(json.dumps(identity))
         difference = first_difference(self.record().get("identity", identity), identity)
         if difference:
             raise MismatchError(
                 f"{self.location}: in the earlier run of this name {difference}; give another "
-                "--name to start afresh, or restore what it was trained with"
+                "--name to start afresh, or use the settings and shards of the earlier run"
             )
 
     def newest(self) -> StoredCheckpoint | None:
-        """Find the newest checkpoint from which the training can resume; None to begin.
+        """Find the newest checkpoint from which the training can resume; None if there is none.
 
         A checkpoint is skipped with a warning if it or its selected checkpoint is incomplete.
         """
@@ -188,7 +189,7 @@ class RunFolder:
                 selected = f"{self.path}/{stored.selected}"
                 if not stored.selected or read_progress(self.filesystem, selected) is not None:
                     return stored
-            logger.warning("%s/%s is incomplete: it is skipped", self.location, name)
+            logger.warning("%s/%s is incomplete and is skipped", self.location, name)
         return None
 
     def restore(self, on_epoch: Callable[[Epoch], None]) -> StoredCheckpoint | None:
@@ -232,8 +233,9 @@ class RunFolder:
         """Copy the selected checkpoint to its fixed name, and into an empty local folder.
 
         Args:
-            origin: the MLflow run that it came from, written beside it.
-            encoder: whether the weights of its encoder, if it has one, are copied into it.
+            origin: record of the training, which is written beside the checkpoint.
+            into: the local folder.
+            encoder: whether to copy the encoder's weights too, if the model has an encoder.
 
         Raises:
             CheckpointError: another process trains here now.
@@ -262,7 +264,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def local(self, checkpoint: StoredCheckpoint | None) -> Iterator[Path | None]:
-        """Yield a checkpoint as a local directory, downloaded until the block ends if necessary."""
+        """Yield a checkpoint as a local directory. A download is deleted when the block ends."""
         if checkpoint is None:
             yield None
         elif isinstance(self.filesystem, fs.LocalFileSystem):
@@ -277,7 +279,7 @@ class RunFolder:
         """Make the error of a training that failed, and write its trace into the folder.
 
         Args:
-            trace: what Python or Ray says about the failure. Its last line is the reason.
+            trace: traceback of Python or Ray. Its last line is the reason.
         """
         lines = [line for line in trace.splitlines() if line.strip()]
         try:
@@ -291,10 +293,10 @@ class RunFolder:
         )
 
     def delete(self, name: str) -> None:
-        """Delete a checkpoint, if it is there.
+        """Delete a checkpoint, if it exists.
 
-        The worker of a lost controller may write to it for some seconds more. What remains after
-        DYING_SECONDS only costs disk space.
+        The worker of a lost controller may still write to the checkpoint for some seconds. If files
+        remain after DYING_SECONDS, they only use disk space.
         """
         until = time.monotonic() + DYING_SECONDS
         while True:

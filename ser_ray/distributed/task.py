@@ -1,4 +1,4 @@
-"""One training, wherever it runs."""
+"""The description of a training, in this process or on a cluster."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from ser_ray.training.model import Pretrained
 
 @dataclass(frozen=True, slots=True)
 class TrainingTask:
-    """What is trained, and where it is stored."""
+    """Recipe, shards, folder and settings of a training."""
 
     folder: RunFolder
     """Holds the checkpoints; the training resumes from the newest one."""

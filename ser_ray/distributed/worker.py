@@ -1,4 +1,4 @@
-"""What runs in each worker of Ray Train: the training loop, and the reporter that it calls."""
+"""Runs the training loop in a worker of Ray Train, and reports its epochs to Ray."""
 
 import os
 from collections.abc import Callable
@@ -28,12 +28,12 @@ def run_worker(
 ) -> None:
     """Run the loop as one of Ray Train's workers.
 
-    Every error is raised, so that Ray ends the group at once: a worker that returned would leave
-    the others waiting for it in their next collective operation.
+    Every error is raised, so that Ray ends the group at once. If a worker returned instead, the
+    others would wait for it in their next collective operation.
 
     Args:
         pretrained: the weights to start from (`ser_ray.training.model.Pretrained`).
-        start: path of the checkpoint to resume from, on the run's storage; if empty, start afresh.
+        start: path on the run's storage of the checkpoint to resume from; if empty, start afresh.
     """
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(num_threads))
@@ -58,7 +58,7 @@ def run_worker(
 
 
 def worker_memory() -> int:
-    """This worker's share of the bytes of memory that Ray has on its node."""
+    """Return this worker's share, in bytes, of the memory that Ray has on its node."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()
@@ -69,7 +69,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._writer = Semaphore()
-        """Held while a copy of the training is written, so that memory holds only one copy."""
+        """Held while a snapshot is written, so that memory holds only one snapshot."""
         is_first_of_node = ray.train.get_context().get_local_rank() == 0
         self._node = NodeMetrics() if is_first_of_node else None
 
@@ -108,7 +108,7 @@ class Reporter:
 
 
 def preemption_check() -> Callable[[], bool]:
-    """Make a function that says whether Ray has announced a preemption since its last call."""
+    """Make a function that returns whether Ray has announced a preemption since its last call."""
     known = None
 
     def check() -> bool:

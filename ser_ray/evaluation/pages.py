@@ -18,7 +18,6 @@ These arguments mean the same in every function:
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -225,6 +224,7 @@ def search_page(
     name: str,
     trials: Sequence[TrialRow],
     *,
+    counts: str,
     best: int,
     selected: Mapping[str, float],
     recipe: TrainConfig,
@@ -240,6 +240,7 @@ def search_page(
 
     Args:
         trials: one row for each trial, with the keys that `ser_ray.plots.search` describes.
+        counts: number of trials in each state, in words.
         best: number of the selected trial.
         selected: metrics of the selected trial's selected epoch.
         recipe: recipe of the selected trial.
@@ -249,8 +250,6 @@ def search_page(
         again: command that trains the best recipe.
         pages: relative link to the page of each trial, by the trial's number.
     """
-    states = Counter(row["state"] for row in trials)
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
     row = next(row for row in trials if row["trial"] == best)
     drawn = ", ".join(f"{key} {_shown(row[key])}" for key in searched)
     ranked = sorted(trials, key=rank_of, reverse=True)

@@ -37,20 +37,20 @@ Finish = Callable[[Path, ShardSet, TrainConfig], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSetup:
-    """What all trials of a study share."""
+    """The settings and data that all trials of a study share."""
 
     recipe: TrainConfig
-    """The recipe that the drawn values go into."""
+    """The recipe in which the drawn values replace fields."""
     shards: ShardSet
     slots: Slots
     pretrained: Mapping[str, Pretrained]
     """Initial weights for every value of `TrainConfig.weights` that may be drawn."""
     finish: Finish | None = None
-    """None for a search, whose trials keep no weights."""
+    """None for a search, because its trials keep no weights."""
 
 
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
-    """The best validation UA up to each epoch, because single epochs vary at a high learning rate.
+    """Return the best validation UA up to each epoch: at a high learning rate, UA fluctuates.
 
     The value of a trial's last epoch is the validation UA of the selected epoch.
     """
@@ -61,11 +61,11 @@ def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list
 
 
 def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
-    """Train a trial from its beginning or from its checkpoint; Ray Tune calls this in an actor.
+    """Train a trial from its beginning or from its checkpoint. Ray Tune calls this in an actor.
 
     Args:
         values: the drawn values.
-        setup: what all trials share.
+        setup: settings and data of all trials.
     """
     reported: dict[str, Any] = {}
     try:
@@ -76,8 +76,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
             if setup.finish is not None:
                 setup.finish(report.selected, setup.shards, recipe)
     except Exception as problem:
-        # A permanent error is the trial's result. Any other one fails the trial's process, and Ray
-        # Tune tries again.
+        # A permanent error is the trial's result. After any other error, Ray Tune tries again.
         if not is_permanent(problem):
             raise
         if torch.cuda.is_available():
@@ -126,7 +125,7 @@ class Reporter:
         progress = asdict(epoch.progress)  # a copy: Ray may send it while the training continues
         objective = objectives(progress["history"], self.recipe)[-1]
         self.reported |= progress | {OBJECTIVE: objective, "started_ms": self.started_ms}
-        # With keep="last" every epoch is the selected one so far; only the last one is written.
+        # With keep="last", every epoch is the selected one so far, but only the last is written.
         is_final = self.recipe.keep == "best" or progress["epoch"] == self.recipe.epochs
         if self.keep_selected and epoch.is_selected and is_final:
             _write(make_snapshot(), self.selected)

@@ -62,16 +62,16 @@ from ser_ray.training.parts import select_rows
 def plan_crossval(
     shards_location: str | Sequence[str], recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
-    """Plan the folds to train: those of `config.folds`, or all of the protocol.
+    """Plan the folds to train: `config.folds`, or all folds of the protocol.
 
     Raises:
-        ShardsError: no shard set is there.
-        ConfigError: the recipe names a fold, there is no such fold, or one has an empty part.
+        ShardsError: there is no shard set at the location.
+        ConfigError: the recipe names a fold, a fold does not exist, or a fold has an empty part.
     """
     if recipe.fold:
         raise ConfigError(
-            f"fold is {recipe.fold}: crossval trains every fold, or those of --folds; leave --fold "
-            "out"
+            f"fold is {recipe.fold}: crossval trains every fold, or the folds of --folds; leave "
+            "--fold out"
         )
     if recipe.protocol == ALL:
         raise ConfigError(f"protocol is {ALL}, which has no folds to test on: choose another")
@@ -160,14 +160,14 @@ def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[st
 def batch_folder(folder: RunFolder, num_before: int) -> RunFolder:
     """Folder of Ray Tune's files for the folds and seeds that earlier calls did not train.
 
-    Ray Tune can resume a grid, but cannot add points to it. So the missing points are a new grid in
-    a folder of its own.
+    Ray Tune can resume a grid, but cannot add points to it. Therefore the missing points form a new
+    grid with its own folder.
     """
     return RunFolder(folder.location, f"after-{num_before}") if num_before else folder
 
 
 def crossval_params(plan: CrossvalPlan, slots: Slots) -> dict[str, Any]:
-    """Parameters of a cross-validation's run: what all folds and seeds share."""
+    """Parameters of a cross-validation's run: the settings that all folds and seeds share."""
     recipe = plan.recipe.to_dict()
     del recipe["fold"], recipe["seed"]
     return recipe | {"crossval": {"part": plan.config.part, "slots": asdict(slots)}}
@@ -176,7 +176,7 @@ def crossval_params(plan: CrossvalPlan, slots: Slots) -> dict[str, Any]:
 def keep_fold(
     checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
 ) -> None:
-    """Score a part of a fold with its selected checkpoint; keep the predictions and the model."""
+    """Score a part of a fold with its selected checkpoint; store the predictions and the model."""
     table = evaluate(checkpoint, shards.locations, part=part).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
@@ -196,7 +196,7 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
     """Refuse to pool the folds if any of them failed.
 
     Raises:
-        SerRayError: names the first that failed, and why.
+        SerRayError: a fold failed; the message names the first one and the reason.
     """
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
@@ -218,13 +218,13 @@ def add_conditions(result: CrossvalResult, groups: Sequence[str]) -> CrossvalRes
 
 
 def recipe_to_ship(result: CrossvalResult) -> TrainConfig:
-    """The recipe of a model of all speakers: its temperature is the folds' geometric mean."""
+    """Make the recipe of a model of all speakers, with the geometric mean of the temperatures."""
     logs = [np.log(fold.card.temperature) for fold in result.folds]
     return replace(result.plan.recipe, temperature=float(np.exp(np.mean(logs))))
 
 
 def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
-    """Write the page of all folds together, and record the scores in their runs in MLflow."""
+    """Write the page of the cross-validation, and record all scores in MLflow."""
     pooled, part, label = result.pooled, result.pooled.part, result.plan.label
     page = crossval_page(
         pooled,
@@ -270,7 +270,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
 
 
 def _log_best(study: Study, location: str) -> None:
-    """Log the model of the fold that validates best, in that fold's own run."""
+    """Log the model of the fold with the best validation UA in the run of this fold."""
     best = best_of(study.trials)
     with local_checkpoint(fold_folder(location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels

@@ -1,4 +1,4 @@
-"""A finished search as an Optuna study: its journal, and the importance of each searched name."""
+"""Converts a finished search to an Optuna study, and computes the importance of its settings."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def importance_of(
     trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
 ) -> dict[str, float]:
-    """Importance of every searched name by PED-ANOVA (Watanabe et al. 2023).
+    """Importance of every searched setting by PED-ANOVA (Watanabe et al. 2023).
 
     Returns:
-        Shares that sum to 1; empty where fewer than four trials differ in UA.
+        Shares that sum to 1; empty if there are fewer than four different values of UA.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -36,9 +36,9 @@ def importance_of(
 def optuna_journal(
     name: str, trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
 ) -> str:
-    """Write a finished search as an Optuna study: the text of a file for Optuna's JournalStorage.
+    """Return a finished search as the text of a file for Optuna's JournalStorage.
 
-    `optuna-dashboard FILE` shows it, and `optuna.load_study` reads it.
+    `optuna-dashboard FILE` shows the file, and `optuna.load_study` reads it.
     """
     import optuna
     from optuna.storages import JournalStorage

@@ -34,7 +34,7 @@ class CrossvalPlan:
     config: CrossvalConfig
     folds: tuple[int, ...]
     caption: str
-    """Protocol, folds and whether it is speaker-dependent."""
+    """Protocol and folds, and whether the protocol is speaker-dependent."""
 
     @property
     def points(self) -> list[dict[str, int]]:
@@ -50,13 +50,13 @@ class CrossvalPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossvalResult(StudyResult):
-    """A finished cross-validation; its trials are the trainings in the order of the plan."""
+    """A finished cross-validation. Its trials are in the order of the plan."""
 
     plan: CrossvalPlan
     folds: list[Evaluation]
     """The evaluation of each training on its own part."""
     pooled: Evaluation
-    """All these predictions in one table, each with its fold and seed."""
+    """The predictions of all trainings in one table, with their fold and seed."""
     ensemble: Scores | None
     """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
     different clips."""
@@ -154,11 +154,11 @@ def pool(
     """Concatenate the predictions of all folds, write them as one table, and score them.
 
     Args:
-        plan: what was trained.
+        plan: the trainings to pool.
         trials: the trainings of the plan, and perhaps others.
         location: folder of the cross-validation.
         name: name of the cross-validation.
-        tracker: its MLflow run.
+        tracker: tracker of the cross-validation's MLflow run.
     """
     by_point = {(t.recipe.seed, t.recipe.fold): t for t in trials if t.ended}
     trained = [by_point[point["seed"], point["fold"]] for point in plan.points]
@@ -195,7 +195,7 @@ def ensemble_scores(
 
     Args:
         clips: name of the clip in every row [rows].
-        seeds: [rows].
+        seeds: seed of the training that scored every row [rows].
         truth: label indices [rows].
         probabilities: [rows, labels].
     """
@@ -210,7 +210,7 @@ def ensemble_scores(
 
 
 def fold_folder(location: str, recipe: TrainConfig) -> str:
-    """Where the checkpoint and predictions of a training are kept."""
+    """Folder of the checkpoint and the predictions of a training."""
     return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
 
 
@@ -224,7 +224,7 @@ def write_predictions(predictions: pa.Table, folder: str) -> None:
 def _read_fold(
     plan: CrossvalPlan, location: str, trial: TrialRecord, tracking_uri: str
 ) -> Evaluation:
-    """Read what `ser_ray.search.crossval.keep_fold` has written."""
+    """Read the predictions and the card that `ser_ray.search.crossval.keep_fold` wrote."""
     filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
     with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
         card = CheckpointCard.from_json(stream.read().decode())

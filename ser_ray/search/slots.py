@@ -1,4 +1,4 @@
-"""How many trials the cluster trains at once."""
+"""Computes how many trials the cluster can train at the same time."""
 
 import logging
 import math
@@ -14,24 +14,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
-    """Room for trials, all of one size."""
+    """Resources for trials of equal size."""
 
     count: int
+    """Number of trials that run at the same time."""
     cpus: int
     """CPUs of a trial."""
     gpus: float
     """GPUs of a trial; 0 trains on CPUs."""
 
     def bundle(self) -> dict[str, float]:
-        """Ray's resources of one trial."""
+        """The resources of one trial, as Ray names them."""
         return {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
-    """Count the trials that the cluster has room for at once.
+    """Count the trials that the cluster can run at the same time.
 
     Raises:
-        ResourcesError: there is no room for a single trial.
+        ResourcesError: no node is large enough for a trial.
     """
     gpu = trains_on_gpus(run.device)
     cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
@@ -51,13 +52,13 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
 
 
 def require_one_worker(run: RunConfig) -> None:
-    """Refuse trials with several workers: Ray Tune does not free their resources if it stops them.
+    """Refuse trials with several workers.
 
     Raises:
         ConfigError: `workers` is not 1.
     """
-    # https://github.com/ray-project/ray/issues/54305: the placement group of a Ray Train group in a
-    # stopped trial remains, and the next trial waits for its resources forever.
+    # If Ray Tune stops a trial that uses Ray Train, the placement group of the workers remains, and
+    # the next trial waits for its resources forever: github.com/ray-project/ray/issues/54305.
     if run.worker_range != (1, 1):
         raise ConfigError(
             f"workers is {run.workers}: every trial of tune and crossval has one worker; leave "
@@ -67,7 +68,7 @@ def require_one_worker(run: RunConfig) -> None:
 
 
 def trials_on(node: dict[str, float], cpus: int, gpus: float) -> int:
-    """Number of trials that fit on a node; a share of a GPU must come from one GPU."""
+    """Number of trials that fit on a node. A share of a GPU must come from a single GPU."""
     room = int(node.get("CPU", 0) // cpus)
     if gpus >= 1:
         return min(room, int(node.get("GPU", 0) // gpus))

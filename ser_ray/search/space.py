@@ -21,7 +21,7 @@ DEFAULT_SPACE = (
     "lr_ratio=loguniform(2,100)",
     f"feature=choice({','.join(KINDS)})",
 )
-"""The default space. `--space` adds names to it, or gives those in it another distribution."""
+"""The default space. `--space` adds names, or replaces the distributions of these names."""
 RATIO = "lr_ratio"
 """The space holds lr_max / lr_min instead of lr_min."""
 
@@ -32,15 +32,15 @@ _NOT_SEARCHED = {
     "validation_speakers": "trials validated on different clips cannot be compared",
     "channel": "trials validated on different clips cannot be compared",
     "keep": "the best of many epochs nearly always validates better than the last one, by luck",
-    "allow_seen_labels": "it decides whether there is a training, not how it goes",
-    "patience": "the search stops the worse trials itself",
+    "allow_seen_labels": "it only decides whether the training is allowed",
+    "patience": "the scheduler of the search stops the worse trials",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
 
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """One searched name and the values it may take."""
+    """A searched name and its possible values."""
 
     name: str
     kind: Literal["loguniform", "uniform", "integer", "choice"]
@@ -48,7 +48,7 @@ class Dimension:
     """Lowest and highest value, both included, or the choices."""
 
     def grid(self) -> tuple[Any, ...]:
-        """The values that a grid search tries; of a range, both ends and the middle."""
+        """The values that a grid search tries; for a range, both ends and the middle."""
         if self.kind == "choice":
             return self.values
         low, high = self.values
@@ -57,7 +57,7 @@ class Dimension:
         return tuple(dict.fromkeys(points))
 
     def __str__(self) -> str:
-        """Its distribution in words, as in `loguniform 0.001 to 0.1`."""
+        """The distribution in words, for example `loguniform 0.001 to 0.1`."""
         between = ", " if self.kind == "choice" else " to "
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in self.values]
         return f"{self.kind} {between.join(values)}"
@@ -71,10 +71,10 @@ class Dimension:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """What a search draws, by which searcher, and which trials it stops early."""
+    """Settings of a search: the space, the searcher, and the scheduler."""
 
     trials: int = 32
-    """Number of trials; a grid has one for each of its points."""
+    """Number of trials. A grid search ignores this: it has one trial for each point."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
     scheduler: Literal["asha", "none"] = "asha"
@@ -82,11 +82,11 @@ class TuneConfig:
     grace_epochs: int = 4
     """ASHA: epochs that every trial completes."""
     reduction: int = 3
-    """ASHA: at each rung one in this many trials continues; rungs grow by the same factor."""
+    """ASHA: one in this many trials continues at each rung, and the epochs between rungs grow by
+    this factor."""
     space: tuple[str, ...] = ()
-    """Further fields of the recipe to search, or other distributions than the defaults, as in
-    weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is drawn as lr_max / lr_ratio.
-    """
+    """Further fields of the recipe to search, or other distributions than the defaults, for example
+    weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
     refit: bool = False
     """Train the best recipe afterwards, as ser-ray train does."""
 
@@ -109,18 +109,19 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossvalConfig:
-    """Which folds are trained, how often, and what is scored."""
+    """Settings of a cross-validation: folds, seeds, and the part to score."""
 
     seeds: int = 1
-    """Number of trainings of each fold; their seeds count up from the recipe's seed."""
+    """Number of trainings of each fold. The first has the recipe's seed, the next this seed plus 1,
+    and so on."""
     folds: tuple[int, ...] = ()
     """Folds to train; all folds of the protocol if empty."""
     part: Literal["test", "validation"] = "test"
     """Part of each fold to score: test, once and with the final recipe, or validation, to choose
     between recipes without reading any test part."""
     under: tuple[Condition, ...] = ()
-    """Also score these clips as they would be recorded with noise, over a phone, with a codec, in a
-    room with an echo, or at another level. Their files are decoded again."""
+    """Also score the clips under other recording conditions: noise, a phone, a codec, the echo of a
+    room, or another level. Their files are decoded again."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -132,12 +133,12 @@ class CrossvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotConfig:
-    """CPUs and GPUs of each of many parallel trials."""
+    """CPUs and GPUs of each trial."""
 
     cpus_per_worker: int = 1
     """CPUs of a trial."""
     gpus_per_worker: float = 0.25
-    """GPUs of a trial, if trials run on GPUs: a share of one, or a whole number."""
+    """GPUs of a trial, if trials run on GPUs: a share of a GPU, or a whole number."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_worker < 1:
@@ -157,10 +158,10 @@ def searchable() -> dict[str, Any]:
 
 
 def parse_dimension(line: str) -> Dimension:
-    """Read `name=distribution(...)`.
+    """Parse `name=distribution(...)`.
 
     Raises:
-        ConfigError: an unknown name or distribution, or values that the field cannot take.
+        ConfigError: the name or the distribution is unknown, or the field cannot have the values.
     """
     match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*\((.*)\)\s*", line)
     if match is None:
@@ -187,10 +188,10 @@ def parse_dimension(line: str) -> Dimension:
 
 
 def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
-    """The recipe with the values that were drawn.
+    """Put drawn values into a recipe.
 
     Raises:
-        ConfigError: a field cannot take its value.
+        ConfigError: a field cannot have its value.
     """
     values = dict(drawn)
     if RATIO in values:
@@ -203,14 +204,14 @@ def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
 
 
 def values_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
-    """The values of this recipe for the names of the space."""
+    """Return the recipe's values of the searched names."""
     flat = recipe.to_dict() | dataclasses.asdict(recipe.augment)
     flat[RATIO] = recipe.lr_max / recipe.lr_min
     return {dimension.name: flat[dimension.name] for dimension in dimensions}
 
 
 def _value(text: str, kind: Any, line: str) -> Any:
-    """One number or name of a distribution, as the field's type."""
+    """Convert a value of a distribution to the field's type."""
     choices = get_args(kind)
     try:
         if kind is bool:
@@ -247,7 +248,7 @@ def _check_range(kind: str, values: tuple[Any, ...], field_type: Any, line: str)
 
 
 def _check_field(dimension: Dimension, line: str) -> None:
-    """Check the smallest and largest value with the recipe; those between are valid if both are."""
+    """Check that a recipe can have the values. Values between valid ends of a range are valid."""
     if dimension.name == RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:

@@ -1,13 +1,13 @@
-"""The driver's side of a study: a record of every trial, for display and for MLflow.
+"""Keeps a record of every trial in the driver, for display and for MLflow.
 
-Ray Tune calls the study in its loop for everything that happens to a trial. A thread delivers the
-records to MLflow, where each trial has a run nested in the study's own. So a slow or absent
-tracking server does not delay the loop: the study logs a warning, the trials continue, and the
-server gets what it missed when it answers again, or when the same command is given.
+Ray Tune calls the study in its loop whenever the state of a trial changes. A thread delivers the
+records to MLflow, where each trial has a run nested in the study's run. Therefore a slow or absent
+tracking server does not delay the loop. The study logs a warning, and the trials continue. The
+missing records are sent when the server answers again, or when the same command is run again.
 
-A killed driver loses nothing: the last result of a trial holds all its epochs, and Ray Tune stores
-it in its snapshots. The next driver finds the run of a trial by a tag. When a study has ended, its
-records are written to `trials.json`.
+If the driver is killed, nothing is lost: the last result of a trial holds all its epochs, and Ray
+Tune stores this result in its snapshots. The next driver finds the run of a trial by a tag. When a
+study has ended, its records are written to `trials.json`.
 """
 
 import logging
@@ -40,10 +40,10 @@ TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 """MLflow's status of a trial's run."""
 POLL_SECONDS, RETRY_SECONDS = 0.2, 10.0
-"""Time between two deliveries to MLflow, and after one that failed."""
+"""Time between two deliveries to MLflow, and the time after a failed delivery."""
 
 Show = Callable[[list[TrialRecord]], None]
-"""Shows the trials; called whenever something has happened to one."""
+"""Shows the trials; called whenever a trial has changed."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ class Study(tune.Callback):
     """Keeps the records of a study's trials, shows them and delivers them to MLflow.
 
     Args:
-        parent: the study's own run in MLflow.
+        parent: tracker of the study's run in MLflow.
         folder: the study's folder.
-        setup: what all trials share.
-        run: where the trials are recorded.
+        setup: settings and data of all trials.
+        run: names the experiment of the trials' runs.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
     """
@@ -72,25 +72,25 @@ class Study(tune.Callback):
         self.parent, self.folder = parent, folder
         self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
-        self._dataset = dataset_of(setup.shards)  # once: the shards may be out of reach later
+        self._dataset = dataset_of(setup.shards)  # now, because later the shards may be unreachable
         self.records: dict[str, TrialRecord] = {}
         """Trials by id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
         self._earlier = parent.nested_runs(TRIAL_ID)
-        """MLflow's runs of an earlier driver, by the id of their trial."""
+        """Runs that an earlier driver recorded, by the id of their trial."""
         self._run_ids: dict[str, str] = {}
         self._runs: dict[str, Tracker] = {}
         self._complete: set[str] = set()
-        """Trials of which MLflow has everything."""
+        """Trials that have been delivered completely."""
         self._lost: list[str] = []
-        """Runs of trials that Ray Tune forgot, because its driver was killed."""
+        """Ids of the runs of trials that are in no snapshot, because the driver was killed."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
         stored = read_records(folder, setup.recipe)
         for record in stored:
             self._add(record)
         self.has_ended = bool(stored)
-        """All trials ended under an earlier driver, which stored their records."""
+        """Whether all trials ended under an earlier driver, which stored their records."""
 
     def __enter__(self) -> "Study":
         self._thread.start()
@@ -109,12 +109,12 @@ class Study(tune.Callback):
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """The records by number."""
+        """The records in the order of their numbers."""
         records = sorted(self.records.values(), key=lambda trial: trial.number)
         return [replace(trial, run_id=self._run_ids.get(trial.trial_id, "")) for trial in records]
 
     def settle(self, expected: int) -> None:
-        """Make sure that all trials have ended and that MLflow has them.
+        """Make sure that all trials have ended and were delivered to MLflow.
 
         Raises:
             SerRayError: fewer than `expected` trials have ended.
@@ -135,7 +135,7 @@ class Study(tune.Callback):
         self.parent.finish("FINISHED")
 
     def store(self) -> None:
-        """Store the records of trials that have all ended; the same command will read them."""
+        """Store the records after all trials have ended. The same command reads them again."""
         write_records(self.folder, self.trials)
 
     # Ray Tune calls the following methods in its loop.
@@ -145,46 +145,46 @@ class Study(tune.Callback):
         self._open_records(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial starts or resumes, perhaps in the step in which it was drawn."""
+        """Record that a trial starts or resumes, perhaps in the step in which it was drawn."""
         self._open_records(trials)
         self._change(trial, state="running", problem="", stopped=False)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial completed an epoch or found that it cannot continue."""
-        # Ray Tune has set `done` if the scheduler stops the trial now. It stores this addition.
+        """Record that a trial completed an epoch, or reported a problem."""
+        # Ray Tune has set `done` if the scheduler stops the trial now. It also stores `stopped`.
         result["stopped"] = bool(result.get("done"))
         self.records[trial.trial_id] = self.records[trial.trial_id].updated(result)
         self.show(self.trials)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by itself, or the scheduler stopped it."""
+        """Record that a trial ended, or that the scheduler stopped it."""
         self._change(trial, state=self.records[trial.trial_id].end_state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's process failed too often, perhaps before its first start."""
+        """Record that a trial's process failed too often, perhaps before its first start."""
         self._open_records(trials)
         lines = Path(trial.error_file).read_text().splitlines() if trial.error_file else []
         reasons = [line.strip() for line in lines if line.strip()]
         self._change(trial, state="failed", problem=reasons[-1] if reasons else "no reason given")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Delete the checkpoints of ended trials, now that Ray Tune has stored its last snapshot.
+        """Delete the checkpoints of ended trials. Ray Tune has stored its last snapshot before.
 
-        In an earlier snapshot such a trial may still be running; it would resume from there.
+        In an earlier snapshot, the trial may still be running, and needs its checkpoint to resume.
         """
-        self._open_records(trials)  # if all restored trials had ended, there was no step before
+        self._open_records(trials)  # without an unfinished trial, Ray Tune makes no step
         for trial in trials:
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:
                 self.folder.delete(trial.checkpoint.path.removeprefix(f"{self.folder.path}/"))
 
     def get_state(self) -> dict[str, int]:
-        """What Ray Tune stores with every snapshot of the trials: their numbers."""
+        """Return the numbers of the trials. Ray Tune stores them with every snapshot."""
         return dict(self._numbers)
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Restore what `get_state` returned under an earlier driver."""
+        """Restore the numbers that `get_state` returned under an earlier driver."""
         self._numbers |= state
 
     def _open_records(self, trials: list[Any]) -> None:
@@ -203,11 +203,12 @@ class Study(tune.Callback):
             self._add(record)
         if new:
             self.show(self.trials)
-        self._lost += [run.info.run_id for run in self._earlier.values()]  # none is restored later
+        # All restored trials are known now, so the remaining runs have no trial.
+        self._lost += [run.info.run_id for run in self._earlier.values()]
         self._earlier = {}
 
     def _add(self, record: TrialRecord) -> None:
-        """Keep a new record, and find the run that an earlier driver opened for it."""
+        """Add a record, and find the run that an earlier driver opened for its trial."""
         self._numbers[record.trial_id] = record.number
         if run := self._earlier.pop(record.trial_id, None):
             self._run_ids[record.trial_id] = run.info.run_id
@@ -238,7 +239,7 @@ class Study(tune.Callback):
                 pause = RETRY_SECONDS
 
     def _deliver(self) -> None:
-        """Deliver what MLflow does not have yet.
+        """Deliver all records that MLflow does not have yet.
 
         Raises:
             TrackingError: the server does not answer.
@@ -317,7 +318,7 @@ class Study(tune.Callback):
         )
 
     def _outcome(self, trial: TrialRecord) -> dict[str, str]:
-        """The line of the description that says how a trial ended."""
+        """Make the line of a run's description that says how the trial ended."""
         if trial.problem:
             return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
         ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
@@ -335,13 +336,13 @@ def open_study(
     params: dict[str, Any],
     show: Show,
 ) -> Study:
-    """Open a study's run in MLflow, or the run of an interrupted study.
+    """Start the MLflow run of a study, or resume the run of an interrupted study.
 
     Args:
-        setup: what all trials share.
+        setup: settings and data of all trials.
         folder: the study's folder.
-        run: where the study is recorded.
-        kind: whether it is a search or a cross-validation.
+        run: names the tracking store and the experiment.
+        kind: search or cross-validation.
         label: the protocol, and whether it is speaker-dependent.
         identity: the settings that identify the study, without its shards.
         params: parameters of the study's run.
@@ -349,7 +350,7 @@ def open_study(
 
     Raises:
         MismatchError: the folder belongs to another study.
-        ResourcesError, TrackingError: the tracking store is not kept, or cannot be reached.
+        ResourcesError, TrackingError: as `start_or_resume_run`.
     """
     identity = identity | {"shards": setup.shards.card.fingerprint_of(setup.recipe.feature)}
     tags = run_tags(kind, label, setup.shards)

@@ -1,4 +1,4 @@
-"""The records of trials, and what is common to a finished search and cross-validation."""
+"""The record of a trial, and the common part of the results of searches and cross-validations."""
 
 import json
 from collections import Counter
@@ -22,13 +22,13 @@ State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """What is known about one trial. A record is immutable, so that threads can share it."""
+    """The state and results of a trial. A record is immutable, so that threads can share it."""
 
     trial_id: str
     number: int
-    """Its position, from 1, in the order in which the trials were drawn."""
+    """Position of the trial, from 1, in the order in which trials were drawn."""
     values: dict[str, Any]
-    """Its drawn values."""
+    """The drawn values."""
     recipe: TrainConfig
     rows: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch."""
@@ -39,21 +39,21 @@ class TrialRecord:
     selected_confusion: list[list[int]] = field(default_factory=list)
     """Validation confusion matrix of the selected epoch."""
     started_ms: int = 0
-    """When its process last started."""
+    """When the process of the trial last started."""
     state: State = "waiting"
     problem: str = ""
-    """Why it failed."""
+    """Why the trial failed; empty if it did not fail."""
     stopped: bool = False
-    """Whether the scheduler stopped it."""
+    """Whether the scheduler stopped the trial."""
     run_id: str = ""
-    """Its run in MLflow."""
+    """Id of the trial's run in MLflow."""
 
     def updated(self, result: dict[str, Any]) -> Self:
         """Return a record with the trial's last report (`ser_ray.search.actor.Reporter`)."""
         record = replace(
             self, problem=result.get("problem", ""), stopped=result.get("stopped", False)
         )
-        if "history" not in result:  # it failed before its first epoch
+        if "history" not in result:  # the trial failed before its first epoch ended
             return record
         return replace(
             record,
@@ -64,7 +64,7 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of its run in MLflow, from values that differ between trials."""
+        """Name of the trial's run in MLflow, from values that differ between trials."""
         if "fold" in self.values:
             return f"fold {self.recipe.fold} seed {self.recipe.seed}"
         lr_max = f"{self.recipe.lr_max:.1e}".replace("e-0", "e-")
@@ -72,12 +72,12 @@ class TrialRecord:
 
     @property
     def page(self) -> str:
-        """Path of its page in the study's folder."""
+        """Path of the trial's page in the study's folder."""
         return f"trials/{self.number:03d}.html"
 
     @property
     def epochs(self) -> int:
-        """Epochs done."""
+        """Number of completed epochs."""
         return len(self.rows)
 
     @property
@@ -87,22 +87,22 @@ class TrialRecord:
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Higher is better. Finished trials come first, because only they have selected weights."""
+        """Sort key; higher is better. Finished trials come first: only they have final weights."""
         return self.state == "finished", *validation_rank(self.selected)
 
     @property
     def ended(self) -> bool:
-        """Whether it is neither waiting nor running."""
+        """Whether the trial is neither waiting nor running."""
         return self.state not in ("waiting", "running")
 
     @property
     def succeeded(self) -> bool:
-        """Whether it ended without an error and has a score."""
+        """Whether the trial ended without an error and has a score."""
         return self.state in ("finished", "pruned") and bool(self.rows)
 
     @property
     def end_state(self) -> State:
-        """Its state once it has ended."""
+        """The state of the trial after its end."""
         if self.problem:
             return "failed"
         # A scheduler also stops a trial whose epochs are all done.
@@ -111,19 +111,19 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """What a finished search and a finished cross-validation have in common."""
+    """The common part of the results of a search and of a cross-validation."""
 
     name: str
     trials: list[TrialRecord]
     run_id: str
-    """Its own run; those of its trials are nested in it."""
+    """Id of the study's run, in which the runs of the trials are nested."""
     tracking_uri: str
     location: str
-    """Its folder."""
+    """The study's folder."""
 
     @property
     def report(self) -> str:
-        """Location of its page."""
+        """Location of the study's page."""
         return location_inside(self.location, REPORT)
 
 
@@ -135,11 +135,11 @@ def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:
 
 
 def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
-    """Read what `write_records` wrote, or return an empty list if there is no such file.
+    """Read the records that `write_records` wrote; empty if there is no such file.
 
     Args:
         folder: the study's folder.
-        recipe: the recipe that the drawn values go into.
+        recipe: the recipe in which the drawn values replace fields.
     """
     try:
         saved = json.loads(folder.read(RECORDS))
@@ -149,7 +149,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """The trial with the best selected epoch, among the finished trials if there are any.
+    """Return the trial with the best selected epoch, among the finished trials if there are any.
 
     Raises:
         SerRayError: no trial succeeded.
@@ -165,13 +165,13 @@ def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
 
 
 def count_states(trials: Sequence[TrialRecord]) -> str:
-    """Say how many trials are in each state, as in `3 finished, 1 failed`."""
+    """Count the trials in each state, as in `3 finished, 1 failed`."""
     counts = Counter(trial.state for trial in trials)
     return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Tabulate the trials of a search; `ser_ray.plots.search` draws the rows."""
+    """Tabulate the trials of a search for `ser_ray.plots.search`."""
     return [
         {
             "trial": trial.number,

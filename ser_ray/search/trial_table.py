@@ -28,7 +28,7 @@ class TrialTable:
         console: where to show them.
         total: number of trials.
         label: shown beside every score, such as `SPEAKER-DEPENDENT`.
-        compared: whether the trials compete, so that the best one is marked.
+        compared: whether to mark the best trial.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrialTable:
     ) -> None:
         self.console, self.total, self.label, self.compared = console, total, label, compared
         self._started: tuple[float, float] | None = None
-        """When the trials were first shown, and how many were done then (`_done`)."""
+        """When the trials were first shown, and the value of `_done` at that time."""
         self._trials: list[TrialRecord] = []
         self._logged_states: dict[str, str] = {}
         self._logged_at = time.monotonic()
@@ -72,7 +72,7 @@ class TrialTable:
                     self.console.print(self._line(trial))
 
     def table(self) -> Table:
-        """The running trials and the best of the others, as many as fit on the screen."""
+        """Make a table of the running trials and the best ended trials that fits on the screen."""
         ended = sum(trial.ended for trial in self._trials)
         caption = f"{ended} of {self.total} trials done{self._time_left()} {self.label}"
         table = Table(caption=caption, box=None)
@@ -95,7 +95,7 @@ class TrialTable:
         return table
 
     def _done(self) -> float:
-        """The number of trials done; a running trial counts as its finished share of epochs."""
+        """Number of trials done. A running trial counts by its share of completed epochs."""
         return sum(
             1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
         )

@@ -1,14 +1,14 @@
-"""Ray Tune around the trials of a study: what it draws, which trials it stops, and how it resumes.
+"""Runs the trials of a study with Ray Tune: searchers, schedulers, retries and resuming.
 
-Every trial runs in an actor, which the next trial reuses with its imports and CUDA context. Ray
-Tune restores an interrupted study from its own snapshots: ended trials are kept, running ones
-resume from their checkpoints, and those whose process failed too often are retried. Snapshots hold
-the trials and the searcher; ASHA continues from the results of the trials.
+Every trial runs in an actor. The next trial reuses the actor with its imports and CUDA context. Ray
+Tune restores an interrupted study from its snapshots. Ended trials stay ended, running trials
+resume from their checkpoints, and trials whose process failed too often are retried. A snapshot
+holds the trials and the searcher. ASHA is restored from the results of the trials.
 
-Three things are not in Ray Tune's public interface: whether there is a snapshot (the public
-`Tuner.can_restore` looks for a file that only `Tuner` writes), the last result of a trial, and how
-to train a single ended trial again. `tests/search/test_tune_run.py` fails when an upgrade of Ray
-changes them.
+Ray Tune has no public functions for three tasks: to find out whether there is a snapshot (the
+public `Tuner.can_restore` looks for a file that only `Tuner` writes), to read the last result of a
+trial, and to train a single ended trial again. `tests/search/test_tune_run.py` fails when an
+upgrade of Ray changes the private ones that are used here.
 """
 
 import itertools
@@ -38,22 +38,22 @@ from ser_ray.search.space import Dimension, TuneConfig, recipe_of, values_of
 from ser_ray.training.config import TrainConfig
 
 SNAPSHOT_SECONDS = 2
-"""Time between two snapshots of a study; a driver that is killed loses at most this much."""
+"""Time between two snapshots of a study. A killed driver loses at most the results of this time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which trials a study has and in which order they run."""
+    """The trials of a study and their order."""
 
     algorithm: Searcher | SearchAlgorithm
     num_trials: int
     scheduler: TrialScheduler
     space: dict[str, Any] | None = None
-    """Tune's domain of each name; None if the algorithm holds the space itself."""
+    """Ray Tune's domain of each name; None if the algorithm holds the space."""
 
 
 def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
-    """Plan a search: its draws or its grid, and the scheduler that stops the worse trials."""
+    """Plan a search: a searcher or a grid, and the scheduler that stops the worse trials."""
     scheduler = ResumableAsha(recipe, config) if config.scheduler == "asha" else FIFOScheduler()
     if config.searcher == "grid":
         return points_plan(grid_points(recipe, config), slots, scheduler)
@@ -76,7 +76,7 @@ def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
 
 
 def points_plan(points: Sequence[dict[str, Any]], slots: Slots, scheduler: TrialScheduler) -> Plan:
-    """Plan to train every point once, in this order; a point has a value for each name."""
+    """Plan to train every point once, in this order. A point has a value for each name."""
     return Plan(
         algorithm=SlotVariants(points_to_evaluate=list(points), max_concurrent=slots.count),
         num_trials=len(points),
@@ -86,7 +86,7 @@ def points_plan(points: Sequence[dict[str, Any]], slots: Slots, scheduler: Trial
 
 
 def grid_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """All points of a grid, and before them the recipe itself if the space contains it."""
+    """Return all points of a grid. If the space contains the recipe itself, it comes first."""
     names = [item.name for item in config.dimensions]
     grid = itertools.product(*(item.grid() for item in config.dimensions))
     points = [*baseline(recipe, config), *(dict(zip(names, point, strict=True)) for point in grid)]
@@ -109,12 +109,12 @@ def excluded(recipe: TrainConfig, config: TuneConfig) -> list[str]:
 
 
 def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """The recipe itself, as the first point to try; no point if the space excludes it."""
+    """Return the recipe as the first point to try; empty if the space excludes it."""
     return [] if excluded(recipe, config) else [values_of(recipe, config.dimensions)]
 
 
 def optuna_distribution(dimension: Dimension) -> Any:
-    """A dimension as Optuna knows it."""
+    """Convert a dimension to Optuna's distribution."""
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -142,18 +142,18 @@ class _CurrentSlots:
 
 
 class SlotLimiter(_CurrentSlots, ConcurrencyLimiter):
-    """Asks a searcher for no more trials at once than there are slots."""
+    """Limits the concurrent trials of a searcher to the number of slots."""
 
 
 class SlotVariants(_CurrentSlots, BasicVariantGenerator):
-    """Tries a list of points, no more at once than there are slots."""
+    """Tries a list of points. The number of slots limits the concurrent trials."""
 
 
 class ResumableAsha(ASHAScheduler):
     """ASHA (Li 2018) that continues after a restart.
 
-    Ray Tune's snapshots do not contain the scheduler. On restore Ray Tune adds every trial again
-    with its last result, which holds all its epochs; this class replays them.
+    Ray Tune's snapshots do not contain the scheduler. On restore, Ray Tune adds every trial again
+    with its last result, which holds all epochs of the trial. This class replays these epochs.
     """
 
     def __init__(self, recipe: TrainConfig, config: TuneConfig) -> None:
@@ -168,7 +168,7 @@ class ResumableAsha(ASHAScheduler):
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Replay the epochs of a restored trial; ASHA's decisions were carried out before."""
+        """Replay the epochs of a restored trial. ASHA's decisions on them have no effect again."""
         super().on_trial_add(tune_controller, trial)
         rows = last_result(trial).get("history", [])
         past = objectives(rows, recipe_of(self.recipe, trial.config))
@@ -177,10 +177,10 @@ class ResumableAsha(ASHAScheduler):
 
 
 class RetryFailed(FIFOScheduler):
-    """Trains trials in their order; a resumed study trains those that reported a problem again.
+    """Trains trials in their order. A resumed study trains trials with a problem again.
 
-    For Ray Tune such a trial has ended like any other, and `ResumeConfig` resumes all ended trials
-    or none.
+    For Ray Tune, a trial that reported a problem has ended like any other, and `ResumeConfig`
+    resumes either all ended trials or none.
     """
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -191,7 +191,7 @@ class RetryFailed(FIFOScheduler):
 
 
 def last_result(trial: Any) -> dict[str, Any]:
-    """What a trial reported last; empty before its first report."""
+    """Return the last report of a trial; empty before its first report."""
     return trial.last_result or {}
 
 
@@ -206,15 +206,15 @@ def run_trials(
     """Run the trials of a study, or the remaining ones of an interrupted study.
 
     Args:
-        setup: what all trials share.
-        plan: which trials the study has and in which order they run.
+        setup: settings and data of all trials.
+        plan: the trials and their order.
         folder: the study's folder.
-        study: Ray Tune calls it for everything that happens to a trial.
+        study: the callback that Ray Tune calls whenever the state of a trial changes.
         max_failures: how often a trial is retried after its process failed.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended it; the same call resumes.
-        ResourcesError: there was no room for any trial.
+        KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes.
+        ResourcesError: the cluster had no resources for a trial.
     """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -225,7 +225,7 @@ def run_trials(
         tune.PlacementGroupFactory([setup.slots.bundle()]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
-    # `Tuner.restore` would keep the slots and paths of the first start in searcher and callbacks.
+    # `Tuner.restore` keeps the slots and paths of the first start in searcher and callbacks.
     with _interruptible():
         tune.run(
             trainable,
@@ -250,14 +250,14 @@ def run_trials(
 
 
 class RoomCallback(tune.Callback):
-    """Says every minute that no trial has room, and ends a search that has none for too long."""
+    """Logs every minute that no trial has resources, and ends a study that waits for too long."""
 
     def __init__(self, slots: Slots) -> None:
         need = f"a trial with {in_words(slots.bundle())}"
         self.watch = RoomWatch(placement_groups(), need)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look for room after each turn of Tune's loop."""
+        """Look for resources after each step of Ray Tune's loop."""
         self.watch.require_room()
 
 
@@ -265,8 +265,8 @@ class RoomCallback(tune.Callback):
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
 
-    Tune handles SIGINT itself, and then returns as if all trials had ended. At the first signal it
-    restores the handler that was there before; without a signal it leaves its own.
+    Ray Tune handles SIGINT, and then returns as if all trials had ended. At the first signal, Ray
+    Tune restores the previous handler. Without a signal, its own handler remains.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,7 +1,7 @@
 """A search for the best recipe: plan the trials, run them, and record the best.
 
-Every trial trains the same fold and is judged by its validation clips; the test part is never read.
-The first trial is the recipe as given if the space contains it. The same command resumes an
+Every trial trains the same fold and is scored on its validation clips. The test part is never read.
+If the space contains the given recipe, the first trial trains it. The same command resumes an
 interrupted search.
 """
 
@@ -45,7 +45,7 @@ from ser_ray.training.parts import select_rows
 OPTUNA_STUDY = "optuna.journal"
 """File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
 BEST_RECIPE = "best.json"
-"""File beside the trials: the best recipe and the run that it came from."""
+"""File beside the trials: the best recipe, and the run that trained it."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def search(
         name: read_initial_weights(
             replace(recipe, feature=kind, weights=name), shards, run.tracking_uri
         )
-        # Encoders come first, because they have no weights to start from, and pictures may.
+        # Features of an encoder come first. They have no pretrained weights, and must not replace
+        # those of the other kinds.
         for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
         for name in sorted({recipe.weights, *searched.get("weights", ())})
     }
@@ -154,8 +155,8 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
     """Refuse a search whose trials are validated on different clips, or on none.
 
     Raises:
-        ConfigError: the seed is searched under the protocol whose split it draws, or the protocol
-            has no validation clips.
+        ConfigError: the seed is searched with the protocol random, or the protocol has no
+            validation clips.
     """
     if recipe.protocol == ALL:
         raise ConfigError(
@@ -170,9 +171,9 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
 
 
 def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict[str, Any]:
-    """Parameters of a search's run: what all trials share, and under `search.` how it searches.
+    """Parameters of a search's run: the fields that all trials share, and the search's settings.
 
-    A searched field has no value yet; `_log_outcome` adds that of the best trial.
+    A searched field has no value yet. `_log_outcome` adds the value of the best trial.
     """
     searched = {item.name for item in config.dimensions}
     if RATIO in searched:
@@ -187,7 +188,7 @@ def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict
 
 
 def features_of(recipe: TrainConfig, config: TuneConfig) -> set[str]:
-    """The kinds of features that trials may be trained on."""
+    """Return the kinds of features that trials may be trained on."""
     searched = {item.name: item.values for item in config.dimensions}
     return {recipe.feature, *searched.get("feature", ())}
 
@@ -203,7 +204,7 @@ def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> st
 
 
 def _settings(config: TuneConfig) -> dict[str, Any]:
-    """The settings that identify a search. `refit` is left out: it changes no trial."""
+    """Return the settings that identify a search. `refit` changes no trial, so it is left out."""
     return {name: value for name, value in asdict(config).items() if name != "refit"}
 
 
@@ -232,6 +233,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
     page = search_page(
         folder.name,
         rows,
+        counts=count_states(trials),
         best=best.number,
         selected=best.selected,
         recipe=best.recipe,

@@ -96,7 +96,7 @@ def test_a_lost_worker_that_is_replaced_gets_one_line(
     workers.task = cast(TrainingTask, SimpleNamespace(run=RunConfig(max_failures=max_failures)))
     workers.losses = 0
     for _ in range(2):
-        workers._tell_loss(queue.items[0]["lost"])
+        workers._log_loss(queue.items[0]["lost"])
     assert len(caplog.messages) == expected
     for message in caplog.messages:
         assert "lost (rank 1: The actor died unexpectedly.): Ray replaces it" in message

@@ -208,7 +208,7 @@ def test_a_killed_driver_resumes_past_its_incomplete_files_and_ends_the_same(
     assert (folder / RAY_LIST).exists(), "Ray has renamed its list: see run_folder.RAY_LIST"
     (folder / RAY_LIST).write_text('{"ray_ver')
     result = world.train("driver-killed")
-    assert f"{newest.name} is incomplete: it is skipped" in caplog.text
+    assert f"{newest.name} is incomplete and is skipped" in caplog.text
     assert result.run_id == run_id
     assert_same(world, result, uninterrupted)
 

@@ -150,7 +150,7 @@ def test_an_incomplete_checkpoint_is_skipped(
     newest = folder.newest()
     assert newest is not None
     assert newest.name == checkpoint_name(1)
-    assert f"{checkpoint_name(2)} is incomplete: it is skipped" in caplog.text
+    assert f"{checkpoint_name(2)} is incomplete and is skipped" in caplog.text
 
 
 def test_a_checkpoint_whose_selected_one_is_incomplete_is_skipped(tmp_path: Path) -> None:

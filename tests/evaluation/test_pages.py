@@ -190,6 +190,7 @@ def search_rows() -> list[dict[str, Any]]:
 
 def render_search(**changes: Any) -> str:
     settings: dict[str, Any] = {
+        "counts": "1 pruned, 1 finished, 1 failed",
         "best": 2,
         "selected": HISTORY[1],
         "recipe": TrainConfig(feature="mel"),

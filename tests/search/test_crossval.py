@@ -397,7 +397,7 @@ def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
 
 
 def test_a_recipe_that_names_a_fold_is_refused(shards):
-    with pytest.raises(ConfigError, match=r"crossval trains every fold, or those of --folds"):
+    with pytest.raises(ConfigError, match=r"crossval trains every fold, or the folds of --folds"):
         plan_crossval(shards, replace(RECIPE, fold=1), SEEDS)
 
 
