@@ -1,7 +1,7 @@
-"""How fast the parts are, compared with plainer ways of doing the same work, and what faults cost.
+"""Measures the speed of each part of the program, and how it survives faults.
 
-`python jobs/bench.py prepare|encode|train|tune|predict|plan|faults ...`; each part's own file,
-`bench_<part>.py`, says what it compares and what its figures do not say.
+`python jobs/bench.py prepare|encode|train|tune|predict|plan|faults ...` runs a benchmark. The
+docstring of its file, `bench_<part>.py`, says what it compares and what its figures do not show.
 """
 
 import os
@@ -13,7 +13,7 @@ PARTS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.p
 
 
 def main() -> None:
-    """Replace this process by the part's own program; worker processes import it by its file."""
+    """Replace this process by the part's program, because worker processes import the main file."""
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
         sys.exit(f"{__doc__}\nusage: bench.py {{{','.join(PARTS)}}} [OPTIONS]")
     script = HERE / f"bench_{sys.argv[1]}.py"

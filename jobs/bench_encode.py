@@ -1,4 +1,4 @@
-"""How fast clips are encoded, compared with torchaudio's own network on the same batches.
+"""Measures how fast clips are encoded, compared with torchaudio's network on the same batches.
 
 `python jobs/bench.py encode --encoder wavlm_base_plus` prints clips per second of
 
@@ -6,9 +6,9 @@
 - encoder: `Encoder.encode`, which pads, masks and averages.
 
 Both run in turn in one process, in changing order, on a GPU if there is one, with `--threads`
-threads on a CPU. On a CPU the seconds are those of the process's threads, so a busy machine counts
-less. The weights are random, which costs as much time as any others. The clips are noise, with
-lengths like those of RAVDESS without silent ends. The figures say nothing about decoding and Ray.
+threads on a CPU. On a CPU, the seconds are CPU seconds of the process, so other work on the machine
+matters less. The weights are random, which does not change the time. The clips are noise, with
+lengths like those of RAVDESS without silent ends. Decoding and Ray are not measured.
 """
 
 import time
@@ -34,20 +34,20 @@ SECONDS = (1.2, 4.0)
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     encoder: str = "wavlm_base_plus"
     """Bundle of torchaudio, in lower case."""
     clips: int = 64
     """Number of clips in a round."""
     rounds: int = 3
-    """Rounds of each way, in turn; the fastest counts."""
+    """Number of times that each way is measured; the fastest counts."""
     threads: int = 1
-    """Threads of torch on a CPU."""
+    """Number of torch's threads on a CPU."""
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Measure a call: seconds of the CPUs, or on a GPU to the end of its work."""
+    """Return the CPU seconds of a call, or on a GPU the seconds until its work is done."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     started = clock()
     work()

@@ -1,18 +1,18 @@
-"""What faults cost: work on a small cluster is disturbed at random, and its result is checked.
+"""Injects random faults into work on a small cluster, checks the results, and measures the cost.
 
-`python jobs/bench.py faults --seed N --minutes M` starts a cluster of a head and two raylets of one
-CPU each on this machine, and an MLflow server. Every round runs one verb there, throws one fault at
-a moment that the seed draws, and gives the same command again where the driver ended with an error.
-At the end of a round
+`python jobs/bench.py faults --seed N --minutes M` starts an MLflow server and a cluster on this
+machine: a head and two raylets of one CPU each. Every round runs one verb on the cluster and
+injects one fault at a random moment. If the driver ends with an error, the same command is run
+again. At the end of a round
 
-- the result must equal that of the undisturbed command: shards and weights byte for byte;
+- the result must equal the result without a fault: shards and weights byte for byte;
 - every file has one outcome, and MLflow has one run, FINISHED, with every epoch once;
 - no process, actor, placement group, lock or temporary file is left;
 - and nothing hangs.
 
-A round appends one line of JSON to `--log`, and the table at the end is made of all lines there, so
-rounds add up over many short calls. The figures say nothing about faults of real networks, disks or
-clocks, and the seconds mean something only on a machine that does nothing else.
+A round appends one line of JSON to `--log`. The table at the end summarises all lines of this file,
+so several short calls add up. Faults of real networks, disks and clocks are not injected. The
+seconds are meaningful only on a machine that does nothing else.
 """
 
 import json
@@ -50,16 +50,16 @@ EPOCHS = 4
 PAUSE = 10.0
 """Seconds for which a process is stopped, or a server is away."""
 HANG = 600.0
-"""Seconds after which a driver that has not ended is a hang."""
+"""A driver that has not ended after these seconds hangs."""
 SETTLE = 60.0
-"""Seconds that the cluster has to release what a driver held."""
+"""Within these seconds, the cluster must release the resources of a driver."""
 MOST_COMMANDS = 4
 RECIPE = (
     *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
     *("--batch-size", "4", "--validation-speakers", "1"),
 )
 GRACE = 5.0
-"""Seconds that a driver may take to end as usual if the signal reached it at its end."""
+"""Seconds in which a driver that receives a signal may still end without an error."""
 ENDED = ("terminate driver", "hang up driver", "interrupt driver")
 DRIVER = ("kill driver", "stop driver", *ENDED)
 FAULTS = (
@@ -67,7 +67,7 @@ FAULTS = (
     *(*DRIVER, "two drivers"),
 )
 OF_NODE = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Titles of a node's own processes, and of those that wait for work."""
+"""Titles of processes that do no work for a driver."""
 SIGNALS = {
     "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM,
     "hang up": signal.SIGHUP, "interrupt": signal.SIGINT,
@@ -76,25 +76,25 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What to throw."""
+    """Options of the benchmark."""
 
     seed: int = 0
     """Seed of the workloads, faults and moments."""
     minutes: float = 10.0
-    """No round begins after this many minutes."""
+    """Minutes after which no further round begins."""
     log: Path = Path("ser-ray-out/faults.jsonl")
     """File to which every round appends a line."""
     work: tuple[str, ...] = ("prepare", "train")
-    """The verbs to draw from; predict, crossval and tune are the others."""
+    """The verbs to draw from: prepare, train, predict, crossval, tune."""
     faults: tuple[str, ...] = FAULTS
     """The faults to draw from."""
     rounds: int = 1000
-    """Most rounds."""
+    """Largest number of rounds."""
 
 
 @dataclass
 class Round:
-    """One round, as it is logged."""
+    """A round, as the log holds it."""
 
     seed: int
     number: int
@@ -104,16 +104,16 @@ class Round:
     """Seconds after the driver's start."""
     thrown: bool = False
     commands: int = 0
-    """How often the command was given."""
+    """How often the command was run."""
     statuses: list[int] = field(default_factory=list)
-    """With which status each of them ended."""
+    """Exit status of every run of the command."""
     seconds: float = 0.0
-    """Seconds of all commands beyond those of the undisturbed one."""
+    """Seconds of all runs, minus the seconds of a run without a fault."""
     redone: int = 0
-    """Steps that were done twice, for `train`: whole epochs that the output names twice; for
-    `prepare`: parts that were being decoded."""
+    """Work that was done twice. For `train`, the number of epochs that the output shows twice; for
+    `prepare`, the number of parts that were being decoded."""
     problems: list[str] = field(default_factory=list)
-    """What does not hold; empty if the round is survived."""
+    """Descriptions of all failed checks; empty if the round was survived."""
 
 
 class World:
@@ -193,7 +193,7 @@ class World:
         return driver, errors
 
     def undisturbed(self, work: str) -> None:
-        """Run a verb without a fault, unless it has been run."""
+        """Run a verb without a fault, unless this was done before."""
         if work in self.results:
             return
         if work != "prepare":
@@ -220,13 +220,13 @@ class World:
 
 
 def default_signals() -> None:
-    """Let a driver be stopped, even if this program runs in the background of a shell."""
+    """Restore the default signals, which a shell changes for programs in the background."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def small_corpus(folder: Path) -> Path:
-    """The synthetic corpus of the first speakers, with the sound of every take once."""
+    """Make a synthetic corpus of the first speakers, with one wav for every take."""
     make_synthetic_corpus(folder / "complete")
     target = folder / "corpus"
     target.mkdir()
@@ -238,7 +238,7 @@ def small_corpus(folder: Path) -> Path:
 
 
 def result(work: str, target: Path) -> Any:
-    """Return what must be the same after every fault."""
+    """Return the results of a verb that must be the same after every fault."""
     if work == "prepare":
         folder = target / "shards"
         return {
@@ -264,12 +264,12 @@ def scores(value: Any) -> Any:
 
 
 def raylet(node: Any) -> psutil.Process:
-    """The process of a node's raylet."""
+    """Return the process of a node's raylet."""
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 def workers(world: World) -> list[psutil.Process]:
-    """The processes on the nodes that work for the driver."""
+    """Return the processes on the nodes that work for the driver."""
     found = []
     for node in world.nodes:
         with suppress(psutil.NoSuchProcess):
@@ -282,7 +282,7 @@ def workers(world: World) -> list[psutil.Process]:
 
 
 def end(process: psutil.Process) -> None:
-    """Kill a process and all that come from it."""
+    """Kill a process and all its descendants."""
     with suppress(psutil.NoSuchProcess):
         for member in (process, *process.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
@@ -291,10 +291,10 @@ def end(process: psutil.Process) -> None:
 
 
 def wait_until(what: str, holds: Callable[[], Any], seconds: float) -> None:
-    """Wait until something holds.
+    """Wait until a condition holds.
 
     Raises:
-        TimeoutError: it does not within this time.
+        TimeoutError: the condition does not hold within these seconds.
     """
     ends = time.monotonic() + seconds
     while not holds():
@@ -305,7 +305,7 @@ def wait_until(what: str, holds: Callable[[], Any], seconds: float) -> None:
 
 @contextmanager
 def stopped(processes: list[psutil.Process]) -> Iterator[None]:
-    """Stop processes for the block."""
+    """Suspend processes while the block runs."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.suspend()
@@ -318,7 +318,7 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
 
 
 def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -> bool:
-    """Throw the round's fault; returns whether there was something to throw it at."""
+    """Inject the round's fault; return whether its target was found."""
     how, _, whom = this.fault.rpartition(" ")
     if whom == "worker":
         found = workers(world)
@@ -360,7 +360,7 @@ def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -
 
 
 def play(world: World, this: Round, rng: random.Random) -> None:
-    """Play one round, and note what does not hold."""
+    """Run one round, and record the failed checks."""
     target, began = world.folder / f"round-{this.seed}-{this.number}", time.monotonic()
     this.commands = 1
     status, errors = disturbed(world, this, rng, target)
@@ -384,7 +384,7 @@ def play(world: World, this: Round, rng: random.Random) -> None:
 
 
 def disturbed(world: World, this: Round, rng: random.Random, target: Path) -> tuple[int, Path]:
-    """Give the command, throw the fault, and return the status and the file of messages."""
+    """Run the command, inject the fault, and return the exit status and the file of messages."""
     driver, errors = world.give(this.work, target, 1)
     with suppress(psutil.TimeoutExpired):
         driver.wait(this.moment)
@@ -407,7 +407,7 @@ def disturbed(world: World, this: Round, rng: random.Random, target: Path) -> tu
 
 
 def finish(this: Round, driver: psutil.Popen) -> int:
-    """Wait for a driver's end; a driver that hangs is killed."""
+    """Wait for the end of a driver, and return its exit status. A driver that hangs is killed."""
     try:
         this.statuses.append(int(driver.wait(HANG)))
         return this.statuses[-1]
@@ -418,7 +418,7 @@ def finish(this: Round, driver: psutil.Popen) -> int:
 
 
 def check(world: World, this: Round, target: Path) -> None:
-    """Note what is not as after the undisturbed command."""
+    """Record the differences to the state after a command without a fault."""
     if result(this.work, target) != world.results[this.work]:
         this.problems.append("the result is not the undisturbed one")
     if this.work == "prepare":
@@ -438,10 +438,10 @@ def check(world: World, this: Round, target: Path) -> None:
 
 
 def files(target: Path) -> set[str]:
-    """Names of the files that a verb wrote, without this program's own, and without dates.
+    """Return the names of the files that a verb wrote, with `DATE` in place of dates.
 
-    Tune writes the date of its start into the names of its snapshots. The `error.txt` and
-    `error.pkl` of an attempt that failed may stay: they say why.
+    The names of Ray Tune's snapshots contain the date of the start. Left out are the files of this
+    benchmark, and `error.txt` and `error.pkl`, which record why an attempt failed.
     """
     return {
         re.sub(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", "DATE", str(path.relative_to(target)))
@@ -451,7 +451,7 @@ def files(target: Path) -> set[str]:
 
 
 def check_mlflow(world: World, this: Round, experiment: str) -> None:
-    """Note what is wrong with the runs of a round."""
+    """Record the faults of a round's MLflow runs."""
     client = MlflowClient(world.uri)
     found = client.get_experiment_by_name(experiment)
     runs = [] if found is None else client.search_runs([found.experiment_id])
@@ -469,7 +469,7 @@ def check_mlflow(world: World, this: Round, experiment: str) -> None:
 
 
 def busy(world: World) -> str:
-    """What the cluster still holds, in words; empty if nothing."""
+    """Describe the resources that the cluster still holds; empty if there are none."""
     free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
     groups = [
         name
@@ -502,7 +502,7 @@ def table(log: Path) -> str:
 
 
 def main(bench: Bench) -> None:
-    """Play rounds until the time is over, and print the table of all that are logged."""
+    """Run rounds until the time is over, and print the table of all logged rounds."""
     ends = time.monotonic() + 60 * bench.minutes
     bench.log.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

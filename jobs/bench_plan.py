@@ -1,4 +1,4 @@
-"""The time and memory that a long list of clips costs the driver of `prepare`.
+"""Measures the time and the driver's memory that `prepare` needs for a long list of clips.
 
 `python jobs/bench.py plan --clips 1000000` prints the time and the driver's memory at the first
 part, every tenth of the way and at the end: listing and planning come before the first part, the
@@ -36,7 +36,7 @@ EMOTIONS = ("neutral", "happy", "sad", "angry")
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     clips: int = 1_000_000
     rows_per_part: int = 128
@@ -70,7 +70,7 @@ def write_corpus(path: Path, clips: int) -> None:
 
 
 def main(bench: Bench) -> None:
-    """Measure and print."""
+    """Prepare the table, and print the measurements."""
     ray.init(
         num_cpus=bench.processes, include_dashboard=False, address="local", log_to_driver=False
     )

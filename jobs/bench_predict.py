@@ -1,4 +1,4 @@
-"""How fast many files are predicted, compared with only decoding them.
+"""Measures how fast many files are predicted, compared with only decoding them.
 
 `python jobs/bench.py predict --corpus DIR --model MODEL` prints a table of
 
@@ -7,9 +7,8 @@
 - predict: files to probabilities, in one process with one thread;
 - pass: `ser-ray predict DIR --output`, on a Ray cluster with `--cpus` CPUs.
 
-The rate of the pass counts the files after its first block, so the start of Ray and its actors
-shows only in the seconds to the first block. The figures say nothing about files that come over a
-network, or about videos, where finding the sound takes longer than decoding it.
+The rate of the pass counts the files after its first block. The start of Ray and its actors changes
+only the seconds to the first block. Files on a network and videos are not measured.
 """
 
 import tempfile
@@ -31,7 +30,7 @@ from ser_ray.tracking.registry import local_model
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     corpus: str
     """Folder of the files."""
@@ -40,24 +39,24 @@ class Bench:
     files: int = 0
     """Largest number of files; 0 for all."""
     sample: int = 200
-    """Number of files that one process is measured with."""
+    """Number of files for the measurements in one process."""
     cpus: int = 2
     """CPUs of the Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The measurement of one way."""
+    """Measured times of a way to process the files."""
 
     files: int
     first: float
     """Seconds to the first file or block."""
     rate: float
-    """Files per second after it."""
+    """Files per second after the first file or block."""
 
 
 def one_by_one(files: list[str], work: Callable[[str], object]) -> Timing:
-    """Measure a function on one file after the other; the first is the warm-up."""
+    """Measure a function on one file after the other. The first file is the warm-up."""
     started = time.perf_counter()
     work(files[0])
     first = time.perf_counter()
@@ -67,7 +66,7 @@ def one_by_one(files: list[str], work: Callable[[str], object]) -> Timing:
 
 
 def batch_pass(files: list[str], predictor: Predictor, cpus: int) -> Timing:
-    """Measure the pass, which includes starting Ray."""
+    """Measure a batch prediction, including the start of Ray."""
     import ray
 
     marks: list[tuple[float, int]] = []

@@ -1,17 +1,17 @@
-"""How fast `prepare` is, against the same work done in plainer ways on the same clips.
+"""Measures how fast `prepare` is, compared with simpler programs on the same clips.
 
 `python jobs/bench.py prepare --corpus DIR` prints a table of
 
 - job: `prepare` on Ray Data, on a cluster started for it;
 - pool: the same parts written by a plain ProcessPoolExecutor with as many processes;
-- loop: the same functions for a clip in one process, nothing written, and the time of each;
+- loop: the same functions for each clip in one process, without writing, and the time of each;
 - chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
 - notebook: librosa.load and three librosa features, in one process.
 
-Each runs in a fresh Python and is timed from before Python starts. The rate counts the files after
-the first part (or clip), so the start shows only in the seconds to the first one. The processes are
-those that run, besides the first, when the first part is done. The figures say nothing about a
-cluster whose files come over a network.
+Each way runs in a new Python process, and its time includes the start of Python. The rate counts
+the files after the first part (or clip), so the start changes only the seconds to the first one.
+The table also shows how many processes ran, besides the first, when the first part was done. Files
+on a network are not measured.
 """
 
 import itertools
@@ -36,47 +36,47 @@ from ser_ray.features.config import FeatureConfig
 
 CONFIG = FeatureConfig()
 Mark = Callable[[int], None]
-"""Called with the number of files each time that some are done."""
+"""Called when files are done, with their number."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     corpus: str
     """Folder of the clips."""
     files: int = 0
-    """Prepare this many links to the clips, each clip as often as needed; 0 for the clips alone."""
+    """Prepare this number of links to the clips; 0 prepares the clips themselves."""
     processes: int = os.cpu_count() or 1
-    """Processes of the pool; Ray has one for every CPU."""
+    """Number of processes of the pool. Ray has one for every CPU."""
     sample: int = 200
-    """Clips that the ways with one process are measured on."""
+    """Number of clips for the ways with one process."""
     rounds: int = 3
-    """Times that each way is measured, in turn; the median is shown."""
+    """Number of times that each way is measured, in turn. The table shows the median."""
     ways: tuple[str, ...] = ("job", "pool", "loop", "chain", "notebook")
-    """What to compare."""
+    """The ways to compare."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One way, measured once."""
+    """A measurement of one way."""
 
     files: int
-    """Files done."""
+    """Number of files."""
     first: float
     """Seconds to the first part or clip."""
     total: float
-    """Seconds for all."""
+    """Seconds for all files."""
     rate: float
-    """Files a second after the first part or clip."""
+    """Files per second after the first part or clip."""
     megabytes: float
     """Peak memory of the largest process."""
     processes: int
-    """Processes that ran, besides the first, when the first part was done."""
+    """Number of processes, besides the first, when the first part was done."""
 
 
 def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Prepare as users do; returns the peak memory of the workers in kilobytes."""
+    """Prepare as users do; return the peak memory of the workers in kilobytes."""
     import ray
 
     from ser_ray.cluster.connect import cluster
@@ -100,7 +100,7 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Write the same parts without Ray; returns the peak memory of the workers in kilobytes."""
+    """Write the same parts without Ray; return the peak memory of the workers in kilobytes."""
     from ser_ray.features.transforms import FeatureExtractor
     from ser_ray.shards.layout import CLIPS, OUTCOMES
     from ser_ray.shards.part import write_part
@@ -123,7 +123,7 @@ def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Decode and make features, clip by clip."""
+    """Decode each clip and compute its features."""
     from ser_ray.features.decode import decode
     from ser_ray.features.transforms import FeatureExtractor
 
@@ -147,7 +147,7 @@ def loop(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def chain(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Make features in the usual way, with the libraries' own functions."""
+    """Compute the features with the functions of soundfile and torchaudio."""
     import soundfile
     import torch
     from torchaudio.functional import create_dct
@@ -169,7 +169,7 @@ def chain(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def notebook(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Make each feature from the samples with librosa, as notebooks do."""
+    """Compute each feature from the samples with librosa, as notebooks do."""
     import librosa
 
     rate, length, hop = CONFIG.sample_rate, CONFIG.window_length, CONFIG.hop_length
@@ -197,7 +197,7 @@ def _sample(bench: Bench, corpus: str) -> list[str]:
 
 def _peak_memory() -> int:
     """Peak memory of this process in kilobytes."""
-    time.sleep(0.05)  # so that every worker gets one of these
+    time.sleep(0.05)  # so that every worker gets one of these calls
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -222,7 +222,7 @@ def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
 
 
 def make_links(corpus: str, files: int, folder: Path) -> str:
-    """Make a corpus of links to the clips of another, repeatedly; returns its table."""
+    """Make a corpus of this number of links to the clips of another corpus; return its table."""
     rows = list_corpus(corpus).manifest.to_pylist()
     lines = ["path,label,speaker"]
     for number in range(files):
@@ -235,7 +235,7 @@ def make_links(corpus: str, files: int, folder: Path) -> str:
 
 
 def main() -> None:
-    """Measure every way as often as asked, in turn, and print the medians."""
+    """Measure every way `rounds` times, in turn, and print the medians."""
     bench = tyro.cli(Bench, description=__doc__)
     timings: dict[str, list[Timing]] = {way: [] for way in bench.ways}
     context = multiprocessing.get_context("spawn")

@@ -1,22 +1,22 @@
-"""How fast training is, against the same arithmetic in plainer and in Ray's usual ways.
+"""Measures how fast training is, compared with a bare PyTorch loop and with Ray's usual patterns.
 
-`python jobs/bench.py train --shards DIR` measures, in one run, on the clips of one fold:
+`python jobs/bench.py train --shards DIR` measures these ways in one run, on the clips of one fold:
 
-- ours: `train` with one worker, in one process, with its validation, checkpoints and reports;
-- bare: a PyTorch loop of the same arithmetic and nothing else;
+- ours: `train` with one worker in one process, with its validation, checkpoints and reports;
+- bare: a PyTorch loop with the same arithmetic and nothing else;
 - ours_on_ray: ours with `--address local`, as one worker of Ray Train;
-- ray: the bare loop in a worker of Ray Train, so ours_on_ray / ray shows the cost of this project,
-  and ray / bare the cost of Ray's own processes where the training uses all CPUs;
-- ours_ddp, bare_ddp: both with several workers, the bare one as plain processes over gloo, or
-  over NCCL with `--device gpu`, where every worker has a GPU;
+- ray: the bare loop in a worker of Ray Train. ours_on_ray / ray shows the cost of this project, and
+  ray / bare the cost of Ray's processes if the training uses all CPUs;
+- ours_ddp, bare_ddp: both with several workers. The bare workers are plain processes that use gloo,
+  or NCCL with `--device gpu`, where every worker has a GPU;
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
-- stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard every epoch.
+- stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard in every epoch.
 
-Each way runs in a fresh Python. Clips per second are those of the training steps after the first
-epoch, so starting and warming up show only in the seconds to the first step; `outside` is the share
-of these epochs that is neither training step nor validation; `processes` counts the processes
-besides the first, looked for ten times a second. Every `ours` makes a new MLflow database, which a
-second training in a folder does not. The figures say nothing about workers on several nodes.
+Each way runs in a new Python process. Clips per second are measured in the training steps after the
+first epoch. The start and the warm-up change only the seconds to the first step. `outside` is the
+share of these epochs that is neither training step nor validation. `processes` counts the processes
+besides the first, checked ten times per second. Every `ours` makes a new MLflow database, which a
+second training in the same folder does not. Workers on several nodes are not measured.
 """
 
 import json
@@ -51,30 +51,30 @@ RATIOS = (
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     shards: str
     """Shard set to train on."""
     recipe: TrainConfig = field(default_factory=lambda: TrainConfig(weights="none", epochs=3))
-    """What is trained; the first epoch does not count."""
+    """The recipe. The first epoch does not count."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """What every worker computes on."""
+    """The device of every worker."""
     workers: int = 2
-    """Workers of the ways that have several."""
+    """Number of workers of ours_ddp and bare_ddp."""
     ways: tuple[str, ...] = (
         "bare", "ours", "ray", "ours_on_ray", "bare_ddp", "ours_ddp", "ingest", "stream",
     )  # fmt: skip
-    """What to compare, in this order."""
+    """The ways to compare, in this order."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One way, measured once."""
+    """A measurement of one way."""
 
     clips_per_second: float
-    """Training clips a second in the steps of the epochs after the first."""
+    """Training clips per second in the steps of the epochs after the first."""
     outside: float
-    """Share of those epochs that is neither step nor validation; NaN where it is not known."""
+    """Share of these epochs that is neither step nor validation; NaN if unknown."""
     first_step: float
     """Seconds from the command to the end of the first step, or of the first epoch's reading."""
 
@@ -113,7 +113,7 @@ def ours(
 
 
 def bench_steps(bench: Bench) -> tuple[int, int]:
-    """Steps of an epoch, and clips in them."""
+    """Return the steps of an epoch, and the number of clips in them."""
     from ser_ray.shards.read import open_shards
     from ser_ray.training.data import steps_per_epoch
     from ser_ray.training.parts import select_rows
@@ -124,7 +124,7 @@ def bench_steps(bench: Bench) -> tuple[int, int]:
 
 
 def bare(bench: Bench, started: float, workers: int = 1) -> Timing:
-    """Train in plain processes, joined by gloo, or NCCL on GPUs, where there are several."""
+    """Train in plain processes. Several processes use gloo, or NCCL on GPUs."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +171,7 @@ def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
 
 
 class _Learner:
-    """A network, its optimiser and schedule: the arithmetic of a step without our loop."""
+    """A network with its optimiser and schedule, to compute steps without the package's loop."""
 
     def __init__(self, bench: Bench, rank: int, workers: int) -> None:
         import torch
@@ -208,7 +208,7 @@ class _Learner:
         self.schedule = OneCycleLR(self.optimiser, config.lr_max, total_steps=total + 1)
 
     def now(self) -> float:
-        """The time, after all steps so far have been computed."""
+        """Return the time after the device has finished all steps so far."""
         import torch
 
         if self.device.type == "cuda":
@@ -369,7 +369,7 @@ def processes_seen() -> Iterator[set[int]]:
 
 
 def one(order: dict[str, Any], answer: Path) -> None:
-    """Do what `measure` asks for."""
+    """Run one way in the process that `measure` started."""
     way, started = order.pop("way"), order.pop("started")
     bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
     functions: dict[str, Callable[..., Timing]] = {

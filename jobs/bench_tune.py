@@ -1,17 +1,17 @@
-"""How well a search uses its slots, and what ASHA saves.
+"""Measures how well a search uses its slots, and how many epochs ASHA saves.
 
 `python jobs/bench.py tune --shards DIR` searches without a scheduler and prints, for every seed,
 
-- start: seconds from the moment a trial's process is ready for it to its first step, of the first
-  trial of every slot (which imports torch and reads the shards) and of the others;
-- busy: share of the slots' time, from the first start to the last end, spent in epochs;
-- trials an hour, and those of the same recipes one after another in one process with all the CPUs;
-- asha: what ASHA makes of the same trials in many orders, replayed from their recorded curves by
-  Ray Tune's own class: its share of the epochs, how often it ends with the same best UA, and what
-  it loses where it does not.
+- start: seconds from the start of a trial in its process to its first step. The first trial of
+  every slot also imports torch and reads the shards, so these trials are shown separately;
+- busy: share of the slots' time, from the first start to the last end, that is spent in epochs;
+- trials per hour, and the same for these recipes one after another in one process with all CPUs;
+- asha: the result of ASHA on the same trials in many orders. Ray Tune's class replays the recorded
+  curves. Shown are ASHA's share of the epochs, how often its best UA is the same, and how much UA
+  it loses on average.
 
-The figures say nothing about many slots that read their shards over a network. The time to start
-Ray itself is not counted on either side.
+Many slots that read their shards over a network are not measured. The time to start Ray is not
+counted on either side.
 """
 
 import heapq
@@ -47,23 +47,23 @@ ORDERS = 200
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure."""
+    """Options of the benchmark."""
 
     shards: str
-    """The shard set to search on; the synthetic corpus's is enough."""
+    """The shard set to search on. The synthetic corpus is enough."""
     slots: int = 2
-    """Trials at once, with one CPU each."""
+    """Number of concurrent trials, with one CPU each."""
     search: TuneConfig = field(default_factory=lambda: TuneConfig(trials=16, searcher="random"))
-    """What is drawn, and ASHA's settings."""
+    """The space, the searcher and ASHA's settings."""
     recipe: TrainConfig = field(default_factory=lambda: SYNTHETIC_RECIPE)
     seeds: int = 1
-    """Searches, each with its own draws."""
+    """Number of searches, each with another seed."""
     alone: int = 4
     """Number of trials that are also trained one after another, which needs much time."""
 
 
 def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
-    """Search once in a new folder, and train every trial to its end."""
+    """Run a search in a new folder, and train every trial to its end."""
     run = RunConfig(storage=str(folder), name=f"{seed}", tracking_uri=f"sqlite:///{folder}/db")
     recipe = replace(bench.recipe, seed=seed)
     config = replace(bench.search, scheduler="none")
@@ -72,7 +72,7 @@ def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
 
 
 def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[float]]:
-    """Seconds to the first step: of every slot's first trial, and of the others."""
+    """Return the seconds to the first step of every slot's first trial, and of the other trials."""
     ran = sorted((trial for trial in trials if trial.rows), key=lambda trial: trial.started_ms)
     seconds = [
         (trial.times_ms[0] - trial.started_ms) / 1000 - trial.rows[0]["speed/epoch_seconds"]
@@ -82,7 +82,7 @@ def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[flo
 
 
 def rates(trials: list[TrialRecord], slots: int) -> tuple[float, float]:
-    """Share of the slots' time in which an epoch was running, and trials an hour."""
+    """Return the share of the slots' time in which an epoch was running, and trials per hour."""
     ran = [trial for trial in trials if trial.rows]
     wall = (max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)) / 1000
     training = sum(row["speed/epoch_seconds"] for trial in ran for row in trial.rows)
@@ -90,7 +90,7 @@ def rates(trials: list[TrialRecord], slots: int) -> tuple[float, float]:
 
 
 def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
-    """Trials an hour of the same trainings in this process."""
+    """Train the same recipes in this process, and return the trials per hour."""
     torch.set_num_threads(bench.slots)
     shards = open_shards(bench.shards)
     pretrained = read_pretrained(bench.recipe.weights, len(shards.card.labels))
@@ -101,14 +101,14 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
 
 
 def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
-    """Epochs and best UA of the trials under ASHA, if they start in the order given."""
+    """Return the epochs and the best UA of the trials under ASHA, if they start in this order."""
     scheduler = ResumableAsha(bench.recipe, bench.search)
     scheduler.set_search_properties(OBJECTIVE, "max")
     waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
     for trial in waiting:
         trial.last_result, trial.config = {}, {}
         scheduler.on_trial_add(None, trial)
-    running: list[tuple[float, str, int]] = []  # when an epoch ends, the trial, the epoch
+    running: list[tuple[float, str, int]] = []  # time when an epoch ends, trial, epoch
     epochs, best = 0, 0.0
 
     def begin(at: float, name: str, epoch: int) -> None:
@@ -132,7 +132,7 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
 
 
 def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
-    """Summarise what ASHA makes of the trials in many orders."""
+    """Summarise the results of ASHA on the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)
     full = max(row["val/ua"] for trial in scored for row in trial.rows)
@@ -149,7 +149,7 @@ def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
 
 
 def main(bench: Bench) -> None:
-    """Measure and print."""
+    """Run the searches, and print the measurements."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     for seed in range(bench.seeds):
         ray.init(
