@@ -117,7 +117,7 @@ class Round:
 
 
 class World:
-    """The cluster, the MLflow server, the corpus and the undisturbed results."""
+    """The cluster, the MLflow server, the corpus, and the results without a fault."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, (folder / "output.log").open("ab")
@@ -420,7 +420,7 @@ def finish(this: Round, driver: psutil.Popen) -> int:
 def check(world: World, this: Round, target: Path) -> None:
     """Record the differences to the state after a command without a fault."""
     if result(this.work, target) != world.results[this.work]:
-        this.problems.append("the result is not the undisturbed one")
+        this.problems.append("the result differs from the result without a fault")
     if this.work == "prepare":
         outcomes = open_shards(str(target / "shards")).outcomes()["path"].to_pylist()
         listed = sorted(str(path) for path in world.corpus.glob("*.wav"))

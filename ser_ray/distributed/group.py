@@ -116,11 +116,11 @@ class WorkerGroup:
 
     def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
         """Start a controller of Ray Train, and yield its epochs until it ends."""
-        self.losses = 0  # Ray's limit is one for each controller
+        self.losses = 0  # Ray counts the losses of each controller separately
         here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})
-        # In the main thread, Ray's fit would handle Ctrl-C itself.
+        # Not in the main thread, because there Ray's fit handles Ctrl-C.
         executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         training = executor.submit(self._trainer(start, queue).fit)
         executor.shutdown(wait=False)
@@ -165,8 +165,8 @@ class WorkerGroup:
                 failure_config=ray.train.FailureConfig(
                     max_failures=task.run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
-                # Ray always keeps the latest. Of the selected ones it keeps the last two, because
-                # the last may be incomplete: `score` rises with every newly selected epoch.
+                # Ray keeps the latest checkpoint, and the two with the highest `score`. These are
+                # the last two selected ones, of which the last may be incomplete.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute="score"
                 ),
@@ -200,7 +200,7 @@ class WorkerGroup:
 
 
 class DriverCallback(UserCallback):
-    """Runs in Ray's controller. If this callback raises, the training ends for any `max_failures`.
+    """Runs in Ray's controller. If this callback raises an error, Ray does not retry the training.
 
     Args:
         queue: receives the report of every epoch. To stop a training, `WorkerGroup` shuts the queue

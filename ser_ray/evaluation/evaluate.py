@@ -137,7 +137,10 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def _moved(place: str, old: str, new: str) -> str:
-    """Return the new path of a file beside the folder `old`, which moved to `new`; URIs stay."""
+    """Adapt the path of a file that was moved together with the folder `old`, now `new`.
+
+    URIs do not change.
+    """
     scheme = "sqlite:///" if place.startswith("sqlite:///") else ""
     path = place.removeprefix(scheme)
     if not path or "://" in path:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import WIDTH
 
 _DRAWING = threading.Lock()
-"""matplotlib's settings are those of the process, and several threads may draw."""
+"""matplotlib's settings are global, so only one thread may draw at a time."""
 
 
 def inline_svg(figure: Figure, description: str) -> str:
@@ -28,7 +28,7 @@ def inline_svg(figure: Figure, description: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Ids of groups would be the same in every figure, and nothing refers to them.
+    # Remove the ids of groups: they are the same in every figure, and nothing refers to them.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
     wide = "scroll" if figure.get_figwidth() > WIDTH else "fit"

@@ -170,11 +170,12 @@ class Study(tune.Callback):
         self._change(trial, state="failed", problem=reasons[-1] if reasons else "no reason given")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Delete the checkpoints of ended trials. Ray Tune has stored its last snapshot before.
+        """Delete the checkpoints of ended trials.
 
-        In an earlier snapshot, the trial may still be running, and needs its checkpoint to resume.
+        This is done only now, after Ray Tune has stored its last snapshot. In an earlier snapshot,
+        a trial may still be running, and needs its checkpoint to resume.
         """
-        self._open_records(trials)  # without an unfinished trial, Ray Tune makes no step
+        self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
         for trial in trials:
             if self.records[trial.trial_id].ended and trial.checkpoint is not None:
                 self.folder.delete(trial.checkpoint.path.removeprefix(f"{self.folder.path}/"))

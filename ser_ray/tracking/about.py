@@ -90,7 +90,7 @@ def _program() -> str:
 
 
 def _user() -> str:
-    """Name of the user. Users of containers often have no account; then the number of the user."""
+    """Name of the user, or the user's number if the user has no account, as in many containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that describe themselves.
+"""Writes and reads checkpoints. A checkpoint is a directory with these files:
 
     model.safetensors           the network's weights, or their moving average if it is used
     card.json                   recipe, labels, normalisation, protocol and fold, shard set
@@ -6,8 +6,8 @@
     progress.json               the `Progress` of the training, and the sizes of the files above
 
 `progress.json` is written last: a checkpoint is complete if its files have the sizes given there.
-Incomplete checkpoints are ignored. To resume from a checkpoint of another training is an error that
-names the first difference.
+Incomplete checkpoints are ignored. If a checkpoint belongs to another training, resuming raises an
+error that names the first difference.
 """
 
 import json
@@ -101,7 +101,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, directory: Path) -> "Snapshot":
-        """Read all of a checkpoint, with its tensors on the CPU.
+        """Read the complete checkpoint, with its tensors on the CPU.
 
         Raises:
             CheckpointError: the checkpoint is missing or broken.

@@ -24,9 +24,9 @@ SMOOTHING_STEPS = 8.0
 DIVERGED = 4.0
 """The test ends when the smoothed loss is more than this many times its minimum, as in fastai."""
 LEAST_FALL = 0.02
-"""A loss that falls by less than this share of its highest value counts as not fallen."""
+"""If the loss falls by less than this share of its highest value, the test fails."""
 BEGINS, ENDS = 0.1, 0.9
-"""The proposed bounds are where the loss has gone through these shares of its fall."""
+"""At the proposed bounds, the loss has fallen by these shares of its total fall."""
 
 
 @dataclass(frozen=True, slots=True)
