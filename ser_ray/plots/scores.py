@@ -79,7 +79,7 @@ def bars_figure(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Draw a bar for each name: in blue a share from 0 to 1 of its clips, and then the others."""
+    """Draw a bar for each name: its share of the clips in blue, and the rest in vermilion."""
     axes = new_axes(0.3 * len(names) + 1.2, xlabel=xlabel)
     places, rest = range(len(names)), 1 - np.asarray(values)
     axes.barh(places, values, color=BLUE, height=0.7)
@@ -113,7 +113,7 @@ def reliability_figure(
 
     Args:
         confidence: mean probability of the predicted label in each bin [bins], NaN in an empty one.
-        accuracy: share predicted right in each bin [bins], NaN in an empty one.
+        accuracy: share of correct predictions in each bin [bins], NaN in an empty one.
         counts: clips in each bin [bins].
         before: confidence and accuracy before the probabilities were calibrated.
         title: shown above.

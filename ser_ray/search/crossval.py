@@ -1,8 +1,8 @@
 """Cross-validation: train, validate and test every fold of a protocol.
 
-Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). The trial trains,
-keeps the checkpoint of the selected epoch, scores its own test part with it in the same process,
-and writes the predictions as a table beside the checkpoint. All scores come from these tables
+Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). In one process, the
+trial trains, scores the test part of its fold with the selected checkpoint, and stores the
+predictions as a table beside the checkpoint. All scores come from these tables
 (`ser_ray.search.pooled`). The same command resumes an interrupted cross-validation and trains
 failed folds again.
 

@@ -141,7 +141,7 @@ class CrossvalResult(StudyResult):
             shown = ", ".join(f"{title} {scores[name]:.1%}" for name, title in SCORES.items())
             lines.append(
                 f"{'ensemble':8}  {shown}: mean probability of {self.plan.config.seeds} networks, "
-                f"not one of them  ({label})"
+                f"not a single network  ({label})"
             )
         lines += self.pooled.under_lines
         lines += [f"predictions  {self.table}", f"report       {self.report}"]

@@ -168,7 +168,7 @@ class ResumableAsha(ASHAScheduler):
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Replay the epochs of a restored trial. ASHA's decisions on them have no effect again."""
+        """Replay the epochs of a restored trial. The decisions were already carried out."""
         super().on_trial_add(tune_controller, trial)
         rows = last_result(trial).get("history", [])
         past = objectives(rows, recipe_of(self.recipe, trial.config))

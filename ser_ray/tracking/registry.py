@@ -282,7 +282,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
 
 
 def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
-    """Find the newest cross-validation of a training's recipe and shards that tested new speakers.
+    """Find the newest cross-validation on new speakers with a training's recipe and shards.
 
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.

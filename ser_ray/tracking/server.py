@@ -39,7 +39,7 @@ IN_USE = "serves this store; stop it, or give another store"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until the process is stopped; return the exit status."""
-    parser = argparse.ArgumentParser(description="Serve MLflow; its runs are kept in a bucket.")
+    parser = argparse.ArgumentParser(description="Serve MLflow, with backups in a bucket.")
     parser.add_argument("store", help="folder or URI for the database's backups and the artifacts")
     parser.add_argument("--port", type=int, default=5000, help="port on the loopback")
     options = parser.parse_args(arguments)

@@ -109,7 +109,7 @@ def mixup_alone(config: AugmentConfig) -> AugmentConfig:
 def _mix(values: Tensor, weight: float) -> Tensor:
     """Mix every clip with the one before it in the batch (mixup, Zhang 2018, equation 2).
 
-    The arithmetic is that of torchvision's MixUp, which takes 1.5 s to import.
+    torchvision's MixUp computes the same, but needs 1.5 s to import.
     """
     return values.roll(1, 0) * (1 - weight) + values * weight
 

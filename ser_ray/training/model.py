@@ -38,7 +38,8 @@ WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 """Prefixes that wrappers of a network put before the names of its weights."""
 LAYER_SCALE = 10.0
-"""The logits of the layer weights are trained divided by this, so a step changes them more."""
+"""The trained parameters of the layer weights are multiplied by this factor before the softmax, so
+an optimiser step changes the weights more."""
 COUNTER = "num_batches_tracked"
 """Name of a batch norm's counter of batches."""
 
@@ -78,8 +79,9 @@ class ResNet18(nn.Module):
 class EncoderHead(nn.Module):
     """Maps an encoder's layers [batch, 1, layers * dim, 1] to logits [batch, labels].
 
-    The head sums the layers with trained weights that pass a softmax, as in SUPERB (Yang 2021) and
-    EmoBox (Ma 2024). Then come a hidden layer, if `num_units` is above 0, and a linear layer.
+    The output is computed from a weighted sum of the layers, as in SUPERB (Yang 2021) and EmoBox
+    (Ma 2024). The weights are the softmax of trained parameters. A linear layer follows, with a
+    hidden layer before it if `num_units` is above 0.
     """
 
     def __init__(self, num_layers: int, dim: int, num_labels: int, num_units: int = 0) -> None:
@@ -129,7 +131,7 @@ class BasicBlock(nn.Module):
 
 
 def _draw_weights(convolution: nn.Conv2d) -> None:
-    # On the meta device there is nothing to draw, but torch would import sympy for seconds.
+    # On the meta device there is nothing to draw, and torch spends seconds on importing sympy.
     if not convolution.weight.is_meta:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
@@ -173,7 +175,7 @@ def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> b
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or min(num_bins, num_frames) <= NETWORK_STRIDE:
         return False
-    # torch before 2.11 does not say what a CPU multiplies.
+    # torch before 2.11 has no function for the capabilities of a CPU.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -192,7 +192,7 @@ def test_the_text_has_the_label_beside_every_number(tmp_path):
     assert all("± 0.0% over seeds, 95 % interval over" in line for line in lines[:-1])
     assert [line.split()[:2] for line in lines[:2]] == [["UA", "75.0%"], ["WA", "75.0%"]]
     assert lines[-1].startswith("ensemble  UA 75.0%, WA 75.0%, macro F1 ")
-    assert "mean probability of 2 networks, not one of them" in lines[-1]
+    assert "mean probability of 2 networks, not a single network" in lines[-1]
 
 
 def test_the_order_of_rows_does_not_change_the_mean_that_an_ensemble_is_scored_by():
