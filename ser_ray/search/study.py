@@ -266,7 +266,7 @@ class Study(tune.Callback):
         page = self._page(trial, run.run_id)
         store_page(page, location_inside(self.folder.location, trial.page))
         run.log_files({REPORT: as_artifact(page)})
-        run.describe(**self._outcome(trial))
+        run.describe(**trial.outcome(scored_on(self.tags)))
         run.set_tags({TRIAL_STATE: trial.state, "problem": trial.problem})
         run.finish(STATUS[trial.state])
         self._complete.add(trial.trial_id)
@@ -317,14 +317,6 @@ class Study(tune.Callback):
             study=self.folder.name,
             run_id=run_id,
         )
-
-    def _outcome(self, trial: TrialRecord) -> dict[str, str]:
-        """Make the line of a run's description that says how the trial ended."""
-        if trial.problem:
-            return {"Result": f"failed after {trial.epochs} epochs: {trial.problem}"}
-        ua, wa = trial.selected["val/ua"], trial.selected["val/wa"]
-        ended = f"{trial.state} after {trial.epochs} of {trial.recipe.epochs} epochs"
-        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({scored_on(self.tags)}); {ended}"}
 
 
 def open_study(

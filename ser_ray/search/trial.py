@@ -108,6 +108,18 @@ class TrialRecord:
         # A scheduler also stops a trial whose epochs are all done.
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
 
+    def outcome(self, label: str) -> dict[str, str]:
+        """Make the line of a run's description that says how the trial ended.
+
+        Args:
+            label: protocol and corpus, as shown beside every score.
+        """
+        if self.problem:
+            return {"Result": f"failed after {self.epochs} epochs: {self.problem}"}
+        ua, wa = self.selected["val/ua"], self.selected["val/wa"]
+        ended = f"{self.state} after {self.epochs} of {self.recipe.epochs} epochs"
+        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({label}); {ended}"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:

@@ -40,6 +40,7 @@ from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
+from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
 
 OPTUNA_STUDY = "optuna.journal"
@@ -104,16 +105,7 @@ def search(
     require_one_split(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
     parts = select_rows(shards.clips(), recipe)
-    searched = {item.name: item.values for item in config.dimensions}
-    pretrained = {
-        name: read_initial_weights(
-            replace(recipe, feature=kind, weights=name), shards, run.tracking_uri
-        )
-        # Features of an encoder come first. They have no pretrained weights, and must not replace
-        # those of the other kinds.
-        for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
-        for name in sorted({recipe.weights, *searched.get("weights", ())})
-    }
+    pretrained = _initial_weights(recipe, config, shards, run.tracking_uri)
     folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
     require_server(run.tracking_uri)
     with cluster(address), folder.lock() as lock:
@@ -149,6 +141,22 @@ def search(
             _log_outcome(study, result, config)
             study.finish()
     return result
+
+
+def _initial_weights(
+    recipe: TrainConfig, config: TuneConfig, shards: ShardSet, tracking_uri: str
+) -> dict[str, Pretrained]:
+    """Read the initial weights of all trials, by the value of `TrainConfig.weights`."""
+    searched = {item.name: item.values for item in config.dimensions}
+    return {
+        name: read_initial_weights(
+            replace(recipe, feature=kind, weights=name), shards, tracking_uri
+        )
+        # Features of an encoder come first. They have no pretrained weights, and must not replace
+        # those of the other kinds.
+        for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
+        for name in sorted({recipe.weights, *searched.get("weights", ())})
+    }
 
 
 def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:

@@ -1,4 +1,4 @@
-"""Tags, data set and description of a run in MLflow.
+"""Tags, data set and description of a run in MLflow, and the signature of its model.
 
 Every run of this package gets its tags from `run_tags`, its data set from `dataset_of`, and a
 description with the LINES, which `merge_note` writes.
@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,6 +159,22 @@ def merge_note(note: str, lines: Mapping[str, str]) -> str:
 def model_name(run_name: str) -> str:
     """Name of a run's model in MLflow: the run's name without forbidden characters."""
     return re.sub(r"[/:.%\"']", "-", run_name)
+
+
+def model_signature(labels: Sequence[str]) -> Any:
+    """Return the input and output columns of the packaged model (`ser_ray.inference.packaged`)."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    inputs = ("path", "audio", "waveform", "sample_rate")
+    # A recording that cannot be scored has no probabilities.
+    probabilities = [ColSpec("double", label, required=False) for label in labels]
+    texts = (ColSpec("string", name) for name in ("status", "reason", "warning"))
+    return ModelSignature(
+        Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
+        Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
+    )
 
 
 def _mlflow_type(kind: Any) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
-from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name
+from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name, model_signature
 from ser_ray.tracking.database import await_database
 from ser_ray.tracking.store import (
     connect,
@@ -306,7 +306,7 @@ class Tracker:
                 pip_requirements=[
                     f"{item}=={version(item)}" for item in packaged.requirements(checkpoint)
                 ],
-                signature=_signature(labels),
+                signature=model_signature(labels),
                 input_example=packaged.example_input(),
             )
 
@@ -399,19 +399,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def now_ms() -> int:
     """Milliseconds since 1970, as MLflow dates metrics."""
     return time.time_ns() // 1_000_000
-
-
-def _signature(labels: Sequence[str]) -> Any:
-    """Return the input and output columns of the packaged model (`ser_ray.inference.packaged`)."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    inputs = ("path", "audio", "waveform", "sample_rate")
-    # A recording that cannot be scored has no probabilities.
-    probabilities = [ColSpec("double", label, required=False) for label in labels]
-    texts = (ColSpec("string", name) for name in ("status", "reason", "warning"))
-    return ModelSignature(
-        Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
-        Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
-    )
