@@ -354,7 +354,7 @@ def test_a_checkpoint_cut_short_is_refused(memory_shards, tmp_path):
     trained(memory_shards, tmp_path / "one")
     state = tmp_path / "one" / "1" / STATE
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be loaded from it"):
+    with pytest.raises(CheckpointError, match="state cannot be loaded"):
         trained(memory_shards, tmp_path / "two", resume=tmp_path / "one" / "1")
 
 
