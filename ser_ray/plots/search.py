@@ -18,8 +18,8 @@ from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, finish, legend_abo
 TrialRow = Mapping[str, Any]
 
 FEW_VALUES = 5
-"""If there are at most this many different numbers, and some trials share a number, each number gets
-a tick. These numbers were chosen from a list, so they have few digits."""
+"""If there are at most this many different numbers, and some trials share a number, each number
+gets a tick. These numbers were chosen from a list, so they have few digits."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
