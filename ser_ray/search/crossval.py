@@ -53,7 +53,7 @@ from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
-from ser_ray.training.checkpoint import CARD, MODEL, keep_encoder, local_checkpoint, read_card
+from ser_ray.training.checkpoint import CARD, MODEL, copy_encoder, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
@@ -275,7 +275,7 @@ def _log_best(study: Study, location: str) -> None:
     with local_checkpoint(fold_folder(location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels
         if study.run.keep_encoder:
-            keep_encoder(checkpoint)
+            copy_encoder(checkpoint)
         tracker = Tracker(study.parent.uri, best.run_id)
         if not model_id_of(tracker.read()):
             tracker.log_model(checkpoint, labels)

@@ -23,8 +23,8 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, search_runs, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
+from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import (
-    CheckpointCard,
     local_checkpoint,
     read_card,
     read_network,
