@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ser_ray.inference import packaged
-from ser_ray.tracking.tracker import _signature
+from ser_ray.tracking.about import model_signature
 from tests.clips import voice, write_sound, write_wav
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold
 from tests.models import LABELS
@@ -31,7 +31,7 @@ def test_any_request_is_answered_or_refused(
         loader_module=packaged.__name__,
         data_path=str(checkpoint),
         pip_requirements=[],
-        signature=_signature(LABELS),
+        signature=model_signature(LABELS),
     )
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     wav = write_wav(tmp_path / "clip.wav", voice(0.5))
