@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import f1_score
 
-from ser_ray.evaluation import pages
+from ser_ray.evaluation import sections
 from ser_ray.evaluation.clips import ClipView
 from ser_ray.evaluation.evaluation import Evaluation, predictions_table
 from ser_ray.evaluation.pages import (
@@ -168,7 +168,7 @@ def text(evaluation: Evaluation, clip: ClipView) -> str:
     order = iter([*views, *views])
     validation = dataclasses.replace(evaluation, part="validation", is_own_test=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "read_clips", lambda *_, **__: next(order))
+        patch.setattr(sections, "read_clips", lambda *_, **__: next(order))
         return add_test_part(render(validation), evaluation, audio=True)
 
 
