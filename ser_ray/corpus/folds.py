@@ -76,7 +76,10 @@ def suggest_protocol(clips: "pa.Table") -> str:
 
 
 def speaker_strata(clips: "pa.Table") -> dict[str, str]:
-    """Return the stratum of every speaker, for folds and validation sides: corpus and sex."""
+    """Return the stratum of every speaker, which is the corpus and the sex.
+
+    Folds and validation sides are stratified by it.
+    """
     corpora = clips["corpus"].to_pylist() if "corpus" in clips.column_names else [""] * len(clips)
     columns = clips["speaker"].to_pylist(), corpora, clips["sex"].to_pylist()
     return {speaker: f"{corpus}/{sex or ''}" for speaker, corpus, sex in zip(*columns, strict=True)}
@@ -85,7 +88,11 @@ def speaker_strata(clips: "pa.Table") -> dict[str, str]:
 def list_folds(
     protocol: str, strata: Mapping[str, str], clips: "pa.Table"
 ) -> list[tuple[str, ...]]:
-    """Return the test speakers of every fold; none for `random`, which draws takes instead."""
+    """Return the test speakers of every fold.
+
+    A fold of `random` has none here, because it tests randomly drawn takes. The fold of `all` has
+    none, because it tests nothing.
+    """
     if protocol == ALL:
         return [()]
     if protocol == "table":

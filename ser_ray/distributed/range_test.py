@@ -125,7 +125,7 @@ def _steps_on_ray(
     def run() -> Iterator[tuple[float, float] | SerRayError]:
         try:
             yield from _steps(config, shards, pretrained, test, gpu)
-        except SerRayError as problem:  # yielded, because Ray would wrap it
+        except SerRayError as problem:  # if it were raised, Ray would wrap it
             yield problem
 
     cpus, gpus = (1, 1) if gpu else (cpus_per_worker(1), 0)

@@ -19,7 +19,8 @@ def introduce(checkpoint: Path, name: str) -> Introduction:
 
     Args:
         checkpoint: directory of the model's checkpoint.
-        name: how the user named the model; a checkpoint in a run's folder has the run's name.
+        name: what the user called the model. If the checkpoint is in a run's folder, the name of
+            the run is shown instead.
     """
     card, origin = read_card(checkpoint), origin_of(checkpoint)
     return Introduction(

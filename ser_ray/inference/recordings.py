@@ -21,8 +21,9 @@ from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loud
 
 CLEAR_DB = 12.0
 """A recording gets a warning if its loud parts are less than this many dB above its quiet parts. Of
-400 clips of RAVDESS, none got the warning. With white noise at -60 dB of full scale, 4 % got it, at
--50 dB 26 %, and at -40 dB 69 %. Recordings of noise alone always get it."""
+400 clips of RAVDESS, none got the warning. With added white noise, 4 % got it at a noise level of
+-60 dB of full scale, 26 % at -50 dB, and 69 % at -40 dB. Recordings of noise alone always get
+it."""
 UNREACHABLE = "unreachable"
 """Status of a file whose storage did not respond; a retry may succeed."""
 
@@ -42,8 +43,8 @@ class RecordingFeatures:
     windows: tuple[Window, ...] = ()
     """The windows of a long recording; empty if the recording is treated as one clip."""
     features: tuple[np.ndarray, ...] = ()
-    """One array for a clip, or one for each window: [bins, frames] float16, or for an encoder the
-    waveform [num_samples] float32."""
+    """One array for a clip, or one for each window. An encoder takes the waveform [num_samples]
+    float32; every other network takes features [bins, frames] float16."""
     status: str = "ok"
     """ok, unreadable, unreachable, no_audio, too_short, too_long or silent."""
     reason: str | None = None
@@ -127,7 +128,7 @@ class RecordingReader:
                 continue
             try:
                 yield window, self._features(samples[first:end], sample_rate)
-            except ClipError:  # the window alone is silent or too short
+            except ClipError:  # this window by itself is silent or too short
                 continue
 
 

@@ -38,7 +38,7 @@ _WHITE_ABOVE = 0.7  # share of a row above which white text is easier to read th
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """Draw counts [labels, labels] and their shares of the row; empty cells are 0.
+    """Draw counts [labels, labels] and their shares of the row; a count of 0 is left blank.
 
     Rows are true labels, columns predicted ones. Right is blue and wrong is vermilion.
     """
@@ -79,7 +79,7 @@ def bars_figure(
     xlabel: str,
     title: str = "",
 ) -> Figure:
-    """Draw a bar for each name: its share of the clips in blue, and the rest in vermilion."""
+    """Draw a bar for each name: its value (0 to 1) in blue, and the rest up to 1 in vermilion."""
     axes = new_axes(0.3 * len(names) + 1.2, xlabel=xlabel)
     places, rest = range(len(names)), 1 - np.asarray(values)
     axes.barh(places, values, color=BLUE, height=0.7)

@@ -55,7 +55,7 @@ class Study(tune.Callback):
         parent: tracker of the study's run in MLflow.
         folder: the study's folder.
         setup: settings and data of all trials.
-        run: names the experiment of the trials' runs.
+        run: settings of the study; its MLflow experiment holds the trials' runs.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
     """
@@ -83,7 +83,7 @@ class Study(tune.Callback):
         self._complete: set[str] = set()
         """Trials that have been delivered completely."""
         self._lost: list[str] = []
-        """Ids of the runs of trials that are in no snapshot, because the driver was killed."""
+        """Ids of MLflow runs whose trials are in no snapshot, because the driver was killed."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
         stored = read_records(folder, setup.recipe)
@@ -145,7 +145,10 @@ class Study(tune.Callback):
         self._open_records(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record that a trial starts or resumes, perhaps in the step in which it was drawn."""
+        """Record that a trial starts or resumes.
+
+        Ray Tune may draw a trial and start it in the same step, without an `on_step_begin` between.
+        """
         self._open_records(trials)
         self._change(trial, state="running", problem="", stopped=False)
 
@@ -153,7 +156,8 @@ class Study(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record that a trial completed an epoch, or reported a problem."""
-        # Ray Tune has set `done` if the scheduler stops the trial now. It also stores `stopped`.
+        # If the scheduler stops the trial now, Ray Tune has already set `done`. Its snapshots keep
+        # this result, and `stopped` with it.
         result["stopped"] = bool(result.get("done"))
         self.records[trial.trial_id] = self.records[trial.trial_id].updated(result)
         self.show(self.trials)
