@@ -5,10 +5,11 @@
 - bare: a loop over the batches that only calls the network of torchaudio, without masks;
 - encoder: `Encoder.encode`, which pads, masks and averages.
 
-Both run in turn in one process, in changing order, on a GPU if there is one, with `--threads`
-threads on a CPU. On a CPU, the seconds are CPU seconds of the process, so other work on the machine
-matters less. The weights are random, which does not change the time. The clips are noise, with
-lengths like those of RAVDESS without silent ends. Decoding and Ray are not measured.
+Both run in one process and take turns; the order changes in each round. They use a GPU if there is
+one, and otherwise `--threads` CPU threads. On a CPU, the seconds are CPU seconds of the process, so
+other work on the machine matters less. The weights are random, which does not change the time. The
+clips are noise, with lengths like those of RAVDESS without silent ends. Decoding and Ray are not
+measured.
 """
 
 import time

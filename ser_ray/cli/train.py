@@ -21,7 +21,7 @@ class TrainingVerb(Verb):
 
     shards: tuple[str, ...] = (api.SHARDS,)
     """Folder or URI of the shard set that `prepare` wrote. Several shard sets are several corpora,
-    which are trained on together."""
+    and one model is trained on all of them."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
@@ -64,11 +64,14 @@ class Train(TrainingVerb):
         return train_outcome(
             api.train(self.shards, self.recipe, self.run_config, address=self.common.address),
             self.shards,
+            self.run_config.tracking_uri,
         )
 
 
-def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome:
-    """Return the outcome of a finished training."""
+def train_outcome(
+    result: "api.TrainResult", shards: tuple[str, ...], tracking_uri: str = ""
+) -> Outcome:
+    """Return the outcome of a finished training, whose user gave these shards and this store."""
     selected, card = result.selected, result.card
     data = {
         "name": result.name,
@@ -85,7 +88,8 @@ def train_outcome(result: "api.TrainResult", shards: tuple[str, ...]) -> Outcome
         command = next_command("evaluate", result.checkpoint, shards=shards)
         advice = f"test it      {command}"
     else:
-        advice = f"register it  {next_command('register', result.run_id)}"
+        command = next_command("register", result.run_id, tracking_uri=tracking_uri)
+        advice = f"register it  {command}"
     return Outcome(data, _with_links(result), advice, problem=result.undelivered)
 
 
@@ -181,6 +185,7 @@ class Tune(TrainingVerb):
             fitted = train_outcome(
                 api.refit(result, self.shards, self.run_config, address=self.common.address),
                 self.shards,
+                self.run_config.tracking_uri,
             )
             text = f"{text}\n{fitted.text}"
             after, problem = fitted.after, fitted.problem
@@ -205,7 +210,7 @@ class Crossval(TrainingVerb):
             clips = api.open_shards(self.shards, self.recipe.label_map).clips()
             folds = range(num_folds(self.recipe.protocol, clips))
         say_training(self.shards, self.recipe, folds)
-        say("trainings", f"{config.seeds} of every fold, scored by their {config.part} parts")
+        say("trainings", f"{config.seeds} of each fold, scored on its {config.part} part")
         result = api.crossval(
             self.shards,
             self.recipe,
@@ -226,6 +231,7 @@ class Crossval(TrainingVerb):
                 slots=self.slots,
                 recipe=self.recipe,
                 run_config=replace(self.run_config, name=""),
+                address=self.common.address,
             )
             after = f"test it      {command}"
         data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}

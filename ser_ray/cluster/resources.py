@@ -29,7 +29,8 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
         if each and workers * each > have.get(name, 0):
             raise ResourcesError(
                 f"{workers} workers need {workers * each:g} {name}s, but the cluster has "
-                f"{have.get(name, 0):g}: ask for fewer with --workers"
+                f"{have.get(name, 0):g}: "
+                + ("ask for fewer with --workers" if workers > 1 else "join another with --address")
                 + (", or train on CPUs with --device cpu" if name == "GPU" else "")
             )
 

@@ -26,9 +26,9 @@ PROTOCOLS = {
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
     "loso": "leave one speaker out: as many folds as speakers",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
-    "table": "the sides or folds in the column split of the corpus's table",
+    "table": "the sides or folds in the column `split` of the corpus's table",
     CROSS_CORPUS: "each of several corpora is tested in turn, and the others train",
-    "random": "five folds by take, speakers on every side: SPEAKER-DEPENDENT, for comparison only",
+    "random": "five folds by take, all speakers in each part: SPEAKER-DEPENDENT, for comparison",
     ALL: "no folds: every speaker trains the model, which has no validation or test scores",
 }
 """The names that `--protocol` accepts, and their meaning."""

@@ -1,7 +1,6 @@
 """Introduces a model on the demo page: its name, its test score, and some of its test clips."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
@@ -32,12 +31,12 @@ def introduce(checkpoint: Path, name: str) -> Introduction:
 
 def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
     """Say in a sentence how well the model does on its test part."""
-    scores = None
-    if run_id:
-        with suppress(TrackingError):
-            scores = read_test_scores(run_id, tracking_uri)
     if not card.split["test_speakers"]:
         return "It was trained on all speakers of its corpus, so it has no test score of its own."
+    try:
+        scores = read_test_scores(run_id, tracking_uri) if run_id else None
+    except TrackingError:
+        return "Its test score cannot be read from its MLflow run."
     if scores is None:
         return "It has not been scored on its test clips yet: ser-ray evaluate does that."
     clips = (
@@ -52,7 +51,7 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
 
 
 def _examples(card: CheckpointCard, locations: Sequence[str]) -> list[tuple[str, str]]:
-    """Find a test clip of each emotion on this machine: path and label."""
+    """Find a test clip of each emotion that is a complete file on this machine: path and label."""
     if not locations:
         return []
     try:
@@ -64,7 +63,8 @@ def _examples(card: CheckpointCard, locations: Sequence[str]) -> list[tuple[str,
     except SerRayError:
         return []
     found: dict[str, str] = {}
-    for path, label in zip(test["path"].to_pylist(), test["emotion"].to_pylist(), strict=True):
-        if label not in found and Path(path).is_file():
+    columns = (test[name].to_pylist() for name in ("path", "emotion", "start", "end"))
+    for path, label, start, end in zip(*columns, strict=True):
+        if label not in found and start is None and end is None and Path(path).is_file():
             found[label] = path
     return [(found[label], label) for label in card.labels if label in found]

@@ -60,7 +60,7 @@ class Introduction:
 
     name: str
     score: str
-    """A sentence with the model's score on voices that it was not trained on."""
+    """A sentence about the model's score on its test clips."""
     examples: Sequence[tuple[str, str]] = ()
     """Local path and true label of each example."""
 
@@ -204,7 +204,7 @@ def _make_app(
                     gr.Examples(
                         [[path] for path, _ in introduction.examples],
                         clip,
-                        label="Clips of voices unknown to the model, named by their true emotion",
+                        label="Test clips, named by their true emotion",
                         example_labels=[label for _, label in introduction.examples],
                     )
             with gr.Column():

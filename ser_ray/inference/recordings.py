@@ -6,6 +6,7 @@ length of the network's crop and is treated as a clip. Windows without sound are
 module imports neither torch nor Ray, so that decoding processes start quickly.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,5 +135,6 @@ class RecordingReader:
 
 def segment_starts(seconds: float, window_seconds: float) -> list[float]:
     """Return the starts of the windows in seconds: every half window, and the last at the end."""
-    last = max(seconds - window_seconds, 0.0)
-    return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
+    last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
+    # A rounding error must not add a window that begins where the last one does.
+    return [*(number * step for number in range(math.ceil(last / step - 1e-6))), last]

@@ -170,6 +170,11 @@ def test_windows_cover_a_recording_and_overlap_by_half(seconds):
     assert starts[-1] == max(seconds - 1.0, 0)
 
 
+def test_a_rounding_error_adds_no_window():
+    # 12.8 - 3.2 is a little more than 6 * 1.6 in floating point.
+    assert segment_starts(12.8, 3.2) == pytest.approx([0, 1.6, 3.2, 4.8, 6.4, 8.0, 9.6])
+
+
 def test_a_broken_checkpoint_is_named(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         Predictor(tmp_path)
