@@ -79,6 +79,7 @@ def read_table(
         if table is None:
             return None
         found = find(table.column_names)
+        notes += _ambiguous_columns(source, table.column_names, found, names)
         table.select(list(found.values())).validate(full=True)  # finds text that is not UTF-8
         values = {name: _texts(given, table[given]) for name, given in found.items()}
         for name in ("label", "speaker"):
@@ -228,6 +229,22 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
             f"have take,start,end,split, but it has {shown}; {hint}"
         )
     return found
+
+
+def _ambiguous_columns(
+    source: str, names: Sequence[str], found: Mapping[str, str], columns: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return a line for each column that could have been read from another one of the table."""
+    keys = {column_key(name): name for name in reversed(names)}
+    lines = []
+    for column, given in found.items():
+        also = [keys[key] for key in COLUMNS[column] if keys.get(key, given) != given]
+        if also and column not in columns:
+            lines.append(
+                f"{source}: the {column} is read from the column {given}, and not from {also[0]}; "
+                f"--columns {column}={also[0]} reads the other one"
+            )
+    return tuple(lines)
 
 
 def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set[str]) -> None:

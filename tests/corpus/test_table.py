@@ -72,6 +72,16 @@ def test_every_dialect_names_the_same_clips(folder: Path, dialect: str) -> None:
     assert bool(notes) == (dialect in ("excel", "windows-1252"))
 
 
+def test_a_choice_between_two_columns_is_said(folder: Path) -> None:
+    rows = [f"{row},strong" for row in PLAIN.splitlines()[1:]]
+    (folder / "t.csv").write_text("\n".join(["path,Label,speaker,emotion", *rows]))
+    (note,) = list_corpus(str(folder / "t.csv")).notes
+    assert note.endswith("the label is read from the column Label, and not from emotion; --columns "
+                         "label=emotion reads the other one")  # fmt: skip
+    chosen = list_corpus(str(folder / "t.csv"), columns={"label": "emotion"})
+    assert (chosen.labels, chosen.notes) == (("strong",), ())
+
+
 def test_names_with_line_ends_and_signs_are_read(tmp_path: Path) -> None:
     names = ["new\nline.wav", 'say "hi".wav', "100 %20 #1.wav", "a;b,c.wav"]
     for name in names:
