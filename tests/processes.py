@@ -1,6 +1,7 @@
 """Processes, ports and servers of the tests on this machine."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -92,3 +93,26 @@ def wait_for(what: str, is_so: Callable[[], Any], seconds: float = 300) -> None:
     while not is_so():
         assert time.monotonic() < ends, f"{what}: not within {seconds:g} s"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def stalling(path: Path) -> Iterator[None]:
+    """Let every process that opens a file wait, for 45 seconds at most: a lease of fcntl(2)."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent when a process opens the file
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    finally:
+        os.close(descriptor)
+        signal.signal(signal.SIGIO, before)
+
+
+def stalled_processes() -> list[int]:
+    """Return the ids of the processes that wait for a file in `stalling`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/task/*/wchan"):
+        with contextlib.suppress(OSError):
+            if "break_lease" in place.read_text():
+                found.append(int(place.parts[2]))
+    return found

@@ -29,6 +29,7 @@ from ser_ray.shards.progress import in_groups
 from ser_ray.storage.paths import filesystem_of
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
+from tests.processes import stalled_processes, stalling
 from tests.s3_server import s3_bucket
 
 
@@ -125,24 +126,22 @@ def test_an_interrupted_pass_resumes_and_ends_like_one_file_after_the_other(
 def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_the_model(
     ray_on_two_cpus, predictor, files, tmp_path
 ):
-    """A pipe stalls the process that opens it; that process is killed while it waits."""
-    deadly = tmp_path / "deadly.wav"
-    os.mkfifo(deadly)
+    """The process that opens the file is killed while it waits."""
+    deadly, ended = write_wav(tmp_path / "deadly.wav", voice()), threading.Event()
 
     def kill_the_reader() -> None:
-        with deadly.open("wb"):  # waits for somebody to open it
-            for process in Path("/proc").glob("[0-9]*"):
-                with suppress(OSError):
-                    opened = {str(link.readlink()) for link in (process / "fd").iterdir()}
-                    if str(deadly) in opened and int(process.name) != os.getpid():
-                        os.kill(int(process.name), signal.SIGKILL)
+        while not ended.wait(0.1):
+            for pid in stalled_processes():
+                os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_reader, daemon=True)
-    killer.start()
     output = tmp_path / "found.jsonl"
     listed = [*files[:3], str(deadly), *files[3:]]
-    summary = predict_many(listed, predictor, str(output), progress=lambda _: None)
-    killer.join(1)
+    with stalling(deadly):
+        killer.start()
+        summary = predict_many(listed, predictor, str(output), progress=lambda _: None)
+        ended.set()
+        killer.join()
     assert summary.counts == {"ok": 11, "unreadable": 3, "silent": 1}
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows.pop(3)["reason"] == "decoding it kills the process"

@@ -111,7 +111,7 @@ def test_without_a_copy_the_encoder_is_found_by_place_and_hash(
     assert Predictor(named).predict(wave, 16_000).probabilities == expected
     tiny_weights(seed=1).write(named / ENCODER)
     assert card.encoder is not None
-    with pytest.raises(EncoderError, match=f"trained on {card.encoder.weights[:16]}"):
+    with pytest.raises(EncoderError, match=f"trained with {card.encoder.weights[:16]}"):
         Predictor(named)
     (named / ENCODER).unlink()
     (named / CARD).write_text(dataclasses.replace(card, encoder_file="gone").to_json())

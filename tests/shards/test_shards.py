@@ -51,6 +51,7 @@ from ser_ray.shards.prepare import prepare
 from ser_ray.shards.progress import Progress, ProgressCounter, show
 from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
+from tests.processes import stalling
 
 LOCAL = fs.LocalFileSystem()
 FEATURES = FeatureConfig(max_seconds=2.0)
@@ -228,11 +229,9 @@ def test_a_part_is_decoded_in_a_sandbox_after_a_crash(
 
 
 def test_a_clip_that_hangs_or_kills_the_process_is_unreadable(tmp_path: Path) -> None:
-    """Opening a pipe that nobody writes to hangs."""
     good = write_wav(tmp_path / "good.wav", voice())
-    stuck = tmp_path / "stuck.wav"
-    os.mkfifo(stuck)
-    with Sandbox(seconds_per_clip=1.0) as sandbox:
+    stuck = write_wav(tmp_path / "stuck.wav", voice())
+    with stalling(stuck), Sandbox(seconds_per_clip=1.0) as sandbox:
         with pytest.raises(ClipError, match="not decoded after 1 s"):
             sandbox.decode(str(stuck), max_seconds=9)
         threading.Timer(0.2, sandbox.process.kill).start()
@@ -258,10 +257,10 @@ with time_limited(0.5) as read:
     read(good, max_seconds=9)
     read(stuck, max_seconds=9)
 """
-    good, stuck = write_wav(tmp_path / "good.wav", voice()), tmp_path / "stuck.wav"
-    os.mkfifo(stuck)
+    good, stuck = (write_wav(tmp_path / f"{name}.wav", voice()) for name in ("good", "stuck"))
     command = [sys.executable, "-c", program, str(good), str(stuck)]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+    with stalling(stuck):
+        done = subprocess.run(command, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, b"left in time\n")
     assert b"Timeout" in done.stderr
     assert b"in _decode" in done.stderr or b"in decode" in done.stderr, "it says where it was"

@@ -189,7 +189,9 @@ def test_threads_read_windows_in_order_and_a_closed_stream_reads_no_more():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")  # of its own settings
-def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
+def test_two_workers_stream_through_ray_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
     from mlflow import MlflowClient
 
@@ -209,14 +211,14 @@ def test_two_workers_stream_through_ray_data(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         context = ray.data.DataContext.get_current()
-        before = context.enable_progress_bars, context.execution_options.preserve_order
-        assert before == (True, False)
+        monkeypatch.setattr(context, "enable_progress_bars", True)
+        monkeypatch.setattr(context.execution_options, "preserve_order", False)
         pieces = list(
             ingest.fetch_by_ray(lambda item: np.full((2, 3), item, np.float16), [3, 1, 2])
         )
         np.testing.assert_array_equal(np.concatenate(pieces)[::2, 0], [3, 1, 2])
         after = ray.data.DataContext.get_current()
-        assert (after.enable_progress_bars, after.execution_options.preserve_order) == before
+        assert (after.enable_progress_bars, after.execution_options.preserve_order) == (True, False)
         result = train(write_shard_files(tmp_path / "shards"), config, run, on_epoch=lambda _: None)
     finally:
         ray.shutdown()
