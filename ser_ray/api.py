@@ -371,13 +371,15 @@ def prepare_for(
     from ser_ray.corpus.manifest import list_corpus
     from ser_ray.evaluation.evaluate import require_known_labels
     from ser_ray.shards.config import column_names
+    from ser_ray.shards.corpora import corpus_name
+    from ser_ray.shards.prepare import prepare as run
     from ser_ray.tracking.registry import local_model
     from ser_ray.training.checkpoint import ENCODER, read_card
 
     listed = list_corpus(corpus, missing, column_names(columns))
     with local_model(model, tracking_uri) as checkpoint:
         card = read_card(checkpoint)
-        name = shards.rstrip("/").rpartition("/")[2]
+        name = corpus_name(shards)
         mapped = map_labels({name: listed.labels}, label_map, card.labels)[name]
         if label_map or not card.corpora:  # it may be one of these, whose labels it maps
             require_known_labels(card, mapped.values(), corpus)
@@ -391,7 +393,7 @@ def prepare_for(
             features=card.features,
             encoder=(encoder,) if card.encoder else (),
         )
-        return prepare(config, address=address)
+        return run(config, listed=listed, address=address)
 
 
 def evaluate(

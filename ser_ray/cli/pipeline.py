@@ -75,6 +75,7 @@ class Pipeline(Verb):
         from ser_ray.corpus.manifest import list_corpus
         from ser_ray.corpus.ravdess import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
+        from ser_ray.shards.corpora import corpus_name
         from ser_ray.tracking.registry import read_weights
 
         # Missing files are reported before anything slow starts.
@@ -86,7 +87,7 @@ class Pipeline(Verb):
             opened = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
             if opened.num_rows:
                 num_folds(self.recipe.protocol, opened)
-            map_labels({Path(self.shards).name: labels}, self.recipe.label_map)
+            map_labels({corpus_name(self.shards): labels}, self.recipe.label_map)
         read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic corpus in {self.corpus}")

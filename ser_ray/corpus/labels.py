@@ -30,7 +30,7 @@ USUAL_NAMES = {
     "disgust": ("disgusted", "dis"),
     "surprised": ("surprise", "sur"),
 }
-"""The names that `usual` replaces by each label, in upper or lower case."""
+"""{label: other names that `usual` replaces by it, in upper or lower case}."""
 COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""

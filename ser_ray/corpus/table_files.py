@@ -35,7 +35,7 @@ class TableError(ValueError):
 def read_text(
     source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
 ) -> tuple[pa.Table, tuple[str, ...]]:
-    """Read separated values as columns of strings.
+    """Read a file of delimited text as columns of strings.
 
     Args:
         source: the table, as the user wrote it.
@@ -80,7 +80,7 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def _parse(source: str, text: str, find: Find, wanted: set[str]) -> pa.Table:
-    """Parse separated values; the separator is the one that yields the most known columns."""
+    """Parse delimited text; the separator is the one that yields the most known columns."""
     text = text.lstrip("\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
         text = text[declared.end() :]

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from ser_ray.corpus.table_files import Find, Row, as_table, read_json_lines
 from ser_ray.corpus.words import side_of_file
-from ser_ray.errors import CorpusError
+from ser_ray.errors import CorpusError, first_line
 
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 _LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
@@ -170,7 +170,7 @@ def read_audformat(
         except yaml.YAMLError as error:
             raise CorpusError(
                 f"{source}/db.yaml: is not a header of audformat with plain values "
-                f"({str(error).splitlines()[0]})"
+                f"({first_line(error)})"
             ) from error
         header.write_text(yaml.safe_dump(plain, sort_keys=False))
         database = audformat.Database.load(folder)

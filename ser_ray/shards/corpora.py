@@ -148,13 +148,17 @@ def open_corpora(
     return Corpora(", ".join(places), _card(members, in_order(kept)), tuple(members))
 
 
+def corpus_name(location: str) -> str:
+    """Return the name of the corpus in a shard set: the last folder of its location."""
+    return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
 def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str, ShardSet]:
     """Name every set after its folder, or like the model's known corpora, and sort by name."""
     names = {part.fingerprint: part.name for part in known}
     named: dict[str, ShardSet] = {}
     for shards in sets:
-        folder = shards.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-        name = names.get(shards.card.fingerprint, folder)
+        name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
         kinds = {other.card.corpus for other in named.values()} - {"table"}
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(

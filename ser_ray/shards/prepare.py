@@ -95,6 +95,7 @@ class PrepareSummary:
 def prepare(
     config: PrepareConfig,
     *,
+    listed: Corpus | None = None,
     address: str = "",
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareSummary:
@@ -102,6 +103,7 @@ def prepare(
 
     Args:
         config: which clips become shards, with which features, and where the shards are written.
+        listed: the corpus, if the caller has listed it.
         address: cluster to join, as for `cluster.connect.cluster`; unused if no part is missing.
         progress: called after every part. By default, notes on an earlier run and then a bar or
             log lines are printed on standard error.
@@ -116,7 +118,7 @@ def prepare(
     started = time.monotonic()
     for location in (config.corpus, config.shards):
         require_kept(location)
-    corpus = list_corpus(config.corpus, config.missing, column_names(config.columns))
+    corpus = listed or list_corpus(config.corpus, config.missing, column_names(config.columns))
     manifest = exclude(corpus.manifest, config.include)
     filesystem, folder = filesystem_of(config.shards)
     encoders = load_encoders(config.shards, config.encoder, config.features)
@@ -126,13 +128,13 @@ def prepare(
             missing = _report_missing(manifest, config)
             committed = read_committed(filesystem, folder)
             require_same_corpus(committed, manifest, config.shards)
-            listed, manifest = manifest, restore_times(manifest, committed)
+            current, manifest = manifest, restore_times(manifest, committed)
             plan = make_plan(manifest, config.features, config.rows_per_part, committed)
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             kept = {part: committed[part] for part in plan.kept}
-            update_times(filesystem, folder, listed, manifest, config.features, kept)
+            update_times(filesystem, folder, current, manifest, config.features, kept)
             card = read_card(filesystem, folder)
             with cluster(address) if plan.pending else contextlib.nullcontext():
                 if card is None or plan.pending or card.parts != tuple(plan.kept):

@@ -26,7 +26,7 @@ def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarr
 
 
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """Find the temperature with the smallest negative log-likelihood; 1 if there are no clips.
+    """Find the temperature that minimises the negative log-likelihood; 1 if there are no clips.
 
     The slope of this loss over 1 / T rises with 1 / T, so bisection finds where the slope is 0.
 

@@ -64,8 +64,8 @@ def fit(
         preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
             the same value on all workers. If it is True, `report` is called in mid-epoch, so that
             it can write a checkpoint.
-        stream: reads the training clips again in every epoch, as `map` does. If None, all clips
-            stay in memory.
+        stream: function that reads the training clips again in every epoch, such as the built-in
+            `map`, which reads them in this process. If None, all clips stay in memory.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,12 +299,37 @@ def test_what_a_table_cannot_do_is_said_before_it_is_prepared(
 def test_labels_that_a_model_does_not_know_are_named_before_a_corpus_is_prepared(
     capsys, in_tmp, monkeypatch, checkpoint
 ):
-    monkeypatch.setattr(api, "prepare", lambda *_, **__: pytest.fail("it was prepared"))
+    prepare = "ser_ray.shards.prepare.prepare"
+    monkeypatch.setattr(prepare, lambda *_, **__: pytest.fail("it was prepared"))
     Path("a.wav").touch()
     Path("t.csv").write_text("path,label,speaker\na.wav,bored,anna\n")
     assert main(["evaluate", str(checkpoint), "--corpus", "t.csv"]) == 2
     message = "t.csv: the model does not know the labels bored; it knows "
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_corpus_is_listed_once_for_a_model_that_scores_it(in_tmp, monkeypatch, checkpoint):
+    from ser_ray.corpus import manifest
+
+    listed: list[manifest.Corpus] = []
+    list_corpus = manifest.list_corpus
+
+    def count(corpus: str, *settings: Any) -> manifest.Corpus:
+        listed.append(list_corpus(corpus, *settings))
+        return listed[-1]
+
+    def stop(rows: object, include: str) -> None:
+        assert rows is listed[0].manifest
+        raise KeyboardInterrupt
+
+    for place in ("ser_ray.corpus.manifest.list_corpus", "ser_ray.shards.prepare.list_corpus"):
+        monkeypatch.setattr(place, count)
+    monkeypatch.setattr("ser_ray.shards.prepare.exclude", stop)
+    Path("a.wav").touch()
+    Path("t.csv").write_text("path,label,speaker\na.wav,happy,anna\n")
+    with pytest.raises(KeyboardInterrupt):
+        api.prepare_for(checkpoint, "t.csv", "shards")
+    assert len(listed) == 1
 
 
 def test_what_the_package_logs_is_printed_while_a_verb_runs(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.shards.card import ShardCard
-from ser_ray.shards.corpora import Corpora, open_corpora
+from ser_ray.shards.corpora import Corpora, corpus_name, open_corpora
 from ser_ray.shards.layout import CARD_NAME
 from ser_ray.shards.read import open_shards
 from tests.conftest import make_memory_shards
@@ -121,6 +121,11 @@ def test_sets_of_ravdess_share_actors_and_other_sets_do_not(tmp_path):
         "ravdess", "own",
     }  # fmt: skip
     assert three.card.corpus == "several"
+
+
+@pytest.mark.parametrize("location", ["sets/emodb", "sets/emodb/", "s3://b/emodb?region=eu/x"])
+def test_a_corpus_is_named_after_the_folder_of_its_shards(location):
+    assert corpus_name(location) == "emodb"
 
 
 def test_sets_that_do_not_go_together_are_refused(pair, tmp_path):
