@@ -46,7 +46,7 @@ from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import TrialRecord, best_of
-from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials
+from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials, tune_folder
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, filesystem_of
@@ -123,8 +123,7 @@ def crossval(
             while missing := missing_folds(plan, study.trials):
                 grid = points_plan(missing, setup.slots, RetryFailed())
                 num_before = len(study.trials)
-                batch = batch_folder(folder, num_before)
-                run_trials(setup, grid, batch, study, run.max_failures)
+                run_trials(setup, grid, tune_folder(folder, num_before), study, run.max_failures)
                 require_all_finished(study.trials)
                 ended = [trial for trial in study.trials if trial.ended]
                 if not num_before < len(study.trials) == len(ended):
@@ -155,15 +154,6 @@ def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[st
     """Folds and seeds of the plan that no trial has finished yet."""
     done = [trial.values for trial in trials if trial.ended]
     return [point for point in plan.points if point not in done]
-
-
-def batch_folder(folder: RunFolder, num_before: int) -> RunFolder:
-    """Folder of Ray Tune's files for the folds and seeds that earlier calls did not train.
-
-    Ray Tune can resume a grid, but cannot add points to it. Therefore the missing points form a new
-    grid with its own folder.
-    """
-    return RunFolder(folder.location, f"after-{num_before}") if num_before else folder
 
 
 def crossval_params(plan: CrossvalPlan, slots: Slots) -> dict[str, Any]:

@@ -195,8 +195,23 @@ def last_result(trial: Any) -> dict[str, Any]:
     return trial.last_result or {}
 
 
+def tune_folder(folder: RunFolder, num_before: int = 0) -> RunFolder:
+    """Folder of Ray Tune's files, inside the folder of a study.
+
+    When Ray Tune resumes, it copies all JSON files of its folder to this machine, and later writes
+    these copies back. Therefore its folder must not contain the study's lock and record. Tune can
+    resume a grid but cannot add points to it, so points that are added later have another folder.
+
+    Args:
+        folder: the study's folder.
+        num_before: number of trials that are in earlier folders of this study.
+    """
+    # Ray Tune's copies are in a folder of the same name, so the name is unique on this machine.
+    return RunFolder(folder.location, f"{folder.name}-{num_before}")
+
+
 def has_snapshot(folder: RunFolder) -> bool:
-    """Whether Ray Tune has stored the state of a study in its folder."""
+    """Whether Ray Tune has stored the state of a study in this folder of its own."""
     return _find_newest_experiment_checkpoint(folder.path, folder.filesystem) is not None
 
 
@@ -208,7 +223,7 @@ def run_trials(
     Args:
         setup: settings and data of all trials.
         plan: the trials and their order.
-        folder: the study's folder.
+        folder: the folder of Ray Tune's files (`tune_folder`).
         study: the callback that Ray Tune calls whenever the state of a trial changes.
         max_failures: how often a trial is retried after its process failed.
 

@@ -30,7 +30,7 @@ from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan
+from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan, tune_folder
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside
@@ -123,7 +123,7 @@ def search(
                         ", ".join(left_out),
                     )
                 plan = search_plan(recipe, config, setup.slots)
-                run_trials(setup, plan, folder, study, run.max_failures)
+                run_trials(setup, plan, tune_folder(folder), study, run.max_failures)
             study.settle(num_trials(recipe, config))
             lock.check()
             best = best_of(study.trials)

@@ -50,7 +50,9 @@ from ser_ray.search.tune_run import (
     baseline,
     excluded,
     grid_points,
+    has_snapshot,
     num_trials,
+    tune_folder,
 )
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
@@ -179,6 +181,9 @@ def test_a_search_whose_driver_was_killed_resumes_and_loses_no_epoch(two_cpus, s
     for trial in result.trials:
         assert trial.state == "finished"
         assert [row["epoch"] for row in trial.rows] == list(range(1, 9))
+    folder = RunFolder(str(tmp_path), result.name)
+    assert has_snapshot(tune_folder(folder)), "Ray Tune would write its copy of the lock back"
+    assert not has_snapshot(folder)
     rows = plain_rows(result.best.recipe, shards)
     for row, alone in zip(result.best.rows, rows, strict=True):
         assert row["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-4)
