@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from ser_ray.cluster import local_ray, resources, shared_files
-from ser_ray.cluster.connect import JOB_CONFIG, cluster, needs_ray
+from ser_ray.cluster.connect import JOB_CONFIG, LOG_LEVEL, _quiet_backend, cluster, needs_ray
 from ser_ray.cluster.local_ray import small_and_on_loopback
 from ser_ray.cluster.resources import (
     cpus_per_worker,
@@ -226,6 +226,17 @@ def test_a_signal_handler_outlives_the_start_of_ray(
             pytest.fail("the block ran although a signal came while Ray started")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_what_ray_writes_while_it_starts_does_not_reach_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with _quiet_backend():
+        os.write(2, b"Set ray log level")
+        assert os.environ[LOG_LEVEL] == "fatal"
+    os.write(2, b"a message of ours")
+    assert capfd.readouterr().err == "a message of ours"
+    assert LOG_LEVEL not in os.environ
 
 
 def test_a_programming_error_is_not_reported_as_a_busy_machine(

@@ -16,6 +16,8 @@ from ser_ray.errors import ResourcesError
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable with the runtime environment of a Ray job."""
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+"""Environment variable with the least severity of the messages of Ray's C++ code."""
 CONNECT_SECONDS = 5.0
 """Longest wait for the connection to a cluster; Ray itself retries a refused port for minutes."""
 
@@ -87,7 +89,11 @@ def _init(address: str, named: str) -> None:
     try:
         if address:
             _require_listener(address, named)
-        with signals_kept(), nullcontext() if address else small_and_on_loopback():
+        with (
+            signals_kept(),
+            _quiet_backend(),
+            nullcontext() if address else small_and_on_loopback(),
+        ):
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
@@ -114,6 +120,27 @@ def _init(address: str, named: str) -> None:
         if type(error) is not Exception:  # Ray raises this type when its start takes over 30 s
             raise
         raise _not_started(error) from error
+
+
+@contextmanager
+def _quiet_backend() -> Iterator[None]:
+    """Keep the Ray that starts in the block from writing to the terminal from its C++ code.
+
+    It writes for example that lost actors may not be restarted. A variable switches this off, but
+    then Ray writes that it has read this variable, so standard error is closed during the start.
+    """
+    if LOG_LEVEL in os.environ:
+        yield
+        return
+    terminal, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.environ[LOG_LEVEL] = "fatal"
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal), os.close(null)
+        del os.environ[LOG_LEVEL]
 
 
 def _not_started(error: Exception) -> ResourcesError:

@@ -42,7 +42,7 @@ GAP_SECONDS = 0.06
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
 """Reading ends after this many damaged places in the container."""
-EXACT_LENGTH = ("mp4", "aiff", "au", "flac", "tta", "wv", "matroska")
+EXACT_LENGTH = ("mp4", "aiff", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
 """Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs with inexact lengths even in EXACT_LENGTH, because the header counts packets."""
@@ -62,6 +62,8 @@ AMR_ZEROS = 0b10000011
 """Bits that are 0 in the first byte of every packet of AMR (RFC 4867, 5.3)."""
 ENCODER_SAMPLES = 2304
 """Samples that an mp3's encoder adds at its ends at most; decoders leave them out."""
+OGG_PAGE_BYTES = 65_307
+"""Largest page of an ogg. The last packet is in the last page."""
 
 
 class UnsupportedError(Exception):
@@ -194,8 +196,9 @@ def _decode_packets(
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
     stream.codec_context.options = {"err_detect": checks}  # without it, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
-    num_bytes, skipped = 0, 0.0
+    num_bytes, position, skipped = 0, 0, 0.0
     for packet in _packets(clip, stream):
+        position = max(position, packet.pos or 0)
         frames = _decode_packet(packet, codec)
         if frames is None:
             seconds = float((packet.duration or 0) * (packet.time_base or 0))
@@ -216,6 +219,9 @@ def _decode_packets(
     missing = _declared_seconds(clip, stream, num_frames) - seconds
     if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
         lost += missing
+    unread = clip.size - position
+    if name == "ogg" and len(clip.streams) == 1 and unread > OGG_PAGE_BYTES and position:
+        lost += decoded * unread / position
     return Decoded(sound.samples(), rate, lost, decoded)
 
 
@@ -243,6 +249,8 @@ def _declared_seconds(
     clip: av.container.InputContainer, stream: av.AudioStream, num_frames: int
 ) -> float:
     """Return the exact length in seconds that the header declares, or 0 if there is none."""
+    if clip.format.name == "caf" and stream.codec_context.name.startswith("pcm"):
+        return stream.frames / stream.sample_rate  # the duration follows from the file's size
     if clip.format.name == "mp3":  # FFmpeg estimates it if anything is attached to the file
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
@@ -264,3 +272,7 @@ def _packets(
             return
         except av.error.InvalidDataError:
             continue
+        except (
+            av.error.PatchWelcomeError
+        ):  # a joined ogg with another sample rate is read no further
+            return

@@ -557,6 +557,8 @@ def test_a_text_file_is_reported_as_unsupported(tmp_path: Path, text: bytes) -> 
         ("a.webm", "libopus", "webm"),
         ("a.flac", "flac", "flac"),
         ("a.au", "pcm_s16be", "au"),
+        ("a.caf", "pcm_s16le", "caf"),
+        ("a.flv", "libmp3lame", "flv"),
         ("rf64.wav", "pcm_s16le", "wav"),
     ],
 )
@@ -575,6 +577,17 @@ def test_a_lost_end_is_reported_if_the_header_declares_the_length(
     assert decode(str(path)).lost_seconds == pytest.approx(1.8, abs=0.2)
     path.write_bytes(data[: len(data) // 5])
     assert float(failure(path).reason.split()[5]) == pytest.approx(6.0, abs=0.1)
+
+
+def test_of_a_joined_ogg_with_another_sample_rate_the_first_part_is_used(tmp_path: Path) -> None:
+    path, parts = tmp_path / "a.ogg", []
+    for rate, seconds in ((48_000, 16.0), (44_100, 12.0)):
+        soundfile.write(path, voice(seconds), rate, format="OGG", subtype="VORBIS")
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    sound = decode(str(path))
+    assert len(sound.samples) == 16 * 48_000
+    assert sound.lost_seconds == pytest.approx(13, abs=2)
 
 
 def test_data_attached_to_an_mp3_is_not_lost_sound(tmp_path: Path) -> None:
