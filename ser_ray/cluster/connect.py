@@ -139,7 +139,8 @@ def _quiet_backend() -> Iterator[None]:
         yield
     finally:
         os.dup2(terminal, 2)
-        os.close(terminal), os.close(null)
+        os.close(terminal)
+        os.close(null)
         del os.environ[LOG_LEVEL]
 
 
