@@ -33,7 +33,6 @@ _NOT_SEARCHED = {
     "channel": "trials validated on different clips cannot be compared",
     "keep": "the best of many epochs nearly always validates better than the last one, by luck",
     "allow_seen_labels": "it only decides whether the training is allowed",
-    "patience": "the scheduler of the search stops the worse trials",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
 

@@ -5,7 +5,7 @@ parts        the clips of a fold's training, validation and test part
 data         shards -> resident tensors -> batches; `streaming` reads what does not fit
 augment      random changes of a batch; `acoustics` adds noise, echo and narrow channels
 model        ResNet18, the head on an encoder, and the weights they start from
-optim        AdamW, OneCycle and the moving average of the weights
+optim        AdamW and OneCycle
 loop         training from its beginning, or from a checkpoint, to its end
 trainer      the state of a training: its steps, its scores and its snapshots
 scoring      clips -> probabilities; `metrics` makes scores of them, `calibration` a temperature

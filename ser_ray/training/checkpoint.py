@@ -1,6 +1,6 @@
 """Writes and reads checkpoints. A checkpoint is a directory with these files:
 
-    model.safetensors           the network's weights, or their moving average if it is used
+    model.safetensors           the network's weights
     card.json                   recipe, labels, normalisation, protocol and fold, shard set
     training_state.safetensors  the other tensors that a resume needs, mostly the optimiser's
     progress.json               the `Progress` of the training, and the sizes of the files above

@@ -108,15 +108,9 @@ class TrainConfig:
     corpus_balance: float = 0.0
     """With several corpora, from 0 (every clip once in an epoch) to 1 (clips are drawn with
     replacement, so that every corpus is equally likely)."""
-    ema_decay: float = 0.0
-    """Decay per step of an exponential moving average of the weights. The averaged weights are
-    validated and kept; 0 is off."""
     keep: Keep = "last"
     """Epoch whose weights are kept: the last, or the best on validation. With few validation
     speakers, the best is often an early epoch by luck."""
-    patience: int = 0
-    """With `--keep best`: stop after this many epochs without a better validation UA. If 0, never
-    stop early."""
     crop_frames: int = 128
     """Length of a training crop in frames. A longer clip is scored by windows of this length."""
     weights: str = "imagenet"
@@ -140,20 +134,14 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        at_least_0 = "fold", "validation_speakers", "patience", "seed", "weight_decay", "head_units"
+        at_least_0 = "fold", "validation_speakers", "seed", "weight_decay", "head_units"
         for name in at_least_0:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         if not 0 <= self.corpus_balance <= 1:
             raise ConfigError(f"corpus_balance is {self.corpus_balance}: it must be in [0, 1]")
-        for name in ("label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        if self.patience and self.keep == "last":
-            raise ConfigError(
-                f"patience is {self.patience}, but keep is last: a training that stops early ends "
-                "at a high learning rate, so give --keep best with it"
-            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
         self._require_schedule()
 
     def _require_schedule(self) -> None:

@@ -1,4 +1,4 @@
-"""The optimiser AdamW, the OneCycle schedule, and the moving average of the weights."""
+"""The optimiser AdamW and the OneCycle schedule."""
 
 from collections import defaultdict
 
@@ -10,6 +10,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from ser_ray.storage.paths import name_account
 from ser_ray.training.config import TrainConfig
 
+PREFIX = "optimiser."
+"""Begins the names of the optimiser's tensors in a checkpoint."""
+
 
 def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
     """Build AdamW over all weights of a network. `one_cycle` sets its learning rate."""
@@ -20,16 +23,16 @@ def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
-    """Name the optimiser's moments and step counts, by the index of their weight: `0.exp_avg`."""
+    """Name the moments and step counts by the index of their weight: `optimiser.0.exp_avg`."""
     return {
-        f"{index}.{name}": value
+        f"{PREFIX}{index}.{name}": value
         for index, values in optimiser.state_dict()["state"].items()
         for name, value in values.items()
     }
 
 
 def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors that `optimiser_tensors` returned.
+    """Load the tensors that `optimiser_tensors` returned; others are ignored.
 
     Raises:
         ValueError, KeyError, RuntimeError: the tensors do not fit the optimiser's weights.
@@ -37,7 +40,9 @@ def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
     weights = optimiser.param_groups[0]["params"]
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
-        index, name = key.split(".")
+        if not key.startswith(PREFIX):
+            continue
+        index, name = key.removeprefix(PREFIX).split(".")
         # Fused AdamW requires each moment to have its weight's memory layout. The copy also
         # releases the file, which safetensors maps into memory.
         like = value if name == "step" else weights[int(index)]
@@ -71,18 +76,3 @@ def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> On
         div_factor=config.lr_max / config.lr_min,
         final_div_factor=config.final_div_factor,
     )
-
-
-def update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Update an exponential moving average of a network's weights and buffers.
-
-    torch's AveragedModel computes the same, but copies a counter to the device in every step, which
-    waits for the device.
-    """
-    averaged, current = average.state_dict(), network.state_dict()
-    floats = [key for key, value in averaged.items() if value.is_floating_point()]
-    torch._foreach_lerp_(
-        [averaged[key] for key in floats], [current[key] for key in floats], 1 - decay
-    )
-    for key in averaged.keys() - floats:
-        averaged[key].copy_(current[key])

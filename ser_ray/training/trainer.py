@@ -1,6 +1,5 @@
 """The state of a training: the steps that change it, its scores, and its snapshots."""
 
-import copy
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -25,14 +24,9 @@ from ser_ray.training.optim import (
     optimiser_tensors,
     restore_optimiser,
     restore_schedule,
-    update_ema,
 )
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.world import World
-
-NETWORK, OPTIMISER = "network.", "optimiser."
-"""Prefixes of the tensor names in a checkpoint's training state: the network's weights before
-averaging, and the optimiser's moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,6 @@ class Trainer:
         self.config, self.data, self.device, self.world = config, data, device, world
         self.network, self.optimiser, self.schedule = network, optimiser, schedule
         self.parallel = _data_parallel(network) if world.size > 1 else network
-        self.ema_network = copy.deepcopy(network) if config.ema_decay else None
         self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
         num_bins = len(data.normalisation.std)
         self.autocast = config.feature in KINDS and supports_bfloat16(
@@ -91,10 +84,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or the last `patience` epochs were no better."""
-        epoch, selected = self.progress.epoch, self.progress.selected
-        is_stale = bool(selected) and epoch - selected["epoch"] >= self.config.patience > 0
-        return epoch >= self.config.epochs or is_stale
+        """Whether all epochs are done."""
+        return self.progress.epoch >= self.config.epochs
 
     @property
     def steps_taken(self) -> int:
@@ -130,10 +121,6 @@ class Trainer:
         targets = targets[batch.rank_slice]
         loss, num_correct = self._forward_backward(features, targets)
         self.optimiser.step()
-        if self.ema_network is not None:
-            # After the first step the average becomes a copy of the weights, by a decay of 0.
-            decay = self.config.ema_decay if self.steps_taken else 0.0
-            update_ema(self.ema_network, self.network, decay)
         return loss, num_correct
 
     def finish_steps(self) -> None:
@@ -158,7 +145,7 @@ class Trainer:
             return None
         truth_of_all = clips.truth
         rows = np.arange(len(truth_of_all))[self.world.rank_slice]
-        probabilities = predict_clips(self.kept_network, clips, rows, self.config, num_labels)
+        probabilities = predict_clips(self.network, clips, rows, self.config, num_labels)
         truth = truth_of_all[rows]
         counts = torch.from_numpy(
             count_confusion(truth, probabilities.argmax(axis=1), num_labels)
@@ -221,15 +208,13 @@ class Trainer:
             "losses": self.losses,
             "num_correct": self.num_correct,
             VALIDATION: self.validation_probabilities,
+            **optimiser_tensors(self.optimiser),
         }
-        state |= _add_prefix(OPTIMISER, optimiser_tensors(self.optimiser))
-        if self.ema_network is not None:
-            state |= _add_prefix(NETWORK, self.network.state_dict())
         # If the thread that writes the tensors copied them, torch would start a second pool of CPU
         # threads. With more threads than CPUs, each thread sleeps at every barrier.
         weights, state = (
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
-            for part in (self.kept_network.state_dict(), state)
+            for part in (self.network.state_dict(), state)
         )
         return Snapshot(card, weights, state, asdict(self.progress))
 
@@ -247,11 +232,8 @@ class Trainer:
                 f"{progress.epoch} epochs of this training: give another --name to start afresh"
             )
         try:
-            self.kept_network.load_state_dict(snapshot.weights)
-            if self.ema_network is not None:
-                self.network.load_state_dict(_remove_prefix(NETWORK, state))
-            moments = _remove_prefix(OPTIMISER, state)
-            restore_optimiser(self.optimiser, moments)
+            self.network.load_state_dict(snapshot.weights)
+            restore_optimiser(self.optimiser, state)
             if self.world.rank == 0:
                 self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -265,11 +247,6 @@ class Trainer:
         self.batches = self.data.train.batches(
             self.config, self.world, self.progress.epoch, self.progress.step
         )
-
-    @property
-    def kept_network(self) -> nn.Module:
-        """The network that is validated and saved: the moving average if there is one."""
-        return self.network if self.ema_network is None else self.ema_network
 
     def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a batch's loss, and return what `update_weights` returns."""
@@ -308,21 +285,9 @@ class Trainer:
         """Give every worker the mean of all workers' batch-norm statistics."""
         if self.world.size == 1:
             return
-        networks = [self.network] if self.ema_network is None else [self.network, self.ema_network]
-        for network in networks:
-            for value in network.buffers():
-                if value.is_floating_point():  # the counter of batches is equal on all workers
-                    self.world.all_reduce_sum(value).div_(self.world.size)
-
-
-def _add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": value for name, value in tensors.items()}
-
-
-def _remove_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors whose names begin with a prefix, and name them without it."""
-    names = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors[name] for name in names}
+        for value in self.network.buffers():
+            if value.is_floating_point():  # the counter of batches is equal on all workers
+                self.world.all_reduce_sum(value).div_(self.world.size)
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:

@@ -165,14 +165,14 @@ def test_dry_run_on_the_synthetic_corpus_shows_its_recipe_and_keeps_the_flags_gi
 
 def test_flags_beside_like_replace_single_settings_of_that_recipe(capsys, monkeypatch):
     theirs = TrainConfig(
-        lr_max=5e-3, ema_decay=0.99, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
+        lr_max=5e-3, weight_decay=0.1, balanced=True, augment=AugmentConfig(mixup=0.4, gain_db=3)
     )
     monkeypatch.setattr(registry, "recipe_of_run", lambda run_id, uri: theirs.to_dict())
-    flags = "--lr-max 2e-3 --ema-decay 0 --mixup 0 --time-masks 1 --balanced --dry-run"
+    flags = "--lr-max 2e-3 --weight-decay 0 --mixup 0 --time-masks 1 --balanced --dry-run"
     assert main(["train", "--like", "f00d", *flags.split()]) == 0
     recipe = TrainConfig.from_dict(json.loads(capsys.readouterr().out)["train"]["recipe"])
     augment = replace(theirs.augment, mixup=0.0, time_masks=1)
-    assert recipe == replace(theirs, lr_max=2e-3, ema_decay=0.0, augment=augment)
+    assert recipe == replace(theirs, lr_max=2e-3, weight_decay=0.0, augment=augment)
 
 
 def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsys, monkeypatch):

@@ -87,7 +87,7 @@ def test_streamed_clips_are_the_resident_ones(tmp_path):
 
 
 def test_a_hidden_layer_and_a_resumed_training(tmp_path: Path):
-    config = replace(CONFIG, epochs=4, head_units=16, ema_decay=0.9)
+    config = replace(CONFIG, epochs=4, head_units=16)
     whole = trained(layered_shards(), tmp_path / "whole", config)
     resumed = trained(layered_shards(), tmp_path / "again", config, resume=tmp_path / "whole/2")
     assert resumed.reports[-1].row["val/loss"] == whole.reports[-1].row["val/loss"]

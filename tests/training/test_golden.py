@@ -40,7 +40,6 @@ RECIPES = {
     "default": CONFIG,
     "plain": replace(CONFIG, augment=PLAIN, label_smoothing=0.0, weight_decay=100.0),
     "quiet": replace(CONFIG, augment=replace(CONFIG.augment, noise=0.0, echo=0.0, band_limit=0.0)),
-    "averaged": replace(CONFIG, ema_decay=0.9),
     "balanced": replace(CONFIG, balanced=True, feature="mfcc"),
 }
 """Crops as short as the last stage of the network are trained in float32 on all CPUs."""

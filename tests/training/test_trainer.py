@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import loop, model, trainer
@@ -155,10 +154,8 @@ def test_training_lowers_the_loss_and_beats_chance(memory_shards, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}])
-def test_no_step_waits_for_the_gpu(memory_shards, extra):
-    config, gpu = replace(CONFIG, **extra), torch.device("cuda")
-    run = new_trainer(memory_shards, config, gpu)
+def test_no_step_waits_for_the_gpu(memory_shards):
+    run = new_trainer(memory_shards, CONFIG, torch.device("cuda"))
     run.begin_epoch()
     run.train_step()
     torch.cuda.set_sync_debug_mode("error")
@@ -168,35 +165,13 @@ def test_no_step_waits_for_the_gpu(memory_shards, extra):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}])
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(memory_shards, tmp_path, extra):
-    config = replace(CONFIG, **extra)
-    whole = trained(memory_shards, tmp_path / "whole", config)
-    rest = trained(memory_shards, tmp_path / "rest", config, resume=tmp_path / "whole" / "1")
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(memory_shards, tmp_path):
+    whole = trained(memory_shards, tmp_path / "whole")
+    rest = trained(memory_shards, tmp_path / "rest", resume=tmp_path / "whole" / "1")
     assert [r.learning_rates for r in rest.reports] == [r.learning_rates for r in whole.reports[1:]]
     expected = load_file(tmp_path / "whole" / "3" / MODEL)
     actual = load_file(tmp_path / "rest" / "2" / MODEL)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
-
-
-def test_averaged_weights_equal_those_of_torchs_averaged_model(
-    memory_shards, tmp_path, monkeypatch
-):
-    averages: list[AveragedModel] = []
-    update = trainer.update_ema
-
-    def spy(average: nn.Module, network: nn.Module, decay: float) -> None:
-        if not averages:
-            rule = get_ema_multi_avg_fn(0.9)
-            averages.append(AveragedModel(network, multi_avg_fn=rule, use_buffers=True))
-        averages[0].update_parameters(network)
-        update(average, network, decay)
-
-    monkeypatch.setattr(trainer, "update_ema", spy)
-    trained(memory_shards, tmp_path, replace(CONFIG, ema_decay=0.9))
-    found, expected = load_file(tmp_path / "3" / MODEL), averages[0].module.state_dict()
-    floats = [key for key, value in expected.items() if value.is_floating_point()]
-    assert all(torch.equal(found[key], expected[key]) for key in floats)
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "after an epoch's last step"])
@@ -260,16 +235,6 @@ def test_the_temperature_is_fitted_to_clips_that_were_cut_into_windows(memory_sh
     found = predict_clips(network, data.validation, rows, CONFIG, len(data.labels))
     expected = fit_temperature(uncut.validation.labels.numpy(), found)
     assert read_card(tmp_path / "3").temperature == pytest.approx(expected, rel=1e-6)
-
-
-def test_patience_stops_early(memory_shards, tmp_path):
-    with pytest.raises(ConfigError, match=r"give --keep best"):
-        replace(CONFIG, patience=1)
-    config = replace(CONFIG, epochs=50, patience=1, keep="best")
-    reports = trained(memory_shards, tmp_path, config).reports
-    assert len(reports) < 50
-    best = max(index for index, report in enumerate(reports) if report.is_selected)
-    assert best == len(reports) - 2
 
 
 def test_the_error_of_a_loss_that_is_not_finite_names_the_step(memory_shards, tmp_path):
@@ -463,8 +428,7 @@ def test_one_two_and_three_workers_train_the_same(tmp_path):
 @pytest.mark.slow
 def test_resnet18_sees_the_same_batches_and_all_workers_validate_the_same_network(tmp_path):
     # Its batch norm sees half of each batch, so losses differ; the ranks must agree on them.
-    config = replace(CONFIG, ema_decay=0.9)
-    one, two = (run_world(n, "resnet18", tmp_path / str(n), config) for n in (1, 2))
+    one, two = (run_world(n, "resnet18", tmp_path / str(n), CONFIG) for n in (1, 2))
     assert two["batches"] == one["batches"]
     assert two["lr"] == one["lr"]
     assert two["loss"][0] == pytest.approx(one["loss"][0], rel=0.2)
