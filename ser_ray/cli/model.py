@@ -209,17 +209,10 @@ class DemoUi(ModelVerb):
         from ser_ray.inference.predictor import Predictor
         from ser_ray.tracking.registry import local_model
 
-        console = stderr_console()
         with local_model(self.model, self.tracking_uri) as checkpoint:
             predictor = Predictor(checkpoint)
-            introduction = introduce(checkpoint, self.model)
-        serve(
-            predictor,
-            introduction,
-            self.host,
-            self.port,
-            lambda url: console.print(f"{url} (Ctrl-C stops it)"),
-        )
+            about, examples = introduce(checkpoint, self.model)
+        serve(predictor, about, examples, self.host, self.port)
         return Outcome({"stopped": True}, "stopped")
 
 

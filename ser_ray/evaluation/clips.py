@@ -1,13 +1,12 @@
 """Reads the clips that a page shows from the corpus, if the corpus is still there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
-from matplotlib.figure import Figure
 
 from ser_ray.evaluation.evaluation import Evaluation
 from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
@@ -17,30 +16,18 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.plots.clip import clip_figure
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClipView:
-    """One clip as a page shows it."""
-
-    name: str
-    """File name."""
-    truth: str
-    """The true label."""
-    predicted: str
-    """The predicted label."""
-    probability: float
-    """Probability of the predicted label."""
-    figure: Figure
-    """Its waveform, without the silence at both ends, and its spectrogram."""
-    mp3: bytes | None
-    """The sound for the page's player; None for a page without players."""
-
-
-def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[ClipView]:
+def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[dict[str, Any]]:
     """Read clips of an evaluation from the corpus. Clips that cannot be read are left out.
 
     Args:
+        evaluation: the predictions of the clips.
         rows: row numbers in `evaluation.predictions`.
-        audio: whether to add the sound as MP3, for the page's player.
+        audio: whether the page gets a player for each clip.
+
+    Returns:
+        For each clip its file `name`, its true label (`truth`), the `predicted` label and its
+        `probability`, a `figure` of the clip without the silence at both ends, and its sound as
+        `mp3` (None without players).
     """
     extract = FeatureExtractor(evaluation.card.features)
     rate = evaluation.card.features.sample_rate
@@ -53,14 +40,14 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
         except ClipError:
             continue
         views.append(
-            ClipView(
-                name=Path(clip["path"]).name,
-                truth=clip["emotion"],
-                predicted=clip["predicted"],
-                probability=clip[f"p_{clip['predicted']}"],
-                figure=clip_figure(waveform, rate, extract.features(waveform)["spectrogram"]),
-                mp3=_mp3(waveform, rate) if audio else None,
-            )
+            {
+                "name": Path(clip["path"]).name,
+                "truth": clip["emotion"],
+                "predicted": clip["predicted"],
+                "probability": clip[f"p_{clip['predicted']}"],
+                "figure": clip_figure(waveform, rate, extract.features(waveform)["spectrogram"]),
+                "mp3": _mp3(waveform, rate) if audio else None,
+            }
         )
     return views
 

@@ -228,24 +228,16 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     have names without a corpus or with another one.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
-    bare, known = {_person(name) for name in seen}, {part.name for part in card.corpora}
+    people, known = {name.rpartition(":")[2] for name in seen}, {part.name for part in card.corpora}
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
     corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers
-    return tuple(
-        sorted(
-            {
-                speaker
-                for speaker, corpus in zip(speakers, corpora, strict=True)
-                if speaker in seen or (corpus not in known and _person(speaker) in bare)
-            }
-        )
-    )
-
-
-def _person(speaker: str) -> str:
-    """Name of a speaker without the name of the corpus."""
-    return speaker.rpartition(":")[2]
+    found = {
+        speaker
+        for speaker, corpus in zip(speakers, corpora, strict=True)
+        if speaker in seen or (corpus not in known and speaker.rpartition(":")[2] in people)
+    }
+    return tuple(sorted(found))
 
 
 def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:

@@ -85,8 +85,8 @@ class Evaluation:
     @cached_property
     def probabilities(self) -> np.ndarray:
         """Probability of every label [clips, labels]."""
-        columns = [self.predictions[f"p_{label}"].to_numpy() for label in self.card.labels]
-        return np.stack(columns, axis=1)
+        columns = [f"p_{label}" for label in self.card.labels]
+        return np.stack(self.predictions.select(columns).columns, axis=1)
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -96,8 +96,7 @@ class Evaluation:
     @cached_property
     def speakers(self) -> list[str]:
         """Speaker of every clip [clips]."""
-        speakers: list[str] = self.predictions["speaker"].to_pylist()
-        return speakers
+        return self.predictions["speaker"].to_pylist()
 
     @cached_property
     def scores(self) -> Scores:
@@ -146,15 +145,12 @@ class Evaluation:
     @cached_property
     def groups(self) -> dict[str, list[Row]]:
         """Clips, WA and UA by speaker, sex, channel, intensity and statement."""
-        corpora = {"corpus": self.corpus_rows} if self.corpus_rows else {}
-        return corpora | {
-            name: group_rows(
-                name, [str(v) for v in self.predictions[name].to_pylist()],
-                self.truth, self.predicted,
-            )
-            for name in GROUPS
-            if name in self.predictions.schema.names and not self.predictions[name].null_count
-        }  # fmt: skip
+        groups = {"corpus": self.corpus_rows} if self.corpus_rows else {}
+        for name in GROUPS:
+            if name in self.predictions.schema.names and not self.predictions[name].null_count:
+                values = [str(value) for value in self.predictions[name].to_pylist()]
+                groups[name] = group_rows(name, values, self.truth, self.predicted)
+        return groups
 
     @cached_property
     def corpus_rows(self) -> list[Row]:
@@ -181,34 +177,26 @@ class Evaluation:
         ]
 
     @property
-    def corpus_metrics(self) -> dict[str, float]:
-        """UA and WA of every corpus, by the name of the metric without the part."""
+    def group_metrics(self) -> dict[str, float]:
+        """UA and WA of every corpus and condition, by the metric's name without the part."""
+        groups = (("corpus", "corpus", self.corpus_rows), ("under", "condition", self.under))
         return {
-            f"corpus/{re.sub(FORBIDDEN, '-', str(row['corpus']))}/{score}": float(row[score])
-            for row in self.corpus_rows
-            for score in ("ua", "wa")
-        }
-
-    @property
-    def under_metrics(self) -> dict[str, float]:
-        """UA and WA under every condition, by the name of the metric without the part."""
-        return {
-            f"under/{row['condition']}/{score}": float(row[score])
-            for row in self.under
+            f"{group}/{re.sub(FORBIDDEN, '-', row[name])}/{score}": row[score]
+            for group, name, rows in groups
+            for row in rows
             for score in ("ua", "wa")
         }
 
     @property
     def speaker_rows(self) -> list[Row]:
         """Clips, WA and UA of every speaker; the highest WA comes first."""
-        return sorted(self.groups["speaker"], key=lambda row: -float(row["wa"]))
+        return sorted(self.groups["speaker"], key=lambda row: -row["wa"])
 
-    def hardest(self, count: int = HARDEST) -> list[int]:
+    def hardest(self) -> list[int]:
         """Row numbers of the wrong predictions with the highest confidence, the highest first."""
         wrong = np.flatnonzero(self.predicted != self.truth)
         confidence = self.probabilities[wrong].max(axis=1)
-        hardest: list[int] = wrong[np.argsort(-confidence, kind="stable")][:count].tolist()
-        return hardest
+        return wrong[np.argsort(-confidence, kind="stable")][:HARDEST].tolist()
 
     def typical(self) -> list[int]:
         """One row number for each label: the clip whose true label has the median probability."""
@@ -221,8 +209,6 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All results, as JSON values."""
-        labels = self.card.labels
-        intervals = asdict(self.intervals)
         hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
         return {
             "protocol": self.label,
@@ -231,9 +217,8 @@ class Evaluation:
             "seen_speakers": list(self.seen_speakers),
             "clips": self.scores.num_clips,
             **self.scores.to_dict(),
-            "recall": dict(zip(labels, self.scores.recall.tolist(), strict=True)),
-            "intervals": intervals
-            | {"recall": dict(zip(labels, intervals["recall"], strict=True))},
+            "recall": dict(zip(self.card.labels, self.scores.recall.tolist(), strict=True)),
+            "intervals": asdict(self.intervals),
             "corpora": [asdict(part) for part in self.corpora],
             "groups": self.groups,
             "ece": self.calibration.ece,

@@ -1,11 +1,11 @@
 """Introduces a model on the demo page: its name, its test score, and some of its test clips."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluate import origin_of
-from ser_ray.inference.demo import Introduction
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.tracking.registry import read_test_scores
 from ser_ray.training.card import CheckpointCard
@@ -13,8 +13,8 @@ from ser_ray.training.checkpoint import SELECTED, read_card
 from ser_ray.training.parts import select_rows
 
 
-def introduce(checkpoint: Path, name: str) -> Introduction:
-    """Collect the name, test score and example clips of a model. Examples may be missing.
+def introduce(checkpoint: Path, name: str) -> tuple[str, list[tuple[str, str]]]:
+    """Describe a model as Markdown, and find example clips: their local paths and true labels.
 
     Args:
         checkpoint: directory of the model's checkpoint.
@@ -22,11 +22,16 @@ def introduce(checkpoint: Path, name: str) -> Introduction:
             the run is shown instead.
     """
     card, origin = read_card(checkpoint), origin_of(checkpoint)
-    return Introduction(
-        name=checkpoint.parent.name if checkpoint.name == SELECTED else name,
-        score=_score(card, origin.get("run_id", ""), origin.get("tracking_uri", "")),
-        examples=_examples(card, origin.get("shards", ())),
+    name = checkpoint.parent.name if checkpoint.name == SELECTED else name
+    score = _score(card, origin.get("run_id", ""), origin.get("tracking_uri", ""))
+    about = (
+        f"**{name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
+        f"{card.split['label']}. {score} The model names one of "
+        f"{html.escape(', '.join(card.labels))}. It says which acted emotion a voice resembles, "
+        "not what a person feels. Recordings stay on this machine and are deleted when the page is "
+        "stopped."
     )
+    return about, _examples(card, origin.get("shards", ()))
 
 
 def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:

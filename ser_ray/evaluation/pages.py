@@ -28,27 +28,17 @@ from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.evaluation.rendering import render
 from ser_ray.evaluation.sections import (
     History,
+    card_settings,
     confusion_part,
-    corpora_fact,
     make_page,
     part_of,
-    recipe_of,
     selected_scores,
     settings_of,
     training_section,
     with_contents,
 )
-from ser_ray.plots.search import (
-    TrialRow,
-    history_figure,
-    importance_figure,
-    parameter_figure,
-    rank_of,
-)
-from ser_ray.plots.training import (
-    layer_weights_figure,
-    range_figure,
-)
+from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, rank_of
+from ser_ray.plots.training import layer_weights_figure, range_figure
 from ser_ray.tracking.about import scored_on
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.config import TrainConfig
@@ -75,11 +65,10 @@ def run_page(
         validation: evaluation on the validation part; None if all speakers trained the model.
         layer_weights: weights of the encoder's layers [layers]; empty without an encoder.
     """
-    parts = ((side, card.split[f"{side}_speakers"]) for side in ("train", "validation", "test"))
     speakers = {
         f"{side.capitalize()} speakers": f"{len(names)}: {', '.join(names)}"
-        for side, names in parts
-        if names
+        for side in ("train", "validation", "test")
+        if (names := card.split[f"{side}_speakers"])
     }
     return make_page(
         "run",
@@ -88,7 +77,7 @@ def run_page(
         card.corpus,
         facts={
             "Protocol": card.split["label"],
-            **corpora_fact(card.corpora),
+            "Corpora": ". ".join(map(str, card.corpora)),
             **speakers,
             "Features": card.config.feature,
             "MLflow run": run_id,
@@ -96,7 +85,7 @@ def run_page(
         part=None if validation is None else part_of(validation, audio=audio),
         **training_section(history, learning_rates, card.config),
         layers=layer_weights_figure(layer_weights) if layer_weights else None,
-        **recipe_of(card),
+        settings=card_settings(card),
         versions={"shards": card.shards_fingerprint},
     )
 
@@ -127,12 +116,12 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
         facts={
             "Scored": evaluation.label,
             "Trained on": f"{card.trained_on}, {card.split['label']}",
-            **corpora_fact(evaluation.corpora),
+            "Corpora": ". ".join(map(str, evaluation.corpora)),
             "Features": card.config.feature,
             "MLflow run of the training": evaluation.origin.get("run_id", ""),
         },
         part=part_of(evaluation, audio=audio) | {"title": "Scores"},
-        **recipe_of(card),
+        settings=card_settings(card),
     )
 
 
@@ -163,7 +152,7 @@ def crossval_page(
         summary=summary,
         facts={
             "Protocol": pooled.protocol,
-            **corpora_fact(card.corpora),
+            "Corpora": ". ".join(map(str, card.corpora)),
             "Features": card.config.feature,
             "Shards": card.shards_fingerprint,
             "MLflow run": run_id,
@@ -171,7 +160,7 @@ def crossval_page(
         part=part_of(pooled, audio=audio),
         folds=folds,
         pages=pages,
-        **recipe_of(card),
+        settings=card_settings(card),
     )
 
 
@@ -222,7 +211,7 @@ def trial_page(
 
 def search_page(
     name: str,
-    trials: Sequence[TrialRow],
+    trials: Sequence[Mapping[str, Any]],
     *,
     counts: str,
     best: int,

@@ -14,7 +14,6 @@ from ser_ray.evaluation.rendering import render
 from ser_ray.evaluation.tables import headline, label_rows
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, learning_rate_figure
-from ser_ray.shards.card import CorpusPart
 from ser_ray.tracking.about import provenance
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.config import TrainConfig
@@ -25,11 +24,6 @@ History = Sequence[Mapping[str, float]]
 
 _CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
 _HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
-
-
-def corpora_fact(corpora: Sequence[CorpusPart]) -> dict[str, str]:
-    """Return the fact of a page's header that describes each corpus."""
-    return {"Corpora": ". ".join(map(str, corpora))} if corpora else {}
 
 
 def make_page(
@@ -50,7 +44,7 @@ def make_page(
         kind: kind of the run, as the page names it.
         title: name of the run.
         corpus: kind of the corpus.
-        facts: name and value of each fact in the page's header.
+        facts: name and value of each fact in the page's header; empty values are left out.
         versions: rows of the page's last table, in addition to the program's provenance.
         summary: the result in a sentence.
         values: other values that the template needs.
@@ -82,28 +76,25 @@ def with_contents(page: str) -> str:
 
 def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     """Collect the values of `part.html.jinja` from an evaluation."""
-    labels, of_seeds = evaluation.card.labels, list(evaluation.by_seed.values())
+    labels = evaluation.card.labels
     shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
     confusion = evaluation.scores.confusion
     base = confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, shown)
     calibration, before = evaluation.calibration, evaluation.uncalibrated
-    reliability = reliability_figure(
-        calibration.confidence.tolist(),
-        calibration.accuracy.tolist(),
-        calibration.count.tolist(),
-        None
-        if evaluation.card.temperature == 1
-        else (before.confidence.tolist(), before.accuracy.tolist()),
-    )
     return base | {
         "evaluation": evaluation,
-        "labels": label_rows([seed.confusion for seed in of_seeds], labels),
+        "labels": label_rows([scores.confusion for scores in evaluation.by_seed.values()], labels),
         "intervals": {title: getattr(evaluation.intervals, name) for name, title in SCORES.items()},
         "speaker_bars": speakers_figure(evaluation.speaker_rows),
         "groups": [
             rows for kind, rows in evaluation.groups.items() if kind != "speaker" and len(rows) > 1
         ],
-        "reliability": reliability,
+        "reliability": reliability_figure(
+            calibration.confidence,
+            calibration.accuracy,
+            calibration.count,
+            None if evaluation.card.temperature == 1 else (before.confidence, before.accuracy),
+        ),
         "examples": read_clips(evaluation, evaluation.typical(), audio=audio),
         "hardest": read_clips(evaluation, evaluation.hardest(), audio=audio),
     }
@@ -137,20 +128,24 @@ def training_section(
     """Draw the figures of a training's epochs and steps; empty before the first epoch ends."""
     if not history:
         return {}
-    curves = curves_figure(history, selected_row(history, recipe.keep))
-    schedule = learning_rate_figure(learning_rates, recipe.lr_min, recipe.lr_max)
-    return {"curves": curves, "schedule": schedule}
+    return {
+        "curves": curves_figure(history, selected_row(history, recipe.keep)),
+        "schedule": learning_rate_figure(learning_rates, recipe.lr_min, recipe.lr_max),
+    }
 
 
 def selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
     """Return the validation scores of the selected epoch by their titles."""
-    values = {title: selected.get(f"val/{name}") for name, title in SCORES.items()}
-    return {title: value for title, value in values.items() if value is not None}
+    return {
+        title: selected[f"val/{name}"]
+        for name, title in SCORES.items()
+        if f"val/{name}" in selected
+    }
 
 
-def recipe_of(card: CheckpointCard) -> dict[str, Any]:
+def card_settings(card: CheckpointCard) -> dict[str, object]:
     """Return the settings that a checkpoint's page lists."""
-    return {"settings": settings_of(card.config) | {"started from": card.initial_weights}}
+    return settings_of(card.config) | {"started from": card.initial_weights}
 
 
 def settings_of(recipe: TrainConfig) -> dict[str, object]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ser_ray.training.metrics import macro_f1_of, recall_of, ua_of, wa_of
+from ser_ray.training.metrics import macro_f1_of, ua_of, wa_of
 
 DRAWS = 2000
 """Resamples of the bootstrap."""
@@ -34,8 +34,6 @@ class Intervals:
     wa: Interval
     f1: Interval
     """Macro F1."""
-    recall: tuple[Interval | None, ...]
-    """For every label; None if it does not occur."""
 
 
 def bootstrap(
@@ -57,21 +55,8 @@ def bootstrap(
     """
     counts, drawn = _counts(speakers, truth, predicted, num_labels, seeds)
     draws = _draw(counts)  # [draws, seeds, labels, labels]
-    occurs = draws.sum(axis=-1) > 0
-    recall = recall_of(draws)
-    return Intervals(
-        drawn=drawn,
-        count=len(counts),
-        ua=_interval(ua_of(draws).mean(axis=1)),
-        wa=_interval(wa_of(draws).mean(axis=1)),
-        f1=_interval(macro_f1_of(draws).mean(axis=1)),
-        recall=tuple(
-            _interval(recall[..., label][occurs[..., label].all(axis=1)].mean(axis=1))
-            if occurs[..., label].all(axis=1).any()
-            else None
-            for label in range(num_labels)
-        ),
-    )
+    ua, wa, f1 = (_interval(score(draws).mean(axis=1)) for score in (ua_of, wa_of, macro_f1_of))
+    return Intervals(drawn=drawn, count=len(counts), ua=ua, wa=wa, f1=f1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """Tables of scores by label and by group of clips, and their summary in sentences."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ser_ray.training.metrics import Scores, count_confusion
 
-Row = dict[str, str | int | float]
+Row = dict[str, Any]
 """A row of a table: names and counts, and scores as shares from 0 to 1."""
 
 
@@ -21,22 +22,11 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
         labels: names of the rows.
     """
     of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
-    precision, recall, f1 = (
-        np.mean([getattr(scores, name) for scores in of_seeds], axis=0)
-        for name in ("precision", "recall", "f1")
-    )
-    support = np.sum(confusions, axis=(0, 2))
-    columns = zip(labels, precision, recall, f1, support, strict=True)
-    return [
-        {
-            "label": label,
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
-            "support": int(support),
-        }
-        for label, precision, recall, f1, support in columns
-    ]
+    columns: dict[str, Sequence[Any]] = {"label": labels}
+    for name in ("precision", "recall", "f1"):
+        columns[name] = np.mean([getattr(scores, name) for scores in of_seeds], axis=0).tolist()
+    columns["support"] = np.sum(confusions, axis=(0, 2)).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def group_rows(
@@ -51,7 +41,7 @@ def group_rows(
         predicted: label indices [clips].
     """
     num_labels = int(max(truth.max(), predicted.max())) + 1
-    rows: list[Row] = []
+    rows = []
     for group in sorted(set(groups)):
         own = np.asarray(groups) == group
         scores = Scores(count_confusion(truth[own], predicted[own], num_labels), loss=0.0)

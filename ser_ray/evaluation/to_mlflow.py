@@ -95,7 +95,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
-    found = scores.to_dict() | evaluation.corpus_metrics | evaluation.under_metrics
+    found = scores.to_dict() | evaluation.group_metrics
     found["ece"] = evaluation.calibration.ece
     found["ece_uncalibrated"] = evaluation.uncalibrated.ece
     tracker.log_scores({f"test/{name}": value for name, value in found.items()}, now_ms())
@@ -106,7 +106,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
             REPORT: as_artifact(page),
             "plots/test_confusion.png": confusion_figure(scores.confusion, labels, title),
             "plots/test_recall_by_label.png": bars_figure(
-                labels, scores.recall.tolist(), support.tolist(), "recall", title
+                labels, scores.recall, support, "recall", title
             ),
             "plots/test_accuracy_by_speaker.png": speakers_figure(evaluation.speaker_rows, title),
             "tables/test.json": evaluation.to_dict(),

@@ -12,8 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,10 @@ from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode
 from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.svg import inline_svg
+from ser_ray.progress import stderr_console
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from ser_ray.training.checkpoint import CheckpointCard
 
 DRAWN_SECONDS = 60.0
 """A longer recording is drawn only up to this time."""
@@ -54,32 +52,21 @@ _STYLE = """
 MAX_PORT = 65_535
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Introduction:
-    """The page's text about the model, and its example clips."""
-
-    name: str
-    score: str
-    """A sentence about the model's score on its test clips."""
-    examples: Sequence[tuple[str, str]] = ()
-    """Local path and true label of each example."""
-
-
 def serve(
     predictor: Predictor,
-    introduction: Introduction,
+    about: str,
+    examples: Sequence[tuple[str, str]],
     host: str,
     port: int,
-    announce: Callable[[str], None],
 ) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page until the process is interrupted, and print its URL on standard error.
 
     Args:
         predictor: the model.
-        introduction: the page's text about the model, and its example clips.
+        about: the page's text about the model, as Markdown.
+        examples: local path and true label of each clip that the page offers.
         host: address to listen on.
         port: port to listen on; 0 chooses a free port.
-        announce: called with the page's URL when the page can be opened.
 
     Raises:
         SerRayError: gradio is not installed.
@@ -96,7 +83,7 @@ def serve(
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
         os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported
-        app = _make_app(predictor, introduction, partial(answer, predictor, sandbox.decode))
+        app = _make_app(predictor, about, examples, sandbox.decode)
         import uvicorn
 
         # By default, these signals end the process before it can clean up.
@@ -104,7 +91,8 @@ def serve(
             if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(name, lambda *_: sys.exit(0))
         with suppress(KeyboardInterrupt):
-            announce(f"http://{host}:{listening.getsockname()[1]}")
+            url = f"http://{host}:{listening.getsockname()[1]}"
+            stderr_console().print(f"{url} (Ctrl-C stops it)")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
 
 
@@ -162,21 +150,10 @@ def _picture(
     return inline_svg(figure, f"Waveform and spectrogram of {prediction.path}")
 
 
-def describe_model(card: "CheckpointCard", introduction: Introduction) -> str:
-    """Write the introduction of the page as Markdown; labels are shown as they are."""
-    labels = html.escape(", ".join(card.labels))
-    return (
-        f"**{introduction.name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
-        f"{card.split['label']}. {introduction.score} The model names one of {labels}. It says "
-        "which acted emotion a voice resembles, not what a person feels. Recordings stay on this "
-        "machine and are deleted when the page is stopped."
-    )
-
-
 def _make_app(
-    predictor: Predictor, introduction: Introduction, respond: Callable[[str | None], Any]
+    predictor: Predictor, about: str, examples: Sequence[tuple[str, str]], decode: Decode
 ) -> "FastAPI":
-    """Make the web application of the page; `respond` takes the path of a recording."""
+    """Make the web application of the page."""
     try:
         import gradio as gr
     except ImportError as error:
@@ -185,10 +162,8 @@ def _make_app(
         ) from error
     from fastapi import FastAPI, Request
 
-    about = describe_model(predictor.card, introduction)
-
     def show(path: str | None) -> tuple[Any, str]:
-        probabilities, text = respond(path)
+        probabilities, text = answer(predictor, decode, path)
         return gr.Label(probabilities, visible=probabilities is not None), text
 
     with gr.Blocks(title="ser_ray", analytics_enabled=False) as page:
@@ -200,12 +175,12 @@ def _make_app(
                 clip = gr.Audio(
                     type="filepath", label="A clip", sources=["upload", "microphone"], buttons=[]
                 )
-                if introduction.examples:
+                if examples:
                     gr.Examples(
-                        [[path] for path, _ in introduction.examples],
+                        [[path] for path, _ in examples],
                         clip,
                         label="Test clips, named by their true emotion",
-                        example_labels=[label for _, label in introduction.examples],
+                        example_labels=[label for _, label in examples],
                     )
             with gr.Column():
                 emotion = gr.Label(label="Emotion", visible=False)

@@ -51,15 +51,9 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
     axes.pcolormesh(verdicts, cmap=_SHADES, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2)
     for row, column in zip(*np.nonzero(confusion), strict=True):
         share = shares[row, column]
-        percent = f"{share:.0%}" if share >= 0.01 else "<1%"
-        axes.text(
-            column + 0.5,
-            row + 0.5,
-            f"{confusion[row, column]}\n{percent}",
-            color="white" if share > _WHITE_ABOVE else "black",
-            ha="center",
-            va="center",
-        )
+        text = f"{confusion[row, column]}\n" + (f"{share:.0%}" if share >= 0.01 else "<1%")
+        ink = "white" if share > _WHITE_ABOVE else "black"
+        axes.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center")
     middles = np.arange(len(labels)) + 0.5
     named = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
     axes.set_xticks(middles, labels, rotation=45, ha="right", rotation_mode="anchor")
@@ -73,17 +67,13 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
 
 
 def bars_figure(
-    names: Sequence[str],
-    values: Sequence[float],
-    counts: Sequence[int],
-    xlabel: str,
-    title: str = "",
+    names: Sequence[str], values: np.ndarray, counts: np.ndarray, xlabel: str, title: str = ""
 ) -> Figure:
     """Draw a bar for each name: its value (0 to 1) in blue, and the rest up to 1 in vermilion."""
     axes = new_axes(0.3 * len(names) + 1.2, xlabel=xlabel)
-    places, rest = range(len(names)), 1 - np.asarray(values)
+    places = range(len(names))
     axes.barh(places, values, color=BLUE, height=0.7)
-    axes.barh(places, rest, left=values, color=VERMILION, alpha=0.3, height=0.7)
+    axes.barh(places, 1 - values, left=values, color=VERMILION, alpha=0.3, height=0.7)
     for place, (value, count) in enumerate(zip(values, counts, strict=True)):
         axes.text(1.02, place, f"{value:.1%} of {count}", va="center")
     axes.set_yticks(range(len(names)), names)
@@ -98,16 +88,16 @@ def bars_figure(
 
 def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Draw the WA of every speaker from rows with the keys speaker, clips and wa."""
-    names, shares, clips = ([row[key] for row in rows] for key in ("speaker", "wa", "clips"))
+    shares, clips = (np.array([row[key] for row in rows]) for key in ("wa", "clips"))
+    names = [row["speaker"] for row in rows]
     return bars_figure(names, shares, clips, "clips recognised (WA)", title)
 
 
 def reliability_figure(
-    confidence: Sequence[float],
-    accuracy: Sequence[float],
-    counts: Sequence[int],
-    before: tuple[Sequence[float], Sequence[float]] | None = None,
-    title: str = "",
+    confidence: np.ndarray,
+    accuracy: np.ndarray,
+    counts: np.ndarray,
+    before: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
     """Draw a reliability diagram: the accuracy at each confidence, and the ideal diagonal.
 
@@ -116,7 +106,6 @@ def reliability_figure(
         accuracy: share of correct predictions in each bin [bins], NaN in an empty one.
         counts: clips in each bin [bins].
         before: confidence and accuracy before the probabilities were calibrated.
-        title: shown above.
     """
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -139,4 +128,4 @@ def reliability_figure(
     lower.set_xlabel("confidence: probability of the predicted emotion")
     for axes in (upper, lower):
         tidy(axes)
-    return entitle(figure, title)
+    return figure

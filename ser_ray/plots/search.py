@@ -7,6 +7,7 @@ until the trial has completed an epoch.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -31,23 +32,13 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     scored = _scored(trials)
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
         some = [row for row in scored if row["state"] == state]
-        axes.scatter(
-            [row["trial"] for row in some],
-            [row["selected/ua"] for row in some],
-            color=colour,
-            marker=marker,
-            label=f"{state} ({len(some)})",
-        )
-    leaders: list[TrialRow] = []
-    for row in scored:
-        leaders.append(max([*leaders[-1:], row], key=rank_of))
-    axes.step(
-        [row["trial"] for row in scored],
-        [leader["selected/ua"] for leader in leaders],
-        where="post",
-        color=VERMILION,
-        label="best so far",
-    )
+        numbers, scores = ([row[key] for row in some] for key in ("trial", "selected/ua"))
+        label = f"{state} ({len(some)})"
+        axes.scatter(numbers, scores, color=colour, marker=marker, label=label)
+    leaders = itertools.accumulate(scored, partial(max, key=rank_of))
+    best = [leader["selected/ua"] for leader in leaders]
+    numbers = [row["trial"] for row in scored]
+    axes.step(numbers, best, where="post", color=VERMILION, label="best so far")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     legend_above(axes, columns=3)

@@ -37,12 +37,12 @@ def legend_above(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=columns)
 
 
-def finish(axes: Axes, *title: str) -> Figure:
+def finish(axes: Axes, title: str = "") -> Figure:
     """Tidy the only axes of a figure, and write a title above."""
     tidy(axes)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    return entitle(figure, *title)
+    return entitle(figure, title)
 
 
 def entitle(figure: Figure, *lines: str) -> Figure:

@@ -68,9 +68,7 @@ def curves_figure(
     return entitle(figure, title, marked)
 
 
-def learning_rate_figure(
-    learning_rates: Sequence[float], lr_min: float, lr_max: float, title: str = ""
-) -> Figure:
+def learning_rate_figure(learning_rates: Sequence[float], lr_min: float, lr_max: float) -> Figure:
     """Draw the learning rate of every step [steps] on a logarithmic scale, and its bounds."""
     axes = new_axes(2.8, xlabel="step", ylabel="learning rate", yscale="log")
     for name, bound, shift in (("lr_min", lr_min, -12), ("lr_max", lr_max, 4)):
@@ -79,18 +77,16 @@ def learning_rate_figure(
     axes.plot(np.arange(1, len(learning_rates) + 1), learning_rates, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.margins(y=0.12)
-    return finish(axes, title)
+    return finish(axes)
 
 
 def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
     """Draw the weights of an encoder's layers [layers], which sum to 1."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    axes = figure.add_subplot(xlabel="layer of the encoder", ylabel="weight")
+    axes = new_axes(2.8, xlabel="layer of the encoder", ylabel="weight")
     axes.bar(np.arange(1, len(weights) + 1), weights, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    tidy(axes)
-    return entitle(figure, title)
+    return finish(axes, title)
 
 
 def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
@@ -102,10 +98,9 @@ def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
         title: shown above.
     """
     axes = new_axes(3.4, xlabel="learning rate", ylabel="training loss", xscale="log")
-    axes.plot(
-        found["learning_rates"], found["losses"], color=GREY, linewidth=0.8, label="each step"
-    )
-    axes.plot(found["learning_rates"], found["smooth"], color=BLUE, label="averaged")
+    rates = found["learning_rates"]
+    axes.plot(rates, found["losses"], color=GREY, linewidth=0.8, label="each step")
+    axes.plot(rates, found["smooth"], color=BLUE, label="averaged")
     for name, dashes in (("lr_min", ":"), ("lr_max", "-.")):
         label = f"{name} {found[name]:.1e}"
         axes.axvline(found[name], color=VERMILION, linestyle=dashes, label=label)

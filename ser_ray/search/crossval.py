@@ -227,7 +227,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     )
     store_page(page, result.report)
     section = "selected" if part == "validation" else "test"  # as in trainings
-    scores = pooled.corpus_metrics | pooled.under_metrics
+    scores = pooled.group_metrics
     for name in SCORES:
         low, high = getattr(pooled.intervals, name)
         scores |= {

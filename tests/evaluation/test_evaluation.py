@@ -83,7 +83,7 @@ def test_the_table_of_corpora_holds_the_scores_of_each_alone(checkpoint) -> None
         by_seed = [balanced_accuracy_score(truth[own], predicted[own]) for own in parts]
         assert row["ua"] == pytest.approx(np.mean(by_seed))
         assert float(row["ua_low"]) < float(row["ua"]) < float(row["ua_high"])
-    assert found.corpus_metrics.keys() == {
+    assert found.group_metrics.keys() == {
         f"corpus/{name}/{score}" for name in ("a-b", "speech") for score in ("ua", "wa")
     }
     assert len(found.corpus_lines) == 2

@@ -32,26 +32,31 @@ def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_pat
     card = make_checkpoint(selected, config=replace(CONFIG, validation_speakers=0))
     origin = {"run_id": "0123", "tracking_uri": "http://server", "shards": ["here"]}
     (selected / "run.json").write_text(json.dumps(origin))
-    found = introduce(selected, "its folder")
-    assert found.name == "mel-fold0"
-    [(path, label)] = found.examples
+    about, [(path, label)] = introduce(selected, "its folder")
+    assert about.startswith("**mel-fold0**: ResNet18 on mel of ")
     assert label == "calm"
     assert path in calm
     score = "On 16 clips of voices that it was not trained on, its UA is 50%; chance is 25%."
-    assert found.score == score
+    assert f". {score} The model" in about
 
     place = shards.table.schema.get_field_index("end")
     shards.table = shards.table.set_column(place, "end", pa.array([1.0] * len(paths)))
-    assert introduce(selected, "").examples == []  # the page would play the complete file
+    assert introduce(selected, "")[1] == []  # the page would play the complete file
 
     shards.card.fingerprint = "other shards"
-    assert introduce(selected, "").examples == []
+    assert introduce(selected, "")[1] == []
     dependent = card.split | {"speaker_dependent": True}
     make_checkpoint(tmp_path / "downloaded", split=dependent)
     (tmp_path / "downloaded" / "run.json").write_text(json.dumps(origin))
-    found = introduce(tmp_path / "downloaded", "models:/ser-ray@champion")
-    assert found.name == "models:/ser-ray@champion"
-    assert "other clips of the voices that it was trained on" in found.score
+    about, _ = introduce(tmp_path / "downloaded", "models:/ser-ray@champion")
+    assert about.startswith("**models:/ser-ray@champion**: ")
+    assert "other clips of the voices that it was trained on" in about
+
+
+def test_labels_are_shown_as_they_are(tmp_path):
+    make_checkpoint(tmp_path, labels=("<i>lively</i>", "Ärger & Wut"))
+    about, _ = introduce(tmp_path, "mine")
+    assert "one of &lt;i&gt;lively&lt;/i&gt;, Ärger &amp; Wut. It says" in about
 
 
 @pytest.mark.parametrize("has_record", [True, False])
@@ -66,7 +71,7 @@ def test_a_model_without_a_reachable_run_says_how_its_score_is_found(
     if has_record:
         origin = {"run_id": "0123", "tracking_uri": "http://127.0.0.1:9"}
         (tmp_path / "run.json").write_text(json.dumps(origin))
-    found = introduce(tmp_path, "a model")
+    about, examples = introduce(tmp_path, "a model")
     expected = "cannot be read" if has_record else "has not been scored on its test clips yet"
-    assert expected in found.score
-    assert found.examples == []
+    assert expected in about
+    assert examples == []

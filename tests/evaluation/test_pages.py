@@ -15,7 +15,6 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ser_ray.evaluation import sections
-from ser_ray.evaluation.clips import ClipView
 from ser_ray.evaluation.evaluation import Evaluation, predictions_table
 from ser_ray.evaluation.pages import (
     add_test_part,
@@ -141,19 +140,19 @@ def evaluation(tmp_path_factory) -> Evaluation:
 
 
 @pytest.fixture(scope="module")
-def clip() -> ClipView:
-    return ClipView(
-        name="<clip>.wav",
-        truth="happy",
-        predicted="<angry>",
-        probability=0.81,
-        figure=clip_figure(
+def clip() -> dict[str, Any]:
+    return {
+        "name": "<clip>.wav",
+        "truth": "happy",
+        "predicted": "<angry>",
+        "probability": 0.81,
+        "figure": clip_figure(
             np.sin(np.arange(16_000) / 9).astype(np.float32),
             16_000,
             np.random.default_rng(2).normal(-40, 10, (321, 51)),
         ),
-        mp3=b"sound",
-    )
+        "mp3": b"sound",
+    }
 
 
 def render(evaluation: Evaluation, **changes: Any) -> str:
@@ -162,9 +161,9 @@ def render(evaluation: Evaluation, **changes: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def text(evaluation: Evaluation, clip: ClipView) -> str:
+def text(evaluation: Evaluation, clip: dict[str, Any]) -> str:
     """A training's page with both parts, and in each two clips, the second without a player."""
-    views = [[clip], [dataclasses.replace(clip, mp3=None)]]
+    views = [[clip], [clip | {"mp3": None}]]
     order = iter([*views, *views])
     validation = dataclasses.replace(evaluation, part="validation", is_own_test=False)
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +17,7 @@ import pytest
 
 from ser_ray.cli.main import main
 from ser_ray.features.decode import decode
-from ser_ray.inference.demo import Introduction, answer, describe_model
+from ser_ray.inference.demo import answer
 from tests.clips import voice, write_wav
 
 RUN = "import sys; from ser_ray.cli.main import main; sys.exit(main())"
@@ -63,12 +62,6 @@ def test_the_reason_of_a_refusal_is_shown_as_text(predictor, tmp_path):
         assert "<b>" not in seen
         assert "svg" not in seen
     assert answer(predictor, decode, None) == (None, "")
-
-
-def test_labels_are_shown_as_they_are(predictor):
-    card = replace(predictor.card, labels=("<i>lively</i>", "Ärger & Wut"))
-    text = describe_model(card, Introduction(name="mine", score="Its UA is 25%."))
-    assert "one of &lt;i&gt;lively&lt;/i&gt;, Ärger &amp; Wut. It says" in text
 
 
 def test_without_gradio_the_command_that_installs_it_is_named(checkpoint, monkeypatch, capsys):

@@ -87,7 +87,7 @@ def test_text_is_readable_on_every_shade(paper: str, ink: tuple[float, ...]) -> 
 
 
 def test_bars_show_shares_with_their_clips() -> None:
-    figure = bars_figure(["01", "02"], [0.25, 1.0], [60, 44], "accuracy", "test")
+    figure = bars_figure(["01", "02"], np.array([0.25, 1.0]), np.array([60, 44]), "accuracy")
     axes = figure.axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.25, 1, 0.75, 0]  # type: ignore[attr-defined]
     assert [text.get_text() for text in axes.texts] == ["25.0% of 60", "100.0% of 44"]
@@ -98,7 +98,9 @@ def test_bars_show_shares_with_their_clips() -> None:
 
 def test_reliability_shows_accuracy_and_clips_at_every_confidence() -> None:
     nan = float("nan")
-    figure = reliability_figure([0.2, nan, 0.9], [0.5, nan, 1.0], [6, 0, 12])
+    figure = reliability_figure(
+        np.array([0.2, nan, 0.9]), np.array([0.5, nan, 1.0]), np.array([6, 0, 12])
+    )
     upper, lower = figure.axes
     confidence, accuracy = lines(upper)["this model"]
     np.testing.assert_array_equal(confidence, [0.2, nan, 0.9])
@@ -113,7 +115,7 @@ def test_a_long_title_stays_inside_the_picture(draw: str) -> None:
     title = "test, emobox-6 fold 3 of 6 (speaker-independent), the synthetic corpus"
     figures: dict[str, Figure] = {
         "confusion": confusion_figure(np.eye(8, dtype=int), LABELS, title),
-        "bars": bars_figure(["01"], [0.5], [2], "accuracy", title),
+        "bars": bars_figure(["01"], np.array([0.5]), np.array([2]), "accuracy", title),
     }
     figure = figures[draw]
     figure.draw_without_rendering()

@@ -44,7 +44,7 @@ def test_curves_show_the_history_and_mark_the_selected_epoch() -> None:
 
 def test_learning_rate_is_drawn_by_step_between_its_bounds() -> None:
     rates = [1e-4, 1e-3, 2e-3, 1e-5]
-    figure = learning_rate_figure(rates, 1e-4, 2e-3, "OneCycle")
+    figure = learning_rate_figure(rates, 1e-4, 2e-3)
     axes = figure.axes[0]
     low, high, curve = axes.lines
     assert np.asarray(curve.get_xdata()).tolist() == [1, 2, 3, 4]
@@ -73,7 +73,7 @@ def test_range_test_shows_both_losses_by_learning_rate_and_the_bounds() -> None:
 
 @pytest.mark.parametrize("title", ["", "test, emobox-6 fold 3 of 6 (speaker-independent), RAVDESS"])
 def test_a_title_is_broken_to_the_width_of_the_figure(title: str) -> None:
-    figure = learning_rate_figure([1e-3], 1e-4, 1e-3, title)
+    figure = layer_weights_figure([0.25, 0.75], title)
     figure.draw_without_rendering()
     assert figure.get_suptitle().replace("\n", " ") == title
     for text in figure.texts:
