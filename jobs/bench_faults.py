@@ -110,8 +110,7 @@ class Round:
     seconds: float = 0.0
     """Seconds of all runs, minus the seconds of a run without a fault."""
     redone: int = 0
-    """Work that was done twice. For `train`, the number of epochs that the output shows twice; for
-    `prepare`, the number of parts that were being decoded."""
+    """For `train`, the number of epochs that the output shows twice."""
     problems: list[str] = field(default_factory=list)
     """Descriptions of all failed checks; empty if the round was survived."""
 
@@ -392,10 +391,7 @@ def disturbed(world: World, this: Round, rng: random.Random, target: Path) -> tu
     if driver.poll() is None and this.fault == "two drivers":
         other, this.thrown = world.give(this.work, target, 100), True
     elif driver.poll() is None:
-        marks = len(list(target.glob("shards/*.trying")))
         this.thrown = throw(world, this, driver, rng)
-        loses_work = this.fault in ("kill driver", "kill worker", "kill raylet")
-        this.redone = marks if loses_work and this.thrown else 0
     thrown_at = time.monotonic()
     status = finish(this, driver)
     went_on = time.monotonic() - thrown_at
@@ -489,7 +485,7 @@ def table(log: Path) -> str:
         entry = json.loads(line)
         if entry["thrown"]:
             rows[entry["fault"]].append(entry)
-    lines = ["| fault | thrown | survived | commands | seconds, median and most | redone |",
+    lines = ["| fault | thrown | survived | commands | seconds, median and most | epochs redone |",
              "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
     for fault, entries in sorted(rows.items()):
         seconds = sorted(max(0.0, entry["seconds"]) for entry in entries)

@@ -26,7 +26,6 @@ import tyro
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.prepare import prepare
-from ser_ray.shards.progress import Progress
 
 SPEAKERS = 1000
 RATE = 16_000
@@ -82,12 +81,12 @@ def main(bench: Bench) -> None:
 
     size = bench.clips // bench.sets
 
-    def progress(now: Progress) -> None:
+    def progress(_: str, done: float, __: float) -> None:
         nonlocal shown
-        tenth = 10 * now.done // size
+        tenth = 10 * int(done) // size
         if tenth > shown:
             shown = tenth
-            say(f"{now.done} rows")
+            say(f"{done} rows")
 
     with tempfile.TemporaryDirectory() as scratch:
         tables = [Path(scratch, f"corpus-{n}", "table.parquet") for n in range(bench.sets)]

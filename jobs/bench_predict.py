@@ -24,7 +24,6 @@ from ser_ray.corpus.audio_files import list_audio
 from ser_ray.features.decode import decode
 from ser_ray.inference.batch import predict_many
 from ser_ray.inference.predictor import Predictor
-from ser_ray.shards.progress import Progress
 from ser_ray.tracking.registry import local_model
 
 
@@ -71,8 +70,8 @@ def batch_pass(files: list[str], predictor: Predictor, cpus: int) -> Timing:
 
     marks: list[tuple[float, int]] = []
 
-    def mark(progress: Progress) -> None:
-        marks.append((time.perf_counter() - started, progress.done))
+    def mark(_: str, done: float, __: float) -> None:
+        marks.append((time.perf_counter() - started, int(done)))
 
     started = time.perf_counter()
     ray.init(num_cpus=cpus, include_dashboard=False, address="local", log_to_driver=False)

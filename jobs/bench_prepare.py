@@ -25,7 +25,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import tyro
@@ -85,9 +84,9 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
     done = [0]
 
-    def progress(now: Any) -> None:
-        mark(now.done - done[0])
-        done[0] = now.done
+    def progress(_: str, now: float, __: float) -> None:
+        mark(int(now) - done[0])
+        done[0] = int(now)
 
     def peak() -> int:  # not `_peak_memory`, as Ray's workers do not know this module
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """Shows the progress of a long job on standard error: a bar on a terminal, lines in a log."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 LINE_SECONDS = 10.0
 """Shortest time between two lines in a log, except before the last line."""
 
-Report = Callable[[str, int, int], None]
+Report = Callable[[str, float, float], None]
 """Called with a text to show, the amount of work that is done, and the total amount."""
 
 
@@ -36,27 +37,37 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def show_progress() -> Iterator[Report]:
-    """Yield a function that shows progress on standard error; call it after each step."""
-    if not sys.stderr.isatty():
-        yield _log_lines()
+def show_progress(given: Report | None = None) -> Iterator[Report]:
+    """Yield a function that shows progress on standard error; call it after each step.
+
+    It adds the rate and the time left, both since its first call, to the text. If a function is
+    given, that one is yielded instead.
+    """
+    if given is not None:
+        yield given
         return
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    with Progress(BarColumn(), TextColumn("{task.description}"), console=stderr_console()) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text, done, total: bar.update(
-            task, description=text, completed=done, total=total
-        )
-
-
-def _log_lines() -> Report:
+    first: tuple[float, float] | None = None
     last = -LINE_SECONDS
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
 
-    def report(text: str, done: int, total: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= LINE_SECONDS or done == total:
-            last = now
-            print(text, file=sys.stderr, flush=True)
+            columns = BarColumn(), TextColumn("{task.description}")
+            bar = stack.enter_context(Progress(*columns, console=stderr_console()))
+            bar.add_task("starting", total=None)
 
-    return report
+        def report(text: str, done: float, total: float) -> None:
+            nonlocal first, last
+            now = time.monotonic()
+            since, before = first = first or (now, done)
+            if now > since and done > before:
+                rate = (done - before) / (now - since)
+                text += f", {rate:.1f}/s, {clock((total - done) / rate)} left"
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=text, completed=done, total=total)
+            elif now - last >= LINE_SECONDS or done == total:
+                last = now
+                print(text, file=sys.stderr, flush=True)
+
+        yield report

@@ -12,12 +12,19 @@ from ser_ray.progress import show_progress
 def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter(range(1000, 1025))
+    seconds = iter(range(1000, 1050, 2))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     with show_progress() as report:
         for done in range(1, 26):
             report(f"step {done}", done, 25)
-    assert capsys.readouterr().err.splitlines() == ["step 1", "step 11", "step 21", "step 25"]
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1",
+        "step 6, 0.5/s, 0:38 left",
+        "step 11, 0.5/s, 0:28 left",
+        "step 16, 0.5/s, 0:18 left",
+        "step 21, 0.5/s, 0:08 left",
+        "step 25, 0.5/s, 0:00 left",
+    ]
 
 
 def test_a_terminal_gets_a_bar(

@@ -7,18 +7,16 @@ call resumes the download.
 RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 """
 
-import contextlib
 import itertools
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ser_ray.corpus.ravdess import SPEAKERS
 from ser_ray.errors import ConfigError, CorpusError
-from ser_ray.progress import Report, clock, show_progress
+from ser_ray.progress import Report, show_progress
 
 if TYPE_CHECKING:
     from ser_ray.corpus.fetch import Archive
@@ -90,8 +88,8 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
     Args:
         config: which archives, and where to put them.
-        progress: called with the name of an archive, the number of downloaded bytes, and the size
-            in bytes; by default progress is shown on standard error.
+        progress: called with a text, the number of downloaded megabytes of an archive, and its
+            size in megabytes; by default progress is shown on standard error.
 
     Returns:
         The complete folders of the requested archives.
@@ -114,7 +112,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         )
     if missing:
         try:
-            with Lock(str(target), CorpusError, IN_USE), _shown(progress) as progress:
+            with Lock(str(target), CorpusError, IN_USE):
                 _fetch_and_unpack(missing, target, config, progress)
         except OSError as error:
             raise CorpusError(
@@ -125,7 +123,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
 
 def _fetch_and_unpack(
-    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Report
+    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Report | None
 ) -> None:
     """Fetch the named archives one after the other, and unpack each into its folder."""
     from ser_ray.corpus import fetch
@@ -135,7 +133,8 @@ def _fetch_and_unpack(
         archives = fetch.list_record(session, config.record_url, list(missing))
         _require_space(archives, target, keep_archives=config.keep_archives)
         for archive in archives:
-            path = fetch.fetch(session, archive, target, progress)
+            with show_progress(progress) as report:
+                path = fetch.fetch(session, archive, target, report)
             unpack(path, missing[archive.name], max_bytes=_MAX_GROWTH * archive.size)
             if not config.keep_archives:
                 path.unlink()
@@ -154,24 +153,3 @@ def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bo
             f"{target}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free "
             "some space, choose another target, or select fewer parts or actors"
         )
-
-
-@contextlib.contextmanager
-def _shown(progress: Report | None) -> Iterator[Report]:
-    """Yield the given function, or else a function that shows the progress of each archive."""
-    if progress is not None:
-        yield progress
-        return
-    started: dict[str, tuple[float, int]] = {}
-    with show_progress() as report:
-
-        def show(name: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            since, before = started.setdefault(name, (now, done))
-            text = f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
-            if now > since and done > before:
-                rate = (done - before) / (now - since)
-                text += f", {rate / 1e6:.1f} MB/s, {clock((total - done) / rate)} left"
-            report(text, done, total)
-
-        yield show

@@ -141,7 +141,8 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
                 done += len(chunk)
-                report(archive.name, done, archive.size)
+                megabytes = done / 1e6, archive.size / 1e6
+                report(f"{archive.name}: {megabytes[0]:.1f} of {megabytes[1]:.1f} MB", *megabytes)
                 if done > archive.size:
                     return
     if done < archive.size:

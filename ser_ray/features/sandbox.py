@@ -1,9 +1,7 @@
-"""Decodes clips that may hang or kill the decoding process.
+"""Decodes clips in a child process, because a clip may hang or kill the process that decodes it.
 
-The first attempt (`time_limited`) decodes in the calling process, and kills the process if a clip
-takes too long. The second attempt decodes in a child process (`Sandbox`), so the caller survives
-the bad clip and continues with the others. A sandbox takes a second to start and half a millisecond
-per clip.
+The caller survives such a clip and continues with the others. A sandbox takes a second to start and
+half a millisecond per clip.
 
 `python -m` runs this module as the child process. It answers each request with a JSON message. If
 the clip was decoded, a second message holds its samples.
@@ -14,15 +12,10 @@ elsewhere it may be a script without `if __name__ == "__main__"`. Both also unpi
 a process that a hostile clip may control. JSON and raw samples are safe to read.
 """
 
-import contextlib
-import faulthandler
 import json
-import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Self
 
@@ -36,41 +29,14 @@ SECONDS_PER_CLIP = 60.0
 """A clip that takes longer to decode is `unreadable`."""
 
 
-@contextlib.contextmanager
-def time_limited(
-    seconds_per_clip: float = SECONDS_PER_CLIP,
-) -> Iterator[Callable[..., Sound]]:
-    """Yield a `decode` that kills this process if a clip takes too long.
-
-    A clip gets at least `seconds_per_clip`, and at most twice this time. `faulthandler` kills the
-    process, because a library that hangs cannot be interrupted and may block all Python threads.
-    """
-    began = -math.inf
-
-    def read(location: str, *, max_seconds: float) -> Sound:
-        nonlocal began
-        # A timer starts a thread, so all clips that begin within one limit share a timer.
-        if (now := time.monotonic()) - began > seconds_per_clip:
-            began = now
-            faulthandler.dump_traceback_later(
-                2 * seconds_per_clip, exit=True, file=sys.__stderr__ or sys.stderr
-            )
-        return decode(location, max_seconds=max_seconds)
-
-    try:
-        yield read
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
 class Sandbox:
-    """Decodes clips in a child process that runs for the duration of a `with` block."""
+    """Decodes clips in a child process, until a `with` block or this process ends."""
 
     def __init__(self, seconds_per_clip: float = SECONDS_PER_CLIP) -> None:
         self._seconds_per_clip = seconds_per_clip
+        self._start()
 
     def __enter__(self) -> Self:
-        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,7 +15,7 @@ import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ from ser_ray.inference.prediction import Prediction, prediction_row, table_schem
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
 from ser_ray.inference.results import in_groups, open_results, output_suffix
-from ser_ray.shards.progress import Progress, ProgressCounter, show
+from ser_ray.progress import Report
+from ser_ray.shards.progress import count_files
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
@@ -86,7 +87,7 @@ def predict_many(
     output: str,
     *,
     problems: Mapping[str, str] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> BatchSummary:
     """Score files on the connected cluster, except files that an interrupted pass answered.
 
@@ -117,11 +118,10 @@ def predict_many(
             results.append(pa.Table.from_pylist(refused, table_schema(predictor.labels)))
         remaining = [p for p in files if p not in known and not results.is_answered(p)]
         require_shared(*one_of_each_folder(remaining))
-        counter = ProgressCounter(len(files), len(files) - len(remaining))
-        with show(progress) as report:
+        with count_files(len(files), len(files) - len(remaining), progress) as add:
             for answers in _predict([(path, None, None) for path in remaining], [""], predictor):
                 results.append(answers.drop_columns(list(NAMES)))
-                report(counter.add(Counter(answers["status"].to_pylist())))
+                add(Counter(answers["status"].to_pylist()))
         statuses, emotions = results.finish(files)
     return BatchSummary(
         output=output,
@@ -151,10 +151,9 @@ def predict_under(
         SerRayError: the pass ended early.
     """
     require_shared(*one_of_each_folder([path for path, _, _ in clips]))
-    counter = ProgressCounter(len(clips) * len(conditions), 0)
-    with show(None) as report:
+    with count_files(len(clips) * len(conditions), 0, None) as add:
         for answers in _predict(clips, conditions, predictor):
-            report(counter.add(Counter(answers["status"].to_pylist())))
+            add(Counter(answers["status"].to_pylist()))
             yield answers
 
 
@@ -238,7 +237,6 @@ class _Decoder:
     def __init__(self, reader: RecordingReader) -> None:
         self.reader = reader
         self.sandbox = Sandbox(SECONDS_PER_FILE)
-        self.sandbox.__enter__()  # the child process exits when this process exits
 
     def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
         columns = (batch[name].tolist() for name in ("path", "condition", "start", "end"))

@@ -75,8 +75,8 @@ def encode_part(
     extractor: FeatureExtractor,
     encoder: "Encoder",
     threads: int = 1,
-) -> None:
-    """Encode the clips of a part, and write its column.
+) -> int:
+    """Encode the clips of a part, write its column, and return the number of clips.
 
     Args:
         filesystem: where the shard set is.
@@ -103,6 +103,7 @@ def encode_part(
     key = _column_key(clips, extractor.config, card)
     table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
     write_table(filesystem, f"{folder}/{feature_name(card.name, part)}", table)
+    return int(np.count_nonzero(clips["window"].to_numpy() == 0))
 
 
 def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:

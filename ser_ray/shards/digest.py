@@ -1,28 +1,20 @@
 """Compares files by their bytes or by their samples."""
 
 import hashlib
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
-from pyarrow import fs
 
 from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import filesystem_of
 
-CHUNK = 1 << 20  # bytes per read
-
 
 def file_digest(path: str) -> str | None:
     """Return 16 hex digits for the bytes of a local file; None if it is remote or unreadable."""
-    if "://" in path:
-        return None
-    digest = hashlib.blake2b(digest_size=8)
     try:
-        for chunk in _chunks(path):
-            digest.update(chunk)
+        return None if "://" in path else _digest(path)
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 def sample_digest(samples: np.ndarray) -> str:
@@ -32,22 +24,17 @@ def sample_digest(samples: np.ndarray) -> str:
 
 def same_bytes(one: str, other: str) -> bool:
     """Return whether two files have the same bytes."""
-    sizes = []
-    for path in (one, other):
-        filesystem, inside = filesystem_of(path)
-        sizes.append(filesystem.get_file_info(inside).size)
-    if sizes[0] != sizes[1]:
-        return False
-    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
+    places = [filesystem_of(path) for path in (one, other)]
+    sizes = {filesystem.get_file_info(inside).size for filesystem, inside in places}
+    return len(sizes) == 1 and _digest(one) == _digest(other)
 
 
-def _chunks(path: str) -> Iterator[bytes]:
+def _digest(path: str) -> str:
+    make = partial(hashlib.blake2b, digest_size=8)
     if ROW in path:
-        yield read_packed(path)
-        return
+        return make(read_packed(path)).hexdigest()
     filesystem, inside = filesystem_of(path)
-    if filesystem.get_file_info(inside).type != fs.FileType.File:
-        return
+    if not filesystem.get_file_info(inside).is_file:  # opening a pipe would wait for its writer
+        raise OSError(f"{path}: not a file")
     with filesystem.open_input_file(inside) as stream:
-        while chunk := stream.read(CHUNK):
-            yield chunk
+        return hashlib.file_digest(stream, make).hexdigest()

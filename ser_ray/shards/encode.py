@@ -10,7 +10,7 @@ Actors encode, because the weights must stay in memory. All actors on a machine 
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,14 +26,16 @@ from pyarrow import fs
 from ser_ray.cluster.connect import cluster
 from ser_ray.cluster.resources import has_gpus, resources_within_reach
 from ser_ray.cluster.shared_files import one_of_each_folder, require_shared
-from ser_ray.errors import ConfigError, EncoderError, ShardsError, last_line
+from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.progress import Report
 from ser_ray.shards.card import ShardCard, write_card
 from ser_ray.shards.column import encode_part, is_current, read_clips
+from ser_ray.shards.job import follow, part_result, set_up_ray_data
 from ser_ray.shards.layout import ENCODERS, OK, REQUESTS_AT_ONCE, feature_name, weights_name
-from ser_ray.shards.progress import Progress, ProgressCounter, set_up_ray_data, show
+from ser_ray.shards.progress import count_files
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
@@ -88,7 +90,7 @@ def add_encoders(
     encoders: "Sequence[EncoderWeights]",
     lock: Lock,
     address: str,
-    progress: Callable[[Progress], None] | None,
+    progress: Report | None,
 ) -> tuple[ShardCard, list[str]]:
     """Write the missing parts of the encoders' columns, and list the complete columns in the card.
 
@@ -167,43 +169,16 @@ def _write_column(
     weights: "EncoderWeights",
     parts: list[int],
     lock: Lock,
-    progress: Callable[[Progress], None] | None,
+    progress: Report | None,
 ) -> None:
-    """Run the job for one encoder, report each part, and stop if another run took over the lock."""
-    import ray
-
-    filesystem, folder = filesystem_of(shards)
-    name = weights.card.name
-    clips = {part: read_clips(filesystem, folder, part, ["path", "window"]) for part in parts}
-    num_files = {part: pc.sum(pc.equal(t["window"], 0)).as_py() or 0 for part, t in clips.items()}
-    counter = ProgressCounter(card.counts[OK], card.counts[OK] - sum(num_files.values()))
-    with show(progress) as report:
-        paths = itertools.chain.from_iterable(t["path"].to_pylist() for t in clips.values())
-        require_shared(shards, *one_of_each_folder(paths))
-        try:
-            for part, failure in _encode_parts(absolute(shards), card.features, weights, parts):
-                if failure:
-                    raise ShardsError(
-                        f"{shards}: the column {name} of part {part} was not written ({failure}); "
-                        "its other parts are kept: remove the cause, then give the same command "
-                        "again"
-                    )
-                lock.check()
-                report(counter.add({OK: num_files[part]}))
-        except ray.exceptions.RayError as error:
-            raise ShardsError(
-                f"{shards}: encoding by {name} failed ({last_line(error)}); the parts so far are "
-                "kept: remove the cause, then give the same command again"
-            ) from error
-
-
-def _encode_parts(
-    shards: str, features: FeatureConfig, weights: "EncoderWeights", parts: list[int]
-) -> Iterator[tuple[int, str]]:
-    """Encode parts in a pool of actors; yield each, and why it was not written, if so."""
+    """Encode parts in a pool of actors."""
     import ray
     import ray.data
 
+    filesystem, folder = filesystem_of(shards)
+    clips = [read_clips(filesystem, folder, part, ["path", "window"]) for part in parts]
+    paths = itertools.chain.from_iterable(table["path"].to_pylist() for table in clips)
+    require_shared(shards, *one_of_each_folder(paths))
     set_up_ray_data()
     total, gpus = resources_within_reach(), has_gpus()
     cpus = max(int(total.get("CPU", 1)), 1)
@@ -213,14 +188,15 @@ def _encode_parts(
         [{"part": part} for part in parts], override_num_blocks=len(parts)
     ).map_batches(
         _PartEncoder,
-        fn_constructor_args=(shards, features, ray.put(weights.build()), threads),
+        fn_constructor_args=(absolute(shards), card.features, ray.put(weights.build()), threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=1 / ACTORS_PER_GPU if gpus else None,
     )
-    for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from zip(*result.to_pydict().values(), strict=True)
+    num_files = sum(pc.sum(pc.equal(table["window"], 0)).as_py() or 0 for table in clips)
+    with count_files(card.counts[OK], card.counts[OK] - num_files, progress) as add:
+        follow(results, shards, lock, add)
 
 
 def _store_weights(filesystem: fs.FileSystem, path: str, weights: "EncoderWeights") -> None:
@@ -251,9 +227,10 @@ class _PartEncoder:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         filesystem, folder = filesystem_of(self.shards)
-        part, failure = int(batch["part"][0]), ""
-        try:
-            encode_part(filesystem, folder, part, self.extractor, self.encoder, self.threads)
-        except OSError as error:
-            failure = error.strerror or str(error)
-        return pa.table({"part": [part], "failure": [failure]})
+        part, name = int(batch["part"][0]), self.encoder.card.name
+
+        def write() -> dict[str, int]:
+            own = self.extractor, self.encoder, self.threads
+            return {OK: encode_part(filesystem, folder, part, *own)}
+
+        return part_result(feature_name(name, part), write)

@@ -3,7 +3,6 @@
     SHARDS/card.json                       describes the set; missing until the set is complete
     SHARDS/clips/part-00012.parquet        the decoded clips of a part with their features
     SHARDS/outcomes/part-00012.parquet     one row for every listed file of the part
-    SHARDS/part-00012.trying               exists while a worker decodes the part
     SHARDS/encoders/NAME/part-00012.parquet    an encoder's column, one row for each row of clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
 
@@ -67,11 +66,6 @@ def outcomes_name(part: int) -> str:
     return f"{OUTCOMES}/part-{part:05d}.parquet"
 
 
-def mark_name(part: int) -> str:
-    """Return the path of the file that exists while a part is decoded."""
-    return f"part-{part:05d}.trying"
-
-
 def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
     """Write a Parquet file atomically, without statistics and without dictionaries of features."""
     with atomic_write(filesystem, path) as target:
@@ -89,7 +83,7 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
 
 def require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
     """Raise `ShardsError` if the folder of the clips has files that are not part of a shard set."""
-    names = sorted(_entries(filesystem, f"{folder}/{CLIPS}"))
+    names = sorted(path.rpartition("/")[2] for path in _files(filesystem, f"{folder}/{CLIPS}"))
     has_outcomes = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
     foreign = [name for name in names if not (has_outcomes and _OWN.fullmatch(name))]
     if foreign:
@@ -99,27 +93,21 @@ def require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
         )
 
 
-def _entries(filesystem: fs.FileSystem, folder: str) -> dict[str, str]:
-    """Return the files in a folder, {name: path}; empty if the folder does not exist."""
+def _files(filesystem: fs.FileSystem, folder: str) -> list[str]:
+    """Return the paths of the files in a folder, which may not exist."""
     entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    return {entry.base_name: entry.path for entry in entries if entry.is_file}
+    return [entry.path for entry in entries if entry.is_file]
 
 
-def keep_only(
-    filesystem: fs.FileSystem, folder: str, parts: list[int], marks: list[int] | None = None
-) -> None:
-    """Delete the card, the outcomes and clips of parts not in `parts`, and marks not in `marks`.
+def keep_only(filesystem: fs.FileSystem, folder: str, parts: list[int]) -> None:
+    """Delete the card, and the outcomes and clips of all parts that are not in `parts`.
 
     Outcomes are deleted before clips, so an interruption never leaves a part that looks complete.
     """
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{folder}/{CARD_NAME}")
-    outcomes, clips, tops = (
-        _entries(filesystem, path) for path in (f"{folder}/{OUTCOMES}", f"{folder}/{CLIPS}", folder)
-    )
     kept = {f"{folder}/{name(part)}" for part in parts for name in (outcomes_name, part_name)}
-    kept |= {f"{folder}/{mark_name(part)}" for part in marks or ()}
-    old_marks = [path for name, path in tops.items() if re.fullmatch(r"part-\d+\.trying", name)]
-    for path in (*outcomes.values(), *clips.values(), *old_marks):
-        if path not in kept:
-            filesystem.delete_file(path)
+    for name in (OUTCOMES, CLIPS):
+        for path in _files(filesystem, f"{folder}/{name}"):
+            if path not in kept:
+                filesystem.delete_file(path)

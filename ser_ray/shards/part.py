@@ -10,11 +10,9 @@ says which rows to skip. Interruptions change neither names nor order of the par
 change a training on the shards.
 """
 
-import contextlib
 import functools
-import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,24 +20,18 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
-from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.features.config import KINDS
 from ser_ray.features.decode import MAX_RECORDING_SECONDS
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound, cut
-from ser_ray.features.sandbox import Sandbox, time_limited
+from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.digest import file_digest, same_bytes, sample_digest
-from ser_ray.shards.layout import (
-    DIGEST,
-    OK,
-    feature_column,
-    mark_name,
-    outcomes_name,
-    part_name,
-    write_table,
-)
+from ser_ray.shards.layout import DIGEST, OK, feature_column, outcomes_name, part_name, write_table
 from ser_ray.shards.plan import part_key, part_metadata
 
+Outcomes = list[tuple[str | None, str | None]]
+"""The status and the reason of each row."""
 FACTS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
@@ -70,109 +62,98 @@ def write_part(
     Raises:
         OSError: the clips cannot be fetched or the part cannot be written. Nothing is committed.
     """
-    with _decoder(filesystem, f"{folder}/{mark_name(part)}") as decode:
-        clips, outcomes, is_final = _make_tables(rows, extractor, decode)
+    outcomes: Outcomes = list(
+        zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True)
+    )
+    undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
+    clips, is_final = _make_clips(rows, undecided, outcomes, extractor)
+    _compare_copies(rows, outcomes)
     key = part_key(rows, extractor.config) if is_final else ""
-    outcomes = outcomes.replace_schema_metadata(part_metadata(key, extractor.config))
+    table = _outcomes_table(rows, outcomes, undecided)
+    table = table.replace_schema_metadata(part_metadata(key, extractor.config))
     write_table(filesystem, f"{folder}/{part_name(part)}", clips)
-    write_table(filesystem, f"{folder}/{outcomes_name(part)}", outcomes)
-    return dict(Counter(outcomes["status"].to_pylist()))
+    write_table(filesystem, f"{folder}/{outcomes_name(part)}", table)
+    return dict(Counter(table["status"].to_pylist()))
 
 
-@contextlib.contextmanager
-def _decoder(filesystem: fs.FileSystem, mark: str) -> Iterator[Callable[..., Any]]:
-    """Yield the function that decodes clips. It uses a sandbox if an earlier process was killed.
+@functools.cache
+def sandbox() -> Sandbox:
+    """Return the sandbox of this process: Ray would retry a clip that kills its workers forever."""
+    return Sandbox()
 
-    Only a killed process leaves its mark. Ray retries the part in new processes, so without a
-    sandbox one bad clip can kill all of them.
+
+def _decode(path: str) -> Sound:
+    """Decode a file.
+
+    Raises:
+        ClipError: it cannot be decoded.
+        OSError: the storage failed, so the clip is not at fault, and this is no outcome.
     """
     try:
-        if filesystem.get_file_info(mark).is_file:
-            with Sandbox() as sandbox:
-                yield sandbox.decode
-        else:
-            with filesystem.open_output_stream(mark):
-                pass
-            with time_limited() as decode:
-                yield decode
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.delete_file(mark)
+        return sandbox().decode(path, max_seconds=MAX_RECORDING_SECONDS)
+    except ClipError as error:
+        if error.failed == "storage":
+            raise OSError(f"{path}: {error.reason}") from error
+        raise
 
 
-def _make_tables(
-    rows: pa.Table, extractor: FeatureExtractor, decode: Callable[..., Sound]
-) -> tuple[pa.Table, pa.Table, bool]:
-    """Return the decoded clips, the outcomes of all rows, and whether the outcomes are final.
+def _make_clips(
+    rows: pa.Table, undecided: list[int], outcomes: Outcomes, extractor: FeatureExtractor
+) -> tuple[pa.Table, bool]:
+    """Decode the undecided rows, and set their outcomes.
 
-    Outcomes are not final if reading a file failed and may work later.
+    Returns:
+        The decoded clips, and whether the outcomes are final. They are not if reading a file failed
+        and may work later.
     """
     config = extractor.config
-    decode = _remember_last(decode)
-    outcomes = list(zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True))
-    undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
     features: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     decoded: list[int] = []  # the row of each clip or window
     facts: list[dict[str, Any]] = []
     is_final = True
-    for row in undecided:
-        path, start, end = (rows[name][row].as_py() for name in ("path", "start", "end"))
+    paths, starts, ends = (rows[name].to_pylist() for name in ("path", "start", "end"))
+    for path, segments in itertools.groupby(undecided, key=paths.__getitem__):
+        recording: Sound | ClipError
         try:
-            sound, loss = cut(decode(path, max_seconds=MAX_RECORDING_SECONDS), start, end)
-            samples, sample_rate, _ = sound
-            waveforms = extractor.windows(samples, sample_rate)
+            recording = _decode(path)
         except ClipError as error:
-            if error.failed == "storage":  # the clip is not at fault, so this is no outcome
-                raise OSError(f"{path}: {error.reason}") from error
-            outcomes[row] = error.status, error.reason
-            is_final &= error.failed == "clip"
-            continue
-        content = sample_digest(samples)
-        for window, waveform in enumerate(waveforms):
-            for kind, feature in extractor.features(waveform).items():
-                padded = np.zeros((config.num_bins(kind), config.num_frames), np.float16)
-                padded[:, : feature.shape[1]] = feature
-                features[kind].append(padded)
-            decoded.append(row)
-            facts.append(
-                {
-                    "content": content,
-                    "duration": len(samples) / sample_rate,
-                    "sample_rate": sample_rate,
-                    "window": window,
-                    "num_frames": config.frames_of(len(waveform)),
-                }
-            )
-        outcomes[row] = OK, loss
+            recording = error
+        for row in segments:
+            try:
+                if isinstance(recording, ClipError):
+                    raise recording
+                (samples, sample_rate, _), loss = cut(recording, starts[row], ends[row])
+                waveforms = extractor.windows(samples, sample_rate)
+            except ClipError as error:
+                outcomes[row] = error.status, error.reason
+                is_final &= error.failed == "clip"
+                continue
+            outcomes[row] = OK, loss
+            content = sample_digest(samples)
+            for window, waveform in enumerate(waveforms):
+                for kind, feature in extractor.features(waveform).items():
+                    padded = np.zeros((config.num_bins(kind), config.num_frames), np.float16)
+                    padded[:, : feature.shape[1]] = feature
+                    features[kind].append(padded)
+                decoded.append(row)
+                facts.append(
+                    {
+                        "content": content,
+                        "duration": len(samples) / sample_rate,
+                        "sample_rate": sample_rate,
+                        "window": window,
+                        "num_frames": config.frames_of(len(waveform)),
+                    }
+                )
     clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
     clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
-    clips = _append(clips, _feature_columns(features, config))
-    _compare_copies(rows, outcomes, decode)
-    return clips, _outcomes_table(rows, outcomes, undecided), is_final
+    for kind, arrays in features.items():
+        none = np.empty((0, config.num_bins(kind), config.num_frames), np.float16)
+        clips = clips.append_column(kind, feature_column(np.stack(arrays) if arrays else none))
+    return clips, is_final
 
 
-def _remember_last(decode: Callable[..., Sound]) -> Callable[..., Sound]:
-    """Return a `decode` that remembers the last file, because its segments are consecutive."""
-
-    @functools.lru_cache(maxsize=1)
-    def attempt(path: str, max_seconds: float) -> Sound | ClipError:
-        try:
-            return decode(path, max_seconds=max_seconds)
-        except ClipError as error:
-            return error
-
-    def read(path: str, *, max_seconds: float) -> Sound:
-        sound = attempt(path, max_seconds)
-        if isinstance(sound, ClipError):
-            raise sound
-        return sound
-
-    return read
-
-
-def _outcomes_table(
-    rows: pa.Table, outcomes: list[tuple[str | None, str | None]], opened: list[int]
-) -> pa.Table:
+def _outcomes_table(rows: pa.Table, outcomes: Outcomes, opened: list[int]) -> pa.Table:
     """Return the rows with their outcomes, and the digests of the opened files."""
     paths = rows["path"].to_pylist()
     digest_of = {path: file_digest(path) for path in dict.fromkeys(paths[row] for row in opened)}
@@ -183,50 +164,25 @@ def _outcomes_table(
     return _append(rows.drop_columns(["status", "reason"]), pa.table(columns, schema))
 
 
-def _compare_copies(
-    rows: pa.Table,
-    outcomes: list[tuple[str | None, str | None]],
-    decode: Callable[..., Sound],
-) -> None:
+def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
     """Set the status `conflict` for files with the name of another file but different sound."""
     for row, (status, reason) in enumerate(outcomes):
-        if status != "duplicate" or not (reason or "").startswith(SAME_NAME):
-            continue
-        path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
-        if not has_same_sound(path, other, decode):
-            outcomes[row] = (
-                "conflict",
-                f"differs in sound from {other}, which has the same file name and is used",
-            )
+        if status == "duplicate" and (reason or "").startswith(SAME_NAME):
+            path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
+            if not (same_bytes(path, other) or _content(path) == _content(other)):
+                outcomes[row] = (
+                    "conflict",
+                    f"differs in sound from {other}, which has the same file name and is used",
+                )
 
 
-def has_same_sound(one: str, other: str, decode: Callable[..., Sound]) -> bool:
-    """Return whether two files have the same bytes or the same samples.
-
-    If only one of them can be decoded, they differ.
-    """
-    if same_bytes(one, other):
-        return True
-    sounds: list[tuple[str, int]] = []
-    for path in (one, other):
-        try:
-            samples, sample_rate, _ = decode(path, max_seconds=MAX_RECORDING_SECONDS)
-        except ClipError as error:
-            if error.failed == "storage":
-                raise OSError(f"{path}: {error.reason}") from error
-            sounds.append((error.status, 0))
-        else:
-            sounds.append((hashlib.sha256(samples.data).hexdigest(), sample_rate))
-    return sounds[0] == sounds[1]
-
-
-def _feature_columns(features: dict[str, list[np.ndarray]], config: FeatureConfig) -> pa.Table:
-    """Turn lists of arrays `[bins, frames]` into columns of fixed-size binary values."""
-    columns = {}
-    for kind, arrays in features.items():
-        none = np.empty((0, config.num_bins(kind), config.num_frames), np.float16)
-        columns[kind] = feature_column(np.stack(arrays) if arrays else none)
-    return pa.table(columns)
+def _content(path: str) -> tuple[str, int]:
+    """Return the digest of a file's samples and their rate, or why it cannot be decoded."""
+    try:
+        samples, sample_rate, _ = _decode(path)
+    except ClipError as error:
+        return error.status, 0
+    return sample_digest(samples), sample_rate
 
 
 def _append(table: pa.Table, columns: pa.Table) -> pa.Table:

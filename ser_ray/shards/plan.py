@@ -75,11 +75,6 @@ class Plan:
         """Number of files in the parts to write."""
         return sum(len(rows) for rows in self.pending.values())
 
-    @property
-    def num_prepared(self) -> int:
-        """Number of files in the parts that are kept."""
-        return self.num_files - self.num_pending
-
 
 def part_key(rows: pa.Table, features: FeatureConfig) -> str:
     """Return 16 hex digits for a part's rows of the manifest and the settings of the features."""
@@ -318,7 +313,8 @@ def describe_changes(
     ):
         if count:
             lines.append(f"{count} {one if count == 1 else several}")
-    return (*lines, f"{plan.num_prepared} of {plan.num_files} files are prepared already")
+    num_kept = plan.num_files - plan.num_pending
+    return (*lines, f"{num_kept} of {plan.num_files} files are prepared already")
 
 
 def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:

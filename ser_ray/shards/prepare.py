@@ -13,7 +13,6 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -26,11 +25,13 @@ from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, requi
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.mistakes import describe_clips, find_mistakes
 from ser_ray.corpus.table import MISSING_FILES
-from ser_ray.errors import CorpusError, ShardsError, last_line
+from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.progress import Report
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.encode import add_encoders, load_encoders
+from ser_ray.shards.job import AGAIN, follow, part_result, set_up_ray_data
 from ser_ray.shards.layout import CLIPS, OK, OUTCOMES, keep_only, part_name, require_own
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
@@ -42,14 +43,13 @@ from ser_ray.shards.plan import (
     restore_times,
     update_times,
 )
-from ser_ray.shards.progress import Progress, ProgressCounter, set_up_ray_data, show
+from ser_ray.shards.progress import count_files
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import absolute, filesystem_of
 
-AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
 IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
 MISSING_NAME = "missing.csv"
@@ -97,7 +97,7 @@ def prepare(
     *,
     listed: Corpus | None = None,
     address: str = "",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
 ) -> PrepareSummary:
     """Write the shards of a corpus, except the parts that are there already.
 
@@ -183,17 +183,36 @@ def _complete(
     corpus: Corpus,
     plan: Plan,
     lock: Lock,
-    progress: Callable[[Progress], None] | None,
+    progress: Report | None,
 ) -> ShardCard:
-    """Write the pending parts of the plan, and then the card of the shard set."""
+    """Write the pending parts of the plan, and then the card of the shard set.
+
+    Raises:
+        ShardsError: a part could not be written, or the job failed.
+    """
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
+        import ray.data
+
         to_open = (rows.filter(pc.is_null(rows["status"])) for rows in plan.pending.values())
         paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
-        clips = one_of_each_folder(paths)
-        require_shared(config.corpus, config.shards, *clips)
-        keep_only(filesystem, folder, plan.kept, marks=list(plan.pending))
-        _write_pending(config, plan, lock, progress)
+        require_shared(config.corpus, config.shards, *one_of_each_folder(paths))
+        keep_only(filesystem, folder, plan.kept)
+        for name in (OUTCOMES, CLIPS):
+            filesystem.create_dir(f"{folder}/{name}")
+        set_up_ray_data()
+        blocks = [
+            rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
+            for part, rows in plan.pending.items()
+        ]
+        results = ray.data.from_arrow(blocks).map_batches(
+            _write_in_worker,
+            fn_args=(absolute(config.shards), FeatureExtractor(config.features)),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        with count_files(plan.num_files, plan.num_files - plan.num_pending, progress) as add:
+            follow(results, config.shards, lock, add)
     keep_only(filesystem, folder, plan.parts)
     card = make_card(filesystem, folder, corpus, config.features, plan.parts)
     assert card.num_files == plan.num_files, "one outcome for every listed file"
@@ -234,69 +253,14 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     return [text]
 
 
-def _write_pending(
-    config: PrepareConfig,
-    plan: Plan,
-    lock: Lock,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    """Run the job, report each part, and stop if another run took over the lock.
-
-    Raises:
-        ShardsError: a part could not be written, or the job failed.
-    """
-    import ray
-    import ray.data
-
-    filesystem, folder = filesystem_of(config.shards)
-    for name in (OUTCOMES, CLIPS):
-        filesystem.create_dir(f"{folder}/{name}")
-    set_up_ray_data()
-    blocks = [
-        rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
-        for part, rows in plan.pending.items()
-    ]
-    results = ray.data.from_arrow(blocks).map_batches(
-        _write_in_worker,
-        fn_args=(absolute(config.shards), FeatureExtractor(config.features)),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
-    counter = ProgressCounter(plan.num_files, plan.num_prepared)
-    try:
-        with show(progress) as report:
-            for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-                part, failure, statuses, counts = result.to_pydict().values()
-                if failure[0]:
-                    where = f"{config.shards}/{part_name(part[0])}"
-                    raise ShardsError(f"{where}: {failure[0]}{AGAIN}")
-                lock.check()
-                report(counter.add(dict(zip(statuses, counts, strict=True))))
-    except ray.exceptions.RayError as error:
-        raise ShardsError(f"{config.shards}: the job failed ({last_line(error)}){AGAIN}") from error
-
-
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
-    """Write the part with these rows. This runs in a worker.
-
-    Returns:
-        The columns `part`, `status` and `count`, with one row for each status of the part's files.
-        The column `failure` is empty, or the reason why the part was not written.
-    """
+    """Write the part with these rows, in a worker; see `part_result`."""
     filesystem, folder = filesystem_of(shards)
     part = rows["part"][0].as_py()
-    counts, failure = {"": 0}, ""
-    try:
+
+    def write() -> dict[str, int]:
         if filesystem.get_file_info(f"{folder}/{OUTCOMES}").type == fs.FileType.NotFound:
             raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
-        counts = write_part(filesystem, folder, part, rows.drop_columns("part"), extractor)
-    except OSError as error:
-        failure = error.strerror or str(error)
-    return pa.table(
-        {
-            "part": pa.array([part] * len(counts), pa.int32()),
-            "failure": [failure] * len(counts),
-            "status": list(counts),
-            "count": list(counts.values()),
-        }
-    )
+        return write_part(filesystem, folder, part, rows.drop_columns("part"), extractor)
+
+    return part_result(part_name(part), write)

@@ -98,8 +98,8 @@ def test_an_interrupted_pass_resumes_and_ends_like_one_file_after_the_other(
     output = tmp_path / "found.parquet"
     seen: list[int] = []
 
-    def interrupt(progress):
-        seen.append(progress.done)
+    def interrupt(_text, done, _total):
+        seen.append(done)
         if len(seen) == 2:
             raise KeyboardInterrupt
 
@@ -107,7 +107,7 @@ def test_an_interrupted_pass_resumes_and_ends_like_one_file_after_the_other(
         predict_many(files, predictor, str(output), progress=interrupt)
     assert not output.exists()
     Path(f"{output}.partial", f"{predictor.fingerprint}-a.parquet.tmp").write_text("half a part")
-    summary = predict_many(files, predictor, str(output), progress=lambda _: None)
+    summary = predict_many(files, predictor, str(output), progress=lambda *_: None)
     assert summary.files_before == seen[-1] > 0
     assert summary.counts == {"ok": 11, "unreadable": 2, "silent": 1}
     assert sum(summary.emotions.values()) == 11
@@ -139,7 +139,7 @@ def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_t
     listed = [*files[:3], str(deadly), *files[3:]]
     with stalling(deadly):
         killer.start()
-        summary = predict_many(listed, predictor, str(output), progress=lambda _: None)
+        summary = predict_many(listed, predictor, str(output), progress=lambda *_: None)
         ended.set()
         killer.join()
     assert summary.counts == {"ok": 11, "unreadable": 3, "silent": 1}
@@ -308,14 +308,14 @@ def test_files_that_were_unreachable_are_scored_by_the_same_command(
     monkeypatch.setattr(batch, "require_shared", lambda *locations: None)
     mounted, output = tmp_path / "mounted", tmp_path / "found.jsonl"
     asked = [files[0], str(mounted / "voice.wav")]
-    first = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    first = predict_many(asked, predictor, str(output), progress=lambda *_: None)
     assert first.counts == {"ok": 1, "unreachable": 1}
     away = json.loads(output.read_text().splitlines()[1])
     assert (away["status"], away["reason"]) == ("unreachable", "its folder does not exist")
 
     mounted.mkdir()
     write_wav(mounted / "voice.wav", voice(0.8, 16_000, 3), 16_000)
-    second = predict_many(asked, predictor, str(output), progress=lambda _: None)
+    second = predict_many(asked, predictor, str(output), progress=lambda *_: None)
     assert second.counts == {"ok": 2}
     assert second.files_before == 1, "only the other file is scored again"
     assert not list(tmp_path.glob("*.partial"))

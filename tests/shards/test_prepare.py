@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ import pytest
 
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.progress import Report
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, outcomes_name, part_name
 from ser_ray.shards.prepare import PrepareSummary, prepare
-from ser_ray.shards.progress import Progress
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import LOCK_NAME, Lock
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_sound, write_wav
@@ -61,7 +61,7 @@ def run(
     corpus: Path | str,
     target: Path | str,
     features: FeatureConfig = FEATURES,
-    progress: Callable[[Progress], None] | None = lambda _: None,
+    progress: Report | None = lambda *_: None,
 ) -> PrepareSummary:
     config = PrepareConfig(
         corpus=str(corpus), shards=str(target), rows_per_part=FEW, features=features
@@ -97,14 +97,15 @@ def committed_parts(folder: Path) -> list[str]:
 
 
 def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
-    summary = run(corpus, tmp_path / "shards", progress=seen.append)
+    seen: list[tuple[str, float, float]] = []
+    summary = run(corpus, tmp_path / "shards", progress=lambda *now: seen.append(now))
     assert summary.card.counts == {"no_audio": 2, "ok": 22, "unreadable": 1}
     assert summary.files_done == 25
     assert "25 files: 2 no_audio, 22 ok, 1 unreadable" in str(summary)
-    assert [progress.total for progress in seen] == [25] * len(seen)
-    assert sorted(progress.done for progress in seen) == [progress.done for progress in seen]
-    assert (seen[-1].done, seen[-1].errors, seen[-1].seconds_left) == (25, 1, 0)
+    assert [total for _, _, total in seen] == [25] * len(seen)
+    assert sorted(done for _, done, _ in seen) == [done for _, done, _ in seen]
+    text, done, _ = seen[-1]
+    assert (text, done) == ("25 of 25 files, 1 errors", 25)
     shards = open_shards(str(tmp_path / "shards"))
     assert len(shards.clips()) == 22
     for kind in KINDS:
@@ -113,7 +114,7 @@ def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path:
     assert len(outcomes) == 25
     assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
     parts = [name(part) for part in range(13) for name in (part_name, outcomes_name)]
-    assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, mark, temporary"
+    assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, no temporary file"
 
 
 def test_ray_data_reads_the_clips_of_a_set_and_one_side_of_a_fold(
@@ -154,7 +155,7 @@ def test_a_run_that_was_stopped_by_hand_resumes(
 ) -> None:
     import ray
 
-    def stop(progress: Progress) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     target = tmp_path / "shards"
@@ -232,7 +233,7 @@ def test_a_run_survives_killed_workers(uninterrupted: Path, corpus: Path, tmp_pa
 
     workers = set(ray.get([worker.remote() for _ in range(2)]))
 
-    def kill_one(progress: Progress) -> None:
+    def kill_one(*_: object) -> None:
         if workers:
             os.kill(workers.pop(), signal.SIGKILL)
             # A worker that is killed while it writes leaves such a file.
@@ -312,7 +313,7 @@ def test_files_that_are_not_included_are_counted(
     config = PrepareConfig(
         corpus=str(corpus), shards=str(tmp_path), include=("av",), features=FEATURES
     )
-    counts = prepare(config, progress=lambda _: None).card.counts
+    counts = prepare(config, progress=lambda *_: None).card.counts
     assert counts == {"excluded": 23, "ok": 2}
 
 
