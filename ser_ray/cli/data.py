@@ -40,7 +40,7 @@ class Prepare(Verb):
         card, lines = summary.card, [str(summary)]
         shards, protocol = api.open_shards(self.prepare.shards), ""
         if card.corpus == "ravdess":
-            lines.append(compare_with_ravdess(shards.outcomes()).text())
+            lines.append(compare_with_ravdess(shards.outcomes()))
         elif card.corpus == "table":
             protocol = suggest_protocol(shards.clips())
         data = {

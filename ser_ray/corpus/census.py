@@ -7,7 +7,8 @@ all files, so files are reported as missing only if others of their modality and
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Container
+from dataclasses import fields
 from functools import cache
 
 import pyarrow as pa
@@ -39,76 +40,42 @@ def expected_ravdess() -> tuple[ClipName, ...]:
     return tuple(clips)
 
 
-@dataclass(frozen=True)
-class CorpusComparison:
-    """The listed files compared with those of RAVDESS, by name alone."""
+def compare_with_ravdess(rows: pa.Table) -> str:
+    """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by name alone.
 
-    present: tuple[ClipName, ...]
-    """Files of RAVDESS that are listed, without repetition."""
-    missing: tuple[ClipName, ...]
-    """Files that are not listed, although other files of their modality and channel are."""
-    doubled: tuple[ClipName, ...]
-    """Files that are listed more than once."""
-    unexpected: tuple[str, ...]
-    """Paths of clips that RAVDESS does not have, whether or not their names are valid."""
-
-    def text(self) -> str:
-        """Return a line for each modality and channel, then the doubled and unexpected files."""
-        lines = [f"{len(self.present)} of the {len(expected_ravdess())} files of RAVDESS"]
-        for kind in itertools.product(MODALITIES, CHANNELS):
-            expected, present, missing = (
-                [clip for clip in clips if _kind(clip) == kind]
-                for clips in (expected_ravdess(), self.present, self.missing)
-            )
-            lines.append(f"{' '.join(kind)}: {_group_text(len(expected), present, missing)}")
-        doubled = [_file_name(clip) for clip in self.doubled]
-        for what, names in (("doubled", doubled), ("unexpected", self.unexpected)):
-            if names:
-                lines.append(f"{len(names)} {what}: {shorten(names, _NAMES_SHOWN)}")
-        return "\n".join(lines)
-
-
-def compare_with_ravdess(rows: pa.Table) -> CorpusComparison:
-    """Compare the files of a manifest, or of outcomes, with those of the complete RAVDESS."""
-    expected = dict.fromkeys(expected_ravdess())
-    counts: Counter[ClipName] = Counter()
-    unexpected = []
+    Returns:
+        A line for each modality and channel, then the doubled and the unexpected files.
+    """
+    expected = expected_ravdess()
     columns = [rows[name].to_pylist() for name in ("path", *(f.name for f in fields(ClipName)))]
-    for path, *values in zip(*columns, strict=True):
-        clip = ClipName(*values)
-        if clip in expected:
-            counts[clip] += 1
-        else:
-            unexpected.append(path)
-    kinds = {_kind(clip) for clip in counts}
-    return CorpusComparison(
-        present=tuple(clip for clip in expected if clip in counts),
-        missing=tuple(c for c in expected if c not in counts and _kind(c) in kinds),
-        doubled=tuple(clip for clip in expected if counts[clip] > 1),
-        unexpected=tuple(sorted(unexpected)),
-    )
-
-
-def _group_text(num_expected: int, present: list[ClipName], missing: list[ClipName]) -> str:
-    """Describe which files of one modality and channel are listed."""
-    if not present:
-        return f"none of {num_expected}"
-    if not missing:
-        return f"all {num_expected}"
-    parts = [f"{len(present)} of {num_expected}"]
-    actors_present = {clip.speaker for clip in present}
-    absent = sorted({clip.speaker for clip in missing} - actors_present)
-    if absent:
-        parts.append(f"actors {', '.join(absent)} absent")
-    for actor in sorted(actors_present):
-        names = [_file_name(clip) for clip in missing if clip.speaker == actor]
+    listed = [(path, ClipName(*values)) for path, *values in zip(*columns, strict=True)]
+    known = set(expected)
+    counts = Counter(clip for _, clip in listed if clip in known)
+    lines = [f"{len(counts)} of the {len(expected)} files of RAVDESS"]
+    for kind in itertools.product(MODALITIES, CHANNELS):
+        clips = [clip for clip in expected if (clip.modality, clip.channel) == kind]
+        lines.append(f"{' '.join(kind)}: {_describe(clips, counts)}")
+    doubled = [_file_name(clip) for clip in expected if counts[clip] > 1]
+    unexpected = sorted(path for path, clip in listed if clip not in known)
+    for what, names in (("doubled", doubled), ("unexpected", unexpected)):
         if names:
+            lines.append(f"{len(names)} {what}: {shorten(names, _NAMES_SHOWN)}")
+    return "\n".join(lines)
+
+
+def _describe(expected: list[ClipName], present: Container[ClipName]) -> str:
+    """Describe which files of one modality and channel are listed."""
+    missing = [clip for clip in expected if clip not in present]
+    if len(missing) in (0, len(expected)):
+        return f"{'none of' if missing else 'all'} {len(expected)}"
+    parts = [f"{len(expected) - len(missing)} of {len(expected)}"]
+    actors = {clip.speaker for clip in expected if clip in present}
+    if absent := sorted({clip.speaker for clip in missing} - actors):
+        parts.append(f"actors {', '.join(absent)} absent")
+    for actor in sorted(actors):
+        if names := [_file_name(clip) for clip in missing if clip.speaker == actor]:
             parts.append(f"actor {actor} lacks {len(names)}: {shorten(names, _NAMES_SHOWN)}")
     return "; ".join(parts)
-
-
-def _kind(clip: ClipName) -> tuple[str, str]:
-    return clip.modality, clip.channel
 
 
 def _file_name(clip: ClipName) -> str:

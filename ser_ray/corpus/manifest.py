@@ -7,12 +7,11 @@ already has a `status` and a `reason`.
 """
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -48,22 +47,19 @@ MANIFEST_SCHEMA = pa.schema(
         "sex": pa.string(),  # male | female; null for tables
         "take": pa.string(),  # the performance: equal for its wav and its mp4s
         "split": pa.string(),  # train | validation | test, or the fold that tests it; only tables
-        "status": pa.string(),  # one of `PRE_DECODE`; null for a file to decode
+        # unreadable, name_not_understood, duplicate or excluded; null for a file to decode
+        "status": pa.string(),
         "reason": pa.string(),  # explains the status
     }
 )
 ORDER = [(name, "ascending") for name in ("path", "start", "end")]
 """The order of the rows, in which the segments of a file are consecutive."""
-PRE_DECODE = ("unreadable", "name_not_understood", "duplicate", "excluded")
-"""The outcomes that are known before a clip is opened."""
-
 SAME_NAME = "has the file name of "
 """The reason of a duplicate in a folder: this text, then the path of the other file."""
 
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
 _LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
 """The columns of a manifest, and two columns that decide which of several copies is kept."""
-_LISTING_BATCH = 65_536  # largest number of files that are Python objects, to save memory
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def list_corpus(
                 f"{source}: neither a folder nor a table ({', '.join(TABLE_SUFFIXES)}); unpack an "
                 "archive first, and save a spreadsheet as .csv"
             )
-        read = read_table(source, filesystem, path, missing, columns)
+        read = read_table(source, missing, columns)
         if read is None:
             return _list_folder(source, _is_in_synthetic(filesystem, path))
     except OSError as error:
@@ -155,17 +151,13 @@ def _list_folder(source: str, is_synthetic: bool) -> Corpus:
     """List a folder of files with RAVDESS names."""
     others: Counter[str] = Counter()
     clips = _only_clips(source, others, is_synthetic=is_synthetic)
-    batches = []
-    while batch := list(itertools.islice(clips, _LISTING_BATCH)):
-        batches.append(_read_names(batch))
-    table = pa.concat_tables(batches).sort_by("path") if batches else None
-    if table is None or table["modality"].null_count == len(table):
-        found = [describe_left_out(others)] if others else []
-        if table is not None:
-            first = table.slice(0, 1).to_pylist()[0]
-            found.insert(
-                0, f"{len(table)} recordings, the first {first['path']}: {first['reason']}"
-            )
+    table = pa.Table.from_pylist(list(map(_read_name, clips)), _LISTED).sort_by("path")
+    if table["modality"].null_count == len(table):
+        found = [
+            f"{len(table)} recordings, the first {row['path']}: {row['reason']}"
+            for row in table.slice(0, 1).to_pylist()
+        ]
+        found += [describe_left_out(others)] if others else []
         raise CorpusError(
             f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
             f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
@@ -205,22 +197,19 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
             )
 
 
-def _read_names(files: list[ListedFile]) -> pa.Table:
-    """Return one row of `_LISTED` per file."""
-    rows = []
-    for file in files:
-        name = file.inside.rpartition("/")[2]
-        row = {"path": file.location, "size": file.size, "modified": file.modified}
-        row |= {"name": name.lower(), "depth": file.inside.count("/")}
-        try:
-            clip = parse_name(name)
-            row |= {field: getattr(clip, field) for field in _NAME_FIELDS}
-        except NameProblem as problem:
-            row |= {"status": "name_not_understood", "reason": str(problem)}
-        if file.problem is not None:
-            row |= {"status": "unreadable", "reason": file.problem}
-        rows.append(row)
-    return pa.Table.from_pylist(rows, _LISTED)
+def _read_name(file: ListedFile) -> dict[str, Any]:
+    """Return the row of a file in a table with the schema `_LISTED`."""
+    name = file.inside.rpartition("/")[2]
+    row = {"path": file.location, "size": file.size, "modified": file.modified}
+    row |= {"name": name.lower(), "depth": file.inside.count("/")}
+    try:
+        clip = parse_name(name)
+        row |= {field: getattr(clip, field) for field in _NAME_FIELDS}
+    except NameProblem as problem:
+        row |= {"status": "name_not_understood", "reason": str(problem)}
+    if file.problem is not None:
+        row |= {"status": "unreadable", "reason": file.problem}
+    return row
 
 
 # --- files that are listed twice ---

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from pyarrow import fs
 
 from ser_ray.corpus.table_files import TableError, column_key
 from ser_ray.corpus.table_formats import read_any
@@ -50,8 +49,6 @@ _FOLDERS_ABOVE = 5
 
 def read_table(
     source: str,
-    filesystem: fs.FileSystem,
-    path: str,
     missing: Iterable[str] = MISSING_WORDS,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, tuple[str, ...]] | None:
@@ -59,8 +56,6 @@ def read_table(
 
     Args:
         source: the table or folder, as the user wrote it.
-        filesystem: the filesystem of the source.
-        path: the path of the source on it.
         missing: words that mean a missing value, in upper or lower case.
         columns: {column in `COLUMNS`: name in the table}.
 
@@ -75,7 +70,7 @@ def read_table(
     names = columns or {}
     find = partial(_find_columns, source, names)
     try:
-        table, notes = read_any(source, filesystem, path, find, set(names.values()))
+        table, notes = read_any(source, find)
         if table is None:
             return None
         found = find(table.column_names)

@@ -1,6 +1,7 @@
 """Reads one file as a table: separated text, JSON lines or Parquet. No recording is opened here."""
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -13,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ser_ray.corpus.words import COLUMNS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.packed import audio_column, features_of, packed_location
+from ser_ray.storage.paths import absolute, filesystem_of, read_file
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -32,17 +33,12 @@ class TableError(ValueError):
     """Why a table cannot be read, in words."""
 
 
-def read_text(
-    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
-) -> tuple[pa.Table, tuple[str, ...]]:
+def read_text(location: str, find: Find) -> tuple[pa.Table, tuple[str, ...]]:
     """Read a file of delimited text as columns of strings.
 
     Args:
-        source: the table, as the user wrote it.
-        filesystem: the filesystem of the table.
-        path: the path of the table on it.
+        location: path or URI of the table.
         find: raises an error if the names in the header are not those of a corpus.
-        wanted: names of columns that the user gave.
 
     Returns:
         The table, and lines for the user.
@@ -51,12 +47,11 @@ def read_text(
         CorpusError: the text is empty, or in an unknown encoding.
         TableError: a row has more or fewer values than the header row.
     """
-    with filesystem.open_input_file(path) as file:
-        text, notes = _decode(source, file.read())
-    return _parse(source, text, find, wanted), notes
+    text, notes = _decode(location, read_file(location))
+    return _parse(location, text, find), notes
 
 
-def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
+def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     """Decode a text table; also return a line for the user if the encoding was guessed."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         encodings = ["utf-32"]
@@ -71,26 +66,32 @@ def _decode(source: str, data: bytes) -> tuple[str, tuple[str, ...]]:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
-        notes = (f"{source}: is not UTF-8, and was read as Windows-1252",)
+        notes = (f"{location}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{source}: the table cannot be read: it is not text in UTF-8, UTF-16 or Windows-1252; "
+        f"{location}: the table cannot be read: it is not text in UTF-8, UTF-16 or Windows-1252; "
         "save it again as UTF-8"
     )
 
 
-def _parse(source: str, text: str, find: Find, wanted: set[str]) -> pa.Table:
+def _parse(location: str, text: str, find: Find) -> pa.Table:
     """Parse delimited text; the separator is the one that yields the most known columns."""
+
+    def rank(mark: str) -> tuple[bool, int, int]:
+        is_complete = False
+        with contextlib.suppress(CorpusError):
+            is_complete = bool(find(rows[mark]))
+        return is_complete, len(known & set(map(column_key, rows[mark]))), len(rows[mark])
+
     text = text.lstrip("\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
         text = text[declared.end() :]
     if not text.strip():
-        raise CorpusError(f"{source}: the table is empty")
+        raise CorpusError(f"{location}: the table is empty")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
-    known = {column_key(name) for names in (*COLUMNS.values(), wanted) for name in names}
-    num_known = {mark: len(known & set(map(column_key, names))) for mark, names in rows.items()}
-    separator = max(rows, key=lambda mark: (num_known[mark], len(rows[mark])))
+    known = {column_key(name) for names in COLUMNS.values() for name in names}
+    separator = max(rows, key=rank)
     names = rows[separator]
     find(names)  # a file that is no table has no row of the right length either
     numbered = [f"column {number}" for number in range(len(names))]
@@ -126,12 +127,12 @@ def column_key(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
-def read_json_lines(filesystem: fs.FileSystem, path: str) -> list[Row]:
+def read_json_lines(location: str) -> list[Row]:
     """Read a file of JSON objects, one per line. A file named .gz is decompressed."""
-    with filesystem.open_input_file(path) as file:
-        data = file.read()
+    data = read_file(location)
     try:
-        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
+        is_zipped = filesystem_of(location)[1].endswith(".gz")
+        text = (gzip.decompress(data) if is_zipped else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TableError("it is not text in UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -162,12 +163,13 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
     return pa.table(columns)
 
 
-def read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find) -> pa.Table:
+def read_parquet(location: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
     A file of Hugging Face gets a column `path`, with the locations of the recordings. The numbers
     of a ClassLabel become names.
     """
+    filesystem, path = filesystem_of(location)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
         audio, features = audio_column(schema), features_of(schema)
@@ -178,7 +180,9 @@ def read_parquet(location: str, filesystem: fs.FileSystem, path: str, find: Find
         made = ["path"] if audio and "path" in chosen else []
         table = file.read([name for name in chosen if name not in made])
         if made:
-            table = table.append_column("path", pa.array(_packed_paths(location, file, str(audio))))
+            table = table.append_column(
+                "path", pa.array(_packed_paths(absolute(location), file, str(audio)))
+            )
     for name in table.column_names:
         if classes := (features.get(name) or {}).get("names"):
             numbers = table[name].to_pylist()

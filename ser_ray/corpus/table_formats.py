@@ -13,6 +13,8 @@ The columns keep their names; `table` chooses the columns that a corpus needs. N
 opened here.
 """
 
+from functools import partial
+
 import pyarrow as pa
 from pyarrow import fs
 
@@ -35,7 +37,7 @@ from ser_ray.corpus.table_tools import (
 )
 from ser_ray.corpus.words import SIDES, side_of_file
 from ser_ray.errors import CorpusError
-from ser_ray.storage.paths import absolute, folder_of, location_inside
+from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 Read = tuple[pa.Table | None, tuple[str, ...]]
 """A table, or None if a folder has none, and lines for the user."""
@@ -43,17 +45,12 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 """The tables of Hugging Face's folders of recordings."""
 
 
-def read_any(
-    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
-) -> Read:
+def read_any(location: str, find: Find) -> Read:
     """Read a table or a folder of tables.
 
     Args:
-        source: the table or folder, as the user wrote it.
-        filesystem: the filesystem of the source.
-        path: the path of the source on it.
+        location: path or URI of the table or folder.
         find: chooses the columns.
-        wanted: names of columns that the user gave.
 
     Returns:
         The table, or None if the folder has no tables of these formats; and lines for the user.
@@ -61,63 +58,60 @@ def read_any(
     Raises:
         CorpusError: the tables contradict each other, or need a package that is not installed.
     """
+    filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        return _read_folder(source, filesystem, path, find, wanted)
+        return _read_folder(location, find)
     name = path.rpartition("/")[2]
     if name.lower().endswith(".parquet"):
-        return read_parquet(absolute(source), filesystem, path, find), ()
+        return read_parquet(location, find), ()
     if is_lhotse(name):
-        beside = _entries(filesystem, folder_of(path))[0] if "supervisions" in name else {}
-        recordings = {other: file for other, file in beside.items() if "recordings" in other}
-        return read_lhotse(source, filesystem, {**recordings, name: path}), ()
+        folder = folder_of(location)
+        recordings = [other for other in _entries(folder)[0] if "recordings" in other]
+        return read_lhotse(folder, [*recordings, name]), ()
     if name.lower().endswith(JSON_SUFFIXES):
-        return as_table(read_json_lines(filesystem, path)), ()
-    return read_text(source, filesystem, path, find, wanted)
+        return as_table(read_json_lines(location)), ()
+    return read_text(location, find)
 
 
-def _read_folder(
-    source: str, filesystem: fs.FileSystem, path: str, find: Find, wanted: set[str]
-) -> Read:
+def _read_folder(location: str, find: Find) -> Read:
     """Read the tables in a folder."""
-    files, folders = _entries(filesystem, path)
+    inside = partial(location_inside, location)
+    files, folders = _entries(location)
     if "db.yaml" in files:
-        return read_audformat(source, filesystem, files, find), ()
+        return read_audformat(location, files, find), ()
     if "wav.scp" in files:
-        return read_kaldi(source, filesystem, files, find), ()
+        return read_kaldi(location, files, find), ()
     if any(map(is_lhotse, files)):
-        return read_lhotse(source, filesystem, files), ()
-    folds = [_entries(filesystem, folders[name])[0] for name in folders if name.startswith("fold")]
-    if tables := {name: file for fold in folds for name, file in fold.items() if FOLD.match(name)}:
-        return read_folds(filesystem, tables), ()
+        return read_lhotse(location, files), ()
+    folds = [name for name in folders if name.startswith("fold")]
+    found = [f"{fold}/{name}" for fold in folds for name in _entries(inside(fold))[0]]
+    if tables := {name: inside(name) for name in found if FOLD.match(name)}:
+        return read_folds(tables), ()
     parquets = [name for name in files if name.endswith(".parquet")]
-    sides = {name: side_of_file(name) for name in sorted(parquets or _texts(files))}
+    texts = [name for name in files if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))]
+    sides = {name: side_of_file(name) for name in sorted(parquets or texts)}
     if parquets or len(set(filter(None, sides.values()))) > 1:
         chosen = {name: side for name, side in sides.items() if side or parquets}
-        read = [
-            (read_any(location_inside(source, name), filesystem, files[name], find, wanted), side)
-            for name, side in chosen.items()
-        ]
+        read = [(read_any(inside(name), find), side) for name, side in chosen.items()]
         ignored = [name for name in sides if name not in chosen]
-        text = f"{source}: {', '.join(chosen)} were read, and {', '.join(ignored)} were not"
+        text = f"{location}: {', '.join(chosen)} were read, and {', '.join(ignored)} were not"
         return _join(read, (text,) if ignored else ())
     for name in _METADATA:
         if name in files:
-            return read_any(location_inside(source, name), filesystem, files[name], find, wanted)
-    if {"dataset_dict.json", "dataset_info.json"} & files.keys():
+            return read_any(inside(name), find)
+    if {"dataset_dict.json", "dataset_info.json"} & set(files):
         raise CorpusError(
-            f"{source}: was written by save_to_disk, whose Arrow files are not read; write the "
+            f"{location}: was written by save_to_disk, whose Arrow files are not read; write the "
             "data set with to_parquet instead, and each split to a file such as train-0.parquet"
         )
-    inner = {name: SIDES.get(name.lower()) for name in folders}
-    found = []
-    for name in sorted(name for name, side in inner.items() if side or name == "data"):
-        place = location_inside(source, name)
-        found.append((_read_folder(place, filesystem, folders[name], find, wanted), inner[name]))
-    return _join(found)
-
-
-def _texts(files: dict[str, str]) -> list[str]:
-    return [name for name in files if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))]
+    named = {name: SIDES.get(name.lower()) for name in sorted(folders)}
+    return _join(
+        [
+            (_read_folder(inside(name), find), side)
+            for name, side in named.items()
+            if side or name == "data"
+        ]
+    )
 
 
 def _join(parts: list[tuple[Read, str | None]], notes: tuple[str, ...] = ()) -> Read:
@@ -131,9 +125,12 @@ def _join(parts: list[tuple[Read, str | None]], notes: tuple[str, ...] = ()) -> 
     return pa.concat_tables(tables, promote_options="permissive") if tables else None, notes
 
 
-def _entries(filesystem: fs.FileSystem, path: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the files and the folders in a folder: {name: path} for each."""
+def _entries(location: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files and of the folders in a folder."""
+    filesystem, path = filesystem_of(location)
     entries = filesystem.get_file_info(fs.FileSelector(path))
-    files = {entry.base_name: entry.path for entry in entries if entry.is_file}
-    kind = fs.FileType.Directory
-    return files, {entry.base_name: entry.path for entry in entries if entry.type == kind}
+    kinds = (fs.FileType.File, fs.FileType.Directory)
+    files, folders = (
+        [entry.base_name for entry in entries if entry.type == kind] for kind in kinds
+    )
+    return files, folders

@@ -4,17 +4,17 @@ The columns keep the names that they have there. No recording is opened, and no 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import fs
 
 from ser_ray.corpus.table_files import Find, Row, as_table, read_json_lines
 from ser_ray.corpus.words import side_of_file
 from ser_ray.errors import CorpusError, first_line
+from ser_ray.storage.paths import location_inside, read_file
 
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 _LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
@@ -22,25 +22,26 @@ _LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
 _COMMAND = " is a command, and commands are not run; write the recordings into files first"
 
 
-def read_folds(filesystem: fs.FileSystem, tables: Mapping[str, str]) -> pa.Table:
+def read_folds(tables: Mapping[str, str]) -> pa.Table:
     """Read the folds of EmoBox; the column `fold` is the number of the fold that tests a row.
 
     If there is only one fold, the column `fold` is train, valid or test.
+
+    Args:
+        tables: {name that `FOLD` matches: location}.
     """
     has_one = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
     rows: dict[str, Row] = {}
     for name in sorted(tables, key=lambda name: "_test_" in name):
         match = FOLD.match(name)
         assert match is not None
-        for row in read_json_lines(filesystem, tables[name]):
+        for row in read_json_lines(tables[name]):
             fold = match[2] if match[1] == "test" else "train"
             rows[str(row.get("key"))] = {**row, "fold": match[1] if has_one else fold}
     return as_table(rows.values())
 
 
-def read_kaldi(
-    source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
-) -> pa.Table:
+def read_kaldi(location: str, files: Sequence[str], find: Find) -> pa.Table:
     """Read a data folder of Kaldi; each file of lines `UTTERANCE VALUE` is a column.
 
     Raises:
@@ -48,13 +49,13 @@ def read_kaldi(
     """
 
     def read(name: str) -> dict[str, str]:
-        with filesystem.open_input_file(files[name]) as file:
-            lines = [line.split(maxsplit=1) for line in file.read().decode().splitlines()]
+        text = read_file(location_inside(location, name)).decode()
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
         return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
     scp = read("wav.scp")
     if pipe := next((name for name, path in scp.items() if path.endswith("|")), None):
-        raise CorpusError(f"{source}/wav.scp: {pipe}{_COMMAND}")
+        raise CorpusError(f"{location}/wav.scp: {pipe}{_COMMAND}")
     label = next((name for name in _LABEL_FILES if name in files), "text")
     others = {{"utt2spk": "speaker", label: "label"}.get(name, name): name for name in files}
     found = find(["path", "start", "end", *others])
@@ -62,7 +63,7 @@ def read_kaldi(
     labels = list(columns["label"].values()) if found["label"] == "label" else []
     if label == "text" and sum(" " in text for text in labels) > len(labels) / 2:
         raise CorpusError(
-            f"{source}: has no file utt2emo, and its file text seems to hold transcripts, such as "
+            f"{location}: has no file utt2emo, and its file text seems to hold transcripts, such as "
             f"{labels[0]!r}; name the file with the labels, as in --columns label=utt2mood"
         )
     segments: dict[str, tuple[str, str | None, str | None]] = {
@@ -83,41 +84,44 @@ def is_lhotse(name: str) -> bool:
     return ".jsonl" in name and ("supervisions" in name or "cuts" in name)
 
 
-def read_lhotse(source: str, filesystem: fs.FileSystem, files: Mapping[str, str]) -> pa.Table:
+def read_lhotse(location: str, files: Sequence[str]) -> pa.Table:
     """Read supervisions with the recordings beside them, or else cuts; each supervision is a clip.
 
     Args:
-        source: the folder or file, as the user wrote it.
-        filesystem: the filesystem of the source.
-        files: the paths of the files to read, by their names.
+        location: the folder.
+        files: the names of the files to read in it.
 
     Raises:
         CorpusError: supervisions are without recordings, a cut is a mixture of several, or a
             recording is a command.
     """
+
+    def read(name: str) -> list[Row]:
+        return read_json_lines(location_inside(location, name))
+
     rows: list[Row] = []
     names = sorted(name for name in files if is_lhotse(name) and "supervisions" in name)
     for name in names or sorted(filter(is_lhotse, files)):
-        found = read_json_lines(filesystem, files[name])
+        found = read(name)
         if not names:
-            clips = [clip for cut in found for clip in _clips_of_cut(source, cut)]
+            clips = [clip for cut in found for clip in _clips_of_cut(location, cut)]
         else:
             beside = name.replace("supervisions", "recordings")
             if beside not in files:
-                raise CorpusError(f"{source}: has {name}, but not {beside} with its recordings")
-            recordings = {row["id"]: row for row in read_json_lines(filesystem, files[beside])}
+                raise CorpusError(f"{location}: has {name}, but not {beside} with its recordings")
+            recordings = {row["id"]: row for row in read(beside)}
             clips = [(row, recordings.get(row["recording_id"]), row["start"]) for row in found]
         side = side_of_file(name)
         split = {"split": side} if side else {}
-        rows.extend({**split, **_clip_of_lhotse(source, *clip)} for clip in clips)
+        rows.extend({**split, **_clip_of_lhotse(location, *clip)} for clip in clips)
     return as_table(rows)
 
 
-def _clips_of_cut(source: str, cut: Row) -> Iterator[tuple[Row, Row | None, float]]:
+def _clips_of_cut(location: str, cut: Row) -> Iterator[tuple[Row, Row | None, float]]:
     """Yield the supervisions in a cut, with the recording and the start in the recording."""
     if "tracks" in cut:
         raise CorpusError(
-            f"{source}: the cut {cut['id']} is a mixture of several recordings; save cuts of one "
+            f"{location}: the cut {cut['id']} is a mixture of several recordings; save cuts of one "
             "recording each"
         )
     for row in cut.get("supervisions", ()):
@@ -128,11 +132,11 @@ def _clips_of_cut(source: str, cut: Row) -> Iterator[tuple[Row, Row | None, floa
         yield clip, cut.get("recording"), round(cut["start"] + start, 6)
 
 
-def _clip_of_lhotse(source: str, row: Row, recording: Row | None, start: float) -> Row:
+def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float) -> Row:
     """Return the columns of a supervision that starts at this second of the recording."""
     sources = (recording or {}).get("sources", ())
     if any(found["type"] == "command" for found in sources):
-        raise CorpusError(f"{source}: {row['recording_id']}{_COMMAND}")
+        raise CorpusError(f"{location}: {row['recording_id']}{_COMMAND}")
     paths = [found["source"] for found in sources if found["type"] in ("file", "url")]
     end = round(start + row["duration"], 6)
     is_whole = start == 0 and recording and abs(end - recording["duration"]) < 0.001
@@ -141,9 +145,7 @@ def _clip_of_lhotse(source: str, row: Row, recording: Row | None, start: float) 
     return {**(row.get("custom") or {}), **plain, **times, "path": (paths or [None])[0]}
 
 
-def read_audformat(
-    source: str, filesystem: fs.FileSystem, files: Mapping[str, str], find: Find
-) -> pa.Table:
+def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
     """Read a folder of audformat: the labelled clips and their splits.
 
     Tables are also pickled where `audb` keeps its copies. Pickles can run code, and so can the
@@ -157,27 +159,26 @@ def read_audformat(
         import yaml
     except ImportError as error:
         raise CorpusError(
-            f"{source}: a folder of audformat needs the package audformat: pip install audformat"
+            f"{location}: a folder of audformat needs the package audformat: pip install audformat"
         ) from error
     with TemporaryDirectory() as folder:
-        for name, file in files.items():
+        for name in files:
             if name.startswith("db.") and name.endswith((".yaml", ".csv", ".parquet")):
-                with filesystem.open_input_file(file) as stream:
-                    Path(folder, name).write_bytes(stream.read())
+                Path(folder, name).write_bytes(read_file(location_inside(location, name)))
         header = Path(folder, "db.yaml")
         try:
             plain = yaml.safe_load(header.read_bytes())
         except yaml.YAMLError as error:
             raise CorpusError(
-                f"{source}/db.yaml: is not a header of audformat with plain values "
+                f"{location}/db.yaml: is not a header of audformat with plain values "
                 f"({first_line(error)})"
             ) from error
         header.write_text(yaml.safe_dump(plain, sort_keys=False))
         database = audformat.Database.load(folder)
         for name in (*database.tables, *database.misc_tables):
-            if not {f"db.{name}.csv", f"db.{name}.parquet"} & files.keys():
+            if not {f"db.{name}.csv", f"db.{name}.parquet"} & set(files):
                 raise CorpusError(
-                    f"{source}: its table {name} is there only as a pickle, which can run code; "
+                    f"{location}: its table {name} is there only as a pickle, which can run code; "
                     "save the database with the storage_format csv or parquet"
                 )
         return _clips_of_audformat(database, find)

@@ -10,6 +10,7 @@ says which rows to skip. Interruptions change neither names nor order of the par
 change a training on the shards.
 """
 
+import atexit
 import functools
 import itertools
 from collections import Counter
@@ -79,7 +80,9 @@ def write_part(
 @functools.cache
 def sandbox() -> Sandbox:
     """Return the sandbox of this process: Ray would retry a clip that kills its workers forever."""
-    return Sandbox()
+    own = Sandbox()
+    atexit.register(own.__exit__)
+    return own
 
 
 def _decode(path: str) -> Sound:

@@ -52,6 +52,18 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         raise LocationError(f"{location}: cannot be opened ({first_line(error)})") from error
 
 
+def read_file(location: str) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConfigError: no filesystem can open the location.
+    """
+    filesystem, path = filesystem_of(location)
+    with filesystem.open_input_file(path) as file:
+        return bytes(file.read())
+
+
 def as_utf8(path: str) -> str:
     r"""Replace bytes that are not UTF-8 by text like \xff, because tables store only UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
