@@ -63,8 +63,8 @@ def read_kaldi(location: str, files: Sequence[str], find: Find) -> pa.Table:
     labels = list(columns["label"].values()) if found["label"] == "label" else []
     if label == "text" and sum(" " in text for text in labels) > len(labels) / 2:
         raise CorpusError(
-            f"{location}: has no file utt2emo, and its file text seems to hold transcripts, such as "
-            f"{labels[0]!r}; name the file with the labels, as in --columns label=utt2mood"
+            f"{location}: has no file utt2emo, and its file text seems to hold transcripts, such "
+            f"as {labels[0]!r}; name the file with the labels, as in --columns label=utt2mood"
         )
     segments: dict[str, tuple[str, str | None, str | None]] = {
         name: (name, None, None) for name in scp
