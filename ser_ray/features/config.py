@@ -106,20 +106,15 @@ class FeatureConfig:
                 f"f_min is {self.f_min} Hz: it must be below half the sample rate, "
                 f"{self.sample_rate / 2:g} Hz"
             )
-        if self.hop_length > self.window_length:
-            raise ConfigError(
-                f"hop_length is {self.hop_length}: it must be at most window_length, "
-                f"{self.window_length}, so that no samples are skipped"
-            )
-        if self.num_mfcc > self.num_mels:
-            raise ConfigError(
-                f"num_mfcc is {self.num_mfcc}: it must be at most num_mels, {self.num_mels}"
-            )
-        if self.min_seconds > self.max_seconds:
-            raise ConfigError(
-                f"min_seconds is {self.min_seconds}: it must be at most max_seconds, "
-                f"{self.max_seconds}"
-            )
+        for small, large, why in (
+            ("hop_length", "window_length", ", so that no samples are skipped"),
+            ("num_mfcc", "num_mels", ""),
+            ("min_seconds", "max_seconds", ""),
+        ):
+            if getattr(self, small) > (limit := getattr(self, large)):
+                raise ConfigError(
+                    f"{small} is {getattr(self, small)}: it must be at most {large}, {limit}{why}"
+                )
         largest = max(map(self.num_bins, KINDS)) * self.num_frames
         if largest > LARGEST_FEATURE:
             raise ConfigError(

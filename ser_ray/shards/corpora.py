@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -171,16 +172,12 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str,
 
 def _require_same_features(sets: Mapping[str, ShardSet]) -> None:
     (first, shards), *others = sets.items()
-    ours = asdict(shards.card.features)
-    for name, other in others:
-        theirs = asdict(other.card.features)
-        for setting, value in ours.items():
-            if theirs[setting] != value:
-                raise ConfigError(
-                    f"{first} and {name} were prepared with different features ({setting} is "
-                    f"{value} and {theirs[setting]}): prepare one corpus again, with the settings "
-                    "of the other"
-                )
+    for (name, other), (setting, value) in product(others, asdict(shards.card.features).items()):
+        if (theirs := getattr(other.card.features, setting)) != value:
+            raise ConfigError(
+                f"{first} and {name} were prepared with different features ({setting} is {value} "
+                f"and {theirs}): prepare one corpus again, with the settings of the other"
+            )
 
 
 def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, str]) -> Member:
@@ -204,9 +201,7 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
     cards = [member.shards.card for member in members]
     kinds = {card.corpus for card in cards}
     is_synthetic, is_one = "synthetic" in kinds, len(kinds) == 1
-    counts: Counter[str] = Counter()
-    for card in cards:
-        counts.update(card.counts)
+    counts = sum((Counter(card.counts) for card in cards), Counter())
     sizes = [size for member in members for size in member.part_sizes]
     identity = [(m.part.name, m.part.fingerprint, m.part.labels) for m in members]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())

@@ -56,13 +56,13 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         ConfigError: an encoder is unknown, or the features have another sample rate.
         EncoderError: weights cannot be loaded, or differ from those in the shard set.
     """
-    if sources and features.sample_rate != ENCODER_RATE:
+    if not sources:
+        return []
+    if features.sample_rate != ENCODER_RATE:
         raise ConfigError(
             f"encoder is {sources[0]}, but sample_rate is {features.sample_rate}: encoders read "
             f"{ENCODER_RATE} Hz"
         )
-    if not sources:
-        return []
     from ser_ray.features.encoder import EncoderWeights  # slow: torch and torchaudio
 
     found = []
@@ -72,14 +72,13 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         filesystem, path = filesystem_of(stored)
         is_stored = filesystem.get_file_info(path).is_file
         weights = EncoderWeights.named(f"{name}={stored}" if is_stored else source)
-        if is_stored and "=" in source:
-            given = EncoderWeights.named(source).card.weights
-            if given != weights.card.weights:
-                raise EncoderError(
-                    f"{source}: its weights have the hash {given[:16]}, and the shards have a "
-                    f"column {name} of weights with the hash {weights.card.weights[:16]}; give "
-                    f"them another name, or delete {shards}/{ENCODERS}/{name}"
-                )
+        given = EncoderWeights.named(source) if is_stored and "=" in source else weights
+        if given.card.weights != weights.card.weights:
+            raise EncoderError(
+                f"{source}: its weights have the hash {given.card.weights[:16]}, and the shards "
+                f"have a column {name} of weights with the hash {weights.card.weights[:16]}; give "
+                f"them another name, or delete {shards}/{ENCODERS}/{name}"
+            )
         found.append(weights)
     return found
 
@@ -154,10 +153,8 @@ def missing_parts(
         filesystem.delete_file(path)
 
     def is_missing(part: int) -> bool:
-        path = f"{folder}/{feature_name(encoder.name, part)}"
-        if path not in found:
-            return True
-        return not is_current(filesystem, folder, part, card.features, encoder)
+        is_there = f"{folder}/{feature_name(encoder.name, part)}" in found
+        return not (is_there and is_current(filesystem, folder, part, card.features, encoder))
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         return list(itertools.compress(card.parts, pool.map(is_missing, card.parts)))

@@ -11,9 +11,10 @@ Here, a file means a row of the manifest, which may also be a segment of a file.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,16 +89,9 @@ def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
 
 
 def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
-    """Restore the committed times of files with a new time but unchanged bytes.
+    """Return the manifest with the committed times of files with a new time but unchanged bytes.
 
     Comparing bytes is faster than decoding.
-
-    Args:
-        manifest: one row per listed file.
-        committed: the result of `read_committed`.
-
-    Returns:
-        The manifest with the restored times.
     """
     if not committed:
         return manifest
@@ -169,7 +163,8 @@ def make_plan(
     manifest = manifest.sort_by(ORDER)
     parts = np.full(len(manifest), -1)
     if committed:
-        keys, numbers = _known_files(committed)
+        keys = pa.chunked_array([clip_keys(p.files).combine_chunks() for p in committed.values()])
+        numbers = np.repeat(list(committed), [len(part.files) for part in committed.values()])
         index = pc.index_in(clip_keys(manifest), value_set=keys)
         parts = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
     order = np.argsort(parts, kind="stable")
@@ -296,20 +291,17 @@ def describe_changes(
         if old[name] != new[name]
     ]
     kept = set(plan.kept)
-    nothing = first.files.schema.empty_table()
-    lost = [part.files for number, part in committed.items() if number not in kept]
-    before = pa.concat_tables([nothing, *lost])
-    names = [name for name in nothing.column_names if name != DIGEST]
-    before = before.select(names)
-    pending = [rows.select(names) for rows in plan.pending.values()]
-    after = pa.concat_tables([before.schema.empty_table(), *pending])
-    index = pc.index_in(clip_keys(after), value_set=clip_keys(before))
-    was, now = before.take(index.drop_null()), after.filter(pc.is_valid(index))
-    changed = sum(a != b for a, b in zip(was.to_pylist(), now.to_pylist(), strict=True))
+    before = _by_key(part.files for number, part in committed.items() if number not in kept)
+    after = _by_key(plan.pending.values())
+    changed = [key for key in before.keys() & after.keys() if before[key] != after[key]]
     for count, one, several in (
-        (index.null_count, "file has no outcome yet", "files have no outcome yet"),
-        (len(before) - len(was), "file is no longer listed", "files are no longer listed"),
-        (changed, "file has changed", "files have changed"),
+        (len(after.keys() - before.keys()), "file has no outcome yet", "files have no outcome yet"),
+        (
+            len(before.keys() - after.keys()),
+            "file is no longer listed",
+            "files are no longer listed",
+        ),
+        (len(changed), "file has changed", "files have changed"),
     ):
         if count:
             lines.append(f"{count} {one if count == 1 else several}")
@@ -317,8 +309,11 @@ def describe_changes(
     return (*lines, f"{num_kept} of {plan.num_files} files are prepared already")
 
 
-def _known_files(committed: Mapping[int, CommittedPart]) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Return the keys of all committed files, and the part of each file."""
-    keys = pa.chunked_array([clip_keys(part.files).combine_chunks() for part in committed.values()])
-    counts = [len(part.files) for part in committed.values()]
-    return keys, np.repeat(list(committed), counts)
+def _by_key(tables: Iterable[pa.Table]) -> dict[str, tuple[Any, ...]]:
+    """Return the rows of tables by their `clip_keys`, without digests and outcomes."""
+    names = [name for name in MANIFEST_SCHEMA.names if name not in ("status", "reason")]
+    rows: dict[str, tuple[Any, ...]] = {}
+    for table in tables:
+        columns = (table[name].to_pylist() for name in names)
+        rows |= zip(clip_keys(table).to_pylist(), zip(*columns, strict=True), strict=True)
+    return rows

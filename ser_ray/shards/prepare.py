@@ -25,6 +25,7 @@ from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, requi
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.mistakes import describe_clips, find_mistakes
 from ser_ray.corpus.table import MISSING_FILES
+from ser_ray.corpus.words import shorten
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import Report
@@ -150,32 +151,28 @@ def prepare(
             f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
             f"{first['status']}: {first['reason']}"
         )
+    listed_text = f"{len(outcomes)} files"
+    if pc.any(pc.is_valid(outcomes["start"])).as_py():
+        listed_text = f"{len(outcomes)} segments of {len(pc.unique(outcomes['path']))} files"
+    windows = [
+        f"{card.counts[OK]} clips are {card.num_clips} rows of the shards: a clip with more than "
+        f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
+    ]
     return PrepareSummary(
         card=card,
         notes=notes,
         files_done=plan.num_pending,
         seconds=time.monotonic() - started,
-        listed=_count_files(outcomes),
+        listed=listed_text,
         contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        warnings=(*corpus.notes, *missing, *_count_windows(card), *stale, *find_mistakes(outcomes)),
+        warnings=(
+            *corpus.notes,
+            *missing,
+            *(windows if card.num_clips > card.counts[OK] else ()),
+            *stale,
+            *find_mistakes(outcomes),
+        ),
     )
-
-
-def _count_files(rows: pa.Table) -> str:
-    """Count the listed files, and their segments if there are any."""
-    if not pc.any(pc.is_valid(rows["start"])).as_py():
-        return f"{len(rows)} files"
-    return f"{len(rows)} segments of {len(pc.unique(rows['path']))} files"
-
-
-def _count_windows(card: ShardCard) -> list[str]:
-    """Return a line with the number of rows, if long clips were cut into windows."""
-    if card.num_clips == (num_ok := card.counts[OK]):
-        return []
-    return [
-        f"{num_ok} clips are {card.num_clips} rows of the shards: a clip with more than "
-        f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
-    ]
 
 
 def _complete(
@@ -239,12 +236,10 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
         return []
     with atomic_write(filesystem, listing) as path, filesystem.open_output_stream(path) as stream:
         pa.csv.write_csv(rows, stream)
-    first = rows.slice(0, NAMES_SHOWN).to_pylist()
-    shown = ", ".join(f"{row['path']} ({row['reason']})" for row in first)
-    more = " and others" if len(rows) > NAMES_SHOWN else ""
+    names = [f"{row['path']} ({row['reason']})" for row in rows.to_pylist()]
     text = (
-        f"{len(rows)} of {num_files} files do not exist: {shown}{more}; all of them are listed "
-        f"in {config.shards}/{MISSING_NAME}"
+        f"{len(rows)} of {num_files} files do not exist: {shorten(names, NAMES_SHOWN)}; all of "
+        f"them are listed in {config.shards}/{MISSING_NAME}"
     )
     if len(rows) == num_files or set(rows["reason"].to_pylist()) != {NO_FILE}:
         raise CorpusError(
