@@ -28,7 +28,6 @@ from pathlib import Path
 
 import psutil
 import tyro
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.features.config import FeatureConfig
@@ -108,11 +107,11 @@ def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, {})
     for name in (CLIPS, OUTCOMES):
         Path(shards, name).mkdir()
-    filesystem, extractor = fs.LocalFileSystem(), FeatureExtractor(CONFIG)
+    extractor = FeatureExtractor(CONFIG)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(bench.processes, mp_context=context) as executor:
         parts = [
-            executor.submit(write_part, filesystem, shards, part, rows, extractor)
+            executor.submit(write_part, shards, part, rows, extractor)
             for part, rows in plan.pending.items()
         ]
         for part in as_completed(parts):

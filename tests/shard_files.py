@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
@@ -33,8 +32,7 @@ def write_shard_files(
         column = pa.array([clip.tobytes() for clip in stored], pa.binary(stored[0].nbytes))
         table = table.append_column(kind, column)
     (folder / CLIPS).mkdir(parents=True)
-    filesystem = fs.LocalFileSystem()
-    write_table(filesystem, f"{folder}/{part_name(0)}", table)
+    write_table(str(folder), part_name(0), table)
     card = ShardCard(
         corpus="table",
         source="memory",
@@ -45,7 +43,7 @@ def write_shard_files(
         clips=(num_clips,),
         fingerprint="f00d" * 4,
     )
-    write_card(filesystem, str(folder), card)
+    write_card(str(folder), card)
     return str(folder)
 
 

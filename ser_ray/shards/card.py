@@ -8,17 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import Corpus
 from ser_ray.corpus.words import CorpusKind
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig, require_valid
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.layout import CARD_NAME, OK, REQUESTS_AT_ONCE, outcomes_name, part_name
+from ser_ray.shards import layout
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.json_text import read_object
+from ser_ray.storage.paths import filesystem_of, location_inside, read_file
 
 SCHEMA_VERSION = 2
 FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
@@ -134,40 +133,26 @@ class ShardCard:
 
 
 def make_card(
-    filesystem: fs.FileSystem,
-    folder: str,
-    corpus: Corpus,
-    features: FeatureConfig,
-    parts: Sequence[int],
+    shards: str, corpus: Corpus, features: FeatureConfig, parts: Sequence[int]
 ) -> ShardCard:
-    """Describe the committed parts of a shard set.
-
-    Args:
-        filesystem: the filesystem of the shard set.
-        folder: the path of the shard set on it.
-        corpus: the listed corpus.
-        features: the settings of the features.
-        parts: numbers of the parts, ascending.
-    """
+    """Describe the committed parts of a shard set; `parts` are their numbers, ascending."""
 
     def read_part(part: int) -> tuple[list[str], pa.Table]:
-        outcomes = f"{folder}/{outcomes_name(part)}"
-        statuses = pq.read_table(outcomes, columns=["status"], filesystem=filesystem)["status"]
-        clips = f"{folder}/{part_name(part)}"
-        return statuses.to_pylist(), pq.read_table(
-            clips, columns=FINGERPRINTED, filesystem=filesystem
-        )
+        statuses = layout.read_table(shards, layout.outcomes_name(part), ["status"])[
+            "status"
+        ].to_pylist()
+        return statuses, layout.read_table(shards, layout.part_name(part), FINGERPRINTED)
 
     counts: Counter[str] = Counter()
     clips = []
     digest = hashlib.sha256(json.dumps([features.fingerprint, corpus.labels]).encode())
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
         for statuses, table in pool.map(read_part, parts):
             counts.update(statuses)
             clips.append(len(table))
             for row in zip(*table.to_pydict().values(), strict=True):
                 digest.update(json.dumps(row).encode())
-    assert sum(clips) >= counts[OK], "every decoded clip has at least one row"
+    assert sum(clips) >= counts[layout.OK], "every decoded clip has at least one row"
     return ShardCard(
         corpus=corpus.name,
         source=corpus.root,
@@ -180,24 +165,23 @@ def make_card(
     )
 
 
-def write_card(filesystem: fs.FileSystem, folder: str, card: ShardCard) -> None:
+def write_card(shards: str, card: ShardCard) -> None:
     """Write the card, which commits the shard set."""
     content = json.dumps(asdict(card), indent=1).encode()
-    write_file(filesystem, f"{folder}/{CARD_NAME}", content)
+    write_file(*filesystem_of(location_inside(shards, layout.CARD_NAME)), content)
 
 
-def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
-    """Return the card in a folder, or None if there is no card.
+def read_card(shards: str) -> ShardCard | None:
+    """Return the card of a shard set, or None if there is no card.
 
     Raises:
         ShardsError: the card cannot be read, is damaged, or has another version.
     """
     try:
-        with filesystem.open_input_file(f"{folder}/{CARD_NAME}") as file:
-            values = read_object(file.read())
+        values = read_object(read_file(location_inside(shards, layout.CARD_NAME)))
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             raise ShardsError(
-                f"{folder}: has layout version {version}, and this program reads version "
+                f"{shards}: has layout version {version}, and this program reads version "
                 f"{SCHEMA_VERSION}: prepare the corpus again into another folder"
             )
         values["features"] = FeatureConfig(**values["features"])
@@ -208,9 +192,9 @@ def read_card(filesystem: fs.FileSystem, folder: str) -> ShardCard | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ShardsError(f"{folder}: cannot be read ({error})") from error
+        raise ShardsError(f"{shards}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ShardsError(
-            f"{folder}/{CARD_NAME}: is not the card of a shard set ({error}); delete it and "
+            f"{shards}/{layout.CARD_NAME}: is not the card of a shard set ({error}); delete it and "
             "run the same `ser-ray prepare` again"
         ) from error

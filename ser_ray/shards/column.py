@@ -7,14 +7,13 @@ written atomically. Nothing here imports Ray.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
@@ -23,38 +22,25 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.digest import sample_digest
-from ser_ray.shards.layout import feature_column, feature_name, part_name, write_table
+from ser_ray.shards.layout import feature_column, feature_name, part_name, read_table, write_table
 from ser_ray.shards.progress import in_groups
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 KEY = b"ser_ray.encoder_key"
 """Name of the metadata of a part that says what it was made of."""
-KEYED = ("content", "window")
+KEYED = ["content", "window"]
 """Columns of the clips on which this depends."""
 WINDOWS_AT_ONCE = 256
 """Windows whose sound an actor holds: 107 MB at 6.5 s each."""
 
 
-def read_clips(
-    filesystem: fs.FileSystem, folder: str, part: int, columns: Sequence[str]
-) -> pa.Table:
-    """Read columns of a part's clips."""
-    path = f"{folder}/{part_name(part)}"
-    return pq.read_table(path, columns=list(columns), filesystem=filesystem)
-
-
-def is_current(
-    filesystem: fs.FileSystem,
-    folder: str,
-    part: int,
-    features: FeatureConfig,
-    encoder: EncoderCard,
-) -> bool:
+def is_current(shards: str, part: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
     """Return whether the file of a part's column is undamaged, and made of its clips."""
-    key = _column_key(read_clips(filesystem, folder, part, KEYED), features, encoder)
-    path = f"{folder}/{feature_name(encoder.name, part)}"
+    key = _column_key(read_table(shards, part_name(part), KEYED), features, encoder)
+    filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, part)))
     try:
         schema = pq.read_schema(path, filesystem=filesystem)
     except pa.ArrowException:
@@ -69,18 +55,12 @@ def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) 
 
 
 def encode_part(
-    filesystem: fs.FileSystem,
-    folder: str,
-    part: int,
-    extractor: FeatureExtractor,
-    encoder: "Encoder",
-    threads: int = 1,
+    shards: str, part: int, extractor: FeatureExtractor, encoder: "Encoder", threads: int = 1
 ) -> int:
     """Encode the clips of a part, write its column, and return the number of clips.
 
     Args:
-        filesystem: where the shard set is.
-        folder: path of the shard set on it.
+        shards: folder or URI of the shard set.
         part: the part's number.
         extractor: trims and cuts, as it did for the clips.
         encoder: the encoder, on its device.
@@ -89,7 +69,7 @@ def encode_part(
     Raises:
         OSError: a recording cannot be read as before, or the column cannot be written.
     """
-    clips = read_clips(filesystem, folder, part, ["path", "start", "end", *KEYED])
+    clips = read_table(shards, part_name(part), ["path", "start", "end", *KEYED])
     card = encoder.card
     values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
     with ThreadPoolExecutor(threads) as pool:
@@ -102,7 +82,7 @@ def encode_part(
             values[np.concatenate(rows)] = found.clip(-65504, 65504)
     key = _column_key(clips, extractor.config, card)
     table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
-    write_table(filesystem, f"{folder}/{feature_name(card.name, part)}", table)
+    write_table(shards, feature_name(card.name, part), table)
     return int(np.count_nonzero(clips["window"].to_numpy() == 0))
 
 

@@ -31,10 +31,10 @@ from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import ENCODER_RATE, EncoderCard
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import Report
+from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.column import encode_part, is_current, read_clips
+from ser_ray.shards.column import encode_part, is_current
 from ser_ray.shards.job import follow, part_result, set_up_ray_data
-from ser_ray.shards.layout import ENCODERS, OK, REQUESTS_AT_ONCE, feature_name, weights_name
 from ser_ray.shards.progress import count_files
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
@@ -68,7 +68,7 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
     found = []
     for source in sources:
         name = source.partition("=")[0]
-        stored = location_inside(shards, weights_name(name))
+        stored = location_inside(shards, layout.weights_name(name))
         filesystem, path = filesystem_of(stored)
         is_stored = filesystem.get_file_info(path).is_file
         weights = EncoderWeights.named(f"{name}={stored}" if is_stored else source)
@@ -77,7 +77,7 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
             raise EncoderError(
                 f"{source}: its weights have the hash {given.card.weights[:16]}, and the shards "
                 f"have a column {name} of weights with the hash {weights.card.weights[:16]}; give "
-                f"them another name, or delete {shards}/{ENCODERS}/{name}"
+                f"them another name, or delete {shards}/{layout.ENCODERS}/{name}"
             )
         found.append(weights)
     return found
@@ -107,14 +107,13 @@ def add_encoders(
     Raises:
         ShardsError: a recording cannot be read again, or the job failed.
     """
-    filesystem, folder = filesystem_of(shards)
     named = {weights.card.name: weights for weights in encoders}
-    before = {item.name: item for item in card.encoders} | _stored(filesystem, folder)
+    before = {item.name: item for item in card.encoders} | _stored(shards)
     cards = before | {name: weights.card for name, weights in named.items()}
-    missing = {name: missing_parts(filesystem, folder, card, cards[name]) for name in sorted(cards)}
+    missing = {name: missing_parts(shards, card, cards[name]) for name in sorted(cards)}
     with cluster(address) if any(missing[name] for name in named) else nullcontext():
         for name, weights in named.items():
-            _store_weights(filesystem, f"{folder}/{weights_name(name)}", weights)
+            _store_weights(location_inside(shards, layout.weights_name(name)), weights)
             if missing[name]:
                 logger.info("%-12s %s", "encoder", name)
                 _write_column(shards, card, weights, missing.pop(name), lock, progress)
@@ -126,37 +125,34 @@ def add_encoders(
     ]
     if tuple(complete) != card.encoders:
         card = replace(card, encoders=tuple(complete))
-        write_card(filesystem, folder, card)
+        write_card(shards, card)
     return card, notes
 
 
-def _stored(filesystem: fs.FileSystem, folder: str) -> dict[str, EncoderCard]:
+def _stored(shards: str) -> dict[str, EncoderCard]:
     """Return the cards of all encoders whose columns a shard set has, also if parts are missing."""
     found = {}
-    selector = fs.FileSelector(f"{folder}/{ENCODERS}", allow_not_found=True)
-    for entry in filesystem.get_file_info(selector):
-        path = f"{folder}/{weights_name(entry.base_name)}"
+    filesystem, folder = filesystem_of(location_inside(shards, layout.ENCODERS))
+    for entry in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        _, path = filesystem_of(location_inside(shards, layout.weights_name(entry.base_name)))
         if filesystem.get_file_info(path).is_file:
             with filesystem.open_input_file(path) as file:
                 found[entry.base_name] = EncoderCard.from_file(file, path)
     return found
 
 
-def missing_parts(
-    filesystem: fs.FileSystem, folder: str, card: ShardCard, encoder: EncoderCard
-) -> list[int]:
+def missing_parts(shards: str, card: ShardCard, encoder: EncoderCard) -> list[int]:
     """Return the parts whose column is missing or outdated, and delete files of no part."""
-    own = {f"{folder}/{feature_name(encoder.name, part)}" for part in card.parts}
-    selector = fs.FileSelector(f"{folder}/{ENCODERS}/{encoder.name}", allow_not_found=True)
-    found = {entry.path for entry in filesystem.get_file_info(selector)}
-    for path in sorted(found - own - {f"{folder}/{weights_name(encoder.name)}"}):
-        filesystem.delete_file(path)
+    own = {layout.feature_name(encoder.name, part) for part in card.parts}
+    found = set(layout.names_in(shards, f"{layout.ENCODERS}/{encoder.name}") or ())
+    for name in found - own - {layout.weights_name(encoder.name)}:
+        layout.delete(shards, name)
 
     def is_missing(part: int) -> bool:
-        is_there = f"{folder}/{feature_name(encoder.name, part)}" in found
-        return not (is_there and is_current(filesystem, folder, part, card.features, encoder))
+        is_there = layout.feature_name(encoder.name, part) in found
+        return not (is_there and is_current(shards, part, card.features, encoder))
 
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
         return list(itertools.compress(card.parts, pool.map(is_missing, card.parts)))
 
 
@@ -172,8 +168,9 @@ def _write_column(
     import ray
     import ray.data
 
-    filesystem, folder = filesystem_of(shards)
-    clips = [read_clips(filesystem, folder, part, ["path", "window"]) for part in parts]
+    clips = [
+        layout.read_table(shards, layout.part_name(part), ["path", "window"]) for part in parts
+    ]
     paths = itertools.chain.from_iterable(table["path"].to_pylist() for table in clips)
     require_shared(shards, *one_of_each_folder(paths))
     set_up_ray_data()
@@ -192,12 +189,13 @@ def _write_column(
         num_gpus=1 / ACTORS_PER_GPU if gpus else None,
     )
     num_files = sum(pc.sum(pc.equal(table["window"], 0)).as_py() or 0 for table in clips)
-    with count_files(card.counts[OK], card.counts[OK] - num_files, progress) as add:
+    with count_files(card.counts[layout.OK], card.counts[layout.OK] - num_files, progress) as add:
         follow(results, shards, lock, add)
 
 
-def _store_weights(filesystem: fs.FileSystem, path: str, weights: "EncoderWeights") -> None:
+def _store_weights(location: str, weights: "EncoderWeights") -> None:
     """Write the weights beside their column, unless they are there."""
+    filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).is_file:
         return
     filesystem.create_dir(path.rpartition("/")[0])
@@ -223,11 +221,10 @@ class _PartEncoder:
             torch.set_num_threads(1)  # an actor has one CPU
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        filesystem, folder = filesystem_of(self.shards)
         part, name = int(batch["part"][0]), self.encoder.card.name
 
         def write() -> dict[str, int]:
             own = self.extractor, self.encoder, self.threads
-            return {OK: encode_part(filesystem, folder, part, *own)}
+            return {layout.OK: encode_part(self.shards, part, *own)}
 
-        return part_result(feature_name(name, part), write)
+        return part_result(layout.feature_name(name, part), write)

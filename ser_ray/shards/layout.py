@@ -24,6 +24,7 @@ from pyarrow import fs
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS
 from ser_ray.storage.atomic import atomic_write
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 CARD_NAME = "card.json"
 CLIPS, OUTCOMES, ENCODERS = "clips", "outcomes", "encoders"
@@ -35,8 +36,8 @@ REQUESTS_AT_ONCE = 16
 """Parts that are read in parallel: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"
 """Saves nine tenths of the bytes that zstd saves, and can be read twice as fast."""
-_OWN = re.compile(r"part-\d+\.parquet(\.[0-9a-f]{8}\.tmp)?")
-"""Names of the files in the folders of clips and outcomes."""
+_OWN = re.compile(rf"{CLIPS}/part-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
+"""Names of the files in the folder of clips."""
 
 
 def feature_column(values: np.ndarray) -> pa.FixedSizeBinaryArray:
@@ -66,8 +67,15 @@ def outcomes_name(part: int) -> str:
     return f"{OUTCOMES}/part-{part:05d}.parquet"
 
 
-def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
+def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read columns of a Parquet file of the shard set; `name` is its path inside the set."""
+    filesystem, path = filesystem_of(location_inside(shards, name))
+    return pq.read_table(path, columns=columns, filesystem=filesystem)
+
+
+def write_table(shards: str, name: str, table: pa.Table) -> None:
     """Write a Parquet file atomically, without statistics and without dictionaries of features."""
+    filesystem, path = filesystem_of(location_inside(shards, name))
     with atomic_write(filesystem, path) as target:
         pq.write_table(
             table,
@@ -81,33 +89,38 @@ def write_table(filesystem: fs.FileSystem, path: str, table: pa.Table) -> None:
         )
 
 
-def require_own(filesystem: fs.FileSystem, folder: str, shards: str) -> None:
+def names_in(shards: str, folder: str) -> list[str] | None:
+    """Return the paths of the files in a folder of the shard set; None if it does not exist."""
+    filesystem, path = filesystem_of(location_inside(shards, folder))
+    if filesystem.get_file_info(path).type == fs.FileType.NotFound:
+        return None
+    entries = filesystem.get_file_info(fs.FileSelector(path))
+    return sorted(f"{folder}/{entry.base_name}" for entry in entries if entry.is_file)
+
+
+def delete(shards: str, name: str) -> None:
+    """Delete a file of the shard set, if it exists."""
+    filesystem, path = filesystem_of(location_inside(shards, name))
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def require_own(shards: str) -> None:
     """Raise `ShardsError` if the folder of the clips has files that are not part of a shard set."""
-    names = sorted(path.rpartition("/")[2] for path in _files(filesystem, f"{folder}/{CLIPS}"))
-    has_outcomes = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
-    foreign = [name for name in names if not (has_outcomes and _OWN.fullmatch(name))]
-    if foreign:
-        raise ShardsError(
-            f"{shards}: holds {CLIPS}/{foreign[0]}, which is not part of a shard set; choose "
-            "another folder"
-        )
+    has_outcomes = names_in(shards, OUTCOMES) is not None
+    for name in names_in(shards, CLIPS) or ():
+        if not (has_outcomes and _OWN.fullmatch(name)):
+            raise ShardsError(
+                f"{shards}: holds {name}, which is not part of a shard set; choose another folder"
+            )
 
 
-def _files(filesystem: fs.FileSystem, folder: str) -> list[str]:
-    """Return the paths of the files in a folder, which may not exist."""
-    entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    return [entry.path for entry in entries if entry.is_file]
-
-
-def keep_only(filesystem: fs.FileSystem, folder: str, parts: list[int]) -> None:
+def keep_only(shards: str, parts: list[int]) -> None:
     """Delete the card, and the outcomes and clips of all parts that are not in `parts`.
 
     Outcomes are deleted before clips, so an interruption never leaves a part that looks complete.
     """
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(f"{folder}/{CARD_NAME}")
-    kept = {f"{folder}/{name(part)}" for part in parts for name in (outcomes_name, part_name)}
-    for name in (OUTCOMES, CLIPS):
-        for path in _files(filesystem, f"{folder}/{name}"):
-            if path not in kept:
-                filesystem.delete_file(path)
+    kept = {name(part) for part in parts for name in (outcomes_name, part_name)}
+    found = [name for folder in (OUTCOMES, CLIPS) for name in names_in(shards, folder) or ()]
+    for name in (CARD_NAME, *(name for name in found if name not in kept)):
+        delete(shards, name)

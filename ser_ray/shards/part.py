@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import SAME_NAME
 from ser_ray.features.config import KINDS
@@ -46,7 +45,7 @@ FACTS = pa.schema(
 
 
 def write_part(
-    filesystem: fs.FileSystem, folder: str, part: int, rows: pa.Table, extractor: FeatureExtractor
+    shards: str, part: int, rows: pa.Table, extractor: FeatureExtractor
 ) -> dict[str, int]:
     """Decode the files of a part, commit its clips and outcomes, and count the files by status.
 
@@ -54,8 +53,7 @@ def write_part(
     next run writes it again.
 
     Args:
-        filesystem: the filesystem of the shard set.
-        folder: the path of the shard set on it.
+        shards: folder or URI of the shard set.
         part: number of the part.
         rows: the part's rows of the manifest; files with a status are not opened.
         extractor: computes the features.
@@ -72,8 +70,8 @@ def write_part(
     key = part_key(rows, extractor.config) if is_final else ""
     table = _outcomes_table(rows, outcomes, undecided)
     table = table.replace_schema_metadata(part_metadata(key, extractor.config))
-    write_table(filesystem, f"{folder}/{part_name(part)}", clips)
-    write_table(filesystem, f"{folder}/{outcomes_name(part)}", table)
+    write_table(shards, part_name(part), clips)
+    write_table(shards, outcomes_name(part), table)
     return dict(Counter(table["status"].to_pylist()))
 
 

@@ -11,6 +11,7 @@ Here, a file means a row of the manifest, which may also be a segment of a file.
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,16 +27,10 @@ from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER, replace_column
 from ser_ray.corpus.table import clip_keys
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.shards import layout
 from ser_ray.shards.digest import file_digest
-from ser_ray.shards.layout import (
-    DIGEST,
-    OUTCOMES,
-    REQUESTS_AT_ONCE,
-    outcomes_name,
-    part_name,
-    write_table,
-)
 from ser_ray.storage.json_text import read_object
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 MIN_PARTS = 16
 """A small corpus is cut into at least this many parts, so that several cores have work."""
@@ -103,43 +98,41 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) ->
     )
     rows = np.flatnonzero(pc.fill_null(touched, False).to_numpy())
     paths = manifest["path"].take(rows).to_pylist()
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
         files = list(dict.fromkeys(paths))
         digests = dict(zip(files, pool.map(file_digest, files), strict=True))
     times = manifest["modified"].to_pylist()
     for row, path in zip(rows.tolist(), paths, strict=True):
-        if digests[path] is not None and digests[path] == before[DIGEST][row].as_py():
+        if digests[path] is not None and digests[path] == before[layout.DIGEST][row].as_py():
             times[row] = before["modified"][row].as_py()
     return replace_column(manifest, "modified", pa.array(times, pa.int64()))
 
 
-def read_committed(filesystem: fs.FileSystem, folder: str) -> dict[int, CommittedPart]:
+def read_committed(shards: str) -> dict[int, CommittedPart]:
     """Read the committed parts of a shard set: {number: part}."""
 
     def read_part(part: int) -> CommittedPart | None:
+        filesystem, path = filesystem_of(location_inside(shards, layout.part_name(part)))
         try:
-            files = pq.read_table(f"{folder}/{outcomes_name(part)}", filesystem=filesystem)
-            pq.read_schema(f"{folder}/{part_name(part)}", filesystem=filesystem)
+            files = layout.read_table(shards, layout.outcomes_name(part))
+            pq.read_schema(path, filesystem=filesystem)
             metadata = files.schema.metadata or {}
             features = FeatureConfig(**read_object(metadata[FEATURES]))
             files = files.replace_schema_metadata(None)
-            if set(files.schema) != {*MANIFEST_SCHEMA, pa.field(DIGEST, pa.string())}:
+            if set(files.schema) != {*MANIFEST_SCHEMA, pa.field(layout.DIGEST, pa.string())}:
                 return None
             files = files.drop_columns(["status", "reason"])
             return CommittedPart(files, metadata[KEY].decode(), features)
         except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, ConfigError):
             return None  # incomplete, damaged or of another version
         except OSError:
-            if isinstance(filesystem, fs.LocalFileSystem):
-                return None  # not a Parquet file; in a bucket the error may be temporary
-            raise
+            if not isinstance(filesystem, fs.LocalFileSystem):
+                raise  # the error may be temporary
+            return None  # not a Parquet file
 
-    entries = filesystem.get_file_info(
-        fs.FileSelector(f"{folder}/{OUTCOMES}", allow_not_found=True)
-    )
-    stems = [entry.base_name.removesuffix(".parquet").removeprefix("part-") for entry in entries]
-    parts = sorted(int(stem) for stem in stems if stem.isdecimal())
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    names = "\n".join(layout.names_in(shards, layout.OUTCOMES) or ())
+    parts = [int(part) for part in re.findall(r"/part-(\d+)\.parquet$", names, re.MULTILINE)]
+    with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
         found = zip(parts, pool.map(read_part, parts), strict=True)
         return {part: committed for part, committed in found if committed is not None}
 
@@ -226,8 +219,7 @@ def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]
 
 
 def update_times(
-    filesystem: fs.FileSystem,
-    folder: str,
+    shards: str,
     listed: pa.Table,
     restored: pa.Table,
     features: FeatureConfig,
@@ -238,8 +230,7 @@ def update_times(
     The next run then does not compare their bytes again.
 
     Args:
-        filesystem: the filesystem of the shard set.
-        folder: the path of the shard set on it.
+        shards: folder or URI of the shard set.
         listed: the manifest with the new times.
         restored: the result of `restore_times`.
         features: the settings of the features.
@@ -251,11 +242,12 @@ def update_times(
         if not pc.any(pc.is_in(committed.files["path"], value_set=paths)).as_py():
             continue
         rows = listed.take(pc.index_in(clip_keys(committed.files), value_set=all_keys))
-        path = f"{folder}/{outcomes_name(part)}"
-        outcomes = pq.read_table(path, filesystem=filesystem)
+        outcomes = layout.read_table(shards, layout.outcomes_name(part))
         outcomes = replace_column(outcomes, "modified", rows["modified"])
         metadata = part_metadata(part_key(rows, features), features)
-        write_table(filesystem, path, outcomes.replace_schema_metadata(metadata))
+        layout.write_table(
+            shards, layout.outcomes_name(part), outcomes.replace_schema_metadata(metadata)
+        )
 
 
 def require_same_corpus(
@@ -294,13 +286,10 @@ def describe_changes(
     before = _by_key(part.files for number, part in committed.items() if number not in kept)
     after = _by_key(plan.pending.values())
     changed = [key for key in before.keys() & after.keys() if before[key] != after[key]]
+    new, gone = after.keys() - before.keys(), before.keys() - after.keys()
     for count, one, several in (
-        (len(after.keys() - before.keys()), "file has no outcome yet", "files have no outcome yet"),
-        (
-            len(before.keys() - after.keys()),
-            "file is no longer listed",
-            "files are no longer listed",
-        ),
+        (len(new), "file has no outcome yet", "files have no outcome yet"),
+        (len(gone), "file is no longer listed", "files are no longer listed"),
         (len(changed), "file has changed", "files have changed"),
     ):
         if count:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from pyarrow import fs
 
 from ser_ray.cluster.connect import cluster
 from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
@@ -29,11 +28,11 @@ from ser_ray.corpus.words import shorten
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import Report
+from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.encode import add_encoders, load_encoders
 from ser_ray.shards.job import AGAIN, follow, part_result, set_up_ray_data
-from ser_ray.shards.layout import CLIPS, OK, OUTCOMES, keep_only, part_name, require_own
 from ser_ray.shards.part import write_part
 from ser_ray.shards.plan import (
     Plan,
@@ -49,7 +48,7 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
-from ser_ray.storage.paths import absolute, filesystem_of
+from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
 IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
@@ -70,8 +69,8 @@ class PrepareSummary:
     """Number of files that got their outcome in this run."""
     seconds: float
     """Wall time of this run."""
-    listed: str
-    """A text with the number of listed files and segments."""
+    num_files: int | None
+    """Number of files, if the corpus is a table of segments."""
     contents: str
     """A text with the number of clips by label, and the number of speakers."""
     warnings: tuple[str, ...]
@@ -79,8 +78,9 @@ class PrepareSummary:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
+        of_files = f"segments of {self.num_files} files" if self.num_files else "files"
         lines = [
-            f"{self.listed}: {counts}",
+            f"{self.card.num_files} {of_files}: {counts}",
             f"{self.files_done} of them done now, in {self.seconds:.1f} s",
             self.contents,
             *(
@@ -121,13 +121,12 @@ def prepare(
         require_kept(location)
     corpus = listed or list_corpus(config.corpus, config.missing, column_names(config.columns))
     manifest = exclude(corpus.manifest, config.include)
-    filesystem, folder = filesystem_of(config.shards)
     encoders = load_encoders(config.shards, config.encoder, config.features)
     try:
         with Lock(config.shards, ShardsError, IN_USE) as lock:
-            require_own(filesystem, folder, config.shards)
+            layout.require_own(config.shards)
             missing = _report_missing(manifest, config)
-            committed = read_committed(filesystem, folder)
+            committed = read_committed(config.shards)
             require_same_corpus(committed, manifest, config.shards)
             current, manifest = manifest, restore_times(manifest, committed)
             plan = make_plan(manifest, config.features, config.rows_per_part, committed)
@@ -135,8 +134,8 @@ def prepare(
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             kept = {part: committed[part] for part in plan.kept}
-            update_times(filesystem, folder, current, manifest, config.features, kept)
-            card = read_card(filesystem, folder)
+            update_times(config.shards, current, manifest, config.features, kept)
+            card = read_card(config.shards)
             with cluster(address) if plan.pending else contextlib.nullcontext():
                 if card is None or plan.pending or card.parts != tuple(plan.kept):
                     card = _complete(config, corpus, plan, lock, progress)
@@ -151,27 +150,21 @@ def prepare(
             f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
             f"{first['status']}: {first['reason']}"
         )
-    listed_text = f"{len(outcomes)} files"
-    if pc.any(pc.is_valid(outcomes["start"])).as_py():
-        listed_text = f"{len(outcomes)} segments of {len(pc.unique(outcomes['path']))} files"
-    windows = [
-        f"{card.counts[OK]} clips are {card.num_clips} rows of the shards: a clip with more than "
-        f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
-    ]
+    warnings = [*corpus.notes, *missing]
+    if card.num_clips > (num_ok := card.counts[layout.OK]):
+        warnings.append(
+            f"{num_ok} clips are {card.num_clips} rows of the shards: a clip with more than "
+            f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
+        )
+    is_segmented = pc.any(pc.is_valid(outcomes["start"])).as_py()
     return PrepareSummary(
         card=card,
         notes=notes,
         files_done=plan.num_pending,
         seconds=time.monotonic() - started,
-        listed=listed_text,
-        contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], OK))),
-        warnings=(
-            *corpus.notes,
-            *missing,
-            *(windows if card.num_clips > card.counts[OK] else ()),
-            *stale,
-            *find_mistakes(outcomes),
-        ),
+        num_files=len(pc.unique(outcomes["path"])) if is_segmented else None,
+        contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], layout.OK))),
+        warnings=(*warnings, *stale, *find_mistakes(outcomes)),
     )
 
 
@@ -194,8 +187,8 @@ def _complete(
         to_open = (rows.filter(pc.is_null(rows["status"])) for rows in plan.pending.values())
         paths = (path for rows in to_open for path in pc.unique(rows["path"]).to_pylist())
         require_shared(config.corpus, config.shards, *one_of_each_folder(paths))
-        keep_only(filesystem, folder, plan.kept)
-        for name in (OUTCOMES, CLIPS):
+        layout.keep_only(config.shards, plan.kept)
+        for name in (layout.OUTCOMES, layout.CLIPS):
             filesystem.create_dir(f"{folder}/{name}")
         set_up_ray_data()
         blocks = [
@@ -210,10 +203,10 @@ def _complete(
         )
         with count_files(plan.num_files, plan.num_files - plan.num_pending, progress) as add:
             follow(results, config.shards, lock, add)
-    keep_only(filesystem, folder, plan.parts)
-    card = make_card(filesystem, folder, corpus, config.features, plan.parts)
+    layout.keep_only(config.shards, plan.parts)
+    card = make_card(config.shards, corpus, config.features, plan.parts)
     assert card.num_files == plan.num_files, "one outcome for every listed file"
-    write_card(filesystem, folder, card)
+    write_card(config.shards, card)
     return card
 
 
@@ -224,16 +217,14 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
         CorpusError: no file of the table exists, or the folder of a file does not exist: a disk may
             not be mounted.
     """
-    filesystem, folder = filesystem_of(config.shards)
-    listing = f"{folder}/{MISSING_NAME}"
     is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
     rows = manifest.filter(is_missing).select(["path", "reason"])
     rows = rows.group_by(["path", "reason"], use_threads=False).aggregate([])
     num_files = len(pc.unique(manifest["path"]))
     if len(rows) == 0:
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.delete_file(listing)
+        layout.delete(config.shards, MISSING_NAME)
         return []
+    filesystem, listing = filesystem_of(location_inside(config.shards, MISSING_NAME))
     with atomic_write(filesystem, listing) as path, filesystem.open_output_stream(path) as stream:
         pa.csv.write_csv(rows, stream)
     names = [f"{row['path']} ({row['reason']})" for row in rows.to_pylist()]
@@ -250,12 +241,11 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
 
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
     """Write the part with these rows, in a worker; see `part_result`."""
-    filesystem, folder = filesystem_of(shards)
     part = rows["part"][0].as_py()
 
     def write() -> dict[str, int]:
-        if filesystem.get_file_info(f"{folder}/{OUTCOMES}").type == fs.FileType.NotFound:
+        if layout.names_in(shards, layout.OUTCOMES) is None:
             raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
-        return write_part(filesystem, folder, part, rows.drop_columns("part"), extractor)
+        return write_part(shards, part, rows.drop_columns("part"), extractor)
 
-    return part_result(part_name(part), write)
+    return part_result(layout.part_name(part), write)

@@ -25,15 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ser_ray.cluster.shared_files import require_kept
 from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS
+from ser_ray.shards import layout
 from ser_ray.shards.card import CorpusPart, ShardCard, read_card
-from ser_ray.shards.layout import OK, OUTCOMES, feature_name, outcomes_name, part_name
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import filesystem_of, location_inside
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -74,10 +73,9 @@ class ShardSet:
 
     def clips(self) -> pa.Table:
         """Return every column except the features, one row per decoded clip."""
-        filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part, num_clips in zip(self.card.parts, self.card.clips, strict=True):
-            path = f"{folder}/{part_name(part)}"
+            filesystem, path = filesystem_of(location_inside(self.uri, layout.part_name(part)))
             with _reading(path), pq.ParquetFile(path, filesystem=filesystem) as file:
                 names = [name for name in file.schema_arrow.names if name not in KINDS]
                 tables.append(file.read(names))
@@ -91,16 +89,14 @@ class ShardSet:
         The column `encoders` names the encoders by which the file was encoded, as NAME:HASH with
         the hash of the weights. The card is where this comes from: it lists complete columns only.
         """
-        filesystem, folder = filesystem_of(self.uri)
         tables = []
         for part in self.card.parts:
-            path = f"{folder}/{outcomes_name(part)}"
-            with _reading(path):
-                tables.append(pq.read_table(path, filesystem=filesystem))
+            with _reading(f"{self.uri}/{layout.outcomes_name(part)}"):
+                tables.append(layout.read_table(self.uri, layout.outcomes_name(part)))
         table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
         names = pa.list_(pa.string())
         own = pa.scalar([f"{item.name}:{item.weights}" for item in self.card.encoders], names)
-        encoders = pc.if_else(pc.equal(table["status"], OK), own, pa.scalar([], names))
+        encoders = pc.if_else(pc.equal(table["status"], layout.OK), own, pa.scalar([], names))
         return table.append_column("encoders", encoders)
 
     def to_array(self, kind: str, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
@@ -158,18 +154,14 @@ class ShardSet:
         """
         starts = np.cumsum((0, *self.card.clips))
         owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's part
-        filesystem, folder = filesystem_of(self.uri)
 
         def read_part(index: int) -> None:
             wanted = np.flatnonzero(owners == index)
             if len(wanted) == 0:
                 return
-            path = f"{folder}/{feature_name(kind, self.card.parts[index])}"
-            with _reading(path):
-                table = pq.read_table(
-                    path, columns=[kind], filesystem=filesystem, use_threads=False
-                )
-                array = self.to_array(kind, table[kind])
+            name = layout.feature_name(kind, self.card.parts[index])
+            with _reading(f"{self.uri}/{name}"):
+                array = self.to_array(kind, layout.read_table(self.uri, name, [kind])[kind])
                 if len(array) != self.card.clips[index]:
                     raise ValueError("it does not have the clips that the card lists")
                 features[places[wanted]] = array[rows[wanted] - starts[index]]
@@ -268,11 +260,10 @@ def open_shards(uri: str) -> ShardSet:
         ShardsError: there is no shard set, or it is unfinished.
         ResourcesError: there is no shard set, and Ray deletes the folder of the path after a job.
     """
-    filesystem, folder = filesystem_of(uri)
-    card = read_card(filesystem, folder)
+    card = read_card(uri)
     if card is not None:
         return ShardSet(uri, card)
-    is_begun = filesystem.get_file_info(f"{folder}/{OUTCOMES}").type != fs.FileType.NotFound
+    is_begun = layout.names_in(uri, layout.OUTCOMES) is not None
     require_kept(uri)  # a relative path in a Ray job is the likely reason
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"

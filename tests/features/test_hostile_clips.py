@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import list_corpus
 from ser_ray.features.config import FeatureConfig
@@ -156,7 +155,7 @@ def write_alone(root: Path, target: Path) -> tuple[pa.Table, pa.Table]:
     for name in (CLIPS, OUTCOMES):
         (target / name).mkdir(parents=True)
     rows = list_corpus(str(root)).manifest
-    write_part(fs.LocalFileSystem(), str(target), 0, rows, FeatureExtractor(FeatureConfig()))
+    write_part(str(target), 0, rows, FeatureExtractor(FeatureConfig()))
     return tuple(pq.read_table(target / name / "part-00000.parquet") for name in (CLIPS, OUTCOMES))
 
 

@@ -24,7 +24,7 @@ from ser_ray.shards.prepare import prepare
 from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import small_corpus, voice, write_wav
 from tests.encoders import tiny_card, tiny_weights, write_tiny
-from tests.shards.test_shards import LOCAL, files_of, write_shards
+from tests.shards.test_shards import files_of, write_shards
 
 FEATURES = FeatureConfig(max_seconds=2.0)
 
@@ -42,9 +42,9 @@ def encode(shards: ShardSet, parts: list[int], seed: int = 0) -> ShardSet:
     weights = tiny_weights(seed=seed)
     (Path(shards.uri) / ENCODERS / "tiny").mkdir(parents=True, exist_ok=True)
     for part in parts:
-        encode_part(LOCAL, shards.uri, part, FeatureExtractor(FEATURES), weights.build(), threads=2)
+        encode_part(shards.uri, part, FeatureExtractor(FEATURES), weights.build(), threads=2)
     card = dataclasses.replace(shards.card, encoders=(weights.card,))
-    write_card(LOCAL, shards.uri, card)
+    write_card(shards.uri, card)
     return open_shards(shards.uri)
 
 
@@ -126,20 +126,20 @@ def test_reading_an_encoder_reads_no_clips_and_an_unknown_kind_lists_the_known(
 def test_an_interrupted_job_goes_on_with_the_missing_parts(shards: ShardSet) -> None:
     parts = list(shards.card.parts)
     card = tiny_weights().card
-    assert missing_parts(LOCAL, shards.uri, shards.card, card) == parts
+    assert missing_parts(shards.uri, shards.card, card) == parts
     encode(shards, [1])
-    assert missing_parts(LOCAL, shards.uri, shards.card, card) == [0, *parts[2:]]
-    assert missing_parts(LOCAL, shards.uri, shards.card, tiny_weights(seed=1).card) == parts
+    assert missing_parts(shards.uri, shards.card, card) == [0, *parts[2:]]
+    assert missing_parts(shards.uri, shards.card, tiny_weights(seed=1).card) == parts
     whole = encode(shards, parts)
-    assert missing_parts(LOCAL, shards.uri, shards.card, card) == []
+    assert missing_parts(shards.uri, shards.card, card) == []
     (Path(shards.uri) / feature_name("tiny", 99)).write_text("of a part that is no more")
     (Path(shards.uri) / feature_name("tiny", 2)).write_text("damaged")
-    assert missing_parts(LOCAL, shards.uri, whole.card, card) == [2]
+    assert missing_parts(shards.uri, whole.card, card) == [2]
     assert not (Path(shards.uri) / feature_name("tiny", 99)).exists()
     # A part of other clips needs another column.
     files = sorted((Path(shards.uri) / CLIPS).iterdir())
     files[0].write_bytes(files[5].read_bytes())
-    assert missing_parts(LOCAL, shards.uri, whole.card, card) == [0, 2]
+    assert missing_parts(shards.uri, whole.card, card) == [0, 2]
 
 
 def test_a_recording_that_changed_since_is_named(shards: ShardSet) -> None:

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA
 from ser_ray.features.config import FeatureConfig
@@ -68,7 +67,7 @@ def test_any_clips_are_read_or_refused_in_one_line(shards: Path, examples: int) 
 
 @budgets(200)
 def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, examples: int) -> None:
-    features, filesystem = FeatureConfig(), fs.LocalFileSystem()
+    features = FeatureConfig()
     rows = [{"path": name, "size": 1, "modified": 2, "take": name} for name in ("a", "b")]
     manifest = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
     committed = manifest.append_column("digest", pa.array(["0", "1"]))
@@ -104,7 +103,7 @@ def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, exampl
 
     def is_planned(content: bytes) -> None:
         (shards / outcomes_name(0)).write_bytes(content)
-        found = read_committed(filesystem, str(shards))
+        found = read_committed(str(shards))
         plan = make_plan(restore_times(manifest, found), features, 128, found)
         describe_changes(found, features, plan)
         assert plan.num_files == 2
@@ -116,8 +115,8 @@ def test_a_card_that_is_no_file_is_refused(shards: Path) -> None:
     card = shards / CARD_NAME
     card.unlink()
     card.symlink_to(card.name)
-    assert not is_answered(lambda: read_card(fs.LocalFileSystem(), str(shards)))
+    assert not is_answered(lambda: read_card(str(shards)))
     card.unlink()
     card.mkdir()
-    assert not is_answered(lambda: read_card(fs.LocalFileSystem(), str(shards)))
+    assert not is_answered(lambda: read_card(str(shards)))
     assert (shards / CLIPS).is_dir()

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, Corpus, list_corpus
 from ser_ray.corpus.mistakes import find_mistakes
@@ -53,7 +52,6 @@ from ser_ray.shards.read import ShardSet, open_shards
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
 from tests.processes import stalling
 
-LOCAL = fs.LocalFileSystem()
 FEATURES = FeatureConfig(max_seconds=2.0)
 
 
@@ -95,8 +93,8 @@ def write_shards(corpus: Corpus, target: Path, rows_per_part: int = 4) -> ShardS
     set_folder(target)
     plan = make_plan(corpus.manifest, FEATURES, rows_per_part, {})
     for part, rows in plan.pending.items():
-        write_part(LOCAL, str(target), part, rows, FeatureExtractor(FEATURES))
-    write_card(LOCAL, str(target), make_card(LOCAL, str(target), corpus, FEATURES, plan.parts))
+        write_part(str(target), part, rows, FeatureExtractor(FEATURES))
+    write_card(str(target), make_card(str(target), corpus, FEATURES, plan.parts))
     return open_shards(str(target))
 
 
@@ -188,7 +186,7 @@ def test_equal_sound_has_equal_content(corpus: Corpus, shards: ShardSet, tmp_pat
     first = shards.clips().to_pylist()[-1]
     twin.write_bytes(Path(first["path"]).read_bytes() + b"junk" + bytes(6))
     set_folder(tmp_path / "set")
-    write_part(LOCAL, str(tmp_path / "set"), 0, manifest([str(twin)]), FeatureExtractor(FEATURES))
+    write_part(str(tmp_path / "set"), 0, manifest([str(twin)]), FeatureExtractor(FEATURES))
     clip = pq.read_table(tmp_path / "set" / part_name(0), columns=["content"])
     assert clip["content"].to_pylist() == [first["content"]]
 
@@ -233,13 +231,12 @@ def test_a_full_disk_leaves_nothing_half_written(corpus: Corpus, tmp_path: Path)
     """A process that may write files of up to 200 kB fails in its second part."""
     program = """
 import pickle, resource, sys
-from pyarrow import fs
 from ser_ray.shards.part import write_part
 rows, extractor, folder = pickle.loads(sys.stdin.buffer.read())
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-write_part(fs.LocalFileSystem(), folder, 0, rows.slice(0, 1), extractor)
+write_part(folder, 0, rows.slice(0, 1), extractor)
 try:
-    write_part(fs.LocalFileSystem(), folder, 1, rows.slice(1), extractor)
+    write_part(folder, 1, rows.slice(1), extractor)
 except OSError as error:
     print(error)
 """
@@ -401,7 +398,7 @@ def test_changes_since_the_last_run_are_described() -> None:
 
 
 def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> None:
-    committed = read_committed(LOCAL, shards.uri)
+    committed = read_committed(shards.uri)
     assert tuple(committed) == shards.card.parts
     assert {part.features for part in committed.values()} == {FEATURES}
     files = pa.concat_tables(part.files for part in committed.values())
@@ -421,14 +418,14 @@ def test_a_file_has_changed_if_its_bytes_have_and_not_its_time(tmp_path: Path) -
     for path in (tmp_path / "corpus").iterdir():
         os.utime(path, ns=(1, 1))
     listed = list_corpus(str(tmp_path / "corpus")).manifest
-    committed = read_committed(LOCAL, shards.uri)
+    committed = read_committed(shards.uri)
     restored = restore_times(listed, committed)
     plan = make_plan(restored, FEATURES, 1, committed)
     assert [path for rows in plan.pending.values() for path in paths_of(rows)] == [str(replaced)]
     assert "1 file has changed" in describe_changes(committed, FEATURES, plan)
     kept = {part: committed[part] for part in plan.kept}
-    update_times(LOCAL, shards.uri, listed, restored, FEATURES, kept)
-    again = read_committed(LOCAL, shards.uri)
+    update_times(shards.uri, listed, restored, FEATURES, kept)
+    again = read_committed(shards.uri)
     assert make_plan(listed, FEATURES, 1, again).kept == plan.kept, "no bytes are compared again"
 
 
@@ -564,7 +561,7 @@ def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Pat
     (tmp_path / "shards" / part_name(first)).unlink()
     with pytest.raises(ShardsError, match=r"part-.*: cannot be read"):
         shards.features("mel", np.arange(shards.card.num_clips))
-    committed = read_committed(LOCAL, str(tmp_path / "shards"))
+    committed = read_committed(str(tmp_path / "shards"))
     assert [part in committed for part in (first, second, fourth)] == [False, False, True]
 
 
@@ -582,9 +579,9 @@ def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
     rows = rows.set_column(0, "path", pa.array([rows["path"][0].as_py(), gone]))
     set_folder(tmp_path / "set")
     for counts, kept in (({"ok": 1, "unreadable": 1}, []), ({"ok": 2}, [0])):
-        written = write_part(LOCAL, str(tmp_path / "set"), 0, rows, FeatureExtractor(FEATURES))
+        written = write_part(str(tmp_path / "set"), 0, rows, FeatureExtractor(FEATURES))
         assert written == counts
-        committed = read_committed(LOCAL, str(tmp_path / "set"))
+        committed = read_committed(str(tmp_path / "set"))
         assert make_plan(rows, FEATURES, 2, committed).kept == kept
         shutil.copy(corpus.manifest["path"][1].as_py(), gone)
 

@@ -139,7 +139,7 @@ def test_a_table_and_a_small_file_are_one_object_each_of_a_bucket_with_versions(
         )
         filesystem, folder = filesystem_of(uri.format(""))
         table = pa.table({"number": range(9)})
-        write_table(filesystem, f"{folder}/a.parquet", table)
+        write_table(uri.format(""), "a.parquet", table)
         assert pq.read_table(f"{folder}/a.parquet", filesystem=filesystem).equals(table)
         write_file(filesystem, f"{folder}/b.txt", b"card")
         kept = client.list_object_versions(Bucket="versions")
