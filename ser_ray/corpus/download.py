@@ -9,7 +9,6 @@ RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 
 import itertools
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(map(int, SPEAKERS))
-ACTORS_WITHOUT_SONG = (18,)
+WITHOUT = ("Song", 18)
+"""Actor 18 did not sing."""
 IN_USE = "is downloading into this folder; wait until it ends, or choose another target"
 
 # Unpacked bytes per byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
@@ -72,14 +72,12 @@ class DownloadConfig:
         names: list[str] = []
         for part in self.parts:
             channel = "Song" if part.endswith("song") else "Speech"
-            if part in ("speech", "song"):
-                names.append(f"Audio_{channel}_Actors_01-24.zip")
-                continue
-            names += [
-                f"Video_{channel}_Actor_{actor:02d}.zip"
-                for actor in self.actors
-                if channel == "Speech" or actor not in ACTORS_WITHOUT_SONG
-            ]
+            numbers = [actor for actor in self.actors if (channel, actor) != WITHOUT]
+            names += (
+                [f"Video_{channel}_Actor_{actor:02d}.zip" for actor in numbers]
+                if part.startswith("video")
+                else [f"Audio_{channel}_Actors_01-24.zip"]
+            )
         return tuple(dict.fromkeys(names))
 
 
@@ -99,7 +97,8 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
             checksum, the disk is too small, the folder of an archive exists already, or another
             process downloads into the target. Downloaded bytes are kept.
     """
-    from ser_ray.corpus.unpack import is_unpacked
+    from ser_ray.corpus import fetch
+    from ser_ray.corpus.unpack import is_unpacked, unpack
     from ser_ray.storage.lock import Lock
 
     target = Path(config.target).expanduser()
@@ -112,32 +111,21 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         )
     if missing:
         try:
-            with Lock(str(target), CorpusError, IN_USE):
-                _fetch_and_unpack(missing, target, config, progress)
+            with Lock(str(target), CorpusError, IN_USE), fetch.open_session() as session:
+                archives = fetch.list_record(session, config.record_url, list(missing))
+                _require_space(archives, target, keep_archives=config.keep_archives)
+                for archive in archives:
+                    with show_progress(progress) as report:
+                        path = fetch.fetch(session, archive, target, report)
+                    unpack(path, missing[archive.name], max_bytes=_MAX_GROWTH * archive.size)
+                    if not config.keep_archives:
+                        path.unlink()
         except OSError as error:
             raise CorpusError(
                 f"{target}: cannot be written ({error}); free some space or choose another target. "
                 "The same command resumes the download"
             ) from error
     return tuple(folders.values())
-
-
-def _fetch_and_unpack(
-    missing: Mapping[str, Path], target: Path, config: DownloadConfig, progress: Report | None
-) -> None:
-    """Fetch the named archives one after the other, and unpack each into its folder."""
-    from ser_ray.corpus import fetch
-    from ser_ray.corpus.unpack import unpack
-
-    with fetch.open_session() as session:
-        archives = fetch.list_record(session, config.record_url, list(missing))
-        _require_space(archives, target, keep_archives=config.keep_archives)
-        for archive in archives:
-            with show_progress(progress) as report:
-                path = fetch.fetch(session, archive, target, report)
-            unpack(path, missing[archive.name], max_bytes=_MAX_GROWTH * archive.size)
-            if not config.keep_archives:
-                path.unlink()
 
 
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:

@@ -63,9 +63,14 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
 
 def _conflicts(outcomes: pa.Table) -> list[str]:
     rows = outcomes.filter(pc.equal(outcomes["status"], "conflict")).to_pylist()
-    lines = [f"{row['path']} {row['reason']}" for row in rows[:SHOWN]]
-    more = [f"and {len(rows) - SHOWN} more such files, with the status conflict in the outcomes"]
-    return lines + (more if len(rows) > SHOWN else [])
+    lines = [f"{row['path']} {row['reason']}" for row in rows]
+    return _first(lines, "files, with the status conflict in the outcomes")
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    """Return the first lines, and a line with the number of the others."""
+    more = len(lines) - SHOWN
+    return lines[:SHOWN] + ([f"and {more} more such {what}"] if more > 0 else [])
 
 
 def _foreign_actors(outcomes: pa.Table) -> list[str]:
@@ -76,12 +81,9 @@ def _foreign_actors(outcomes: pa.Table) -> list[str]:
         folders = _ACTOR_FOLDER.findall(path.rpartition("/")[0].rpartition("/")[2])
         if folders and int(folders[-1]) != int(actor):
             found.append(f"{path} (actor {actor})")
-    if not found:
-        return []
-    return [
-        f"files in the folder of another actor than their names say: {shorten(found, SHOWN)}; the "
-        "names are used"
-    ]
+    shown = shorten(found, SHOWN)
+    line = f"files in the folder of another actor than their names say: {shown}; the names are used"
+    return [line] if found else []
 
 
 def _misspelt(counts: Mapping[str, int]) -> list[str]:
@@ -120,12 +122,12 @@ def _alike(
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in counts:
         groups[key(name)].append(name)
-    alike = [names for names in groups.values() if len(names) > 1]
-    lines = []
-    for names in alike[:SHOWN]:
-        shown = " and ".join(f"{name!r} ({_clips(counts[name])})" for name in sorted(names))
-        lines.append(f"the {what} {shown} {relation}")
-    return lines + ([f"and {len(alike) - SHOWN} more such {what}"] if len(alike) > SHOWN else [])
+    shown = [
+        " and ".join(f"{name!r} ({_clips(counts[name])})" for name in sorted(names))
+        for names in groups.values()
+        if len(names) > 1
+    ]
+    return _first([f"the {what} {names} {relation}" for names in shown], what)
 
 
 def _plain(name: str) -> str:

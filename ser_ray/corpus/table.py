@@ -25,7 +25,7 @@ import pyarrow.csv
 
 from ser_ray.corpus.table_files import TableError, column_key
 from ser_ray.corpus.table_formats import read_any
-from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES
+from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES, shorten
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
@@ -252,19 +252,17 @@ def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set
             faults.append((row + 1, name, column[row].as_py() or ""))
     if not faults:
         return
-    faults.sort(key=lambda fault: fault[0])
     shown = [
         f"row {row}{' (after the header)' if place == 0 else ''} has no {name}"
         + (f" ({value!r})" if value else "")
-        for place, (row, name, value) in enumerate(faults[:_SHOWN_ROWS])
+        for place, (row, name, value) in enumerate(sorted(faults, key=lambda fault: fault[0]))
     ]
-    more = f" and {len(faults) - _SHOWN_ROWS} more" if len(faults) > _SHOWN_ROWS else ""
     hint = (
         ". If such a word is a value in your table, list only the words that mean a missing value "
         "with --missing, or none of them with --missing alone"
     )
     raise CorpusError(
-        f"{source}: {', '.join(shown)}{more}; fill them in, or delete these rows"
+        f"{source}: {shorten(shown, _SHOWN_ROWS)}; fill them in, or delete these rows"
         + (hint if any(value for _, _, value in faults) else "")
     )
 
@@ -285,7 +283,11 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     files = {path: _find(folder, path) for path in dict.fromkeys(written)}
     found = [files[path] for path in written]
     locations = [file.location for file in found]
-    _refuse_passwords(source, locations)
+    for row, location in enumerate(locations, start=1):
+        try:
+            refuse_password(location)
+        except ConfigError as error:
+            raise CorpusError(f"{source}: row {row} (after the header): {error}") from error
     if "take" not in rows.column_names:
         times = zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True)
         takes = [
@@ -349,16 +351,6 @@ def _find(folder: str, path: str) -> ListedFile:
 
 def _exists(folder: str, path: str) -> bool:
     return "://" not in folder and os.path.lexists(location_inside(folder, path))
-
-
-def _refuse_passwords(source: str, paths: list[str]) -> None:
-    """Refuse URIs with a password, because shards store the paths."""
-    for row, path in enumerate(paths, start=1):
-        if "://" in path:
-            try:
-                refuse_password(path)
-            except ConfigError as error:
-                raise CorpusError(f"{source}: row {row} (after the header): {error}") from error
 
 
 def _require_one(

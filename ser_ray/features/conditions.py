@@ -74,21 +74,21 @@ def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generat
     return drawn / np.sqrt(np.mean(drawn**2))
 
 
-def _noise_at(
-    decibels: float, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
+def _noise(
+    name: str, decibels: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    return samples + 10 ** (decibels / 20) * noise(len(samples), sample_rate, 0, rng)
+    """Add noise below full scale (`room`), or noise of this colour below the level of speech."""
+    strength = 10 ** (-decibels / 20)
+    if name != "room":
+        strength *= np.sqrt(_speech_power(samples, sample_rate))
+    return samples + strength * noise(len(samples), sample_rate, int(name == "pink"), rng)
 
 
-def _noise_below_speech(
-    decibels: float, slope: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
-) -> np.ndarray:
+def _speech_power(samples: np.ndarray, sample_rate: int) -> float:
     stretch = round(ENERGY_SECONDS * sample_rate)
     whole = samples[: max(1, len(samples) // stretch) * stretch]
     power = np.mean(np.reshape(whole, (-1, min(stretch, len(whole)))) ** 2, axis=1)
-    speech = power[power >= power.max() * 10 ** (-SPEECH_DB / 10)].mean()
-    strength = np.sqrt(speech) * 10 ** (-decibels / 20)
-    return samples + strength * noise(len(samples), sample_rate, slope, rng)
+    return float(power[power >= power.max() * 10 ** (-SPEECH_DB / 10)].mean())
 
 
 def _phone(samples: np.ndarray, sample_rate: int, _: np.random.Generator) -> np.ndarray:
@@ -152,17 +152,14 @@ def _level(
     return samples * 10 ** (decibels / 20)
 
 
+_QUIET = "white noise {} dB below full scale, as in a quiet room"
 CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
     "noise": {
-        f"noise-{level}": (
-            f"white noise {level} dB below full scale, as in a quiet room",
-            partial(_noise_at, -float(level)),
-        )
-        for level in (60, 50, 40)
-    }
-    | {
-        "white-20": ("white noise 20 dB below the speech", partial(_noise_below_speech, 20.0, 0)),
-        "pink-20": ("pink noise 20 dB below the speech", partial(_noise_below_speech, 20.0, 1)),
+        "noise-60": (_QUIET.format(60), partial(_noise, "room", 60)),
+        "noise-50": (_QUIET.format(50), partial(_noise, "room", 50)),
+        "noise-40": (_QUIET.format(40), partial(_noise, "room", 40)),
+        "white-20": ("white noise 20 dB below the speech", partial(_noise, "white", 20)),
+        "pink-20": ("pink noise 20 dB below the speech", partial(_noise, "pink", 20)),
     },
     "phone": {"phone": ("300 to 3,400 Hz at 8 kHz in 8-bit mu-law (ITU-T G.711)", _phone)},
     "codec": {

@@ -136,10 +136,9 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
             sound = None if is_wav and has_length else _decode_with_soundfile(source, max_seconds)
             if sound is None:
                 raise ClipError("unreadable", str(error)) from error
-    samples, sample_rate, lost = finite(sound)
+    samples, sample_rate, lost, decoded = finite(sound)
     if samples.size == 0 and not lost:
         raise ClipError("unreadable", "it has no samples")
-    decoded = sound.decoded_seconds - (lost - sound.lost_seconds)
     if decoded < lost:
         raise ClipError(
             "unreadable",

@@ -53,13 +53,14 @@ class Decoded(NamedTuple):
     """Seconds of decoded sound, without the silence that replaces lost sound."""
 
 
-def finite(sound: Decoded) -> Sound:
+def finite(sound: Decoded) -> Decoded:
     """Replace samples that are not finite numbers by silence, and count them as lost."""
-    samples, sample_rate, lost, _ = sound
-    if samples.dtype != np.int16 and not (is_finite := np.isfinite(samples)).all():
-        lost += np.count_nonzero(~is_finite) / sample_rate
-        samples = np.where(is_finite, samples, np.float32(0))
-    return Sound(samples, sample_rate, lost)
+    samples, sample_rate, lost, decoded = sound
+    if samples.dtype == np.int16 or (is_finite := np.isfinite(samples)).all():
+        return sound
+    more = np.count_nonzero(~is_finite) / sample_rate
+    samples = np.where(is_finite, samples, np.float32(0))
+    return Decoded(samples, sample_rate, lost + more, decoded - more)
 
 
 def full_scale(samples: np.ndarray) -> np.ndarray:

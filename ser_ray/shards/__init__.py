@@ -10,5 +10,6 @@ read      opens a finished shard set, without importing anything that decodes so
 corpora   opens several shard sets as one
 layout    the names and the format of the files
 digest    compares the bytes of files
-progress  files done, rate and time left, and groups of items; `inference` uses it too
+job       runs a Ray Data job over parts
+progress  counts files, and groups items; `inference` uses it too
 """

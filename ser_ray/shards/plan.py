@@ -286,9 +286,9 @@ def describe_changes(
     before = _by_key(part.files for number, part in committed.items() if number not in kept)
     after = _by_key(plan.pending.values())
     changed = [key for key in before.keys() & after.keys() if before[key] != after[key]]
-    new, gone = after.keys() - before.keys(), before.keys() - after.keys()
+    added, gone = after.keys() - before.keys(), before.keys() - after.keys()
     for count, one, several in (
-        (len(new), "file has no outcome yet", "files have no outcome yet"),
+        (len(added), "file has no outcome yet", "files have no outcome yet"),
         (len(gone), "file is no longer listed", "files are no longer listed"),
         (len(changed), "file has changed", "files have changed"),
     ):

@@ -13,6 +13,7 @@ from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of, location_ins
 
 DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
+FOLDER = "a folder, not a file"
 _SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
@@ -85,7 +86,7 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
     except (OSError, ValueError) as error:  # such as a link to itself, or a zero byte
         return None, getattr(error, "strerror", None) or str(error)
     if stat.S_ISDIR(status.st_mode):
-        return status, "a folder, not a file"
+        return status, FOLDER
     if not stat.S_ISREG(status.st_mode):
         return status, DEVICE
     return status, None if as_utf8(path) == path else NOT_UTF8
@@ -107,12 +108,10 @@ def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterato
         inside = entry.path.removeprefix(root).strip("/")
         if any(_is_junk(name) for name in inside.split("/")):
             continue
-        if entry.is_file:
-            where, modified = location_inside(location, inside), entry.mtime_ns
-            yield ListedFile(inside, where, entry.size, modified, None)
-        elif "." in entry.base_name:
-            problem = "a folder, not a file"
-            yield ListedFile(inside, location_inside(location, inside), None, None, problem)
+        if entry.is_file or "." in entry.base_name:
+            modified, problem = (entry.mtime_ns, None) if entry.is_file else (None, FOLDER)
+            where = location_inside(location, inside)
+            yield ListedFile(inside, where, entry.size, modified, problem)
 
 
 def _is_junk(name: str) -> bool:

@@ -112,7 +112,7 @@ class Lock:
             with contextlib.suppress(OSError):
                 self._beat()
         if self._is_lost:
-            raise self._lost()
+            raise self._in_use(self._read())
 
     def _acquire(self) -> None:
         claim = self._read()
@@ -120,8 +120,8 @@ class Lock:
             claim = self._wait_until_gone(claim)
         if claim is None and isinstance(self._filesystem, fs.LocalFileSystem):
             try:
-                with Path(self._path).open("x") as file:
-                    file.write(self._text())
+                with Path(self._path).open("xb") as file:
+                    file.write(self._content())
             except FileExistsError:
                 raise self._in_use(self._read()) from None
             return
@@ -173,11 +173,11 @@ class Lock:
         claim = self._read()
         return claim is not None and claim.get("token") == self._claim["token"]
 
-    def _text(self) -> str:
-        return json.dumps(self._claim | {"beat": self._num_beats})
+    def _content(self) -> bytes:
+        return json.dumps(self._claim | {"beat": self._num_beats}).encode()
 
     def _write(self) -> None:
-        write_file(self._filesystem, self._path, self._text().encode())
+        write_file(self._filesystem, self._path, self._content())
 
     def _read(self) -> dict[str, Any] | None:
         """Return the holder's claim, `{}` if it is half written, or None if there is no lock."""
@@ -192,17 +192,10 @@ class Lock:
     def _in_use(self, claim: dict[str, Any] | None) -> SerRayError:
         return self._error(f"{self._location}: {_name(claim)} {self._advice}")
 
-    def _lost(self) -> SerRayError:
-        claim = self._read()
-        if claim is None:
-            return self._error(
-                f"{self._location}: was deleted while this process held it, so another process may "
-                "be writing here; stop that process, and give the same command again"
-            )
-        return self._in_use(claim)
-
 
 def _name(claim: dict[str, Any] | None) -> str:
+    if claim is None:
+        return "was deleted, perhaps because another process"
     return "process {pid} on {host} since {since}".format(**claim) if claim else "another process"
 
 
