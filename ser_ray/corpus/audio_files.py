@@ -118,58 +118,41 @@ def _add(found: AudioFiles, source: str) -> None:
         source = path if Path(path).exists() else source
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.Directory:
-        _add_folder(found, source)
+        _add_matching(found, source, source, ["**"])
     elif kind != fs.FileType.NotFound:  # decoding reports a device
         found.files.append(source)
-    elif set("*?[") & set(source):
-        _add_matching(found, source)
+    elif fixed := re.match(r"(?:[^*?\[]*/)?(?=[^/]*[*?\[])", source):
+        wanted = unicodedata.normalize("NFC", source.removeprefix(fixed[0])).split("/")
+        _add_matching(found, source, fixed[0] or ".", wanted)
     else:
         raise CorpusError(f"{source}: no such file or folder; name another, or a pattern in quotes")
 
 
-def _add_folder(found: AudioFiles, folder: str) -> None:
-    listed = list(list_files(folder))
-    if not _add_recordings(found, listed):
-        counts = describe_left_out(Counter(suffix_of(file.inside) for file in listed))
-        raise CorpusError(
-            f"{folder}: no audio or video file in this folder; a file with another suffix must "
-            f"be named by its path ({counts or 'the folder is empty'})"
-        )
+def _add_matching(found: AudioFiles, source: str, folder: str, wanted: Sequence[str]) -> None:
+    """Add the recordings in a folder whose paths match a pattern, and count the other files.
 
-
-def _add_matching(found: AudioFiles, pattern: str) -> None:
-    """Add the recordings that match a pattern, or all matches if the pattern names a suffix."""
-    fixed = re.match(r"(?:[^*?\[]*/)?", pattern)
-    base = fixed[0] if fixed else ""
-    wanted = unicodedata.normalize("NFC", pattern.removeprefix(base)).split("/")
-    listed = [
-        file
-        for file in list_files(base or ".")
-        if _matches(unicodedata.normalize("NFC", file.inside).split("/"), wanted)
-    ]
-    names_suffix = re.search(r"\.\w", wanted[-1]) is not None
-    if not _add_recordings(found, listed, others=names_suffix):
-        raise CorpusError(
-            f"{pattern}: matches no audio or video file; `**` matches folders at any depth"
-        )
-
-
-def _add_recordings(found: AudioFiles, listed: list[ListedFile], *, others: bool = False) -> int:
-    """Add the recordings among listed files, count the others, and return how many were added.
-
-    If `others` is true, other files are added as well, except those with SHARED_SUFFIXES.
+    If the pattern names a suffix, all matches are added, except those with `SHARED_SUFFIXES`.
     """
-    added = []
-    for file in listed:
+    any_suffix = re.search(r"\.\w", wanted[-1]) is not None
+    added, left_out = [], Counter[str]()
+    for file in list_files(folder):
+        if not _matches(unicodedata.normalize("NFC", file.inside).split("/"), wanted):
+            continue
         suffix = suffix_of(file.inside)
-        if is_recording(file) or (others and suffix not in SHARED_SUFFIXES):
+        if is_recording(file) or (any_suffix and suffix not in SHARED_SUFFIXES):
             added.append(file.location)
             if file.problem is not None:
                 found.problems[file.location] = file.problem
         else:
-            found.left_out[suffix] += 1
+            left_out[suffix] += 1
+    if not added:
+        raise CorpusError(
+            f"{source}: no audio or video file ({describe_left_out(left_out) or 'nothing is there'}"
+            "); `**` matches folders at any depth, and a file with another suffix must be named by "
+            "its path"
+        )
     found.files.extend(sorted(added))
-    return len(added)
+    found.left_out.update(left_out)
 
 
 def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:

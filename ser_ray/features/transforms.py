@@ -59,12 +59,6 @@ class Loudness:
         """Whether each stretch is sound, bool `[num_stretches]`."""
         return self.power > self.threshold
 
-    @property
-    def is_silent(self) -> bool:
-        """Whether the recording is silent, except for clicks."""
-        num_sounding = np.count_nonzero(self.power >= SILENCE_POWER)
-        return bool(num_sounding < num_loud(len(self.power)))
-
 
 class FeatureExtractor:
     """Computes the features that a `FeatureConfig` describes. It can be pickled."""
@@ -110,21 +104,22 @@ class FeatureExtractor:
         first, end = self._trim(samples, sample_rate, loudness)
         count = math.ceil((end - first) / (config.max_seconds * sample_rate))
         bounds = np.linspace(first, end, count + 1).round().astype(int).tolist()
-        parts = list(itertools.pairwise(bounds))
-        fewest = config.min_seconds * sample_rate / loudness.stretch
+        parts = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        fewest = config.min_seconds * sample_rate / loudness.stretch if count > 1 else 0
         kept = [
-            (start, stop)
-            for start, stop in parts
-            if loudness.is_sound[start // loudness.stretch : stop // loudness.stretch].sum()
+            part
+            for part in parts
+            if loudness.is_sound[
+                part.start // loudness.stretch : part.stop // loudness.stretch
+            ].sum()
             >= fewest
         ]
-        chosen = (kept or parts) if count > 1 else parts
-        return [self._resample(samples[start:stop], sample_rate) for start, stop in chosen]
+        return [self._resample(samples[part], sample_rate) for part in kept or parts]
 
     def _trim(self, samples: np.ndarray, sample_rate: int, loudness: Loudness) -> tuple[int, int]:
         """Return the first and last sample of the sound, including the margins."""
         config = self.config
-        if loudness.is_silent:
+        if np.count_nonzero(loudness.power >= SILENCE_POWER) < num_loud(len(loudness.power)):
             raise ClipError("silent", "nothing but clicks is louder than -80 dB of full scale")
         sounding = np.flatnonzero(loudness.is_sound)
         start = int(sounding[0]) * loudness.stretch

@@ -193,7 +193,7 @@ def test_a_shard_set_gets_the_column_of_an_encoder(tmp_path: Path) -> None:
         both = dataclasses.replace(config, encoder=(f"tiny={tmp_path}/tiny.safetensors",))
         last.write_bytes(bytes(len(content)))
         os.utime(last, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(ShardsError, match=r"encoders/tiny/part-\d+.parquet: .*changed since"):
+        with pytest.raises(ShardsError, match=r"encoders/tiny/part-\d+.parquet: .*damaged"):
             prepare(both, progress=lambda *_: None)
         assert open_shards(config.shards).card.encoders == ()
         written = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("encoders/tiny/*")}
