@@ -131,7 +131,7 @@ def read_committed(shards: str) -> dict[int, CommittedPart]:
             return None  # not a Parquet file
 
     names = "\n".join(layout.names_in(shards, layout.OUTCOMES) or ())
-    parts = [int(part) for part in re.findall(r"/part-(\d+)\.parquet$", names, re.MULTILINE)]
+    parts = sorted(map(int, re.findall(r"/part-(\d+)\.parquet$", names, re.MULTILINE)))
     with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
         found = zip(parts, pool.map(read_part, parts), strict=True)
         return {part: committed for part, committed in found if committed is not None}
