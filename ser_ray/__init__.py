@@ -27,32 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ser_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ser_ray.api import (
-        CrossvalConfig,
-        DownloadConfig,
-        LrRangeConfig,
-        PrepareConfig,
-        RunConfig,
-        SlotConfig,
-        TrainConfig,
-        TuneConfig,
-        compare,
-        crossval,
-        download,
-        evaluate,
-        export,
-        load_model,
-        lr_range,
-        open_shards,
-        predict_to_table,
-        prepare,
-        prepare_for,
-        recipe_like,
-        refit,
-        register,
-        train,
-        tune,
-    )
+    from ser_ray.api import *  # noqa: F403 - the names in __all__
 
 __all__ = [
     "CrossvalConfig",

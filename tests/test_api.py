@@ -42,8 +42,9 @@ def test_a_notebooks_cells_name_emotions_and_draw_them(in_tmp, checkpoint):
     assert list(table["emotion"]) == [item.emotion for item in answers]
     assert table[f"p_{answer.emotion}"][0] == pytest.approx(answer.probabilities[answer.emotion])
     assert from_samples.probabilities == pytest.approx(answer.probabilities, abs=1e-3)
-    for drawn in shown[2:]:
-        assert "<t" in drawn._repr_html_()
+    assert answer.emotion in answer._repr_html_()
+    for drawn in (answers, table):
+        assert "<table" in drawn._repr_html_()
 
 
 def test_a_notebook_completes_the_functions_and_shows_what_shards_hold(memory_shards, tmp_path):

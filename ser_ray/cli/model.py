@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
 from ser_ray import api
 from ser_ray.cli.opening import say
-from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.cli.verb import Outcome, TableVerb, Verb
 from ser_ray.command import next_command
-from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
@@ -44,7 +43,7 @@ class ModelVerb(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(ModelVerb):
+class Evaluate(ModelVerb, TableVerb):
     """Score a trained model on the test part of its own fold."""
 
     model: tyro.conf.Positional[Model]
@@ -58,11 +57,6 @@ class Evaluate(ModelVerb):
     corpus: str = ""
     """Corpus to score, as in `prepare --corpus`. It is first prepared into the shard set, with the
     features that the model was trained on."""
-    missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
-    turns this off."""
-    columns: tuple[str, ...] = ()
-    """Names of columns in a table, as in label=emotion speaker=spk."""
     protocol: str = ""
     """Score the test part of a fold of this protocol, instead of the model's own protocol."""
     fold: int | None = None
@@ -74,10 +68,9 @@ class Evaluate(ModelVerb):
     """Another model to compare with on the same clips, by paired tests."""
     allow_seen_speakers: bool = False
     """Also score speakers that the model was trained on; the result names them."""
-    audio: bool = field(
-        default=True, metadata={"off": "Leave the sound of clips out of the report."}
-    )
-    """Put the sound of the clips that the report shows into the report."""
+    audio: bool = True
+    """Put the sound of the clips that the report shows into the report; `--no-audio` leaves it
+    out."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the folder for the shards of a corpus."""
@@ -162,9 +155,8 @@ class Predict(ModelVerb):
         if left_out := describe_left_out(listed.left_out):
             stderr_console().print(left_out, markup=False)
         say("model", f"loading {self.model}")
-        predictor = api.load_model(
-            self.model, self.tracking_uri, min_confidence=self.min_confidence
-        )
+        confidence = self.min_confidence
+        predictor = api.load_model(self.model, self.tracking_uri, min_confidence=confidence)
         if self.output or len(listed.files) > FEW_FILES:
             return self._run_batch(listed, predictor)
         found = Predictions(
@@ -233,7 +225,7 @@ class Export(ModelVerb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Register(Verb):
+class Register(ModelVerb):
     """Register a run's model in MLflow, with its model card as description."""
 
     run_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN_ID")]]
@@ -244,17 +236,14 @@ class Register(Verb):
     """Name of the registered model."""
     alias: str = "champion"
     """Alias of the new version, which then has the address models:/NAME@ALIAS."""
-    tracking_uri: str = ""
-    """MLflow store of the run and the registry."""
 
     def run(self) -> Outcome:
         """Register the model and print its card."""
         version, card = api.register(
             self.run_id, self.name, self.alias, tracking_uri=self.tracking_uri
         )
-        reference = f"@{self.alias}" if self.alias else f"/{version}"
+        model = f"models:/{self.name}" + (f"@{self.alias}" if self.alias else f"/{version}")
         data = {"name": self.name, "version": version, "alias": self.alias}
-        model = f"models:/{self.name}{reference}"
         command = next_command("predict", "FILE", model=model, tracking_uri=self.tracking_uri)
         text = f"{card}\nregistered   {model} (version {version})"
         return Outcome(data, text, f"use it       {command}")

@@ -1,8 +1,7 @@
 """Parses a command line into a verb: a field of the dataclass is a flag, its docstring the help.
 
 tyro's own rule for dataclasses keeps the line breaks of docstrings in the help, and lists inherited
-fields first. The rule here joins the lines, and lists the verb's own flags first. The help of a
-switch that is on by default is `metadata["off"]`.
+fields first. The rule here joins the lines, and lists the verb's own flags first.
 """
 
 import dataclasses
@@ -83,10 +82,11 @@ def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     kind = info.type
     if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("ser_ray."):
         return None  # such as tyro's dataclass of all verbs
-    texts = {item.arg_name: item.description or "" for item in parse_from_object(kind).params}
-    for base in kind.__mro__[1:-1]:
-        for item in parse_from_object(base).params:
-            texts.setdefault(item.arg_name, item.description or "")
+    texts = {
+        item.arg_name: " ".join((item.description or "").split())
+        for base in reversed(kind.__mro__[:-1])
+        for item in parse_from_object(base).params
+    }
     hints = get_type_hints(kind, include_extras=True)
     own = kind.__annotations__
 
@@ -96,14 +96,11 @@ def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
 
     fields = []
     for field in sorted(dataclasses.fields(kind), key=rank):
-        default = _default_of(field, info.default)
-        is_on = default is True and "off" in field.metadata
-        text = field.metadata["off"] if is_on else " ".join(texts.get(field.name, "").split())
-        hint = hints[field.name]
+        default, hint = _default_of(field, info.default), hints[field.name]
         if default is None or default in ("", ()) or isinstance(default, bool):
             # The docstring explains these defaults.
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
-        fields.append(StructFieldSpec(field.name, hint, default, text))
+        fields.append(StructFieldSpec(field.name, hint, default, texts.get(field.name, "")))
     return StructConstructorSpec(kind, tuple(fields))
 
 

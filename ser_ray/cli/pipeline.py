@@ -8,13 +8,12 @@ from typing import Any, Self
 
 from ser_ray import api
 from ser_ray.cli.data import Prepare
-from ser_ray.cli.model import Evaluate, Predict
+from ser_ray.cli.model import Predict
 from ser_ray.cli.opening import say
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.cli.verb import Outcome, TableVerb
 from ser_ray.command import next_command
-from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
@@ -36,7 +35,7 @@ SHOWN_PREDICTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(Verb):
+class Pipeline(TableVerb):
     """Run every step in order: prepare, train, evaluate, predict."""
 
     corpus: str = ""
@@ -45,11 +44,6 @@ class Pipeline(Verb):
     shards: str = ""
     """Folder or URI to write the shards to. The default is `ser-ray-out/shards`, or
     `ser-ray-out/synthetic-shards` for the synthetic corpus."""
-    missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
-    turns this off."""
-    columns: tuple[str, ...] = ()
-    """Names of columns in a table, as in label=emotion speaker=spk."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
@@ -105,21 +99,15 @@ class Pipeline(Verb):
             stderr_console().print(prepared.text)
             trained = self._train().run()
             model = trained.data["checkpoint"]
-            audio = self.run_config.audio
-            evaluated = Evaluate(model=model, shards=(self.shards,), audio=audio).run()
-            truth = self._test_clips()
+            say("model", f"scoring {model} on {self.shards}")
+            evaluation = api.evaluate(model, (self.shards,), audio=self.run_config.audio)
+            evaluated = Outcome(evaluation.to_dict(), str(evaluation))
             steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
-            if truth:  # a corpus may have segments only
-                steps["predict"] = Predict(files=tuple(truth), model=model).run()
-        shown = steps["predict"].data["predictions"] if truth else ()
-        lines = (
-            "",
-            *(marked_lines(truth, shown) if truth else ()),
-            "",
-            f"shards       {self.shards}",
-            trained.text,
-            f"test         {evaluated.text}",
-        )
+            lines = [""]
+            if truth := some_files(evaluation):  # a corpus may have segments only
+                predicted = steps["predict"] = Predict(files=tuple(truth), model=model).run()
+                lines += [*marked_lines(truth, predicted.data["predictions"]), ""]
+        lines += [f"shards       {self.shards}", trained.text, f"test         {evaluated.text}"]
         return Outcome(
             {name: step.data for name, step in steps.items()},
             "\n".join(lines),
@@ -135,23 +123,15 @@ class Pipeline(Verb):
             run_config=self.run_config,
         )
 
-    def _test_clips(self) -> dict[str, str]:
-        """Select a few test files of the fold at equal distances: {path: emotion}."""
-        import pyarrow.compute as pc
 
-        from ser_ray.storage.packed import ROW
-        from ser_ray.training.parts import select_rows
+def some_files(evaluation: "api.Evaluation") -> dict[str, str]:
+    """Select a few of the clips that are complete files, at equal distances: {path: emotion}."""
+    from ser_ray.storage.packed import ROW
 
-        clips = api.open_shards(self.shards, self.recipe.label_map).clips()
-        rows = select_rows(clips, self.recipe).test
-        is_file = pc.and_(
-            pc.is_null(clips["start"]), pc.invert(pc.match_substring(clips["path"], ROW))
-        )
-        rows = rows[is_file.to_numpy()[rows]]
-        shown = rows[:: max(len(rows) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
-        return dict(
-            zip(*(clips[name].take(shown).to_pylist() for name in ("path", "emotion")), strict=True)
-        )
+    clips = evaluation.predictions.select(["path", "emotion", "start"]).to_pylist()
+    files = [clip for clip in clips if clip["start"] is None and ROW not in clip["path"]]
+    shown = files[:: max(len(files) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
+    return {clip["path"]: clip["emotion"] for clip in shown}
 
 
 def marked_lines(truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]) -> list[str]:

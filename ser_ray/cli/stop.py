@@ -95,12 +95,6 @@ def make_output_safe() -> None:
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    found = error.object[error.start]
-    if found in ASCII:
-        return ASCII[found], error.start + 1
-    shown, _ = codecs.backslashreplace_errors(
-        UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, "")
-    )
-    return shown, error.start + 1
+    assert isinstance(error, UnicodeEncodeError)
+    shown = "".join(ASCII.get(char, char) for char in error.object[error.start : error.end])
+    return shown.encode("ascii", "backslashreplace").decode(), error.end

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from ser_ray.corpus.words import MISSING_WORDS
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -58,3 +60,14 @@ class Verb:
             SerRayError: the verb failed; the message is for the user.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableVerb(Verb):
+    """Flags of every verb that may read a table."""
+
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
+    turns this off."""
+    columns: tuple[str, ...] = ()
+    """Names of columns in a table, as in label=emotion speaker=spk."""

@@ -1,6 +1,6 @@
 """Settings of a run that are not part of its recipe. Importing this module is cheap."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ser_ray.errors import ConfigError
@@ -29,14 +29,12 @@ class RunConfig:
     """MLflow experiment."""
     tracking_uri: str = ""
     """MLflow tracking server or database. If empty, MLFLOW_TRACKING_URI or a local sqlite file."""
-    audio: bool = field(
-        default=True, metadata={"off": "Leave the sound of clips out of the report."}
-    )
-    """Include in the report the sound of the validation clips that it shows."""
-    keep_encoder: bool = field(
-        default=True, metadata={"off": "Store only the location and hash of the encoder's weights."}
-    )
-    """Copy the weights of the encoder, if the model has one, into the model's folder."""
+    audio: bool = True
+    """Put the sound of the clips that the report shows into the report; `--no-audio` leaves it
+    out."""
+    keep_encoder: bool = True
+    """Copy the weights of the encoder, if the model has one, into the model's folder;
+    `--no-keep-encoder` stores only their location and hash."""
     max_failures: int = 3
     """How often lost workers are replaced, or a failed training or trial is started again, before
     the run fails. -1 means no limit."""

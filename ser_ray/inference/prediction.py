@@ -1,8 +1,8 @@
-"""Predictions for one or several recordings, which become text, a table or a notebook's cell."""
+"""Predictions for one or several recordings, which become text or a table."""
 
 import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,6 @@ BAR_WIDTH = 40
 UNSURE = "unsure"
 """Status of a recording if no emotion is probable enough."""
 _TEXTS = ("path", "status", "reason", "warning", "emotion")
-SHOWN_ROWS = 100
-"""Largest number of predictions that a notebook shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +42,7 @@ class Segment:
 class Prediction:
     """The prediction for a recording, or the reason why there is none.
 
-    `print` writes a line; a notebook draws the probabilities.
+    `print` writes a line; a notebook also draws the probabilities and the timeline.
     """
 
     path: str
@@ -66,10 +64,6 @@ class Prediction:
     def __str__(self) -> str:
         return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
 
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return a table of one row, with the columns of `Predictions.to_pandas`."""
-        return Predictions([self]).to_pandas()
-
     def _answer(self) -> str:
         if self.probabilities is None or self.emotion is None:
             return f"{self.status} ({self.reason})"
@@ -78,19 +72,11 @@ class Prediction:
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def _repr_html_(self) -> str:
-        """Draw the probabilities, from the highest, and the timeline."""
-        lines = [f"<p><b>{html.escape(str(self))}</b></p>"]
-        if self.probabilities:
-            ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
-            lines.append(_html_table([[html.escape(label), _html_bar(p)] for label, p in ranked]))
-        if self.timeline:
-            windows = html.escape("\n".join(str(segment) for segment in self.timeline))
-            lines.append(f"<pre style='max-height:20em;overflow:auto'>{windows}</pre>")
-        return "".join(lines)
+        return f"<pre>{html.escape(str(Predictions([self])))}</pre>"
 
 
 class Predictions(tuple[Prediction, ...]):
-    """The predictions for several recordings; a notebook draws them as a table."""
+    """The predictions for several recordings; a notebook shows their table."""
 
     __slots__ = ()
 
@@ -101,8 +87,10 @@ class Predictions(tuple[Prediction, ...]):
         for prediction in self:
             lines.append(f"{names[prediction.path]}: {prediction._answer()}")
             lines += [f"  {segment}" for segment in prediction.timeline]
-        if len(self) == 1 and self[0].probabilities:
-            lines += _bars(self[0].probabilities)
+        if len(self) == 1 and (probabilities := self[0].probabilities):
+            longest = max(map(len, probabilities))
+            for label, share in sorted(probabilities.items(), key=lambda item: -item[1]):
+                lines.append(f"  {label:{longest}}  {share:6.1%}  {'█' * round(share * BAR_WIDTH)}")
         return "\n".join(lines)
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -116,15 +104,7 @@ class Predictions(tuple[Prediction, ...]):
         return pd.DataFrame([prediction_row(prediction) for prediction in self])
 
     def _repr_html_(self) -> str:
-        names = shortest_names([prediction.path for prediction in self])
-        rows = []
-        for item in self[:SHOWN_ROWS]:
-            shares = (item.probabilities or {}).values()
-            bar = _html_bar(max(shares)) if shares else html.escape(item.reason or "")
-            label = html.escape(item.emotion or item.status)
-            rows.append([html.escape(names[item.path]), label, bar])
-        more = len(self) - len(rows)
-        return _html_table(rows) + (f"<p>and {more} more</p>" if more else "")
+        return self.to_pandas()._repr_html_()
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
@@ -172,25 +152,6 @@ def table_schema(labels: Sequence[str]) -> pa.Schema:
     texts = [(name, pa.string()) for name in _TEXTS]
     timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
     return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
-
-
-def _bars(probabilities: Mapping[str, float]) -> list[str]:
-    longest = max(len(label) for label in probabilities)
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return [f"  {label:{longest}}  {p:6.1%}  {'█' * round(p * BAR_WIDTH)}" for label, p in ranked]
-
-
-def _html_bar(share: float) -> str:
-    """Draw a share from 0 to 1 as a bar, followed by its percentage."""
-    style = f"display:inline-block;height:.8em;background:#4c78a8;width:{share * 12:.2f}em"
-    return f"<span style='{style}'></span> {share:.0%}"
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of HTML cells as a table."""
-    cell = "<td style='text-align:left;padding:.1em .8em'>"
-    lines = ("".join(f"{cell}{text}</td>" for text in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _clock(seconds: float) -> str:

@@ -17,12 +17,9 @@ Keep = Literal["last", "best"]
 class AugmentConfig:
     """Augmentation of a training batch. Every field has a value that switches it off."""
 
-    random_crop: bool = field(
-        default=True,
-        metadata={"off": "Centre the crop of a longer clip, and a shorter clip in its crop."},
-    )
-    """Cut a longer clip at a random frame, and place a shorter clip at random in the crop. If
-    false, both are centred."""
+    random_crop: bool = True
+    """Cut a longer clip at a random frame, and place a shorter clip at random in the crop;
+    `--no-random-crop` centres both."""
     noise: float = 0.5
     """Share of the clips that get noise between white and brown, -80 to -30 dB of full scale; 0 is
     off."""
