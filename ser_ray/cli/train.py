@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from ser_ray import api
 from ser_ray.cli.opening import say, say_training
@@ -25,11 +25,52 @@ class TrainingVerb(Verb):
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], TrainConfig, RunConfig]:
+        """The first arguments of every function of `ser_ray.api` that trains."""
+        return self.shards, self.recipe, self.run_config
+
     def place(self) -> str:
         """Return where the trainings run: on Ray."""
         from ser_ray.cluster.connect import place_of_ray
 
         return place_of_ray(self.common.address)
+
+    def outcome(self, result: "api.TrainResult") -> Outcome:
+        """Return the outcome of a finished training."""
+        if "val/ua" in result.selected:
+            command = next_command("evaluate", result.checkpoint, shards=self.shards)
+            advice = f"test it      {command}"
+        else:
+            uri = self.run_config.tracking_uri
+            command = next_command("register", result.run_id, tracking_uri=uri)
+            advice = f"register it  {command}"
+        data = {
+            "name": result.name,
+            "checkpoint": result.checkpoint,
+            "protocol": result.card.split["label"],
+            "corpus": result.card.corpus,
+            "selected": result.selected,
+            "history": result.history,
+        }
+        return _run_outcome(result, data, advice, result.undelivered)
+
+
+def _run_outcome(
+    result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
+    data: dict[str, Any],
+    after: str,
+    problem: str = "",
+) -> Outcome:
+    """Return the outcome of a verb with an MLflow run, and say where the run is."""
+    from ser_ray.tracking.views import links
+
+    run, all_runs, command = links(result.tracking_uri, result.run_id)
+    lines = [str(result), f"MLflow run   {result.run_id}: {run}", f"all runs     {all_runs}"]
+    if command:
+        lines.append(f"served by    {command}")
+    shared = {name: getattr(result, name) for name in ("run_id", "tracking_uri", "report")}
+    return Outcome(shared | data, "\n".join(lines), after, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,51 +102,7 @@ class Train(TrainingVerb):
     def run(self) -> Outcome:
         """Train, and report the checkpoint."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
-        return train_outcome(
-            api.train(self.shards, self.recipe, self.run_config, address=self.common.address),
-            self.shards,
-            self.run_config.tracking_uri,
-        )
-
-
-def train_outcome(
-    result: "api.TrainResult", shards: tuple[str, ...], tracking_uri: str = ""
-) -> Outcome:
-    """Return the outcome of a finished training, whose user gave these shards and this store."""
-    selected, card = result.selected, result.card
-    data = {
-        "name": result.name,
-        "checkpoint": result.checkpoint,
-        "report": result.report,
-        "run_id": result.run_id,
-        "tracking_uri": result.tracking_uri,
-        "protocol": card.split["label"],
-        "corpus": card.corpus,
-        "selected": selected,
-        "history": result.history,
-    }
-    if "val/ua" in selected:
-        command = next_command("evaluate", result.checkpoint, shards=shards)
-        advice = f"test it      {command}"
-    else:
-        command = next_command("register", result.run_id, tracking_uri=tracking_uri)
-        advice = f"register it  {command}"
-    return Outcome(data, _with_links(result), advice, problem=result.undelivered)
-
-
-def _with_links(
-    result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
-) -> str:
-    """Show a result, and where its run is in MLflow."""
-    from ser_ray.tracking.views import links
-
-    run, all_runs, command = links(result.tracking_uri, result.run_id)
-    lines = [
-        str(result),
-        f"MLflow run   {result.run_id}: {run}",
-        f"all runs     {all_runs}",
-    ]
-    return "\n".join([*lines, f"served by    {command}"] if command else lines)
+        return self.outcome(api.train(*self.inputs, address=self.common.address))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +121,7 @@ class LrRange(TrainingVerb):
         """Run the test, and report the command that trains with its bounds."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
         say("range test", f"{self.test.steps} steps, {self.test.lowest:g} to {self.test.highest:g}")
-        result = api.lr_range(
-            self.shards, self.recipe, self.run_config, self.test, address=self.common.address
-        )
+        result = api.lr_range(*self.inputs, self.test, address=self.common.address)
         lr_min, lr_max = result.bounds
         command = next_command(
             "train",
@@ -135,12 +130,7 @@ class LrRange(TrainingVerb):
             run_config=replace(self.run_config, name=""),
             address=self.common.address,
         )
-        data = asdict(result.found) | {
-            "run_id": result.run_id,
-            "tracking_uri": result.tracking_uri,
-            "report": result.report,
-        }
-        return Outcome(data, _with_links(result), f"train with   {command}")
+        return _run_outcome(result, asdict(result.found), f"train with   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,20 +148,10 @@ class Tune(TrainingVerb):
         say("search", f"{trials}, searcher {search.searcher}, scheduler {search.scheduler}")
         for item in search.dimensions:
             say("", f"{item.name}: {item}")
-        result = api.tune(
-            self.shards,
-            self.recipe,
-            self.run_config,
-            self.search,
-            self.slots,
-            address=self.common.address,
-        )
-        best, text = result.best, _with_links(result)
+        result = api.tune(*self.inputs, search, self.slots, address=self.common.address)
+        best = result.best
         data = {
             "name": result.name,
-            "run_id": result.run_id,
-            "tracking_uri": result.tracking_uri,
-            "report": result.report,
             "protocol": result.label,
             "states": Counter(trial.state for trial in result.trials),
             "best": {
@@ -180,17 +160,13 @@ class Tune(TrainingVerb):
                 "recipe": best.recipe.to_dict(),
             },
         }
-        after, problem = f"train it     {result.again}", ""
-        if self.search.refit:
-            fitted = train_outcome(
-                api.refit(result, self.shards, self.run_config, address=self.common.address),
-                self.shards,
-                self.run_config.tracking_uri,
-            )
-            text = f"{text}\n{fitted.text}"
-            after, problem = fitted.after, fitted.problem
-            data["refit"] = fitted.data
-        return Outcome(data, text, after, problem)
+        found = _run_outcome(result, data, f"train it     {result.again}")
+        if not search.refit:
+            return found
+        again = api.refit(result, self.shards, self.run_config, address=self.common.address)
+        fitted = self.outcome(again)
+        data, text = found.data | {"refit": fitted.data}, f"{found.text}\n{fitted.text}"
+        return replace(fitted, data=data, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +187,7 @@ class Crossval(TrainingVerb):
             folds = range(num_folds(self.recipe.protocol, clips))
         say_training(self.shards, self.recipe, folds)
         say("trainings", f"{config.seeds} of each fold, scored on its {config.part} part")
-        result = api.crossval(
-            self.shards,
-            self.recipe,
-            self.run_config,
-            self.crossval,
-            self.slots,
-            address=self.common.address,
-        )
+        result = api.crossval(*self.inputs, config, self.slots, address=self.common.address)
         if config.part == "test":
             uri = self.run_config.tracking_uri
             command = next_command("register", result.run_id, tracking_uri=uri)
@@ -234,5 +203,4 @@ class Crossval(TrainingVerb):
                 address=self.common.address,
             )
             after = f"test it      {command}"
-        data = {"name": result.name, "run_id": result.run_id, **result.to_dict()}
-        return Outcome(data, _with_links(result), after)
+        return _run_outcome(result, {"name": result.name} | result.to_dict(), after)

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
@@ -38,19 +39,16 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
     """Say in a sentence how well the model does on its test part."""
     if not card.split["test_speakers"]:
         return "It was trained on all speakers of its corpus, so it has no test score of its own."
-    try:
+    scores = None
+    with suppress(TrackingError):
         scores = read_test_scores(run_id, tracking_uri) if run_id else None
-    except TrackingError:
-        return "Its test score cannot be read from its MLflow run."
     if scores is None:
-        return "It has not been scored on its test clips yet: ser-ray evaluate does that."
-    clips = (
-        "other clips of the voices that it was trained on"
-        if card.split["speaker_dependent"]
-        else "clips of voices that it was not trained on"
-    )
+        return "No score on its test clips can be read: ser-ray evaluate measures it."
+    is_dependent = card.split["speaker_dependent"]
+    voices = "other clips of the voices" if is_dependent else "clips of voices"
+    trained_on = "that it was trained on" if is_dependent else "that it was not trained on"
     return (
-        f"On {scores['clips']} {clips}, its UA is {scores['ua']:.0%}; chance is "
+        f"On {scores['clips']} {voices} {trained_on}, its UA is {scores['ua']:.0%}; chance is "
         f"{1 / len(card.labels):.0%}."
     )
 

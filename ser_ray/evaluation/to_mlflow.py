@@ -13,7 +13,7 @@ import numpy as np
 from ser_ray.evaluation.evaluation import REPORT, Evaluation
 from ser_ray.evaluation.pages import add_test_part
 from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
-from ser_ray.plots.scores import bars_figure, confusion_figure, speakers_figure
+from ser_ray.plots.scores import confusion_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, layer_weights_figure
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (
@@ -100,14 +100,11 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     found["ece_uncalibrated"] = evaluation.uncalibrated.ece
     tracker.log_scores({f"test/{name}": value for name, value in found.items()}, now_ms())
     tracker.describe(Test=evaluation.sentence)
-    title, support = evaluation.measured_on, scores.confusion.sum(axis=1)
+    title = evaluation.measured_on
     tracker.log_files(
         {
             REPORT: as_artifact(page),
             "plots/test_confusion.png": confusion_figure(scores.confusion, labels, title),
-            "plots/test_recall_by_label.png": bars_figure(
-                labels, scores.recall, support, "recall", title
-            ),
             "plots/test_accuracy_by_speaker.png": speakers_figure(evaluation.speaker_rows, title),
             "tables/test.json": evaluation.to_dict(),
             "tables/test_predictions.csv": evaluation.predictions,

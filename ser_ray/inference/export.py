@@ -57,12 +57,11 @@ class ExportResult:
     output: str
     largest_difference: float
     """Largest difference from a probability of `Predictor`, for waveforms of `CHECKED_SECONDS`."""
-    tolerance: float = TOLERANCE
 
     def __repr__(self) -> str:
         return (
             f"{self.output}: within {self.largest_difference:.1e} of the original "
-            f"(tolerance {self.tolerance:g})"
+            f"(tolerance {TOLERANCE:g})"
         )
 
 

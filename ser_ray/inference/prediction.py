@@ -108,20 +108,13 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Shorten each path to its file name, and to as many folders as make the name unique.
+    """Shorten each path to its file name, unless several files have this name.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """
-    names: dict[str, str] = {}
-    unnamed = list(dict.fromkeys(paths))
-    depth = 1
-    while unnamed:
-        tails = {path: "/".join(path.split("/")[-depth:]) for path in unnamed}
-        counts = Counter(tails.values())
-        names |= {path: tail for path, tail in tails.items() if tail == path or counts[tail] == 1}
-        unnamed = [path for path in unnamed if path not in names]
-        depth += 1
-    return {path: printable(name) for path, name in names.items()}
+    names = {path: path.rpartition("/")[2] for path in paths}
+    counts = Counter(names.values())
+    return {path: printable(name if counts[name] == 1 else path) for path, name in names.items()}
 
 
 def prediction_row(prediction: Prediction) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from ser_ray.training.data import Clips
 from ser_ray.training.model import EncoderHead, fold_batch_norm, to_channels_last
 from ser_ray.training.scoring import predict_clips
 
+Recording = str | Path | np.ndarray
+Several = list[Any] | tuple[Any, ...] | Iterator[Any]
+
 
 class Predictor:
     """A trained model and the reader that computes its features.
@@ -80,16 +83,10 @@ class Predictor:
         return self
 
     @overload
-    def predict(
-        self, audio: str | Path | np.ndarray, sample_rate: float | None = None
-    ) -> Prediction: ...
+    def predict(self, audio: Recording, sample_rate: float | None = None) -> Prediction: ...
 
     @overload
-    def predict(
-        self,
-        audio: list[Any] | tuple[Any, ...] | Iterator[Any],
-        sample_rate: float | None = None,
-    ) -> Predictions: ...
+    def predict(self, audio: Several, sample_rate: float | None = None) -> Predictions: ...
 
     def predict(self, audio: Any, sample_rate: float | None = None) -> Prediction | Predictions:
         """Predict the emotion in a recording, or in several recordings.

@@ -1,4 +1,4 @@
-"""Figures of scores: confusions, shares by speaker or label, and calibration."""
+"""Figures of scores: confusions, scores by speaker, and calibration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,17 +66,20 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
     return entitle(figure, title)
 
 
-def bars_figure(
-    names: Sequence[str], values: np.ndarray, counts: np.ndarray, xlabel: str, title: str = ""
-) -> Figure:
-    """Draw a bar for each name: its value (0 to 1) in blue, and the rest up to 1 in vermilion."""
-    axes = new_axes(0.3 * len(names) + 1.2, xlabel=xlabel)
-    places = range(len(names))
-    axes.barh(places, values, color=BLUE, height=0.7)
-    axes.barh(places, 1 - values, left=values, color=VERMILION, alpha=0.3, height=0.7)
-    for place, (value, count) in enumerate(zip(values, counts, strict=True)):
-        axes.text(1.02, place, f"{value:.1%} of {count}", va="center")
-    axes.set_yticks(range(len(names)), names)
+def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Draw a bar for each speaker: the WA in blue, and the rest up to 1 in vermilion.
+
+    Args:
+        rows: a mapping for each speaker with the keys speaker, clips and wa.
+        title: shown above.
+    """
+    axes = new_axes(0.3 * len(rows) + 1.2, xlabel="clips recognised (WA)")
+    places, shares = range(len(rows)), np.array([row["wa"] for row in rows])
+    axes.barh(places, shares, color=BLUE, height=0.7)
+    axes.barh(places, 1 - shares, left=shares, color=VERMILION, alpha=0.3, height=0.7)
+    for place, row in enumerate(rows):
+        axes.text(1.02, place, f"{row['wa']:.1%} of {row['clips']}", va="center")
+    axes.set_yticks(places, [row["speaker"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))
@@ -84,13 +87,6 @@ def bars_figure(
     figure = finish(axes, title)
     axes.grid(visible=False, axis="y")
     return figure
-
-
-def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Draw the WA of every speaker from rows with the keys speaker, clips and wa."""
-    shares, clips = (np.array([row[key] for row in rows]) for key in ("wa", "clips"))
-    names = [row["speaker"] for row in rows]
-    return bars_figure(names, shares, clips, "clips recognised (WA)", title)
 
 
 def reliability_figure(

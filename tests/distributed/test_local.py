@@ -14,7 +14,7 @@ import torch
 from pyarrow import fs
 from safetensors.torch import load_file
 
-from ser_ray.cli.train import train_outcome
+from ser_ray.cli.train import Train
 from ser_ray.distributed import local
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.local import train_here
@@ -161,7 +161,7 @@ def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_netw
     assert result.card.split["train_speakers"] == sorted({"01", "02", "03", "04", "05", "06"})
     assert len(rows) == recipe.epochs
     assert not any(name.startswith("val/") for name in rows[0])
-    printed = train_outcome(result, (shards,))
+    printed = Train(shards=(shards,)).outcome(result)
     assert "all speakers, no validation or test part" in printed.text
     assert f"ser-ray register {result.run_id}" in printed.after
     with pytest.raises(ConfigError, match="all has no test part"):

@@ -9,11 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from ser_ray.plots.scores import (
-    bars_figure,
-    confusion_figure,
-    reliability_figure,
-)
+from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from tests.plots.drawn import lines
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -87,7 +83,8 @@ def test_text_is_readable_on_every_shade(paper: str, ink: tuple[float, ...]) -> 
 
 
 def test_bars_show_shares_with_their_clips() -> None:
-    figure = bars_figure(["01", "02"], np.array([0.25, 1.0]), np.array([60, 44]), "accuracy")
+    rows = [{"speaker": "01", "wa": 0.25, "clips": 60}, {"speaker": "02", "wa": 1.0, "clips": 44}]
+    figure = speakers_figure(rows)
     axes = figure.axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.25, 1, 0.75, 0]  # type: ignore[attr-defined]
     assert [text.get_text() for text in axes.texts] == ["25.0% of 60", "100.0% of 44"]
@@ -115,7 +112,7 @@ def test_a_long_title_stays_inside_the_picture(draw: str) -> None:
     title = "test, emobox-6 fold 3 of 6 (speaker-independent), the synthetic corpus"
     figures: dict[str, Figure] = {
         "confusion": confusion_figure(np.eye(8, dtype=int), LABELS, title),
-        "bars": bars_figure(["01"], np.array([0.5]), np.array([2]), "accuracy", title),
+        "bars": speakers_figure([{"speaker": "01", "wa": 0.5, "clips": 2}], title),
     }
     figure = figures[draw]
     figure.draw_without_rendering()
