@@ -4,10 +4,9 @@ import shlex
 from dataclasses import replace
 
 from ser_ray.cli.main import VERBS
-from ser_ray.cli.opening import say_training
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import marked_lines
-from ser_ray.cli.train import Crossval, Train
+from ser_ray.cli.train import Crossval, Train, say_training
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig

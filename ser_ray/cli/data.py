@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from ser_ray import api
-from ser_ray.cli.opening import say
-from ser_ray.cli.verb import Outcome, Verb
+from ser_ray.cli.verb import Outcome, Verb, say
 from ser_ray.command import next_command
 from ser_ray.corpus.download import DownloadConfig
 from ser_ray.shards.config import PrepareConfig

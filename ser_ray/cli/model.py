@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import tyro
 
 from ser_ray import api
-from ser_ray.cli.opening import say
-from ser_ray.cli.verb import Outcome, TableVerb, Verb
+from ser_ray.cli.verb import Outcome, TableVerb, Verb, say
 from ser_ray.command import next_command
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Condition

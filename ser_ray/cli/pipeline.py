@@ -9,10 +9,9 @@ from typing import Any, Self
 from ser_ray import api
 from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Predict
-from ser_ray.cli.opening import say
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import Outcome, TableVerb
+from ser_ray.cli.verb import Outcome, TableVerb, say
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig

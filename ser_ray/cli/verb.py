@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from ser_ray.corpus.words import MISSING_WORDS
+from ser_ray.progress import stderr_console
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +72,8 @@ class TableVerb(Verb):
     turns this off."""
     columns: tuple[str, ...] = ()
     """Names of columns in a table, as in label=emotion speaker=spk."""
+
+
+def say(name: str, text: str) -> None:
+    """Print a line on standard error: a name and a text."""
+    stderr_console().print(f"{name:12} {text}", markup=False)

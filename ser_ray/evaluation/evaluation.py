@@ -13,14 +13,15 @@ import pyarrow.compute as pc
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
-from ser_ray.evaluation.tables import Row, group_rows
 from ser_ray.shards.card import CorpusPart
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.data import label_indices
-from ser_ray.training.metrics import Scores, scores_of
+from ser_ray.training.metrics import Scores, count_confusion, scores_of
 
 Part = Literal["validation", "test"]
+Row = dict[str, Any]
+"""A row of a table: names and counts, and scores as shares from 0 to 1."""
 REPORT = "report.html"
 """Name of a run's page, in the run's folder and in its MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
@@ -282,3 +283,23 @@ def predictions_table(
     for index, name in enumerate(labels):
         table = table.append_column(f"p_{name}", pa.array(probabilities[:, index]))
     return table
+
+
+def group_rows(
+    kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> list[Row]:
+    """Tabulate clips, WA and UA (shares) of every group of clips, by name.
+
+    Args:
+        kind: name of the groups' column, such as speaker or sex.
+        groups: group of every clip [clips].
+        truth: label indices [clips].
+        predicted: label indices [clips].
+    """
+    num_labels = int(max(truth.max(), predicted.max())) + 1
+    rows = []
+    for group in sorted(set(groups)):
+        own = np.asarray(groups) == group
+        scores = Scores(count_confusion(truth[own], predicted[own], num_labels), loss=0.0)
+        rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
+    return rows

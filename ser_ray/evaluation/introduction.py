@@ -1,12 +1,11 @@
 """Introduces a model on the demo page: its name, its test score, and some of its test clips."""
 
 import html
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
-from ser_ray.evaluation.evaluate import origin_of
+from ser_ray.evaluation.evaluate import origin_of, shards_of
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.tracking.registry import read_test_scores
 from ser_ray.training.card import CheckpointCard
@@ -32,7 +31,7 @@ def introduce(checkpoint: Path, name: str) -> tuple[str, list[tuple[str, str]]]:
         "not what a person feels. Recordings stay on this machine and are deleted when the page is "
         "stopped."
     )
-    return about, _examples(card, origin.get("shards", ()))
+    return about, _examples(checkpoint, card)
 
 
 def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
@@ -53,15 +52,10 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
     )
 
 
-def _examples(card: CheckpointCard, locations: Sequence[str]) -> list[tuple[str, str]]:
+def _examples(checkpoint: Path, card: CheckpointCard) -> list[tuple[str, str]]:
     """Find a test clip of each emotion that is a complete file on this machine: path and label."""
-    if not locations:
-        return []
     try:
-        shards = open_corpora(locations, known=card.corpora)
-        if shards.card.fingerprint != card.shards_fingerprint:
-            return []
-        clips = shards.clips()
+        clips = open_corpora(shards_of(checkpoint, ()), known=card.corpora).clips()
         test = clips.take(select_rows(clips, card.config).test)
     except SerRayError:
         return []

@@ -12,8 +12,7 @@ import pyarrow as pa
 
 from ser_ray.errors import CorpusError
 from ser_ray.evaluation import statistics
-from ser_ray.evaluation.evaluation import Evaluation
-from ser_ray.evaluation.tables import Row
+from ser_ray.evaluation.evaluation import Evaluation, Row
 from ser_ray.features.conditions import CONDITIONS
 from ser_ray.inference.batch import predict_under
 from ser_ray.inference.predictor import Predictor

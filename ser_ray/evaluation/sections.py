@@ -1,23 +1,29 @@
-"""The header, contents and sections that several HTML pages share."""
+"""The header, contents, sections and clips that several HTML pages share."""
 
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.evaluation.clips import read_clips
-from ser_ray.evaluation.evaluation import SCORES, Evaluation
+from ser_ray.evaluation.evaluation import SCORES, Evaluation, Row
 from ser_ray.evaluation.rendering import render
-from ser_ray.evaluation.tables import headline, label_rows
+from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
+from ser_ray.features.errors import ClipError
+from ser_ray.features.samples import cut
+from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, learning_rate_figure
 from ser_ray.tracking.about import provenance
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.config import TrainConfig
-from ser_ray.training.metrics import selected_row
+from ser_ray.training.metrics import Scores, selected_row
 
 History = Sequence[Mapping[str, float]]
 """A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
@@ -152,3 +158,88 @@ def settings_of(recipe: TrainConfig) -> dict[str, object]:
     """Return all settings of a recipe in one mapping."""
     settings = recipe.to_dict()
     return settings | settings.pop("augment")
+
+
+def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
+    """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
+
+    A score whose denominator is 0 is 0, such as the precision of a label that is never predicted.
+
+    Args:
+        confusions: for each seed, counts [labels, labels], row = true, column = predicted. The
+            shares are means over the seeds, and the support is the sum.
+        labels: names of the rows.
+    """
+    of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
+    columns: dict[str, Sequence[Any]] = {"label": labels}
+    for name in ("precision", "recall", "f1"):
+        columns[name] = np.mean([getattr(scores, name) for scores in of_seeds], axis=0).tolist()
+    columns["support"] = np.sum(confusions, axis=(0, 2)).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
+    """Describe in sentences the labels with the highest and lowest recall, and the worst confusion.
+
+    Args:
+        confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
+        labels: names of the rows.
+    """
+    support = confusion.sum(axis=1)
+    recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
+    best, worst = int(np.nanargmax(recall)), int(np.nanargmin(recall))
+    if recall[best] == recall[worst]:
+        sentence = f"Every label has a recall of {recall[best]:.0%}."
+    else:
+        sentence = (
+            f"The model recognises {labels[best]} best ({recall[best]:.0%} of its clips) and "
+            f"{labels[worst]} worst ({recall[worst]:.0%})."
+        )
+    wrong = confusion - np.diag(np.diag(confusion))
+    shares = wrong / np.maximum(support, 1)[:, None]
+    true, predicted = np.unravel_index(shares.argmax(), shares.shape)
+    if wrong[true, predicted]:
+        sentence += (
+            f" It most often mistakes {labels[true]} for {labels[predicted]} "
+            f"({wrong[true, predicted]} of {support[true]} clips)."
+        )
+    return sentence
+
+
+def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[dict[str, Any]]:
+    """Read clips of an evaluation from the corpus. Clips that cannot be read are left out.
+
+    Args:
+        evaluation: the predictions of the clips.
+        rows: row numbers in `evaluation.predictions`.
+        audio: whether the page gets a player for each clip.
+
+    Returns:
+        For each clip its file `name`, its true label (`truth`), the `predicted` label and its
+        `probability`, a `figure` of the clip without the silence at both ends, and its sound as
+        `mp3`, which is empty without players.
+    """
+    extract = FeatureExtractor(evaluation.card.features)
+    rate = evaluation.card.features.sample_rate
+    views = []
+    for clip in evaluation.predictions.take(rows).to_pylist():
+        try:
+            decoded = decode(clip["path"], max_seconds=MAX_RECORDING_SECONDS)
+            (samples, sample_rate, _), _ = cut(decoded, clip["start"], clip["end"])
+            waveform = extract.windows(samples, sample_rate)[0]
+        except ClipError:
+            continue
+        sound = BytesIO()
+        if audio:  # MP3 plays in any browser: about 4 kB per second
+            soundfile.write(sound, waveform, rate, format="MP3")
+        views.append(
+            {
+                "name": Path(clip["path"]).name,
+                "truth": clip["emotion"],
+                "predicted": clip["predicted"],
+                "probability": clip[f"p_{clip['predicted']}"],
+                "figure": clip_figure(waveform, rate, extract.features(waveform)["spectrogram"]),
+                "mp3": sound.getvalue(),
+            }
+        )
+    return views

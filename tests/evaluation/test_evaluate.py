@@ -15,9 +15,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from ser_ray.cli.main import main
 from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
 from ser_ray.evaluation import robustness
-from ser_ray.evaluation.clips import read_clips
 from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
+from ser_ray.evaluation.sections import read_clips
 from ser_ray.evaluation.to_mlflow import record_evaluation, record_training
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig

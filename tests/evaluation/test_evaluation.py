@@ -10,8 +10,8 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from ser_ray.evaluation.evaluation import Evaluation, predictions_table
-from ser_ray.evaluation.tables import group_rows, headline, label_rows
+from ser_ray.evaluation.evaluation import Evaluation, group_rows, predictions_table
+from ser_ray.evaluation.sections import headline, label_rows
 from ser_ray.training.checkpoint import read_card
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ser_ray.errors import TrackingError
-from ser_ray.evaluation import introduction
+from ser_ray.evaluation import evaluate, introduction
 from ser_ray.evaluation.introduction import introduce
 from tests.conftest import make_memory_shards
 from tests.models import CONFIG, make_checkpoint
@@ -24,7 +24,8 @@ def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_pat
     place = shards.table.schema.get_field_index("path")
     shards.table = shards.table.set_column(place, "path", paths)
     sets = {"here": shards}
-    monkeypatch.setattr(introduction, "open_corpora", lambda places, known: sets[places[0]])
+    for module in (introduction, evaluate):
+        monkeypatch.setattr(module, "open_corpora", lambda places, known: sets[places[0]])
     scores = {"clips": 16, "ua": 0.5}
     monkeypatch.setattr(introduction, "read_test_scores", lambda *_: scores)
 

@@ -163,7 +163,7 @@ def render(evaluation: Evaluation, **changes: Any) -> str:
 @pytest.fixture(scope="module")
 def text(evaluation: Evaluation, clip: dict[str, Any]) -> str:
     """A training's page with both parts, and in each two clips, the second without a player."""
-    views = [[clip], [clip | {"mp3": None}]]
+    views = [[clip], [clip | {"mp3": b""}]]
     order = iter([*views, *views])
     validation = dataclasses.replace(evaluation, part="validation", is_own_test=False)
     with pytest.MonkeyPatch.context() as patch:
