@@ -230,24 +230,16 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
         "protocol": predictor.card.split["label"],
         "trained_on": predictor.card.trained_on,
     }
+    name, write = ("model.onnx", _write_onnx) if kind == "onnx" else ("model.pt2", _write_torch)
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "onnx":
-            file = Path(folder, "model.onnx")
-            run = _write_onnx(program, file, about)
-        else:
-            file = Path(folder, "model.pt2")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # "tensors share memory"
-                torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
-            run = _run_torch(file)
-        largest = _compare(run, predictor, output)
+        file = Path(folder, name)
+        largest = _compare(write(program, file, about), predictor, output)
         try:
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             fs.copy_files(str(file), path, destination_filesystem=filesystem)
         except OSError as error:
-            raise SerRayError(
-                f"{output}: cannot be written ({error}); choose another --output"
-            ) from error
+            advice = "choose another --output"
+            raise SerRayError(f"{output}: cannot be written ({error}); {advice}") from error
     return ExportResult(output=output, largest_difference=largest)
 
 
@@ -283,10 +275,11 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
     return lambda waveform: session.run(None, {"waveform": waveform})[0]
 
 
-def _run_torch(path: Path) -> Run:
+def _write_torch(program: torch.export.ExportedProgram, file: Path, about: dict) -> Run:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns about buffers of its archive
-        module = torch.export.load(path).module()
+        warnings.simplefilter("ignore", UserWarning)  # about tensors and buffers that share memory
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+        module = torch.export.load(file).module()
     return lambda waveform: module(torch.from_numpy(waveform)).numpy()
 
 

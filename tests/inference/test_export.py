@@ -101,7 +101,7 @@ def test_torchs_exported_program_in_a_bucket_runs_without_this_package(tmp_path,
 def test_a_file_whose_probabilities_differ_is_not_written(tmp_path: Path, monkeypatch):
     make_checkpoint(tmp_path)
     wrong = np.array([1, 0, 0, 0], np.float32)
-    monkeypatch.setattr(export_module, "_run_torch", lambda _: lambda _: wrong)
+    monkeypatch.setattr(export_module, "_write_torch", lambda *_: lambda _: wrong)
     with pytest.raises(SerRayError, match="differ from those of the checkpoint by"):
         export(tmp_path, str(tmp_path / "model.pt2"), "torch")
     assert not (tmp_path / "model.pt2").exists()
