@@ -49,6 +49,7 @@ _STYLE = """
 .ser-ray [role=alert] { border-left: 4px solid #D55E00; padding-left: .75rem }
 .ser-ray summary { cursor: pointer }
 """
+MAX_PORT = 65_535
 
 
 def serve(
@@ -71,12 +72,14 @@ def serve(
         SerRayError: gradio is not installed.
         ConfigError: the server cannot listen on the address.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigError(f"port is {port}: it must be from 0 (a free port) to {MAX_PORT}")
     try:
         listening = socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(
-            f"{host}:{port}: the server cannot listen there ({error}); choose another --host or "
-            "--port; --port 0 takes a free port"
+            f"{host}:{port}: the server cannot listen there ({error.strerror}); choose another "
+            "--host or --port; --port 0 takes a free port"
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
         os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported

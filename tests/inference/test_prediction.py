@@ -60,7 +60,7 @@ def test_a_notebook_draws_answers_and_escapes_names(predictor, tmp_path):
     answer = predictor.predict(sound)
     lines = str(ElementTree.fromstring(answer._repr_html_()).text).splitlines()
     assert lines[0].startswith(f"<i>.wav: {answer.emotion} (")
-    assert lines[1].strip() == str(answer.timeline[0])
+    assert lines[1] == f"  {answer.timeline[0]}"
     shown = [line.split()[0] for line in lines[-len(LABELS) :]]
     assert shown == sorted(LABELS, key=lambda label: -answer.probabilities[label])
     table = Predictions([answer, answer])._repr_html_()
