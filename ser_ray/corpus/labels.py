@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.corpus.words import shorten
 from ser_ray.errors import ConfigError
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import read_file
 
 USUAL_NAMES = {
     "neutral": ("neu", "neutrality"),
@@ -92,10 +92,8 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 
 def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     """Read a label map from a CSV file, and check its names."""
-    filesystem, path = filesystem_of(location)
     try:
-        with filesystem.open_input_stream(path) as stream:
-            text = stream.read().decode("utf-8-sig")
+        text = read_file(location).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{location}: this label map cannot be read ({error}); --label-map takes usual, common "

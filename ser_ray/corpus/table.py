@@ -155,9 +155,16 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the values of a column as texts without blanks around them."""
+    """Return the values of a column as texts without blanks around them.
+
+    NaN, which pandas writes for a missing value, becomes null, and durations become seconds.
+    """
+    if pa.types.is_duration(column.type):
+        column = pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
+    elif pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     try:
-        return pc.utf8_trim_whitespace(_without_nan(column).cast("string"))
+        return pc.utf8_trim_whitespace(column.cast("string"))
     except pa.ArrowException as error:
         problem = f"the values in the column {name} are not texts or numbers"
         raise TableError(problem) from error
@@ -168,15 +175,6 @@ def _composed(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     coded = texts.combine_chunks().dictionary_encode()
     forms = [unicodedata.normalize("NFC", text) for text in coded.dictionary.to_pylist()]
     return pa.chunked_array([pa.array(forms, pa.string()).take(coded.indices)])
-
-
-def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert NaN, which pandas writes for a missing value, to null, and durations to seconds."""
-    if pa.types.is_duration(column.type):
-        return pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
-    if not pa.types.is_floating(column.type):
-        return column
-    return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
 
 
 def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

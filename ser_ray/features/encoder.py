@@ -75,8 +75,7 @@ class EncoderWeights:
             if _has_card(path):
                 own = cls.read(str(path))
                 return cls(replace(own.card, name=name), own.tensors)
-            tensors = _read_file(path, file)
-            return cls.fitting(bundle_card(name), tensors, file)
+            return cls.fitting(bundle_card(name), _read_file(path, file), file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":

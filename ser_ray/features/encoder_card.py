@@ -50,14 +50,12 @@ class EncoderCard:
     @property
     def num_layers(self) -> int:
         """Number of transformer layers."""
-        layers: int = self.arguments["encoder_num_layers"]
-        return layers
+        return int(self.arguments["encoder_num_layers"])
 
     @property
     def dim(self) -> int:
         """Number of values of a layer."""
-        dim: int = self.arguments["encoder_embed_dim"]
-        return dim
+        return int(self.arguments["encoder_embed_dim"])
 
     @property
     def num_values(self) -> int:

@@ -272,7 +272,5 @@ def _packets(
             return
         except av.error.InvalidDataError:
             continue
-        except (
-            av.error.PatchWelcomeError
-        ):  # a joined ogg with another sample rate is read no further
+        except av.error.PatchWelcomeError:  # a joined ogg with another sample rate ends here
             return
