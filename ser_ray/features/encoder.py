@@ -75,7 +75,8 @@ class EncoderWeights:
             if _has_card(path):
                 own = cls.read(str(path))
                 return cls(replace(own.card, name=name), own.tensors)
-            return cls.fitting(bundle_card(name), _read_file(path, file), file)
+            tensors = _read_file(path, file)
+            return cls.fitting(bundle_card(name), tensors, file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":

@@ -90,9 +90,9 @@ class ShardSet:
         the hash of the weights. The card is where this comes from: it lists complete columns only.
         """
         tables = []
-        for part in self.card.parts:
-            with _reading(f"{self.uri}/{layout.outcomes_name(part)}"):
-                tables.append(layout.read_table(self.uri, layout.outcomes_name(part)))
+        for name in map(layout.outcomes_name, self.card.parts):
+            with _reading(f"{self.uri}/{name}"):
+                tables.append(layout.read_table(self.uri, name))
         table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
         names = pa.list_(pa.string())
         own = pa.scalar([f"{item.name}:{item.weights}" for item in self.card.encoders], names)
