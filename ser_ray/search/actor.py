@@ -37,12 +37,11 @@ Finish = Callable[[Path, ShardSet, TrainConfig], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSetup:
-    """The settings and data that all trials of a study share."""
+    """The recipe, data and weights that all trials of a study share."""
 
     recipe: TrainConfig
     """The recipe in which the drawn values replace fields."""
     shards: ShardSet
-    slots: Slots
     pretrained: Mapping[str, Pretrained]
     """Initial weights for every value of `TrainConfig.weights` that may be drawn."""
     finish: Finish | None = None
@@ -60,19 +59,20 @@ def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list
     return values
 
 
-def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
+def run_trial(values: dict[str, Any], setup: TrialSetup, slots: Slots) -> None:
     """Train a trial from its beginning or from its checkpoint. Ray Tune calls this in an actor.
 
     Args:
         values: the drawn values.
-        setup: settings and data of all trials.
+        setup: recipe, data and weights of all trials.
+        slots: CPUs and GPUs of a trial.
     """
     reported: dict[str, Any] = {}
     try:
         recipe = recipe_of(setup.recipe, values)
         with tempfile.TemporaryDirectory() as scratch:
             report = Reporter(recipe, reported, Path(scratch), setup.finish is not None)
-            _train(recipe, setup, report)
+            _train(recipe, setup, slots, report)
             if setup.finish is not None:
                 setup.finish(report.selected, setup.shards, recipe)
     except Exception as problem:
@@ -85,9 +85,9 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         tune.report(reported | {OBJECTIVE: 0.0, "problem": f"{type(problem).__name__}: {problem}"})
 
 
-def _train(recipe: TrainConfig, setup: TrialSetup, report: "Reporter") -> None:
-    torch.set_num_threads(setup.slots.cpus)
-    device = torch.device("cuda" if setup.slots.gpus else "cpu")
+def _train(recipe: TrainConfig, setup: TrialSetup, slots: Slots, report: "Reporter") -> None:
+    torch.set_num_threads(slots.cpus)
+    device = torch.device("cuda" if slots.gpus else "cpu")
     pretrained = setup.pretrained[recipe.weights]
     checkpoint = tune.get_checkpoint()
     # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.

@@ -11,17 +11,14 @@ To choose between recipes, `--part validation` scores the validation parts and r
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from ser_ray.cluster.connect import cluster
-from ser_ray.cluster.shared_files import require_shared
 from ser_ray.corpus.folds import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
@@ -42,16 +39,14 @@ from ser_ray.search.pooled import (
     pool,
     write_predictions,
 )
-from ser_ray.search.slots import Slots, find_slots, require_one_worker
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import TrialRecord, best_of
-from ser_ray.search.tune_run import RetryFailed, points_plan, run_trials, tune_folder
+from ser_ray.search.tune_run import RetryFailed, points_plan
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.registry import read_initial_weights
-from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, copy_encoder, local_checkpoint, read_card
 from ser_ray.training.config import TrainConfig
@@ -100,44 +95,43 @@ def crossval(
         SerRayError: a fold failed; the message says which and why. The same call trains it again.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
-    shards, recipe, config = plan.shards, plan.recipe, plan.config
-    require_one_worker(run)
-    pretrained = read_initial_weights(recipe, shards, run.tracking_uri, plan.folds)
-    folder = RunFolder(run.storage, run.name or crossval_name(plan))
-    location = absolute(folder.location)
-    require_server(run.tracking_uri)
-    with cluster(address), folder.lock() as lock:
-        require_shared(*shards.locations, location)
-        setup = TrialSetup(
-            recipe=recipe,
-            shards=shards,
-            slots=find_slots(run, slots),
-            pretrained={recipe.weights: pretrained},
-            finish=partial(keep_fold, folder=location, part=config.part),
-        )
-        identity = {"recipe": recipe.to_dict(), "part": config.part}
-        params = crossval_params(plan, setup.slots)
-        with open_study(
-            setup, folder, run, "cross-validation", plan.caption, identity, params, show
-        ) as study:
-            while missing := missing_folds(plan, study.trials):
-                grid = points_plan(missing, setup.slots, RetryFailed())
-                num_before = len(study.trials)
-                run_trials(setup, grid, tune_folder(folder, num_before), study, run.max_failures)
-                require_all_finished(study.trials)
-                ended = [trial for trial in study.trials if trial.ended]
-                if not num_before < len(study.trials) == len(ended):
-                    break
-                study.store()
-            study.settle(len(plan.points))
-            lock.check()
-            result = pool(plan, study.trials, location, folder.name, study.parent)
-            if config.under:
-                result = add_conditions(result, config.under)
-            _record(result, study.parent, audio=run.audio)
-            _log_best(study, location)
-            study.parent.log_files({"config.json": recipe_to_ship(result).to_dict()})
-            study.finish()
+    recipe, config = plan.recipe, plan.config
+    folder = RunFolder(absolute(run.storage), run.name or crossval_name(plan))
+    weights = read_initial_weights(recipe, plan.shards, run.tracking_uri, plan.folds)
+    setup = TrialSetup(
+        recipe=recipe,
+        shards=plan.shards,
+        pretrained={recipe.weights: weights},
+        finish=partial(keep_fold, folder=folder.location, part=config.part),
+    )
+    with open_study(
+        "cross-validation",
+        plan.caption,
+        folder,
+        run,
+        slots,
+        setup,
+        settings={"part": config.part},
+        varied={"fold", "seed"},
+        show=show,
+        address=address,
+    ) as study:
+        while missing := missing_folds(plan, study.trials):
+            num_before = len(study.trials)
+            study.run_trials(points_plan(missing, study.slots, RetryFailed()))
+            require_all_finished(study.trials)
+            ended = [trial for trial in study.trials if trial.ended]
+            if not num_before < len(study.trials) == len(ended):
+                break
+            study.store()
+        study.settle(len(plan.points))
+        result = pool(plan, study.trials, folder.location, folder.name, study.parent)
+        if config.under:
+            result = add_conditions(result, config.under)
+        _record(result, study.parent, audio=run.audio)
+        _log_best(study)
+        study.parent.log_files({"config.json": recipe_to_ship(result).to_dict()})
+        study.finish()
     return result
 
 
@@ -154,13 +148,6 @@ def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[st
     """Folds and seeds of the plan that no trial has finished yet."""
     done = [trial.values for trial in trials if trial.ended]
     return [point for point in plan.points if point not in done]
-
-
-def crossval_params(plan: CrossvalPlan, slots: Slots) -> dict[str, Any]:
-    """Parameters of a cross-validation's run: the settings that all folds and seeds share."""
-    recipe = plan.recipe.to_dict()
-    del recipe["fold"], recipe["seed"]
-    return recipe | {"crossval": {"part": plan.config.part, "slots": asdict(slots)}}
 
 
 def keep_fold(
@@ -259,10 +246,10 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
         record_evaluation(fold, audio=audio)
 
 
-def _log_best(study: Study, location: str) -> None:
+def _log_best(study: Study) -> None:
     """Log the model of the fold with the best validation UA in the run of this fold."""
     best = best_of(study.trials)
-    with local_checkpoint(fold_folder(location, best.recipe)) as checkpoint:
+    with local_checkpoint(fold_folder(study.folder.location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels
         if study.run.keep_encoder:
             copy_encoder(checkpoint)

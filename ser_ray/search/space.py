@@ -56,10 +56,8 @@ class Dimension:
         return tuple(dict.fromkeys(points))
 
     def __str__(self) -> str:
-        """The distribution in words, for example `loguniform 0.001 to 0.1`."""
-        between = ", " if self.kind == "choice" else " to "
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in self.values]
-        return f"{self.kind} {between.join(values)}"
+        """The distribution as a space has it, for example `loguniform(0.001, 0.1)`."""
+        return f"{self.kind}({', '.join(map(str, self.values))})"
 
     def holds(self, value: Any) -> bool:
         """Whether a value can be drawn."""
@@ -104,6 +102,14 @@ class TuneConfig:
         """
         lines = {line.partition("=")[0].strip(): line for line in (*DEFAULT_SPACE, *self.space)}
         return tuple(parse_dimension(line) for line in lines.values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that identify a search. `refit` changes no trial, so it is left out."""
+        space = {item.name: str(item) for item in self.dimensions}
+        settings = dataclasses.asdict(self) | {"space": space}
+        del settings["refit"]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,15 +11,17 @@ study has ended, its records are written to `trials.json`.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 
+from ser_ray.cluster.connect import cluster
+from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
@@ -27,12 +29,14 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.space import RATIO, recipe_of
+from ser_ray.search.slots import Slots, find_slots, require_one_worker
+from ser_ray.search.space import RATIO, SlotConfig, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
-from ser_ray.search.tune_run import last_result
+from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags, scored_on
-from ser_ray.tracking.tracker import Tracker
+from ser_ray.tracking.store import require_server
+from ser_ray.tracking.tracker import Tracker, flatten
 from ser_ray.training.metrics import selected_metrics
 
 TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
@@ -54,7 +58,8 @@ class Study(tune.Callback):
     Args:
         parent: tracker of the study's run in MLflow.
         folder: the study's folder.
-        setup: settings and data of all trials.
+        setup: recipe, data and weights of all trials.
+        slots: CPUs and GPUs of the trials.
         run: settings of the study; its MLflow experiment holds the trials' runs.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
@@ -65,11 +70,12 @@ class Study(tune.Callback):
         parent: Tracker,
         folder: RunFolder,
         setup: TrialSetup,
+        slots: Slots,
         run: RunConfig,
         tags: dict[str, str],
         show: Show,
     ) -> None:
-        self.parent, self.folder = parent, folder
+        self.parent, self.folder, self.setup, self.slots = parent, folder, setup, slots
         self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
         self._dataset = dataset_of(setup.shards)  # now, because later the shards may be unreachable
@@ -113,10 +119,20 @@ class Study(tune.Callback):
         records = sorted(self.records.values(), key=lambda trial: trial.number)
         return [replace(trial, run_id=self._run_ids.get(trial.trial_id, "")) for trial in records]
 
+    def run_trials(self, plan: Plan) -> None:
+        """Run trials after those that are known now, or the remaining ones of an earlier driver.
+
+        Raises:
+            KeyboardInterrupt, ResourcesError: as `ser_ray.search.tune_run.run_trials`.
+        """
+        folder = tune_folder(self.folder, len(self.records))
+        run_trials(self.setup, self.slots, plan, folder, self, self.run.max_failures)
+
     def settle(self, expected: int) -> None:
         """Make sure that all trials have ended and were delivered to MLflow.
 
         Raises:
+            CheckpointError: another process has taken over the folder.
             SerRayError: fewer than `expected` trials have ended.
             TrackingError: the tracking server does not answer; the same command delivers the rest.
         """
@@ -128,6 +144,7 @@ class Study(tune.Callback):
             )
         self._stop_thread()
         self._deliver()
+        self.folder.check_lock()
 
     def finish(self) -> None:
         """Store the records and close the study's run."""
@@ -323,34 +340,56 @@ class Study(tune.Callback):
         )
 
 
+@contextmanager
 def open_study(
-    setup: TrialSetup,
+    kind: Literal["search", "cross-validation"],
+    label: str,
     folder: RunFolder,
     run: RunConfig,
-    kind: Kind,
-    label: str,
-    identity: dict[str, Any],
-    params: dict[str, Any],
+    slots: SlotConfig,
+    setup: TrialSetup,
+    *,
+    settings: dict[str, Any],
+    varied: Set[str],
     show: Show,
-) -> Study:
-    """Start the MLflow run of a study, or resume the run of an interrupted study.
+    address: str = "",
+) -> Iterator[Study]:
+    """Start a study, or resume an interrupted one, on a cluster and with a lock on its folder.
 
     Args:
-        setup: settings and data of all trials.
-        folder: the study's folder.
-        run: names the tracking store and the experiment.
         kind: search or cross-validation.
         label: the protocol, and whether it is speaker-dependent.
-        identity: the settings that identify the study, without its shards.
-        params: parameters of the study's run.
+        folder: the study's folder.
+        run: names the tracking store and the experiment.
+        slots: CPUs and GPUs of a trial.
+        setup: recipe, data and weights of all trials.
+        settings: the settings of the study that must not change when it resumes.
+        varied: fields of the recipe that differ between trials. The study's run does not have them
+            as parameters.
         show: shows the trials.
+        address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
 
     Raises:
+        ConfigError: the trials have several workers.
         MismatchError: the folder belongs to another study.
-        ResourcesError, TrackingError: as `start_or_resume_run`.
+        ResourcesError, TrackingError: the cluster, the folder or the tracking store is not usable.
     """
-    identity = identity | {"shards": setup.shards.card.fingerprint_of(setup.recipe.feature)}
-    tags = run_tags(kind, label, setup.shards)
-    about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
-    parent = start_or_resume_run(folder, run, setup.shards, tags, params, identity, about)
-    return Study(parent, folder, setup, run, tags, show)
+    require_one_worker(run)
+    require_server(run.tracking_uri)
+    recipe, shards = setup.recipe, setup.shards
+    with cluster(address), folder.lock():
+        require_shared(*shards.locations, folder.location)
+        found = find_slots(run, slots)
+        identity = {
+            "recipe": recipe.to_dict(),
+            kind: settings,
+            "shards": shards.card.fingerprint_of(recipe.feature),
+        }
+        flat = flatten(recipe.to_dict())
+        params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied}
+        params |= {kind: settings | {"slots": asdict(found)}}
+        tags = run_tags(kind, label, shards)
+        about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
+        parent = start_or_resume_run(folder, run, shards, tags, params, identity, about)
+        with Study(parent, folder, setup, found, run, tags, show) as study:
+            yield study

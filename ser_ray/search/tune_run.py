@@ -216,12 +216,18 @@ def has_snapshot(folder: RunFolder) -> bool:
 
 
 def run_trials(
-    setup: TrialSetup, plan: Plan, folder: RunFolder, study: tune.Callback, max_failures: int
+    setup: TrialSetup,
+    slots: Slots,
+    plan: Plan,
+    folder: RunFolder,
+    study: tune.Callback,
+    max_failures: int,
 ) -> None:
     """Run the trials of a study, or the remaining ones of an interrupted study.
 
     Args:
-        setup: settings and data of all trials.
+        setup: recipe, data and weights of all trials.
+        slots: CPUs and GPUs of a trial.
         plan: the trials and their order.
         folder: the folder of Ray Tune's files (`tune_folder`).
         study: the callback that Ray Tune calls whenever the state of a trial changes.
@@ -236,8 +242,8 @@ def run_trials(
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints whatever `verbose` says
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup),
-        tune.PlacementGroupFactory([setup.slots.bundle()]),
+        tune.with_parameters(run_trial, setup=setup, slots=slots),
+        tune.PlacementGroupFactory([slots.bundle()]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
     # `Tuner.restore` keeps the slots and paths of the first start in searcher and callbacks.
@@ -254,7 +260,7 @@ def run_trials(
             num_samples=plan.num_trials,
             search_alg=plan.algorithm,
             scheduler=plan.scheduler,
-            callbacks=[study, RoomCallback(setup.slots)],
+            callbacks=[study, RoomCallback(slots)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             max_failures=max_failures,
             reuse_actors=True,

@@ -8,14 +8,12 @@ interrupted search.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from ser_ray.cluster.connect import cluster
-from ser_ray.cluster.shared_files import require_shared
 from ser_ray.corpus.folds import ALL
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
@@ -25,28 +23,19 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.optuna_study import importance_of, optuna_journal
-from ser_ray.search.slots import Slots, find_slots, require_one_worker
-from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
+from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import excluded, num_trials, run_trials, search_plan, tune_folder
+from ser_ray.search.tune_run import excluded, num_trials, optuna_distribution, search_plan
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import location_inside
+from ser_ray.storage.paths import absolute
 from ser_ray.tracking.about import scored_on
 from ser_ray.tracking.registry import read_initial_weights
-from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
-from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
-
-OPTUNA_STUDY = "optuna.journal"
-"""File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
-BEST_RECIPE = "best.json"
-"""File beside the trials: the best recipe, and the run that trained it."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +50,6 @@ class TuneResult(StudyResult):
     again: str
     """Command that trains the best recipe."""
 
-    @property
-    def best_recipe(self) -> str:
-        """Location of best.json."""
-        return location_inside(self.location, BEST_RECIPE)
-
     def __repr__(self) -> str:
         best, recipe = self.best, self.best.recipe
         drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
@@ -77,7 +61,6 @@ class TuneResult(StudyResult):
                 f"             {name} {f'{value:.3g}' if isinstance(value, float) else value}"
                 for name, value in drawn.items()
             ),
-            f"kept in      {self.best_recipe}",
             f"report       {self.report}",
         ]
         return "\n".join(lines)
@@ -101,62 +84,59 @@ def search(
         SerRayError: no trial succeeded; the message says why the first failed.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
-    require_one_worker(run)
     require_one_split(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
-    parts = select_rows(shards.clips(), recipe)
-    pretrained = _initial_weights(recipe, config, shards, run.tracking_uri)
-    folder = RunFolder(run.storage, run.name or search_name(recipe, config, shards))
-    require_server(run.tracking_uri)
-    with cluster(address), folder.lock() as lock:
-        require_shared(*shards.locations, folder.location)
-        setup = TrialSetup(
-            recipe=recipe, shards=shards, slots=find_slots(run, slots), pretrained=pretrained
-        )
-        identity = {"recipe": recipe.to_dict(), "search": _settings(config)}
-        params = search_params(recipe, config, setup.slots)
-        with open_study(setup, folder, run, "search", parts.label, identity, params, show) as study:
-            if not study.has_ended:
-                if left_out := excluded(recipe, config):
-                    logger.warning(
-                        "no trial trains the recipe as given, because the space excludes its %s",
-                        ", ".join(left_out),
-                    )
-                plan = search_plan(recipe, config, setup.slots)
-                run_trials(setup, plan, tune_folder(folder), study, run.max_failures)
-            study.settle(num_trials(recipe, config))
-            lock.check()
-            best = best_of(study.trials)
-            result = TuneResult(
-                name=folder.name,
-                label=f"validation, {scored_on(study.tags)}",
-                best=best,
-                trials=study.trials,
-                run_id=study.parent.run_id,
-                tracking_uri=study.parent.uri,
-                location=folder.location,
-                again=command_like(best.run_id, shards.locations, run),
-            )
-            _keep_best(folder, best)
-            _log_outcome(study, result, config)
-            study.finish()
-    return result
-
-
-def _initial_weights(
-    recipe: TrainConfig, config: TuneConfig, shards: ShardSet, tracking_uri: str
-) -> dict[str, Pretrained]:
-    """Read the initial weights of all trials, by the value of `TrainConfig.weights`."""
     searched = {item.name: item.values for item in config.dimensions}
-    return {
-        name: read_initial_weights(
-            replace(recipe, feature=kind, weights=name), shards, tracking_uri
-        )
+    kinds = {recipe.feature, *searched.get("feature", ())}
+    setup = TrialSetup(
+        recipe=recipe,
+        shards=shards,
         # Features of an encoder come first. They have no pretrained weights, and must not replace
         # those of the other kinds.
-        for kind in sorted(features_of(recipe, config), key=KINDS.__contains__)
-        for name in sorted({recipe.weights, *searched.get("weights", ())})
-    }
+        pretrained={
+            name: read_initial_weights(
+                replace(recipe, feature=kind, weights=name), shards, run.tracking_uri
+            )
+            for kind in sorted(kinds, key=KINDS.__contains__)
+            for name in sorted({recipe.weights, *searched.get("weights", ())})
+        },
+    )
+    # The lower bound of the learning rate is drawn as a ratio.
+    varied = {*searched, "lr_min"} if RATIO in searched else {*searched}
+    with open_study(
+        "search",
+        select_rows(shards.clips(), recipe).label,
+        RunFolder(absolute(run.storage), run.name or search_name(recipe, config, shards, kinds)),
+        run,
+        slots,
+        setup,
+        settings=config.settings,
+        varied=varied,
+        show=show,
+        address=address,
+    ) as study:
+        if not study.has_ended:
+            if left_out := excluded(recipe, config):
+                logger.warning(
+                    "no trial trains the recipe as given, because the space excludes its %s",
+                    ", ".join(left_out),
+                )
+            study.run_trials(search_plan(recipe, config, study.slots))
+        study.settle(num_trials(recipe, config))
+        best = best_of(study.trials)
+        result = TuneResult(
+            name=study.folder.name,
+            label=f"validation, {scored_on(study.tags)}",
+            best=best,
+            trials=study.trials,
+            run_id=study.parent.run_id,
+            tracking_uri=study.parent.uri,
+            location=study.folder.location,
+            again=command_like(best.run_id, shards.locations, run),
+        )
+        _log_outcome(study, result, config)
+        study.finish()
+    return result
 
 
 def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
@@ -178,52 +158,43 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
         )
 
 
-def search_params(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> dict[str, Any]:
-    """Parameters of a search's run: the fields that all trials share, and the search's settings.
-
-    A searched field has no value yet. `_log_outcome` adds the value of the best trial.
-    """
-    searched = {item.name for item in config.dimensions}
-    if RATIO in searched:
-        searched.add("lr_min")
-    shared = {name: value for name, value in recipe.to_dict().items() if name not in searched}
-    shared["augment"] = {k: v for k, v in shared["augment"].items() if k not in searched}
-    search = _settings(config) | {
-        "space": {item.name: str(item) for item in config.dimensions},
-        "slots": asdict(slots),
-    }
-    return shared | {"search": search}
-
-
-def features_of(recipe: TrainConfig, config: TuneConfig) -> set[str]:
-    """Return the kinds of features that trials may be trained on."""
-    searched = {item.name: item.values for item in config.dimensions}
-    return {recipe.feature, *searched.get("feature", ())}
-
-
-def search_name(recipe: TrainConfig, config: TuneConfig, shards: ShardSet) -> str:
+def search_name(
+    recipe: TrainConfig, config: TuneConfig, shards: ShardSet, kinds: Collection[str]
+) -> str:
     """Name of a search; the same settings on the same shards give the same name."""
-    settings = json.dumps(_settings(config), sort_keys=True)
-    kinds = features_of(recipe, config)
     data = sorted({shards.card.fingerprint_of(kind) for kind in kinds})
-    identity = settings + recipe.fingerprint + "".join(data)
+    identity = json.dumps(config.settings, sort_keys=True) + recipe.fingerprint + "".join(data)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
 
 
-def _settings(config: TuneConfig) -> dict[str, Any]:
-    """Return the settings that identify a search. `refit` changes no trial, so it is left out."""
-    return {name: value for name, value in asdict(config).items() if name != "refit"}
+def importance_of(
+    trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
+) -> dict[str, float]:
+    """Importance of every searched setting by PED-ANOVA (Watanabe et al. 2023).
 
+    Returns:
+        Shares that sum to 1; empty if there are fewer than four different values of UA.
+    """
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-def _keep_best(folder: RunFolder, best: TrialRecord) -> None:
-    """Write the best recipe beside the trials."""
-    content = {"run_id": best.run_id, "selected": best.selected, "recipe": best.recipe.to_dict()}
-    folder.write(BEST_RECIPE, json.dumps(content, indent=2))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize")
+    distributions = {item.name: optuna_distribution(item) for item in dimensions}
+    for trial in trials:
+        if trial.succeeded:
+            values, score = trial.values, trial.selected["val/ua"]
+            study.add_trial(
+                optuna.create_trial(params=values, distributions=distributions, value=score)
+            )
+    if len({trial.value for trial in study.trials}) < 4:
+        return {}
+    return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
 
 
 def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
-    """Complete the search's run in MLflow, and write its page and its Optuna study."""
+    """Complete the search's run in MLflow, and write its page."""
     from ser_ray.evaluation.pages import search_page  # slow: matplotlib
     from ser_ray.plots.search import history_figure, importance_figure, parameter_figure
 
@@ -254,12 +225,9 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         run_id=tracker.run_id,
     )
     store_page(page, folder.report)
-    journal = optuna_journal(folder.name, trials, config.dimensions)
-    folder.write(OPTUNA_STUDY, journal)
     files: dict[str, Any] = {
         REPORT: as_artifact(page),
         "config.json": best.recipe.to_dict(),
-        OPTUNA_STUDY: journal,
         "plots/history.png": history_figure(rows, result.label),
         "tables/trials.csv": pa.Table.from_pylist(rows),
     }
@@ -267,5 +235,4 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         files[f"plots/by_{item.name}.png"] = parameter_figure(rows, item.name, result.label)
     if importance:
         files["plots/importance.png"] = importance_figure(importance, result.label)
-        files["tables/importance.json"] = importance
     tracker.log_files(files)

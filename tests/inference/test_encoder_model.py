@@ -136,7 +136,8 @@ def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
     monkeypatch.setattr(crossval, "best_of", lambda trials: best)
     monkeypatch.setattr(crossval, "model_id_of", lambda run: "")
     study = MagicMock(run=RunConfig(keep_encoder=keeps))
-    crossval._log_best(study, str(tmp_path))
+    study.folder.location = str(tmp_path)
+    crossval._log_best(study)
     [path, _] = logged.return_value.log_model.call_args.args
     assert path == fold
     assert (fold / ENCODER).is_file() == keeps

@@ -8,10 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from ser_ray.distributed.run_config import RunConfig
@@ -21,12 +18,12 @@ from ser_ray.evaluation import pages
 from ser_ray.search import study as module
 from ser_ray.search import trial_lines
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
 from ser_ray.search.trial_lines import show_trials
+from ser_ray.search.tuner import importance_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
@@ -133,8 +130,8 @@ def open_study(server: Server, storage: Path | str) -> Study:
     )  # fmt: skip
     shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
     slots = Slots(count=1, cpus=1, gpus=0)
-    setup = TrialSetup(recipe=RECIPE, shards=shards, slots=slots, pretrained={})
-    return Study(parent, folder, setup, RunConfig(), TAGS, show=lambda trials: None)
+    setup = TrialSetup(recipe=RECIPE, shards=shards, pretrained={})
+    return Study(parent, folder, setup, slots, RunConfig(), TAGS, show=lambda trials: None)
 
 
 def deliver(study: Study) -> bool:
@@ -508,26 +505,6 @@ def test_the_name_that_determines_the_score_has_the_highest_importance():
     assert importance["lr_max"] > 0.9
     assert sum(importance.values()) == pytest.approx(1.0)
     assert importance_of(trials[:3], dimensions) == {}
-
-
-def test_optuna_reads_the_search_from_the_file_that_is_kept(server, tmp_path):
-    study = open_study(server, tmp_path)
-    run(study, tmp_path)
-    dimensions = TuneConfig(
-        space=("lr_max=loguniform(1e-4,1e-1)", "lr_ratio=choice(10)", "feature=choice(mel)")
-    ).dimensions
-    trials = [
-        replace(trial, values=trial.values | {"lr_ratio": 10.0, "feature": "mel"})
-        for trial in study.trials
-    ]
-    journal = tmp_path / "optuna.journal"
-    journal.write_text(optuna_journal("a search", trials, dimensions))
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    read = optuna.load_study(study_name="a search", storage=storage)
-    found = [(t.user_attrs["trial"], t.state.name, t.params["lr_max"]) for t in read.trials]
-    assert sorted(found) == [(1, "PRUNED", 1e-2), (2, "COMPLETE", 2e-2), (3, "FAIL", 3e-2)]
-    assert read.best_value == 0.6
-    assert read.best_trial.intermediate_values == {1: 0.2, 2: 0.6, 3: 0.5}
 
 
 def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):

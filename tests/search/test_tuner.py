@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from ser_ray.errors import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
+from ser_ray.search import study
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
 from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
@@ -70,6 +72,7 @@ RECIPE = TrainConfig(
     ),
 )  # fmt: skip
 DIVERGES = 1e18
+SLOTS = Slots(count=1, cpus=1, gpus=0)
 SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
 
 
@@ -137,8 +140,6 @@ def test_a_search_with_pruned_and_failed_trials_resumes_and_frees_its_resources(
         for name in ("train/loss", "val/loss", "val/ua"):
             assert row[name] == pytest.approx(alone[name], rel=1e-4), "a trial is a training"
 
-    kept = json.loads((tmp_path / result.name / "best.json").read_text())
-    assert TrainConfig.from_dict(kept["recipe"]) == best.recipe
     assert recipe_of_run(best.run_id, run.tracking_uri) == best.recipe.to_dict()
     check_mlflow(result, run.tracking_uri)
 
@@ -410,11 +411,8 @@ def reports(small_network, monkeypatch) -> list[tuple[dict[str, object], dict[st
 
 
 def setup_of(shards: str, **changes: object) -> TrialSetup:
-    slots = Slots(count=1, cpus=1, gpus=0)
     pretrained = {"none": Pretrained("fresh weights", {})}
-    values = {
-        "recipe": RECIPE, "shards": open_shards(shards), "slots": slots, "pretrained": pretrained,
-    }  # fmt: skip
+    values = {"recipe": RECIPE, "shards": open_shards(shards), "pretrained": pretrained}
     return TrialSetup(**values | changes)  # type: ignore[arg-type]
 
 
@@ -430,14 +428,14 @@ def test_a_trial_resumes_with_its_selected_epoch(
 
     recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
     setup = setup_of(shards, finish=finish, recipe=recipe)
-    run_trial({}, setup)
+    run_trial({}, setup, SLOTS)
     uninterrupted, reports[:] = list(reports), []
     for name, content in uninterrupted[1][1].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
-    run_trial({}, setup)
+    run_trial({}, setup, SLOTS)
     assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
     for (again, _), (alone, _) in zip(reports, uninterrupted[2:], strict=True):
         assert again["best_val_ua"] == alone["best_val_ua"]
@@ -465,7 +463,7 @@ def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
 ):
     gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)))
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), SLOTS)
     assert [metrics.get("epoch") for metrics, _ in reports] == [1]
 
 
@@ -474,7 +472,7 @@ def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards, error)
     def finish(*_: object) -> None:
         raise error("no good")
 
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish))
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), SLOTS)
     last = reports[-1][0]
     assert last["problem"] == f"{error.__name__}: no good"
     assert last["history"] == reports[1][0]["history"]
@@ -493,7 +491,7 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 
     setup = setup_of(shards, recipe=replace(RECIPE, epochs=1), finish=finish)
     with pytest.raises(error, match="does not answer"):
-        run_trial({}, setup)
+        run_trial({}, setup, SLOTS)
     assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
@@ -502,32 +500,20 @@ def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monk
     kept: list[str] = []
     monkeypatch.setattr(mlflow_run, "environment", dict)
     monkeypatch.setattr(mlflow_run, "require_kept", kept.append)
+    monkeypatch.setattr(study, "cluster", nullcontext)
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:
-        folder = RunFolder(run.storage, "search")
-        identity = {"recipe": recipe.to_dict()}
-        study = open_study(setup_of(shards), folder, run, "search", "label", identity, {}, print)
-        return study.parent.run_id
+        with open_study(
+            "search", "label", RunFolder(run.storage, "search"), run, SlotConfig(),
+            setup_of(shards, recipe=recipe), settings={}, varied=set(), show=print,
+        ) as opened:  # fmt: skip
+            return opened.parent.run_id
 
     assert start(RECIPE) == start(RECIPE)
     assert kept == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
     with pytest.raises(CheckpointError, match="recipe is epochs 4 instead of 9; give another"):
         start(replace(RECIPE, epochs=9))
-
-
-def test_a_best_recipe_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    folder = RunFolder(str(tmp_path), "search")
-    place = tmp_path / "search" / "best.json"
-    place.parent.mkdir()
-    place.write_text("the earlier one")
-    not_bytes = SimpleNamespace(encode=lambda: "not bytes")
-    monkeypatch.setattr(tune_module, "json", SimpleNamespace(dumps=lambda *_, **__: not_bytes))
-    row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
-    best = TrialRecord("a", 1, {}, RECIPE, rows=[row], state="finished")
-    with pytest.raises(TypeError):
-        tune_module._keep_best(folder, best)
-    assert place.read_text() == "the earlier one"
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -559,7 +545,7 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     outcome = Tune(search=TuneConfig(trials=2, refit=refit), recipe=RECIPE).run()
     assert "2 trials: 1 finished, 1 failed" in outcome.text
     assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
-    assert "s3://b/runs/search/best.json?region=x" in outcome.text
+    assert "s3://b/runs/search/report.html?region=x" in outcome.text
     if not refit:
         assert outcome.after == "train it     ser-ray x"
         assert not trained
