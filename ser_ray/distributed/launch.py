@@ -20,7 +20,7 @@ from ser_ray.cluster.connect import cluster, is_connected, needs_ray
 from ser_ray.cluster.resources import cpus_per_worker, require_workers, trains_on_gpus
 from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.local import train_here
-from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
+from ser_ray.distributed.mlflow_run import command_like, start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
 from ser_ray.distributed.task import TrainingTask
@@ -174,9 +174,7 @@ def _start_tracker(task: TrainingTask, split: dict[str, Any]) -> Tracker:
         params |= {"encoder": {"weights": encoder.weights, "licence": encoder.licence}}
     tags = run_tags("training", split["label"], shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
-    tracker = start_or_resume_run(
-        folder, run, shards, tags, params, identity_of(config, shards), about
-    )
+    tracker = start_run(folder, run, shards, tags, params, about, identity_of(config, shards))
     tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
     tracker.log_files({"config.json": config.to_dict()})
     return tracker

@@ -17,23 +17,25 @@ from ser_ray.tracking.tracker import Tracker, run_to_resume
 
 
 def start_run(
+    folder: RunFolder,
     run: RunConfig,
-    name: str,
     shards: ShardSet,
     tags: dict[str, str],
     params: dict[str, Any],
     about: str,
-    run_id: str = "",
+    identity: dict[str, Any] | None = None,
 ) -> Tracker:
-    """Start an MLflow run, or resume the run that has the id `run_id`.
+    """Start an MLflow run, or resume the run that the folder's record names.
 
     Args:
+        folder: the folder of the run, which has the same name.
         run: names the tracking store and the experiment.
-        name: name of a new run.
         shards: the training's shards.
         tags: tags of the run (`ser_ray.tracking.about.run_tags`).
         params: parameters of a new run.
         about: a sentence that describes the run.
+        identity: the settings that must be the same whenever the folder is used again. They and the
+            run's id are written into the folder's record. Without them, the run is always new.
 
     Raises:
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
@@ -44,41 +46,16 @@ def start_run(
     tracker = Tracker.start(
         uri,
         run.experiment,
-        name=name,
+        name=folder.name,
         params=params,
         tags=tags,
         dataset=dataset_of(shards),
-        run_id=run_id,
+        run_id=run_to_resume(uri, folder.record()) if identity else "",
     )
     tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
     tracker.log_files({"environment.json": environment()})
-    return tracker
-
-
-def start_or_resume_run(
-    folder: RunFolder,
-    run: RunConfig,
-    shards: ShardSet,
-    tags: dict[str, str],
-    params: dict[str, Any],
-    identity: dict[str, Any],
-    about: str,
-) -> Tracker:
-    """Start or resume the MLflow run of a folder, and write its id into the folder's record.
-
-    Args:
-        folder: the folder of the training, search or cross-validation.
-        identity: the settings that must be the same whenever the folder is used again.
-        run, shards, tags, params, about: as for `start_run`.
-
-    Raises:
-        MismatchError: the folder belongs to another training, search or cross-validation.
-        ResourcesError, TrackingError: as `start_run`.
-    """
-    folder.require_same(identity)
-    run_id = run_to_resume(resolve_uri(run.tracking_uri), folder.record())
-    tracker = start_run(run, folder.name, shards, tags, params, about, run_id)
-    folder.update_record(run_id=tracker.run_id, tracking_uri=tracker.uri, identity=identity)
+    if identity:
+        folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
     return tracker
 
 

@@ -82,7 +82,8 @@ def find_range(
         tags = run_tags("range test", split["label"], shards)
         params = config.to_dict() | {"lr_range": asdict(test)}
         about = "a learning-rate range test, which proposes lr_min and lr_max"
-        tracker = start_run(run, name, shards, tags, params, about)
+        folder = RunFolder(absolute(run.storage), name)
+        tracker = start_run(folder, run, shards, tags, params, about)
         steps = (_steps_on_ray if on_ray else _steps)(config, shards, pretrained, test, gpu)
         try:
             with closing(steps):
@@ -90,14 +91,13 @@ def find_range(
             page = range_page(
                 name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
             )
-            report = RunFolder(absolute(run.storage), name).report
-            store_page(page, report)
+            store_page(page, folder.report)
             _record(tracker, found, page, tags)
         except BaseException as error:
             tracker.abandon(error)
             raise
         tracker.finish("FINISHED")
-    return RangeResult(found, split["label"], tracker.run_id, tracker.uri, report)
+    return RangeResult(found, split["label"], tracker.run_id, tracker.uri, folder.report)
 
 
 def _steps(

@@ -22,7 +22,7 @@ from ray import tune
 
 from ser_ray.cluster.connect import cluster
 from ser_ray.cluster.shared_files import require_shared
-from ser_ray.distributed.mlflow_run import command_like, start_or_resume_run
+from ser_ray.distributed.mlflow_run import command_like, start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
@@ -385,11 +385,12 @@ def open_study(
             kind: settings,
             "shards": shards.card.fingerprint_of(recipe.feature),
         }
+        folder.require_same(identity)
         flat = flatten(recipe.to_dict())
         params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied}
         params |= {kind: settings | {"slots": asdict(found)}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
-        parent = start_or_resume_run(folder, run, shards, tags, params, identity, about)
+        parent = start_run(folder, run, shards, tags, params, about, identity)
         with Study(parent, folder, setup, found, run, tags, show) as study:
             yield study
