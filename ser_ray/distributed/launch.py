@@ -36,7 +36,7 @@ from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import read_card, read_layer_weights
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import require_workers_fit
-from ser_ray.training.parts import describe_split, select_rows
+from ser_ray.training.parts import select_rows
 
 ShowEpoch = Callable[[dict[str, float]], None]
 """Shows the row of an epoch that has just ended."""
@@ -99,7 +99,8 @@ def train(
         SerRayError: the training failed; the message gives the reason.
     """
     shards = open_corpora(shards_location, config.label_map)
-    split = _require_trainable(shards, config, run)
+    parts = select_rows(shards.clips(), config)
+    require_workers_fit(config, len(parts.train), run.worker_range[1])
     folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
     require_server(run.tracking_uri)
     with folder.lock():
@@ -111,7 +112,7 @@ def train(
                 require_shared(*shards.locations, folder.storage)
                 task = TrainingTask(folder, config, shards, pretrained, run)
                 run_task = _place(task)
-                tracker = _start_tracker(task, split)
+                tracker = _start_tracker(task, parts.label)
                 try:
                     _follow(task, run_task, tracker, on_epoch)
                     _conclude(task, tracker)
@@ -139,13 +140,6 @@ def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     }
 
 
-def _require_trainable(shards: ShardSet, config: TrainConfig, run: RunConfig) -> dict[str, Any]:
-    """Check the recipe against the shards and the number of workers; return the split."""
-    parts = select_rows(shards.clips(), config)
-    require_workers_fit(config, len(parts.train), run.worker_range[1])
-    return describe_split(parts)
-
-
 def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
     """Return the function that trains: on the connected cluster, or in this process.
 
@@ -166,13 +160,13 @@ def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
     return WorkerGroup(task, fewest, most, cpus=0 if gpu else cpus).run
 
 
-def _start_tracker(task: TrainingTask, split: dict[str, Any]) -> Tracker:
+def _start_tracker(task: TrainingTask, label: str) -> Tracker:
     folder, config, shards, run = task.folder, task.config, task.shards, task.run
     params = config.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
     if encoder := shards.card.encoder_of(config.feature):
         params |= {"encoder": {"weights": encoder.weights, "licence": encoder.licence}}
-    tags = run_tags("training", split["label"], shards)
+    tags = run_tags("training", label, shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
     tracker = start_run(folder, run, shards, tags, params, about, identity_of(config, shards))
     tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")

@@ -1,8 +1,9 @@
 """Runs a learning-rate range test in this process or, on a cluster, in one Ray task."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from ser_ray.cluster.connect import cluster, needs_ray
 from ser_ray.cluster.resources import cpus_per_worker, in_words, require_workers, trains_on_gpus
@@ -27,7 +28,10 @@ from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
 from ser_ray.training.model import Pretrained
-from ser_ray.training.parts import describe_split, select_rows
+from ser_ray.training.parts import select_rows
+
+Steps = Callable[[], Generator[tuple[float, float]]]
+"""Starts a test, which yields the learning rate and the loss of every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def find_range(
         DivergedError: the loss did not fall at any learning rate.
     """
     shards = open_corpora(shards_location, config.label_map)
-    split = describe_split(select_rows(shards.clips(), config))
+    label = select_rows(shards.clips(), config).label
     pretrained = read_initial_weights(config, shards, run.tracking_uri)
     require_server(run.tracking_uri)
     on_ray = needs_ray(address)
@@ -79,12 +83,13 @@ def find_range(
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
-        tags = run_tags("range test", split["label"], shards)
+        tags = run_tags("range test", label, shards)
         params = config.to_dict() | {"lr_range": asdict(test)}
         about = "a learning-rate range test, which proposes lr_min and lr_max"
         folder = RunFolder(absolute(run.storage), name)
         tracker = start_run(folder, run, shards, tags, params, about)
-        steps = (_steps_on_ray if on_ray else _steps)(config, shards, pretrained, test, gpu)
+        in_process = partial(_steps, config, shards, pretrained, test, gpu)
+        steps = _on_ray(in_process, gpu) if on_ray else in_process()
         try:
             with closing(steps):
                 found = propose(*_follow(steps, test))
@@ -97,7 +102,7 @@ def find_range(
             tracker.abandon(error)
             raise
         tracker.finish("FINISHED")
-    return RangeResult(found, split["label"], tracker.run_id, tracker.uri, folder.report)
+    return RangeResult(found, label, tracker.run_id, tracker.uri, folder.report)
 
 
 def _steps(
@@ -113,37 +118,29 @@ def _steps(
         raise SerRayError(f"the range test failed: {first_line(error)}") from error
 
 
-def _steps_on_ray(
-    config: TrainConfig, shards: ShardSet, pretrained: Pretrained, test: LrRangeConfig, gpu: bool
-) -> Generator[tuple[float, float]]:
+def _on_ray(steps: Steps, gpu: bool) -> Generator[tuple[float, float]]:
     """Yield the learning rate and the loss of every step, from a Ray task."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     from ser_ray.distributed.room import placed
 
-    def run() -> Iterator[tuple[float, float] | SerRayError]:
-        try:
-            yield from _steps(config, shards, pretrained, test, gpu)
-        except SerRayError as problem:  # if it were raised, Ray would wrap it
-            yield problem
+    def run() -> Iterator[tuple[float, float]]:
+        yield from steps()
 
-    cpus, gpus = (1, 1) if gpu else (cpus_per_worker(1), 0)
-    bundle: dict[str, float] = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": float(cpus_per_worker(1))}
     try:
         with placed(bundle, f"a range test with {in_words(bundle)}") as room:
             task = ray.remote(
                 num_returns="streaming",
-                num_cpus=cpus,
-                num_gpus=gpus,
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(room),
             )(run)
-            for reference in task.remote():
-                step = ray.get(reference)
-                if isinstance(step, SerRayError):
-                    raise step
-                yield step
+            yield from map(ray.get, task.remote())
     except ray.exceptions.RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), SerRayError):
+            raise cause from None
         raise SerRayError(f"the range test failed: {first_line(error)}") from error
 
 
@@ -154,11 +151,11 @@ def _follow(
     rates: list[float] = []
     losses: list[float] = []
     with show_progress() as report:
-        for step in steps:
-            rates.append(step[0])
-            losses.append(step[1])
-            text = f"step {len(rates)} of {test.steps}, learning rate {step[0]:.1e}"
-            report(f"{text}, loss {step[1]:.3f}", len(rates), test.steps)
+        for done, (rate, loss) in enumerate(steps, start=1):
+            rates.append(rate)
+            losses.append(loss)
+            text = f"step {done} of {test.steps}, learning rate {rate:.1e}, loss {loss:.3f}"
+            report(text, done, test.steps)
     return rates, losses
 
 
@@ -171,10 +168,6 @@ def _record(tracker: Tracker, found: LrRange, page: str, tags: Mapping[str, str]
     tracker.describe(
         Result=f"lr_min {found.lr_min:.1e}, lr_max {found.lr_max:.1e} ({scored_on(tags)})"
     )
-    tracker.log_files(
-        {
-            REPORT: page,
-            "plots/lr_range.png": range_figure(asdict(found), f"training loss, {scored_on(tags)}"),
-            "tables/lr_range.json": asdict(found),
-        }
-    )
+    numbers = asdict(found)
+    figure = range_figure(numbers, f"training loss, {scored_on(tags)}")
+    tracker.log_files({REPORT: page, "plots/lr_range.png": figure, "tables/lr_range.json": numbers})

@@ -110,18 +110,14 @@ class Tracker:
         try:
             if not run_id:
                 tracker.log_params(params)
-            tracker._require_artifacts(params)
+            problem = f"{tracker.read().info.artifact_uri}: MLflow cannot store artifacts here"
+            advice = "; make the place writable, or choose another --experiment or --tracking-uri"
+            with store_answers(problem, advice):
+                client.log_text(tracker.run_id, to_json(params), "settings.json")
         except TrackingError as error:
             tracker.abandon(error)
             raise
         return tracker
-
-    def _require_artifacts(self, params: Mapping[str, Any]) -> None:
-        with store_answers(
-            f"{self.read().info.artifact_uri}: MLflow cannot store artifacts here",
-            "; make the place writable, or choose another --experiment or --tracking-uri",
-        ):
-            self._client.log_text(self.run_id, to_json(params), "settings.json")
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":
@@ -156,14 +152,21 @@ class Tracker:
         with self._writing():
             self._client.log_batch(self.run_id, params=listed)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int, timestamp_ms: int, **link: str
+    ) -> None:
         """Queue metrics of one step. `flush` or `deliver` sends them.
 
         MLflow ignores a metric that it already has: same name, step, timestamp and value.
+
+        Args:
+            link: names in MLflow's `Metric` of the model or data set that the metrics belong to.
         """
         from mlflow.entities import Metric
 
-        self._queue += [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
+        self._queue += [
+            Metric(key, value, timestamp_ms, step, **link) for key, value in metrics.items()
+        ]
 
     def log_scores(self, scores: Mapping[str, float], timestamp_ms: int) -> None:
         """Store final scores, and link them to the run's data set and, if there is one, its model.
@@ -173,17 +176,13 @@ class Tracker:
         Raises:
             TrackingError: the store did not accept the scores.
         """
-        from mlflow.entities import Metric
-
         run, link = self.read(), {}
         if run.inputs and run.inputs.dataset_inputs:
             dataset = run.inputs.dataset_inputs[0].dataset
             link = {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
         if model_id := model_id_of(run):
             link["model_id"] = model_id
-        self._queue += [
-            Metric(key, value, timestamp_ms, 0, **link) for key, value in scores.items()
-        ]
+        self.log_metrics(scores, 0, timestamp_ms, **link)
         self.deliver()
 
     def log_epoch(
@@ -191,7 +190,7 @@ class Tracker:
         row: Mapping[str, float],
         learning_rates: Sequence[float],
         timestamp_ms: int,
-        system_metrics: Mapping[str, Mapping[str, float]] | None = None,
+        system_metrics: Mapping[str, Mapping[str, float]] = {},
     ) -> bool:
         """Queue the metrics of one epoch. `flush` or `deliver` sends them.
 
@@ -211,9 +210,7 @@ class Tracker:
             return False
         self._epochs.add(epoch)
         metrics = {name: value for name, value in row.items() if "/" in name}
-        for node, values in (system_metrics or {}).items():
-            metrics |= {f"system/{node}/{name}": value for name, value in values.items()}
-        self.log_metrics(metrics, epoch, timestamp_ms)
+        self.log_metrics(metrics | flatten({"system": system_metrics}, "/"), epoch, timestamp_ms)
         first_step = (epoch - 1) * len(learning_rates)
         for step, rate in enumerate(learning_rates, start=first_step):
             self.log_metrics({"train/lr": rate}, step, timestamp_ms)
@@ -385,14 +382,12 @@ def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:
     return ""
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings; keys are joined by dots."""
+def flatten(values: Mapping[str, Any], mark: str = ".") -> dict[str, Any]:
+    """Flatten nested mappings; `mark` joins the keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = flatten(value, mark) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{key}{mark}{name}" if name else key: item for name, item in inner.items()}
     return flat
 
 
