@@ -175,10 +175,7 @@ def _start_tracker(task: TrainingTask, label: str) -> Tracker:
 
 
 def _follow(
-    task: TrainingTask,
-    run_task: Callable[[OnEpoch], None],
-    tracker: Tracker,
-    on_epoch: ShowEpoch,
+    task: TrainingTask, run_task: Callable[[OnEpoch], None], tracker: Tracker, on_epoch: ShowEpoch
 ) -> None:
     """Run the training, if it has not finished, and log every epoch once."""
 

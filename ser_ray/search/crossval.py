@@ -32,13 +32,7 @@ from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.inference.predictor import Predictor
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.pooled import (
-    CrossvalPlan,
-    CrossvalResult,
-    fold_folder,
-    pool,
-    write_predictions,
-)
+from ser_ray.search.pooled import CrossvalPlan, CrossvalResult, fold_folder, pool, write_predictions
 from ser_ray.search.space import CrossvalConfig, SlotConfig
 from ser_ray.search.study import Show, Study, open_study
 from ser_ray.search.trial import TrialRecord, best_of

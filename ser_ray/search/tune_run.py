@@ -115,11 +115,7 @@ def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
 
 def optuna_distribution(dimension: Dimension) -> Any:
     """Convert a dimension to Optuna's distribution."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     low, high = dimension.values[0], dimension.values[-1]
     match dimension.kind:

@@ -13,13 +13,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ser_ray.corpus.words import CORPORA
-from ser_ray.features.config import KINDS
 from ser_ray.shards.read import ShardSet
+from ser_ray.storage.paths import name_account
 from ser_ray.tracking.store import configure_mlflow_client
 from ser_ray.version import __version__
 
@@ -34,8 +35,6 @@ NOTE = "mlflow.note.content"
 """Tag that holds a run's description, which MLflow shows as Markdown."""
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Lines of a description, in their order."""
-FEATURES = "binary"
-"""MLflow's type of the feature columns, which `ShardSet.to_array` converts to arrays."""
 TAG_BYTES = 5000
 """MLflow's limit for the length of a tag."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
@@ -50,17 +49,14 @@ def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
         shards: the shards that the run trains on.
     """
     facts = provenance()
-    tags = {
+    shown = ("command", "mlflow.user", "mlflow.source.name", "mlflow.source.git.commit")
+    return {
         "kind": kind,
         "protocol": protocol,
         "corpus": shards.card.corpus,
         SHARDS_TAG: shards.card.fingerprint,
-        "mlflow.source.git.commit": facts.get("git.commit", ""),
-        "command": facts["command"],
-        "mlflow.user": facts["mlflow.user"],
-        "mlflow.source.name": facts["mlflow.source.name"],
+        **{name: facts[name] for name in shown if name in facts},
     }
-    return {name: value for name, value in tags.items() if value}
 
 
 def scored_on(tags: Mapping[str, str]) -> str:
@@ -70,42 +66,29 @@ def scored_on(tags: Mapping[str, str]) -> str:
 
 def provenance() -> dict[str, str]:
     """Describe this process, its code and its machine, as texts by name."""
-    tags = {f"version.{name}": version(name) for name in PACKAGES}
-    tags["version.ser_ray"] = __version__
-    tags["mlflow.user"] = _user()
-    tags["mlflow.source.name"] = Path(sys.argv[0]).name
-    tags["version.python"] = platform.python_version()
-    tags["hardware.machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs"
-    tags["command"] = shlex.join([_program(), *sys.argv[1:]])[:TAG_BYTES]
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        tags["git.commit"] = commit + ("-dirty" if _git("status", "--porcelain") else "")
-    return tags
-
-
-def _program() -> str:
-    """Name of the program as a user types it; `python -m ser_ray` is ser-ray."""
-    path = Path(sys.argv[0])
-    return "ser-ray" if path.parent.name == "ser_ray" else path.name
-
-
-def _user() -> str:
-    """Name of the user, or the user's number if the user has no account, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # OSError from Python 3.13
-        return str(os.getuid())
-
-
-def _git(*arguments: str) -> str:
-    package = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+    name_account()
+    program = Path(sys.argv[0])
+    # `python -m ser_ray` is ser-ray.
+    command = "ser-ray" if program.parent.name == "ser_ray" else program.name
+    facts = {f"version.{name}": version(name) for name in PACKAGES}
+    facts |= {
+        "version.ser_ray": __version__,
+        "version.python": platform.python_version(),
+        "hardware.machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": program.name,
+        "command": shlex.join([command, *sys.argv[1:]])[:TAG_BYTES],
+    }
+    # The commit, with `-dirty` after it if files have changed since.
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    with suppress(OSError, subprocess.CalledProcessError):
+        facts["mlflow.source.git.commit"] = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *describe],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    return facts
 
 
 def data_line(shards: ShardSet) -> str:
@@ -126,20 +109,16 @@ def dataset_name(shards: ShardSet) -> str:
 
 
 def dataset_of(shards: ShardSet) -> "DatasetInput":
-    """Describe a shard set as the input of a run: name, fingerprint, location and columns."""
+    """Describe a shard set as the input of a run: name, fingerprint, location and labels."""
     configure_mlflow_client()
     from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.types import ColSpec, Schema
 
     card, first = shards.card, shards.locations[0]
-    columns = [ColSpec(_mlflow_type(field.type), field.name) for field in shards.clips().schema]
-    schema = Schema([*columns, *(ColSpec(FEATURES, kind) for kind in KINDS)])
     dataset = Dataset(
         name=dataset_name(shards),
         digest=card.fingerprint,
         source_type="local" if "://" not in first else first.partition("://")[0],
         source=json.dumps({"uri": " ".join(shards.locations)}),
-        schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
         profile=json.dumps({"num_clips": sum(card.clips), "labels": list(card.labels)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
@@ -175,14 +154,3 @@ def model_signature(labels: Sequence[str]) -> Any:
         Schema([ColSpec(AnyType(), name, required=False) for name in inputs]),
         Schema([ColSpec("string", "emotion"), *probabilities, *texts]),
     )
-
-
-def _mlflow_type(kind: Any) -> str:
-    """MLflow's name for an Arrow type."""
-    import pyarrow as pa
-
-    if pa.types.is_boolean(kind):
-        return "boolean"
-    if pa.types.is_floating(kind):
-        return "double"
-    return "long" if pa.types.is_integer(kind) else "string"

@@ -94,16 +94,13 @@ def await_database(uri: str) -> None:
             with contextlib.closing(sqlite3.connect(database, timeout=LOOK_SECONDS)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
-        except sqlite3.OperationalError as error:
+            return
+        except sqlite3.Error as error:
             if "locked" not in str(error):
                 return  # MLflow finds the same error and names it
-            if not has_warned:
-                logger.warning("%s: another program holds this database; waiting for it", database)
-                has_warned = True
-        except sqlite3.Error:
-            return
-        else:
-            return
+        if not has_warned:
+            logger.warning("%s: another program holds this database; waiting for it", database)
+            has_warned = True
 
 
 def _make(database: Path) -> None:

@@ -193,7 +193,8 @@ def test_a_user_without_an_account_is_named_by_number(monkeypatch: pytest.Monkey
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     for name in NAMES_OF_USERS:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert provenance()["mlflow.user"] == str(os.getuid())
 
