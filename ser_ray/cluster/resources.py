@@ -47,11 +47,10 @@ def trains_on_gpus(device: str) -> bool:
 
 def resources_within_reach() -> dict[str, float]:
     """Return the resources of the cluster at its largest size."""
-    reach: dict[str, float] = {}
+    reach: Counter[str] = Counter()
     for node in nodes_within_reach():
-        for name, amount in node.items():
-            reach[name] = reach.get(name, 0) + amount
-    return reach
+        reach.update(node)
+    return dict(reach)
 
 
 def nodes_within_reach() -> list[dict[str, float]]:
@@ -75,8 +74,7 @@ def this_machine() -> dict[str, float]:
     """Return the CPUs and GPUs that this process can use."""
     import torch
 
-    has_affinity = hasattr(os, "sched_getaffinity")  # macOS does not have it
-    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
     if limit := _container_limit("cpu.max"):  # "QUOTA PERIOD", in microseconds
         quota, period = map(int, limit.split())
         cpus = min(cpus, max(quota // period, 1))

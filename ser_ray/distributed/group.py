@@ -9,6 +9,7 @@ reach the caller are restored from the checkpoint, and a lost queue loses no epo
 
 import logging
 import os
+from collections import ChainMap
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
@@ -20,7 +21,6 @@ import ray.train
 from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
-    ControllerError,
     ScalingConfig,
     TrainingFailedError,
     UserCallback,
@@ -31,7 +31,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ser_ray.cluster.resources import in_words
-from ser_ray.distributed.process_group import torch_config
+from ser_ray.distributed.process_group import BoundConfig
 from ser_ray.distributed.room import (
     START_ATTEMPTS,
     START_SECONDS,
@@ -77,8 +77,6 @@ class WorkerGroup:
         self.pretrained = ray.put(task.pretrained)
         self.other_groups = placement_groups()
         """Ids of the placement groups that this job held before the training."""
-        self.losses = 0
-        """How often workers were lost."""
 
     def run(self, on_epoch: Callable[[Epoch], None]) -> None:
         """Train to the end.
@@ -116,7 +114,6 @@ class WorkerGroup:
 
     def _run_controller(self, start: StoredCheckpoint | None) -> Generator[Epoch]:
         """Start a controller of Ray Train, and yield its epochs until it ends."""
-        self.losses = 0  # Ray counts the losses of each controller separately
         here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})
@@ -137,7 +134,11 @@ class WorkerGroup:
                     watch.require_room()
                 else:
                     if "lost" in report:
-                        self._log_loss(report["lost"])
+                        logger.warning(
+                            "a worker was lost (%s): within --max-failures, Ray replaces it, and "
+                            "the training resumes from its newest checkpoint",
+                            report["lost"],
+                        )
                     else:
                         yield Epoch(**report)
             training.result()
@@ -157,7 +158,7 @@ class WorkerGroup:
         return TorchTrainer(
             work,
             scaling_config=self.scaling,
-            torch_config=torch_config(gpu=self.scaling.use_gpu),
+            torch_config=BoundConfig(backend="nccl" if self.scaling.use_gpu else "gloo"),
             run_config=ray.train.RunConfig(
                 name=folder.name,
                 storage_path=folder.root,
@@ -175,24 +176,10 @@ class WorkerGroup:
             ),
         )
 
-    def _log_loss(self, reason: str) -> None:
-        """Log that a lost worker is replaced. If the limit is exceeded, Ray raises an error."""
-        self.losses += 1
-        max_failures = self.task.run.max_failures
-        if max_failures == -1 or self.losses <= max_failures:
-            logger.warning(
-                "a worker was lost (%s): Ray replaces it, and the training resumes from its newest "
-                "checkpoint",
-                reason,
-            )
-
     def _failure(self, error: Exception) -> SerRayError:
         """Return the SerRayError that caused an error of Ray, or an error with Ray's message."""
-        causes: list[Exception] = []
-        if isinstance(error, ControllerError):
-            causes = [error.controller_failure]
-        elif isinstance(error, WorkerGroupError):
-            causes = list(error.worker_failures.values())
+        causes = list(getattr(error, "worker_failures", {}).values())
+        causes.append(getattr(error, "controller_failure", None))
         for cause in causes:
             if isinstance(cause, SerRayError):
                 return cause
@@ -216,12 +203,9 @@ class DriverCallback(UserCallback):
         """Forward the report of rank 0 and the metrics of every node, once they are stored."""
         if "row" not in metrics[0]:
             return  # a checkpoint in mid-epoch
-        nodes: dict[str, dict[str, float]] = {}
-        for report in metrics:
-            nodes |= report.get("system_metrics", {})
+        nodes = dict(ChainMap(*(report.get("system_metrics", {}) for report in metrics)))
         names = ("row", "learning_rates", "timestamp_ms")
-        report = {name: metrics[0][name] for name in names}
-        self.queue.put(report | {"system_metrics": nodes})
+        self.queue.put({name: metrics[0][name] for name in names} | {"system_metrics": nodes})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """End the training if an error is permanent; otherwise report the loss."""

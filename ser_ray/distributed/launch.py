@@ -112,13 +112,9 @@ def train(
                 require_shared(*shards.locations, folder.storage)
                 task = TrainingTask(folder, config, shards, pretrained, run)
                 run_task = _place(task)
-                tracker = _start_tracker(task, parts.label)
-                try:
+                with _start_tracker(task, parts.label) as tracker:
                     _follow(task, run_task, tracker, on_epoch)
                     _conclude(task, tracker)
-                except BaseException as error:
-                    tracker.abandon(error)
-                    raise
         elif has_run(uri := resolve_uri(run.tracking_uri), folder.record()["run_id"]):
             folder.update_record(tracking_uri=uri)  # the store was moved together with the folder
         return _result(folder)

@@ -22,13 +22,8 @@ _store: dist.TCPStore | None = None
 """The store that this process serves to the other workers until the process ends."""
 
 
-def torch_config(*, gpu: bool) -> TorchConfig:
-    """Ray Train's settings for workers on GPUs (NCCL) or on CPUs (gloo)."""
-    return BoundConfig(backend="nccl" if gpu else "gloo")
-
-
 class BoundConfig(TorchConfig):
-    """Configures workers that listen only on Ray's network."""
+    """Ray Train's settings for workers that listen only on Ray's network."""
 
     @property
     def backend_cls(self) -> type[Any]:

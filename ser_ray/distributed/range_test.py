@@ -87,21 +87,16 @@ def find_range(
         params = config.to_dict() | {"lr_range": asdict(test)}
         about = "a learning-rate range test, which proposes lr_min and lr_max"
         folder = RunFolder(absolute(run.storage), name)
-        tracker = start_run(folder, run, shards, tags, params, about)
-        in_process = partial(_steps, config, shards, pretrained, test, gpu)
-        steps = _on_ray(in_process, gpu) if on_ray else in_process()
-        try:
-            with closing(steps):
+        with start_run(folder, run, shards, tags, params, about) as tracker:
+            in_process = partial(_steps, config, shards, pretrained, test, gpu)
+            with closing(_on_ray(in_process, gpu) if on_ray else in_process()) as steps:
                 found = propose(*_follow(steps, test))
             page = range_page(
                 name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
             )
             store_page(page, folder.report)
             _record(tracker, found, page, tags)
-        except BaseException as error:
-            tracker.abandon(error)
-            raise
-        tracker.finish("FINISHED")
+            tracker.finish("FINISHED")
     return RangeResult(found, label, tracker.run_id, tracker.uri, folder.report)
 
 

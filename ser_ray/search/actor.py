@@ -18,7 +18,6 @@ import torch
 from ray import tune
 
 from ser_ray.errors import is_permanent
-from ser_ray.search.slots import Slots
 from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import SELECTED, STATE, Snapshot, read_progress
@@ -59,20 +58,20 @@ def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list
     return values
 
 
-def run_trial(values: dict[str, Any], setup: TrialSetup, slots: Slots) -> None:
+def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, float]) -> None:
     """Train a trial from its beginning or from its checkpoint. Ray Tune calls this in an actor.
 
     Args:
         values: the drawn values.
         setup: recipe, data and weights of all trials.
-        slots: CPUs and GPUs of a trial.
+        resources: CPUs and GPUs of a trial, as `find_slots` returns them.
     """
     reported: dict[str, Any] = {}
     try:
         recipe = recipe_of(setup.recipe, values)
         with tempfile.TemporaryDirectory() as scratch:
             report = Reporter(recipe, reported, Path(scratch), setup.finish is not None)
-            _train(recipe, setup, slots, report)
+            _train(recipe, setup, resources, report)
             if setup.finish is not None:
                 setup.finish(report.selected, setup.shards, recipe)
     except Exception as problem:
@@ -85,9 +84,11 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, slots: Slots) -> None:
         tune.report(reported | {OBJECTIVE: 0.0, "problem": f"{type(problem).__name__}: {problem}"})
 
 
-def _train(recipe: TrainConfig, setup: TrialSetup, slots: Slots, report: "Reporter") -> None:
-    torch.set_num_threads(slots.cpus)
-    device = torch.device("cuda" if slots.gpus else "cpu")
+def _train(
+    recipe: TrainConfig, setup: TrialSetup, resources: dict[str, float], report: "Reporter"
+) -> None:
+    torch.set_num_threads(int(resources["CPU"]))
+    device = torch.device("cuda" if "GPU" in resources else "cpu")
     pretrained = setup.pretrained[recipe.weights]
     checkpoint = tune.get_checkpoint()
     # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import dataclass
 
 from ser_ray.cluster.resources import nodes_within_reach, trains_on_gpus
 from ser_ray.distributed.run_config import RunConfig
@@ -12,24 +11,12 @@ from ser_ray.search.space import SlotConfig
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slots:
-    """Resources for trials of equal size."""
-
-    count: int
-    """Number of trials that run at the same time."""
-    cpus: int
-    """CPUs of a trial."""
-    gpus: float
-    """GPUs of a trial; 0 trains on CPUs."""
-
-    def bundle(self) -> dict[str, float]:
-        """The resources of one trial, as Ray names them."""
-        return {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
-
-
-def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
+def find_slots(run: RunConfig, config: SlotConfig) -> tuple[int, dict[str, float]]:
     """Count the trials that the cluster can run at the same time.
+
+    Returns:
+        The number of trials, and the resources of each, as Ray names them. Without `GPU`, trials
+        run on CPUs.
 
     Raises:
         ResourcesError: no node is large enough for a trial.
@@ -48,7 +35,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
         )
     shared = f" and {gpus:g} of a GPU" if gpus else ""
     logger.info("%-12s %d at once, each with %d CPUs%s", "trials", count, cpus, shared)
-    return Slots(count=count, cpus=cpus, gpus=gpus)
+    return count, {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
 
 
 def require_one_worker(run: RunConfig) -> None:

@@ -13,7 +13,7 @@ study has ended, its records are written to `trials.json`.
 import logging
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.slots import Slots, find_slots, require_one_worker
+from ser_ray.search.slots import find_slots, require_one_worker
 from ser_ray.search.space import RATIO, SlotConfig, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
@@ -59,7 +59,7 @@ class Study(tune.Callback):
         parent: tracker of the study's run in MLflow.
         folder: the study's folder.
         setup: recipe, data and weights of all trials.
-        slots: CPUs and GPUs of the trials.
+        slots: number of concurrent trials, and CPUs and GPUs of each (`find_slots`).
         run: settings of the study; its MLflow experiment holds the trials' runs.
         tags: tags of every run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
@@ -70,12 +70,13 @@ class Study(tune.Callback):
         parent: Tracker,
         folder: RunFolder,
         setup: TrialSetup,
-        slots: Slots,
+        slots: tuple[int, dict[str, float]],
         run: RunConfig,
         tags: dict[str, str],
         show: Show,
     ) -> None:
-        self.parent, self.folder, self.setup, self.slots = parent, folder, setup, slots
+        self.parent, self.folder, self.setup = parent, folder, setup
+        self.slots, self.resources = slots
         self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
         self._dataset = dataset_of(setup.shards)  # now, because later the shards may be unreachable
@@ -126,7 +127,7 @@ class Study(tune.Callback):
             KeyboardInterrupt, ResourcesError: as `ser_ray.search.tune_run.run_trials`.
         """
         folder = tune_folder(self.folder, len(self.records))
-        run_trials(self.setup, self.slots, plan, folder, self, self.run.max_failures)
+        run_trials(self.setup, self.resources, plan, folder, self, self.run.max_failures)
 
     def settle(self, expected: int) -> None:
         """Make sure that all trials have ended and were delivered to MLflow.
@@ -388,7 +389,7 @@ def open_study(
         folder.require_same(identity)
         flat = flatten(recipe.to_dict())
         params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied}
-        params |= {kind: settings | {"slots": asdict(found)}}
+        params |= {kind: settings | {"slots": {"count": found[0], **found[1]}}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
         parent = start_run(folder, run, shards, tags, params, about, identity)

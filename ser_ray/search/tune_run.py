@@ -18,7 +18,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -26,14 +25,13 @@ from ray import tune
 from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ser_ray.cluster.resources import in_words
 from ser_ray.distributed.room import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
-from ser_ray.search.slots import Slots
 from ser_ray.search.space import Dimension, TuneConfig, recipe_of, values_of
 from ser_ray.training.config import TrainConfig
 
@@ -41,18 +39,11 @@ SNAPSHOT_SECONDS = 2
 """Time between two snapshots of a study. A killed driver loses at most the results of this time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The trials of a study and their order."""
-
-    algorithm: Searcher | SearchAlgorithm
-    num_trials: int
-    scheduler: TrialScheduler
-    space: dict[str, Any] | None = None
-    """Ray Tune's domain of each name; None if the algorithm holds the space."""
+Plan = dict[str, Any]
+"""The arguments of `tune.run` that say which trials a study has and in which order."""
 
 
-def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
+def search_plan(recipe: TrainConfig, config: TuneConfig, slots: int) -> Plan:
     """Plan a search: a searcher or a grid, and the scheduler that stops the worse trials."""
     scheduler = ResumableAsha(recipe, config) if config.scheduler == "asha" else FIFOScheduler()
     if config.searcher == "grid":
@@ -71,18 +62,18 @@ def search_plan(recipe: TrainConfig, config: TuneConfig, slots: Slots) -> Plan:
         points_to_evaluate=baseline(recipe, config),
         sampler=samplers[config.searcher](seed=recipe.seed),
     )
-    limited = SlotLimiter(searcher, max_concurrent=slots.count)
-    return Plan(algorithm=limited, num_trials=config.trials, scheduler=scheduler)
+    limited = SlotLimiter(searcher, max_concurrent=slots)
+    return {"search_alg": limited, "num_samples": config.trials, "scheduler": scheduler}
 
 
-def points_plan(points: Sequence[dict[str, Any]], slots: Slots, scheduler: TrialScheduler) -> Plan:
+def points_plan(points: Sequence[dict[str, Any]], slots: int, scheduler: TrialScheduler) -> Plan:
     """Plan to train every point once, in this order. A point has a value for each name."""
-    return Plan(
-        algorithm=SlotVariants(points_to_evaluate=list(points), max_concurrent=slots.count),
-        num_trials=len(points),
-        scheduler=scheduler,
-        space={name: tune.choice([point[name] for point in points]) for name in points[0]},
-    )
+    return {
+        "search_alg": SlotVariants(points_to_evaluate=list(points), max_concurrent=slots),
+        "num_samples": len(points),
+        "scheduler": scheduler,
+        "config": {name: tune.choice([point[name] for point in points]) for name in points[0]},
+    }
 
 
 def grid_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
@@ -213,7 +204,7 @@ def has_snapshot(folder: RunFolder) -> bool:
 
 def run_trials(
     setup: TrialSetup,
-    slots: Slots,
+    resources: dict[str, float],
     plan: Plan,
     folder: RunFolder,
     study: tune.Callback,
@@ -223,7 +214,7 @@ def run_trials(
 
     Args:
         setup: recipe, data and weights of all trials.
-        slots: CPUs and GPUs of a trial.
+        resources: CPUs and GPUs of a trial.
         plan: the trials and their order.
         folder: the folder of Ray Tune's files (`tune_folder`).
         study: the callback that Ray Tune calls whenever the state of a trial changes.
@@ -238,8 +229,8 @@ def run_trials(
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints whatever `verbose` says
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup, slots=slots),
-        tune.PlacementGroupFactory([slots.bundle()]),
+        tune.with_parameters(run_trial, setup=setup, resources=resources),
+        tune.PlacementGroupFactory([resources]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
     # `Tuner.restore` keeps the slots and paths of the first start in searcher and callbacks.
@@ -252,11 +243,8 @@ def run_trials(
             resume_config=resume if has_snapshot(folder) else None,
             metric=OBJECTIVE,
             mode="max",
-            config=plan.space,
-            num_samples=plan.num_trials,
-            search_alg=plan.algorithm,
-            scheduler=plan.scheduler,
-            callbacks=[study, RoomCallback(slots)],
+            **plan,
+            callbacks=[study, RoomCallback(resources)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             max_failures=max_failures,
             reuse_actors=True,
@@ -269,9 +257,8 @@ def run_trials(
 class RoomCallback(tune.Callback):
     """Logs every minute that no trial has resources, and ends a study that waits for too long."""
 
-    def __init__(self, slots: Slots) -> None:
-        need = f"a trial with {in_words(slots.bundle())}"
-        self.watch = RoomWatch(placement_groups(), need)
+    def __init__(self, resources: dict[str, float]) -> None:
+        self.watch = RoomWatch(placement_groups(), f"a trial with {in_words(resources)}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look for resources after each step of Ray Tune's loop."""

@@ -120,12 +120,7 @@ def _make(database: Path) -> None:
                 (artifacts_of(database),),
             )
         shutil.copyfile(partial, complete)  # MLflow keeps its connection to the other file
-        try:
-            database.hardlink_to(complete)  # unlike renaming, it never replaces a file
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            complete.rename(database)
+        complete.rename(database)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One MLflow run.
+    """One MLflow run. If a `with` block ends with an error, the run is closed (`abandon`).
 
     Args:
         uri: tracking store, as `resolve_uri` returns it.
@@ -107,17 +107,21 @@ class Tracker:
                 if dataset is not None:
                     client.log_inputs(run.info.run_id, [dataset])
                 tracker = cls(uri, run.info.run_id)
-        try:
+        with tracker:
             if not run_id:
                 tracker.log_params(params)
             problem = f"{tracker.read().info.artifact_uri}: MLflow cannot store artifacts here"
             advice = "; make the place writable, or choose another --experiment or --tracking-uri"
             with store_answers(problem, advice):
                 client.log_text(tracker.run_id, to_json(params), "settings.json")
-        except TrackingError as error:
-            tracker.abandon(error)
-            raise
         return tracker
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.abandon(error)
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":

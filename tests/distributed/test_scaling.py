@@ -181,7 +181,7 @@ def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(group, "run_worker", without_gpu)
-    monkeypatch.setattr(group, "torch_config", lambda *, gpu: TorchConfig("gloo"))
+    monkeypatch.setattr(group, "BoundConfig", lambda backend: TorchConfig("gloo"))
     with Watch() as watch:
         result = train(
             write_shard_files(shared / "shards"),

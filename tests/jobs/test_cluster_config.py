@@ -248,7 +248,7 @@ def test_what_an_autoscaler_may_start_counts_as_reachable(edited, nodes, tmp_pat
         with pytest.raises(ResourcesError, match="9 workers need 9 GPUs, but the cluster has 8"):
             require_workers(9, cpus=1, gpus=1)
         assert [cpus_per_worker(workers) for workers in (1, 16, 17, 40, 999)] == [16, 16, 8, 8, 1]
-        assert find_slots(RunConfig(), SlotConfig(gpus_per_worker=0.25)).count == 8 * 4
+        assert find_slots(RunConfig(), SlotConfig(gpus_per_worker=0.25))[0] == 8 * 4
         label = {"ray.io/node-group": "gpu-worker"}
         nodes.append({"Alive": True, "NodeID": "new", "Labels": label, "Resources": gpu})
 

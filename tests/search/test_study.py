@@ -18,7 +18,6 @@ from ser_ray.evaluation import pages
 from ser_ray.search import study as module
 from ser_ray.search import trial_lines
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.slots import Slots
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
@@ -129,9 +128,10 @@ def open_study(server: Server, storage: Path | str) -> Study:
         finish=lambda status: server.require(),
     )  # fmt: skip
     shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
-    slots = Slots(count=1, cpus=1, gpus=0)
     setup = TrialSetup(recipe=RECIPE, shards=shards, pretrained={})
-    return Study(parent, folder, setup, slots, RunConfig(), TAGS, show=lambda trials: None)
+    return Study(
+        parent, folder, setup, (1, {"CPU": 1.0}), RunConfig(), TAGS, show=lambda trials: None
+    )
 
 
 def deliver(study: Study) -> bool:

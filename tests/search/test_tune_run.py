@@ -9,7 +9,6 @@ from ray.tune.experiment import Trial
 from ser_ray.distributed import room
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search import tune_run
-from ser_ray.search.slots import Slots
 from ser_ray.search.tune_run import RetryFailed, has_snapshot, last_result
 
 
@@ -58,7 +57,7 @@ def test_a_search_that_waits_for_room_says_so_every_minute(monkeypatch, caplog):
     monkeypatch.setattr(tune_run, "placement_groups", lambda: {"other"})
     monkeypatch.setattr(room, "placement_groups", lambda *, with_room: {"other"})
     monkeypatch.setattr(room, "free_resources", lambda: "0 CPUs, 0 GPUs")
-    callback = tune_run.RoomCallback(Slots(count=1, cpus=2, gpus=0.5))
+    callback = tune_run.RoomCallback({"CPU": 2.0, "GPU": 0.5})
     for _ in range(6):
         now += room.START_SECONDS
         callback.on_step_end(iteration=0, trials=[])

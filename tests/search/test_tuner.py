@@ -41,7 +41,7 @@ from ser_ray.search import actor as trial_module
 from ser_ray.search import study
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
-from ser_ray.search.slots import Slots, find_slots, require_one_worker, trials_on
+from ser_ray.search.slots import find_slots, require_one_worker, trials_on
 from ser_ray.search.space import SlotConfig, TuneConfig
 from ser_ray.search.study import open_study
 from ser_ray.search.trial import TrialRecord, best_of
@@ -72,7 +72,7 @@ RECIPE = TrainConfig(
     ),
 )  # fmt: skip
 DIVERGES = 1e18
-SLOTS = Slots(count=1, cpus=1, gpus=0)
+RESOURCES = {"CPU": 1.0}
 SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
 
 
@@ -281,9 +281,8 @@ def test_a_trial_that_can_never_start_is_refused(two_cpus, shards, tmp_path, slo
 
 @pytest.mark.ray
 def test_there_are_as_many_slots_as_trials_fit_on_the_nodes(two_cpus):
-    slots = find_slots(RunConfig(), SlotConfig())
-    assert (slots.count, slots.bundle()) == (2, {"CPU": 1.0})
-    assert find_slots(RunConfig(), SlotConfig(cpus_per_worker=2)).count == 1
+    assert find_slots(RunConfig(), SlotConfig()) == (2, {"CPU": 1.0})
+    assert find_slots(RunConfig(), SlotConfig(cpus_per_worker=2)) == (1, {"CPU": 2.0})
 
 
 @pytest.mark.parametrize("workers", ["2", "1..2"])
@@ -428,14 +427,14 @@ def test_a_trial_resumes_with_its_selected_epoch(
 
     recipe = replace(RECIPE, keep=keep, lr_max=0.5, pct_start=0.9)  # it gets worse at the end
     setup = setup_of(shards, finish=finish, recipe=recipe)
-    run_trial({}, setup, SLOTS)
+    run_trial({}, setup, RESOURCES)
     uninterrupted, reports[:] = list(reports), []
     for name, content in uninterrupted[1][1].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     checkpoint = ray_tune.Checkpoint.from_directory(tmp_path)
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: checkpoint)
-    run_trial({}, setup, SLOTS)
+    run_trial({}, setup, RESOURCES)
     assert [metrics["epoch"] for metrics, _ in reports] == [3, 4]
     for (again, _), (alone, _) in zip(reports, uninterrupted[2:], strict=True):
         assert again["best_val_ua"] == alone["best_val_ua"]
@@ -463,7 +462,7 @@ def test_a_trial_whose_checkpoint_is_gone_starts_from_the_beginning(
 ):
     gone = ray_tune.Checkpoint.from_directory(tmp_path / "gone")
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: gone)
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), SLOTS)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=1)), RESOURCES)
     assert [metrics.get("epoch") for metrics, _ in reports] == [1]
 
 
@@ -472,7 +471,7 @@ def test_a_problem_is_reported_with_the_epochs_before_it(reports, shards, error)
     def finish(*_: object) -> None:
         raise error("no good")
 
-    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), SLOTS)
+    run_trial({}, setup_of(shards, recipe=replace(RECIPE, epochs=2), finish=finish), RESOURCES)
     last = reports[-1][0]
     assert last["problem"] == f"{error.__name__}: no good"
     assert last["history"] == reports[1][0]["history"]
@@ -491,7 +490,7 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 
     setup = setup_of(shards, recipe=replace(RECIPE, epochs=1), finish=finish)
     with pytest.raises(error, match="does not answer"):
-        run_trial({}, setup, SLOTS)
+        run_trial({}, setup, RESOURCES)
     assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
