@@ -146,7 +146,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     given: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr(ray, "init", lambda **_: given.append(os.environ["RAY_TMPDIR"]))
+    monkeypatch.setattr(ray, "init", lambda **named: given.append(named["_temp_dir"]))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     yield given
     assert not any(Path(folder).exists() for folder in given), "a session leaves nothing"

@@ -74,16 +74,21 @@ def cluster(address: str = "") -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS", "")
     address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
-    with nullcontext() if address else session_folder():
-        _init(address, named)
+    with nullcontext() if address else session_folder() as folder:
+        _init(address, named, folder)
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _init(address: str, named: str) -> None:
-    """Join a cluster, or start one if the address is empty; `named` says who gave the address."""
+def _init(address: str, named: str, folder: str | None) -> None:
+    """Join a cluster, or start one if the address is empty.
+
+    Args:
+        named: where the address was given.
+        folder: folder for the files of a cluster that is started.
+    """
     import ray
 
     try:
@@ -100,6 +105,7 @@ def _init(address: str, named: str) -> None:
                 logging_level=logging.ERROR,
                 # ser_ray itself reports progress and errors; Ray's logs are in files.
                 log_to_driver=False,
+                _temp_dir=folder,
             )
     except (ValueError, RuntimeError) as error:
         if not address:

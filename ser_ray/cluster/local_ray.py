@@ -14,7 +14,7 @@ from typing import Any
 from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
-SESSION_BYTES = len("/ray/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
+SESSION_BYTES = len("/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
 """Bytes that Ray adds to the path of its temporary folder to name a socket."""
 LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
 """Longest path, in bytes, of the parent of Ray's folder. Linux allows 107 bytes for a socket."""
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def session_folder() -> Iterator[None]:
-    """Make a temporary folder for a Ray that starts in the `with` block; delete it at the end.
+def session_folder() -> Iterator[str]:
+    """Yield a temporary folder for a Ray that starts in the `with` block; delete it at the end.
 
     Ray exits without a reason if the disk is full, or if the path is too long for its sockets. The
     TMPDIR of batch systems is often too long.
@@ -37,35 +37,24 @@ def session_folder() -> Iterator[None]:
     Raises:
         ResourcesError: no folder for temporary files can be used.
     """
-    before = os.environ.get("RAY_TMPDIR")
-    problems = []
-    for name, root in (
-        ("RAY_TMPDIR", before),
-        ("TMPDIR", os.environ.get("TMPDIR")),
-        ("the default", "/tmp"),
-    ):
-        if not root:
-            continue
-        try:
-            folder = _folder_in(root)
-            break
-        except OSError as error:
-            problems.append(f"{name}, {root}, cannot hold Ray's files ({error.strerror})")
-    else:
+    roots = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")}
+    folder, problems = "", []
+    for name, root in (roots | {"the default": "/tmp"}).items():
+        if root and not folder:
+            try:
+                folder = _folder_in(root)
+            except OSError as error:
+                problems.append(f"{name}, {root}, cannot hold Ray's files ({error.strerror})")
+    if not folder:
         raise ResourcesError(
             f"{'; '.join(problems)}: set RAY_TMPDIR to a folder with a path of at most "
             f"{LONGEST_ROOT} bytes that has {FREE_BYTES // 1_000_000} MB of free space"
         )
     if problems:
         logger.warning("%s: %s is used", "; ".join(problems), folder)
-    os.environ["RAY_TMPDIR"] = folder
     try:
-        yield
+        yield folder
     finally:
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
         shutil.rmtree(folder, ignore_errors=True)
 
 

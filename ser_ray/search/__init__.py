@@ -1,7 +1,7 @@
 """Runs searches and cross-validations, with Ray Tune around the training.
 
 space         settings, and the values that a search may draw
-slots         how many trials run at once
+start         starts a study: cluster, number of concurrent trials, lock, MLflow run
 tuner         a search: plan, run, record the best trial
 crossval      a cross-validation: plan, run, record; `pooled` computes its result
 tune_run      Ray Tune: searchers, ASHA, retries, resuming

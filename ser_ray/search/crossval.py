@@ -34,7 +34,8 @@ from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import CrossvalPlan, CrossvalResult, fold_folder, pool, write_predictions
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.study import Show, Study, open_study
+from ser_ray.search.start import open_study
+from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan
 from ser_ray.shards.corpora import open_corpora

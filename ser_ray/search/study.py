@@ -11,32 +11,28 @@ study has ended, its records are written to `trials.json`.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any
 
 from ray import tune
 
-from ser_ray.cluster.connect import cluster
-from ser_ray.cluster.shared_files import require_shared
-from ser_ray.distributed.mlflow_run import command_like, start_run
+from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.slots import find_slots, require_one_worker
-from ser_ray.search.space import RATIO, SlotConfig, recipe_of
+from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
-from ser_ray.tracking.about import Kind, data_line, dataset_of, run_tags, scored_on
-from ser_ray.tracking.store import require_server
-from ser_ray.tracking.tracker import Tracker, flatten
+from ser_ray.tracking.about import Kind, data_line, dataset_of, scored_on
+from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
 TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
@@ -339,59 +335,3 @@ class Study(tune.Callback):
             study=self.folder.name,
             run_id=run_id,
         )
-
-
-@contextmanager
-def open_study(
-    kind: Literal["search", "cross-validation"],
-    label: str,
-    folder: RunFolder,
-    run: RunConfig,
-    slots: SlotConfig,
-    setup: TrialSetup,
-    *,
-    settings: dict[str, Any],
-    varied: Set[str],
-    show: Show,
-    address: str = "",
-) -> Iterator[Study]:
-    """Start a study, or resume an interrupted one, on a cluster and with a lock on its folder.
-
-    Args:
-        kind: search or cross-validation.
-        label: the protocol, and whether it is speaker-dependent.
-        folder: the study's folder.
-        run: names the tracking store and the experiment.
-        slots: CPUs and GPUs of a trial.
-        setup: recipe, data and weights of all trials.
-        settings: the settings of the study that must not change when it resumes.
-        varied: fields of the recipe that differ between trials. The study's run does not have them
-            as parameters.
-        show: shows the trials.
-        address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
-
-    Raises:
-        ConfigError: the trials have several workers.
-        MismatchError: the folder belongs to another study.
-        ResourcesError, TrackingError: the cluster, the folder or the tracking store is not usable.
-    """
-    require_one_worker(run)
-    require_server(run.tracking_uri)
-    recipe, shards = setup.recipe, setup.shards
-    with cluster(address), folder.lock():
-        require_shared(*shards.locations, folder.location)
-        found = find_slots(run, slots)
-        identity = {
-            "recipe": recipe.to_dict(),
-            kind: settings,
-            "shards": shards.card.fingerprint_of(recipe.feature),
-        }
-        folder.require_same(identity)
-        flat = flatten(recipe.to_dict())
-        params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied}
-        params |= {kind: settings | {"slots": {"count": found[0], **found[1]}}}
-        tags = run_tags(kind, label, shards)
-        about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
-        parent = start_run(folder, run, shards, tags, params, about, identity)
-        with Study(parent, folder, setup, found, run, tags, show) as study:
-            yield study

@@ -24,7 +24,8 @@ from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
-from ser_ray.search.study import Show, Study, open_study
+from ser_ray.search.start import open_study
+from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, optuna_distribution, search_plan
 from ser_ray.shards.corpora import open_corpora
