@@ -255,19 +255,16 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     client = connect(uri)
     with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
         run = client.get_run(run_id)
-        experiment = run.info.experiment_id
-        children = list(search_runs(client, experiment, f"tags.mlflow.parentRunId = '{run_id}'"))
-        scored = [found for found in children or [run] if SELECTED_BY in found.data.metrics]
-        if not scored:
-            if model_id_of(run):  # it was trained on all speakers
-                return run_id
-            raise TrackingError(
-                f"{run_id}: neither this run nor one nested in it has a validation UA"
-            )
-        best = max(scored, key=_rank)
+        nested = f"tags.mlflow.parentRunId = '{run_id}'"
+        children = list(search_runs(client, run.info.experiment_id, nested))
+        best = max(children or [run], key=_rank)
         best_id = str(best.info.run_id)
         if model_id_of(best):
             return best_id
+        if SELECTED_BY not in best.data.metrics:
+            raise TrackingError(
+                f"{run_id}: neither this run nor one nested in it has a validation UA"
+            )
         for found in _runs_like(client, best, uri):
             if model_id_of(found):
                 return str(found.info.run_id)
@@ -320,7 +317,7 @@ def _runs_like(
 
 def _rank(run: "Run") -> tuple[float, float]:
     metrics = run.data.metrics
-    return metrics[SELECTED_BY], -metrics.get(TIE_BROKEN_BY, 0.0)
+    return metrics.get(SELECTED_BY, -1.0), -metrics.get(TIE_BROKEN_BY, 0.0)
 
 
 def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
