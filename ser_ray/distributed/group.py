@@ -100,7 +100,7 @@ class WorkerGroup:
                     for epoch in running:
                         on_epoch(epoch)
             except (RayActorError, TrainingFailedError) as error:
-                has_progressed = _name(folder.newest()) != _name(start)
+                has_progressed = folder.newest() != start
                 failures = 0 if has_progressed else failures + 1
                 is_replaceable = has_progressed or isinstance(error, RayActorError)
                 is_over = isinstance(error, WorkerGroupError) or not is_replaceable
@@ -214,7 +214,3 @@ class DriverCallback(UserCallback):
                 raise error
         reasons = {f"rank {rank}: {first_line(e)}" for rank, e in worker_exceptions.items()}
         self.queue.put({"lost": "; ".join(sorted(reasons))})
-
-
-def _name(checkpoint: StoredCheckpoint | None) -> str:
-    return checkpoint.name if checkpoint is not None else ""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ser_ray.cluster.connect import is_connected
 from ser_ray.cluster.resources import resources_within_reach
 from ser_ray.cluster.shared_files import require_kept
 from ser_ray.command import next_command
@@ -53,7 +52,8 @@ def start_run(
         run_id=run_to_resume(uri, folder.record()) if identity else "",
     )
     tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
-    tracker.log_files({"environment.json": environment()})
+    environment = provenance() | {"hardware.cluster": resources_within_reach()}
+    tracker.log_files({"environment.json": environment})
     if identity:
         folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
     return tracker
@@ -63,16 +63,3 @@ def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
     """Return the command that trains the recipe of an MLflow run again, without the run's name."""
     settings = replace(run, name="")
     return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)
-
-
-def environment() -> dict[str, Any]:
-    """Describe the program, this machine and the cluster."""
-    reach = resources_within_reach()
-    described = provenance() | {
-        "hardware.cluster": {key: reach.get(key, 0) for key in ("CPU", "GPU")}
-    }
-    if is_connected():
-        import ray
-
-        described["ray.job_id"] = ray.get_runtime_context().get_job_id()
-    return described

@@ -34,7 +34,7 @@ from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.pooled import CrossvalPlan, CrossvalResult, fold_folder, pool, write_predictions
 from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.start import open_study
+from ser_ray.search.start import open_study, require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan
@@ -90,6 +90,7 @@ def crossval(
         SerRayError: a fold failed; the message says which and why. The same call trains it again.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
+    require_one_worker(run)
     recipe, config = plan.recipe, plan.config
     folder = RunFolder(absolute(run.storage), run.name or crossval_name(plan))
     weights = read_initial_weights(recipe, plan.shards, run.tracking_uri, plan.folds)

@@ -53,11 +53,9 @@ def open_study(
         address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
 
     Raises:
-        ConfigError: the trials have several workers.
         MismatchError: the folder belongs to another study.
         ResourcesError, TrackingError: the cluster, the folder or the tracking store is not usable.
     """
-    require_one_worker(run)
     require_server(run.tracking_uri)
     recipe, shards = setup.recipe, setup.shards
     with cluster(address), folder.lock():

@@ -24,7 +24,7 @@ from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
-from ser_ray.search.start import open_study
+from ser_ray.search.start import open_study, require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, optuna_distribution, search_plan
@@ -85,6 +85,7 @@ def search(
         SerRayError: no trial succeeded; the message says why the first failed.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
+    require_one_worker(run)
     require_one_split(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
     searched = {item.name: item.values for item in config.dimensions}

@@ -24,19 +24,15 @@ LOCAL_UI = "http://127.0.0.1:5000"
 VIEW_KEY = "ser-ray"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 """Tag of the experiment that holds the view."""
-COLUMNS = (
-    "metrics.`selected/ua`",
-    "metrics.`test/ua`",
-    "tags.`kind`",
-    "tags.`protocol`",
-    "params.`feature`",
-    "params.`lr_min`",
-    "params.`lr_max`",
-    "params.`fold`",
-    "params.`seed`",
-    "attributes.`Duration`",
-    "attributes.`Dataset`",
-    "attributes.`Models`",
+COLUMNS = tuple(
+    f"{kind}.`{name}`"
+    for kind, names in {
+        "metrics": ("selected/ua", "test/ua"),
+        "tags": ("kind", "protocol"),
+        "params": ("feature", "lr_min", "lr_max", "fold", "seed"),
+        "attributes": ("Duration", "Dataset", "Models"),
+    }.items()
+    for name in names
 )
 """The columns of the table in order, as MLflow's pages name them."""
 STATE = {

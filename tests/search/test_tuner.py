@@ -496,7 +496,6 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
-    monkeypatch.setattr(mlflow_run, "environment", dict)
     monkeypatch.setattr(mlflow_run, "require_kept", kept.append)
     monkeypatch.setattr(start_module, "cluster", nullcontext)
     run = run_config(tmp_path)
