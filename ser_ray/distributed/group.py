@@ -19,13 +19,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import (
-    Checkpoint,
-    ScalingConfig,
-    TrainingFailedError,
-    UserCallback,
-    WorkerGroupError,
-)
+from ray.train import Checkpoint, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import fs
 from ray import tune
 
 from ser_ray.errors import is_permanent
 from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.checkpoint import SELECTED, STATE, Snapshot, read_progress
+from ser_ray.training.checkpoint import SELECTED, STATE, read_progress
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained
@@ -129,20 +130,14 @@ class Reporter:
         # With keep="last", every epoch is the selected one so far, but only the last is written.
         is_final = self.recipe.keep == "best" or progress["epoch"] == self.recipe.epochs
         if self.keep_selected and epoch.is_selected and is_final:
-            _write(make_snapshot(), self.selected)
+            make_snapshot().store(fs.LocalFileSystem(), str(self.selected))
         if time.monotonic() - self._saved_at < CHECKPOINT_SECONDS:
             tune.report(dict(self.reported))
             return
-        _write(make_snapshot(), self.latest)
+        make_snapshot().store(fs.LocalFileSystem(), str(self.latest))
         if self.selected.exists():
             shutil.copytree(
                 self.selected, self.latest / SELECTED, ignore=shutil.ignore_patterns(STATE)
             )
         tune.report(dict(self.reported), checkpoint=tune.Checkpoint.from_directory(self.latest))
         self._saved_at = time.monotonic()
-
-
-def _write(snapshot: Snapshot, directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    snapshot.write(directory)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import SHARDS_TAG
-from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, search_runs, store_answers
+from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
@@ -189,21 +189,25 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 
 
 def _model_uri(client: "MlflowClient", model: str) -> str:
-    """Find the URI of a model in MLflow."""
+    """Find the URI of a model in MLflow; of several runs with a name, the newest is meant."""
+    import mlflow
+
     if model.startswith("models:/"):
         return model
     if model.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", model):
         run = client.get_run(model.removeprefix("runs:/").removesuffix("/model"))
     else:
-        named = f"attributes.run_name = '{model}'"
-        experiments = (item.experiment_id for item in client.search_experiments())
-        found = (run for number in experiments for run in search_runs(client, number, named))
-        newest = next(found, None)
-        if newest is None:
+        found = mlflow.search_runs(
+            filter_string=f"attributes.run_name = '{model}'",
+            max_results=1,
+            search_all_experiments=True,
+            output_format="list",
+        )
+        if not found:
             raise TrackingError(
                 f"{model}: no checkpoint here, and no run of this name in MLflow{ADVICE}"
             )
-        run = newest
+        run = found[0]
     if model_id := model_id_of(run):
         return f"models:/{model_id}"
     raise TrackingError(f"{run.info.run_id}: this run has no model{ADVICE}")
@@ -253,10 +257,12 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
+    import mlflow
+
     with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
         run = client.get_run(run_id)
         nested = f"tags.mlflow.parentRunId = '{run_id}'"
-        children = list(search_runs(client, run.info.experiment_id, nested))
+        children = mlflow.search_runs([run.info.experiment_id], nested, output_format="list")
         best = max(children or [run], key=_rank)
         best_id = str(best.info.run_id)
         if model_id_of(best):
@@ -265,7 +271,7 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
             raise TrackingError(
                 f"{run_id}: neither this run nor one nested in it has a validation UA"
             )
-        for found in _runs_like(client, best, uri):
+        for found in _runs_like(best, uri):
             if model_id_of(found):
                 return str(found.info.run_id)
     raise TrackingError(
@@ -284,33 +290,30 @@ def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
     client = connect(uri)
     with store_answers(f"{run_id}: cannot be read from {uri}"):
         kind = "tags.kind = 'cross-validation'"
-        for found in _runs_like(client, client.get_run(run_id), uri, kind, OF_A_FOLD):
+        for found in _runs_like(client.get_run(run_id), uri, kind, OF_A_FOLD):
             if "test/ua" in found.data.metrics and found.data.params["protocol"] != "random":
                 return found
     return None
 
 
 def _runs_like(
-    client: "MlflowClient",
-    run: "Run",
-    uri: str,
-    condition: str = "",
-    without: Set[str] = frozenset(),
+    run: "Run", uri: str, condition: str = "", without: Set[str] = frozenset()
 ) -> "Iterator[Run]":
     """Yield the runs with the same recipe and shards as a run, the newest first.
 
     Args:
-        client: client of the store.
         run: a run with a recorded recipe.
         uri: the store.
         condition: a further condition on the runs, in MLflow's filter syntax.
         without: settings that may differ.
     """
+    import mlflow
+
     names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - without
     recipe = {name: run.data.params[name] for name in names}
     same_shards = f"tags.`{SHARDS_TAG}` = '{run.data.tags[SHARDS_TAG]}'"
     wanted = " and ".join(filter(None, (condition, same_shards)))
-    for found in search_runs(client, run.info.experiment_id, wanted):
+    for found in mlflow.search_runs([run.info.experiment_id], wanted, output_format="list"):
         if recipe.items() <= found.data.params.items():
             yield found
 

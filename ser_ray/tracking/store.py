@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from ser_ray.errors import TrackingError, first_line
@@ -27,8 +27,6 @@ REQUEST_SECONDS = 10
 """Longest wait for an answer of a server."""
 CONNECT_SECONDS = 5.0
 """Seconds to wait for a connection to a server."""
-RUNS_PER_CALL = 1000
-"""Runs that a search returns in one page."""
 
 
 def resolve_uri(tracking_uri: str) -> str:
@@ -152,18 +150,6 @@ def set_tracking_uri(uri: str) -> None:
         os.environ.pop(VARIABLE, None)
     else:
         os.environ[VARIABLE] = before
-
-
-def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> Iterator[Any]:
-    """Yield all runs of an experiment that meet a condition, the newest first."""
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], condition, max_results=RUNS_PER_CALL, page_token=token
-        )
-        yield from page
-        if not (token := page.token):
-            return
 
 
 def experiment_id_of(client: "MlflowClient", uri: str, name: str) -> str:

@@ -20,13 +20,7 @@ from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name, model_signature
 from ser_ray.tracking.database import await_database
-from ser_ray.tracking.store import (
-    connect,
-    experiment_id_of,
-    search_runs,
-    set_tracking_uri,
-    store_answers,
-)
+from ser_ray.tracking.store import connect, experiment_id_of, set_tracking_uri, store_answers
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
@@ -142,10 +136,13 @@ class Tracker:
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
         """Fetch the runs nested in this run, by the value of a tag."""
+        import mlflow
+
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         experiment_id = self.read().info.experiment_id
+        set_tracking_uri(self.uri)
         with self._writing():
-            found = search_runs(self._client, experiment_id, nested)
+            found = mlflow.search_runs([experiment_id], nested, output_format="list")
             return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
     def log_params(self, params: Mapping[str, Any]) -> None:

@@ -342,11 +342,6 @@ def test_a_trial_that_kept_no_model_says_how_to_get_one(store):
     assert best_training_of(store.trial, store.uri) == store.run_id
 
 
-def test_the_best_of_a_search_is_found_on_any_page_of_its_trials(store, monkeypatch):
-    monkeypatch.setattr("ser_ray.tracking.store.RUNS_PER_CALL", 1)
-    assert best_training_of(store.search, store.uri) == store.run_id
-
-
 @pytest.mark.parametrize("name", ["0" * 32, "models:/nobody@champion", "nobody"])
 def test_a_name_that_is_not_there_is_an_error_that_says_where_it_was_looked_up(store, name):
     with (
