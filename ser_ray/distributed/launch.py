@@ -109,7 +109,7 @@ def train(
             pretrained = read_initial_weights(config, shards, run.tracking_uri)
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
-                require_shared(*shards.locations, folder.storage)
+                require_shared(*shards.locations, run.storage)
                 task = TrainingTask(folder, config, shards, pretrained, run)
                 run_task = _place(task)
                 with _start_tracker(task, parts.label) as tracker:

@@ -104,20 +104,14 @@ class RunFolder:
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        self.storage, self.name = storage, name
+        self.name = name
+        self.location = location_inside(storage, name)
+        """Path or URI of the folder."""
+        self.report = location_inside(self.location, REPORT)
+        """Location of the run's page."""
         self.filesystem, self.root = filesystem_of(storage)
         self.path = f"{self.root.rstrip('/')}/{name}"
         self._lock: Lock | None = None
-
-    @property
-    def location(self) -> str:
-        """Path or URI of the folder."""
-        return location_inside(self.storage, self.name)
-
-    @property
-    def report(self) -> str:
-        """Location of the run's page."""
-        return location_inside(self.location, REPORT)
 
     def lock(self) -> Lock:
         """Make the lock that a process holds while it trains the run of this name."""
