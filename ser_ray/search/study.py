@@ -71,7 +71,8 @@ class Study(tune.Callback):
         tags: dict[str, str],
         show: Show,
     ) -> None:
-        self.parent, self.folder, self.setup = parent, folder, setup
+        self.parent, self.folder = parent, folder
+        self.trial_setup = setup  # Ray Tune calls the method `setup` of its callbacks
         self.slots, self.resources = slots
         self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
@@ -123,7 +124,7 @@ class Study(tune.Callback):
             KeyboardInterrupt, ResourcesError: as `ser_ray.search.tune_run.run_trials`.
         """
         folder = tune_folder(self.folder, len(self.records))
-        run_trials(self.setup, self.resources, plan, folder, self, self.run.max_failures)
+        run_trials(self.trial_setup, self.resources, plan, folder, self, self.run.max_failures)
 
     def settle(self, expected: int) -> None:
         """Make sure that all trials have ended and were delivered to MLflow.
