@@ -30,6 +30,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
 def test_a_terminal_gets_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    progress.stderr_console.cache_clear()  # it knows whether it was made on a terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with show_progress() as report:
         report("step 3", 3, 12)
@@ -37,3 +38,4 @@ def test_a_terminal_gets_a_bar(
     shown = capsys.readouterr().err
     assert "━━━" in shown
     assert "step 12" in shown
+    progress.stderr_console.cache_clear()
