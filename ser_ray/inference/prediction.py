@@ -71,6 +71,10 @@ class Prediction:
         warning = f"; {self.warning}" if self.warning else ""
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the row of this recording (`Predictions.to_pandas`)."""
+        return Predictions([self]).to_pandas()
+
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(Predictions([self])))}</pre>"
 
