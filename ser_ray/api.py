@@ -126,12 +126,12 @@ def train(
             input is wrong. Most of these errors are raised before any worker starts.
         SerRayError: the training failed; the message gives the reason.
     """
-    from ser_ray.distributed.epoch_lines import show_epochs
+    from ser_ray.distributed.epoch_table import EpochTable
     from ser_ray.distributed.launch import train as run
 
     if on_epoch is not None:
         return run(shards, recipe, run_config, on_epoch=on_epoch, address=address)
-    with show_epochs(stderr_console(), recipe.epochs) as show:
+    with EpochTable(stderr_console(), recipe.epochs) as show:
         return run(shards, recipe, run_config, on_epoch=show, address=address)
 
 
@@ -189,14 +189,14 @@ def tune(
         SerRayError: no trial succeeded; the message gives the first reason.
     """
     from ser_ray.corpus.folds import CROSS_CORPUS, DEPENDENCE
-    from ser_ray.search.trial_lines import show_trials
+    from ser_ray.search.trial_table import TrialTable
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
 
     # For cross-corpus, the label depends on shared speakers, which are unknown before reading.
     label = "" if recipe.protocol == CROSS_CORPUS else DEPENDENCE[recipe.protocol == "random"]
-    with show_trials(stderr_console(), num_trials(recipe, search), label) as show:
-        return run(shards, recipe, run_config, search, slots, show=show, address=address)
+    with TrialTable(stderr_console(), num_trials(recipe, search), label) as table:
+        return run(shards, recipe, run_config, search, slots, show=table, address=address)
 
 
 def refit(
@@ -233,11 +233,11 @@ def crossval(
     """
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
-    from ser_ray.search.trial_lines import show_trials
+    from ser_ray.search.trial_table import TrialTable
 
     plan = plan_crossval(shards, recipe, config)
-    with show_trials(stderr_console(), len(plan.points), plan.label, compared=False) as show:
-        return run(plan, run_config, slots, show=show, address=address)
+    with TrialTable(stderr_console(), len(plan.points), plan.label, compared=False) as table:
+        return run(plan, run_config, slots, show=table, address=address)
 
 
 def load_model(

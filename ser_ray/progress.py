@@ -1,5 +1,6 @@
 """Shows the progress of a long job on standard error: a bar on a terminal, lines in a log."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 LINE_SECONDS = 10.0
 """Shortest time between two lines in a log, except before the last line."""
@@ -36,20 +36,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def bar_below(console: "Console") -> "Progress":
-    """Make a bar with a text that stays below the lines of a terminal; a log does not get it."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    return Progress(
-        BarColumn(bar_width=20),
-        TextColumn("{task.description}"),
-        console=console,
-        speed_estimate_period=3600,  # seconds
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-
 @contextmanager
 def show_progress(given: Report | None = None) -> Iterator[Report]:
     """Yield a function that shows progress on standard error; call it after each step.
@@ -62,8 +48,14 @@ def show_progress(given: Report | None = None) -> Iterator[Report]:
         return
     first: tuple[float, float] | None = None
     last = -LINE_SECONDS
-    with bar_below(stderr_console()) as bar:
-        task = bar.add_task("starting", total=None)
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = BarColumn(), TextColumn("{task.description}")
+            bar = stack.enter_context(Progress(*columns, console=stderr_console()))
+            bar.add_task("starting", total=None)
 
         def report(text: str, done: float, total: float) -> None:
             nonlocal first, last
@@ -72,8 +64,9 @@ def show_progress(given: Report | None = None) -> Iterator[Report]:
             if now > since and done > before:
                 rate = (done - before) / (now - since)
                 text += f", {rate:.1f}/s, {clock((total - done) / rate)} left"
-            bar.update(task, description=text, completed=done, total=total)
-            if bar.disable and (now - last >= LINE_SECONDS or done == total):
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=text, completed=done, total=total)
+            elif now - last >= LINE_SECONDS or done == total:
                 last = now
                 print(text, file=sys.stderr, flush=True)
 

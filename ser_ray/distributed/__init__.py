@@ -10,7 +10,7 @@ room           waiting until a cluster has room
 ingest         whether training clips stay in memory or are streamed
 run_folder     checkpoints, record and lock of a run
 mlflow_run     the MLflow run of a training, search or cross-validation
-epoch_lines    the epochs on a terminal or in a log
+epoch_table    the epochs on a terminal or in a log
 node_metrics   utilisation of a node while it trains
 range_test     a learning-rate range test
 

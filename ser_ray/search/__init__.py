@@ -8,5 +8,6 @@ tune_run      Ray Tune: searchers, ASHA, retries, resuming
 actor         one trial in a process of Ray Tune
 study         keeps the records of all trials in the driver, and delivers them to MLflow
 trial         the record of one trial
-trial_lines   the trials on a terminal or in a log
+trial_table   the trials on a terminal or in a log
+optuna_study  a finished search as an Optuna study
 """

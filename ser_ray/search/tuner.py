@@ -23,11 +23,12 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.space import RATIO, Dimension, SlotConfig, TuneConfig
+from ser_ray.search.optuna_study import importance_of, optuna_journal
+from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
 from ser_ray.search.start import open_study, require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import excluded, num_trials, optuna_distribution, search_plan
+from ser_ray.search.tune_run import excluded, num_trials, search_plan
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute
@@ -37,6 +38,9 @@ from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
+
+OPTUNA_STUDY = "optuna.journal"
+"""File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
 
 logger = logging.getLogger(__name__)
 
@@ -170,33 +174,8 @@ def search_name(
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
 
 
-def importance_of(
-    trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
-) -> dict[str, float]:
-    """Importance of every searched setting by PED-ANOVA (Watanabe et al. 2023).
-
-    Returns:
-        Shares that sum to 1; empty if there are fewer than four different values of UA.
-    """
-    import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize")
-    distributions = {item.name: optuna_distribution(item) for item in dimensions}
-    for trial in trials:
-        if trial.succeeded:
-            values, score = trial.values, trial.selected["val/ua"]
-            study.add_trial(
-                optuna.create_trial(params=values, distributions=distributions, value=score)
-            )
-    if len({trial.value for trial in study.trials}) < 4:
-        return {}
-    return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-
-
 def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
-    """Complete the search's run in MLflow, and write its page."""
+    """Complete the search's run in MLflow, and write its page and its Optuna study."""
     from ser_ray.evaluation.pages import search_page  # slow: matplotlib
     from ser_ray.plots.search import history_figure, importance_figure, parameter_figure
 
@@ -227,8 +206,11 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         run_id=tracker.run_id,
     )
     store_page(page, folder.report)
+    journal = optuna_journal(folder.name, trials, config.dimensions)
+    folder.write(OPTUNA_STUDY, journal)
     files: dict[str, Any] = {
         REPORT: as_artifact(page),
+        OPTUNA_STUDY: journal,
         "config.json": best.recipe.to_dict(),
         "plots/history.png": history_figure(rows, result.label),
         "tables/trials.csv": pa.Table.from_pylist(rows),

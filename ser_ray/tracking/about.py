@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ser_ray.corpus.words import CORPORA
+from ser_ray.features.config import KINDS
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import name_account
 from ser_ray.tracking.store import configure_mlflow_client
@@ -37,6 +38,8 @@ LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Lines of a description, in their order."""
 TAG_BYTES = 5000
 """MLflow's limit for the length of a tag."""
+MLFLOW_TYPES = {"bool": "boolean", "int32": "long", "int64": "long", "double": "double"}
+"""MLflow's type of each of Arrow's types in the table of clips, of which the others are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
@@ -109,16 +112,23 @@ def dataset_name(shards: ShardSet) -> str:
 
 
 def dataset_of(shards: ShardSet) -> "DatasetInput":
-    """Describe a shard set as the input of a run: name, fingerprint, location and labels."""
+    """Describe a shard set as the input of a run: name, fingerprint, location and columns."""
     configure_mlflow_client()
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.types import ColSpec, Schema
 
     card, first = shards.card, shards.locations[0]
+    columns = [
+        ColSpec(MLFLOW_TYPES.get(str(field.type), "string"), field.name)
+        for field in shards.clips().schema
+    ]
+    schema = Schema([*columns, *(ColSpec("binary", kind) for kind in KINDS)])
     dataset = Dataset(
         name=dataset_name(shards),
         digest=card.fingerprint,
         source_type="local" if "://" not in first else first.partition("://")[0],
         source=json.dumps({"uri": " ".join(shards.locations)}),
+        schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
         profile=json.dumps({"num_clips": sum(card.clips), "labels": list(card.labels)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])

@@ -8,7 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from ser_ray.distributed.run_config import RunConfig
@@ -16,13 +19,13 @@ from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation import pages
 from ser_ray.search import study as module
-from ser_ray.search import trial_lines
+from ser_ray.search import trial_table
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
-from ser_ray.search.trial_lines import show_trials
-from ser_ray.search.tuner import importance_of
+from ser_ray.search.trial_table import TrialTable
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.config import TrainConfig
@@ -448,9 +451,9 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
     study = open_study(server, tmp_path)
     run(study, tmp_path)
     output = io.StringIO()
-    with show_trials(Console(file=output, width=200), 3, "SPEAKER-DEPENDENT") as show:
-        show(study.trials)
-        show(study.trials)
+    with TrialTable(Console(file=output, width=200), 3, "SPEAKER-DEPENDENT") as table:
+        table(study.trials)
+        table(study.trials)
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "trial   1/3 pruned" in lines[0]
@@ -461,32 +464,47 @@ def test_a_log_gets_a_line_at_every_start_and_end(server, tmp_path):
 def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_path, monkeypatch):
     running = TrialRecord("r", 1, {"seed": 0}, RECIPE, rows=[], state="running")
     output = io.StringIO()
-    with show_trials(Console(file=output, width=200), 1) as show:
-        show([running])
+    with TrialTable(Console(file=output, width=200), 1) as table:
+        table([running])
         running.rows.append({"epoch": 1.0, "val/ua": 0.25, "val/loss": 1.0})
-        show([running])
-        monkeypatch.setattr(trial_lines, "LINE_SECONDS", 0.0)
-        show([running])
+        table([running])
+        monkeypatch.setattr(trial_table, "LINE_SECONDS", 0.0)
+        table([running])
     assert output.getvalue().splitlines() == [
         "trial   1/1 running   seed 0",
         "trial   1/1 running   seed 0  UA 25.0% after 1 of 3 epochs",
     ]
 
 
-def test_a_terminal_has_a_bar_that_names_the_best_trial_and_the_time_left(monkeypatch):
-    output, now = io.StringIO(), 0.0
-    console = Console(file=output, width=120, force_terminal=True)
-    monkeypatch.setattr(console, "get_time", lambda: now)
-    row = {"epoch": 1.0, "val/ua": 0.25, "val/loss": 1.0}
-    first = TrialRecord("a", 1, {"seed": 0}, RECIPE, rows=[row], state="running")
-    second = TrialRecord("b", 2, {"seed": 1}, RECIPE, state="running")
-    with show_trials(console, 4, "SPEAKER-DEPENDENT") as show:
-        show([first, second])
-        now = 60.0
-        show([replace(first, state="finished"), second])  # a sixth of it in a minute
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
-    assert "1 finished, 1 running of 4 trials" in plain
-    assert "best UA 25.0% in trial 1 SPEAKER-DEPENDENT  about 4:30 left" in plain
+def test_a_terminal_gets_a_table(server, tmp_path):
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
+    output = io.StringIO()
+    with TrialTable(Console(file=output, width=120, force_terminal=True), 3) as table:
+        table(study.trials)
+    text = output.getvalue()
+    assert all(
+        word in text for word in ("pruned", "finished", "failed", "60.0%", "3/3", "2.00e-02")
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert {line.split()[1] for line in plain.splitlines() if "best" in line} == {"finished"}
+
+
+def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_take(monkeypatch):
+    now = iter([0.0, 0.0, 60.0])
+    monkeypatch.setattr(trial_table, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    records = [
+        TrialRecord(str(number), number, {"weight_decay": 0.1}, RECIPE, state="running")
+        for number in (1, 2)
+    ]
+    table = TrialTable(Console(file=io.StringIO(), force_terminal=True), 4)
+    table(records)
+    table([replace(records[0], state="finished"), records[1]])  # a quarter of it in a minute
+    found = table.table()
+    assert [column.header for column in found.columns] == [
+        "trial", "state", "weight_decay", "epoch", "UA", "",
+    ]  # fmt: skip
+    assert "about 3:00 left" in str(found.caption)
 
 
 def test_the_name_that_determines_the_score_has_the_highest_importance():
@@ -505,6 +523,26 @@ def test_the_name_that_determines_the_score_has_the_highest_importance():
     assert importance["lr_max"] > 0.9
     assert sum(importance.values()) == pytest.approx(1.0)
     assert importance_of(trials[:3], dimensions) == {}
+
+
+def test_optuna_reads_the_search_from_the_file_that_is_kept(server, tmp_path):
+    study = open_study(server, tmp_path)
+    run(study, tmp_path)
+    dimensions = TuneConfig(
+        space=("lr_max=loguniform(1e-4,1e-1)", "lr_ratio=choice(10)", "feature=choice(mel)")
+    ).dimensions
+    trials = [
+        replace(trial, values=trial.values | {"lr_ratio": 10.0, "feature": "mel"})
+        for trial in study.trials
+    ]
+    journal = tmp_path / "optuna.journal"
+    journal.write_text(optuna_journal("a search", trials, dimensions))
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    read = optuna.load_study(study_name="a search", storage=storage)
+    found = [(t.user_attrs["trial"], t.state.name, t.params["lr_max"]) for t in read.trials]
+    assert sorted(found) == [(1, "PRUNED", 1e-2), (2, "COMPLETE", 2e-2), (3, "FAIL", 3e-2)]
+    assert read.best_value == 0.6
+    assert read.best_trial.intermediate_values == {1: 0.2, 2: 0.6, 3: 0.5}
 
 
 def test_every_row_of_the_table_has_the_same_columns(server, tmp_path):

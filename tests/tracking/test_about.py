@@ -24,6 +24,11 @@ def test_the_data_set_of_a_run_is_the_shard_set(memory_shards: MemoryShards) -> 
     dataset = dataset_of(cast(ShardSet, memory_shards)).dataset
     assert (dataset.name, dataset.digest) == ("own", "f00d")
     assert json.loads(dataset.source) == {"uri": "memory"}
+    schema = json.loads(str(dataset.schema))["mlflow_colspec"]
+    columns = {item["name"]: item["type"] for item in schema}
+    assert columns["speaker"] == "string"
+    assert columns["num_frames"] == "long"
+    assert columns["mel"] == "binary"
     assert json.loads(str(dataset.profile))["labels"] == list(memory_shards.card.labels)
 
 

@@ -1,11 +1,14 @@
-"""The lines of a training on a terminal and in a log."""
+"""The rows of a training on a terminal and in a log."""
 
 import io
 import re
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
-from ser_ray.distributed.epoch_lines import show_epochs
+from ser_ray.distributed import epoch_table
+from ser_ray.distributed.epoch_table import EpochTable
 
 
 def row(epoch: int, ua: float) -> dict[str, float]:
@@ -21,20 +24,36 @@ def lines_of(console: Console) -> list[str]:
     return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
 
 
-def test_a_terminal_keeps_a_line_an_epoch_and_has_a_bar_below() -> None:
+def test_a_terminal_keeps_a_row_an_epoch_and_marks_the_best() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
-    with show_epochs(console, 4) as show:
+    with EpochTable(console, 3) as show:
         for epoch, ua in enumerate((0.3, 0.5, 0.4), start=1):
             show(row(epoch, ua))
     lines = lines_of(console)
-    assert len([line for line in lines if re.match(r"epoch +[123]/4  loss 1\.500", line)]) == 3
+    rows = [line for line in lines if re.match(r"\s+[123]/3\s+1\.500", line)]
+    assert len(rows) == 3
+    assert ["best so far" in line for line in rows] == [True, True, False]
     assert max(map(len, lines)) <= 80
-    assert any("0:20 left  best UA 50.0% in epoch 2" in line for line in lines)
+    assert sum("val loss" in line for line in lines) == 1
+
+
+def test_the_running_epoch_has_a_bar_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 105.0])
+    monkeypatch.setattr(epoch_table, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    console = Console(file=io.StringIO(), width=80)
+    table = EpochTable(console, 3)
+    table(row(1, 0.3))
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(table.running())
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    # A quarter of the second epoch of 20 s has passed, so 15 s of it and the third are left.
+    assert text.split()[0] == "2/3"
+    assert "0:35 left" in text
 
 
 def test_a_log_gets_a_line_an_epoch() -> None:
     console = Console(file=io.StringIO(), width=200)
-    with show_epochs(console, 2) as show:
+    with EpochTable(console, 2) as show:
         show(row(1, 0.3))
         show(row(2, 0.2))
     assert lines_of(console) == [

@@ -1,0 +1,132 @@
+"""Shows the trials of a study: as a table on a terminal, as lines in a log."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ser_ray.progress import clock
+from ser_ray.search.trial import TrialRecord
+
+STYLE = {
+    "waiting": "dim",
+    "running": "bold",
+    "finished": "green",
+    "pruned": "dim",
+    "failed": "red",
+}
+LINE_SECONDS = 60.0
+"""In a log, the time between two lines about each running trial."""
+
+
+class TrialTable:
+    """Shows trials while its `with` block runs.
+
+    Args:
+        console: where to show them.
+        total: number of trials.
+        label: shown beside every score, such as `SPEAKER-DEPENDENT`.
+        compared: whether to mark the best trial.
+    """
+
+    def __init__(
+        self, console: Console, total: int, label: str = "", *, compared: bool = True
+    ) -> None:
+        self.console, self.total, self.label, self.compared = console, total, label, compared
+        self._started: tuple[float, float] | None = None
+        """When the trials were first shown, and the value of `_done` at that time."""
+        self._trials: list[TrialRecord] = []
+        self._logged_states: dict[str, str] = {}
+        self._logged_at = time.monotonic()
+        self._live = Live(
+            get_renderable=self.table, console=console, refresh_per_second=2, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+            if self._trials:
+                self.console.print(self.table())
+
+    def __call__(self, trials: list[TrialRecord]) -> None:
+        """Show the current state of the trials."""
+        self._trials = trials
+        self._started = self._started or (time.monotonic(), self._done())
+        if self.console.is_terminal:
+            return
+        for trial in trials:
+            if trial.state not in ("waiting", self._logged_states.get(trial.trial_id)):
+                self._logged_states[trial.trial_id] = trial.state
+                self.console.print(self._line(trial))
+        if (now := time.monotonic()) - self._logged_at >= LINE_SECONDS:
+            self._logged_at = now
+            for trial in trials:
+                if trial.state == "running" and trial.rows:
+                    self.console.print(self._line(trial))
+
+    def table(self) -> Table:
+        """Make a table of the running trials and the best ended trials that fits on the screen."""
+        ended = sum(trial.ended for trial in self._trials)
+        caption = f"{ended} of {self.total} trials done{self._time_left()} {self.label}"
+        table = Table(caption=caption, box=None)
+        names = list(dict.fromkeys(name for trial in self._trials for name in trial.values))
+        for name in ("trial", "state", *names, "epoch", "UA", ""):
+            table.add_column(name, justify="right")
+        scored = [trial for trial in self._trials if trial.rows and not trial.problem]
+        mark = "best" if ended == self.total else "best so far"
+        best = max(scored, key=lambda trial: trial.rank, default=None) if self.compared else None
+        for trial in self._shown():
+            table.add_row(
+                str(trial.number),
+                trial.state,
+                *(_text(trial.values.get(name, "")) for name in names),
+                f"{trial.epochs}/{trial.recipe.epochs}",
+                f"{trial.selected['val/ua']:.1%}" if trial.rows else "",
+                mark if trial is best else trial.problem[:30],
+                style=STYLE[trial.state],
+            )
+        return table
+
+    def _done(self) -> float:
+        """Number of trials done. A running trial counts by its share of completed epochs."""
+        return sum(
+            1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
+        )
+
+    def _time_left(self) -> str:
+        if self._started is None:
+            return ""
+        (since, before), done = self._started, self._done()
+        if done <= before or done >= self.total:
+            return ""
+        left = (self.total - done) * (time.monotonic() - since) / (done - before)
+        return f", about {clock(left)} left"
+
+    def _shown(self) -> list[TrialRecord]:
+        room = max(self.console.height - 4, 5)
+        ranked = sorted(
+            self._trials,
+            key=lambda trial: (trial.ended, -trial.selected.get("val/ua", 0.0)),
+        )
+        return sorted(ranked[:room], key=lambda trial: trial.number)
+
+    def _line(self, trial: TrialRecord) -> str:
+        drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
+        head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
+        if trial.problem:
+            return f"{head}  after {trial.epochs} epochs: {trial.problem}"
+        if not trial.rows:
+            return head
+        score = f"{head}  UA {trial.selected['val/ua']:.1%} {self.label}".rstrip()
+        return f"{score} after {trial.epochs} of {trial.recipe.epochs} epochs"
+
+
+def _text(value: object) -> str:
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
