@@ -38,7 +38,7 @@ LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Lines of a description, in their order."""
 TAG_BYTES = 5000
 """MLflow's limit for the length of a tag."""
-MLFLOW_TYPES = {"bool": "boolean", "int32": "long", "int64": "long", "double": "double"}
+MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
 """MLflow's type of each of Arrow's types in the table of clips, of which the others are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
