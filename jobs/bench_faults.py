@@ -110,7 +110,7 @@ class Round:
     seconds: float = 0.0
     """Seconds of all runs, minus the seconds of a run without a fault."""
     redone: int = 0
-    """For `train`, the number of epochs that the output shows twice."""
+    """Number of epochs that were trained again after the fault; 0 for verbs other than `train`."""
     problems: list[str] = field(default_factory=list)
     """Descriptions of all failed checks; empty if the round was survived."""
 

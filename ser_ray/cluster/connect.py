@@ -17,7 +17,7 @@ from ser_ray.errors import ResourcesError
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable with the runtime environment of a Ray job."""
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
-"""Environment variable with the least severity of the messages of Ray's C++ code."""
+"""Environment variable that sets which messages Ray's C++ code writes, by their severity."""
 CONNECT_SECONDS = 5.0
 """Longest wait for the connection to a cluster; Ray itself retries a refused port for minutes."""
 
@@ -130,10 +130,11 @@ def _init(address: str, named: str, folder: str | None) -> None:
 
 @contextmanager
 def _quiet_backend() -> Iterator[None]:
-    """Keep the Ray that starts in the block from writing to the terminal from its C++ code.
+    """Keep Ray's C++ code from writing to the terminal, if Ray starts in the block.
 
-    It writes for example that lost actors may not be restarted. A variable switches this off, but
-    then Ray writes that it has read this variable, so standard error is closed during the start.
+    For example, it warns that lost actors may not be restarted. The variable LOG_LEVEL turns this
+    off, but Ray reports on standard error that it has read the variable. Therefore standard error
+    is discarded while Ray starts.
     """
     if LOG_LEVEL in os.environ:
         yield

@@ -179,7 +179,7 @@ class Evaluation:
 
     @property
     def group_metrics(self) -> dict[str, float]:
-        """UA and WA of every corpus and condition, by the metric's name without the part."""
+        """UA and WA of every corpus and recording condition, by name, such as `corpus/emodb/ua`."""
         groups = (("corpus", "corpus", self.corpus_rows), ("under", "condition", self.under))
         return {
             f"{group}/{re.sub(FORBIDDEN, '-', row[name])}/{score}": row[score]
@@ -288,7 +288,9 @@ def predictions_table(
 def group_rows(
     kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
 ) -> list[Row]:
-    """Tabulate clips, WA and UA (shares) of every group of clips, by name.
+    """Compute a table row for each group of clips: its number of clips, its WA and its UA.
+
+    The rows are sorted by the name of the group. WA and UA are shares from 0 to 1.
 
     Args:
         kind: name of the groups' column, such as speaker or sex.

@@ -161,7 +161,7 @@ def settings_of(recipe: TrainConfig) -> dict[str, object]:
 
 
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
-    """Tabulate precision, recall, F1 (shares) and support (clips) of every label.
+    """Compute a table row for each label: precision, recall and F1 as shares, and support in clips.
 
     A score whose denominator is 0 is 0, such as the precision of a label that is never predicted.
 
@@ -179,7 +179,7 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
 
 
 def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Describe in sentences the labels with the highest and lowest recall, and the worst confusion.
+    """Say in sentences which label has the best recall, which the worst, and what is confused most.
 
     Args:
         confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
@@ -207,7 +207,9 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
 
 
 def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[dict[str, Any]]:
-    """Read clips of an evaluation from the corpus. Clips that cannot be read are left out.
+    """Decode the clips that a page shows, from the recordings of the corpus.
+
+    A clip is left out if its recording cannot be decoded.
 
     Args:
         evaluation: the predictions of the clips.

@@ -182,7 +182,7 @@ def last_result(trial: Any) -> dict[str, Any]:
     return trial.last_result or {}
 
 
-def tune_folder(folder: RunFolder, num_before: int = 0) -> RunFolder:
+def tune_folder(folder: RunFolder, num_before: int) -> RunFolder:
     """Folder of Ray Tune's files, inside the folder of a study.
 
     When Ray Tune resumes, it copies all JSON files of its folder to this machine, and later writes
@@ -193,7 +193,8 @@ def tune_folder(folder: RunFolder, num_before: int = 0) -> RunFolder:
         folder: the study's folder.
         num_before: number of trials that are in earlier folders of this study.
     """
-    # Ray Tune's copies are in a folder of the same name, so the name is unique on this machine.
+    # Ray Tune names the local folder of its copies after this one, so two studies on one machine
+    # need different names.
     return RunFolder(folder.location, f"{folder.name}-{num_before}")
 
 

@@ -16,7 +16,7 @@ AGAIN = "; committed parts are kept: remove the cause, then give the same comman
 
 
 def set_up_ray_data() -> None:
-    """Silence Ray Data, and let tasks use all CPUs from the start."""
+    """Turn off the messages of Ray Data, and let its tasks use all CPUs from the start."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

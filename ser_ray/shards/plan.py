@@ -84,9 +84,10 @@ def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
 
 
 def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
-    """Return the manifest with the committed times of files with a new time but unchanged bytes.
+    """Ignore new modification times of files whose bytes are unchanged, so they stay committed.
 
-    Comparing bytes is faster than decoding.
+    The returned manifest has the time of the earlier run for these files. Comparing the bytes of a
+    file is faster than decoding it.
     """
     if not committed:
         return manifest

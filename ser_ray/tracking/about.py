@@ -39,7 +39,7 @@ LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 TAG_BYTES = 5000
 """MLflow's limit for the length of a tag."""
 MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
-"""MLflow's type of each of Arrow's types in the table of clips, of which the others are strings."""
+"""MLflow's names of the Arrow types in the table of clips. Columns of other types are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 

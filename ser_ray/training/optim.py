@@ -11,7 +11,7 @@ from ser_ray.storage.paths import name_account
 from ser_ray.training.config import TrainConfig
 
 PREFIX = "optimiser."
-"""Begins the names of the optimiser's tensors in a checkpoint."""
+"""Prefix of the names of the optimiser's tensors in a checkpoint."""
 
 
 def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:

@@ -182,7 +182,7 @@ def test_a_search_whose_driver_was_killed_resumes_and_loses_no_epoch(two_cpus, s
         assert trial.state == "finished"
         assert [row["epoch"] for row in trial.rows] == list(range(1, 9))
     folder = RunFolder(str(tmp_path), result.name)
-    assert has_snapshot(tune_folder(folder)), "Ray Tune would write its copy of the lock back"
+    assert has_snapshot(tune_folder(folder, 0)), "Ray Tune would write its copy of the lock back"
     assert not has_snapshot(folder)
     rows = plain_rows(result.best.recipe, shards)
     for row, alone in zip(result.best.rows, rows, strict=True):
