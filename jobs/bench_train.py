@@ -36,7 +36,7 @@ from typing import Any, Literal
 import psutil
 import tyro
 
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 RATIOS = (
     ("ours", "bare"),

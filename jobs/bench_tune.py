@@ -37,9 +37,9 @@ from ser_ray.search.trial import TrialRecord
 from ser_ray.search.tune_run import ResumableAsha
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.model import read_pretrained
+from ser_ray.training.recipe import TrainConfig
 
 ORDERS = 200
 """Number of random orders in which ASHA gets the trials of one search."""

@@ -28,7 +28,7 @@ from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.training.config import LrRangeConfig, TrainConfig
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import CorpusPart, ShardCard
-from ser_ray.training.config import AugmentConfig
+from ser_ray.training.recipe import AugmentConfig
 
 if TYPE_CHECKING:
     from ser_ray.inference.predictor import Predictor

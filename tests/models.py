@@ -11,11 +11,11 @@ from torch import nn
 from ser_ray.corpus.ravdess import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import CARD, MODEL
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Normalisation
 from ser_ray.training.model import EncoderHead, ResNet18
+from ser_ray.training.recipe import TrainConfig
 
 LABELS = EMOTIONS[:4]
 FEATURES = FeatureConfig(num_mels=32, num_mfcc=13, hop_length=320, max_seconds=3.0)

@@ -11,7 +11,7 @@ from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.space import CrossvalConfig
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files
 
 

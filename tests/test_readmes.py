@@ -8,7 +8,7 @@ import pytest
 
 from ser_ray import api
 from ser_ray.cli.main import VERBS, main
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "jobs", "ser_ray/corpus", "ser_ray/training", "tests")

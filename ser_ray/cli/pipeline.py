@@ -17,7 +17,7 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
 from ser_ray.shards.config import PrepareConfig, column_names
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
 """Folder of the synthetic corpus, the default corpus."""

@@ -12,7 +12,7 @@ from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import KINDS
 from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
-from ser_ray.training.config import LrRangeConfig, TrainConfig
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
 NAMED = (
     "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",

@@ -27,7 +27,7 @@ import torch
 from ser_ray.distributed.run_config import Ingest
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import read_card
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.streaming import resident_bytes
 from ser_ray.training.world import World
 

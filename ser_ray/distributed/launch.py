@@ -32,11 +32,11 @@ from ser_ray.tracking.about import run_tags
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import read_card, read_layer_weights
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.loop import require_workers_fit
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 
 ShowEpoch = Callable[[dict[str, float]], None]
 """Shows the row of an epoch that has just ended."""

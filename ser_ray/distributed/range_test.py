@@ -25,10 +25,10 @@ from ser_ray.tracking.about import run_tags, scored_on
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
-from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import LrRange, propose, range_steps
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
 Steps = Callable[[], Generator[tuple[float, float]]]
 """Starts a test, which yields the learning rate and the loss of every step."""

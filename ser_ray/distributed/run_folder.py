@@ -29,7 +29,6 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
-from ser_ray.training.card import CheckpointCard, first_difference
 from ser_ray.training.checkpoint import (
     CARD,
     MODEL,
@@ -42,6 +41,7 @@ from ser_ray.training.checkpoint import (
     read_card,
     read_progress,
 )
+from ser_ray.training.checkpoint_card import CheckpointCard, first_difference
 
 RECORD = "run.json"
 TRACE = "error.txt"

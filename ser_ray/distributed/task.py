@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from ser_ray.distributed.ingest import fetch_by_ray, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_config import Ingest
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import MakeSnapshot, fit
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 

@@ -27,8 +27,8 @@ from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.calibration import apply_temperature
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import SELECTED, read_card, read_network
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import load_clips
 from ser_ray.training.model import to_channels_last
 from ser_ray.training.parts import on_channel, select_rows

@@ -15,7 +15,7 @@ from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
 from ser_ray.shards.card import CorpusPart
 from ser_ray.training.calibration import apply_temperature
-from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import label_indices
 from ser_ray.training.metrics import Scores, count_confusion, scores_of
 

@@ -8,8 +8,8 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluate import origin_of, shards_of
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.tracking.registry import read_test_scores
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import SELECTED, read_card
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.parts import select_rows
 
 

@@ -26,8 +26,8 @@ from ser_ray.tracking.registry import (
 )
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import read_card, read_layer_weights
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.metrics import selected_metrics
 
 

@@ -22,9 +22,9 @@ from ser_ray.errors import is_permanent
 from ser_ray.search.space import recipe_of
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import SELECTED, STATE, read_progress
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 OBJECTIVE = "best_val_ua"

@@ -44,9 +44,9 @@ from ser_ray.storage.paths import absolute, filesystem_of
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import CARD, MODEL, copy_encoder, local_checkpoint, read_card
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 
 
 def plan_crossval(

@@ -17,10 +17,10 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import CARD
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.metrics import Scores, scores_of
+from ser_ray.training.recipe import TrainConfig
 
 PREDICTIONS = "predictions.parquet"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import KINDS, Condition
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 DEFAULT_SPACE = (
     "lr_max=loguniform(3e-4,1e-2)",

@@ -12,8 +12,8 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.search.space import recipe_of
 from ser_ray.storage.paths import location_inside
 from ser_ray.training.checkpoint import learning_rates_by_epoch
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_row, validation_rank
+from ser_ray.training.recipe import TrainConfig
 
 RECORDS = "trials.json"
 """File in the folder of a study that has ended: the records of its trials."""

@@ -33,7 +33,7 @@ from ser_ray.distributed.room import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
 from ser_ray.search.space import Dimension, TuneConfig, recipe_of, values_of
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 SNAPSHOT_SECONDS = 2
 """Time between two snapshots of a study. A killed driver loses at most the results of this time."""

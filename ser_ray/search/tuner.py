@@ -35,9 +35,9 @@ from ser_ray.storage.paths import absolute
 from ser_ray.tracking.about import scored_on
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.tracker import now_ms
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 
 OPTUNA_STUDY = "optuna.journal"
 """File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""

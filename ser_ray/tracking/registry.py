@@ -23,11 +23,11 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.model import Pretrained, initial_weights, read_pretrained
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

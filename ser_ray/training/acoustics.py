@@ -27,8 +27,8 @@ from torchaudio.functional import create_dct
 
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.mel import POWER_FLOOR, mel_bands
-from ser_ray.training.config import AugmentConfig
 from ser_ray.training.data import Normalisation
+from ser_ray.training.recipe import AugmentConfig
 
 NOISE_DB = (-80.0, -30.0)
 """Mean square of the noise in dB, drawn uniformly. The range goes from a studio to a loud fan; the

@@ -15,8 +15,8 @@ from torchaudio.transforms import SpecAugment
 
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.training.acoustics import Acoustics
-from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Clips, Normalisation
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 MIN_VARIANCE = 1e-5
 """MixStyle adds this to the variance of each normalised bin over the frames of a clip."""

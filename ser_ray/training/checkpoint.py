@@ -28,7 +28,7 @@ from ser_ray.errors import CheckpointError, ConfigError, EncoderError
 from ser_ray.features.config import require_valid
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.training.card import CheckpointCard
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.model import EncoderHead, ResNet18, new_network
 
 if TYPE_CHECKING:

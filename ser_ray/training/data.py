@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ser_ray.corpus.splits import Split, windows_of
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
 MIN_STD = 1e-3

@@ -19,12 +19,12 @@ import torch
 
 from ser_ray.errors import ConfigError
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.card import make_card
 from ser_ray.training.checkpoint import Snapshot, read_card
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import make_card
 from ser_ray.training.data import FoldData, Source, load_fold, steps_per_epoch
 from ser_ray.training.model import FRESH, Pretrained, build_network
 from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.trainer import EpochReport, Trainer
 from ser_ray.training.world import World

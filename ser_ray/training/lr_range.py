@@ -12,10 +12,10 @@ import torch
 
 from ser_ray.errors import DivergedError
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import Pretrained, build_network
 from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 from ser_ray.training.trainer import Trainer
 from ser_ray.training.world import World
 

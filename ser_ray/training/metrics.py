@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ser_ray.training.config import Keep
+from ser_ray.training.recipe import Keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import ShardCard
 from ser_ray.storage.tensors import read_tensors
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import seed_of
+from ser_ray.training.recipe import TrainConfig
 
 NETWORK_STRIDE = 32
 """Bins and frames of the input for each pixel of the last stage's output."""

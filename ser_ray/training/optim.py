@@ -8,7 +8,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.storage.paths import name_account
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 PREFIX = "optimiser."
 """Prefix of the names of the optimiser's tensors in a checkpoint."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 from ser_ray.corpus.folds import ALL
 from ser_ray.corpus.splits import Split, one_clip_per_take, split, windows_of
 from ser_ray.errors import ConfigError
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 
 def select_rows(clips: pa.Table, config: TrainConfig) -> Split:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips
+from ser_ray.training.recipe import TrainConfig
 
 MIN_BATCH_SIZE = 32
 """Smallest batch of windows, even if the recipe's batches are smaller."""

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from ser_ray.corpus.splits import windows_of
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Batch,
     Clips,
@@ -48,6 +47,7 @@ from ser_ray.training.data import (
     steps_per_epoch,
 )
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
 WINDOW_BYTES = 128 * 2**20

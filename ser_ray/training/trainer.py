@@ -14,9 +14,8 @@ from ser_ray.errors import DivergedError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.training.augment import Augment
 from ser_ray.training.calibration import fit_temperature
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import VALIDATION, Progress, Snapshot
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Batch, FoldData, Source, steps_per_epoch
 from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
 from ser_ray.training.model import EncoderHead, ResNet18, supports_bfloat16
@@ -25,6 +24,7 @@ from ser_ray.training.optim import (
     restore_optimiser,
     restore_schedule,
 )
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.world import World
 

@@ -14,7 +14,7 @@ from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import Outcome
 from ser_ray.tracking import registry
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.version import __version__
 from tests.shard_files import write_shard_files
 

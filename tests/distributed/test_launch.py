@@ -41,7 +41,7 @@ from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.lock import Lock
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.mlflow_server import MlflowServer
 from tests.processes import wait_for
 from tests.shard_files import write_shard_files

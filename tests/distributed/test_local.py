@@ -25,8 +25,8 @@ from ser_ray.errors import ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
 from ser_ray.training.checkpoint import MODEL, Snapshot
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import TrainConfig
 from tests.shard_files import write_shard_files
 
 CONFIG = TrainConfig(

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.processes import answers_at, end, held_port, wait_for
 from tests.shard_files import write_shard_files
 

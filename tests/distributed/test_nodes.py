@@ -17,7 +17,7 @@ from ser_ray.errors import ResourcesError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.clips import six_speakers, small_corpus
 from tests.processes import family
 

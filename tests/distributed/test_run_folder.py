@@ -13,10 +13,10 @@ from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.storage.lock import Lock
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import MODEL, PROGRESS, STATE, Progress, Snapshot, checkpoint_name
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Normalisation
+from ser_ray.training.recipe import TrainConfig
 
 NUM_BINS = FeatureConfig().num_bins(TrainConfig().feature)
 CARD = CheckpointCard(

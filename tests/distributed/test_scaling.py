@@ -31,7 +31,7 @@ from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.clips import voice, write_wav
 from tests.processes import answers_at, held_port, started, wait_for
 from tests.shard_files import write_shard_files

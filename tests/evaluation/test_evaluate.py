@@ -20,9 +20,9 @@ from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.sections import read_clips
 from ser_ray.evaluation.to_mlflow import record_evaluation, record_training
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
+from ser_ray.training.recipe import TrainConfig
 from tests.conftest import MemoryShards, make_memory_shards
 from tests.models import make_checkpoint
 

@@ -27,7 +27,7 @@ from ser_ray.evaluation.pages import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.plots.clip import clip_figure
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.models import make_checkpoint
 
 VOID = {"meta", "br", "hr", "img", "link"}

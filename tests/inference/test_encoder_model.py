@@ -24,7 +24,7 @@ from ser_ray.search.pooled import fold_folder
 from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CARD, ENCODER, read_card, read_encoder
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.clips import six_speakers, voice
 from tests.encoders import tiny_weights
 from tests.shards.test_encode import encode

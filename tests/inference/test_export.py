@@ -17,8 +17,8 @@ from ser_ray.inference.export import TOLERANCE, ExportResult, WaveformModel, exp
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.checkpoint import ENCODER
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Normalisation
+from ser_ray.training.recipe import TrainConfig
 from tests.clips import voice
 from tests.encoders import FAMILIES, tiny_card, write_tiny
 from tests.models import FEATURES, LABELS, make_checkpoint, make_encoder_checkpoint

@@ -25,7 +25,7 @@ from ser_ray.tracking.about import dataset_of
 from ser_ray.tracking.registry import best_training_of, local_model
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.clips import voice, write_wav
 from tests.conftest import make_memory_shards
 from tests.models import LABELS, make_checkpoint

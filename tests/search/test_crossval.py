@@ -44,12 +44,12 @@ from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.tracking.registry import best_training_of
 from ser_ray.training.checkpoint import local_checkpoint
-from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import label_indices
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.metrics import scores_of
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.training.trainer import EpochReport
 from tests.conftest import make_memory_shards
 from tests.models import make_checkpoint

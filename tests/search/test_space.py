@@ -11,7 +11,7 @@ from ser_ray.search.space import (
     searchable,
     values_of,
 )
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 
 
 def test_the_default_space_contains_the_default_recipe():

@@ -28,7 +28,7 @@ from ser_ray.search.trial import TrialRecord, trial_rows
 from ser_ray.search.trial_table import TrialTable
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.conftest import make_memory_shards
 
 RECIPE = TrainConfig(epochs=3, keep="best")

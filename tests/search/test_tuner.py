@@ -58,10 +58,10 @@ from ser_ray.search.tune_run import (
 from ser_ray.search.tuner import search
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import recipe_of_run
-from ser_ray.training.config import AugmentConfig, Keep, TrainConfig
 from ser_ray.training.loop import fit
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import AugmentConfig, Keep, TrainConfig
 from tests.processes import end
 
 RECIPE = TrainConfig(

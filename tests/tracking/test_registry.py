@@ -12,7 +12,7 @@ from ser_ray.errors import CheckpointError
 from ser_ray.shards.read import open_shards
 from ser_ray.tracking.registry import local_model, read_initial_weights, read_weights
 from ser_ray.training.checkpoint import MODEL, read_card
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.recipe import TrainConfig
 from tests.encoders import tiny_card
 from tests.models import LABELS, make_checkpoint, make_encoder_checkpoint
 from tests.shard_files import write_shard_files

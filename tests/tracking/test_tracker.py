@@ -207,7 +207,7 @@ def test_a_user_without_an_account_and_a_home_can_train_and_record(tmp_path: Pat
         pwd.getpwuid = unknown
         import torch
         from ser_ray.tracking.tracker import Tracker
-        from ser_ray.training.config import TrainConfig
+        from ser_ray.training.recipe import TrainConfig
         from ser_ray.training.optim import build_optimiser
         build_optimiser(torch.nn.Linear(1, 1), TrainConfig())
         Tracker.start("sqlite:///{tmp_path}/m.db", "e", name="r", params={{}}, tags={{}})

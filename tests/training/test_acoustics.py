@@ -11,8 +11,8 @@ from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.training.acoustics import Acoustics, Conditions
 from ser_ray.training.augment import Augment
-from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Clips, Normalisation
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.conftest import PLAIN
 
 CPU = torch.device("cpu")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.training.augment import Augment, gain_response
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import (
     Clips,
     Normalisation,
@@ -23,6 +22,7 @@ from ser_ray.training.data import (
     steps_per_epoch,
 )
 from ser_ray.training.parts import select_rows
+from ser_ray.training.recipe import TrainConfig
 from tests.conftest import PLAIN, cut_into_windows, make_memory_shards
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError
-from ser_ray.training.card import CheckpointCard
 from ser_ray.training.checkpoint import read_card, read_layer_weights
-from ser_ray.training.config import TrainConfig
+from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import load_fold
 from ser_ray.training.model import FRESH, EncoderHead, initial_weights
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.streaming import resident_bytes
 from tests.conftest import make_memory_shards
 from tests.encoders import tiny_card

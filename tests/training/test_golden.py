@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from ser_ray.shards.read import ShardSet
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 from tests.conftest import PLAIN, make_memory_shards
 

@@ -25,9 +25,9 @@ from ser_ray.training.checkpoint import (
     read_network,
     read_progress,
 )
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained, read_pretrained
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 from tests.conftest import PLAIN, make_memory_shards
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold, is_answered

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError, DivergedError
-from ser_ray.training.config import LrRangeConfig, TrainConfig
 from ser_ray.training.lr_range import has_diverged, propose, range_steps
 from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 from tests.conftest import PLAIN
 
 RATES = np.geomspace(1e-6, 1.0, 300)

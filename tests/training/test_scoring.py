@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import Clips
 from ser_ray.training.model import ResNet18
+from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.scoring import predict_clips, window_batches, window_starts
 
 

@@ -18,11 +18,11 @@ from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import loop, model, trainer
 from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, read_card
-from ser_ray.training.config import AugmentConfig, TrainConfig
 from ser_ray.training.data import Batch, load_fold, steps_per_epoch
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
 from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport
 from tests.conftest import PLAIN, cut_into_windows, make_memory_shards

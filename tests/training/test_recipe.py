@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ser_ray.errors import ConfigError
-from ser_ray.training.config import AugmentConfig, TrainConfig
+from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 
 def test_an_empty_mapping_is_the_default_recipe():

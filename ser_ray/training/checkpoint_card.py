@@ -15,10 +15,10 @@ from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import location_inside
-from ser_ray.training.config import TrainConfig
 from ser_ray.training.data import FoldData, Normalisation, Source
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import describe_split
+from ser_ray.training.recipe import TrainConfig
 
 SCHEMA_VERSION = 1
 
