@@ -20,7 +20,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
 
-from ser_ray.corpus.download import DownloadConfig
+from ser_ray.corpus.ravdess.download import DownloadConfig
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import TrackingError
@@ -70,7 +70,7 @@ def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
         CorpusError: an archive cannot be downloaded or is damaged.
     """
     from ser_ray.cluster.shared_files import require_kept
-    from ser_ray.corpus.download import download as run
+    from ser_ray.corpus.ravdess.download import download as run
 
     require_kept(config.target)
     return run(config)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import settings
 
-from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import CorpusPart, ShardCard

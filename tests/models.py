@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.training.checkpoint import CARD, MODEL

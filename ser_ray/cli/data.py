@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ser_ray import api
 from ser_ray.cli.verb import Outcome, Verb, say
 from ser_ray.command import next_command
-from ser_ray.corpus.download import DownloadConfig
+from ser_ray.corpus.ravdess.download import DownloadConfig
 from ser_ray.shards.config import PrepareConfig
 
 
@@ -31,8 +31,8 @@ class Prepare(Verb):
 
     def run(self) -> Outcome:
         """Prepare the shards and list the outcomes of all files."""
-        from ser_ray.corpus.census import compare_with_ravdess
         from ser_ray.corpus.folds import suggest_protocol
+        from ser_ray.corpus.ravdess.census import compare_with_ravdess
 
         say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)

@@ -66,7 +66,7 @@ class Pipeline(TableVerb):
         from ser_ray.corpus.folds import num_folds
         from ser_ray.corpus.labels import map_labels
         from ser_ray.corpus.manifest import list_corpus
-        from ser_ray.corpus.ravdess import EMOTIONS
+        from ser_ray.corpus.ravdess.names import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
         from ser_ray.shards.corpora import corpus_name
         from ser_ray.tracking.registry import read_weights

@@ -15,7 +15,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.corpus.words import shorten
 from ser_ray.errors import ConfigError
 from ser_ray.storage.paths import read_file

@@ -1,9 +1,9 @@
 """Lists a folder, bucket or table as a manifest: one row for each recording or segment.
 
-RAVDESS is recognised by its file names alone (`ravdess`), in any layout: the unpacked archives of
-Zenodo, the Kaggle archive with its second copy, or one flat folder. Other corpora need a table
-(`table`). No clip is opened here. If the outcome of a file is known without opening it, its row
-already has a `status` and a `reason`.
+RAVDESS is recognised by its file names alone (`ravdess.names`), in any layout: the archives of
+Zenodo, the Kaggle archive, which has every file twice, or one flat folder. Other corpora need a
+table (`tables`). No recording is decoded here. If the outcome of a file is known from the listing,
+its row already has a `status` and a `reason`.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from ser_ray.corpus.audio_files import describe_left_out, is_recording, suffix_of
-from ser_ray.corpus.ravdess import EMOTIONS, EXAMPLE_NAME, ClipName, NameProblem, parse_name
-from ser_ray.corpus.table import clip_keys, list_table, read_table
-from ser_ray.corpus.table_files import TABLE_SUFFIXES
+from ser_ray.corpus.ravdess.names import EMOTIONS, EXAMPLE_NAME, ClipName, NameProblem, parse_name
+from ser_ray.corpus.tables.clips import clip_keys, list_table, read_table
+from ser_ray.corpus.tables.files import TABLE_SUFFIXES
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import DEVICE, ListedFile, list_files

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import soundfile
 
 from ser_ray.corpus.manifest import SYNTHETIC_MARKER
-from ser_ray.corpus.ravdess import EMOTIONS, SPEAKERS, ClipName, Intensity, format_name
+from ser_ray.corpus.ravdess.names import EMOTIONS, SPEAKERS, ClipName, Intensity, format_name
 from ser_ray.errors import CorpusError
 
 VERSION = 1

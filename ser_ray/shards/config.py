@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ser_ray.corpus.ravdess import MODALITIES
+from ser_ray.corpus.ravdess.names import MODALITIES
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import FeatureConfig

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, ORDER, replace_column
-from ser_ray.corpus.table import clip_keys
+from ser_ray.corpus.tables.clips import clip_keys
 from ser_ray.errors import ConfigError, ShardsError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards import layout

@@ -23,7 +23,7 @@ from ser_ray.cluster.connect import cluster
 from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.corpus.manifest import Corpus, exclude, list_corpus
 from ser_ray.corpus.mistakes import describe_clips, find_mistakes
-from ser_ray.corpus.table import MISSING_FILES
+from ser_ray.corpus.tables.clips import MISSING_FILES
 from ser_ray.corpus.words import shorten
 from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.transforms import FeatureExtractor

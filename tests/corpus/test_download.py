@@ -21,9 +21,9 @@ import pytest
 
 from ser_ray.cli.main import main
 from ser_ray.cluster.connect import JOB_CONFIG
-from ser_ray.corpus import download as downloading
-from ser_ray.corpus import fetch, unpack
-from ser_ray.corpus.download import DownloadConfig, download
+from ser_ray.corpus.ravdess import download as downloading
+from ser_ray.corpus.ravdess import fetch, unpack
+from ser_ray.corpus.ravdess.download import DownloadConfig, download
 from ser_ray.errors import ConfigError, CorpusError
 
 SPEECH = "Audio_Speech_Actors_01-24.zip"
@@ -228,7 +228,7 @@ def test_a_job_cannot_download_into_the_copy_of_the_code(
 
 def test_importing_the_configuration_imports_nothing_heavy() -> None:
     code = (
-        "import sys, ser_ray.corpus.download;"
+        "import sys, ser_ray.corpus.ravdess.download;"
         "sys.exit(any(name in sys.modules for name in ('requests', 'rich', 'numpy', 'zipfile')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from ser_ray.corpus.labels import USUAL_NAMES, in_order, map_labels, usual_label
-from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.errors import ConfigError
 
 EMODB = ("anger", "boredom", "happiness")

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from ser_ray.corpus import manifest as manifest_module
-from ser_ray.corpus.census import compare_with_ravdess, expected_ravdess
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA, exclude, list_corpus
-from ser_ray.corpus.ravdess import EMOTIONS
+from ser_ray.corpus.ravdess.census import compare_with_ravdess, expected_ravdess
+from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.errors import CorpusError
 from ser_ray.storage.paths import filesystem_of
 from tests.s3_server import s3_bucket

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ser_ray.corpus.ravdess import ClipName, NameProblem, format_name, parse_name
+from ser_ray.corpus.ravdess.names import ClipName, NameProblem, format_name, parse_name
 
 ALL_CODES = [
     tuple(f"{code:02d}" for code in codes)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ser_ray.corpus.census import expected_ravdess
 from ser_ray.corpus.folds import PROTOCOLS, num_folds, suggest_protocol
+from ser_ray.corpus.ravdess.census import expected_ravdess
 from ser_ray.corpus.splits import one_clip_per_take, split
 from ser_ray.errors import ConfigError
 

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ser_ray.corpus import synthetic
 from ser_ray.corpus.manifest import SYNTHETIC_MARKER
-from ser_ray.corpus.ravdess import EMOTIONS, ClipName, parse_name
+from ser_ray.corpus.ravdess.names import EMOTIONS, ClipName, parse_name
 from ser_ray.errors import CorpusError
 
 SPEAKERS = tuple(f"{actor:02d}" for actor in range(3, 15))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ser_ray.corpus.manifest import list_corpus
-from ser_ray.corpus.table import NO_FOLDER, OTHER_DRIVE
+from ser_ray.corpus.tables.clips import NO_FOLDER, OTHER_DRIVE
 from ser_ray.errors import CorpusError
 from ser_ray.storage.listing import NO_FILE
 from tests.hostile import budgets, damaged, damaged_json, hold, is_answered

@@ -9,7 +9,7 @@
     *_train.csv, ...       text or JSON lines of which each file is one side, as nkululeko has them
     train, dev, test       folders that are one side each, of any of these formats
 
-The columns keep their names; `table` chooses the columns that a corpus needs. No recording is
+The columns keep their names; `clips` chooses the columns that a corpus needs. No recording is
 opened here.
 """
 
@@ -18,7 +18,7 @@ from functools import partial
 import pyarrow as pa
 from pyarrow import fs
 
-from ser_ray.corpus.table_files import (
+from ser_ray.corpus.tables.files import (
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
     Find,
@@ -27,7 +27,7 @@ from ser_ray.corpus.table_files import (
     read_parquet,
     read_text,
 )
-from ser_ray.corpus.table_tools import (
+from ser_ray.corpus.tables.tools import (
     FOLD,
     is_lhotse,
     read_audformat,

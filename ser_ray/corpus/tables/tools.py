@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ser_ray.corpus.table_files import Find, Row, as_table, read_json_lines
+from ser_ray.corpus.tables.files import Find, Row, as_table, read_json_lines
 from ser_ray.corpus.words import side_of_file
 from ser_ray.errors import CorpusError, first_line
 from ser_ray.storage.paths import location_inside, read_file

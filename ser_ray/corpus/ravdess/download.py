@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ser_ray.corpus.ravdess import SPEAKERS
+from ser_ray.corpus.ravdess.names import SPEAKERS
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.progress import Report, show_progress
 
 if TYPE_CHECKING:
-    from ser_ray.corpus.fetch import Archive
+    from ser_ray.corpus.ravdess.fetch import Archive
 
 Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -97,8 +97,8 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
             checksum, the disk is too small, the folder of an archive exists already, or another
             process downloads into the target. Downloaded bytes are kept.
     """
-    from ser_ray.corpus import fetch
-    from ser_ray.corpus.unpack import is_unpacked, unpack
+    from ser_ray.corpus.ravdess import fetch
+    from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack
     from ser_ray.storage.lock import Lock
 
     target = Path(config.target).expanduser()

@@ -13,7 +13,7 @@ from functools import cache
 
 import pyarrow as pa
 
-from ser_ray.corpus.ravdess import (
+from ser_ray.corpus.ravdess.names import (
     CHANNELS,
     MODALITIES,
     VALUES,

@@ -1,7 +1,7 @@
 """A custom corpus: a table with the file, label and speaker of every clip.
 
 A clip is a file, or a segment of a file between the times `start` and `end`. `read_table` finds the
-columns and checks the values, `table_formats` parses the file, and `list_table` finds the clips'
+columns and checks the values, `formats` parses the file, and `list_table` finds the clips'
 files.
 
 Tables come from spreadsheets and other systems, so every unambiguous variant is accepted: blanks
@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from ser_ray.corpus.table_files import TableError, column_key
-from ser_ray.corpus.table_formats import read_any
+from ser_ray.corpus.tables.files import TableError, column_key
+from ser_ray.corpus.tables.formats import read_any
 from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES, shorten
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
