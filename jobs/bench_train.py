@@ -87,8 +87,8 @@ def ours(
     address: str = "",
 ) -> Timing:
     """Train as users do."""
-    from ser_ray.distributed.launch import train
     from ser_ray.distributed.run_config import RunConfig
+    from ser_ray.distributed.train import train
 
     ends = [time.time()]
     with tempfile.TemporaryDirectory() as folder:

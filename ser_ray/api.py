@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ser_ray.corpus.audio_files import AudioFiles
-    from ser_ray.distributed.launch import TrainResult
-    from ser_ray.distributed.range_test import RangeResult
+    from ser_ray.distributed.lr_range import LrRangeResult
+    from ser_ray.distributed.train import TrainResult
     from ser_ray.evaluation.evaluation import Evaluation
     from ser_ray.evaluation.statistics import Comparison
     from ser_ray.inference.batch import BatchSummary
@@ -127,7 +127,7 @@ def train(
         SerRayError: the training failed; the message gives the reason.
     """
     from ser_ray.distributed.epoch_table import EpochTable
-    from ser_ray.distributed.launch import train as run
+    from ser_ray.distributed.train import train as run
 
     if on_epoch is not None:
         return run(shards, recipe, run_config, on_epoch=on_epoch, address=address)
@@ -156,15 +156,15 @@ def lr_range(
     test: LrRangeConfig = LrRangeConfig(),
     *,
     address: str = "",
-) -> "RangeResult":
+) -> "LrRangeResult":
     """Propose the two bounds of a recipe's learning rate by a range test (Smith 2015).
 
     Raises:
         DivergedError: the loss did not fall at any learning rate.
     """
-    from ser_ray.distributed.range_test import find_range
+    from ser_ray.distributed.lr_range import run_lr_range
 
-    return find_range(shards, recipe, run_config, test, address=address)
+    return run_lr_range(shards, recipe, run_config, test, address=address)
 
 
 def tune(

@@ -62,7 +62,7 @@ class TrainingVerb(Verb):
 
 
 def _run_outcome(
-    result: "api.TrainResult | api.RangeResult | api.TuneResult | api.CrossvalResult",
+    result: "api.TrainResult | api.LrRangeResult | api.TuneResult | api.CrossvalResult",
     data: dict[str, Any],
     after: str,
     problem: str = "",

@@ -1,32 +1,33 @@
-"""Runs one training: in this process or on a cluster, with a folder and an MLflow run.
+"""Runs one training, in this process or on a cluster, with a run folder and an MLflow run.
 
+train          the entry point: from shards to a checkpoint and its report
 run_config     settings of a run that are not part of its recipe
-launch         the entry point: a training from its shards to its report
-task           recipe, shards, folder and settings of a training
-local          training in this process
-group          training by workers of Ray Train; `worker` is what runs in each of them
-process_group  the network of these workers
-room           waiting until a cluster has room
-ingest         whether training clips stay in memory or are streamed
-run_folder     checkpoints, record and lock of a run
-mlflow_run     the MLflow run of a training, search or cross-validation
-epoch_table    the epochs on a terminal or in a log
-node_metrics   utilisation of a node while it trains
-range_test     a learning-rate range test
+run_folder     the checkpoints, record and lock of a run
+mlflow_run     starts or resumes the MLflow run of a training, search or cross-validation
+in_process     trains with one worker in this process
+worker_group   trains with workers of Ray Train; `worker` is what each of them runs
+process_group  connects these workers through torch.distributed
+placement      waits until a cluster has free CPUs or GPUs
+ingest         keeps training clips in memory, or streams them
+epoch_table    shows the epochs on a terminal or in a log
+node_metrics   measures the utilisation of a node while it trains
+lr_range       runs a learning-rate range test
 
-A training survives failures. It resumes from the newest complete checkpoint in its folder
-(`run_folder`). `RunConfig.max_failures` limits each of the first four rows by itself:
+An interrupted training resumes from the newest complete checkpoint in its run folder. Each of the
+first four rows has its own limit of `RunConfig.max_failures`:
 
-    what fails                      who starts it again              what is counted
-    worker of Ray Train             Ray Train (group.py,             every loss of workers
-                                    FailureConfig)
-    controller of Ray Train         group.py, WorkerGroup.run        losses in a row without a new
-                                                                     checkpoint
-    training in this process        local.py, train_here             every failure
-    trial of a search or fold       Ray Tune (search/tune_run.py,    every failure of a trial
-                                    run_trials)
-    driver                          the user, by the same command
+    what fails                     what starts it again            what is counted
+    a worker of Ray Train          Ray Train: `FailureConfig` in   every loss of workers
+                                   worker_group.py
+    the controller of Ray Train    `WorkerGroup.run` in            losses in a row without a new
+                                   worker_group.py                 checkpoint
+    a training in this process     `train_in_process` in           every failure
+                                   in_process.py
+    a trial of a search or         Ray Tune: `run_trials` in       every failure of the trial
+    cross-validation               search/tune_run.py
+    the driver                     the user, with the same command
 
 A permanent error (`ser_ray.errors.is_permanent`) ends the training at once, because another attempt
-fails in the same way. On a cluster, `group.DriverCallback.after_exception` detects such errors.
+would fail in the same way. In the controller of Ray Train, `DriverCallback.after_exception`
+(worker_group.py) detects such errors.
 """

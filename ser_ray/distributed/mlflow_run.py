@@ -10,7 +10,7 @@ from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.about import data_line, dataset_of, provenance
+from ser_ray.tracking.run_metadata import data_line, dataset_of, provenance
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, run_to_resume
 
@@ -30,7 +30,7 @@ def start_run(
         folder: the folder of the run, which has the same name.
         run: names the tracking store and the experiment.
         shards: the training's shards.
-        tags: tags of the run (`ser_ray.tracking.about.run_tags`).
+        tags: tags of the run (`ser_ray.tracking.run_metadata.run_tags`).
         params: parameters of a new run.
         about: a sentence that describes the run.
         identity: the settings that must be the same whenever the folder is used again. They and the

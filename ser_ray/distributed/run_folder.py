@@ -24,8 +24,10 @@ import numpy as np
 from pyarrow import fs
 from safetensors.numpy import load
 
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import CheckpointError, MismatchError, SerRayError
 from ser_ray.evaluation.evaluation import REPORT
+from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, location_inside
@@ -42,6 +44,8 @@ from ser_ray.training.checkpoint import (
     read_progress,
 )
 from ser_ray.training.checkpoint_card import CheckpointCard, first_difference
+from ser_ray.training.model import Pretrained
+from ser_ray.training.recipe import TrainConfig
 
 RECORD = "run.json"
 TRACE = "error.txt"
@@ -313,3 +317,15 @@ class RunFolder:
             for entry in self.filesystem.get_file_info(selector)
             if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint-")
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTask:
+    """One training: what is trained, on which clips, and where it is stored."""
+
+    folder: RunFolder
+    config: TrainConfig
+    shards: ShardSet
+    pretrained: Pretrained
+    """The weights to start from."""
+    run: RunConfig

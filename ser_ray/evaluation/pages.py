@@ -39,7 +39,7 @@ from ser_ray.evaluation.sections import (
 )
 from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, rank_of
 from ser_ray.plots.training import layer_weights_figure, range_figure
-from ser_ray.tracking.about import scored_on
+from ser_ray.tracking.run_metadata import scored_on
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.metrics import selected_row
 from ser_ray.training.recipe import TrainConfig

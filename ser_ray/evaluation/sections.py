@@ -20,7 +20,7 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.plots.clip import clip_figure
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, learning_rate_figure
-from ser_ray.tracking.about import provenance
+from ser_ray.tracking.run_metadata import provenance
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.metrics import Scores, selected_row
 from ser_ray.training.recipe import TrainConfig

@@ -15,7 +15,6 @@ from ser_ray.evaluation.pages import add_test_part
 from ser_ray.evaluation.rendering import as_artifact, render, store_page, stored_page
 from ser_ray.plots.scores import confusion_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, layer_weights_figure
-from ser_ray.tracking.about import SHARDS_TAG
 from ser_ray.tracking.registry import (
     SELECTED_BY,
     best_training_of,
@@ -24,6 +23,7 @@ from ser_ray.tracking.registry import (
     read_test_scores,
     register_model,
 )
+from ser_ray.tracking.run_metadata import SHARDS_TAG
 from ser_ray.tracking.store import resolve_uri
 from ser_ray.tracking.tracker import Tracker, now_ms
 from ser_ray.training.checkpoint import read_card, read_layer_weights

@@ -16,7 +16,7 @@ from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.space import SlotConfig
 from ser_ray.search.study import Show, Study
-from ser_ray.tracking.about import run_tags
+from ser_ray.tracking.run_metadata import run_tags
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import flatten
 

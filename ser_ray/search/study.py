@@ -31,7 +31,7 @@ from ser_ray.search.space import RATIO, recipe_of
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
-from ser_ray.tracking.about import Kind, data_line, dataset_of, scored_on
+from ser_ray.tracking.run_metadata import Kind, data_line, dataset_of, scored_on
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 

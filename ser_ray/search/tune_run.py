@@ -29,7 +29,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ser_ray.cluster.resources import in_words
-from ser_ray.distributed.room import RoomWatch, placement_groups
+from ser_ray.distributed.placement import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
 from ser_ray.search.space import Dimension, TuneConfig, recipe_of, values_of

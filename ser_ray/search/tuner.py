@@ -32,8 +32,8 @@ from ser_ray.search.tune_run import excluded, num_trials, search_plan
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute
-from ser_ray.tracking.about import scored_on
 from ser_ray.tracking.registry import read_initial_weights
+from ser_ray.tracking.run_metadata import scored_on
 from ser_ray.tracking.tracker import now_ms
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.about import SHARDS_TAG
+from ser_ray.tracking.run_metadata import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, store_answers
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
-from ser_ray.tracking.about import NOTE, TAG_BYTES, merge_note, model_name, model_signature
 from ser_ray.tracking.database import await_database
+from ser_ray.tracking.run_metadata import NOTE, TAG_BYTES, merge_note, model_name, model_signature
 from ser_ray.tracking.store import connect, experiment_id_of, set_tracking_uri, store_answers
 from ser_ray.tracking.views import save_view
 
@@ -76,8 +76,8 @@ class Tracker:
             experiment: name of the experiment, which is created if it does not exist.
             name: name of a new run.
             params: parameters of a new run; those of nested mappings are named with dots.
-            tags: tags of the run (`ser_ray.tracking.about.run_tags`).
-            dataset: input of a new run (`ser_ray.tracking.about.dataset_of`).
+            tags: tags of the run (`ser_ray.tracking.run_metadata.run_tags`).
+            dataset: input of a new run (`ser_ray.tracking.run_metadata.dataset_of`).
             run_id: id of the run to resume. Its name, parameters and input do not change.
 
         Raises:
@@ -264,7 +264,7 @@ class Tracker:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
 
     def describe(self, **lines: str) -> None:
-        """Set lines of the run's description, named as in `ser_ray.tracking.about.LINES`."""
+        """Set lines of the run's description, named as in `ser_ray.tracking.run_metadata.LINES`."""
         note = self.read().data.tags.get(NOTE, "")
         self.set_tags({NOTE: merge_note(note, lines)})
 

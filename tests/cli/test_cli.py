@@ -239,10 +239,10 @@ def test_a_users_error_prints_one_line_and_exits_with_2(arguments, message, caps
 def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     arguments, message, capsys, in_tmp, monkeypatch
 ):
-    from ser_ray.distributed import launch
+    from ser_ray.distributed import train
     from ser_ray.search import start
 
-    for module in (launch, start):
+    for module in (train, start):
         monkeypatch.setattr(module, "cluster", lambda address: pytest.fail("Ray was asked"))
     shards = write_shard_files(in_tmp / "shards")
     given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]

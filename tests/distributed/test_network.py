@@ -17,8 +17,8 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.distributed.train import train
 from ser_ray.training.recipe import TrainConfig
 from tests.processes import answers_at, end, held_port, wait_for
 from tests.shard_files import write_shard_files

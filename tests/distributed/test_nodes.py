@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ser_ray.cluster.shared_files import require_shared
-from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.distributed.train import train
 from ser_ray.errors import ResourcesError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig

@@ -26,9 +26,9 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 from ray.train.torch import TorchConfig
 
 from ser_ray.cluster import resources
-from ser_ray.distributed import group
-from ser_ray.distributed.launch import train
+from ser_ray.distributed import worker_group
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.distributed.train import train
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
 from ser_ray.training.recipe import TrainConfig
@@ -180,8 +180,8 @@ def test_prepare_gets_cpu_machines_and_train_gpu_machines_and_all_go_back(
     wait_for("the CPU machines' end", lambda: not machines())
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(group, "run_worker", without_gpu)
-    monkeypatch.setattr(group, "BoundConfig", lambda backend: TorchConfig("gloo"))
+    monkeypatch.setattr(worker_group, "run_worker", without_gpu)
+    monkeypatch.setattr(worker_group, "BoundConfig", lambda backend: TorchConfig("gloo"))
     with Watch() as watch:
         result = train(
             write_shard_files(shared / "shards"),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ser_ray.corpus.manifest import list_corpus
-from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
+from ser_ray.distributed.train import train
 from ser_ray.errors import CheckpointError, EncoderError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.features.encoder import EncoderWeights

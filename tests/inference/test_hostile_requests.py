@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ser_ray.inference import packaged
-from ser_ray.tracking.about import model_signature
+from ser_ray.tracking.run_metadata import model_signature
 from tests.clips import voice, write_sound, write_wav
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold
 from tests.models import LABELS

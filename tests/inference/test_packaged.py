@@ -21,8 +21,8 @@ from ser_ray.evaluation.rendering import render
 from ser_ray.inference.packaged import PackagedModel
 from ser_ray.inference.predictor import Predictor
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.about import dataset_of
 from ser_ray.tracking.registry import best_training_of, local_model
+from ser_ray.tracking.run_metadata import dataset_of
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.recipe import TrainConfig

@@ -15,9 +15,9 @@ from pyarrow import fs
 
 from ser_ray.api import recipe_like
 from ser_ray.cli.train import Crossval
-from ser_ray.distributed.launch import train
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.distributed.train import train
 from ser_ray.errors import ConfigError, SerRayError
 from ser_ray.evaluation import robustness
 from ser_ray.evaluation.evaluate import evaluate

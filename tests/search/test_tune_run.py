@@ -6,7 +6,7 @@ import pytest
 from ray import tune
 from ray.tune.experiment import Trial
 
-from ser_ray.distributed import room
+from ser_ray.distributed import placement
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search import tune_run
 from ser_ray.search.tune_run import RetryFailed, has_snapshot, last_result
@@ -53,13 +53,13 @@ def test_the_last_result_of_a_trial_is_what_it_reported():
 
 def test_a_search_that_waits_for_room_says_so_every_minute(monkeypatch, caplog):
     now = 0.0
-    monkeypatch.setattr(room, "monotonic", lambda: now)
+    monkeypatch.setattr(placement, "monotonic", lambda: now)
     monkeypatch.setattr(tune_run, "placement_groups", lambda: {"other"})
-    monkeypatch.setattr(room, "placement_groups", lambda *, with_room: {"other"})
-    monkeypatch.setattr(room, "free_resources", lambda: "0 CPUs, 0 GPUs")
+    monkeypatch.setattr(placement, "placement_groups", lambda *, with_room: {"other"})
+    monkeypatch.setattr(placement, "free_resources", lambda: "0 CPUs, 0 GPUs")
     callback = tune_run.RoomCallback({"CPU": 2.0, "GPU": 0.5})
     for _ in range(6):
-        now += room.START_SECONDS
+        now += placement.START_SECONDS
         callback.on_step_end(iteration=0, trials=[])
     assert len(caplog.messages) == 3
     assert "waiting for room for a trial with 2 CPUs, 0.5 GPUs since" in caplog.text

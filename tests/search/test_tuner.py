@@ -23,9 +23,9 @@ from ser_ray import api
 from ser_ray.cli import train as verbs
 from ser_ray.cli.train import Tune
 from ser_ray.distributed import mlflow_run
-from ser_ray.distributed.launch import TrainResult
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
+from ser_ray.distributed.train import TrainResult
 from ser_ray.errors import (
     CheckpointError,
     ConfigError,

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import tracker as tracking
-from ser_ray.tracking.about import provenance
+from ser_ray.tracking.run_metadata import provenance
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker, now_ms, run_to_resume
 from tests.mlflow_server import MlflowServer

@@ -195,7 +195,7 @@ def test_two_workers_stream_through_ray_data(
     import ray
     from mlflow import MlflowClient
 
-    from ser_ray.distributed.launch import train
+    from ser_ray.distributed.train import train
 
     config = replace(CONFIG, lr_max=1e-3, augment=PLAIN)
     run = RunConfig(

@@ -1,4 +1,4 @@
-"""Trains with one worker in this process. `ser_ray.distributed.group` trains with Ray Train.
+"""Trains with one worker in this process. `ser_ray.distributed.worker_group` trains with Ray Train.
 
 One worker on this machine does not need Ray. Ray's processes use some of the CPUs and need several
 seconds to start. The loop, the run's folder and the reported epochs are the same with and without
@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from ser_ray.cluster.resources import cpus_per_worker, memory_of_this_machine
 from ser_ray.distributed.ingest import fetch_by_threads, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
-from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint
-from ser_ray.distributed.task import TrainingTask
+from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint, TrainingTask
 from ser_ray.errors import SerRayError, first_line, is_permanent
 from ser_ray.training.checkpoint import Snapshot
 from ser_ray.training.loop import MakeSnapshot, fit
@@ -37,7 +36,7 @@ FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 logger = logging.getLogger(__name__)
 
 
-def train_here(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bool) -> None:
+def train_in_process(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bool) -> None:
     """Train in this process to the end.
 
     Args:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ser_ray.distributed import room
-from ser_ray.distributed.room import RoomWatch
+from ser_ray.distributed import placement
+from ser_ray.distributed.placement import RoomWatch
 from ser_ray.errors import ResourcesError
 
 
@@ -13,11 +13,11 @@ def test_waiting_for_room_ends_with_an_error_unless_there_is_some(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now, ours = 0.0, {"other", "ours"}
-    monkeypatch.setattr(room, "monotonic", lambda: now)
-    monkeypatch.setattr(room, "placement_groups", lambda *, with_room: ours)
-    monkeypatch.setattr(room, "free_resources", lambda: "1 CPUs, 0 GPUs")
+    monkeypatch.setattr(placement, "monotonic", lambda: now)
+    monkeypatch.setattr(placement, "placement_groups", lambda *, with_room: ours)
+    monkeypatch.setattr(placement, "free_resources", lambda: "1 CPUs, 0 GPUs")
     watch = RoomWatch({"other"}, "2 workers with 3 CPUs each")
-    limit = room.START_SECONDS * room.START_ATTEMPTS
+    limit = placement.START_SECONDS * placement.START_ATTEMPTS
     for _ in range(5):  # a training that holds places waits for its epochs as long as they take
         now += limit
         watch.require_room()
@@ -26,7 +26,7 @@ def test_waiting_for_room_ends_with_an_error_unless_there_is_some(
     ours = {"other"}
     with pytest.raises(ResourcesError, match="no room for 2 workers with 3 CPUs each for"):  # noqa: PT012
         while True:
-            now += room.START_SECONDS
+            now += placement.START_SECONDS
             watch.require_room()
     assert now - held == limit
     # A minute after the places were lost, and every minute from then on, the last but one before

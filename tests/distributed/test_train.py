@@ -29,11 +29,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
 from ser_ray.command import flags_of
-from ser_ray.distributed import group, room
-from ser_ray.distributed import launch as distributed
-from ser_ray.distributed.launch import TrainResult, train
+from ser_ray.distributed import placement, worker_group
+from ser_ray.distributed import train as train_module
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RAY_LIST, RunFolder
+from ser_ray.distributed.train import TrainResult, train
 from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation import evaluate as evaluation
@@ -338,7 +338,7 @@ def test_two_workers_train_after_a_storage_error_of_one_and_score_for_the_driver
     shards = faulty_shards(
         world.shards, fault=hiccup, attempts=tmp_path / "attempts", is_lasting=False
     )
-    monkeypatch.setattr(distributed, "open_corpora", lambda *_: shards)
+    monkeypatch.setattr(train_module, "open_corpora", lambda *_: shards)
 
     def refuse(*_: object) -> None:
         pytest.fail("the driver scores clips, which may not fit into its memory")
@@ -373,7 +373,7 @@ def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
     shards = faulty_shards(
         world.shards, fault=fault, attempts=tmp_path / "attempts", is_lasting=True
     )
-    monkeypatch.setattr(distributed, "open_corpora", lambda *_: shards)
+    monkeypatch.setattr(train_module, "open_corpora", lambda *_: shards)
     with pytest.raises(type(fault), match=str(fault)):
         world.train(f"faulty-{max_failures}", workers="2", max_failures=max_failures)
     assert num_lines(shards.attempts) == 1
@@ -383,7 +383,7 @@ def test_a_lasting_error_of_one_of_two_workers_is_reported_as_it_is(
 def test_without_room_for_the_workers_the_training_ends_with_an_error(
     world: World, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
-    for module in (group, room):
+    for module in (worker_group, placement):
         monkeypatch.setattr(module, "START_SECONDS", 1.0)
         monkeypatch.setattr(module, "START_ATTEMPTS", 3)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
@@ -483,7 +483,7 @@ def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_elastic_training_follows_the_nodes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group, "RESIZE_SECONDS", 1.0)
+    monkeypatch.setattr(worker_group, "RESIZE_SECONDS", 1.0)
     epochs = 80  # a new node is used after some ten seconds, or more where the CPUs are busy
     config = replace(CONFIG, epochs=epochs)
     nodes = [world.cluster.add_node(num_cpus=1)]

@@ -25,16 +25,15 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ser_ray.cluster.resources import in_words
-from ser_ray.distributed.process_group import BoundConfig
-from ser_ray.distributed.room import (
+from ser_ray.distributed.placement import (
     START_ATTEMPTS,
     START_SECONDS,
     RoomWatch,
     placement_groups,
     remove_placement_groups,
 )
-from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint
-from ser_ray.distributed.task import TrainingTask
+from ser_ray.distributed.process_group import BoundConfig
+from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint, TrainingTask
 from ser_ray.distributed.worker import run_worker
 from ser_ray.errors import SerRayError, first_line, is_permanent
 

@@ -8,7 +8,7 @@ from functools import partial
 from ser_ray.cluster.connect import cluster, needs_ray
 from ser_ray.cluster.resources import cpus_per_worker, in_words, require_workers, trains_on_gpus
 from ser_ray.cluster.shared_files import require_shared
-from ser_ray.distributed.local import FAILURES, worker_device
+from ser_ray.distributed.in_process import FAILURES, worker_device
 from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
@@ -21,8 +21,8 @@ from ser_ray.progress import show_progress
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute
-from ser_ray.tracking.about import run_tags, scored_on
 from ser_ray.tracking.registry import read_initial_weights
+from ser_ray.tracking.run_metadata import run_tags, scored_on
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
 from ser_ray.training.lr_range import LrRange, propose, range_steps
@@ -35,7 +35,7 @@ Steps = Callable[[], Generator[tuple[float, float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class RangeResult:
+class LrRangeResult:
     """A finished range test and its MLflow run."""
 
     found: LrRange
@@ -59,14 +59,14 @@ class RangeResult:
         )
 
 
-def find_range(
+def run_lr_range(
     shards_location: str | Sequence[str],
     config: TrainConfig,
     run: RunConfig,
     test: LrRangeConfig,
     *,
     address: str = "",
-) -> RangeResult:
+) -> LrRangeResult:
     """Propose bounds for a recipe's learning rate. One worker runs the test, if possible on a GPU.
 
     Raises:
@@ -97,7 +97,7 @@ def find_range(
             store_page(page, folder.report)
             _record(tracker, found, page, tags)
             tracker.finish("FINISHED")
-    return RangeResult(found, label, tracker.run_id, tracker.uri, folder.report)
+    return LrRangeResult(found, label, tracker.run_id, tracker.uri, folder.report)
 
 
 def _steps(
@@ -118,7 +118,7 @@ def _on_ray(steps: Steps, gpu: bool) -> Generator[tuple[float, float]]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from ser_ray.distributed.room import placed
+    from ser_ray.distributed.placement import placed
 
     def run() -> Iterator[tuple[float, float]]:
         yield from steps()

@@ -19,17 +19,16 @@ from typing import Any
 from ser_ray.cluster.connect import cluster, is_connected, needs_ray
 from ser_ray.cluster.resources import cpus_per_worker, require_workers, trains_on_gpus
 from ser_ray.cluster.shared_files import require_shared
-from ser_ray.distributed.local import train_here
+from ser_ray.distributed.in_process import train_in_process
 from ser_ray.distributed.mlflow_run import command_like, start_run
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder
-from ser_ray.distributed.task import TrainingTask
+from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder, TrainingTask
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, location_inside
-from ser_ray.tracking.about import run_tags
 from ser_ray.tracking.registry import read_initial_weights
+from ser_ray.tracking.run_metadata import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
 from ser_ray.tracking.tracker import Tracker, has_run
 from ser_ray.training.checkpoint import read_card, read_layer_weights
@@ -150,8 +149,8 @@ def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
     where = "each" if is_connected() else "in this process"
     logger.info("%-12s %s, with %s %s", "workers", task.run.workers, size, where)
     if not is_connected():
-        return partial(train_here, task, gpu=gpu)
-    from ser_ray.distributed.group import WorkerGroup  # slow: Ray Train
+        return partial(train_in_process, task, gpu=gpu)
+    from ser_ray.distributed.worker_group import WorkerGroup  # slow: Ray Train
 
     return WorkerGroup(task, fewest, most, cpus=0 if gpu else cpus).run
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from ser_ray.distributed.group import DriverCallback
 from ser_ray.distributed.run_folder import StoredCheckpoint
+from ser_ray.distributed.worker_group import DriverCallback
 from ser_ray.errors import (
     CheckpointError,
     ConfigError,

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 
 from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.about import dataset_of, merge_note, model_name, run_tags
+from ser_ray.tracking.run_metadata import dataset_of, merge_note, model_name, run_tags
 from tests.conftest import MemoryShards
 
 

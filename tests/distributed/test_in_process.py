@@ -1,6 +1,6 @@
 """Trainings in this process: their checkpoints, failures and stops.
 
-That they end with the weights of a worker of Ray is a test of `test_launch`.
+That they end with the weights of a worker of Ray is a test of `test_train`.
 """
 
 import subprocess
@@ -15,12 +15,11 @@ from pyarrow import fs
 from safetensors.torch import load_file
 
 from ser_ray.cli.train import Train
-from ser_ray.distributed import local
-from ser_ray.distributed.launch import train
-from ser_ray.distributed.local import train_here
+from ser_ray.distributed import in_process
+from ser_ray.distributed.in_process import train_in_process
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder
-from ser_ray.distributed.task import TrainingTask
+from ser_ray.distributed.run_folder import TRACE, Epoch, RunFolder, TrainingTask
+from ser_ray.distributed.train import train
 from ser_ray.errors import ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation.evaluate import evaluate
 from ser_ray.evaluation.to_mlflow import register
@@ -62,11 +61,11 @@ def test_epochs_arrive_once_stored_and_only_the_newest_and_the_selected_are_kept
         }  # fmt: skip
         found.append(epoch)
 
-    train_here(task, on_epoch, gpu=False)
+    train_in_process(task, on_epoch, gpu=False)
     assert [epoch.row["epoch"] for epoch in found] == [1, 2, 3]
     assert not any(epoch.is_restored for epoch in found)
     again: list[Epoch] = []
-    train_here(task, again.append, gpu=False)
+    train_in_process(task, again.append, gpu=False)
     assert [epoch.row for epoch in again] == [epoch.row for epoch in found]
     assert all(epoch.is_restored for epoch in again)
 
@@ -74,17 +73,17 @@ def test_epochs_arrive_once_stored_and_only_the_newest_and_the_selected_are_kept
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the user's")])
 def test_a_stop_by_the_caller_is_no_failure_and_the_next_start_ends_the_same(make, error):
     whole, stopped = make("whole"), make("stopped", max_failures=3)
-    train_here(whole, lambda epoch: None, gpu=False)
+    train_in_process(whole, lambda epoch: None, gpu=False)
 
     def stop(epoch: Epoch) -> None:
         if not epoch.is_restored:
             raise error
 
     with pytest.raises(type(error)) as raised:
-        train_here(stopped, stop, gpu=False)
+        train_in_process(stopped, stop, gpu=False)
     assert raised.value is error
     assert len(stopped.folder.newest().progress["history"]) == 1
-    train_here(stopped, lambda epoch: None, gpu=False)
+    train_in_process(stopped, lambda epoch: None, gpu=False)
     expected, found = weights_of(whole), weights_of(stopped)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -116,7 +115,7 @@ def test_a_failure_is_tried_again_if_that_may_help(
     make, monkeypatch, caplog, error, calls, max_failures, message
 ):
     whole, task = make("whole"), make(max_failures=max_failures)
-    train_here(whole, lambda epoch: None, gpu=False)
+    train_in_process(whole, lambda epoch: None, gpu=False)
     storage, store = Unreliable(error, calls), Snapshot.store
 
     def store_or_fail(self: Snapshot, filesystem: fs.FileSystem, path: str) -> None:
@@ -127,12 +126,12 @@ def test_a_failure_is_tried_again_if_that_may_help(
     seen: list[Epoch] = []
     if message:
         with pytest.raises(SerRayError, match=message):
-            train_here(task, seen.append, gpu=False)
+            train_in_process(task, seen.append, gpu=False)
         is_ours = isinstance(error, SerRayError)
         assert Path(task.folder.path, TRACE).exists() != is_ours
         assert len(caplog.messages) == len(calls) - 1
         return
-    train_here(task, seen.append, gpu=False)
+    train_in_process(task, seen.append, gpu=False)
     assert len(caplog.messages) == len(calls)
     assert {epoch.row["epoch"] for epoch in seen} == {1, 2, 3}
     expected, found = weights_of(whole), weights_of(task)
@@ -140,14 +139,14 @@ def test_a_failure_is_tried_again_if_that_may_help(
 
 
 def test_the_threads_and_the_device_are_those_of_a_worker_of_ray(monkeypatch):
-    monkeypatch.setattr(local, "cpus_per_worker", lambda workers: 3)
+    monkeypatch.setattr(in_process, "cpus_per_worker", lambda workers: 3)
     monkeypatch.delenv("OMP_NUM_THREADS")
     before = torch.get_num_threads()
-    with local.worker_device(gpu=True) as device:
+    with in_process.worker_device(gpu=True) as device:
         assert (device.type, torch.get_num_threads()) == ("cuda", 3)
     assert torch.get_num_threads() == before
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    with local.worker_device(gpu=False) as device:
+    with in_process.worker_device(gpu=False) as device:
         assert (device.type, torch.get_num_threads()) == ("cpu", 2)
 
 
