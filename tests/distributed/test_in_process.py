@@ -26,6 +26,7 @@ from ser_ray.evaluation.to_mlflow import register
 from ser_ray.training.checkpoint import MODEL, Snapshot
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import TrainConfig
+from tests.mlflow_store import new_store
 from tests.shard_files import write_shard_files
 
 CONFIG = TrainConfig(
@@ -155,7 +156,7 @@ def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_netw
     shards = write_shard_files(in_tmp / "shards")
     recipe = replace(CONFIG, protocol="all")
     rows: list[Mapping[str, float]] = []
-    run = RunConfig(tracking_uri=f"sqlite:///{in_tmp}/store.db", device="cpu")
+    run = RunConfig(tracking_uri=new_store(in_tmp), device="cpu")
     result = train(shards, recipe, run, on_epoch=rows.append)
     assert result.card.split["train_speakers"] == sorted({"01", "02", "03", "04", "05", "06"})
     assert len(rows) == recipe.epochs

@@ -43,6 +43,7 @@ from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.mlflow_server import MlflowServer
+from tests.mlflow_store import new_store
 from tests.processes import wait_for
 from tests.shard_files import write_shard_files
 
@@ -73,7 +74,7 @@ class World:
         )
         self.folder = folder
         self.shards = write_shard_files(folder / "shards")
-        self.store = f"sqlite:///{folder}/mlflow.db"
+        self.store = new_store(folder)
 
     def run(self, name: str, **how: object) -> RunConfig:
         return RunConfig(

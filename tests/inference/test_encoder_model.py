@@ -27,6 +27,7 @@ from ser_ray.training.checkpoint import CARD, ENCODER, read_card, read_encoder
 from ser_ray.training.recipe import TrainConfig
 from tests.clips import six_speakers, voice
 from tests.encoders import tiny_weights
+from tests.mlflow_store import new_store
 from tests.shards.test_encode import encode
 from tests.shards.test_shards import write_shards
 
@@ -49,9 +50,7 @@ def shards(folder: Path) -> ShardSet:
 @pytest.fixture(scope="module")
 def selected(folder: Path, shards: ShardSet) -> Path:
     """The selected checkpoint of a training in this process."""
-    run = RunConfig(
-        storage=str(folder / "runs"), tracking_uri=f"sqlite:///{folder}/mlflow.db", device="cpu"
-    )
+    run = RunConfig(storage=str(folder / "runs"), tracking_uri=new_store(folder), device="cpu")
     return Path(train(shards.uri, RECIPE, run, on_epoch=lambda _: None).checkpoint)
 
 

@@ -28,6 +28,7 @@ from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.recipe import TrainConfig
 from tests.clips import voice, write_wav
 from tests.conftest import make_memory_shards
+from tests.mlflow_store import new_store
 from tests.models import LABELS, make_checkpoint
 from tests.processes import held_port, started
 
@@ -46,7 +47,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         checkpoint = folder / "checkpoint"
         make_checkpoint(checkpoint)
-        self.uri = f"sqlite:///{folder / 'mlflow.db'}"
+        self.uri = new_store(folder)
         self.predictor = Predictor(checkpoint)
         self.search = self.start("search").run_id
         best = TrainConfig(lr_max=0.002)

@@ -52,6 +52,7 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.training.trainer import EpochReport
 from tests.conftest import make_memory_shards
+from tests.mlflow_store import new_store
 from tests.models import make_checkpoint
 from tests.s3_server import s3_bucket
 from tests.shard_files import write_shard_files
@@ -69,7 +70,7 @@ SEEDS = CrossvalConfig(seeds=2)
 def test_every_clip_is_tested_once_with_each_seed_by_the_fold_that_held_it_out(
     two_cpus, shards, tmp_path, monkeypatch
 ):
-    run = RunConfig(storage=str(tmp_path / "runs"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run = RunConfig(storage=str(tmp_path / "runs"), tracking_uri=new_store(tmp_path))
     plan = plan_crossval(shards, RECIPE, SEEDS)
     result = crossval(plan, run, SlotConfig(), show=lambda trials: None)
     again = crossval(
@@ -121,7 +122,7 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, 
 
     with s3_bucket("ser-ray-folds") as uri:
         run = RunConfig(
-            storage=uri.format("runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db",
+            storage=uri.format("runs"), tracking_uri=new_store(in_tmp),
             max_failures=0,
         )  # fmt: skip
         config, slots = CrossvalConfig(), SlotConfig()
@@ -374,7 +375,7 @@ def test_the_label_says_who_is_tested(shards, protocol, folds, kind):
 def test_recipes_are_compared_on_validation_parts_and_no_test_part_is_read(
     two_cpus, shards, in_tmp
 ):
-    run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=f"sqlite:///{in_tmp}/mlflow.db")
+    run = RunConfig(storage=str(in_tmp / "runs"), tracking_uri=new_store(in_tmp))
     config = CrossvalConfig(folds=(1,), part="validation")
     plan = plan_crossval(shards, RECIPE, config)
     result = crossval(plan, run, SlotConfig(), show=lambda trials: None)

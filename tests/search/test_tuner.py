@@ -62,6 +62,7 @@ from ser_ray.training.loop import fit
 from ser_ray.training.metrics import selected_epoch
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import AugmentConfig, Keep, TrainConfig
+from tests.mlflow_store import new_store
 from tests.processes import end
 
 RECIPE = TrainConfig(
@@ -76,7 +77,7 @@ SPACE = (f"lr_max=choice(2e-3,4e-3,{DIVERGES})", "feature=choice(mel,mfcc)")
 
 
 def run_config(folder: Path, **changes: object) -> RunConfig:
-    values = {"storage": str(folder), "tracking_uri": f"sqlite:///{folder}/mlflow.db"} | changes
+    values = {"storage": str(folder), "tracking_uri": new_store(folder)} | changes
     return RunConfig(**values)  # type: ignore[arg-type]
 
 

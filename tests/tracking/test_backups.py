@@ -124,10 +124,9 @@ def test_a_backup_that_failed_is_made_again_although_nothing_changed(machines, m
     assert machines["b"].serve() == ["1"]
 
 
-def test_an_unreachable_store_is_not_mistaken_for_an_empty_one(tmp_path):
-    with s3_bucket("gone") as uri:
-        store = filesystem_of(uri.format("database"))
-    machine = Machine(tmp_path / "a", *store)
+def test_an_unreadable_store_is_not_mistaken_for_an_empty_one(tmp_path):
+    (tmp_path / "file").touch()
+    machine = Machine(tmp_path / "a", fs.LocalFileSystem(), f"{tmp_path}/file/store")
     with pytest.raises(TrackingError, match="cannot be read"), machine.backups():
         pass
     assert not machine.database.exists()

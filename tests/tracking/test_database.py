@@ -18,15 +18,16 @@ from ser_ray.tracking import database, store
 from ser_ray.tracking.registry import best_training_of, fetch_checkpoint, recipe_of_run
 from ser_ray.tracking.store import connect, resolve_uri
 from ser_ray.tracking.tracker import Tracker
+from tests.mlflow_store import new_store
 
 RUN_ID = "0" * 32
 
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a new store, which takes seconds to make."""
+    """A folder with a new store."""
     folder = tmp_path_factory.mktemp("empty")
-    connect(f"sqlite:///{folder}/mlflow.db", create=True)
+    new_store(folder)
     assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
     return folder
 
@@ -229,6 +230,7 @@ def test_the_advice_for_a_deleted_experiment_restores_it(empty_store: Path, in_t
 FIRST_RUN = """
 import sys
 from ser_ray.tracking.tracker import Tracker
+from tests.mlflow_store import new_store
 sys.stdin.read()  # all processes start together
 uri = f"sqlite:///{sys.argv[1]}/new/mlflow.db"
 run = Tracker.start(uri, "one", name="run", params={}, tags={})

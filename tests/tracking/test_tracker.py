@@ -23,6 +23,7 @@ from ser_ray.tracking.run_metadata import provenance
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker, now_ms, run_to_resume
 from tests.mlflow_server import MlflowServer
+from tests.mlflow_store import new_store
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +120,7 @@ def test_the_next_start_continues_the_run(mlflow_server: MlflowServer) -> None:
 def test_an_epoch_that_is_logged_twice_is_stored_once_under_these_names_and_steps(
     tmp_path: Path,
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     tracker = start(uri)
     for _ in range(2):
         tracker.log_epoch(
@@ -224,7 +225,7 @@ def test_a_run_that_the_store_does_not_have_is_an_error(mlflow_server: MlflowSer
 def test_a_store_that_does_not_answer_is_not_asked_again_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = start(f"sqlite:///{tmp_path}/mlflow.db")
+    tracker = start(new_store(tmp_path))
     calls = []
 
     def refuse(*_: object, **__: object) -> None:
@@ -246,7 +247,7 @@ def test_a_run_that_is_deleted_while_it_trains_is_named_and_goes_on_once_it_is_r
     is_server: bool,
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
-    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    uri = new_store(in_tmp)
     if is_server:
         uri = request.getfixturevalue("mlflow_server").uri
     tracker, client = start(uri), MlflowClient(uri)
@@ -271,7 +272,7 @@ def test_a_run_that_is_deleted_while_it_trains_is_named_and_goes_on_once_it_is_r
 def test_a_run_is_resumed_in_a_store_that_was_moved_and_begun_anew_in_another(
     in_tmp: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = start(f"sqlite:///{in_tmp}/old/mlflow.db")
+    old = start(new_store(in_tmp / "old"))
     record = {"run_id": old.run_id, "tracking_uri": old.uri}
     (in_tmp / "old").rename(in_tmp / "new")
     assert run_to_resume(f"sqlite:///{in_tmp}/new/mlflow.db", record) == old.run_id
@@ -283,7 +284,7 @@ def test_a_run_is_resumed_in_a_store_that_was_moved_and_begun_anew_in_another(
 
 
 def test_nested_runs_are_found_by_their_tag(in_tmp):
-    uri = f"sqlite:///{in_tmp}/mlflow.db"
+    uri = new_store(in_tmp)
 
     def start(**tags: str) -> Tracker:
         return Tracker.start(uri, "tests", name="run", params={}, tags=tags)

@@ -9,6 +9,7 @@ import pytest
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.tracking.views import COLUMNS, STATE, VIEW_KEY, VIEW_TAG, links, save_view
+from tests.mlflow_store import new_store
 
 PAGES = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
 
@@ -21,7 +22,7 @@ def pages() -> str:
 
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('views')}/mlflow.db"
+    uri = new_store(tmp_path_factory.mktemp("views"))
     return Tracker.start(uri, "views", name="run", params={}, tags={})
 
 

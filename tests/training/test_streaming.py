@@ -24,6 +24,7 @@ from ser_ray.training.optim import one_cycle
 from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fold, stream_order
 from ser_ray.training.world import World
 from tests.conftest import PLAIN
+from tests.mlflow_store import new_store
 from tests.shard_files import write_shard_files
 from tests.training.test_trainer import CONFIG, trained
 
@@ -203,7 +204,7 @@ def test_two_workers_stream_through_ray_data(
         device="cpu",
         ingest="stream",
         storage=str(tmp_path / "runs"),
-        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        tracking_uri=new_store(tmp_path),
     )
     ray.init(
         num_cpus=2, include_dashboard=False, address="local", log_to_driver=False,
