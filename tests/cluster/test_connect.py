@@ -1,0 +1,120 @@
+"""Joining a Ray cluster, and the errors if Ray does not start or answer. Most tests replace Ray."""
+
+import os
+import socket
+
+import pytest
+import ray
+
+from ser_ray.cluster.connect import JOB_CONFIG, LOG_LEVEL, _quiet_backend, cluster, needs_ray
+from ser_ray.errors import ResourcesError
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (
+            ConnectionError("refused"),
+            r"no Ray cluster answers at .* start it with `ray start.* set RAY_AUTH_MODE=token",
+        ),
+        (
+            RuntimeError("Version mismatch"),
+            r"at 127.0.0.1:\d+, which --address names, cannot be joined: Version mismatch",
+        ),
+        (Exception("timed out"), r"did not start on this machine \(timed out\): it is too busy"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_a_resources_error(
+    failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ResourcesError, match=message), cluster(address):
+            pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1, which RAY_ADDRESS names"),
+        ("no-such-name.invalid:6379", "no Ray cluster answers at no-such-name.invalid:6379, which"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at ray://127.0.0.1:1, which RAY_ADDRESS"),
+        ("head", "RAY_ADDRESS is head: it must be HOST:PORT, such as 10.0.0.1:6379"),
+        ("head:port", "RAY_ADDRESS is head:port: it must be HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_away_is_named_before_ray_is_asked(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray tries for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourcesError, match=message), cluster():
+        pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "workers", "expected"),
+    [
+        ("", {}, 1, False),
+        ("", {}, 2, True),
+        ("local", {}, 1, True),
+        ("head:6379", {}, 1, True),
+        ("", {"RAY_ADDRESS": "head:6379"}, 1, True),
+        ("", {JOB_CONFIG: "{}"}, 1, True),
+    ],
+)
+def test_one_worker_needs_ray_only_if_a_cluster_was_named(
+    address: str,
+    environment: dict[str, str],
+    workers: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_ADDRESS", JOB_CONFIG):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert needs_ray(address, workers) == expected
+
+
+def test_a_connected_process_uses_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert needs_ray("")
+
+
+def test_what_ray_writes_while_it_starts_does_not_reach_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with _quiet_backend():
+        os.write(2, b"Set ray log level")
+        assert os.environ[LOG_LEVEL] == "fatal"
+    os.write(2, b"a message of ours")
+    assert capfd.readouterr().err == "a message of ours"
+    assert LOG_LEVEL not in os.environ
+
+
+def test_a_programming_error_is_not_reported_as_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(**_: object) -> None:
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(TypeError, match="no such option"), cluster():
+        pytest.fail("the block ran without a connection")
+
+
+@pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
+def test_the_address_of_a_job_server_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "http://localhost:8265"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if name == "RAY_ADDRESS":
+        monkeypatch.setenv(name, address)
+    refused = pytest.raises(ResourcesError, match=r"is a job server.* RAY_API_SERVER_ADDRESS")
+    with refused, cluster(address if name == "--address" else ""):
+        pytest.fail("the block ran without a connection")

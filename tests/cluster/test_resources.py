@@ -1,0 +1,38 @@
+"""The resources of this machine if Ray is not used."""
+
+import os
+
+import pytest
+import ray
+
+from ser_ray.cluster import resources
+from ser_ray.cluster.resources import (
+    cpus_per_worker,
+    memory_of_this_machine,
+    nodes_within_reach,
+    require_workers,
+    trains_on_gpus,
+)
+from ser_ray.errors import ResourcesError
+
+
+def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = {"cpu.max": "150000 100000", "memory.max": "1000"}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.setattr(resources, "_container_limit", lambda name: limits.get(name, ""))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert nodes_within_reach() == [{"CPU": 1, "GPU": 3}]
+    assert trains_on_gpus("auto")
+    assert not trains_on_gpus("cpu")
+    assert cpus_per_worker(1) == 1
+    assert memory_of_this_machine() == 1000
+    limits.clear()
+    assert cpus_per_worker(1) == 4
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not trains_on_gpus("auto")
+    with pytest.raises(ResourcesError, match=r"the cluster has 0: .* --device cpu"):
+        require_workers(1, cpus=1, gpus=1)
