@@ -32,7 +32,7 @@ from ray.tune.schedulers import TrialScheduler
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.actor import OBJECTIVE
-from ser_ray.search.space import SlotConfig, TuneConfig
+from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.trial import TrialRecord
 from ser_ray.search.tune_run import ResumableAsha
 from ser_ray.search.tuner import search

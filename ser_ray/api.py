@@ -26,7 +26,7 @@ from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import TrackingError
 from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
-from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
+from ser_ray.search.config import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 

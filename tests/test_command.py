@@ -10,7 +10,7 @@ from ser_ray.cli.train import Crossval, Train, say_training
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.search.space import CrossvalConfig
+from ser_ray.search.config import CrossvalConfig
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from tests.shard_files import write_shard_files
 

@@ -11,7 +11,7 @@ from ser_ray.cli.verb import Outcome, Verb, say
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import KINDS
-from ser_ray.search.space import CrossvalConfig, SlotConfig, TuneConfig
+from ser_ray.search.config import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
 NAMED = (

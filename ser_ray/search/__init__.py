@@ -1,13 +1,17 @@
 """Runs searches and cross-validations, with Ray Tune around the training.
 
-space         settings, and the values that a search may draw
-start         starts a study: cluster, number of concurrent trials, lock, MLflow run
-tuner         a search: plan, run, record the best trial
-crossval      a cross-validation: plan, run, record; `pooled` computes its result
-tune_run      Ray Tune: searchers, ASHA, retries, resuming
-actor         one trial in a process of Ray Tune
-study         keeps the records of all trials in the driver, and delivers them to MLflow
-trial         the record of one trial
-trial_table   the trials on a terminal or in a log
-optuna_study  a finished search as an Optuna study
+config           settings of searches and cross-validations
+space            the fields of the recipe that a search draws, and their possible values
+slots            how many trials run at the same time, and their CPUs and GPUs
+tuner            a search: plan the trials, run them, record the best
+crossval         a cross-validation: plan the folds, run them, record their scores
+open_study       starts or resumes the study of either one: cluster, lock, MLflow run
+tune_run         runs the trials with Ray Tune: searchers, ASHA, retries, resuming
+actor            one trial in a process of Ray Tune
+study            keeps the records of all trials in the driver, and delivers them to MLflow
+trial            the record of one trial
+trial_table      shows the trials on a terminal or in a log
+fold_files       the checkpoint and the predictions of a fold
+crossval_result  the predictions of all folds in one table, and their scores
+optuna_study     converts a finished search to an Optuna study
 """

@@ -1,10 +1,10 @@
 """Cross-validation: train, validate and test every fold of a protocol.
 
-Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). In one process, the
-trial trains, scores the test part of its fold with the selected checkpoint, and stores the
-predictions as a table beside the checkpoint. All scores come from these tables
-(`ser_ray.search.pooled`). The same command resumes an interrupted cross-validation and trains
-failed folds again.
+Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). The process of the
+trial trains the fold, scores its test part with the selected checkpoint, and stores the predictions
+as a table beside the checkpoint. All scores come from these tables
+(`ser_ray.search.crossval_result`). The same command resumes an interrupted cross-validation and
+trains failed folds again.
 
 To choose between recipes, `--part validation` scores the validation parts and reads no test part.
 """
@@ -13,18 +13,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
 from ser_ray.corpus.folds import ALL, DEPENDENCE, num_folds
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import ConfigError, SerRayError
-from ser_ray.evaluation.evaluate import evaluate
-from ser_ray.evaluation.evaluation import REPORT, SCORES, Part
+from ser_ray.evaluation.evaluation import REPORT, SCORES
 from ser_ray.evaluation.pages import crossval_page
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.evaluation.robustness import predict_conditions, score_under
@@ -32,18 +29,19 @@ from ser_ray.evaluation.to_mlflow import record_evaluation
 from ser_ray.inference.predictor import Predictor
 from ser_ray.plots.scores import confusion_figure
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.pooled import CrossvalPlan, CrossvalResult, fold_folder, pool, write_predictions
-from ser_ray.search.space import CrossvalConfig, SlotConfig
-from ser_ray.search.start import open_study, require_one_worker
+from ser_ray.search.config import CrossvalConfig, SlotConfig
+from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, pool
+from ser_ray.search.fold_files import fold_folder, score_and_store_fold
+from ser_ray.search.open_study import open_study
+from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan
 from ser_ray.shards.corpora import open_corpora
-from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import absolute, filesystem_of
+from ser_ray.storage.paths import absolute
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
-from ser_ray.training.checkpoint import CARD, MODEL, copy_encoder, local_checkpoint, read_card
+from ser_ray.training.checkpoint import copy_encoder, local_checkpoint, read_card
 from ser_ray.training.metrics import selected_metrics
 from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
@@ -98,7 +96,7 @@ def crossval(
         recipe=recipe,
         shards=plan.shards,
         pretrained={recipe.weights: weights},
-        finish=partial(keep_fold, folder=folder.location, part=config.part),
+        finish=partial(score_and_store_fold, folder=folder.location, part=config.part),
     )
     with open_study(
         "cross-validation",
@@ -144,25 +142,6 @@ def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[st
     """Folds and seeds of the plan that no trial has finished yet."""
     done = [trial.values for trial in trials if trial.ended]
     return [point for point in plan.points if point not in done]
-
-
-def keep_fold(
-    checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
-) -> None:
-    """Score a part of a fold with its selected checkpoint; store the predictions and the model."""
-    table = evaluate(checkpoint, shards.locations, part=part).predictions
-    for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
-        column = pa.array(np.full(table.num_rows, value, np.int32))
-        table = table.add_column(0, name, column)
-    kept = fold_folder(folder, recipe)
-    filesystem, path = filesystem_of(kept)
-    filesystem.create_dir(path, recursive=True)
-    for name in (CARD, MODEL):
-        fs.copy_files(
-            str(checkpoint / name), f"{path}/{name}", destination_filesystem=filesystem,
-            use_threads=False,
-        )  # fmt: skip
-    write_predictions(table, kept)
 
 
 def require_all_finished(trials: list[TrialRecord]) -> None:

@@ -32,7 +32,8 @@ from ser_ray.cluster.resources import in_words
 from ser_ray.distributed.placement import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
-from ser_ray.search.space import Dimension, TuneConfig, recipe_of, values_of
+from ser_ray.search.config import TuneConfig
+from ser_ray.search.space import Dimension, recipe_of, values_of
 from ser_ray.training.recipe import TrainConfig
 
 SNAPSHOT_SECONDS = 2

@@ -23,9 +23,11 @@ from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.features.config import KINDS
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.config import SlotConfig, TuneConfig
+from ser_ray.search.open_study import open_study
 from ser_ray.search.optuna_study import importance_of, optuna_journal
-from ser_ray.search.space import RATIO, SlotConfig, TuneConfig
-from ser_ray.search.start import open_study, require_one_worker
+from ser_ray.search.slots import require_one_worker
+from ser_ray.search.space import RATIO
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, search_plan

@@ -19,8 +19,7 @@ from ser_ray.features.encoder import EncoderWeights
 from ser_ray.inference.packaged import PackagedModel, requirements
 from ser_ray.inference.predictor import Predictor
 from ser_ray.search import crossval
-from ser_ray.search.crossval import keep_fold
-from ser_ray.search.pooled import fold_folder
+from ser_ray.search.fold_files import fold_folder, score_and_store_fold
 from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.training.checkpoint import CARD, ENCODER, read_card, read_encoder
@@ -123,7 +122,7 @@ def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
     selected: Path, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
 ) -> None:
     """The other folds' models name its place in the shards and its hash."""
-    keep_fold(selected, shards, RECIPE, folder=str(tmp_path), part="validation")
+    score_and_store_fold(selected, shards, RECIPE, folder=str(tmp_path), part="validation")
     fold = Path(fold_folder(str(tmp_path), RECIPE))
     wave = voice(1.0, 16_000)
     expected = Predictor(selected).predict(wave, 16_000).probabilities

@@ -29,8 +29,8 @@ from ser_ray.cluster.resources import cpus_per_worker, has_gpus, require_workers
 from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ResourcesError
-from ser_ray.search.space import SlotConfig
-from ser_ray.search.start import find_slots
+from ser_ray.search.config import SlotConfig
+from ser_ray.search.slots import find_slots
 
 ROOT = Path(__file__).parents[2]
 EDITS = {"us-east-1": "eu-central-1", "key_name: ser-ray": "key_name: mine", "my-bucket": "ours"}

@@ -25,20 +25,15 @@ from ser_ray.evaluation.evaluation import SCORES
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.evaluation.to_mlflow import register
 from ser_ray.search import crossval as module
+from ser_ray.search.config import CrossvalConfig, SlotConfig
 from ser_ray.search.crossval import (
     crossval,
     crossval_name,
     plan_crossval,
     require_all_finished,
 )
-from ser_ray.search.pooled import (
-    CrossvalPlan,
-    CrossvalResult,
-    ensemble_scores,
-    fold_folder,
-    pool,
-)
-from ser_ray.search.space import CrossvalConfig, SlotConfig
+from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, ensemble_scores, pool
+from ser_ray.search.fold_files import fold_folder
 from ser_ray.search.trial import TrialRecord
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.paths import filesystem_of

@@ -3,9 +3,8 @@ import math
 import pytest
 
 from ser_ray.errors import ConfigError
+from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.space import (
-    SlotConfig,
-    TuneConfig,
     parse_dimension,
     recipe_of,
     searchable,

@@ -21,8 +21,8 @@ from ser_ray.evaluation import pages
 from ser_ray.search import study as module
 from ser_ray.search import trial_table
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.config import TuneConfig
 from ser_ray.search.optuna_study import importance_of, optuna_journal
-from ser_ray.search.space import TuneConfig
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
 from ser_ray.search.trial_table import TrialTable

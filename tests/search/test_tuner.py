@@ -38,11 +38,12 @@ from ser_ray.errors import (
 )
 from ser_ray.evaluation.rendering import as_artifact
 from ser_ray.search import actor as trial_module
-from ser_ray.search import start as start_module
+from ser_ray.search import open_study as open_study_module
 from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
-from ser_ray.search.space import SlotConfig, TuneConfig
-from ser_ray.search.start import find_slots, open_study, require_one_worker, trials_on
+from ser_ray.search.config import SlotConfig, TuneConfig
+from ser_ray.search.open_study import open_study
+from ser_ray.search.slots import find_slots, require_one_worker, trials_on
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import (
     ResumableAsha,
@@ -498,7 +499,7 @@ def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monk
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []
     monkeypatch.setattr(mlflow_run, "require_kept", kept.append)
-    monkeypatch.setattr(start_module, "cluster", nullcontext)
+    monkeypatch.setattr(open_study_module, "cluster", nullcontext)
     run = run_config(tmp_path)
 
     def start(recipe: TrainConfig) -> str:

@@ -7,22 +7,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.evaluation import SCORES, Evaluation
-from ser_ray.search.space import CrossvalConfig
+from ser_ray.search.config import CrossvalConfig
+from ser_ray.search.fold_files import PREDICTIONS, read_fold, write_predictions
 from ser_ray.search.trial import StudyResult, TrialRecord
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.atomic import atomic_write
-from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.training.checkpoint import CARD
-from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.recipe import TrainConfig
-
-PREDICTIONS = "predictions.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +157,7 @@ def pool(
     """
     by_point = {(t.recipe.seed, t.recipe.fold): t for t in trials if t.ended}
     trained = [by_point[point["seed"], point["fold"]] for point in plan.points]
-    folds = [_read_fold(plan, location, trial, tracker.uri) for trial in trained]
+    folds = [read_fold(plan.config.part, location, trial, tracker.uri) for trial in trained]
     predictions = pa.concat_tables([fold.predictions for fold in folds])
     write_predictions(predictions, location)
     pooled = replace(
@@ -207,35 +202,3 @@ def ensemble_scores(
         return None
     mean = np.mean([probabilities[rows] for rows in by_seed], axis=0)
     return scores_of(truth[by_seed[0]], mean)
-
-
-def fold_folder(location: str, recipe: TrainConfig) -> str:
-    """Folder of the checkpoint and the predictions of a training."""
-    return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
-
-
-def write_predictions(predictions: pa.Table, folder: str) -> None:
-    """Write a table of predictions into a folder, completely or not at all."""
-    filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
-    with atomic_write(filesystem, path) as target:
-        pq.write_table(predictions, target, filesystem=filesystem)
-
-
-def _read_fold(
-    plan: CrossvalPlan, location: str, trial: TrialRecord, tracking_uri: str
-) -> Evaluation:
-    """Read the predictions and the card that `ser_ray.search.crossval.keep_fold` wrote."""
-    filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
-    with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
-        card = CheckpointCard.from_json(stream.read().decode())
-    return Evaluation(
-        card=card,
-        part=plan.config.part,
-        protocol=card.split["label"],
-        corpus=card.corpus,
-        is_own_test=plan.config.part == "test",
-        seen_speakers=(),
-        predictions=pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem),
-        origin={"run_id": trial.run_id, "tracking_uri": tracking_uri},
-        report=location_inside(location, trial.page),
-    )

@@ -1,0 +1,69 @@
+"""The files of a finished fold: its checkpoint and its predictions."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ser_ray.evaluation.evaluate import evaluate
+from ser_ray.evaluation.evaluation import Evaluation, Part
+from ser_ray.search.trial import TrialRecord
+from ser_ray.shards.read import ShardSet
+from ser_ray.storage.atomic import atomic_write
+from ser_ray.storage.paths import filesystem_of, location_inside
+from ser_ray.training.checkpoint import CARD, MODEL
+from ser_ray.training.checkpoint_card import CheckpointCard
+from ser_ray.training.recipe import TrainConfig
+
+PREDICTIONS = "predictions.parquet"
+
+
+def fold_folder(location: str, recipe: TrainConfig) -> str:
+    """Folder of the checkpoint and the predictions of a training."""
+    return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
+
+
+def score_and_store_fold(
+    checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
+) -> None:
+    """Score a part of a fold with its selected checkpoint; store the predictions and the model."""
+    table = evaluate(checkpoint, shards.locations, part=part).predictions
+    for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
+        column = pa.array(np.full(table.num_rows, value, np.int32))
+        table = table.add_column(0, name, column)
+    kept = fold_folder(folder, recipe)
+    filesystem, path = filesystem_of(kept)
+    filesystem.create_dir(path, recursive=True)
+    for name in (CARD, MODEL):
+        fs.copy_files(
+            str(checkpoint / name), f"{path}/{name}", destination_filesystem=filesystem,
+            use_threads=False,
+        )  # fmt: skip
+    write_predictions(table, kept)
+
+
+def write_predictions(predictions: pa.Table, folder: str) -> None:
+    """Write a table of predictions into a folder, completely or not at all."""
+    filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
+    with atomic_write(filesystem, path) as target:
+        pq.write_table(predictions, target, filesystem=filesystem)
+
+
+def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) -> Evaluation:
+    """Read the predictions and the card that `score_and_store_fold` wrote."""
+    filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
+    with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
+        card = CheckpointCard.from_json(stream.read().decode())
+    return Evaluation(
+        card=card,
+        part=part,
+        protocol=card.split["label"],
+        corpus=card.corpus,
+        is_own_test=part == "test",
+        seen_speakers=(),
+        predictions=pq.read_table(f"{path}/{PREDICTIONS}", filesystem=filesystem),
+        origin={"run_id": trial.run_id, "tracking_uri": tracking_uri},
+        report=location_inside(location, trial.page),
+    )
