@@ -242,7 +242,7 @@ def result(work: str, target: Path) -> Any:
         folder = target / "shards"
         return {
             str(path.relative_to(folder)): path.read_bytes()
-            for path in (*folder.glob("*/part-*"), folder / "card.json")
+            for path in (*folder.glob("*/shard-*"), folder / "card.json")
         }
     if work == "predict":
         return pq.read_table(target / "answers.parquet").sort_by("path").to_pylist()

@@ -1,7 +1,7 @@
 """Measures the time and the driver's memory that `prepare` needs for a long list of clips.
 
 `python jobs/bench.py plan --clips 1000000` prints the time and the driver's memory at the first
-part, every tenth of the way and at the end: listing and planning come before the first part, the
+shard, every tenth of the way and at the end: listing and planning come before the first shard, the
 card after the last. With `--sets 4` the clips are four corpora, which are then opened as one. The
 clips are segments of 1000 files of one second each. All but the first segment of a file are beyond
 its end, so hardly anything is decoded: every row goes through the job and gets an outcome. The

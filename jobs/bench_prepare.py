@@ -3,14 +3,14 @@
 `python jobs/bench.py prepare --corpus DIR` prints a table of
 
 - job: `prepare` on Ray Data, on a cluster started for it;
-- pool: the same parts written by a plain ProcessPoolExecutor with as many processes;
+- pool: the same shards written by a plain ProcessPoolExecutor with as many processes;
 - loop: the same functions for each clip in one process, without writing, and the time of each;
 - chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
 - notebook: librosa.load and three librosa features, in one process.
 
 Each way runs in a new Python process, and its time includes the start of Python. The rate counts
-the files after the first part (or clip), so the start changes only the seconds to the first one.
-The table also shows how many processes ran, besides the first, when the first part was done. Files
+the files after the first shard (or clip), so the start changes only the seconds to the first one.
+The table also shows how many processes ran, besides the first, when the first shard was done. Files
 on a network are not measured.
 """
 
@@ -62,15 +62,15 @@ class Timing:
     files: int
     """Number of files."""
     first: float
-    """Seconds to the first part or clip."""
+    """Seconds to the first shard or clip."""
     total: float
     """Seconds for all files."""
     rate: float
-    """Files per second after the first part or clip."""
+    """Files per second after the first shard or clip."""
     megabytes: float
     """Peak memory of the largest process."""
     processes: int
-    """Number of processes, besides the first, when the first part was done."""
+    """Number of processes, besides the first, when the first shard was done."""
 
 
 def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
@@ -98,11 +98,11 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
 
 
 def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
-    """Write the same parts without Ray; return the peak memory of the workers in kilobytes."""
+    """Write the same shards without Ray; return the peak memory of the workers in kilobytes."""
     from ser_ray.features.transforms import FeatureExtractor
     from ser_ray.shards.layout import CLIPS, OUTCOMES
-    from ser_ray.shards.part import write_part
     from ser_ray.shards.plan import make_plan
+    from ser_ray.shards.write import write_shard
 
     plan = make_plan(list_corpus(corpus).manifest, CONFIG, 128, {})
     for name in (CLIPS, OUTCOMES):
@@ -110,12 +110,12 @@ def pool(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     extractor = FeatureExtractor(CONFIG)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(bench.processes, mp_context=context) as executor:
-        parts = [
-            executor.submit(write_part, shards, part, rows, extractor)
-            for part, rows in plan.pending.items()
+        writes = [
+            executor.submit(write_shard, shards, number, rows, extractor)
+            for number, rows in plan.pending.items()
         ]
-        for part in as_completed(parts):
-            mark(sum(part.result().values()))
+        for write in as_completed(writes):
+            mark(sum(write.result().values()))
         peaks = [executor.submit(_peak_memory) for _ in range(4 * bench.processes)]
         return max(peak.result() for peak in peaks)
 

@@ -237,7 +237,7 @@ def stream(bench: Bench, started: float) -> Timing:
     import ray.data
 
     from ser_ray.cluster.connect import cluster
-    from ser_ray.shards.layout import part_name
+    from ser_ray.shards.layout import clips_name
     from ser_ray.shards.read import open_shards
     from ser_ray.training.parts import select_rows
 
@@ -260,7 +260,7 @@ def stream(bench: Bench, started: float) -> Timing:
         }
 
     columns = ["path", "mel", "num_frames", "emotion"]
-    files = [f"{bench.shards}/{part_name(part)}" for part in opened.card.parts]
+    files = [f"{bench.shards}/{clips_name(number)}" for number in opened.card.shard_numbers]
     with cluster():
         data = ray.data.read_parquet(files).select_columns(columns).map_batches(decode)
         return _in_ray(_stream_worker, bench, started, {"train": data.random_shuffle()})

@@ -17,7 +17,7 @@ from hypothesis import settings
 from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.card import CorpusPart, ShardCard
+from ser_ray.shards.card import ShardCard, UsedCorpus
 from ser_ray.training.recipe import AugmentConfig
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class MemoryCard(SimpleNamespace):
     encoder_of: Any = ShardCard.encoder_of
     shape_of: Any = ShardCard.shape_of
     num_bins: Any = ShardCard.num_bins
+    num_rows: Any = ShardCard.num_rows
     fingerprint_of: Any = ShardCard.fingerprint_of
 
 
@@ -95,7 +96,7 @@ class MemoryShards:
     card: MemoryCard
     uri: str = "memory"
     locations: tuple[str, ...] = ("memory",)
-    corpora: tuple[CorpusPart, ...] = ()
+    corpora: tuple[UsedCorpus, ...] = ()
 
     def clips(self) -> pa.Table:
         return self.table
@@ -131,7 +132,7 @@ def make_memory_shards(
     half = len(rows) // 2
     card = MemoryCard(
         labels=labels, features=features, corpus="table", source="own.csv", fingerprint="f00d",
-        clips=(half, len(rows) - half),
+        shard_sizes=(half, len(rows) - half),
     )  # fmt: skip
     table, whole = pa.Table.from_pylist(rows), pa.nulls(len(rows), pa.float64())  # not segments
     table = table.append_column("start", whole).append_column("end", whole)

@@ -9,14 +9,14 @@ import pyarrow as pa
 
 from ser_ray.features.config import FeatureConfig, Kind
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.layout import CARD_NAME, CLIPS, part_name, write_table
+from ser_ray.shards.layout import CARD_NAME, CLIPS, clips_name, write_table
 from tests.conftest import MemoryShards, make_memory_shards
 
 
 def write_shard_files(
     folder: Path, memory: MemoryShards | None = None, kinds: Sequence[Kind] = ("mel",)
 ) -> str:
-    """Write memory shards as one part, with the columns of some kinds; returns the folder.
+    """Write memory shards as one shard, with the columns of some kinds; returns the folder.
 
     All kinds hold the same values, as many bins of them as they have: each can be learned from.
     """
@@ -32,15 +32,15 @@ def write_shard_files(
         column = pa.array([clip.tobytes() for clip in stored], pa.binary(stored[0].nbytes))
         table = table.append_column(kind, column)
     (folder / CLIPS).mkdir(parents=True)
-    write_table(str(folder), part_name(0), table)
+    write_table(str(folder), clips_name(0), table)
     card = ShardCard(
         corpus="table",
         source="memory",
         labels=memory.card.labels,
         features=features,
         counts={"ok": num_clips},
-        parts=(0,),
-        clips=(num_clips,),
+        shard_numbers=(0,),
+        shard_sizes=(num_clips,),
         fingerprint="f00d" * 4,
     )
     write_card(str(folder), card)

@@ -45,7 +45,7 @@ class Prepare(Verb):
         data = {
             "shards": self.prepare.shards,
             "files": card.num_files,
-            "clips": card.num_clips,
+            "clips": card.num_rows,
             "outcomes": card.counts,
             "fingerprint": card.fingerprint,
             "seconds": summary.seconds,

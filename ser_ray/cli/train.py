@@ -227,8 +227,8 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
     speakers = len(set(clips["speaker"].to_pylist()))
     size = f"{clips.num_rows} clips, {speakers} speakers, {len(shards.card.labels)} labels"
     say("shards", f"{' '.join(locations)}: {size}")
-    for part in shards.corpora:
-        say("", str(part))
+    for corpus in shards.corpora:
+        say("", str(corpus))
     splits = [select_rows(clips, replace(recipe, fold=fold)) for fold in folds]
     say("protocol", splits[0].label if len(folds) == 1 else f"{recipe.protocol}, every fold has")
     for name in ("train", "validation", "test"):

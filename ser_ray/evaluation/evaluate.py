@@ -228,7 +228,10 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     have names without a corpus or with another one.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
-    people, known = {name.rpartition(":")[2] for name in seen}, {part.name for part in card.corpora}
+    people, known = (
+        {name.rpartition(":")[2] for name in seen},
+        {corpus.name for corpus in card.corpora},
+    )
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
     corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.statistics import Calibration, Intervals
-from ser_ray.shards.card import CorpusPart
+from ser_ray.shards.card import UsedCorpus
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import label_indices
@@ -55,7 +55,7 @@ class Evaluation:
     """Speakers of these clips that the model was trained on, if the user allowed them."""
     predictions: pa.Table
     """One row for each clip (`predictions_table`)."""
-    corpora: tuple[CorpusPart, ...] = ()
+    corpora: tuple[UsedCorpus, ...] = ()
     """The clips and labels of each corpus, if there are several or if labels were mapped."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Record of the run that trained the model (`ser_ray.evaluation.evaluate.origin_of`); empty if
@@ -220,7 +220,7 @@ class Evaluation:
             **self.scores.to_dict(),
             "recall": dict(zip(self.card.labels, self.scores.recall.tolist(), strict=True)),
             "intervals": asdict(self.intervals),
-            "corpora": [asdict(part) for part in self.corpora],
+            "corpora": [asdict(corpus) for corpus in self.corpora],
             "groups": self.groups,
             "ece": self.calibration.ece,
             "ece_uncalibrated": self.uncalibrated.ece,
@@ -248,7 +248,7 @@ class Evaluation:
             f"in brackets 95 % intervals by bootstrap over {self.intervals.count} "
             f"{self.intervals.drawn}",
         ]
-        read = [f"read of {part}" for part in self.corpora]
+        read = [f"read of {corpus}" for corpus in self.corpora]
         return "\n".join([*lines, *self.corpus_lines, *read, *self.under_lines])
 
     @property

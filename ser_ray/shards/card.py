@@ -25,7 +25,7 @@ FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusPart:
+class UsedCorpus:
     """The used clips of a shard set, if there are several sets or if labels are mapped."""
 
     name: str
@@ -68,10 +68,10 @@ class ShardCard:
     """The settings of the features."""
     counts: dict[str, int]
     """Number of files by outcome. Their sum is the number of listed files."""
-    parts: tuple[int, ...]
-    """Numbers of the parts, ascending."""
-    clips: tuple[int, ...]
-    """Number of rows in each part: one for each decoded clip, several for a long clip."""
+    shard_numbers: tuple[int, ...]
+    """Numbers of the shards, ascending."""
+    shard_sizes: tuple[int, ...]
+    """Number of rows in each shard: one for each decoded clip, several for a long clip."""
     fingerprint: str
     """Sixteen hex digits that depend on the features, clips, labels and speakers, but not on the
     location of the corpus or on encoders."""
@@ -82,8 +82,9 @@ class ShardCard:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        if len(self.parts) != len(self.clips) or min(*self.parts, *self.clips, 0) < 0:
-            raise ConfigError(f"clips is {self.clips}: it must count the clips of every part")
+        numbers, sizes = self.shard_numbers, self.shard_sizes
+        if len(numbers) != len(sizes) or min(*numbers, *sizes, 0) < 0:
+            raise ConfigError(f"shard_sizes is {sizes}: it must count the rows of every shard")
 
     @property
     def num_files(self) -> int:
@@ -91,9 +92,9 @@ class ShardCard:
         return sum(self.counts.values())
 
     @property
-    def num_clips(self) -> int:
+    def num_rows(self) -> int:
         """Number of rows."""
-        return sum(self.clips)
+        return sum(self.shard_sizes)
 
     def encoder_of(self, kind: str) -> EncoderCard | None:
         """Return the encoder of a kind of feature, or None for a spectrogram, mel or mfcc.
@@ -133,34 +134,34 @@ class ShardCard:
 
 
 def make_card(
-    shards: str, corpus: Corpus, features: FeatureConfig, parts: Sequence[int]
+    shards: str, corpus: Corpus, features: FeatureConfig, numbers: Sequence[int]
 ) -> ShardCard:
-    """Describe the committed parts of a shard set; `parts` are their numbers, ascending."""
+    """Describe the committed shards of a shard set; `numbers` are their numbers, ascending."""
 
-    def read_part(part: int) -> tuple[list[str], pa.Table]:
-        statuses = layout.read_table(shards, layout.outcomes_name(part), ["status"])[
+    def read_shard(number: int) -> tuple[list[str], pa.Table]:
+        statuses = layout.read_table(shards, layout.outcomes_name(number), ["status"])[
             "status"
         ].to_pylist()
-        return statuses, layout.read_table(shards, layout.part_name(part), FINGERPRINTED)
+        return statuses, layout.read_table(shards, layout.clips_name(number), FINGERPRINTED)
 
     counts: Counter[str] = Counter()
-    clips = []
+    sizes = []
     digest = hashlib.sha256(json.dumps([features.fingerprint, corpus.labels]).encode())
     with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
-        for statuses, table in pool.map(read_part, parts):
+        for statuses, table in pool.map(read_shard, numbers):
             counts.update(statuses)
-            clips.append(len(table))
+            sizes.append(len(table))
             for row in zip(*table.to_pydict().values(), strict=True):
                 digest.update(json.dumps(row).encode())
-    assert sum(clips) >= counts[layout.OK], "every decoded clip has at least one row"
+    assert sum(sizes) >= counts[layout.OK], "every decoded clip has at least one row"
     return ShardCard(
         corpus=corpus.name,
         source=corpus.root,
         labels=corpus.labels,
         features=features,
         counts=dict(sorted(counts.items())),
-        parts=tuple(parts),
-        clips=tuple(clips),
+        shard_numbers=tuple(numbers),
+        shard_sizes=tuple(sizes),
         fingerprint=digest.hexdigest()[:16],
     )
 
@@ -185,7 +186,7 @@ def read_card(shards: str) -> ShardCard | None:
                 f"{SCHEMA_VERSION}: prepare the corpus again into another folder"
             )
         values["features"] = FeatureConfig(**values["features"])
-        for name in ("labels", "parts", "clips"):
+        for name in ("labels", "shard_numbers", "shard_sizes"):
             values[name] = tuple(values[name])
         values["encoders"] = tuple(map(EncoderCard.from_dict, values["encoders"]))
         return ShardCard(**values)

@@ -1,4 +1,4 @@
-"""Writes the column of an encoder for one part: its clips' recordings are decoded and cut again.
+"""Writes the column of an encoder for one shard: its clips' recordings are decoded and cut again.
 
 The metadata of the file identify the clips and the weights that it was made from. The file is
 written atomically. Nothing here imports Ray.
@@ -22,7 +22,7 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.digest import sample_digest
-from ser_ray.shards.layout import feature_column, feature_name, part_name, read_table, write_table
+from ser_ray.shards.layout import clips_name, feature_column, feature_name, read_table, write_table
 from ser_ray.shards.progress import in_groups
 from ser_ray.storage.paths import filesystem_of, location_inside
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 KEY = b"ser_ray.encoder_key"
-"""Name of the metadata of a part that says what it was made of."""
+"""Name of the metadata of a shard that says what it was made of."""
 KEYED = ["content", "window"]
 """Columns of the clips on which this depends."""
 WINDOWS_AT_ONCE = 256
 """Windows whose sound an actor holds: 107 MB at 6.5 s each."""
 
 
-def is_current(shards: str, part: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
-    """Return whether the file of a part's column is undamaged, and made of its clips."""
-    key = _column_key(read_table(shards, part_name(part), KEYED), features, encoder)
-    filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, part)))
+def is_current(shards: str, number: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
+    """Return whether the file of a shard's column is undamaged, and made of its clips."""
+    key = _column_key(read_table(shards, clips_name(number), KEYED), features, encoder)
+    filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, number)))
     try:
         schema = pq.read_schema(path, filesystem=filesystem)
     except pa.ArrowException:
@@ -49,19 +49,19 @@ def is_current(shards: str, part: int, features: FeatureConfig, encoder: Encoder
 
 
 def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) -> str:
-    """Return hex digits that change with a part's clips, the features' settings and the weights."""
+    """Return a hash of a shard's clips, the feature settings and the encoder's weights."""
     text = json.dumps([features.fingerprint, encoder.weights, clips.select(KEYED).to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def encode_part(
-    shards: str, part: int, extractor: FeatureExtractor, encoder: "Encoder", threads: int = 1
+def encode_shard(
+    shards: str, number: int, extractor: FeatureExtractor, encoder: "Encoder", threads: int = 1
 ) -> int:
-    """Encode the clips of a part, write its column, and return the number of clips.
+    """Encode the clips of a shard, write its column, and return the number of clips.
 
     Args:
         shards: folder or URI of the shard set.
-        part: the part's number.
+        number: the shard's number.
         extractor: trims and cuts, as it did for the clips.
         encoder: the encoder, on its device.
         threads: number of recordings that are decoded at once.
@@ -69,7 +69,7 @@ def encode_part(
     Raises:
         OSError: a recording cannot be read as before, or the column cannot be written.
     """
-    clips = read_table(shards, part_name(part), ["path", "start", "end", *KEYED])
+    clips = read_table(shards, clips_name(number), ["path", "start", "end", *KEYED])
     card = encoder.card
     values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
     with ThreadPoolExecutor(threads) as pool:
@@ -82,7 +82,7 @@ def encode_part(
             values[np.concatenate(rows)] = found.clip(-65504, 65504)
     key = _column_key(clips, extractor.config, card)
     table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
-    write_table(shards, feature_name(card.name, part), table)
+    write_table(shards, feature_name(card.name, number), table)
     return int(np.count_nonzero(clips["window"].to_numpy() == 0))
 
 

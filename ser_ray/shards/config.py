@@ -26,7 +26,7 @@ class PrepareConfig:
     """Names of columns in a table that differ from path, label, speaker, take, start, end and
     split, as in label=emotion speaker=spk."""
     rows_per_part: int = 128
-    """Largest number of files in a part. One task decodes and commits a part."""
+    """Largest number of files in a shard. One task decodes and commits a shard."""
     encoder: tuple[str, ...] = ()
     """Pretrained speech encoders whose layers also become features: a bundle of torchaudio in lower
     case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE with a file of

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from ser_ray.corpus.labels import COMMON, in_order, map_labels, only_among
 from ser_ray.corpus.manifest import replace_column
 from ser_ray.errors import ConfigError
-from ser_ray.shards.card import CorpusPart, ShardCard
+from ser_ray.shards.card import ShardCard, UsedCorpus
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 
@@ -32,21 +32,21 @@ class Member:
     """A shard set, and the clips of it that are used."""
 
     shards: ShardSet
-    part: CorpusPart
+    corpus: UsedCorpus
     rows: np.ndarray
     """Rows of the clips that are used, ascending [num_rows]."""
 
     @property
     def prefix(self) -> str:
         """The prefix of the names of speakers and takes."""
-        return self.part.name if self.part.kind == "table" else self.part.kind
+        return self.corpus.name if self.corpus.kind == "table" else self.corpus.kind
 
     @property
-    def part_sizes(self) -> tuple[int, ...]:
-        """Number of used rows in each part of the shard set."""
-        sizes = self.shards.card.clips
-        parts = np.searchsorted(np.cumsum(sizes), self.rows, side="right")
-        return tuple(np.bincount(parts, minlength=len(sizes)).tolist())
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Number of used rows in each shard of the shard set."""
+        sizes = self.shards.card.shard_sizes
+        owners = np.searchsorted(np.cumsum(sizes), self.rows, side="right")
+        return tuple(np.bincount(owners, minlength=len(sizes)).tolist())
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,9 +61,9 @@ class Corpora(ShardSet):
         return tuple(member.shards.uri for member in self.members)
 
     @property
-    def corpora(self) -> tuple[CorpusPart, ...]:
+    def corpora(self) -> tuple[UsedCorpus, ...]:
         """The used clips of each shard set."""
-        return tuple(member.part for member in self.members)
+        return tuple(member.corpus for member in self.members)
 
     def clips(self) -> pa.Table:
         """Return every column except the features, with mapped labels."""
@@ -71,14 +71,14 @@ class Corpora(ShardSet):
         is_mixed = len({member.prefix for member in self.members}) > 1
         for member in self.members:
             table = member.shards.clips().take(member.rows)
-            theirs, ours = map(pa.array, zip(*member.part.labels.items(), strict=True))
+            theirs, ours = map(pa.array, zip(*member.corpus.labels.items(), strict=True))
             places = pc.index_in(table["emotion"].combine_chunks(), value_set=theirs)
             table = replace_column(table, "emotion", ours.take(places))
             for name in ("speaker", "take") if is_mixed else ():
                 named = pc.binary_join_element_wise(member.prefix, table[name], ":")
                 table = replace_column(table, name, named)
             if len(self.members) > 1:
-                corpus = pa.array([member.part.name] * len(table))
+                corpus = pa.array([member.corpus.name] * len(table))
                 table = table.append_column("corpus", corpus)
             tables.append(table)
         return pa.concat_tables(tables)
@@ -103,7 +103,7 @@ def open_corpora(
     locations: str | Sequence[str],
     label_map: str = "",
     *,
-    known: Sequence[CorpusPart] = (),
+    known: Sequence[UsedCorpus] = (),
     labels: Sequence[str] = (),
 ) -> ShardSet:
     """Open one shard set, or several as one.
@@ -128,7 +128,7 @@ def open_corpora(
     theirs = {name: shards.card.labels for name, shards in sets.items()}
     maps = map_labels(theirs, label_map, labels)
     if not label_map:
-        mapped = {part.fingerprint: part.labels for part in known}
+        mapped = {corpus.fingerprint: corpus.labels for corpus in known}
         maps |= {name: mapped.get(s.card.fingerprint, maps[name]) for name, s in sets.items()}
     first, names = next(iter(sets)), next(iter(theirs.values()))
     if len(sets) == 1 and maps[first] == dict(zip(names, names, strict=True)):
@@ -154,9 +154,9 @@ def corpus_name(location: str) -> str:
     return location.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
-def _by_name(sets: Sequence[ShardSet], known: Sequence[CorpusPart]) -> dict[str, ShardSet]:
+def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str, ShardSet]:
     """Name every set after its folder, or like the model's known corpora, and sort by name."""
-    names = {part.fingerprint: part.name for part in known}
+    names = {corpus.fingerprint: corpus.name for corpus in known}
     named: dict[str, ShardSet] = {}
     for shards in sets:
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
@@ -184,7 +184,7 @@ def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, s
     is_kept = pc.is_in(clips["emotion"], value_set=pa.array(list(labels), pa.string())).to_numpy()
     lost = clips.filter(~is_kept & (clips["window"].to_numpy() == 0))["emotion"]
     kept = clips.filter(is_kept)
-    part = CorpusPart(
+    corpus = UsedCorpus(
         name=name,
         kind=shards.card.corpus,
         fingerprint=shards.card.fingerprint,
@@ -193,7 +193,7 @@ def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, s
         speakers=len(kept["speaker"].unique()),
         left_out=dict(sorted(Counter(lost.to_pylist()).items())),
     )
-    return Member(shards, part, np.flatnonzero(is_kept))
+    return Member(shards, corpus, np.flatnonzero(is_kept))
 
 
 def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
@@ -202,17 +202,17 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
     kinds = {card.corpus for card in cards}
     is_synthetic, is_one = "synthetic" in kinds, len(kinds) == 1
     counts = sum((Counter(card.counts) for card in cards), Counter())
-    sizes = [size for member in members for size in member.part_sizes]
-    identity = [(m.part.name, m.part.fingerprint, m.part.labels) for m in members]
+    sizes = [size for member in members for size in member.shard_sizes]
+    identity = [(m.corpus.name, m.corpus.fingerprint, m.corpus.labels) for m in members]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     return ShardCard(
         corpus="synthetic" if is_synthetic else cards[0].corpus if is_one else "several",
-        source=", ".join(member.part.name for member in members),
+        source=", ".join(member.corpus.name for member in members),
         labels=labels,
         features=cards[0].features,
         counts=dict(counts),
-        parts=tuple(range(len(sizes))),
-        clips=tuple(sizes),
+        shard_numbers=tuple(range(len(sizes))),
+        shard_sizes=tuple(sizes),
         encoders=tuple(e for e in cards[0].encoders if all(e in card.encoders for card in cards)),
         fingerprint=digest.hexdigest()[:16],
     )

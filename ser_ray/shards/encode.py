@@ -1,8 +1,8 @@
-"""Columns of pretrained encoders: a Ray Data job over the parts of a finished shard set.
+"""Columns of pretrained encoders: a Ray Data job over the shards of a finished shard set.
 
-For each encoder, each part of the clips gets a Parquet file of its own, which `column` writes.
+For each encoder, each shard of the clips gets a Parquet file of its own, which `column` writes.
 Adding an encoder therefore changes no other file, and reading one kind of feature reads only its
-bytes. An interrupted job continues with the missing parts, and a part whose clips have changed is
+bytes. An interrupted job continues with the missing shards, and a shard whose clips have changed is
 made again.
 
 Actors encode, because the weights must stay in memory. All actors on a machine share them.
@@ -33,8 +33,8 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import Report
 from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.column import encode_part, is_current
-from ser_ray.shards.job import follow, part_result, set_up_ray_data
+from ser_ray.shards.column import encode_shard, is_current
+from ser_ray.shards.job import follow, set_up_ray_data, shard_result
 from ser_ray.shards.progress import count_files
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import Lock
@@ -91,15 +91,15 @@ def add_encoders(
     address: str,
     progress: Report | None,
 ) -> tuple[ShardCard, list[str]]:
-    """Write the missing parts of the encoders' columns, and list the complete columns in the card.
+    """Write the missing shards of the encoders' columns, and list the complete columns in the card.
 
     Args:
         shards: folder or URI of the shard set.
         card: describes its clips.
         encoders: those whose columns are completed.
         lock: held on the shard set.
-        address: cluster to join, if a part is missing.
-        progress: called after every part.
+        address: cluster to join, if a shard is missing.
+        progress: called after every shard.
 
     Returns:
         The card that the shard set now has, and a line for each column that lacks clips.
@@ -110,7 +110,7 @@ def add_encoders(
     named = {weights.card.name: weights for weights in encoders}
     before = {item.name: item for item in card.encoders} | _stored(shards)
     cards = before | {name: weights.card for name, weights in named.items()}
-    missing = {name: missing_parts(shards, card, cards[name]) for name in sorted(cards)}
+    missing = {name: missing_shards(shards, card, cards[name]) for name in sorted(cards)}
     with cluster(address) if any(missing[name] for name in named) else nullcontext():
         for name, weights in named.items():
             _store_weights(location_inside(shards, layout.weights_name(name)), weights)
@@ -120,8 +120,8 @@ def add_encoders(
     complete = [cards[name] for name in sorted(cards) if not missing.get(name)]
     notes = [
         f"the column {name} lacks clips, so it cannot be trained on: give --encoder {name}"
-        for name, parts in missing.items()
-        if parts
+        for name, numbers in missing.items()
+        if numbers
     ]
     if tuple(complete) != card.encoders:
         card = replace(card, encoders=tuple(complete))
@@ -130,7 +130,7 @@ def add_encoders(
 
 
 def _stored(shards: str) -> dict[str, EncoderCard]:
-    """Return the cards of all encoders whose columns a shard set has, also if parts are missing."""
+    """Return the cards of all encoders with a column in the shard set, complete or not."""
     found = {}
     filesystem, folder = filesystem_of(location_inside(shards, layout.ENCODERS))
     for entry in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
@@ -141,47 +141,50 @@ def _stored(shards: str) -> dict[str, EncoderCard]:
     return found
 
 
-def missing_parts(shards: str, card: ShardCard, encoder: EncoderCard) -> list[int]:
-    """Return the parts whose column is missing or outdated, and delete files of no part."""
-    own = {layout.feature_name(encoder.name, part) for part in card.parts}
+def missing_shards(shards: str, card: ShardCard, encoder: EncoderCard) -> list[int]:
+    """Return the shards whose column is missing or outdated, and delete files of no shard."""
+    own = {layout.feature_name(encoder.name, number) for number in card.shard_numbers}
     found = set(layout.names_in(shards, f"{layout.ENCODERS}/{encoder.name}") or ())
     for name in found - own - {layout.weights_name(encoder.name)}:
         layout.delete(shards, name)
 
-    def is_missing(part: int) -> bool:
-        is_there = layout.feature_name(encoder.name, part) in found
-        return not (is_there and is_current(shards, part, card.features, encoder))
+    def is_missing(number: int) -> bool:
+        is_there = layout.feature_name(encoder.name, number) in found
+        return not (is_there and is_current(shards, number, card.features, encoder))
 
     with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
-        return list(itertools.compress(card.parts, pool.map(is_missing, card.parts)))
+        return list(
+            itertools.compress(card.shard_numbers, pool.map(is_missing, card.shard_numbers))
+        )
 
 
 def _write_column(
     shards: str,
     card: ShardCard,
     weights: "EncoderWeights",
-    parts: list[int],
+    numbers: list[int],
     lock: Lock,
     progress: Report | None,
 ) -> None:
-    """Encode parts in a pool of actors."""
+    """Encode shards in a pool of actors."""
     import ray
     import ray.data
 
     clips = [
-        layout.read_table(shards, layout.part_name(part), ["path", "window"]) for part in parts
+        layout.read_table(shards, layout.clips_name(number), ["path", "window"])
+        for number in numbers
     ]
     paths = itertools.chain.from_iterable(table["path"].to_pylist() for table in clips)
     require_shared(shards, *one_of_each_folder(paths))
     set_up_ray_data()
     total, gpus = resources_within_reach(), has_gpus()
     cpus = max(int(total.get("CPU", 1)), 1)
-    actors = min(ACTORS_PER_GPU * int(total["GPU"]) if gpus else cpus, len(parts))
+    actors = min(ACTORS_PER_GPU * int(total["GPU"]) if gpus else cpus, len(numbers))
     threads = max(cpus // actors, 1) if gpus else 1
     results = ray.data.from_items(
-        [{"part": part} for part in parts], override_num_blocks=len(parts)
+        [{"shard": number} for number in numbers], override_num_blocks=len(numbers)
     ).map_batches(
-        _PartEncoder,
+        _ShardEncoder,
         fn_constructor_args=(absolute(shards), card.features, ray.put(weights.build()), threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -205,7 +208,7 @@ def _store_weights(location: str, weights: "EncoderWeights") -> None:
         fs.copy_files(str(file), target, destination_filesystem=filesystem)
 
 
-class _PartEncoder:
+class _ShardEncoder:
     """An actor that holds the encoder."""
 
     def __init__(self, shards: str, features: FeatureConfig, encoder: Any, threads: int) -> None:
@@ -221,10 +224,10 @@ class _PartEncoder:
             torch.set_num_threads(1)  # an actor has one CPU
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        part, name = int(batch["part"][0]), self.encoder.card.name
+        number, name = int(batch["shard"][0]), self.encoder.card.name
 
         def write() -> dict[str, int]:
             own = self.extractor, self.encoder, self.threads
-            return {layout.OK: encode_part(self.shards, part, *own)}
+            return {layout.OK: encode_shard(self.shards, number, *own)}
 
-        return part_result(layout.feature_name(name, part), write)
+        return shard_result(layout.feature_name(name, number), write)

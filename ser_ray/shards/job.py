@@ -1,4 +1,4 @@
-"""Ray Data jobs over the parts of a shard set: what a task returns, and how the driver follows."""
+"""Ray Data jobs over the shards of a shard set: what a task returns, and how the driver follows."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from ser_ray.storage.lock import Lock
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-AGAIN = "; committed parts are kept: remove the cause, then give the same command again"
+AGAIN = "; committed shards are kept: remove the cause, then give the same command again"
 
 
 def set_up_ray_data() -> None:
@@ -29,12 +29,12 @@ def set_up_ray_data() -> None:
             handler.setLevel(logging.ERROR)
 
 
-def part_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
-    """Write the file of a part in a worker.
+def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
+    """Write the file of a shard in a worker.
 
     Args:
         path: the file's path inside the shard set.
-        write: writes the file, and returns the part's number of files by status.
+        write: writes the file, and returns the shard's number of files by status.
 
     Returns:
         The columns `path`, `failure`, `status` and `count`, with one row for each status. `failure`
@@ -53,10 +53,10 @@ def part_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
 def follow(
     results: "Dataset", shards: str, lock: Lock, add: Callable[[Mapping[str, int]], None]
 ) -> None:
-    """Run a job of `part_result`s, count the files, and stop if another run took over the lock.
+    """Run a job of `shard_result`s, count the files, and stop if another run took over the lock.
 
     Raises:
-        ShardsError: a part could not be written, or the job failed.
+        ShardsError: a shard could not be written, or the job failed.
     """
     import ray
 

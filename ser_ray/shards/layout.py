@@ -1,9 +1,9 @@
 """The files of a shard set: their names, how they are written, and how old files are deleted.
 
     SHARDS/card.json                       describes the set; missing until the set is complete
-    SHARDS/clips/part-00012.parquet        the decoded clips of a part with their features
-    SHARDS/outcomes/part-00012.parquet     one row for every listed file of the part
-    SHARDS/encoders/NAME/part-00012.parquet    an encoder's column, one row for each row of clips
+    SHARDS/clips/shard-00012.parquet        the decoded clips of a shard with their features
+    SHARDS/outcomes/shard-00012.parquet     one row for every listed file of the shard
+    SHARDS/encoders/NAME/shard-00012.parquet    an encoder's column, one row for each row of clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
 
 Features are stored as fixed-size binary: the bytes of a float16 array `[bins, num_frames]`, padded
@@ -33,10 +33,10 @@ OK = "ok"
 DIGEST = "digest"
 """The column of the outcomes with the digest of a file's bytes."""
 REQUESTS_AT_ONCE = 16
-"""Parts that are read in parallel: a bucket answers many small requests in the time of one."""
+"""Shards that are read in parallel: a bucket answers many small requests in the time of one."""
 COMPRESSION = "lz4"
 """Saves nine tenths of the bytes that zstd saves, and can be read twice as fast."""
-_OWN = re.compile(rf"{CLIPS}/part-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
+_OWN = re.compile(rf"{CLIPS}/shard-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
 """Names of the files in the folder of clips."""
 
 
@@ -47,14 +47,14 @@ def feature_column(values: np.ndarray) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), buffers)
 
 
-def part_name(part: int) -> str:
-    """Return the path of a part's clips inside the shard set."""
-    return f"{CLIPS}/part-{part:05d}.parquet"
+def clips_name(number: int) -> str:
+    """Return the path of a shard's clips inside the shard set."""
+    return f"{CLIPS}/shard-{number:05d}.parquet"
 
 
-def feature_name(kind: str, part: int) -> str:
-    """Return the path of a part's file with this kind of feature."""
-    return part_name(part) if kind in KINDS else f"{ENCODERS}/{kind}/part-{part:05d}.parquet"
+def feature_name(kind: str, number: int) -> str:
+    """Return the path of a shard's file with this kind of feature."""
+    return clips_name(number) if kind in KINDS else f"{ENCODERS}/{kind}/shard-{number:05d}.parquet"
 
 
 def weights_name(kind: str) -> str:
@@ -62,9 +62,9 @@ def weights_name(kind: str) -> str:
     return f"{ENCODERS}/{kind}/encoder.safetensors"
 
 
-def outcomes_name(part: int) -> str:
-    """Return the path of a part's outcomes inside the shard set. This file commits the part."""
-    return f"{OUTCOMES}/part-{part:05d}.parquet"
+def outcomes_name(number: int) -> str:
+    """Return the path of a shard's outcomes inside the shard set. This file commits the shard."""
+    return f"{OUTCOMES}/shard-{number:05d}.parquet"
 
 
 def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -115,12 +115,12 @@ def require_own(shards: str) -> None:
             )
 
 
-def keep_only(shards: str, parts: list[int]) -> None:
-    """Delete the card, and the outcomes and clips of all parts that are not in `parts`.
+def keep_only(shards: str, numbers: list[int]) -> None:
+    """Delete the card, and the outcomes and clips of all shards that are not in `numbers`.
 
-    Outcomes are deleted before clips, so an interruption never leaves a part that looks complete.
+    Outcomes are deleted before clips, so an interruption never leaves a shard that looks complete.
     """
-    kept = {name(part) for part in parts for name in (outcomes_name, part_name)}
+    kept = {name(number) for number in numbers for name in (outcomes_name, clips_name)}
     found = [name for folder in (OUTCOMES, CLIPS) for name in names_in(shards, folder) or ()]
     for name in (CARD_NAME, *(name for name in found if name not in kept)):
         delete(shards, name)

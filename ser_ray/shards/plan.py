@@ -1,9 +1,9 @@
-"""Decides which committed parts are still valid, and cuts all other files into parts.
+"""Decides which committed shards are still valid, and cuts all other files into shards.
 
-The plan is made from the committed outcomes, so nothing else is stored. A committed part is kept if
-the features and its rows of the manifest have not changed. All other files, in the order of their
-paths, are cut into parts with the lowest free numbers. So any machine can continue an interrupted
-run, and writes the same parts as the first machine.
+The plan is made from the committed outcomes, so nothing else is stored. A committed shard is kept
+if the features and its rows of the manifest have not changed. All other files, in the order of
+their paths, are cut into shards, which get the lowest free numbers. The same files therefore always
+give the same shards, so another machine can continue an interrupted run.
 
 Here, a file means a row of the manifest, which may also be a segment of a file.
 """
@@ -32,58 +32,58 @@ from ser_ray.shards.digest import file_digest
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of, location_inside
 
-MIN_PARTS = 16
-"""A small corpus is cut into at least this many parts, so that several cores have work."""
-KEY, FEATURES = b"ser_ray.part_key", b"ser_ray.features"
-"""Names of metadata in a part's outcomes. The key is empty if the part must be written again."""
+MIN_SHARDS = 16
+"""A small corpus is cut into at least this many shards, so that several cores have work."""
+KEY, FEATURES = b"ser_ray.shard_key", b"ser_ray.features"
+"""Names of metadata in a shard's outcomes. The key is empty if the shard must be written again."""
 
 
 @dataclass(frozen=True)
-class CommittedPart:
-    """The outcomes and metadata of a committed part."""
+class CommittedShard:
+    """The outcomes and metadata of a committed shard."""
 
     files: pa.Table
-    """The part's rows of the manifest without status and reason, with the files' digests."""
+    """The shard's rows of the manifest without status and reason, with the files' digests."""
     key: str
-    """The `part_key` when the part was written; empty if it must be written again."""
+    """The `shard_key` when the shard was written; empty if it must be written again."""
     features: FeatureConfig
-    """The settings of the part's features."""
+    """The settings of the shard's features."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts that a run keeps, and the parts that it writes."""
+    """The shards that a run keeps, and the shards that it writes."""
 
     kept: list[int]
-    """Numbers of the committed parts that are still valid, ascending."""
+    """Numbers of the committed shards that are still valid, ascending."""
     pending: dict[int, pa.Table]
-    """{number: rows of the manifest} of each part to write."""
+    """{number: rows of the manifest} of each shard to write."""
     num_files: int
     """Number of listed files."""
 
     @property
-    def parts(self) -> list[int]:
-        """Numbers of all parts of the finished shard set, ascending."""
+    def shard_numbers(self) -> list[int]:
+        """Numbers of all shards of the finished shard set, ascending."""
         return sorted([*self.kept, *self.pending])
 
     @property
     def num_pending(self) -> int:
-        """Number of files in the parts to write."""
+        """Number of files in the shards to write."""
         return sum(len(rows) for rows in self.pending.values())
 
 
-def part_key(rows: pa.Table, features: FeatureConfig) -> str:
-    """Return 16 hex digits for a part's rows of the manifest and the settings of the features."""
+def shard_key(rows: pa.Table, features: FeatureConfig) -> str:
+    """Return 16 hex digits for a shard's rows of the manifest and the settings of the features."""
     text = json.dumps([features.fingerprint, rows.to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def part_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
-    """Return the metadata for a part's outcomes."""
+def shard_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
+    """Return the metadata for a shard's outcomes."""
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
 
 
-def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) -> pa.Table:
+def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -> pa.Table:
     """Ignore new modification times of files whose bytes are unchanged, so they stay committed.
 
     The returned manifest has the time of the earlier run for these files. Comparing the bytes of a
@@ -91,7 +91,7 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) ->
     """
     if not committed:
         return manifest
-    before = pa.concat_tables(part.files for part in committed.values())
+    before = pa.concat_tables(shard.files for shard in committed.values())
     before = before.take(pc.index_in(clip_keys(manifest), value_set=clip_keys(before)))
     touched = pc.and_(
         pc.equal(before["size"], manifest["size"]),
@@ -109,13 +109,13 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedPart]) ->
     return replace_column(manifest, "modified", pa.array(times, pa.int64()))
 
 
-def read_committed(shards: str) -> dict[int, CommittedPart]:
-    """Read the committed parts of a shard set: {number: part}."""
+def read_committed(shards: str) -> dict[int, CommittedShard]:
+    """Read the committed shards of a shard set: {number: shard}."""
 
-    def read_part(part: int) -> CommittedPart | None:
-        filesystem, path = filesystem_of(location_inside(shards, layout.part_name(part)))
+    def read_shard(number: int) -> CommittedShard | None:
+        filesystem, path = filesystem_of(location_inside(shards, layout.clips_name(number)))
         try:
-            files = layout.read_table(shards, layout.outcomes_name(part))
+            files = layout.read_table(shards, layout.outcomes_name(number))
             pq.read_schema(path, filesystem=filesystem)
             metadata = files.schema.metadata or {}
             features = FeatureConfig(**read_object(metadata[FEATURES]))
@@ -123,7 +123,7 @@ def read_committed(shards: str) -> dict[int, CommittedPart]:
             if set(files.schema) != {*MANIFEST_SCHEMA, pa.field(layout.DIGEST, pa.string())}:
                 return None
             files = files.drop_columns(["status", "reason"])
-            return CommittedPart(files, metadata[KEY].decode(), features)
+            return CommittedShard(files, metadata[KEY].decode(), features)
         except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, ConfigError):
             return None  # incomplete, damaged or of another version
         except OSError:
@@ -132,63 +132,63 @@ def read_committed(shards: str) -> dict[int, CommittedPart]:
             return None  # not a Parquet file
 
     names = "\n".join(layout.names_in(shards, layout.OUTCOMES) or ())
-    parts = sorted(map(int, re.findall(r"/part-(\d+)\.parquet$", names, re.MULTILINE)))
+    numbers = sorted(map(int, re.findall(r"/shard-(\d+)\.parquet$", names, re.MULTILINE)))
     with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
-        found = zip(parts, pool.map(read_part, parts), strict=True)
-        return {part: committed for part, committed in found if committed is not None}
+        found = zip(numbers, pool.map(read_shard, numbers), strict=True)
+        return {number: committed for number, committed in found if committed is not None}
 
 
 def make_plan(
     manifest: pa.Table,
     features: FeatureConfig,
-    rows_per_part: int,
-    committed: Mapping[int, CommittedPart],
+    max_rows: int,
+    committed: Mapping[int, CommittedShard],
 ) -> Plan:
-    """Decide which committed parts are kept, and cut all other files into parts.
+    """Decide which committed shards are kept, and cut all other files into shards.
 
-    All segments of a file are in one part, unless there are too many, so the file is decoded once.
+    All segments of a file are in one shard, unless there are too many, so the file is decoded once.
 
     Args:
         manifest: one row per listed file.
         features: the settings of the features.
-        rows_per_part: largest number of files in a part.
+        max_rows: largest number of files in a shard.
         committed: the result of `read_committed`.
     """
     manifest = manifest.sort_by(ORDER)
-    parts = np.full(len(manifest), -1)
+    numbers = np.full(len(manifest), -1)
     if committed:
         keys = pa.chunked_array([clip_keys(p.files).combine_chunks() for p in committed.values()])
-        numbers = np.repeat(list(committed), [len(part.files) for part in committed.values()])
+        numbers = np.repeat(list(committed), [len(shard.files) for shard in committed.values()])
         index = pc.index_in(clip_keys(manifest), value_set=keys)
-        parts = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
-    order = np.argsort(parts, kind="stable")
-    found, firsts, counts = np.unique(parts[order], return_index=True, return_counts=True)
+        numbers = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
+    order = np.argsort(numbers, kind="stable")
+    found, firsts, counts = np.unique(numbers[order], return_index=True, return_counts=True)
     kept = []
-    for part, first, count in zip(found.tolist(), firsts, counts, strict=True):
-        if part < 0 or count != len(committed[part].files):
+    for number, first, count in zip(found.tolist(), firsts, counts, strict=True):
+        if number < 0 or count != len(committed[number].files):
             continue
         rows = manifest.take(order[first : first + count])
-        if part_key(rows, features) == committed[part].key:
-            kept.append(part)
-    is_kept = np.isin(parts, kept)
-    begins_part = np.zeros(len(manifest), bool)
-    begins_part[order[firsts[np.isin(found, kept)]]] = True
+        if shard_key(rows, features) == committed[number].key:
+            kept.append(number)
+    is_kept = np.isin(numbers, kept)
+    begins_shard = np.zeros(len(manifest), bool)
+    begins_shard[order[firsts[np.isin(found, kept)]]] = True
     rest = manifest.filter(pa.array(~is_kept))
-    size = max(1, min(rows_per_part, -(-len(manifest) // MIN_PARTS)))
+    size = max(1, min(max_rows, -(-len(manifest) // MIN_SHARDS)))
     free = itertools.filterfalse(set(kept).__contains__, itertools.count())
     pending = {
         next(free): rest.slice(first, stop - first)
-        for first, stop in _cut(_rows_needed(manifest, is_kept, begins_part), size, rows_per_part)
+        for first, stop in _cut(_rows_needed(manifest, is_kept, begins_shard), size, max_rows)
     }
     return Plan(kept, pending, len(manifest))
 
 
-def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarray) -> np.ndarray:
-    """Return how many rows of a part each pending row needs, [num_pending].
+def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_shard: np.ndarray) -> np.ndarray:
+    """Return how many rows of a shard each pending row needs, [num_pending].
 
     The first segment of a file needs a row for each segment of the file, and the other segments
-    need none. A complete file needs one row. The first file of a kept part counts with the next
-    pending row, so that an interrupted run cuts parts at the same rows as an uninterrupted run.
+    need none. A complete file needs one row. The first file of a kept shard counts with the next
+    pending row, so that an interrupted run cuts shards at the same rows as an uninterrupted run.
     """
     paths = manifest["path"].combine_chunks()
     begins_file = np.ones(len(paths), bool)
@@ -198,16 +198,16 @@ def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_part: np.ndarra
     needed[firsts] = np.diff(firsts, append=len(paths))
     is_pending = ~is_kept
     place = np.cumsum(is_pending) - is_pending  # index of the row or of the next pending row
-    counted = (is_pending | begins_part) & (place < is_pending.sum())
+    counted = (is_pending | begins_shard) & (place < is_pending.sum())
     result = np.zeros(is_pending.sum(), np.int64)
     np.maximum.at(result, place[counted], needed[counted])
     return result
 
 
 def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row and the end row of each part.
+    """Yield the first row and the end row of each shard.
 
-    A part has at most `size` rows, or up to `limit` rows if all of them are segments of one file.
+    A shard has at most `size` rows, or up to `limit` rows if all of them are segments of one file.
     """
     first = 0
     for row, num_rows in enumerate(needed.tolist()):
@@ -224,9 +224,9 @@ def update_times(
     listed: pa.Table,
     restored: pa.Table,
     features: FeatureConfig,
-    kept: Mapping[int, CommittedPart],
+    kept: Mapping[int, CommittedShard],
 ) -> None:
-    """Write the new times of unchanged files into the outcomes of the kept parts.
+    """Write the new times of unchanged files into the outcomes of the kept shards.
 
     The next run then does not compare their bytes again.
 
@@ -235,33 +235,33 @@ def update_times(
         listed: the manifest with the new times.
         restored: the result of `restore_times`.
         features: the settings of the features.
-        kept: {number: part} of the parts that are still valid.
+        kept: {number: shard} of the shards that are still valid.
     """
     touched = pc.fill_null(pc.not_equal(listed["modified"], restored["modified"]), False)
     paths, all_keys = listed["path"].filter(touched), clip_keys(listed)
-    for part, committed in kept.items():
+    for number, committed in kept.items():
         if not pc.any(pc.is_in(committed.files["path"], value_set=paths)).as_py():
             continue
         rows = listed.take(pc.index_in(clip_keys(committed.files), value_set=all_keys))
-        outcomes = layout.read_table(shards, layout.outcomes_name(part))
+        outcomes = layout.read_table(shards, layout.outcomes_name(number))
         outcomes = replace_column(outcomes, "modified", rows["modified"])
-        metadata = part_metadata(part_key(rows, features), features)
+        metadata = shard_metadata(shard_key(rows, features), features)
         layout.write_table(
-            shards, layout.outcomes_name(part), outcomes.replace_schema_metadata(metadata)
+            shards, layout.outcomes_name(number), outcomes.replace_schema_metadata(metadata)
         )
 
 
 def require_same_corpus(
-    committed: Mapping[int, CommittedPart], manifest: pa.Table, shards: str
+    committed: Mapping[int, CommittedShard], manifest: pa.Table, shards: str
 ) -> None:
     """Refuse to replace the shards of another corpus.
 
     Raises:
-        ShardsError: no file of the committed parts is listed.
+        ShardsError: no file of the committed shards is listed.
     """
     if not committed:
         return
-    paths = pa.concat_tables(part.files.select(["path"]) for part in committed.values())["path"]
+    paths = pa.concat_tables(shard.files.select(["path"]) for shard in committed.values())["path"]
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
             f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
@@ -271,7 +271,7 @@ def require_same_corpus(
 
 
 def describe_changes(
-    committed: Mapping[int, CommittedPart], features: FeatureConfig, plan: Plan
+    committed: Mapping[int, CommittedShard], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
     """Return lines about the files that an earlier run prepared, and about changes since then."""
     if not committed:
@@ -284,7 +284,7 @@ def describe_changes(
         if old[name] != new[name]
     ]
     kept = set(plan.kept)
-    before = _by_key(part.files for number, part in committed.items() if number not in kept)
+    before = _by_key(shard.files for number, shard in committed.items() if number not in kept)
     after = _by_key(plan.pending.values())
     changed = [key for key in before.keys() & after.keys() if before[key] != after[key]]
     added, gone = after.keys() - before.keys(), before.keys() - after.keys()

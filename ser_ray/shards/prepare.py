@@ -1,9 +1,9 @@
-"""Prepares the shards of a corpus: a Ray Data job over the parts of a plan.
+"""Prepares the shards of a corpus: a Ray Data job over the shards of a plan.
 
-Each block of the dataset is one part's rows of the manifest. A task decodes the files, writes the
-part (`part` explains why Ray Data does not write it) and returns the number of files by status. If
-the command is given again, it writes only the missing parts of the `plan`. The card is written when
-all parts are committed.
+Each block of the dataset is one shard's rows of the manifest. A task decodes the files, writes
+the shard (`write` explains why Ray Data does not) and returns the number of files by status. If the
+command is given again, it writes only the missing shards of the `plan`. The card is written when
+all shards are committed.
 
 An actor pool takes 27 s instead of 7 s for 1,440 clips on two CPUs, because Ray Data runs the pool
 and the writing as two operators, and copies the features from one to the other.
@@ -32,8 +32,7 @@ from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.encode import add_encoders, load_encoders
-from ser_ray.shards.job import AGAIN, follow, part_result, set_up_ray_data
-from ser_ray.shards.part import write_part
+from ser_ray.shards.job import AGAIN, follow, set_up_ray_data, shard_result
 from ser_ray.shards.plan import (
     Plan,
     describe_changes,
@@ -45,6 +44,7 @@ from ser_ray.shards.plan import (
 )
 from ser_ray.shards.progress import count_files
 from ser_ray.shards.read import ShardSet
+from ser_ray.shards.write import write_shard
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import Lock
@@ -100,18 +100,18 @@ def prepare(
     address: str = "",
     progress: Report | None = None,
 ) -> PrepareSummary:
-    """Write the shards of a corpus, except the parts that are there already.
+    """Write the shards of a corpus, except the shards that are there already.
 
     Args:
         config: which clips become shards, with which features, and where the shards are written.
         listed: the corpus, if the caller has listed it.
-        address: cluster to join, as for `cluster.connect.cluster`; unused if no part is missing.
-        progress: called after every part. By default, notes on an earlier run and then a bar or
+        address: cluster to join, as for `cluster.connect.cluster`; unused if no shard is missing.
+        progress: called after every shard. By default, notes on an earlier run and then a bar or
             log lines are printed on standard error.
 
     Raises:
         CorpusError: no corpus is found, files of a table do not exist, or no file becomes a clip.
-        ShardsError: another run writes to the folder, the folder holds another corpus, or a part
+        ShardsError: another run writes to the folder, the folder holds another corpus, or a shard
             could not be written.
         EncoderError: the weights of an encoder cannot be loaded. This is checked first.
         ResourcesError: no cluster answers, or a node cannot open the corpus or the shards.
@@ -133,27 +133,27 @@ def prepare(
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
-            kept = {part: committed[part] for part in plan.kept}
+            kept = {number: committed[number] for number in plan.kept}
             update_times(config.shards, current, manifest, config.features, kept)
             card = read_card(config.shards)
             with cluster(address) if plan.pending else contextlib.nullcontext():
-                if card is None or plan.pending or card.parts != tuple(plan.kept):
+                if card is None or plan.pending or card.shard_numbers != tuple(plan.kept):
                     card = _complete(config, corpus, plan, lock, progress)
                 card, stale = add_encoders(config.shards, card, encoders, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
     outcomes = ShardSet(config.shards, card).outcomes()
-    if card.num_clips == 0:
+    if card.num_rows == 0:
         first = outcomes.slice(0, 1).to_pylist()[0]
         raise CorpusError(
             f"{config.corpus}: none of its {len(outcomes)} files became a clip; {first['path']} is "
             f"{first['status']}: {first['reason']}"
         )
     warnings = [*corpus.notes, *missing]
-    if card.num_clips > (num_ok := card.counts[layout.OK]):
+    if card.num_rows > (num_ok := card.counts[layout.OK]):
         warnings.append(
-            f"{num_ok} clips are {card.num_clips} rows of the shards: a clip with more than "
+            f"{num_ok} clips are {card.num_rows} rows of the shards: a clip with more than "
             f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
         )
     is_segmented = pc.any(pc.is_valid(outcomes["start"])).as_py()
@@ -175,10 +175,10 @@ def _complete(
     lock: Lock,
     progress: Report | None,
 ) -> ShardCard:
-    """Write the pending parts of the plan, and then the card of the shard set.
+    """Write the pending shards of the plan, and then the card of the shard set.
 
     Raises:
-        ShardsError: a part could not be written, or the job failed.
+        ShardsError: a shard could not be written, or the job failed.
     """
     filesystem, folder = filesystem_of(config.shards)
     if plan.pending:
@@ -192,8 +192,8 @@ def _complete(
             filesystem.create_dir(f"{folder}/{name}")
         set_up_ray_data()
         blocks = [
-            rows.append_column("part", pa.array([part] * len(rows), pa.int32()))
-            for part, rows in plan.pending.items()
+            rows.append_column("shard", pa.array([number] * len(rows), pa.int32()))
+            for number, rows in plan.pending.items()
         ]
         results = ray.data.from_arrow(blocks).map_batches(
             _write_in_worker,
@@ -203,8 +203,8 @@ def _complete(
         )
         with count_files(plan.num_files, plan.num_files - plan.num_pending, progress) as add:
             follow(results, config.shards, lock, add)
-    layout.keep_only(config.shards, plan.parts)
-    card = make_card(config.shards, corpus, config.features, plan.parts)
+    layout.keep_only(config.shards, plan.shard_numbers)
+    card = make_card(config.shards, corpus, config.features, plan.shard_numbers)
     assert card.num_files == plan.num_files, "one outcome for every listed file"
     write_card(config.shards, card)
     return card
@@ -240,12 +240,12 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
 
 
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
-    """Write the part with these rows, in a worker; see `part_result`."""
-    part = rows["part"][0].as_py()
+    """Write the shard with these rows, in a worker; see `shard_result`."""
+    number = rows["shard"][0].as_py()
 
     def write() -> dict[str, int]:
         if layout.names_in(shards, layout.OUTCOMES) is None:
             raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
-        return write_part(shards, part, rows.drop_columns("part"), extractor)
+        return write_shard(shards, number, rows.drop_columns("shard"), extractor)
 
-    return part_result(layout.part_name(part), write)
+    return shard_result(layout.clips_name(number), write)

@@ -15,7 +15,7 @@ EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
 def count_files(
     total: int, before: int, report: Report | None
 ) -> Iterator[Callable[[Mapping[str, int]], None]]:
-    """Yield a function that adds a part's number of files by status, and reports the sums.
+    """Yield a function that adds a shard's number of files by status, and reports the sums.
 
     Args:
         total: number of listed files.

@@ -31,7 +31,7 @@ from ser_ray.corpus.splits import one_clip_per_take, split, windows_of
 from ser_ray.errors import ShardsError
 from ser_ray.features.config import KINDS
 from ser_ray.shards import layout
-from ser_ray.shards.card import CorpusPart, ShardCard, read_card
+from ser_ray.shards.card import ShardCard, UsedCorpus, read_card
 from ser_ray.storage.paths import filesystem_of, location_inside
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 Side = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
-"""Parts that are read in parallel."""
+"""Shards that are read in parallel."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A committed shard set. Its rows are sorted by part, and by path in a part."""
+    """A committed shard set. Its rows are sorted by shard, and by path in a shard."""
 
     uri: str
     """Folder or URI of the shards."""
@@ -56,7 +56,7 @@ class ShardSet:
     def __repr__(self) -> str:
         kinds = (*KINDS, *(encoder.name for encoder in self.card.encoders))
         return (
-            f"{' and '.join(self.locations)}: {sum(self.card.clips)} clips, "
+            f"{' and '.join(self.locations)}: {sum(self.card.shard_sizes)} clips, "
             f"{len(self.card.labels)} labels ({', '.join(self.card.labels)}), "
             f"features {', '.join(kinds)}"
         )
@@ -67,15 +67,15 @@ class ShardSet:
         return (self.uri,)
 
     @property
-    def corpora(self) -> tuple[CorpusPart, ...]:
+    def corpora(self) -> tuple[UsedCorpus, ...]:
         """The used clips of each corpus; only in `ser_ray.shards.corpora`."""
         return ()
 
     def clips(self) -> pa.Table:
         """Return every column except the features, one row per decoded clip."""
         tables = []
-        for part, num_clips in zip(self.card.parts, self.card.clips, strict=True):
-            filesystem, path = filesystem_of(location_inside(self.uri, layout.part_name(part)))
+        for number, num_clips in zip(self.card.shard_numbers, self.card.shard_sizes, strict=True):
+            filesystem, path = filesystem_of(location_inside(self.uri, layout.clips_name(number)))
             with _reading(path), pq.ParquetFile(path, filesystem=filesystem) as file:
                 names = [name for name in file.schema_arrow.names if name not in KINDS]
                 tables.append(file.read(names))
@@ -90,7 +90,7 @@ class ShardSet:
         the hash of the weights. The card is where this comes from: it lists complete columns only.
         """
         tables = []
-        for name in map(layout.outcomes_name, self.card.parts):
+        for name in map(layout.outcomes_name, self.card.shard_numbers):
             with _reading(f"{self.uri}/{name}"):
                 tables.append(layout.read_table(self.uri, name))
         table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
@@ -132,9 +132,9 @@ class ShardSet:
             `[num_rows, bins, num_frames]` float16. Frames from the clip's `num_frames` on are zero.
             For an encoder, `[num_rows, layers, dim]`.
         """
-        rows = np.arange(self.card.num_clips) if rows is None else np.asarray(rows)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_clips:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_clips}")
+        rows = np.arange(self.card.num_rows) if rows is None else np.asarray(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.card.num_rows}")
         shape = len(rows), *self.card.shape_of(kind)
         try:
             features = np.empty(shape, np.float16)
@@ -150,24 +150,24 @@ class ShardSet:
     ) -> None:
         """Read rows of `clips()` [num_rows] to these places [num_rows] of an array of features.
 
-        The array is read part by part, so no more memory is needed than it has and a few parts.
+        The array is read shard by shard, so no more memory is needed than it has and a few shards.
         """
-        starts = np.cumsum((0, *self.card.clips))
-        owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's part
+        starts = np.cumsum((0, *self.card.shard_sizes))
+        owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's shard
 
-        def read_part(index: int) -> None:
+        def read_shard(index: int) -> None:
             wanted = np.flatnonzero(owners == index)
             if len(wanted) == 0:
                 return
-            name = layout.feature_name(kind, self.card.parts[index])
+            name = layout.feature_name(kind, self.card.shard_numbers[index])
             with _reading(f"{self.uri}/{name}"):
                 array = self.to_array(kind, layout.read_table(self.uri, name, [kind])[kind])
-                if len(array) != self.card.clips[index]:
+                if len(array) != self.card.shard_sizes[index]:
                     raise ValueError("it does not have the clips that the card lists")
                 features[places[wanted]] = array[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            list(pool.map(read_part, range(len(self.card.parts))))
+            list(pool.map(read_shard, range(len(self.card.shard_numbers))))
 
     def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
         """Return the clips on one side of a fold, with one clip for each RAVDESS performance.
@@ -219,11 +219,11 @@ class ShardSet:
     ) -> "Dataset":
         """Make a Ray Data dataset of the rows of `rows_of`.
 
-        Each task reads one part of the set. Ray Data joins a Ray cluster or starts one.
+        Each task reads one shard of the set. Ray Data joins a Ray cluster or starts one.
 
         Returns:
             The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
-            float16. The order of the parts is not fixed, unless Ray Data's context preserves the
+            float16. The order of the shards is not fixed, unless Ray Data's context preserves the
             order.
 
         Raises:
@@ -233,13 +233,13 @@ class ShardSet:
 
         rows = self.rows_of(protocol, fold, side)
         clips = self.clips().take(rows).append_column("row", [rows])
-        ends = np.searchsorted(rows, np.cumsum(self.card.clips))
-        parts = [clips[start:end] for start, end in pairwise((0, *ends)) if start < end]
+        ends = np.searchsorted(rows, np.cumsum(self.card.shard_sizes))
+        shards = [clips[start:end] for start, end in pairwise((0, *ends)) if start < end]
 
         def add_feature(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {kind: self.features(kind, batch.pop("row")), **batch}
 
-        return ray.data.from_arrow(parts).map_batches(add_feature, batch_size=None)
+        return ray.data.from_arrow(shards).map_batches(add_feature, batch_size=None)
 
 
 @contextmanager

@@ -97,8 +97,8 @@ def read_initial_weights(
     if card.encoder_of(config.feature) is None:
         check = partial(_refuse_seen_speakers, config, shards, folds or (config.fold,))
         return read_weights(config.weights, card.labels, tracking_uri, check)
-    for part in shards.corpora:  # the encoder may have seen the labels of one of them
-        initial_weights(config, replace(card, corpus=part.kind))
+    for corpus in shards.corpora:  # the encoder may have seen the labels of one of them
+        initial_weights(config, replace(card, corpus=corpus.kind))
     return initial_weights(config, card)
 
 
@@ -106,8 +106,8 @@ def _refuse_seen_speakers(
     config: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
 ) -> None:
     """Refuse a model of the same corpus that was trained on speakers whom a fold tests."""
-    theirs = {model.shards_fingerprint, *(part.fingerprint for part in model.corpora)}
-    ours = {shards.card.fingerprint, *(part.fingerprint for part in shards.corpora)}
+    theirs = {model.shards_fingerprint, *(corpus.fingerprint for corpus in model.corpora)}
+    ours = {shards.card.fingerprint, *(corpus.fingerprint for corpus in shards.corpora)}
     is_same = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
     if config.protocol == "random" or not is_same:
         return

@@ -98,7 +98,7 @@ def data_line(shards: ShardSet) -> str:
     """Return the line of a description that says what a run was trained on."""
     card = shards.card
     return (
-        f"{dataset_name(shards)}, {sum(card.clips)} clips, {len(card.labels)} labels, in "
+        f"{dataset_name(shards)}, {card.num_rows} clips, {len(card.labels)} labels, in "
         f"`{', '.join(shards.locations)}` (fingerprint {card.fingerprint})"
     )
 
@@ -129,7 +129,7 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
         source_type="local" if "://" not in first else first.partition("://")[0],
         source=json.dumps({"uri": " ".join(shards.locations)}),
         schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
-        profile=json.dumps({"num_clips": sum(card.clips), "labels": list(card.labels)}),
+        profile=json.dumps({"num_clips": card.num_rows, "labels": list(card.labels)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 

@@ -10,7 +10,7 @@ from ser_ray.corpus.words import CORPORA, CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig, require_valid
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.card import CorpusPart
+from ser_ray.shards.card import UsedCorpus
 from ser_ray.shards.layout import weights_name
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.json_text import read_object
@@ -43,7 +43,7 @@ class CheckpointCard:
     """The fold (`ser_ray.training.parts.describe_split`)."""
     initial_weights: str
     """Origin of the weights that training started from."""
-    corpora: tuple[CorpusPart, ...] = ()
+    corpora: tuple[UsedCorpus, ...] = ()
     """The clips and labels of each corpus, if there are several or if labels were mapped."""
     ingest: Literal["resident", "stream"] = "resident"
     """How the training clips were read. The order of the clips depends on it."""
@@ -64,7 +64,7 @@ class CheckpointCard:
     @property
     def trained_on(self) -> str:
         """Name of the corpus, as shown beside every score."""
-        names = " and ".join(part.name for part in self.corpora)
+        names = " and ".join(corpus.name for corpus in self.corpora)
         return CORPORA[self.corpus] + (f" ({names})" if len(self.corpora) > 1 else "")
 
     @property
@@ -115,7 +115,7 @@ class CheckpointCard:
             raise ValueError("the normalisation must be finite, with deviations above 0")
         return cls(
             labels=tuple(values.pop("labels")),
-            corpora=tuple(CorpusPart(**part) for part in values.pop("corpora", ())),
+            corpora=tuple(UsedCorpus(**corpus) for corpus in values.pop("corpora", ())),
             config=config,
             features=features,
             normalisation=Normalisation(mean, std),

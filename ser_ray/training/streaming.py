@@ -2,19 +2,19 @@
 
 As with resident clips, the clips of an epoch and its batches follow from (seed, epoch) for any
 number of workers. Steps, learning rates and resuming in mid-epoch are therefore the same. But the
-clips of a shard part are stored together and are best read together, so the parts are
-shuffled, and the clips within each part. This sequence is cut into *lanes*, as many as a batch has
+clips of a shard are stored together and are best read together, so the shards are
+shuffled, and the clips within each shard. This sequence is cut into *lanes*, as many as a batch has
 clips, and each step uses the next clip of every lane. The clips of a step therefore come from all
-over the sequence. With N workers, a worker owns every N-th lane, and reads only the parts that its
+over the sequence. With N workers, a worker owns every N-th lane, and reads only the shards that its
 lanes reach.
 
 Streaming differs from resident clips in this:
 
-- Each lane reads one part after another, so batches are shuffled less than by a permutation.
+- Each lane reads one shard after another, so batches are shuffled less than by a permutation.
 - A worker augments only its own clips. With resident clips, it augments the complete batch. The
   augmentation of streamed clips therefore depends on the number of workers, most of all the pairs
   of MixStyle and mixup.
-- Several workers may read the same part, and each of them reads it once for each window that needs
+- Several workers may read the same shard, and each of them reads it once for each window that needs
   it.
 - The validation clips are still resident.
 
@@ -67,19 +67,19 @@ class Window(NamedTuple):
 
 
 def stream_order(
-    seed: int, epoch: int, parts: np.ndarray, batch_size: int, weights: Tensor | None = None
+    seed: int, epoch: int, shard_of: np.ndarray, batch_size: int, weights: Tensor | None = None
 ) -> np.ndarray:
     """Training clips of every step of an epoch, int64 [steps, batch].
 
     Args:
-        parts: shard part of each training clip [clips].
+        shard_of: index of the shard of each training clip [clips].
         weights: how often each clip is drawn (`ser_ray.training.data.sampling_weights`).
     """
     rng = np.random.default_rng(seed_of(seed, epoch))
-    part_position = rng.permutation(int(parts.max()) + 1)
-    clips = epoch_order(seed, epoch, len(parts), weights).numpy()
-    sequence = clips[np.argsort(part_position[parts[clips]], kind="stable")]
-    steps = steps_per_epoch(len(parts), batch_size)
+    shard_position = rng.permutation(int(shard_of.max()) + 1)
+    clips = epoch_order(seed, epoch, len(shard_of), weights).numpy()
+    sequence = clips[np.argsort(shard_position[shard_of[clips]], kind="stable")]
+    steps = steps_per_epoch(len(shard_of), batch_size)
     return sequence[: steps * batch_size].reshape(batch_size, steps).T
 
 
@@ -89,15 +89,15 @@ class Lanes:
 
     config: TrainConfig
     world: World
-    parts: np.ndarray
-    """Shard part of each training clip [clips]."""
+    shard_of: np.ndarray
+    """Index of the shard of each training clip [clips]."""
     weights: Tensor | None = None
     """How often each clip is drawn (`ser_ray.training.data.sampling_weights`)."""
 
     @property
     def batch_size(self) -> int:
         """Clips per step over all workers."""
-        return min(self.config.batch_size, len(self.parts))
+        return min(self.config.batch_size, len(self.shard_of))
 
     @property
     def share(self) -> int:
@@ -106,7 +106,7 @@ class Lanes:
 
     def windows(self, epoch: int, step: int, length: int) -> list[Window]:
         """Windows of at most `length` steps, from this step to the end of the training."""
-        steps = steps_per_epoch(len(self.parts), self.batch_size)
+        steps = steps_per_epoch(len(self.shard_of), self.batch_size)
         return [
             Window(number, first, min(first + length, steps))
             for number in range(epoch, self.config.epochs)
@@ -116,7 +116,7 @@ class Lanes:
     def clips(self, window: Window) -> np.ndarray:
         """This worker's clips in a window [steps * share]."""
         order = stream_order(
-            self.config.seed, window.epoch, self.parts, self.batch_size, self.weights
+            self.config.seed, window.epoch, self.shard_of, self.batch_size, self.weights
         )
         return order[window.first : window.last, self.world.rank_slice].ravel()
 
@@ -157,7 +157,7 @@ class Stream:
 
     Args:
         reader: reads the clips.
-        parts: shard part of each clip [clips].
+        shard_of: index of the shard of each clip [clips].
         labels: label indices [clips], on the device that trains.
         normalisation: applied to the clips.
         fetch: maps the reader over the windows.
@@ -165,14 +165,14 @@ class Stream:
     """
 
     reader: Reader
-    parts: np.ndarray
+    shard_of: np.ndarray
     labels: Tensor
     normalisation: Normalisation
     fetch: Fetch
     weights: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.shard_of)
 
     def batches(self, config: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
         """Yield batches (`Source`). Each worker gets only its own share of every batch.
@@ -180,7 +180,7 @@ class Stream:
         Clips are copied to the device once per window, not in every step.
         """
         reader, normalisation = self.reader, self.normalisation
-        lanes = Lanes(config, world, self.parts, self.weights)
+        lanes = Lanes(config, world, self.shard_of, self.weights)
         share, device = lanes.share, self.labels.device
         windows = lanes.windows(epoch, step, max(reader.clips_at_once // share, 1))
         pieces = iter(self.fetch(lambda w: reader.read(lanes.clips(w), normalisation), windows))
@@ -226,10 +226,11 @@ def stream_fold(
     reader = Reader(shards, config.feature, split.train, num_frames[split.train])
     normalisation = normalisation or _measure(reader, device, world, fetch)
     validation = load_clips(shards, config.feature, table, split.validation, normalisation, device)
-    part_of = np.repeat(np.arange(len(shards.card.clips)), shards.card.clips)
+    sizes = shards.card.shard_sizes
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
     train_labels = torch.from_numpy(labels[split.train]).to(device)
     weights = sampling_weights(table.take(split.train), config)
-    train = Stream(reader, part_of[split.train], train_labels, normalisation, fetch, weights)
+    train = Stream(reader, shard_of[split.train], train_labels, normalisation, fetch, weights)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
 
 

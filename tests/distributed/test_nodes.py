@@ -76,7 +76,7 @@ def test_a_lost_node_costs_a_preparation_nothing(nodes, tmp_path):
         config = PrepareConfig(corpus=str(corpus), shards=str(target), features=FEATURES)
         prepare(config, progress=lose_one)
         return {
-            str(path.relative_to(target)): path.read_bytes() for path in target.glob("*/part-*")
+            str(path.relative_to(target)): path.read_bytes() for path in target.glob("*/shard-*")
         }
 
     def lose_one(*_: object) -> None:

@@ -23,7 +23,7 @@ from ser_ray.features.samples import MAX_PEAK, SAMPLE_RATES
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.layout import CLIPS, OUTCOMES
-from ser_ray.shards.part import write_part
+from ser_ray.shards.write import write_shard
 from tests.clips import voice, write_sound, write_video, write_wav
 from tests.hostile import budgets, damaged, hold
 
@@ -155,8 +155,8 @@ def write_alone(root: Path, target: Path) -> tuple[pa.Table, pa.Table]:
     for name in (CLIPS, OUTCOMES):
         (target / name).mkdir(parents=True)
     rows = list_corpus(str(root)).manifest
-    write_part(str(target), 0, rows, FeatureExtractor(FeatureConfig()))
-    return tuple(pq.read_table(target / name / "part-00000.parquet") for name in (CLIPS, OUTCOMES))
+    write_shard(str(target), 0, rows, FeatureExtractor(FeatureConfig()))
+    return tuple(pq.read_table(target / name / "shard-00000.parquet") for name in (CLIPS, OUTCOMES))
 
 
 def test_every_hostile_clip_has_one_outcome_with_a_reason(

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shards(folder: Path) -> ShardSet:
     shards = write_shards(list_corpus(str(six_speakers(folder / "corpus"))), folder / "set")
-    shards = encode(shards, list(shards.card.parts))
+    shards = encode(shards, list(shards.card.shard_numbers))
     tiny_weights().write(folder / "set" / weights_name("tiny"))
     return shards
 
@@ -143,7 +143,7 @@ def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
 
 def test_a_column_of_other_weights_is_not_scored(selected: Path, folder: Path) -> None:
     other = write_shards(list_corpus(str(folder / "corpus")), folder / "other")
-    other = encode(other, list(other.card.parts), seed=1)
+    other = encode(other, list(other.card.shard_numbers), seed=1)
     with pytest.raises(CheckpointError, match="its column tiny comes from weights with the hash"):
         evaluate(selected, other.uri, protocol="speaker-3")
     assert np.isfinite(open_shards(other.uri).features("tiny")).all()

@@ -203,7 +203,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
-    for big in ("ser-ray-out/shards/part-00000.parquet", ".venv/lib/libtorch.so"):
+    for big in ("ser-ray-out/shards/shard-00000.parquet", ".venv/lib/libtorch.so"):
         (target / big).parent.mkdir(parents=True)
         with (target / big).open("wb") as file:
             file.truncate(200 << 20)
@@ -329,7 +329,7 @@ def test_the_command_line_joins_the_same_cluster(head, shared, shards):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 24
-    parts = sorted(path.relative_to(shards) for path in shards.rglob("part-*.parquet"))
+    parts = sorted(path.relative_to(shards) for path in shards.rglob("shard-*.parquet"))
     assert {part.parts[0] for part in parts} == {CLIPS, OUTCOMES}
     for part in parts:
         assert (target / part).read_bytes() == (shards / part).read_bytes()

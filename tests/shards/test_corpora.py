@@ -41,7 +41,7 @@ def test_the_clips_and_features_are_those_of_the_sets_one_after_the_other(pair):
     np.testing.assert_array_equal(shards.features("mel"), expected)
     rows = np.array([95, 0, 48, 47, 48])
     np.testing.assert_array_equal(shards.features("mel", rows), expected[rows])
-    assert shards.card.clips == (48, 48)
+    assert shards.card.shard_sizes == (48, 48)
     assert shards.features("mel", np.array([], int)).shape == (0, *expected.shape[1:])
     with pytest.raises(IndexError, match="rows 0 to 96 of 96"):
         shards.features("mel", np.array([0, 96]))
@@ -63,9 +63,9 @@ def test_the_features_of_several_sets_are_kept_once(tmp_path):
 def test_clips_of_unmapped_labels_are_left_out_and_counted(pair, tmp_path):
     shards = open_corpora(pair, "common")
     assert shards.card.labels == ("neutral", "calm", "happy")
-    assert shards.card.clips == (36, 36)
-    assert [part.left_out for part in shards.corpora] == [{"sad": 12}, {"boredom": 12}]
-    assert [str(part) for part in shards.corpora] == [
+    assert shards.card.shard_sizes == (36, 36)
+    assert [corpus.left_out for corpus in shards.corpora] == [{"sad": 12}, {"boredom": 12}]
+    assert [str(corpus) for corpus in shards.corpora] == [
         "a: 36 clips, 6 speakers; left out: 12 sad",
         "bb: 36 clips, 6 speakers; joy as happy, neu as neutral; left out: 12 boredom",
     ]
@@ -139,12 +139,12 @@ def test_sets_that_do_not_go_together_are_refused(pair, tmp_path):
         open_corpora([pair[0], str(tmp_path / "none")])
 
 
-def test_the_parts_of_a_set_count_the_clips_that_are_kept(pair):
-    """As streaming needs it: the parts of all sets, one after the other."""
+def test_the_shards_of_a_set_count_the_clips_that_are_kept(pair):
+    """As streaming needs it: the shards of all sets, one after the other."""
     shards = open_corpora(pair, "common")
     assert isinstance(shards, Corpora)
     member = shards.members[0]
-    card: ShardCard = replace(member.shards.card, parts=(0, 1, 2), clips=(5, 0, 43))
+    card: ShardCard = replace(member.shards.card, shard_numbers=(0, 1, 2), shard_sizes=(5, 0, 43))
     cut = replace(member, shards=replace(member.shards, card=card))
     inside = (member.rows < 5).sum()
-    assert cut.part_sizes == (inside, 0, 36 - inside)
+    assert cut.shard_sizes == (inside, 0, 36 - inside)

@@ -16,9 +16,9 @@ from ser_ray.features.encoder import EncoderWeights
 from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import write_card
-from ser_ray.shards.column import encode_part
+from ser_ray.shards.column import encode_shard
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.encode import load_encoders, missing_parts
+from ser_ray.shards.encode import load_encoders, missing_shards
 from ser_ray.shards.layout import CLIPS, ENCODERS, feature_name, weights_name
 from ser_ray.shards.prepare import prepare
 from ser_ray.shards.read import ShardSet, open_shards
@@ -31,25 +31,25 @@ FEATURES = FeatureConfig(max_seconds=2.0)
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShardSet:
-    """Parts of four files; a long clip has three windows."""
+    """Shards of four files; a long clip has three windows."""
     root = small_corpus(tmp_path / "corpus", num_wavs=10)
     write_wav(root / "03-02-01-01-01-01-05.wav", voice(5.0, seed=9))
     return write_shards(list_corpus(str(root)), tmp_path / "set")
 
 
-def encode(shards: ShardSet, parts: list[int], seed: int = 0) -> ShardSet:
-    """Encode some parts as the job does, in this process, and list the encoder in the card."""
+def encode(shards: ShardSet, numbers: list[int], seed: int = 0) -> ShardSet:
+    """Encode some shards as the job does, in this process, and list the encoder in the card."""
     weights = tiny_weights(seed=seed)
     (Path(shards.uri) / ENCODERS / "tiny").mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        encode_part(shards.uri, part, FeatureExtractor(FEATURES), weights.build(), threads=2)
+    for number in numbers:
+        encode_shard(shards.uri, number, FeatureExtractor(FEATURES), weights.build(), threads=2)
     card = dataclasses.replace(shards.card, encoders=(weights.card,))
     write_card(shards.uri, card)
     return open_shards(shards.uri)
 
 
 def test_each_row_has_the_layers_of_its_clip(shards: ShardSet) -> None:
-    shards = encode(shards, list(shards.card.parts))
+    shards = encode(shards, list(shards.card.shard_numbers))
     clips, values = shards.clips().to_pylist(), shards.features("tiny")
     assert values.shape == (len(clips), 2, 16)
     assert max(clip["window"] for clip in clips) == 2
@@ -66,7 +66,7 @@ def test_each_row_has_the_layers_of_its_clip(shards: ShardSet) -> None:
 
 def test_the_outcomes_name_the_encoder_and_the_hash_of_its_weights(shards: ShardSet) -> None:
     assert all(row["encoders"] == [] for row in shards.outcomes().to_pylist())
-    rows = encode(shards, list(shards.card.parts)).outcomes().to_pylist()
+    rows = encode(shards, list(shards.card.shard_numbers)).outcomes().to_pylist()
     named = {row["path"] for row in rows if row["encoders"]}
     assert named == set(shards.clips()["path"].to_pylist())
     assert len(named) < len(rows)
@@ -93,15 +93,15 @@ def test_a_file_is_decoded_once_for_all_its_segments(
     assert decoded == ["long.wav"]
     encoder, extract = tiny_weights().build(), FeatureExtractor(FEATURES)
     for clip, value in zip(shards.clips().to_pylist(), values, strict=True):
-        part = decode(clip["path"]).samples[int(clip["start"] * 16_000) :][:16_000]
+        segment = decode(clip["path"]).samples[int(clip["start"] * 16_000) :][:16_000]
         np.testing.assert_allclose(
-            value, encoder.encode(extract.windows(part, 16_000))[0], atol=2e-3
+            value, encoder.encode(extract.windows(segment, 16_000))[0], atol=2e-3
         )
 
 
 def test_the_clips_and_the_fingerprints_of_other_kinds_stay_as_they_are(shards: ShardSet) -> None:
     before = {name: text for name, text in files_of(Path(shards.uri)).items() if CLIPS in name}
-    with_encoder = encode(shards, list(shards.card.parts))
+    with_encoder = encode(shards, list(shards.card.shard_numbers))
     after = files_of(Path(shards.uri))
     assert {name: text for name, text in after.items() if CLIPS in name} == before
     assert with_encoder.card.fingerprint == shards.card.fingerprint
@@ -109,37 +109,37 @@ def test_the_clips_and_the_fingerprints_of_other_kinds_stay_as_they_are(shards: 
         assert with_encoder.card.fingerprint_of(kind) == shards.card.fingerprint
     own = with_encoder.card.fingerprint_of("tiny")
     assert own != shards.card.fingerprint
-    other = encode(shards, list(shards.card.parts), seed=1)
+    other = encode(shards, list(shards.card.shard_numbers), seed=1)
     assert other.card.fingerprint_of("tiny") not in (own, shards.card.fingerprint)
 
 
 def test_reading_an_encoder_reads_no_clips_and_an_unknown_kind_lists_the_known(
     shards: ShardSet,
 ) -> None:
-    shards = encode(shards, list(shards.card.parts))
+    shards = encode(shards, list(shards.card.shard_numbers))
     schema = pq.read_schema(f"{shards.uri}/{feature_name('tiny', 0)}")
     assert schema.names == ["tiny"]
     with pytest.raises(ConfigError, match=r"have spectrogram, mel, mfcc, tiny; .*--encoder wavlm"):
         shards.features("wavlm")
 
 
-def test_an_interrupted_job_goes_on_with_the_missing_parts(shards: ShardSet) -> None:
-    parts = list(shards.card.parts)
+def test_an_interrupted_job_goes_on_with_the_missing_shards(shards: ShardSet) -> None:
+    numbers = list(shards.card.shard_numbers)
     card = tiny_weights().card
-    assert missing_parts(shards.uri, shards.card, card) == parts
+    assert missing_shards(shards.uri, shards.card, card) == numbers
     encode(shards, [1])
-    assert missing_parts(shards.uri, shards.card, card) == [0, *parts[2:]]
-    assert missing_parts(shards.uri, shards.card, tiny_weights(seed=1).card) == parts
-    whole = encode(shards, parts)
-    assert missing_parts(shards.uri, shards.card, card) == []
-    (Path(shards.uri) / feature_name("tiny", 99)).write_text("of a part that is no more")
+    assert missing_shards(shards.uri, shards.card, card) == [0, *numbers[2:]]
+    assert missing_shards(shards.uri, shards.card, tiny_weights(seed=1).card) == numbers
+    whole = encode(shards, numbers)
+    assert missing_shards(shards.uri, shards.card, card) == []
+    (Path(shards.uri) / feature_name("tiny", 99)).write_text("of a shard that is no more")
     (Path(shards.uri) / feature_name("tiny", 2)).write_text("damaged")
-    assert missing_parts(shards.uri, whole.card, card) == [2]
+    assert missing_shards(shards.uri, whole.card, card) == [2]
     assert not (Path(shards.uri) / feature_name("tiny", 99)).exists()
-    # A part of other clips needs another column.
+    # A shard of other clips needs another column.
     files = sorted((Path(shards.uri) / CLIPS).iterdir())
     files[0].write_bytes(files[5].read_bytes())
-    assert missing_parts(shards.uri, whole.card, card) == [0, 2]
+    assert missing_shards(shards.uri, whole.card, card) == [0, 2]
 
 
 def test_a_recording_that_changed_since_is_named(shards: ShardSet) -> None:
@@ -193,7 +193,7 @@ def test_a_shard_set_gets_the_column_of_an_encoder(tmp_path: Path) -> None:
         both = dataclasses.replace(config, encoder=(f"tiny={tmp_path}/tiny.safetensors",))
         last.write_bytes(bytes(len(content)))
         os.utime(last, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(ShardsError, match=r"encoders/tiny/part-\d+.parquet: .*damaged"):
+        with pytest.raises(ShardsError, match=r"encoders/tiny/shard-\d+.parquet: .*damaged"):
             prepare(both, progress=lambda *_: None)
         assert open_shards(config.shards).card.encoders == ()
         written = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("encoders/tiny/*")}
@@ -213,12 +213,12 @@ def test_a_shard_set_gets_the_column_of_an_encoder(tmp_path: Path) -> None:
     values = after.features("tiny")
     assert np.isfinite(values).all()
     assert values.shape == (14, 2, 16)
-    prepare(config, progress=lambda *_: pytest.fail("a part was missing"))
+    prepare(config, progress=lambda *_: pytest.fail("a shard was missing"))
     assert open_shards(config.shards).card == after.card
     (tmp_path / "set" / weights_name("tiny")).unlink()
-    prepare(both, progress=lambda *_: pytest.fail("a part was missing"))
+    prepare(both, progress=lambda *_: pytest.fail("a shard was missing"))
     assert EncoderWeights.read(str(tmp_path / "set" / weights_name("tiny"))).card.name == "tiny"
     (tmp_path / "set" / feature_name("tiny", 0)).unlink()
-    summary = prepare(config, progress=lambda *_: pytest.fail("a part was missing"))
+    summary = prepare(config, progress=lambda *_: pytest.fail("a shard was missing"))
     assert "the column tiny lacks clips, so it cannot be trained on" in str(summary)
     assert open_shards(config.shards).card.encoders == ()

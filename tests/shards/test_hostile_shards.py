@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from ser_ray.corpus.manifest import MANIFEST_SCHEMA
 from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.card import read_card
-from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, outcomes_name, part_name
+from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, clips_name, outcomes_name
 from ser_ray.shards.plan import (
     FEATURES,
     describe_changes,
     make_plan,
-    part_metadata,
     read_committed,
     restore_times,
+    shard_metadata,
 )
 from ser_ray.shards.read import open_shards
 from tests.hostile import JSON, budgets, damaged, damaged_json, hold, is_answered
@@ -55,11 +55,11 @@ def test_any_card_is_read_or_refused_in_one_line(shards: Path, examples: int) ->
 
 @budgets(100)
 def test_any_clips_are_read_or_refused_in_one_line(shards: Path, examples: int) -> None:
-    part = shards / part_name(0)
-    original = part.read_bytes()
+    file = shards / clips_name(0)
+    original = file.read_bytes()
 
     def are_read_or_refused(content: bytes) -> None:
-        part.write_bytes(content)
+        file.write_bytes(content)
         is_answered(lambda: read_all(shards))
 
     hold(examples, damaged([original]), are_read_or_refused)
@@ -71,7 +71,7 @@ def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, exampl
     rows = [{"path": name, "size": 1, "modified": 2, "take": name} for name in ("a", "b")]
     manifest = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
     committed = manifest.append_column("digest", pa.array(["0", "1"]))
-    metadata = part_metadata("f00d", features)
+    metadata = shard_metadata("f00d", features)
     (shards / OUTCOMES).mkdir()
 
     def written(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
@@ -86,7 +86,7 @@ def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, exampl
     contents = st.one_of(
         damaged([whole]),
         st.builds(with_features, damaged_json(json.loads(metadata[FEATURES])) | JSON),
-        st.builds(lambda key: written(committed, metadata | {b"ser_ray.part_key": key}),
+        st.builds(lambda key: written(committed, metadata | {b"ser_ray.shard_key": key}),
                   st.binary(max_size=9)),
         st.builds(lambda value: written(committed, metadata | {FEATURES: value}),
                   st.binary(max_size=9)),

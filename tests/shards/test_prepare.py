@@ -19,7 +19,7 @@ from ser_ray.errors import CorpusError, ShardsError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.progress import Report
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, outcomes_name, part_name
+from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, clips_name, outcomes_name
 from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import LOCK_NAME, Lock
@@ -33,7 +33,7 @@ pytestmark = [
 ]
 FEATURES = FeatureConfig(max_seconds=2.0)
 FEW = 2
-"""Rows of a part: the corpus of 25 files makes 13 parts, of which the last holds one."""
+"""Rows of a shard: the corpus of 25 files makes 13 shards, of which the last holds one."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def written(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in found}
 
 
-def committed_parts(folder: Path) -> list[str]:
+def committed_shards(folder: Path) -> list[str]:
     """The paths of all outcomes in a shard set."""
     return [path.relative_to(folder).as_posix() for path in folder.glob(f"{OUTCOMES}/*.parquet")]
 
@@ -113,8 +113,8 @@ def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path:
     outcomes = {Path(row["path"]).name: row["status"] for row in shards.outcomes().to_pylist()}
     assert len(outcomes) == 25
     assert outcomes[f"{clip_names(21)[-1]}.wav"] == "unreadable"
-    parts = [name(part) for part in range(13) for name in (part_name, outcomes_name)]
-    assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *parts}, "no lock, no temporary file"
+    files = [name(number) for number in range(13) for name in (clips_name, outcomes_name)]
+    assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *files}, "no lock, no temporary file"
 
 
 def test_ray_data_reads_the_clips_of_a_set_and_one_side_of_a_fold(
@@ -162,12 +162,12 @@ def test_a_run_that_was_stopped_by_hand_resumes(
     with pytest.raises(KeyboardInterrupt):
         run(corpus, target, progress=stop)
     assert not (target / LOCK_NAME).exists()
-    # A part that was being written when the run stopped may still be committed.
+    # A shard that was being written when the run stopped may still be committed.
     idle = ray.cluster_resources()["CPU"]
     wait_for("the end of its tasks", lambda: ray.available_resources().get("CPU") == idle)
     with pytest.raises(ShardsError, match="not finished"):
         open_shards(str(target))
-    committed = committed_parts(target)
+    committed = committed_shards(target)
     before = written(target)
     summary = run(corpus, target)
     assert committed
@@ -201,7 +201,7 @@ prepare(
         [sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL
     )
     try:
-        while len(committed := committed_parts(target)) < 2:
+        while len(committed := committed_shards(target)) < 2:
             assert driver.poll() is None, "the driver ended before it could be killed"
             time.sleep(0.002)
     finally:
@@ -237,7 +237,7 @@ def test_a_run_survives_killed_workers(uninterrupted: Path, corpus: Path, tmp_pa
         if workers:
             os.kill(workers.pop(), signal.SIGKILL)
             # A worker that is killed while it writes leaves such a file.
-            (target / f"{part_name(3)}.0badc0de.tmp").touch()
+            (target / f"{clips_name(3)}.0badc0de.tmp").touch()
 
     target = tmp_path / "shards"
     summary = run(corpus, target, progress=kill_one)
@@ -276,13 +276,13 @@ def test_only_what_changed_is_done(
     assert names[19] not in paths
 
 
-def test_lost_or_damaged_parts_are_written_again(
+def test_lost_or_damaged_shards_are_written_again(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     target = Path(shutil.copytree(uninterrupted, tmp_path / "shards"))
-    (target / part_name(3)).unlink()
+    (target / clips_name(3)).unlink()
     (target / outcomes_name(5)).write_bytes(b"PAR1 half a file")
-    (target / f"{part_name(7)}.0badc0de.tmp").touch()
+    (target / f"{clips_name(7)}.0badc0de.tmp").touch()
     (target / "mine.tmp").touch()
     summary = run(corpus, target)
     assert summary.notes[-1] == "21 of 25 files are prepared already"
@@ -328,18 +328,18 @@ def test_a_second_run_at_the_same_time_is_refused(uninterrupted: Path, corpus: P
 def test_a_full_disk_is_reported_and_the_next_run_resumes(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """A folder at the path of a part makes writing the part fail, as a full disk does."""
+    """A folder at the path of a shard makes writing the shard fail, as a full disk does."""
     target = tmp_path / "shards"
-    (target / part_name(4)).mkdir(parents=True)
-    with pytest.raises(ShardsError, match=r"clips/part-00004.parquet: .*give the same"):
+    (target / clips_name(4)).mkdir(parents=True)
+    with pytest.raises(ShardsError, match=r"clips/shard-00004.parquet: .*give the same"):
         run(corpus, target)
     assert not (target / outcomes_name(4)).exists()
-    (target / part_name(4)).rmdir()
+    (target / clips_name(4)).rmdir()
     run(corpus, target)
     assert files_of(target) == files_of(uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["part-00000.parquet", "mine.wav"])
+@pytest.mark.parametrize("name", ["shard-00000.parquet", "mine.wav"])
 def test_files_of_other_programs_are_kept(corpus: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / CLIPS).mkdir()
     (tmp_path / CLIPS / name).write_text("mine")

@@ -1,4 +1,4 @@
-"""Parts, plan and reading back without Ray; `test_prepare` tests the complete job."""
+"""Shards, plan and reading back without Ray; `test_prepare` tests the complete job."""
 
 import dataclasses
 import os
@@ -33,22 +33,22 @@ from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import make_card, write_card
 from ser_ray.shards.config import PrepareConfig
-from ser_ray.shards.layout import CLIPS, OUTCOMES, outcomes_name, part_name
-from ser_ray.shards.part import write_part
+from ser_ray.shards.layout import CLIPS, OUTCOMES, clips_name, outcomes_name
 from ser_ray.shards.plan import (
-    CommittedPart,
+    CommittedShard,
     Plan,
     describe_changes,
     make_plan,
-    part_key,
     read_committed,
     require_same_corpus,
     restore_times,
+    shard_key,
     update_times,
 )
 from ser_ray.shards.prepare import prepare
 from ser_ray.shards.progress import count_files
 from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.shards.write import write_shard
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
 from tests.processes import stalling
 
@@ -89,12 +89,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def write_shards(corpus: Corpus, target: Path, rows_per_part: int = 4) -> ShardSet:
-    """Write a shard set as the job does, one part after the other in this process."""
+    """Write a shard set as the job does, one shard after the other in this process."""
     set_folder(target)
     plan = make_plan(corpus.manifest, FEATURES, rows_per_part, {})
-    for part, rows in plan.pending.items():
-        write_part(str(target), part, rows, FeatureExtractor(FEATURES))
-    write_card(str(target), make_card(str(target), corpus, FEATURES, plan.parts))
+    for number, rows in plan.pending.items():
+        write_shard(str(target), number, rows, FeatureExtractor(FEATURES))
+    write_card(str(target), make_card(str(target), corpus, FEATURES, plan.shard_numbers))
     return open_shards(str(target))
 
 
@@ -108,7 +108,7 @@ def shards(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> ShardSet
     return write_shards(corpus, tmp_path_factory.mktemp("shards") / "set")
 
 
-# --- parts and reading back ---
+# --- shards and reading back ---
 
 
 def test_every_file_has_one_outcome(corpus: Corpus, shards: ShardSet) -> None:
@@ -118,7 +118,7 @@ def test_every_file_has_one_outcome(corpus: Corpus, shards: ShardSet) -> None:
     )
     assert shards.card.counts == {"no_audio": 2, "ok": 22, "unreadable": 1}
     assert shards.card.num_files == len(corpus.manifest)
-    assert shards.card.num_clips == len(shards.clips()) == 22
+    assert shards.card.num_rows == len(shards.clips()) == 22
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,8 +162,8 @@ def test_a_row_out_of_range_is_an_index_error(shards: ShardSet) -> None:
 def test_reading_one_kind_reads_only_its_bytes(shards: ShardSet, tmp_path: Path) -> None:
     """The same features are read after the bytes of the other kinds were overwritten."""
     set_folder(tmp_path)
-    for part in shards.card.parts:
-        path = Path(shards.uri) / part_name(part)
+    for number in shards.card.shard_numbers:
+        path = Path(shards.uri) / clips_name(number)
         data = bytearray(path.read_bytes())
         group = pq.ParquetFile(path).metadata.row_group(0)
         for column in (group.column(i) for i in range(group.num_columns)):
@@ -172,7 +172,7 @@ def test_reading_one_kind_reads_only_its_bytes(shards: ShardSet, tmp_path: Path)
                 data[start : start + column.total_compressed_size] = bytes(
                     column.total_compressed_size
                 )
-        (tmp_path / part_name(part)).write_bytes(data)
+        (tmp_path / clips_name(number)).write_bytes(data)
     damaged = dataclasses.replace(shards, uri=str(tmp_path))
     np.testing.assert_array_equal(damaged.features("mel"), shards.features("mel"))
     assert damaged.clips().equals(shards.clips())
@@ -186,8 +186,8 @@ def test_equal_sound_has_equal_content(corpus: Corpus, shards: ShardSet, tmp_pat
     first = shards.clips().to_pylist()[-1]
     twin.write_bytes(Path(first["path"]).read_bytes() + b"junk" + bytes(6))
     set_folder(tmp_path / "set")
-    write_part(str(tmp_path / "set"), 0, manifest([str(twin)]), FeatureExtractor(FEATURES))
-    clip = pq.read_table(tmp_path / "set" / part_name(0), columns=["content"])
+    write_shard(str(tmp_path / "set"), 0, manifest([str(twin)]), FeatureExtractor(FEATURES))
+    clip = pq.read_table(tmp_path / "set" / clips_name(0), columns=["content"])
     assert clip["content"].to_pylist() == [first["content"]]
 
 
@@ -228,15 +228,15 @@ def test_a_clip_that_hangs_or_kills_the_process_is_unreadable(tmp_path: Path) ->
 
 
 def test_a_full_disk_leaves_nothing_half_written(corpus: Corpus, tmp_path: Path) -> None:
-    """A process that may write files of up to 200 kB fails in its second part."""
+    """A process that may write files of up to 200 kB fails in its second shard."""
     program = """
 import pickle, resource, sys
-from ser_ray.shards.part import write_part
+from ser_ray.shards.write import write_shard
 rows, extractor, folder = pickle.loads(sys.stdin.buffer.read())
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-write_part(folder, 0, rows.slice(0, 1), extractor)
+write_shard(folder, 0, rows.slice(0, 1), extractor)
 try:
-    write_part(folder, 1, rows.slice(1), extractor)
+    write_shard(folder, 1, rows.slice(1), extractor)
 except OSError as error:
     print(error)
 """
@@ -253,7 +253,7 @@ except OSError as error:
         check=True,
     )
     assert b"File too large" in done.stdout, done.stderr
-    assert set(files_of(target)) == {part_name(0), outcomes_name(0)}
+    assert set(files_of(target)) == {clips_name(0), outcomes_name(0)}
 
 
 # --- the plan ---
@@ -268,16 +268,16 @@ def paths_of(rows: pa.Table) -> list[str]:
 
 
 def committed_by(
-    plan: Plan, features: FeatureConfig, parts: Iterable[int]
-) -> dict[int, CommittedPart]:
-    """Return what `read_committed` would return after some parts of a plan were written."""
+    plan: Plan, features: FeatureConfig, numbers: Iterable[int]
+) -> dict[int, CommittedShard]:
+    """Return what `read_committed` would return after some shards of a plan were written."""
     return {
-        part: CommittedPart(
-            plan.pending[part].drop_columns(["status", "reason"]),
-            part_key(plan.pending[part], features),
+        number: CommittedShard(
+            plan.pending[number].drop_columns(["status", "reason"]),
+            shard_key(plan.pending[number], features),
             features,
         )
-        for part in parts
+        for number in numbers
     }
 
 
@@ -286,7 +286,7 @@ def committed_by(
 def test_parts_hold_every_file_once(num_files: int, rows_per_part: int) -> None:
     plan = make_plan(numbered(range(num_files)), FEATURES, rows_per_part, {})
     sizes = [len(rows) for rows in plan.pending.values()]
-    assert plan.parts == list(plan.pending) == list(range(len(sizes)))
+    assert plan.shard_numbers == list(plan.pending) == list(range(len(sizes)))
     assert sum(sizes) == plan.num_pending == plan.num_files == num_files
     assert max(sizes) <= rows_per_part
     assert min(sizes[:-1], default=max(sizes)) == max(sizes)
@@ -296,18 +296,18 @@ def test_parts_hold_every_file_once(num_files: int, rows_per_part: int) -> None:
 
 @settings(deadline=None)
 @given(data=st.data(), num_files=st.integers(1, 200), rows_per_part=st.integers(1, 9))
-def test_an_interrupted_run_continues_with_the_parts_it_would_have_written(
+def test_an_interrupted_run_continues_with_the_shards_it_would_have_written(
     data: st.DataObject, num_files: int, rows_per_part: int
 ) -> None:
     listed = numbered(range(num_files))
     first = make_plan(listed, FEATURES, rows_per_part, {})
-    written = data.draw(st.sets(st.sampled_from(first.parts)))
+    written = data.draw(st.sets(st.sampled_from(first.shard_numbers)))
     second = make_plan(
         listed, FEATURES, rows_per_part, committed_by(first, FEATURES, sorted(written))
     )
     assert second.kept == sorted(written)
-    assert second.parts == first.parts
-    assert all(rows.equals(first.pending[part]) for part, rows in second.pending.items())
+    assert second.shard_numbers == first.shard_numbers
+    assert all(rows.equals(first.pending[number]) for number, rows in second.pending.items())
 
 
 @settings(deadline=None)
@@ -316,18 +316,18 @@ def test_an_interrupted_run_continues_with_the_parts_it_would_have_written(
     new=st.sets(st.integers(0, 60), min_size=1),
     rows_per_part=st.integers(1, 9),
 )
-def test_only_parts_that_lost_a_file_are_written_again(
+def test_only_shards_that_lost_a_file_are_written_again(
     old: set[int], new: set[int], rows_per_part: int
 ) -> None:
-    """Files of other parts may be added and removed."""
+    """Files of other shards may be added and removed."""
     before = make_plan(numbered(old), FEATURES, rows_per_part, {})
-    committed = committed_by(before, FEATURES, before.parts)
+    committed = committed_by(before, FEATURES, before.shard_numbers)
     after = make_plan(numbered(new), FEATURES, rows_per_part, committed)
     listed = set(paths_of(numbered(new)))
-    complete = [part for part, rows in before.pending.items() if set(paths_of(rows)) <= listed]
+    complete = [number for number, rows in before.pending.items() if set(paths_of(rows)) <= listed]
     assert after.kept == complete
     assert not set(after.kept) & set(after.pending)
-    kept = [path for part in after.kept for path in paths_of(before.pending[part])]
+    kept = [path for number in after.kept for path in paths_of(before.pending[number])]
     pending = [path for rows in after.pending.values() for path in paths_of(rows)]
     assert sorted([*kept, *pending]) == sorted(listed)
     assert all(len(rows) <= rows_per_part for rows in after.pending.values())
@@ -337,26 +337,26 @@ def test_only_parts_that_lost_a_file_are_written_again(
 @given(
     counts=st.dictionaries(st.integers(0, 30), st.integers(1, 30)), rows_per_part=st.integers(1, 12)
 )
-def test_a_file_is_in_one_part_with_all_its_segments(
+def test_a_file_is_in_one_shard_with_all_its_segments(
     counts: dict[int, int], rows_per_part: int
 ) -> None:
     listed = segments_of(range(31), counts)
     plan = make_plan(listed, FEATURES, rows_per_part, {})
     assert pa.concat_tables(plan.pending.values()).equals(listed)
     assert all(len(rows) <= rows_per_part for rows in plan.pending.values())
-    parts_of = Counter(path for rows in plan.pending.values() for path in {*paths_of(rows)})
+    num_shards = Counter(path for rows in plan.pending.values() for path in {*paths_of(rows)})
     for file in range(31):
-        assert parts_of[f"{file:03d}"] == -(-counts.get(file, 1) // rows_per_part)
-    committed = committed_by(plan, FEATURES, plan.parts[::2])
+        assert num_shards[f"{file:03d}"] == -(-counts.get(file, 1) // rows_per_part)
+    committed = committed_by(plan, FEATURES, plan.shard_numbers[::2])
     again = make_plan(listed, FEATURES, rows_per_part, committed)
-    assert (again.kept, again.parts) == (plan.parts[::2], plan.parts)
-    assert all(rows.equals(plan.pending[part]) for part, rows in again.pending.items())
+    assert (again.kept, again.shard_numbers) == (plan.shard_numbers[::2], plan.shard_numbers)
+    assert all(rows.equals(plan.pending[number]) for number, rows in again.pending.items())
 
 
-def test_a_part_is_kept_only_for_the_same_rows_and_features() -> None:
+def test_a_shard_is_kept_only_for_the_same_rows_and_features() -> None:
     listed, other = manifest(["a", "b"]), dataclasses.replace(FEATURES, num_mels=96)
     plan = make_plan(listed, FEATURES, 2, {})
-    committed = committed_by(plan, FEATURES, plan.parts)
+    committed = committed_by(plan, FEATURES, plan.shard_numbers)
     excluded = listed.set_column(
         listed.column_names.index("status"), "status", pa.array(["excluded", None])
     )
@@ -370,7 +370,7 @@ def test_a_part_is_kept_only_for_the_same_rows_and_features() -> None:
 
 def test_the_shards_of_another_corpus_are_not_replaced() -> None:
     plan = make_plan(manifest(["a", "b"]), FEATURES, 2, {})
-    committed = committed_by(plan, FEATURES, plan.parts)
+    committed = committed_by(plan, FEATURES, plan.shard_numbers)
     require_same_corpus(committed, manifest(["b", "c"]), "out")
     require_same_corpus({}, manifest(["c"]), "out")
     with pytest.raises(ShardsError, match=r"^out: holds the shards of another corpus, 2 files "):
@@ -379,7 +379,7 @@ def test_the_shards_of_another_corpus_are_not_replaced() -> None:
 
 def test_changes_since_the_last_run_are_described() -> None:
     before = make_plan(manifest(["a", "b", "c", "e"]), FEATURES, 1, {})
-    committed = committed_by(before, FEATURES, before.parts)
+    committed = committed_by(before, FEATURES, before.shard_numbers)
     features = dataclasses.replace(FEATURES, num_mels=96)
     sizes = [101, 100, 100, 100]
     now = manifest(["b", "c", "d", "f"]).set_column(1, "size", pa.array(sizes, pa.int64()))
@@ -399,9 +399,9 @@ def test_changes_since_the_last_run_are_described() -> None:
 
 def test_what_is_committed_is_read_back(corpus: Corpus, shards: ShardSet) -> None:
     committed = read_committed(shards.uri)
-    assert tuple(committed) == shards.card.parts
-    assert {part.features for part in committed.values()} == {FEATURES}
-    files = pa.concat_tables(part.files for part in committed.values())
+    assert tuple(committed) == shards.card.shard_numbers
+    assert {shard.features for shard in committed.values()} == {FEATURES}
+    files = pa.concat_tables(shard.files for shard in committed.values())
     assert files.drop_columns("digest").equals(corpus.manifest.drop_columns(["status", "reason"]))
     assert make_plan(corpus.manifest, FEATURES, 4, committed).pending == {}
 
@@ -423,7 +423,7 @@ def test_a_file_has_changed_if_its_bytes_have_and_not_its_time(tmp_path: Path) -
     plan = make_plan(restored, FEATURES, 1, committed)
     assert [path for rows in plan.pending.values() for path in paths_of(rows)] == [str(replaced)]
     assert "1 file has changed" in describe_changes(committed, FEATURES, plan)
-    kept = {part: committed[part] for part in plan.kept}
+    kept = {number: committed[number] for number in plan.kept}
     update_times(shards.uri, listed, restored, FEATURES, kept)
     again = read_committed(shards.uri)
     assert make_plan(listed, FEATURES, 1, again).kept == plan.kept, "no bytes are compared again"
@@ -468,7 +468,7 @@ def test_segments_are_clips_and_their_file_is_decoded_once(
         return decode(path, max_seconds=max_seconds)
 
     own = SimpleNamespace(decode=count)
-    monkeypatch.setattr("ser_ray.shards.part.sandbox", lambda: own)
+    monkeypatch.setattr("ser_ray.shards.write.sandbox", lambda: own)
     corpus = list_corpus(str(tmp_path / "t.csv"))
     shards = write_shards(corpus, tmp_path / "shards", 16)
     assert sorted(decoded) == ["cut.wav", "long.wav"]
@@ -481,9 +481,9 @@ def test_segments_are_clips_and_their_file_is_decoded_once(
     table = shards.clips().to_pylist()
     place = {(Path(row["path"]).name, row["start"]): n for n, row in enumerate(table)}
     rows = np.array([place["cut.wav", None], place["long.wav", 0.5]])
-    whole, part = shards.clips().take(rows).to_pylist()
-    assert part["content"] == whole["content"]
-    assert part["duration"] == 1.0
+    whole, segment = shards.clips().take(rows).to_pylist()
+    assert segment["content"] == whole["content"]
+    assert segment["duration"] == 1.0
     both = shards.features("mel", rows)
     np.testing.assert_array_equal(both[0], both[1])
 
@@ -500,7 +500,7 @@ def test_a_long_clip_becomes_windows_that_count_once(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("\n".join(["path,label,speaker", *rows]))
     shards = write_shards(list_corpus(str(tmp_path / "t.csv")), tmp_path / "shards")
     assert shards.card.counts == {"ok": 3}
-    assert shards.card.num_clips == 6
+    assert shards.card.num_rows == 6
     clips = shards.clips()
     assert clips["speaker"].to_pylist() == ["long"] * 3 + ["pause"] * 2 + ["short"]
     assert clips["window"].to_pylist() == [0, 1, 2, 0, 1, 0]
@@ -548,21 +548,21 @@ def test_unfinished_shards_are_an_error(tmp_path: Path) -> None:
 
 def test_damaged_shards_are_named_with_the_way_out(corpus: Corpus, tmp_path: Path) -> None:
     shards = write_shards(corpus, tmp_path / "shards")
-    first, second, third, fourth, *_ = np.flatnonzero(shards.card.clips).tolist()
-    for name in (part_name(first), outcomes_name(second)):
+    first, second, third, fourth, *_ = np.flatnonzero(shards.card.shard_sizes).tolist()
+    for name in (clips_name(first), outcomes_name(second)):
         (tmp_path / "shards" / name).write_bytes(b"")
-    path = tmp_path / "shards" / part_name(third)
+    path = tmp_path / "shards" / clips_name(third)
     content = bytearray(path.read_bytes())
     content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)  # its footer is intact
     path.write_bytes(content)
     for read in (shards.clips, shards.outcomes, lambda: shards.features("mel")):
-        with pytest.raises(ShardsError, match=r"part-.*: cannot be read .* delete it and run"):
+        with pytest.raises(ShardsError, match=r"shard-.*: cannot be read .* delete it and run"):
             read()
-    (tmp_path / "shards" / part_name(first)).unlink()
-    with pytest.raises(ShardsError, match=r"part-.*: cannot be read"):
-        shards.features("mel", np.arange(shards.card.num_clips))
+    (tmp_path / "shards" / clips_name(first)).unlink()
+    with pytest.raises(ShardsError, match=r"shard-.*: cannot be read"):
+        shards.features("mel", np.arange(shards.card.num_rows))
     committed = read_committed(str(tmp_path / "shards"))
-    assert [part in committed for part in (first, second, fourth)] == [False, False, True]
+    assert [number in committed for number in (first, second, fourth)] == [False, False, True]
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_a_file_instead_of_a_folder_is_an_error(tmp_path: Path) -> None:
         open_shards(str(tmp_path / "table.csv"))
 
 
-def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
+def test_a_shard_with_a_file_that_could_not_be_read_is_done_again(
     corpus: Corpus, tmp_path: Path
 ) -> None:
     rows = corpus.manifest.slice(0, 2)
@@ -579,7 +579,7 @@ def test_a_part_with_a_file_that_could_not_be_read_is_done_again(
     rows = rows.set_column(0, "path", pa.array([rows["path"][0].as_py(), gone]))
     set_folder(tmp_path / "set")
     for counts, kept in (({"ok": 1, "unreadable": 1}, []), ({"ok": 2}, [0])):
-        written = write_part(str(tmp_path / "set"), 0, rows, FeatureExtractor(FEATURES))
+        written = write_shard(str(tmp_path / "set"), 0, rows, FeatureExtractor(FEATURES))
         assert written == counts
         committed = read_committed(str(tmp_path / "set"))
         assert make_plan(rows, FEATURES, 2, committed).kept == kept

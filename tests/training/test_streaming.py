@@ -40,27 +40,29 @@ CPU = torch.device("cpu")
 def test_an_epoch_uses_each_clip_once_and_a_lane_does_not_return_to_a_part(
     seed, epoch, sizes, batch
 ):
-    parts = np.repeat(np.arange(len(sizes)), sizes)
-    batch = min(batch, len(parts))
-    order = stream_order(seed, epoch, parts, batch)
-    assert order.shape == (steps_per_epoch(len(parts), batch), batch)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    batch = min(batch, len(shard_of))
+    order = stream_order(seed, epoch, shard_of, batch)
+    assert order.shape == (steps_per_epoch(len(shard_of), batch), batch)
     assert len(np.unique(order)) == order.size
-    np.testing.assert_array_equal(order, stream_order(seed, epoch, parts, batch))
-    changes = sum(a != b for lane in parts[order].T for a, b in pairwise(lane))
-    assert changes < len(sizes)  # no lane returns to a part
+    np.testing.assert_array_equal(order, stream_order(seed, epoch, shard_of, batch))
+    changes = sum(a != b for lane in shard_of[order].T for a, b in pairwise(lane))
+    assert changes < len(sizes)  # no lane returns to a shard
 
 
 def test_epochs_and_seeds_have_different_orders():
-    parts = np.repeat(np.arange(10), 20)
-    orders = [stream_order(seed, epoch, parts, 8).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    shard_of = np.repeat(np.arange(10), 20)
+    orders = [
+        stream_order(seed, epoch, shard_of, 8).tolist() for seed in (0, 1) for epoch in (0, 1)
+    ]
     assert all(one != other for one, other in pairwise([*orders, orders[0]]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_shares_of_all_workers_add_up_to_every_batch(size):
-    parts = np.repeat(np.arange(10), 7)
+    shard_of = np.repeat(np.arange(10), 7)
     config = replace(CONFIG, batch_size=8)
-    lanes = [Lanes(config, World(rank, size), parts) for rank in range(size)]
+    lanes = [Lanes(config, World(rank, size), shard_of) for rank in range(size)]
     windows = lanes[0].windows(epoch=1, step=3, length=2)
     assert windows[:3] == [Window(1, 3, 5), Window(1, 5, 7), Window(1, 7, 8)]
     assert windows[3:7] == [Window(2, first, first + 2) for first in range(0, 8, 2)]
@@ -68,7 +70,7 @@ def test_the_shares_of_all_workers_add_up_to_every_batch(size):
     for window in windows:
         shares = [lane.clips(window).reshape(-1, lane.share) for lane in lanes]
         together = np.sort(np.concatenate(shares, axis=1))
-        whole = stream_order(config.seed, window.epoch, parts, 8)[window.first : window.last]
+        whole = stream_order(config.seed, window.epoch, shard_of, 8)[window.first : window.last]
         np.testing.assert_array_equal(together, np.sort(whole))
 
 
@@ -100,10 +102,10 @@ def test_streamed_clips_and_labels_equal_the_resident_ones(memory_shards, small)
     np.testing.assert_allclose(streamed.normalisation.mean, resident.normalisation.mean, rtol=1e-12)
     np.testing.assert_allclose(streamed.normalisation.std, resident.normalisation.std, rtol=1e-9)
     assert len(streamed.train) == len(resident.train)
-    parts = streamed.train.parts
+    shard_of = streamed.train.shard_of
     batches = streamed.train.batches(CONFIG, World(), epoch=1, step=1)
     for (epoch, step), batch in zip([(1, 1), (1, 2), (1, 3), (2, 0)], batches, strict=False):
-        clips = torch.from_numpy(stream_order(CONFIG.seed, epoch, parts, 6)[step])
+        clips = torch.from_numpy(stream_order(CONFIG.seed, epoch, shard_of, 6)[step])
         for name in ("features", "num_frames", "labels"):
             torch.testing.assert_close(
                 getattr(batch.clips, name), getattr(resident.train, name)[clips]
@@ -142,7 +144,7 @@ def test_weighted_draws_are_the_same_clips_streamed_and_resident(memory_shards, 
     config = replace(CONFIG, balanced=True, batch_size=1)
     streamed = stream_fold(memory_shards, config, CPU, World(), map, None)
     resident = load_fold(memory_shards, config, CPU)
-    lanes = Lanes(config, World(), streamed.train.parts, streamed.train.weights)
+    lanes = Lanes(config, World(), streamed.train.shard_of, streamed.train.weights)
     (window,) = lanes.windows(config.epochs - 1, 0, len(streamed.train))
     assert resident.train.weights is not None
     epoch, rows = config.epochs - 1, len(resident.train)

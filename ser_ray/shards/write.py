@@ -1,12 +1,12 @@
-"""Writes a part: rows of the manifest become two Parquet files, which are equal on any machine.
+"""Writes a shard: rows of the manifest become two Parquet files, which are equal on any machine.
 
-The clips are written first and the outcomes last, so a part with outcomes is complete. Nothing here
-imports Ray.
+The clips are written first and the outcomes last, so a shard with outcomes is complete. Nothing
+here imports Ray.
 
 Ray Data's `write_parquet` with its checkpoints was tried for the clips, but it cannot keep four
 promises. Every file gets an outcome in the same pass, even if it fails. A killed writer leaves no
 broken file among the clips. If a file is removed or changed, its clip is too; a checkpoint only
-says which rows to skip. Interruptions change neither names nor order of the parts, so they do not
+says which rows to skip. Interruptions change neither names nor order of the shards, so they do not
 change a training on the shards.
 """
 
@@ -27,8 +27,8 @@ from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.digest import file_digest, same_bytes, sample_digest
-from ser_ray.shards.layout import DIGEST, OK, feature_column, outcomes_name, part_name, write_table
-from ser_ray.shards.plan import part_key, part_metadata
+from ser_ray.shards.layout import DIGEST, OK, clips_name, feature_column, outcomes_name, write_table
+from ser_ray.shards.plan import shard_key, shard_metadata
 
 Outcomes = list[tuple[str | None, str | None]]
 """The status and the reason of each row."""
@@ -44,22 +44,22 @@ FACTS = pa.schema(
 """Further columns of a decoded clip, besides the columns of the manifest and the features."""
 
 
-def write_part(
-    shards: str, part: int, rows: pa.Table, extractor: FeatureExtractor
+def write_shard(
+    shards: str, number: int, rows: pa.Table, extractor: FeatureExtractor
 ) -> dict[str, int]:
-    """Decode the files of a part, commit its clips and outcomes, and count the files by status.
+    """Decode the files of a shard, commit its clips and outcomes, and count the files by status.
 
-    If reading a file failed and may work later, the part is committed without a key, so that the
+    If reading a file failed and may work later, the shard is committed without a key, so that the
     next run writes it again.
 
     Args:
         shards: folder or URI of the shard set.
-        part: number of the part.
-        rows: the part's rows of the manifest; files with a status are not opened.
+        number: number of the shard.
+        rows: the shard's rows of the manifest; files with a status are not opened.
         extractor: computes the features.
 
     Raises:
-        OSError: the clips cannot be fetched or the part cannot be written. Nothing is committed.
+        OSError: the clips cannot be fetched or the shard cannot be written. Nothing is committed.
     """
     outcomes: Outcomes = list(
         zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True)
@@ -67,11 +67,11 @@ def write_part(
     undecided = [row for row, (status, _) in enumerate(outcomes) if status is None]
     clips, is_final = _make_clips(rows, undecided, outcomes, extractor)
     _compare_copies(rows, outcomes)
-    key = part_key(rows, extractor.config) if is_final else ""
+    key = shard_key(rows, extractor.config) if is_final else ""
     table = _outcomes_table(rows, outcomes, undecided)
-    table = table.replace_schema_metadata(part_metadata(key, extractor.config))
-    write_table(shards, part_name(part), clips)
-    write_table(shards, outcomes_name(part), table)
+    table = table.replace_schema_metadata(shard_metadata(key, extractor.config))
+    write_table(shards, clips_name(number), clips)
+    write_table(shards, outcomes_name(number), table)
     return dict(Counter(table["status"].to_pylist()))
 
 
