@@ -2,10 +2,11 @@
 
 import shlex
 from dataclasses import replace
+from typing import Any
 
 from ser_ray.cli.main import VERBS
 from ser_ray.cli.parsing import parse_verb
-from ser_ray.cli.pipeline import marked_lines
+from ser_ray.cli.pipeline import prediction_lines
 from ser_ray.cli.train import Crossval, Train, say_training
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.mlflow_run import command_like
@@ -68,10 +69,13 @@ def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, ca
 
 
 def test_the_pipeline_marks_correct_predictions():
-    predictions = [
+    predictions: list[dict[str, Any]] = [
         {"path": "/a/1.wav", "emotion": "sad", "probabilities": {"sad": 0.75}, "status": "ok"},
         {"path": "/a/2.wav", "emotion": "sad", "probabilities": {"sad": 0.5}, "status": "ok"},
+        {"path": "/a/3.wav", "emotion": None, "probabilities": None, "status": "unreachable"},
     ]
-    lines = marked_lines({"/a/1.wav": "sad", "/a/2.wav": "happy"}, predictions)
+    truth = {"/a/1.wav": "sad", "/a/2.wav": "happy", "/a/3.wav": "calm"}
+    lines = prediction_lines(truth, predictions)
     assert lines[1].split() == ["right", "sad", "sad", "75%", "1.wav"]
     assert lines[2].split() == ["WRONG", "happy", "sad", "50%", "2.wav"]
+    assert lines[3].split() == ["WRONG", "calm", "unreachable", "3.wav"]

@@ -1,1 +1,1 @@
-"""The command line: a verb is a dataclass with its `run`."""
+"""The command line. A verb is a dataclass: its fields are the flags, and `run` does the work."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ser_ray import api
-from ser_ray.cli.verb import Outcome, Verb, say
+from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.corpus.ravdess.download import DownloadConfig
 from ser_ray.shards.config import PrepareConfig
@@ -15,12 +15,12 @@ class Download(Verb):
 
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
-    def run(self) -> Outcome:
-        """Fetch and unpack the archives."""
-        target, folders = self.download.target, api.download(self.download)
+    def run(self) -> VerbResult:
+        """Download and unpack the archives."""
+        folders = api.download(self.download)
         lines = [f"{folder} is complete" for folder in folders]
-        lines.append(f"prepare it with ser-ray prepare --corpus {target}")
-        return Outcome({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
+        lines.append(f"prepare it with ser-ray prepare --corpus {self.download.target}")
+        return VerbResult({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Prepare(Verb):
 
     prepare: PrepareConfig
 
-    def run(self) -> Outcome:
-        """Prepare the shards and list the outcomes of all files."""
+    def run(self) -> VerbResult:
+        """Prepare the shards, and count the files by outcome."""
         from ser_ray.corpus.folds import suggest_protocol
         from ser_ray.corpus.ravdess.census import compare_with_ravdess
 
@@ -53,4 +53,4 @@ class Prepare(Verb):
         }
         lines.append(f"shards       {self.prepare.shards}")
         command = next_command("train", shards=self.prepare.shards, protocol=protocol)
-        return Outcome(data, "\n".join(lines), f"train on it  {command}")
+        return VerbResult(data, "\n".join(lines), f"train on it  {command}")

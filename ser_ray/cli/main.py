@@ -1,8 +1,8 @@
 """`ser-ray <verb>`: parses the command line, runs a verb, and reports errors in one line.
 
-Every verb is a dataclass. It contains the configuration dataclasses that `ser_ray.api` takes. A
-field is a flag, and the field's docstring is the flag's help. Nothing slow is imported before a
-verb runs. `jobs/*.py` run these verbs for `ray job submit`.
+A verb is a dataclass, and its fields may be the configuration dataclasses that `ser_ray.api` takes.
+Every field becomes a flag, and the field's docstring is the flag's help. Nothing slow is imported
+before a verb runs.
 """
 
 import dataclasses
@@ -40,22 +40,21 @@ VERBS: dict[str, type[Verb]] = {
     "register": Register,
 }
 
-
 MACHINE_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
     errno.ESTALE,
 }  # fmt: skip
-"""Errors of the operating system that the machine causes, such as a full or read-only disk."""
+"""Error numbers with a cause outside this program, such as a full or read-only disk."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
-    The status is 0 for success, 2 for an error of the user or the machine, 130 for Ctrl-C, 143 for
-    SIGTERM and 129 for SIGHUP.
+    The status is 0 for success, 2 for an error that the user or the machine caused, 130 for Ctrl-C,
+    143 for SIGTERM, 129 for SIGHUP, and 1 if the reader of the output closed the pipe.
     """
     make_output_safe()
-    logger, handler = logging.getLogger("ser_ray"), Lines()
+    logger, handler = logging.getLogger("ser_ray"), LineHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end("interrupted; the same command resumes from here", 130)
     except BrokenPipeError:
-        # The reader closed the pipe. Without this, Python prints a warning when it exits.
+        # Without this, Python prints a warning about the closed pipe when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -80,22 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.removeHandler(handler)
 
 
-def _run(given: list[str]) -> int:
-    if given == ["--version"]:
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
         print(f"ser-ray {__version__}")
         return 0
-    verb = parse_verb(VERBS, given)
+    verb = parse_verb(VERBS, arguments)
     if verb.common.dry_run:
-        place = verb.place()
-        shown = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
-        print(to_json(shown | ({"trains": place} if place else {})))
+        shown: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
+        if place := verb.place():
+            shown["trains"] = place
+        print(to_json(shown))
         return 0
-    with redirect_stdout(sys.stderr):  # libraries print links and progress there
-        outcome = verb.run()
-    text = "\n".join(part for part in (outcome.text, outcome.after) if part)
-    print(to_json(outcome.data) if verb.common.json else text)
-    if outcome.problem:
-        raise SerRayError(outcome.problem)
+    with redirect_stdout(sys.stderr):  # libraries print links and progress on standard output
+        result = verb.run()
+    text = "\n".join(lines for lines in (result.text, result.next_step) if lines)
+    print(to_json(result.data) if verb.common.json else text)
+    if result.problem:
+        raise SerRayError(result.problem)
     return 0
 
 
@@ -104,8 +104,8 @@ def _end(message: str, status: int) -> int:
     return status
 
 
-class Lines(logging.Handler):
-    """Prints the package's log messages as lines, above the bar or table if there is one."""
+class LineHandler(logging.Handler):
+    """Prints the package's log messages, above the progress bar or table if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""

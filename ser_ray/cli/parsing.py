@@ -1,7 +1,7 @@
-"""Parses a command line into a verb: a field of the dataclass is a flag, its docstring the help.
+"""Parses a command line into a verb. A field becomes a flag, and its docstring the flag's help.
 
 tyro's own rule for dataclasses keeps the line breaks of docstrings in the help, and lists inherited
-fields first. The rule here joins the lines, and lists the verb's own flags first.
+fields first. The rule here joins the lines, and lists a verb's own flags first.
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ from ser_ray.errors import ConfigError
 
 V = TypeVar("V", bound=Verb)
 DESCRIPTION = """Speech emotion recognition at scale, on Ray and MLflow.
-Options of a verb: `ser-ray VERB --help`. Version: `ser-ray --version`. To complete words with the
-Tab key: `ser-ray --tyro-write-completion bash FILE` (or zsh), then `source FILE`."""
+`ser-ray VERB --help` lists the options of a verb, and `ser-ray --version` prints the version. To
+complete words with the Tab key, run `ser-ray --tyro-write-completion bash FILE` (or zsh) once, and
+`source FILE` in every shell."""
 
 
 def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Verb:
@@ -34,15 +35,16 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
     Raises:
         ConfigError: there is no such verb.
-        SystemExit: help was requested, or a flag cannot be parsed. tyro has printed the text.
+        SystemExit: help was requested, or a flag cannot be parsed. tyro has printed the help or the
+            error.
     """
-    name, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    name, *flags = arguments or ["--help"]
     if name in verbs:
         return _parse(verbs[name], flags, f"ser-ray {name}").resolved(flags)
     if not name.startswith("-"):
-        near = difflib.get_close_matches(name, verbs, n=1) or ["--help"]
-        hint = "lists the verbs" if near == ["--help"] else "is the most similar verb"
-        raise ConfigError(f"there is no verb {name!r}: ser-ray {near[0]} {hint}")
+        similar = difflib.get_close_matches(name, verbs, n=1)
+        hint = f"{similar[0]} is the most similar verb" if similar else "--help lists the verbs"
+        raise ConfigError(f"there is no verb {name!r}: ser-ray {hint}")
     verb: Verb = tyro.extras.subcommand_cli_from_dict(
         dict(verbs),
         args=[name, *flags],
@@ -54,19 +56,23 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
 
 def parse_over(flags: Sequence[str], defaults: V) -> V:
-    """Parse a verb's flags with other defaults. Flags win, even with a usual default."""
+    """Parse a verb's flags with other defaults.
+
+    A flag replaces a default even if its value is the one that the verb usually has.
+    """
     return _parse(type(defaults), flags, "ser-ray", defaults)
 
 
 def _parse(verb: type[V], flags: Sequence[str], prog: str, defaults: V | None = None) -> V:
-    # Other defaults may turn a switch on or off, so both --flag and --no-flag are needed.
-    pairs = () if defaults is not None else (tyro.conf.FlagCreatePairsOff,)
+    config = [tyro.conf.OmitArgPrefixes]
+    if defaults is None:  # other defaults turn a switch on or off, and need --flag and --no-flag
+        config.append(tyro.conf.FlagCreatePairsOff)
     return tyro.cli(
         verb,
         args=flags,
         prog=prog,
         default=MISSING_NONPROP if defaults is None else defaults,
-        config=(tyro.conf.OmitArgPrefixes, *pairs),
+        config=config,
         registry=_registry(),
     )
 
@@ -81,26 +87,26 @@ def _registry() -> ConstructorRegistry:
 def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     kind = info.type
     if not dataclasses.is_dataclass(kind) or not kind.__module__.startswith("ser_ray."):
-        return None  # such as tyro's dataclass of all verbs
-    texts = {
+        return None  # tyro's own dataclass of all verbs
+    help_texts = {
         item.arg_name: " ".join((item.description or "").split())
         for base in reversed(kind.__mro__[:-1])
         for item in parse_from_object(base).params
     }
     hints = get_type_hints(kind, include_extras=True)
-    own = kind.__annotations__
 
-    def rank(field: dataclasses.Field[Any]) -> tuple[bool, bool, bool]:
-        is_group = dataclasses.is_dataclass(hints[field.name])
-        return hints[field.name] is Common, is_group, field.name not in own
+    def position(field: dataclasses.Field[Any]) -> tuple[bool, bool, bool]:
+        hint = hints[field.name]
+        is_inherited = field.name not in kind.__annotations__
+        return hint is Common, dataclasses.is_dataclass(hint), is_inherited
 
     fields = []
-    for field in sorted(dataclasses.fields(kind), key=rank):
+    for field in sorted(dataclasses.fields(kind), key=position):
         default, hint = _default_of(field, info.default), hints[field.name]
         if default is None or default in ("", ()) or isinstance(default, bool):
-            # The docstring explains these defaults.
+            # These defaults are not shown, because the docstring explains them.
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
-        fields.append(StructFieldSpec(field.name, hint, default, texts.get(field.name, "")))
+        fields.append(StructFieldSpec(field.name, hint, default, help_texts.get(field.name, "")))
     return StructConstructorSpec(kind, tuple(fields))
 
 

@@ -1,4 +1,4 @@
-"""The verb that runs all steps: prepare, train, evaluate, predict."""
+"""The verb pipeline, which runs the verbs prepare, train, evaluate and predict in order."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Predict
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import Outcome, TableVerb, say
+from ser_ray.cli.verb import TableVerb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig
@@ -20,7 +20,7 @@ from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
-"""Folder of the synthetic corpus, the default corpus."""
+"""Folder of the synthetic corpus, which is the default corpus."""
 SYNTHETIC_RECIPE = TrainConfig(
     weights="none",
     validation_speakers=4,
@@ -29,8 +29,9 @@ SYNTHETIC_RECIPE = TrainConfig(
     batch_size=16,
     augment=AugmentConfig(noise=0.0, echo=0.0, band_limit=0.0),
 )
-"""The default recipe for the synthetic corpus, which is too small for noise augmentation."""
+"""Default recipe for the synthetic corpus, which is too small for noise, echo and band limits."""
 SHOWN_PREDICTIONS = 8
+"""Largest number of test clips that are predicted and printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class Pipeline(TableVerb):
     """Run every step in order: prepare, train, evaluate, predict."""
 
     corpus: str = ""
-    """RAVDESS folder or URI, or a table of your own recordings. By default a small synthetic corpus
-    is made, and a short recipe without pretrained weights is trained on it."""
+    """Folder or URI of RAVDESS, or a table of your own recordings. By default, a small synthetic
+    corpus is made, and a short recipe without pretrained weights is trained on it."""
     shards: str = ""
     """Folder or URI to write the shards to. The default is `ser-ray-out/shards`, or
     `ser-ray-out/synthetic-shards` for the synthetic corpus."""
@@ -48,7 +49,7 @@ class Pipeline(TableVerb):
     run_config: RunConfig = field(default_factory=RunConfig)
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in the folder of the shards and, by default, the synthetic corpus and its recipe."""
+        """Fill in the folder of the shards and, if there is no corpus, the synthetic one."""
         if self.corpus:
             return replace(self, shards=self.shards or api.SHARDS)
         verb = parse_over(flags, type(self)(recipe=SYNTHETIC_RECIPE))
@@ -58,8 +59,8 @@ class Pipeline(TableVerb):
         """Return where the training runs: on Ray or in this process."""
         return self._train().place()
 
-    def run(self) -> Outcome:
-        """Run all steps on one cluster, or only `prepare` if the training needs no Ray."""
+    def run(self) -> VerbResult:
+        """Run all steps on one Ray cluster, or only `prepare` on Ray if the training needs none."""
         import pyarrow.compute as pc
 
         from ser_ray.cluster.connect import cluster, needs_ray
@@ -71,15 +72,15 @@ class Pipeline(TableVerb):
         from ser_ray.shards.corpora import corpus_name
         from ser_ray.tracking.registry import read_weights
 
-        # Missing files are reported before anything slow starts.
+        # Wrong locations and settings are reported before anything slow starts.
         labels: tuple[str, ...] = EMOTIONS
         if self.corpus != SYNTHETIC:
             listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
             say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
             labels = listed.labels
-            opened = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
-            if opened.num_rows:
-                num_folds(self.recipe.protocol, opened)
+            to_decode = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
+            if to_decode.num_rows:
+                num_folds(self.recipe.protocol, to_decode)
             map_labels({corpus_name(self.shards): labels}, self.recipe.label_map)
         read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
         if self.corpus == SYNTHETIC:
@@ -100,14 +101,14 @@ class Pipeline(TableVerb):
             model = trained.data["checkpoint"]
             say("model", f"scoring {model} on {self.shards}")
             evaluation = api.evaluate(model, (self.shards,), audio=self.run_config.audio)
-            evaluated = Outcome(evaluation.to_dict(), str(evaluation))
+            evaluated = VerbResult(evaluation.to_dict(), str(evaluation))
             steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
             lines = [""]
-            if truth := some_files(evaluation):  # a corpus may have segments only
+            if truth := choose_files(evaluation):  # empty if all clips are segments of files
                 predicted = steps["predict"] = Predict(files=tuple(truth), model=model).run()
-                lines += [*marked_lines(truth, predicted.data["predictions"]), ""]
+                lines += [*prediction_lines(truth, predicted.data["predictions"]), ""]
         lines += [f"shards       {self.shards}", trained.text, f"test         {evaluated.text}"]
-        return Outcome(
+        return VerbResult(
             {name: step.data for name, step in steps.items()},
             "\n".join(lines),
             f"try it       {next_command('demo-ui', model)}",
@@ -123,8 +124,8 @@ class Pipeline(TableVerb):
         )
 
 
-def some_files(evaluation: "api.Evaluation") -> dict[str, str]:
-    """Select a few of the clips that are complete files, at equal distances: {path: emotion}."""
+def choose_files(evaluation: "api.Evaluation") -> dict[str, str]:
+    """Choose up to `SHOWN_PREDICTIONS` test clips that are complete files: {path: true emotion}."""
     from ser_ray.storage.packed import ROW
 
     clips = evaluation.predictions.select(["path", "emotion", "start"]).to_pylist()
@@ -133,17 +134,19 @@ def some_files(evaluation: "api.Evaluation") -> dict[str, str]:
     return {clip["path"]: clip["emotion"] for clip in shown}
 
 
-def marked_lines(truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write a line for each test clip: whether the prediction is right, both emotions, the file.
+def prediction_lines(
+    truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Write a heading, and a line for each clip with its true and its predicted emotion.
 
     Args:
-        truth: true emotion of every clip, by its path.
-        predictions: `path`, `emotion` and `probabilities` of every clip.
+        truth: {path: true emotion}.
+        predictions: `path`, `status`, `emotion` and `probabilities` of every clip.
     """
     lines = ["test clips   true       predicted"]
-    for found in predictions:
-        emotion, named = truth[found["path"]], found["emotion"]
-        mark = "right" if named == emotion else "WRONG"
-        share = f"{found['probabilities'][named]:4.0%}" if named else found["status"]
-        lines.append(f"  {mark}      {emotion:9}  {named:9} {share}  {Path(found['path']).name}")
+    for prediction in predictions:
+        path, emotion = prediction["path"], prediction["emotion"] or ""
+        mark = "right" if emotion == truth[path] else "WRONG"
+        detail = f"{prediction['probabilities'][emotion]:4.0%}" if emotion else prediction["status"]
+        lines.append(f"  {mark}      {truth[path]:9}  {emotion:9} {detail}  {Path(path).name}")
     return lines

@@ -1,7 +1,7 @@
 """Handles signals that stop a verb, and characters that a terminal cannot show.
 
-SIGTERM and SIGHUP raise `Stopped`. It is a KeyboardInterrupt, so the same code cleans up as after
-Ctrl-C: MLflow's run becomes KILLED, and Ray stops.
+SIGTERM and SIGHUP raise `Stopped`. `Stopped` is a KeyboardInterrupt, so the cleanup is the same as
+after Ctrl-C: the MLflow run gets the status KILLED, and Ray stops.
 """
 
 import codecs
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.1
-"""Pause before a signal is sent again whose error was dropped."""
+"""Pause before a signal is sent again because the `Stopped` that it raised was lost."""
 ASCII = {"–": "-", "±": "+-", "█": "#", "…": "..."}
-"""Characters of our output, and their replacements if the terminal cannot show them."""
+"""Characters of the output, and their replacements if the terminal cannot show them."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,10 +34,10 @@ class Stopped(KeyboardInterrupt):
 def stopped_by_signals() -> Iterator[None]:
     """Raise `Stopped` in the block when SIGTERM or SIGHUP arrives.
 
-    An ignored signal, such as SIGHUP under nohup, is still ignored. While `Stopped` passes through
-    the block, a second signal does not interrupt the cleanup. Python ignores every error in a
-    finalizer, and so do libraries in some of their C code. If `Stopped` is lost there, the signal
-    is sent again.
+    A signal that is already ignored, such as SIGHUP under nohup, is still ignored. While `Stopped`
+    is being handled, a second signal does not interrupt the cleanup. Python drops every error that
+    is raised in a finalizer, and so do some libraries in their C code. If `Stopped` is lost in this
+    way, the signal is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,28 +49,30 @@ def stopped_by_signals() -> Iterator[None]:
             return
         if number == signal.SIGHUP:
             _leave_terminal()
-        raise watched(Stopped(number))
+        raise resent_if_lost(Stopped(number), number)
 
-    def watched(error: Stopped) -> Stopped:
-        again = threading.Timer(RETRY_SECONDS, send, [error.status - 128])
-        again.daemon = True
-        raised[:] = [weakref.ref(error, lambda _: again.start() if is_active else None)]
+    def resent_if_lost(error: Stopped, number: int) -> Stopped:
+        """Send the signal again if the error is deleted before the block ends."""
+        timer = threading.Timer(RETRY_SECONDS, send, [number])
+        timer.daemon = True
+        raised[:] = [weakref.ref(error, lambda _: timer.start() if is_active else None)]
         return error
 
     def send(number: int) -> None:
         if signal.getsignal(number) is stop:
             os.kill(os.getpid(), number)
 
-    taken = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
+    handled = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, stop)
     hook, is_active = sys.unraisablehook, True
+    # Do not print a `Stopped` that is lost in a finalizer, because its signal is sent again.
     sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else hook(lost)
     try:
         yield
     finally:
         is_active, sys.unraisablehook = False, hook
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -78,15 +80,15 @@ def _leave_terminal() -> None:
     """Discard further output to the terminal, because writing to a closed terminal fails."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, descriptor)
+            os.close(null_device)
 
 
 def make_output_safe() -> None:
-    """Let standard output and error replace characters that their encoding lacks.
+    """Replace characters that the encoding of standard output or standard error lacks.
 
-    A locale or PYTHONIOENCODING may allow only ASCII, and a file's name may be invalid UTF-8.
+    The locale or PYTHONIOENCODING may allow only ASCII, and a file name may be invalid UTF-8.
     """
     codecs.register_error("readable", _replace)
     for stream in (sys.stdout, sys.stderr):

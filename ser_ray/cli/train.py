@@ -1,4 +1,4 @@
-"""Verbs that train: train, lr-range, tune and crossval."""
+"""The verbs that train: train, lr-range, tune and crossval."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,17 +7,17 @@ from typing import Any, Self
 
 from ser_ray import api
 from ser_ray.cli.parsing import parse_over
-from ser_ray.cli.verb import Outcome, Verb, say
+from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import flags_of, next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import KINDS
 from ser_ray.search.config import CrossvalConfig, SlotConfig, TuneConfig
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 
-NAMED = (
+DESCRIBED = (
     "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",
 )  # fmt: skip
-"""Fields of the recipe that `say_training` prints in sentences, not as flags."""
+"""Fields of the recipe that `say_training` prints as text. It prints other fields as flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +25,31 @@ class TrainingVerb(Verb):
     """Flags of every verb that trains."""
 
     shards: tuple[str, ...] = (api.SHARDS,)
-    """Folder or URI of the shard set that `prepare` wrote. Several shard sets are several corpora,
-    and one model is trained on all of them."""
+    """Folder or URI of the shard set that `prepare` wrote. If there are several, one model is
+    trained on all of them together."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], TrainConfig, RunConfig]:
-        """The first arguments of every function of `ser_ray.api` that trains."""
+        """The first three arguments of every function of `ser_ray.api` that trains."""
         return self.shards, self.recipe, self.run_config
 
     def place(self) -> str:
-        """Return where the trainings run: on Ray."""
+        """Return on which Ray cluster the trainings run."""
         from ser_ray.cluster.connect import place_of_ray
 
         return place_of_ray(self.common.address)
 
-    def outcome(self, result: "api.TrainResult") -> Outcome:
-        """Return the outcome of a finished training."""
+    def training_result(self, result: "api.TrainResult") -> VerbResult:
+        """Return what the verb prints about a finished training."""
         if "val/ua" in result.selected:
             command = next_command("evaluate", result.checkpoint, shards=self.shards)
-            advice = f"test it      {command}"
+            next_step = f"test it      {command}"
         else:
             uri = self.run_config.tracking_uri
             command = next_command("register", result.run_id, tracking_uri=uri)
-            advice = f"register it  {command}"
+            next_step = f"register it  {command}"
         data = {
             "name": result.name,
             "checkpoint": result.checkpoint,
@@ -58,16 +58,16 @@ class TrainingVerb(Verb):
             "selected": result.selected,
             "history": result.history,
         }
-        return _run_outcome(result, data, advice, result.undelivered)
+        return _run_result(result, data, next_step, result.undelivered)
 
 
-def _run_outcome(
+def _run_result(
     result: "api.TrainResult | api.LrRangeResult | api.TuneResult | api.CrossvalResult",
     data: dict[str, Any],
-    after: str,
+    next_step: str,
     problem: str = "",
-) -> Outcome:
-    """Return the outcome of a verb with an MLflow run, and say where the run is."""
+) -> VerbResult:
+    """Return what a verb with an MLflow run prints, with links to the run."""
     from ser_ray.tracking.views import links
 
     run, all_runs, command = links(result.tracking_uri, result.run_id)
@@ -75,7 +75,7 @@ def _run_outcome(
     if command:
         lines.append(f"served by    {command}")
     shared = {name: getattr(result, name) for name in ("run_id", "tracking_uri", "report")}
-    return Outcome(shared | data, "\n".join(lines), after, problem)
+    return VerbResult(shared | data, "\n".join(lines), next_step, problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +83,31 @@ class Train(TrainingVerb):
     """Train one fold; the same command resumes an interrupted training."""
 
     like: str = ""
-    """Train the recipe of this MLflow run: a training, a search, a cross-validation or a trial.
-    Other flags replace settings of that recipe."""
+    """Id of an MLflow run whose recipe is trained again: a training, a search, a cross-validation
+    or a trial. Other flags replace settings of that recipe."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
-        """Fill in the recipe of the run that --like names."""
+        """Fill in the recipe of the run `like`, and a name for the new run."""
         if not self.like:
             return self
         from ser_ray.tracking.registry import name_like
 
-        theirs = api.recipe_like(self.like, self.run_config.tracking_uri)
-        verb = parse_over(flags, type(self)(recipe=theirs))
-        changed = verb.recipe.fingerprint if verb.recipe != theirs else ""
+        recipe = api.recipe_like(self.like, self.run_config.tracking_uri)
+        verb = parse_over(flags, type(self)(recipe=recipe))
+        changed = verb.recipe.fingerprint if verb.recipe != recipe else ""
         name = self.run_config.name or name_like(self.like, changed)
         return replace(verb, run_config=replace(self.run_config, name=name))
 
     def place(self) -> str:
-        """Return where the training runs: on Ray or in this process."""
+        """Return whether the training runs on Ray or in this process."""
         from ser_ray.cluster.connect import place_of_training
 
         return place_of_training(self.common.address, self.run_config.worker_range[1])
 
-    def run(self) -> Outcome:
+    def run(self) -> VerbResult:
         """Train, and report the checkpoint."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
-        return self.outcome(api.train(*self.inputs, address=self.common.address))
+        return self.training_result(api.train(*self.inputs, address=self.common.address))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +117,13 @@ class LrRange(TrainingVerb):
     test: LrRangeConfig = field(default_factory=LrRangeConfig)
 
     def place(self) -> str:
-        """Return where the test runs: on Ray or in this process."""
+        """Return whether the test runs on Ray or in this process."""
         from ser_ray.cluster.connect import place_of_training
 
         return place_of_training(self.common.address, 1)
 
-    def run(self) -> Outcome:
-        """Run the test, and report the command that trains with its bounds."""
+    def run(self) -> VerbResult:
+        """Run the test, and report the command that trains with the proposed bounds."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
         say("range test", f"{self.test.steps} steps, {self.test.lowest:g} to {self.test.highest:g}")
         result = api.lr_range(*self.inputs, self.test, address=self.common.address)
@@ -135,7 +135,7 @@ class LrRange(TrainingVerb):
             run_config=replace(self.run_config, name=""),
             address=self.common.address,
         )
-        return _run_outcome(result, asdict(result.found), f"train with   {command}")
+        return _run_result(result, asdict(result.found), f"train with   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +145,14 @@ class Tune(TrainingVerb):
     search: TuneConfig = field(default_factory=TuneConfig)
     slots: SlotConfig = field(default_factory=SlotConfig)
 
-    def run(self) -> Outcome:
-        """Search, and with --refit train the best recipe again."""
+    def run(self) -> VerbResult:
+        """Search, and train the best recipe again if `refit` is set."""
         say_training(self.shards, self.recipe, [self.recipe.fold])
         search = self.search
         trials = "all points" if search.searcher == "grid" else f"{search.trials} trials"
         say("search", f"{trials}, searcher {search.searcher}, scheduler {search.scheduler}")
-        for item in search.dimensions:
-            say("", f"{item.name}: {item}")
+        for dimension in search.dimensions:
+            say("", f"{dimension.name}: {dimension}")
         result = api.tune(*self.inputs, search, self.slots, address=self.common.address)
         best = result.best
         data = {
@@ -165,23 +165,24 @@ class Tune(TrainingVerb):
                 "recipe": best.recipe.to_dict(),
             },
         }
-        found = _run_outcome(result, data, f"train it     {result.again}")
+        searched = _run_result(result, data, f"train it     {result.again}")
         if not search.refit:
-            return found
-        again = api.refit(result, self.shards, self.run_config, address=self.common.address)
-        fitted = self.outcome(again)
-        data, text = found.data | {"refit": fitted.data}, f"{found.text}\n{fitted.text}"
-        return replace(fitted, data=data, text=text)
+            return searched
+        refitted = self.training_result(
+            api.refit(result, self.shards, self.run_config, address=self.common.address)
+        )
+        data, text = searched.data | {"refit": refitted.data}, f"{searched.text}\n{refitted.text}"
+        return replace(refitted, data=data, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crossval(TrainingVerb):
-    """Train and test every fold of a protocol; the same command resumes an interrupted run."""
+    """Train and score every fold of a protocol; the same command resumes an interrupted run."""
 
     crossval: CrossvalConfig = field(default_factory=CrossvalConfig)
     slots: SlotConfig = field(default_factory=SlotConfig)
 
-    def run(self) -> Outcome:
+    def run(self) -> VerbResult:
         """Train the folds, and report the pooled scores."""
         from ser_ray.corpus.folds import num_folds
 
@@ -196,7 +197,7 @@ class Crossval(TrainingVerb):
         if config.part == "test":
             uri = self.run_config.tracking_uri
             command = next_command("register", result.run_id, tracking_uri=uri)
-            after = f"register it  {command}"
+            next_step = f"register it  {command}"
         else:
             command = next_command(
                 "crossval",
@@ -207,12 +208,12 @@ class Crossval(TrainingVerb):
                 run_config=replace(self.run_config, name=""),
                 address=self.common.address,
             )
-            after = f"test it      {command}"
-        return _run_outcome(result, {"name": result.name} | result.to_dict(), after)
+            next_step = f"test it      {command}"
+        return _run_result(result, {"name": result.name} | result.to_dict(), next_step)
 
 
 def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[int]) -> None:
-    """Print the shards, the clips and speakers of each part of these folds, and the recipe.
+    """Print the shards, the size of every part of these folds, and the recipe.
 
     Raises:
         ShardsError: there is no shard set.
@@ -231,12 +232,12 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
         say("", str(corpus))
     splits = [select_rows(clips, replace(recipe, fold=fold)) for fold in folds]
     say("protocol", splits[0].label if len(folds) == 1 else f"{recipe.protocol}, every fold has")
-    for name in ("train", "validation", "test"):
-        num_clips = _range(len(getattr(split, name)) for split in splits)
-        num_speakers = _range(len(getattr(split, f"{name}_speakers")) for split in splits)
-        say(name, f"{num_clips} clips, {num_speakers} speakers")
-    steps = _range(max(len(split.train) // recipe.batch_size, 1) for split in splits)
-    changed = "".join(f" {word}" for word in flags_of(recipe, without=NAMED))
+    for part in ("train", "validation", "test"):
+        num_clips = _format_range(len(getattr(split, part)) for split in splits)
+        num_speakers = _format_range(len(getattr(split, f"{part}_speakers")) for split in splits)
+        say(part, f"{num_clips} clips, {num_speakers} speakers")
+    steps = _format_range(max(len(split.train) // recipe.batch_size, 1) for split in splits)
+    changed = "".join(f" {word}" for word in flags_of(recipe, without=DESCRIBED))
     say(
         "recipe",
         f"{recipe.feature}, {recipe.epochs} epochs, {steps} steps of {recipe.batch_size} clips "
@@ -246,6 +247,7 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
     say("", f"initial weights {weights}, seed {recipe.seed}{changed}")
 
 
-def _range(numbers: Iterable[int]) -> str:
-    found = sorted(numbers)
-    return f"{found[0]}" if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+def _format_range(numbers: Iterable[int]) -> str:
+    ordered = sorted(numbers)
+    lowest, highest = ordered[0], ordered[-1]
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"

@@ -9,17 +9,17 @@ from ser_ray.progress import stderr_console
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of a verb, for programs and for people."""
+class VerbResult:
+    """What a verb prints when it ends."""
 
     data: dict[str, Any]
-    """The result for programs (`--json`)."""
+    """The result as `--json` prints it."""
     text: str
-    """The result for people."""
-    after: str = ""
-    """Lines for people below the result, such as the next command and its purpose."""
+    """The result as it is printed without `--json`."""
+    next_step: str = ""
+    """Lines that are printed below `text`, such as the next command and its purpose."""
     problem: str = ""
-    """Why the verb failed although there is a result."""
+    """Why the verb failed although it has a result, such as files that could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,18 +27,18 @@ class Common:
     """Options of every verb."""
 
     address: str = ""
-    """Ray cluster to join; `local` starts a cluster on this machine. The default is the cluster of
-    RAY_ADDRESS or of the Ray job. Without these, this machine does the work, and starts Ray only if
-    several processes work."""
+    """Address of the Ray cluster to join; `local` starts a cluster on this machine. The default is
+    the cluster of the variable RAY_ADDRESS or of the Ray job. If there is neither, the work is done
+    on this machine, and Ray is started only if the work needs several processes."""
     json: bool = False
-    """Print the result as JSON on standard output; progress stays on standard error."""
+    """Print the result as JSON on standard output. Progress is still printed on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration and the place of a training, then stop."""
+    """Print the resolved configuration, and where a training would run, then stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """A verb; its flags are its fields."""
+    """A verb of the command line; its fields are its flags."""
 
     common: Common = field(default_factory=Common)
 
@@ -46,19 +46,19 @@ class Verb:
         """Fill in settings that depend on other settings.
 
         Args:
-            flags: the command line after the verb's name.
+            flags: the words of the command line after the verb's name.
         """
         return self
 
     def place(self) -> str:
-        """Return where a training of this verb runs; empty if there is no training."""
+        """Return where this verb would train, in words; empty if it does not train."""
         return ""
 
-    def run(self) -> Outcome:
+    def run(self) -> VerbResult:
         """Do the work.
 
         Raises:
-            SerRayError: the verb failed; the message is for the user.
+            SerRayError: the verb failed, and the message gives the reason.
         """
         raise NotImplementedError
 
@@ -68,10 +68,11 @@ class TableVerb(Verb):
     """Flags of every verb that may read a table."""
 
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
-    turns this off."""
+    """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
+    words, only an empty cell is a missing value."""
     columns: tuple[str, ...] = ()
-    """Names of columns in a table, as in label=emotion speaker=spk."""
+    """Names of columns in a table that differ from the usual ones, as in label=emotion
+    speaker=spk."""
 
 
 def say(name: str, text: str) -> None:

@@ -12,7 +12,7 @@ from ser_ray import api
 from ser_ray.cli.main import VERBS, main
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import Outcome
+from ser_ray.cli.verb import VerbResult
 from ser_ray.tracking import registry
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.version import __version__
@@ -201,7 +201,7 @@ def test_a_run_is_named_after_its_origin_alone_only_if_the_recipe_is_equal(capsy
         ("train --label-smoothing 1", "label_smoothing is 1.0: it must be in [0, 1)"),
         ("train --shards nowhere", "nowhere"),
         ("evaluate nowhere", "nowhere: no checkpoint here"),
-        ("predict --model nowhere", "no files: name files, folders or patterns"),
+        ("predict --model nowhere", "no files given: give files, folders or patterns"),
         ("predict nowhere.wav --model nowhere", "nowhere.wav: no such file or folder"),
         ("prepare --corpus nowhere --shards out", "nowhere"),
         ("prepare --corpus= --shards out", "corpus is empty: it must be a folder or URI"),
@@ -327,10 +327,10 @@ def test_a_corpus_is_listed_once_for_a_model_that_scores_it(in_tmp, monkeypatch,
 
 
 def test_what_the_package_logs_is_printed_while_a_verb_runs(capsys, monkeypatch):
-    def run(verb: object) -> Outcome:
+    def run(verb: object) -> VerbResult:
         logging.getLogger("ser_ray.anything").info("starting [bold]Ray[/bold]")
         logging.getLogger("ser_ray.anything").warning("no room")
-        return Outcome({"done": True}, "done")
+        return VerbResult({"done": True}, "done")
 
     monkeypatch.setattr(Train, "run", run)
     assert main(["train", "--json"]) == 0

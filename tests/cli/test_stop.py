@@ -12,15 +12,15 @@ import pytest
 from ser_ray.cli import main as main_module
 from ser_ray.cli.main import main
 from ser_ray.cli.stop import make_output_safe
-from ser_ray.cli.verb import Outcome
+from ser_ray.cli.verb import VerbResult
 from tests.processes import wait_for
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Outcome]], int]:
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], VerbResult]], int]:
     """Run a function as the verb `export` would be run; returns the exit status."""
 
-    def run(work: Callable[[], Outcome]) -> int:
+    def run(work: Callable[[], VerbResult]) -> int:
         monkeypatch.setattr(main_module.Export, "run", lambda self: work())
         return main(["export", "model"])
 
@@ -42,7 +42,7 @@ def _default_signals() -> Any:
 def test_a_signal_lets_a_verb_clean_up_and_says_one_line(verb, capfd, number, status):
     cleaned = []
 
-    def work() -> Outcome:
+    def work() -> VerbResult:
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    def work() -> Outcome:
+    def work() -> VerbResult:
         Finalized()
         wait_for("the signal", lambda: False)
         raise AssertionError("unreachable")
@@ -77,9 +77,9 @@ def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
 def test_a_signal_that_is_ignored_stays_ignored(verb):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 
-    def work() -> Outcome:
+    def work() -> VerbResult:
         signal.raise_signal(signal.SIGHUP)
-        return Outcome({}, "done")
+        return VerbResult({}, "done")
 
     assert verb(work) == 0
 
@@ -92,7 +92,7 @@ def test_a_closed_terminal_does_not_prevent_the_cleanup(verb):
             os.dup2(terminal, descriptor)
         os.close(terminal)
 
-        def work() -> Outcome:
+        def work() -> VerbResult:
             os.close(leader)
             with pytest.raises(OSError, match="Input/output error"):
                 os.write(2, b"progress")
@@ -118,7 +118,7 @@ def test_output_is_readable_in_ascii(monkeypatch):
 
 
 def test_a_full_disk_is_one_line(verb, capsys):
-    def work() -> Outcome:
+    def work() -> VerbResult:
         with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
             full.write("model")
         raise AssertionError("there was room")
@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_line(verb, capsys):
 
 
 def test_another_error_of_the_system_keeps_its_traceback(verb):
-    def work() -> Outcome:
+    def work() -> VerbResult:
         raise FileNotFoundError("our own bug")
 
     with pytest.raises(FileNotFoundError):

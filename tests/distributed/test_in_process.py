@@ -161,9 +161,9 @@ def test_a_model_of_all_speakers_is_registered_without_scores(in_tmp, small_netw
     assert result.card.split["train_speakers"] == sorted({"01", "02", "03", "04", "05", "06"})
     assert len(rows) == recipe.epochs
     assert not any(name.startswith("val/") for name in rows[0])
-    printed = Train(shards=(shards,)).outcome(result)
+    printed = Train(shards=(shards,)).training_result(result)
     assert "all speakers, no validation or test part" in printed.text
-    assert f"ser-ray register {result.run_id}" in printed.after
+    assert f"ser-ray register {result.run_id}" in printed.next_step
     with pytest.raises(ConfigError, match="all has no test part"):
         evaluate(Path(result.checkpoint), shards)
     _, card = register(result.run_id, "shipped", "champion", result.tracking_uri)

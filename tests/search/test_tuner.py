@@ -546,7 +546,7 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     assert "UA 50.0%, WA 60.0% in epoch 3 (validation, speaker-3, table)" in outcome.text
     assert "s3://b/runs/search/report.html?region=x" in outcome.text
     if not refit:
-        assert outcome.after == "train it     ser-ray x"
+        assert outcome.next_step == "train it     ser-ray x"
         assert not trained
         return
     assert "checkpoint   s3://b/runs/like/selected" in outcome.text
