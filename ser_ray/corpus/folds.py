@@ -1,4 +1,4 @@
-"""Protocols: the named lists of folds, and the speakers that each fold tests.
+"""Protocols: how many folds each has, and which speakers each fold tests.
 
 Sources: the six folds of EmoBox (https://github.com/emo-box/EmoBox) and the five of Luna-Jimenez
 (https://github.com/cristinalunaj/MMEmotionRecognition). Both define test actors, but no validation
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ser_ray.corpus.words import SIDES, shorten
+from ser_ray.corpus.words import PARTS, shorten
 from ser_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 CROSS_CORPUS = "cross-corpus"
 ALL = "all"
-"""The protocol of a final model. Its recipe is chosen under another protocol."""
+"""The protocol that trains a final model. Its recipe is chosen under another protocol."""
 PROTOCOLS = {
     "emobox-6": "the six folds of EmoBox over RAVDESS's 24 actors",
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
     "loso": "leave one speaker out: as many folds as speakers",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
-    "table": "the sides or folds in the column `split` of the corpus's table",
+    "table": "the parts or folds in the column `split` of the corpus's table",
     CROSS_CORPUS: "each of several corpora is tested in turn, and the others train",
     "random": "five folds by take, all speakers in each part: SPEAKER-DEPENDENT, for comparison",
     ALL: "no folds: every speaker trains the model, which has no validation or test scores",
@@ -34,7 +34,7 @@ PROTOCOLS = {
 """The names that `--protocol` accepts, and their meaning."""
 
 DEPENDENCE = {True: "SPEAKER-DEPENDENT", False: "speaker-independent"}
-"""The words in captions, by whether training includes the tested speakers."""
+"""What captions say, by `Split.speaker_dependent`."""
 _NAMED_FOLDS = {
     "emobox-6": (
         ("01", "11", "20", "21"),
@@ -53,13 +53,17 @@ _NAMED_FOLDS = {
     ),
 }
 RANDOM_FOLDS = 5
-"""Each fold of `random` tests a fifth of the takes."""
-SHOWN = 8
+"""The number of folds of `random`, each of which tests one fifth of the takes."""
+NAMES_SHOWN = 8
 """Largest number of names in a message."""
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
-    """Count the folds of a protocol; `clips` has the columns that `splits.split` needs.
+    """Count the folds of a protocol.
+
+    Args:
+        protocol: a name of `PROTOCOLS`.
+        clips: one row per clip, as in `splits.split`.
 
     Raises:
         ConfigError: the protocol is unknown, or does not fit these clips.
@@ -68,17 +72,20 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 
 def suggest_protocol(clips: "pa.Table") -> str:
-    """Return a protocol that fits a custom corpus: its column `split`, or folds over speakers."""
-    with suppress(ConfigError):  # the column is empty, or a speaker is in two parts
+    """Return a protocol that fits a custom corpus: `table` if it can be used, or else `speaker-K`.
+
+    With fewer than three speakers, the result is `random`.
+    """
+    with suppress(ConfigError):  # the column `split` is empty, or has a speaker in two parts
         if len(table_parts(clips)) > 1 and all(list_folds("table", {}, clips)):
             return "table"
-    return alternative(len(set(clips["speaker"].to_pylist())))
+    return fallback_protocol(len(set(clips["speaker"].to_pylist())))
 
 
 def speaker_strata(clips: "pa.Table") -> dict[str, str]:
-    """Return the stratum of every speaker, which is the corpus and the sex.
+    """Return the stratum of every speaker: corpus and sex.
 
-    Folds and validation sides are stratified by it.
+    Folds and validation parts get speakers of every stratum, as equally as possible.
     """
     corpora = clips["corpus"].to_pylist() if "corpus" in clips.column_names else [""] * len(clips)
     columns = clips["speaker"].to_pylist(), corpora, clips["sex"].to_pylist()
@@ -90,14 +97,14 @@ def list_folds(
 ) -> list[tuple[str, ...]]:
     """Return the test speakers of every fold.
 
-    A fold of `random` has none here, because it tests randomly drawn takes. The fold of `all` has
-    none, because it tests nothing.
+    The folds of `random` have no test speakers, because they test takes of all speakers. The fold
+    of `all` has none, because it tests nothing.
     """
     if protocol == ALL:
         return [()]
     if protocol == "table":
         parts = table_parts(clips)
-        if set(parts) <= set(SIDES.values()):
+        if set(parts) <= set(PARTS.values()):
             return [parts.get("test", ())]
         return [speakers for part, speakers in parts.items() if part != "train"]
     if protocol == "random":
@@ -108,29 +115,28 @@ def list_folds(
         return [(speaker,) for speaker in sorted(strata)]
     if protocol in _NAMED_FOLDS:
         folds = _NAMED_FOLDS[protocol]
-        if strangers := sorted(set(strata) - set(itertools.chain(*folds))):
+        if others := sorted(set(strata) - set(itertools.chain(*folds))):
             raise ConfigError(
                 f"{protocol} is defined for RAVDESS's actors 01 to 24, and this corpus has "
-                f"{shorten(strangers, SHOWN)}: use {alternative(len(strata))}"
+                f"{shorten(others, NAMES_SHOWN)}: use {fallback_protocol(len(strata))}"
             )
         return list(folds)
     return _speaker_folds(protocol, strata)
 
 
 def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
-    """Return the speakers of each side or fold that the column `split` names.
+    """Return the speakers of each part or fold that the column `split` names.
 
     Raises:
         ConfigError: there is no such column, or a speaker is in two parts.
     """
     if "corpus" in clips.column_names:
-        corpora, parts = clips["corpus"], clips["split"]
-        if whole := sorted(
-            {*corpora.to_pylist()} - {*corpora.filter(parts.is_valid()).to_pylist()}
-        ):
+        corpora = clips["corpus"]
+        with_split = corpora.filter(clips["split"].is_valid())
+        if without_split := sorted({*corpora.to_pylist()} - {*with_split.to_pylist()}):
             raise ConfigError(
-                f"table: the corpus {whole[0]} has no column split: choose another --protocol, or "
-                "leave it out"
+                f"table: the corpus {without_split[0]} has no column split: choose another "
+                "--protocol, or leave this corpus out"
             )
     part_of: dict[str, str] = {}
     for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
@@ -142,7 +148,7 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
             )
     if not part_of:
         raise ConfigError(
-            "table: the corpus has no column split with sides or folds: choose another --protocol"
+            "table: the corpus has no column split with parts or folds: choose another --protocol"
         )
     parts = sorted(set(part_of.values()), key=lambda part: (len(part), part))
     return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in parts}
@@ -168,14 +174,15 @@ def _speaker_folds(protocol: str, strata: Mapping[str, str]) -> list[tuple[str, 
     if count > len(strata):
         raise ConfigError(
             f"{protocol} needs {count} speakers and the corpus has {len(strata)}: use "
-            f"{alternative(len(strata))}"
+            f"{fallback_protocol(len(strata))}"
         )
-    # Every fold takes each `count`-th speaker, so it gets its share of each stratum. In a stratum,
-    # speakers are sorted by a hash, so their order does not depend on the meaning of the names.
+    # Speakers are sorted by stratum, and each fold tests every `count`-th of them, so all folds
+    # share a stratum equally. Within a stratum, speakers are sorted by a hash, because the order of
+    # their names may have a meaning.
     ordered = sorted(strata, key=lambda s: (strata[s], hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(ordered[fold::count])) for fold in range(count)]
 
 
-def alternative(num_speakers: int) -> str:
-    """Return a protocol that works with this number of speakers."""
+def fallback_protocol(num_speakers: int) -> str:
+    """Return a protocol for this number of speakers: `speaker-K`, or `random` for less than 3."""
     return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"

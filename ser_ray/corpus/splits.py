@@ -1,11 +1,11 @@
-"""Splits clips into the train, validation and test sides of a fold.
+"""Splits clips into the train, validation and test part of a fold.
 
-`split` takes a table of clips and returns the row numbers of each side. All rows of a take (the wav
-and mp4s of a performance) are on the same side, and so are all segments of a file and all rows with
-identical content. Except in `random`, all clips of a speaker are on the same side too. Models are
-selected by their scores on the validation side. The test side is used once.
+`split` takes a table of clips and returns the row numbers of each part. Rows are in the same part
+if they have the same take (the wav and mp4s of a performance), file or decoded sound. All clips of
+a speaker are in the same part too, except in `random`, and in `cross-corpus` if corpora share the
+speaker. Models are selected by their scores on the validation part. The test part is used once.
 
-The functions have no side effects, and the order of the rows does not matter.
+The result depends only on the arguments, and not on the order of the rows.
 """
 
 import itertools
@@ -21,9 +21,9 @@ from ser_ray.corpus.folds import (
     ALL,
     CROSS_CORPUS,
     DEPENDENCE,
+    NAMES_SHOWN,
     RANDOM_FOLDS,
-    SHOWN,
-    alternative,
+    fallback_protocol,
     list_folds,
     speaker_strata,
     table_parts,
@@ -35,36 +35,38 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _RANDOM_VALIDATION = 8
-"""In `random`, an eighth of the takes that are not tested are the validation side."""
+"""In `random`, one eighth of the takes outside the test part are used for validation."""
 _LEFT_OUT, _TRAIN, _VALIDATION, _TEST = -1, 0, 1, 2
-"""The sides. If the rows of a group are on several sides, only the highest side keeps its rows."""
+"""Numbers of the parts. If the rows of one group (see `_number_groups`) are in several parts, only
+the rows in the part with the highest number stay, and the others are left out."""
 
-Rows = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Split:
-    """One fold: the row numbers of the clips on each side, ascending."""
+    """One fold: the row numbers of the clips in each part, ascending."""
 
     protocol: str
     fold: int
-    train: Rows
+    train: IntArray
     """[num_train]"""
-    validation: Rows
+    validation: IntArray
     """[num_validation]. Its scores select recipes, trials and, with `keep="best"`, epochs."""
-    test: Rows
+    test: IntArray
     """[num_test]. It is used once."""
-    left_out: Rows
-    """Rows on no side, because the validation or test side has their take or content already."""
+    left_out: IntArray
+    """Rows in no part. Either another row of their group is in the validation or test part, or
+    their value in the column `split` is null and the protocol is `table`."""
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
     tested_corpus: str = ""
-    """The tested corpus, in a fold of `cross-corpus`."""
+    """The name of the tested corpus, if the protocol is `cross-corpus`."""
 
     @property
     def speaker_dependent(self) -> bool:
-        """Whether tested speakers are also trained or validated on, so scores are too high."""
+        """Whether a test speaker is in another part too; then the scores are too high."""
         shared = {*self.train_speakers, *self.validation_speakers} & {*self.test_speakers}
         return self.protocol == "random" or bool(shared)
 
@@ -86,85 +88,99 @@ def split(
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
         clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
-            `take`, `emotion` and `content` (equal for equal samples). `table` also needs `split`,
-            and several corpora need `corpus`.
+            `take`, `emotion` and `content` (a digest of the decoded sound). `table` also needs
+            `split`, and several corpora need `corpus`.
         seed: only used by `random`; the folds of every other protocol are fixed.
-        validation_speakers: number of speakers on the validation side, except in `random`. 0
+        validation_speakers: number of speakers in the validation part, except in `random`. 0
             means the default of `_choose_validation`.
 
     Raises:
-        ConfigError: the protocol is unknown, the fold is out of range, or a side is empty.
+        ConfigError: the protocol is unknown, the fold is out of range, or a part is empty.
     """
-    speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
     strata = speaker_strata(clips)
     folds = list_folds(protocol, strata, clips)
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold is {fold}: {protocol} has folds 0 to {len(folds) - 1} here")
-    groups = _groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
     tested_corpus = ""
     if protocol == CROSS_CORPUS:
         tested_corpus = sorted(set(clips["corpus"].to_pylist()))[fold]
-    if protocol == "random":
-        sides = _draw_takes(fold, groups, clips["emotion"].to_pylist(), seed)
+    groups = _number_groups(*(clips[name].to_pylist() for name in ("take", "content", "path")))
+    if protocol == ALL:
+        parts = np.full(len(clips), _TRAIN)
+    elif protocol == "random":
+        parts = _parts_at_random(fold, groups, clips["emotion"].to_pylist(), seed)
     else:
-        tests = folds[: fold + 1]
-        sides = _sides_by_speaker(protocol, tests, clips, tested_corpus, validation_speakers)
+        parts = _parts_by_speaker(
+            protocol, folds[: fold + 1], clips, strata, tested_corpus, validation_speakers
+        )
     highest = np.zeros(len(groups), np.int64)
-    np.maximum.at(highest, groups, sides)
-    sides[sides < highest[groups]] = _LEFT_OUT
-    train, validation, test, left_out = (
-        np.flatnonzero(sides == side) for side in (_TRAIN, _VALIDATION, _TEST, _LEFT_OUT)
+    np.maximum.at(highest, groups, parts)
+    parts[parts < highest[groups]] = _LEFT_OUT
+    train, validation, test = (
+        np.flatnonzero(parts == part) for part in (_TRAIN, _VALIDATION, _TEST)
     )
-    who = [tuple(np.unique(speakers[rows]).tolist()) for rows in (train, validation, test)]
-    drawn = Split(
-        protocol, fold, train, validation, test, left_out, who[0], who[1], who[2], tested_corpus
+    result = Split(
+        protocol=protocol,
+        fold=fold,
+        train=train,
+        validation=validation,
+        test=test,
+        left_out=np.flatnonzero(parts == _LEFT_OUT),
+        train_speakers=_speakers_of(clips, train),
+        validation_speakers=_speakers_of(clips, validation),
+        test_speakers=_speakers_of(clips, test),
+        tested_corpus=tested_corpus,
     )
     if protocol != ALL:
-        _check_sides(drawn, sorted(strata), folds[fold])
-    return drawn
+        _require_clips(result, sorted(strata), folds[fold])
+    return result
 
 
-def _sides_by_speaker(
+def _speakers_of(clips: "pa.Table", rows: IntArray) -> tuple[str, ...]:
+    return tuple(sorted(set(clips["speaker"].take(rows).to_pylist())))
+
+
+def _parts_by_speaker(
     protocol: str,
-    tests: Sequence[tuple[str, ...]],
+    folds: Sequence[tuple[str, ...]],
     clips: "pa.Table",
+    strata: Mapping[str, str],
     tested_corpus: str,
     num_validation: int,
-) -> Rows:
-    """Assign every row the side of its speaker, [num_rows].
+) -> IntArray:
+    """Return the part of each row, which is the part of its speaker [num_rows].
 
     Args:
-        protocol: any protocol except `random`.
-        tests: the test speakers of every fold up to this one.
+        protocol: any protocol except `random` and `all`.
+        folds: the test speakers of every fold up to this one.
         clips: as in `split`.
-        tested_corpus: the corpus that is tested, for `cross-corpus`.
+        strata: the stratum of every speaker.
+        tested_corpus: the name of the corpus to test, if the protocol is `cross-corpus`.
         num_validation: number of validation speakers; 0 means the default.
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
-    sides = np.full(len(speakers), _TRAIN)
-    if protocol == ALL:
-        return sides
-    strata = speaker_strata(clips)
-    is_tested = np.isin(speakers, tests[-1])
-    held_out: Sequence[str] = ()
-    if protocol == CROSS_CORPUS:  # corpora may share speakers
-        is_tested = np.array(clips["corpus"].to_pylist()) == tested_corpus
-        strata = {speaker: strata[speaker] for speaker in speakers[~is_tested].tolist()}
-        tests = [()]
+    is_test = np.isin(speakers, folds[-1])
+    is_used = np.full(len(speakers), True)
+    if protocol == CROSS_CORPUS:
+        is_test = np.array(clips["corpus"].to_pylist()) == tested_corpus  # may share speakers
+        candidates = {speaker: strata[speaker] for speaker in speakers[~is_test].tolist()}
+        validation = _choose_validation([()], candidates, num_validation)
     elif protocol == "table":
-        parts = table_parts(clips)
-        strata = {speaker: strata[speaker] for part in parts.values() for speaker in part}
-        held_out = parts.get("validation", ())
-    held_out = held_out or _choose_validation(tests, strata, num_validation)
-    sides[np.isin(speakers, held_out)] = _VALIDATION
-    sides[is_tested] = _TEST
-    if protocol == "table":
-        sides[clips["split"].is_null().to_numpy()] = _LEFT_OUT
-    return sides
+        is_used = clips["split"].is_valid().to_numpy()
+        candidates = {speaker: strata[speaker] for speaker in speakers[is_used].tolist()}
+        validation = list(table_parts(clips).get("validation", ()))
+        validation = validation or _choose_validation(folds, candidates, num_validation)
+    else:
+        validation = _choose_validation(folds, strata, num_validation)
+    parts = np.full(len(speakers), _TRAIN)
+    parts[np.isin(speakers, validation)] = _VALIDATION
+    parts[is_test] = _TEST
+    parts[~is_used] = _LEFT_OUT
+    return parts
 
 
-def one_clip_per_take(clips: "pa.Table") -> Rows:
-    """Select the clips that scores count: one clip per RAVDESS take, or every clip of a table.
+def one_clip_per_take(clips: "pa.Table") -> IntArray:
+    """Select the clips to train on and to score: one for each RAVDESS take, and all of a table.
 
     The wav and the mp4 of a RAVDESS take are the same recording. The wav is selected if there is
     one. Clips of a table have no `channel`. Only the first window of a clip is selected.
@@ -176,118 +192,129 @@ def one_clip_per_take(clips: "pa.Table") -> Rows:
         Row numbers, ascending, [num_takes] for RAVDESS.
     """
     selected: dict[str, tuple[bool, str, int]] = {}
-    own = []
+    table_rows = []
     names = ("path", "take", "modality", "channel", "window")
     columns = [clips[name].to_pylist() for name in names]
     for row, (path, take, modality, channel, window) in enumerate(zip(*columns, strict=True)):
         if window > 0:
             continue
         if channel is None:
-            own.append(row)
+            table_rows.append(row)
         else:
             candidate = (modality != "audio", path, row)
             selected[take] = min(candidate, selected.get(take, candidate))
-    return np.array(sorted(own + [row for _, _, row in selected.values()]), np.int64)
+    return np.array(sorted(table_rows + [row for _, _, row in selected.values()]), np.int64)
 
 
-def windows_of(windows: Rows, rows: Rows) -> tuple[Rows, Rows]:
+def windows_of(numbers: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
     """Find all windows of the given clips.
 
     Args:
-        windows: the column `window` of all rows. The windows of a clip are consecutive rows,
+        numbers: the column `window` of all rows. The windows of a clip are consecutive rows,
             numbered from 0.
-        rows: the row of each clip's first window [num_rows].
+        rows: the row of each clip's first window [num_clips].
 
     Returns:
-        The rows of the windows [num_windows], and the index in `rows` of the clip of each window.
+        The row of each window, and the index of its clip in `rows`, both [num_windows].
     """
-    firsts = np.append(np.flatnonzero(windows == 0), len(windows))
+    firsts = np.append(np.flatnonzero(numbers == 0), len(numbers))
     counts = firsts[np.searchsorted(firsts, rows) + 1] - rows
+    starts = np.cumsum(counts) - counts  # where the windows of each clip begin in the result
     owners = np.repeat(np.arange(len(rows)), counts)
-    return rows[owners] + np.arange(len(owners)) - np.searchsorted(owners, owners), owners
+    return rows[owners] + np.arange(len(owners)) - starts[owners], owners
 
 
 def _choose_validation(
-    tests: Sequence[tuple[str, ...]], strata: Mapping[str, str], wanted: int
+    folds: Sequence[tuple[str, ...]], strata: Mapping[str, str], count: int
 ) -> list[str]:
-    """Choose the validation speakers of the last fold in `tests`.
+    """Choose the validation speakers of the last fold in `folds`.
 
-    Every stratum contributes the same number of speakers. Speakers take turns over the folds. By
-    default, a twelfth of all speakers validate, but at least two speakers, and at most a third of
-    the speakers that are not tested. The others train.
+    The strata contribute as equally as possible. Over the folds, all speakers are chosen equally
+    often, as far as possible. By default, one twelfth of all speakers is held out for validation,
+    but at least two speakers, and at most a third of those outside the test part.
 
     Args:
-        tests: the test speakers of every fold up to this one.
+        folds: the test speakers of every fold up to this one.
         strata: the stratum of every speaker.
-        wanted: number of validation speakers; 0 means the default.
+        count: number of validation speakers; 0 means the default.
 
     Raises:
-        ConfigError: `wanted` leaves no speaker to train on.
+        ConfigError: `count` leaves no speaker to train on.
     """
     names = sorted(set(strata.values()))
-    turns: Counter[str] = Counter()
+    num_chosen: Counter[str] = Counter()
     selected: list[str] = []
-    for fold, test in enumerate(tests):
-        free = sorted(strata.keys() - set(test), key=lambda speaker: (turns[speaker], speaker))
-        if 0 < len(free) <= wanted:
+    for fold, test_speakers in enumerate(folds):
+        free = sorted(strata.keys() - set(test_speakers), key=lambda name: (num_chosen[name], name))
+        if 0 < len(free) <= count:
             raise ConfigError(
-                f"validation_speakers is {wanted}: {len(free)} speakers are left to train and "
+                f"validation_speakers is {count}: {len(free)} speakers are left to train and "
                 "validate on; hold out fewer"
             )
-        count = wanted or min(max(2, len(strata) // 12), max(1, len(free) // 3))
-        first = fold % len(names)  # this stratum contributes the odd speaker
+        needed = count or min(max(2, len(strata) // 12), max(1, len(free) // 3))
+        first = fold % len(names)  # this stratum contributes one more if `needed` is odd
         queues = [[s for s in free if strata[s] == name] for name in names[first:] + names[:first]]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))
-        selected = [speaker for speaker in in_turn if speaker is not None][:count]
-        turns.update(selected)
+        selected = [speaker for speaker in in_turn if speaker is not None][:needed]
+        num_chosen.update(selected)
     return selected
 
 
-def _groups(takes: Sequence[str], contents: Sequence[str | None], paths: Sequence[str]) -> Rows:
-    """Return a group number for each row; rows with the same take, content or path are a group.
+def _number_groups(
+    takes: Sequence[str], contents: Sequence[str | None], paths: Sequence[str]
+) -> IntArray:
+    """Return the group of each row [num_rows]. All rows of a group must be in the same part.
 
-    Takes that share a content or path are in one group, directly or through other takes. Groups are
-    numbered by their first take, so the order of the rows does not matter.
+    Rows with the same take, content or path are in one group, directly or through other rows.
+    Groups are numbered in the alphabetical order of their smallest take, so the numbers do not
+    depend on the order of the rows.
     """
     leader = {take: take for take in takes}
 
     def find(take: str) -> str:
         while leader[take] != take:
-            leader[take] = take = leader[leader[take]]
+            leader[take] = leader[leader[take]]
+            take = leader[take]
         return take
 
-    first: dict[tuple[str, str | None], str] = {}
+    def unite(take: str, other: str) -> None:
+        smaller, larger = sorted((find(take), find(other)))
+        leader[larger] = smaller
+
+    take_with_path: dict[str, str] = {}
+    take_with_content: dict[str, str] = {}
     for take, content, path in zip(takes, contents, paths, strict=True):
-        for shared in (("content", content), ("path", path)):
-            if shared[1] is not None:
-                one, other = sorted((find(take), find(first.setdefault(shared, take))))
-                leader[other] = one
+        unite(take, take_with_path.setdefault(path, take))
+        if content is not None:
+            unite(take, take_with_content.setdefault(content, take))
     return np.unique([find(take) for take in takes], return_inverse=True)[1].astype(np.int64)
 
 
-def _draw_takes(fold: int, groups: Rows, labels: Sequence[str], seed: int) -> Rows:
-    """Assign every row a side, by a random split of the groups, stratified by label [num_rows]."""
+def _parts_at_random(fold: int, groups: IntArray, labels: Sequence[str], seed: int) -> IntArray:
+    """Return the part of each row [num_rows]. Groups are split at random, stratified by label."""
     label_of: dict[int, str] = {}
     for group, label in zip(groups.tolist(), labels, strict=True):
         label_of[group] = min(label, label_of.get(group, label))
     rng = np.random.default_rng(seed)
-    dealt: list[int] = []
+    ordered: list[int] = []  # by label, and at random within a label
     for label in sorted(set(label_of.values())):
-        dealt += rng.permutation([g for g in sorted(label_of) if label_of[g] == label]).tolist()
-    side_of = np.full(len(label_of), _TRAIN)
-    test = dealt[fold::RANDOM_FOLDS]
-    others = [group for place, group in enumerate(dealt) if place % RANDOM_FOLDS != fold]
-    side_of[others[fold::_RANDOM_VALIDATION]] = _VALIDATION
-    side_of[test] = _TEST
-    return side_of[groups]
+        ordered += rng.permutation([g for g in sorted(label_of) if label_of[g] == label]).tolist()
+    others = [group for place, group in enumerate(ordered) if place % RANDOM_FOLDS != fold]
+    part_of = np.full(len(label_of), _TRAIN)
+    part_of[others[fold::_RANDOM_VALIDATION]] = _VALIDATION
+    part_of[ordered[fold::RANDOM_FOLDS]] = _TEST
+    return part_of[groups]
 
 
-def _check_sides(drawn: Split, present: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a fold with an empty side."""
-    for side in ("train", "validation", "test"):
-        if len(getattr(drawn, side)) == 0:
-            tests = f" and the fold tests {', '.join(wanted)}" if wanted else ""
+def _require_clips(
+    result: Split, all_speakers: Sequence[str], test_speakers: Sequence[str]
+) -> None:
+    """Raise a ConfigError if a part of the fold is empty."""
+    for part in ("train", "validation", "test"):
+        if len(getattr(result, part)) == 0:
+            tests = f" and the fold tests {', '.join(test_speakers)}" if test_speakers else ""
             raise ConfigError(
-                f"{drawn.label}: its {side} side has no clips; the corpus has the speakers "
-                f"{shorten(present, SHOWN)}{tests}. Use {alternative(len(present))}, or add clips"
+                f"{result.label}: its {part} part has no clips; the corpus has the speakers "
+                f"{shorten(all_speakers, NAMES_SHOWN)}{tests}. "
+                f"Use {fallback_protocol(len(all_speakers))}, or add clips"
             )

@@ -27,18 +27,18 @@ COLUMNS = {
     "split": ("split", "fold"),
 }
 """The columns of a corpus, and the possible names of each in a table. The first match is read."""
-SIDES = {
+PARTS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation",
     "val": "validation", "dev": "validation", "devel": "validation", "test": "test",
 }  # fmt: skip
-"""The side that each value of the column `split` means. Other values are names of folds."""
-_SIDE_IN_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(SIDES)})\d*[-_.]", re.IGNORECASE)
+"""The part that each value of the column `split` means. Other values are names of folds."""
+_PART_IN_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(PARTS)})\d*[-_.]", re.IGNORECASE)
 
 
-def side_of_file(name: str) -> str | None:
-    """Return the side of the rows in a file by its name, such as mine_dev.csv."""
-    match = _SIDE_IN_NAME.match(name)
-    return SIDES[match[1].lower()] if match else None
+def part_of_file(name: str) -> str | None:
+    """Return the part of the rows in a file by its name, such as mine_dev.csv."""
+    match = _PART_IN_NAME.match(name)
+    return PARTS[match[1].lower()] if match else None
 
 
 def shorten(names: Sequence[str], shown: int) -> str:

@@ -66,9 +66,9 @@ def run_page(
         layer_weights: weights of the encoder's layers [layers]; empty without an encoder.
     """
     speakers = {
-        f"{side.capitalize()} speakers": f"{len(names)}: {', '.join(names)}"
-        for side in ("train", "validation", "test")
-        if (names := card.split[f"{side}_speakers"])
+        f"{part.capitalize()} speakers": f"{len(names)}: {', '.join(names)}"
+        for part in ("train", "validation", "test")
+        if (names := card.split[f"{part}_speakers"])
     }
     return make_page(
         "run",

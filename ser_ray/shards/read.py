@@ -4,8 +4,8 @@
     shards.clips().to_pandas()                                  # one row per clip
     shards.features("mel")                                      # [clips, bins, frames] float16
     shards.features("wavlm_base_plus")                          # [clips, layers, dim] float16
-    shards.torch_dataset("mel", protocol="speaker-3", fold=0, side="train")
-    shards.ray_dataset("mel", protocol="speaker-3", fold=0, side="train")
+    shards.torch_dataset("mel", protocol="speaker-3", fold=0, part="train")
+    shards.ray_dataset("mel", protocol="speaker-3", fold=0, part="train")
 
 pandas, polars, `datasets` and `ray.data.read_parquet` can read the Parquet files in the folder
 `clips` of a set, and `ShardSet.to_array` turns a feature column into an array:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
     from torch.utils.data import TensorDataset
 
-Side = Literal["train", "validation", "test"]
+Part = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
 """Shards that are read in parallel."""
@@ -169,15 +169,15 @@ class ShardSet:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_shard, range(len(self.card.shard_numbers))))
 
-    def rows_of(self, protocol: str, fold: int = 0, side: Side = "train") -> np.ndarray:
-        """Return the clips on one side of a fold, with one clip for each RAVDESS performance.
+    def rows_of(self, protocol: str, fold: int = 0, part: Part = "train") -> np.ndarray:
+        """Return the clips in one part of a fold, with one clip for each RAVDESS performance.
 
         A long clip has several rows: its windows.
 
         Args:
             protocol: name of the protocol, such as `emobox-6` or `speaker-5`.
             fold: number of the fold, counted from 0.
-            side: train, validation or test.
+            part: train, validation or test.
 
         Returns:
             Row numbers of `clips()`, `[num_rows]`, ascending.
@@ -187,11 +187,11 @@ class ShardSet:
         """
         clips = self.clips()
         rows = one_clip_per_take(clips)
-        chosen: np.ndarray = getattr(split(protocol, fold, clips.take(rows)), side)
+        chosen: np.ndarray = getattr(split(protocol, fold, clips.take(rows)), part)
         return windows_of(clips["window"].to_numpy(), rows[chosen])[0]
 
     def torch_dataset(
-        self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
+        self, kind: str, *, protocol: str, fold: int = 0, part: Part = "train"
     ) -> "TensorDataset":
         """Read the rows of `rows_of` for a `DataLoader` of torch.
 
@@ -205,7 +205,7 @@ class ShardSet:
         import torch
         from torch.utils.data import TensorDataset
 
-        rows = self.rows_of(protocol, fold, side)
+        rows = self.rows_of(protocol, fold, part)
         clips = self.clips().take(rows)
         labels = pc.index_in(clips["emotion"], value_set=pa.array(self.card.labels))
         return TensorDataset(
@@ -215,7 +215,7 @@ class ShardSet:
         )
 
     def ray_dataset(
-        self, kind: str, *, protocol: str, fold: int = 0, side: Side = "train"
+        self, kind: str, *, protocol: str, fold: int = 0, part: Part = "train"
     ) -> "Dataset":
         """Make a Ray Data dataset of the rows of `rows_of`.
 
@@ -231,7 +231,7 @@ class ShardSet:
         """
         import ray.data
 
-        rows = self.rows_of(protocol, fold, side)
+        rows = self.rows_of(protocol, fold, part)
         clips = self.clips().take(rows).append_column("row", [rows])
         ends = np.searchsorted(rows, np.cumsum(self.card.shard_sizes))
         shards = [clips[start:end] for start, end in pairwise((0, *ends)) if start < end]

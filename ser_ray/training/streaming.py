@@ -241,8 +241,8 @@ def resident_bytes(shards: ShardSet, config: TrainConfig) -> int:
     num_frames = frames_of(shards, config.feature, table)
     num_bins = shards.card.num_bins(config.feature)
     validation, _ = windows_of(table["window"].to_numpy(), split.validation)
-    sides = (split.train, validation)
-    return sum(len(side) * clip_bytes(num_bins, num_frames[side]) for side in sides)
+    parts = (split.train, validation)
+    return sum(len(part) * clip_bytes(num_bins, num_frames[part]) for part in parts)
 
 
 def clip_bytes(num_bins: int, num_frames: np.ndarray) -> int:

@@ -309,10 +309,10 @@ def test_test_speakers_that_the_corpus_lacks_are_ignored():
         ("emobox-6", 6, 24, "fold is 6: emobox-6 has folds 0 to 5 here"),
         ("loso", -1, 24, "fold is -1: loso has folds 0 to 23 here"),
         ("speaker-9", 0, 8, "speaker-9 needs 9 speakers and the corpus has 8: use speaker-5"),
-        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*its test side has no clips; the corpus has the "
+        ("emobox-6", 2, 4, r"emobox-6 fold 2 .*its test part has no clips; the corpus has the "
          r"speakers 01, 02, 03, 04 and the fold tests 08, 09, 19, 23\. Use speaker-4"),
-        ("loso", 0, 2, r"its train side has no clips; .* Use random"),
-        ("loso", 0, 1, r"its train side has no clips"),
+        ("loso", 0, 2, r"its train part has no clips; .* Use random"),
+        ("loso", 0, 1, r"its train part has no clips"),
     ],
 )  # fmt: skip
 def test_an_impossible_fold_is_refused_with_a_way_out(protocol, fold, speakers, message):
@@ -430,7 +430,7 @@ def test_the_suggested_protocol_fits_the_clips(num_speakers, has_split, protocol
 
 def test_a_table_that_tests_a_trained_speaker_is_refused():
     clips = ravdess()
-    with pytest.raises(ConfigError, match="no column split with sides or folds"):
+    with pytest.raises(ConfigError, match="no column split with parts or folds"):
         split("table", 0, with_split(clips, lambda _: None))
     sides = ["test" if take.endswith("-2-02") else "train" for take in map(str, range(len(clips)))]
     sides[0] = "test"

@@ -126,9 +126,9 @@ def test_ray_data_reads_the_clips_of_a_set_and_one_side_of_a_fold(
     run(six_speakers(tmp_path / "corpus"), target)
     shards = open_shards(str(target))
     clips, features = shards.clips().to_pandas(), shards.features("mel")
-    for side in ("train", "validation", "test"):
-        rows = shards.rows_of("speaker-3", 1, side)
-        dataset = shards.ray_dataset("mel", protocol="speaker-3", fold=1, side=side)
+    for part in ("train", "validation", "test"):
+        rows = shards.rows_of("speaker-3", 1, part)
+        dataset = shards.ray_dataset("mel", protocol="speaker-3", fold=1, part=part)
         found = dataset.take_batch(99)
         order = np.argsort(found["path"])  # the rows come in the order in which the tasks end
         wanted = rows[np.argsort(clips["path"][rows].to_numpy())]

@@ -628,16 +628,16 @@ def test_a_side_of_a_fold_is_a_torch_dataset(tmp_path: Path) -> None:
     shards = write_shards(list_corpus(str(six_speakers(tmp_path / "c"))), tmp_path / "shards")
     clips = shards.clips().to_pandas()
     features, seen = shards.features("mel"), []
-    for side in ("train", "validation", "test"):
-        rows = shards.rows_of("speaker-3", 1, side)
-        dataset = shards.torch_dataset("mel", protocol="speaker-3", fold=1, side=side)
+    for part in ("train", "validation", "test"):
+        rows = shards.rows_of("speaker-3", 1, part)
+        dataset = shards.torch_dataset("mel", protocol="speaker-3", fold=1, part=part)
         feature, label, num_frames = next(iter(DataLoader(dataset, batch_size=99)))
         np.testing.assert_array_equal(feature.numpy(), features[rows])
         assert [shards.card.labels[i] for i in label] == clips["emotion"][rows].to_list()
         assert num_frames.tolist() == clips["num_frames"][rows].to_list()
         seen.append(set(clips["speaker"][rows]))
     assert [len(speakers) for speakers in seen] == [3, 1, 2]
-    assert len(set.union(*seen)) == 6, "no speaker is on two sides"
+    assert len(set.union(*seen)) == 6, "no speaker is in two parts"
 
 
 # --- watching ---

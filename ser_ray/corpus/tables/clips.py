@@ -25,7 +25,7 @@ import pyarrow.csv
 
 from ser_ray.corpus.tables.files import TableError, column_key
 from ser_ray.corpus.tables.formats import read_any
-from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, SIDES, shorten
+from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, PARTS, shorten
 from ser_ray.errors import ConfigError, CorpusError
 from ser_ray.storage.listing import NO_FILE, ListedFile, find_local, stat_file
 from ser_ray.storage.packed import ROW
@@ -104,10 +104,10 @@ def read_table(
 
 
 def _read_split(column: pa.ChunkedArray) -> pa.Array:
-    """Replace the values by sides (train, validation, test), unless some values name folds."""
+    """Replace the values by parts (train, validation, test), unless some values name folds."""
     given = [None if (text or "").lower() in _NO_VALUE else text for text in column.to_pylist()]
-    sides = [text and SIDES.get(text.lower()) for text in given]
-    return pa.array(sides if sides.count(None) == given.count(None) else given, pa.string())
+    parts = [text and PARTS.get(text.lower()) for text in given]
+    return pa.array(parts if parts.count(None) == given.count(None) else given, pa.string())
 
 
 def clip_keys(rows: pa.Table) -> pa.ChunkedArray:

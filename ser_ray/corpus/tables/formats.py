@@ -6,8 +6,8 @@
     db.yaml                a folder of audformat, read by the package audformat
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
     *supervisions*.jsonl   lhotse, with the recordings beside the supervisions; also *cuts*.jsonl
-    *_train.csv, ...       text or JSON lines of which each file is one side, as nkululeko has them
-    train, dev, test       folders that are one side each, of any of these formats
+    *_train.csv, ...       text or JSON lines of which each file is one part, as nkululeko has them
+    train, dev, test       folders that are one part each, of any of these formats
 
 The columns keep their names; `clips` chooses the columns that a corpus needs. No recording is
 opened here.
@@ -35,7 +35,7 @@ from ser_ray.corpus.tables.tools import (
     read_kaldi,
     read_lhotse,
 )
-from ser_ray.corpus.words import SIDES, side_of_file
+from ser_ray.corpus.words import PARTS, part_of_file
 from ser_ray.errors import CorpusError
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
@@ -89,11 +89,11 @@ def _read_folder(location: str, find: Find) -> Read:
         return read_folds(tables), ()
     parquets = [name for name in files if name.endswith(".parquet")]
     texts = [name for name in files if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))]
-    sides = {name: side_of_file(name) for name in sorted(parquets or texts)}
-    if parquets or len(set(filter(None, sides.values()))) > 1:
-        chosen = {name: side for name, side in sides.items() if side or parquets}
-        read = [(read_any(inside(name), find), side) for name, side in chosen.items()]
-        ignored = [name for name in sides if name not in chosen]
+    parts = {name: part_of_file(name) for name in sorted(parquets or texts)}
+    if parquets or len(set(filter(None, parts.values()))) > 1:
+        chosen = {name: part for name, part in parts.items() if part or parquets}
+        read = [(read_any(inside(name), find), part) for name, part in chosen.items()]
+        ignored = [name for name in parts if name not in chosen]
         text = f"{location}: {', '.join(chosen)} were read, and {', '.join(ignored)} were not"
         return _join(read, (text,) if ignored else ())
     for name in _METADATA:
@@ -104,23 +104,23 @@ def _read_folder(location: str, find: Find) -> Read:
             f"{location}: was written by save_to_disk, whose Arrow files are not read; write the "
             "data set with to_parquet instead, and each split to a file such as train-0.parquet"
         )
-    named = {name: SIDES.get(name.lower()) for name in sorted(folders)}
+    named = {name: PARTS.get(name.lower()) for name in sorted(folders)}
     return _join(
         [
-            (_read_folder(inside(name), find), side)
-            for name, side in named.items()
-            if side or name == "data"
+            (_read_folder(inside(name), find), part)
+            for name, part in named.items()
+            if part or name == "data"
         ]
     )
 
 
 def _join(parts: list[tuple[Read, str | None]], notes: tuple[str, ...] = ()) -> Read:
-    """Join tables, each of which is one side if it is named after one."""
+    """Join tables, each of which is one part if it is named after one."""
     tables = []
-    for (table, told), side in parts:
+    for (table, told), part in parts:
         notes += told
-        if table is not None and side and "split" not in table.column_names:
-            table = table.append_column("split", pa.array([side] * len(table), pa.string()))
+        if table is not None and part and "split" not in table.column_names:
+            table = table.append_column("split", pa.array([part] * len(table), pa.string()))
         tables += [] if table is None else [table]
     return pa.concat_tables(tables, promote_options="permissive") if tables else None, notes
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ser_ray.corpus.tables.files import Find, Row, as_table, read_json_lines
-from ser_ray.corpus.words import side_of_file
+from ser_ray.corpus.words import part_of_file
 from ser_ray.errors import CorpusError, first_line
 from ser_ray.storage.paths import location_inside, read_file
 
@@ -111,8 +111,8 @@ def read_lhotse(location: str, files: Sequence[str]) -> pa.Table:
                 raise CorpusError(f"{location}: has {name}, but not {beside} with its recordings")
             recordings = {row["id"]: row for row in read(beside)}
             clips = [(row, recordings.get(row["recording_id"]), row["start"]) for row in found]
-        side = side_of_file(name)
-        split = {"split": side} if side else {}
+        part = part_of_file(name)
+        split = {"split": part} if part else {}
         rows.extend({**split, **_clip_of_lhotse(location, *clip)} for clip in clips)
     return as_table(rows)
 
@@ -198,14 +198,14 @@ def _clips_of_audformat(database: Any, find: Find) -> pa.Table:
     label = chosen["label"]
     frame = database.get(label, [name for name in wanted if name != label])
     frame = frame.set_axis(audformat.utils.to_segmented_index(frame.index))
-    sides = {}
+    parts = {}
     for split, kind in ((name, item.type) for name, item in database.splits.items()):
         inside = database.get(label, splits=split)
         for key in audformat.utils.to_segmented_index(inside.index):
-            sides[key] = kind
+            parts[key] = kind
     table = pa.Table.from_pandas(
         frame.reset_index().astype({"file": "string"}), preserve_index=False
     )
     return table.append_column(
-        "split", pa.array([sides.get(key) for key in frame.index], pa.string())
+        "split", pa.array([parts.get(key) for key in frame.index], pa.string())
     )
