@@ -36,7 +36,7 @@ from ser_ray.training.checkpoint import (
     MODEL,
     SELECTED,
     STATE,
-    VALIDATION,
+    VALIDATION_PROBABILITIES,
     checkpoint_name,
     copy_encoder,
     learning_rates_by_epoch,
@@ -257,7 +257,8 @@ class RunFolder:
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
         """Read the workers' validation probabilities of the selected epoch [clips, labels]."""
-        probabilities: np.ndarray = load(self.read(f"{newest.selected}/{STATE}"))[VALIDATION]
+        tensors = load(self.read(f"{newest.selected}/{STATE}"))
+        probabilities: np.ndarray = tensors[VALIDATION_PROBABILITIES]
         return probabilities
 
     @contextlib.contextmanager

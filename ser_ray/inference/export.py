@@ -39,7 +39,7 @@ from ser_ray.features.transforms import (
 )
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.training.calibration import SMALLEST_PROBABILITY
+from ser_ray.training.calibration import MIN_PROBABILITY
 
 if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
@@ -118,7 +118,7 @@ class WaveformModel(nn.Module):
         crops, weights = self._windows(normalised, num_frames)
         shares = self.network(crops).softmax(dim=1)
         mean = (shares * weights[:, None]).sum(dim=0) / weights.sum()
-        scaled = (mean.clamp(min=SMALLEST_PROBABILITY).log() / self.temperature).softmax(dim=0)
+        scaled = (mean.clamp(min=MIN_PROBABILITY).log() / self.temperature).softmax(dim=0)
         return torch.where(is_scored, scaled, torch.full_like(mean, torch.nan))
 
     def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

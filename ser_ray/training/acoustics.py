@@ -1,19 +1,22 @@
-"""Augmentation with noise, echo and narrow channels, computed on the power of the features.
+"""The augmentation with noise, echo and narrow channels, computed on the power of the features.
 
-The shards hold features, not sound. Sound that is added to a clip adds its expected power in every
-frame and bin, so the batch is converted from normalised dB to power, changed there, and converted
-back. The sum of two sounds also fluctuates. For one bin of the Fourier transform, with power S of
-the clip and expected power N of Gaussian noise, the power of the sum has mean S + N and variance
-N² + 2SN (a noncentral chi-squared distribution with two degrees of freedom). A mel band sums
-several bins, which divides the relative variance by the number of independent bins. The power is
-drawn from the gamma distribution with this mean and variance. The late echo of a room is
-noise-like (Polack 1988), so it is added in the same way.
+`recipe.AugmentConfig` says how many clips get each effect, and the constants below say how strong
+it is. `augment` applies this module to every training batch. To test a model,
+`ser_ray.features.conditions` adds similar effects to the sound itself.
 
-For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram in dB, and the DCT
-of its change gives the change of the coefficients.
+The shards hold features, not sound. Noise that is added to a sound adds its expected power to every
+frame and bin. Therefore `Acoustics` converts a batch from normalised dB to power, changes the
+power, and converts it back. The power of a sum of two sounds also fluctuates. In one bin of the
+Fourier transform, let S be the power of the clip and N the expected power of Gaussian noise. The
+power of their sum has mean S + N and variance N² + 2SN (a noncentral chi-squared distribution with
+two degrees of freedom). A mel band sums several bins, which divides the relative variance by the
+number of independent bins. The power is drawn from the gamma distribution with this mean and
+variance. The late echo of a room resembles noise (Polack 1988), so it is added in the same way.
 
-All levels are relative to full scale (dBFS), because the features keep the recording's level.
-`ser_ray.features.conditions` makes similar conditions of sound itself, to test a model.
+For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram in dB. The change
+is computed on it, and the DCT of the change is added to the coefficients.
+
+All levels are relative to full scale (dBFS), because the features keep the level of the recording.
 """
 
 import math
@@ -31,57 +34,60 @@ from ser_ray.training.data import Normalisation
 from ser_ray.training.recipe import AugmentConfig
 
 NOISE_DB = (-80.0, -30.0)
-"""Mean square of the noise in dB, drawn uniformly. The range goes from a studio to a loud fan; the
-median clip of RAVDESS has -38 dB."""
+"""Lowest and highest level of the noise, its mean square in dBFS. Drawn uniformly. The noise of a
+studio is about the lowest, and that of a loud fan the highest. The median clip of RAVDESS has -38
+dBFS."""
 NOISE_SLOPE = (0.0, 2.0)
-"""The power spectrum is proportional to 1 / frequency**slope: 0 is white, 1 pink, 2 brown."""
+"""Drawn uniformly. The power spectrum of the noise is proportional to 1 / frequency**slope: 0 is
+white, 1 pink and 2 brown noise."""
 ECHO_DB = (-15.0, 3.0)
-"""Energy of the echo relative to the direct sound."""
+"""Energy of the echo relative to the direct sound, in dB. Drawn uniformly."""
 ECHO_SECONDS = (0.1, 0.8)
-"""Reverberation time: the echo falls by 60 dB in this time. Drawn uniformly on a log scale."""
+"""Reverberation time, in which the echo falls by 60 dB. Drawn uniformly on a log scale."""
 LOW_EDGE = (50.0, 400.0)
-"""Lower edge of a narrow channel in hertz, drawn uniformly on a log scale for half of the clips.
-The other half has none. A telephone passes 300 to 3400 Hz."""
+"""Lower edge of a narrow channel in hertz. Drawn uniformly on a log scale. Half of the narrow
+channels have no lower edge. A telephone passes 300 to 3400 Hz."""
 HIGH_EDGE = (2500.0, 7000.0)
-"""Upper edge of a narrow channel in hertz, drawn uniformly on a log scale."""
+"""Upper edge of a narrow channel in hertz. Drawn uniformly on a log scale."""
 EDGE_ORDER = 12
-"""Order of the Butterworth filters at both edges: 72 dB per octave."""
+"""Order of the Butterworth filter at each edge. Order 12 is 72 dB per octave."""
 CHANNEL_FLOOR_DB = (-110.0, -70.0)
-"""Mean square in dB of the white noise that a codec or rounding adds after a narrow channel.
-Rounding to 16 bits adds -101 dB."""
+"""Level in dBFS of the white noise that a codec or rounding adds after a narrow channel. Drawn
+uniformly. Rounding to 16 bits adds noise of -101 dBFS."""
 HANN_POWER = 0.375
 """Mean square of the Hann window."""
 HANN_CORRELATION = (1.0, 4 / 9, 1 / 36)
 """Correlation of the power of white noise between bins that are 0, 1 and 2 apart, for a Hann
-window. The sum over both sides is 1.94."""
+window. The correlations of a bin with its neighbours and itself sum to 1.94, so a wide band has
+about one independent bin in 1.94."""
 CORNER_HERTZ = 50.0
 """Below this frequency, the power spectrum of coloured noise is constant."""
 
 
-class Conditions(NamedTuple):
-    """The acoustic conditions of each clip of a batch. Every tensor has the shape [batch]."""
+class Effects(NamedTuple):
+    """The effects on each clip of a batch. Every tensor has the shape [batch]."""
 
     noise: Tensor
-    """Mean square of the noise; 0 is none."""
+    """Mean square of the noise; 0 is no noise."""
     slope: Tensor
-    """The noise's power spectrum is proportional to 1 / frequency**slope."""
+    """The power spectrum of the noise is proportional to 1 / frequency**slope."""
     echo: Tensor
-    """Energy of the echo, relative to the clip's; 0 is none."""
+    """Energy of the echo relative to that of the clip; 0 is no echo."""
     echo_seconds: Tensor
     """Reverberation time."""
-    low: Tensor
-    """Lower edge of the channel in hertz; 0 is none."""
-    high: Tensor
-    """Upper edge of the channel in hertz; infinity is none."""
+    low_edge: Tensor
+    """Lower edge of the channel in hertz; 0 if it has none."""
+    high_edge: Tensor
+    """Upper edge of the channel in hertz; infinity if it has none."""
     floor: Tensor
-    """Mean square of the white noise after the channel; 0 is none."""
+    """Mean square of the white noise after the channel; 0 is no noise."""
 
 
 class Acoustics:
-    """Adds noise, an echo or a narrow channel to a share of the clips of a batch.
+    """Adds noise, echo and narrow channels to random clips of a batch.
 
     Args:
-        config: the share of the clips that gets noise, an echo or a narrow channel.
+        config: the shares of the clips that get noise, an echo and a narrow channel.
         kind: kind of the features.
         features: defines the frames and the bins.
         normalisation: how the batches are normalised.
@@ -101,13 +107,14 @@ class Acoustics:
 
         num_bins = features.num_bins("spectrogram")
         weights = np.eye(num_bins) if kind == "spectrogram" else mel_bands(features)
+        # Variance of the power of white noise in each bin, if it is 1 in a bin of the transform.
         variances = np.einsum("bk,kl,bl->b", weights, _bin_correlation(num_bins), weights)
         self.config, self.device = config, device
         self.mean, self.std = (
             to_device(values)[:, None] for values in (normalisation.mean, normalisation.std)
         )
         self.weights = to_device(weights.T)  # [fft bins, bins]
-        self.independent = to_device(weights.sum(axis=1) ** 2 / variances)[:, None]
+        self.num_independent = to_device(weights.sum(axis=1) ** 2 / variances)[:, None]
         self.hertz = torch.linspace(0, features.sample_rate / 2, num_bins, device=device)
         self.frame_seconds = features.hop_length / features.sample_rate
         self.white_power = HANN_POWER * features.window_length
@@ -116,41 +123,41 @@ class Acoustics:
             self.dct = create_dct(features.num_mfcc, features.num_mels, "ortho").T.to(device)
 
     def __call__(self, batch: Tensor, valid: Tensor) -> Tensor:
-        """Draw conditions and apply them, as `apply` does."""
+        """Draw effects and apply them to a batch, with the shapes of `apply`."""
         return self.apply(batch, valid, self.draw(len(batch)))
 
-    def draw(self, size: int) -> Conditions:
-        """Draw the conditions of `size` clips with torch's generator of the device."""
+    def draw(self, num_clips: int) -> Effects:
+        """Draw the effects on each clip with torch's random generator of the device."""
         config = self.config
 
         def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(size, device=self.device)
+            return low + (high - low) * torch.rand(num_clips, device=self.device)
 
         def log_uniform(low: float, high: float) -> Tensor:
             return uniform(math.log(low), math.log(high)).exp()
 
         def has(share: float) -> Tensor:
-            return torch.rand(size, device=self.device) < share
+            return torch.rand(num_clips, device=self.device) < share
 
         is_narrow = has(config.band_limit)
-        return Conditions(
+        return Effects(
             noise=has(config.noise) * from_decibels(uniform(*NOISE_DB)),
             slope=uniform(*NOISE_SLOPE),
             echo=has(config.echo) * from_decibels(uniform(*ECHO_DB)),
             echo_seconds=log_uniform(*ECHO_SECONDS),
-            low=is_narrow * has(0.5) * log_uniform(*LOW_EDGE),
-            high=torch.where(is_narrow, log_uniform(*HIGH_EDGE), math.inf),
+            low_edge=is_narrow * has(0.5) * log_uniform(*LOW_EDGE),
+            high_edge=torch.where(is_narrow, log_uniform(*HIGH_EDGE), math.inf),
             floor=is_narrow * from_decibels(uniform(*CHANNEL_FLOOR_DB)),
         )
 
-    def apply(self, batch: Tensor, valid: Tensor, drawn: Conditions) -> Tensor:
-        """Apply conditions to a batch: first the echo, then the noise, then the channel.
+    def apply(self, batch: Tensor, valid: Tensor, effects: Effects) -> Tensor:
+        """Apply effects to a batch: first the echo, then the noise, then the channel.
 
         Args:
             batch: normalised features [batch, 1, bins, frames].
             valid: mask of the frames that belong to a clip [batch, 1, 1, frames]. The other frames
                 stay 0.
-            drawn: conditions of the clips.
+            effects: the effects on each clip.
 
         Returns:
             Normalised features [batch, 1, bins, frames].
@@ -159,47 +166,53 @@ class Acoustics:
         if self.dct is not None:
             decibels = self.dct.T @ decibels
         clip = from_decibels(decibels) * valid.squeeze(1)
-        added = self._echo(clip, drawn) + self._noise(drawn.noise, drawn.slope)
-        passed, floor = self._passed(drawn), self._noise(drawn.floor, torch.zeros_like(drawn.slope))
+        added = self._echo(clip, effects) + self._noise(effects.noise, effects.slope)
+        passed = self._passed_share(effects)
+        floor = self._noise(effects.floor, torch.zeros_like(effects.slope))
         power = self._draw_sum(clip * passed, added * passed + floor)
         change = 10 * power.clamp(min=POWER_FLOOR).log10() - decibels
         if self.dct is not None:
             change = self.dct @ change
-        untouched = (drawn.noise == 0) & (drawn.echo == 0) & drawn.high.isinf() & (drawn.low == 0)
-        change = torch.where(untouched[:, None, None], 0.0, change / self.std)
+        # Rounding must not change the clips that get no effect.
+        is_narrow = (effects.low_edge > 0) | effects.high_edge.isfinite()
+        has_effect = (effects.noise > 0) | (effects.echo > 0) | is_narrow
+        change = torch.where(has_effect[:, None, None], change / self.std, 0.0)
         return batch + change.unsqueeze(1) * valid
 
     def _noise(self, mean_square: Tensor, slope: Tensor) -> Tensor:
-        """Expected power of noise [batch, bins, 1]."""
+        """Return the expected power of noise [batch, bins, 1]."""
         spectrum = self.hertz.clamp(min=CORNER_HERTZ) ** -slope[:, None]
         spectrum = spectrum / spectrum.mean(dim=1, keepdim=True)
         power = self.white_power * mean_square[:, None] * spectrum
         return (power @ self.weights).unsqueeze(2)
 
-    def _echo(self, clip: Tensor, drawn: Conditions) -> Tensor:
-        """Expected power of the echo of `clip` [batch, bins, frames]: an exponential decay."""
-        frames = torch.arange(clip.shape[2], device=self.device)
-        later = frames - frames[:, None]  # [from, to]
-        rate = math.log(1e6) * self.frame_seconds / drawn.echo_seconds[:, None, None]
-        decay = torch.where(later >= 0, torch.exp(-rate * later.clamp(min=0)), 0.0)
-        decay = decay * (1 - torch.exp(-rate))  # the whole tail has the energy of the clip
-        return drawn.echo[:, None, None] * (clip @ decay)
+    def _echo(self, clip: Tensor, effects: Effects) -> Tensor:
+        """Return the expected power of the echo of `clip`, which decays exponentially.
 
-    def _passed(self, drawn: Conditions) -> Tensor:
-        """Share of the power that passes the channel [batch, bins, 1]."""
+        The shape of both is [batch, bins, frames].
+        """
+        frames = torch.arange(clip.shape[2], device=self.device)
+        delay = frames - frames[:, None]  # from the frame of the row to the frame of the column
+        rate = math.log(1e6) * self.frame_seconds / effects.echo_seconds[:, None, None]
+        decay = torch.where(delay >= 0, torch.exp(-rate * delay.clamp(min=0)), 0.0)
+        decay = decay * (1 - torch.exp(-rate))  # over an endless time, it sums to 1
+        return effects.echo[:, None, None] * (clip @ decay)
+
+    def _passed_share(self, effects: Effects) -> Tensor:
+        """Return the share of the power that passes the channel [batch, bins, 1]."""
         hertz = self.hertz.clamp(min=1.0)
-        passed = 1 / (1 + (hertz / drawn.high[:, None]) ** (2 * EDGE_ORDER))
-        passed = passed / (1 + (drawn.low[:, None] / hertz) ** (2 * EDGE_ORDER))
+        passed = 1 / (1 + (hertz / effects.high_edge[:, None]) ** (2 * EDGE_ORDER))
+        passed = passed / (1 + (effects.low_edge[:, None] / hertz) ** (2 * EDGE_ORDER))
         return (passed @ self.weights / self.weights.sum(dim=0)).unsqueeze(2)
 
     def _draw_sum(self, clip: Tensor, added: Tensor) -> Tensor:
-        """Draw the power of a clip with Gaussian noise of expected power `added`."""
-        spread = added * (added + 2 * clip)
-        # Where nothing is added, the distribution's shape parameter would be infinite.
-        shape = self.independent * (clip + added).square() / spread.clamp(min=1e-30)
+        """Draw the power of the sum of a clip and Gaussian noise of expected power `added`."""
+        variance = added * (added + 2 * clip)
+        # The clamps keep the shape parameter of the distribution finite if nothing is added.
+        shape = self.num_independent * (clip + added).square() / variance.clamp(min=1e-30)
         shape = shape.clamp(min=1e-3, max=1e6)
-        drawn = Gamma(shape, shape, validate_args=False).sample()
-        return torch.where(added > 0, drawn, 1.0) * (clip + added)
+        ratio = Gamma(shape, shape, validate_args=False).sample()  # its mean is 1
+        return torch.where(added > 0, ratio, 1.0) * (clip + added)
 
 
 def from_decibels(decibels: Tensor) -> Tensor:
@@ -208,9 +221,9 @@ def from_decibels(decibels: Tensor) -> Tensor:
 
 
 def _bin_correlation(num_bins: int) -> np.ndarray:
-    """Correlation of the power of white noise between bins [bins, bins]."""
-    correlation = np.zeros((num_bins, num_bins))
-    for apart, value in enumerate(HANN_CORRELATION):
-        side = np.full(num_bins - apart, value)
-        correlation += np.diag(side, apart) + (np.diag(side, -apart) if apart else 0)
-    return correlation
+    """Return the correlation of the power of white noise between bins [bins, bins]."""
+    bins = np.arange(num_bins)
+    distance = np.abs(bins[:, None] - bins)
+    correlation_at = np.zeros(num_bins)
+    correlation_at[: len(HANN_CORRELATION)] = HANN_CORRELATION
+    return correlation_at[distance]

@@ -1,8 +1,10 @@
-"""Augmentation of a training batch, on the batch's device.
+"""Augmentation: random changes of a training batch, made on the device of the batch.
 
-All random numbers come from torch's generator of that device, which the loop seeds from (seed,
-epoch, step) before each step. Every worker augments the complete batch and keeps its share, so the
-augmented clips do not depend on the number of workers.
+Noise, echo and narrow channels are in `acoustics`; the other changes are here. The fields of
+`recipe.AugmentConfig` set how strong each change is. All random numbers come from torch's generator
+of the device, which the training seeds from (seed, epoch, step) before each step. If the clips are
+resident, every worker augments the complete batch and then keeps its share, so the augmented clips
+do not depend on the number of workers. For streamed clips, see `streaming`.
 """
 
 import math
@@ -18,18 +20,18 @@ from ser_ray.training.acoustics import Acoustics
 from ser_ray.training.data import Clips, Normalisation
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
-MIN_VARIANCE = 1e-5
-"""MixStyle adds this to the variance of each normalised bin over the frames of a clip."""
+VARIANCE_EPSILON = 1e-5
+"""MixStyle adds this to each variance before it takes the square root."""
 
 
 class Augment:
-    """Augments a batch by a random crop, noise, echo and narrow channels (`Acoustics`), MixStyle
-    (Zhou 2021), gain, SpecAugment (Park 2019) and mixup (Zhang 2018), in this order. The features
-    of an encoder get only mixup.
+    """Augments a batch, in this order: random crop; echo, noise and narrow channel (`Acoustics`);
+    MixStyle (Zhou 2021); gain; SpecAugment (Park 2019); mixup (Zhang 2018). The features of an
+    encoder get only mixup.
 
     Args:
-        recipe: the recipe, with the strength of each augmentation and the feature kind.
-        features: defines the frequencies of the bins.
+        recipe: sets the kind of features and the strength of each change.
+        features: defines the frames and the bins.
         num_labels: number of labels.
         normalisation: how the clips are normalised.
         device: where the clips are.
@@ -43,20 +45,18 @@ class Augment:
         normalisation: Normalisation,
         device: torch.device,
     ) -> None:
-        config = recipe.augment if recipe.feature in KINDS else mixup_alone(recipe.augment)
+        config = recipe.augment if recipe.feature in KINDS else only_mixup(recipe.augment)
         crop_frames, num_bins = recipe.window_frames, len(normalisation.std)
         self.crop_frames = crop_frames
         self.num_labels = num_labels
         self.random_crop = config.random_crop
-        # MixStyle hides differences between speakers, which helps only with new speakers.
+        # MixStyle hides differences between speakers, which helps only if new speakers are tested.
         self.mix_style = 0.0 if recipe.protocol == "random" else config.mix_style
         self.gain_db = config.gain_db
         self.gain_response = gain_response(recipe.feature, features, normalisation, device)
-        self.acoustics = (
-            Acoustics(config, recipe.feature, features, normalisation, device)
-            if config.noise or config.echo or config.band_limit
-            else None
-        )
+        self.acoustics: Acoustics | None = None
+        if config.noise or config.echo or config.band_limit:
+            self.acoustics = Acoustics(config, recipe.feature, features, normalisation, device)
         self.mask = SpecAugment(
             n_time_masks=config.time_masks,
             time_mask_param=min(config.time_mask_frames, crop_frames),
@@ -79,10 +79,10 @@ class Augment:
             Features [batch, 1, bins, crop_frames] float32 and target probabilities
             [batch, labels].
         """
-        spare = clips.num_frames[rows] - self.crop_frames
-        draw = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
-        # A longer clip is cut at a random frame, and a shorter one is placed at random in the crop.
-        starts = spare.clamp(max=0) + ((spare.abs() + 1) * draw).long()
+        surplus = clips.num_frames[rows] - self.crop_frames
+        place = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
+        # A clip that is shorter than the crop starts at a negative frame, between zeros.
+        starts = surplus.clamp(max=0) + ((surplus.abs() + 1) * place).long()
         batch, valid = clips.crop(rows, starts, self.crop_frames)
         if self.acoustics is not None:
             batch = self.acoustics(batch, valid)
@@ -99,8 +99,8 @@ class Augment:
         return batch, targets
 
 
-def mixup_alone(config: AugmentConfig) -> AugmentConfig:
-    """Switch off every augmentation but mixup: the others need features with a time axis."""
+def only_mixup(config: AugmentConfig) -> AugmentConfig:
+    """Switch off every augmentation but mixup, because the others need frames."""
     return replace(
         config, noise=0, echo=0, band_limit=0, mix_style=0, gain_db=0, time_masks=0, freq_masks=0
     )
@@ -109,25 +109,25 @@ def mixup_alone(config: AugmentConfig) -> AugmentConfig:
 def _mix(values: Tensor, weight: float) -> Tensor:
     """Mix every clip with the one before it in the batch (mixup, Zhang 2018, equation 2).
 
-    torchvision's MixUp computes the same, but needs 1.5 s to import.
+    torchvision's MixUp computes the same, but takes 1.5 s to import.
     """
     return values.roll(1, 0) * (1 - weight) + values * weight
 
 
-def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
-    """Mix each bin's mean and deviation over time with those of another clip, for a share of clips.
+def _mix_style(batch: Tensor, valid: Tensor, probability: float) -> Tensor:
+    """Mix the mean and deviation of each bin over time with those of another clip in the batch.
 
     Args:
         batch: normalised features [batch, 1, bins, frames].
         valid: mask of the frames that belong to a clip [batch, 1, 1, frames]. Other frames stay 0.
-        share: probability that a clip is changed.
+        probability: how probable it is that a clip is changed.
     """
     frames = valid.sum(dim=3, keepdim=True).clamp(min=1)
     mean = batch.sum(dim=3, keepdim=True) / frames
     centred = (batch - mean) * valid
-    std = (centred.square().sum(dim=3, keepdim=True) / frames + MIN_VARIANCE).sqrt()
+    std = (centred.square().sum(dim=3, keepdim=True) / frames + VARIANCE_EPSILON).sqrt()
     drawn, weight = torch.rand(2, len(batch), 1, 1, 1, device=batch.device)
-    weight = torch.where(drawn < share, weight, 1.0)
+    weight = torch.where(drawn < probability, weight, 1.0)
     mean, new_std = (weight * own + (1 - weight) * own.flip(0) for own in (mean, std))
     return (centred / std * new_std + mean) * valid
 
@@ -135,13 +135,13 @@ def _mix_style(batch: Tensor, valid: Tensor, share: float) -> Tensor:
 def gain_response(
     kind: str, features: FeatureConfig, normalisation: Normalisation, device: torch.device
 ) -> Tensor:
-    """Compute the change of every normalised bin for +1 dB of level [bins].
+    """Return how much each normalised bin changes if the level of the clip rises by 1 dB [bins].
 
-    Every log-power bin rises by 1 dB. The orthonormal DCT of `num_mels` such rises is
-    sqrt(num_mels) in coefficient 0, and 0 in all others.
+    For MFCCs, the change is the orthonormal DCT of a vector of `num_mels` ones: sqrt(num_mels) in
+    coefficient 0, and 0 elsewhere.
     """
-    rise = torch.ones(len(normalisation.std), device=device)
+    response = torch.ones(len(normalisation.std), device=device)
     if kind == "mfcc":
-        rise = torch.zeros_like(rise)
-        rise[0] = math.sqrt(features.num_mels)
-    return rise / torch.as_tensor(normalisation.std, dtype=torch.float32, device=device)
+        response = torch.zeros_like(response)
+        response[0] = math.sqrt(features.num_mels)
+    return response / torch.as_tensor(normalisation.std, dtype=torch.float32, device=device)

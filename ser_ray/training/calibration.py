@@ -1,47 +1,48 @@
-"""Temperature scaling: one number that makes a model's probabilities agree with its accuracy.
+"""Temperature scaling: makes a model's probabilities agree with its accuracy by one number.
 
 A network may be overconfident or underconfident. Its probabilities p for a clip become
 p^(1/T) / sum(p^(1/T)). The temperature T minimises the negative log-likelihood of the validation
-clips (Guo et al. 2017, section 4.2). For a clip of one window, this divides the logits by T. The
-order of the probabilities does not change, and neither does any accuracy.
+clips (Guo et al. 2017, section 4.2). If the clip has one window, this divides its logits by T. The
+order of the probabilities does not change, so accuracies do not change either.
 """
 
 import numpy as np
 
-LARGEST = 4.0
-"""T is limited to the range from 1 / LARGEST to LARGEST. Without a limit, T goes to 0 if all
+MAX_TEMPERATURE = 4.0
+"""T is between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE. Without a limit, T goes to 0 if all
 validation clips are classified correctly."""
-SMALLEST_PROBABILITY = 1e-30
-BISECTIONS = 40
+MIN_PROBABILITY = 1e-30
+"""Smaller probabilities are replaced by this one, because log(0) is infinite."""
+NUM_BISECTIONS = 40
 
 
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Scale probabilities [clips, labels], rows summing to 1. A temperature of 1 changes nothing.
+    """Scale probabilities [clips, labels], whose rows sum to 1, by a temperature.
 
-    Scaling again by 1 / temperature restores the original probabilities.
+    A temperature of 1 changes nothing. Scaling the result by 1 / temperature restores the original.
     """
     if temperature == 1:
         return probabilities
-    return _softmax(np.log(np.maximum(probabilities, SMALLEST_PROBABILITY)) / temperature)
+    return _softmax(np.log(np.maximum(probabilities, MIN_PROBABILITY)) / temperature)
 
 
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
-    """Find the temperature that minimises the negative log-likelihood; 1 if there are no clips.
+    """Return the temperature that minimises the negative log-likelihood; 1 if there are no clips.
 
-    The slope of this loss over 1 / T rises with 1 / T, so bisection finds where the slope is 0.
+    The derivative of this loss by 1 / T rises with 1 / T, so bisection finds where it is 0.
 
     Args:
         truth: label indices [clips].
-        probabilities: [clips, labels], rows summing to 1.
+        probabilities: [clips, labels], whose rows sum to 1.
     """
     if not len(truth):
         return 1.0
-    logs = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
-    of_truth = logs[np.arange(len(truth)), truth].mean()
-    low, high = 1 / LARGEST, LARGEST
-    for _ in range(BISECTIONS):
+    logs = np.log(np.maximum(probabilities, MIN_PROBABILITY))
+    mean_log_of_truth = logs[np.arange(len(truth)), truth].mean()
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE  # bounds of 1 / T
+    for _ in range(NUM_BISECTIONS):
         inverse = (low + high) / 2
-        if (_softmax(inverse * logs) * logs).sum(axis=1).mean() > of_truth:
+        if (_softmax(inverse * logs) * logs).sum(axis=1).mean() > mean_log_of_truth:
             high = inverse
         else:
             low = inverse
@@ -49,5 +50,5 @@ def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    shares: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
+    powers: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)

@@ -5,9 +5,8 @@
     training_state.safetensors  the other tensors that a resume needs, mostly the optimiser's
     progress.json               the `Progress` of the training, and the sizes of the files above
 
-`progress.json` is written last: a checkpoint is complete if its files have the sizes given there.
-Incomplete checkpoints are ignored. If a checkpoint belongs to another training, resuming raises an
-error that names the first difference.
+`progress.json` is written last. A checkpoint is complete if its files have the sizes that this file
+lists; incomplete checkpoints are ignored.
 """
 
 import json
@@ -37,28 +36,27 @@ if TYPE_CHECKING:
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
 ENCODER = "encoder.safetensors"
-"""The encoder's weights. Only the selected checkpoint of a model with an encoder has this file."""
+"""File of the encoder's weights. Only selected checkpoints have it, and only with an encoder."""
 SELECTED = "selected"
-"""Folder of the selected checkpoint in the folder of a finished run."""
-VALIDATION = "validation_probabilities"
-"""Name of the tensor in STATE that holds the probabilities of the validation clips [clips, labels].
-"""
+"""Folder of the selected checkpoint, in the folder of a finished run."""
+VALIDATION_PROBABILITIES = "validation_probabilities"
+"""Name of a tensor in STATE: the probabilities of the validation clips [clips, labels]."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Progress of a training and its results so far. Every checkpoint holds it."""
+    """Progress of a training and its results so far. Every checkpoint contains it."""
 
     epoch: int = 0
-    """Completed epochs."""
+    """Number of completed epochs."""
     step: int = 0
-    """Completed steps of the next epoch."""
+    """Number of completed steps in the current epoch."""
     learning_rates: list[float] = field(default_factory=list)
-    """Learning rate of every completed step."""
+    """Learning rate of every completed step of all epochs."""
     selected: dict[str, float] = field(default_factory=dict)
-    """Metrics of the selected epoch so far; empty before the first."""
+    """Metrics of the epoch that is selected so far; empty in the first epoch."""
     selected_confusion: list[list[int]] = field(default_factory=list)
-    """Confusion matrix of the selected epoch so far."""
+    """Confusion matrix of the epoch that is selected so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every completed epoch."""
     times_ms: list[int] = field(default_factory=list)
@@ -66,17 +64,18 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """Select the fields from the values of a progress file.
+        """Build a `Progress` from the content of a progress file, which has more keys.
 
         Raises:
             ValueError, KeyError, ConfigError: values are missing or inconsistent.
         """
         progress = cls(**{item.name: values[item.name] for item in fields(cls)})
         require_valid(progress)
-        steps, epochs = len(progress.learning_rates), len(progress.history)
-        if not 0 <= progress.step <= steps or (epochs == 0) != (steps == progress.step):
+        num_epochs = len(progress.history)
+        earlier_steps = len(progress.learning_rates) - progress.step
+        if progress.step < 0 or earlier_steps < 0 or (earlier_steps > 0) != (num_epochs > 0):
             raise ValueError("the number of steps does not match the number of epochs")
-        if not progress.epoch == epochs == len(progress.times_ms):
+        if progress.epoch != num_epochs or len(progress.times_ms) != num_epochs:
             raise ValueError("the number of epochs does not match the history")
         if any("epoch" not in row for row in (*progress.history, progress.selected) if row):
             raise ValueError("a row of the history has no epoch")
@@ -85,12 +84,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A copy of a training's state between two steps. Further training does not change it.
+    """A copy of the state of a training between two steps. Further steps do not change the copy.
 
     Args:
         card: describes the weights.
-        weights: the network's weights, each contiguous.
-        state: the other tensors that a resume needs, each contiguous.
+        weights: the network's weights by name, contiguous.
+        state: the other tensors that a resume needs, by name, contiguous.
         progress: the fields of `Progress`, as JSON types.
     """
 
@@ -101,7 +100,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, directory: Path) -> "Snapshot":
-        """Read the complete checkpoint, with its tensors on the CPU.
+        """Read a complete checkpoint into the CPU's memory.
 
         Raises:
             CheckpointError: the checkpoint is missing or broken.
@@ -129,8 +128,9 @@ class Snapshot:
         return checkpoint_name(self.progress["epoch"], self.progress["step"])
 
     def write(self, directory: Path) -> None:
-        """Write a checkpoint into an existing directory."""
-        # torch.save holds the GIL for long, which delays training on a GPU. safetensors does not.
+        """Write the checkpoint into an existing directory."""
+        # torch.save holds the GIL while it writes, which delays training on a GPU. safetensors
+        # does not.
         save_file(self.weights, directory / MODEL)
         save_file(self.state, directory / STATE)
         (directory / CARD).write_text(self.card.to_json())
@@ -138,7 +138,7 @@ class Snapshot:
         (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
 
     def store(self, filesystem: fs.FileSystem, path: str) -> None:
-        """Write a checkpoint to storage, in place of an incomplete one at the same path."""
+        """Write the checkpoint to storage. An incomplete checkpoint at this path is replaced."""
         if filesystem.get_file_info(path).type != fs.FileType.NotFound:
             filesystem.delete_dir(path)
         filesystem.create_dir(path, recursive=True)
@@ -152,12 +152,12 @@ class Snapshot:
 
 
 def checkpoint_name(epoch: int, step: int = 0) -> str:
-    """Name the checkpoint after `epoch` completed epochs and `step` steps of the next one."""
+    """Return the name of the directory for `epoch` completed epochs and `step` further steps."""
     return f"checkpoint-{epoch:04d}-{step:06d}"
 
 
 def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    """Read the progress file of a stored checkpoint; None if the checkpoint is incomplete."""
+    """Read the progress file of a checkpoint. Return None if the checkpoint is incomplete."""
     try:
         with filesystem.open_input_stream(f"{path}/{PROGRESS}") as stream:
             progress = read_object(stream.read())
@@ -176,7 +176,7 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
 
 @contextmanager
 def local_checkpoint(location: str) -> Iterator[Path]:
-    """Yield a checkpoint as a local directory.
+    """Yield the local directory of a checkpoint.
 
     A checkpoint in remote storage is downloaded, and the download is deleted at the end.
 
@@ -184,7 +184,7 @@ def local_checkpoint(location: str) -> Iterator[Path]:
         location: folder or URI of the checkpoint, or of a finished run.
 
     Raises:
-        CheckpointError: the storage does not answer.
+        CheckpointError: the storage cannot be read.
     """
     filesystem, path = filesystem_of(location)
     try:
@@ -203,7 +203,7 @@ def local_checkpoint(location: str) -> Iterator[Path]:
 
 
 def read_card(directory: Path) -> CheckpointCard:
-    """Read a checkpoint's card.
+    """Read the card of a checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, or its card cannot be read.
@@ -221,15 +221,15 @@ def read_card(directory: Path) -> CheckpointCard:
 
 
 def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHead:
-    """Read the network of a checkpoint, in evaluation mode, on the CPU.
+    """Read the network of a checkpoint onto the CPU, in evaluation mode.
 
     Raises:
         CheckpointError: the weights are missing or broken, or belong to another network.
     """
-    with torch.device("meta"):  # draws no initial weights, which saves time
+    with torch.device("meta"):  # saves the time of drawing initial weights
         network = new_network(len(card.labels), card.encoder, card.config.head_units)
     try:
-        # safetensors maps the file into memory; cloning the tensors releases it.
+        # safetensors maps the file into memory. The clones do not need the file.
         weights = {name: value.clone() for name, value in load_file(directory / MODEL).items()}
         network.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -239,7 +239,7 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHea
 
 
 def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
-    """Read the weights of an encoder's layers [layers]; empty for a model without an encoder."""
+    """Read how the head weights the encoder's layers [layers]; empty without an encoder."""
     if card.encoder is None:
         return []
     network = read_network(directory, card)
@@ -248,13 +248,13 @@ def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
 
 
 def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
-    """Read the encoder of a model, in evaluation mode, on the CPU; None if the model has none.
+    """Read the encoder of a model onto the CPU, in evaluation mode; None if the model has none.
 
     The weights come from the checkpoint's directory, or from where they were during the training.
-    If they are in neither place, those of a bundle of torchaudio are downloaded.
+    If they are in neither place, torchaudio's weights of this encoder are downloaded.
 
     Raises:
-        EncoderError: no weights were found, or not those of the training.
+        EncoderError: no weights were found, or they differ from those of the training.
     """
     if card.encoder is None:
         return None
@@ -271,8 +271,8 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
                 found = EncoderWeights.named(name)
             except (EncoderError, ConfigError):
                 raise EncoderError(
-                    f"{directory}: put the weights of its encoder {name} into it as {ENCODER}, "
-                    f"because they are not where they were at its training ({error})"
+                    f"{directory}: the weights of the encoder {name} are not where they were "
+                    f"during the training ({error}); put them into this folder as {ENCODER}"
                 ) from None
     if found.card.weights != card.encoder.weights:
         raise EncoderError(
@@ -284,7 +284,7 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
 
 
 def copy_encoder(directory: Path) -> None:
-    """Copy the encoder's weights into the directory of a checkpoint, if its model has an encoder.
+    """Copy the encoder's weights, if the model has an encoder, into a checkpoint's directory.
 
     Raises:
         CheckpointError: the weights are no longer where they were during the training.
@@ -300,12 +300,16 @@ def copy_encoder(directory: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{card.encoder_file}: the encoder's weights cannot be copied into the checkpoint "
-            f"({error}); restore this file, then give the same command again"
+            f"({error}); restore this file, then run the same command again"
         ) from error
 
 
 def learning_rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
-    """Learning rates of all steps of each completed epoch, from a checkpoint's progress."""
+    """Return the learning rates of the steps of each completed epoch.
+
+    Args:
+        progress: the content of a progress file.
+    """
     learning_rates, num_epochs = progress["learning_rates"], len(progress["history"])
     steps = (len(learning_rates) - progress["step"]) // max(num_epochs, 1)
     return [learning_rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]

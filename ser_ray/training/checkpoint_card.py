@@ -1,4 +1,8 @@
-"""The card of a checkpoint: everything that a reader must know to use its weights."""
+"""The card of a checkpoint: what a program must know to use the weights.
+
+Every checkpoint contains its card as a JSON file. `loop` makes the card from the recipe and the
+shards. Predictions, evaluations and resumed trainings read it.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -25,34 +29,34 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointCard:
-    """Describes the weights in the same folder: everything that is needed to use them."""
+    """Describes the weights in the folder of a checkpoint."""
 
     labels: tuple[str, ...]
-    """Label of every output."""
+    """Label of every output of the network."""
     config: TrainConfig
     """The recipe."""
     features: FeatureConfig
     """How features are computed from a clip."""
     normalisation: Normalisation
-    """Applied to the features before the network."""
+    """How features are normalised before they enter the network."""
     corpus: CorpusKind
-    """The kind of corpus."""
+    """Kind of the corpus that the training clips are from."""
     shards_fingerprint: str
-    """Identity of the shard set trained on."""
+    """`ShardCard.fingerprint` of the shard set."""
     split: dict[str, Any]
-    """The fold (`ser_ray.training.parts.describe_split`)."""
+    """The fold and its speakers (`ser_ray.training.parts.describe_split`)."""
     initial_weights: str
-    """Origin of the weights that training started from."""
+    """Where the initial weights are from, in words (`Pretrained.origin`)."""
     corpora: tuple[UsedCorpus, ...] = ()
-    """The clips and labels of each corpus, if there are several or if labels were mapped."""
+    """The clips and labels of each corpus. Empty for one corpus whose labels were not mapped."""
     ingest: Literal["resident", "stream"] = "resident"
-    """How the training clips were read. The order of the clips depends on it."""
+    """Whether the training clips were in memory or streamed. Their order depends on this."""
     encoder: EncoderCard | None = None
-    """The encoder whose layers are the features; None for spectrogram, mel and mfcc."""
+    """The encoder that computes the features; None for spectrogram, mel and mfcc."""
     encoder_file: str = ""
     """Where the encoder's weights were during the training."""
     temperature: float = 1.0
-    """Scales the probabilities (`ser_ray.training.calibration`); fitted on the validation clips."""
+    """Temperature of the probabilities (`ser_ray.training.calibration`)."""
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -63,20 +67,20 @@ class CheckpointCard:
 
     @property
     def trained_on(self) -> str:
-        """Name of the corpus, as shown beside every score."""
+        """Name of the corpus or corpora, as pages show it beside scores."""
         names = " and ".join(corpus.name for corpus in self.corpora)
         return CORPORA[self.corpus] + (f" ({names})" if len(self.corpora) > 1 else "")
 
     @property
     def network(self) -> str:
-        """The kind of network."""
+        """Name of the network, as texts show it."""
         if self.encoder is None:
             return "ResNet18"
         units = self.config.head_units
         return f"a head with {units} hidden units" if units else "a linear head"
 
     def to_json(self) -> str:
-        """Serialise to JSON."""
+        """Convert to the text of the JSON file."""
         values = asdict(self) | {
             "schema_version": SCHEMA_VERSION,
             "normalisation": {
@@ -103,59 +107,58 @@ class CheckpointCard:
             )
         normalisation = values.pop("normalisation")
         mean, std = (np.asarray(normalisation[name], np.float64) for name in ("mean", "std"))
-        config = TrainConfig.from_dict(values.pop("config"))
+        recipe = TrainConfig.from_dict(values.pop("config"))
         features = FeatureConfig(**values.pop("features"))
-        encoder = EncoderCard.from_dict(own) if (own := values.pop("encoder")) else None
-        if (encoder.name if encoder else "") != ("" if config.feature in KINDS else config.feature):
-            raise ValueError(f"the encoder does not match the feature {config.feature}")
-        num_bins = encoder.num_values if encoder else features.num_bins(config.feature)
-        if not mean.shape == std.shape == (num_bins,):
+        stored_encoder = values.pop("encoder")
+        encoder = EncoderCard.from_dict(stored_encoder) if stored_encoder else None
+        expected = None if recipe.feature in KINDS else recipe.feature
+        if (encoder.name if encoder else None) != expected:
+            raise ValueError(f"the encoder does not match the feature {recipe.feature}")
+        num_bins = encoder.num_values if encoder else features.num_bins(recipe.feature)
+        if mean.shape != (num_bins,) or std.shape != (num_bins,):
             raise ValueError(f"the normalisation is not for features of {num_bins} bins")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise ValueError("the normalisation must be finite, with deviations above 0")
         return cls(
             labels=tuple(values.pop("labels")),
             corpora=tuple(UsedCorpus(**corpus) for corpus in values.pop("corpora", ())),
-            config=config,
+            config=recipe,
             features=features,
             normalisation=Normalisation(mean, std),
             encoder=encoder,
             **values,
         )
 
-    def require_same(self, other: "CheckpointCard", where: str) -> None:
-        """Refuse to resume from a checkpoint of another training.
+    def require_same(self, other: "CheckpointCard", location: str) -> None:
+        """Raise if a checkpoint belongs to another training, so that it cannot be resumed.
 
         Args:
             other: card of the checkpoint.
-            where: location of the checkpoint, for the message.
+            location: location of the checkpoint, for the message.
 
         Raises:
             MismatchError: a field differs; the message names the first one.
         """
         keys = ("labels", "features", "shards_fingerprint", "split", "config", "ingest", "encoder")
-        ours, theirs = (
-            {key: values[key] for key in keys}
-            for values in (json.loads(card.to_json()) for card in (self, other))
-        )
-        if difference := first_difference(theirs, ours):
+        ours, theirs = json.loads(self.to_json()), json.loads(other.to_json())
+        if difference := first_difference(theirs, {key: ours[key] for key in keys}):
             raise MismatchError(
-                f"{where}: its {difference}; give the run another --name to start afresh, or use "
-                "the settings it was trained with"
+                f"{location}: its {difference}; give the run another --name to start afresh, or "
+                "use the settings it was trained with"
             )
 
 
 def make_card(
-    config: TrainConfig,
+    recipe: TrainConfig,
     shards: ShardSet,
     data: FoldData[Source],
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """Make the card of a training. Its checkpoints differ from it only in their temperature."""
+    """Return the card of a training. Its checkpoints have the same card with a temperature."""
     return CheckpointCard(
         labels=data.labels,
-        config=config,
+        config=recipe,
         features=shards.card.features,
         normalisation=data.normalisation,
         corpus=shards.card.corpus,
@@ -164,13 +167,17 @@ def make_card(
         split=describe_split(data.split),
         initial_weights=pretrained.origin,
         ingest=ingest,
-        encoder=shards.card.encoder_of(config.feature),
-        encoder_file=location_inside(shards.locations[0], weights_name(config.feature)),
+        encoder=shards.card.encoder_of(recipe.feature),
+        encoder_file=location_inside(shards.locations[0], weights_name(recipe.feature)),
     )
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Describe the first entry in which two JSON mappings differ; empty if they are equal."""
+    """Describe the first entry of `ours` that `theirs` lacks or has with another value.
+
+    Returns:
+        Text such as "seed is 1 instead of 2"; empty if there is no difference.
+    """
     for key in ours:
         if theirs.get(key) != ours[key]:
             return f"{key} is {_describe_difference(theirs.get(key), ours[key])}"
@@ -179,6 +186,8 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def _describe_difference(theirs: Any, ours: Any) -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        names = [key for key in ours if theirs.get(key) != ours[key]]
-        return ", ".join(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in names[:3])
+        changed = [key for key in ours if theirs.get(key) != ours[key]]
+        return ", ".join(
+            f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in changed[:3]
+        )
     return f"{theirs!r} instead of {ours!r}"

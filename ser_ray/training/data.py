@@ -1,13 +1,12 @@
-"""Shards to resident tensors, and from these to the batches of an epoch.
+"""Reads the clips of a fold from the shards into memory, and makes the batches of every epoch.
 
-A training reads its feature column once and keeps it in the device's memory. The order of the rows
-in an epoch is drawn from (seed, epoch), equally on every worker. No step reads from storage or
-copies from the host.
+A training reads the features of its clips once, normalises them and keeps them in the device's
+memory, so no step reads from storage or copies from the host. The order of the clips in an epoch
+depends only on (seed, epoch), so it is the same on every worker. `training.streaming` does the same
+for clips that do not fit into memory. A `Source` is either of the two.
 
-Clips that do not fit into memory come from `training.streaming` instead. Both are a `Source`.
-
-Shapes: features are kept as [clips, frames, bins] float16, so that a crop copies whole frames. The
-features of an encoder have one frame per clip, and its bins are the values of all layers.
+Features in memory are [clips, frames, bins] float16, so that a crop copies whole frames. The
+features of an encoder have one frame per clip, whose bins are the values of all layers.
 """
 
 from collections.abc import Iterator
@@ -27,42 +26,43 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
 MIN_STD = 1e-3
-"""Smallest standard deviation to divide by, in dB, so that nearly constant bins are not amplified.
-"""
+"""Smaller standard deviations, in dB, are replaced by this one, so that nearly constant bins are
+not amplified."""
 
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """Mean and standard deviation of every bin over the training clips' valid frames."""
+    """Mean and standard deviation of every bin over the valid frames of the training clips."""
 
     mean: np.ndarray
+    """[bins]"""
     std: np.ndarray
+    """[bins]"""
 
     @classmethod
     def of(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
-        """Measure features [clips, bins, frames] over the first `num_frames` frames of each."""
+        """Measure features [clips, bins, frames], of which `num_frames` [clips] are valid."""
         return cls.from_sums(frame_sums(features, num_frames), int(num_frames.sum()))
 
     @classmethod
     def from_sums(cls, sums: np.ndarray, num_frames: int) -> "Normalisation":
-        """Compute mean and deviation from `frame_sums` [2, bins] over `num_frames` frames."""
+        """Compute mean and deviation from the `frame_sums` [2, bins] of `num_frames` frames."""
         mean, squares = sums / max(num_frames, 1)
         std = np.sqrt(np.maximum(squares - mean**2, 0.0))
         return cls(mean, np.maximum(std, MIN_STD))
 
     def apply(self, features: np.ndarray) -> np.ndarray:
-        """Normalise [..., bins, frames] to mean 0 and standard deviation 1, as float16."""
-        scaled = (features - self.mean[:, None].astype(np.float32)) / self.std[:, None].astype(
-            np.float32
-        )
-        return scaled.astype(np.float16)
+        """Normalise features [..., bins, frames] to mean 0 and standard deviation 1, as float16."""
+        mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
+        return ((features - mean[:, None]) / std[:, None]).astype(np.float16)
 
     def frames_first(
         self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
     ) -> np.ndarray:
-        """Normalise clips [clips, bins, frames] for training: [clips, max_frames, bins] float16.
+        """Normalise features [clips, bins, frames], and transpose them to `Clips.features`.
 
-        Frames beyond a clip's `num_frames` are 0.
+        Returns:
+            [clips, max_frames, bins] float16. The frames after `num_frames` [clips] are 0.
         """
         padded = np.zeros((len(features), max_frames, features.shape[1]), np.float16)
         for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
@@ -71,7 +71,11 @@ class Normalisation:
 
 
 def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """Sum the valid frames of features [clips, bins, frames], and their squares [2, bins]."""
+    """Sum the valid frames of features [clips, bins, frames].
+
+    Returns:
+        The sums of the values and of their squares [2, bins].
+    """
     sums = np.zeros((2, features.shape[1]))
     for clip, length in zip(features, num_frames, strict=True):
         valid = clip[:, :length].astype(np.float64)
@@ -81,15 +85,15 @@ def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """Clips resident on a device.
+    """Clips in the memory of a device. A clip that is too long for one row has several rows.
 
     Args:
-        features: [clips, frames, bins] float16, normalised, 0 beyond a clip's valid frames.
-        num_frames: valid frames [clips].
-        labels: label indices [clips].
-        owners: if rows are windows of long clips, the index of each row's clip [clips], ascending
-            from 0. All rows of a clip are scored together. If None, each row is a clip.
-        weights: how often each clip is drawn (`sampling_weights`).
+        features: [rows, frames, bins] float16, normalised; 0 after the valid frames of a row.
+        num_frames: number of valid frames [rows].
+        labels: label indices [rows].
+        owners: index of the clip of each row [rows], ascending from 0. The scores of a clip cover
+            all of its rows. If None, each row is a clip of its own.
+        weights: how often each row is drawn (`sampling_weights`) [rows].
     """
 
     features: Tensor
@@ -107,7 +111,7 @@ class Clips:
         normalisation: Normalisation,
         device: torch.device,
     ) -> "Clips":
-        """Normalise raw features [clips, bins, frames] and put them on the device."""
+        """Normalise raw features [rows, bins, frames] and copy them to the device."""
         max_frames = int(num_frames.max(initial=1))
         padded = normalisation.frames_first(features, num_frames, max_frames)
         return cls(
@@ -121,28 +125,28 @@ class Clips:
 
     @property
     def first_windows(self) -> np.ndarray:
-        """The first row of every scored clip [scored]."""
+        """The first row of every clip [clips]."""
         if self.owners is None:
             return np.arange(len(self))
         return np.unique(self.owners, return_index=True)[1]
 
     @property
     def truth(self) -> np.ndarray:
-        """Label index of every scored clip [scored]."""
+        """Label index of every clip [clips]."""
         labels: np.ndarray = self.labels.cpu().numpy()
         return labels[self.first_windows]
 
     def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
-        """Cut crops from clips.
+        """Cut crops from rows.
 
         Args:
-            rows: index of each crop's clip [crops].
-            starts: first frame of each crop [crops]. Frames outside the clip are 0.
+            rows: row of each crop [crops].
+            starts: first frame of each crop [crops]. It may be negative.
             crop_frames: length of every crop.
 
         Returns:
-            The crops [crops, 1, bins, crop_frames] float32 and their valid frames
-            [crops, 1, 1, crop_frames] bool.
+            The crops [crops, 1, bins, crop_frames] float32, and a mask of their valid frames
+            [crops, 1, 1, crop_frames] bool. The other frames are 0.
         """
         frames = starts[:, None] + torch.arange(crop_frames, device=starts.device)
         valid = (frames >= 0) & (frames < self.num_frames[rows, None])
@@ -151,26 +155,28 @@ class Clips:
         return crops.transpose(1, 2).unsqueeze(1), valid[:, None, None, :]
 
     def batches(
-        self, config: TrainConfig, world: World, epoch: int, step: int
+        self, recipe: TrainConfig, world: World, epoch: int, step: int
     ) -> Iterator["Batch"]:
-        """Yield batches (`Source`). Each worker gets the complete batch and its share of it."""
-        size = min(config.batch_size, len(self))
-        for number in count(epoch):
-            order = epoch_order(config.seed, number, len(self), self.weights)
+        """Yield batches as `Source` defines them. Every worker gets complete batches."""
+        size = min(recipe.batch_size, len(self))
+        first_step = step
+        for this_epoch in count(epoch):
+            order = epoch_order(recipe.seed, this_epoch, len(self), self.weights)
             order = order.to(self.labels.device)
-            for index in range(step, steps_per_epoch(len(self), size)):
-                rows = order[index * size : (index + 1) * size]
-                yield Batch(self, rows, world.rank_slice, seed_of(config.seed, number, index))
-            step = 0
+            for this_step in range(first_step, steps_per_epoch(len(self), size)):
+                rows = order[this_step * size : (this_step + 1) * size]
+                seed = seed_of(recipe.seed, this_epoch, this_step)
+                yield Batch(self, rows, world.rank_slice, seed)
+            first_step = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's batch, for one worker.
+    """The batch of a step, as one worker gets it.
 
     Args:
-        clips: the clips that `rows` index.
-        rows: clips to augment [rows].
+        clips: the clips that the batch is taken from.
+        rows: rows of `clips` to augment [rows].
         rank_slice: which of the augmented clips this worker trains on.
         seed: seed of the augmentation.
     """
@@ -182,16 +188,16 @@ class Batch:
 
 
 class Source(Protocol):
-    """Training clips, resident or streamed."""
+    """Training clips, resident (`Clips`) or streamed (`ser_ray.training.streaming.Stream`)."""
 
     def __len__(self) -> int:
-        """Number of training clips."""
+        """Return the number of training rows."""
 
-    def batches(self, config: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
-        """Yield the batches from this step of this epoch to the end of the training.
+    def batches(self, recipe: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
+        """Yield the batches of all steps, beginning with this step of this epoch.
 
-        The arguments alone determine the batches. Every epoch has `steps_per_epoch` of them, and
-        the clips of a batch over all workers do not depend on the number of workers.
+        The batches depend only on the arguments. Every epoch has `steps_per_epoch` batches. Which
+        clips the workers together get in a step does not depend on the number of workers.
         """
 
 
@@ -200,7 +206,7 @@ Train_co = TypeVar("Train_co", bound=Source, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class FoldData(Generic[Train_co]):
-    """A fold's training and validation clips, with its split, labels and normalisation."""
+    """The training and validation clips of a fold, with its split, labels and normalisation."""
 
     train: Train_co
     validation: Clips
@@ -209,29 +215,29 @@ class FoldData(Generic[Train_co]):
     normalisation: Normalisation
 
 
-def load_fold(shards: ShardSet, config: TrainConfig, device: torch.device) -> FoldData[Clips]:
-    """Read a fold's training and validation clips into the device's memory."""
+def load_fold(shards: ShardSet, recipe: TrainConfig, device: torch.device) -> FoldData[Clips]:
+    """Read the training and validation clips of a fold into the device's memory."""
     table = shards.clips()
-    parts = select_rows(table, config)
+    split = select_rows(table, recipe)
     labels = label_indices(table, shards.card.labels)
-    num_frames = frames_of(shards, config.feature, table)
-    raw = inputs_of(shards, config.feature, parts.train)
-    normalisation = Normalisation.of(raw, num_frames[parts.train])
-    train = Clips.resident(raw, num_frames[parts.train], labels[parts.train], normalisation, device)
-    train = replace(train, weights=sampling_weights(table.take(parts.train), config))
-    validation = load_clips(shards, config.feature, table, parts.validation, normalisation, device)
-    return FoldData(train, validation, parts, shards.card.labels, normalisation)
+    num_frames = num_input_frames(shards, recipe.feature, table)
+    raw = read_features(shards, recipe.feature, split.train)
+    normalisation = Normalisation.of(raw, num_frames[split.train])
+    train = Clips.resident(raw, num_frames[split.train], labels[split.train], normalisation, device)
+    train = replace(train, weights=sampling_weights(table.take(split.train), recipe))
+    validation = load_clips(shards, recipe.feature, table, split.validation, normalisation, device)
+    return FoldData(train, validation, split, shards.card.labels, normalisation)
 
 
-def frames_of(shards: ShardSet, kind: str, clips: pa.Table) -> np.ndarray:
-    """Valid frames of every clip in a network's input, int64 [clips]."""
+def num_input_frames(shards: ShardSet, kind: str, clips: pa.Table) -> np.ndarray:
+    """Return the number of valid frames that the network gets from each row, int64 [rows]."""
     if shards.card.encoder_of(kind) is not None:
         return np.ones(len(clips), np.int64)
     return clips["num_frames"].to_numpy().astype(np.int64)
 
 
-def inputs_of(shards: ShardSet, kind: str, rows: np.ndarray) -> np.ndarray:
-    """Read features [rows, bins, frames] float16; those of an encoder have one frame."""
+def read_features(shards: ShardSet, kind: str, rows: np.ndarray) -> np.ndarray:
+    """Read features [rows, bins, frames] float16. The features of an encoder have one frame."""
     features = shards.features(kind, rows)
     if shards.card.encoder_of(kind) is not None:
         return features.reshape(len(rows), shards.card.num_bins(kind), 1)
@@ -247,50 +253,50 @@ def load_clips(
     device: torch.device,
     labels: tuple[str, ...] = (),
 ) -> Clips:
-    """Read the clips to be scored, with all windows of long clips, into the device's memory.
+    """Read the clips to score, with all rows of long clips, into the device's memory.
 
     Args:
         shards: the shard set.
         kind: kind of the features.
         table: `shards.clips()`.
-        rows: row of the first window of every clip [scored].
+        rows: first row of every clip to score [clips].
         normalisation: the normalisation that the network was trained with.
         device: where the clips are scored.
-        labels: the network's labels; those of the shards if empty.
+        labels: the network's labels. If empty, those of the shards are used.
     """
     windows, owners = windows_of(table["window"].to_numpy(), rows)
-    found = table.select(["emotion", "num_frames"]).take(windows)
-    raw = inputs_of(shards, kind, windows)
-    classes = label_indices(found, labels or shards.card.labels)
-    num_frames = frames_of(shards, kind, found)
-    clips = Clips.resident(raw, num_frames, classes, normalisation, device)
+    selected = table.select(["emotion", "num_frames"]).take(windows)
+    raw = read_features(shards, kind, windows)
+    indices = label_indices(selected, labels or shards.card.labels)
+    num_frames = num_input_frames(shards, kind, selected)
+    clips = Clips.resident(raw, num_frames, indices, normalisation, device)
     return replace(clips, owners=owners)
 
 
 def label_indices(clips: pa.Table, labels: tuple[str, ...]) -> np.ndarray:
-    """Index of every clip's emotion among the labels, int64 [clips]."""
+    """Return the index of each clip's emotion in `labels`, int64 [clips]."""
     position = {label: index for index, label in enumerate(labels)}
     return np.asarray([position[name] for name in clips["emotion"].to_pylist()], dtype=np.int64)
 
 
-def seed_of(*parts: int) -> int:
-    """Hash integers, such as (seed, epoch, step), into one 63-bit seed."""
-    high, low = np.random.SeedSequence(parts).generate_state(2, np.uint32)
+def seed_of(*integers: int) -> int:
+    """Hash integers, such as seed, epoch and step, into one 63-bit seed."""
+    high, low = np.random.SeedSequence(integers).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Number of full batches in an epoch; 1 if there are fewer rows than a batch has."""
+    """Return the number of full batches in an epoch; 1 if there are too few rows for one."""
     return max(num_rows // batch_size, 1)
 
 
-def sampling_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
-    """Compute how often each training clip is drawn, relative to the others, float64 [clips].
+def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
+    """Return how often each training row is drawn, relative to the others, float64 [rows].
 
-    Returns:
-        None if the recipe balances nothing: every clip is drawn once in an epoch.
+    Return None if the recipe does not balance labels or corpora. Every row is then used once in an
+    epoch.
     """
-    powers = {"emotion": float(config.balanced), "corpus": config.corpus_balance}
+    powers = {"emotion": float(recipe.balanced), "corpus": recipe.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}
     weights = np.ones(len(clips))
     for name, power in powers.items():
@@ -300,7 +306,7 @@ def sampling_weights(clips: pa.Table, config: TrainConfig) -> Tensor | None:
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int, weights: Tensor | None = None) -> Tensor:
-    """Order of the training rows in an epoch, int64 [rows], equal on every worker.
+    """Return the order of the training rows in an epoch, int64 [rows]. All workers get the same.
 
     Without weights, the order is a permutation. With weights, rows are drawn with replacement.
     """

@@ -1,14 +1,15 @@
-"""The training loop in plain torch, which reports scores and checkpoints as it goes.
+"""The training loop: `fit` trains one fold from shards, and reports scores and checkpoints.
 
-The loop trains in one process by default. If Ray Train or torchrun has initialised
+The loop runs in one process by default. If Ray Train or torchrun has initialised
 `torch.distributed`, this process is one of several workers. Batches, learning rates and
-augmentation depend on (seed, epoch, step), but not on the number of workers. Every worker draws the
-complete batch, and trains on its own share of the clips in it. Therefore a run may resume with a
-different number of workers. (With streamed clips, the augmentation does depend on this number: see
-`ser_ray.training.streaming`.)
+augmentation depend on (seed, epoch, step), but not on the number of workers: every worker makes the
+complete batch and trains on its own share of the clips. Therefore a run may resume with a different
+number of workers. Streamed clips are an exception: their augmentation depends on the number of
+workers (see `ser_ray.training.streaming`).
 
-No step waits for the device: losses and counts are copied from it once per epoch. A snapshot is a
-copy of the training's state, so another thread can write it to storage while the loop continues.
+No step waits for the device, because losses and counts are copied from it only once per epoch. A
+snapshot is a copy of the training's state, so another thread can write it to storage while the loop
+continues.
 """
 
 from collections.abc import Callable
@@ -32,17 +33,16 @@ from ser_ray.training.world import World
 PREEMPTION_CHECK_STEPS = 32
 """Steps between two preemption checks. Each check waits for all workers."""
 
-
 MakeSnapshot = Callable[[], Snapshot]
-"""Copies the current state of the training, for a checkpoint. A `Report` may call it only
-before returning."""
+"""Copies the current state of the training, for a checkpoint. Only a `Report` may call this
+function, and only until it returns."""
 Report = Callable[[EpochReport | None, MakeSnapshot], None]
-"""Called on every worker after every epoch, with the epoch's results. When `preemption_check` has
-returned True, it is also called in mid-epoch, with None instead of results."""
+"""Called on every worker: after every epoch with the results of the epoch, and in mid-epoch with
+None if `preemption_check` returned True."""
 
 
 def fit(
-    config: TrainConfig,
+    recipe: TrainConfig,
     shards: ShardSet,
     pretrained: Pretrained,
     report: Report,
@@ -55,52 +55,54 @@ def fit(
     """Train one fold, from its beginning or from a checkpoint.
 
     Args:
-        config: the recipe.
+        recipe: the recipe.
         shards: the shard set to train on.
-        pretrained: weights to start from (`ser_ray.training.model.initial_weights`).
+        pretrained: initial weights (`ser_ray.training.model.initial_weights`).
         report: called after every epoch with its results and a function that makes a snapshot.
-        resume: directory of a checkpoint of the same training, to resume from.
+        resume: directory of a checkpoint of the same training. If given, the training resumes from
+            this checkpoint.
         device: where to train; the CPU by default.
         preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
-            the same value on all workers. If it is True, `report` is called in mid-epoch, so that
-            it can write a checkpoint.
-        stream: function that reads the training clips again in every epoch, such as the built-in
-            `map`, which reads them in this process. If None, all clips stay in memory.
+            the same value on all workers. If the value is True, `report` is called in mid-epoch, so
+            that it can write a checkpoint.
+        stream: if given, every epoch reads the training clips from the shards by this function. The
+            built-in `map` reads them in this process. If None, all clips stay in memory.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
         MismatchError: the checkpoint belongs to another training.
-        DivergedError: a loss or a weight was not finite; the message names the epoch.
+        DivergedError: a loss or a weight is not finite; the message names the epoch.
     """
     world, device = World.current(), device or torch.device("cpu")
     previous = read_card(resume) if resume is not None else None
 
     data: FoldData[Source]
     if stream is None:
-        data = load_fold(shards, config, device)
+        data = load_fold(shards, recipe, device)
     else:
-        known = previous.normalisation if previous is not None else None
-        data = stream_fold(shards, config, device, world, stream, known)
-    require_workers_fit(config, len(data.train), world.size)
+        normalisation = previous.normalisation if previous is not None else None
+        data = stream_fold(shards, recipe, device, world, stream, normalisation)
+    require_workers_fit(recipe, len(data.train), world.size)
 
-    encoder = shards.card.encoder_of(config.feature)
+    encoder = shards.card.encoder_of(recipe.feature)
     pretrained = pretrained if encoder is None else FRESH
-    network = build_network(config, pretrained, len(data.labels), device, encoder)
-    optimiser = build_optimiser(network, config)
-    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
-    schedule = one_cycle(optimiser, config, num_steps)
-    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, world)
+    network = build_network(recipe, pretrained, len(data.labels), device, encoder)
+    optimiser = build_optimiser(network, recipe)
+    num_steps = recipe.epochs * steps_per_epoch(len(data.train), recipe.batch_size)
+    schedule = one_cycle(optimiser, recipe, num_steps)
+    trainer = Trainer(recipe, data, shards.card.features, network, optimiser, schedule, world)
 
-    card = make_card(config, shards, data, pretrained, "resident" if stream is None else "stream")
+    card = make_card(recipe, shards, data, pretrained, "resident" if stream is None else "stream")
     if resume is not None and previous is not None:
         card.require_same(previous, str(resume))
         trainer.restore(Snapshot.read(resume))
     make_snapshot = partial(trainer.snapshot, card)
 
     while not trainer.finished:
-        for _ in trainer.begin_epoch():
+        trainer.begin_epoch()
+        while not trainer.epoch_finished:
             trainer.train_step()
-            is_due = trainer.steps_taken % PREEMPTION_CHECK_STEPS == 0
+            is_due = trainer.completed_steps % PREEMPTION_CHECK_STEPS == 0
             if preemption_check is not None and is_due and preemption_check():
                 trainer.reduce_counts()
                 report(None, make_snapshot)
@@ -109,15 +111,15 @@ def fit(
         report(trainer.finish_epoch(scores), make_snapshot)
 
 
-def require_workers_fit(config: TrainConfig, num_clips: int, workers: int) -> None:
-    """Refuse more workers than there are clips in a batch or in the training set.
+def require_workers_fit(recipe: TrainConfig, num_clips: int, workers: int) -> None:
+    """Raise if there are more workers than clips in a batch or in the training part.
 
     Raises:
         ConfigError: there are too many workers.
     """
-    if config.batch_size < workers:
+    if recipe.batch_size < workers:
         raise ConfigError(
-            f"batch_size is {config.batch_size}, but there are {workers} workers: it counts the "
+            f"batch_size is {recipe.batch_size}, but there are {workers} workers: it counts the "
             "clips of all workers together, so it must be at least the number of workers"
         )
     if num_clips < workers:

@@ -1,8 +1,8 @@
-"""The learning-rate range test (Smith 2015, arXiv 1506.01186), with the steps of a training.
+"""The learning-rate range test (Smith 2015, arXiv 1506.01186), which proposes OneCycle's bounds.
 
-The learning rate rises a little with every step, from far too small to far too large. OneCycle's
-lower bound is where the loss begins to fall, and its upper bound is where the loss stops falling.
-"""
+The test trains a new network, and raises the learning rate in every step, from far too small to far
+too large. The lower bound is the learning rate at which the loss begins to fall, and the upper
+bound the one at which the loss stops falling."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ SMOOTHING_STEPS = 8.0
 """Standard deviation, in steps, of the Gaussian window that smooths the loss."""
 DIVERGED = 4.0
 """The test ends when the smoothed loss is more than this many times its minimum, as in fastai."""
-LEAST_FALL = 0.02
-"""If the loss falls by less than this share of its highest value, the test fails."""
-BEGINS, ENDS = 0.1, 0.9
-"""At the proposed bounds, the loss has fallen by these shares of its total fall."""
+MIN_FALL = 0.02
+"""If the smoothed loss falls by less than this share of its highest value, the test fails."""
+FALL_BEGINS, FALL_ENDS = 0.1, 0.9
+"""At lr_min, the loss has fallen by the first share of its total fall; at lr_max, by the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class LrRange:
 
     Args:
         learning_rates: learning rate of every step.
-        losses: training loss of every step, as measured.
-        smooth: moving average of the losses, of every step.
+        losses: training loss of every step.
+        smooth: training loss of every step, averaged over neighbouring steps.
         lr_min, lr_max: the proposed bounds.
     """
 
@@ -48,29 +48,34 @@ class LrRange:
 
 
 def range_steps(
-    config: TrainConfig,
+    recipe: TrainConfig,
     shards: ShardSet,
     pretrained: Pretrained,
     test: LrRangeConfig,
     device: torch.device,
 ) -> Iterator[tuple[float, float]]:
-    """Raise the learning rate by the same factor in every step, until the loss diverges.
+    """Train with a learning rate that each step multiplies by the same factor.
+
+    The test ends after `test.steps` steps, or earlier if the loss diverges.
 
     Args:
-        config: the recipe. Its learning rates and number of epochs are not used.
+        recipe: the recipe. Its learning rates and number of epochs are not used.
+        shards: the shard set to train on.
+        pretrained: initial weights.
         test: the range of learning rates.
+        device: where to train.
 
     Yields:
         The learning rate and the training loss of every step. A loss that is not finite ends the
         test and is not yielded.
     """
-    data = load_fold(shards, config, device)
-    encoder = shards.card.encoder_of(config.feature)
-    network = build_network(config, pretrained, len(data.labels), device, encoder)
-    optimiser = build_optimiser(network, config)
-    # The schedule is not stepped, but it sets the optimiser's momentum as in a training.
-    schedule = one_cycle(optimiser, config, test.steps)
-    trainer = Trainer(config, data, shards.card.features, network, optimiser, schedule, World())
+    data = load_fold(shards, recipe, device)
+    encoder = shards.card.encoder_of(recipe.feature)
+    network = build_network(recipe, pretrained, len(data.labels), device, encoder)
+    optimiser = build_optimiser(network, recipe)
+    # The schedule takes no steps, but it sets the optimiser's momentum as in a training.
+    schedule = one_cycle(optimiser, recipe, test.steps)
+    trainer = Trainer(recipe, data, shards.card.features, network, optimiser, schedule, World())
     learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
     losses: list[float] = []
     trainer.begin_epoch()
@@ -87,7 +92,7 @@ def range_steps(
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the smoothed loss of the last step is far above the minimum so far."""
+    """Return whether the smoothed loss of the last step is far above the minimum so far."""
     smooth = _smooth(losses)
     return bool(smooth[-1] > DIVERGED * smooth.min())
 
@@ -95,22 +100,23 @@ def has_diverged(losses: Sequence[float]) -> bool:
 def propose(
     learning_rates: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray
 ) -> LrRange:
-    """Propose bounds for OneCycle from a range test's learning rates and losses [steps].
+    """Propose bounds for OneCycle from the learning rates and losses of a range test [steps].
 
     Raises:
-        DivergedError: the loss never fell.
+        DivergedError: the loss did not fall enough.
     """
     smooth = _smooth(losses)
     lowest = int(smooth.argmin()) if len(smooth) else 0
     highest = int(smooth[: lowest + 1].argmax()) if lowest else 0
-    if not lowest or (fall := smooth[highest] - smooth[lowest]) < LEAST_FALL * smooth[highest]:
+    fall = smooth[highest] - smooth[lowest] if lowest else 0.0
+    if not lowest or fall < MIN_FALL * smooth[highest]:
         raise DivergedError(
             "the loss did not fall at any learning rate: start from a smaller one (--lowest), or "
             "look for broken clips in the shards"
         )
     fallen = (smooth[highest] - smooth[highest : lowest + 1]) / fall
-    begins = highest + int((fallen >= BEGINS).argmax())
-    ends = highest + int((fallen >= ENDS).argmax())
+    begins = highest + int((fallen >= FALL_BEGINS).argmax())
+    ends = highest + int((fallen >= FALL_ENDS).argmax())
     return LrRange(
         learning_rates=np.asarray(learning_rates).tolist(),
         losses=np.asarray(losses).tolist(),
@@ -121,8 +127,8 @@ def propose(
 
 
 def _smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Average each loss with its neighbours by a Gaussian window."""
+    """Average each loss with its neighbours, weighted by a Gaussian window."""
     values = np.asarray(losses, dtype=np.float64)
-    place = np.arange(len(values))
-    weights = np.exp(-0.5 * ((place[:, None] - place) / SMOOTHING_STEPS) ** 2)
+    steps = np.arange(len(values))
+    weights = np.exp(-0.5 * ((steps[:, None] - steps) / SMOOTHING_STEPS) ** 2)
     return (weights @ values) / weights.sum(axis=1)

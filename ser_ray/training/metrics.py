@@ -1,10 +1,8 @@
 """Computes scores from confusion matrices, and selects an epoch by its scores.
 
-Workers add up their confusion matrices, so the accuracies do not depend on the number of workers.
-
-Terms as in the field: WA, weighted accuracy, is plain accuracy; UA, unweighted accuracy (also UAR),
-is the mean recall over the labels that occur; macro F1 is the mean F1 over the labels that occur or
-are predicted.
+WA (weighted accuracy) is plain accuracy. UA (unweighted accuracy, also called UAR) is the mean
+recall over the labels that occur. Macro F1 is the mean F1 over the labels that occur or are
+predicted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ class Scores:
     """Scores of a set of clips.
 
     Args:
-        confusion: counts [labels, labels], row = true label, column = predicted label.
+        confusion: number of clips [labels, labels], row = true label, column = predicted label.
         loss: mean negative log-likelihood of the true label, in nats.
     """
 
@@ -29,7 +27,7 @@ class Scores:
 
     @property
     def num_clips(self) -> int:
-        """Number of scored clips."""
+        """Number of clips."""
         return int(self.confusion.sum())
 
     @property
@@ -54,7 +52,7 @@ class Scores:
 
     @property
     def precision(self) -> np.ndarray:
-        """Precision [labels]; 0 for a label never predicted."""
+        """Precision [labels]; 0 for a label that is never predicted."""
         return _ratio(_hits(self.confusion), self.confusion.sum(axis=0))
 
     @property
@@ -63,7 +61,7 @@ class Scores:
         return f1_of(self.confusion)
 
     def to_dict(self) -> dict[str, float]:
-        """Return the scalar scores by the names under which they are logged."""
+        """Return the scalar scores by their names in MLflow."""
         return {"loss": self.loss, "wa": self.wa, "ua": self.ua, "f1": self.macro_f1}
 
 
@@ -74,7 +72,7 @@ def count_confusion(truth: np.ndarray, predicted: np.ndarray, num_labels: int) -
 
 
 def log_losses(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of every clip's true label, in nats [clips]."""
+    """Return the negative log-likelihood of the true label of each clip, in nats [clips]."""
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], 1e-12))
 
 
@@ -82,8 +80,8 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     """Score predictions.
 
     Args:
-        truth: label indices [clips].
-        probabilities: [clips, labels], rows summing to 1.
+        truth: indices of the true labels [clips].
+        probabilities: [clips, labels], whose rows sum to 1.
     """
     num_labels = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
@@ -91,32 +89,32 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     return Scores(count_confusion(truth, predicted, num_labels), loss)
 
 
-# These functions score one confusion matrix, or many at once: counts [..., labels, labels], where a
-# row is a true label and a column a predicted one.
+# These functions score one or many confusion matrices [..., labels, labels] at once. A row is a
+# true label, and a column is a predicted one.
 
 
 def recall_of(confusion: np.ndarray) -> np.ndarray:
-    """Recall [..., labels]; 0 for a label that does not occur."""
+    """Return the recall [..., labels]; 0 for a label that does not occur."""
     return _ratio(_hits(confusion), confusion.sum(axis=-1))
 
 
 def f1_of(confusion: np.ndarray) -> np.ndarray:
-    """F1 [..., labels]: 2 TP / (occurrences + predictions); 0 for a label with neither."""
+    """Return the F1 [..., labels]: 2 TP / (occurrences + predictions); 0 for 0 / 0."""
     return _ratio(2 * _hits(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2))
 
 
 def wa_of(confusion: np.ndarray) -> np.ndarray:
-    """Share of the clips whose predicted label is correct [...]; 0 without clips."""
+    """Return the share of the clips whose predicted label is correct [...]; 0 without clips."""
     return _ratio(_hits(confusion).sum(axis=-1), confusion.sum(axis=(-2, -1)))
 
 
 def ua_of(confusion: np.ndarray) -> np.ndarray:
-    """Mean recall over the labels that occur [...]; 0 if none does."""
+    """Return the mean recall over the labels that occur [...]; 0 if no label occurs."""
     return _mean_where(recall_of(confusion), confusion.sum(axis=-1) > 0)
 
 
 def macro_f1_of(confusion: np.ndarray) -> np.ndarray:
-    """Mean F1 over the labels that occur or are predicted [...]; 0 if none does."""
+    """Return the mean F1 over the labels that occur or are predicted [...]; 0 without clips."""
     return _mean_where(f1_of(confusion), confusion.sum(axis=-1) + confusion.sum(axis=-2) > 0)
 
 
@@ -133,7 +131,7 @@ def _mean_where(values: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
-    """Index of the selected epoch: the last one, or the best by validation UA, then by loss.
+    """Return the index of the selected epoch: the last one, or the best one by validation scores.
 
     Args:
         rows: metrics of each epoch; at least one epoch.
@@ -145,17 +143,17 @@ def selected_epoch(rows: Sequence[Mapping[str, float]], keep: Keep) -> int:
 
 
 def selected_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str, float]:
-    """Metrics of the selected epoch so far; empty before the first epoch ends."""
+    """Return the metrics of the selected epoch; empty if there are no epochs."""
     return rows[selected_epoch(rows, keep)] if rows else {}
 
 
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
-    """Key that orders epochs from worst to best: validation UA, then the negative loss."""
+    """Return a sort key, by which the best epoch is the last: validation UA, then negative loss."""
     return row["val/ua"], -row["val/loss"]
 
 
 def selected_metrics(row: Mapping[str, float]) -> dict[str, float]:
-    """Return the epoch and validation metrics of the selected row, named as they are logged."""
+    """Return the epoch and validation metrics of the selected epoch by their names in MLflow."""
     return {
         f"selected/{name.removeprefix('val/')}": value
         for name, value in row.items()

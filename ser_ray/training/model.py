@@ -1,12 +1,13 @@
-"""The network: ResNet18 (He 2016) with one input channel and one output for each label.
+"""The networks and their initial weights: ResNet18 (He 2016), and a head on a speech encoder.
 
-Its layers and their names are torchvision's, so torchvision's weights fit it and a seed gives it
-the same initial weights (tests compare both). It is defined here because importing torchvision
-takes longer than importing torch, which would delay every prediction.
+ResNet18 has one input channel, and one output for each label. Its layers and their names are those
+of torchvision, so torchvision's weights fit it, and a seed draws the same initial weights (tests
+compare both). It is defined here because importing torchvision takes longer than importing torch,
+which would delay every prediction.
 
-Pretrained weights come from torchvision's download or from a file. The RGB kernels of their first
-convolution are *summed*: the network then answers a one-channel image as the original answers the
-same image in all three channels.
+Pretrained weights are downloaded from torchvision or read from a file. The RGB kernels of the first
+convolution are *summed*. For a one-channel image, the network then has the output that the original
+has for the same image in all three channels.
 """
 
 from dataclasses import dataclass
@@ -29,19 +30,19 @@ from ser_ray.training.data import seed_of
 from ser_ray.training.recipe import TrainConfig
 
 NETWORK_STRIDE = 32
-"""Bins and frames of the input for each pixel of the last stage's output."""
+"""One pixel in the output of the last stage stands for this many bins and frames of the input."""
 IMAGENET_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-"""torchvision's IMAGENET1K_V1. The name holds the first digits of the file's SHA-256, which are
-checked."""
+"""torchvision's IMAGENET1K_V1. The name contains the first digits of the file's SHA-256, which the
+download checks."""
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs store the weights in a file."""
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 """Prefixes that wrappers of a network put before the names of its weights."""
 LAYER_SCALE = 10.0
-"""The trained parameters of the layer weights are multiplied by this factor before the softmax, so
-an optimiser step changes the weights more."""
-COUNTER = "num_batches_tracked"
-"""Name of a batch norm's counter of batches."""
+"""The layer weights are the softmax of the trained parameters times this factor, so that an
+optimiser step changes them more."""
+BATCH_COUNTER = "num_batches_tracked"
+"""Name of the counter of batches in a batch norm."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -49,8 +50,8 @@ N = TypeVar("N", bound=nn.Module)
 class ResNet18(nn.Module):
     """Maps features [batch, 1, bins, frames] to logits [batch, labels].
 
-    The initial weights are drawn in torchvision's order, for an RGB network whose first layer is
-    then replaced, so a seed gives the same weights as in torchvision.
+    To draw the same weights from a seed as torchvision, the network is built with an RGB input, and
+    its first layer is replaced at the end.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -69,7 +70,7 @@ class ResNet18(nn.Module):
         _draw_weights(self.conv1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits of a batch."""
+        """Return the logits of a batch."""
         maps = F.relu(self.bn1(self.conv1(features)), inplace=True)
         maps = F.max_pool2d(maps, kernel_size=3, stride=2, padding=1)
         maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
@@ -77,11 +78,11 @@ class ResNet18(nn.Module):
 
 
 class EncoderHead(nn.Module):
-    """Maps an encoder's layers [batch, 1, layers * dim, 1] to logits [batch, labels].
+    """Maps the layers of an encoder [batch, 1, layers * dim, 1] to logits [batch, labels].
 
-    The output is computed from a weighted sum of the layers, as in SUPERB (Yang 2021) and EmoBox
-    (Ma 2024). The weights are the softmax of trained parameters. A linear layer follows, with a
-    hidden layer before it if `num_units` is above 0.
+    As in SUPERB (Yang 2021) and EmoBox (Ma 2024), the head computes a weighted sum of the layers,
+    whose weights are trained and pass a softmax. A hidden layer follows if `num_units` is above 0,
+    then a linear layer.
     """
 
     def __init__(self, num_layers: int, dim: int, num_labels: int, num_units: int = 0) -> None:
@@ -99,17 +100,17 @@ class EncoderHead(nn.Module):
         return (LAYER_SCALE * self.layers).softmax(dim=0)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits of a batch."""
+        """Return the logits of a batch."""
         mixed = (features.reshape(-1, *self.shape) * self.layer_weights[:, None]).sum(dim=1)
         return self.fc(self.hidden(mixed))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the shortcut around them."""
+    """Two 3x3 convolutions, and a shortcut around both."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
-        # torchvision draws the shortcut's weights before the block's, but names them last.
+        # As in torchvision, the shortcut's weights are drawn first, but are the last in the module.
         downsample: nn.Module | None = None
         if stride > 1:
             downsample = nn.Sequential(
@@ -123,7 +124,7 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, maps: Tensor) -> Tensor:
-        """[batch, inputs, height, width] -> [batch, outputs, height / stride, width / stride]."""
+        """Map [batch, inputs, height, width] to [batch, outputs, height/stride, width/stride]."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
         maps = F.relu(self.bn1(self.conv1(maps)), inplace=True)
         maps = self.bn2(self.conv2(maps))
@@ -131,22 +132,22 @@ class BasicBlock(nn.Module):
 
 
 def _draw_weights(convolution: nn.Conv2d) -> None:
-    # On the meta device there is nothing to draw, and torch spends seconds on importing sympy.
+    # The meta device has no values to draw, but torch would spend seconds on importing sympy.
     if not convolution.weight.is_meta:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
 def to_channels_last(network: N, device: torch.device) -> N:
-    """Move a network to a device, in the memory layout in which its convolutions are fastest."""
+    """Move a network to a device, in the memory layout with the fastest convolutions."""
     # torch's stubs lack the argument.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fold_batch_norm(network: ResNet18) -> ResNet18:
-    """Multiply each batch norm into the convolution before it (Jacob 2018, section 3.2).
+    """Merge each batch norm with the convolution before it (Jacob 2018, section 3.2).
 
-    The result computes the same function up to float rounding, in a fifth less time, and can no
-    longer be trained. Changes a network in evaluation mode and returns it.
+    The network must be in evaluation mode. It is changed in place: it computes the same function up
+    to rounding, takes a fifth less time, and can no longer be trained.
     """
     for module in list(network.modules()):
         if isinstance(module, (ResNet18, BasicBlock)):
@@ -165,11 +166,11 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:
 
 
 def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
-    """Whether to train on inputs of this size in bfloat16 on this device.
+    """Return whether to train on inputs of this size in bfloat16 on this device.
 
-    GPUs and x86 CPUs with AVX512_BF16 or AMX multiply bfloat16 in hardware. Other CPUs emulate it,
-    which is slow. All CPUs train in float32 if the output of the network's last stage is a single
-    row or column, because torch 2.11 computes NaN gradients for kernels that cover only padding.
+    Many GPUs, and x86 CPUs with AVX512_BF16 or AMX, multiply bfloat16 in hardware. Other CPUs
+    emulate it, which is slow. If the output of the last stage is a single row or column, all CPUs
+    train in float32, because torch 2.11 computes NaN gradients for kernels that cover only padding.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -182,10 +183,12 @@ def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> b
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """Weights to start from: a state dict that fits the network, and a sentence on its origin."""
+    """Initial weights of a network."""
 
     origin: str
+    """Where the weights are from, in words."""
     state: dict[str, Tensor]
+    """Weights by name. Weights that are missing here are drawn at random."""
 
 
 FRESH = Pretrained("fresh weights", {})
@@ -194,30 +197,30 @@ FRESH = Pretrained("fresh weights", {})
 def new_network(
     num_labels: int, encoder: EncoderCard | None, head_units: int
 ) -> ResNet18 | EncoderHead:
-    """Build a ResNet18, or a head on the encoder if there is one, with torch's random numbers."""
+    """Build a head on the encoder, or a ResNet18 if there is no encoder, with random weights."""
     if encoder is None:
         return ResNet18(num_labels)
     return EncoderHead(encoder.num_layers, encoder.dim, num_labels, head_units)
 
 
 def build_network(
-    config: TrainConfig,
+    recipe: TrainConfig,
     pretrained: Pretrained,
     num_labels: int,
     device: torch.device,
     encoder: EncoderCard | None = None,
 ) -> ResNet18 | EncoderHead:
-    """Build a network on a device, with initial weights drawn from the recipe's seed.
+    """Build a network on a device.
 
-    Pretrained weights replace the drawn ones.
+    Its weights are drawn from the recipe's seed. Then the pretrained weights replace them.
     """
-    torch.manual_seed(seed_of(config.seed))
-    network = new_network(num_labels, encoder, config.head_units)
+    torch.manual_seed(seed_of(recipe.seed))
+    network = new_network(num_labels, encoder, recipe.head_units)
     network.load_state_dict(network.state_dict() | pretrained.state)
     return to_channels_last(network, device)
 
 
-def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
+def initial_weights(recipe: TrainConfig, shards: ShardCard) -> Pretrained:
     """Read the initial weights of a training on these shards.
 
     Raises:
@@ -225,17 +228,17 @@ def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
             corpus.
         CheckpointError: the weights cannot be read.
     """
-    encoder = shards.encoder_of(config.feature)
+    encoder = shards.encoder_of(recipe.feature)
     if encoder is None:
-        return read_pretrained(config.weights, len(shards.labels))
-    tests_new_speakers = config.protocol not in ("random", ALL)
+        return read_pretrained(recipe.weights, len(shards.labels))
+    tests_new_speakers = recipe.protocol not in ("random", ALL)
     has_seen = shards.corpus in encoder.labelled or (
         shards.corpus == "several" and encoder.labelled
     )
-    if tests_new_speakers and has_seen and not config.allow_seen_labels:
+    if tests_new_speakers and has_seen and not recipe.allow_seen_labels:
         raise ConfigError(
             f"feature is {encoder.name}: this encoder was trained with labels of "
-            f"{CORPORA[shards.corpus]}, so the speakers that {config.protocol} tests are not new "
+            f"{CORPORA[shards.corpus]}, so the speakers that {recipe.protocol} tests are not new "
             "to it; choose another encoder, or give --allow-seen-labels"
         )
     return FRESH
@@ -244,8 +247,8 @@ def initial_weights(config: TrainConfig, shards: ShardCard) -> Pretrained:
 def read_pretrained(weights: str, num_labels: int) -> Pretrained:
     """Read the weights that `TrainConfig.weights` names.
 
-    Layers that the source lacks get fresh weights and are named in `origin`. The last layer is kept
-    only if it has as many outputs as there are labels.
+    The last layer is left out if its number of outputs is not the number of labels. `origin` names
+    the layers that are missing, which get fresh weights.
 
     Raises:
         CheckpointError: the ImageNet weights cannot be downloaded, or the file does not exist,
@@ -260,7 +263,7 @@ def read_pretrained(weights: str, num_labels: int) -> Pretrained:
     expected = ResNet18(num_labels).state_dict()
     state = _fit(state, expected, origin)
     # Files from before torch 0.4.1 lack the batch-norm counters, which have no effect here.
-    missing = {key for key in expected.keys() - state.keys() if not key.endswith(COUNTER)}
+    missing = {key for key in expected.keys() - state.keys() if not key.endswith(BATCH_COUNTER)}
     if missing:
         origin += f"; fresh: {', '.join(sorted({key.split('.')[0] for key in missing}))}"
     return Pretrained(origin, state)
@@ -290,17 +293,18 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named weights")
-    return {_strip(str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
+    return {_strip_prefixes(str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
 
 
-def _strip(key: str) -> str:
-    while (prefix := next(filter(key.startswith, WRAPPER_PREFIXES), None)) is not None:
-        key = key.removeprefix(prefix)
+def _strip_prefixes(key: str) -> str:
+    """Remove the prefixes of all wrappers from the name of a weight."""
+    while key.startswith(WRAPPER_PREFIXES):
+        key = key.partition(".")[2]
     return key
 
 
 def _fit(state: dict[str, Tensor], expected: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Select the network's own weights, and sum the first convolution to one channel."""
+    """Select the weights that the network has, and sum the first convolution to one channel."""
     state = {key: value for key, value in state.items() if key in expected}
     if not any(key.startswith(("conv1", "layer")) for key in state):
         raise CheckpointError(f"{origin}: holds no layer of a ResNet18 (conv1, layer1, ...)")

@@ -14,16 +14,16 @@ PREFIX = "optimiser."
 """Prefix of the names of the optimiser's tensors in a checkpoint."""
 
 
-def build_optimiser(network: nn.Module, config: TrainConfig) -> AdamW:
-    """Build AdamW over all weights of a network. `one_cycle` sets its learning rate."""
+def build_optimiser(network: nn.Module, recipe: TrainConfig) -> AdamW:
+    """Build AdamW for all weights of a network. `one_cycle` sets its learning rate."""
     name_account()
     return AdamW(
-        network.parameters(), lr=config.lr_min, weight_decay=config.weight_decay, fused=True
+        network.parameters(), lr=recipe.lr_min, weight_decay=recipe.weight_decay, fused=True
     )
 
 
 def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
-    """Name the moments and step counts by the index of their weight: `optimiser.0.exp_avg`."""
+    """Return the optimiser's state by names such as `optimiser.0.exp_avg` (first weight)."""
     return {
         f"{PREFIX}{index}.{name}": value
         for index, values in optimiser.state_dict()["state"].items()
@@ -32,7 +32,7 @@ def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors that `optimiser_tensors` returned; others are ignored.
+    """Load the tensors that `optimiser_tensors` returned. Tensors with other names are ignored.
 
     Raises:
         ValueError, KeyError, RuntimeError: the tensors do not fit the optimiser's weights.
@@ -43,8 +43,8 @@ def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
         if not key.startswith(PREFIX):
             continue
         index, name = key.removeprefix(PREFIX).split(".")
-        # Fused AdamW requires each moment to have its weight's memory layout. The copy also
-        # releases the file, which safetensors maps into memory.
+        # Fused AdamW requires that each moment has the memory layout of its weight. safetensors
+        # maps the file into memory; the copy does not need the file.
         like = value if name == "step" else weights[int(index)]
         state[int(index)][name] = torch.empty_like(like, device="cpu").copy_(value)
     names = {"step", "exp_avg", "exp_avg_sq"}
@@ -55,24 +55,24 @@ def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
 
 
 def restore_schedule(schedule: OneCycleLR, num_steps: int) -> None:
-    """Set a new schedule and its optimiser to their state after `num_steps` steps."""
+    """Set the learning rate and momentum of a new schedule to those after `num_steps` steps."""
     if num_steps:
-        before = {"last_epoch": num_steps - 1, "_step_count": num_steps + 1}
-        schedule.load_state_dict(schedule.state_dict() | before)
+        one_step_before = {"last_epoch": num_steps - 1, "_step_count": num_steps + 1}
+        schedule.load_state_dict(schedule.state_dict() | one_step_before)
         schedule.step()
 
 
-def one_cycle(optimiser: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
-    """Schedule the learning rate of every step of a training (Smith 2018).
+def one_cycle(optimiser: Optimizer, recipe: TrainConfig, total_steps: int) -> OneCycleLR:
+    """Build the OneCycle schedule of the learning rate (Smith 2018).
 
-    The first step has `lr_min`, so the second step is the earliest possible peak.
+    The first step has `lr_min`, so the earliest possible peak is the second step.
     """
     total_steps = max(total_steps, 2)
     return OneCycleLR(
         optimiser,
-        max_lr=config.lr_max,
+        max_lr=recipe.lr_max,
         total_steps=total_steps,
-        pct_start=max(config.pct_start, 2 / total_steps),
-        div_factor=config.lr_max / config.lr_min,
-        final_div_factor=config.final_div_factor,
+        pct_start=max(recipe.pct_start, 2 / total_steps),
+        div_factor=recipe.lr_max / recipe.lr_min,
+        final_div_factor=recipe.final_div_factor,
     )

@@ -1,4 +1,4 @@
-"""Selects the clips of a fold's training, validation and test parts. It does not import torch."""
+"""Selects the clips of a fold's train, validation and test part. Does not import torch."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,35 +12,36 @@ from ser_ray.errors import ConfigError
 from ser_ray.training.recipe import TrainConfig
 
 
-def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
-    """Select the rows of `clips` that belong to each part of the configured fold.
+def select_rows(clips: pa.Table, recipe: TrainConfig) -> Split:
+    """Select the rows of `clips` that belong to each part of the recipe's fold.
 
-    Each part has one clip per take (the wav if there is one) of the configured channel, in the
-    order of the takes. The training part has all windows of a long clip, the others only the first.
+    Each part has one clip per take (the wav if there is one) of the channel in the recipe, sorted
+    by take. The train part has all rows of a long clip, the other parts have its first row.
 
     Raises:
-        ConfigError: a part of the fold is empty, or its training clips have one label only. With
-            the protocol all, only the training part must have clips.
+        ConfigError: a part of the fold is empty, or all training clips have the same label. With
+            the protocol all, only the train part must have clips.
     """
     rows = one_clip_per_take(clips)
     rows = rows[np.argsort(np.asarray(clips["take"].take(rows).to_pylist()), kind="stable")]
     parts = split(
-        config.protocol,
-        config.fold,
+        recipe.protocol,
+        recipe.fold,
         clips.take(rows),
-        seed=config.seed,
-        validation_speakers=config.validation_speakers,
+        seed=recipe.seed,
+        validation_speakers=recipe.validation_speakers,
     )
 
     def select(part: np.ndarray, channel: str, name: str) -> np.ndarray:
-        kept = on_channel(clips, rows[part], channel)
-        if not len(kept) and not (config.protocol == ALL and name != "training"):
+        selected = on_channel(clips, rows[part], channel)
+        may_be_empty = recipe.protocol == ALL and name != "training"
+        if not len(selected) and not may_be_empty:
             raise ConfigError(
                 f"{parts.label}: the {name} part holds no {channel} clip; choose another channel"
             )
-        return kept
+        return selected
 
-    train = select(parts.train, config.train_channel, "training")
+    train = select(parts.train, recipe.train_channel, "training")
     labels = set(clips["emotion"].take(train).to_pylist())
     if len(labels) < 2:
         raise ConfigError(
@@ -50,8 +51,8 @@ def select_rows(clips: pa.Table, config: TrainConfig) -> Split:
     return replace(
         parts,
         train=windows_of(clips["window"].to_numpy(), train)[0],
-        validation=select(parts.validation, config.channel, "validation"),
-        test=select(parts.test, config.channel, "test"),
+        validation=select(parts.validation, recipe.channel, "validation"),
+        test=select(parts.test, recipe.channel, "test"),
         left_out=rows[parts.left_out],
     )
 
@@ -62,12 +63,12 @@ def on_channel(clips: pa.Table, rows: np.ndarray, channel: str) -> np.ndarray:
     Clips without a channel (those of a table) are always selected.
     """
     channels = clips["channel"].take(rows).to_pylist()
-    keep = [channel == "all" or found in (channel, None) for found in channels]
-    return rows[np.asarray(keep, dtype=bool)]
+    is_selected = [channel == "all" or value in (channel, None) for value in channels]
+    return rows[np.asarray(is_selected, dtype=bool)]
 
 
 def describe_split(parts: Split) -> dict[str, Any]:
-    """Describe a split for a card: its name, and the speakers of each part."""
+    """Return the entries of a split in a card: its name, and the speakers of each part."""
     return {
         "label": parts.label,
         "speaker_dependent": parts.speaker_dependent,

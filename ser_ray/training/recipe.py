@@ -1,4 +1,8 @@
-"""The recipe of a training. Where it runs is configured elsewhere. Importing this is cheap."""
+"""The recipe of a training: all settings that its result depends on, except the shards.
+
+The machine and the number of workers are set in `ser_ray.distributed.run_config`. This module does
+not import torch, so `--help` is fast.
+"""
 
 import dataclasses
 import hashlib
@@ -10,7 +14,7 @@ from ser_ray.errors import ConfigError
 from ser_ray.features.config import KINDS, require_valid
 
 Keep = Literal["last", "best"]
-"""Which epoch is selected: its weights become the model."""
+"""Which epoch is selected. The weights of the selected epoch become the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,11 +22,11 @@ class AugmentConfig:
     """Augmentation of a training batch. Every field has a value that switches it off."""
 
     random_crop: bool = True
-    """Cut a longer clip at a random frame, and place a shorter clip at random in the crop;
-    `--no-random-crop` centres both."""
+    """Start the crop of a longer clip at a random frame, and place a shorter clip at random in the
+    crop; `--no-random-crop` centres both."""
     noise: float = 0.5
-    """Share of the clips that get noise between white and brown, -80 to -30 dB of full scale; 0 is
-    off."""
+    """Share of the clips that get noise, whose colour is between white and brown and whose level is
+    -80 to -30 dBFS; 0 is off."""
     echo: float = 0.5
     """Share of the clips that get the echo of a room, with a reverberation time of 0.1 to 0.8 s; 0
     is off."""
@@ -30,22 +34,23 @@ class AugmentConfig:
     """Share of the clips that pass a narrow channel, such as a telephone: a low-pass filter at 2.5
     to 7 kHz and, for half of these clips, a high-pass filter at 50 to 400 Hz; 0 is off."""
     mix_style: float = 0.5
-    """MixStyle (Zhou 2021): share of the clips whose mean and standard deviation over time in every
-    bin are mixed with those of another clip, in a proportion drawn uniformly. These statistics
-    depend more on the speaker than on the emotion. MixStyle has no effect with the protocol random,
-    which tests known speakers; 0 is off."""
+    """MixStyle (Zhou 2021): share of the clips that take over, in part, the mean and standard
+    deviation of every bin over time from another clip. These statistics depend more on the speaker
+    than on the emotion. With the protocol random, which tests known speakers, MixStyle is always
+    off; 0 is off."""
     gain_db: float = 6.0
-    """Change the level of each clip by up to ± this many dB, drawn uniformly; 0 is off."""
+    """Change the level of each clip by a random number of dB between minus and plus this value; 0
+    is off."""
     time_masks: int = 2
-    """SpecAugment: number of masks in time for each clip; 0 is off."""
+    """SpecAugment: number of time masks for each clip; 0 is off."""
     time_mask_frames: int = 16
-    """SpecAugment: maximum length of a mask in time, in frames."""
+    """SpecAugment: maximum length of a time mask, in frames."""
     freq_masks: int = 2
-    """SpecAugment: number of masks in frequency for each clip; 0 is off."""
+    """SpecAugment: number of frequency masks for each clip; 0 is off."""
     freq_mask_share: float = 0.15
-    """SpecAugment: maximum width of a mask in frequency, as a share of the bins."""
+    """SpecAugment: maximum width of a frequency mask, as a share of the bins."""
     mixup: float = 0.2
-    """Mixup (Zhang 2018): both parameters of the Beta distribution; 0 is off."""
+    """Mixup (Zhang 2018): alpha, which is both parameters of the Beta distribution; 0 is off."""
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -60,11 +65,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The recipe of one training. It does not depend on the machine or the number of workers."""
+    """The recipe of a training."""
 
     feature: str = "mel"
-    """Kind of features that the network is trained on: spectrogram, mel, mfcc, or an encoder that
-    `ser-ray prepare --encoder` added to the shards, such as wavlm_base_plus."""
+    """Kind of features: spectrogram, mel, mfcc, or the name of an encoder that `ser-ray prepare
+    --encoder` added to the shards, such as wavlm_base_plus."""
     protocol: str = "emobox-6"
     """How speakers are split into training and test: emobox-6, luna-5, loso, speaker-K (K folds by
     speaker), table (by the column split of a table), cross-corpus (every corpus is tested in turn),
@@ -72,21 +77,21 @@ class TrainConfig:
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
-    """Number of speakers held out from training for validation, in every protocol but random. 0
-    means a twelfth of the corpus's speakers, but at least two and at most a third of the speakers
-    that are not tested."""
+    """Number of speakers held out for validation, in every protocol but random. 0 means one twelfth
+    of the corpus's speakers, but at least two, and at most a third of the speakers that are not
+    tested."""
     channel: Literal["speech", "song", "all"] = "speech"
-    """Channel of the validation and test clips."""
+    """Which validation and test clips of RAVDESS are used: speech, song or both."""
     train_channel: Literal["speech", "song", "all"] = "all"
-    """Channel of the training clips."""
+    """Which training clips of RAVDESS are used: speech, song or both."""
     epochs: int = 48
     """Number of passes over the training clips."""
     batch_size: int = 32
-    """Clips per step over all workers together."""
+    """Number of clips in a step, over all workers together."""
     lr_min: float = 1e-4
     """OneCycle: learning rate of the first step."""
     lr_max: float = 2e-3
-    """OneCycle: highest learning rate."""
+    """OneCycle: peak learning rate."""
     pct_start: float = 0.3
     """OneCycle: share of the steps in which the learning rate rises."""
     final_div_factor: float = 100.0
@@ -94,34 +99,35 @@ class TrainConfig:
     weight_decay: float = 0.02
     """Weight decay of AdamW."""
     label_smoothing: float = 0.1
-    """Share of the target spread over all labels; 0 is off."""
+    """Label smoothing: share of each target that is spread evenly over all labels; 0 is off."""
     label_map: str = ""
-    """How the labels of corpora are merged: usual (anger, angry, ang, ... become one label), common
-    (as usual, and labels that some corpora lack are left out), or a CSV file with the columns
-    corpus,label,as. By default, labels are merged as usual, unless all corpora have the same
-    labels."""
+    """How to merge labels: usual (anger, angry, ang, ... become one label), common (like usual, but
+    labels that some corpora lack are left out), or a CSV file with the columns corpus,label,as. By
+    default, usual is used if the corpora have different labels."""
     balanced: bool = False
-    """Draw training clips with replacement, so that every label is equally likely."""
+    """Draw the training clips with replacement, so that all labels are equally likely."""
     corpus_balance: float = 0.0
-    """With several corpora, from 0 (every clip once in an epoch) to 1 (clips are drawn with
-    replacement, so that every corpus is equally likely)."""
+    """With several corpora: 0 uses every clip once in an epoch; 1 draws clips with replacement, so
+    that all corpora are equally likely; values between are a compromise."""
     keep: Keep = "last"
-    """Epoch whose weights are kept: the last, or the best on validation. With few validation
-    speakers, the best is often an early epoch by luck."""
+    """Epoch whose weights become the model: the last, or the best on validation. With few
+    validation speakers, the best epoch is often an early one by chance."""
     crop_frames: int = 128
-    """Length of a training crop in frames. A longer clip is scored by windows of this length."""
+    """Length of a training crop in frames. Scores of a longer clip are the mean over several
+    windows of this length."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, a file of ResNet18 weights, or a model of this program (its
-    folder, run or registered name). If the labels of that model differ, the last layer gets fresh
-    weights. The head on an encoder always starts from fresh weights."""
+    folder, run id or registered name). If that model has other labels, the last layer gets fresh
+    weights. The head on an encoder always gets fresh weights."""
     head_units: int = 0
-    """With an encoder: units of a hidden layer before the last one; 0 is a linear head."""
+    """For an encoder: number of units in a hidden layer before the last layer; 0 is a linear
+    head."""
     allow_seen_labels: bool = False
-    """Allow an encoder that was trained with labels of this corpus. The scores on new speakers are
-    then too good."""
+    """Allow an encoder that was trained with labels of this corpus. Its scores on new speakers are
+    too good."""
     temperature: float = 1.0
     """Temperature of the probabilities with the protocol all, which has no validation clips to fit
-    it on. `--like` with the run of a cross-validation sets it to the mean of the folds."""
+    a temperature on. `--like` with the run of a cross-validation sets the mean of the folds."""
     seed: int = 0
     """Seed of the initial weights, the order of the clips and the augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -164,20 +170,20 @@ class TrainConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all fields, as twelve hexadecimal digits."""
+        """Hash of all fields: twelve hexadecimal digits."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a plain nested mapping, for cards and the tracker."""
+        """Convert to a nested mapping of plain values, for JSON and MLflow."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Build a recipe from a mapping like that of `to_dict`. Missing settings are the defaults.
+        """Build a recipe from a mapping that `to_dict` returned. A missing setting has its default.
 
         Raises:
-            ConfigError: a setting is unknown; the message lists the known ones.
+            ConfigError: a setting is unknown or has a value that is not allowed.
         """
         _require_known(cls, values, "training")
         augment = values.get("augment", {})
@@ -197,7 +203,7 @@ def _require_known(kind: type, values: dict[str, Any], what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LrRangeConfig:
-    """A learning-rate range test: the learning rate rises by the same factor in every step."""
+    """A learning-rate range test. Each step multiplies the learning rate by the same factor."""
 
     lowest: float = 1e-6
     """Learning rate of the first step."""

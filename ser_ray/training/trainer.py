@@ -1,4 +1,7 @@
-"""The state of a training: the steps that change it, its scores, and its snapshots."""
+"""The state of a training, and what changes it: a step, a validation, the end of an epoch.
+
+`loop.fit` calls the methods of `Trainer` in this order. `lr_range` only calls `update_weights`.
+"""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -14,16 +17,12 @@ from ser_ray.errors import DivergedError, MismatchError
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.training.augment import Augment
 from ser_ray.training.calibration import fit_temperature
-from ser_ray.training.checkpoint import VALIDATION, Progress, Snapshot
+from ser_ray.training.checkpoint import VALIDATION_PROBABILITIES, Progress, Snapshot
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Batch, FoldData, Source, steps_per_epoch
-from ser_ray.training.metrics import Scores, count_confusion, log_losses, selected_epoch
+from ser_ray.training.metrics import Scores, scores_of, selected_epoch
 from ser_ray.training.model import EncoderHead, ResNet18, supports_bfloat16
-from ser_ray.training.optim import (
-    optimiser_tensors,
-    restore_optimiser,
-    restore_schedule,
-)
+from ser_ray.training.optim import optimiser_tensors, restore_optimiser, restore_schedule
 from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.world import World
@@ -35,12 +34,12 @@ class EpochReport:
 
     Args:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
-        row: the epoch's metrics, by the names they are logged under.
+        row: metrics of the epoch, by their names in MLflow.
         learning_rates: learning rate of every step of the epoch.
-        confusion: counts of the validation clips [labels, labels], row = true label; empty without
-            validation clips.
-        is_selected: whether this epoch is the selected one so far (`TrainConfig.keep`).
-        progress: all epochs so far. The training changes it after the report.
+        confusion: confusion matrix of the validation clips [labels, labels], row = true label;
+            empty without validation clips.
+        is_selected: whether this epoch is the one that is selected so far (`TrainConfig.keep`).
+        progress: results of all epochs so far. The next epoch changes this object.
     """
 
     timestamp_ms: int
@@ -52,11 +51,11 @@ class EpochReport:
 
 
 class Trainer:
-    """The state of a training, and the methods that advance it."""
+    """The state of a training. Every worker has a trainer."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        recipe: TrainConfig,
         data: FoldData[Source],
         features: FeatureConfig,
         network: ResNet18 | EncoderHead,
@@ -65,66 +64,86 @@ class Trainer:
         world: World,
     ) -> None:
         device = next(network.parameters()).device
-        self.config, self.data, self.device, self.world = config, data, device, world
+        self.recipe, self.data, self.device, self.world = recipe, data, device, world
         self.network, self.optimiser, self.schedule = network, optimiser, schedule
         self.parallel = _data_parallel(network) if world.size > 1 else network
-        self.augment = Augment(config, features, len(data.labels), data.normalisation, device)
+        self.augment = Augment(recipe, features, len(data.labels), data.normalisation, device)
         num_bins = len(data.normalisation.std)
-        self.autocast = config.feature in KINDS and supports_bfloat16(
-            device, num_bins, config.window_frames
+        self.autocast = recipe.feature in KINDS and supports_bfloat16(
+            device, num_bins, recipe.window_frames
         )
-        self.batch_size = min(config.batch_size, len(data.train))
+        self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
+        """Loss of each step of the epoch: this worker's share until `reduce_counts`."""
         self.num_correct = torch.zeros((), device=device)
+        """Correct predictions in this epoch: this worker's share until `reduce_counts`."""
         self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
-        """Probabilities of the last validation [clips, labels]; empty until there is one."""
+        """Probabilities of the last validation [clips, labels]; empty before the first."""
         self.progress = Progress()
-        self.batches = data.train.batches(config, world, epoch=0, step=0)
+        self.batches = data.train.batches(recipe, world, epoch=0, step=0)
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.progress.epoch >= self.config.epochs
+        """Whether all epochs are completed."""
+        return self.progress.epoch >= self.recipe.epochs
 
     @property
-    def steps_taken(self) -> int:
-        """Completed steps since the beginning of the training."""
+    def epoch_finished(self) -> bool:
+        """Whether all steps of the current epoch are completed."""
+        return self.progress.step >= self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the training."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def completed_steps(self) -> int:
+        """Number of completed steps of the training."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
-    def begin_epoch(self) -> range:
-        """Begin or resume an epoch, and return its remaining steps."""
+    def begin_epoch(self) -> None:
+        """Begin an epoch, or resume it at its next step."""
         self.first_step, self.began = self.progress.step, time.perf_counter()
         self.network.train()
-        return range(self.first_step, self.steps_per_epoch)
 
     def train_step(self) -> None:
-        """Train on the next batch, and advance the learning rate."""
+        """Update the weights with the next batch, and advance the learning rate."""
         self.progress.learning_rates.append(float(self.schedule.get_last_lr()[0]))
         loss, num_correct = self.update_weights(next(self.batches))
         self.losses[self.progress.step] = loss
         self.num_correct += num_correct
         self.progress.step += 1
-        if self.steps_taken < self.config.epochs * self.steps_per_epoch:
+        if self.completed_steps < self.total_steps:  # OneCycleLR raises after its last step
             self.schedule.step()
 
     def update_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Make an optimiser step on a batch.
+        """Take an optimiser step on a batch.
 
         Returns:
-            This worker's share of the batch's mean loss, and how many of the clips in this worker's
-            share were predicted correctly.
+            This worker's summand of the batch's mean loss, and the number of correct predictions
+            for this worker's clips.
         """
         torch.manual_seed(batch.seed)
         features, targets = self.augment(batch.clips, batch.rows)
         features = features[batch.rank_slice].contiguous(memory_format=torch.channels_last)
         targets = targets[batch.rank_slice]
-        loss, num_correct = self._forward_backward(features, targets)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = self.parallel(features)
+            total = F.cross_entropy(
+                logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing
+            )
+        loss = total / self.batch_size
+        self.optimiser.zero_grad(set_to_none=True)
+        # DDP averages the workers' gradients, but the batch's gradient is their sum.
+        (loss * self.world.size).backward()
         self.optimiser.step()
-        return loss, num_correct
+        num_correct = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
+        return loss.detach(), num_correct
 
     def finish_steps(self) -> None:
-        """Sum the epoch's losses and counts over the workers.
+        """Sum the losses and counts of the epoch over the workers, and check that all is finite.
 
         Raises:
             DivergedError: a loss of this epoch or a weight is not finite.
@@ -134,7 +153,7 @@ class Trainer:
         self.training_seconds = time.perf_counter() - self.began
 
     def validate(self) -> Scores | None:
-        """Score every validation clip once. Each worker scores its share; all get the total.
+        """Score the validation clips. Each worker predicts its share, and all get the same scores.
 
         Returns:
             The scores, or None if there are no validation clips.
@@ -143,23 +162,17 @@ class Trainer:
         clips, num_labels = self.data.validation, len(self.data.labels)
         if not len(clips):
             return None
-        truth_of_all = clips.truth
-        rows = np.arange(len(truth_of_all))[self.world.rank_slice]
-        probabilities = predict_clips(self.network, clips, rows, self.config, num_labels)
-        truth = truth_of_all[rows]
-        counts = torch.from_numpy(
-            count_confusion(truth, probabilities.argmax(axis=1), num_labels)
-        ).to(self.device)
-        loss = torch.tensor(log_losses(truth, probabilities).sum(), device=self.device)
-        self.world.all_reduce_sum(counts), self.world.all_reduce_sum(loss)
-        shape = len(truth_of_all), num_labels
-        of_all = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        of_all[self.world.rank_slice] = torch.from_numpy(probabilities).to(self.device)
-        self.validation_probabilities = self.world.all_reduce_sum(of_all)
-        return Scores(counts.cpu().numpy(), float(loss) / len(truth_of_all))
+        truth, mine = clips.truth, self.world.rank_slice
+        rows = np.arange(len(truth))[mine]
+        shape = len(truth), num_labels
+        probabilities = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        predicted = predict_clips(self.network, clips, rows, self.recipe, num_labels)
+        probabilities[mine] = torch.from_numpy(predicted).to(self.device)
+        self.validation_probabilities = self.world.all_reduce_sum(probabilities)
+        return scores_of(truth, probabilities.cpu().numpy())
 
     def finish_epoch(self, scores: Scores | None) -> EpochReport:
-        """Record the epoch with its validation scores, if it has any, and prepare the next."""
+        """Record the completed epoch with its validation scores, and reset the counts."""
         progress, num_steps = self.progress, self.progress.step - self.first_step
         validation = {} if scores is None else scores.to_dict()
         row = {
@@ -175,54 +188,55 @@ class Trainer:
         }
         progress.history.append(row)
         progress.times_ms.append(time.time_ns() // 1_000_000)
-        is_selected = selected_epoch(progress.history, self.config.keep) == progress.epoch
+        is_selected = selected_epoch(progress.history, self.recipe.keep) == progress.epoch
         confusion = [] if scores is None else scores.confusion.tolist()
         if is_selected:
             progress.selected, progress.selected_confusion = row, confusion
         learning_rates = progress.learning_rates[-self.steps_per_epoch :]
         progress.epoch, progress.step = progress.epoch + 1, 0
-        self.losses.zero_(), self.num_correct.zero_()
+        self._reset_counts()
         return EpochReport(
             progress.times_ms[-1], row, learning_rates, confusion, is_selected, progress
         )
 
     def reduce_counts(self, *, on_all_workers: bool = False) -> None:
-        """Sum the epoch's losses and counts over the workers.
+        """Sum the losses and counts of the epoch over the workers.
 
-        The first worker always gets the sums. The others get them if `on_all_workers` is set.
+        The first worker gets the sums. If `on_all_workers` is True, the other workers get them too.
         Otherwise they count from 0 again, so that a later sum counts each clip once.
         """
-        self.world.all_reduce_sum(self.losses), self.world.all_reduce_sum(self.num_correct)
+        self.world.all_reduce_sum(self.losses)
+        self.world.all_reduce_sum(self.num_correct)
         if self.world.rank > 0 and not on_all_workers:
-            self.losses.zero_(), self.num_correct.zero_()
+            self._reset_counts()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy everything that a checkpoint holds; the card gets the temperature of its weights."""
-        temperature = self.config.temperature
+        """Copy everything that a checkpoint contains.
+
+        Args:
+            card: card of the training. The snapshot's card gets the temperature that fits the last
+                validation.
+        """
+        temperature = self.recipe.temperature
         if len(self.data.validation):
             probabilities = self.validation_probabilities.cpu().numpy()
-            truth = self.data.validation.truth[: len(probabilities)]
+            truth = self.data.validation.truth[: len(probabilities)]  # empty in the first epoch
             temperature = fit_temperature(truth, probabilities)
         card = replace(card, temperature=temperature)
         state = {
             "losses": self.losses,
             "num_correct": self.num_correct,
-            VALIDATION: self.validation_probabilities,
+            VALIDATION_PROBABILITIES: self.validation_probabilities,
             **optimiser_tensors(self.optimiser),
         }
-        # If the thread that writes the tensors copied them, torch would start a second pool of CPU
-        # threads. With more threads than CPUs, each thread sleeps at every barrier.
-        weights, state = (
-            {key: value.clone(memory_format=torch.contiguous_format) for key, value in part.items()}
-            for part in (self.network.state_dict(), state)
-        )
-        return Snapshot(card, weights, state, asdict(self.progress))
+        weights = _copy_tensors(self.network.state_dict())
+        return Snapshot(card, weights, _copy_tensors(state), asdict(self.progress))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot.
+        """Set the state to that of a snapshot.
 
         Raises:
-            MismatchError: the snapshot is of another network.
+            MismatchError: the snapshot has another number of steps per epoch or another network.
         """
         state, progress = snapshot.state, Progress.from_dict(snapshot.progress)
         num_steps = len(progress.learning_rates)
@@ -234,39 +248,29 @@ class Trainer:
         try:
             self.network.load_state_dict(snapshot.weights)
             restore_optimiser(self.optimiser, state)
-            if self.world.rank == 0:
-                self.losses.copy_(state["losses"]), self.num_correct.copy_(state["num_correct"])
+            if self.world.rank == 0:  # the counts are sums over all workers
+                self.losses.copy_(state["losses"])
+                self.num_correct.copy_(state["num_correct"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise MismatchError(
                 f"the checkpoint holds the state of another network ({str(error)[:200]}): give "
                 "another --name to start afresh"
             ) from error
-        total = self.config.epochs * self.steps_per_epoch
-        restore_schedule(self.schedule, min(num_steps, total - 1))
+        restore_schedule(self.schedule, min(num_steps, self.total_steps - 1))
         self.progress = progress
         self.batches = self.data.train.batches(
-            self.config, self.world, self.progress.epoch, self.progress.step
+            self.recipe, self.world, progress.epoch, progress.step
         )
 
-    def _forward_backward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradient of a batch's loss, and return what `update_weights` returns."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.parallel(features)
-            total = F.cross_entropy(
-                logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing
-            )
-        loss = total / self.batch_size
-        self.optimiser.zero_grad(set_to_none=True)
-        # DDP averages the workers' gradients, but the batch's gradient is their sum.
-        (loss * self.world.size).backward()
-        num_correct = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum()
-        return loss.detach(), num_correct
+    def _reset_counts(self) -> None:
+        self.losses.zero_()
+        self.num_correct.zero_()
 
     def _require_finite(self) -> None:
         epoch = self.progress.epoch
-        bad = torch.nonzero(~torch.isfinite(self.losses))
-        if len(bad):
-            step = int(bad[0])
+        diverged = torch.nonzero(~torch.isfinite(self.losses))
+        if len(diverged):
+            step = int(diverged[0])
             rate = self.progress.learning_rates[epoch * self.steps_per_epoch + step]
             raise DivergedError(
                 f"the loss of step {step} of epoch {epoch + 1} is not finite (learning rate "
@@ -282,7 +286,7 @@ class Trainer:
             )
 
     def _average_batch_norm(self) -> None:
-        """Give every worker the mean of all workers' batch-norm statistics."""
+        """Replace the batch-norm statistics of each worker by their mean over all workers."""
         if self.world.size == 1:
             return
         for value in self.network.buffers():
@@ -290,8 +294,17 @@ class Trainer:
                 self.world.all_reduce_sum(value).div_(self.world.size)
 
 
+def _copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # The training's thread makes the copies. If the thread that writes the checkpoint made them,
+    # torch would start a second pool of CPU threads. With more threads than CPUs, training is slow.
+    return {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
+
+
 def _data_parallel(network: nn.Module) -> nn.Module:
-    # Batch-norm statistics are averaged once per epoch instead of sent from rank 0 in every step.
+    # `_average_batch_norm` averages the statistics once per epoch. By default, DDP sends those of
+    # rank 0 to the others in every step.
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )

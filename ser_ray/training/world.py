@@ -1,4 +1,4 @@
-"""The workers of a training, as `torch.distributed` knows them."""
+"""The worker processes of a training, which communicate by `torch.distributed`."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """Rank and size of the initialised process group, or of a single worker without one."""
+        """Return the rank and size of the process group, or (0, 1) if there is no group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def rank_slice(self) -> slice:
-        """Selects this worker's share of a list that all workers have: every size-th entry."""
+        """Slice that selects this worker's share of a sequence: every `size`-th entry."""
         return slice(self.rank, None, self.size)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:

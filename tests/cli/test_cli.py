@@ -99,11 +99,13 @@ def test_help_is_wrapped_once_and_lists_a_verbs_own_flags_first(capsys, monkeypa
     assert flags[-2:] == ["--json", "--dry-run"]
     start = next(i for i, line in enumerate(lines) if line.startswith("--no-random-crop"))
     text = " ".join(lines[start : start + 3])
-    assert "Cut a longer clip at a random frame" in text
+    assert "Start the crop of a longer clip at a random frame" in text
     assert "`--no-random-crop` centres both" in text
     start = next(i for i, line in enumerate(lines) if line.startswith("--validation-speakers"))
     text = " ".join(lines[start + 1 : start + 5])
-    assert text.startswith("Number of speakers held out from training for validation, in every")
+    assert text.startswith(
+        "Number of speakers held out for validation, in every protocol but random"
+    )
     assert min(map(len, lines[start + 1 : start + 4])) > 48, "no line is broken twice"
 
 

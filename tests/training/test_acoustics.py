@@ -9,7 +9,7 @@ import torch
 
 from ser_ray.features.config import KINDS, FeatureConfig, Kind
 from ser_ray.features.transforms import FeatureExtractor
-from ser_ray.training.acoustics import Acoustics, Conditions
+from ser_ray.training.acoustics import Acoustics, Effects
 from ser_ray.training.augment import Augment
 from ser_ray.training.data import Clips, Normalisation
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
@@ -20,8 +20,8 @@ FEATURES = FeatureConfig()
 EXTRACTOR = FeatureExtractor(FEATURES)
 RATE = FEATURES.sample_rate
 NONE = {
-    "noise": 0.0, "slope": 0.0, "echo": 0.0, "echo_seconds": 0.5, "low": 0.0, "high": math.inf,
-    "floor": 0.0,
+    "noise": 0.0, "slope": 0.0, "echo": 0.0, "echo_seconds": 0.5, "low_edge": 0.0,
+    "high_edge": math.inf, "floor": 0.0,
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ SOUNDS = {
     "white": (lambda wave: wave + 0.001 * coloured(len(wave), 0), {"noise": 1e-6}),
     "pink": (lambda wave: wave + 0.01 * coloured(len(wave), 1), {"noise": 1e-4, "slope": 1.0}),
     "echo": (lambda wave: echoed(wave, 0.5, 0.4), {"echo": 0.5, "echo_seconds": 0.4}),
-    "telephone": (telephone, {"low": 300.0, "high": 3400.0, "floor": 1e-9}),
+    "telephone": (telephone, {"low_edge": 300.0, "high_edge": 3400.0, "floor": 1e-9}),
 }
 
 
@@ -80,7 +80,7 @@ def test_the_features_are_distributed_as_those_of_sound_under_the_condition(name
     acoustics = Acoustics(PLAIN, kind, FEATURES, normalisation, CPU)
     batch = torch.from_numpy(normalisation.apply(clean)).float()[None, None]
     valid = torch.ones(1, 1, 1, clean.shape[1], dtype=torch.bool)
-    drawn = Conditions(**{key: torch.tensor([v]) for key, v in (NONE | conditions).items()})
+    drawn = Effects(**{key: torch.tensor([v]) for key, v in (NONE | conditions).items()})
     changed = acoustics.apply(batch, valid, drawn)[0, 0].numpy()
     found = changed * normalisation.std[:, None] + normalisation.mean[:, None]
 
@@ -108,9 +108,9 @@ def test_each_share_of_the_clips_gets_its_condition_within_the_bounds():
     assert -80 <= noise_db.min() < -78
     assert -32 < noise_db.max() <= -30
     is_narrow = drawn.floor > 0
-    assert torch.equal(is_narrow, drawn.high.isfinite())
-    assert (drawn.low[is_narrow] > 0).float().mean() == pytest.approx(0.5, abs=0.03)
-    assert not drawn.low[~is_narrow].any()
+    assert torch.equal(is_narrow, drawn.high_edge.isfinite())
+    assert (drawn.low_edge[is_narrow] > 0).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert not drawn.low_edge[~is_narrow].any()
 
 
 def test_augmented_clips_follow_from_the_seed_and_stay_zero_beyond_their_frames():

@@ -6,7 +6,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from ser_ray.training.calibration import LARGEST, apply_temperature, fit_temperature
+from ser_ray.training.calibration import MAX_TEMPERATURE, apply_temperature, fit_temperature
 
 
 def clips(sharpness: float) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +41,13 @@ def test_scaling_keeps_the_order_and_is_undone_by_the_reciprocal() -> None:
 
 def test_few_clips_that_are_all_right_do_not_make_a_model_certain() -> None:
     right = np.full((6, 4), 0.1) + 0.6 * np.eye(4)[[0, 1, 2, 3, 0, 1]]
-    assert fit_temperature(np.array([0, 1, 2, 3, 0, 1]), right) == pytest.approx(1 / LARGEST)
+    assert fit_temperature(np.array([0, 1, 2, 3, 0, 1]), right) == pytest.approx(
+        1 / MAX_TEMPERATURE
+    )
     assert fit_temperature(np.zeros(0, int), np.zeros((0, 4))) == 1.0
     certain = np.eye(4)[[0, 1, 2, 3, 0, 1]]
-    assert 1 / LARGEST <= fit_temperature(np.array([1, 1, 2, 3, 0, 1]), certain) <= LARGEST
+    assert (
+        1 / MAX_TEMPERATURE
+        <= fit_temperature(np.array([1, 1, 2, 3, 0, 1]), certain)
+        <= MAX_TEMPERATURE
+    )

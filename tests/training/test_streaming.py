@@ -21,7 +21,7 @@ from ser_ray.training import streaming as stream
 from ser_ray.training.checkpoint import MODEL
 from ser_ray.training.data import epoch_order, load_fold, steps_per_epoch
 from ser_ray.training.optim import one_cycle
-from ser_ray.training.streaming import Lanes, Window, resident_bytes, stream_fold, stream_order
+from ser_ray.training.streaming import Lanes, StepRange, resident_bytes, stream_fold, stream_order
 from ser_ray.training.world import World
 from tests.conftest import PLAIN
 from tests.mlflow_store import new_store
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
     st.lists(st.integers(1, 9), min_size=1, max_size=12),
     st.integers(1, 8),
 )
-def test_an_epoch_uses_each_clip_once_and_a_lane_does_not_return_to_a_part(
+def test_an_epoch_uses_each_clip_once_and_a_lane_does_not_return_to_a_shard(
     seed, epoch, sizes, batch
 ):
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -63,14 +63,14 @@ def test_the_shares_of_all_workers_add_up_to_every_batch(size):
     shard_of = np.repeat(np.arange(10), 7)
     config = replace(CONFIG, batch_size=8)
     lanes = [Lanes(config, World(rank, size), shard_of) for rank in range(size)]
-    windows = lanes[0].windows(epoch=1, step=3, length=2)
-    assert windows[:3] == [Window(1, 3, 5), Window(1, 5, 7), Window(1, 7, 8)]
-    assert windows[3:7] == [Window(2, first, first + 2) for first in range(0, 8, 2)]
-    assert len(windows) == 7, "to the end of the training"
-    for window in windows:
-        shares = [lane.clips(window).reshape(-1, lane.share) for lane in lanes]
+    ranges = lanes[0].step_ranges(epoch=1, step=3, length=2)
+    assert ranges[:3] == [StepRange(1, 3, 5), StepRange(1, 5, 7), StepRange(1, 7, 8)]
+    assert ranges[3:7] == [StepRange(2, first, first + 2) for first in range(0, 8, 2)]
+    assert len(ranges) == 7, "to the end of the training"
+    for steps in ranges:
+        shares = [lane.clips(steps).reshape(-1, lane.clips_per_step) for lane in lanes]
         together = np.sort(np.concatenate(shares, axis=1))
-        whole = stream_order(config.seed, window.epoch, shard_of, 8)[window.first : window.last]
+        whole = stream_order(config.seed, steps.epoch, shard_of, 8)[steps.first : steps.last]
         np.testing.assert_array_equal(together, np.sort(whole))
 
 
@@ -91,8 +91,8 @@ class Spy:
 
 @pytest.fixture
 def small(small_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small network, and windows of three steps: 18 clips of 16 bins and 24 frames."""
-    monkeypatch.setattr(stream, "WINDOW_BYTES", 18 * 16 * 24 * 2)
+    """A small network, and ranges of three steps: 18 clips of 16 bins and 24 frames."""
+    monkeypatch.setattr(stream, "READ_BYTES", 18 * 16 * 24 * 2)
 
 
 def test_streamed_clips_and_labels_equal_the_resident_ones(memory_shards, small):
@@ -110,8 +110,8 @@ def test_streamed_clips_and_labels_equal_the_resident_ones(memory_shards, small)
             torch.testing.assert_close(
                 getattr(batch.clips, name), getattr(resident.train, name)[clips]
             )
-    windows = [item for item in spy.items if isinstance(item, Window)]
-    assert windows == [Window(1, 1, 4), Window(2, 0, 3)], "nothing is read before it is needed"
+    ranges = [item for item in spy.items if isinstance(item, StepRange)]
+    assert ranges == [StepRange(1, 1, 4), StepRange(2, 0, 3)], "nothing is read before it is needed"
 
 
 def test_a_streamed_training_has_the_same_learning_rates_and_learns(memory_shards, small, tmp_path):
@@ -145,11 +145,11 @@ def test_weighted_draws_are_the_same_clips_streamed_and_resident(memory_shards, 
     streamed = stream_fold(memory_shards, config, CPU, World(), map, None)
     resident = load_fold(memory_shards, config, CPU)
     lanes = Lanes(config, World(), streamed.train.shard_of, streamed.train.weights)
-    (window,) = lanes.windows(config.epochs - 1, 0, len(streamed.train))
+    (steps,) = lanes.step_ranges(config.epochs - 1, 0, len(streamed.train))
     assert resident.train.weights is not None
     epoch, rows = config.epochs - 1, len(resident.train)
     drawn = epoch_order(config.seed, epoch, rows, resident.train.weights)
-    assert sorted(lanes.clips(window)) == sorted(drawn.tolist())
+    assert sorted(lanes.clips(steps)) == sorted(drawn.tolist())
     assert len(set(drawn.tolist())) < len(drawn), "some clips are repeated"
 
 
@@ -183,9 +183,9 @@ def test_threads_read_windows_in_order_and_a_closed_stream_reads_no_more():
     pieces = list(ingest.fetch_by_threads(read, [3, 1, 2]))
     assert np.concatenate(pieces).tolist() == [3, 3, 1, 1, 2, 2]
     asked.clear()
-    windows = ingest.fetch_by_threads(read, range(100))
-    assert next(windows).tolist() == [0, 0]
-    windows.close()
+    arrays = ingest.fetch_by_threads(read, range(100))
+    assert next(arrays).tolist() == [0, 0]
+    arrays.close()
     assert max(asked) <= ingest.READERS
 
 

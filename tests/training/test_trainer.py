@@ -109,7 +109,8 @@ def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> trai
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
     run = new_trainer(memory_shards, replace(CONFIG, pct_start=0.5))
     betas = [run.optimiser.param_groups[0]["betas"][0]]
-    for _ in run.begin_epoch():
+    run.begin_epoch()
+    while not run.epoch_finished:
         run.train_step()
         betas.append(run.optimiser.param_groups[0]["betas"][0])
     learning_rates = run.progress.learning_rates
