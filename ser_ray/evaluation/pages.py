@@ -37,7 +37,7 @@ from ser_ray.evaluation.sections import (
     training_section,
     with_contents,
 )
-from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, rank_of
+from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, trial_sort_key
 from ser_ray.plots.training import layer_weights_figure, range_figure
 from ser_ray.tracking.run_metadata import scored_on
 from ser_ray.training.checkpoint_card import CheckpointCard
@@ -241,7 +241,7 @@ def search_page(
     """
     row = next(row for row in trials if row["trial"] == best)
     drawn = ", ".join(f"{key} {_shown(row[key])}" for key in searched)
-    ranked = sorted(trials, key=rank_of, reverse=True)
+    ranked = sorted(trials, key=trial_sort_key, reverse=True)
     return make_page(
         "search",
         "Search",

@@ -1,4 +1,4 @@
-"""The figure of one clip."""
+"""The figure of one recording: its waveform, its spectrogram and, if it is long, its timeline."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 
 from ser_ray.plots.style import BLUE, VERMILION
 
-STROKES = 300
-"""A waveform is drawn as this many vertical strokes."""
+NUM_STROKES = 300
+"""Number of vertical strokes that a waveform is drawn with."""
 DYNAMIC_RANGE = 70.0
-"""The colours of a spectrogram cover this many decibels below its loudest point."""
+"""The colours of a spectrogram cover the range of this many dB below its loudest point."""
 
 
 def clip_figure(
@@ -19,13 +19,14 @@ def clip_figure(
     spectrogram: np.ndarray,
     timeline: Sequence[tuple[float, float, str]] = (),
 ) -> Figure:
-    """Draw a clip's waveform above its spectrogram, and a long recording's timeline below both.
+    """Draw the waveform, the spectrogram below it, and the timeline below both.
 
     Args:
         waveform: [num_samples], full scale ±1.
         sample_rate: hertz.
         spectrogram: power in dB [bins, frames], from 0 Hz to half the sample rate.
-        timeline: start and end in seconds and the label of each window; windows may overlap.
+        timeline: start in seconds, end in seconds and label of each window of a long recording.
+            Windows may overlap. If empty, no timeline is drawn.
     """
     seconds = len(waveform) / sample_rate
     labels = list(dict.fromkeys(label for _, _, label in timeline))
@@ -33,22 +34,22 @@ def clip_figure(
     figure = Figure(figsize=(3.3, 2.5 + height), layout="constrained")
     ratios = (1.0, 2.0, height) if timeline else (1.0, 2.0)
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
-    wave, image = panels[:2]
-    # One stroke from the lowest to the highest sample of each stretch, as audio editors draw it.
-    stretches = np.array_split(waveform, min(STROKES, len(waveform)))
+    upper, middle = panels[:2]
+    # Each stroke goes from the lowest to the highest sample of a stretch, as in audio editors.
+    stretches = np.array_split(waveform, min(NUM_STROKES, len(waveform)))
     times = np.linspace(0, seconds, len(stretches))
-    lows, highs = [s.min() for s in stretches], [s.max() for s in stretches]
-    wave.fill_between(times, lows, highs, color=BLUE, linewidth=0.5)
+    lows, highs = [stretch.min() for stretch in stretches], [stretch.max() for stretch in stretches]
+    upper.fill_between(times, lows, highs, color=BLUE, linewidth=0.5)
     peak = max(float(np.abs(waveform).max()), 1e-3)
-    wave.set_ylim(-1.05 * peak, 1.05 * peak)
-    wave.set_yticks([])
-    wave.set_ylabel("wave", fontsize=8)
-    top = float(spectrogram.max())
-    image.imshow(
-        spectrogram, origin="lower", aspect="auto", cmap="cividis", vmin=top - DYNAMIC_RANGE,
-        vmax=top, extent=(0, seconds, 0, sample_rate / 2000),
+    upper.set_ylim(-1.05 * peak, 1.05 * peak)
+    upper.set_yticks([])
+    upper.set_ylabel("wave", fontsize=8)
+    loudest = float(spectrogram.max())
+    middle.imshow(
+        spectrogram, origin="lower", aspect="auto", cmap="cividis", vmin=loudest - DYNAMIC_RANGE,
+        vmax=loudest, extent=(0, seconds, 0, sample_rate / 2000),
     )  # fmt: skip
-    image.set_ylabel("kHz", fontsize=8)
+    middle.set_ylabel("kHz", fontsize=8)
     if timeline:
         rows = [labels.index(label) for _, _, label in timeline]
         starts, ends = [start for start, _, _ in timeline], [end for _, end, _ in timeline]

@@ -1,4 +1,4 @@
-"""Figures of scores: confusions, scores by speaker, and calibration."""
+"""Figures of scores: confusion matrix, scores by speaker, and calibration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,17 +16,17 @@ from ser_ray.plots.style import (
     GREY,
     VERMILION,
     WIDTH,
-    entitle,
+    add_title,
     finish,
     legend_above,
     new_axes,
     tidy,
 )
 
-# From -1 (wrong, dark vermilion) over 0 (transparent, because a page may be light or dark) to 1
-# (right, dark blue).
-_SHADES = LinearSegmentedColormap.from_list(
-    "verdict",
+# Maps -1 (wrong) to dark vermilion and 1 (correct) to dark blue. 0 is transparent, because the page
+# may be light or dark.
+_CONFUSION_COLOURS = LinearSegmentedColormap.from_list(
+    "confusion",
     [
         (0.0, to_rgba(DARK_VERMILION, 1)),
         (0.5, to_rgba(DARK_VERMILION, 0)),
@@ -34,52 +34,55 @@ _SHADES = LinearSegmentedColormap.from_list(
         (1.0, to_rgba(DARK_BLUE, 1)),
     ],
 )
-_WHITE_ABOVE = 0.7  # share of a row above which white text is easier to read than black
+_WHITE_ABOVE = 0.7  # on the colour of a higher share, white text is easier to read than black
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """Draw counts [labels, labels] and their shares of the row; a count of 0 is left blank.
+    """Draw a confusion matrix: counts [labels, labels], row = true label, column = predicted label.
 
-    Rows are true labels, columns predicted ones. Right is blue and wrong is vermilion.
+    Each cell shows its count and its share of the row; cells with 0 are empty. Correct predictions
+    are blue, and wrong ones are vermilion.
     """
     support = confusion.sum(axis=1)
     shares = confusion / np.maximum(support, 1)[:, None]
     side = 0.46 * len(labels) + 1.5
     figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
     axes = figure.add_subplot()
-    verdicts = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
-    axes.pcolormesh(verdicts, cmap=_SHADES, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2)
+    signed = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
+    axes.pcolormesh(
+        signed, cmap=_CONFUSION_COLOURS, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2
+    )
     for row, column in zip(*np.nonzero(confusion), strict=True):
         share = shares[row, column]
         text = f"{confusion[row, column]}\n" + (f"{share:.0%}" if share >= 0.01 else "<1%")
-        ink = "white" if share > _WHITE_ABOVE else "black"
-        axes.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center")
+        colour = "white" if share > _WHITE_ABOVE else "black"
+        axes.text(column + 0.5, row + 0.5, text, color=colour, ha="center", va="center")
     middles = np.arange(len(labels)) + 0.5
-    named = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
+    row_labels = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
     axes.set_xticks(middles, labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(middles, named)
+    axes.set_yticks(middles, row_labels)
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_aspect("equal")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (clips)")
-    return entitle(figure, title)
+    return add_title(figure, title)
 
 
 def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Draw a bar for each speaker: the WA in blue, and the rest up to 1 in vermilion.
+    """Draw a bar for each speaker: the WA in blue, and the remainder up to 1 in vermilion.
 
     Args:
         rows: a mapping for each speaker with the keys speaker, clips and wa.
-        title: shown above.
+        title: title of the figure.
     """
     axes = new_axes(0.3 * len(rows) + 1.2, xlabel="clips recognised (WA)")
-    places, shares = range(len(rows)), np.array([row["wa"] for row in rows])
-    axes.barh(places, shares, color=BLUE, height=0.7)
-    axes.barh(places, 1 - shares, left=shares, color=VERMILION, alpha=0.3, height=0.7)
-    for place, row in enumerate(rows):
-        axes.text(1.02, place, f"{row['wa']:.1%} of {row['clips']}", va="center")
-    axes.set_yticks(places, [row["speaker"] for row in rows])
+    positions, wa = range(len(rows)), np.array([row["wa"] for row in rows])
+    axes.barh(positions, wa, color=BLUE, height=0.7)
+    axes.barh(positions, 1 - wa, left=wa, color=VERMILION, alpha=0.3, height=0.7)
+    for position, row in enumerate(rows):
+        axes.text(1.02, position, f"{row['wa']:.1%} of {row['clips']}", va="center")
+    axes.set_yticks(positions, [row["speaker"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))
@@ -98,19 +101,19 @@ def reliability_figure(
     """Draw a reliability diagram: the accuracy at each confidence, and the ideal diagonal.
 
     Args:
-        confidence: mean probability of the predicted label in each bin [bins], NaN in an empty one.
-        accuracy: share of correct predictions in each bin [bins], NaN in an empty one.
-        counts: clips in each bin [bins].
-        before: confidence and accuracy before the probabilities were calibrated.
+        confidence: mean probability of the predicted label in each bin [bins]; NaN if it is empty.
+        accuracy: share of correct predictions in each bin [bins]; NaN if it is empty.
+        counts: number of clips in each bin [bins].
+        before: confidence and accuracy without calibration, drawn for comparison.
     """
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence = accuracy")
-    # Points at 0 or 100 % are drawn over the frame, not cut off by it.
-    over = {"clip_on": False, "zorder": 3}
+    # The frame must not cut off points at 0 or 100 %.
+    on_top = {"clip_on": False, "zorder": 3}
     if before is not None:
-        upper.plot(*before, "--", color=GREEN, marker="s", label="before", alpha=0.7, **over)
-    upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **over)
+        upper.plot(*before, "--", color=GREEN, marker="s", label="before", alpha=0.7, **on_top)
+    upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **on_top)
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")
     upper.yaxis.set_major_formatter(PercentFormatter(1))

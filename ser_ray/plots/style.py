@@ -1,8 +1,8 @@
 """The common style of all figures: colours, width, frame, legend and title.
 
 Figures are drawn without pyplot, so they need no display and no global state. The colours can be
-distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ in their
-dashes, and points in their shapes.
+distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ by their
+dashes, and points by their shapes.
 """
 
 import textwrap
@@ -12,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
-"""In figures of right and wrong predictions, right is blue and wrong is vermilion."""
+"""If a figure shows correct and wrong predictions, correct is blue and wrong is vermilion."""
 DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
-"""The darkest shades of a cell, on which text is white."""
+"""The darkest colours in a confusion matrix."""
 WIDTH = 5.2
-"""Inches. Phones shrink figures to three quarters, so no text is smaller than 10 points."""
-LETTERS_PER_INCH = 12
-"""Letters of a title that fit into an inch."""
+"""Width of a figure in inches. Phones shrink it to three quarters, so text has at least 10 points.
+"""
+CHARACTERS_PER_INCH = 12
+"""Number of characters of a title that fit into an inch."""
 
 
 def new_axes(height: float, **settings: Any) -> Axes:
@@ -27,7 +28,7 @@ def new_axes(height: float, **settings: Any) -> Axes:
 
 
 def tidy(axes: Axes) -> None:
-    """Remove the frame's top and right sides and draw a faint grid."""
+    """Remove the top and right edges of the frame, and draw a faint grid."""
     axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -38,17 +39,17 @@ def legend_above(axes: Axes, columns: int) -> None:
 
 
 def finish(axes: Axes, title: str = "") -> Figure:
-    """Tidy the only axes of a figure, and write a title above."""
+    """Tidy the only axes of a figure, add a title, and return the figure."""
     tidy(axes)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    return entitle(figure, title)
+    return add_title(figure, title)
 
 
-def entitle(figure: Figure, *lines: str) -> Figure:
+def add_title(figure: Figure, *lines: str) -> Figure:
     """Write lines above a figure, wrapped to its width. Empty lines are left out."""
-    letters = round(figure.get_figwidth() * LETTERS_PER_INCH)
-    title = "\n".join(textwrap.fill(line, letters) for line in lines if line)
+    width = round(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    title = "\n".join(textwrap.fill(line, width) for line in lines if line)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure

@@ -1,4 +1,4 @@
-"""A figure as an element of an HTML page."""
+"""Writes a figure into an HTML page, as SVG."""
 
 import html
 import io
@@ -15,14 +15,14 @@ _DRAWING = threading.Lock()
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """Return a figure as an element of a page, without background and in the colour of its text.
+    """Return the HTML of a figure. It has no background, and its black is the page's text colour.
 
     Args:
         figure: the figure. If it is wider than `WIDTH`, it scrolls instead of shrinking.
         description: text for screen readers, unique within the page.
     """
     buffer = io.StringIO()
-    # Text stays text, and equal figures get equal ids, so a run's page is reproducible.
+    # Letters stay text, and equal figures get equal ids, so a run's page is reproducible.
     with _DRAWING, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

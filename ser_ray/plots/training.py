@@ -1,4 +1,4 @@
-"""Figures of a training: its curves, its learning rate, and the learning-rate range test."""
+"""Figures of a training: curves, learning rate, layer weights, and learning-rate range test."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ser_ray.plots.style import (
     GREY,
     VERMILION,
     WIDTH,
-    entitle,
+    add_title,
     finish,
     legend_above,
     new_axes,
@@ -38,7 +38,7 @@ def curves_figure(
         history: rows with the keys epoch, train/loss, train/wa and, if the training has validation
             clips, val/loss, val/wa and val/ua.
         selected: the row of the selected epoch.
-        title: shown above.
+        title: title of the figure.
     """
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
@@ -49,11 +49,11 @@ def curves_figure(
         axes = losses if key.endswith("loss") else accuracies
         values = [row[key] for row in history]
         axes.plot(epochs, values, dashes, color=colour, label=name, marker=".", markersize=4)
-    marked = f"marked: epoch {selected['epoch']:.0f}"
+    caption = f"marked: epoch {selected['epoch']:.0f}"
     if "val/ua" in selected:
         point = selected["epoch"], selected["val/ua"]
         accuracies.plot(*point, "o", color=VERMILION, fillstyle="none")
-        marked += f", validation UA {selected['val/ua']:.1%}"
+        caption += f", validation UA {selected['val/ua']:.1%}"
     losses.set_ylabel("loss")
     accuracies.set_ylabel("accuracy")
     accuracies.set_ylim(0, 1)
@@ -65,15 +65,15 @@ def curves_figure(
         axes.axvline(selected["epoch"], color=GREY, linestyle=":")
         legend_above(axes, columns=3)
         tidy(axes)
-    return entitle(figure, title, marked)
+    return add_title(figure, title, caption)
 
 
 def learning_rate_figure(learning_rates: Sequence[float], lr_min: float, lr_max: float) -> Figure:
-    """Draw the learning rate of every step [steps] on a logarithmic scale, and its bounds."""
+    """Draw the learning rate of every step [steps] on a logarithmic scale, and both bounds."""
     axes = new_axes(2.8, xlabel="step", ylabel="learning rate", yscale="log")
-    for name, bound, shift in (("lr_min", lr_min, -12), ("lr_max", lr_max, 4)):
+    for name, bound, offset in (("lr_min", lr_min, -12), ("lr_max", lr_max, 4)):
         axes.axhline(bound, color=GREY, linestyle=":")
-        axes.annotate(f"{name} {bound:.3g}", (1, bound), (0, shift), textcoords="offset points")
+        axes.annotate(f"{name} {bound:.3g}", (1, bound), (0, offset), textcoords="offset points")
     axes.plot(np.arange(1, len(learning_rates) + 1), learning_rates, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.margins(y=0.12)
@@ -89,20 +89,19 @@ def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
     return finish(axes, title)
 
 
-def range_figure(found: Mapping[str, Any], title: str = "") -> Figure:
-    """Draw the loss of a range test against the learning rate, with the proposed bounds.
+def range_figure(result: Mapping[str, Any], title: str = "") -> Figure:
+    """Draw the loss of a range test against the learning rate, and the proposed bounds.
 
     Args:
-        found: the `learning_rates` and `losses` of every step, the losses averaged over
-            neighbouring steps (`smooth`), each [steps], and the proposed `lr_min` and `lr_max`.
-        title: shown above.
+        result: the fields of `ser_ray.training.lr_range.LrRange`.
+        title: title of the figure.
     """
     axes = new_axes(3.4, xlabel="learning rate", ylabel="training loss", xscale="log")
-    rates = found["learning_rates"]
-    axes.plot(rates, found["losses"], color=GREY, linewidth=0.8, label="each step")
-    axes.plot(rates, found["smooth"], color=BLUE, label="averaged")
+    rates = result["learning_rates"]
+    axes.plot(rates, result["losses"], color=GREY, linewidth=0.8, label="each step")
+    axes.plot(rates, result["smooth"], color=BLUE, label="averaged")
     for name, dashes in (("lr_min", ":"), ("lr_max", "-.")):
-        label = f"{name} {found[name]:.1e}"
-        axes.axvline(found[name], color=VERMILION, linestyle=dashes, label=label)
+        label = f"{name} {result[name]:.1e}"
+        axes.axvline(result[name], color=VERMILION, linestyle=dashes, label=label)
     legend_above(axes, columns=2)
     return finish(axes, title)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, rank_of
+from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, trial_sort_key
 from tests.plots.drawn import lines, points
 
 
@@ -83,5 +83,5 @@ def test_importance_has_the_largest_share_at_the_top() -> None:
 
 
 def test_trials_rank_by_state_then_score_then_loss() -> None:
-    order = [item["trial"] for item in sorted(TRIALS, key=rank_of, reverse=True)]
+    order = [item["trial"] for item in sorted(TRIALS, key=trial_sort_key, reverse=True)]
     assert order == [5, 6, 2, 7, 4, 1, 3]
