@@ -1,8 +1,8 @@
 """Predicts the emotion in recordings with a checkpoint.
 
 recordings  a file, stream or samples -> features of the complete recording or of its windows
-predictor   features -> probabilities -> prediction; the modules below call it
-prediction  a prediction as text, as a table, or in a notebook
+predictor   features -> probabilities -> prediction, for one recording or several
+prediction  the prediction as text, as a table, or in a notebook
 batch       predictions for many files, by Ray Data
 results     stores the predictions of a batch pass
 packaged    the model for MLflow

@@ -1,13 +1,15 @@
-"""Predicts the emotions in many files: a Ray Data pass with a pool of model actors.
+"""Predicts the emotion in many files by a pass of Ray Data with a pool of model actors.
 
 `predict_many` writes a table. `predict_under` scores files under simulated recording conditions.
 
-Ray Data processes the files in small blocks, so memory does not grow with their number. The answers
-of each finished block are stored, and the same command resumes with the other files. On CPUs, every
-actor decodes and scores. With GPUs, some actors decode on the CPUs and others score on the GPUs. A
-file that cannot be scored becomes a row too, even if decoding it kills a process: each actor
-decodes in a sandbox, which costs half a millisecond per file. Without it, Ray retries the block of
-such a file with one actor after another, and never ends.
+Ray Data processes the files in small blocks, so memory does not grow with the number of files. The
+answers of each finished block are stored, so the same command can resume with the remaining files.
+On CPUs, every actor decodes and scores. With GPUs, some actors decode on the CPUs and others score
+on the GPUs.
+
+A file that cannot be scored gets a row too, even if decoding it kills a process: each actor decodes
+in a `Sandbox`, a process of its own, which costs half a millisecond per file. Without a sandbox,
+Ray would send the block of such a file to one actor after another, without end.
 """
 
 import logging
@@ -39,19 +41,20 @@ from ser_ray.shards.progress import count_files
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
-"""An interruption loses at most this many answers of an actor."""
+"""If a pass is interrupted, every actor loses the answers of at most one block."""
 WINDOWS_AT_ONCE = 256
-"""Windows that are scored together; a recording of an hour has 2,300. With a GPU, the features of a
-block wait in the object store."""
+"""About how many windows are scored together. A recording of one hour has 2,300, so with a GPU a
+block of recordings is cut into several batches before it goes through the object store."""
 SECONDS_PER_FILE = 600.0
-"""A file that takes longer to decode is unreadable. An hour's video in a bucket takes minutes."""
+"""Time limit for decoding a file; a slower file is `unreadable`. A video of one hour in a bucket
+takes minutes."""
 
-NAMES = ("condition", "clip")
+ID_COLUMNS = ("condition", "clip")
 """Columns that identify the condition and the clip of an answer."""
 
 Batch = dict[str, np.ndarray]
 Clip = tuple[str, float | None, float | None]
-"""Path or URI of a file, and the start and end of a segment in seconds, or None."""
+"""Path or URI of a file, and start and end of a segment in seconds (None for the complete file)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +68,14 @@ class BatchSummary:
     emotions: dict[str, int]
     """Number of files by predicted emotion."""
     files_before: int
-    """Number of files that interrupted passes answered."""
+    """Number of files that earlier, interrupted passes answered."""
     seconds: float
     """Wall time of this run."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
         emotions = ", ".join(f"{count} {emotion}" for emotion, count in self.emotions.items())
-        before = f", {self.files_before} of them before" if self.files_before else ""
+        before = f" (without {self.files_before} earlier files)" if self.files_before else ""
         lines = [
             f"{sum(self.counts.values())} files: {counts}",
             emotions,
@@ -89,17 +92,18 @@ def predict_many(
     problems: Mapping[str, str] | None = None,
     progress: Report | None = None,
 ) -> BatchSummary:
-    """Score files on the connected cluster, except files that an interrupted pass answered.
+    """Predict the emotion in files on the connected cluster, or resume an interrupted pass.
 
     Args:
         files: paths or URIs without repetition.
         predictor: the model.
         output: table to write, with one of the suffixes of `results.SUFFIXES`.
-        problems: reasons why files cannot be opened, by path.
+        problems: {path: reason} of the files that cannot be opened.
         progress: called after every block; by default a bar or log lines on standard error.
 
     Raises:
-        ConfigError: the output has another suffix, another run writes it, or it cannot be written.
+        ConfigError: the output has an unknown suffix, another process writes it, or it cannot be
+            written.
         ResourcesError: a node of the cluster cannot open the files, or Ray deletes the folder of
             the output after the job.
         SerRayError: the pass ended early.
@@ -109,25 +113,27 @@ def predict_many(
     started = time.monotonic()
     files = [absolute(path) for path in files]  # a worker has another working directory
     with open_results(output, predictor.fingerprint, predictor.labels) as results:
-        known = {absolute(path): reason for path, reason in (problems or {}).items()}
-        refused = [
-            prediction_row(Prediction(path=path, status="unreadable", reason=reason))
-            for path, reason in known.items()
+        unreadable = {absolute(path): reason for path, reason in (problems or {}).items()}
+        if unreadable:
+            rows = [
+                prediction_row(Prediction(path=path, status="unreadable", reason=reason))
+                for path, reason in unreadable.items()
+            ]
+            results.append(pa.Table.from_pylist(rows, table_schema(predictor.labels)))
+        remaining = [
+            path for path in files if path not in unreadable and not results.is_answered(path)
         ]
-        if refused:
-            results.append(pa.Table.from_pylist(refused, table_schema(predictor.labels)))
-        remaining = [p for p in files if p not in known and not results.is_answered(p)]
         require_shared(*one_of_each_folder(remaining))
         with count_files(len(files), len(files) - len(remaining), progress) as add:
             for answers in _predict([(path, None, None) for path in remaining], [""], predictor):
-                results.append(answers.drop_columns(list(NAMES)))
+                results.append(answers.drop_columns(list(ID_COLUMNS)))
                 add(Counter(answers["status"].to_pylist()))
         statuses, emotions = results.finish(files)
     return BatchSummary(
         output=output,
         counts=dict(statuses.most_common()),
         emotions=dict(emotions.most_common()),
-        files_before=len(files) - len(remaining) - len(known),
+        files_before=len(files) - len(remaining) - len(unreadable),
         seconds=time.monotonic() - started,
     )
 
@@ -143,8 +149,8 @@ def predict_under(
         predictor: the model.
 
     Yields:
-        Rows in any order, with the columns of `table_schema`, the name of the condition in
-        `condition`, and the index of the clip in `clip`.
+        Rows in any order, with the columns of `table_schema`, the name of the condition in the
+        column `condition`, and the clip's index in `clips` in the column `clip`.
 
     Raises:
         ResourcesError: a node of the cluster cannot open the files.
@@ -160,9 +166,9 @@ def predict_under(
 def _predict(
     clips: Sequence[Clip], conditions: Sequence[str], predictor: Predictor
 ) -> Iterator[pa.Table]:
-    """Run the pass and yield the rows of each finished block, like `predict_under`.
+    """Run the pass, and yield the rows of each finished block as `predict_under` does.
 
-    The condition "" does not change the clips.
+    The condition "" leaves the clips unchanged.
     """
     if not clips:
         return
@@ -179,26 +185,27 @@ def _predict(
     ]
     blocks = -(-len(items) // FILES_PER_BLOCK)
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
-    total, gpus = resources_within_reach(), has_gpus()
-    cpu_pool, gpu_pool = (
-        ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
-        for kind in ("CPU", "GPU")
-    )
-    if gpus:
+    total, with_gpus = resources_within_reach(), has_gpus()
+
+    def pool(kind: str) -> ray.data.ActorPoolStrategy:
+        """Return a pool with an actor for every CPU or GPU, but not more actors than blocks."""
+        return ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
+
+    if with_gpus:
         dataset = dataset.map_batches(
             _Decoder,
             fn_constructor_args=(predictor.reader,),
             batch_size=FILES_PER_BLOCK,
-            compute=cpu_pool,
+            compute=pool("CPU"),
             num_cpus=1,
         )
     dataset = dataset.map_batches(
         _Scorer,
-        fn_constructor_args=(ray.put(predictor), not gpus),
+        fn_constructor_args=(ray.put(predictor), not with_gpus),
         batch_size=FILES_PER_BLOCK,
-        compute=gpu_pool if gpus else cpu_pool,
-        num_cpus=0 if gpus else 1,  # the decoders take every CPU
-        num_gpus=1 if gpus else None,
+        compute=pool("GPU" if with_gpus else "CPU"),
+        num_cpus=0 if with_gpus else 1,  # the decoders take every CPU
+        num_gpus=1 if with_gpus else None,
     )
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -209,7 +216,7 @@ def _predict(
         ) from error
 
 
-def _in_window_groups(
+def _group_by_windows(
     recordings: Iterable[RecordingFeatures],
 ) -> Iterator[list[RecordingFeatures]]:
     """Yield the recordings in groups of about `WINDOWS_AT_ONCE` windows."""
@@ -217,13 +224,13 @@ def _in_window_groups(
 
 
 def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value  # a numeric column cannot hold None
+    return math.nan if value is None else value  # a float column cannot hold None
 
 
-def _decode_as(
+def _decode_clip(
     decode: Decode, condition: str, start: float, end: float, path: str, *, max_seconds: float
 ) -> Sound:
-    """Decode a file or a segment of it, and simulate the recording condition."""
+    """Decode a file or one of its segments, and simulate a recording condition."""
     sound, name = decode(path, max_seconds=max_seconds), Path(path).name
     if not math.isnan(start):
         sound, _ = cut(sound, start, None if math.isnan(end) else end)
@@ -232,7 +239,7 @@ def _decode_as(
 
 
 class _Decoder:
-    """An actor that turns files into features."""
+    """An actor that decodes files and computes their features."""
 
     def __init__(self, reader: RecordingReader) -> None:
         self.reader = reader
@@ -240,17 +247,18 @@ class _Decoder:
 
     def read(self, batch: Batch) -> Iterator[RecordingFeatures]:
         columns = (batch[name].tolist() for name in ("path", "condition", "start", "end"))
-        for path, *how in zip(*columns, strict=True):
-            yield self.reader.read(path, partial(_decode_as, self.sandbox.decode, *how))
+        for path, condition, start, end in zip(*columns, strict=True):
+            decode = partial(_decode_clip, self.sandbox.decode, condition, start, end)
+            yield self.reader.read(path, decode)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         first = 0
-        for group in _in_window_groups(self.read(batch)):
+        for group in _group_by_windows(self.read(batch)):
             pickled = [pickle.dumps(recording) for recording in group]
-            own = slice(first, first := first + len(group))
-            yield {name: batch[name][own] for name in NAMES} | {
-                "recording": np.array(pickled, dtype=object)
-            }
+            end = first + len(group)
+            answers = {name: batch[name][first:end] for name in ID_COLUMNS}
+            yield answers | {"recording": np.array(pickled, dtype=object)}
+            first = end
 
 
 class _Scorer:
@@ -274,10 +282,10 @@ class _Scorer:
             recordings = (pickle.loads(pickled) for pickled in batch["recording"])
         rows = [
             prediction_row(prediction)
-            for group in _in_window_groups(recordings)
+            for group in _group_by_windows(recordings)
             for prediction in self.predictor.predict_features(group)
         ]
         answers = pa.Table.from_pylist(rows, table_schema(self.predictor.labels))
-        for name in NAMES:
+        for name in ID_COLUMNS:
             answers = answers.append_column(name, pa.array(batch[name].tolist()))
         return answers

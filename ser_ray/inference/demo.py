@@ -1,8 +1,8 @@
 """A web page where a person records or uploads a clip and sees the model's prediction.
 
-Gradio draws the page. No data leaves the machine: there is no share link and no analytics, and a
-content security policy makes the browser refuse fonts and scripts of other servers. Recordings are
-in a temporary folder, which is deleted when the server stops.
+Gradio makes the page. No data leaves the machine: there is no share link and no analytics, and a
+content security policy lets the browser load fonts and scripts only from this server. Recordings
+are kept in a temporary folder, which is deleted when the server stops.
 """
 
 import html
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 DRAWN_SECONDS = 60.0
-"""A longer recording is drawn only up to this time."""
+"""Length of the drawn part of a recording. The rest of a longer recording is not drawn."""
 
 SYNTHETIC_WARNING = (
     '<p role="alert">This model was trained on synthetic sounds, not on speech. It shows that the '
-    "program works; its answers about a voice mean nothing.</p>"
+    "program works; its predictions for voices mean nothing.</p>"
 )
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 _STYLE = """
@@ -63,8 +63,8 @@ def serve(
 
     Args:
         predictor: the model.
-        about: the page's text about the model, as Markdown.
-        examples: local path and true label of each clip that the page offers.
+        about: text about the model, as Markdown.
+        examples: local path and true label of each clip that the page offers to try.
         host: address to listen on.
         port: port to listen on; 0 chooses a free port.
 
@@ -79,17 +79,17 @@ def serve(
     except OSError as error:
         raise ConfigError(
             f"{host}:{port}: the server cannot listen there ({error.strerror}); choose another "
-            "--host or --port; --port 0 takes a free port"
+            "--host or --port (--port 0 chooses a free port)"
         ) from error
     with listening, TemporaryDirectory() as recordings, Sandbox() as sandbox:
         os.environ["GRADIO_TEMP_DIR"] = recordings  # read when gradio is imported
         app = _make_app(predictor, about, examples, sandbox.decode)
         import uvicorn
 
-        # By default, these signals end the process before it can clean up.
-        for name in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(name, lambda *_: sys.exit(0))
+        # By default, these signals end the process before it can delete the recordings.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, SIGHUP is ignored
+                signal.signal(number, lambda *_: sys.exit(0))
         with suppress(KeyboardInterrupt):
             url = f"http://{host}:{listening.getsockname()[1]}"
             stderr_console().print(f"{url} (Ctrl-C stops it)")
@@ -99,7 +99,11 @@ def serve(
 def answer(
     predictor: Predictor, decode: Decode, path: str | None
 ) -> tuple[dict[str, float] | None, str]:
-    """Return the content of the page: the probabilities, and HTML with a picture or an error."""
+    """Return what the page shows for a clip: the probabilities, and HTML with a picture or an
+    error.
+
+    Without a clip (None), the page shows nothing.
+    """
     if path is None:
         return None, ""
     name = Path(path).name
@@ -114,9 +118,9 @@ def answer(
         return None, f'<p role="alert">{html.escape(str(prediction))}</p>'
     timeline = ""
     if prediction.timeline:
-        lines = "\n".join(str(segment) for segment in prediction.timeline)
+        lines = "\n".join(str(window) for window in prediction.timeline)
         timeline = (
-            "<details><summary>The answer is the mean over these windows</summary>"
+            "<details><summary>The prediction is the mean over these windows</summary>"
             f"<pre>{html.escape(lines)}</pre></details>"
         )
     picture = _picture(predictor, samples, sample_rate, prediction)
@@ -127,9 +131,9 @@ def answer(
 def _picture(
     predictor: Predictor, samples: np.ndarray, sample_rate: int, prediction: Prediction
 ) -> str:
-    """Draw a recording, including its silent ends, and its timeline as SVG.
+    """Draw a recording with its silent ends and its timeline, as SVG.
 
-    The result is empty if the drawn part is silent or too short.
+    The result is empty if the drawn part of the recording is silent or too short.
     """
     seconds = DRAWN_SECONDS
     extract = FeatureExtractor(
@@ -153,7 +157,7 @@ def _picture(
 def _make_app(
     predictor: Predictor, about: str, examples: Sequence[tuple[str, str]], decode: Decode
 ) -> "FastAPI":
-    """Make the web application of the page."""
+    """Build the page as a web application."""
     try:
         import gradio as gr
     except ImportError as error:
@@ -184,9 +188,9 @@ def _make_app(
                     )
             with gr.Column():
                 emotion = gr.Label(label="Emotion", visible=False)
-                seen = gr.HTML(elem_classes="ser-ray")
+                details = gr.HTML(elem_classes="ser-ray")
         gr.Markdown(about)
-        clip.change(show, clip, [emotion, seen])
+        clip.change(show, clip, [emotion, details])
 
     app = FastAPI(openapi_url=None)
 

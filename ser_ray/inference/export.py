@@ -1,13 +1,14 @@
-"""Exports a checkpoint to one file that runs without this program: ONNX, or torch's own format.
+"""Exports a checkpoint as one file that runs without this program: ONNX, or torch's own format.
 
 The input is a mono waveform [num_samples] float32 at the model's sample rate, of any length. The
-output is the probability of every label [labels] float32. It is NaN for waveforms that `Predictor`
-does not score as one clip: silent, too short, or with more sound than the longest training clip.
+output is the probability of every label [labels] float32. All probabilities are NaN if `Predictor`
+would not score the waveform as one clip: if it is silent, too short, or has more sound than the
+longest training clip.
 
-The graph contains trimming, features or encoder, normalisation, windows, network and temperature,
-so this module implements the features a second time. Only the shape of the input may depend on the
-recording, so silent ends are masked instead of trimmed. An export is written only if its
-probabilities agree with `Predictor`.
+The graph contains all steps: trimming, features or encoder, normalisation, windows, network and
+temperature. So this module implements the features a second time, in torch. In the graph, only the
+shape of the input may depend on the recording, so silent ends are masked instead of cut off. A file
+is written only if its probabilities agree with those of `Predictor`.
 """
 
 import json
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
-"""Largest allowed difference from a probability of `Predictor`, which sums in another order."""
+"""Largest allowed difference from a probability of `Predictor`, which adds in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
+"""Lengths of the waveforms on which a file is compared with `Predictor`."""
 OPSET = 20
+"""Version of ONNX's operators."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +59,7 @@ class ExportResult:
 
     output: str
     largest_difference: float
-    """Largest difference from a probability of `Predictor`, for waveforms of `CHECKED_SECONDS`."""
+    """Largest difference from a probability of `Predictor`, on waveforms of `CHECKED_SECONDS`."""
 
     def __repr__(self) -> str:
         return (
@@ -66,7 +69,7 @@ class ExportResult:
 
 
 class WaveformModel(nn.Module):
-    """The complete computation for a clip as one graph: `FeatureExtractor`, windows and network."""
+    """The complete computation for a clip in one graph: `FeatureExtractor`, windows and network."""
 
     mean: Tensor
     std: Tensor
@@ -100,11 +103,11 @@ class WaveformModel(nn.Module):
             self.register_buffer(name, torch.from_numpy(values)[:, None])
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """Score a waveform [num_samples] -> probabilities [labels]."""
+        """Compute the probabilities [labels] of a waveform [num_samples]."""
         samples = waveform.double()
         begin, length, is_scored = self._sound(samples)
-        places = torch.arange(waveform.shape[0])
-        is_sound = (places >= begin) & (places < begin + length)
+        index = torch.arange(waveform.shape[0])
+        is_sound = (index >= begin) & (index < begin + length)
         samples = samples - (samples * is_sound).sum() / length
         if self.encoder is None:
             num_frames = length // self.features.hop_length + 1
@@ -112,17 +115,17 @@ class WaveformModel(nn.Module):
         else:
             num_frames = torch.ones_like(length)
             features = self._layers(self.encoder, samples, begin, length)
-        # Rounded twice: shards and training tensors are float16.
+        # Features are rounded twice, because both shards and training tensors are float16.
         stored = features.half().float()
         normalised = ((stored - self.mean) / self.std).half().float()
         crops, weights = self._windows(normalised, num_frames)
-        shares = self.network(crops).softmax(dim=1)
-        mean = (shares * weights[:, None]).sum(dim=0) / weights.sum()
-        scaled = (mean.clamp(min=MIN_PROBABILITY).log() / self.temperature).softmax(dim=0)
-        return torch.where(is_scored, scaled, torch.full_like(mean, torch.nan))
+        probabilities = self.network(crops).softmax(dim=1)  # [max_windows, labels]
+        mean = (probabilities * weights[:, None]).sum(dim=0) / weights.sum()
+        calibrated = (mean.clamp(min=MIN_PROBABILITY).log() / self.temperature).softmax(dim=0)
+        return torch.where(is_scored, calibrated, torch.full_like(mean, torch.nan))
 
     def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first sample and the length of the sound, and whether it can be scored."""
+        """Return the first sample of the sound, its length, and whether it can be scored."""
         config, num_samples = self.features, waveform.shape[0]
         stretch = round(ENERGY_SECONDS * config.sample_rate)
         place = torch.arange(num_samples // stretch + 1)
@@ -182,9 +185,10 @@ class WaveformModel(nn.Module):
     def _layers(
         self, encoder: "Encoder", waveform: Tensor, begin: Tensor, length: Tensor
     ) -> Tensor:
-        """Compute an encoder's layers [layers * dim, 1] from the clip, padded to `max_seconds`."""
-        places = torch.arange(round(self.features.max_seconds * self.features.sample_rate))
-        sound = waveform[(begin + places).clamp(max=waveform.shape[0] - 1)] * (places < length)
+        """Compute the layers [layers * dim, 1] of an encoder for the clip, padded to
+        `max_seconds`."""
+        index = torch.arange(round(self.features.max_seconds * self.features.sample_rate))
+        sound = waveform[(begin + index).clamp(max=waveform.shape[0] - 1)] * (index < length)
         return encoder(sound.float()[None], length[None]).reshape(-1, 1)
 
     def _windows(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,24 +198,25 @@ class WaveformModel(nn.Module):
             Crops [max_windows, 1, bins, crop_frames], and weights [max_windows]: 1 for used
             windows, 0 for the others.
         """
-        spare = num_frames - self.crop_frames
-        count = (num_frames + self.crop_frames - 1) // self.crop_frames
-        order = torch.arange(self.max_windows)
-        spread = torch.round(order * spare / (count - 1).clamp(min=1).double()).long()
-        centred = torch.div(spare, 2, rounding_mode="floor")
-        starts = torch.where(spare > 0, spread, centred)
-        places = starts[:, None] + torch.arange(self.crop_frames)
-        valid = (places >= 0) & (places < num_frames)
-        crops = features[:, places.clamp(0, features.shape[1] - 1)] * valid
-        return crops.transpose(0, 1).unsqueeze(1), (order < count).float()
+        surplus_frames = num_frames - self.crop_frames
+        num_windows = (num_frames + self.crop_frames - 1) // self.crop_frames
+        window = torch.arange(self.max_windows)
+        num_steps = (num_windows - 1).clamp(min=1).double()
+        spread = torch.round(window * surplus_frames / num_steps).long()
+        centred = torch.div(surplus_frames, 2, rounding_mode="floor")
+        starts = torch.where(surplus_frames > 0, spread, centred)
+        frames = starts[:, None] + torch.arange(self.crop_frames)
+        is_inside = (frames >= 0) & (frames < num_frames)
+        crops = features[:, frames.clamp(0, features.shape[1] - 1)] * is_inside
+        return crops.transpose(0, 1).unsqueeze(1), (window < num_windows).float()
 
 
 def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> ExportResult:
-    """Write a checkpoint as one file at a path or URI, if the file agrees with `Predictor`.
+    """Export a checkpoint to a path or URI, if the file has the probabilities of `Predictor`.
 
     Raises:
         CheckpointError: there is no checkpoint.
-        ConfigError: no filesystem opens the output.
+        ConfigError: no file system can open the output.
         ResourcesError: Ray deletes the folder of the output after the job.
         SerRayError: a package is missing, the probabilities differ, or the file cannot be written.
     """
@@ -219,10 +224,10 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
     filesystem, path = filesystem_of(output)
     predictor = Predictor(checkpoint)
     num_samples = torch.export.Dim("num_samples", min=predictor.card.features.window_length)
-    sample = torch.from_numpy(_checked_waveform(1.0, predictor.card.features.sample_rate))
+    example = torch.from_numpy(_synthetic_voice(1.0, predictor.card.features.sample_rate))
     with torch.no_grad():
         program = torch.export.export(
-            WaveformModel(predictor), (sample,), dynamic_shapes=({0: num_samples},)
+            WaveformModel(predictor), (example,), dynamic_shapes=({0: num_samples},)
         )
     about = {
         "labels": list(predictor.labels),
@@ -233,31 +238,33 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
     name, write = ("model.onnx", _write_onnx) if kind == "onnx" else ("model.pt2", _write_torch)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, name)
-        largest = _compare(write(program, file, about), predictor, output)
+        largest = _largest_difference(write(program, file, about), predictor, output)
         try:
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             fs.copy_files(str(file), path, destination_filesystem=filesystem)
         except OSError as error:
-            advice = "choose another --output"
-            raise SerRayError(f"{output}: cannot be written ({error}); {advice}") from error
+            raise SerRayError(
+                f"{output}: cannot be written ({error}); choose another --output"
+            ) from error
     return ExportResult(output=output, largest_difference=largest)
 
 
-Run = Callable[[np.ndarray], np.ndarray]
+RunModel = Callable[[np.ndarray], np.ndarray]
 """Waveform [num_samples] float32 -> probabilities [labels]."""
 
 
-def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) -> Run:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) -> RunModel:
+    """Write an ONNX file, and return a function that runs it."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it, and fails without it with a traceback
+        import onnxscript  # noqa: F401 - without it, torch's exporter fails with a traceback
     except ImportError as error:
         raise SerRayError(
             f"ONNX export needs the package {error.name}; in the clone, run "
             "pip install -e '.[export]'"
         ) from error
     with warnings.catch_warnings():
-        # torch's exporter calls deprecated functions of torch.
+        # The exporter of torch calls functions that torch itself has deprecated.
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         graph = torch.onnx.export(
@@ -275,7 +282,8 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, about: dict) 
     return lambda waveform: session.run(None, {"waveform": waveform})[0]
 
 
-def _write_torch(program: torch.export.ExportedProgram, file: Path, about: dict) -> Run:
+def _write_torch(program: torch.export.ExportedProgram, file: Path, about: dict) -> RunModel:
+    """Write an exported program of torch, and return a function that runs the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about tensors and buffers that share memory
         torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
@@ -283,24 +291,25 @@ def _write_torch(program: torch.export.ExportedProgram, file: Path, about: dict)
     return lambda waveform: module(torch.from_numpy(waveform)).numpy()
 
 
-def _compare(run: Run, predictor: Predictor, output: str) -> float:
-    """Return the largest difference between probabilities, for waveforms of several lengths.
+def _largest_difference(run_model: RunModel, predictor: Predictor, output: str) -> float:
+    """Return the largest difference from a probability of `Predictor` on several waveforms.
 
     Raises:
-        SerRayError: it is larger than `TOLERANCE`.
+        SerRayError: the difference is larger than `TOLERANCE`.
     """
     rate = predictor.card.features.sample_rate
     largest = 0.0
     for seconds in CHECKED_SECONDS:
-        waveform = _checked_waveform(seconds, rate)
-        found = predictor.predict_samples(waveform, rate, "checked")
-        if found.probabilities is None or found.timeline:
-            if not np.isnan(run(waveform)).all():
+        waveform = _synthetic_voice(seconds, rate)
+        expected = predictor.predict_samples(waveform, rate, "checked")
+        probabilities = run_model(waveform)
+        if expected.probabilities is None or expected.timeline:
+            if not np.isnan(probabilities).all():
                 largest = np.inf
             continue
-        difference = np.abs(run(waveform) - np.array(list(found.probabilities.values())))
-        largest = max(largest, float(difference.max()))
-    if not largest <= TOLERANCE:
+        differences = np.abs(probabilities - np.array(list(expected.probabilities.values())))
+        largest = float(np.maximum(largest, differences.max()))
+    if not largest <= TOLERANCE:  # true for NaN too
         raise SerRayError(
             f"{output}: not written, because its probabilities differ from those of the checkpoint "
             f"by {largest:.2g}, which is more than {TOLERANCE:g}; this is a fault of ser_ray: "
@@ -309,16 +318,15 @@ def _compare(run: Run, predictor: Predictor, output: str) -> float:
     return largest
 
 
-def _checked_waveform(seconds: float, rate: int) -> np.ndarray:
-    """Make a voice with weak noise, an offset and silent ends, float32 [num_samples]."""
+def _synthetic_voice(seconds: float, rate: int) -> np.ndarray:
+    """Make a voice with weak noise, a constant offset and silent ends, float32 [num_samples]."""
     time = np.arange(round(seconds * rate)) / rate
     pitch = np.cumsum(140 + 30 * np.sin(2 * np.pi * 1.7 * time)) / rate
     voice = sum(np.sin(2 * np.pi * n * pitch) / n for n in range(1, 20))
-    inside = (time > 0.1 * seconds) & (time < 0.8 * seconds)
+    is_voiced = (time > 0.1 * seconds) & (time < 0.8 * seconds)
+    loudness = 0.1 * is_voiced * (1.2 + np.sin(2 * np.pi * 3 * time))
     noise = np.random.default_rng(0).normal(0, 1e-5, len(time))
-    return (0.1 * voice * inside * (1.2 + np.sin(2 * np.pi * 3 * time)) + noise + 0.02).astype(
-        np.float32
-    )
+    return (loudness * voice + noise + 0.02).astype(np.float32)
 
 
 def _decibels(power: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The model in MLflow's package format. It runs without Ray and without this repository.
+"""The model in MLflow's package format, which runs without Ray and without this repository.
 
 This module implements MLflow's `loader_module` protocol: `_load_pyfunc` opens the checkpoint's
-directory. The input has a row for each recording, with one of these columns:
+directory. The input has a row for each recording, with a value in one of these columns:
 
 path       path or URI of a recording that the model's machine can open
 audio      the content of a file: base64, a data URI, or bytes
@@ -10,7 +10,7 @@ waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; th
 
 The output has a row for each recording with `emotion`, a probability for every label, `status`,
 `reason` and `warning`. The columns of the signature have the type Any: with the type double, MLflow
-refuses integers, and with the type binary, it refuses rows of different kinds.
+refuses integers, and with the type binary, it refuses rows that use different columns.
 """
 
 import base64
@@ -33,12 +33,14 @@ _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "a
 """The packages that every model needs."""
 
 WAVEFORM_RATE = 16_000.0
-FORM = (
+"""Sample rate of a waveform in hertz if the row does not give one."""
+ROW_FORMAT = (
     'send {"dataframe_records": [...]} with a row for each recording, as {"path": "clip.wav"}, '
     '{"audio": "BASE64"} or {"waveform": [0.1, ...], "sample_rate": 16000}'
 )
-"""The end of error messages about rows."""
+"""Advice at the end of error messages about a row."""
 EXAMPLE_SECONDS = 0.25
+"""Length of the waveform in the example that MLflow stores with the model."""
 
 
 def requirements(checkpoint: Path) -> tuple[str, ...]:
@@ -48,7 +50,7 @@ def requirements(checkpoint: Path) -> tuple[str, ...]:
 
 
 class PackagedModel:
-    """A checkpoint behind MLflow's `predict`."""
+    """A checkpoint with the method `predict` that MLflow calls."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.predictor = Predictor(checkpoint)
@@ -58,16 +60,16 @@ class PackagedModel:
     ) -> "pd.DataFrame":
         """Predict the emotion of the recording in each row.
 
-        The probabilities of a recording that cannot be scored are None, which MLflow's server
-        writes as null; NaN is not JSON. If no column is known, MLflow removes all rows, and the
-        result is one row with the reason.
+        The probabilities of a recording that cannot be scored are None. MLflow's server writes None
+        as null, while NaN would not be valid JSON. If the input has none of the known columns,
+        MLflow removes all rows, and the result is one row with the reason.
         """
         import pandas as pd
 
-        records = _one_recording_each(model_input).to_dict(orient="records") or [{}]
+        records = _one_row_per_recording(model_input).to_dict(orient="records") or [{}]
         rows = [self._row({name: v for name, v in row.items() if _is_given(v)}) for row in records]
-        is_scored = all(row["status"] == "ok" for row in rows)
-        return pd.DataFrame(rows, dtype=None if is_scored else object)
+        all_scored = all(row["status"] == "ok" for row in rows)
+        return pd.DataFrame(rows, dtype=None if all_scored else object)
 
     def _row(self, row: dict[Any, Any]) -> dict[str, Any]:
         try:
@@ -86,16 +88,16 @@ class PackagedModel:
         kinds = [kind for kind in ("path", "audio", "waveform") if kind in row]
         if len(kinds) != 1 or (kinds == ["path"] and not isinstance(row["path"], str)):
             found = " and ".join(kinds) or "none of path, audio and waveform"
-            raise ClipError("unreadable", f"the row has {found}; {FORM}")
+            raise ClipError("unreadable", f"the row has {found}; {ROW_FORMAT}")
         if kinds == ["path"]:
             return self.predictor.predict(row["path"])
         if kinds == ["audio"]:
             return self.predictor.predict_file(BytesIO(_file_bytes(row["audio"])), "audio")
         try:
             samples = np.asarray(row["waveform"])
-        except ValueError:  # rows of different lengths
+        except ValueError:  # a list of lists with different lengths
             raise ClipError(
-                "unreadable", f"the waveform is not a list of numbers; {FORM}"
+                "unreadable", f"the waveform is not a list of numbers; {ROW_FORMAT}"
             ) from None
         return self.predictor.predict_samples(
             samples, row.get("sample_rate", WAVEFORM_RATE), "waveform"
@@ -111,25 +113,25 @@ def example_input() -> "pd.DataFrame":
     return pd.DataFrame({"waveform": [tone.tolist()], "sample_rate": [WAVEFORM_RATE]})
 
 
-def _one_recording_each(rows: "pd.DataFrame") -> "pd.DataFrame":
-    """Give each recording one row.
+def _one_row_per_recording(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table with one row for each recording.
 
-    For requests with `inputs`, MLflow turns a list of paths into one row, and each sample of a
-    single waveform into a row.
+    From a request with the key `inputs`, MLflow makes one row for a list of paths, and one row for
+    each sample of a single waveform.
     """
     waveform = rows.get("waveform")
     if waveform is not None and waveform.dtype.kind in "iuf" and waveform.notna().all():
-        return rows.head(1).assign(waveform=[rows["waveform"].tolist()])
-    lists = [
+        return rows.head(1).assign(waveform=[waveform.tolist()])
+    list_columns = [
         name
         for name in ("path", "audio")
         if name in rows and rows[name].map(lambda cell: isinstance(cell, list)).any()
     ]
-    return rows.explode(lists, ignore_index=True) if len(lists) == 1 else rows
+    return rows.explode(list_columns, ignore_index=True) if len(list_columns) == 1 else rows
 
 
 def _file_bytes(audio: Any) -> bytes:
-    """Return the content of a file from bytes, base64 or a data URI.
+    """Return a file's content, which is given as bytes, base64 or a data URI.
 
     Raises:
         ClipError: the value has another form.
@@ -140,7 +142,7 @@ def _file_bytes(audio: Any) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        reason = f"audio is neither base64 nor a data URI with base64; {FORM}"
+        reason = f"audio is neither base64 nor a data URI with base64; {ROW_FORMAT}"
         raise ClipError("unreadable", reason) from None
 
 

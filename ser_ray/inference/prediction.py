@@ -1,4 +1,4 @@
-"""Predictions for one or several recordings, which become text or a table."""
+"""The prediction for a recording, and its forms: text, a row of a table, a cell of a notebook."""
 
 import html
 from collections import Counter
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 BAR_WIDTH = 40
 """Number of characters in a bar for 100 %."""
 UNSURE = "unsure"
-"""Status of a recording if no emotion is probable enough."""
-_TEXTS = ("path", "status", "reason", "warning", "emotion")
+"""Status of a recording in which every emotion is less probable than the minimum confidence."""
+_TEXT_COLUMNS = ("path", "status", "reason", "warning", "emotion")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
+class WindowPrediction:
     """The prediction for a window of a long recording."""
 
     start: float
-    """Seconds from the beginning."""
+    """Seconds from the beginning of the recording."""
     end: float
-    """Seconds from the beginning."""
+    """Seconds from the beginning of the recording."""
     emotion: str | None
     """None if the model is unsure."""
     probabilities: dict[str, float]
     """Probability of every label; the sum is 1."""
 
     def __str__(self) -> str:
-        when = f"{_clock(self.start)}–{_clock(self.end)}"
-        return f"{when:>15}  {self.emotion or UNSURE} ({max(self.probabilities.values()):.0%})"
+        times = f"{_clock(self.start)}–{_clock(self.end)}"
+        return f"{times:>15}  {self.emotion or UNSURE} ({max(self.probabilities.values()):.0%})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
     """The prediction for a recording, or the reason why there is none.
 
-    `print` writes a line; a notebook also draws the probabilities and the timeline.
+    `print` shows one line; a notebook also shows the probabilities and the timeline.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Prediction:
     """Probability of every label; the sum is 1. For a long recording, the mean of its windows."""
     duration: float | None = None
     """Seconds of the complete recording."""
-    timeline: tuple[Segment, ...] = ()
+    timeline: tuple[WindowPrediction, ...] = ()
     """The windows with sound, if the recording is longer than the model's training clips."""
     status: str = "ok"
     """ok, or why there is no emotion: unsure (no probability reaches the minimum confidence),
@@ -62,9 +62,9 @@ class Prediction:
     """A reason to doubt the prediction, such as a loud background."""
 
     def __str__(self) -> str:
-        return f"{shortest_names([self.path])[self.path]}: {self._answer()}"
+        return f"{shortest_names([self.path])[self.path]}: {self._summary()}"
 
-    def _answer(self) -> str:
+    def _summary(self) -> str:
         if self.probabilities is None or self.emotion is None:
             return f"{self.status} ({self.reason})"
         length = f" over {_clock(self.duration or 0)}" if self.timeline else ""
@@ -72,7 +72,7 @@ class Prediction:
         return f"{self.emotion} ({self.probabilities[self.emotion]:.0%}){length}{warning}"
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return the row of this recording (`Predictions.to_pandas`)."""
+        """Return a table with the row of this recording, as `Predictions.to_pandas`."""
         return Predictions([self]).to_pandas()
 
     def _repr_html_(self) -> str:
@@ -80,17 +80,17 @@ class Prediction:
 
 
 class Predictions(tuple[Prediction, ...]):
-    """The predictions for several recordings; a notebook shows their table."""
+    """The predictions for several recordings; a notebook shows them as a table."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Write a line for each recording and each window, and bars if there is one recording."""
+        """Return a line for each recording and window, and bars if there is only one recording."""
         names = shortest_names([prediction.path for prediction in self])
         lines = []
         for prediction in self:
-            lines.append(f"{names[prediction.path]}: {prediction._answer()}")
-            lines += [f"  {segment}" for segment in prediction.timeline]
+            lines.append(f"{names[prediction.path]}: {prediction._summary()}")
+            lines += [f"  {window}" for window in prediction.timeline]
         if len(self) == 1 and (probabilities := self[0].probabilities):
             longest = max(map(len, probabilities))
             for label, share in sorted(probabilities.items(), key=lambda item: -item[1]):
@@ -98,7 +98,7 @@ class Predictions(tuple[Prediction, ...]):
         return "\n".join(lines)
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return a row for each recording, like the table of a batch pass.
+        """Return a table with a row for each recording, like the table of a batch pass.
 
         The columns are `path`, `status`, `reason`, `warning`, `emotion`, `duration` in seconds, the
         probability of every label as `p_<label>`, and `timeline`, a list of windows.
@@ -112,7 +112,7 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Shorten each path to its file name, unless several files have this name.
+    """Return {path: file name}, or {path: path} if several files have this name.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """
@@ -122,32 +122,32 @@ def shortest_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def prediction_row(prediction: Prediction) -> dict[str, Any]:
-    """Make a row of the table that `table_schema` describes."""
+    """Return the row of a prediction in a table with the columns of `table_schema`."""
     timeline = [
         {"start": window.start, "end": window.end, "emotion": window.emotion}
-        | _columns(window.probabilities)
+        | _label_columns(window.probabilities)
         for window in prediction.timeline
     ]
     return {
-        **{name: getattr(prediction, name) for name in (*_TEXTS, "duration")},
-        **_columns(prediction.probabilities or {}),
+        **{name: getattr(prediction, name) for name in (*_TEXT_COLUMNS, "duration")},
+        **_label_columns(prediction.probabilities or {}),
         "timeline": timeline,
     }
 
 
-def _columns(probabilities: dict[str, float]) -> dict[str, Any]:
+def _label_columns(probabilities: dict[str, float]) -> dict[str, Any]:
     return {f"p_{label}": probability for label, probability in probabilities.items()}
 
 
 def table_schema(labels: Sequence[str]) -> pa.Schema:
-    """Return the columns of the table, which has one row for each file.
+    """Return the columns of a table of predictions, which has one row for each file.
 
     The probability of a label is in the column `p_<label>`.
     """
     probabilities = [(f"p_{label}", pa.float64()) for label in labels]
-    segment = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
-    texts = [(name, pa.string()) for name in _TEXTS]
-    timeline = ("timeline", pa.list_(pa.struct([*segment, *probabilities])))
+    window = [("start", pa.float64()), ("end", pa.float64()), ("emotion", pa.string())]
+    texts = [(name, pa.string()) for name in _TEXT_COLUMNS]
+    timeline = ("timeline", pa.list_(pa.struct([*window, *probabilities])))
     return pa.schema([*texts, ("duration", pa.float64()), *probabilities, timeline])
 
 

@@ -1,10 +1,10 @@
 """Predicts the emotion in recordings with a checkpoint.
 
-`RecordingReader` turns a file, a stream or samples into the features of one or more windows. The
-function that scores validation clips computes the probabilities of the windows, and their mean
-becomes a `Prediction`. The batch pass, the packaged model and the demo page call `Predictor`. This
-module imports neither Ray, MLflow nor torchvision, so a prediction takes little longer than
-importing torch.
+`RecordingReader` computes the features of a recording, or of the windows of a long recording.
+`predict_clips`, which also scores validation clips, computes their probabilities, and the mean over
+the windows becomes a `Prediction`. The batch pass, the packaged model and the demo page call
+`Predictor`. This module imports neither Ray nor MLflow nor torchvision, so that a first prediction
+takes little longer than importing torch.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import torch
 from ser_ray.errors import ConfigError
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import SAMPLE_RATES, full_scale
-from ser_ray.inference.prediction import UNSURE, Prediction, Predictions, Segment
+from ser_ray.inference.prediction import UNSURE, Prediction, Predictions, WindowPrediction
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import read_card, read_encoder, read_network
@@ -28,20 +28,20 @@ from ser_ray.training.model import EncoderHead, fold_batch_norm, to_channels_las
 from ser_ray.training.scoring import predict_clips
 
 Recording = str | Path | np.ndarray
-Several = list[Any] | tuple[Any, ...] | Iterator[Any]
+Recordings = list[Any] | tuple[Any, ...] | Iterator[Any]
 
 
 class Predictor:
-    """A trained model and the reader that computes its features.
+    """A trained model, and the reader that computes its features.
 
     Args:
         checkpoint: directory of a checkpoint.
-        min_confidence: if the highest probability of a recording is lower, its status is `unsure`,
-            and it gets no emotion.
+        min_confidence: lowest probability of a predicted emotion. If all emotions of a recording
+            are less probable, its status is `unsure`, and it gets no emotion.
 
     Raises:
         CheckpointError: the checkpoint is missing or incomplete.
-        ConfigError: the confidence is not from 0 to 1.
+        ConfigError: `min_confidence` is not from 0 to 1.
     """
 
     def __init__(self, checkpoint: Path, min_confidence: float = 0.0) -> None:
@@ -68,7 +68,7 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that depend on the card, the minimum confidence and the weights."""
+        """Hash of the card, the minimum confidence and the weights, 16 hex digits."""
         settings = f"{self.min_confidence} {self.card.to_json()}"
         digest = hashlib.blake2b(settings.encode(), digest_size=8)
         for weight in self.network.parameters():
@@ -76,7 +76,7 @@ class Predictor:
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> "Predictor":
-        """Move the network to a device."""
+        """Move the network, and the encoder if there is one, to a device."""
         self.device, self.network = device, self.network.to(device)
         if self.encoder is not None:
             self.encoder.to(device)
@@ -86,12 +86,12 @@ class Predictor:
     def predict(self, audio: Recording, sample_rate: float | None = None) -> Prediction: ...
 
     @overload
-    def predict(self, audio: Several, sample_rate: float | None = None) -> Predictions: ...
+    def predict(self, audio: Recordings, sample_rate: float | None = None) -> Predictions: ...
 
     def predict(self, audio: Any, sample_rate: float | None = None) -> Prediction | Predictions:
         """Predict the emotion in a recording, or in several recordings.
 
-        A bad recording raises no error: its prediction gives the reason.
+        A recording that cannot be scored raises no error: its prediction gives the reason.
 
         Args:
             audio: path or URI of an audio or video file, samples as for `predict_samples`, or a
@@ -110,15 +110,20 @@ class Predictor:
         return self.predict_samples(np.asarray(audio), sample_rate, "samples")
 
     def predict_file(self, file: str | BinaryIO, name: str = "") -> Prediction:
-        """Score a file (path or URI) or a seekable stream; the result calls it `name`."""
+        """Predict the emotion in a file (path or URI) or a seekable stream.
+
+        Args:
+            file: the file or stream.
+            name: name of the recording in the prediction; empty for the path or URI.
+        """
         return self.predict_features([self.reader.read(file, name=name)])[0]
 
     def predict_samples(self, samples: np.ndarray, sample_rate: float, name: str) -> Prediction:
-        """Score mono samples [num_samples]: floats in [-1, 1], or integers on the scale of int16.
+        """Predict the emotion in mono samples.
 
         Args:
-            samples: the samples.
-            sample_rate: their rate in hertz.
+            samples: [num_samples], floats in [-1, 1] or integers on the scale of int16.
+            sample_rate: rate of the samples in hertz.
             name: name of the recording in the prediction.
         """
         try:
@@ -128,14 +133,14 @@ class Predictor:
         return self.predict_features([self.reader.read_samples(samples, int(sample_rate), name)])[0]
 
     def predict_features(self, recordings: Sequence[RecordingFeatures]) -> list[Prediction]:
-        """Score the features of several files together."""
-        scores = self._probabilities([clip for item in recordings for clip in item.features])
+        """Predict the emotion in several recordings together, from their features."""
+        probabilities = self._probabilities([clip for item in recordings for clip in item.features])
         ends = np.cumsum([len(item.features) for item in recordings])[:-1]
-        by_file = zip(recordings, np.split(scores, ends), strict=True)
-        return [self._answer(recording, rows) for recording, rows in by_file]
+        by_recording = np.split(probabilities, ends)
+        return [self._prediction(*pair) for pair in zip(recordings, by_recording, strict=True)]
 
     def _probabilities(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Score clips like validation, and calibrate the probabilities.
+        """Compute calibrated probabilities, in the way in which validation clips are scored.
 
         Args:
             features: for each clip, [bins, frames] float16, or the waveform for an encoder.
@@ -152,13 +157,13 @@ class Predictor:
         padded = np.zeros((len(features), len(features[0]), num_frames.max()), np.float16)
         for row, clip in zip(padded, features, strict=True):
             row[:, : clip.shape[1]] = clip
-        rows, unlabelled = np.arange(len(features)), np.zeros(len(features))
-        clips = Clips.resident(padded, num_frames, unlabelled, self.card.normalisation, self.device)
+        rows, no_labels = np.arange(len(features)), np.zeros(len(features))
+        clips = Clips.resident(padded, num_frames, no_labels, self.card.normalisation, self.device)
         scores = predict_clips(self.network, clips, rows, self.card.config, len(self.labels))
         return apply_temperature(scores, self.card.temperature)
 
-    def _answer(self, recording: RecordingFeatures, scores: np.ndarray) -> Prediction:
-        """Make the prediction from the probabilities [windows, labels] of a recording."""
+    def _prediction(self, recording: RecordingFeatures, probabilities: np.ndarray) -> Prediction:
+        """Make the prediction for a recording with these probabilities [windows, labels]."""
         if recording.status != "ok":
             return Prediction(
                 path=recording.path,
@@ -166,7 +171,7 @@ class Predictor:
                 status=recording.status,
                 reason=recording.reason,
             )
-        answer = self._most_probable(scores.mean(axis=0))
+        answer = self._most_probable(probabilities.mean(axis=0))
         status, reason = "ok", None
         if answer["emotion"] is None:
             label, highest = max(answer["probabilities"].items(), key=itemgetter(1))
@@ -182,15 +187,16 @@ class Predictor:
             reason=reason,
             duration=recording.duration,
             timeline=tuple(
-                Segment(start=start, end=end, **self._most_probable(row))
-                # A clip has scores but no windows.
-                for (start, end), row in zip(recording.windows, scores, strict=False)
+                WindowPrediction(start=start, end=end, **self._most_probable(row))
+                # A recording that is scored as one clip has a row, but no windows.
+                for (start, end), row in zip(recording.windows, probabilities, strict=False)
             ),
             warning=recording.warning,
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """Return probabilities [labels] by label, and the best label if it is probable enough."""
+        """Return the best label, None if it is not probable enough, and the probability by
+        label."""
         by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
         label, highest = max(by_label.items(), key=itemgetter(1))
         return {
@@ -200,7 +206,7 @@ class Predictor:
 
 
 def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
-    """Convert a user's samples to the form that `decode` returns: float32 in [-1, 1] or int16.
+    """Convert samples of a user to the form that `decode` returns: float32 in [-1, 1] or int16.
 
     Raises:
         ClipError: the samples are not one channel of numbers, or their rate is not accepted.

@@ -1,9 +1,9 @@
 """Computes the features of a recording, or of the windows of a long recording.
 
-It uses the same code and settings as the shards that the model was trained on. A recording with
+The code and the settings are those of the shards that the model was trained on. A recording with
 more sound than the longest training clip is cut into overlapping windows. Every window has the
-length of the network's crop and is treated as a clip. Windows without sound are left out. This
-module imports neither torch nor Ray, so that decoding processes start quickly.
+length of the network's crop and is treated as a clip. Windows without enough sound are left out.
+This module imports neither torch nor Ray, so that decoding processes start quickly.
 """
 
 import math
@@ -21,17 +21,17 @@ from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
 
 CLEAR_DB = 12.0
-"""A recording gets a warning if its loud parts are less than this many dB above its quiet parts. Of
-400 clips of RAVDESS, none got the warning. With added white noise, 4 % got it at a noise level of
--60 dB of full scale, 26 % at -50 dB, and 69 % at -40 dB. Recordings of noise alone always get
-it."""
+"""A recording gets a warning if its loudest parts are less than this many dB above its background.
+None of 400 clips of RAVDESS gets the warning. With added white noise, 4 % of them get it at a noise
+level of -60 dB of full scale, 26 % at -50 dB, and 69 % at -40 dB. Recordings of noise alone always
+get it."""
 UNREACHABLE = "unreachable"
-"""Status of a file whose storage did not respond; a retry may succeed."""
+"""Status of a file that the storage could not deliver; a later attempt may succeed."""
 
 Window = tuple[float, float]
 """Start and end in seconds of the recording."""
 Decode = Callable[..., Sound]
-"""`decode`, or `Sandbox.decode`, which survives clips that kill the decoding process."""
+"""`decode`, or `Sandbox.decode`, which survives a file that kills the decoding process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class RecordingFeatures:
     duration: float | None = None
     """Seconds of the complete recording; None if it could not be decoded."""
     windows: tuple[Window, ...] = ()
-    """The windows of a long recording; empty if the recording is treated as one clip."""
+    """The windows of a long recording; empty if the recording is scored as one clip."""
     features: tuple[np.ndarray, ...] = ()
     """One array for a clip, or one for each window. An encoder takes the waveform [num_samples]
     float32; every other network takes features [bins, frames] float16."""
@@ -73,40 +73,52 @@ class RecordingReader:
     def read(
         self, file: str | BinaryIO, decode: Decode = decode, name: str = ""
     ) -> RecordingFeatures:
-        """Read a file (path or URI) or a seekable stream; the result calls it `name`."""
+        """Compute the features of a file (path or URI) or a seekable stream.
+
+        Args:
+            file: the file or stream.
+            decode: function that decodes the file.
+            name: name of the recording in the result; empty for the path or URI.
+        """
         name = name or str(file)
         try:
             sound = decode(file, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:
             status = UNREACHABLE if error.failed == "storage" else error.status
             return RecordingFeatures(path=name, status=status, reason=error.reason)
-        found = self.read_samples(sound.samples, sound.sample_rate, name)
-        warnings = [text for text in (sound.loss, found.warning) if text]
-        return replace(found, warning="; ".join(warnings) or None)
+        recording = self.read_samples(sound.samples, sound.sample_rate, name)
+        warnings = [text for text in (sound.loss, recording.warning) if text]
+        return replace(recording, warning="; ".join(warnings) or None)
 
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Read mono samples [num_samples], float32 in [-1, 1] or int16; the rate is in hertz."""
+        """Compute the features of mono samples.
+
+        Args:
+            samples: [num_samples], float32 in [-1, 1] or int16.
+            sample_rate: rate of the samples in hertz.
+            name: name of the recording in the result.
+        """
         if not len(samples):
-            return RecordingFeatures(path=name, status="unreadable", reason="it has no samples")
-        answer = partial(RecordingFeatures, path=name, duration=len(samples) / sample_rate)
+            return RecordingFeatures(path=name, status="unreadable", reason="there are no samples")
+        result = partial(RecordingFeatures, path=name, duration=len(samples) / sample_rate)
         loudness = measure_loudness(samples, sample_rate, self.extract.config.trim_db)
         warning = None
         if loudness.above_noise_db < CLEAR_DB:
             warning = (
                 f"the loudest parts are only {loudness.above_noise_db:.0f} dB above the "
-                "background, so there may be no voice in it"
+                "background, so the recording may contain no voice"
             )
         try:
             features = self._features(samples, sample_rate, loudness)
-            return answer(features=(features,), warning=warning)
+            return result(features=(features,), warning=warning)
         except ClipError as error:
             if error.status != "too_long":
-                return answer(status=error.status, reason=error.reason)
-        found = list(self._windows(samples, sample_rate, loudness))
-        if not found:
-            return answer(status="silent", reason="none of its windows has enough sound")
-        windows, all_features = zip(*found, strict=True)
-        return answer(windows=windows, features=all_features, warning=warning)
+                return result(status=error.status, reason=error.reason)
+        pairs = list(self._windows(samples, sample_rate, loudness))
+        if not pairs:
+            return result(status="silent", reason="no window of the recording has enough sound")
+        windows, all_features = zip(*pairs, strict=True)
+        return result(windows=windows, features=all_features, warning=warning)
 
     def _features(
         self, samples: np.ndarray, sample_rate: int, loudness: Loudness | None = None
@@ -121,7 +133,7 @@ class RecordingReader:
     ) -> Iterator[tuple[Window, np.ndarray]]:
         """Yield every window that has `min_seconds` of sound, and its features."""
         stretch, is_sound = loudness.stretch, loudness.is_sound
-        for start in segment_starts(len(samples) / sample_rate, self.window_seconds):
+        for start in window_start_seconds(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
             first, end = (round(second * sample_rate) for second in window)
             num_loud = is_sound[round(first / stretch) : round(end / stretch)].sum()
@@ -133,8 +145,11 @@ class RecordingReader:
                 continue
 
 
-def segment_starts(seconds: float, window_seconds: float) -> list[float]:
-    """Return the starts of the windows in seconds: every half window, and the last at the end."""
+def window_start_seconds(seconds: float, window_seconds: float) -> list[float]:
+    """Return the starts of the windows in seconds.
+
+    A window starts every half window, and the last window ends with the recording.
+    """
     last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
-    # A rounding error must not add a window that begins where the last one does.
+    # Subtract a little, so that a rounding error does not add a second window at the last start.
     return [*(number * step for number in range(math.ceil(last / step - 1e-6))), last]

@@ -1,13 +1,13 @@
-"""Stores the predictions of a batch pass: in parts during the pass, and as one table at its end.
+"""Stores the answers of a batch pass: in chunks during the pass, and as one table at its end.
 
-The driver writes new answers into Parquet files in a folder beside the output (`OUTPUT.partial`, on
-a disk or in a bucket). The same command resumes from this folder. When every file is answered, the
-parts become one Parquet, CSV or JSON lines file in the order of the files, and the folder is
-deleted. If some files were unreachable, the folder remains, and the same command scores only these
-files again.
+The driver writes every chunk of answers into a Parquet file in a folder beside the output
+(`OUTPUT.partial`, on a disk or in a bucket). The same command resumes from this folder. When every
+file has an answer, the chunks are merged into one Parquet, CSV or JSON lines file in the order of
+the files, and the folder is deleted. If some files were unreachable, the folder remains, and the
+same command scores only these files again.
 
-Ray Data's own checkpoint cannot do this: it needs storage that all nodes share, counts unreachable
-files as answered, and writes parts instead of one table.
+The checkpoints of Ray Data cannot replace this module: they need storage that all nodes share,
+count unreachable files as answered, and leave many files instead of one table.
 """
 
 import json
@@ -34,16 +34,17 @@ from ser_ray.storage.lock import Lock
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
-SECONDS_PER_PART = 5.0
-"""Longest time between two parts. A driver that is killed loses the answers since the last part."""
+SECONDS_PER_CHUNK = 5.0
+"""Time between two chunks. If the driver is killed, the answers since the last chunk are lost."""
 ROWS_AT_ONCE = 4096
-"""Rows that are written together: the size of a Parquet row group."""
-PARTS_IN_MEMORY = 4
-"""Number of cached parts. Blocks finish out of order, so consecutive rows are in several parts."""
+"""About how many rows of the table are written together, as one row group of a Parquet file."""
+CACHED_CHUNKS = 4
+"""Chunks that are kept in memory while the table is written. Blocks finish out of order, so the
+answers of consecutive files are in several chunks."""
 
 
 def output_suffix(output: str) -> str:
-    """Return the suffix of an output, which decides its format.
+    """Return the suffix of an output's location, which decides the format of the table.
 
     Raises:
         ConfigError: the suffix is not in `SUFFIXES`.
@@ -56,7 +57,7 @@ def output_suffix(output: str) -> str:
 
 @contextmanager
 def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["PartialResults"]:
-    """Resume the results of an interrupted pass, or start new ones, under a lock.
+    """Lock the results of a pass, and yield them with the answers of an interrupted pass.
 
     Args:
         output: table to write.
@@ -64,7 +65,7 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
         labels: the model's labels.
 
     Raises:
-        ConfigError: another run writes this table, or the location cannot be written.
+        ConfigError: another process writes this table, or the location cannot be written.
     """
     filesystem, path = filesystem_of(output)
     folder = location_inside(folder_of(output), f"{Path(path).name}.partial")
@@ -74,12 +75,12 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
         try:
             yield results
         finally:
-            with suppress(SerRayError):  # it must not hide the error that ended the pass
-                results.write_part()
+            with suppress(SerRayError):  # an error here must not hide the one that ended the pass
+                results.write_chunk()
 
 
 class PartialResults:
-    """The answers of a pass so far. Only the path, part and row of each file are in memory."""
+    """The answers of a pass so far. Memory holds only the path, chunk and row of each file."""
 
     def __init__(
         self, filesystem: fs.FileSystem, path: str, lock: Lock, model: str, labels: Sequence[str]
@@ -87,9 +88,9 @@ class PartialResults:
         self._filesystem, self._path, self._folder = filesystem, path, f"{path}.partial"
         self._lock, self._model, self._schema = lock, model, table_schema(labels)
         self._waiting: list[pa.Table] = []
-        self._last_part = time.monotonic()
-        self._read_part = lru_cache(PARTS_IN_MEMORY)(self._read)
-        self._places: dict[str, tuple[str, int]] = {}  # part and row of each answered file
+        self._last_chunk = time.monotonic()
+        self._read_chunk = lru_cache(CACHED_CHUNKS)(self._read)
+        self._places: dict[str, tuple[str, int]] = {}  # chunk and row of each answered file
         for file in filesystem.get_file_info(fs.FileSelector(self._folder)):
             if file.base_name.startswith(model) and file.extension == "parquet":
                 answers = self._read(file.base_name, ["path", "status"]).to_pylist()
@@ -98,28 +99,28 @@ class PartialResults:
                         self._places[answer["path"]] = file.base_name, row
 
     def is_answered(self, path: str) -> bool:
-        """Return whether an interrupted pass answered a file."""
+        """Return whether a file has an answer, of this pass or of an interrupted one."""
         return path in self._places
 
     def append(self, answers: pa.Table) -> None:
-        """Add answers, and write a part if `SECONDS_PER_PART` have passed."""
+        """Add answers, and write a chunk if the last one is older than `SECONDS_PER_CHUNK`."""
         self._waiting.append(answers)
-        if time.monotonic() - self._last_part > SECONDS_PER_PART:
-            self.write_part()
+        if time.monotonic() - self._last_chunk > SECONDS_PER_CHUNK:
+            self.write_chunk()
 
-    def write_part(self) -> None:
-        """Write a part with the answers in memory, if there are any.
+    def write_chunk(self) -> None:
+        """Write the answers that are in memory, if there are any.
 
         Raises:
-            SerRayError: the part cannot be written.
+            SerRayError: the chunk cannot be written.
         """
-        self._last_part = time.monotonic()
+        self._last_chunk = time.monotonic()
         if not self._waiting:
             return
         answers = pa.concat_tables(self._waiting)
-        part = f"{self._model}-{uuid4().hex}.parquet"
+        chunk = f"{self._model}-{uuid4().hex}.parquet"
         try:
-            with atomic_write(self._filesystem, f"{self._folder}/{part}") as path:
+            with atomic_write(self._filesystem, f"{self._folder}/{chunk}") as path:
                 pq.write_table(answers, path, filesystem=self._filesystem)
         except OSError as error:
             raise SerRayError(
@@ -127,11 +128,11 @@ class PartialResults:
                 "until the storage responds, then the same command resumes"
             ) from error
         self._waiting = []
-        for row, name in enumerate(answers["path"].to_pylist()):
-            self._places[name] = part, row
+        for row, file in enumerate(answers["path"].to_pylist()):
+            self._places[file] = chunk, row
 
     def finish(self, files: Sequence[str]) -> tuple[Counter[str], Counter[str]]:
-        """Write the table, and delete the parts unless a file was unreachable.
+        """Write the table, and delete the chunks unless a file was unreachable.
 
         Args:
             files: the files in the order of the table.
@@ -140,25 +141,26 @@ class PartialResults:
             The number of files by status, and by emotion.
 
         Raises:
-            SerRayError: the table cannot be written; the parts remain.
+            SerRayError: the table cannot be written; the chunks remain.
         """
         statuses: Counter[str] = Counter()
         emotions: Counter[str] = Counter()
 
-        def counted() -> Iterator[pa.Table]:
+        def count_rows() -> Iterator[pa.Table]:
             for tables in in_groups(self._in_order(files), len, ROWS_AT_ONCE):
                 table = pa.concat_tables(tables)
                 statuses.update(table["status"].to_pylist())
                 emotions.update(table["emotion"].drop_null().to_pylist())
                 yield table
 
-        # A temporary file even in a bucket: closing the stream after an error completes the object.
+        # Buckets need the temporary name too: after an error, closing the stream still creates the
+        # object.
         temporary = f"{self._path}.tmp"
-        self.write_part()
+        self.write_chunk()
         self._lock.check()
         try:
             with self._filesystem.open_output_stream(temporary) as stream:
-                _write(output_suffix(self._path), stream, self._schema, counted())
+                _write(output_suffix(self._path), stream, self._schema, count_rows())
             self._filesystem.move(temporary, self._path)
             if UNREACHABLE not in statuses:
                 self._filesystem.delete_dir(self._folder)
@@ -171,11 +173,11 @@ class PartialResults:
 
     def _in_order(self, files: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the answers of these files, in their order."""
-        for part, group in groupby(files, key=lambda path: self._places[path][0]):
-            yield self._read_part(part).take([self._places[path][1] for path in group])
+        for chunk, group in groupby(files, key=lambda path: self._places[path][0]):
+            yield self._read_chunk(chunk).take([self._places[path][1] for path in group])
 
-    def _read(self, part: str, columns: Sequence[str] | None = None) -> pa.Table:
-        path = f"{self._folder}/{part}"
+    def _read(self, chunk: str, columns: Sequence[str] | None = None) -> pa.Table:
+        path = f"{self._folder}/{chunk}"
         return pq.read_table(path, columns=columns, filesystem=self._filesystem, partitioning=None)
 
 
@@ -185,13 +187,13 @@ def _write(suffix: str, stream: Any, schema: pa.Schema, tables: Iterable[pa.Tabl
             for table in tables:
                 parquet.write_table(table)
     elif suffix == ".csv":
-        # A CSV cell cannot hold a list, so the timeline is JSON.
-        place = schema.get_field_index("timeline")
-        flat = schema.set(place, pa.field("timeline", pa.string()))
-        with csv.CSVWriter(stream, flat) as lines:
+        # A CSV cell cannot hold a list, so the timeline is written as JSON.
+        column = schema.get_field_index("timeline")
+        flat_schema = schema.set(column, pa.field("timeline", pa.string()))
+        with csv.CSVWriter(stream, flat_schema) as writer:
             for table in tables:
-                texts = [json.dumps(value) for value in table["timeline"].to_pylist()]
-                lines.write_table(table.set_column(place, flat.field(place), pa.array(texts)))
+                texts = pa.array([json.dumps(value) for value in table["timeline"].to_pylist()])
+                writer.write_table(table.set_column(column, flat_schema.field(column), texts))
     else:
         for table in tables:
             for row in table.to_pylist():

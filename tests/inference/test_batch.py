@@ -222,7 +222,7 @@ def test_only_one_pass_writes_a_table(tmp_path):
 
 def test_parts_whose_rows_alternate_in_the_files_order_are_each_read_once(tmp_path, monkeypatch):
     """Two actors alternate: reading a part for every row would take hours."""
-    monkeypatch.setattr(results_module, "SECONDS_PER_PART", -1.0)
+    monkeypatch.setattr(results_module, "SECONDS_PER_CHUNK", -1.0)
     output = tmp_path / "found.jsonl"
     files = [f"{number}.wav" for number in range(40)]
     read = []

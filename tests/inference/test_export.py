@@ -102,9 +102,10 @@ def test_torchs_exported_program_in_a_bucket_runs_without_this_package(tmp_path,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_file_whose_probabilities_differ_is_not_written(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("wrong", [[1, 0, 0, 0], [math.nan] * 4])
+def test_a_file_whose_probabilities_differ_is_not_written(tmp_path: Path, monkeypatch, wrong):
     make_checkpoint(tmp_path)
-    wrong = np.array([1, 0, 0, 0], np.float32)
+    wrong = np.array(wrong, np.float32)
     monkeypatch.setattr(export_module, "_write_torch", lambda *_: lambda _: wrong)
     with pytest.raises(SerRayError, match="differ from those of the checkpoint by"):
         export(tmp_path, str(tmp_path / "model.pt2"), "torch")

@@ -18,7 +18,7 @@ from ser_ray.features.decode import decode
 from ser_ray.features.transforms import FeatureExtractor, measure_loudness
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import segment_starts
+from ser_ray.inference.recordings import window_start_seconds
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
@@ -163,7 +163,7 @@ def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predict
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 1.49, 1.5, 1.51, 3.0, 10.37])
 def test_windows_cover_a_recording_and_overlap_by_half(seconds):
-    starts = segment_starts(seconds, 1.0)
+    starts = window_start_seconds(seconds, 1.0)
     assert starts[0] == 0
     assert starts == sorted(set(starts))
     assert max(np.diff(starts), default=0) <= 0.5 + 1e-9
@@ -172,7 +172,7 @@ def test_windows_cover_a_recording_and_overlap_by_half(seconds):
 
 def test_a_rounding_error_adds_no_window():
     # 12.8 - 3.2 is a little more than 6 * 1.6 in floating point.
-    assert segment_starts(12.8, 3.2) == pytest.approx([0, 1.6, 3.2, 4.8, 6.4, 8.0, 9.6])
+    assert window_start_seconds(12.8, 3.2) == pytest.approx([0, 1.6, 3.2, 4.8, 6.4, 8.0, 9.6])
 
 
 def test_a_broken_checkpoint_is_named(checkpoint, tmp_path):
