@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
 
 from ser_ray.corpus.ravdess.download import DownloadConfig
@@ -435,6 +434,7 @@ def evaluate(
     from ser_ray.evaluation.pages import evaluation_page
     from ser_ray.evaluation.rendering import store_page
     from ser_ray.evaluation.to_mlflow import record_evaluation
+    from ser_ray.storage.paths import short_digest
     from ser_ray.tracking.registry import local_model
 
     with local_model(model, tracking_uri) as checkpoint:
@@ -461,7 +461,7 @@ def evaluate(
         except TrackingError as error:
             logger.warning("the training's run does not have these scores yet: %s", error)
     if not evaluation.report:
-        digest = sha256(f"{model} {shards} {protocol} {fold}".encode()).hexdigest()[:8]
+        digest = short_digest(f"{model} {shards} {protocol} {fold}")
         evaluation = replace(evaluation, report=f"{OUT}/evaluations/{digest}.html")
         page = evaluation_page(evaluation, model=str(model), audio=audio)
         store_page(page, evaluation.report)

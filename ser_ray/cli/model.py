@@ -1,6 +1,5 @@
 """Verbs that use a model: evaluate, predict, demo-ui, export and register."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +74,9 @@ class Evaluate(ModelVerb, TableVerb):
         """Fill in the default folder for the shards of `corpus`."""
         if self.shards or not self.corpus:
             return self
-        digest = hashlib.sha256(f"{self.corpus} {self.model}".encode()).hexdigest()[:8]
+        from ser_ray.storage.paths import short_digest
+
+        digest = short_digest(f"{self.corpus} {self.model}")
         return replace(self, shards=(f"{api.OUT}/scored-{digest}",))
 
     def run(self) -> VerbResult:

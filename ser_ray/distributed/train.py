@@ -6,7 +6,6 @@ the driver is lost, the same command resumes: the name of a run follows from its
 and its folder holds everything that is needed.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder, TrainingT
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import absolute, location_inside
+from ser_ray.storage.paths import absolute, location_inside, short_digest
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.run_metadata import run_tags
 from ser_ray.tracking.store import require_server, resolve_uri
@@ -122,8 +121,8 @@ def train(
 def run_name(config: TrainConfig, shards: ShardSet) -> str:
     """Name of a run; the same recipe on the same shards gives the same name."""
     identity = f"{config.fingerprint}{shards.card.fingerprint_of(config.feature)}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return f"{config.feature}-{config.protocol}-fold{config.fold}-seed{config.seed}-{digest}"
+    fold = f"{config.protocol}-fold{config.fold}-seed{config.seed}"
+    return f"{config.feature}-{fold}-{short_digest(identity)}"
 
 
 def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:

@@ -9,7 +9,6 @@ trains failed folds again.
 To choose between recipes, `--part validation` scores the validation parts and reads no test part.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_plan
 from ser_ray.shards.corpora import open_corpora
-from ser_ray.storage.paths import absolute
+from ser_ray.storage.paths import absolute, short_digest
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import copy_encoder, local_checkpoint, read_card
@@ -133,9 +132,8 @@ def crossval_name(plan: CrossvalPlan) -> str:
     """Name of a cross-validation. Seeds and folds do not change it, so more can be added later."""
     recipe, config = plan.recipe, plan.config
     identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint_of(recipe.feature)}{config.part}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     kind = "crossval" if config.part == "test" else "validation"
-    return f"{kind}-{recipe.feature}-{recipe.protocol}-{digest}"
+    return f"{kind}-{recipe.feature}-{recipe.protocol}-{short_digest(identity)}"
 
 
 def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:

@@ -5,7 +5,6 @@ If the space contains the given recipe, the first trial trains it. The same comm
 interrupted search.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
@@ -33,7 +32,7 @@ from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states
 from ser_ray.search.tune_run import excluded, num_trials, search_plan
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
-from ser_ray.storage.paths import absolute
+from ser_ray.storage.paths import absolute, short_digest
 from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.run_metadata import scored_on
 from ser_ray.tracking.tracker import now_ms
@@ -172,8 +171,7 @@ def search_name(
     """Name of a search; the same settings on the same shards give the same name."""
     data = sorted({shards.card.fingerprint_of(kind) for kind in kinds})
     identity = json.dumps(config.settings, sort_keys=True) + recipe.fingerprint + "".join(data)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{digest}"
+    return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{short_digest(identity)}"
 
 
 def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:

@@ -4,6 +4,7 @@ The program opens all its inputs and outputs with `filesystem_of`.
 """
 
 import getpass
+import hashlib
 import os
 import re
 import tempfile
@@ -141,6 +142,11 @@ def location_inside(folder: str, path: str) -> str:
     if urlsplit(folder).scheme in _PERCENT_ENCODED:
         path = quote(path)
     return f"{before.rstrip('/')}/{path}{after}"
+
+
+def short_digest(text: str) -> str:
+    """Return 8 hex digits for the name of a file or folder whose content depends on the text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def folder_of(location: str) -> str:
