@@ -19,7 +19,7 @@ from pyarrow import fs
 from ray import tune
 
 from ser_ray.errors import is_permanent
-from ser_ray.search.space import recipe_of
+from ser_ray.search.space import recipe_with
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import SELECTED, STATE, read_progress
 from ser_ray.training.loop import MakeSnapshot, fit
@@ -69,7 +69,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, fl
     """
     reported: dict[str, Any] = {}
     try:
-        recipe = recipe_of(setup.recipe, values)
+        recipe = recipe_with(setup.recipe, values)
         with tempfile.TemporaryDirectory() as scratch:
             report = Reporter(recipe, reported, Path(scratch), setup.finish is not None)
             _train(recipe, setup, resources, report)

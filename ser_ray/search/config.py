@@ -12,44 +12,46 @@ from ser_ray.search.space import DEFAULT_SPACE, Dimension, parse_dimension
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Settings of a search: the space, the searcher, and the scheduler."""
+    """Settings of a search: its space, searcher and scheduler."""
 
     trials: int = 32
-    """Number of trials. A grid search ignores this: it has one trial for each point."""
+    """Number of trials. A grid search ignores this number: it has one trial for each point."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
     scheduler: Literal["asha", "none"] = "asha"
-    """Stop the worse trials early by their validation UA (Li 2018), or train all to the end."""
+    """asha stops the worse trials early by their validation UA (Li 2018); none trains every trial to
+    its end."""
     grace_epochs: int = 4
-    """ASHA: epochs that every trial completes."""
+    """ASHA: number of epochs that every trial completes."""
     reduction: int = 3
-    """ASHA: one in this many trials continues at each rung, and the epochs between rungs grow by
-    this factor."""
+    """ASHA: at each rung, one in this many trials continues. The epoch of the next rung is this many
+    times larger."""
     space: tuple[str, ...] = ()
-    """Further fields of the recipe to search, or other distributions than the defaults, for example
-    weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
+    """Fields of the recipe to search besides the default ones, or other distributions for these, for
+    example weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
     refit: bool = False
     """Train the best recipe afterwards, as ser-ray train does."""
 
     def __post_init__(self) -> None:
-        for name, least in (("trials", 1), ("grace_epochs", 1), ("reduction", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        _ = self.dimensions
+        for name, minimum in (("trials", 1), ("grace_epochs", 1), ("reduction", 2)):
+            value = getattr(self, name)
+            if value < minimum:
+                raise ConfigError(f"{name} is {value}: it must be at least {minimum}")
+        _ = self.dimensions  # raises ConfigError if the space is wrong
 
     @cached_property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """The search space, in a fixed order.
+        """The dimensions of the space: the default ones, then those that `space` adds.
 
         Raises:
-            ConfigError: an unknown field or distribution, or bounds in the wrong order.
+            ConfigError: a line of `space` is wrong (`parse_dimension`).
         """
         lines = {line.partition("=")[0].strip(): line for line in (*DEFAULT_SPACE, *self.space)}
         return tuple(parse_dimension(line) for line in lines.values())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that identify a search. `refit` changes no trial, so it is left out."""
+        """The settings that identify a search. `refit` is left out because it changes no trial."""
         space = {item.name: str(item) for item in self.dimensions}
         settings = dataclasses.asdict(self) | {"space": space}
         del settings["refit"]
@@ -58,25 +60,25 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossvalConfig:
-    """Settings of a cross-validation: folds, seeds, and the part to score."""
+    """Settings of a cross-validation: its folds, its seeds, and the part to score."""
 
     seeds: int = 1
-    """Number of trainings of each fold. The first has the recipe's seed, the next this seed plus 1,
-    and so on."""
+    """Number of trainings of each fold. Their seeds are the recipe's seed, this seed plus 1, and so
+    on."""
     folds: tuple[int, ...] = ()
-    """Folds to train; all folds of the protocol if empty."""
+    """Folds to train. By default, all folds of the protocol."""
     part: Literal["test", "validation"] = "test"
-    """Part of each fold to score: test, once and with the final recipe, or validation, to choose
-    between recipes without reading any test part."""
+    """Part of each fold to score. To choose between recipes, score the validation part, which reads
+    no test part. Then score the test part once, with the final recipe."""
     under: tuple[Condition, ...] = ()
-    """Also score the clips under other recording conditions: noise, a phone, a codec, the echo of a
-    room, or another level. Their files are decoded again."""
+    """Also score the clips under simulated recording conditions: noise, a phone, a codec, the echo
+    of a room, or a different loudness. The clips' files are decoded again."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds is {self.seeds}: it must be at least 1")
         if len(set(self.folds)) < len(self.folds):
-            raise ConfigError(f"folds are {self.folds}: each must be given only once")
+            raise ConfigError(f"folds are {self.folds}: give each fold only once")
         object.__setattr__(self, "folds", tuple(sorted(self.folds)))  # their order has no meaning
 
 
@@ -93,8 +95,8 @@ class SlotConfig:
         if self.cpus_per_worker < 1:
             raise ConfigError(f"cpus_per_worker is {self.cpus_per_worker}: it must be at least 1")
         gpus = self.gpus_per_worker
-        if not gpus > 0 or (gpus > 1 and gpus != int(gpus)):
+        is_share, is_whole = 0 < gpus <= 1, gpus >= 1 and gpus % 1 == 0
+        if not (is_share or is_whole):
             raise ConfigError(
-                f"gpus_per_worker is {gpus:g}: it must be a share above 0 and up to 1, or a whole "
-                "number"
+                f"gpus_per_worker is {gpus:g}: it must be above 0 and at most 1, or a whole number"
             )

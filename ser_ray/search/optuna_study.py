@@ -68,7 +68,7 @@ def _add_trials(
     from optuna.trial import TrialState, create_trial
 
     for trial in trials:
-        is_drawn = all(item.holds(trial.values[item.name]) for item in dimensions)
+        is_drawn = all(item.contains(trial.values[item.name]) for item in dimensions)
         if trial.state not in states or not is_drawn:
             continue
         frozen = create_trial(

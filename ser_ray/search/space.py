@@ -1,8 +1,8 @@
-"""The space of a search: which fields of the recipe are searched, and their possible values.
+"""The space of a search: the fields of the recipe that are searched, and their possible values.
 
-A search space is a few lines of `name=distribution(...)`: each name is a field of the recipe, and
-its distribution is `loguniform`, `uniform`, `integer` or `choice`. The lower bound of the learning
-rate is drawn as a ratio, `lr_min = lr_max / lr_ratio`, so it is always below the upper bound.
+Each line of a space is `name=distribution(...)`: the name is a field of the recipe, and the
+distribution is `loguniform`, `uniform`, `integer` or `choice`. Instead of `lr_min`, a search draws
+`lr_ratio`, which is `lr_max / lr_min`, so that `lr_min` is always below `lr_max`.
 """
 
 import dataclasses
@@ -20,11 +20,10 @@ DEFAULT_SPACE = (
     "lr_ratio=loguniform(2,100)",
     f"feature=choice({','.join(KINDS)})",
 )
-"""The default space. `--space` adds names, or replaces the distributions of these names."""
-RATIO = "lr_ratio"
-"""The space holds lr_max / lr_min instead of lr_min."""
+"""The default space. `--space` adds lines, or replaces the lines with the same name."""
+LR_RATIO = "lr_ratio"
 
-_NOT_SEARCHED = {
+_NOT_SEARCHABLE = {
     "lr_min": "draw lr_ratio instead, which is lr_max / lr_min",
     "protocol": "trials of different folds cannot be compared",
     "fold": "trials of different folds cannot be compared",
@@ -38,37 +37,44 @@ _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), ch
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """A searched name and its possible values."""
+    """A hyperparameter and its possible values."""
 
     name: str
-    kind: Literal["loguniform", "uniform", "integer", "choice"]
+    distribution: Literal["loguniform", "uniform", "integer", "choice"]
     values: tuple[Any, ...]
-    """Lowest and highest value, both included, or the choices."""
+    """All choices, or the lowest and the highest value. Both of these can be drawn."""
 
-    def grid(self) -> tuple[Any, ...]:
-        """The values that a grid search tries; for a range, both ends and the middle."""
-        if self.kind == "choice":
+    def grid_values(self) -> tuple[Any, ...]:
+        """Return the values that a grid search tries; for a range, both ends and the middle."""
+        if self.distribution == "choice":
             return self.values
         low, high = self.values
-        middle = math.sqrt(low * high) if self.kind == "loguniform" else (low + high) / 2
-        points = (low, round(middle) if self.kind == "integer" else middle, high)
-        return tuple(dict.fromkeys(points))
+        match self.distribution:
+            case "loguniform":
+                middle = math.sqrt(low * high)
+            case "uniform":
+                middle = (low + high) / 2
+            case "integer":
+                middle = round((low + high) / 2)
+        return tuple(dict.fromkeys((low, middle, high)))
 
     def __str__(self) -> str:
-        """The distribution as a space has it, for example `loguniform(0.001, 0.1)`."""
-        return f"{self.kind}({', '.join(map(str, self.values))})"
+        """Return the distribution as text, for example `loguniform(0.001, 0.1)`."""
+        return f"{self.distribution}({', '.join(map(str, self.values))})"
 
-    def holds(self, value: Any) -> bool:
-        """Whether a value can be drawn."""
-        if self.kind == "choice":
+    def contains(self, value: Any) -> bool:
+        """Return whether a value can be drawn."""
+        if self.distribution == "choice":
             return value in self.values
-        return bool(self.values[0] <= value <= self.values[1])
+        low, high = self.values
+        return bool(low <= value <= high)
 
 
-def searchable() -> dict[str, Any]:
-    """Names that a space may contain, each with its type: the recipe's fields and `lr_ratio`."""
-    types = get_type_hints(TrainConfig) | get_type_hints(AugmentConfig) | {RATIO: float}
-    return {name: kind for name, kind in types.items() if name not in ("augment", *_NOT_SEARCHED)}
+def searchable_fields() -> dict[str, Any]:
+    """Return the type of each name that a space may contain: fields of the recipe and `lr_ratio`."""
+    types = get_type_hints(TrainConfig) | get_type_hints(AugmentConfig) | {LR_RATIO: float}
+    left_out = {"augment", *_NOT_SEARCHABLE}
+    return {name: field_type for name, field_type in types.items() if name not in left_out}
 
 
 def parse_dimension(line: str) -> Dimension:
@@ -82,34 +88,36 @@ def parse_dimension(line: str) -> Dimension:
         raise ConfigError(
             f"space {line!r}: it must be name=distribution(...) with {_DISTRIBUTIONS}"
         )
-    name, kind, inside = match.groups()
-    known = searchable()
-    if name in _NOT_SEARCHED:
-        raise ConfigError(f"space {line!r}: {name} cannot be searched: {_NOT_SEARCHED[name]}")
+    name, distribution, inside = match.groups()
+    known = searchable_fields()
+    if name in _NOT_SEARCHABLE:
+        raise ConfigError(f"space {line!r}: {name} cannot be searched: {_NOT_SEARCHABLE[name]}")
     if name not in known:
         raise ConfigError(f"space {line!r}: no field {name}; known are {', '.join(sorted(known))}")
-    values = tuple(_value(text.strip(), known[name], line) for text in inside.split(","))
-    match kind:
+    values = tuple(_parse_value(text.strip(), known[name], line) for text in inside.split(","))
+    match distribution:
         case "choice":
             pass
         case "loguniform" | "uniform" | "integer":
-            _check_range(kind, values, known[name], line)
+            _check_range(distribution, values, known[name], line)
         case _:
-            raise ConfigError(f"space {line!r}: no distribution {kind}; known are {_DISTRIBUTIONS}")
-    dimension = Dimension(name, kind, values)
-    _check_field(dimension, line)
+            raise ConfigError(
+                f"space {line!r}: no distribution {distribution}; known are {_DISTRIBUTIONS}"
+            )
+    dimension = Dimension(name, distribution, values)
+    _check_values(dimension, line)
     return dimension
 
 
-def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
-    """Put drawn values into a recipe.
+def recipe_with(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
+    """Return the recipe with drawn values in place of its own.
 
     Raises:
         ConfigError: a field cannot have its value.
     """
     values = dict(drawn)
-    if RATIO in values:
-        values["lr_min"] = values.get("lr_max", base.lr_max) / values.pop(RATIO)
+    if LR_RATIO in values:
+        values["lr_min"] = values.get("lr_max", base.lr_max) / values.pop(LR_RATIO)
     nested = {item.name for item in dataclasses.fields(AugmentConfig)} & set(values)
     if nested:
         changes = {name: values.pop(name) for name in nested}
@@ -117,59 +125,59 @@ def recipe_of(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(base, **values)
 
 
-def values_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
-    """Return the recipe's values of the searched names."""
+def hyperparameters_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:
+    """Return the recipe's value for each dimension, by name."""
     flat = recipe.to_dict() | dataclasses.asdict(recipe.augment)
-    flat[RATIO] = recipe.lr_max / recipe.lr_min
+    flat[LR_RATIO] = recipe.lr_max / recipe.lr_min
     return {dimension.name: flat[dimension.name] for dimension in dimensions}
 
 
-def _value(text: str, kind: Any, line: str) -> Any:
-    """Convert a value of a distribution to the field's type."""
-    choices = get_args(kind)
+def _parse_value(text: str, field_type: Any, line: str) -> Any:
+    """Convert the text of one value to the type of its field."""
+    choices = get_args(field_type)
     try:
-        if kind is bool:
+        if field_type is bool:
             return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float):
-            value = kind(text)
+        if field_type in (int, float):
+            value = field_type(text)
             if not math.isfinite(value):
                 raise ValueError
             return value
         if choices and text not in choices:
             raise ValueError
     except (ValueError, KeyError):
-        allowed = ", ".join(choices) if choices else f"of type {kind.__name__}"
+        allowed = ", ".join(choices) if choices else f"of type {field_type.__name__}"
         raise ConfigError(f"space {line!r}: {text!r} is not {allowed}") from None
     return text
 
 
-def _check_range(kind: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
+def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
     if len(values) != 2:
-        raise ConfigError(f"space {line!r}: {kind} takes a low and a high value")
-    if field_type not in (int, float) or (field_type is int) != (kind == "integer"):
-        wanted = {int: "integer or choice", float: "loguniform, uniform or choice"}
+        raise ConfigError(f"space {line!r}: {distribution} takes a low and a high value")
+    if field_type not in (int, float) or (field_type is int) != (distribution == "integer"):
+        usable = {int: "integer or choice", float: "loguniform, uniform or choice"}
         raise ConfigError(
-            f"space {line!r}: {kind} does not fit a field of type "
-            f"{getattr(field_type, '__name__', 'name')}: use {wanted.get(field_type, 'choice')}"
+            f"space {line!r}: {distribution} does not fit a field of type "
+            f"{getattr(field_type, '__name__', 'name')}: use {usable.get(field_type, 'choice')}"
         )
     low, high = values
     if low >= high:
         raise ConfigError(
             f"space {line!r}: the low value {low:g} must be below the high value {high:g}"
         )
-    if kind == "loguniform" and low <= 0:
+    if distribution == "loguniform" and low <= 0:
         raise ConfigError(f"space {line!r}: the low value is {low:g}: it must be above 0")
 
 
-def _check_field(dimension: Dimension, line: str) -> None:
-    """Check that a recipe can have the values. Values between valid ends of a range are valid."""
-    if dimension.name == RATIO and min(dimension.values) <= 1:
+def _check_values(dimension: Dimension, line: str) -> None:
+    """Check that a recipe can have all choices, or both ends of the range and so what is between."""
+    if dimension.name == LR_RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:
         base = TrainConfig()
-        if dimension.name == "lr_max":
-            base = dataclasses.replace(base, lr_min=abs(value) / 2 or 1.0, lr_max=abs(value) or 2.0)
+        if dimension.name == "lr_max" and value > 0:  # it may be below the default of lr_min
+            base = dataclasses.replace(base, lr_min=value / 2, lr_max=value)
         try:
-            recipe_of(base, {dimension.name: value})
+            recipe_with(base, {dimension.name: value})
         except ConfigError as error:
             raise ConfigError(f"space {line!r}: {error}") from None

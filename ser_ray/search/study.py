@@ -27,7 +27,7 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
-from ser_ray.search.space import RATIO, recipe_of
+from ser_ray.search.space import LR_RATIO, recipe_with
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
@@ -216,7 +216,7 @@ class Study(tune.Callback):
                 trial_id=trial.trial_id,
                 number=self._numbers.get(trial.trial_id, next_number),
                 values=trial.config,
-                recipe=recipe_of(self.recipe, trial.config),
+                recipe=recipe_with(self.recipe, trial.config),
             ).updated(last_result(trial))
             if trial.status == trial.TERMINATED:
                 record = replace(record, state=record.end_state)
@@ -298,7 +298,7 @@ class Study(tune.Callback):
             self.parent.uri,
             self.run.experiment,
             name=trial.name,
-            params=trial.recipe.to_dict() | {RATIO: trial.recipe.lr_max / trial.recipe.lr_min},
+            params=trial.recipe.to_dict() | {LR_RATIO: trial.recipe.lr_max / trial.recipe.lr_min},
             tags={
                 **self.tags,
                 "kind": kind,

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.errors import SerRayError
 from ser_ray.evaluation.evaluation import REPORT
-from ser_ray.search.space import recipe_of
+from ser_ray.search.space import recipe_with
 from ser_ray.storage.paths import location_inside
 from ser_ray.training.checkpoint import learning_rates_by_epoch
 from ser_ray.training.metrics import selected_row, validation_rank
@@ -157,7 +157,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
         saved = json.loads(folder.read(RECORDS))
     except FileNotFoundError:
         return []
-    return [TrialRecord(**values, recipe=recipe_of(recipe, values["values"])) for values in saved]
+    return [TrialRecord(**values, recipe=recipe_with(recipe, values["values"])) for values in saved]
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:

@@ -33,7 +33,7 @@ from ser_ray.distributed.placement import RoomWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
 from ser_ray.search.config import TuneConfig
-from ser_ray.search.space import Dimension, recipe_of, values_of
+from ser_ray.search.space import Dimension, hyperparameters_of, recipe_with
 from ser_ray.training.recipe import TrainConfig
 
 SNAPSHOT_SECONDS = 2
@@ -80,7 +80,7 @@ def points_plan(points: Sequence[dict[str, Any]], slots: int, scheduler: TrialSc
 def grid_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
     """Return all points of a grid. If the space contains the recipe itself, it comes first."""
     names = [item.name for item in config.dimensions]
-    grid = itertools.product(*(item.grid() for item in config.dimensions))
+    grid = itertools.product(*(item.grid_values() for item in config.dimensions))
     points = [*baseline(recipe, config), *(dict(zip(names, point, strict=True)) for point in grid)]
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
@@ -92,17 +92,17 @@ def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
 
 def excluded(recipe: TrainConfig, config: TuneConfig) -> list[str]:
     """Name and value of each field of the recipe that the space cannot draw."""
-    values = values_of(recipe, config.dimensions)
+    values = hyperparameters_of(recipe, config.dimensions)
     return [
         f"{item.name} {values[item.name]}"
         for item in config.dimensions
-        if not item.holds(values[item.name])
+        if not item.contains(values[item.name])
     ]
 
 
 def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
     """Return the recipe as the first point to try; empty if the space excludes it."""
-    return [] if excluded(recipe, config) else [values_of(recipe, config.dimensions)]
+    return [] if excluded(recipe, config) else [hyperparameters_of(recipe, config.dimensions)]
 
 
 def optuna_distribution(dimension: Dimension) -> Any:
@@ -110,13 +110,13 @@ def optuna_distribution(dimension: Dimension) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     low, high = dimension.values[0], dimension.values[-1]
-    match dimension.kind:
+    match dimension.distribution:
         case "choice":
             return CategoricalDistribution(dimension.values)
         case "integer":
             return IntDistribution(low, high)
         case _:
-            return FloatDistribution(low, high, log=dimension.kind == "loguniform")
+            return FloatDistribution(low, high, log=dimension.distribution == "loguniform")
 
 
 class _CurrentSlots:
@@ -159,7 +159,7 @@ class ResumableAsha(ASHAScheduler):
         """Replay the epochs of a restored trial. The decisions were already carried out."""
         super().on_trial_add(tune_controller, trial)
         rows = last_result(trial).get("history", [])
-        past = objectives(rows, recipe_of(self.recipe, trial.config))
+        past = objectives(rows, recipe_with(self.recipe, trial.config))
         for epoch, value in enumerate(past, start=1):
             self.on_trial_result(tune_controller, trial, {"epoch": epoch, OBJECTIVE: value})
 

@@ -26,7 +26,7 @@ from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.open_study import open_study
 from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import require_one_worker
-from ser_ray.search.space import RATIO
+from ser_ray.search.space import LR_RATIO
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import excluded, num_trials, search_plan
@@ -109,7 +109,7 @@ def search(
         },
     )
     # The lower bound of the learning rate is drawn as a ratio.
-    varied = {*searched, "lr_min"} if RATIO in searched else {*searched}
+    varied = {*searched, "lr_min"} if LR_RATIO in searched else {*searched}
     with open_study(
         "search",
         select_rows(shards.clips(), recipe).label,

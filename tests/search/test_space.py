@@ -5,10 +5,10 @@ import pytest
 from ser_ray.errors import ConfigError
 from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.space import (
+    hyperparameters_of,
     parse_dimension,
-    recipe_of,
-    searchable,
-    values_of,
+    recipe_with,
+    searchable_fields,
 )
 from ser_ray.training.recipe import TrainConfig
 
@@ -16,16 +16,16 @@ from ser_ray.training.recipe import TrainConfig
 def test_the_default_space_contains_the_default_recipe():
     dimensions = TuneConfig().dimensions
     assert [item.name for item in dimensions] == ["lr_max", "lr_ratio", "feature"]
-    values = values_of(TrainConfig(), dimensions)
-    assert all(item.holds(values[item.name]) for item in dimensions)
-    assert recipe_of(TrainConfig(), values) == TrainConfig()
+    values = hyperparameters_of(TrainConfig(), dimensions)
+    assert all(item.contains(values[item.name]) for item in dimensions)
+    assert recipe_with(TrainConfig(), values) == TrainConfig()
 
 
 def test_the_lower_bound_of_a_drawn_recipe_is_always_below_the_upper():
     dimensions = {item.name: item for item in TuneConfig().dimensions}
     for lr_max in dimensions["lr_max"].values:
         for ratio in dimensions["lr_ratio"].values:
-            recipe = recipe_of(TrainConfig(), {"lr_max": lr_max, "lr_ratio": ratio})
+            recipe = recipe_with(TrainConfig(), {"lr_max": lr_max, "lr_ratio": ratio})
             assert recipe.lr_min == pytest.approx(lr_max / ratio)
             assert recipe.lr_min < recipe.lr_max
 
@@ -34,7 +34,7 @@ def test_a_line_of_the_same_name_replaces_the_default_and_others_are_added():
     config = TuneConfig(space=("feature = choice(mel)", "mixup=uniform(0,0.4)"))
     assert [item.name for item in config.dimensions] == ["lr_max", "lr_ratio", "feature", "mixup"]
     assert config.dimensions[2].values == ("mel",)
-    assert recipe_of(TrainConfig(), {"mixup": 0.1}).augment.mixup == 0.1
+    assert recipe_with(TrainConfig(), {"mixup": 0.1}).augment.mixup == 0.1
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_a_line_of_the_same_name_replaces_the_default_and_others_are_added():
 )
 def test_the_grid_of_a_dimension(line, grid):
     dimension = parse_dimension(line)
-    assert dimension.grid() == pytest.approx(grid)
-    assert all(dimension.holds(value) for value in dimension.grid())
+    assert dimension.grid_values() == pytest.approx(grid)
+    assert all(dimension.contains(value) for value in dimension.grid_values())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_a_trial_has_a_share_of_a_gpu_or_a_whole_number(gpus):
 
 
 def test_every_searchable_name_is_a_flag_of_the_recipe_or_the_ratio():
-    assert {"lr_ratio", "weight_decay", "mixup", "weights", "seed"} <= set(searchable())
+    assert {"lr_ratio", "weight_decay", "mixup", "weights", "seed"} <= set(searchable_fields())
     excluded = {"lr_min", "augment", "protocol", "fold", "validation_speakers", "channel"}
-    assert not (excluded | {"keep"}) & set(searchable())
+    assert not (excluded | {"keep"}) & set(searchable_fields())
