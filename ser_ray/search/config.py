@@ -19,16 +19,16 @@ class TuneConfig:
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops the worse trials early by their validation UA (Li 2018); none trains every trial to
-    its end."""
+    """asha stops the worse trials early by their validation UA (Li 2018); none trains all trials to
+    the end."""
     grace_epochs: int = 4
     """ASHA: number of epochs that every trial completes."""
     reduction: int = 3
-    """ASHA: at each rung, one in this many trials continues. The epoch of the next rung is this many
-    times larger."""
+    """ASHA: at each rung, one in this many trials continues. The next rung is after this many times
+    as many epochs."""
     space: tuple[str, ...] = ()
-    """Fields of the recipe to search besides the default ones, or other distributions for these, for
-    example weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
+    """Further fields of the recipe to search, or other distributions for the default fields. Examples
+    are weight_decay=loguniform(1e-4,1e-1) and feature=choice(mel). lr_min is lr_max / lr_ratio."""
     refit: bool = False
     """Train the best recipe afterwards, as ser-ray train does."""
 
