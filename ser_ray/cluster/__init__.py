@@ -1,7 +1,7 @@
 """The Ray cluster, or Ray on this machine.
 
 connect       joins a cluster, or starts Ray on this machine
-local_ray     how Ray is started on this machine
+local_ray     the temporary folder, signals and settings of a Ray that starts on this machine
 resources     CPUs, GPUs and memory that workers can use
-shared_files  checks that all nodes can open the files of a job
+shared_files  checks that all nodes can open the files of a job, and that Ray keeps its outputs
 """

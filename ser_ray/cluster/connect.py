@@ -11,27 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
-from ser_ray.cluster.local_ray import session_folder, signals_kept, small_and_on_loopback
+from ser_ray.cluster.local_ray import keep_signal_handlers, minimal_ray_on_loopback, session_folder
 from ser_ray.errors import ResourcesError
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable with the runtime environment of a Ray job."""
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
-"""Environment variable that sets which messages Ray's C++ code writes, by their severity."""
+"""Environment variable with the lowest severity of messages that Ray's C++ code writes."""
 CONNECT_SECONDS = 5.0
-"""Longest wait for the connection to a cluster; Ray itself retries a refused port for minutes."""
+"""Longest wait for the connection to a cluster. Ray itself retries a refused port for minutes."""
 
 logger = logging.getLogger(__name__)
 
 
 def needs_ray(address: str, workers: int = 1) -> bool:
-    """Return whether this many workers run on Ray. If not, one worker runs in this process.
+    """Return whether this many workers run on Ray. If not, the only worker runs in this process.
 
-    Several workers always run on Ray. One worker runs on Ray if there is an address (`local` starts
-    a cluster on this machine), a RAY_ADDRESS or a Ray job, or if this process is connected to Ray.
+    Several workers always run on Ray. One worker runs on Ray if this process is connected to it or
+    runs in a Ray job, or if `address` or RAY_ADDRESS is set. The address `local` starts Ray on this
+    machine.
     """
-    names = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
-    return workers > 1 or any(names) or is_connected()
+    clusters = (address, os.environ.get("RAY_ADDRESS"), os.environ.get(JOB_CONFIG))
+    return workers > 1 or any(clusters) or is_connected()
 
 
 def is_connected() -> bool:
@@ -47,57 +48,58 @@ def place_of_training(address: str, workers: int) -> str:
 def place_of_ray(address: str) -> str:
     """Describe the cluster to which `cluster` connects."""
     address = address or os.environ.get("RAY_ADDRESS", "")
-    is_here = address in ("", "local")
-    return "on Ray, started on this machine" if is_here else f"on the Ray cluster at {address}"
+    is_local = address in ("", "local")
+    return "on Ray, started on this machine" if is_local else f"on the Ray cluster at {address}"
 
 
 @contextmanager
 def cluster(address: str = "") -> Iterator[None]:
     """Connect to Ray for the duration of the block.
 
-    Joins the cluster at `address`, or else the cluster of `RAY_ADDRESS` or of the Ray job. Without
-    these, or with the address `local`, it starts Ray on this machine, which listens only on the
-    loopback and stops at the end. A nested block uses the connection of the outer block.
+    Joins the cluster at `address`, or else the cluster of RAY_ADDRESS or of the Ray job. If none of
+    these is set, or the address is `local`, Ray starts on this machine, listens only on the
+    loopback, and stops after the block. A nested block uses the connection of the outer block.
 
     Raises:
         ResourcesError: no cluster answers at the address, the address is a job server, Ray does not
-            start on this machine, or Ray has no folder for temporary files.
+            start on this machine, or no folder can hold Ray's temporary files.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
     logging.getLogger("ray").setLevel(logging.ERROR)
-    named = "--address" if address else "RAY_ADDRESS"
+    source = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS", "")
     address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     with nullcontext() if address else session_folder() as folder:
-        _init(address, named, folder)
+        _init(address, source, folder)
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _init(address: str, named: str, folder: str | None) -> None:
-    """Join a cluster, or start one if the address is empty.
+def _init(address: str, source: str, folder: str | None) -> None:
+    """Join a cluster, or start Ray on this machine if the address is empty.
 
     Args:
-        named: where the address was given.
-        folder: folder for the files of a cluster that is started.
+        address: address of the cluster.
+        source: option or variable that holds the address, for messages.
+        folder: folder for the temporary files of Ray if Ray starts on this machine.
     """
     import ray
 
     try:
         if address:
-            _require_listener(address, named)
+            _require_listener(address, source)
         with (
-            signals_kept(),
+            keep_signal_handlers(),
             _quiet_backend(),
-            nullcontext() if address else small_and_on_loopback(),
+            nullcontext() if address else minimal_ray_on_loopback(),
         ):
             ray.init(
                 address=address or "local",
@@ -111,30 +113,30 @@ def _init(address: str, named: str, folder: str | None) -> None:
         if not address:
             raise
         raise ResourcesError(
-            f"the Ray cluster at {address}, which {named} names, cannot be joined: {error}"
+            f"the Ray cluster at {address}, which {source} names, cannot be joined: {error}"
         ) from error
     except OSError as error:
         if not address:
-            raise _not_started(error) from error
+            raise _start_error(error) from error
         raise ResourcesError(
-            f"no Ray cluster answers at {address}, which {named} names ({error}): start it with "
+            f"no Ray cluster answers at {address}, which {source} names ({error}): start it with "
             "`ray start --head`; if it is running, it may require a token: set "
             "RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave "
-            f"out {named} to use this machine only"
+            f"out {source} to use this machine only"
         ) from error
     except Exception as error:
-        if type(error) is not Exception:  # Ray raises this type when its start takes over 30 s
+        if type(error) is not Exception:  # Ray raises a bare Exception if it starts for over 30 s
             raise
-        raise _not_started(error) from error
+        raise _start_error(error) from error
 
 
 @contextmanager
 def _quiet_backend() -> Iterator[None]:
-    """Keep Ray's C++ code from writing to the terminal, if Ray starts in the block.
+    """Keep the C++ code of a Ray that starts in the block from writing to the terminal.
 
-    For example, it warns that lost actors may not be restarted. The variable LOG_LEVEL turns this
-    off, but Ray reports on standard error that it has read the variable. Therefore standard error
-    is discarded while Ray starts.
+    That code warns, for example, that lost actors may not be restarted. The variable LOG_LEVEL
+    turns its messages off, but Ray reports on standard error that it has read the variable.
+    Therefore standard error is discarded while Ray starts.
     """
     if LOG_LEVEL in os.environ:
         yield
@@ -151,15 +153,15 @@ def _quiet_backend() -> Iterator[None]:
         del os.environ[LOG_LEVEL]
 
 
-def _not_started(error: Exception) -> ResourcesError:
+def _start_error(error: Exception) -> ResourcesError:
     return ResourcesError(
         f"Ray did not start on this machine ({error}): it is too busy, or short of memory or disk "
         "space; run the same command again later, or name a cluster with --address"
     )
 
 
-def _require_listener(address: str, named: str) -> None:
-    """Check within seconds that a server listens at the address of a cluster.
+def _require_listener(address: str, source: str) -> None:
+    """Check that a server listens at the address of a cluster. This takes at most CONNECT_SECONDS.
 
     Raises:
         ResourcesError: the address has the wrong form.
@@ -178,5 +180,5 @@ def _require_listener(address: str, named: str) -> None:
     except ValueError:  # the port is not a number
         host, port = None, None
     if not host or not port:
-        raise ResourcesError(f"{named} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
+        raise ResourcesError(f"{source} is {address}: it must be HOST:PORT, such as 10.0.0.1:6379")
     socket.create_connection((host, port), CONNECT_SECONDS).close()

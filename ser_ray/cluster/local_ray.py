@@ -15,11 +15,11 @@ from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
 SESSION_BYTES = len("/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
-"""Bytes that Ray adds to the path of its temporary folder to name a socket."""
-LONGEST_ROOT = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Longest path, in bytes, of the parent of Ray's folder. Linux allows 107 bytes for a socket."""
+"""Bytes that Ray adds to the path of its temporary folder for the longest path of a socket."""
+MAX_ROOT_BYTES = 107 - SESSION_BYTES - len("/ray-12345678")
+"""Longest path of the parent of Ray's folder. Linux allows 107 bytes for the path of a socket."""
 FREE_BYTES = 100_000_000
-"""Disk space that the logs of a session may need."""
+"""Free disk space that Ray's logs may need."""
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Methods of Ray's `Node` that start the dashboard, the autoscaler and the process that sends the
 workers' logs to the driver."""
@@ -31,24 +31,26 @@ logger = logging.getLogger(__name__)
 def session_folder() -> Iterator[str]:
     """Yield a temporary folder for a Ray that starts in the `with` block; delete it at the end.
 
-    Ray exits without a reason if the disk is full, or if the path is too long for its sockets. The
-    TMPDIR of batch systems is often too long.
+    If the disk is full, or the path is too long for Ray's sockets, Ray exits without giving a
+    reason. On batch systems, TMPDIR is often too long.
 
     Raises:
-        ResourcesError: no folder for temporary files can be used.
+        ResourcesError: neither RAY_TMPDIR, TMPDIR nor /tmp can be used.
     """
     roots = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")}
-    folder, problems = "", []
+    problems = []
     for name, root in (roots | {"the default": "/tmp"}).items():
-        if root and not folder:
-            try:
-                folder = _folder_in(root)
-            except OSError as error:
-                problems.append(f"{name}, {root}, cannot hold Ray's files ({error.strerror})")
-    if not folder:
+        if not root:
+            continue
+        try:
+            folder = _folder_in(root)
+            break
+        except OSError as error:
+            problems.append(f"{name}, {root}, cannot hold Ray's files ({error.strerror})")
+    else:
         raise ResourcesError(
             f"{'; '.join(problems)}: set RAY_TMPDIR to a folder with a path of at most "
-            f"{LONGEST_ROOT} bytes that has {FREE_BYTES // 1_000_000} MB of free space"
+            f"{MAX_ROOT_BYTES} bytes that has {FREE_BYTES // 1_000_000} MB of free space"
         )
     if problems:
         logger.warning("%s: %s is used", "; ".join(problems), folder)
@@ -59,13 +61,13 @@ def session_folder() -> Iterator[str]:
 
 
 def _folder_in(root: str) -> str:
-    """Make a folder for a session of Ray.
+    """Make a folder for Ray's temporary files.
 
     Raises:
         OSError: the path is too long, missing or not writable, or its disk is full.
     """
     root = absolute(root)
-    if len(os.fsencode(root)) > LONGEST_ROOT:
+    if len(os.fsencode(root)) > MAX_ROOT_BYTES:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if shutil.disk_usage(root).free < FREE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -73,12 +75,12 @@ def _folder_in(root: str) -> str:
 
 
 @contextmanager
-def signals_kept() -> Iterator[None]:
-    """Keep this process's signal handlers while Ray starts in the `with` block.
+def keep_signal_handlers() -> Iterator[None]:
+    """Keep this process's signal handlers although Ray starts in the `with` block.
 
-    Ray replaces the handler of SIGTERM; this function restores it. SIGHUP is masked while Ray
-    starts, and Ray's processes inherit the mask. They survive when the terminal closes, and this
-    process can use them while it stops.
+    Ray replaces the handler of SIGTERM, which is restored after the block. SIGHUP is blocked while
+    Ray starts, and Ray's processes inherit this. Therefore they survive when the terminal closes,
+    and this process can still use them while it stops.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -88,7 +90,8 @@ def signals_kept() -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        if stop.code == signal.SIGTERM and callable(handler):  # Ray's handler raised it
+        # SIGTERM arrived after Ray had replaced the handler, and Ray's handler exits.
+        if stop.code == signal.SIGTERM and callable(handler):
             handler(signal.SIGTERM, None)
         raise
     finally:
@@ -98,28 +101,28 @@ def signals_kept() -> Iterator[None]:
 
 
 @contextmanager
-def small_and_on_loopback() -> Iterator[None]:
-    """Limit the Ray that starts in the `with` block to the loopback and to the needed processes.
+def minimal_ray_on_loopback() -> Iterator[None]:
+    """Let a Ray that starts in the `with` block use only the loopback, and few processes.
 
-    The methods in UNUSED do nothing: by default Ray starts the dashboard's server and waits for it,
-    even with `include_dashboard=False`. The node's agent runs without its HTTP server, as in an
-    installation without `ray[default]`. Ray has no public settings for these processes or for the
-    address: it reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is imported, and replaces
-    `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    In the block, the methods in UNUSED do nothing. Otherwise Ray starts the dashboard's server and
+    waits for it, even with `include_dashboard=False`. The node's agent runs without its HTTP
+    server, as in an installation without `ray[default]`. Ray has no public settings for these
+    processes or for the address. It reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
+    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
     """
     from ray._private import ray_constants, utils
     from ray._private.node import Node
 
-    replaced: list[tuple[Any, str, Any]] = [
+    replacements: list[tuple[Any, str, Any]] = [
         (ray_constants, "ENABLE_RAY_CLUSTER", False),
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
     ]
-    replaced += [(Node, name, lambda node, **_: None) for name in UNUSED]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
+    replacements += [(Node, name, lambda node, **_: None) for name in UNUSED]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, value in replacements:
         setattr(owner, name, value)
     try:
         yield
     finally:
-        for owner, name, value in before:
+        for owner, name, value in originals:
             setattr(owner, name, value)

@@ -14,7 +14,7 @@ AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # n
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster, after the autoscaler has grown it, has room for all workers.
+    """Check that all workers fit on the cluster, including nodes that the autoscaler may add.
 
     Args:
         workers: number of workers that run at the same time.
@@ -22,14 +22,16 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
         gpus: GPUs of each worker.
 
     Raises:
-        ResourcesError: the message has the required and the available resources.
+        ResourcesError: they do not fit. The message says what they need and what the cluster has.
     """
-    have = resources_within_reach()
+    resources = max_resources()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
-        if each and workers * each > have.get(name, 0):
+        available = resources.get(name, 0)
+        if workers * each > available:
+            who = f"{workers} workers need" if workers > 1 else "a worker needs"
             raise ResourcesError(
-                f"{workers} workers need {workers * each:g} {name}s, but the cluster has "
-                f"{have.get(name, 0):g}: "
+                f"{who} {format_resources({name: workers * each})}, but the cluster has "
+                f"{available:g}: "
                 + ("ask for fewer with --workers" if workers > 1 else "join another with --address")
                 + (", or train on CPUs with --device cpu" if name == "GPU" else "")
             )
@@ -37,40 +39,41 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
 
 def has_gpus() -> bool:
     """Return whether the cluster has a GPU, or can add a node with a GPU."""
-    return resources_within_reach().get("GPU", 0) >= 1
+    return max_resources().get("GPU", 0) >= 1
 
 
 def trains_on_gpus(device: str) -> bool:
-    """Return whether `RunConfig.device` means GPUs on this cluster."""
+    """Return whether workers use GPUs: `device` is gpu, or is auto and the cluster has a GPU."""
     return device == "gpu" or (device == "auto" and has_gpus())
 
 
-def resources_within_reach() -> dict[str, float]:
-    """Return the resources of the cluster at its largest size."""
-    reach: Counter[str] = Counter()
-    for node in nodes_within_reach():
-        reach.update(node)
-    return dict(reach)
+def max_resources() -> dict[str, float]:
+    """Return the resources of the cluster with all nodes that the autoscaler may add."""
+    total: Counter[str] = Counter()
+    for node in max_nodes():
+        total.update(node)
+    return dict(total)
 
 
-def nodes_within_reach() -> list[dict[str, float]]:
-    """Return the resources of each node, including nodes that the autoscaler may add."""
+def max_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node of the cluster, and of each that the autoscaler may add."""
     if not is_connected():
-        return [this_machine()]
+        return [local_resources()]
     import ray
     import yaml
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    reach = [node["Resources"] for node in alive]
-    config = AUTOSCALER_CONFIG
-    if config.exists():
-        started = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
-        for name, kind in yaml.safe_load(config.read_text())["available_node_types"].items():
-            reach += [kind["resources"]] * (kind.get("max_workers", 0) - started[name])
-    return reach
+    nodes = [node["Resources"] for node in alive]
+    if AUTOSCALER_CONFIG.exists():
+        num_alive = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
+        node_types = yaml.safe_load(AUTOSCALER_CONFIG.read_text())["available_node_types"]
+        for name, node_type in node_types.items():
+            num_more = node_type.get("max_workers", 0) - num_alive[name]
+            nodes += [node_type["resources"]] * num_more
+    return nodes
 
 
-def this_machine() -> dict[str, float]:
+def local_resources() -> dict[str, float]:
     """Return the CPUs and GPUs that this process can use."""
     import torch
 
@@ -81,8 +84,8 @@ def this_machine() -> dict[str, float]:
     return {"CPU": cpus, "GPU": torch.cuda.device_count() if torch.cuda.is_available() else 0}
 
 
-def memory_of_this_machine() -> int:
-    """Return the free memory in bytes, or the limit of the container if it is smaller."""
+def available_memory() -> int:
+    """Return the free memory of this machine, at most the limit of its container, in bytes."""
     import psutil
 
     return min(
@@ -91,7 +94,7 @@ def memory_of_this_machine() -> int:
 
 
 def _container_limit(name: str) -> str:
-    """Read a limit of this process's container; empty if there is no limit."""
+    """Return a limit of this process's container as text; empty if there is no limit."""
     try:
         limit = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
@@ -100,13 +103,15 @@ def _container_limit(name: str) -> str:
 
 
 def cpus_per_worker(workers: int) -> int:
-    """Return the largest number of CPUs per worker with which all workers run at the same time."""
-    sizes = [int(node.get("CPU", 0)) for node in nodes_within_reach()]
-    fitting = range(max(sizes, default=1), 1, -1)
-    return next((cpus for cpus in fitting if sum(n // cpus for n in sizes) >= workers), 1)
+    """Return how many CPUs each worker can have if all run at the same time; at least 1."""
+    sizes = [int(node.get("CPU", 0)) for node in max_nodes()]
+    for cpus in range(max(sizes, default=1), 1, -1):
+        if sum(size // cpus for size in sizes) >= workers:
+            return cpus
+    return 1
 
 
-def in_words(resources: Mapping[str, float]) -> str:
-    """Write the CPUs and GPUs among the resources."""
-    names = [name for name in ("CPU", "GPU") if name in resources]
-    return ", ".join(f"{resources[name]:g} {name}s" for name in names)
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Write the CPUs and GPUs among the resources as text, for example `2 CPUs, 1 GPU`."""
+    counts = {name: resources[name] for name in ("CPU", "GPU") if name in resources}
+    return ", ".join(f"{n:g} {name}" + ("" if n == 1 else "s") for name, n in counts.items())

@@ -1,6 +1,7 @@
 """Checks that all nodes can open the files of a job, and that Ray does not delete its outputs."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +15,9 @@ from ser_ray.storage.packed import ROW
 from ser_ray.storage.paths import absolute
 
 ANSWER_SECONDS = 60.0
-"""Longest wait for a node that starts a worker process and looks for files."""
-FOLDERS_ASKED = 256
-"""Largest number of folders that a node looks for."""
+"""Longest wait until all nodes have started a worker process and looked for the files."""
+MAX_FOLDERS = 256
+"""Largest number of folders in which the nodes look for a file."""
 
 
 def require_shared(*locations: str) -> None:
@@ -37,13 +38,13 @@ def require_shared(*locations: str) -> None:
     missing_on: dict[str, list[str]] = {}
     if others:
         with ExitStack() as stack:
-            seen_by = [stack.enter_context(_marker(path)) for path in local.values()]
-            missing_on = dict(zip(local, _nodes_without(seen_by, others), strict=True))
+            paths = [stack.enter_context(_marker_in(path)) for path in local.values()]
+            missing_on = dict(zip(local, _nodes_without(paths, others), strict=True))
     elif resources.AUTOSCALER_CONFIG.exists():
-        added = ["the machines that the autoscaler starts"]
-        root = Path("/").stat().st_dev  # a shared folder is mounted, so it has another device
+        new_nodes = ["the machines that the autoscaler starts"]
+        root = Path("/").stat().st_dev  # a shared folder is a mount, so its device is another one
         missing_on = {
-            location: added
+            location: new_nodes
             for location, path in local.items()
             if path.exists() and path.stat().st_dev == root
         }
@@ -56,23 +57,25 @@ def require_shared(*locations: str) -> None:
 
 
 def one_of_each_folder(files: Iterable[str]) -> list[str]:
-    """Return one local file from each folder, or from only `FOLDERS_ASKED` of the folders.
+    """Return one local file from each folder, for at most MAX_FOLDERS folders.
 
-    For a recording in a row of a Parquet file, this is the Parquet file.
+    If the file is a recording in a row of a Parquet file, the Parquet file is returned.
     """
-    found: dict[str, str] = {}
+    by_folder: dict[str, str] = {}
     for location in files:
         file = location.partition(ROW)[0]
         if "://" not in file:
-            found.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - called for each file
-    return list(found.values())[:: -(-len(found) // FOLDERS_ASKED) or 1]
+            by_folder.setdefault(os.path.dirname(file), file)  # noqa: PTH120 - called for each file
+    step = max(1, math.ceil(len(by_folder) / MAX_FOLDERS))
+    return list(by_folder.values())[::step]
 
 
 def require_kept(location: str) -> None:
     """Check that Ray does not delete a path or SQLite store after the job.
 
     Raises:
-        ResourcesError: the location is in the working folder of a Ray job, a copy of the code.
+        ResourcesError: the location is inside the working folder of a Ray job. This folder is a
+            copy of the code that was submitted.
     """
     location = location.removeprefix("sqlite:///")
     job = json.loads(os.environ.get(JOB_CONFIG, "{}"))
@@ -85,12 +88,12 @@ def require_kept(location: str) -> None:
 
 
 @contextmanager
-def _marker(path: Path) -> Iterator[Path]:
-    """Yield the path of a file in the folder, which exists for the duration of the block."""
+def _marker_in(path: Path) -> Iterator[Path]:
+    """Create a file in a folder for the duration of the block, and yield the file's path."""
     marker = path / f".seen-by-all-{os.getpid()}"
     try:
         marker.touch()
-    except OSError:  # a file or a read-only folder: the nodes look for the path itself
+    except OSError:  # the path is a file or a read-only folder, so the nodes look for it instead
         yield path
         return
     try:
@@ -108,20 +111,20 @@ def _nodes_without(paths: list[Path], nodes: list[dict[str, Any]]) -> list[list[
         return [os.path.exists(path) for path in paths]  # noqa: PTH110 - raises nothing
 
     look = ray.remote(num_cpus=0, max_retries=0)(exist)
-    asked = {
+    host_of = {
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(): node["NodeManagerHostname"]
         for node in nodes
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    answered, _ = ray.wait(list(host_of), num_returns=len(host_of), timeout=ANSWER_SECONDS)
     missing_on: list[list[str]] = [[] for _ in paths]
     for answer in answered:
         try:
-            found = ray.get(answer)
+            exists = ray.get(answer)
         except ray.exceptions.RayError:  # the node was lost in the meantime
             continue
-        for names, is_found in zip(missing_on, found, strict=True):
-            if not is_found:
-                names.append(asked[answer])
+        for names, path_exists in zip(missing_on, exists, strict=True):
+            if not path_exists:
+                names.append(host_of[answer])
     return [sorted(names) for names in missing_on]

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 import torch
 from safetensors import SafetensorError
 
-from ser_ray.cluster.resources import cpus_per_worker, memory_of_this_machine
+from ser_ray.cluster.resources import available_memory, cpus_per_worker
 from ser_ray.distributed.ingest import fetch_by_threads, streams
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint, TrainingTask
@@ -77,7 +77,7 @@ def _fit(
 ) -> None:
     config, shards = task.config, task.shards
     with worker_device(gpu=gpu) as device, task.folder.local(start) as resume:
-        memory = memory_of_this_machine
+        memory = available_memory
         is_streamed = streams(task.run.ingest, config, shards, memory, device, resume)
         fit(
             config,

@@ -6,7 +6,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from ser_ray.cluster.connect import cluster, needs_ray
-from ser_ray.cluster.resources import cpus_per_worker, in_words, require_workers, trains_on_gpus
+from ser_ray.cluster.resources import (
+    cpus_per_worker,
+    format_resources,
+    require_workers,
+    trains_on_gpus,
+)
 from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.in_process import FAILURES, worker_device
 from ser_ray.distributed.mlflow_run import start_run
@@ -125,7 +130,7 @@ def _on_ray(steps: Steps, gpu: bool) -> Generator[tuple[float, float]]:
 
     bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": float(cpus_per_worker(1))}
     try:
-        with placed(bundle, f"a range test with {in_words(bundle)}") as room:
+        with placed(bundle, f"a range test with {format_resources(bundle)}") as room:
             task = ray.remote(
                 num_returns="streaming",
                 num_cpus=bundle["CPU"],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ser_ray.cluster.resources import resources_within_reach
+from ser_ray.cluster.resources import max_resources
 from ser_ray.cluster.shared_files import require_kept
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
@@ -52,7 +52,7 @@ def start_run(
         run_id=run_to_resume(uri, folder.record()) if identity else "",
     )
     tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
-    environment = provenance() | {"hardware.cluster": resources_within_reach()}
+    environment = provenance() | {"hardware.cluster": max_resources()}
     tracker.log_files({"environment.json": environment})
     if identity:
         folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)

@@ -17,7 +17,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ser_ray.cluster.resources import in_words
+from ser_ray.cluster.resources import format_resources
 from ser_ray.errors import ResourcesError
 
 START_SECONDS = 30.0
@@ -116,4 +116,4 @@ def remove_placement_groups(names: set[str]) -> None:
 
 def free_resources() -> str:
     """Return the unused CPUs and GPUs, in words."""
-    return in_words({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())
+    return format_resources({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())

@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ser_ray.cluster.resources import in_words
+from ser_ray.cluster.resources import format_resources
 from ser_ray.distributed.placement import (
     START_ATTEMPTS,
     START_SECONDS,
@@ -66,7 +66,7 @@ class WorkerGroup:
             resources_per_worker=each if cpus else None,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         )
-        self.need = f"{fewest} workers with {in_words(each)} each"
+        self.need = f"{fewest} workers with {format_resources(each)} each"
         self.pretrained = ray.put(task.pretrained)
         self.other_groups = placement_groups()
         """Ids of the placement groups that this job held before the training."""

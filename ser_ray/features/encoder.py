@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from ser_ray.cluster.resources import memory_of_this_machine
+from ser_ray.cluster.resources import available_memory
 from ser_ray.errors import EncoderError
 from ser_ray.features.bundles import bundle_card, download
 from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
@@ -311,7 +311,7 @@ def _require_room(name: str, need: int) -> None:
     Raises:
         EncoderError: it needs more memory than is free.
     """
-    if need > (free := memory_of_this_machine()):
+    if need > (free := available_memory()):
         raise EncoderError(
             f"the encoder {name} needs {need / 1e9:.1f} GB of memory, and this machine has "
             f"{free / 1e9:.1f} GB free: choose a smaller encoder, or a machine with more"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ser_ray.cluster.resources import has_gpus, resources_within_reach
+from ser_ray.cluster.resources import has_gpus, max_resources
 from ser_ray.cluster.shared_files import one_of_each_folder, require_kept, require_shared
 from ser_ray.errors import SerRayError, first_line
 from ser_ray.features.conditions import simulate
@@ -185,7 +185,7 @@ def _predict(
     ]
     blocks = -(-len(items) // FILES_PER_BLOCK)
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
-    total, with_gpus = resources_within_reach(), has_gpus()
+    total, with_gpus = max_resources(), has_gpus()
 
     def pool(kind: str) -> ray.data.ActorPoolStrategy:
         """Return a pool with an actor for every CPU or GPU, but not more actors than blocks."""

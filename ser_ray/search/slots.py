@@ -3,7 +3,7 @@
 import logging
 import math
 
-from ser_ray.cluster.resources import nodes_within_reach, trains_on_gpus
+from ser_ray.cluster.resources import max_nodes, trains_on_gpus
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.config import SlotConfig
@@ -23,7 +23,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> tuple[int, dict[str, float
     """
     gpu = trains_on_gpus(run.device)
     cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
-    nodes = nodes_within_reach()
+    nodes = max_nodes()
     count = sum(trials_on(node, cpus, gpus) for node in nodes)
     if count < 1:
         sizes = [f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes]

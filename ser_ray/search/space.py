@@ -71,7 +71,7 @@ class Dimension:
 
 
 def searchable_fields() -> dict[str, Any]:
-    """Return the names that a space may contain, fields of the recipe and `lr_ratio`, with types."""
+    """Return the names that a space may contain, with their types."""
     types = get_type_hints(TrainConfig) | get_type_hints(AugmentConfig) | {LR_RATIO: float}
     left_out = {"augment", *_NOT_SEARCHABLE}
     return {name: field_type for name, field_type in types.items() if name not in left_out}
@@ -170,7 +170,7 @@ def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, li
 
 
 def _check_values(dimension: Dimension, line: str) -> None:
-    """Check that a recipe can have the choices or both ends of the range, and so any value between."""
+    """Check that a recipe can have all choices, or both ends of a range and so all values of it."""
     if dimension.name == LR_RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from ser_ray.cluster.connect import cluster
-from ser_ray.cluster.resources import has_gpus, resources_within_reach
+from ser_ray.cluster.resources import has_gpus, max_resources
 from ser_ray.cluster.shared_files import one_of_each_folder, require_shared
 from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.config import FeatureConfig
@@ -177,7 +177,7 @@ def _write_column(
     paths = itertools.chain.from_iterable(table["path"].to_pylist() for table in clips)
     require_shared(shards, *one_of_each_folder(paths))
     set_up_ray_data()
-    total, gpus = resources_within_reach(), has_gpus()
+    total, gpus = max_resources(), has_gpus()
     cpus = max(int(total.get("CPU", 1)), 1)
     actors = min(ACTORS_PER_GPU * int(total["GPU"]) if gpus else cpus, len(numbers))
     threads = max(cpus // actors, 1) if gpus else 1

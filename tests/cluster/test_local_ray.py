@@ -16,7 +16,7 @@ import ray
 
 from ser_ray.cluster import local_ray
 from ser_ray.cluster.connect import cluster
-from ser_ray.cluster.local_ray import small_and_on_loopback
+from ser_ray.cluster.local_ray import minimal_ray_on_loopback
 from ser_ray.distributed.process_group import serve_store
 from ser_ray.errors import ResourcesError
 
@@ -110,9 +110,9 @@ def test_a_signal_handler_outlives_the_start_of_ray(
 
 
 def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
-    """If an upgrade of Ray moves the name that `small_and_on_loopback` sets, this fails first."""
+    """If an upgrade of Ray moves the name that `minimal_ray_on_loopback` sets, this fails first."""
     usual = ray.util.get_node_ip_address()
-    with small_and_on_loopback():
+    with minimal_ray_on_loopback():
         assert ray.util.get_node_ip_address() == "127.0.0.1"
     assert ray.util.get_node_ip_address() == usual
 

@@ -7,9 +7,9 @@ import ray
 
 from ser_ray.cluster import resources
 from ser_ray.cluster.resources import (
+    available_memory,
     cpus_per_worker,
-    memory_of_this_machine,
-    nodes_within_reach,
+    max_nodes,
     require_workers,
     trains_on_gpus,
 )
@@ -25,11 +25,11 @@ def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
     monkeypatch.setattr(resources, "_container_limit", lambda name: limits.get(name, ""))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert nodes_within_reach() == [{"CPU": 1, "GPU": 3}]
+    assert max_nodes() == [{"CPU": 1, "GPU": 3}]
     assert trains_on_gpus("auto")
     assert not trains_on_gpus("cpu")
     assert cpus_per_worker(1) == 1
-    assert memory_of_this_machine() == 1000
+    assert available_memory() == 1000
     limits.clear()
     assert cpus_per_worker(1) == 4
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -27,7 +27,7 @@ def test_one_file_of_every_folder_is_checked_up_to_a_limit(
     assert one_of_each_folder([]) == []
     assert one_of_each_folder([*files, "s3://bucket/a.wav"]) == files[:9]
     assert one_of_each_folder(["/packed/a.parquet#audio=000000007"]) == ["/packed/a.parquet"]
-    monkeypatch.setattr(shared_files, "FOLDERS_ASKED", 4)
+    monkeypatch.setattr(shared_files, "MAX_FOLDERS", 4)
     assert one_of_each_folder(files) == [files[0], files[3], files[6]]
 
 

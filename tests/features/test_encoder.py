@@ -190,7 +190,7 @@ def test_what_is_not_weights_is_an_error(tmp_path, suffix):
 
 
 def test_an_encoder_that_does_not_fit_is_refused_before_its_weights_are_fetched(monkeypatch):
-    monkeypatch.setattr("ser_ray.features.encoder.memory_of_this_machine", lambda: 2 * 10**9)
+    monkeypatch.setattr("ser_ray.features.encoder.available_memory", lambda: 2 * 10**9)
     monkeypatch.setattr("ser_ray.features.encoder.download", lambda _: pytest.fail("fetched"))
     with pytest.raises(EncoderError, match=r"wavlm_large needs 2\.5 GB .* 2\.0 GB free"):
         EncoderWeights.named("wavlm_large")
