@@ -165,7 +165,7 @@ class Tune(TrainingVerb):
                 "recipe": best.recipe.to_dict(),
             },
         }
-        searched = _run_result(result, data, f"train it     {result.again}")
+        searched = _run_result(result, data, f"train it     {result.train_command}")
         if not search.refit:
             return searched
         refitted = self.training_result(

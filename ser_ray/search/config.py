@@ -27,7 +27,7 @@ class TuneConfig:
     """ASHA: at each rung, one in this many trials continues. The next rung is after this many times
     as many epochs."""
     space: tuple[str, ...] = ()
-    """Further fields of the recipe to search, or other distributions for the default fields, such as
+    """Further fields of the recipe to search, or other distributions for the default fields, as in
     weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
     refit: bool = False
     """Train the best recipe afterwards, as ser-ray train does."""

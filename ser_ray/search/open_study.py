@@ -1,4 +1,4 @@
-"""Starts a study: its cluster, its slots, its lock and its MLflow run."""
+"""Starts or resumes a study: connects to the cluster, locks the folder, opens the MLflow run."""
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -28,22 +28,22 @@ def open_study(
     setup: TrialSetup,
     *,
     settings: dict[str, Any],
-    varied: Set[str],
+    varied_fields: Set[str],
     show: Show,
     address: str = "",
 ) -> Iterator[Study]:
-    """Start a study, or resume an interrupted one, on a cluster and with a lock on its folder.
+    """Yield a new or resumed study. The block is connected to the cluster and locks the folder.
 
     Args:
         kind: search or cross-validation.
         label: the protocol, and whether it is speaker-dependent.
         folder: the study's folder.
-        run: names the tracking store and the experiment.
+        run: devices, names and places of all trials.
         slots: CPUs and GPUs of a trial.
         setup: recipe, data and weights of all trials.
-        settings: the settings of the study that must not change when it resumes.
-        varied: fields of the recipe that differ between trials. The study's run does not have them
-            as parameters.
+        settings: settings of the study that must be the same when it resumes.
+        varied_fields: fields of the recipe that differ between trials. They are left out of the
+            parameters of the study's MLflow run.
         show: shows the trials.
         address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
 
@@ -55,7 +55,7 @@ def open_study(
     recipe, shards = setup.recipe, setup.shards
     with cluster(address), folder.lock():
         require_shared(*shards.locations, folder.location)
-        found = find_slots(run, slots)
+        found_slots = find_slots(run, slots)
         identity = {
             "recipe": recipe.to_dict(),
             kind: settings,
@@ -63,10 +63,11 @@ def open_study(
         }
         folder.require_same(identity)
         flat = flatten(recipe.to_dict())
-        params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied}
-        params |= {kind: settings | {"slots": {"count": found[0], **found[1]}}}
+        params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied_fields}
+        slot_params = {"count": found_slots.count, **found_slots.resources}
+        params |= {kind: settings | {"slots": slot_params}}
         tags = run_tags(kind, label, shards)
-        about = f"a {kind}; its trials are nested in it, its files are in `{folder.location}`"
+        about = f"a {kind}; the runs below it are its trials; its files are in `{folder.location}`"
         parent = start_run(folder, run, shards, tags, params, about, identity)
-        with Study(parent, folder, setup, found, run, tags, show) as study:
+        with Study(parent, folder, setup, found_slots, run, tags, show) as study:
             yield study

@@ -1,9 +1,10 @@
-"""How many trials run at the same time, and with how many CPUs and GPUs each."""
+"""Computes how many trials run at the same time. The CPUs and GPUs of one trial are a slot."""
 
 import logging
 import math
+from typing import NamedTuple
 
-from ser_ray.cluster.resources import max_nodes, trains_on_gpus
+from ser_ray.cluster.resources import format_resources, max_nodes, trains_on_gpus
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.errors import ConfigError, ResourcesError
 from ser_ray.search.config import SlotConfig
@@ -11,41 +12,45 @@ from ser_ray.search.config import SlotConfig
 logger = logging.getLogger(__name__)
 
 
-def find_slots(run: RunConfig, config: SlotConfig) -> tuple[int, dict[str, float]]:
-    """Count the trials that the cluster can run at the same time.
+class Slots(NamedTuple):
+    """The trials that can run at the same time."""
 
-    Returns:
-        The number of trials, and the resources of each, as Ray names them. Without `GPU`, trials
-        run on CPUs.
+    count: int
+    resources: dict[str, float]
+    """Resources of each trial, as Ray names them. Without `GPU`, trials run on CPUs."""
+
+
+def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
+    """Count the trials that the cluster can run at the same time.
 
     Raises:
         ResourcesError: no node is large enough for a trial.
     """
-    gpu = trains_on_gpus(run.device)
-    cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if gpu else 0.0
+    on_gpus = trains_on_gpus(run.device)
+    cpus, gpus = config.cpus_per_worker, config.gpus_per_worker if on_gpus else 0.0
+    resources = {"CPU": float(cpus)} | ({"GPU": gpus} if on_gpus else {})
     nodes = max_nodes()
-    count = sum(trials_on(node, cpus, gpus) for node in nodes)
+    count = sum(trials_per_node(node, cpus, gpus) for node in nodes)
     if count < 1:
-        sizes = [f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes]
+        sizes = dict.fromkeys(format_resources({"CPU": 0, "GPU": 0} | node) for node in nodes)
         raise ResourcesError(
-            f"a trial with {cpus} CPUs and {gpus:g} GPUs can never start: the cluster's nodes "
-            f"({'; '.join(dict.fromkeys(sizes))}) are too small; ask for less with "
-            "--cpus-per-worker or --gpus-per-worker"
-            + (", or train on CPUs with --device cpu" if gpu else "")
+            f"a trial with {format_resources(resources)} can never start: the cluster's nodes "
+            f"({'; '.join(sizes)}) are too small; ask for less with --cpus-per-worker or "
+            "--gpus-per-worker" + (", or train on CPUs with --device cpu" if on_gpus else "")
         )
-    shared = f" and {gpus:g} of a GPU" if gpus else ""
-    logger.info("%-12s %d at once, each with %d CPUs%s", "trials", count, cpus, shared)
-    return count, {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+    logger.info("%-12s %d at once, each with %s", "trials", count, format_resources(resources))
+    return Slots(count, resources)
 
 
 def require_one_worker(run: RunConfig) -> None:
-    """Refuse trials with several workers.
+    """Check that a trial has one worker.
 
     Raises:
         ConfigError: `workers` is not 1.
     """
-    # If Ray Tune stops a trial that uses Ray Train, the placement group of the workers remains, and
-    # the next trial waits for its resources forever: github.com/ray-project/ray/issues/54305.
+    # Several workers would need Ray Train. If Ray Tune stops a trial that uses Ray Train, the
+    # placement group of the workers remains, and the next trial waits for its resources forever:
+    # github.com/ray-project/ray/issues/54305.
     if run.worker_range != (1, 1):
         raise ConfigError(
             f"workers is {run.workers}: every trial of tune and crossval has one worker; leave "
@@ -54,11 +59,12 @@ def require_one_worker(run: RunConfig) -> None:
         )
 
 
-def trials_on(node: dict[str, float], cpus: int, gpus: float) -> int:
-    """Number of trials that fit on a node. A share of a GPU must come from a single GPU."""
-    room = int(node.get("CPU", 0) // cpus)
+def trials_per_node(node: dict[str, float], cpus: int, gpus: float) -> int:
+    """Return how many trials fit on a node. A share of a GPU must come from a single GPU."""
+    by_cpus = int(node.get("CPU", 0) // cpus)
+    if not gpus:
+        return by_cpus
+    num_gpus = int(node.get("GPU", 0))
     if gpus >= 1:
-        return min(room, int(node.get("GPU", 0) // gpus))
-    if gpus:
-        return min(room, int(node.get("GPU", 0)) * math.floor(1 / gpus + 1e-9))
-    return room
+        return min(by_cpus, int(num_gpus // gpus))
+    return min(by_cpus, num_gpus * math.floor(1 / gpus + 1e-9))

@@ -1,12 +1,13 @@
 """Keeps a record of every trial in the driver, for display and for MLflow.
 
 Ray Tune calls the study in its loop whenever the state of a trial changes. A thread delivers the
-records to MLflow, where each trial has a run nested in the study's run. Therefore a slow or absent
-tracking server does not delay the loop. The study logs a warning, and the trials continue. The
-missing records are sent when the server answers again, or when the same command is run again.
+records to MLflow, where each trial has a run nested in the study's run. Therefore a slow tracking
+server does not delay the loop. If the server does not answer, the study logs a warning, and the
+trials continue. The missing records are sent when the server answers again, or when the same
+command is run again.
 
-If the driver is killed, nothing is lost: the last result of a trial holds all its epochs, and Ray
-Tune stores this result in its snapshots. The next driver finds the run of a trial by a tag. When a
+If the driver is killed, the next driver restores the records from Ray Tune's snapshot, because the
+last result of a trial holds all its epochs. It finds the MLflow run of a trial by a tag. When a
 study has ended, its records are written to `trials.json`.
 """
 
@@ -27,20 +28,21 @@ from ser_ray.errors import SerRayError, TrackingError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.evaluation.rendering import as_artifact, store_page
 from ser_ray.search.actor import TrialSetup
+from ser_ray.search.slots import Slots
 from ser_ray.search.space import LR_RATIO, recipe_with
 from ser_ray.search.trial import TrialRecord, read_records, write_records
-from ser_ray.search.tune_run import Plan, last_result, run_trials, tune_folder
+from ser_ray.search.tune_run import TuneArguments, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.run_metadata import Kind, data_line, dataset_of, scored_on
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
 TRIAL_ID, TRIAL_STATE = "trial.id", "trial.state"
-"""Tags of a trial's run."""
+"""Tags of a trial's MLflow run."""
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
-"""MLflow's status of a trial's run."""
+"""Status of a trial's MLflow run, for each state in which a trial ends."""
 POLL_SECONDS, RETRY_SECONDS = 0.2, 10.0
-"""Time between two deliveries to MLflow, and the time after a failed delivery."""
+"""Time between two deliveries to MLflow, and the time between two attempts after a failure."""
 
 Show = Callable[[list[TrialRecord]], None]
 """Shows the trials; called whenever a trial has changed."""
@@ -55,9 +57,9 @@ class Study(tune.Callback):
         parent: tracker of the study's run in MLflow.
         folder: the study's folder.
         setup: recipe, data and weights of all trials.
-        slots: number of concurrent trials, and CPUs and GPUs of each (`find_slots`).
-        run: settings of the study; its MLflow experiment holds the trials' runs.
-        tags: tags of every run; `protocol` and `corpus` are shown beside every score.
+        slots: number of concurrent trials, and the resources of each.
+        run: settings of the study, such as the MLflow experiment of the runs.
+        tags: tags of every trial's run; `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
     """
 
@@ -66,27 +68,29 @@ class Study(tune.Callback):
         parent: Tracker,
         folder: RunFolder,
         setup: TrialSetup,
-        slots: tuple[int, dict[str, float]],
+        slots: Slots,
         run: RunConfig,
         tags: dict[str, str],
         show: Show,
     ) -> None:
         self.parent, self.folder = parent, folder
         self.trial_setup = setup  # Ray Tune calls the method `setup` of its callbacks
-        self.slots, self.resources = slots
+        self.slots = slots
         self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
-        self._dataset = dataset_of(setup.shards)  # now, because later the shards may be unreachable
+        self._dataset = dataset_of(setup.shards)  # now: the shards may be unreachable later
         self.records: dict[str, TrialRecord] = {}
-        """Trials by id. Ray Tune's loop replaces records; the delivery thread only reads them."""
+        """By trial id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
-        self._earlier = parent.nested_runs(TRIAL_ID)
-        """Runs that an earlier driver recorded, by the id of their trial."""
+        self._earlier_runs = parent.nested_runs(TRIAL_ID)
+        """MLflow runs by trial id that an earlier driver opened, until their trial has a record."""
         self._run_ids: dict[str, str] = {}
-        self._runs: dict[str, Tracker] = {}
-        self._complete: set[str] = set()
-        """Trials that have been delivered completely."""
-        self._lost: list[str] = []
+        """Ids of the MLflow runs, by trial id."""
+        self._trackers: dict[str, Tracker] = {}
+        """Trackers of the MLflow runs that this driver has opened, by trial id."""
+        self._delivered: set[str] = set()
+        """Ids of the trials that MLflow has completely."""
+        self._lost_run_ids: list[str] = []
         """Ids of MLflow runs whose trials are in no snapshot, because the driver was killed."""
         self._stop = Event()
         self._thread = Thread(target=self._deliver_until_stopped, name="study", daemon=True)
@@ -94,7 +98,7 @@ class Study(tune.Callback):
         for record in stored:
             self._add(record)
         self.has_ended = bool(stored)
-        """Whether all trials ended under an earlier driver, which stored their records."""
+        """Whether an earlier driver stored the records, because all its trials had ended."""
 
     def __enter__(self) -> "Study":
         self._thread.start()
@@ -107,27 +111,33 @@ class Study(tune.Callback):
         with suppress(TrackingError):  # a tracking failure must not mask the original error
             self._deliver()
         for trial_id, run_id in self._run_ids.items():
-            if trial_id not in self._complete:  # a trial that resumes opens its run again
+            if trial_id not in self._delivered:  # a trial that resumes opens its run again
                 Tracker(self.parent.uri, run_id).abandon(error)
         self.parent.abandon(error)
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """The records in the order of their numbers."""
+        """The records in the order of their numbers, with the ids of their MLflow runs."""
         records = sorted(self.records.values(), key=lambda trial: trial.number)
         return [replace(trial, run_id=self._run_ids.get(trial.trial_id, "")) for trial in records]
 
-    def run_trials(self, plan: Plan) -> None:
-        """Run trials after those that are known now, or the remaining ones of an earlier driver.
+    def run_trials(self, arguments: TuneArguments) -> None:
+        """Run further trials. If an earlier driver was interrupted, resume its trials instead.
 
         Raises:
             KeyboardInterrupt, ResourcesError: as `ser_ray.search.tune_run.run_trials`.
         """
-        folder = tune_folder(self.folder, len(self.records))
-        run_trials(self.trial_setup, self.resources, plan, folder, self, self.run.max_failures)
+        run_trials(
+            self.trial_setup,
+            self.slots.resources,
+            arguments,
+            tune_folder(self.folder, len(self.records)),
+            self,
+            self.run.max_failures,
+        )
 
-    def settle(self, expected: int) -> None:
-        """Make sure that all trials have ended and were delivered to MLflow.
+    def deliver_all(self, expected: int) -> None:
+        """Check that all trials have ended, and deliver to MLflow what it does not have yet.
 
         Raises:
             CheckpointError: another process has taken over the folder.
@@ -145,24 +155,24 @@ class Study(tune.Callback):
         self.folder.check_lock()
 
     def finish(self) -> None:
-        """Store the records and close the study's run."""
-        self.store()
+        """Store the records, and close the study's MLflow run."""
+        self.store_records()
         self.parent.finish("FINISHED")
 
-    def store(self) -> None:
-        """Store the records after all trials have ended. The same command reads them again."""
+    def store_records(self) -> None:
+        """Store the records after all trials have ended, so that the same command reads them."""
         write_records(self.folder, self.trials)
 
     # Ray Tune calls the following methods in its loop.
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Open records for the trials that Ray Tune has restored or drawn."""
+        """Open records for trials that Ray Tune has restored or added."""
         self._open_records(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial starts or resumes.
 
-        Ray Tune may draw a trial and start it in the same step, without an `on_step_begin` between.
+        Ray Tune may add a trial and start it in the same step, so its record may not be open yet.
         """
         self._open_records(trials)
         self._change(trial, state="running", problem="", stopped=False)
@@ -171,8 +181,8 @@ class Study(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record that a trial completed an epoch, or reported a problem."""
-        # If the scheduler stops the trial now, Ray Tune has already set `done`. Its snapshots keep
-        # this result, and `stopped` with it.
+        # If the scheduler stops the trial after this result, Ray Tune has already set `done`. The
+        # snapshots keep this dict, and therefore also `stopped`.
         result["stopped"] = bool(result.get("done"))
         self.records[trial.trial_id] = self.records[trial.trial_id].updated(result)
         self.show(self.trials)
@@ -191,8 +201,8 @@ class Study(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Delete the checkpoints of ended trials.
 
-        This is done only now, after Ray Tune has stored its last snapshot. In an earlier snapshot,
-        a trial may still be running, and needs its checkpoint to resume.
+        Before Ray Tune has stored its last snapshot, they are needed: in an earlier snapshot, a
+        trial may still be running, and resumes from its checkpoint.
         """
         self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
         for trial in trials:
@@ -208,7 +218,7 @@ class Study(tune.Callback):
         self._numbers |= state
 
     def _open_records(self, trials: list[Any]) -> None:
-        """Open a record for every new trial; the order of new trials gives their numbers."""
+        """Open a record for every new trial, and number the new trials in their order."""
         new = [trial for trial in trials if trial.trial_id not in self.records]
         for trial in new:
             next_number = max(self._numbers.values(), default=0) + 1
@@ -223,18 +233,18 @@ class Study(tune.Callback):
             self._add(record)
         if new:
             self.show(self.trials)
-        # All restored trials are known now, so the remaining runs have no trial.
-        self._lost += [run.info.run_id for run in self._earlier.values()]
-        self._earlier = {}
+        # All restored trials have a record now, so the trials of the other runs are lost.
+        self._lost_run_ids += [run.info.run_id for run in self._earlier_runs.values()]
+        self._earlier_runs = {}
 
     def _add(self, record: TrialRecord) -> None:
-        """Add a record, and find the run that an earlier driver opened for its trial."""
+        """Add a record, and find the MLflow run that an earlier driver opened for its trial."""
         self._numbers[record.trial_id] = record.number
-        if run := self._earlier.pop(record.trial_id, None):
+        if run := self._earlier_runs.pop(record.trial_id, None):
             self._run_ids[record.trial_id] = run.info.run_id
             recorded = run.data.tags.get(TRIAL_STATE), run.info.status
             if recorded == (record.state, STATUS.get(record.state)):
-                self._complete.add(record.trial_id)
+                self._delivered.add(record.trial_id)
         self.records[record.trial_id] = record
 
     def _change(self, trial: Any, **values: Any) -> None:
@@ -265,16 +275,16 @@ class Study(tune.Callback):
             TrackingError: the server does not answer.
         """
         for trial in list(self.records.values()):
-            if trial.state != "waiting" and trial.trial_id not in self._complete:
+            if trial.state != "waiting" and trial.trial_id not in self._delivered:
                 self._deliver_trial(trial)
-        while self._lost:
-            run = Tracker(self.parent.uri, self._lost[0])
+        while self._lost_run_ids:
+            run = Tracker(self.parent.uri, self._lost_run_ids[0])
             run.set_tags({TRIAL_STATE: "lost"})
             run.finish("KILLED")
-            self._lost.pop(0)
+            self._lost_run_ids.pop(0)
 
     def _deliver_trial(self, trial: TrialRecord) -> None:
-        run = self._runs.get(trial.trial_id) or self._open_run(trial)
+        run = self._trackers.get(trial.trial_id) or self._open_run(trial)
         for epoch in zip(trial.rows, trial.learning_rates, trial.times_ms, strict=True):
             run.log_epoch(*epoch)
         run.deliver()
@@ -288,10 +298,10 @@ class Study(tune.Callback):
         run.describe(**trial.outcome(scored_on(self.tags)))
         run.set_tags({TRIAL_STATE: trial.state, "problem": trial.problem})
         run.finish(STATUS[trial.state])
-        self._complete.add(trial.trial_id)
+        self._delivered.add(trial.trial_id)
 
     def _open_run(self, trial: TrialRecord) -> Tracker:
-        earlier = self._run_ids.get(trial.trial_id, "")
+        earlier_run_id = self._run_ids.get(trial.trial_id, "")
         is_fold = "fold" in trial.values
         kind: Kind = "fold" if is_fold else "trial"
         run = Tracker.start(
@@ -307,18 +317,18 @@ class Study(tune.Callback):
                 TRIAL_STATE: "running",
             },
             dataset=self._dataset,
-            run_id=earlier,
+            run_id=earlier_run_id,
         )
         self._run_ids[trial.trial_id] = run.run_id
-        if not earlier:
+        if not earlier_run_id:
             run.log_files({"config.json": trial.recipe.to_dict()})
-            whole = "the cross-validation" if is_fold else "the search"
+            study_kind = "cross-validation" if is_fold else "search"
             run.describe(
-                Run=f"{kind} {trial.number} of {whole} {self.folder.name}",
+                Run=f"{kind} {trial.number} of the {study_kind} {self.folder.name}",
                 Data=data_line(self.shards),
                 Again=f"`{command_like(run.run_id, self.shards.locations, self.run)}`",
             )
-        self._runs[trial.trial_id] = run
+        self._trackers[trial.trial_id] = run
         return run
 
     def _page(self, trial: TrialRecord, run_id: str) -> str:

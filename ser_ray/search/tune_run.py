@@ -1,14 +1,14 @@
 """Runs the trials of a study with Ray Tune: searchers, schedulers, retries and resuming.
 
 Every trial runs in an actor. The next trial reuses the actor with its imports and CUDA context. Ray
-Tune restores an interrupted study from its snapshots. Ended trials stay ended, running trials
+Tune restores an interrupted study from its snapshots: ended trials stay ended, running trials
 resume from their checkpoints, and trials whose process failed too often are retried. A snapshot
 holds the trials and the searcher. ASHA is restored from the results of the trials.
 
-Ray Tune has no public functions for three tasks: to find out whether there is a snapshot (the
-public `Tuner.can_restore` looks for a file that only `Tuner` writes), to read the last result of a
-trial, and to train a single ended trial again. `tests/search/test_tune_run.py` fails when an
-upgrade of Ray changes the private ones that are used here.
+This module uses private functions of Ray Tune to find out whether there is a snapshot, to read the
+last result of a trial, and to train one ended trial again. (The public `Tuner.can_restore` looks
+for a file that only `Tuner` writes.) `tests/search/test_tune_run.py` fails if an upgrade of Ray
+changes these functions.
 """
 
 import itertools
@@ -39,38 +39,45 @@ from ser_ray.training.recipe import TrainConfig
 SNAPSHOT_SECONDS = 2
 """Time between two snapshots of a study. A killed driver loses at most the results of this time."""
 
+TuneArguments = dict[str, Any]
+"""Arguments of `tune.run` that say which trials a study has and which ones are stopped early."""
 
-Plan = dict[str, Any]
-"""The arguments of `tune.run` that say which trials a study has and in which order."""
 
-
-def search_plan(recipe: TrainConfig, config: TuneConfig, slots: int) -> Plan:
-    """Plan a search: a searcher or a grid, and the scheduler that stops the worse trials."""
+def search_arguments(recipe: TrainConfig, config: TuneConfig, max_concurrent: int) -> TuneArguments:
+    """Return the arguments for a search: its searcher or grid, and its scheduler."""
     scheduler = ResumableAsha(recipe, config) if config.scheduler == "asha" else FIFOScheduler()
     if config.searcher == "grid":
-        return points_plan(grid_points(recipe, config), slots, scheduler)
+        return points_arguments(grid_points(recipe, config), max_concurrent, scheduler)
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # A resumed trial repeats the epochs since its checkpoint, which Optuna already knows.
+    # A resumed trial repeats the epochs after its checkpoint, which Optuna already knows.
     warnings.filterwarnings("ignore", message="The reported value is ignored because this `step=")
     samplers = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     searcher = OptunaSearch(
-        {item.name: optuna_distribution(item) for item in config.dimensions},
+        {dimension.name: optuna_distribution(dimension) for dimension in config.dimensions},
         metric=OBJECTIVE,
         mode="max",
-        points_to_evaluate=baseline(recipe, config),
+        points_to_evaluate=baseline_points(recipe, config),
         sampler=samplers[config.searcher](seed=recipe.seed),
     )
-    limited = SlotLimiter(searcher, max_concurrent=slots)
+    limited = LimitedSearcher(searcher, max_concurrent=max_concurrent)
     return {"search_alg": limited, "num_samples": config.trials, "scheduler": scheduler}
 
 
-def points_plan(points: Sequence[dict[str, Any]], slots: int, scheduler: TrialScheduler) -> Plan:
-    """Plan to train every point once, in this order. A point has a value for each name."""
+def points_arguments(
+    points: Sequence[dict[str, Any]], max_concurrent: int, scheduler: TrialScheduler
+) -> TuneArguments:
+    """Return the arguments to train every point once, in this order.
+
+    Args:
+        points: the values of each trial, by name.
+        max_concurrent: largest number of trials that run at the same time.
+        scheduler: stops trials early, or not.
+    """
     return {
-        "search_alg": SlotVariants(points_to_evaluate=list(points), max_concurrent=slots),
+        "search_alg": LimitedPoints(points_to_evaluate=list(points), max_concurrent=max_concurrent),
         "num_samples": len(points),
         "scheduler": scheduler,
         "config": {name: tune.choice([point[name] for point in points]) for name in points[0]},
@@ -78,31 +85,34 @@ def points_plan(points: Sequence[dict[str, Any]], slots: int, scheduler: TrialSc
 
 
 def grid_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """Return all points of a grid. If the space contains the recipe itself, it comes first."""
-    names = [item.name for item in config.dimensions]
-    grid = itertools.product(*(item.grid_values() for item in config.dimensions))
-    points = [*baseline(recipe, config), *(dict(zip(names, point, strict=True)) for point in grid)]
+    """Return all points of a grid. If the space contains the recipe, the recipe comes first."""
+    names = [dimension.name for dimension in config.dimensions]
+    grid = itertools.product(*(dimension.grid_values() for dimension in config.dimensions))
+    points = baseline_points(recipe, config)
+    points += [dict(zip(names, values, strict=True)) for values in grid]
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
 def num_trials(recipe: TrainConfig, config: TuneConfig) -> int:
-    """Number of trials that a search has."""
+    """Return the number of trials of a search."""
     return len(grid_points(recipe, config)) if config.searcher == "grid" else config.trials
 
 
-def excluded(recipe: TrainConfig, config: TuneConfig) -> list[str]:
-    """Name and value of each field of the recipe that the space cannot draw."""
+def fields_outside_space(recipe: TrainConfig, config: TuneConfig) -> list[str]:
+    """Return name and value of each searched field whose value in the recipe cannot be drawn."""
     values = hyperparameters_of(recipe, config.dimensions)
     return [
-        f"{item.name} {values[item.name]}"
-        for item in config.dimensions
-        if not item.contains(values[item.name])
+        f"{dimension.name} {values[dimension.name]}"
+        for dimension in config.dimensions
+        if not dimension.contains(values[dimension.name])
     ]
 
 
-def baseline(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
-    """Return the recipe as the first point to try; empty if the space excludes it."""
-    return [] if excluded(recipe, config) else [hyperparameters_of(recipe, config.dimensions)]
+def baseline_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
+    """Return the recipe as the first point to try; empty if the space does not contain it."""
+    if fields_outside_space(recipe, config):
+        return []
+    return [hyperparameters_of(recipe, config.dimensions)]
 
 
 def optuna_distribution(dimension: Dimension) -> Any:
@@ -119,22 +129,22 @@ def optuna_distribution(dimension: Dimension) -> Any:
             return FloatDistribution(low, high, log=dimension.distribution == "loguniform")
 
 
-class _CurrentSlots:
-    """On restore, use the current concurrency limit."""
+class _KeepsLimit:
+    """Keeps the current limit of concurrent trials when a snapshot is restored."""
 
     max_concurrent: int
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore everything but the concurrency limit."""
+        """Restore a snapshot, except for its limit."""
         super().set_state(state | {"max_concurrent": self.max_concurrent})  # type: ignore[misc]
 
 
-class SlotLimiter(_CurrentSlots, ConcurrencyLimiter):
-    """Limits the concurrent trials of a searcher to the number of slots."""
+class LimitedSearcher(_KeepsLimit, ConcurrencyLimiter):
+    """Limits the number of concurrent trials of a searcher."""
 
 
-class SlotVariants(_CurrentSlots, BasicVariantGenerator):
-    """Tries a list of points. The number of slots limits the concurrent trials."""
+class LimitedPoints(_KeepsLimit, BasicVariantGenerator):
+    """Tries the points of a list, with a limited number of concurrent trials."""
 
 
 class ResumableAsha(ASHAScheduler):
@@ -146,26 +156,26 @@ class ResumableAsha(ASHAScheduler):
 
     def __init__(self, recipe: TrainConfig, config: TuneConfig) -> None:
         self.recipe = recipe
-        drawn = [max(item.values) for item in config.dimensions if item.name == "epochs"]
-        most = max([recipe.epochs, *drawn])
+        searched = [max(item.values) for item in config.dimensions if item.name == "epochs"]
+        max_epochs = max([recipe.epochs, *searched])
         super().__init__(
             time_attr="epoch",
-            max_t=most,
-            grace_period=min(config.grace_epochs, most),
+            max_t=max_epochs,
+            grace_period=min(config.grace_epochs, max_epochs),
             reduction_factor=config.reduction,
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Replay the epochs of a restored trial. The decisions were already carried out."""
+        """Replay the epochs of a restored trial. Ray Tune has already carried out the decisions."""
         super().on_trial_add(tune_controller, trial)
         rows = last_result(trial).get("history", [])
-        past = objectives(rows, recipe_with(self.recipe, trial.config))
-        for epoch, value in enumerate(past, start=1):
+        past_values = objectives(rows, recipe_with(self.recipe, trial.config))
+        for epoch, value in enumerate(past_values, start=1):
             self.on_trial_result(tune_controller, trial, {"epoch": epoch, OBJECTIVE: value})
 
 
 class RetryFailed(FIFOScheduler):
-    """Trains trials in their order. A resumed study trains trials with a problem again.
+    """Trains trials in their order. If a study resumes, trials that reported a problem train again.
 
     For Ray Tune, a trial that reported a problem has ended like any other, and `ResumeConfig`
     resumes either all ended trials or none.
@@ -184,30 +194,30 @@ def last_result(trial: Any) -> dict[str, Any]:
 
 
 def tune_folder(folder: RunFolder, num_before: int) -> RunFolder:
-    """Folder of Ray Tune's files, inside the folder of a study.
+    """Return the folder of Ray Tune's files, which is inside the folder of a study.
 
     When Ray Tune resumes, it copies all JSON files of its folder to this machine, and later writes
-    these copies back. Therefore its folder must not contain the study's lock and record. Tune can
-    resume a grid but cannot add points to it, so points that are added later have another folder.
+    these copies back. Therefore its folder must not contain the study's lock and run record. Ray
+    Tune cannot add points to a list that it resumes, so points that are added later have another
+    folder.
 
     Args:
         folder: the study's folder.
         num_before: number of trials that are in earlier folders of this study.
     """
-    # Ray Tune names the local folder of its copies after this one, so two studies on one machine
-    # need different names.
+    # The folder of the local copies has the same name, so the name must differ between studies.
     return RunFolder(folder.location, f"{folder.name}-{num_before}")
 
 
 def has_snapshot(folder: RunFolder) -> bool:
-    """Whether Ray Tune has stored the state of a study in this folder of its own."""
+    """Return whether Ray Tune has stored a snapshot in this folder (`tune_folder`)."""
     return _find_newest_experiment_checkpoint(folder.path, folder.filesystem) is not None
 
 
 def run_trials(
     setup: TrialSetup,
     resources: dict[str, float],
-    plan: Plan,
+    arguments: TuneArguments,
     folder: RunFolder,
     study: tune.Callback,
     max_failures: int,
@@ -217,10 +227,10 @@ def run_trials(
     Args:
         setup: recipe, data and weights of all trials.
         resources: CPUs and GPUs of a trial.
-        plan: the trials and their order.
+        arguments: which trials to run.
         folder: the folder of Ray Tune's files (`tune_folder`).
         study: the callback that Ray Tune calls whenever the state of a trial changes.
-        max_failures: how often a trial is retried after its process failed.
+        max_failures: how often a trial is retried if its process fails.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes.
@@ -229,13 +239,14 @@ def run_trials(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints whatever `verbose` says
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores `verbose`
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup, resources=resources),
         tune.PlacementGroupFactory([resources]),
     )
     resume = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)
-    # `Tuner.restore` keeps the slots and paths of the first start in searcher and callbacks.
+    # `Tuner.restore` would restore the searcher and callbacks with the limit and paths of the
+    # first start.
     with _interruptible():
         tune.run(
             trainable,
@@ -245,7 +256,7 @@ def run_trials(
             resume_config=resume if has_snapshot(folder) else None,
             metric=OBJECTIVE,
             mode="max",
-            **plan,
+            **arguments,
             callbacks=[study, RoomCallback(resources)],
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             max_failures=max_failures,
@@ -257,7 +268,7 @@ def run_trials(
 
 
 class RoomCallback(tune.Callback):
-    """Logs every minute that no trial has resources, and ends a study that waits for too long."""
+    """Warns every minute that no trial has resources, and ends a study that waits for too long."""
 
     def __init__(self, resources: dict[str, float]) -> None:
         self.watch = RoomWatch(placement_groups(), f"a trial with {format_resources(resources)}")
@@ -271,8 +282,9 @@ class RoomCallback(tune.Callback):
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
 
-    Ray Tune handles SIGINT, and then returns as if all trials had ended. At the first signal, Ray
-    Tune restores the previous handler. Without a signal, its own handler remains.
+    After Ctrl-C, Ray Tune returns as if all trials had ended. Its handler of SIGINT restores the
+    previous handler at the first signal, and otherwise remains. Therefore the handler after the
+    block shows whether Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,8 @@
 """A search for the best recipe: plan the trials, run them, and record the best.
 
-Every trial trains the same fold and is scored on its validation clips. The test part is never read.
-If the space contains the given recipe, the first trial trains it. The same command resumes an
-interrupted search.
+Every trial trains the same fold and is scored on its validation part. The test part is never read.
+If the space contains the given recipe, the first trial trains this recipe. The same command resumes
+an interrupted search.
 """
 
 import json
@@ -29,7 +29,7 @@ from ser_ray.search.slots import require_one_worker
 from ser_ray.search.space import LR_RATIO
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
-from ser_ray.search.tune_run import excluded, num_trials, search_plan
+from ser_ray.search.tune_run import fields_outside_space, num_trials, search_arguments
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import absolute, short_digest
@@ -41,7 +41,7 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 
 OPTUNA_STUDY = "optuna.journal"
-"""File beside the trials: the search as an Optuna study, for `optuna-dashboard FILE`."""
+"""File in the folder of a search: its Optuna study, for `optuna-dashboard FILE`."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +53,19 @@ class TuneResult(StudyResult):
     label: str
     """Protocol, fold and corpus, as shown beside every score."""
     best: TrialRecord
-    again: str
+    train_command: str
     """Command that trains the best recipe."""
 
     def __repr__(self) -> str:
         best, recipe = self.best, self.best.recipe
-        drawn = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
+        values = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
         lines = [
             f"searched     {len(self.trials)} trials: {count_states(self.trials)}",
             f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
             f"{best.selected['val/wa']:.1%} in epoch {best.selected['epoch']:.0f} ({self.label})",
             *(
                 f"             {name} {f'{value:.3g}' if isinstance(value, float) else value}"
-                for name, value in drawn.items()
+                for name, value in values.items()
             ),
             f"report       {self.report}",
         ]
@@ -82,54 +82,53 @@ def search(
     show: Show,
     address: str = "",
 ) -> TuneResult:
-    """Search a space of recipes on a fold's validation clips, or resume an interrupted search.
+    """Search a space of recipes on a fold's validation part, or resume an interrupted search.
 
     Raises:
-        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial
-            starts.
-        SerRayError: no trial succeeded; the message says why the first failed.
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: raised before any
+            trial starts.
+        SerRayError: no trial succeeded; the message says why the first trial failed.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
     require_one_worker(run)
-    require_one_split(recipe, config)
+    require_same_validation_clips(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
-    searched = {item.name: item.values for item in config.dimensions}
-    kinds = {recipe.feature, *searched.get("feature", ())}
+    searched = {dimension.name: dimension.values for dimension in config.dimensions}
+    features = {recipe.feature, *searched.get("feature", ())}
     setup = TrialSetup(
         recipe=recipe,
         shards=shards,
-        # Features of an encoder come first. They have no pretrained weights, and must not replace
-        # those of the other kinds.
+        # The weights depend only on whether the feature is one of an encoder, which needs none.
+        # Encoders come first, so that the weights of another feature replace their empty ones.
         pretrained={
-            name: read_initial_weights(
-                replace(recipe, feature=kind, weights=name), shards, run.tracking_uri
+            weights: read_initial_weights(
+                replace(recipe, feature=feature, weights=weights), shards, run.tracking_uri
             )
-            for kind in sorted(kinds, key=KINDS.__contains__)
-            for name in sorted({recipe.weights, *searched.get("weights", ())})
+            for feature in sorted(features, key=KINDS.__contains__)
+            for weights in sorted({recipe.weights, *searched.get("weights", ())})
         },
     )
-    # The lower bound of the learning rate is drawn as a ratio.
-    varied = {*searched, "lr_min"} if LR_RATIO in searched else {*searched}
+    varied_fields = {*searched, "lr_min"} if LR_RATIO in searched else {*searched}
     with open_study(
         "search",
         select_rows(shards.clips(), recipe).label,
-        RunFolder(absolute(run.storage), run.name or search_name(recipe, config, shards, kinds)),
+        RunFolder(absolute(run.storage), run.name or search_name(recipe, config, shards, features)),
         run,
         slots,
         setup,
         settings=config.settings,
-        varied=varied,
+        varied_fields=varied_fields,
         show=show,
         address=address,
     ) as study:
         if not study.has_ended:
-            if left_out := excluded(recipe, config):
+            if outside := fields_outside_space(recipe, config):
                 logger.warning(
                     "no trial trains the recipe as given, because the space excludes its %s",
-                    ", ".join(left_out),
+                    ", ".join(outside),
                 )
-            study.run_trials(search_plan(recipe, config, study.slots))
-        study.settle(num_trials(recipe, config))
+            study.run_trials(search_arguments(recipe, config, study.slots.count))
+        study.deliver_all(num_trials(recipe, config))
         best = best_of(study.trials)
         result = TuneResult(
             name=study.folder.name,
@@ -139,15 +138,15 @@ def search(
             run_id=study.parent.run_id,
             tracking_uri=study.parent.uri,
             location=study.folder.location,
-            again=command_like(best.run_id, shards.locations, run),
+            train_command=command_like(best.run_id, shards.locations, run),
         )
         _log_outcome(study, result, config)
         study.finish()
     return result
 
 
-def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
-    """Refuse a search whose trials are validated on different clips, or on none.
+def require_same_validation_clips(recipe: TrainConfig, config: TuneConfig) -> None:
+    """Check that all trials of a search are validated on the same clips.
 
     Raises:
         ConfigError: the seed is searched with the protocol random, or the protocol has no
@@ -157,7 +156,8 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
         raise ConfigError(
             f"protocol is {ALL}, which has no validation clips to compare trials on: choose another"
         )
-    if recipe.protocol == "random" and any(item.name == "seed" for item in config.dimensions):
+    searched = {dimension.name for dimension in config.dimensions}
+    if recipe.protocol == "random" and "seed" in searched:
         raise ConfigError(
             "space: seed cannot be searched with protocol random: the seed draws the split, and "
             "trials validated on different clips cannot be compared; leave the seed out of "
@@ -166,16 +166,16 @@ def require_one_split(recipe: TrainConfig, config: TuneConfig) -> None:
 
 
 def search_name(
-    recipe: TrainConfig, config: TuneConfig, shards: ShardSet, kinds: Collection[str]
+    recipe: TrainConfig, config: TuneConfig, shards: ShardSet, features: Collection[str]
 ) -> str:
-    """Name of a search; the same settings on the same shards give the same name."""
-    data = sorted({shards.card.fingerprint_of(kind) for kind in kinds})
+    """Return the name of a search. The same settings on the same shards give the same name."""
+    data = sorted({shards.card.fingerprint_of(feature) for feature in features})
     identity = json.dumps(config.settings, sort_keys=True) + recipe.fingerprint + "".join(data)
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{short_digest(identity)}"
 
 
 def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
-    """Complete the search's run in MLflow, and write its page and its Optuna study."""
+    """Write the page and the Optuna study of a search, and complete its MLflow run."""
     from ser_ray.evaluation.pages import search_page  # slow: matplotlib
     from ser_ray.plots.search import history_figure, importance_figure, parameter_figure
 
@@ -188,7 +188,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
     tracker.describe(
         Validation=f"UA {ua:.1%}, WA {wa:.1%} ({result.label}), the best of {len(trials)} trials "
         f"({count_states(trials)}): trial {best.number}, run {best.run_id}. "
-        f"To train it: `{result.again}`"
+        f"To train it: `{result.train_command}`"
     )
     page = search_page(
         folder.name,
@@ -197,10 +197,10 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         best=best.number,
         selected=best.selected,
         recipe=best.recipe,
-        searched={item.name: str(item) for item in config.dimensions},
+        searched={dimension.name: str(dimension) for dimension in config.dimensions},
         importance=importance,
         tags=study.tags,
-        again=result.again,
+        again=result.train_command,
         pages={trial.number: trial.page for trial in trials},
         num_labels=len(study.shards.card.labels),
         run_id=tracker.run_id,
@@ -215,8 +215,9 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         "plots/history.png": history_figure(rows, result.label),
         "tables/trials.csv": pa.Table.from_pylist(rows),
     }
-    for item in config.dimensions:
-        files[f"plots/by_{item.name}.png"] = parameter_figure(rows, item.name, result.label)
+    for dimension in config.dimensions:
+        figure = parameter_figure(rows, dimension.name, result.label)
+        files[f"plots/by_{dimension.name}.png"] = figure
     if importance:
         files["plots/importance.png"] = importance_figure(importance, result.label)
     tracker.log_files(files)

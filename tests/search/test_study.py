@@ -316,7 +316,7 @@ def test_a_study_whose_state_is_older_than_the_snapshot_derives_how_trials_ended
     assert [trial.state for trial in again.trials] == ["pruned", "finished"]
     assert [trial.rows for trial in again.trials] == [trial.rows for trial in study.trials[:2]]
     with again:
-        again.settle(2)
+        again.deliver_all(2)
 
 
 def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_tmp, monkeypatch):
@@ -325,7 +325,7 @@ def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_t
     run(study, in_tmp)
     with study:
         assert "study" in thread_names()
-        study.settle(3)
+        study.deliver_all(3)
         study.finish()
     assert "study" not in thread_names()
     assert not open_study(server, in_tmp / "other").has_ended
@@ -338,7 +338,7 @@ def test_a_driver_elsewhere_reads_the_records_of_a_study_that_ended(server, in_t
     server.runs.clear()  # as if on another tracking server, which gets everything
     again = open_study(server, storage)
     with again:
-        again.settle(3)
+        again.deliver_all(3)
     assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED", "FAILED"]
 
 
@@ -365,18 +365,18 @@ def test_a_study_does_not_end_before_its_trials_are_recorded(server, tmp_path):
     study = open_study(server, tmp_path)
     trials = run(study, tmp_path)
     with pytest.raises(SerRayError, match=r"only 3 of 4 trials have ended.*resumes"), study:
-        study.settle(4)
+        study.deliver_all(4)
     again = open_study(server, tmp_path)
     again.set_state(study.get_state())
     again.on_experiment_end(trials[:2])
     with pytest.raises(TrackingError, match="away"), again:
-        again.settle(2)
+        again.deliver_all(2)
     server.away = False
     last = open_study(server, tmp_path)
     last.set_state(again.get_state())
     last.on_experiment_end(trials[:2])
     with last:
-        last.settle(2)
+        last.deliver_all(2)
     assert [run.status for run in server.runs.values()] == ["KILLED", "FINISHED"]
 
 

@@ -43,14 +43,14 @@ from ser_ray.search import tuner as tune_module
 from ser_ray.search.actor import TrialSetup, objectives, run_trial
 from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.open_study import open_study
-from ser_ray.search.slots import find_slots, require_one_worker, trials_on
+from ser_ray.search.slots import find_slots, require_one_worker, trials_per_node
 from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import (
+    LimitedPoints,
+    LimitedSearcher,
     ResumableAsha,
-    SlotLimiter,
-    SlotVariants,
-    baseline,
-    excluded,
+    baseline_points,
+    fields_outside_space,
     grid_points,
     has_snapshot,
     num_trials,
@@ -304,7 +304,7 @@ def test_trials_of_several_workers_are_refused_with_the_way_out(workers):
     ],
 )
 def test_the_number_of_trials_that_fit_on_a_node(node, cpus, gpus, room):
-    assert trials_on(node, cpus, gpus) == room
+    assert trials_per_node(node, cpus, gpus) == room
 
 
 def test_asha_decides_after_a_restore_as_it_would_without_one():
@@ -360,16 +360,16 @@ def test_asha_decides_after_a_restore_as_it_would_without_one():
 
 
 def test_the_first_trial_is_the_recipe_if_the_space_contains_it():
-    assert baseline(RECIPE, TuneConfig(space=SPACE)) == [
+    assert baseline_points(RECIPE, TuneConfig(space=SPACE)) == [
         {"lr_max": 4e-3, "lr_ratio": 40.0, "feature": "mel"}
     ]
-    assert baseline(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
+    assert baseline_points(RECIPE, TuneConfig(space=("feature=choice(mfcc)",))) == []
 
 
 def test_the_values_that_exclude_the_recipe_from_the_space_are_named():
-    assert excluded(RECIPE, TuneConfig(space=SPACE)) == []
+    assert fields_outside_space(RECIPE, TuneConfig(space=SPACE)) == []
     config = TuneConfig(space=("feature=choice(mfcc)", "epochs=integer(5,9)"))
-    assert excluded(RECIPE, config) == ["feature mel", "epochs 4"]
+    assert fields_outside_space(RECIPE, config) == ["feature mel", "epochs 4"]
 
 
 def test_the_seed_cannot_be_searched_if_it_draws_the_split():
@@ -378,18 +378,18 @@ def test_the_seed_cannot_be_searched_if_it_draws_the_split():
         search("nowhere", recipe, RunConfig(), config, SlotConfig(), show=print)
 
 
-@pytest.mark.parametrize("kind", [SlotLimiter, SlotVariants])
+@pytest.mark.parametrize("kind", [LimitedSearcher, LimitedPoints])
 def test_a_restored_searcher_uses_the_current_number_of_slots(kind):
-    def with_slots(count: int) -> SlotLimiter | SlotVariants:
-        if kind is SlotLimiter:
-            return SlotLimiter(Searcher(metric="score", mode="max"), max_concurrent=count)
-        return SlotVariants(max_concurrent=count)
+    def with_slots(count: int) -> LimitedSearcher | LimitedPoints:
+        if kind is LimitedSearcher:
+            return LimitedSearcher(Searcher(metric="score", mode="max"), max_concurrent=count)
+        return LimitedPoints(max_concurrent=count)
 
     before, now = with_slots(1), with_slots(4)
-    (before.live_trials if kind is SlotLimiter else before._live_trials).add("running")
+    (before.live_trials if kind is LimitedSearcher else before._live_trials).add("running")
     now.set_state(before.get_state())
     assert now.max_concurrent == 4
-    assert "running" in (now.live_trials if kind is SlotLimiter else now._live_trials)
+    assert "running" in (now.live_trials if kind is LimitedSearcher else now._live_trials)
 
 
 @pytest.fixture
@@ -522,7 +522,8 @@ def test_the_verb_prints_the_best_and_how_to_train_it(monkeypatch, refit):
     result = tune_module.TuneResult(
         name="search", label="validation, speaker-3, table", best=best,
         trials=[best, TrialRecord("b", 3, {}, RECIPE, state="failed")], run_id="parent",
-        tracking_uri="http://host:5000", location="s3://b/runs/search?region=x", again="ser-ray x",
+        tracking_uri="http://host:5000", location="s3://b/runs/search?region=x",
+        train_command="ser-ray x",
     )  # fmt: skip
     card: Any = SimpleNamespace(
         trained_on="table", split={"label": "speaker-3"}, corpus="table", config=RECIPE
