@@ -235,7 +235,7 @@ def crossval(
     from ser_ray.search.trial_table import TrialTable
 
     plan = plan_crossval(shards, recipe, config)
-    with TrialTable(stderr_console(), len(plan.points), plan.label, compared=False) as table:
+    with TrialTable(stderr_console(), len(plan.points), plan.label, mark_best=False) as table:
         return run(plan, run_config, slots, show=table, address=address)
 
 

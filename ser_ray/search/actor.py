@@ -1,8 +1,8 @@
-"""One trial of a study: a training with one worker inside Ray Tune's actor.
+"""Runs one trial of a study: a training with one worker in an actor of Ray Tune.
 
-The trial trains exactly as `ser-ray train` does and reports every epoch to Ray Tune. Every report
+The trial trains exactly as `ser-ray train` does, and reports every epoch to Ray Tune. Every report
 holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. Every
-`CHECKPOINT_SECONDS` a report carries a checkpoint, from which an interrupted trial resumes.
+`CHECKPOINT_SECONDS`, a report includes a checkpoint, from which an interrupted trial resumes.
 """
 
 import shutil
@@ -28,11 +28,12 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 OBJECTIVE = "best_val_ua"
-"""The metric that a search maximizes: the last value of `objectives`."""
+"""The metric that a search maximises: the last value of `objectives`."""
 CHECKPOINT_SECONDS = 30.0
+"""Shortest time between two checkpoints of a trial."""
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]
-"""Called when a trial finishes, with the directory of its selected checkpoint."""
+"""Called when a trial finishes, with the folder of its selected checkpoint, shards and recipe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,18 +41,18 @@ class TrialSetup:
     """The recipe, data and weights that all trials of a study share."""
 
     recipe: TrainConfig
-    """The recipe in which the drawn values replace fields."""
+    """The recipe in which each trial replaces some fields by its own values."""
     shards: ShardSet
     pretrained: Mapping[str, Pretrained]
-    """Initial weights for every value of `TrainConfig.weights` that may be drawn."""
+    """Initial weights, for every value of `TrainConfig.weights` that a trial may have."""
     finish: Finish | None = None
-    """None for a search, because its trials keep no weights."""
+    """None in a search, because its trials do not store their weights."""
 
 
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
-    """Return the best validation UA up to each epoch: at a high learning rate, UA fluctuates.
+    """Return the best validation UA up to each epoch, because UA fluctuates between epochs.
 
-    The value of a trial's last epoch is the validation UA of the selected epoch.
+    The value of the last epoch is the validation UA of the selected epoch.
     """
     values = list(accumulate((row["val/ua"] for row in rows), max))
     if recipe.keep == "last" and len(rows) == recipe.epochs:
@@ -63,20 +64,20 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, fl
     """Train a trial from its beginning or from its checkpoint. Ray Tune calls this in an actor.
 
     Args:
-        values: the drawn values.
+        values: fields of the recipe that this trial replaces, by name.
         setup: recipe, data and weights of all trials.
-        resources: CPUs and GPUs of a trial, as `find_slots` returns them.
+        resources: CPUs and GPUs of a trial, as in `ser_ray.search.slots.Slots`.
     """
     reported: dict[str, Any] = {}
     try:
         recipe = recipe_with(setup.recipe, values)
         with tempfile.TemporaryDirectory() as scratch:
-            report = Reporter(recipe, reported, Path(scratch), setup.finish is not None)
-            _train(recipe, setup, resources, report)
+            reporter = Reporter(recipe, reported, Path(scratch), setup.finish is not None)
+            _train(recipe, setup, resources, reporter)
             if setup.finish is not None:
-                setup.finish(report.selected, setup.shards, recipe)
+                setup.finish(reporter.selected, setup.shards, recipe)
     except Exception as problem:
-        # A permanent error is the trial's result. After any other error, Ray Tune tries again.
+        # A permanent error is reported as the trial's result. After others, Ray Tune tries again.
         if not is_permanent(problem):
             raise
         if torch.cuda.is_available():
@@ -86,21 +87,21 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, fl
 
 
 def _train(
-    recipe: TrainConfig, setup: TrialSetup, resources: dict[str, float], report: "Reporter"
+    recipe: TrainConfig, setup: TrialSetup, resources: dict[str, float], reporter: "Reporter"
 ) -> None:
     torch.set_num_threads(int(resources["CPU"]))
     device = torch.device("cuda" if "GPU" in resources else "cpu")
     pretrained = setup.pretrained[recipe.weights]
     checkpoint = tune.get_checkpoint()
-    # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.
+    # Ray Tune's snapshot may name a checkpoint that was deleted when its trial had ended.
     if checkpoint is None or read_progress(checkpoint.filesystem, checkpoint.path) is None:
-        fit(recipe, setup.shards, pretrained, report, device=device)
+        fit(recipe, setup.shards, pretrained, reporter, device=device)
         return
     with checkpoint.as_directory() as directory:
         resume = Path(directory)
         if (resume / SELECTED).exists():
-            shutil.copytree(resume / SELECTED, report.selected)
-        fit(recipe, setup.shards, pretrained, report, resume=resume, device=device)
+            shutil.copytree(resume / SELECTED, reporter.selected)
+        fit(recipe, setup.shards, pretrained, reporter, resume=resume, device=device)
 
 
 class Reporter:
@@ -108,9 +109,9 @@ class Reporter:
 
     Args:
         recipe: the trial's recipe.
-        reported: receives the content of the last report.
-        scratch: an empty directory.
-        keep_selected: also keep the checkpoint of the selected epoch, in `selected`.
+        reported: is filled with the content of the last report.
+        scratch: an empty folder.
+        keep_selected: whether to keep the checkpoint of the selected epoch, in `selected`.
     """
 
     def __init__(
@@ -123,11 +124,11 @@ class Reporter:
 
     def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
         """Report one epoch."""
-        assert epoch is not None, "only a preemption notice asks for a report in mid-epoch"
-        progress = asdict(epoch.progress)  # a copy: Ray may send it while the training continues
+        assert epoch is not None, "only a preemption notice asks for a report within an epoch"
+        progress = asdict(epoch.progress)  # a copy, because Ray may send it during the next epoch
         objective = objectives(progress["history"], self.recipe)[-1]
         self.reported |= progress | {OBJECTIVE: objective, "started_ms": self.started_ms}
-        # With keep="last", every epoch is the selected one so far, but only the last is written.
+        # With keep="last", every epoch is selected until the next one, so only the last is stored.
         is_final = self.recipe.keep == "best" or progress["epoch"] == self.recipe.epochs
         if self.keep_selected and epoch.is_selected and is_final:
             make_snapshot().store(fs.LocalFileSystem(), str(self.selected))

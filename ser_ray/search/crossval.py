@@ -1,8 +1,8 @@
 """Cross-validation: train, validate and test every fold of a protocol.
 
-Every fold with every seed is a trial of a study (`ser_ray.search.tune_run`). The process of the
-trial trains the fold, scores its test part with the selected checkpoint, and stores the predictions
-as a table beside the checkpoint. All scores come from these tables
+Each fold with each seed is a trial of a study (`ser_ray.search.study`). The process of a trial
+trains the fold, scores its test part with the selected checkpoint, and stores the predictions in a
+table beside the checkpoint (`ser_ray.search.fold_files`). All scores come from these tables
 (`ser_ray.search.crossval_result`). The same command resumes an interrupted cross-validation and
 trains failed folds again.
 
@@ -12,6 +12,7 @@ To choose between recipes, `--part validation` scores the validation parts and r
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ from ser_ray.search.open_study import open_study
 from ser_ray.search.slots import require_one_worker
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import TrialRecord, best_of
-from ser_ray.search.tune_run import RetryFailed, points_plan
+from ser_ray.search.tune_run import RetryFailed, points_arguments
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.storage.paths import absolute, short_digest
 from ser_ray.tracking.registry import read_initial_weights
@@ -49,7 +50,7 @@ from ser_ray.training.recipe import TrainConfig
 def plan_crossval(
     shards_location: str | Sequence[str], recipe: TrainConfig, config: CrossvalConfig
 ) -> CrossvalPlan:
-    """Plan the folds to train: `config.folds`, or all folds of the protocol.
+    """Plan to train `config.folds`, or all folds of the protocol.
 
     Raises:
         ShardsError: there is no shard set at the location.
@@ -66,14 +67,16 @@ def plan_crossval(
     table = shards.clips()
     count = num_folds(recipe.protocol, table)
     folds = config.folds or tuple(range(count))
-    # This refuses a fold with an empty part.
-    dependent = [select_rows(table, replace(recipe, fold=f)).speaker_dependent for f in folds]
-    which = f"{count} folds"
+    # `select_rows` raises ConfigError if a fold has an empty part.
+    splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
+    named_folds = f"{count} folds"
     if config.folds:
-        which = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of {count}"
+        numbers = ", ".join(map(str, folds))
+        named_folds = f"{'fold' if len(folds) == 1 else 'folds'} {numbers} of {count}"
     if config.part == "validation":
-        which += ", VALIDATION parts"
-    caption = f"{recipe.protocol}, {which}, {DEPENDENCE[any(dependent)]}"
+        named_folds += ", VALIDATION parts"
+    is_dependent = any(split.speaker_dependent for split in splits)
+    caption = f"{recipe.protocol}, {named_folds}, {DEPENDENCE[is_dependent]}"
     return CrossvalPlan(shards, recipe, config, folds, caption)
 
 
@@ -83,7 +86,7 @@ def crossval(
     """Cross-validate a recipe over the plan's folds, or resume an interrupted cross-validation.
 
     Raises:
-        ConfigError, CheckpointError, ResourcesError, TrackingError: before any trial starts.
+        ConfigError, CheckpointError, ResourcesError, TrackingError: raised before any trial starts.
         SerRayError: a fold failed; the message says which and why. The same call trains it again.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
@@ -105,48 +108,53 @@ def crossval(
         slots,
         setup,
         settings={"part": config.part},
-        varied={"fold", "seed"},
+        varied_fields={"fold", "seed"},
         show=show,
         address=address,
     ) as study:
-        while missing := missing_folds(plan, study.trials):
+        # If an earlier call with fewer folds was interrupted, the first pass completes only those.
+        while points := remaining_points(plan, study.trials):
             num_before = len(study.trials)
-            study.run_trials(points_plan(missing, study.slots, RetryFailed()))
-            require_all_finished(study.trials)
-            ended = [trial for trial in study.trials if trial.ended]
-            if not num_before < len(study.trials) == len(ended):
-                break
-            study.store()
-        study.settle(len(plan.points))
+            arguments = points_arguments(points, study.slots.max_concurrent, RetryFailed())
+            study.run_trials(arguments)
+            require_none_failed(study.trials)
+            all_ended = all(trial.ended for trial in study.trials)
+            if len(study.trials) == num_before or not all_ended:
+                break  # Ray Tune stopped early: `deliver_all` raises SerRayError
+            study.store_records()
+        study.deliver_all(len(plan.points))
         result = pool(plan, study.trials, folder.location, folder.name, study.parent)
         if config.under:
-            result = add_conditions(result, config.under)
+            result = score_conditions(result, config.under)
         _record(result, study.parent, audio=run.audio)
-        _log_best(study)
-        study.parent.log_files({"config.json": recipe_to_ship(result).to_dict()})
+        _log_best_model(study)
+        study.parent.log_files({"config.json": final_recipe(result).to_dict()})
         study.finish()
     return result
 
 
 def crossval_name(plan: CrossvalPlan) -> str:
-    """Name of a cross-validation. Seeds and folds do not change it, so more can be added later."""
+    """Return the name of a cross-validation.
+
+    The name does not depend on the seeds and folds, so that a later call can add some.
+    """
     recipe, config = plan.recipe, plan.config
     identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint_of(recipe.feature)}{config.part}"
     kind = "crossval" if config.part == "test" else "validation"
     return f"{kind}-{recipe.feature}-{recipe.protocol}-{short_digest(identity)}"
 
 
-def missing_folds(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:
-    """Folds and seeds of the plan that no trial has finished yet."""
-    done = [trial.values for trial in trials if trial.ended]
-    return [point for point in plan.points if point not in done]
+def remaining_points(plan: CrossvalPlan, trials: list[TrialRecord]) -> list[dict[str, int]]:
+    """Return each seed and fold of the plan that has no trial, or whose trial has not ended."""
+    ended = [trial.values for trial in trials if trial.ended]
+    return [point for point in plan.points if point not in ended]
 
 
-def require_all_finished(trials: list[TrialRecord]) -> None:
-    """Refuse to pool the folds if any of them failed.
+def require_none_failed(trials: list[TrialRecord]) -> None:
+    """Check that no fold failed.
 
     Raises:
-        SerRayError: a fold failed; the message names the first one and the reason.
+        SerRayError: a fold failed; the message names the first such fold and the reason.
     """
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
@@ -157,24 +165,32 @@ def require_all_finished(trials: list[TrialRecord]) -> None:
         )
 
 
-def add_conditions(result: CrossvalResult, groups: Sequence[str]) -> CrossvalResult:
-    """Score every fold's clips with its own model under recording conditions, on the cluster."""
-    predicted = []
+def score_conditions(result: CrossvalResult, conditions: Sequence[str]) -> CrossvalResult:
+    """Score the clips of each fold under recording conditions too, with the model of this fold.
+
+    This runs on the connected cluster.
+    """
+    by_fold = []
     for trial, fold in zip(result.trials, result.folds, strict=True):
         with local_checkpoint(fold_folder(result.location, trial.recipe)) as checkpoint:
-            predicted.append(predict_conditions(fold, Predictor(checkpoint), groups))
-    of_all = {name: np.concatenate([of[name] for of in predicted]) for name in predicted[0]}
-    return replace(result, pooled=replace(result.pooled, under=score_under(result.pooled, of_all)))
+            by_fold.append(predict_conditions(fold, Predictor(checkpoint), conditions))
+    probabilities = {name: np.concatenate([p[name] for p in by_fold]) for name in by_fold[0]}
+    under = score_under(result.pooled, probabilities)
+    return replace(result, pooled=replace(result.pooled, under=under))
 
 
-def recipe_to_ship(result: CrossvalResult) -> TrainConfig:
-    """Make the recipe of a model of all speakers, with the geometric mean of the temperatures."""
+def final_recipe(result: CrossvalResult) -> TrainConfig:
+    """Return the recipe for a final model of all speakers.
+
+    Its temperature is the geometric mean of the folds' temperatures, because a model of all
+    speakers has no validation clips for its calibration.
+    """
     logs = [np.log(fold.card.temperature) for fold in result.folds]
     return replace(result.plan.recipe, temperature=float(np.exp(np.mean(logs))))
 
 
 def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
-    """Write the page of the cross-validation, and record all scores in MLflow."""
+    """Write the page of the cross-validation, and record its scores and files in MLflow."""
     pooled, part, label = result.pooled, result.pooled.part, result.plan.label
     page = crossval_page(
         pooled,
@@ -186,7 +202,32 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
         audio=audio,
     )
     store_page(page, result.report)
-    section = "selected" if part == "validation" else "test"  # as in trainings
+    # Single trainings use the same prefixes for the metrics of these parts.
+    prefix = "selected" if part == "validation" else "test"
+    scores = _scores_to_log(result)
+    tracker.log_scores({f"{prefix}/{name}": value for name, value in scores.items()}, now_ms())
+    title = "Validation" if part == "validation" else "Test"
+    tracker.describe(**{title: f"UA {result.describe('ua')} ({label})"})
+    files: dict[str, Any] = {
+        REPORT: as_artifact(page),
+        f"plots/{part}_confusion.png": confusion_figure(
+            pooled.scores.confusion, pooled.card.labels, f"{part}, {label}"
+        ),
+        "tables/crossval.json": result.to_dict(),
+        "tables/predictions.csv": pooled.predictions,
+    }
+    for table, column in (("speakers", "speaker"), ("corpora", "corpus")):
+        if column in pooled.groups:
+            files[f"tables/{table}.csv"] = pa.Table.from_pylist(pooled.groups[column])
+    tracker.log_files(files)
+    if part == "test":
+        for fold in result.folds:
+            record_evaluation(fold, audio=audio)
+
+
+def _scores_to_log(result: CrossvalResult) -> dict[str, float]:
+    """Return the pooled scores by the names of their MLflow metrics, without the prefix."""
+    pooled = result.pooled
     scores = pooled.group_metrics
     for name in SCORES:
         low, high = getattr(pooled.intervals, name)
@@ -198,29 +239,11 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
         }
         if result.ensemble is not None:
             scores[f"{name}_ensemble"] = result.ensemble.to_dict()[name]
-    tracker.log_scores({f"{section}/{name}": value for name, value in scores.items()}, now_ms())
-    line = "Validation" if part == "validation" else "Test"
-    tracker.describe(**{line: f"UA {result.in_words('ua')} ({label})"})
-    confusion = confusion_figure(pooled.scores.confusion, pooled.card.labels, f"{part}, {label}")
-    tracker.log_files(
-        {
-            REPORT: as_artifact(page),
-            f"plots/{part}_confusion.png": confusion,
-            "tables/crossval.json": result.to_dict(),
-            **{
-                f"tables/{table}.csv": pa.Table.from_pylist(pooled.groups[group])
-                for table, group in (("speakers", "speaker"), ("corpora", "corpus"))
-                if group in pooled.groups
-            },
-            "tables/predictions.csv": pooled.predictions,
-        }
-    )
-    for fold in result.folds if part == "test" else ():
-        record_evaluation(fold, audio=audio)
+    return scores
 
 
-def _log_best(study: Study) -> None:
-    """Log the model of the fold with the best validation UA in the run of this fold."""
+def _log_best_model(study: Study) -> None:
+    """Log the model of the fold with the best validation UA to the MLflow run of this fold."""
     best = best_of(study.trials)
     with local_checkpoint(fold_folder(study.folder.location, best.recipe)) as checkpoint:
         labels = read_card(checkpoint).labels

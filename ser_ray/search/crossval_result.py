@@ -22,7 +22,7 @@ from ser_ray.training.recipe import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class CrossvalPlan:
-    """The trainings of a cross-validation; every fold has clips in every part."""
+    """The trainings of a cross-validation. Every fold has clips in every part."""
 
     shards: ShardSet
     recipe: TrainConfig
@@ -33,7 +33,7 @@ class CrossvalPlan:
 
     @property
     def points(self) -> list[dict[str, int]]:
-        """Seed and fold of every training."""
+        """Seed and fold of each training."""
         seeds = range(self.recipe.seed, self.recipe.seed + self.config.seeds)
         return [{"seed": s, "fold": f} for s, f in itertools.product(seeds, self.folds)]
 
@@ -51,19 +51,19 @@ class CrossvalResult(StudyResult):
     folds: list[Evaluation]
     """The evaluation of each training on its own part."""
     pooled: Evaluation
-    """The predictions of all trainings in one table, with their fold and seed."""
+    """The predictions of all trainings, with the columns `fold` and `seed`."""
     ensemble: Scores | None
-    """Scores of the mean probabilities over all seeds; None for one seed, or if the seeds scored
-    different clips."""
+    """Scores of the probabilities averaged over the seeds. None if there is only one seed, or if
+    the seeds scored different clips."""
 
     @property
     def table(self) -> str:
-        """Location of predictions.parquet."""
+        """Location of the table of all predictions."""
         return location_inside(self.location, PREDICTIONS)
 
     @property
     def trainings(self) -> list[dict[str, Any]]:
-        """A row for each training: fold, seed, speakers, clips, scores and validation UA."""
+        """One row per training: fold, seed, speakers, number of clips, scores and validation UA."""
         return [
             {
                 "fold": trial.recipe.fold,
@@ -78,23 +78,23 @@ class CrossvalResult(StudyResult):
         ]
 
     def spread(self, score: str) -> float:
-        """Standard deviation of ua, wa or f1 over the seeds (n - 1); 0 for one seed."""
+        """Return the sample standard deviation of ua, wa or f1 over the seeds; 0 for one seed."""
         values = [scores.to_dict()[score] for scores in self.pooled.by_seed.values()]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     @property
     def sentence(self) -> str:
-        """The UA in a sentence."""
+        """The UA of all folds, and of the ensemble, in one sentence."""
         seeds, ua = self.plan.config.seeds, self.pooled.mean("ua")
         text = f"The UA over the clips of {len(self.plan.folds)} folds is {ua:.1%}"
         if seeds > 1:
             text += f", the mean of {seeds} seeds (standard deviation {self.spread('ua'):.1%})"
         if self.ensemble is not None:
-            text += f"; the mean probabilities of their networks have {self.ensemble.ua:.1%}"
+            text += f"; the ensemble of these networks has {self.ensemble.ua:.1%}"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores, as JSON values."""
+        """Return the scores as JSON values."""
         pooled = self.pooled
         return {
             "protocol": self.plan.label,
@@ -112,12 +112,12 @@ class CrossvalResult(StudyResult):
             "under": list(pooled.under),
         }
 
-    def in_words(self, name: str) -> str:
-        """The mean of ua, wa or f1 over the seeds, with its spread and interval."""
-        low, high = getattr(self.pooled.intervals, name)
-        spread = f" ± {self.spread(name):.1%} over seeds" if self.plan.config.seeds > 1 else ""
+    def describe(self, score: str) -> str:
+        """Return the mean of ua, wa or f1 over the seeds as text, with its spread and interval."""
+        low, high = getattr(self.pooled.intervals, score)
+        spread = f" ± {self.spread(score):.1%} over seeds" if self.plan.config.seeds > 1 else ""
         return (
-            f"{self.pooled.mean(name):.1%}{spread}, 95 % interval over "
+            f"{self.pooled.mean(score):.1%}{spread}, 95 % interval over "
             f"{self.pooled.intervals.drawn} {low:.1%} to {high:.1%}"
         )
 
@@ -129,7 +129,7 @@ class CrossvalResult(StudyResult):
             for row in self.trainings
         ]
         label = self.plan.label
-        lines += [f"{title:8}  {self.in_words(name)}  ({label})" for name, title in SCORES.items()]
+        lines += [f"{title:8}  {self.describe(name)}  ({label})" for name, title in SCORES.items()]
         lines += self.pooled.corpus_lines
         if self.ensemble is not None:
             scores = self.ensemble.to_dict()
@@ -150,14 +150,14 @@ def pool(
 
     Args:
         plan: the trainings to pool.
-        trials: the trainings of the plan, and perhaps others.
+        trials: the trials of the study. Trials that are not in the plan are left out.
         location: folder of the cross-validation.
         name: name of the cross-validation.
         tracker: tracker of the cross-validation's MLflow run.
     """
-    by_point = {(t.recipe.seed, t.recipe.fold): t for t in trials if t.ended}
-    trained = [by_point[point["seed"], point["fold"]] for point in plan.points]
-    folds = [read_fold(plan.config.part, location, trial, tracker.uri) for trial in trained]
+    by_point = {(trial.recipe.seed, trial.recipe.fold): trial for trial in trials if trial.ended}
+    planned = [by_point[point["seed"], point["fold"]] for point in plan.points]
+    folds = [read_fold(plan.config.part, location, trial, tracker.uri) for trial in planned]
     predictions = pa.concat_tables([fold.predictions for fold in folds])
     write_predictions(predictions, location)
     pooled = replace(
@@ -173,7 +173,7 @@ def pool(
     return CrossvalResult(
         name=name,
         plan=plan,
-        trials=trained,
+        trials=planned,
         folds=folds,
         pooled=pooled,
         ensemble=ensemble_scores(clips, pooled.seeds, pooled.truth, pooled.probabilities),
@@ -186,19 +186,23 @@ def pool(
 def ensemble_scores(
     clips: Sequence[str], seeds: np.ndarray, truth: np.ndarray, probabilities: np.ndarray
 ) -> Scores | None:
-    """Score the mean probabilities over the seeds; None unless several seeds scored the same clips.
+    """Return the scores of the probabilities averaged over the seeds.
 
     Args:
-        clips: name of the clip in every row [rows].
-        seeds: seed of the training that scored every row [rows].
-        truth: label indices [rows].
-        probabilities: [rows, labels].
+        clips: name of the clip in each row [num_rows].
+        seeds: seed of the training that scored the row [num_rows].
+        truth: label indices [num_rows].
+        probabilities: [num_rows, num_labels].
+
+    Returns:
+        None if there is only one seed, or if the seeds scored different clips.
     """
-    named = np.asarray(clips)
-    order = np.lexsort((named, seeds))
-    by_seed = np.split(order, np.flatnonzero(np.diff(seeds[order])) + 1)
-    scored = [named[rows] for rows in by_seed]
-    if len(scored) == 1 or not all(np.array_equal(other, scored[0]) for other in scored):
+    names = np.asarray(clips)
+    rows_by_seed = [np.flatnonzero(seeds == seed) for seed in np.unique(seeds)]
+    rows_by_seed = [rows[np.argsort(names[rows], kind="stable")] for rows in rows_by_seed]
+    first, *others = rows_by_seed
+    same_clips = all(np.array_equal(names[rows], names[first]) for rows in others)
+    if not others or not same_clips:
         return None
-    mean = np.mean([probabilities[rows] for rows in by_seed], axis=0)
-    return scores_of(truth[by_seed[0]], mean)
+    mean = np.mean([probabilities[rows] for rows in rows_by_seed], axis=0)
+    return scores_of(truth[first], mean)

@@ -1,4 +1,8 @@
-"""The files of a finished fold: its checkpoint and its predictions."""
+"""Writes and reads the files of a finished fold: its checkpoint, and its predictions as a table.
+
+The process of a trial writes them. The driver reads the predictions of all folds, so that it needs
+neither the networks nor the clips to score them.
+"""
 
 from pathlib import Path
 
@@ -21,38 +25,46 @@ PREDICTIONS = "predictions.parquet"
 
 
 def fold_folder(location: str, recipe: TrainConfig) -> str:
-    """Folder of the checkpoint and the predictions of a training."""
+    """Return the folder of the files of a training, inside the folder of the cross-validation."""
     return location_inside(location, f"models/fold{recipe.fold}-seed{recipe.seed}")
 
 
 def score_and_store_fold(
     checkpoint: Path, shards: ShardSet, recipe: TrainConfig, *, folder: str, part: Part
 ) -> None:
-    """Score a part of a fold with its selected checkpoint; store the predictions and the model."""
+    """Score a part of a fold with its selected checkpoint, and store the files of the fold.
+
+    Args:
+        checkpoint: folder of the selected checkpoint.
+        shards: the shards of the training.
+        recipe: the recipe of the fold.
+        folder: folder of the cross-validation.
+        part: the part to score.
+    """
     table = evaluate(checkpoint, shards.locations, part=part).predictions
     for name, value in (("seed", recipe.seed), ("fold", recipe.fold)):
         column = pa.array(np.full(table.num_rows, value, np.int32))
         table = table.add_column(0, name, column)
-    kept = fold_folder(folder, recipe)
-    filesystem, path = filesystem_of(kept)
+    target = fold_folder(folder, recipe)
+    filesystem, path = filesystem_of(target)
     filesystem.create_dir(path, recursive=True)
     for name in (CARD, MODEL):
         fs.copy_files(
             str(checkpoint / name), f"{path}/{name}", destination_filesystem=filesystem,
             use_threads=False,
         )  # fmt: skip
-    write_predictions(table, kept)
+    write_predictions(table, target)
 
 
 def write_predictions(predictions: pa.Table, folder: str) -> None:
-    """Write a table of predictions into a folder, completely or not at all."""
+    """Write a table of predictions into a folder. An interrupted call leaves no incomplete file."""
     filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
     with atomic_write(filesystem, path) as target:
         pq.write_table(predictions, target, filesystem=filesystem)
 
 
 def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) -> Evaluation:
-    """Read the predictions and the card that `score_and_store_fold` wrote."""
+    """Read the evaluation of a fold from the files that `score_and_store_fold` wrote."""
     filesystem, path = filesystem_of(fold_folder(location, trial.recipe))
     with filesystem.open_input_stream(f"{path}/{CARD}") as stream:
         card = CheckpointCard.from_json(stream.read().decode())

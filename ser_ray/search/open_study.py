@@ -64,7 +64,7 @@ def open_study(
         folder.require_same(identity)
         flat = flatten(recipe.to_dict())
         params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied_fields}
-        slot_params = {"count": found_slots.count, **found_slots.resources}
+        slot_params = {"count": found_slots.max_concurrent, **found_slots.resources}
         params |= {kind: settings | {"slots": slot_params}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}; the runs below it are its trials; its files are in `{folder.location}`"

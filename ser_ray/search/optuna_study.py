@@ -1,4 +1,4 @@
-"""Converts a finished search to an Optuna study, and computes the importance of its settings."""
+"""Converts a search to an Optuna study, and computes the importance of its hyperparameters."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def importance_of(
     trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
 ) -> dict[str, float]:
-    """Importance of every searched setting by PED-ANOVA (Watanabe et al. 2023).
+    """Return the importance of each hyperparameter by PED-ANOVA (Watanabe et al. 2023).
 
     Returns:
-        Shares that sum to 1; empty if there are fewer than four different values of UA.
+        Shares that sum to 1, by name; empty if the trials have fewer than four different UAs.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -36,7 +36,7 @@ def importance_of(
 def optuna_journal(
     name: str, trials: Sequence[TrialRecord], dimensions: Sequence[Dimension]
 ) -> str:
-    """Return a finished search as the text of a file for Optuna's JournalStorage.
+    """Return a search as the content of a file for Optuna's JournalStorage.
 
     `optuna-dashboard FILE` shows the file, and `optuna.load_study` reads it.
     """
@@ -60,16 +60,19 @@ def _add_trials(
     dimensions: Sequence[Dimension],
     states: Mapping[str, str],
 ) -> None:
-    """Add trials to a study, with the validation UA of every epoch as intermediate values.
+    """Add trials to a study, with the validation UA of each epoch as intermediate values.
 
     Args:
-        states: the states of the trials to add, and Optuna's names for them.
+        study: the study.
+        trials: all trials of the search.
+        dimensions: the space of the search. Trials outside it are left out.
+        states: Optuna's name for each state; trials in other states are left out.
     """
     from optuna.trial import TrialState, create_trial
 
     for trial in trials:
-        is_drawn = all(item.contains(trial.values[item.name]) for item in dimensions)
-        if trial.state not in states or not is_drawn:
+        is_in_space = all(item.contains(trial.values[item.name]) for item in dimensions)
+        if trial.state not in states or not is_in_space:
             continue
         frozen = create_trial(
             state=TrialState[states[trial.state]],

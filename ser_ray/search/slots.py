@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 class Slots(NamedTuple):
     """The trials that can run at the same time."""
 
-    count: int
+    max_concurrent: int
     resources: dict[str, float]
     """Resources of each trial, as Ray names them. Without `GPU`, trials run on CPUs."""
 

@@ -1,4 +1,4 @@
-"""The record of a trial, and the common part of the results of searches and cross-validations."""
+"""The record of a trial, and what the results of searches and cross-validations have in common."""
 
 import json
 from collections import Counter
@@ -16,40 +16,40 @@ from ser_ray.training.metrics import selected_row, validation_rank
 from ser_ray.training.recipe import TrainConfig
 
 RECORDS = "trials.json"
-"""File in the folder of a study that has ended: the records of its trials."""
+"""File in the folder of a study with the records of its ended trials."""
 State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """The state and results of a trial. A record is immutable, so that threads can share it."""
+    """State and results of a trial. A record is never changed in place: threads share it."""
 
     trial_id: str
     number: int
-    """Position of the trial, from 1, in the order in which trials were drawn."""
+    """Number of the trial, from 1, in the order in which the trials were added."""
     values: dict[str, Any]
-    """The drawn values."""
+    """Values of this trial by name: the drawn hyperparameters, or its seed and fold."""
     recipe: TrainConfig
     rows: list[dict[str, float]] = field(default_factory=list)
     """One row per epoch."""
     learning_rates: list[list[float]] = field(default_factory=list)
     """For each epoch, the learning rate of every step."""
     times_ms: list[int] = field(default_factory=list)
-    """When each epoch ended."""
+    """Time at which each epoch ended, in milliseconds since 1970."""
     selected_confusion: list[list[int]] = field(default_factory=list)
     """Validation confusion matrix of the selected epoch."""
     started_ms: int = 0
-    """When the process of the trial last started."""
+    """Time at which the process of the trial last started, in milliseconds since 1970."""
     state: State = "waiting"
     problem: str = ""
     """Why the trial failed; empty if it did not fail."""
     stopped: bool = False
     """Whether the scheduler stopped the trial."""
     run_id: str = ""
-    """Id of the trial's run in MLflow."""
+    """Id of the trial's MLflow run."""
 
     def updated(self, result: dict[str, Any]) -> Self:
-        """Return a record with the trial's last report (`ser_ray.search.actor.Reporter`)."""
+        """Return the record after a report of the trial (`ser_ray.search.actor.Reporter`)."""
         record = replace(
             self, problem=result.get("problem", ""), stopped=result.get("stopped", False)
         )
@@ -64,7 +64,7 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of the trial's run in MLflow, from values that differ between trials."""
+        """Name of the trial's MLflow run, made of values that differ between trials."""
         if "fold" in self.values:
             return f"fold {self.recipe.fold} seed {self.recipe.seed}"
         lr_max = f"{self.recipe.lr_max:.1e}".replace("e-0", "e-")
@@ -82,12 +82,12 @@ class TrialRecord:
 
     @property
     def selected(self) -> Mapping[str, float]:
-        """Row of the selected epoch so far; empty before the first epoch."""
+        """Row of the epoch that is selected so far; empty before the first epoch."""
         return selected_row(self.rows, self.recipe.keep)
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Sort key; higher is better. Finished trials come first: only they have final weights."""
+        """Sort key; a better trial has a higher one. Finished trials rank above all others."""
         return self.state == "finished", *validation_rank(self.selected)
 
     @property
@@ -102,17 +102,20 @@ class TrialRecord:
 
     @property
     def end_state(self) -> State:
-        """The state of the trial after its end."""
+        """The state of the trial once it has ended."""
         if self.problem:
             return "failed"
-        # A scheduler also stops a trial whose epochs are all done.
+        # The scheduler also stops a trial that has completed all its epochs.
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
 
     def outcome(self, label: str) -> dict[str, str]:
-        """Make the line of a run's description that says how the trial ended.
+        """Return the line for the description of the MLflow run that says how the trial ended.
 
         Args:
             label: protocol and corpus, as shown beside every score.
+
+        Returns:
+            The line by its title.
         """
         if self.problem:
             return {"Result": f"failed after {self.epochs} epochs: {self.problem}"}
@@ -123,12 +126,12 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """The common part of the results of a search and of a cross-validation."""
+    """What the results of a search and of a cross-validation have in common."""
 
     name: str
     trials: list[TrialRecord]
     run_id: str
-    """Id of the study's run, in which the runs of the trials are nested."""
+    """Id of the study's MLflow run, in which the runs of the trials are nested."""
     tracking_uri: str
     location: str
     """The study's folder."""
@@ -140,7 +143,7 @@ class StudyResult:
 
 
 def write_records(folder: RunFolder, trials: Sequence[TrialRecord]) -> None:
-    """Write the records of a study's trials into its folder, without recipes and run ids."""
+    """Write the records of a study's trials into its folder, without their recipes and run ids."""
     names = [item.name for item in fields(TrialRecord) if item.name not in ("recipe", "run_id")]
     records = [{name: getattr(trial, name) for name in names} for trial in trials]
     folder.write(RECORDS, json.dumps(records))
@@ -151,7 +154,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
 
     Args:
         folder: the study's folder.
-        recipe: the recipe in which the drawn values replace fields.
+        recipe: the recipe of the study, in which each trial replaces some fields.
     """
     try:
         saved = json.loads(folder.read(RECORDS))
@@ -161,7 +164,7 @@ def read_records(folder: RunFolder, recipe: TrainConfig) -> list[TrialRecord]:
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
-    """Return the trial with the best selected epoch, among the finished trials if there are any.
+    """Return the trial with the best selected epoch. Finished trials are preferred.
 
     Raises:
         SerRayError: no trial succeeded.
@@ -177,13 +180,13 @@ def best_of(trials: Sequence[TrialRecord]) -> TrialRecord:
 
 
 def count_states(trials: Sequence[TrialRecord]) -> str:
-    """Count the trials in each state, as in `3 finished, 1 failed`."""
+    """Return the number of trials in each state as text, for example `3 finished, 1 failed`."""
     counts = Counter(trial.state for trial in trials)
     return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Tabulate the trials of a search for `ser_ray.plots.search`."""
+    """Return one row per trial of a search, for `ser_ray.plots.search`."""
     return [
         {
             "trial": trial.number,

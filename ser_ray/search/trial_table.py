@@ -1,4 +1,4 @@
-"""Shows the trials of a study: as a table on a terminal, as lines in a log."""
+"""Shows the trials of a study, as a table on a terminal or as lines in a log."""
 
 import time
 from typing import Self
@@ -17,8 +17,8 @@ STYLE = {
     "pruned": "dim",
     "failed": "red",
 }
-LINE_SECONDS = 60.0
-"""In a log, the time between two lines about each running trial."""
+LOG_SECONDS = 60.0
+"""In a log, the time between two lines about a running trial."""
 
 
 class TrialTable:
@@ -28,15 +28,15 @@ class TrialTable:
         console: where to show them.
         total: number of trials.
         label: shown beside every score, such as `SPEAKER-DEPENDENT`.
-        compared: whether to mark the best trial.
+        mark_best: whether to mark the best trial.
     """
 
     def __init__(
-        self, console: Console, total: int, label: str = "", *, compared: bool = True
+        self, console: Console, total: int, label: str = "", *, mark_best: bool = True
     ) -> None:
-        self.console, self.total, self.label, self.compared = console, total, label, compared
-        self._started: tuple[float, float] | None = None
-        """When the trials were first shown, and the value of `_done` at that time."""
+        self.console, self.total, self.label, self.mark_best = console, total, label, mark_best
+        self._first_shown: tuple[float, float] | None = None
+        """Time at which the trials were first shown, and the value of `_num_done` at that time."""
         self._trials: list[TrialRecord] = []
         self._logged_states: dict[str, str] = {}
         self._logged_at = time.monotonic()
@@ -58,21 +58,21 @@ class TrialTable:
     def __call__(self, trials: list[TrialRecord]) -> None:
         """Show the current state of the trials."""
         self._trials = trials
-        self._started = self._started or (time.monotonic(), self._done())
+        self._first_shown = self._first_shown or (time.monotonic(), self._num_done())
         if self.console.is_terminal:
             return
         for trial in trials:
             if trial.state not in ("waiting", self._logged_states.get(trial.trial_id)):
                 self._logged_states[trial.trial_id] = trial.state
                 self.console.print(self._line(trial))
-        if (now := time.monotonic()) - self._logged_at >= LINE_SECONDS:
+        if (now := time.monotonic()) - self._logged_at >= LOG_SECONDS:
             self._logged_at = now
             for trial in trials:
                 if trial.state == "running" and trial.rows:
                     self.console.print(self._line(trial))
 
     def table(self) -> Table:
-        """Make a table of the running trials and the best ended trials that fits on the screen."""
+        """Return a table of the running trials and the best ended trials that fit on the screen."""
         ended = sum(trial.ended for trial in self._trials)
         caption = f"{ended} of {self.total} trials done{self._time_left()} {self.label}"
         table = Table(caption=caption, box=None)
@@ -81,7 +81,7 @@ class TrialTable:
             table.add_column(name, justify="right")
         scored = [trial for trial in self._trials if trial.rows and not trial.problem]
         mark = "best" if ended == self.total else "best so far"
-        best = max(scored, key=lambda trial: trial.rank, default=None) if self.compared else None
+        best = max(scored, key=lambda trial: trial.rank, default=None) if self.mark_best else None
         for trial in self._shown():
             table.add_row(
                 str(trial.number),
@@ -94,32 +94,32 @@ class TrialTable:
             )
         return table
 
-    def _done(self) -> float:
-        """Number of trials done. A running trial counts by its share of completed epochs."""
+    def _num_done(self) -> float:
+        """Return the number of ended trials. A running trial counts by its completed epochs."""
         return sum(
             1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
         )
 
     def _time_left(self) -> str:
-        if self._started is None:
+        if self._first_shown is None:
             return ""
-        (since, before), done = self._started, self._done()
-        if done <= before or done >= self.total:
+        (started_at, done_before), done = self._first_shown, self._num_done()
+        if done <= done_before or done >= self.total:
             return ""
-        left = (self.total - done) * (time.monotonic() - since) / (done - before)
-        return f", about {clock(left)} left"
+        seconds_per_trial = (time.monotonic() - started_at) / (done - done_before)
+        return f", about {clock((self.total - done) * seconds_per_trial)} left"
 
     def _shown(self) -> list[TrialRecord]:
-        room = max(self.console.height - 4, 5)
+        max_rows = max(self.console.height - 4, 5)
         ranked = sorted(
             self._trials,
             key=lambda trial: (trial.ended, -trial.selected.get("val/ua", 0.0)),
         )
-        return sorted(ranked[:room], key=lambda trial: trial.number)
+        return sorted(ranked[:max_rows], key=lambda trial: trial.number)
 
     def _line(self, trial: TrialRecord) -> str:
-        drawn = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
-        head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {drawn}"
+        values = ", ".join(f"{name} {_text(value)}" for name, value in trial.values.items())
+        head = f"trial {trial.number:3d}/{self.total} {trial.state:8}  {values}"
         if trial.problem:
             return f"{head}  after {trial.epochs} epochs: {trial.problem}"
         if not trial.rows:

@@ -127,7 +127,7 @@ def search(
                     "no trial trains the recipe as given, because the space excludes its %s",
                     ", ".join(outside),
                 )
-            study.run_trials(search_arguments(recipe, config, study.slots.count))
+            study.run_trials(search_arguments(recipe, config, study.slots.max_concurrent))
         study.deliver_all(num_trials(recipe, config))
         best = best_of(study.trials)
         result = TuneResult(

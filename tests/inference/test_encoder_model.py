@@ -135,7 +135,7 @@ def test_of_a_cross_validation_the_model_in_mlflow_holds_its_encoder(
     monkeypatch.setattr(crossval, "model_id_of", lambda run: "")
     study = MagicMock(run=RunConfig(keep_encoder=keeps))
     study.folder.location = str(tmp_path)
-    crossval._log_best(study)
+    crossval._log_best_model(study)
     [path, _] = logged.return_value.log_model.call_args.args
     assert path == fold
     assert (fold / ENCODER).is_file() == keeps

@@ -30,7 +30,7 @@ from ser_ray.search.crossval import (
     crossval,
     crossval_name,
     plan_crossval,
-    require_all_finished,
+    require_none_failed,
 )
 from ser_ray.search.crossval_result import CrossvalPlan, CrossvalResult, ensemble_scores, pool
 from ser_ray.search.fold_files import fold_folder
@@ -153,7 +153,7 @@ def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
         SerRayError,
         match=r"1 of 1 folds failed; fold 3, seed 2: full; the same command trains .* again",
     ):
-        require_all_finished([trial])
+        require_none_failed([trial])
 
 
 def pooled(folder: Path) -> CrossvalResult:

@@ -23,6 +23,7 @@ from ser_ray.search import trial_table
 from ser_ray.search.actor import TrialSetup
 from ser_ray.search.config import TuneConfig
 from ser_ray.search.optuna_study import importance_of, optuna_journal
+from ser_ray.search.slots import Slots
 from ser_ray.search.study import Study
 from ser_ray.search.trial import TrialRecord, trial_rows
 from ser_ray.search.trial_table import TrialTable
@@ -133,7 +134,7 @@ def open_study(server: Server, storage: Path | str) -> Study:
     shards = cast(ShardSet, make_memory_shards(speakers=2, emotions=2))
     setup = TrialSetup(recipe=RECIPE, shards=shards, pretrained={})
     return Study(
-        parent, folder, setup, (1, {"CPU": 1.0}), RunConfig(), TAGS, show=lambda trials: None
+        parent, folder, setup, Slots(1, {"CPU": 1.0}), RunConfig(), TAGS, show=lambda trials: None
     )
 
 
@@ -468,7 +469,7 @@ def test_a_log_gets_a_line_about_running_trials_from_time_to_time(server, tmp_pa
         table([running])
         running.rows.append({"epoch": 1.0, "val/ua": 0.25, "val/loss": 1.0})
         table([running])
-        monkeypatch.setattr(trial_table, "LINE_SECONDS", 0.0)
+        monkeypatch.setattr(trial_table, "LOG_SECONDS", 0.0)
         table([running])
     assert output.getvalue().splitlines() == [
         "trial   1/1 running   seed 0",

@@ -505,7 +505,7 @@ def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monk
     def start(recipe: TrainConfig) -> str:
         with open_study(
             "search", "label", RunFolder(run.storage, "search"), run, SlotConfig(),
-            setup_of(shards, recipe=recipe), settings={}, varied=set(), show=print,
+            setup_of(shards, recipe=recipe), settings={}, varied_fields=set(), show=print,
         ) as opened:  # fmt: skip
             return opened.parent.run_id
 
