@@ -132,17 +132,18 @@ def _init(address: str, source: str, folder: str | None) -> None:
 
 @contextmanager
 def _quiet_backend() -> Iterator[None]:
-    """Keep the C++ code of a Ray that starts in the block from writing to the terminal.
+    """Keep the warnings of Ray's C++ code off the terminal, if Ray starts in the block.
 
-    That code warns, for example, that lost actors may not be restarted. The variable LOG_LEVEL
-    turns its messages off, but Ray reports on standard error that it has read the variable.
-    Therefore standard error is discarded while Ray starts.
+    For example, Ray warns that lost actors may not be restarted. The variable LOG_LEVEL hides
+    warnings, but Ray reports on standard error that it has read the variable. Therefore standard
+    error is discarded while Ray starts. Errors are shown: if its GCS process is gone for a minute,
+    Ray ends this process, and only this message says why.
     """
     if LOG_LEVEL in os.environ:
         yield
         return
     terminal, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.environ[LOG_LEVEL] = "fatal"
+    os.environ[LOG_LEVEL] = "error"
     os.dup2(null, 2)
     try:
         yield

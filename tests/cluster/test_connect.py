@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -92,10 +94,31 @@ def test_what_ray_writes_while_it_starts_does_not_reach_the_terminal(
 ) -> None:
     with _quiet_backend():
         os.write(2, b"Set ray log level")
-        assert os.environ[LOG_LEVEL] == "fatal"
+        assert os.environ[LOG_LEVEL] == "error"
     os.write(2, b"a message of ours")
     assert capfd.readouterr().err == "a message of ours"
     assert LOG_LEVEL not in os.environ
+
+
+@pytest.mark.ray
+def test_ray_says_why_it_ends_a_process_whose_cluster_is_gone() -> None:
+    program = """
+import time
+import psutil
+from ser_ray.cluster.connect import cluster
+with cluster():
+    (gcs,) = (p for p in psutil.Process().children() if p.name() == "gcs_server")
+    gcs.kill()
+    time.sleep(300)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "Failed to connect to GCS within 3 seconds" in ended.stderr
 
 
 def test_a_programming_error_is_not_reported_as_a_busy_machine(
