@@ -29,7 +29,7 @@ from ser_ray.errors import CheckpointError, MismatchError, SerRayError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import filesystem_of, location_inside
 from ser_ray.training.checkpoint import (
     CARD,
@@ -115,18 +115,22 @@ class RunFolder:
         """Location of the run's page."""
         self.filesystem, self.root = filesystem_of(storage)
         self.path = f"{self.root.rstrip('/')}/{name}"
-        self._lock: Lock | None = None
+        self._lock: FolderLock | None = None
 
-    def lock(self) -> Lock:
+    def lock(self) -> FolderLock:
         """Make the lock that a process holds while it trains the run of this name."""
-        advice = "is training under this name; wait for it to end, or give another --name"
-        self._lock = Lock(self.location, CheckpointError, advice)
+        self._lock = FolderLock(
+            self.location,
+            CheckpointError,
+            activity="is training under this name",
+            advice="wait for it to end, or give another --name",
+        )
         return self._lock
 
     def check_lock(self) -> None:
         """Raise CheckpointError if another process has taken over the lock of this process."""
         if self._lock is not None:
-            self._lock.check()
+            self._lock.require_held()
 
     def read(self, name: str) -> bytes:
         """Read a small file in the folder."""

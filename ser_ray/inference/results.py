@@ -30,7 +30,7 @@ from ser_ray.inference.prediction import table_schema
 from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.shards.progress import in_groups
 from ser_ray.storage.atomic import atomic_write
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -69,8 +69,8 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
     """
     filesystem, path = filesystem_of(output)
     folder = location_inside(folder_of(output), f"{Path(path).name}.partial")
-    advice = f"is writing {output}: wait until it ends, or choose another --output"
-    with Lock(folder, ConfigError, advice) as lock:
+    activity, advice = f"is writing {output}", "wait until it ends, or choose another --output"
+    with FolderLock(folder, ConfigError, activity=activity, advice=advice) as lock:
         results = PartialResults(filesystem, path, lock, model, labels)
         try:
             yield results
@@ -83,7 +83,12 @@ class PartialResults:
     """The answers of a pass so far. Memory holds only the path, chunk and row of each file."""
 
     def __init__(
-        self, filesystem: fs.FileSystem, path: str, lock: Lock, model: str, labels: Sequence[str]
+        self,
+        filesystem: fs.FileSystem,
+        path: str,
+        lock: FolderLock,
+        model: str,
+        labels: Sequence[str],
     ) -> None:
         self._filesystem, self._path, self._folder = filesystem, path, f"{path}.partial"
         self._lock, self._model, self._schema = lock, model, table_schema(labels)
@@ -157,7 +162,7 @@ class PartialResults:
         # object.
         temporary = f"{self._path}.tmp"
         self.write_chunk()
-        self._lock.check()
+        self._lock.require_held()
         try:
             with self._filesystem.open_output_stream(temporary) as stream:
                 _write(output_suffix(self._path), stream, self._schema, count_rows())

@@ -37,7 +37,7 @@ from ser_ray.shards.column import encode_shard, is_current
 from ser_ray.shards.job import follow, set_up_ray_data, shard_result
 from ser_ray.shards.progress import count_files
 from ser_ray.storage.atomic import atomic_write
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def add_encoders(
     shards: str,
     card: ShardCard,
     encoders: "Sequence[EncoderWeights]",
-    lock: Lock,
+    lock: FolderLock,
     address: str,
     progress: Report | None,
 ) -> tuple[ShardCard, list[str]]:
@@ -163,7 +163,7 @@ def _write_column(
     card: ShardCard,
     weights: "EncoderWeights",
     numbers: list[int],
-    lock: Lock,
+    lock: FolderLock,
     progress: Report | None,
 ) -> None:
     """Encode shards in a pool of actors."""

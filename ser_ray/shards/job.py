@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from ser_ray.errors import ShardsError, last_line
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -51,7 +51,7 @@ def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
 
 
 def follow(
-    results: "Dataset", shards: str, lock: Lock, add: Callable[[Mapping[str, int]], None]
+    results: "Dataset", shards: str, lock: FolderLock, add: Callable[[Mapping[str, int]], None]
 ) -> None:
     """Run a job of `shard_result`s, count the files, and stop if another run took over the lock.
 
@@ -65,7 +65,7 @@ def follow(
             path, failure, statuses, counts = result.to_pydict().values()
             if failure[0]:
                 raise ShardsError(f"{shards}/{path[0]}: {failure[0]}{AGAIN}")
-            lock.check()
+            lock.require_held()
             add(dict(zip(statuses, counts, strict=True)))
     except ray.exceptions.RayError as error:
         raise ShardsError(f"{shards}: the job failed ({last_line(error)}){AGAIN}") from error

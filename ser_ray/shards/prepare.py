@@ -47,10 +47,9 @@ from ser_ray.shards.read import ShardSet
 from ser_ray.shards.write import write_shard
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.listing import NO_FILE
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
-IN_USE = "is writing these shards; wait until it ends, or choose another folder"
 ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
 MISSING_NAME = "missing.csv"
 """The file in a shard set that lists the files of a table that do not exist."""
@@ -123,7 +122,12 @@ def prepare(
     manifest = exclude(corpus.manifest, config.include)
     encoders = load_encoders(config.shards, config.encoder, config.features)
     try:
-        with Lock(config.shards, ShardsError, IN_USE) as lock:
+        with FolderLock(
+            config.shards,
+            ShardsError,
+            activity="is writing these shards",
+            advice="wait until it ends, or choose another folder",
+        ) as lock:
             layout.require_own(config.shards)
             missing = _report_missing(manifest, config)
             committed = read_committed(config.shards)
@@ -172,7 +176,7 @@ def _complete(
     config: PrepareConfig,
     corpus: Corpus,
     plan: Plan,
-    lock: Lock,
+    lock: FolderLock,
     progress: Report | None,
 ) -> ShardCard:
     """Write the pending shards of the plan, and then the card of the shard set.

@@ -1,13 +1,14 @@
 """A lock on a folder: only the process that holds the lock may write into the folder.
 
 The lock is a file in the folder, so it works on every filesystem that pyarrow opens, and between
-machines that share nothing else. (`filelock` needs a local disk, and pyarrow has no conditional put
-for buckets.) The holder rewrites the file every `BEAT_SECONDS` and increases the number in it.
+machines that share nothing else. (`filelock` needs a local disk, and pyarrow cannot write an object
+of a bucket only if it does not exist.) The holder sends heartbeats: every `HEARTBEAT_SECONDS`, it
+rewrites the file with a higher number.
 
-A process that finds a lock of its own machine asks the operating system whether the holder is
-running. If the lock is from another machine, it watches the file: the holder is alive if the file
-changes, and gone if the file does not change for `STALE_SECONDS`. The clocks of two machines are
-never compared.
+A process that finds the lock of a holder on its own machine asks the operating system whether the
+holder is running. If the holder is on another machine, the process watches the file: the holder is
+alive if the file changes, and gone if the file does not change for `STALE_SECONDS`. The clocks of
+two machines are never compared.
 """
 
 import contextlib
@@ -29,31 +30,37 @@ from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of, location_inside
 
 LOCK_NAME = "lock.json"
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
-"""Time between two reads of a lock that another process may hold."""
+"""Seconds between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Wait before a claim is checked, so that processes with simultaneous claims have all written."""
+"""Seconds from writing a claim to reading it back. By then, all processes that claim the lock at
+the same time have written."""
 
 logger = logging.getLogger(__name__)
 
 
-class Lock:
+class FolderLock:
     """The right to write into a folder, held within a `with` block.
+
+    The errors of a lock read like this: FOLDER/lock.json: process 12 on HOST is training under this
+    name (since 10:00); wait for it to end, or give another --name.
 
     Args:
         location: the folder, which is created if it does not exist.
-        error: the type of the error that is raised if the lock cannot be held.
-        advice: the end of the error message, after the name of the process that holds the lock:
-            what that process does, and what the user can do about it.
+        error: the type of all errors of the lock.
+        activity: what the process with the lock does, here `is training under this name`.
+        advice: what the user can do, here `wait for it to end, or give another --name`.
     """
 
-    def __init__(self, location: str, error: type[SerRayError], advice: str) -> None:
+    def __init__(
+        self, location: str, error: type[SerRayError], *, activity: str, advice: str
+    ) -> None:
         self._location = location_inside(location, LOCK_NAME)
         self._filesystem, self._folder = filesystem_of(location)
         self._path = f"{self._folder}/{LOCK_NAME}"
-        self._error, self._advice = error, advice
+        self._error, self._activity, self._advice = error, activity, advice
         self._claim = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -62,8 +69,8 @@ class Lock:
             "process_started": psutil.Process().create_time(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        self._num_beats = 0
-        self._last_beat = 0.0
+        self._num_heartbeats = 0
+        self._last_heartbeat = 0.0
         self._is_lost = False
         self._is_released = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
@@ -72,8 +79,8 @@ class Lock:
         """Acquire the lock.
 
         Raises:
-            SerRayError: another process holds the lock, or the folder cannot be written. Its type
-                is `error`.
+            SerRayError: of the type `error`. Another process holds the lock, or the folder cannot
+                be written.
         """
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
@@ -83,14 +90,15 @@ class Lock:
                 f"{self._location}: cannot be written ({error}); choose another folder, or make "
                 "this one writable"
             ) from error
-        self._last_beat = time.time()
+        self._last_heartbeat = time.time()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Release the lock, unless another process took it over.
 
-        If that fails, a warning is logged, because an error here hides the error of the block.
+        If the file cannot be deleted, this only logs a warning. An exception here would hide the
+        exception of the block.
         """
         self._is_released.set()
         self._thread.join()
@@ -100,87 +108,93 @@ class Lock:
         except OSError as error:
             logger.warning(
                 "%s: cannot be removed (%s); it is ignored once it is %.0f seconds old",
-                *(self._location, error, STALE_SECONDS),
+                self._location,
+                error,
+                STALE_SECONDS,
             )
 
-    def check(self) -> None:
-        """Raise `error` if another process took over the lock because beats were missed.
+    def require_held(self) -> None:
+        """Raise `error` if this process lost the lock.
 
-        This reads the storage only if the last beat is overdue, so every step may call it.
+        That happens if another process took the lock over after missed heartbeats, or if somebody
+        deleted the file. The storage is read only if a heartbeat is overdue, so every step of a
+        training may call this.
         """
-        if time.time() - self._last_beat > 2 * BEAT_SECONDS:  # for example after the machine slept
+        # A heartbeat is overdue after the machine was asleep, for example.
+        if time.time() - self._last_heartbeat > 2 * HEARTBEAT_SECONDS:
             with contextlib.suppress(OSError):
-                self._beat()
+                self._send_heartbeat()
         if self._is_lost:
-            raise self._in_use(self._read())
+            raise self._in_use_error(self._read())
 
     def _acquire(self) -> None:
         claim = self._read()
-        if claim is not None:
-            claim = self._wait_until_gone(claim)
-        if claim is None and isinstance(self._filesystem, fs.LocalFileSystem):
+        was_abandoned = claim is not None and self._was_abandoned(claim)
+        if isinstance(self._filesystem, fs.LocalFileSystem) and not was_abandoned:
             try:
                 with Path(self._path).open("xb") as file:
                     file.write(self._content())
             except FileExistsError:
-                raise self._in_use(self._read()) from None
+                raise self._in_use_error(self._read()) from None
             return
-        # A file or an object cannot be replaced conditionally, so the last writer wins.
+        # Several processes may write the file at the same time; the last one gets the lock.
         self._write()
         time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
-            raise self._in_use(self._read())
+            raise self._in_use_error(self._read())
 
-    def _wait_until_gone(self, claim: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the claim if its holder is gone, or None if the holder released the lock.
+    def _was_abandoned(self, claim: dict[str, Any]) -> bool:
+        """Wait until the holder is gone, and return whether it left the lock behind.
 
         Raises:
             SerRayError: the holder is running.
         """
         is_running = _is_running(claim)
         if is_running:
-            raise self._in_use(claim)
+            raise self._in_use_error(claim)
         if is_running is False:
-            return claim
+            return True
         logger.warning(
-            "%s: left by %s; waiting up to %.0f seconds for a sign of life",
-            *(self._location, _name(claim), STALE_SECONDS),
+            "%s: held by %s, which may have ended; waiting up to %.0f seconds for its heartbeat",
+            self._location,
+            _describe_holder(claim),
+            STALE_SECONDS,
         )
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             latest = self._read()
             if latest is None:
-                return None
+                return False
             if latest != claim:
-                raise self._in_use(latest)
-        return claim
+                raise self._in_use_error(latest)
+        return True
 
     def _keep_alive(self) -> None:
-        while not self._is_released.wait(BEAT_SECONDS) and not self._is_lost:
-            with contextlib.suppress(OSError):  # the storage may fail for a moment
-                self._beat()
+        while not self._is_released.wait(HEARTBEAT_SECONDS) and not self._is_lost:
+            with contextlib.suppress(OSError):  # the storage may be unavailable for a moment
+                self._send_heartbeat()
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         if not self._is_ours():
             self._is_lost = True
             return
-        self._num_beats += 1
+        self._num_heartbeats += 1
         self._write()
-        self._last_beat = time.time()
+        self._last_heartbeat = time.time()
 
     def _is_ours(self) -> bool:
         claim = self._read()
         return claim is not None and claim.get("token") == self._claim["token"]
 
     def _content(self) -> bytes:
-        return json.dumps(self._claim | {"beat": self._num_beats}).encode()
+        return json.dumps(self._claim | {"beat": self._num_heartbeats}).encode()
 
     def _write(self) -> None:
         write_file(self._filesystem, self._path, self._content())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim, `{}` if it is half written, or None if there is no lock."""
+        """Return the holder's claim, `{}` if it is incomplete, or None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -189,14 +203,17 @@ class Lock:
         except ValueError:
             return {}
 
-    def _in_use(self, claim: dict[str, Any] | None) -> SerRayError:
-        return self._error(f"{self._location}: {_name(claim)} {self._advice}")
+    def _in_use_error(self, claim: dict[str, Any] | None) -> SerRayError:
+        if claim is None:
+            problem = f"the lock was deleted, perhaps because another process {self._activity}"
+        else:
+            since = f" (since {claim['since']})" if claim else ""
+            problem = f"{_describe_holder(claim)} {self._activity}{since}"
+        return self._error(f"{self._location}: {problem}; {self._advice}")
 
 
-def _name(claim: dict[str, Any] | None) -> str:
-    if claim is None:
-        return "was deleted, perhaps because another process"
-    return "process {pid} on {host} since {since}".format(**claim) if claim else "another process"
+def _describe_holder(claim: dict[str, Any]) -> str:
+    return f"process {claim['pid']} on {claim['host']}" if claim else "another process"
 
 
 def _is_running(claim: dict[str, Any]) -> bool | None:
@@ -214,7 +231,7 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
 
 
 def _pid_namespace() -> str:
-    """Return the PID namespace of this process; processes of one namespace see each other's ids."""
+    """Return the PID namespace of this process. Process ids are only comparable within one."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux

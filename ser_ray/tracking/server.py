@@ -27,14 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ser_ray.errors import SerRayError, TrackingError
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 from ser_ray.tracking.backups import Backups
 
 BACKUP_SECONDS = 60.0
 CREDENTIALS = Path("~/.mlflow/credentials")
 LOCAL = Path("~/.ser-ray-mlflow")
-IN_USE = "serves this store; stop it, or give another store"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +63,12 @@ def serve(store: str, port: int) -> int:
     filesystem, root = filesystem_of(store)
     database = folder / "mlflow.db"
     with (
-        Lock(store, TrackingError, IN_USE) as lock,
+        FolderLock(
+            store,
+            TrackingError,
+            activity="serves this store",
+            advice="stop it, or give another store",
+        ) as lock,
         Backups(filesystem, f"{root}/database", database) as backups,
     ):
         server = subprocess.Popen(
@@ -83,7 +87,7 @@ def serve(store: str, port: int) -> int:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return server.wait(BACKUP_SECONDS)
-                lock.check()
+                lock.require_held()
                 try:
                     backups.store()
                 except (OSError, sqlite3.Error) as error:
@@ -91,7 +95,7 @@ def serve(store: str, port: int) -> int:
         finally:
             server.terminate()
             server.wait()
-            lock.check()
+            lock.require_held()
             try:
                 backups.store()
             except (OSError, sqlite3.Error) as error:

@@ -12,7 +12,7 @@ from pyarrow import fs
 from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.training.checkpoint import MODEL, PROGRESS, STATE, Progress, Snapshot, checkpoint_name
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Normalisation
@@ -94,14 +94,14 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_the_selected_one(sto
 def test_nothing_is_deleted_once_another_process_has_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(lock: Lock) -> None:
+    def refuse(lock: FolderLock) -> None:
         raise CheckpointError("another process is training under this name")
 
     folder = folder_of(str(tmp_path), snapshot(1, 1), snapshot(2, 2), snapshot(3, 2))
     newest = folder.newest()
     assert newest is not None
     with folder.lock():
-        monkeypatch.setattr(Lock, "check", refuse)
+        monkeypatch.setattr(FolderLock, "require_held", refuse)
         with pytest.raises(CheckpointError, match="another process"):
             folder.tidy(newest)
         with pytest.raises(CheckpointError, match="another process"):

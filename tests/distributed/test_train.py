@@ -38,7 +38,7 @@ from ser_ray.distributed.worker import preemption_check
 from ser_ray.errors import CheckpointError, ConfigError, SerRayError, ShardsError
 from ser_ray.evaluation import evaluate as evaluation
 from ser_ray.shards.read import ShardSet, open_shards
-from ser_ray.storage.lock import Lock
+from ser_ray.storage.lock import FolderLock
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, checkpoint_name
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
@@ -407,11 +407,11 @@ def test_a_training_that_loses_its_lock_ends_before_it_deletes_anything(
     def on_epoch(epoch: int) -> None:
         seen.append(epoch)
         if epoch == 2:  # another driver took the lock over, and has begun
-            monkeypatch.setattr(Lock, "check", refuse)
+            monkeypatch.setattr(FolderLock, "require_held", refuse)
             (folder / checkpoint_name(1, 1)).mkdir()
             kept.update(path.name for path in folder.glob("checkpoint-*"))
 
-    def refuse(lock: Lock) -> None:
+    def refuse(lock: FolderLock) -> None:
         raise CheckpointError("process 1 on elsewhere is training under this name")
 
     with pytest.raises(CheckpointError, match="on elsewhere is training"):

@@ -22,7 +22,7 @@ from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CARD_NAME, CLIPS, OUTCOMES, clips_name, outcomes_name
 from ser_ray.shards.prepare import PrepareSummary, prepare
 from ser_ray.shards.read import open_shards
-from ser_ray.storage.lock import LOCK_NAME, Lock
+from ser_ray.storage.lock import LOCK_NAME, FolderLock
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_sound, write_wav
 from tests.processes import has_ended, wait_for
 from tests.s3_server import s3_bucket
@@ -319,7 +319,7 @@ def test_files_that_are_not_included_are_counted(
 
 def test_a_second_run_at_the_same_time_is_refused(uninterrupted: Path, corpus: Path) -> None:
     before = files_of(uninterrupted)
-    lock = Lock(str(uninterrupted), ShardsError, "")
+    lock = FolderLock(str(uninterrupted), ShardsError, activity="", advice="")
     with lock, pytest.raises(ShardsError, match=f"process {os.getpid()} .* is writing these"):
         run(corpus, uninterrupted)
     assert files_of(uninterrupted) == before

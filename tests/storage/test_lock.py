@@ -19,11 +19,11 @@ import pytest
 
 from ser_ray.errors import CheckpointError, ShardsError
 from ser_ray.storage import lock as module
-from ser_ray.storage.lock import LOCK_NAME, Lock
+from ser_ray.storage.lock import LOCK_NAME, FolderLock
 
 
-def lock_of(folder: Path | str) -> Lock:
-    return Lock(str(folder), ShardsError, "is here")
+def lock_of(folder: Path | str) -> FolderLock:
+    return FolderLock(str(folder), ShardsError, activity="is here", advice="go away")
 
 
 def write_claim(folder: Path, **changes: object) -> None:
@@ -80,7 +80,7 @@ def test_the_lock_of_a_process_that_ended_on_this_machine_is_taken_over_without_
 ) -> None:
     write_claim(tmp_path, pid=dead_process())
     with lock_of(tmp_path) as held:
-        held.check()
+        held.require_held()
         assert read_claim(tmp_path)["pid"] == os.getpid()
     assert watching == [module.SETTLE_SECONDS]
 
@@ -99,7 +99,7 @@ def test_the_lock_of_a_holder_that_cannot_be_seen_is_taken_over_only_after_a_sil
 ) -> None:
     write_claim(tmp_path, **changes)
     with lock_of(tmp_path) as held:
-        held.check()
+        held.require_held()
         assert read_claim(tmp_path)["token"] == held._claim["token"]
     assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
 
@@ -120,7 +120,7 @@ def test_a_living_holder_keeps_its_lock_whatever_its_clock_says(
 
     clock.sleep = sleep
     clock.monotonic = lambda: sum(slept)
-    with pytest.raises(ShardsError, match="on elsewhere since noon is here"):
+    with pytest.raises(ShardsError, match=r"on elsewhere is here \(since noon\); go away"):
         lock_of(tmp_path).__enter__()
     assert read_claim(tmp_path)["beat"] == 1
 
@@ -139,7 +139,7 @@ def test_an_unreadable_lock_is_taken_over_once_it_is_old(
 ) -> None:
     (tmp_path / LOCK_NAME).touch()  # a full disk left this
     with lock_of(tmp_path) as held:
-        held.check()
+        held.require_held()
     assert sum(watching) == module.STALE_SECONDS + module.SETTLE_SECONDS
 
 
@@ -147,7 +147,7 @@ def test_the_file_changes_with_every_beat(tmp_path: Path) -> None:
     with lock_of(tmp_path) as held:
         claims = [read_claim(tmp_path)]
         for _ in range(2):
-            held._beat()
+            held._send_heartbeat()
             claims.append(read_claim(tmp_path))
     assert [claim["beat"] for claim in claims] == [0, 1, 2]
 
@@ -160,12 +160,12 @@ def test_a_disk_that_is_full_for_a_beat_leaves_the_claim(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large"):
-                held._beat()
+                held._send_heartbeat()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, before)
         assert read_claim(tmp_path) == claim
-        held.check()
+        held.require_held()
     assert not list(tmp_path.iterdir())
 
 
@@ -204,12 +204,12 @@ def test_in_a_bucket_the_last_to_write_wins(is_last: bool, clock: SimpleNamespac
 def test_a_successors_lock_is_noticed_at_the_next_beat_and_left_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     with lock_of(tmp_path) as held:
         write_claim(tmp_path, host="elsewhere")
         held._thread.join(30)  # it ends with the lock
         with pytest.raises(ShardsError, match="on elsewhere"):
-            held.check()
+            held.require_held()
     assert read_claim(tmp_path)["host"] == "elsewhere"
 
 
@@ -225,11 +225,11 @@ def test_a_check_reads_the_lock_once_a_beat_is_overdue(
     """A laptop that slept for an hour wakes up in the middle of an epoch."""
     with lock_of(tmp_path) as held:
         write_claim(tmp_path, host="elsewhere")
-        held.check()
+        held.require_held()
         woken = time.time() + 3600
         clock.time = lambda: woken
         with pytest.raises(ShardsError, match="on elsewhere"):
-            held.check()
+            held.require_held()
 
 
 def test_a_check_between_two_beats_does_not_touch_the_storage(
@@ -237,18 +237,19 @@ def test_a_check_between_two_beats_does_not_touch_the_storage(
 ) -> None:
     with lock_of(tmp_path) as held:
         monkeypatch.setattr(held, "_read", lambda: pytest.fail("it read"))
-        held.check()
+        held.require_held()
         monkeypatch.undo()
 
 
 def test_a_deleted_lock_is_lost(tmp_path: Path) -> None:
     with lock_of(tmp_path) as held:
         (tmp_path / LOCK_NAME).unlink()
-        held._beat()
+        held._send_heartbeat()
         with pytest.raises(
-            ShardsError, match=r"lock\.json: was deleted, perhaps because .* is here"
+            ShardsError,
+            match=r"lock\.json: the lock was deleted, perhaps because .* is here; go away",
         ):
-            held.check()
+            held.require_held()
     assert not list(tmp_path.iterdir())
 
 
@@ -257,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path, place: str
     (tmp_path / "file").touch()
     folder = tmp_path / place
     with pytest.raises(CheckpointError) as caught:
-        Lock(str(folder), CheckpointError, "is here").__enter__()
+        FolderLock(str(folder), CheckpointError, activity="is here", advice="go away").__enter__()
     assert str(caught.value).startswith(f"{folder}/lock.json: cannot be written (")
     assert str(caught.value).endswith("; choose another folder, or make this one writable")
 

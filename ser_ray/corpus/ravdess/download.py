@@ -25,7 +25,6 @@ PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(map(int, SPEAKERS))
 WITHOUT = ("Song", 18)
 """Actor 18 did not sing."""
-IN_USE = "is downloading into this folder; wait until it ends, or choose another target"
 
 # Unpacked bytes per byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
@@ -99,7 +98,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
     """
     from ser_ray.corpus.ravdess import fetch
     from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack
-    from ser_ray.storage.lock import Lock
+    from ser_ray.storage.lock import FolderLock
 
     target = Path(config.target).expanduser()
     folders = {name: target / Path(name).stem for name in config.archive_names}
@@ -111,7 +110,13 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         )
     if missing:
         try:
-            with Lock(str(target), CorpusError, IN_USE), fetch.open_session() as session:
+            lock = FolderLock(
+                str(target),
+                CorpusError,
+                activity="is downloading into this folder",
+                advice="wait until it ends, or choose another target",
+            )
+            with lock, fetch.open_session() as session:
                 archives = fetch.list_record(session, config.record_url, list(missing))
                 _require_space(archives, target, keep_archives=config.keep_archives)
                 for archive in archives:
