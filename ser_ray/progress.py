@@ -37,11 +37,15 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def show_progress(given: Report | None = None) -> Iterator[Report]:
+def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
     """Yield a function that shows progress on standard error; call it after each step.
 
     It adds the rate and the time left, both since its first call, to the text. If a function is
     given, that one is yielded instead.
+
+    Args:
+        unit: what is counted, such as `files`.
+        given: the function to yield.
     """
     if given is not None:
         yield given
@@ -63,7 +67,9 @@ def show_progress(given: Report | None = None) -> Iterator[Report]:
             since, before = first = first or (now, done)
             if now > since and done > before:
                 rate = (done - before) / (now - since)
-                text += f", {rate:.1f}/s, {clock((total - done) / rate)} left"
+                text += f", {rate:.1f} {unit}/s"
+                if done < total:
+                    text += f", {clock((total - done) / rate)} left"
             if bar is not None:
                 bar.update(bar.task_ids[0], description=text, completed=done, total=total)
             elif now - last >= LINE_SECONDS or done == total:

@@ -14,16 +14,16 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
 ) -> None:
     seconds = iter(range(1000, 1050, 2))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    with show_progress() as report:
+    with show_progress("steps") as report:
         for done in range(1, 26):
             report(f"step {done}", done, 25)
     assert capsys.readouterr().err.splitlines() == [
         "step 1",
-        "step 6, 0.5/s, 0:38 left",
-        "step 11, 0.5/s, 0:28 left",
-        "step 16, 0.5/s, 0:18 left",
-        "step 21, 0.5/s, 0:08 left",
-        "step 25, 0.5/s, 0:00 left",
+        "step 6, 0.5 steps/s, 0:38 left",
+        "step 11, 0.5 steps/s, 0:28 left",
+        "step 16, 0.5 steps/s, 0:18 left",
+        "step 21, 0.5 steps/s, 0:08 left",
+        "step 25, 0.5 steps/s",
     ]
 
 
@@ -32,7 +32,7 @@ def test_a_terminal_gets_a_bar(
 ) -> None:
     progress.stderr_console.cache_clear()  # it knows whether it was made on a terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with show_progress() as report:
+    with show_progress("steps") as report:
         report("step 3", 3, 12)
         report("step 12", 12, 12)
     shown = capsys.readouterr().err

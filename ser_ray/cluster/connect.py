@@ -80,7 +80,8 @@ def cluster(address: str = "") -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with keep_signal_handlers():
+                ray.shutdown()
 
 
 def _init(address: str, source: str, folder: str | None) -> None:

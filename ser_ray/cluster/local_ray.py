@@ -76,11 +76,12 @@ def _folder_in(root: str) -> str:
 
 @contextmanager
 def keep_signal_handlers() -> Iterator[None]:
-    """Keep this process's signal handlers although Ray starts in the `with` block.
+    """Keep this process's signal handlers although Ray starts or ends in the `with` block.
 
-    Ray replaces the handler of SIGTERM, which is restored after the block. SIGHUP is blocked while
-    Ray starts, and Ray's processes inherit this. Therefore they survive when the terminal closes,
-    and this process can still use them while it stops.
+    Ray replaces the handler of SIGTERM when it starts, and its C++ code removes it when it ends. It
+    is restored after the block. SIGHUP is blocked while Ray starts, and Ray's processes inherit
+    this. Therefore they survive when the terminal closes, and this process can still use them while
+    it stops.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ser_ray.progress import clock
+from ser_ray.training.metrics import validation_rank
 
 HEADER = "   epoch    loss val loss      UA      WA        lr clips/s   time"
 BEST = "  best so far"
@@ -28,7 +29,7 @@ class EpochTable:
         self.console, self.epochs = console, epochs
         self._last: Mapping[str, float] = {}
         self._ended_at = 0.0
-        self._best = -1.0
+        self._best: tuple[float, ...] = ()
         self._live = Live(
             get_renderable=self.running, console=console, refresh_per_second=2, transient=True
         )
@@ -44,8 +45,9 @@ class EpochTable:
     def __call__(self, row: Mapping[str, float]) -> None:
         """Show an epoch that has ended."""
         is_first, self._last, self._ended_at = not self._last, row, time.monotonic()
-        is_best = row.get("val/ua", -1.0) > self._best
-        self._best = max(self._best, row.get("val/ua", -1.0))
+        rank = validation_rank(row) if "val/ua" in row else ()
+        is_best = rank > self._best
+        self._best = max(self._best, rank)
         if not self.console.is_terminal:
             self.console.print(self._log_line(row) + (BEST if is_best else ""))
             return

@@ -1,5 +1,6 @@
 """Runs a learning-rate range test in this process or, on a cluster, in one Ray task."""
 
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -87,22 +88,32 @@ def run_lr_range(
         require_shared(*shards.locations)
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
-        name = run.name or f"lr-range-{config.feature}-{config.fingerprint}"
+        folder = _new_folder(run, run.name or f"lr-range-{config.feature}-{config.fingerprint}")
         tags = run_tags("range test", label, shards)
         params = config.to_dict() | {"lr_range": asdict(test)}
         about = "a learning-rate range test, which proposes lr_min and lr_max"
-        folder = RunFolder(absolute(run.storage), name)
         with start_run(folder, run, shards, tags, params, about) as tracker:
             in_process = partial(_steps, config, shards, pretrained, test, gpu)
             with closing(_on_ray(in_process, gpu) if on_ray else in_process()) as steps:
                 found = propose(*_follow(steps, test))
             page = range_page(
-                name, asdict(found), settings=flatten(params), tags=tags, run_id=tracker.run_id
+                folder.name,
+                asdict(found),
+                settings=flatten(params),
+                tags=tags,
+                run_id=tracker.run_id,
             )
             store_page(page, folder.report)
             _record(tracker, found, page, tags)
             tracker.finish("FINISHED")
     return LrRangeResult(found, label, tracker.run_id, tracker.uri, folder.report)
+
+
+def _new_folder(run: RunConfig, name: str) -> RunFolder:
+    """Return the first of the folders NAME, NAME-2, NAME-3, ... that does not exist."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    folders = (RunFolder(absolute(run.storage), name) for name in names)
+    return next(folder for folder in folders if not folder.exists())
 
 
 def _steps(
@@ -150,7 +161,7 @@ def _follow(
     """Show the progress of the steps; return their learning rates and losses."""
     rates: list[float] = []
     losses: list[float] = []
-    with show_progress() as report:
+    with show_progress("steps") as report:
         for done, (rate, loss) in enumerate(steps, start=1):
             rates.append(rate)
             losses.append(loss)

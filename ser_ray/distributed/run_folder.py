@@ -132,6 +132,10 @@ class RunFolder:
         if self._lock is not None:
             self._lock.require_held()
 
+    def exists(self) -> bool:
+        """Return whether there is anything of this name in the storage."""
+        return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
+
     def read(self, name: str) -> bytes:
         """Read a small file in the folder."""
         with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:

@@ -33,6 +33,7 @@ from ser_ray.tracking.tracker import Tracker, has_run
 from ser_ray.training.checkpoint import read_card, read_layer_weights
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.loop import require_workers_fit
+from ser_ray.training.metrics import validation_rank
 from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 
@@ -66,7 +67,7 @@ class TrainResult:
         selected, card = self.selected, self.card
         lines = [f"trained on   {card.trained_on}, {card.split['label']}"]
         if "val/ua" in selected:
-            best = max(self.history, key=lambda row: row["val/ua"])
+            best = max(self.history, key=validation_rank)
             lines.append(
                 f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
                 f"{selected['epoch']:.0f}, the {card.config.keep} of {len(self.history)}; "

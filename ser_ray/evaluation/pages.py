@@ -260,11 +260,11 @@ def search_page(
         trials=[
             {
                 "trial": row["trial"],
-                "state": row["state"],
-                **{name: _shown(row[name]) for name in searched},
-                "epochs": row["epochs"],
                 "ua": row["selected/ua"],
                 "wa": row["selected/wa"],
+                **{name: _shown(row[name]) for name in searched},
+                "epochs": row["epochs"],
+                "state": row["state"],
             }
             for row in ranked
         ],

@@ -12,9 +12,18 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
-from ser_ray.plots.style import BLUE, GREEN, GREY, VERMILION, finish, legend_above, new_axes
+from ser_ray.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILION,
+    finish,
+    legend_above,
+    new_axes,
+    percent,
+)
 
 TrialRow = Mapping[str, Any]
 
@@ -32,6 +41,8 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     scored = _scored(trials)
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
         of_state = [row for row in scored if row["state"] == state]
+        if not of_state:
+            continue
         numbers = [row["trial"] for row in of_state]
         scores = [row["selected/ua"] for row in of_state]
         label = f"{state} ({len(of_state)})"
@@ -40,7 +51,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     best_scores = [row["selected/ua"] for row in best_so_far]
     numbers = [row["trial"] for row in scored]
     axes.step(numbers, best_scores, where="post", color=VERMILION, label="best so far")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(percent)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     legend_above(axes, columns=3)
     return finish(axes, title)
@@ -61,6 +72,8 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
         points = [
             (x, row) for x, row in zip(positions, scored, strict=True) if row["feature"] == kind
         ]
+        if not points:
+            continue
         axes.scatter(
             [x for x, _ in points],
             [row["selected/ua"] for _, row in points],
@@ -69,7 +82,7 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
             marker=marker,
             label=f"{kind} ({len(points)})",
         )
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(percent)
     legend_above(axes, columns=3)
     return finish(axes, title)
 

@@ -27,6 +27,11 @@ def new_axes(height: float, **settings: Any) -> Axes:
     return Figure(figsize=(WIDTH, height), layout="constrained").add_subplot(**settings)
 
 
+def percent(share: float, _: int = 0) -> str:
+    """Write the label of a tick at a share from 0 to 1, without rounding it to whole percents."""
+    return f"{100 * share:.3g}%"
+
+
 def tidy(axes: Axes) -> None:
     """Remove the top and right edges of the frame, and draw a faint grid."""
     axes.grid(color=GREY, alpha=0.3, linewidth=0.5)

@@ -63,16 +63,16 @@ class CrossvalResult(StudyResult):
 
     @property
     def trainings(self) -> list[dict[str, Any]]:
-        """One row per training: fold, seed, speakers, number of clips, scores and validation UA."""
+        """One row per training: fold, seed, scores, validation UA, number of clips, speakers."""
         return [
             {
                 "fold": trial.recipe.fold,
                 "seed": trial.recipe.seed,
-                "speakers": ", ".join(sorted(set(fold.speakers))),
-                "clips": fold.scores.num_clips,
                 "ua": fold.scores.ua,
                 "wa": fold.scores.wa,
                 "validation UA": trial.selected["val/ua"],
+                "clips": fold.scores.num_clips,
+                "speakers": ", ".join(sorted(set(fold.speakers))),
             }
             for trial, fold in zip(self.trials, self.folds, strict=True)
         ]
@@ -162,7 +162,8 @@ def pool(
     write_predictions(predictions, location)
     pooled = replace(
         folds[0],
-        card=replace(folds[0].card, config=plan.recipe),
+        # Every fold has its own temperature, which its probabilities contain already.
+        card=replace(folds[0].card, config=plan.recipe, temperature=1.0),
         protocol=plan.caption,
         predictions=predictions,
         origin={},

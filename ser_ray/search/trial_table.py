@@ -113,7 +113,8 @@ class TrialTable:
         max_rows = max(self.console.height - 4, 5)
         ranked = sorted(
             self._trials,
-            key=lambda trial: (trial.ended, -trial.selected.get("val/ua", 0.0)),
+            key=lambda trial: (not trial.ended, trial.rank if trial.rows else ()),
+            reverse=True,
         )
         return sorted(ranked[:max_rows], key=lambda trial: trial.number)
 

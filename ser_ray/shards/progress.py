@@ -23,7 +23,7 @@ def count_files(
         report: called with the sums; by default a bar or log lines are shown.
     """
     done, errors = before, 0
-    with show_progress(report) as show:
+    with show_progress("files", report) as show:
 
         def add(counts: Mapping[str, int]) -> None:
             nonlocal done, errors

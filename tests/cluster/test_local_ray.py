@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -115,6 +116,26 @@ def test_the_private_switch_of_ray_still_makes_it_use_the_loopback() -> None:
     with minimal_ray_on_loopback():
         assert ray.util.get_node_ip_address() == "127.0.0.1"
     assert ray.util.get_node_ip_address() == usual
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_still_stops_a_verb_after_its_ray_has_ended() -> None:
+    """Ray's C++ code removes the handler without Python's knowledge."""
+    program = """
+import signal
+from ser_ray.cli.stop import Stopped, stopped_by_signals
+from ser_ray.cluster.connect import cluster
+with stopped_by_signals():
+    with cluster("local"):
+        pass
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Stopped:
+        print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
 @pytest.mark.ray

@@ -11,9 +11,9 @@ from ser_ray.distributed import epoch_table
 from ser_ray.distributed.epoch_table import EpochTable
 
 
-def row(epoch: int, ua: float) -> dict[str, float]:
+def row(epoch: int, ua: float, loss: float = 1.25) -> dict[str, float]:
     return {
-        "epoch": float(epoch), "train/loss": 1.5, "val/loss": 1.25, "val/ua": ua, "val/wa": 0.5,
+        "epoch": float(epoch), "train/loss": 1.5, "val/loss": loss, "val/ua": ua, "val/wa": 0.5,
         "lr": 1e-3, "speed/clips_per_second": 44.0, "speed/epoch_seconds": 20.0,
     }  # fmt: skip
 
@@ -35,6 +35,14 @@ def test_a_terminal_keeps_a_row_an_epoch_and_marks_the_best() -> None:
     assert ["best so far" in line for line in rows] == [True, True, False]
     assert max(map(len, lines)) <= 80
     assert sum("val loss" in line for line in lines) == 1
+
+
+def test_of_equal_scores_the_lower_loss_is_marked_as_in_the_selection() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with EpochTable(console, 3) as show:
+        for epoch, loss in enumerate((1.25, 1.0, 1.5), start=1):
+            show(row(epoch, 0.3, loss))
+    assert ["best so far" in line for line in lines_of(console)] == [True, True, False]
 
 
 def test_the_running_epoch_has_a_bar_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

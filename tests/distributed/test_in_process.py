@@ -215,7 +215,8 @@ from pathlib import Path
 flags = ["--shards", %r, "--protocol", "speaker-3", "--epochs", "1", "--batch-size", "6",
          "--crop-frames", "16", "--weights", "none", "--device", "cpu"]
 assert main(["train", *flags, "--name", "one"]) == 0
-assert main(["lr-range", *flags, "--steps", "80"]) == 0
+assert main(["lr-range", *flags, "--steps", "80", "--name", "one"]) == 0
+assert Path("ser-ray-out/runs/one-2/report.html").exists(), "the page of the training is kept"
 assert main(["evaluate", "ser-ray-out/runs/one/selected", "--shards", %r]) == 0
 assert not psutil.Process().children(recursive=True)
 """

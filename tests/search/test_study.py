@@ -508,6 +508,23 @@ def test_a_table_has_a_column_for_each_searched_name_and_says_how_long_it_will_t
     assert "about 3:00 left" in str(found.caption)
 
 
+def test_a_table_that_is_too_long_for_the_screen_shows_the_best_trial():
+    row = {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
+    records = [
+        TrialRecord(str(number), number, {}, RECIPE, rows=[row], state="pruned")
+        for number in range(1, 9)
+    ]
+    worse = row | {"val/ua": 0.25}
+    records.append(TrialRecord("9", 9, {}, RECIPE, rows=[worse], state="finished"))
+    output = io.StringIO()
+    table = TrialTable(Console(file=output, force_terminal=True, width=80, height=9), 10)
+    table(records)
+    table.console.print(table.table())
+    assert [line.split()[1] for line in output.getvalue().splitlines() if "best" in line] == [
+        "finished"
+    ]
+
+
 def test_the_name_that_determines_the_score_has_the_highest_importance():
     dimensions = TuneConfig(
         space=("lr_max=loguniform(1e-4,1e-2)", "lr_ratio=choice(10)", "feature=choice(mel,mfcc)")

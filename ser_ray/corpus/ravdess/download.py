@@ -120,7 +120,7 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
                 archives = fetch.list_record(session, config.record_url, list(missing))
                 _require_space(archives, target, keep_archives=config.keep_archives)
                 for archive in archives:
-                    with show_progress(progress) as report:
+                    with show_progress("MB", progress) as report:
                         path = fetch.fetch(session, archive, target, report)
                     unpack(path, missing[archive.name], max_bytes=_MAX_GROWTH * archive.size)
                     if not config.keep_archives:
