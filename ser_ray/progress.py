@@ -65,7 +65,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
             nonlocal first, last
             now = time.monotonic()
             since, before = first = first or (now, done)
-            if now > since and done > before:
+            if now - since >= 1 and done > before:  # results that come together have no rate
                 rate = (done - before) / (now - since)
                 text += f", {rate:.1f} {unit}/s"
                 if done < total:

@@ -17,10 +17,12 @@ class Download(Verb):
 
     def run(self) -> VerbResult:
         """Download and unpack the archives."""
-        folders = api.download(self.download)
-        lines = [f"{folder} is complete" for folder in folders]
-        lines.append(f"prepare it with ser-ray prepare --corpus {self.download.target}")
-        return VerbResult({"folders": [str(folder) for folder in folders]}, "\n".join(lines))
+        target = self.download.target
+        say("download", f"{', '.join(self.download.archive_names)} into {target}")
+        folders = [str(folder) for folder in api.download(self.download)]
+        lines = [f"complete     {folder}" for folder in folders]
+        command = next_command("prepare", corpus=target)
+        return VerbResult({"folders": folders}, "\n".join(lines), f"prepare it   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,6 +208,7 @@ class DemoUi(ModelVerb):
         from ser_ray.inference.predictor import Predictor
         from ser_ray.tracking.registry import local_model
 
+        say("model", f"loading {self.model}")
         with local_model(self.model, self.tracking_uri) as checkpoint:
             predictor = Predictor(checkpoint)
             about, examples = introduce(checkpoint, self.model)
@@ -227,6 +228,7 @@ class Export(ModelVerb):
 
     def run(self) -> VerbResult:
         """Export the model, and check that the file gives the same probabilities."""
+        say("model", f"exporting {self.model} as {self.format}")
         exported = api.export(self.model, self.output, self.format, tracking_uri=self.tracking_uri)
         return VerbResult(asdict(exported), str(exported))
 
@@ -246,6 +248,7 @@ class Register(ModelVerb):
 
     def run(self) -> VerbResult:
         """Register the model, and print its card."""
+        say("model", f"registering the model of run {self.run_id} as {self.name}")
         version, card = api.register(
             self.run_id, self.name, self.alias, tracking_uri=self.tracking_uri
         )

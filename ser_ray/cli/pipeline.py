@@ -107,7 +107,7 @@ class Pipeline(TableVerb):
             if truth := choose_files(evaluation):  # empty if all clips are segments of files
                 predicted = steps["predict"] = Predict(files=tuple(truth), model=model).run()
                 lines += [*prediction_lines(truth, predicted.data["predictions"]), ""]
-        lines += [f"shards       {self.shards}", trained.text, f"test         {evaluated.text}"]
+        lines += [f"test         {evaluated.text}", trained.text]
         return VerbResult(
             {name: step.data for name, step in steps.items()},
             "\n".join(lines),

@@ -45,9 +45,11 @@ class EpochTable:
     def __call__(self, row: Mapping[str, float]) -> None:
         """Show an epoch that has ended."""
         is_first, self._last, self._ended_at = not self._last, row, time.monotonic()
-        rank = validation_rank(row) if "val/ua" in row else ()
-        is_best = rank > self._best
-        self._best = max(self._best, rank)
+        is_best = False
+        # A resumed training does not show its earlier epochs, so its best epoch is unknown here.
+        if "val/ua" in row and (row["epoch"] == 1 or self._best):
+            is_best = validation_rank(row) > self._best
+            self._best = max(self._best, validation_rank(row))
         if not self.console.is_terminal:
             self.console.print(self._log_line(row) + (BEST if is_best else ""))
             return

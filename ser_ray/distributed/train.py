@@ -68,11 +68,13 @@ class TrainResult:
         lines = [f"trained on   {card.trained_on}, {card.split['label']}"]
         if "val/ua" in selected:
             best = max(self.history, key=validation_rank)
-            lines.append(
+            text = (
                 f"validation   UA {selected['val/ua']:.1%}, WA {selected['val/wa']:.1%} in epoch "
-                f"{selected['epoch']:.0f}, the {card.config.keep} of {len(self.history)}; "
-                f"the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}"
+                f"{selected['epoch']:.0f}, the {card.config.keep} of {len(self.history)}"
             )
+            if best["epoch"] != selected["epoch"]:
+                text += f"; the best UA was {best['val/ua']:.1%} in epoch {best['epoch']:.0f}"
+            lines.append(text)
         lines += [f"checkpoint   {self.checkpoint}", f"report       {self.report}"]
         return "\n".join(lines)
 

@@ -39,7 +39,7 @@ from ser_ray.search.trial import TrialRecord, best_of
 from ser_ray.search.tune_run import RetryFailed, points_arguments
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.storage.paths import absolute, short_digest
-from ser_ray.tracking.registry import read_initial_weights
+from ser_ray.tracking.registry import SELECTED_BY, read_initial_weights
 from ser_ray.tracking.tracker import Tracker, model_id_of, now_ms
 from ser_ray.training.checkpoint import copy_encoder, local_checkpoint, read_card
 from ser_ray.training.metrics import selected_metrics
@@ -204,8 +204,10 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     store_page(page, result.report)
     # Single trainings use the same prefixes for the metrics of these parts.
     prefix = "selected" if part == "validation" else "test"
-    scores = _scores_to_log(result)
-    tracker.log_scores({f"{prefix}/{name}": value for name, value in scores.items()}, now_ms())
+    metrics = {f"{prefix}/{name}": value for name, value in _scores_to_log(result).items()}
+    # MLflow's table of all runs is sorted by this score.
+    metrics.setdefault(SELECTED_BY, np.mean([row["validation UA"] for row in result.trainings]))
+    tracker.log_scores(metrics, now_ms())
     title = "Validation" if part == "validation" else "Test"
     tracker.describe(**{title: f"UA {result.describe('ua')} ({label})"})
     files: dict[str, Any] = {

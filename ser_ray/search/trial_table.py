@@ -74,7 +74,9 @@ class TrialTable:
     def table(self) -> Table:
         """Return a table of the running trials and the best ended trials that fit on the screen."""
         ended = sum(trial.ended for trial in self._trials)
-        caption = f"{ended} of {self.total} trials done{self._time_left()} {self.label}"
+        caption = f"{ended} of {self.total} trials done{self._time_left()}"
+        if self.label:
+            caption += f", {self.label}"
         table = Table(caption=caption, box=None)
         names = list(dict.fromkeys(name for trial in self._trials for name in trial.values))
         for name in ("trial", "state", *names, "epoch", "UA", ""):

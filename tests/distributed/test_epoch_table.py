@@ -45,6 +45,14 @@ def test_of_equal_scores_the_lower_loss_is_marked_as_in_the_selection() -> None:
     assert ["best so far" in line for line in lines_of(console)] == [True, True, False]
 
 
+def test_no_epoch_of_a_resumed_training_is_called_the_best() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with EpochTable(console, 3) as show:
+        for epoch in (2, 3):
+            show(row(epoch, 0.1 * epoch))
+    assert not any("best" in line for line in lines_of(console))
+
+
 def test_the_running_epoch_has_a_bar_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 105.0])
     monkeypatch.setattr(epoch_table, "time", SimpleNamespace(monotonic=lambda: next(now)))

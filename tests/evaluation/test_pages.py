@@ -451,7 +451,7 @@ def test_the_page_of_a_search_shows_every_trial() -> None:
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
     rows = text.split('<th scope="row"><a href="trials/')[1:4]
     assert [row[2] for row in rows] == ["2", "1", "3"], "the best first, those without a score last"
-    assert " ".join(re.findall("<td>(.*?)</td>", rows[0])) == "finished 0.002 25 2 60.0% 60.0%"
+    assert " ".join(re.findall("<td>(.*?)</td>", rows[0])) == "60.0% 60.0% 0.002 25 2 finished"
     assert text.count("<svg") == 4, "the history, each searched name, and the importance"
     assert render_search(importance={}).count("<svg") == 3
 

@@ -40,10 +40,18 @@ def test_a_searched_number_is_drawn_by_feature_kind_on_the_scale_of_its_range() 
         (axes,) = parameter_figure(trials, "lr_max").axes
         x = {item["trial"]: item["lr_max"] for item in trials}
         drawn = points(axes)
-        assert drawn["spectrogram (0)"] == []
+        assert set(drawn) == {"mfcc (1)", "mel (4)"}
         assert drawn["mfcc (1)"] == [[x[4], 0.6]]
         assert drawn["mel (4)"] == [[x[1], 0.5], [x[2], 0.3], [x[5], 0.4], [x[6], 0.4]]
         assert (axes.get_xscale(), axes.get_xlabel()) == (scale, "lr_max")
+
+
+def test_the_label_of_a_tick_is_its_place() -> None:
+    for figure in (history_figure(TRIALS), parameter_figure(TRIALS, "lr_max")):
+        (axes,) = figure.axes
+        figure.draw_without_rendering()
+        shares = [float(label.get_text().rstrip("%")) / 100 for label in axes.get_yticklabels()]
+        assert shares == pytest.approx(list(axes.get_yticks()))
 
 
 def test_trials_on_encoders_are_drawn_beside_those_on_pictures() -> None:

@@ -258,6 +258,9 @@ def check_runs(result, shards: str, uri: str) -> None:
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["test/ua"] == pytest.approx(result.pooled.mean("ua"))
+    validation = [row["validation UA"] for row in result.trainings]
+    assert parent.data.metrics["selected/ua"] == pytest.approx(np.mean(validation))
+    assert result.pooled.card.temperature == 1, "every fold has its own"
     assert {file.path for file in client.list_artifacts(result.run_id, "tables")} == {
         "tables/crossval.json", "tables/speakers.csv", "tables/predictions.csv",
     }  # fmt: skip
