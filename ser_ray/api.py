@@ -290,7 +290,7 @@ def predict_to_table(
     found = files if isinstance(files, AudioFiles) else list_audio([str(file) for file in files])
     output_suffix(output)
     predictor = model if isinstance(model, Predictor) else load_model(model, tracking_uri)
-    with cluster(address):
+    with cluster(address, has_actor_pool=True):
         return predict_many(found.files, predictor, output, problems=found.problems)
 
 

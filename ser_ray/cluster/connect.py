@@ -53,12 +53,17 @@ def place_of_ray(address: str) -> str:
 
 
 @contextmanager
-def cluster(address: str = "") -> Iterator[None]:
+def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None]:
     """Connect to Ray for the duration of the block.
 
     Joins the cluster at `address`, or else the cluster of RAY_ADDRESS or of the Ray job. If none of
     these is set, or the address is `local`, Ray starts on this machine, listens only on the
     loopback, and stops after the block. A nested block uses the connection of the outer block.
+
+    Args:
+        address: address of the cluster.
+        has_actor_pool: whether Ray Data uses a pool of actors in the block. Ray logs a harmless
+            error about such pools, so errors of its C++ code are then hidden too.
 
     Raises:
         ResourcesError: no cluster answers at the address, the address is a job server, Ray does not
@@ -76,7 +81,7 @@ def cluster(address: str = "") -> Iterator[None]:
     address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     with nullcontext() if address else session_folder() as folder:
-        _init(address, source, folder)
+        _init(address, source, folder, "fatal" if has_actor_pool else "error")
         try:
             yield
         finally:
@@ -84,13 +89,14 @@ def cluster(address: str = "") -> Iterator[None]:
                 ray.shutdown()
 
 
-def _init(address: str, source: str, folder: str | None) -> None:
+def _init(address: str, source: str, folder: str | None, log_level: str) -> None:
     """Join a cluster, or start Ray on this machine if the address is empty.
 
     Args:
         address: address of the cluster.
         source: option or variable that holds the address, for messages.
         folder: folder for the temporary files of Ray if Ray starts on this machine.
+        log_level: least severity of the messages that Ray's C++ code writes to the terminal.
     """
     import ray
 
@@ -99,7 +105,7 @@ def _init(address: str, source: str, folder: str | None) -> None:
             _require_listener(address, source)
         with (
             keep_signal_handlers(),
-            _quiet_backend(),
+            _quiet_backend(log_level),
             nullcontext() if address else minimal_ray_on_loopback(),
         ):
             ray.init(
@@ -132,19 +138,18 @@ def _init(address: str, source: str, folder: str | None) -> None:
 
 
 @contextmanager
-def _quiet_backend() -> Iterator[None]:
-    """Keep the warnings of Ray's C++ code off the terminal, if Ray starts in the block.
+def _quiet_backend(log_level: str) -> Iterator[None]:
+    """Keep less severe messages of Ray's C++ code off the terminal, if Ray starts in the block.
 
-    For example, Ray warns that lost actors may not be restarted. The variable LOG_LEVEL hides
-    warnings, but Ray reports on standard error that it has read the variable. Therefore standard
-    error is discarded while Ray starts. Errors are shown: if its GCS process is gone for a minute,
-    Ray ends this process, and only this message says why.
+    The variable LOG_LEVEL hides them, but Ray reports on standard error that it has read the
+    variable. Therefore standard error is discarded while Ray starts. Errors matter: if its GCS
+    process is gone for a minute, Ray ends this process, and only this error says why.
     """
     if LOG_LEVEL in os.environ:
         yield
         return
     terminal, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.environ[LOG_LEVEL] = "error"
+    os.environ[LOG_LEVEL] = log_level
     os.dup2(null, 2)
     try:
         yield

@@ -111,7 +111,8 @@ def add_encoders(
     before = {item.name: item for item in card.encoders} | _stored(shards)
     cards = before | {name: weights.card for name, weights in named.items()}
     missing = {name: missing_shards(shards, card, cards[name]) for name in sorted(cards)}
-    with cluster(address) if any(missing[name] for name in named) else nullcontext():
+    is_needed = any(missing[name] for name in named)
+    with cluster(address, has_actor_pool=True) if is_needed else nullcontext():
         for name, weights in named.items():
             _store_weights(location_inside(shards, layout.weights_name(name)), weights)
             if missing[name]:

@@ -245,7 +245,7 @@ def test_a_recipe_that_its_workers_cannot_train_is_refused_before_ray_starts(
     from ser_ray.search import open_study
 
     for module in (train, open_study):
-        monkeypatch.setattr(module, "cluster", lambda address: pytest.fail("Ray was asked"))
+        monkeypatch.setattr(module, "cluster", lambda address, **_: pytest.fail("Ray was asked"))
     shards = write_shard_files(in_tmp / "shards")
     given = ["--shards", shards, "--protocol", "speaker-3", "--weights", "none"]
     assert main([*arguments.split(), *given]) == 2

@@ -92,7 +92,7 @@ def test_a_connected_process_uses_its_ray(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_ray_writes_while_it_starts_does_not_reach_the_terminal(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with _quiet_backend():
+    with _quiet_backend("error"):
         os.write(2, b"Set ray log level")
         assert os.environ[LOG_LEVEL] == "error"
     os.write(2, b"a message of ours")
