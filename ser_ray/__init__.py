@@ -1,8 +1,10 @@
-"""Speech emotion recognition at scale. The modules and folders, in the order of a clip's way:
+"""Speech emotion recognition at scale.
+
+The modules and folders, in the order in which a clip passes them:
 
 errors       errors that a user can cause
 progress     progress bars and log lines
-command      writes the command that a user may give next
+command      builds the command that a verb suggests as the next step
 storage      paths and URIs, atomic writes, one writer for a folder
 cluster      joins a Ray cluster or starts Ray here; CPUs, GPUs and shared files
 corpus       a folder, bucket or table of recordings -> a manifest with one row for each file, and
@@ -16,7 +18,7 @@ tracking     MLflow: runs, registered models, the server of a cluster
 evaluation   the predictions of a checkpoint -> scores, statistics, a model card, pages
 distributed  one training with a run folder and an MLflow run, in this process or on Ray Train
 search       searches and cross-validations on Ray Tune
-api          these steps as Python functions, which `ser_ray` offers by name
+api          these steps as Python functions, such as `ser_ray.train`
 cli          these steps as verbs of the command line
 
 A folder imports only from itself and from folders above it. `import ser_ray` imports none of them.
@@ -58,7 +60,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List the names that a notebook completes."""
+    """Return the names that a notebook completes."""
     return [*__all__, "__version__"]
 
 

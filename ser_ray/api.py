@@ -7,10 +7,11 @@
     print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
-In every function, `address` is the Ray cluster to join. By default it is the cluster of
-RAY_ADDRESS, or else this machine does the work. `tracking_uri` is the MLflow store with the runs
-and registered models. The verbs of `ser_ray.cli` call these functions. Every function imports its
-libraries when it is called, so that quick functions need not wait for slow libraries.
+In every function, `address` is the Ray cluster to join. The default is the cluster of the variable
+RAY_ADDRESS; without this variable, the work is done on this machine. `tracking_uri` is the MLflow
+store with the runs and registered models. The verbs of `ser_ray.cli` call these functions. Every
+function imports its libraries when it is called, so that quick functions need not wait for slow
+libraries.
 """
 
 import logging
@@ -49,24 +50,24 @@ OUT = "ser-ray-out"
 """Default folder for outputs, in the current directory."""
 SHARDS = f"{OUT}/shards"
 SYNTHETIC_SHARDS = f"{OUT}/synthetic-shards"
-"""The shards of the synthetic corpus, which `pipeline` makes."""
+"""Default folder for the shards of the synthetic corpus, which `ser-ray pipeline` makes."""
 PREDICTIONS = f"{OUT}/predictions.parquet"
 
-Shards = str | Sequence[str]
+ShardLocations = str | Sequence[str]
 """Folder or URI of a shard set, or of several sets that are read as one."""
 
 logger = logging.getLogger(__name__)
 
 
 def download(config: DownloadConfig = DownloadConfig()) -> "tuple[Path, ...]":
-    """Download RAVDESS from its Zenodo record, and unpack it. Complete files are kept.
+    """Download RAVDESS from its Zenodo record, and unpack it. Complete files are not fetched again.
 
     Returns:
         The folders of the corpus.
 
     Raises:
         ResourcesError: the target is in a folder that Ray deletes after the job.
-        CorpusError: an archive cannot be downloaded or is damaged.
+        CorpusError: an archive cannot be downloaded, or is damaged.
     """
     from ser_ray.cluster.shared_files import require_kept
     from ser_ray.corpus.ravdess.download import download as run
@@ -86,7 +87,7 @@ def prepare(config: PrepareConfig, *, address: str = "") -> "PrepareSummary":
     return run(config, address=address)
 
 
-def open_shards(location: "Path | Shards", label_map: str = "") -> "ShardSet":
+def open_shards(location: "Path | ShardLocations", label_map: str = "") -> "ShardSet":
     """Open a shard set that `prepare` completed, or several as one.
 
     Args:
@@ -94,7 +95,7 @@ def open_shards(location: "Path | Shards", label_map: str = "") -> "ShardSet":
         label_map: how labels are mapped, as in `TrainConfig`.
 
     Raises:
-        ShardsError: there is no complete shard set.
+        ShardsError: a location has no complete shard set.
         ConfigError: the sets have different features, or the label map does not fit them.
     """
     from ser_ray.shards.corpora import open_corpora
@@ -104,7 +105,7 @@ def open_shards(location: "Path | Shards", label_map: str = "") -> "ShardSet":
 
 
 def train(
-    shards: Shards = SHARDS,
+    shards: ShardLocations = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     *,
@@ -117,8 +118,8 @@ def train(
         shards: folder or URI of the shard set, or of several that are trained on together.
         recipe: settings of the training.
         run_config: workers, devices, names and places.
-        on_epoch: called with the metrics of each epoch, perhaps in another thread. By default they
-            are printed on standard error.
+        on_epoch: called with the metrics of each epoch, perhaps in another thread. By default, the
+            metrics are printed on standard error.
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: a setting or an
@@ -137,8 +138,8 @@ def train(
 def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
     """Read the recipe of an MLflow run: a training, trial, fold, search or cross-validation.
 
-    For a search, this is the recipe of the best trial. For a cross-validation, the recipe has the
-    folds' mean temperature, so that a model can be trained with the protocol `all`.
+    For a search, this is the recipe of the best trial. For a cross-validation, the temperature of
+    the recipe is the mean over the folds, for a model that is trained with the protocol `all`.
 
     Raises:
         TrackingError: there is no such run, or it has no recipe.
@@ -149,7 +150,7 @@ def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
 
 
 def lr_range(
-    shards: Shards = SHARDS,
+    shards: ShardLocations = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     test: LrRangeConfig = LrRangeConfig(),
@@ -167,7 +168,7 @@ def lr_range(
 
 
 def tune(
-    shards: Shards = SHARDS,
+    shards: ShardLocations = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     search: TuneConfig = TuneConfig(),
@@ -179,9 +180,9 @@ def tune(
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
-        recipe: recipe of the first trial; other trials change only the searched fields.
+        recipe: recipe of the first trial; other trials change only its hyperparameters.
         run_config: devices, names and places of all trials.
-        search: search space, searcher and scheduler.
+        search: search space, number of trials, searcher and scheduler.
         slots: CPUs and GPUs of a trial.
 
     Raises:
@@ -192,7 +193,8 @@ def tune(
     from ser_ray.search.tune_run import num_trials
     from ser_ray.search.tuner import search as run
 
-    # For cross-corpus, the label depends on shared speakers, which are unknown before reading.
+    # For cross-corpus, the label depends on whether the corpora share speakers, which is not known
+    # before the shards are read.
     label = "" if recipe.protocol == CROSS_CORPUS else DEPENDENCE[recipe.protocol == "random"]
     with TrialTable(stderr_console(), num_trials(recipe, search), label) as table:
         return run(shards, recipe, run_config, search, slots, show=table, address=address)
@@ -200,7 +202,7 @@ def tune(
 
 def refit(
     result: "TuneResult",
-    shards: Shards = SHARDS,
+    shards: ShardLocations = SHARDS,
     run_config: RunConfig = RunConfig(),
     *,
     address: str = "",
@@ -213,7 +215,7 @@ def refit(
 
 
 def crossval(
-    shards: Shards = SHARDS,
+    shards: ShardLocations = SHARDS,
     recipe: TrainConfig = TrainConfig(),
     run_config: RunConfig = RunConfig(),
     config: CrossvalConfig = CrossvalConfig(),
@@ -221,7 +223,7 @@ def crossval(
     *,
     address: str = "",
 ) -> "CrossvalResult":
-    """Train and score every fold of the recipe's protocol; the same call resumes it.
+    """Train and score every fold of the recipe's protocol; the same call resumes the trainings.
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
@@ -247,8 +249,8 @@ def load_model(
     Args:
         model: folder or URI of a checkpoint or of a finished run, a run's name or id,
             `runs:/ID/model`, or `models:/NAME@ALIAS`.
-        min_confidence: a recording is `unsure`, and gets no emotion, if its most probable emotion
-            has a lower probability.
+        min_confidence: lowest probability of a predicted emotion. If all emotions of a recording
+            are less probable, its status is `unsure`, and it gets no emotion.
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -272,7 +274,8 @@ def predict_to_table(
     """Predict the emotion in many files on a cluster; the same call resumes an interrupted pass.
 
     Args:
-        files: files, folders, URIs or patterns like `clips/**/*.wav`, or a result of `list_audio`.
+        files: files, folders, URIs or patterns like `clips/**/*.wav`, or the result of
+            `list_audio`.
         model: as in `load_model`, or a loaded model.
         output: table to write, with one row for each file: .parquet, .csv or .jsonl.
 
@@ -287,11 +290,11 @@ def predict_to_table(
     from ser_ray.inference.predictor import Predictor
     from ser_ray.inference.results import output_suffix
 
-    found = files if isinstance(files, AudioFiles) else list_audio([str(file) for file in files])
+    listed = files if isinstance(files, AudioFiles) else list_audio([str(file) for file in files])
     output_suffix(output)
     predictor = model if isinstance(model, Predictor) else load_model(model, tracking_uri)
     with cluster(address, has_actor_pool=True):
-        return predict_many(found.files, predictor, output, problems=found.problems)
+        return predict_many(listed.files, predictor, output, problems=listed.problems)
 
 
 def export(
@@ -301,7 +304,7 @@ def export(
     *,
     tracking_uri: str = "",
 ) -> "ExportResult":
-    """Write a model as one file, which turns a waveform at its sample rate into probabilities.
+    """Export a model as one file, from a waveform to the probability of every label.
 
     Args:
         model: as in `load_model`.
@@ -310,7 +313,8 @@ def export(
 
     Raises:
         CheckpointError, TrackingError: there is no such model.
-        SerRayError: a package is missing, or the probabilities of file and model differ.
+        SerRayError: a package is missing, the file cannot be written, or its probabilities differ
+            from those of the model.
     """
     from ser_ray.inference.export import export as run
     from ser_ray.tracking.registry import local_model
@@ -326,9 +330,9 @@ def register(
     """Register a run's model in MLflow, with its model card as description.
 
     Args:
-        run_id: MLflow run of a training, of a search or of a cross-validation.
+        run_id: MLflow run of a training, a search or a cross-validation.
         name: name of the registered model.
-        alias: alias of the new version, which then has the address `models:/NAME@ALIAS`.
+        alias: alias of the new version, whose address is then `models:/NAME@ALIAS`.
 
     Returns:
         The number of the version, and the model card as Markdown.
@@ -352,7 +356,7 @@ def prepare_for(
     tracking_uri: str = "",
     address: str = "",
 ) -> "PrepareSummary":
-    """Prepare a corpus with the features that a model was trained on.
+    """Prepare a corpus with the feature settings of a model.
 
     Args:
         model: as in `load_model`.
@@ -380,10 +384,11 @@ def prepare_for(
         card = read_card(checkpoint)
         name = corpus_name(shards)
         mapped = map_labels({name: listed.labels}, label_map, card.labels)[name]
-        if label_map or not card.corpora:  # it may be one of these, whose labels it maps
+        # If the training mapped labels, the corpus may be one of its corpora, and its labels fit.
+        if label_map or not card.corpora:
             require_known_labels(card, mapped.values(), corpus)
-        own, kind = checkpoint / ENCODER, card.config.feature
-        encoder = f"{kind}={own if own.exists() else card.encoder_file}"
+        copied, kind = checkpoint / ENCODER, card.config.feature
+        encoder = f"{kind}={copied if copied.exists() else card.encoder_file}"
         config = PrepareConfig(
             corpus=corpus,
             shards=shards,
@@ -397,7 +402,7 @@ def prepare_for(
 
 def evaluate(
     model: "str | Path",
-    shards: Shards = "",
+    shards: ShardLocations = "",
     *,
     label_map: str = "",
     protocol: str = "",
@@ -408,26 +413,27 @@ def evaluate(
     tracking_uri: str = "",
     address: str = "",
 ) -> "Evaluation":
-    """Score a model, by default on the test part of its own fold, and record the scores in its run.
+    """Score a model, by default on the test part of its own fold.
 
-    Scores of other clips are written to a page in `ser-ray-out/evaluations`.
+    The scores of this part are recorded in the MLflow run and the page of the training. Other
+    scores are written to a page in `ser-ray-out/evaluations`.
 
     Args:
         model: as in `load_model`.
-        shards: shard sets to score: those of the training, or shards of other speakers. If empty,
-            the shards of the training are looked for.
+        shards: shard sets to evaluate on: those of the training, or shards of other speakers. The
+            default is the training's shards at their recorded location, or in `ser-ray-out`.
         label_map: how labels are mapped, as in `TrainConfig`, but to the model's spelling.
-        protocol: score the test part of a fold of this protocol, instead of the model's own.
-        fold: score this fold instead of the model's own fold; folds are numbered from 0.
-        allow_seen_speakers: also score speakers that the model was trained on.
+        protocol: protocol whose fold is tested, instead of the model's own protocol.
+        fold: fold to test, from 0, instead of the model's own fold.
+        allow_seen_speakers: also score speakers that the model was trained or validated on.
         under: also score the clips under these groups of simulated recording conditions
             (`ser_ray.features.conditions`). The clips' files are decoded again.
-        audio: put the sound of the clips that the report shows into the report.
+        audio: whether the report contains the audio of the clips that it shows.
 
     Raises:
         CorpusError: with `under`, the file of a clip cannot be read.
-        CheckpointError, ShardsError, ConfigError: the model does not fit the shards or their
-            features, or was trained on the speakers.
+        CheckpointError, ShardsError, ConfigError: the shards are missing or do not fit the model,
+            or the model was trained or validated on the speakers.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of
@@ -459,7 +465,7 @@ def evaluate(
         try:
             record_evaluation(evaluation, audio=audio)
         except TrackingError as error:
-            logger.warning("the training's run does not have these scores yet: %s", error)
+            logger.warning("the scores are not recorded in the training's MLflow run: %s", error)
     if not evaluation.report:
         digest = short_digest(f"{model} {shards} {protocol} {fold}")
         evaluation = replace(evaluation, report=f"{OUT}/evaluations/{digest}.html")

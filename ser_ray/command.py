@@ -1,4 +1,4 @@
-"""Writes the command that a user may give next, with the settings of the last command."""
+"""Builds the command that a verb suggests as the next step, with the settings of the verb."""
 
 import dataclasses
 import shlex
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def next_command(verb: str, *arguments: str, **settings: Any) -> str:
-    """Write a command of ser-ray.
+    """Return a `ser-ray` command as text.
 
     Args:
-        verb: name of the command.
+        verb: name of the verb.
         arguments: positional arguments.
-        settings: values by field name. A dataclass becomes a flag for every field that differs
-            from its default. Empty values are left out.
+        settings: {field name: value}. For a dataclass, every field that differs from its default
+            becomes a flag. Empty values are left out.
     """
     words = ["ser-ray", verb, *arguments]
     for name, value in settings.items():
@@ -23,20 +23,20 @@ def next_command(verb: str, *arguments: str, **settings: Any) -> str:
 
 
 def flags_of(settings: Any, without: Collection[str] = ()) -> list[str]:
-    """Write flags for all fields that differ from their defaults, except those in `without`."""
+    """Return flags for all fields that differ from their defaults, except those in `without`."""
     return [
         word
-        for name, value in _changes(settings, type(settings)())
+        for name, value in _changed_fields(settings, type(settings)())
         if name not in without
         for word in _flag(name, value)
     ]
 
 
-def _changes(settings: Any, defaults: Any) -> Iterator[tuple[str, Any]]:
+def _changed_fields(settings: Any, defaults: Any) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(settings):
         value, default = getattr(settings, field.name), getattr(defaults, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _changes(value, default)
+            yield from _changed_fields(value, default)
         elif value != default:
             yield field.name, value
 

@@ -1,8 +1,8 @@
 """The errors that a user can cause.
 
 Every message names the item, the fault and the next step. `ser_ray.cli` prints the message in one
-line and exits with status 2. A bad clip does not end the run: its
-`ser_ray.features.errors.ClipError` becomes a row of the outcomes.
+line and exits with status 2. A file that cannot be used does not end a run: its
+`ser_ray.features.errors.ClipError` is recorded as the outcome of the file.
 """
 
 
@@ -10,7 +10,7 @@ class SerRayError(Exception):
     """Base of every error whose message is written for the user, in one line."""
 
     def __str__(self) -> str:
-        # The message may quote a library's message of several lines.
+        # A quoted message of a library may have several lines.
         return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
@@ -31,15 +31,15 @@ class ShardsError(SerRayError):
 
 
 class CheckpointError(SerRayError):
-    """A checkpoint that is missing, damaged or does not fit."""
+    """A checkpoint that is missing or damaged, or does not fit the shards or the settings."""
 
 
 class EncoderError(SerRayError):
-    """Weights of a pretrained encoder that are missing, damaged or of another network."""
+    """Weights of a pretrained encoder that are missing or damaged, or belong to another network."""
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint or a run's folder that belongs to a different training run."""
+    """A checkpoint or a run folder that belongs to another training."""
 
 
 class ResourcesError(SerRayError):
@@ -51,7 +51,7 @@ class TrackingError(SerRayError):
 
 
 class DivergedError(SerRayError):
-    """A loss or a weight that is no longer a finite number."""
+    """A training whose loss or weights are no longer finite, or whose loss does not fall."""
 
 
 def first_line(error: Exception) -> str:
@@ -67,12 +67,13 @@ def last_line(error: Exception) -> str:
 def is_permanent(error: BaseException) -> bool:
     """Return whether a retry will fail in the same way.
 
-    A fault of the recipe, the shards or the checkpoint is permanent, and so is a batch that does
-    not fit into a GPU's memory. Other errors may be temporary, such as storage that is away.
+    A wrong setting, a checkpoint of another training, a diverged training, and a batch that does
+    not fit into a GPU's memory are permanent. Other errors may be temporary, for example if a
+    storage does not respond.
     """
     if isinstance(error, LocationError):
         return False
-    # Looked up by name, because importing torch takes seconds.
+    # The error of torch is found by its name, because importing torch takes seconds.
     names = [f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__]
     is_permanent_kind = isinstance(error, ConfigError | MismatchError | DivergedError)
     return is_permanent_kind or "torch.OutOfMemoryError" in names

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 10.0
-"""Shortest time between two lines in a log, except before the last line."""
+"""Shortest time between two lines in a log. The last line is always printed."""
 
 Report = Callable[[str, float, float], None]
 """Called with a text to show, the amount of work that is done, and the total amount."""
@@ -20,9 +20,10 @@ Report = Callable[[str, float, float], None]
 
 @cache
 def stderr_console() -> "Console":
-    """Return the process's console on standard error.
+    """Return the console on standard error.
 
-    There is only one, so that lines that are printed while a bar is shown appear above the bar.
+    All modules share one console, so that lines that are printed while a bar is shown appear above
+    the bar.
     """
     from rich.console import Console
 
@@ -30,7 +31,7 @@ def stderr_console() -> "Console":
 
 
 def clock(seconds: float) -> str:
-    """Write seconds as H:MM:SS or M:SS."""
+    """Return seconds as H:MM:SS or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -38,14 +39,13 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
-    """Yield a function that shows progress on standard error; call it after each step.
+    """Yield a function that shows progress on standard error, to be called after each step.
 
-    It adds the rate and the time left, both since its first call, to the text. If a function is
-    given, that one is yielded instead.
+    The function appends the rate since its first call and the estimated time left to the text.
 
     Args:
         unit: what is counted, such as `files`.
-        given: the function to yield.
+        given: a function that is yielded instead, if it is not None.
     """
     if given is not None:
         yield given
@@ -64,9 +64,11 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
         def report(text: str, done: float, total: float) -> None:
             nonlocal first, last
             now = time.monotonic()
-            since, before = first = first or (now, done)
-            if now - since >= 1 and done > before:  # results that come together have no rate
-                rate = (done - before) / (now - since)
+            if first is None:
+                first = now, done
+            seconds, work = now - first[0], done - first[1]
+            if seconds >= 1 and work > 0:  # results that come together have no rate
+                rate = work / seconds
                 text += f", {rate:.1f} {unit}/s"
                 if done < total:
                     text += f", {clock((total - done) / rate)} left"

@@ -61,28 +61,10 @@ class Pipeline(TableVerb):
 
     def run(self) -> VerbResult:
         """Run all steps on one Ray cluster, or only `prepare` on Ray if the training needs none."""
-        import pyarrow.compute as pc
-
         from ser_ray.cluster.connect import cluster, needs_ray
-        from ser_ray.corpus.folds import num_folds
-        from ser_ray.corpus.labels import map_labels
-        from ser_ray.corpus.manifest import list_corpus
-        from ser_ray.corpus.ravdess.names import EMOTIONS
         from ser_ray.corpus.synthetic import make_synthetic_corpus
-        from ser_ray.shards.corpora import corpus_name
-        from ser_ray.tracking.registry import read_weights
 
-        # Wrong locations and settings are reported before anything slow starts.
-        labels: tuple[str, ...] = EMOTIONS
-        if self.corpus != SYNTHETIC:
-            listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
-            say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
-            labels = listed.labels
-            to_decode = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
-            if to_decode.num_rows:
-                num_folds(self.recipe.protocol, to_decode)
-            map_labels({corpus_name(self.shards): labels}, self.recipe.label_map)
-        read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
+        self._check_inputs()
         if self.corpus == SYNTHETIC:
             say("corpus", f"no --corpus: making the synthetic corpus in {self.corpus}")
             make_synthetic_corpus(Path(self.corpus))
@@ -114,6 +96,28 @@ class Pipeline(TableVerb):
             f"try it       {next_command('demo-ui', model)}",
             problem=next((step.problem for step in steps.values() if step.problem), ""),
         )
+
+    def _check_inputs(self) -> None:
+        """Report a wrong location or setting before anything slow starts."""
+        import pyarrow.compute as pc
+
+        from ser_ray.corpus.folds import num_folds
+        from ser_ray.corpus.labels import map_labels
+        from ser_ray.corpus.manifest import list_corpus
+        from ser_ray.corpus.ravdess.names import EMOTIONS
+        from ser_ray.shards.corpora import corpus_name
+        from ser_ray.tracking.registry import read_weights
+
+        labels: tuple[str, ...] = EMOTIONS
+        if self.corpus != SYNTHETIC:
+            listed = list_corpus(self.corpus, self.missing, column_names(self.columns))
+            say("corpus", f"{self.corpus}: {len(listed.manifest)} files or segments")
+            labels = listed.labels
+            to_decode = listed.manifest.filter(pc.is_null(listed.manifest["status"]))
+            if to_decode.num_rows:
+                num_folds(self.recipe.protocol, to_decode)
+            map_labels({corpus_name(self.shards): labels}, self.recipe.label_map)
+        read_weights(self.recipe.weights, labels, self.run_config.tracking_uri)
 
     def _train(self) -> Train:
         return Train(

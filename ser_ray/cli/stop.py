@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.1
-"""Pause before a signal is sent again because the `Stopped` that it raised was lost."""
+"""Time after which a signal is sent again if the `Stopped` that it raised was lost."""
 ASCII = {"–": "-", "±": "+-", "█": "#", "…": "..."}
 """Characters of the output, and their replacements if the terminal cannot show them."""
 

@@ -1,9 +1,9 @@
-"""Scores a checkpoint on the clips of a shard set. Nothing is written.
+"""Scores a checkpoint on the clips of a shard set, and writes no files.
 
-Only this module reads a test part. Epochs, trials and folds are selected on validation clips. By
+Test parts are scored only here: epochs, trials and folds are selected by validation scores. By
 default, the test part of the checkpoint's own fold is scored. A fold of another protocol, or other
-shards, can be scored too, but not speakers that the checkpoint was trained on. If the user allows
-these speakers, every score names them.
+shards, can be scored too, but not speakers that the checkpoint was trained or validated on. If the
+user allows such speakers, every score names them.
 """
 
 import json
@@ -50,19 +50,21 @@ def evaluate(
 
     Args:
         checkpoint: directory of the checkpoint.
-        locations: the shard sets of the training, or others with the same features.
-        label_map: how labels are merged (`ser_ray.corpus.labels`). If empty, labels are merged as
-            in the training; labels that the model does not know get their usual names.
+        locations: the shard sets of the training, or other shard sets with the same features.
+        label_map: how labels are mapped (`ser_ray.corpus.labels`). If empty, shards of the training
+            are mapped as in the training, and other shards by `usual` if the model does not know
+            all their labels.
         part: which part of the fold to score.
-        protocol: if empty, the protocol of the training; on other shards, all clips are scored.
+        protocol: protocol of the fold. If empty, the protocol of the training is used, and all
+            clips of other shards are scored.
         fold: number of the fold. If None, the training's fold, or fold 0 of another protocol.
-        allow_seen_speakers: also score speakers that the model was trained on.
-        probabilities: the network's output for the part's clips [clips, labels], without
-            temperature. If None, the clips are read and scored here.
+        allow_seen_speakers: also score speakers that the model was trained or validated on.
+        probabilities: probabilities [clips, labels] of the part's clips before the temperature is
+            applied. If None, the clips are read, and their probabilities are computed here.
 
     Raises:
-        CheckpointError: the directory is not a checkpoint, or the shards hold other features, other
-            labels, or speakers that the model was trained on.
+        CheckpointError: the directory is not a checkpoint, or the shards hold other features,
+            unknown labels, or speakers that the model was trained or validated on.
         ShardsError: there is no committed shard set at that location.
         ConfigError: these shards have no such protocol or fold.
     """
@@ -74,8 +76,8 @@ def evaluate(
     seen = () if is_own else _seen_speakers(card, table, rows)
     if seen and not allow_seen_speakers:
         raise CheckpointError(
-            f"{shards.uri}: the model was trained on {len(seen)} of these speakers "
-            f"({', '.join(seen)}), so scores on them do not hold for new speakers; name shards of "
+            f"{shards.uri}: the model was trained or validated on {len(seen)} of these speakers "
+            f"({', '.join(seen)}), so scores on them do not hold for new speakers; give shards of "
             "other speakers, or add --allow-seen-speakers (also if these are different people with "
             "the same names)"
         )
@@ -104,11 +106,11 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     Raises:
         ConfigError: the clips or the models' labels differ.
     """
-    ours, theirs = (item.predictions["take"].to_pylist() for item in (first, second))
-    if first.card.labels != second.card.labels or ours != theirs:
+    takes, other_takes = (item.predictions["take"].to_pylist() for item in (first, second))
+    if first.card.labels != second.card.labels or takes != other_takes:
         raise ConfigError(
-            f"the two models were scored on different clips ({len(ours)} and {len(theirs)}) or "
-            "have different labels, but a paired test needs the same clips and labels; name a "
+            f"the two models were scored on different clips ({len(takes)} and {len(other_takes)}) "
+            "or have different labels, but a paired test needs the same clips and labels; give a "
             "--protocol and --fold whose test speakers neither model was trained on"
         )
     return statistics.compare(
@@ -119,9 +121,9 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
 def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     """Return the record that a training wrote beside its checkpoint; empty if there is none.
 
-    The record holds the `run_id` and `tracking_uri` of the MLflow run, and the locations of its
-    `report` and its `shards`. If the run's folder was moved or copied since, the local paths are
-    adapted to the new place, so that nothing is written into the old one.
+    The record holds the `run_id` and `tracking_uri` of the MLflow run, and the locations of the
+    `report` and the `shards`. If the run folder was moved or copied after the training, local paths
+    are adapted to the new place, so that nothing is written to the old place.
     """
     path = checkpoint / "run.json"
     if not path.is_file():
@@ -130,17 +132,14 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     old, new = origin.get("report", "").rpartition("/")[0], str(checkpoint.absolute().parent)
     if checkpoint.name == SELECTED and old and "://" not in old and old != new:
         for name in ("tracking_uri", "report"):
-            origin[name] = _moved(origin.get(name, ""), old, new)
-        moved = [(place, _moved(place, old, new)) for place in origin.get("shards", ())]
-        origin["shards"] = [now if os.path.exists(now) else place for place, now in moved]  # noqa: PTH110
+            origin[name] = _relocate(origin.get(name, ""), old, new)
+        pairs = [(place, _relocate(place, old, new)) for place in origin.get("shards", ())]
+        origin["shards"] = [now if os.path.exists(now) else place for place, now in pairs]  # noqa: PTH110
     return origin
 
 
-def _moved(place: str, old: str, new: str) -> str:
-    """Adapt the path of a file that was moved together with the folder `old`, now `new`.
-
-    URIs do not change.
-    """
+def _relocate(place: str, old: str, new: str) -> str:
+    """Return the path of a file after the folder `old` was moved to `new`. URIs do not change."""
     scheme = "sqlite:///" if place.startswith("sqlite:///") else ""
     path = place.removeprefix(scheme)
     if not path or "://" in path:
@@ -148,27 +147,28 @@ def _moved(place: str, old: str, new: str) -> str:
     return scheme + os.path.normpath(os.path.join(new, os.path.relpath(path, old)))  # noqa: PTH118
 
 
-def shards_of(checkpoint: Path, usual: Sequence[str]) -> tuple[str, ...]:
+def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, ...]:
     """Find the shard sets that a model was trained on.
 
     Args:
         checkpoint: directory of the model's checkpoint.
-        usual: locations to try if the shards are not where the training read them.
+        default_locations: locations to try if the shards are not where the training read them.
 
     Raises:
         ShardsError: no location holds these shards.
     """
     card = read_card(checkpoint)
     recorded = tuple(origin_of(checkpoint).get("shards", ()))
-    places = [place for place in (recorded, *((location,) for location in usual)) if place]
+    places = [recorded] if recorded else []
+    places += [(location,) for location in default_locations]
     for place in places:
         with suppress(ShardsError, LocationError, ConfigError):
             if open_corpora(place, known=card.corpora).card.fingerprint == card.shards_fingerprint:
                 return place
     raise ShardsError(
         f"the shards that the model was trained on ({card.trained_on}) are not in "
-        f"{' or '.join(map(' and '.join, places))}: name them, or shards of other speakers, with "
-        "--shards"
+        f"{' or '.join(map(' and '.join, places))}: give their location, or shards of other "
+        "speakers, with --shards"
     )
 
 
@@ -183,7 +183,8 @@ def _rows(
     """Select the rows to score.
 
     Returns:
-        Row numbers [clips], the protocol and fold in words, and whether it is the training's fold.
+        Row numbers [clips], the protocol and fold as text, and whether they are those of the
+        training.
     """
     config = card.config
     is_same_data = card.shards_fingerprint == shards.card.fingerprint
@@ -191,41 +192,41 @@ def _rows(
         if fold is not None:
             raise ConfigError(
                 f"fold is {fold}, but the model was trained on other shards, so all speakers of "
-                "these shards are scored: name a --protocol too"
+                "these shards are scored: give a --protocol too"
             )
         rows = on_channel(table, one_clip_per_take(table), config.channel)
         if not len(rows):
             raise ConfigError(
-                f"{shards.uri}: these shards hold no {config.channel} clip, and the model was "
-                f"trained on {config.channel} alone"
+                f"{shards.uri}: these shards hold no {config.channel} clip, and the recipe of "
+                "the model scores no other channel"
             )
         return rows, "all speakers of other shards", False
     is_same_protocol = protocol in ("", config.protocol)
     if fold is None:
         fold = config.fold if is_same_protocol else 0
     is_own = is_same_data and is_same_protocol and fold == config.fold
-    wanted = replace(
+    recipe = replace(
         config,
         protocol=protocol or config.protocol,
         fold=fold,
-        # The training's number of validation speakers has no meaning on another fold or corpus.
+        # Other folds and corpora use the default number of validation speakers.
         validation_speakers=config.validation_speakers if is_own else 0,
     )
-    parts = select_rows(table, wanted)
+    parts = select_rows(table, recipe)
     rows = getattr(parts, part)
     if not len(rows):
         raise ConfigError(
             f"{shards.uri}: protocol {ALL} has no {part} part, because every speaker is in the "
-            "training part: name shards of other speakers"
+            "training part: give shards of other speakers"
         )
     return rows, parts.label, is_own
 
 
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
-    """Names of the speakers of these rows that the model was trained or validated on.
+    """Return the speakers of these rows that the model was trained or validated on, by name.
 
-    Speakers of several corpora have names like `emodb:03`. In other shards, the same people may
-    have names without a corpus or with another one.
+    If a model was trained on several corpora, its speakers have names like `emodb:03`. In other
+    shards, the same person may have a name without the corpus, or with another corpus.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
     people, known = (
@@ -246,7 +247,7 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
 def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:
     if card.features != shards.card.features:
         raise CheckpointError(
-            f"{shards.uri}: these shards hold other features than the model was trained on; "
+            f"{shards.uri}: these shards hold other features than those the model was trained on; "
             "prepare them with the model's settings, which are in its card.json under `features`"
         )
     encoder = shards.card.encoder_of(card.config.feature)
@@ -260,10 +261,10 @@ def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:
 
 
 def require_known_labels(card: CheckpointCard, labels: Iterable[str], where: str) -> None:
-    """Refuse a corpus that has labels which the model does not know.
+    """Check that a model knows all labels of a corpus.
 
     Raises:
-        CheckpointError: names them.
+        CheckpointError: the model does not know a label.
     """
     if unknown := sorted(set(labels) - set(card.labels)):
         raise CheckpointError(

@@ -23,52 +23,52 @@ Part = Literal["validation", "test"]
 Row = dict[str, Any]
 """A row of a table: names and counts, and scores as shares from 0 to 1."""
 REPORT = "report.html"
-"""Name of a run's page, in the run's folder and in its MLflow run."""
+"""File name of a run's page, in the run folder and in the MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
-"""Columns of the clips by which scores are broken down, if the corpus has them."""
-KEPT = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
-"""Columns of the clips that are kept beside their predictions."""
-HARDEST = 12
+"""Columns whose values define groups of clips that are also scored, if the corpus has them."""
+CLIP_COLUMNS = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
+"""Columns of the shard set that a table of predictions also has."""
+NUM_HARDEST = 12
 """Number of the hardest clips that a page shows."""
-FORBIDDEN = r"[^\w.\- ]"
-"""Characters that MLflow forbids in the names of metrics, and the slash, which groups metrics."""
+NOT_IN_METRIC_NAME = r"[^\w.\- ]"
+"""Characters that MLflow forbids in a metric's name, and the slash, which separates name parts."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
-"""The scores that have intervals, by their names in `Scores.to_dict` and `Intervals`."""
+"""{name in `Scores.to_dict` and `Intervals`: title} of the scores that have intervals."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of a model on one part of a fold, or on shards it was not trained on."""
+    """The predictions of a model for one part of a fold, or for shards it was not trained on."""
 
     card: CheckpointCard
-    """Card of the checkpoint that was scored. If folds are pooled, the card of one fold."""
+    """Card of the checkpoint that was scored. If several folds are pooled, the card of one."""
     part: Part
-    """Which part of the fold was scored."""
+    """The part of the fold that was scored."""
     protocol: str
-    """Protocol and fold in words, or a phrase that says that other shards were scored."""
+    """Protocol and fold as text, or a text that says that other shards were scored."""
     corpus: str
     """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool
-    """Whether this is the test part of the model's own fold. The training's run records only these
-    scores."""
+    """Whether this is the test part of the model's own fold. Only such scores are recorded in the
+    training's MLflow run."""
     seen_speakers: tuple[str, ...]
-    """Speakers of these clips that the model was trained on, if the user allowed them."""
+    """Scored speakers that the model was trained or validated on, if the user allowed them."""
     predictions: pa.Table
     """One row for each clip (`predictions_table`)."""
     corpora: tuple[UsedCorpus, ...] = ()
-    """The clips and labels of each corpus, if there are several or if labels were mapped."""
+    """Which clips of each corpus were used, if there are several or if labels were mapped."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Record of the run that trained the model (`ser_ray.evaluation.evaluate.origin_of`); empty if
     there is none."""
     report: str = ""
-    """Location of the page that has these scores; empty if there is none."""
+    """Location of the page that shows these scores; empty if there is none."""
     under: tuple[Row, ...] = ()
-    """Scores of these clips under recording conditions, as `robustness.score_under` returns them;
-    empty if they were not asked for."""
+    """Scores of the same clips under simulated recording conditions, as `robustness.score_under`
+    returns them; empty if no condition was requested."""
 
     @property
     def label(self) -> str:
-        """Protocol and fold, as shown beside every score."""
+        """Protocol, fold and seen speakers, as shown beside every score."""
         if not self.seen_speakers:
             return self.protocol
         return f"{self.protocol}, SPEAKERS SEEN IN TRAINING: {', '.join(self.seen_speakers)}"
@@ -80,7 +80,7 @@ class Evaluation:
 
     @cached_property
     def truth(self) -> np.ndarray:
-        """Label indices [clips]."""
+        """Index of the true label [clips]."""
         return label_indices(self.predictions, self.card.labels)
 
     @cached_property
@@ -91,7 +91,7 @@ class Evaluation:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Label indices [clips]."""
+        """Index of the predicted label [clips]."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -101,27 +101,27 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """The scores; several seeds are scored by the sum of their confusion matrices."""
+        """The scores. The confusion matrices of several seeds are summed and scored as one."""
         return scores_of(self.truth, self.probabilities)
 
     @cached_property
     def seeds(self) -> np.ndarray:
-        """Seed of the training that scored each clip [clips]; zeros if there was only one."""
+        """Seed of the model that scored each clip [clips]; 0 if there is only one model."""
         if "seed" in self.predictions.schema.names:
             return self.predictions["seed"].to_numpy()
         return np.zeros(len(self.truth), int)
 
     @cached_property
     def by_seed(self) -> dict[int, Scores]:
-        """The scores of every seed."""
-        return {
-            int(seed): scores_of(self.truth[own], self.probabilities[own])
-            for seed in np.unique(self.seeds)
-            for own in [self.seeds == seed]
-        }
+        """{seed: scores} of all seeds."""
+        scores = {}
+        for seed in np.unique(self.seeds):
+            rows = self.seeds == seed
+            scores[int(seed)] = scores_of(self.truth[rows], self.probabilities[rows])
+        return scores
 
     def mean(self, score: str) -> float:
-        """Mean over the seeds of wa, ua or f1."""
+        """Return the mean of a score (wa, ua or f1) over the seeds."""
         return float(np.mean([scores.to_dict()[score] for scores in self.by_seed.values()]))
 
     @cached_property
@@ -133,19 +133,19 @@ class Evaluation:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Confidence against accuracy."""
+        """How well the confidence agrees with the accuracy."""
         return statistics.calibration(self.truth, self.probabilities)
 
     @cached_property
     def uncalibrated(self) -> Calibration:
-        """Calibration before the model's temperature scaled the probabilities."""
+        """The calibration without the model's temperature."""
         return statistics.calibration(
             self.truth, apply_temperature(self.probabilities, 1 / self.card.temperature)
         )
 
     @cached_property
     def groups(self) -> dict[str, list[Row]]:
-        """Clips, WA and UA by speaker, sex, channel, intensity and statement."""
+        """{column: a row for each of its values}, for `corpus` and the columns `GROUPS`."""
         groups = {"corpus": self.corpus_rows} if self.corpus_rows else {}
         for name in GROUPS:
             if name in self.predictions.schema.names and not self.predictions[name].null_count:
@@ -155,21 +155,21 @@ class Evaluation:
 
     @cached_property
     def corpus_rows(self) -> list[Row]:
-        """Clips, WA, and UA with its 95 % interval, of every corpus; empty for one shard set."""
+        """A row for each corpus: clips, WA, UA and its 95 % interval; empty for one shard set."""
         if "corpus" not in self.predictions.column_names:
             return []
         names, rows = self.predictions["corpus"], []
         for name in sorted(names.unique().to_pylist()):
-            own = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
-            scores = {score: own.mean(score) for score in ("wa", "ua")}
-            low, high = own.intervals.ua
-            clips = own.predictions.num_rows // len(own.by_seed)
+            corpus = replace(self, predictions=self.predictions.filter(pc.equal(names, name)))
+            scores = {score: corpus.mean(score) for score in ("wa", "ua")}
+            low, high = corpus.intervals.ua
+            clips = corpus.predictions.num_rows // len(corpus.by_seed)
             rows.append({"corpus": name, "clips": clips, **scores, "ua_low": low, "ua_high": high})
         return rows
 
     @property
     def corpus_lines(self) -> list[str]:
-        """The scores of every corpus, each in a line; empty for a single corpus."""
+        """A line with the scores of each corpus; empty for a single corpus."""
         return [
             f"  {row['corpus']:14} UA {row['ua']:6.1%} [{row['ua_low']:.1%}, "
             f"{row['ua_high']:.1%}], WA {row['wa']:6.1%}, {row['clips']} clips"
@@ -179,10 +179,10 @@ class Evaluation:
 
     @property
     def group_metrics(self) -> dict[str, float]:
-        """UA and WA of every corpus and recording condition, by name, such as `corpus/emodb/ua`."""
+        """UA and WA of all corpora and recording conditions, by names such as `corpus/emodb/ua`."""
         groups = (("corpus", "corpus", self.corpus_rows), ("under", "condition", self.under))
         return {
-            f"{group}/{re.sub(FORBIDDEN, '-', row[name])}/{score}": row[score]
+            f"{group}/{re.sub(NOT_IN_METRIC_NAME, '-', row[name])}/{score}": row[score]
             for group, name, rows in groups
             for row in rows
             for score in ("ua", "wa")
@@ -190,26 +190,26 @@ class Evaluation:
 
     @property
     def speaker_rows(self) -> list[Row]:
-        """Clips, WA and UA of every speaker; the highest WA comes first."""
+        """A row for each speaker: clips, WA and UA, sorted by WA from high to low."""
         return sorted(self.groups["speaker"], key=lambda row: -row["wa"])
 
     def hardest(self) -> list[int]:
-        """Row numbers of the wrong predictions with the highest confidence, the highest first."""
+        """Return the rows of the most confident wrong predictions, sorted by confidence."""
         wrong = np.flatnonzero(self.predicted != self.truth)
         confidence = self.probabilities[wrong].max(axis=1)
-        return wrong[np.argsort(-confidence, kind="stable")][:HARDEST].tolist()
+        return wrong[np.argsort(-confidence, kind="stable")][:NUM_HARDEST].tolist()
 
     def typical(self) -> list[int]:
-        """One row number for each label: the clip whose true label has the median probability."""
+        """Return a row for each label: the clip whose true label has the median probability."""
         rows = []
         for label in np.unique(self.truth):
-            own = np.flatnonzero(self.truth == label)
-            order = np.argsort(self.probabilities[own, label], kind="stable")
-            rows.append(int(own[order[len(own) // 2]]))
+            clips = np.flatnonzero(self.truth == label)
+            order = np.argsort(self.probabilities[clips, label], kind="stable")
+            rows.append(int(clips[order[len(clips) // 2]]))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """All results, as JSON values."""
+        """Return all results, as JSON values."""
         hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
         return {
             "protocol": self.label,
@@ -235,25 +235,25 @@ class Evaluation:
     def sentence(self) -> str:
         """UA and WA with their intervals, protocol and corpus, in one line."""
         return (
-            f"{self._shown('ua')}, {self._shown('wa')} on {self.scores.num_clips} clips "
-            f"({self.label}, {CORPORA[self.corpus]}; 95 % intervals by bootstrap over "
-            f"{self.intervals.count} {self.intervals.drawn})"
+            f"{self._with_interval('ua')}, {self._with_interval('wa')} on "
+            f"{self.scores.num_clips} clips ({self.label}, {CORPORA[self.corpus]}; "
+            f"95 % intervals by bootstrap over {self.intervals.count} {self.intervals.drawn})"
         )
 
     def __repr__(self) -> str:
-        """The scores in a few lines."""
+        """Return the scores in a few lines."""
         lines = [
             f"{self.label}, {CORPORA[self.corpus]}, {self.part}, {self.scores.num_clips} clips: "
-            f"{', '.join(map(self._shown, SCORES))}, ECE {self.calibration.ece:.1%}",
-            f"in brackets 95 % intervals by bootstrap over {self.intervals.count} "
+            f"{', '.join(map(self._with_interval, SCORES))}, ECE {self.calibration.ece:.1%}",
+            f"in brackets: 95 % intervals by bootstrap over {self.intervals.count} "
             f"{self.intervals.drawn}",
         ]
-        read = [f"read of {corpus}" for corpus in self.corpora]
-        return "\n".join([*lines, *self.corpus_lines, *read, *self.under_lines])
+        used = [f"corpus {corpus}" for corpus in self.corpora]
+        return "\n".join([*lines, *self.corpus_lines, *used, *self.under_lines])
 
     @property
     def under_lines(self) -> list[str]:
-        """A line for each recording condition."""
+        """A line with the scores under each recording condition."""
         return [
             f"  {row['condition']:14} UA {row['ua']:6.1%} ({row['ua_change']:+6.1%} "
             f"[{row['low']:+6.1%}, {row['high']:+6.1%}]), WA {row['wa']:6.1%}"
@@ -261,8 +261,8 @@ class Evaluation:
             for row in self.under
         ]
 
-    def _shown(self, score: str) -> str:
-        """A score with its interval."""
+    def _with_interval(self, score: str) -> str:
+        """Return a score and its interval as text."""
         low, high = getattr(self.intervals, score)
         return f"{SCORES[score]} {self.scores.to_dict()[score]:.1%} [{low:.1%}, {high:.1%}]"
 
@@ -270,14 +270,14 @@ class Evaluation:
 def predictions_table(
     clips: pa.Table, probabilities: np.ndarray, labels: Sequence[str]
 ) -> pa.Table:
-    """Add predictions to their clips: the columns `KEPT`, predicted, and p_<label> for each label.
+    """Make the table of predictions: `CLIP_COLUMNS`, `predicted`, and `p_<label>` for each label.
 
     Args:
         clips: one row for each clip, with the columns of a shard set.
         probabilities: [clips, labels].
-        labels: names of the probabilities' columns.
+        labels: the labels, in the order of `probabilities`.
     """
-    table = clips.select([name for name in KEPT if name in clips.schema.names])
+    table = clips.select([name for name in CLIP_COLUMNS if name in clips.schema.names])
     predicted = [labels[index] for index in probabilities.argmax(axis=1)]
     table = table.append_column("predicted", pa.array(predicted))
     for index, name in enumerate(labels):
@@ -288,20 +288,21 @@ def predictions_table(
 def group_rows(
     kind: str, groups: Sequence[str], truth: np.ndarray, predicted: np.ndarray
 ) -> list[Row]:
-    """Compute a table row for each group of clips: its number of clips, its WA and its UA.
+    """Make a row for each group of clips: its number of clips, its WA and its UA.
 
     The rows are sorted by the name of the group. WA and UA are shares from 0 to 1.
 
     Args:
-        kind: name of the groups' column, such as speaker or sex.
+        kind: column by which the clips are grouped, such as speaker or sex.
         groups: group of every clip [clips].
-        truth: label indices [clips].
-        predicted: label indices [clips].
+        truth: index of the true label [clips].
+        predicted: index of the predicted label [clips].
     """
     num_labels = int(max(truth.max(), predicted.max())) + 1
     rows = []
     for group in sorted(set(groups)):
-        own = np.asarray(groups) == group
-        scores = Scores(count_confusion(truth[own], predicted[own], num_labels), loss=0.0)
+        in_group = np.asarray(groups) == group
+        confusion = count_confusion(truth[in_group], predicted[in_group], num_labels)
+        scores = Scores(confusion, loss=0.0)
         rows.append({kind: group, "clips": scores.num_clips, "wa": scores.wa, "ua": scores.ua})
     return rows

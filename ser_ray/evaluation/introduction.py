@@ -1,4 +1,4 @@
-"""Introduces a model on the demo page: its name, its test score, and some of its test clips."""
+"""Describes a model for the demo page: its name, its test score, and some of its test clips."""
 
 import html
 from contextlib import suppress
@@ -14,54 +14,56 @@ from ser_ray.training.parts import select_rows
 
 
 def introduce(checkpoint: Path, name: str) -> tuple[str, list[tuple[str, str]]]:
-    """Describe a model as Markdown, and find example clips: their local paths and true labels.
+    """Return a text about a model as Markdown, and the local path and true label of example clips.
 
     Args:
         checkpoint: directory of the model's checkpoint.
-        name: what the user called the model. If the checkpoint is in a run's folder, the name of
-            the run is shown instead.
+        name: name that the user gave for the model. If the checkpoint is in a run folder, the name
+            of the run is shown instead.
     """
     card, origin = read_card(checkpoint), origin_of(checkpoint)
     name = checkpoint.parent.name if checkpoint.name == SELECTED else name
     score = _score(card, origin.get("run_id", ""), origin.get("tracking_uri", ""))
     about = (
         f"**{name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
-        f"{card.split['label']}. {score} The model names one of "
+        f"{card.split['label']}. {score} The model predicts one of "
         f"{html.escape(', '.join(card.labels))}. It says which acted emotion a voice resembles, "
-        "not what a person feels. Recordings stay on this machine and are deleted when the page is "
-        "stopped."
+        "not what a person feels. Recordings stay on this machine, and are deleted when the server "
+        "of this page stops."
     )
     return about, _examples(checkpoint, card)
 
 
 def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
-    """Say in a sentence how well the model does on its test part."""
+    """Return a sentence about the model's score on its test part."""
     if not card.split["test_speakers"]:
-        return "It was trained on all speakers of its corpus, so it has no test score of its own."
+        return "It was trained on all speakers of its corpus, so it has no test score."
     scores = None
     with suppress(TrackingError):
         scores = read_test_scores(run_id, tracking_uri) if run_id else None
     if scores is None:
-        return "No score on its test clips can be read: ser-ray evaluate measures it."
-    is_dependent = card.split["speaker_dependent"]
-    voices = "other clips of the voices" if is_dependent else "clips of voices"
-    trained_on = "that it was trained on" if is_dependent else "that it was not trained on"
+        return "Its test score is not known; ser-ray evaluate measures it."
+    if card.split["speaker_dependent"]:
+        clips = "other clips of the voices that it was trained on"
+    else:
+        clips = "clips of voices that it was not trained on"
     return (
-        f"On {scores['clips']} {voices} {trained_on}, its UA is {scores['ua']:.0%}; chance is "
-        f"{1 / len(card.labels):.0%}."
+        f"On {scores['clips']} {clips}, its UA (mean recall of the emotions) is "
+        f"{scores['ua']:.0%}; guessing would reach {1 / len(card.labels):.0%}."
     )
 
 
 def _examples(checkpoint: Path, card: CheckpointCard) -> list[tuple[str, str]]:
-    """Find a test clip of each emotion that is a complete file on this machine: path and label."""
+    """Find a test clip of each emotion that is a complete file on this machine: (path, label)."""
     try:
         clips = open_corpora(shards_of(checkpoint, ()), known=card.corpora).clips()
         test = clips.take(select_rows(clips, card.config).test)
     except SerRayError:
         return []
-    found: dict[str, str] = {}
+    path_by_label: dict[str, str] = {}
     columns = (test[name].to_pylist() for name in ("path", "emotion", "start", "end"))
     for path, label, start, end in zip(*columns, strict=True):
-        if label not in found and start is None and end is None and Path(path).is_file():
-            found[label] = path
-    return [(found[label], label) for label in card.labels if label in found]
+        is_complete = start is None and end is None and Path(path).is_file()
+        if is_complete and label not in path_by_label:
+            path_by_label[label] = path
+    return [(path_by_label[label], label) for label in card.labels if label in path_by_label]

@@ -1,20 +1,19 @@
-"""The HTML pages of runs.
+"""Makes the HTML page (report) of a run from its results.
 
-Each page is one file that loads no other file. It fits any screen size, in light and in dark mode.
-Each function here takes the results of a run and returns its page as HTML text. `templates/`
-defines how a page looks; this module chooses what it shows.
+Each page is one file that loads no other file. It fits any screen size, and has a light and a dark
+mode. The functions here choose what a page shows, and `templates/` defines how a page looks.
 
-A run has one page. When a training ends, the page has the scores of the validation part. Later,
-`add_test_part` inserts the scores of the test part before them. Links lead to other pages in the
-same run's folder.
+A run has one page. When a training ends, its page has the scores of the validation part. Later,
+`add_test_part` inserts the scores of the test part before them. A page links only to pages in the
+same run folder.
 
-These arguments mean the same in every function:
+These arguments have the same meaning in every function:
     name            name of the run
     run_id          id of the MLflow run
     history         metrics of the epochs; if empty, the page has no section on the training
     learning_rates  learning rate of every step [steps]
     tags            tags of the MLflow run; `protocol` and `corpus` are shown beside the scores
-    audio           whether the page contains the sound of its clips, with players
+    audio           whether the page contains the sound of the clips that it shows
 """
 
 import re
@@ -91,7 +90,7 @@ def run_page(
 
 
 def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
-    """Put the scores of a test part into the page of its run, in place of earlier ones.
+    """Insert the scores of a test part into the page of its run, or replace earlier ones.
 
     Args:
         page: the page that `run_page` or `trial_page` made.
@@ -102,10 +101,10 @@ def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
 
 
 def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
-    """Make the page of an evaluation on other clips than the test part of the model's own fold.
+    """Make the page of an evaluation that is not on the test part of the model's own fold.
 
     Args:
-        model: how the user named the model.
+        model: the model as the user named it.
     """
     card = evaluation.card
     return make_page(
@@ -140,8 +139,8 @@ def crossval_page(
     Args:
         pooled: the evaluation of all folds and seeds together.
         summary: the mean score over the seeds, in a sentence.
-        folds: a row for each training; shares from 0 to 1 are floats.
-        pages: for each row, the relative link to the training's page.
+        folds: a row for each training; floats are shares from 0 to 1.
+        pages: for each row, the relative link to the page of the training.
     """
     card = pooled.card
     return make_page(
@@ -181,8 +180,8 @@ def trial_page(
 
     Args:
         about: a sentence that names the trial and says how it ended.
-        confusion: counts of the validation clips in the selected epoch [labels, labels].
-        study: name of the search or cross-validation, whose page is in the folder above.
+        confusion: confusion counts of the validation clips in the selected epoch [labels, labels].
+        study: name of the search or cross-validation. Its page is in the folder above.
     """
     part = None
     if history:
@@ -229,25 +228,24 @@ def search_page(
 
     Args:
         trials: one row for each trial, with the keys that `ser_ray.plots.search` describes.
-        counts: number of trials in each state, in words.
+        counts: number of trials in each state, as text.
         best: number of the selected trial.
-        selected: metrics of the selected trial's selected epoch.
-        recipe: recipe of the selected trial.
-        searched: range of each searched setting, in words.
-        importance: importance of each searched setting, as `importance_figure` draws it; may be
-            empty.
+        selected: metrics of this trial's selected epoch.
+        recipe: recipe of this trial.
+        searched: {hyperparameter: its range, as text}.
+        importance: {hyperparameter: its importance}, as `importance_figure` draws it; may be empty.
         again: command that trains the best recipe.
-        pages: relative link to the page of each trial, by the trial's number.
+        pages: {number of a trial: relative link to its page}.
     """
     row = next(row for row in trials if row["trial"] == best)
-    drawn = ", ".join(f"{key} {_shown(row[key])}" for key in searched)
+    values = ", ".join(f"{key} {_format(row[key])}" for key in searched)
     ranked = sorted(trials, key=trial_sort_key, reverse=True)
     return make_page(
         "search",
         "Search",
         name,
         tags["corpus"],
-        summary=f"Trial {best} of {len(trials)} is the best ({counts}). It has {drawn}; "
+        summary=f"Trial {best} of {len(trials)} is the best ({counts}). It has {values}; "
         f"its epoch {selected['epoch']:.0f} is selected.",
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         again=again,
@@ -262,7 +260,7 @@ def search_page(
                 "trial": row["trial"],
                 "ua": row["selected/ua"],
                 "wa": row["selected/wa"],
-                **{name: _shown(row[name]) for name in searched},
+                **{key: _format(row[key]) for key in searched},
                 "epochs": row["epochs"],
                 "state": row["state"],
             }
@@ -287,7 +285,7 @@ def range_page(
 
     Args:
         found: the measured losses and the proposed bounds, in the form that `range_figure` takes.
-        settings: name and value of each setting of the recipe and of the range.
+        settings: name and value of each setting of the recipe and of the range test.
     """
     bounds = {key: f"{found[key]:.1e}" for key in ("lr_min", "lr_max")}
     return make_page(
@@ -306,5 +304,5 @@ def range_page(
     )
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

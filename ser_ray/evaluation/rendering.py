@@ -1,4 +1,4 @@
-"""Fills templates: the HTML pages and the Markdown of a model card. Stores pages in run folders."""
+"""Fills the templates of HTML pages and of the model card, and stores pages in run folders."""
 
 import base64
 import logging
@@ -20,14 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template of `templates/`. HTML escapes the values; a missing value is an error."""
+    """Fill a template of `templates/`.
+
+    Values are escaped in HTML. A value that the template needs and does not get is an error.
+    """
     return _environment().get_template(template).render(values)
 
 
 def store_page(page: str, location: str) -> None:
     """Write a page to a path or URI, and create its folder.
 
-    If the page cannot be written, this only logs a warning: its numbers are also stored elsewhere.
+    If the page cannot be written, log a warning: its numbers are also stored elsewhere.
     """
     try:
         filesystem, path = filesystem_of(location)
@@ -38,15 +41,15 @@ def store_page(page: str, location: str) -> None:
 
 
 def as_artifact(page: str) -> str:
-    """Return a page without its links to other pages, as MLflow stores it.
+    """Return a page without its links to other pages, for the MLflow run.
 
-    MLflow's viewer shows only this page, so the links do not work there.
+    MLflow's viewer shows a page alone, so links to other pages would not work.
     """
     return _PAGE_LINK.sub(r"\1", page)
 
 
 def stored_page(location: str) -> str:
-    """Read the page at a path or URI; it is empty if none can be read."""
+    """Return the page at a path or URI; empty if it cannot be read."""
     try:
         filesystem, path = filesystem_of(location)
         with filesystem.open_input_stream(path) as stream:
@@ -58,7 +61,7 @@ def stored_page(location: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    from ser_ray.plots.svg import inline_svg  # slow: matplotlib
+    from ser_ray.plots.svg import inline_svg  # imports matplotlib, which is slow
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

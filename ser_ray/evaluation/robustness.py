@@ -1,8 +1,8 @@
-"""Scores of a model on the same clips under other recording conditions.
+"""Scores a model on the clips of an evaluation under simulated recording conditions.
 
-The shards hold no sound. Therefore the clips are decoded again, changed by
-`ser_ray.features.conditions`, and scored as `predict` scores files. A clip counts as wrong if its
-sound is too short or silent under a condition.
+The shards hold no sound, so the clips are decoded again, changed by `ser_ray.features.conditions`,
+and scored as `predict` scores files. A clip that is too short or silent under a condition counts as
+wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ from ser_ray.training.metrics import Scores, count_confusion
 def predict_conditions(
     evaluation: Evaluation, predictor: Predictor, groups: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Predict the clips of an evaluation under conditions, on the connected cluster.
+    """Predict the labels of the clips under recording conditions, on the connected cluster.
 
     Args:
-        evaluation: the clips, and the labels of the model.
+        evaluation: the evaluation of the unchanged clips.
         predictor: the model.
-        groups: names of `CONDITIONS`.
+        groups: groups of `CONDITIONS`.
 
     Returns:
-        For each condition by name, the predicted label indices [clips]. The index of a clip
-        without an answer is the number of labels, which is no label.
+        {condition: predicted label indices [clips]}. A clip that cannot be scored has the number of
+        labels as its index, which is not the index of a label.
 
     Raises:
-        CorpusError: a clip cannot be read again.
+        CorpusError: the file of a clip cannot be read.
         SerRayError: the pass ended early.
     """
     conditions = [name for group in dict.fromkeys(groups) for name in CONDITIONS[group]]
@@ -47,8 +47,8 @@ def predict_conditions(
     for row in answers:
         if row["status"] in (UNREACHABLE, "unreadable"):
             raise CorpusError(
-                f"{row['path']}: --under needs the sound of the clips, but this one cannot be "
-                f"read again ({row['reason']}); prepare the corpus where its files are now, as "
+                f"{row['path']}: --under needs the sound of the clips, but this file cannot be "
+                f"read ({row['reason']}); if the files were moved, prepare the corpus again, as "
                 "evaluate --corpus does"
             )
         if row["emotion"] is not None:
@@ -57,27 +57,27 @@ def predict_conditions(
 
 
 def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> tuple[Row, ...]:
-    """Score the clips of an evaluation under conditions.
+    """Score the predictions under recording conditions.
 
     Args:
-        evaluation: the clips, and the predictions for them as they are.
-        predicted: what `predict_conditions` returned for them.
+        evaluation: the evaluation of the unchanged clips.
+        predicted: the predictions, as `predict_conditions` returns them.
 
     Returns:
-        A row for the clips as they are, and one for every condition. Each has `condition`,
+        A row for the unchanged clips, and one for each condition. A row has `condition`,
         `definition`, `ua` and `wa` as shares, and the number of `unscored` clips. `ua_change` is
-        the change against the clips as they are, and `low` to `high` is its 95 % interval (paired,
-        by bootstrap over speakers).
+        the UA minus that of the unchanged clips, and `low` to `high` is the 95 % interval of this
+        change (paired, by bootstrap over speakers).
     """
     definitions = {name: text for group in CONDITIONS.values() for name, (text, _) in group.items()}
     return (
         _row("clean", "the clips as they are", evaluation, evaluation.predicted),
-        *(_row(name, definitions[name], evaluation, found) for name, found in predicted.items()),
+        *(_row(name, definitions[name], evaluation, labels) for name, labels in predicted.items()),
     )
 
 
-def _row(name: str, text: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:
-    num_indices = len(evaluation.card.labels) + 1
+def _row(name: str, definition: str, evaluation: Evaluation, predicted: np.ndarray) -> Row:
+    num_indices = len(evaluation.card.labels) + 1  # the last index is that of unscored clips
     scores = Scores(count_confusion(evaluation.truth, predicted, num_indices), loss=0.0)
     change = statistics.compare(
         evaluation.speakers, evaluation.truth, predicted, evaluation.predicted, num_indices
@@ -85,7 +85,7 @@ def _row(name: str, text: str, evaluation: Evaluation, predicted: np.ndarray) ->
     low, high = change.ua_interval
     return {
         "condition": name,
-        "definition": text,
+        "definition": definition,
         "ua": scores.ua,
         "wa": scores.wa,
         "ua_change": change.ua_difference,

@@ -1,4 +1,4 @@
-"""The header, contents, sections and clips that several HTML pages share."""
+"""Builds what several HTML pages share: the header, the contents, sections and clips."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -43,20 +43,21 @@ def make_page(
     summary: str = "",
     **values: object,
 ) -> str:
-    """Render a page with its header and contents.
+    """Make a page with a header and a list of contents.
 
     Args:
         template: name of the template, without the suffix.
-        kind: kind of the run, as the page names it.
+        kind: kind of the run, as the page shows it.
         title: name of the run.
         corpus: kind of the corpus.
         facts: name and value of each fact in the page's header; empty values are left out.
-        versions: rows of the page's last table, in addition to the program's provenance.
+        versions: name and value of each row of the page's last table. The versions of the program
+            and its packages are added.
         summary: the result in a sentence.
-        values: other values that the template needs.
+        values: the other values that the template needs.
     """
     today = datetime.now(UTC).date().isoformat()
-    known = {**versions, **provenance()}
+    all_versions = {**versions, **provenance()}
     page = render(
         f"{template}.html.jinja",
         kind=kind,
@@ -64,29 +65,31 @@ def make_page(
         summary=summary,
         is_synthetic=corpus == "synthetic",
         facts={"Date": today, "Corpus": CORPORA[corpus], **facts},
-        versions={name: text for name, text in known.items() if not name.startswith("mlflow.")},
+        versions={
+            name: text for name, text in all_versions.items() if not name.startswith("mlflow.")
+        },
         **values,
     )
     return with_contents(page)
 
 
 def with_contents(page: str) -> str:
-    """Fill the list of contents from the headings of a page."""
-    lines: list[str] = []
-    for level, anchor, title in _HEADING.findall(page):
-        link = f'<a href="#{anchor}">{title}</a>'
-        lines.append(f"<li>{link}") if level == "2" else lines.append(link)
-    items = " ".join(lines).replace(" <li>", "</li>\n<li>")
+    """Return a page with a list of contents that links to its headings."""
+    links = [
+        ("<li>" if level == "2" else "") + f'<a href="#{anchor}">{title}</a>'
+        for level, anchor, title in _HEADING.findall(page)
+    ]
+    items = " ".join(links).replace(" <li>", "</li>\n<li>")
     return _CONTENTS.sub(lambda _: f"<ul>\n{items}</li>\n</ul>", page, count=1)
 
 
 def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
-    """Collect the values of `part.html.jinja` from an evaluation."""
+    """Return the values that `part.html.jinja` needs for an evaluation."""
     labels = evaluation.card.labels
-    shown = {title: evaluation.mean(name) for name, title in SCORES.items()}
+    scores = {title: evaluation.mean(name) for name, title in SCORES.items()}
     confusion = evaluation.scores.confusion
-    base = confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, shown)
-    calibration, before = evaluation.calibration, evaluation.uncalibrated
+    base = confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, scores)
+    calibration, uncalibrated = evaluation.calibration, evaluation.uncalibrated
     return base | {
         "evaluation": evaluation,
         "labels": label_rows([scores.confusion for scores in evaluation.by_seed.values()], labels),
@@ -99,7 +102,9 @@ def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
             calibration.confidence,
             calibration.accuracy,
             calibration.count,
-            None if evaluation.card.temperature == 1 else (before.confidence, before.accuracy),
+            None
+            if evaluation.card.temperature == 1
+            else (uncalibrated.confidence, uncalibrated.accuracy),
         ),
         "examples": read_clips(evaluation, evaluation.typical(), audio=audio),
         "hardest": read_clips(evaluation, evaluation.hardest(), audio=audio),
@@ -113,7 +118,7 @@ def confusion_part(
     labels: Sequence[str],
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Collect the values of `part.html.jinja` if only the confusion counts are known."""
+    """Return the values that `part.html.jinja` needs if only the confusion counts are known."""
     return {
         "id": part,
         "title": f"{part.capitalize()} part",
@@ -131,7 +136,7 @@ def confusion_part(
 def training_section(
     history: History, learning_rates: Sequence[float], recipe: TrainConfig
 ) -> dict[str, Any]:
-    """Draw the figures of a training's epochs and steps; empty before the first epoch ends."""
+    """Return the figures of a training's epochs and steps; none before the first epoch ends."""
     if not history:
         return {}
     return {
@@ -141,7 +146,7 @@ def training_section(
 
 
 def selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
-    """Return the validation scores of the selected epoch by their titles."""
+    """Return the validation scores of the selected epoch, by title."""
     return {
         title: selected[f"val/{name}"]
         for name, title in SCORES.items()
@@ -150,7 +155,7 @@ def selected_scores(selected: Mapping[str, float]) -> dict[str, float]:
 
 
 def card_settings(card: CheckpointCard) -> dict[str, object]:
-    """Return the settings that a checkpoint's page lists."""
+    """Return the settings that the page of a checkpoint lists."""
     return settings_of(card.config) | {"started from": card.initial_weights}
 
 
@@ -161,29 +166,31 @@ def settings_of(recipe: TrainConfig) -> dict[str, object]:
 
 
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
-    """Compute a table row for each label: precision, recall and F1 as shares, and support in clips.
+    """Make a row for each label: precision, recall and F1 as shares, and support in clips.
 
-    A score whose denominator is 0 is 0, such as the precision of a label that is never predicted.
+    A score is 0 if its denominator is 0, as for the precision of a label that is never predicted.
 
     Args:
         confusions: for each seed, counts [labels, labels], row = true, column = predicted. The
             shares are means over the seeds, and the support is the sum.
-        labels: names of the rows.
+        labels: the labels, in the order of the counts.
     """
-    of_seeds = [Scores(confusion, loss=0.0) for confusion in confusions]
+    scores_by_seed = [Scores(confusion, loss=0.0) for confusion in confusions]
     columns: dict[str, Sequence[Any]] = {"label": labels}
     for name in ("precision", "recall", "f1"):
-        columns[name] = np.mean([getattr(scores, name) for scores in of_seeds], axis=0).tolist()
+        columns[name] = np.mean(
+            [getattr(scores, name) for scores in scores_by_seed], axis=0
+        ).tolist()
     columns["support"] = np.sum(confusions, axis=(0, 2)).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Say in sentences which label has the best recall, which the worst, and what is confused most.
+    """Return sentences about the best label, the worst label and the most frequent confusion.
 
     Args:
         confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
-        labels: names of the rows.
+        labels: the labels, in the order of the counts.
     """
     support = confusion.sum(axis=1)
     recall = np.where(support > 0, Scores(confusion, loss=0.0).recall, np.nan)
@@ -207,19 +214,19 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
 
 
 def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> list[dict[str, Any]]:
-    """Decode the clips that a page shows, from the recordings of the corpus.
+    """Decode the clips that a page shows from the recordings of the corpus.
 
-    A clip is left out if its recording cannot be decoded.
+    Clips whose recording cannot be decoded are left out.
 
     Args:
         evaluation: the predictions of the clips.
         rows: row numbers in `evaluation.predictions`.
-        audio: whether the page gets a player for each clip.
+        audio: whether the page contains the sound of the clips.
 
     Returns:
-        For each clip its file `name`, its true label (`truth`), the `predicted` label and its
-        `probability`, a `figure` of the clip without the silence at both ends, and its sound as
-        `mp3`, which is empty without players.
+        For each clip its file `name`, the true label as `truth`, the `predicted` label and its
+        `probability`, a `figure` of the clip without its silent ends, and the sound as `mp3`, which
+        is empty without `audio`.
     """
     extract = FeatureExtractor(evaluation.card.features)
     rate = evaluation.card.features.sample_rate

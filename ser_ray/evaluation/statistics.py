@@ -1,9 +1,9 @@
 """Intervals, calibration and paired comparisons of scores.
 
-Clips of one speaker are alike, so the bootstrap resamples complete speakers (the cluster bootstrap,
-Field and Welsh 2007). `scipy.stats.bootstrap` resamples single observations and computes one
-statistic per call. Here, a draw sums the confusion counts of whole speakers, and all scores are
-computed from the same draws.
+Clips of one speaker are similar, so the bootstrap draws complete speakers (the cluster bootstrap,
+Field and Welsh 2007). `scipy.stats.bootstrap` does not fit: it draws single observations, and
+computes one statistic per call. Here, a draw sums the confusion counts of speakers, and all scores
+are computed from the same draws.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ import numpy as np
 
 from ser_ray.training.metrics import macro_f1_of, ua_of, wa_of
 
-DRAWS = 2000
-"""Resamples of the bootstrap."""
-BINS = 10
-"""Equal intervals of confidence over which calibration is measured."""
+NUM_DRAWS = 2000
+"""Number of resamples of the bootstrap."""
+NUM_BINS = 10
+"""Number of equally wide bins of confidence in which calibration is measured."""
 
 Interval = tuple[float, float]
 """95 % interval: the 2.5th and 97.5th percentile of the draws."""
@@ -29,7 +29,7 @@ class Intervals:
     drawn: str
     """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
-    """Number of speakers or clips; with only a few, the intervals are too narrow."""
+    """Number of speakers or clips. With only a few, the intervals are too narrow."""
     ua: Interval
     wa: Interval
     f1: Interval
@@ -50,29 +50,29 @@ def bootstrap(
         truth: label indices [clips].
         predicted: label indices [clips].
         num_labels: number of labels.
-        seeds: seed of every clip [clips], if several trainings scored the same clips. A score is
-            then the mean over the seeds, and all seeds have the same draws of speakers.
+        seeds: seed of the training that scored each clip [clips], if several scored the same clips.
+            A score is then the mean over the seeds, and the same speakers are drawn for all seeds.
     """
     counts, drawn = _counts(speakers, truth, predicted, num_labels, seeds)
-    draws = _draw(counts)  # [draws, seeds, labels, labels]
+    draws = _resample(counts)  # [draws, seeds, labels, labels]
     ua, wa, f1 = (_interval(score(draws).mean(axis=1)) for score in (ua_of, wa_of, macro_f1_of))
     return Intervals(drawn=drawn, count=len(counts), ua=ua, wa=wa, f1=f1)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Confidence against accuracy (Guo et al. 2017)."""
+    """Confidence and accuracy in bins of confidence (Guo et al. 2017)."""
 
     confidence: np.ndarray
-    """Mean probability of the predicted label in every bin [bins]; NaN in an empty one."""
+    """Mean probability of the predicted label in every bin [bins]; NaN in an empty bin."""
     accuracy: np.ndarray
-    """Share of correct predictions in every bin [bins]; NaN in an empty one."""
+    """Share of correct predictions in every bin [bins]; NaN in an empty bin."""
     count: np.ndarray
-    """Clips in every bin [bins]."""
+    """Number of clips in every bin [bins]."""
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean distance of confidence and accuracy over the clips."""
+        """Expected calibration error: mean of |confidence - accuracy|, weighted by clips."""
         gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
         return float((gaps * self.count).sum() / max(self.count.sum(), 1))
 
@@ -82,32 +82,32 @@ def calibration(truth: np.ndarray, probabilities: np.ndarray) -> Calibration:
 
     Args:
         truth: label indices [clips].
-        probabilities: [clips, labels], rows summing to 1.
+        probabilities: [clips, labels]; the sum of a row is 1.
     """
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == truth
-    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(places, minlength=BINS)
+    is_right = probabilities.argmax(axis=1) == truth
+    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
+    count = np.bincount(bins, minlength=NUM_BINS)
     with np.errstate(invalid="ignore"):
         return Calibration(
-            np.bincount(places, confidence, BINS) / count,
-            np.bincount(places, right, BINS) / count,
+            np.bincount(bins, confidence, NUM_BINS) / count,
+            np.bincount(bins, is_right, NUM_BINS) / count,
             count,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models scored on the same clips; differences are first minus second."""
+    """A comparison of two models on the same clips. A difference is the first minus the second."""
 
     wa_difference: float
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
-    """Exact McNemar test of equal WA. It treats clips as independent, so p is too small."""
+    """p of the exact McNemar test of equal WA: too small, because clips are not independent."""
     ua_difference: float
     ua_interval: Interval
-    """Interval of the UA difference by bootstrap over speakers. Both models have the same draws."""
+    """Interval of the UA difference, by bootstrap over the same draws of speakers for both."""
     drawn: str
     """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
@@ -119,7 +119,8 @@ class Comparison:
             f"UA {self.ua_difference:+.1%} (95 % interval {low:+.1%} to {high:+.1%} by bootstrap "
             f"over {self.count} {self.drawn}), WA {self.wa_difference:+.1%}: "
             f"{self.only_first_right} clips that only this model gets right, "
-            f"{self.only_second_right} that only the other does, McNemar p = {self.mcnemar_p:.3g}"
+            f"{self.only_second_right} that only the other gets right, "
+            f"McNemar p = {self.mcnemar_p:.3g}"
         )
 
 
@@ -130,32 +131,35 @@ def compare(
     second: np.ndarray,
     num_labels: int,
 ) -> Comparison:
-    """Compare two models' predictions of the same clips.
+    """Compare the predictions of two models for the same clips.
 
     Args:
         speakers: speaker of every clip [clips].
         truth: label indices [clips].
         first: label indices that the first model predicted [clips].
         second: label indices that the second model predicted [clips].
+        num_labels: number of labels.
     """
-    from scipy.stats import binomtest  # slow to import, and only comparisons need it
+    from scipy.stats import binomtest  # slow to import
 
     first_right, second_right = first == truth, second == truth
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
-    differing = only_first + only_second
-    ones, drawn = _counts(speakers, truth, first, num_labels)
-    others, _ = _counts(speakers, truth, second, num_labels)
-    differences = ua_of(_draw(ones)) - ua_of(_draw(others))  # the same draws of speakers
+    num_different = only_first + only_second
+    first_counts, drawn = _counts(speakers, truth, first, num_labels)
+    second_counts, _ = _counts(speakers, truth, second, num_labels)
+    # `_resample` draws the same speakers in both calls.
+    differences = ua_of(_resample(first_counts)) - ua_of(_resample(second_counts))
+    first_ua, second_ua = (ua_of(c.sum(axis=(0, 1))) for c in (first_counts, second_counts))
     return Comparison(
         wa_difference=float(first_right.mean() - second_right.mean()),
         only_first_right=only_first,
         only_second_right=only_second,
-        mcnemar_p=binomtest(only_first, differing).pvalue if differing else 1.0,
-        ua_difference=float(ua_of(ones.sum(axis=(0, 1))) - ua_of(others.sum(axis=(0, 1)))),
+        mcnemar_p=binomtest(only_first, num_different).pvalue if num_different else 1.0,
+        ua_difference=float(first_ua - second_ua),
         ua_interval=_interval(differences[:, 0]),
         drawn=drawn,
-        count=len(ones),
+        count=len(first_counts),
     )
 
 
@@ -169,20 +173,21 @@ def _counts(
     """Count the confusions of every speaker, or of every clip if there is only one speaker.
 
     Returns:
-        Counts [units, seeds, labels, labels], and the plural noun for the units.
+        Counts [units, seeds, labels, labels], where a unit is a speaker or clip, and the name of
+        the units: `speakers` or `clips`.
     """
-    names, owners = np.unique(np.asarray(speakers), return_inverse=True)
+    names, units = np.unique(np.asarray(speakers), return_inverse=True)
     drawn = "speakers"
     if len(names) == 1:
-        owners, drawn = np.arange(len(truth)), "clips"
+        units, drawn = np.arange(len(truth)), "clips"
     runs = np.zeros(len(truth), int) if seeds is None else np.unique(seeds, return_inverse=True)[1]
-    counts = np.zeros((owners.max() + 1, runs.max() + 1, num_labels, num_labels), np.int64)
-    np.add.at(counts, (owners, runs, truth, predicted), 1)
+    counts = np.zeros((units.max() + 1, runs.max() + 1, num_labels, num_labels), np.int64)
+    np.add.at(counts, (units, runs, truth, predicted), 1)
     return counts, drawn
 
 
-def _draw(counts: np.ndarray) -> np.ndarray:
-    """Draw all units again with replacement, DRAWS times, and sum the counts of each draw.
+def _resample(counts: np.ndarray) -> np.ndarray:
+    """Draw as many units as there are, with replacement, and sum their counts; `NUM_DRAWS` times.
 
     Args:
         counts: [units, seeds, labels, labels].
@@ -191,7 +196,7 @@ def _draw(counts: np.ndarray) -> np.ndarray:
         [draws, seeds, labels, labels].
     """
     rng = np.random.default_rng(0)
-    times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=DRAWS)
+    times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=NUM_DRAWS)
     return np.tensordot(times, counts, axes=1)
 
 

@@ -1,7 +1,7 @@
 """Records trainings and evaluations in MLflow, and registers models there.
 
-The scores, tables, plots and page of an evaluation go into the run that trained the model. A
-registered version of a model gets a model card.
+The scores, tables, plots and page of an evaluation are logged to the MLflow run that trained the
+model. A registered model has a model card as its description.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ def record_training(
     progress: dict[str, Any],
     page: str,
 ) -> None:
-    """Log the model, scores, page, plots and history of a training, and finish its run.
+    """Log the model, scores, page, plots and history of a training, and end its MLflow run.
 
     Args:
         tracker: tracker of the run.
@@ -50,7 +50,7 @@ def record_training(
         page: the run's page.
 
     Raises:
-        TrackingError: the store did not accept everything.
+        TrackingError: the store refused a part of the record.
     """
     selected, history = progress["selected"], progress["history"]
     tracker.deliver()
@@ -76,16 +76,16 @@ def record_training(
 
 
 def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
-    """Record the evaluation of a test part in the run that `evaluation.origin` names.
+    """Log the evaluation of a test part to the MLflow run that trained the model.
 
-    The page in the run's folder gets the test part even if the tracking store does not answer.
+    The page in the run folder gets the test part even if the tracking store does not respond.
 
     Args:
-        evaluation: the evaluation of the test part of the model's own fold.
-        audio: whether the page gets the sound of the clips that it shows.
+        evaluation: the evaluation on the test part of the model's own fold.
+        audio: whether the page contains the sound of the clips that it shows.
 
     Raises:
-        TrackingError: the store has no such run, or does not accept the evaluation.
+        TrackingError: the store does not have the run, or refuses the evaluation.
     """
     origin, labels, scores = evaluation.origin, evaluation.card.labels, evaluation.scores
     page = stored_page(evaluation.report)
@@ -95,10 +95,10 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
     tracker = Tracker.of_run(origin["tracking_uri"], origin["run_id"])
     if not page:
         page = add_test_part(tracker.read_text(REPORT), evaluation, audio=audio)
-    found = scores.to_dict() | evaluation.group_metrics
-    found["ece"] = evaluation.calibration.ece
-    found["ece_uncalibrated"] = evaluation.uncalibrated.ece
-    tracker.log_scores({f"test/{name}": value for name, value in found.items()}, now_ms())
+    metrics = scores.to_dict() | evaluation.group_metrics
+    metrics["ece"] = evaluation.calibration.ece
+    metrics["ece_uncalibrated"] = evaluation.uncalibrated.ece
+    tracker.log_scores({f"test/{name}": value for name, value in metrics.items()}, now_ms())
     tracker.describe(Test=evaluation.sentence)
     title = evaluation.measured_on
     tracker.log_files(
@@ -113,10 +113,13 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 
 
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
-    """Register the model that `best_training_of` finds for a run; return its version and its card.
+    """Register the model of a run, or of the run's best training (`best_training_of`).
 
-    If the model was trained on all speakers, the card has the scores of a cross-validation of the
-    same recipe.
+    If the model was trained on all speakers, its card has the scores of a cross-validation of the
+    same recipe, if there is one.
+
+    Returns:
+        The version, and the model card as Markdown.
 
     Raises:
         TrackingError: there is no such run, or it has no model.

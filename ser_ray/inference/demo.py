@@ -99,10 +99,9 @@ def serve(
 def answer(
     predictor: Predictor, decode: Decode, path: str | None
 ) -> tuple[dict[str, float] | None, str]:
-    """Return what the page shows for a clip: the probabilities, and HTML with a picture or an
-    error.
+    """Return what the page shows for a clip: the probabilities, and HTML with a figure or an error.
 
-    Without a clip (None), the page shows nothing.
+    Both are empty without a clip.
     """
     if path is None:
         return None, ""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
-"""Largest allowed difference from a probability of `Predictor`, which adds in another order."""
+"""Largest allowed difference from a probability of `Predictor`, due to sums in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 """Lengths of the waveforms on which a file is compared with `Predictor`."""
 OPSET = 20
@@ -185,8 +185,7 @@ class WaveformModel(nn.Module):
     def _layers(
         self, encoder: "Encoder", waveform: Tensor, begin: Tensor, length: Tensor
     ) -> Tensor:
-        """Compute the layers [layers * dim, 1] of an encoder for the clip, padded to
-        `max_seconds`."""
+        """Compute the layers [layers * dim, 1] of an encoder for a clip padded to `max_seconds`."""
         index = torch.arange(round(self.features.max_seconds * self.features.sample_rate))
         sound = waveform[(begin + index).clamp(max=waveform.shape[0] - 1)] * (index < length)
         return encoder(sound.float()[None], length[None]).reshape(-1, 1)

@@ -68,7 +68,7 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the card, the minimum confidence and the weights, 16 hex digits."""
+        """Hash of the card, the minimum confidence and the weights, as 16 hex digits."""
         settings = f"{self.min_confidence} {self.card.to_json()}"
         digest = hashlib.blake2b(settings.encode(), digest_size=8)
         for weight in self.network.parameters():
@@ -195,8 +195,7 @@ class Predictor:
         )
 
     def _most_probable(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """Return the best label, None if it is not probable enough, and the probability by
-        label."""
+        """Return the emotion (None below the minimum confidence) and the probability by label."""
         by_label = dict(zip(self.labels, probabilities.tolist(), strict=True))
         label, highest = max(by_label.items(), key=itemgetter(1))
         return {

@@ -55,7 +55,7 @@ class RecordingFeatures:
 
 
 class RecordingReader:
-    """Turns recordings into features. Ray can send it to workers.
+    """Computes features of recordings. It can be pickled, so Ray can send it to workers.
 
     Args:
         config: the model's feature configuration.
@@ -148,7 +148,7 @@ class RecordingReader:
 def window_start_seconds(seconds: float, window_seconds: float) -> list[float]:
     """Return the starts of the windows in seconds.
 
-    A window starts every half window, and the last window ends with the recording.
+    Windows start at multiples of half a window, and the last window ends with the recording.
     """
     last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
     # Subtract a little, so that a rounding error does not add a second window at the last start.

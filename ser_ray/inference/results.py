@@ -80,7 +80,7 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
 
 
 class PartialResults:
-    """The answers of a pass so far. Memory holds only the path, chunk and row of each file."""
+    """The answers of a pass so far. Written answers leave only path, chunk and row in memory."""
 
     def __init__(
         self,

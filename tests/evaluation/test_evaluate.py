@@ -109,8 +109,8 @@ def test_calibration_is_shown_before_and_after_the_temperature(shards, checkpoin
     assert found.to_dict()["ece_uncalibrated"] == found.uncalibrated.ece
     page = run_page(found.card, found, name="run", audio=False)
     assert (
-        "A temperature of 0.50, fitted on the validation clips, scales the probabilities; before, "
-        f"the error was {plain.calibration.ece:.1%}."
+        "The probabilities are scaled with a temperature of 0.50, fitted on the validation clips. "
+        f"Without it, the error is {plain.calibration.ece:.1%}."
     ) in page
     assert "A temperature of" not in run_page(plain.card, plain, name="run", audio=False)
 
@@ -135,7 +135,9 @@ def test_typical_rows_are_one_clip_of_each_label(shards, checkpoint):
 
 
 def test_speakers_seen_in_training_are_refused_unless_allowed(shards, checkpoint):
-    with pytest.raises(CheckpointError, match=r"trained on 2 of these speakers.*--allow-seen"):
+    with pytest.raises(
+        CheckpointError, match=r"trained or validated on 2 of these speakers.*--allow-seen"
+    ):
         evaluate(checkpoint, "here", fold=1)
     allowed = evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True)
     assert not allowed.is_own_test
@@ -162,10 +164,10 @@ def test_all_clips_of_other_shards_are_scored_if_their_speakers_are_unseen(shard
     with pytest.raises(ConfigError, match="these shards hold no speech clip"):
         evaluate(checkpoint, "elsewhere")
     others.table = spoken
-    with pytest.raises(ConfigError, match=r"fold is 1, but .*: name a --protocol too"):
+    with pytest.raises(ConfigError, match=r"fold is 1, but .*: give a --protocol too"):
         evaluate(checkpoint, "elsewhere", fold=1)
     shards.card.fingerprint = "prepared again"
-    with pytest.raises(CheckpointError, match="trained on 4 of these speakers"):
+    with pytest.raises(CheckpointError, match="trained or validated on 4 of these speakers"):
         evaluate(checkpoint, "here")
 
 
@@ -356,7 +358,7 @@ def test_scores_are_printed_although_their_run_is_unreachable(
     assert main(["evaluate", str(checkpoint), "--shards", "here", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["ua"] == evaluate(checkpoint, "here").scores.ua
-    assert "the training's run does not have these scores yet" in caplog.text
+    assert "the scores are not recorded in the training's MLflow run" in caplog.text
     assert not (tmp_path / "gone.db").exists()
     assert "Test part</h2>" in report.read_text()
 
@@ -387,7 +389,7 @@ def test_a_models_own_shards_are_found_where_they_were_or_in_the_usual_places(sh
     (checkpoint / "run.json").write_text(json.dumps({"shards": ["here"]}))
     assert shards_of(checkpoint, ("elsewhere",)) == ("here",)
     (checkpoint / "run.json").write_text(json.dumps({"shards": ["gone"]}))
-    with pytest.raises(ShardsError, match="not in gone or elsewhere: name them"):
+    with pytest.raises(ShardsError, match="not in gone or elsewhere: give their location"):
         shards_of(checkpoint, ("elsewhere",))
 
 

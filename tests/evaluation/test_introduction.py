@@ -37,7 +37,8 @@ def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_pat
     assert about.startswith("**mel-fold0**: ResNet18 on mel of ")
     assert label == "calm"
     assert path in calm
-    score = "On 16 clips of voices that it was not trained on, its UA is 50%; chance is 25%."
+    score = "On 16 clips of voices that it was not trained on, its UA (mean recall of the "
+    score += "emotions) is 50%; guessing would reach 25%."
     assert f". {score} The model" in about
 
     place = shards.table.schema.get_field_index("end")
@@ -73,5 +74,5 @@ def test_a_model_without_a_reachable_run_says_how_its_score_is_found(
         origin = {"run_id": "0123", "tracking_uri": "http://127.0.0.1:9"}
         (tmp_path / "run.json").write_text(json.dumps(origin))
     about, examples = introduce(tmp_path, "a model")
-    assert "No score on its test clips can be read: ser-ray evaluate measures it." in about
+    assert "Its test score is not known; ser-ray evaluate measures it." in about
     assert examples == []

@@ -296,7 +296,7 @@ def test_a_page_of_a_run_holds_the_numbers(text: str, evaluation: Evaluation) ->
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == shown * 2
     low, high = evaluation.intervals.ua
     assert f"{low:.1%} to {high:.1%}" in page.text
-    assert page.text.count("95% interval, by bootstrap over 3 speakers") == 2
+    assert page.text.count("95% interval by bootstrap over 3 speakers") == 2
     assert page.text.count("mean recall of the 3 labels") == 2
     assert page.text.count("Guessing scores a UA of 33.3%") == 2
     for kind, rows in evaluation.groups.items():

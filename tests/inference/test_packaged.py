@@ -358,7 +358,7 @@ def test_the_card_of_a_ravdess_model_names_its_limits_and_licence(tmp_path):
     for words in ("North American English", "CC BY-NC-SA", "24 professional actors", "60.0%"):
         assert words in text
     assert "has not been scored" in text
-    assert "the last epoch's; folds and trials are selected by it" in text
+    assert "of the last epoch; folds and trials are selected by this score" in text
     card = make_checkpoint(tmp_path, corpus="synthetic")
     synthetic = render("model_card.md.jinja", card=card, scores=None, validation_ua=0.6)
     assert "CC BY-NC-SA" not in synthetic

@@ -59,7 +59,7 @@ def test_a_model_of_two_corpora_is_scored_and_begins_another(corpora, capsys, in
     # The first corpus trained it, also alone and under another name; new ones have to be mapped.
     Path("one").rename("renamed")
     assert main(["evaluate", str(selected), "--shards", "renamed"]) == 2
-    assert "trained on 6 of these speakers" in capsys.readouterr().err
+    assert "trained or validated on 6 of these speakers" in capsys.readouterr().err
     write_spelled(in_tmp / "third", {"happy": "anger"}, fingerprint="3" * 16)
     new = ("evaluate", str(selected), "--shards", "third", "--allow-seen-speakers")
     assert main([*new]) == 2
