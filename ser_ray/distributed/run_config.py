@@ -28,10 +28,10 @@ class RunConfig:
     experiment: str = "ser-ray"
     """MLflow experiment."""
     tracking_uri: str = ""
-    """MLflow tracking server or database. If empty, MLFLOW_TRACKING_URI or a local sqlite file."""
+    """MLflow tracking server or database. The default is the one of the variable
+    MLFLOW_TRACKING_URI, or else an SQLite file in ser-ray-out."""
     audio: bool = True
-    """Put the sound of the clips that the report shows into the report; `--no-audio` leaves it
-    out."""
+    """The report contains the audio of the clips that it shows; `--no-audio` leaves it out."""
     keep_encoder: bool = True
     """Copy the weights of the encoder, if the model has one, into the model's folder;
     `--no-keep-encoder` stores only their location and hash."""

@@ -20,8 +20,8 @@ class PrepareConfig:
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; all other files are counted as `excluded`."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. `--missing` without words
-    turns this off."""
+    """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
+    words, only an empty cell is a missing value."""
     columns: tuple[str, ...] = ()
     """Names of columns in a table that differ from path, label, speaker, take, start, end and
     split, as in label=emotion speaker=spk."""
@@ -32,7 +32,6 @@ class PrepareConfig:
     case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE with a file of
     weights."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
-    """The settings of the features."""
 
     def __post_init__(self) -> None:
         for name in ("corpus", "shards"):
