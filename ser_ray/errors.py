@@ -64,6 +64,16 @@ def last_line(error: Exception) -> str:
     return str(error).strip().rpartition("\n")[2]
 
 
+def wrapped_error(error: Exception) -> SerRayError | None:
+    """Return the SerRayError that an error of a Ray task or of Ray Train wraps, if there is one."""
+    wrapped = [
+        getattr(error, "cause", None),
+        *getattr(error, "worker_failures", {}).values(),
+        getattr(error, "controller_failure", None),
+    ]
+    return next((each for each in wrapped if isinstance(each, SerRayError)), None)
+
+
 def is_permanent(error: BaseException) -> bool:
     """Return whether a retry will fail in the same way.
 

@@ -135,7 +135,7 @@ class LrRange(TrainingVerb):
             run_config=replace(self.run_config, name=""),
             address=self.common.address,
         )
-        return _run_result(result, asdict(result.found), f"train with   {command}")
+        return _run_result(result, asdict(result.proposal), f"train with   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Shows the epochs of a training on a terminal or in a log."""
+"""Shows the epochs of a training on a terminal, or as lines of a log."""
 
 import time
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ BEST = "  best so far"
 
 
 class EpochTable:
-    """Shows a row for each epoch that has ended and, on a terminal, a bar for the running one.
+    """Shows a row for each epoch that has ended and, on a terminal, a bar for the running epoch.
 
     Args:
-        console: where to show them.
+        console: the terminal or log.
         epochs: number of epochs of the training.
     """
 
@@ -31,7 +31,7 @@ class EpochTable:
         self._ended_at = 0.0
         self._best: tuple[float, ...] = ()
         self._live = Live(
-            get_renderable=self.running, console=console, refresh_per_second=2, transient=True
+            get_renderable=self.running_epoch, console=console, refresh_per_second=2, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -43,7 +43,7 @@ class EpochTable:
         self._live.stop()
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        """Show an epoch that has ended."""
+        """Show the row of an epoch that has ended, by metric names (`Epoch.row`)."""
         is_first, self._last, self._ended_at = not self._last, row, time.monotonic()
         is_best = False
         # A resumed training does not show its earlier epochs, so its best epoch is unknown here.
@@ -62,10 +62,10 @@ class EpochTable:
         )
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
 
-    def running(self) -> RenderableType:
-        """Show the running epoch, with a bar over all epochs and the time left.
+    def running_epoch(self) -> RenderableType:
+        """Return the line of the running epoch: a bar over all epochs, and the time left.
 
-        The progress within the epoch is estimated from the duration of the previous one.
+        The progress within the epoch is estimated from the duration of the previous epoch.
         """
         done = int(self._last.get("epoch", 0))
         if done == self.epochs:
@@ -75,9 +75,9 @@ class EpochTable:
             grid.add_row("", ProgressBar(width=30, pulse=True), "waiting for the first epoch")
             return grid
         duration = self._last["speed/epoch_seconds"]
-        share = min((time.monotonic() - self._ended_at) / max(duration, 1e-9), 0.99)
-        left = clock((self.epochs - done - share) * duration)
-        bar = ProgressBar(total=self.epochs, completed=done + share, width=30)
+        fraction = min((time.monotonic() - self._ended_at) / max(duration, 1e-9), 0.99)
+        left = clock((self.epochs - done - fraction) * duration)
+        bar = ProgressBar(total=self.epochs, completed=done + fraction, width=30)
         grid.add_row(f"{done + 1:4d}/{self.epochs:<3}", bar, f"{left} left")
         return grid
 
@@ -97,7 +97,7 @@ class EpochTable:
 
 
 def _validation(row: Mapping[str, float]) -> str:
-    """The validation columns of a row; empty without validation clips."""
+    """Return the validation columns of a row; empty without validation clips."""
     if "val/ua" not in row:
         return ""
     return f"{row['val/loss']:8.3f} {row['val/ua']:7.1%} {row['val/wa']:7.1%}"

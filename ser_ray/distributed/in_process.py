@@ -1,18 +1,18 @@
-"""Trains with one worker in this process. `ser_ray.distributed.worker_group` trains with Ray Train.
+"""Trains with one worker in this process, without Ray; `worker_group` trains with Ray Train.
 
-One worker on this machine does not need Ray. Ray's processes use some of the CPUs and need several
-seconds to start. The loop, the run's folder and the reported epochs are the same with and without
-Ray. Therefore a run can begin here and resume on Ray, or the other way round.
+Without Ray, a training starts several seconds earlier, and Ray's processes use no CPU time. The
+training loop, the run folder and the reported epochs are the same with and without Ray, so a run
+can begin here and resume on Ray, or the other way round.
 
-Ray Train's local mode (`num_workers=0`) is not used. It needs no cluster either, but it calls no
-callbacks, and neither stores checkpoints nor resumes from them. Importing Ray Train also takes
-seconds.
+Ray Train's local mode (`num_workers=0`) needs no cluster either. It is not used, because it calls
+no callbacks, and neither stores checkpoints nor resumes from them. Importing Ray Train also takes
+several seconds.
 """
 
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
@@ -20,30 +20,36 @@ import torch
 from safetensors import SafetensorError
 
 from ser_ray.cluster.resources import available_memory, cpus_per_worker
-from ser_ray.distributed.ingest import fetch_by_threads, streams
+from ser_ray.distributed.ingest import fetch_by_threads, should_stream
 from ser_ray.distributed.node_metrics import NodeMetrics
-from ser_ray.distributed.run_folder import Epoch, RunFolder, StoredCheckpoint, TrainingTask
+from ser_ray.distributed.run_folder import (
+    Epoch,
+    OnEpoch,
+    RunFolder,
+    StoredCheckpoint,
+    TrainingTask,
+)
 from ser_ray.errors import SerRayError, first_line, is_permanent
 from ser_ray.training.checkpoint import Snapshot
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.trainer import EpochReport
 
 ADDRESS = "127.0.0.1"
-"""Address of this machine in the names of its metrics, as Ray has it on this machine."""
+"""Address of this machine in the names of its system metrics. Ray on one machine uses the same."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
 
 logger = logging.getLogger(__name__)
 
 
-def train_in_process(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, gpu: bool) -> None:
-    """Train in this process to the end.
+def train_in_process(task: TrainingTask, on_epoch: OnEpoch, *, gpu: bool) -> None:
+    """Train in this process until all epochs have ended.
 
     Args:
         task: the training.
-        on_epoch: called with every epoch, first with the epochs of earlier starts. After a failure,
-            it may be called again with the same epoch. For new epochs, it is called in the thread
-            that stores their checkpoints. If it raises an error, the training ends.
+        on_epoch: called with every epoch, first with those of earlier starts. After a failure, it
+            may be called again with the same epoch. For new epochs, it is called in the thread
+            that stores checkpoints. If it raises an error, the training ends.
         gpu: whether to use a GPU.
 
     Raises:
@@ -58,7 +64,7 @@ def train_in_process(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, g
             with closing(reporter):
                 _fit(task, start, reporter, gpu=gpu)
         except FAILURES as error:
-            if error is reporter.refusal:
+            if error is reporter.on_epoch_error:
                 raise
             if is_permanent(error) or failures == task.run.max_failures:
                 if isinstance(error, SerRayError):
@@ -67,7 +73,7 @@ def train_in_process(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, g
                 raise task.folder.failure(trace) from error
             failures += 1
             reason = first_line(error)
-            logger.warning("the training failed (%s): it resumes from the last epoch", reason)
+            logger.warning("the training failed (%s); it resumes from the last epoch", reason)
         else:
             return
 
@@ -75,12 +81,12 @@ def train_in_process(task: TrainingTask, on_epoch: Callable[[Epoch], None], *, g
 def _fit(
     task: TrainingTask, start: StoredCheckpoint | None, reporter: "LocalReporter", *, gpu: bool
 ) -> None:
-    config, shards = task.config, task.shards
+    recipe, shards = task.recipe, task.shards
     with worker_device(gpu=gpu) as device, task.folder.local(start) as resume:
         memory = available_memory
-        is_streamed = streams(task.run.ingest, config, shards, memory, device, resume)
+        is_streamed = should_stream(task.run.ingest, recipe, shards, memory, device, resume)
         fit(
-            config,
+            recipe,
             shards,
             task.pretrained,
             reporter,
@@ -92,30 +98,31 @@ def _fit(
 
 
 class LocalReporter:
-    """Stores checkpoints and passes on epochs in another thread, while the loop continues.
+    """Stores the checkpoints of a training in another thread, while the training continues.
 
     Args:
-        on_epoch: called in the other thread with every epoch whose checkpoint is stored.
+        folder: the run folder.
+        on_epoch: called in the other thread with every epoch whose checkpoint has been stored.
     """
 
-    def __init__(self, folder: RunFolder, on_epoch: Callable[[Epoch], None]) -> None:
+    def __init__(self, folder: RunFolder, on_epoch: OnEpoch) -> None:
         self.folder, self.on_epoch = folder, on_epoch
-        self.refusal: BaseException | None = None
-        """The error that `on_epoch` raised."""
+        self.on_epoch_error: BaseException | None = None
+        """The error that `on_epoch` raised; None if it raised none."""
         self._node = NodeMetrics()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def __call__(self, report: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
-        """Wait until the previous checkpoint is stored, then start to store this epoch's."""
+        """Wait until the previous checkpoint is stored, then start to store the new one."""
         self.wait()
-        assert report is not None, "only Ray announces preemptions, so no report is in mid-epoch"
+        assert report is not None, "checkpoints in mid-epoch are made only on Ray, at preemptions"
         metrics = {ADDRESS: self._node.means_since_last_call()}
         epoch = Epoch(report.row, report.learning_rates, report.timestamp_ms, metrics)
         self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is stored. If that failed, raise the error.
+        """Wait until the last checkpoint is stored, and raise the error if storing failed.
 
         Raises:
             CheckpointError: another process has taken over the folder.
@@ -124,7 +131,7 @@ class LocalReporter:
             self._writing.result()
 
     def close(self) -> None:
-        """End the threads, and finish the checkpoint that is being written."""
+        """Finish the checkpoint that is being written, and end the threads."""
         self._node.close()
         self._writer.shutdown()
 
@@ -135,13 +142,13 @@ class LocalReporter:
         try:
             self.on_epoch(epoch)
         except BaseException as error:
-            self.refusal = error
+            self.on_epoch_error = error
             raise
 
 
 @contextmanager
 def worker_device(*, gpu: bool) -> Iterator[torch.device]:
-    """Yield the device of this process, with as many torch threads as a Ray worker has."""
+    """Yield the device to train on; in the block, torch has as many threads as in a Ray worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpus_per_worker(1)))
     try:

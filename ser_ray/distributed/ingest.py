@@ -1,18 +1,17 @@
-"""Chooses how a worker gets its training clips, and reads ahead of a training that streams them.
+"""Decides whether training clips stay in memory or are streamed, and reads streams ahead.
 
-Clips are resident in memory, or streamed. A stream is read ahead in windows of several steps. If
-the training runs in this process, threads read the windows. Otherwise tasks of Ray Data read them
-on any node. Ray Data keeps the windows in order, reads ahead as far as memory allows, and reads a
-window again if its node was lost.
+A stream is read in windows, each with the clips of several steps. If the training runs in this
+process, threads read the windows. On a cluster, tasks of Ray Data read them on any node. Ray Data
+keeps the windows in order, reads ahead as far as memory allows, and reads a window again if its
+node was lost.
 
-Ray Data's functions to split and to shuffle a dataset are not used. `get_dataset_shard` gives a
-worker the block that is ready first, so an epoch can neither be repeated nor resumed in its middle.
-It also drops rows to give all workers the same number. A local shuffle yields short batches in
-mid-stream, and then data-parallel workers wait for each other forever (ray issue 66085).
+Ray Data is not used to split or shuffle the clips. `get_dataset_shard` gives a worker the block
+that is ready first, so an epoch could neither be repeated nor resumed in its middle. It also drops
+rows to give all workers the same number. A local shuffle yields short batches in mid-stream, which
+makes data-parallel workers wait for each other forever (ray issue 66085).
 
-In a measurement on two busy cores, the first window of Ray Data arrived after 15 s. Therefore the
-tasks are started once for a training, not once for an epoch, and the next epoch is read during
-validation.
+On two busy cores, Ray Data took 15 s to deliver its first window. Therefore the tasks start once
+per training, not once per epoch, and the next epoch is read during validation.
 """
 
 from collections import deque
@@ -34,33 +33,33 @@ from ser_ray.training.world import World
 READERS = 2
 """Number of windows that are read at the same time for one worker."""
 RESIDENT_SHARE = 0.5
-"""Share of a worker's memory that resident clips may fill. The network needs the rest, and so do
-the raw features while they are read."""
+"""Largest share of a worker's memory that resident clips may use. The rest is for the network and
+for the raw features while they are read."""
 
 
-def streams(
+def should_stream(
     ingest: Ingest,
-    config: TrainConfig,
+    recipe: TrainConfig,
     shards: ShardSet,
     memory: Callable[[], int],
     device: torch.device,
     resume: Path | None,
 ) -> bool:
-    """Return whether the training clips are streamed.
+    """Return whether to stream the training clips; all workers get the same answer.
 
-    All workers make the same choice. With `auto`, a resumed training reads its clips as before. A
-    new training streams if resident clips need more than RESIDENT_SHARE of the memory of any
-    worker.
+    With `auto`, a resumed training keeps the choice that its checkpoint records. A new training
+    streams if resident clips would use more than RESIDENT_SHARE of the memory of any worker.
 
     Args:
         memory: returns the bytes of memory for this worker; called only if it trains on a CPU.
+        resume: directory of the checkpoint to resume from, or None.
     """
     if ingest == "auto" and resume is not None:
         ingest = read_card(resume).ingest
     if ingest == "auto":
         is_gpu = device.type == "cuda"
         limit = torch.cuda.get_device_properties(device).total_memory if is_gpu else memory()
-        too_large = resident_bytes(shards, config) > RESIDENT_SHARE * limit
+        too_large = resident_bytes(shards, recipe) > RESIDENT_SHARE * limit
         votes = World.current().all_reduce_sum(torch.tensor(int(too_large), device=device))
         ingest = "stream" if int(votes) else "resident"
     return ingest == "stream"
@@ -69,7 +68,10 @@ def streams(
 def fetch_by_threads(
     read: Callable[[Any], np.ndarray], items: Sequence[Any]
 ) -> Generator[np.ndarray]:
-    """Read the items in threads of this process (a `ser_ray.training.streaming.Fetch`)."""
+    """Yield what `read` returns for each item, in order, read by threads of this process.
+
+    This is a `ser_ray.training.streaming.Fetch`.
+    """
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="stream") as readers:
         try:
@@ -84,14 +86,17 @@ def fetch_by_threads(
 
 
 def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Read the items with Ray Data on any node (a `ser_ray.training.streaming.Fetch`)."""
+    """Yield what `read` returns for each item, in order, read by Ray Data on any node.
+
+    This is a `ser_ray.training.streaming.Fetch`.
+    """
     import ray.data
 
     def read_item(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"values": read(items[int(batch["item"][0])])}
 
     numbers = ray.data.from_items(list(range(len(items))), override_num_blocks=len(items))
-    # The context of a dataset is a copy, so this changes no other dataset of the process.
+    # Each dataset has its own copy of the context, so other datasets do not change.
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
     # The tasks reserve no CPU, because the workers may hold all of them.

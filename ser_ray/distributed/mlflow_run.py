@@ -1,4 +1,4 @@
-"""The MLflow run of a training, a search or a cross-validation."""
+"""Starts or resumes the MLflow run of a training, range test, search or cross-validation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,21 +24,21 @@ def start_run(
     about: str,
     identity: dict[str, Any] | None = None,
 ) -> Tracker:
-    """Start an MLflow run, or resume the run that the folder's record names.
+    """Start an MLflow run, or resume the one that the record in the run folder names.
 
     Args:
-        folder: the folder of the run, which has the same name.
+        folder: the run folder; its name is also the name of the MLflow run.
         run: names the tracking store and the experiment.
-        shards: the training's shards.
+        shards: the shards to train on.
         tags: tags of the run (`ser_ray.tracking.run_metadata.run_tags`).
         params: parameters of a new run.
-        about: a sentence that describes the run.
-        identity: the settings that must be the same whenever the folder is used again. They and the
-            run's id are written into the folder's record. Without them, the run is always new.
+        about: what the run is, for its description.
+        identity: settings that must not change while the folder exists. They and the id of the
+            MLflow run are written into the folder's record. If None, the run is always new.
 
     Raises:
         ResourcesError: the tracking store is in a folder that Ray deletes after the job.
-        TrackingError: the tracking store cannot be reached.
+        TrackingError: the tracking store cannot be used.
     """
     uri = resolve_uri(run.tracking_uri)
     require_kept(uri)
@@ -60,6 +60,6 @@ def start_run(
 
 
 def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
-    """Return the command that trains the recipe of an MLflow run again, without the run's name."""
+    """Return the command that trains the recipe of an MLflow run again, under a name of its own."""
     settings = replace(run, name="")
     return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)

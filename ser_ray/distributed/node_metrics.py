@@ -1,9 +1,9 @@
-"""Measures the utilisation of a node's processors and memories while it trains.
+"""Measures how much a node's CPUs, GPUs, memory and disk are used while it trains.
 
-On each node, a thread of one worker takes samples, and the worker sends their means with its report
-of an epoch. MLflow's system monitor is not used: it writes to the tracking store from every node,
-but the store may be a file on the driver's machine. The metrics have MLflow's names and units, so
-MLflow shows them on its page of system metrics.
+On each node, a thread of one worker takes samples. The worker sends the means of the samples with
+its report of an epoch. MLflow's own system monitor is not used, because it writes to the tracking
+store from every node, and the store may be a file on the driver's machine. The metrics have the
+names and units of MLflow's monitor, so MLflow shows them on its page of system metrics.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ MEGABYTE = 1e6
 
 
 class NodeMetrics:
-    """Samples this machine until it is closed."""
+    """Takes samples of this machine's metrics until `close` is called."""
 
     def __init__(self) -> None:
         self._gpus = gpu_handles()
@@ -30,23 +30,23 @@ class NodeMetrics:
         Thread(target=self._run, name="node-metrics", daemon=True).start()
 
     def means_since_last_call(self) -> dict[str, float]:
-        """Means of the samples since the last call; empty if there are none."""
+        """Return the mean of each metric since the last call; empty if there are no samples."""
         samples, self._samples = self._samples, []
         names = dict.fromkeys(name for each in samples for name in each)
         return {name: fmean(each[name] for each in samples if name in each) for name in names}
 
     def close(self) -> None:
-        """Stop sampling."""
+        """Stop taking samples."""
         self._closed.set()
 
     def _run(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
-            with suppress(psutil.Error, OSError):  # for example, a disk does not answer
+            with suppress(psutil.Error, OSError):  # for example, if a disk does not answer
                 self._samples.append(sample(self._gpus))
 
 
 def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
-    """Read this machine's metrics: the CPU utilisation since the last call, and present values."""
+    """Return this machine's metrics: CPU utilisation since the last call, and current values."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -56,7 +56,7 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in gpus.items():
-        # Some GPUs do not report everything: a GPU in MIG mode reports no utilisation.
+        # Some GPUs do not report both values: in MIG mode, a GPU reports no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             values |= {
@@ -64,13 +64,16 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
                 f"gpu_{index}_memory_usage_percentage": 100 * gpu_memory.used / gpu_memory.total,
             }
         with suppress(pynvml.NVMLError):
-            busy = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            values[f"gpu_{index}_utilization_percentage"] = busy
+            utilisation = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            values[f"gpu_{index}_utilization_percentage"] = utilisation
     return values
 
 
 def gpu_handles() -> dict[int, Any]:
-    """Return NVML's handle of every GPU of this machine, independent of CUDA_VISIBLE_DEVICES."""
+    """Return NVML's handles by index, of all GPUs of this machine.
+
+    Unlike CUDA, NVML also lists the GPUs that CUDA_VISIBLE_DEVICES hides.
+    """
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -1,7 +1,8 @@
-"""Waits until a cluster has room for workers or trials, that is, a placement group for them.
+"""Waits until a cluster has room for workers or trials, and gives up after half an hour.
 
-While a training or a search waits for room, Ray tells the driver nothing. Ray also lets elastic
-trainings and searches wait forever. `RoomWatch` logs that they wait, and ends the wait.
+Workers and trials can start when Ray has created a placement group, which reserves their CPUs and
+GPUs. Until then, Ray tells the driver nothing, and elastic trainings and searches wait forever.
+`PlacementWatch` therefore logs the wait, and ends it with an error.
 """
 
 import logging
@@ -23,97 +24,99 @@ from ser_ray.errors import ResourcesError
 START_SECONDS = 30.0
 """How long Ray waits for the placement group of new workers before it counts the nodes again.
 
-Ray's list of nodes may be 20 s old, so perhaps only the second attempt notices that a node is gone.
-After workers have their placement group, there is no limit, for example to install packages."""
+Ray's list of nodes may be 20 s old, so it may take two attempts to notice that a node was lost. The
+limit does not cover what workers do afterwards, for example install packages."""
 START_ATTEMPTS = 60
-"""Number of these waits: half an hour in total to start machines or to finish other work."""
+"""Number of such waits. In total, machines have half an hour to start, or other work to end."""
 LOG_SECONDS = 60.0
-"""Time between two log lines about the wait."""
+"""Seconds between two log lines about the wait."""
 
 logger = logging.getLogger(__name__)
 
 
-class RoomWatch:
-    """Logs that workers or trials wait for room, and raises an error if they wait too long.
+class PlacementWatch:
+    """Logs that workers or trials wait for a placement group, and ends a wait that is too long.
 
     Args:
-        other_groups: ids of placement groups that belong to other work.
+        other_groups: ids of this job's placement groups that belong to other work.
         need: description of the workers or trials, for messages.
     """
 
     def __init__(self, other_groups: set[str], need: str) -> None:
         self.other_groups, self.need = other_groups, need
-        self.had_room = self.looked = self.told = monotonic()
+        self.placed_at = self.checked_at = self.logged_at = monotonic()
 
-    def require_room(self) -> None:
-        """Check every START_SECONDS whether there is a placement group with room.
+    def check(self) -> None:
+        """Look for a placement group; if called often, only every START_SECONDS.
 
         Raises:
             ResourcesError: there has been none for START_ATTEMPTS times START_SECONDS.
         """
-        if monotonic() - self.looked < START_SECONDS:
+        if monotonic() - self.checked_at < START_SECONDS:
             return
-        self.looked = monotonic()
+        self.checked_at = monotonic()
         if placement_groups(with_room=True) - self.other_groups:
-            self.had_room = self.told = self.looked
-        elif self.looked - self.had_room >= START_SECONDS * START_ATTEMPTS:
+            self.placed_at = self.logged_at = self.checked_at
+        elif self.checked_at - self.placed_at >= START_SECONDS * START_ATTEMPTS:
             raise ResourcesError(
                 f"the cluster had no room for {self.need} for {START_SECONDS * START_ATTEMPTS:g} "
                 "seconds: give the same command again when there is room, or ask for less"
             )
-        elif self.looked - self.told >= LOG_SECONDS:
-            self.told = self.looked
-            waited = self.looked - self.had_room
+        elif self.checked_at - self.logged_at >= LOG_SECONDS:
+            self.logged_at = self.checked_at
+            waited = self.checked_at - self.placed_at
             logger.warning(
                 "waiting for room for %s since %s (%.0f min); free now: %s",
-                *(self.need, strftime("%H:%M:%S", localtime(time() - waited)), waited / 60),
+                self.need,
+                strftime("%H:%M:%S", localtime(time() - waited)),
+                waited / 60,
                 free_resources(),
             )
 
 
 @contextmanager
-def placed(bundle: dict[str, float], need: str) -> Iterator[PlacementGroup]:
-    """Yield a placement group as soon as the cluster has room for it, and release it at the end.
+def reserve(resources: dict[str, float], need: str) -> Iterator[PlacementGroup]:
+    """Wait for a placement group with these resources, yield it, and release it at the end.
 
     Args:
-        bundle: resources of the placement group.
-        need: description of the work that needs the group, for messages.
+        resources: amount by Ray's name of the resource.
+        need: description of the work that needs them, for messages.
 
     Raises:
         ResourcesError: the cluster had no room for START_ATTEMPTS times START_SECONDS.
     """
-    watch = RoomWatch(placement_groups(), need)
-    group = placement_group([bundle])
+    watch = PlacementWatch(placement_groups(), need)
+    group = placement_group([resources])
     try:
         while not group.wait(1):
-            watch.require_room()
+            watch.check()
         yield group
     finally:
         remove_placement_group(group)
 
 
 def placement_groups(*, with_room: bool = False) -> set[str]:
-    """Return the ids of the placement groups that this job holds.
+    """Return the ids of this job's placement groups.
 
     Args:
-        with_room: whether to leave out the groups that wait for room.
+        with_room: leave out the groups that still wait for room.
     """
     # The id of a placement group ends with the id of the job that created it.
     job = ray.get_runtime_context().get_job_id()
     return {
-        name
-        for name, group in placement_group_table().items()
-        if name.endswith(job)
+        group_id
+        for group_id, group in placement_group_table().items()
+        if group_id.endswith(job)
         and (group["state"] == "CREATED" if with_room else group["state"] != "REMOVED")
     }
 
 
-def remove_placement_groups(names: set[str]) -> None:
+def remove_placement_groups(ids: set[str]) -> None:
     """Release placement groups, so that the cluster can use their resources again."""
-    for name in names:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+    for group_id in ids:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group_id)))
 
 
 def free_resources() -> str:
-    """Return the unused CPUs and GPUs, in words."""
+    """Return the unused CPUs and GPUs as text, as in `2 CPUs, 1 GPUs`."""
     return format_resources({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())

@@ -1,8 +1,9 @@
-"""Starts the process group of a training on Ray's network only.
+"""Connects the workers of a training by a torch process group that uses Ray's network only.
 
-With Ray's own backend, torch's store listens on all network interfaces without a password. Here,
-the store listens only on Ray's address, which is the loopback address if Ray was started on this
-machine. The port is bound once and stays bound, so no other process can use it in between.
+The workers meet at a TCPStore of torch, which has no password. With Ray's own backend, this store
+listens on all network interfaces. Here, it listens only on Ray's address of the node, which is the
+loopback address if Ray was started for one machine. The port stays bound from the moment when it is
+chosen, so no other process can take it.
 """
 
 import os
@@ -16,46 +17,46 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 TorchBackend: Any = TorchConfig().backend_cls
-"""Ray's class that starts torch's process group. Only TorchConfig makes the class public."""
+"""Ray's class that starts torch's process group. It is only accessible through TorchConfig."""
 
 _store: dist.TCPStore | None = None
-"""The store that this process serves to the other workers until the process ends."""
+"""Keeps the store of this process alive until the process ends, if this process serves one."""
 
 
 class BoundConfig(TorchConfig):
-    """Ray Train's settings for workers that listen only on Ray's network."""
+    """Settings that make Ray Train use `BoundBackend`."""
 
     @property
     def backend_cls(self) -> type[Any]:
-        """The class that starts and ends the process group."""
+        """The backend, which starts and ends the process group."""
         return BoundBackend
 
 
 class BoundBackend(TorchBackend):
-    """Ray's backend with a process group on Ray's network only."""
+    """Ray's torch backend, changed so that the process group uses Ray's network only."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Start the process group."""
+        """Serve a store from worker 0, and make all workers join the process group."""
         host, port = worker_group.execute_single(0, serve_store)
-        size = len(worker_group)
+        world_size = len(worker_group)
         timeout = timedelta(seconds=backend_config.timeout_s)
         joined = [
             worker_group.execute_single_async(
-                rank, join_group, backend_config.backend, host, port, rank, size, timeout
+                rank, join_group, backend_config.backend, host, port, rank, world_size, timeout
             )
-            for rank in range(size)
+            for rank in range(world_size)
         ]
         ray.get(joined)
 
 
 def serve_store() -> tuple[str, int]:
-    """Serve a store to all workers on Ray's address of this node; return host and port."""
+    """Serve a store to all workers on Ray's address of this node; return its host and port."""
     global _store
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listener:
         port = listener.getsockname()[1]
-        # Both the store and `listener` close their descriptors, so each needs its own.
+        # The store closes the descriptor that it gets, and so does `listener`: each needs its own.
         _store = dist.TCPStore(
             host,
             port,
@@ -67,9 +68,9 @@ def serve_store() -> tuple[str, int]:
 
 
 def join_group(
-    backend: str, host: str, port: int, rank: int, size: int, timeout: timedelta
+    backend: str, host: str, port: int, rank: int, world_size: int, timeout: timedelta
 ) -> None:
-    """Join the process group of the workers.
+    """Join the process group of the workers, through the network interface that Ray uses.
 
     By default, gloo uses the address of the machine's host name. On many machines, this is
     127.0.1.1, which workers on other machines cannot reach.
@@ -78,11 +79,11 @@ def join_group(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has this IPv4 address; empty if there is none."""
+    """Return the name of the network interface with this IPv4 address; empty if none has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(item.family == socket.AF_INET and item.address == address for item in addresses):
             return name

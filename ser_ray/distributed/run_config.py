@@ -1,4 +1,4 @@
-"""Settings of a run that are not part of its recipe. Importing this module is cheap."""
+"""Settings of a run that are not part of its recipe. This module imports no slow library."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,20 +13,21 @@ class RunConfig:
     """Where a training runs, the name of the run, and where it is recorded."""
 
     workers: str = "1"
-    """Number of data-parallel workers, or a range like 1..4 to use as many as the cluster has."""
+    """Number of data-parallel workers, or a range such as 1..4 to use as many as the cluster has
+    room for."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Train on GPUs, one for each worker, or on CPUs; auto uses GPUs if the cluster has any."""
+    """Train on GPUs (one for each worker) or on CPUs. auto uses GPUs if the cluster has any."""
     ingest: Ingest = "auto"
-    """Keep the clips in each worker's memory (resident), or read the training clips again in every
-    epoch (stream). auto streams clips that need more than half of a worker's memory. Only `train`
-    uses this."""
+    """Keep the training clips in each worker's memory (resident), or read them again in every epoch
+    (stream). auto streams if they need more than half of a worker's memory. Only `train` uses
+    this."""
     name: str = ""
-    """Name of the run. A command with the same name resumes the run. If empty, the name is derived
-    from the recipe and shards."""
+    """Name of the run. A later command with this name resumes the run. If empty, the recipe and the
+    shards determine the name."""
     storage: str = "ser-ray-out/runs"
-    """Folder or URI for checkpoints. With several nodes, all nodes must be able to reach it."""
+    """Folder or URI for run folders. On a cluster, every node must be able to reach it."""
     experiment: str = "ser-ray"
-    """MLflow experiment."""
+    """MLflow experiment to record the run in."""
     tracking_uri: str = ""
     """MLflow tracking server or database. The default is the one of the variable
     MLFLOW_TRACKING_URI, or else an SQLite file in ser-ray-out."""
@@ -36,12 +37,12 @@ class RunConfig:
     """Copy the weights of the encoder, if the model has one, into the model's folder;
     `--no-keep-encoder` stores only their location and hash."""
     max_failures: int = 3
-    """How often lost workers are replaced, or a failed training or trial is started again, before
-    the run fails. -1 means no limit."""
+    """How often lost workers are replaced, or a failed training or trial is retried, before the run
+    fails. -1 means no limit."""
 
     def __post_init__(self) -> None:
-        fewest, most = self.worker_range
-        if not 1 <= fewest <= most:
+        min_workers, max_workers = self.worker_range
+        if min_workers < 1 or max_workers < min_workers:
             raise ConfigError(
                 f"workers is {self.workers}: it must be at least 1, and a range must not decrease"
             )
@@ -51,20 +52,20 @@ class RunConfig:
             )
         if "/" in self.name or self.name.startswith("."):
             raise ConfigError(
-                f"name is {self.name!r}: it becomes a folder's name, so it must not contain / or "
-                "start with ."
+                f"name is {self.name!r}: it becomes the name of a folder, so it must not contain / "
+                "or start with ."
             )
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers that `workers` allows.
+        """The smallest and the largest number of workers that `workers` allows.
 
         Raises:
             ConfigError: `workers` is neither a number nor a range.
         """
-        fewest, mark, most = self.workers.partition("..")
+        smallest, dots, largest = self.workers.partition("..")
         try:
-            return int(fewest), int(most if mark else fewest)
+            return int(smallest), int(largest if dots else smallest)
         except ValueError:
             raise ConfigError(
                 f"workers is {self.workers!r}: it must be a number like 2 or a range like 1..4"

@@ -1,13 +1,13 @@
-"""The folder of a run: its lock, its record and its checkpoints.
+"""The run folder, which holds the checkpoints, record and lock of a run.
 
-    run.json                recipe and shards of the run, its MLflow run, whether it has finished
+    run.json                the record: recipe, shards, MLflow run, and whether the run has finished
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next epoch
     selected                the selected checkpoint, after the training has finished
     report.html             the run's page, to which `evaluate` adds the test part
 
-A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
-must be complete too. Ray also has a list of checkpoints, but rewrites it in place, so a full disk
-or a lost machine can truncate it. Therefore a driver deletes this list when it starts.
+A run resumes from the newest complete checkpoint whose selected checkpoint is complete too. Ray has
+a list of checkpoints of its own, but rewrites it in place, so a full disk or a lost machine can
+truncate it. Therefore this list is deleted whenever a training starts.
 """
 
 import contextlib
@@ -50,17 +50,17 @@ from ser_ray.training.recipe import TrainConfig
 RECORD = "run.json"
 TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
-"""Ray's list of checkpoints. Ray has no public function to start without it. A test of `train`
+"""Ray's list of checkpoints. Ray has no public function that ignores the list. A test of `train`
 fails if Ray renames the file."""
-DYING_SECONDS = 5.0
-"""How long a worker may continue after its controller was lost."""
+DELETE_SECONDS = 5.0
+"""How long to retry if a checkpoint cannot be deleted."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """An epoch whose checkpoint is stored."""
+    """An epoch whose checkpoint has been stored."""
 
     row: dict[str, float]
     """The metrics of the epoch, by the names under which they are logged."""
@@ -75,36 +75,39 @@ class Epoch:
     report was lost."""
 
 
+OnEpoch = Callable[[Epoch], None]
+"""Called with an epoch whose checkpoint has been stored."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredCheckpoint:
     """A checkpoint that was written completely."""
 
     name: str
     progress: dict[str, Any]
-    """The epochs, steps and scores so far (`ser_ray.training.checkpoint.Snapshot`)."""
+    """The epochs, steps and scores until then (`ser_ray.training.checkpoint.Snapshot`)."""
 
     @property
     def selected(self) -> str:
-        """Name of the checkpoint that was selected at that time; empty before the first epoch."""
+        """Name of the checkpoint that was selected until then; empty before the first epoch."""
         row = self.progress["selected"]
         return checkpoint_name(int(row["epoch"])) if row else ""
 
     def epochs(self) -> Generator[Epoch]:
-        """Yield the epochs before the checkpoint."""
+        """Yield the epochs that ended before the checkpoint was written."""
         progress = self.progress
         rates = learning_rates_by_epoch(progress)
-        for row, of_steps, when in zip(
-            progress["history"], rates, progress["times_ms"], strict=True
-        ):
-            yield Epoch(row, of_steps, when, is_restored=True)
+        rows, times = progress["history"], progress["times_ms"]
+        for row, learning_rates, timestamp_ms in zip(rows, rates, times, strict=True):
+            yield Epoch(row, learning_rates, timestamp_ms, is_restored=True)
 
 
 class RunFolder:
     """The folder of a run.
 
     Args:
-        storage: folder or URI that holds the folders of all runs.
-        name: name of the run.
+        storage: folder or URI that holds all run folders.
+        name: name of the run, of its folder and of its MLflow run.
     """
 
     def __init__(self, storage: str, name: str) -> None:
@@ -112,13 +115,13 @@ class RunFolder:
         self.location = location_inside(storage, name)
         """Path or URI of the folder."""
         self.report = location_inside(self.location, REPORT)
-        """Location of the run's page."""
+        """Path or URI of the run's page."""
         self.filesystem, self.root = filesystem_of(storage)
         self.path = f"{self.root.rstrip('/')}/{name}"
         self._lock: FolderLock | None = None
 
     def lock(self) -> FolderLock:
-        """Make the lock that a process holds while it trains the run of this name."""
+        """Return the lock that a process holds while it trains in this folder."""
         self._lock = FolderLock(
             self.location,
             CheckpointError,
@@ -128,12 +131,12 @@ class RunFolder:
         return self._lock
 
     def check_lock(self) -> None:
-        """Raise CheckpointError if another process has taken over the lock of this process."""
+        """Raise CheckpointError if this process had the lock and another one has taken it over."""
         if self._lock is not None:
             self._lock.require_held()
 
     def exists(self) -> bool:
-        """Return whether there is anything of this name in the storage."""
+        """Return whether there is a file or folder of this name in the storage."""
         return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
 
     def read(self, name: str) -> bytes:
@@ -147,7 +150,7 @@ class RunFolder:
         write_file(self.filesystem, f"{self.path}/{name}", text.encode())
 
     def record(self) -> dict[str, Any]:
-        """Read the run's record; it is empty before the first start.
+        """Read the run's record, which is empty before the first start.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -164,16 +167,16 @@ class RunFolder:
         return record
 
     def update_record(self, **values: Any) -> None:
-        """Change entries of the record."""
+        """Set entries of the record; other entries do not change."""
         record = json.dumps(self.record() | values, indent=2)
         self.filesystem.create_dir(self.path, recursive=True)
         self.write(RECORD, record)
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """Refuse to resume a run with another recipe or other shards.
+        """Check that the folder's run has these settings (`identity` in `start_run`).
 
         Raises:
-            MismatchError: the identity differs; the message names the first difference.
+            MismatchError: the run has other settings; the message names the first difference.
         """
         identity = json.loads(json.dumps(identity))
         difference = first_difference(self.record().get("identity", identity), identity)
@@ -184,7 +187,7 @@ class RunFolder:
             )
 
     def newest(self) -> StoredCheckpoint | None:
-        """Find the newest checkpoint from which the training can resume; None if there is none.
+        """Return the newest checkpoint from which the training can resume; None if there is none.
 
         A checkpoint is skipped with a warning if it or its selected checkpoint is incomplete.
         """
@@ -198,11 +201,13 @@ class RunFolder:
             logger.warning("%s/%s is incomplete and is skipped", self.location, name)
         return None
 
-    def restore(self, on_epoch: Callable[[Epoch], None]) -> StoredCheckpoint | None:
-        """Find the checkpoint to resume from, delete the others, and pass on its epochs.
+    def restore(self, on_epoch: OnEpoch) -> StoredCheckpoint | None:
+        """Return the checkpoint to resume from, after passing its epochs to `on_epoch`.
+
+        Checkpoints that it does not need are deleted.
 
         Raises:
-            CheckpointError: another process trains here now.
+            CheckpointError: another process has taken over the folder.
         """
         newest = self.newest()
         self.tidy(newest)
@@ -211,10 +216,10 @@ class RunFolder:
         return newest
 
     def tidy(self, newest: StoredCheckpoint | None) -> None:
-        """Delete Ray's list, and all checkpoints except `newest` and its selected one.
+        """Delete Ray's list, and all checkpoints except `newest` and its selected checkpoint.
 
         Raises:
-            CheckpointError: another process trains here now.
+            CheckpointError: another process has taken over the folder.
         """
         self.check_lock()
         with contextlib.suppress(FileNotFoundError):
@@ -236,15 +241,17 @@ class RunFolder:
         *,
         encoder: bool = True,
     ) -> CheckpointCard:
-        """Copy the selected checkpoint to its fixed name, and into an empty local folder.
+        """Copy the selected checkpoint into `selected`, and into an empty local folder.
 
         Args:
-            origin: record of the training, which is written beside the checkpoint.
+            newest: the last checkpoint of the training.
+            origin: the training's MLflow run, report and shards, which are written beside the
+                checkpoint.
             into: the local folder.
             encoder: whether to copy the encoder's weights too, if the model has an encoder.
 
         Raises:
-            CheckpointError: another process trains here now.
+            CheckpointError: another process has taken over the folder.
         """
         self.check_lock()
         source = f"{self.path}/{newest.selected}"
@@ -264,14 +271,14 @@ class RunFolder:
         return read_card(into)
 
     def validation_probabilities(self, newest: StoredCheckpoint) -> np.ndarray:
-        """Read the workers' validation probabilities of the selected epoch [clips, labels]."""
+        """Read the validation probabilities of the selected epoch [clips, labels]."""
         tensors = load(self.read(f"{newest.selected}/{STATE}"))
         probabilities: np.ndarray = tensors[VALIDATION_PROBABILITIES]
         return probabilities
 
     @contextlib.contextmanager
     def local(self, checkpoint: StoredCheckpoint | None) -> Iterator[Path | None]:
-        """Yield a checkpoint as a local directory. A download is deleted when the block ends."""
+        """Yield a checkpoint as a local directory. A download is deleted at the end."""
         if checkpoint is None:
             yield None
         elif isinstance(self.filesystem, fs.LocalFileSystem):
@@ -283,16 +290,16 @@ class RunFolder:
                 yield Path(directory)
 
     def failure(self, trace: str) -> SerRayError:
-        """Make the error of a training that failed, and write its trace into the folder.
+        """Return the error for a failed training, and write the traceback into the folder.
 
         Args:
-            trace: traceback of Python or Ray. Its last line is the reason.
+            trace: traceback of Python or Ray. Its last line becomes the reason in the message.
         """
         lines = [line for line in trace.splitlines() if line.strip()]
         try:
             self.write(TRACE, trace)
             place = f"the trace is in {location_inside(self.location, TRACE)}"
-        except OSError as error:  # the storage may be what the trace is about
+        except OSError as error:  # the storage may have made the training fail
             place = f"no trace could be written: {error}"
         return SerRayError(
             f"the training failed: {lines[-1] if lines else 'no reason given'} ({place}); the same "
@@ -300,19 +307,19 @@ class RunFolder:
         )
 
     def delete(self, name: str) -> None:
-        """Delete a checkpoint, if it exists.
+        """Delete a checkpoint if it exists, and retry for DELETE_SECONDS.
 
-        The worker of a lost controller may still write to the checkpoint for some seconds. If files
-        remain after DYING_SECONDS, they only use disk space.
+        After its controller was lost, a worker may write to the checkpoint for some more seconds.
+        Files that remain use disk space, but do no other harm.
         """
-        until = time.monotonic() + DYING_SECONDS
+        deadline = time.monotonic() + DELETE_SECONDS
         while True:
             try:
                 self.filesystem.delete_dir(f"{self.path}/{name}")
             except FileNotFoundError:
                 return
             except OSError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     logger.warning("%s/%s could not be deleted: %s", self.location, name, error)
                     return
                 time.sleep(0.1)
@@ -333,7 +340,7 @@ class TrainingTask:
     """One training: what is trained, on which clips, and where it is stored."""
 
     folder: RunFolder
-    config: TrainConfig
+    recipe: TrainConfig
     shards: ShardSet
     pretrained: Pretrained
     """The weights to start from."""

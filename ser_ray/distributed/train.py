@@ -1,9 +1,9 @@
-"""One training: its shards, its folder, its worker or workers and its MLflow run.
+"""Trains one fold: from shards and a recipe to a checkpoint, a report and an MLflow run.
 
 A single worker trains in this process, unless the user names a cluster. Several workers use Ray
 Train. The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If
-the driver is lost, the same command resumes: the name of a run follows from its recipe and shards,
-and its folder holds everything that is needed.
+the driver is lost, the same command resumes the training: the recipe and the shards determine the
+name of the run folder, and this folder holds everything that is needed to resume.
 """
 
 import logging
@@ -21,7 +21,14 @@ from ser_ray.cluster.shared_files import require_shared
 from ser_ray.distributed.in_process import train_in_process
 from ser_ray.distributed.mlflow_run import command_like, start_run
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.distributed.run_folder import SELECTED, Epoch, RunFolder, TrainingTask
+from ser_ray.distributed.run_folder import (
+    SELECTED,
+    Epoch,
+    OnEpoch,
+    RunFolder,
+    StoredCheckpoint,
+    TrainingTask,
+)
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
@@ -38,8 +45,7 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 
 ShowEpoch = Callable[[dict[str, float]], None]
-"""Shows the row of an epoch that has just ended."""
-OnEpoch = Callable[[Epoch], None]
+"""Shows the row of an epoch that has ended."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +56,18 @@ class TrainResult:
 
     name: str
     checkpoint: str
-    """Location of the selected checkpoint."""
+    """Path or URI of the selected checkpoint."""
     card: CheckpointCard
     run_id: str
     tracking_uri: str
     history: list[dict[str, float]]
     """One row per epoch."""
     selected: dict[str, float]
-    """The row of the epoch whose weights are kept."""
+    """The row of the selected epoch, whose weights are in the checkpoint."""
     report: str
-    """Location of the run's page."""
+    """Path or URI of the run's page."""
     undelivered: str = ""
-    """Why MLflow lacks a part of the run; the same call delivers the rest."""
+    """Why MLflow lacks a part of the run, or empty. The same call delivers the rest."""
 
     def __repr__(self) -> str:
         selected, card = self.selected, self.card
@@ -81,7 +87,7 @@ class TrainResult:
 
 def train(
     shards_location: str | Sequence[str],
-    config: TrainConfig,
+    recipe: TrainConfig,
     run: RunConfig,
     *,
     on_epoch: ShowEpoch,
@@ -90,63 +96,63 @@ def train(
     """Train one fold of a shard set, or resume that training.
 
     Args:
-        shards_location: folder or URI of the set, or of several that are read as one.
+        shards_location: folder or URI of the shard set, or of several that are read as one.
         on_epoch: called with the row of every new epoch; without Ray, in another thread.
         address: Ray cluster to join (`ser_ray.cluster.connect.needs_ray`).
 
     Raises:
-        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: before any worker
-            starts, if possible.
+        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: a setting or an
+            input is wrong. Most of these errors are raised before any worker starts.
         SerRayError: the training failed; the message gives the reason.
     """
-    shards = open_corpora(shards_location, config.label_map)
-    parts = select_rows(shards.clips(), config)
-    require_workers_fit(config, len(parts.train), run.worker_range[1])
-    folder = RunFolder(absolute(run.storage), run.name or run_name(config, shards))
+    shards = open_corpora(shards_location, recipe.label_map)
+    parts = select_rows(shards.clips(), recipe)
+    require_workers_fit(recipe, len(parts.train), run.worker_range[1])
+    folder = RunFolder(absolute(run.storage), run.name or run_name(recipe, shards))
     require_server(run.tracking_uri)
     with folder.lock():
-        folder.require_same(identity_of(config, shards))
+        folder.require_same(identity_of(recipe, shards))
         if not folder.record().get("delivered"):
-            pretrained = read_initial_weights(config, shards, run.tracking_uri)
+            pretrained = read_initial_weights(recipe, shards, run.tracking_uri)
             on_ray = needs_ray(address, run.worker_range[1])
             with cluster(address) if on_ray else nullcontext():
                 require_shared(*shards.locations, run.storage)
-                task = TrainingTask(folder, config, shards, pretrained, run)
-                run_task = _place(task)
+                task = TrainingTask(folder, recipe, shards, pretrained, run)
+                run_task = _trainer_for(task)
                 with _start_tracker(task, parts.label) as tracker:
-                    _follow(task, run_task, tracker, on_epoch)
-                    _conclude(task, tracker)
+                    _train_and_log(task, run_task, tracker, on_epoch)
+                    _complete(task, tracker)
         elif has_run(uri := resolve_uri(run.tracking_uri), folder.record()["run_id"]):
             folder.update_record(tracking_uri=uri)  # the store was moved together with the folder
         return _result(folder)
 
 
-def run_name(config: TrainConfig, shards: ShardSet) -> str:
-    """Name of a run; the same recipe on the same shards gives the same name."""
-    identity = f"{config.fingerprint}{shards.card.fingerprint_of(config.feature)}"
-    fold = f"{config.protocol}-fold{config.fold}-seed{config.seed}"
-    return f"{config.feature}-{fold}-{short_digest(identity)}"
+def run_name(recipe: TrainConfig, shards: ShardSet) -> str:
+    """Return the name of a run; the same recipe on the same shards gives the same name."""
+    identity = f"{recipe.fingerprint}{shards.card.fingerprint_of(recipe.feature)}"
+    fold = f"{recipe.protocol}-fold{recipe.fold}-seed{recipe.seed}"
+    return f"{recipe.feature}-{fold}-{short_digest(identity)}"
 
 
-def identity_of(config: TrainConfig, shards: ShardSet) -> dict[str, Any]:
-    """What must be the same whenever a run of this name resumes."""
+def identity_of(recipe: TrainConfig, shards: ShardSet) -> dict[str, Any]:
+    """Return the settings that must not change when a run resumes."""
     return {
         "labels": list(shards.card.labels),
-        "shards_fingerprint": shards.card.fingerprint_of(config.feature),
-        "config": config.to_dict(),
+        "shards_fingerprint": shards.card.fingerprint_of(recipe.feature),
+        "config": recipe.to_dict(),
     }
 
 
-def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
-    """Return the function that trains: on the connected cluster, or in this process.
+def _trainer_for(task: TrainingTask) -> Callable[[OnEpoch], None]:
+    """Return the function that runs the training on the connected cluster, or in this process.
 
     Raises:
-        ResourcesError: the workers need more than the cluster has.
+        ResourcesError: the workers need more CPUs or GPUs than there are.
     """
-    fewest, most = task.run.worker_range
+    min_workers, max_workers = task.run.worker_range
     gpu = trains_on_gpus(task.run.device)
-    require_workers(fewest, cpus=1, gpus=1 if gpu else 0)
-    cpus = cpus_per_worker(most)
+    require_workers(min_workers, cpus=1, gpus=1 if gpu else 0)
+    cpus = cpus_per_worker(max_workers)
     size = "one GPU" if gpu else f"{cpus} CPUs"
     where = "each" if is_connected() else "in this process"
     logger.info("%-12s %s, with %s %s", "workers", task.run.workers, size, where)
@@ -154,27 +160,27 @@ def _place(task: TrainingTask) -> Callable[[OnEpoch], None]:
         return partial(train_in_process, task, gpu=gpu)
     from ser_ray.distributed.worker_group import WorkerGroup  # slow: Ray Train
 
-    return WorkerGroup(task, fewest, most, cpus=0 if gpu else cpus).run
+    return WorkerGroup(task, min_workers, max_workers, cpus=0 if gpu else cpus).run
 
 
 def _start_tracker(task: TrainingTask, label: str) -> Tracker:
-    folder, config, shards, run = task.folder, task.config, task.shards, task.run
-    params = config.to_dict() | {"features": asdict(shards.card.features)}
+    folder, recipe, shards, run = task.folder, task.recipe, task.shards, task.run
+    params = recipe.to_dict() | {"features": asdict(shards.card.features)}
     params |= {"workers": run.workers, "ingest": run.ingest}
-    if encoder := shards.card.encoder_of(config.feature):
+    if encoder := shards.card.encoder_of(recipe.feature):
         params |= {"encoder": {"weights": encoder.weights, "licence": encoder.licence}}
     tags = run_tags("training", label, shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
-    tracker = start_run(folder, run, shards, tags, params, about, identity_of(config, shards))
+    tracker = start_run(folder, run, shards, tags, params, about, identity_of(recipe, shards))
     tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
-    tracker.log_files({"config.json": config.to_dict()})
+    tracker.log_files({"config.json": recipe.to_dict()})
     return tracker
 
 
-def _follow(
+def _train_and_log(
     task: TrainingTask, run_task: Callable[[OnEpoch], None], tracker: Tracker, on_epoch: ShowEpoch
 ) -> None:
-    """Run the training, if it has not finished, and log every epoch once."""
+    """Run the training unless it has finished, and log every epoch once."""
 
     def log(epoch: Epoch) -> None:
         is_new = tracker.log_epoch(
@@ -191,19 +197,13 @@ def _follow(
             log(epoch)
 
 
-def _conclude(task: TrainingTask, tracker: Tracker) -> None:
-    """Copy the selected checkpoint to a fixed name, and complete the MLflow run.
+def _complete(task: TrainingTask, tracker: Tracker) -> None:
+    """Copy the selected checkpoint to a fixed name, write the page, and complete the MLflow run.
 
-    If the tracking server does not answer, the folder's record says so, and the same command
-    delivers the rest.
+    If the tracking store does not answer, the folder's record gives the reason, and the same
+    command delivers the rest.
     """
-    from ser_ray.evaluation.evaluate import evaluate  # slow, with its pages: matplotlib
-    from ser_ray.evaluation.pages import run_page
-    from ser_ray.evaluation.rendering import store_page
-    from ser_ray.evaluation.to_mlflow import record_training
-
-    folder, shards = task.folder, task.shards
-    newest = folder.newest()
+    folder, newest = task.folder, task.folder.newest()
     if newest is None:
         raise CheckpointError(f"{folder.location}: the training left no checkpoint")
     with TemporaryDirectory() as directory:
@@ -212,32 +212,12 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
             "run_id": tracker.run_id,
             "tracking_uri": tracker.uri,
             "report": folder.report,
-            "shards": shards.locations,
+            "shards": task.shards.locations,
         }
         folder.keep_selected(newest, origin, selected, encoder=task.run.keep_encoder)
         folder.update_record(finished=True)
         try:
-            card, evaluation = read_card(selected), None
-            if card.split["validation_speakers"]:
-                # The workers scored the clips, because the driver may not have enough memory.
-                evaluation = evaluate(
-                    selected,
-                    shards.locations,
-                    part="validation",
-                    probabilities=folder.validation_probabilities(newest),
-                )
-            page = run_page(
-                card,
-                evaluation,
-                name=folder.name,
-                run_id=tracker.run_id,
-                history=newest.progress["history"],
-                learning_rates=newest.progress["learning_rates"],
-                layer_weights=read_layer_weights(selected, card),
-                audio=task.run.audio,
-            )
-            store_page(page, folder.report)
-            record_training(tracker, selected, card, evaluation, newest.progress, page)
+            _record(task, newest, selected, tracker)
         except TrackingError as error:
             folder.update_record(undelivered=str(error))
             tracker.abandon(error)
@@ -246,8 +226,38 @@ def _conclude(task: TrainingTask, tracker: Tracker) -> None:
     folder.tidy(newest)
 
 
+def _record(task: TrainingTask, newest: StoredCheckpoint, selected: Path, tracker: Tracker) -> None:
+    """Write the page of a finished training, and record its scores, model and page in MLflow."""
+    from ser_ray.evaluation.evaluate import evaluate  # slow, as is `pages`: matplotlib
+    from ser_ray.evaluation.pages import run_page
+    from ser_ray.evaluation.rendering import store_page
+    from ser_ray.evaluation.to_mlflow import record_training
+
+    folder, card, evaluation = task.folder, read_card(selected), None
+    if card.split["validation_speakers"]:
+        evaluation = evaluate(
+            selected,
+            task.shards.locations,
+            part="validation",
+            # Computed by the workers, because the driver may not have enough memory.
+            probabilities=folder.validation_probabilities(newest),
+        )
+    page = run_page(
+        card,
+        evaluation,
+        name=folder.name,
+        run_id=tracker.run_id,
+        history=newest.progress["history"],
+        learning_rates=newest.progress["learning_rates"],
+        layer_weights=read_layer_weights(selected, card),
+        audio=task.run.audio,
+    )
+    store_page(page, folder.report)
+    record_training(tracker, selected, card, evaluation, newest.progress, page)
+
+
 def _result(folder: RunFolder) -> TrainResult:
-    """Read the result of a finished run from its folder."""
+    """Return the result of a finished run, from the files in its folder."""
     newest, record = folder.newest(), folder.record()
     if newest is None:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from ser_ray.distributed.ingest import fetch_by_ray, streams
+from ser_ray.distributed.ingest import fetch_by_ray, should_stream
 from ser_ray.distributed.node_metrics import NodeMetrics
 from ser_ray.distributed.run_config import Ingest
 from ser_ray.shards.read import ShardSet
@@ -24,16 +24,17 @@ from ser_ray.training.trainer import EpochReport
 
 
 def run_worker(
-    config: TrainConfig, shards: ShardSet, pretrained: ray.ObjectRef, ingest: Ingest, start: str
+    recipe: TrainConfig, shards: ShardSet, pretrained: ray.ObjectRef, ingest: Ingest, start: str
 ) -> None:
-    """Run the loop as one of Ray Train's workers.
+    """Run the training loop as one of Ray Train's workers.
 
-    Every error is raised, so that Ray ends the group at once. If a worker returned instead, the
+    Every error is raised, so that Ray ends all workers at once. If one worker returned instead, the
     others would wait for it in their next collective operation.
 
     Args:
         pretrained: the weights to start from (`ser_ray.training.model.Pretrained`).
-        start: path on the run's storage of the checkpoint to resume from; if empty, start afresh.
+        start: path in the run's storage of the checkpoint to resume from when the driver starts; if
+            empty, there is none. After a loss, Ray names a newer checkpoint.
     """
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(num_threads))
@@ -44,9 +45,9 @@ def run_worker(
     device = get_device()
     with checkpoint.as_directory() if checkpoint else nullcontext() as directory:
         resume = Path(directory) if directory else None
-        is_streamed = streams(ingest, config, shards, worker_memory, device, resume)
+        is_streamed = should_stream(ingest, recipe, shards, worker_memory, device, resume)
         fit(
-            config,
+            recipe,
             shards,
             ray.get(pretrained),
             Reporter(),
@@ -58,23 +59,23 @@ def run_worker(
 
 
 def worker_memory() -> int:
-    """Return this worker's share, in bytes, of the memory that Ray has on its node."""
+    """Return the bytes of memory for this worker: an equal share of what Ray has on its node."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()
 
 
 class Reporter:
-    """Passes the loop's reports to Ray Train, and writes checkpoints while the loop continues."""
+    """Passes the loop's reports to Ray Train, which stores checkpoints while the loop continues."""
 
     def __init__(self) -> None:
-        self._writer = Semaphore()
-        """Held while a snapshot is written, so that memory holds only one snapshot."""
+        self._writing = Semaphore()
+        """Held while a snapshot is written, so that only one snapshot is in memory."""
         is_first_of_node = ray.train.get_context().get_local_rank() == 0
         self._node = NodeMetrics() if is_first_of_node else None
 
     def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
-        """Report an epoch, or a checkpoint in mid-epoch."""
+        """Report an epoch with its checkpoint, or only a checkpoint if it is in mid-epoch."""
         metrics: dict[str, Any] = {"score": 0}
         if epoch is not None:
             metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_selected else 0}
@@ -85,7 +86,7 @@ class Reporter:
         if context.get_world_rank() > 0:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        self._writer.acquire()
+        self._writing.acquire()
         snapshot = make_snapshot()
         storage = context.get_storage()
         target = f"{storage.experiment_fs_path}/{snapshot.name}"
@@ -94,7 +95,7 @@ class Reporter:
             try:
                 snapshot.store(checkpoint.filesystem, checkpoint.path)
             finally:
-                self._writer.release()
+                self._writing.release()
             return checkpoint
 
         ray.train.report(
@@ -108,12 +109,12 @@ class Reporter:
 
 
 def preemption_check() -> Callable[[], bool]:
-    """Make a function that returns whether Ray has announced a preemption since its last call."""
-    known = None
+    """Return a function that tells whether Ray has announced a preemption since its last call."""
+    latest = None
 
     def check() -> bool:
-        nonlocal known
-        before, known = known, ray.train.get_preemption_info()
-        return known is not None and known != before
+        nonlocal latest
+        previous, latest = latest, ray.train.get_preemption_info()
+        return latest is not None and latest != previous
 
     return check

@@ -1,16 +1,16 @@
-"""Trains with a group of Ray Train's workers, and passes on epochs as they end.
+"""Trains with workers of Ray Train, and passes each epoch to the driver when it ends.
 
-    loop -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the caller
+    worker -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the driver
 
-Ray replaces a lost worker, and `WorkerGroup` a lost controller. Both resume from the newest
-checkpoint. A checkpoint holds the metrics of all epochs before it. Therefore reports that did not
-reach the caller are restored from the checkpoint, and a lost queue loses no epoch.
+Ray replaces a lost worker, and `WorkerGroup` replaces a lost controller. In both cases, the
+training resumes from the newest checkpoint. A checkpoint holds the metrics of all epochs before it,
+so epochs whose reports were lost with the queue are read from the checkpoint.
 """
 
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
@@ -28,56 +28,58 @@ from ser_ray.cluster.resources import format_resources
 from ser_ray.distributed.placement import (
     START_ATTEMPTS,
     START_SECONDS,
-    RoomWatch,
+    PlacementWatch,
     placement_groups,
     remove_placement_groups,
 )
 from ser_ray.distributed.process_group import BoundConfig
-from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint, TrainingTask
+from ser_ray.distributed.run_folder import Epoch, OnEpoch, StoredCheckpoint, TrainingTask
 from ser_ray.distributed.worker import run_worker
-from ser_ray.errors import SerRayError, first_line, is_permanent
+from ser_ray.errors import first_line, is_permanent, wrapped_error
 
 POLL_SECONDS = 0.2
-"""How often the controller and the caller look for reports of the workers."""
+"""How often the controller polls the workers, and the driver polls the queue."""
 RESIZE_SECONDS = 30.0
 """How often an elastic training checks whether there is room for more workers."""
 STOP_SECONDS = 60.0
-"""How long a group that is stopped may take to finish its current epoch."""
+"""How long stopped workers may take to finish their current epoch."""
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerGroup:
-    """The workers of Ray Train that train one task.
+    """The workers of Ray Train that run one training.
 
     Args:
         task: the training.
-        fewest: smallest number of workers. With fewer, the training waits.
-        most: largest number of workers, which the training uses when the cluster has room.
-        cpus: CPUs of each worker, or 0 for a GPU each.
+        min_workers: the training waits until the cluster has room for this number of workers.
+        max_workers: the training uses up to this number of workers, as the cluster has room.
+        cpus: CPUs of each worker; 0 gives each worker one GPU instead.
     """
 
-    def __init__(self, task: TrainingTask, fewest: int, most: int, *, cpus: int) -> None:
+    def __init__(
+        self, task: TrainingTask, min_workers: int, max_workers: int, *, cpus: int
+    ) -> None:
         self.task = task
-        each = {"CPU": float(cpus)} if cpus else {"GPU": 1.0}
+        resources = {"CPU": float(cpus)} if cpus else {"GPU": 1.0}
         self.scaling = ScalingConfig(
-            num_workers=fewest if fewest == most else (fewest, most),
+            num_workers=(min_workers if min_workers == max_workers else (min_workers, max_workers)),
             use_gpu=not cpus,
-            resources_per_worker=each if cpus else None,
+            resources_per_worker=resources if cpus else None,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         )
-        self.need = f"{fewest} workers with {format_resources(each)} each"
+        self.need = f"{min_workers} workers with {format_resources(resources)} each"
         self.pretrained = ray.put(task.pretrained)
         self.other_groups = placement_groups()
         """Ids of the placement groups that this job held before the training."""
 
-    def run(self, on_epoch: Callable[[Epoch], None]) -> None:
-        """Train to the end.
+    def run(self, on_epoch: OnEpoch) -> None:
+        """Train until all epochs have ended.
 
         Args:
-            on_epoch: called with every epoch, first with the epochs of earlier starts. After a
-                loss, it may be called again with the same epoch. If it raises an error, the group
-                stops.
+            on_epoch: called with every epoch, first with those of earlier starts. After the loss of
+                a worker or controller, it may be called again with the same epoch. If it raises an
+                error, the workers stop.
 
         Raises:
             CheckpointError: another process has taken over the folder.
@@ -95,10 +97,12 @@ class WorkerGroup:
             except (RayActorError, TrainingFailedError) as error:
                 has_progressed = folder.newest() != start
                 failures = 0 if has_progressed else failures + 1
-                is_replaceable = has_progressed or isinstance(error, RayActorError)
-                is_over = isinstance(error, WorkerGroupError) or not is_replaceable
-                if is_over or failures > max_failures != -1:
-                    raise self._failure(error) from error
+                # A WorkerGroupError means that Ray has already used its attempts.
+                can_retry = isinstance(error, RayActorError) or (
+                    has_progressed and not isinstance(error, WorkerGroupError)
+                )
+                if not can_retry or (failures > max_failures and max_failures != -1):
+                    raise wrapped_error(error) or folder.failure(str(error)) from error
                 logger.warning("Ray's training controller was lost: starting another")
                 # Ray's own cleanup needs the dashboard, which local clusters do not have.
                 remove_placement_groups(placement_groups() - self.other_groups)
@@ -110,11 +114,11 @@ class WorkerGroup:
         here = ray.get_runtime_context().get_node_id()
         affinity = NodeAffinitySchedulingStrategy(here, soft=False)
         queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": affinity})
-        # Not in the main thread, because there Ray's fit handles Ctrl-C.
+        # In the main thread, Ray's `fit` would handle Ctrl-C itself.
         executor = ThreadPoolExecutor(1, thread_name_prefix="ray-train")
         training = executor.submit(self._trainer(start, queue).fit)
         executor.shutdown(wait=False)
-        watch = RoomWatch(self.other_groups, self.need)
+        watch = PlacementWatch(self.other_groups, self.need)
         try:
             while True:
                 is_done = training.done()
@@ -124,19 +128,19 @@ class WorkerGroup:
                 except Empty:
                     if is_done:
                         break
-                    watch.require_room()
+                    watch.check()
+                    continue
+                if "lost" in report:
+                    logger.warning(
+                        "a worker was lost (%s): Ray replaces it (at most --max-failures times), "
+                        "and the training resumes from its newest checkpoint",
+                        report["lost"],
+                    )
                 else:
-                    if "lost" in report:
-                        logger.warning(
-                            "a worker was lost (%s): within --max-failures, Ray replaces it, and "
-                            "the training resumes from its newest checkpoint",
-                            report["lost"],
-                        )
-                    else:
-                        yield Epoch(**report)
+                    yield Epoch(**report)
             training.result()
         except BaseException as error:
-            queue.shutdown(force=True)  # then the report of the next epoch fails and ends the group
+            queue.shutdown(force=True)  # the workers end when they report their next epoch
             if not isinstance(error, KeyboardInterrupt):
                 wait([training], timeout=STOP_SECONDS)
             raise
@@ -144,12 +148,14 @@ class WorkerGroup:
     def _trainer(self, start: StoredCheckpoint | None, queue: Queue) -> TorchTrainer:
         task, folder = self.task, self.task.folder
         path = f"{folder.path}/{start.name}" if start is not None else ""
-        work = partial(run_worker, task.config, task.shards, self.pretrained, task.run.ingest, path)
-        # Ray has only environment variables for these two settings.
+        train = partial(
+            run_worker, task.recipe, task.shards, self.pretrained, task.run.ingest, path
+        )
+        # Ray reads these two settings only from the environment.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS))
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
         return TorchTrainer(
-            work,
+            train,
             scaling_config=self.scaling,
             torch_config=BoundConfig(backend="nccl" if self.scaling.use_gpu else "gloo"),
             run_config=ray.train.RunConfig(
@@ -159,8 +165,8 @@ class WorkerGroup:
                 failure_config=ray.train.FailureConfig(
                     max_failures=task.run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
-                # Ray keeps the latest checkpoint, and the two with the highest `score`. These are
-                # the last two selected ones, of which the last may be incomplete.
+                # Ray keeps the newest checkpoint, and the two with the highest `score`, which are
+                # the two that were selected last. The last one may be incomplete.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute="score"
                 ),
@@ -169,22 +175,15 @@ class WorkerGroup:
             ),
         )
 
-    def _failure(self, error: Exception) -> SerRayError:
-        """Return the SerRayError that caused an error of Ray, or an error with Ray's message."""
-        causes = list(getattr(error, "worker_failures", {}).values())
-        causes.append(getattr(error, "controller_failure", None))
-        for cause in causes:
-            if isinstance(cause, SerRayError):
-                return cause
-        return self.task.folder.failure(str(error))
-
 
 class DriverCallback(UserCallback):
-    """Runs in Ray's controller. If this callback raises an error, Ray does not retry the training.
+    """Passes reports and losses of workers from Ray's controller to the driver.
+
+    If a method raises an error, Ray ends the training and does not retry it.
 
     Args:
-        queue: receives the report of every epoch. To stop a training, `WorkerGroup` shuts the queue
-            down; then `put` raises.
+        queue: receives the reports. To stop a training, `WorkerGroup` shuts the queue down, which
+            makes `put` raise.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -193,7 +192,7 @@ class DriverCallback(UserCallback):
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
-        """Forward the report of rank 0 and the metrics of every node, once they are stored."""
+        """Pass on an epoch: the report of rank 0, and the system metrics of every node."""
         if "row" not in metrics[0]:
             return  # a checkpoint in mid-epoch
         nodes = dict(ChainMap(*(report.get("system_metrics", {}) for report in metrics)))
@@ -201,7 +200,7 @@ class DriverCallback(UserCallback):
         self.queue.put({name: metrics[0][name] for name in names} | {"system_metrics": nodes})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """End the training if an error is permanent; otherwise report the loss."""
+        """End the training if an error is permanent; otherwise pass on why workers were lost."""
         for error in worker_exceptions.values():
             if is_permanent(error):
                 raise error

@@ -29,7 +29,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ser_ray.cluster.resources import format_resources
-from ser_ray.distributed.placement import RoomWatch, placement_groups
+from ser_ray.distributed.placement import PlacementWatch, placement_groups
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search.actor import OBJECTIVE, TrialSetup, objectives, run_trial
 from ser_ray.search.config import TuneConfig
@@ -271,11 +271,13 @@ class RoomCallback(tune.Callback):
     """Warns every minute that no trial has resources, and ends a study that waits for too long."""
 
     def __init__(self, resources: dict[str, float]) -> None:
-        self.watch = RoomWatch(placement_groups(), f"a trial with {format_resources(resources)}")
+        self.watch = PlacementWatch(
+            placement_groups(), f"a trial with {format_resources(resources)}"
+        )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look for resources after each step of Ray Tune's loop."""
-        self.watch.require_room()
+        self.watch.check()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_the_running_epoch_has_a_bar_and_the_time_left(monkeypatch: pytest.Monke
     table = EpochTable(console, 3)
     table(row(1, 0.3))
     shown = Console(file=io.StringIO(), width=80)
-    shown.print(table.running())
+    shown.print(table.running_epoch())
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     # A quarter of the second epoch of 20 s has passed, so 15 s of it and the third are left.
     assert text.split()[0] == "2/3"

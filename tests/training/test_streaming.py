@@ -165,7 +165,7 @@ def test_auto_streams_if_the_clips_need_more_than_half_of_a_workers_memory(memor
     assert needed == data.train.features.nbytes + data.validation.features.nbytes
 
     def is_streamed(wanted: Any, memory: int) -> bool:
-        return ingest.streams(wanted, CONFIG, memory_shards, lambda: memory, CPU, None)
+        return ingest.should_stream(wanted, CONFIG, memory_shards, lambda: memory, CPU, None)
 
     assert not is_streamed("auto", 2 * needed)
     assert is_streamed("auto", 2 * needed - 1)
