@@ -68,12 +68,16 @@ def _run_result(
     problem: str = "",
 ) -> VerbResult:
     """Return what a verb with an MLflow run prints, with links to the run."""
-    from ser_ray.tracking.views import links
+    from ser_ray.tracking.views import run_links
 
-    run, all_runs, command = links(result.tracking_uri, result.run_id)
-    lines = [str(result), f"MLflow run   {result.run_id}: {run}", f"all runs     {all_runs}"]
-    if command:
-        lines.append(f"served by    {command}")
+    links = run_links(result.tracking_uri, result.run_id)
+    lines = [
+        str(result),
+        f"MLflow run   {result.run_id}: {links.run}",
+        f"all runs     {links.all_runs}",
+    ]
+    if links.server_command:
+        lines.append(f"served by    {links.server_command}")
     shared = {name: getattr(result, name) for name in ("run_id", "tracking_uri", "report")}
     return VerbResult(shared | data, "\n".join(lines), next_step, problem)
 

@@ -1,13 +1,13 @@
-"""Backups of a sqlite database in a bucket, so that it outlives the machine that uses it.
+"""Backs up a sqlite database to a bucket, so that it is not lost with the machine that uses it.
 
 Every backup is a complete copy named `GENERATION-NUMBER.db`. Each start of a server begins a new
-generation, so the newest backup is the last by name. This does not depend on clocks, or on when the
-upload of an earlier server arrives.
+generation, so the newest backup is the last one by name. The order depends neither on clocks nor on
+the time at which a late upload of an earlier server arrives.
 
-The file `backup` beside a machine's database names the backup that the database was restored from
-or last stored as. If this is the newest backup, the machine uses its database. Otherwise another
-machine has served the store since, so the database is moved aside and the newest backup is
-restored.
+The file `backup` beside the database contains a name: that of the backup from which the database
+was restored, or that of its last own backup. If this is the newest backup, the machine uses its
+database. Otherwise another machine has served the store since then, so the database is moved aside
+and the newest backup is restored.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ BACKUPS_KEPT = 10
 
 
 class Backups:
-    """A database on this machine and its backups. Only one process at a time may use them.
+    """Restores and stores the backups of a database. Only one process at a time may use them.
 
     Args:
         filesystem: storage of the backups.
@@ -35,23 +35,24 @@ class Backups:
 
     def __init__(self, filesystem: fs.FileSystem, folder: str, database: Path) -> None:
         self._filesystem, self._folder, self._database = filesystem, folder, database
-        self._continued = database.with_name("backup")
+        self._backup_name = database.with_name("backup")
         self._generation, self._number = 0, 0
         self._connection: sqlite3.Connection
         self._stored_version: int | None = None
 
     def __enter__(self) -> Self:
-        """Restore the newest backup, unless this machine's database continues it.
+        """Restore the newest backup, unless this machine's database continues from it.
 
         Raises:
-            TrackingError: the backups cannot be read. An empty database must not replace them.
+            TrackingError: the backups cannot be read. Serving an empty database instead would later
+                replace them.
         """
         self._database.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
             newest = max(self._names(), default="")
-            is_known = self._database.exists() and self._continued.exists()
-            if newest and not (is_known and self._continued.read_text() == newest):
+            has_database = self._database.exists() and self._backup_name.exists()
+            if newest and not (has_database and self._backup_name.read_text() == newest):
                 self._restore(newest)
         except OSError as error:
             raise TrackingError(
@@ -65,12 +66,12 @@ class Backups:
         self._connection.close()
 
     def store(self) -> bool:
-        """Store a backup if the database changed since the last one. Return whether it changed.
+        """Store a backup if the database has changed since the last one; return whether it has.
 
         Raises:
             OSError, sqlite3.Error: the backup could not be made or stored.
         """
-        # sqlite changes this number when another connection has committed.
+        # sqlite changes this number when another connection commits.
         (version,) = self._connection.execute("PRAGMA data_version").fetchone()
         if version == self._stored_version:
             return False
@@ -82,7 +83,7 @@ class Backups:
             fs.copy_files(str(copy), stored, destination_filesystem=self._filesystem)
         self._number += 1
         self._stored_version = version
-        self._continued.write_text(name)
+        self._backup_name.write_text(name)
         for old in sorted(self._names())[:-BACKUPS_KEPT]:
             self._filesystem.delete_file(f"{self._folder}/{old}")
         return True
@@ -97,8 +98,8 @@ class Backups:
         aside = self._database.with_name("superseded")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        # Sqlite's journal or log is moved too: it must not be applied to another database.
+        # The pattern includes sqlite's journal, which must not be applied to the restored database.
         for file in list(self._database.parent.glob(f"{self._database.name}*")):
             file.rename(aside / file.name)
         downloaded.rename(self._database)
-        self._continued.write_text(name)
+        self._backup_name.write_text(name)

@@ -1,10 +1,10 @@
-"""Handles a tracking store in a sqlite file on this machine.
+"""Prepares a tracking store that is a sqlite file on this machine.
 
-MLflow creates a missing database at any path that it reads, and fails if two processes create it at
-the same time. It records artifacts by absolute paths, and gives up after 20 seconds if the database
-is locked. Therefore `open_database` creates a database only to record a run, and as a complete
-file. It corrects the paths if the folder was moved or copied, and waits while another program holds
-the database.
+MLflow creates a missing database even when it only reads, fails if two processes create it at the
+same time, records absolute paths of artifacts, and gives up after 20 seconds if the database is
+locked. Therefore `open_database` creates a database only to record a run, and as a complete file.
+It corrects the paths if the folder was moved or copied, and waits while another program locks the
+database.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from ser_ray.errors import TrackingError
 SCHEME = "sqlite:///"
 ARTIFACTS = "mlartifacts"
 """Folder beside the database that holds the artifacts of its runs."""
-LOOK_SECONDS = 1.0
-"""How long one attempt waits for a database that another program holds."""
+POLL_SECONDS = 1.0
+"""How long each check waits for a locked database."""
 LOCKED_SECONDS = 90.0
-"""Longest wait for a database that another program holds. Then MLflow tries to use it anyway."""
+"""Longest wait for a locked database. Afterwards, MLflow makes its own attempt."""
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -50,15 +50,15 @@ def artifacts_of(database: Path) -> str:
 
 
 def open_database(uri: str, *, create: bool) -> None:
-    """Make sure that the file of a sqlite store exists and has the right paths of its artifacts.
+    """Check that the file of a sqlite store exists, and correct its artifacts' recorded paths.
 
     Args:
         uri: a store. If it is not a sqlite file, nothing is done.
         create: whether to create a missing file.
 
     Raises:
-        TrackingError: the file does not exist, cannot be created or corrected, or has a path that
-            MLflow misreads.
+        TrackingError: the file does not exist, its recorded paths cannot be corrected, or MLflow
+            misreads its own path.
         OSError, sqlite3.Error: the file is not a database or cannot be read.
     """
     database = database_of(uri)
@@ -77,13 +77,13 @@ def open_database(uri: str, *, create: bool) -> None:
                 f"{uri}: there is no such MLflow store: give the command in the folder of the "
                 "project, or name the store with --tracking-uri or MLFLOW_TRACKING_URI"
             )
-        _make(database)
+        _create(database)
     await_database(uri)
-    _follow_move(database)
+    _correct_locations(database)
 
 
 def await_database(uri: str) -> None:
-    """Wait until no other program holds a sqlite store, at most LOCKED_SECONDS, and warn once."""
+    """Wait while another program locks a sqlite store, at most LOCKED_SECONDS, and warn once."""
     database = database_of(uri)
     if database is None or not os.access(database, os.W_OK):
         return
@@ -91,19 +91,19 @@ def await_database(uri: str) -> None:
     has_warned = False
     while time.monotonic() - began < LOCKED_SECONDS:
         try:
-            with contextlib.closing(sqlite3.connect(database, timeout=LOOK_SECONDS)) as connection:
+            with contextlib.closing(sqlite3.connect(database, timeout=POLL_SECONDS)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
             return
         except sqlite3.Error as error:
             if "locked" not in str(error):
-                return  # MLflow finds the same error and names it
+                return  # MLflow will find and report the same error
         if not has_warned:
-            logger.warning("%s: another program holds this database; waiting for it", database)
+            logger.warning("%s: another program has locked this database; waiting for it", database)
             has_warned = True
 
 
-def _make(database: Path) -> None:
+def _create(database: Path) -> None:
     """Create an empty database as a complete file, unless another process has created one."""
     from mlflow import MlflowClient
 
@@ -119,13 +119,13 @@ def _make(database: Path) -> None:
                 "UPDATE experiments SET artifact_location = ? || '/' || name",
                 (artifacts_of(database),),
             )
-        shutil.copyfile(partial, complete)  # MLflow keeps its connection to the other file
+        shutil.copyfile(partial, complete)  # MLflow stays connected to the partial file
         complete.rename(database)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time create a database in a folder, if the file system has locks."""
+    """Let only one process at a time run the block, if the folder's file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _follow_move(database: Path) -> None:
+def _correct_locations(database: Path) -> None:
     """Correct the recorded locations of artifacts after the folder was moved or copied."""
     here = artifacts_of(database)
     with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_SECONDS)) as connection:
@@ -143,7 +143,7 @@ def _follow_move(database: Path) -> None:
             "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?",
             (f"file:///%/{ARTIFACTS}/%",),
         ).fetchall()
-        roots = {place.rpartition(f"/{ARTIFACTS}/")[0] + f"/{ARTIFACTS}" for (place,) in recorded}
+        roots = {uri.rpartition(f"/{ARTIFACTS}/")[0] + f"/{ARTIFACTS}" for (uri,) in recorded}
         for old in sorted(roots - {here}):
             if _is_same_folder(old, here):
                 continue
@@ -163,14 +163,16 @@ def _follow_move(database: Path) -> None:
             logger.warning(
                 "%s: was moved or copied from %s; the files of its runs are now read from and "
                 "written to %s",
-                *(database, _path(old).parent, _path(here)),
+                database,
+                _path(old).parent,
+                _path(here),
             )
 
 
 def _is_same_folder(old: str, here: str) -> bool:
-    """Whether two paths lead to the same folder, for example through a link or a second mount."""
-    before, now = _path(old).parent, _path(here).parent
-    return before.exists() and before.samefile(now)
+    """Return whether two URIs lead to the same folder, perhaps through a link or another mount."""
+    old_folder, folder = _path(old).parent, _path(here).parent
+    return old_folder.exists() and old_folder.samefile(folder)
 
 
 def _path(uri: str) -> Path:

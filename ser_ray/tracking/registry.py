@@ -1,8 +1,8 @@
 """Looks up runs, recipes, scores and models in MLflow, and registers models.
 
-A model is named by
-- the folder or URI of a checkpoint, or of a finished run,
-- a run's name or id, or `runs:/ID/model`,
+The name of a model is one of these:
+- the folder or URI of a checkpoint, or of a finished run;
+- a run's name or id, or `runs:/ID/model`;
 - a registered version: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import SHARDS_TAG
-from ser_ray.tracking.store import LOCAL_STORE, connect, resolve_uri, store_answers
+from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, resolve_uri
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
 from ser_ray.training.checkpoint_card import CheckpointCard
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 SELECTED_BY, TIE_BROKEN_BY = "selected/ua", "selected/loss"
-"""Metrics that rank finished trainings: the higher UA is better, then the lower loss."""
-OF_A_FOLD = {"protocol", "fold", "seed", "temperature"}
-"""Settings that differ between a model of all speakers and the folds that tested its recipe."""
+"""Metrics that rank finished trainings: by the highest UA, then by the lowest loss."""
+FOLD_SETTINGS = {"protocol", "fold", "seed", "temperature"}
+"""Settings in which a model of all speakers may differ from the cross-validation of its recipe."""
 TEST_SCORES = "tables/test.json"
-"""Artifact of an evaluated training."""
+"""Artifact with the scores of the test part."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 """Suffixes of weight files. A name with one of these suffixes is not looked up in MLflow."""
 ADVICE = (
@@ -56,7 +56,7 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
     A remote model is downloaded, and the download is deleted at the end.
 
     Args:
-        model: a name as described above.
+        model: name of the model, as the module's docstring describes it.
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
 
     Raises:
@@ -77,47 +77,45 @@ def local_model(model: str | Path, tracking_uri: str = "") -> Iterator[Path]:
 
 
 def read_initial_weights(
-    config: TrainConfig, shards: ShardSet, tracking_uri: str, folds: Sequence[int] = ()
+    recipe: TrainConfig, shards: ShardSet, tracking_uri: str, folds: Sequence[int] = ()
 ) -> Pretrained:
-    """Read the weights that a training on these shards starts from.
+    """Read the weights from which a training on these shards starts.
 
     Args:
-        config: the recipe.
-        shards: the shard set.
         tracking_uri: as in `read_weights`.
-        folds: the folds to train; by default that of the recipe.
+        folds: the folds to train; by default, the recipe's fold.
 
     Raises:
-        ConfigError: the shards do not have the feature, or it is of an encoder that has seen the
-            labels of a corpus.
-        CheckpointError: the weights are of a model that was trained on speakers who are tested.
+        ConfigError: the shards do not have the feature, or its encoder was trained on the labels of
+            a corpus in the shards.
+        CheckpointError: the weights are of a model that was trained on speakers of a test part.
         CheckpointError, TrackingError: as `read_weights`.
     """
     card = shards.card
-    if card.encoder_of(config.feature) is None:
-        check = partial(_refuse_seen_speakers, config, shards, folds or (config.fold,))
-        return read_weights(config.weights, card.labels, tracking_uri, check)
-    for corpus in shards.corpora:  # the encoder may have seen the labels of one of them
-        initial_weights(config, replace(card, corpus=corpus.kind))
-    return initial_weights(config, card)
+    if card.encoder_of(recipe.feature) is None:
+        check = partial(_refuse_seen_speakers, recipe, shards, folds or (recipe.fold,))
+        return read_weights(recipe.weights, card.labels, tracking_uri, check)
+    for corpus in shards.corpora:  # raises ConfigError if the encoder was trained on its labels
+        initial_weights(recipe, replace(card, corpus=corpus.kind))
+    return initial_weights(recipe, card)
 
 
 def _refuse_seen_speakers(
-    config: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
+    recipe: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
 ) -> None:
-    """Refuse a model of the same corpus that was trained on speakers whom a fold tests."""
+    """Raise CheckpointError if a model of the same corpus was trained on a fold's test speakers."""
     theirs = {model.shards_fingerprint, *(corpus.fingerprint for corpus in model.corpora)}
     ours = {shards.card.fingerprint, *(corpus.fingerprint for corpus in shards.corpora)}
-    is_same = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
-    if config.protocol == "random" or not is_same:
+    is_same_corpus = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
+    if recipe.protocol == "random" or not is_same_corpus:
         return
     seen = {*model.split["train_speakers"], *model.split["validation_speakers"]}
     clips = shards.clips()
     for fold in folds:
-        if tested := sorted(seen & {*select_rows(clips, replace(config, fold=fold)).test_speakers}):
+        if tested := sorted(seen & {*select_rows(clips, replace(recipe, fold=fold)).test_speakers}):
             raise CheckpointError(
-                f"weights is {config.weights}: this model was trained on the speakers "
-                f"{', '.join(tested)}, whom fold {fold} of {config.protocol} tests; choose the "
+                f"weights is {recipe.weights}: this model was trained on the speakers "
+                f"{', '.join(tested)}, whom fold {fold} of {recipe.protocol} tests; choose the "
                 "protocol and fold of the model, or other weights"
             )
 
@@ -134,10 +132,10 @@ def read_weights(
         weights: `imagenet`, `none`, a file of ResNet18 weights, or the name of a model.
         labels: labels of the training. If the model has others, its last layer is not used.
         tracking_uri: store in which ids and names are looked up, as `resolve_uri` takes it.
-        check: called with the card of a model; it may refuse the model.
+        check: called with the card of a model; it raises an error to refuse the model.
 
     Raises:
-        CheckpointError: the weights cannot be read, or belong to another network.
+        CheckpointError: the weights cannot be read, or do not fit a ResNet18.
         TrackingError: there is no such run or registered model.
     """
     path = Path(weights).expanduser()
@@ -180,7 +178,7 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
         ) from error
     import mlflow
 
-    with store_answers(f"{model}: no such model in {uri}", ADVICE):
+    with as_tracking_error(f"{model}: no such model in {uri}", ADVICE):
         path = mlflow.artifacts.download_artifacts(_model_uri(client, model), dst_path=str(folder))
         flavour = mlflow.models.Model.load(path).flavors.get("python_function", {})
     if "data" not in flavour:
@@ -189,7 +187,7 @@ def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
 
 
 def _model_uri(client: "MlflowClient", model: str) -> str:
-    """Find the URI of a model in MLflow; of several runs with a name, the newest is meant."""
+    """Return the URI of a model in MLflow. If several runs have the name, the newest is used."""
     import mlflow
 
     if model.startswith("models:/"):
@@ -227,7 +225,7 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
         "; name the store with --tracking-uri, and the id of a run that ser-ray train or tune "
         "recorded"
     )
-    with store_answers(f"{run_id}: no run with a recipe in {uri}", advice):
+    with as_tracking_error(f"{run_id}: no run with a recipe in {uri}", advice):
         recipe: dict[str, Any] = json.loads(
             mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
         )
@@ -235,22 +233,22 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
 
 
 def name_like(run_id: str, changed_recipe: str = "") -> str:
-    """Name of a run that trains the recipe of another run.
+    """Return the name for a run that trains the recipe of another run.
 
     Args:
         run_id: id of the other run.
-        changed_recipe: fingerprint of the recipe, if it differs from the other run's recipe.
+        changed_recipe: fingerprint of the recipe, if the other run has another recipe.
     """
     return f"like-{run_id[:12]}" + (f"-{changed_recipe[:8]}" if changed_recipe else "")
 
 
 def best_training_of(run_id: str, tracking_uri: str) -> str:
-    """Find the run whose model represents a training, a search or a cross-validation.
+    """Return the id of the run with the model of a training, cross-validation or search.
 
-    A training represents itself. A cross-validation is represented by the fold with the best
-    validation UA. The trials of a search keep no model, so a search is represented by the newest
-    run that has a model and trained the best trial's recipe on the same shards. `tune --refit` and
-    `train --like` make such runs.
+    For a training, this is the run itself. For a cross-validation, it is the fold with the best
+    validation UA. The trials of a search keep no model, so for a search it is the newest run with a
+    model that trained the best trial's recipe on the same shards. `tune --refit` and `train --like`
+    make such runs.
 
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.
@@ -259,7 +257,9 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     client = connect(uri)
     import mlflow
 
-    with store_answers(f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"):
+    with as_tracking_error(
+        f"{run_id}: no such run in {uri}", "; name the store with --tracking-uri"
+    ):
         run = client.get_run(run_id)
         nested = f"tags.mlflow.parentRunId = '{run_id}'"
         children = mlflow.search_runs([run.info.experiment_id], nested, output_format="list")
@@ -281,44 +281,47 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
 
 
 def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
-    """Find the newest cross-validation on new speakers with a training's recipe and shards.
+    """Return the newest speaker-independent cross-validation of a run's recipe and shards.
+
+    The settings in FOLD_SETTINGS may differ. If there is none, return None.
 
     Raises:
         TrackingError: there is no such run, it has no recipe, or the store does not answer.
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
-    with store_answers(f"{run_id}: cannot be read from {uri}"):
+    with as_tracking_error(f"{run_id}: cannot be read from {uri}"):
         kind = "tags.kind = 'cross-validation'"
-        for found in _runs_like(client.get_run(run_id), uri, kind, OF_A_FOLD):
+        for found in _runs_like(client.get_run(run_id), uri, kind, FOLD_SETTINGS):
             if "test/ua" in found.data.metrics and found.data.params["protocol"] != "random":
                 return found
     return None
 
 
 def _runs_like(
-    run: "Run", uri: str, condition: str = "", without: Set[str] = frozenset()
+    run: "Run", uri: str, condition: str = "", ignored: Set[str] = frozenset()
 ) -> "Iterator[Run]":
-    """Yield the runs with the same recipe and shards as a run, the newest first.
+    """Yield the runs that have the recipe and shards of a run, the newest first.
 
     Args:
         run: a run with a recorded recipe.
         uri: the store.
-        condition: a further condition on the runs, in MLflow's filter syntax.
-        without: settings that may differ.
+        condition: a further condition, in MLflow's filter syntax.
+        ignored: settings of the recipe that may differ.
     """
     import mlflow
 
-    names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - without
+    names = flatten(recipe_of_run(run.info.run_id, uri)).keys() - ignored
     recipe = {name: run.data.params[name] for name in names}
     same_shards = f"tags.`{SHARDS_TAG}` = '{run.data.tags[SHARDS_TAG]}'"
-    wanted = " and ".join(filter(None, (condition, same_shards)))
-    for found in mlflow.search_runs([run.info.experiment_id], wanted, output_format="list"):
+    conditions = f"{condition} and {same_shards}" if condition else same_shards
+    for found in mlflow.search_runs([run.info.experiment_id], conditions, output_format="list"):
         if recipe.items() <= found.data.params.items():
             yield found
 
 
 def _rank(run: "Run") -> tuple[float, float]:
+    """Return a key that is larger for a better run."""
     metrics = run.data.metrics
     return metrics.get(SELECTED_BY, -1.0), -metrics.get(TIE_BROKEN_BY, 0.0)
 
@@ -331,7 +334,7 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
-    with store_answers(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
+    with as_tracking_error(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
         if TEST_SCORES not in {item.path for item in client.list_artifacts(run_id, "tables")}:
             return None
         path = client.download_artifacts(run_id, TEST_SCORES, folder)
@@ -348,15 +351,16 @@ def register_model(
         card: description of the version, as Markdown.
 
     Raises:
-        TrackingError: the store refused the version or its alias. Then no version remains.
+        TrackingError: the store refused the version or its alias. If only the alias was refused,
+            the version is deleted again.
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    with store_answers(f"{uri}: {name} was not registered"):
-        with redirect_stderr(StringIO()):  # it prints the version, which the caller prints too
+    with as_tracking_error(f"{uri}: {name} was not registered"):
+        with redirect_stderr(StringIO()):  # MLflow prints the version, and so does the caller
             made = mlflow.register_model(_model_uri(client, run_id), name, tags=dict(tags))
         try:
             client.update_model_version(name, made.version, description=card)

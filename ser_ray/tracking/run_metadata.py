@@ -1,7 +1,7 @@
-"""Tags, data set and description of a run in MLflow, and the signature of its model.
+"""Makes what MLflow shows of a run besides its numbers, and the signature of its model.
 
-Every run of this package gets its tags from `run_tags`, its data set from `dataset_of`, and a
-description with the LINES, which `merge_note` writes.
+`run_tags` makes the tags of every run, `dataset_of` makes its data set, and `merge_note` makes its
+description, which consists of LINES.
 """
 
 import getpass
@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 Kind = Literal["training", "range test", "search", "trial", "cross-validation", "fold"]
 
 SHARDS_TAG = "shards.fingerprint"
-"""Tag of every run: the shard set that it was trained on."""
+"""Tag of every run: the fingerprint of the shard set that it was trained on."""
 NOTE = "mlflow.note.content"
 """Tag that holds a run's description, which MLflow shows as Markdown."""
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
-"""Lines of a description, in their order."""
+"""Names of the lines of a description, in order."""
 TAG_BYTES = 5000
-"""MLflow's limit for the length of a tag."""
+"""Largest length of a tag in MLflow."""
 MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
-"""MLflow's names of the Arrow types in the table of clips. Columns of other types are strings."""
+"""MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
 def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
-    """Return the tags of a run: its kind, protocol, shards and code.
+    """Return the tags of a run: its kind, protocol, shards, command, user and code.
 
     Args:
         kind: kind of the run.
-        protocol: protocol and fold in words, as shown beside every score.
+        protocol: protocol and fold as text, as shown beside every score.
         shards: the shards that the run trains on.
     """
     facts = provenance()
@@ -68,10 +68,10 @@ def scored_on(tags: Mapping[str, str]) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Describe this process, its code and its machine, as texts by name."""
+    """Return facts about this process, its code and its machine, by name."""
     name_account()
     program = Path(sys.argv[0])
-    # `python -m ser_ray` is ser-ray.
+    # The program of `python -m ser_ray` is ser_ray/__main__.py.
     command = "ser-ray" if program.parent.name == "ser_ray" else program.name
     facts = {f"version.{name}": version(name) for name in PACKAGES}
     facts |= {
@@ -82,20 +82,25 @@ def provenance() -> dict[str, str]:
         "mlflow.source.name": program.name,
         "command": shlex.join([command, *sys.argv[1:]])[:TAG_BYTES],
     }
-    # The commit, with `-dirty` after it if files have changed since.
-    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    with suppress(OSError, subprocess.CalledProcessError):
-        facts["mlflow.source.git.commit"] = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *describe],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+    if commit := git_commit():
+        facts["mlflow.source.git.commit"] = commit
     return facts
 
 
+@cache
+def git_commit() -> str:
+    """Return the commit of this code, with `-dirty` if files have changed; empty outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run([*git, *describe], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
 def data_line(shards: ShardSet) -> str:
-    """Return the line of a description that says what a run was trained on."""
+    """Return the line of a description that names the shards of a run."""
     card = shards.card
     return (
         f"{dataset_name(shards)}, {card.num_rows} clips, {len(card.labels)} labels, in "
@@ -104,7 +109,7 @@ def data_line(shards: ShardSet) -> str:
 
 
 def dataset_name(shards: ShardSet) -> str:
-    """Name of a shard set in MLflow: its corpus, or the name of the table that lists its clips."""
+    """Return the name of a shard set in MLflow: its corpus, or the table that lists its clips."""
     card = shards.card
     if shards.corpora:
         return card.source
@@ -112,7 +117,7 @@ def dataset_name(shards: ShardSet) -> str:
 
 
 def dataset_of(shards: ShardSet) -> "DatasetInput":
-    """Describe a shard set as the input of a run: name, fingerprint, location and columns."""
+    """Return MLflow's entry for a shard set: name, fingerprint, location and columns."""
     configure_mlflow_client()
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.types import ColSpec, Schema
@@ -135,18 +140,18 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
 
 
 def merge_note(note: str, lines: Mapping[str, str]) -> str:
-    """Set some lines of a description. Its other lines do not change.
+    """Return a description in which some lines are set. Its other lines do not change.
 
     Args:
-        note: the present description, which may be empty.
-        lines: text of each line to set, by its name in LINES.
+        note: the description until now, which may be empty.
+        lines: texts of the lines to set, by their names in LINES.
     """
     merged = {**dict(re.findall(r"^\*\*(\w+)\*\*: (.*)$", note, re.MULTILINE)), **lines}
     return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if name in merged)
 
 
 def model_name(run_name: str) -> str:
-    """Name of a run's model in MLflow: the run's name without forbidden characters."""
+    """Return the name of a run's model in MLflow: the run's name without forbidden characters."""
     return re.sub(r"[/:.%\"']", "-", run_name)
 
 

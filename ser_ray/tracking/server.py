@@ -2,15 +2,15 @@
 
     python -m ser_ray.tracking.server s3://bucket/mlflow
 
-MLflow needs a SQL database, and the disk of a head node is lost with the node. Therefore the
-database is a sqlite file. The server checks every `BACKUP_SECONDS` whether the file has changed,
-and backs it up to the store. A restarted or new head continues from the newest backup. If a head is
-lost without warning, the records since the last backup are lost; in return, no database server is
-needed. Artifacts go to the store through the server, so clients need no access to the bucket.
+MLflow needs a SQL database. To need no database server, it is a sqlite file on the head's disk,
+which is lost with the head. Therefore the server checks every BACKUP_SECONDS whether the file has
+changed, and backs it up to the bucket. A restarted or new head continues from the newest backup. If
+a head is lost without warning, the records since the last backup are lost. Artifacts go to the
+bucket through the server, so clients need no access to the bucket.
 
 The server listens only on the loopback address. Drivers of jobs run on the head, so they can reach
-it. People use an ssh tunnel. The first start on a machine creates a password and writes it to
-`~/.mlflow/credentials`, where MLflow's client reads it.
+it. Users reach it through an ssh tunnel. The first start on a machine creates a password and writes
+it to `~/.mlflow/credentials`, where MLflow's client reads it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until the process is stopped; return the exit status."""
     parser = argparse.ArgumentParser(description="Serve MLflow, with backups in a bucket.")
     parser.add_argument("store", help="folder or URI for the database's backups and the artifacts")
-    parser.add_argument("--port", type=int, default=5000, help="port on the loopback")
+    parser.add_argument("--port", type=int, default=5000, help="port on the loopback address")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -78,7 +78,7 @@ def serve(store: str, port: int) -> int:
                 *("--backend-store-uri", f"sqlite:///{database}"),
                 *("--artifacts-destination", location_inside(store, "artifacts")),
             ],
-            # MLflow's job runners, eight processes, serve only its evaluation of language models.
+            # Do not start MLflow's eight job runners, which only evaluate language models.
             env=os.environ
             | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
             | _authentication(folder),
@@ -106,13 +106,16 @@ def serve(store: str, port: int) -> int:
 
 
 def local_folder(store: str) -> Path:
-    """Folder on this machine for the database of a store; every store has its own."""
+    """Return the folder on this machine for the database of a store; every store has its own."""
     digest = hashlib.sha256(absolute(store).encode()).hexdigest()[:12]
     return (LOCAL / digest).expanduser()
 
 
 def _authentication(folder: Path) -> dict[str, str]:
-    """Create this machine's password if there is none; return MLflow's settings for it."""
+    """Return the environment that makes MLflow ask for this machine's password.
+
+    If the machine has no password yet, it is created.
+    """
     credentials = CREDENTIALS.expanduser()
     if not credentials.exists():
         credentials.parent.mkdir(mode=0o700, exist_ok=True)

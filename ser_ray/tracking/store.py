@@ -1,4 +1,4 @@
-"""Chooses the tracking store, connects to it, searches its runs, and translates its errors."""
+"""Chooses the tracking store, connects to it, and converts its errors to TrackingError."""
 
 import logging
 import os
@@ -24,16 +24,16 @@ LOCAL_STORE = Path("ser-ray-out")
 """Folder of the database and the artifacts if no store is named."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 REQUEST_SECONDS = 10
-"""Longest wait for an answer of a server."""
+"""How long to wait for a server's answer."""
 CONNECT_SECONDS = 5.0
-"""Seconds to wait for a connection to a server."""
+"""How long to wait for a connection to a server."""
 
 
 def resolve_uri(tracking_uri: str) -> str:
     """Return the store to use: the argument, the environment variable, or a local sqlite file.
 
-    A relative path in a URI is made absolute, because records keep the URI. An address without a
-    scheme, such as localhost:5000, gets http://.
+    A relative path in a URI is made absolute, because run folders and checkpoints record the URI.
+    An address without a scheme, such as localhost:5000, gets http://.
 
     Raises:
         TrackingError: the URI holds a password, which would be written into runs and checkpoints.
@@ -64,8 +64,8 @@ def _absolute(uri: str) -> str:
 def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     """Return MLflow's client for a store, after checking that the store answers.
 
-    The check is a request of this client, so it uses the client's credentials, certificates and
-    proxies. From then on, MLflow's functions that take no client also use this store.
+    The client itself sends the request that checks a server, so the check covers its credentials,
+    certificates and proxies. Afterwards, functions of MLflow that take no client use this store.
 
     Args:
         uri: a store, as `resolve_uri` returns it.
@@ -80,8 +80,8 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
 
     is_server = uri.startswith("http")
     is_from_variable = VARIABLE in os.environ and uri == resolve_uri("")
-    named = f"{VARIABLE} names {uri}" if is_from_variable else uri
-    problem = f"{named}: no MLflow {'server answers' if is_server else 'database can be opened'}"
+    store = f"{VARIABLE} names {uri}" if is_from_variable else uri
+    problem = f"{store}: no MLflow {'server answers' if is_server else 'database can be opened'}"
     advice = (
         "; start one with `mlflow server`, give the user and password of a protected one in "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri and "
@@ -89,7 +89,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     )
     if not is_server:
         advice = "; check --tracking-uri: the address of a server begins with http:// or https://"
-    with store_answers(problem, advice):
+    with as_tracking_error(problem, advice):
         if is_server:
             _require_listener(uri)
         open_database(uri, create=create)
@@ -100,7 +100,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
             if "mlflow db upgrade" not in error.message:
                 raise
             raise TrackingError(
-                f"{named}: this database has the tables of another MLflow version, or its upgrade "
+                f"{store}: this database has the tables of another MLflow version, or its upgrade "
                 f"was interrupted: copy the file, run `mlflow db upgrade {uri}`, and restore the "
                 "copy if that fails; or name a new database with --tracking-uri"
             ) from error
@@ -110,7 +110,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
 
 
 def require_server(tracking_uri: str) -> None:
-    """Check a tracking server before slow work begins. A local database is not checked.
+    """Check that a tracking server answers, before slow work begins. Skip local databases.
 
     Raises:
         TrackingError: the server does not answer.
@@ -121,12 +121,12 @@ def require_server(tracking_uri: str) -> None:
 
 
 def _require_listener(uri: str) -> None:
-    """Find out within CONNECT_SECONDS whether anything listens at a server's address.
+    """Check within CONNECT_SECONDS that a program listens at a server's address.
 
-    MLflow's client tries several times as long. Behind a proxy, nothing is checked here.
+    MLflow's client would wait several times as long. If a proxy is set, this check is skipped.
 
     Raises:
-        OSError: nothing listens there, or the name has no address.
+        OSError: no program listens there, or the host name cannot be resolved.
     """
     from requests.utils import get_environ_proxies
 
@@ -137,10 +137,10 @@ def _require_listener(uri: str) -> None:
 
 
 def set_tracking_uri(uri: str) -> None:
-    """Set the store of MLflow's functions without changing the environment.
+    """Set the store that MLflow's functions use, without changing the environment.
 
-    MLflow also sets the environment variable. Later calls in this process would read it as the
-    user's choice.
+    MLflow's own function also sets the environment variable. Later calls in this process would take
+    that for the user's choice.
     """
     import mlflow
 
@@ -167,10 +167,11 @@ def experiment_id_of(client: "MlflowClient", uri: str, name: str) -> str:
         if (database := database_of(uri)) is not None:
             # MLflow's default location, ./mlruns, depends on the working directory.
             artifacts = f"{artifacts_of(database)}/{quote(name.replace('/', '_'))}"
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for training
+        # This kind makes MLflow show the pages for training, not those for language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
         try:
             return str(client.create_experiment(name, artifact_location=artifacts, tags=kind))
-        except MlflowException:  # another process may have made it since
+        except MlflowException:  # another process may have created it in between
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -184,9 +185,9 @@ def experiment_id_of(client: "MlflowClient", uri: str, name: str) -> str:
 
 
 def configure_mlflow_client() -> None:
-    """Set MLflow's client to fail in seconds, not minutes, and to be quiet.
+    """Make MLflow's client fail within seconds instead of minutes, and log no messages.
 
-    Values that the environment sets are kept.
+    Environment variables that are already set keep their values.
     """
     name_account()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -194,18 +195,18 @@ def configure_mlflow_client() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    # At level ERROR, MLflow logs the traces of errors that it also raises.
+    # At level ERROR, MLflow would log the tracebacks of errors that it also raises.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="mlflow")
 
 
 @contextmanager
-def store_answers(problem: str, advice: str = "") -> Iterator[None]:
-    """Convert the errors that MLflow and its stores raise in the block to a TrackingError.
+def as_tracking_error(problem: str, advice: str = "") -> Iterator[None]:
+    """Convert errors that MLflow and its stores raise in the block to TrackingError.
 
     Args:
-        problem: message that names the failed action; the reason follows in brackets.
-        advice: end of the message, which says what the user can do.
+        problem: begins the message and says what failed; the reason follows in brackets.
+        advice: ends the message and says what the user can do.
 
     Raises:
         TrackingError: the store does not answer, is not a store, or lacks the requested item.

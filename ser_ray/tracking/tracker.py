@@ -1,9 +1,9 @@
-"""Records one MLflow run from the driver.
+"""Records one MLflow run. Only the driver does this, not the workers.
 
-A training has one run, even if its workers or its driver are restarted. The tracker lives in the
-driver and sends each epoch in a few batched calls. If the store does not answer at the start, that
-is an error. If it stops answering later, a warning is logged: metrics wait in the tracker until the
-store answers again.
+A training has one run, even if its workers or its driver are restarted. The tracker sends the
+metrics of each epoch in a few batched calls. If the store does not answer at the start, the tracker
+raises an error. If the store stops answering later, the tracker logs a warning, and keeps the
+metrics until the store answers again.
 """
 
 import logging
@@ -20,14 +20,14 @@ from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.database import await_database
 from ser_ray.tracking.run_metadata import NOTE, TAG_BYTES, merge_note, model_name, model_signature
-from ser_ray.tracking.store import connect, experiment_id_of, set_tracking_uri, store_answers
+from ser_ray.tracking.store import as_tracking_error, connect, experiment_id_of, set_tracking_uri
 from ser_ray.tracking.views import save_view
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Run
 
 METRICS_PER_CALL = 1000
-"""MLflow's limit for one batch."""
+"""MLflow's limit for the metrics of one call."""
 RETRY_SECONDS = 5.0
 """Pause between two attempts to reach a store that did not answer."""
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One MLflow run. If a `with` block ends with an error, the run is closed (`abandon`).
+    """One MLflow run. If its `with` block ends with an error, the run is closed (`abandon`).
 
     Args:
         uri: tracking store, as `resolve_uri` returns it.
@@ -52,7 +52,7 @@ class Tracker:
         self._epochs: set[int] = set()
         """The epochs that were queued or sent."""
         self._retry_at = 0.0
-        """When to try again, by time.monotonic; 0 while the store answers."""
+        """The earliest next attempt, in time.monotonic(); 0 if the last attempt succeeded."""
 
     @classmethod
     def start(
@@ -68,17 +68,18 @@ class Tracker:
     ) -> "Tracker":
         """Create a run, or resume the run `run_id`.
 
-        The parameters are also stored as the artifact `settings.json`. If artifacts cannot be
-        stored, this fails before anything is trained.
+        The parameters are also stored as the artifact `settings.json`. This shows, before any
+        training starts, whether artifacts can be stored.
 
         Args:
             uri: tracking store, as `resolve_uri` returns it.
             experiment: name of the experiment, which is created if it does not exist.
             name: name of a new run.
-            params: parameters of a new run; those of nested mappings are named with dots.
+            params: parameters of a new run; keys of nested mappings are joined by dots.
             tags: tags of the run (`ser_ray.tracking.run_metadata.run_tags`).
             dataset: input of a new run (`ser_ray.tracking.run_metadata.dataset_of`).
-            run_id: id of the run to resume. Its name, parameters and input do not change.
+            run_id: id of the run to resume; its name, parameters and input do not change. If
+                empty, a new run is created.
 
         Raises:
             TrackingError: the store does not answer, lacks the run, or cannot store artifacts.
@@ -88,10 +89,10 @@ class Tracker:
         advice = (
             "; check --tracking-uri and --experiment, or give another --name to start a new run"
         )
-        with store_answers(problem, advice):
+        with as_tracking_error(problem, advice):
             if run_id:
                 tracker = cls(uri, run_id)
-                tracker._require_present()
+                tracker._require_not_deleted()
                 client.update_run(run_id, status="RUNNING")
                 tracker.set_tags(tags)
             else:
@@ -106,7 +107,7 @@ class Tracker:
                 tracker.log_params(params)
             problem = f"{tracker.read().info.artifact_uri}: MLflow cannot store artifacts here"
             advice = "; make the place writable, or choose another --experiment or --tracking-uri"
-            with store_answers(problem, advice):
+            with as_tracking_error(problem, advice):
                 client.log_text(tracker.run_id, to_json(params), "settings.json")
         return tracker
 
@@ -119,38 +120,38 @@ class Tracker:
 
     @classmethod
     def of_run(cls, uri: str, run_id: str) -> "Tracker":
-        """Return the tracker of a recorded run, also if another machine recorded it.
+        """Return a tracker of a run that is in the store.
 
         Raises:
             TrackingError: the store does not answer, or lacks the run.
         """
         client = connect(uri)
-        with store_answers(f"{uri}: run {run_id} cannot be read"):
+        with as_tracking_error(f"{uri}: run {run_id} cannot be read"):
             client.get_run(run_id)
         return cls(uri, run_id)
 
     def read(self) -> "Run":
-        """Fetch the run from MLflow."""
-        with self._writing():
+        """Read the run from the store."""
+        with self._requests():
             return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
-        """Fetch the runs nested in this run, by the value of a tag."""
+        """Read the runs that are nested in this run and have a tag, by the value of the tag."""
         import mlflow
 
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         experiment_id = self.read().info.experiment_id
         set_tracking_uri(self.uri)
-        with self._writing():
+        with self._requests():
             found = mlflow.search_runs([experiment_id], nested, output_format="list")
             return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Store parameters. MLflow refuses to change a parameter that the run already has."""
+        """Store parameters. MLflow refuses to change the value of a stored parameter."""
         from mlflow.entities import Param
 
         listed = [Param(key, str(value)) for key, value in flatten(params).items()]
-        with self._writing():
+        with self._requests():
             self._client.log_batch(self.run_id, params=listed)
 
     def log_metrics(
@@ -158,10 +159,11 @@ class Tracker:
     ) -> None:
         """Queue metrics of one step. `flush` or `deliver` sends them.
 
-        MLflow ignores a metric that it already has: same name, step, timestamp and value.
+        MLflow ignores a metric if it has one with the same name, step, timestamp and value.
 
         Args:
-            link: names in MLflow's `Metric` of the model or data set that the metrics belong to.
+            link: the model and data set that the metrics belong to: `model_id`, `dataset_name` and
+                `dataset_digest` of MLflow's `Metric`.
         """
         from mlflow.entities import Metric
 
@@ -170,7 +172,7 @@ class Tracker:
         ]
 
     def log_scores(self, scores: Mapping[str, float], timestamp_ms: int) -> None:
-        """Store final scores, and link them to the run's data set and, if there is one, its model.
+        """Store final scores, linked to the run's data set and, if there is one, to its model.
 
         MLflow compares models by the scores that are linked to them.
 
@@ -198,10 +200,10 @@ class Tracker:
         An epoch may be repeated after a failure. A repeated epoch is ignored.
 
         Args:
-            row: the epoch's number (`epoch`, from 1) and its metrics, whose names have a slash.
+            row: the epoch's number (`epoch`, from 1) and its metrics, whose names contain a slash.
             learning_rates: learning rate of every step of the epoch; logged as `train/lr`.
-            timestamp_ms: when the epoch ended, as `now_ms` returns it.
-            system_metrics: metrics by name for each node; logged as `system/NODE/NAME`.
+            timestamp_ms: when the epoch ended, in milliseconds since 1970.
+            system_metrics: metrics of each node, by name; logged as `system/NODE/NAME`.
 
         Returns:
             Whether the epoch is new.
@@ -220,7 +222,7 @@ class Tracker:
     def flush(self) -> bool:
         """Try to send the queue to the store; return whether the queue is empty.
 
-        For `RETRY_SECONDS` after a failure, this does not try again.
+        After a failure, calls within RETRY_SECONDS make no attempt.
         """
         if not self._queue:
             return True
@@ -239,17 +241,17 @@ class Tracker:
         """Send the queue to the store.
 
         Raises:
-            TrackingError: the store did not accept everything; the rest stays in the queue.
+            TrackingError: the store did not accept all metrics; the rest stays in the queue.
         """
         while self._queue:
-            with self._writing():
+            with self._requests():
                 self._client.log_batch(self.run_id, metrics=self._queue[:METRICS_PER_CALL])
             self._queue = self._queue[METRICS_PER_CALL:]
         self._retry_at = 0.0
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        with self._writing():
+        with self._requests():
             for key, value in tags.items():
                 self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
 
@@ -260,20 +262,20 @@ class Tracker:
             TrackingError: the store does not answer, or the run has no such artifact.
         """
         problem = f"{self.uri}: {name} of run {self.run_id} cannot be read"
-        with store_answers(problem), TemporaryDirectory() as folder:
+        with as_tracking_error(problem), TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
 
     def describe(self, **lines: str) -> None:
-        """Set lines of the run's description, named as in `ser_ray.tracking.run_metadata.LINES`."""
+        """Set lines of the run's description (`ser_ray.tracking.run_metadata.LINES`)."""
         note = self.read().data.tags.get(NOTE, "")
         self.set_tags({NOTE: merge_note(note, lines)})
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts by their path in the run: figures, texts, tables, and values as JSON."""
+        """Store artifacts by path: figures as images, texts, tables as CSV, other values as JSON."""
         import pyarrow as pa
         from pyarrow import csv
 
-        with self._writing(), TemporaryDirectory() as folder:
+        with self._requests(), TemporaryDirectory() as folder:
             for name, content in files.items():
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,14 +290,14 @@ class Tracker:
             self._client.log_artifacts(self.run_id, folder)
 
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
-        """Package the model in a checkpoint directory, and store it under the run's name."""
+        """Package the model of a checkpoint directory, and log it under the run's name."""
         import mlflow
 
         from ser_ray.inference import packaged
 
         name = model_name(str(self.read().info.run_name))
         set_tracking_uri(self.uri)
-        with self._writing(), mlflow.start_run(run_id=self.run_id):
+        with self._requests(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
                 name=name,
                 loader_module=packaged.__name__,
@@ -309,18 +311,19 @@ class Tracker:
             )
 
     def finish(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
-        with self._writing():
+        """Close the run with the status FINISHED, FAILED or KILLED."""
+        with self._requests():
             self._client.set_terminated(self.run_id, status)
 
     def abandon(self, error: BaseException) -> None:
-        """Close the run after an error: as KILLED if somebody stopped it, otherwise as FAILED."""
+        """Close the run after an error: as KILLED if the process was stopped, else as FAILED."""
         with suppress(TrackingError):  # a tracking failure must not mask the original error
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            self.finish("KILLED" if stopped else "FAILED")
+            is_stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            self.finish("KILLED" if is_stopped else "FAILED")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _requests(self) -> Iterator[None]:
+        """Wait for a locked database, and convert the errors of requests to TrackingError."""
         await_database(self.uri)
         problem = f"{self.uri}: run {self.run_id} could not be written"
         advice = (
@@ -328,17 +331,17 @@ class Tracker:
             "the same command is run again"
         )
         try:
-            with store_answers(problem, advice):
+            with as_tracking_error(problem, advice):
                 yield
         except TrackingError as error:
-            # MLflow refuses the records of a deleted run by this code.
+            # With this code, MLflow refuses records of a deleted run, among others.
             if getattr(error.__cause__, "error_code", "") == "INVALID_PARAMETER_VALUE":
-                with store_answers(problem, advice):
-                    self._require_present()
+                with as_tracking_error(problem, advice):
+                    self._require_not_deleted()
             raise
 
-    def _require_present(self) -> None:
-        """Raise TrackingError if the run was deleted, because MLflow then accepts no records."""
+    def _require_not_deleted(self) -> None:
+        """Raise TrackingError if the run was deleted; MLflow then accepts no records."""
         if self._client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             store = shlex.quote(f"MLFLOW_TRACKING_URI={self.uri}")
             raise TrackingError(
@@ -349,13 +352,13 @@ class Tracker:
 
 
 def model_id_of(run: "Run") -> str:
-    """Id of the model that a run logged last; empty if it logged none."""
+    """Return the id of the model that a run logged last; empty if it logged none."""
     models = run.outputs.model_outputs if run.outputs else []
     return str(models[-1].model_id) if models else ""
 
 
 def has_run(uri: str, run_id: str) -> bool:
-    """Whether a store answers and has a run; `uri` is as `resolve_uri` returns it."""
+    """Return whether a store answers and has a run; `uri` is as `resolve_uri` returns it."""
     try:
         Tracker.of_run(uri, run_id)
     except TrackingError:
@@ -364,34 +367,40 @@ def has_run(uri: str, run_id: str) -> bool:
 
 
 def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:
-    """Return the id of the run that a folder's record names; empty if the store lacks this run.
+    """Return the id of the run that a run folder's record names; empty if the store lacks the run.
 
-    The record may hold another address of the same store: a store can be moved together with the
-    folder, and a server can have several addresses. Therefore the store is searched for the run.
+    The record may contain another address of the same store: a store can be moved together with the
+    folder, and a server can have several addresses. Therefore, if the addresses differ, the run is
+    looked up in the store.
 
     Args:
         uri: tracking store, as `resolve_uri` returns it.
-        record: record of the folder (`ser_ray.distributed.run_folder.RunFolder.record`).
+        record: the record (`ser_ray.distributed.run_folder.RunFolder.record`).
     """
     run_id = str(record.get("run_id", ""))
     if not run_id or record["tracking_uri"] == uri or has_run(uri, run_id):
         return run_id
     logger.warning(
         "%s: the earlier run %s is not in this store but in %s; a new run is recorded here",
-        *(uri, run_id, record["tracking_uri"]),
+        uri,
+        run_id,
+        record["tracking_uri"],
     )
     return ""
 
 
-def flatten(values: Mapping[str, Any], mark: str = ".") -> dict[str, Any]:
-    """Flatten nested mappings; `mark` joins the keys."""
+def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Return nested mappings as one dict, whose keys are the nested keys joined by `separator`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = flatten(value, mark) if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}{mark}{name}" if name else key: item for name, item in inner.items()}
+        if isinstance(value, Mapping):
+            inner = flatten(value, separator)
+            flat |= {f"{key}{separator}{name}": item for name, item in inner.items()}
+        else:
+            flat[key] = value
     return flat
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970, as MLflow dates metrics."""
+    """Return the time in milliseconds since 1970, which is MLflow's unit."""
     return time.time_ns() // 1_000_000

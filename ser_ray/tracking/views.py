@@ -1,20 +1,20 @@
-"""Links to MLflow's pages: the page of a run, and a table of all runs, the best first.
+"""Makes links to MLflow's pages: the page of a run, and a table of runs with the best first.
 
 The table is a saved view of the experiment with scores, important settings and duration, sorted by
-validation UA. MLflow sorts nested runs only by their start, so the view leaves out trials and
-folds. The page of their parent run lists them.
+validation UA. It leaves out trials and folds, because MLflow sorts nested runs only by their start
+time. The page of their parent run lists them.
 
-In MLflow's pages, users can save a view and share its link. MLflow has no Python function for this,
-and does not document its format. This module writes that format. `tests/tracking/test_views.py`
-fails if an upgrade of MLflow changes the format.
+Users can save such a view in MLflow's pages and share its link. MLflow has no Python function for
+this, and the format of a saved view is not documented. `save_view` writes this format, and
+`tests/tracking/test_views.py` fails if an upgrade of MLflow changes it.
 """
 
 import json
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ser_ray.errors import TrackingError
-from ser_ray.tracking.store import connect, store_answers
+from ser_ray.tracking.store import as_tracking_error, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,17 +24,21 @@ LOCAL_UI = "http://127.0.0.1:5000"
 VIEW_KEY = "ser-ray"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 """Tag of the experiment that holds the view."""
-COLUMNS = tuple(
-    f"{kind}.`{name}`"
-    for kind, names in {
-        "metrics": ("selected/ua", "test/ua"),
-        "tags": ("kind", "protocol"),
-        "params": ("feature", "lr_min", "lr_max", "fold", "seed"),
-        "attributes": ("Duration", "Dataset", "Models"),
-    }.items()
-    for name in names
+COLUMNS = (
+    "metrics.`selected/ua`",
+    "metrics.`test/ua`",
+    "tags.`kind`",
+    "tags.`protocol`",
+    "params.`feature`",
+    "params.`lr_min`",
+    "params.`lr_max`",
+    "params.`fold`",
+    "params.`seed`",
+    "attributes.`Duration`",
+    "attributes.`Dataset`",
+    "attributes.`Models`",
 )
-"""The columns of the table in order, as MLflow's pages name them."""
+"""The columns of the table, in order and by the names in MLflow's pages."""
 STATE = {
     "selectedColumns": COLUMNS,
     "columnOrder": COLUMNS,
@@ -43,38 +47,45 @@ STATE = {
     "orderByAsc": False,
     "searchFilter": "tags.kind != 'trial' and tags.kind != 'fold'",
 }
-"""The settings of the view, by the names that MLflow's pages use."""
+"""The settings of the view, by the names in MLflow's pages."""
 
 
-def links(uri: str, run_id: str) -> tuple[str, str, str]:
-    """Return the links to a run. If the store does not answer, both lead to its first page.
+class RunLinks(NamedTuple):
+    """Where a user finds a run in MLflow's pages."""
+
+    run: str
+    """Link to the page of the run."""
+    all_runs: str
+    """Link to the table of the experiment's runs."""
+    server_command: str
+    """The command that serves these pages; empty if the store is a server."""
+
+
+def run_links(uri: str, run_id: str) -> RunLinks:
+    """Return the links to a run. If the store does not answer, they lead to MLflow's start page.
 
     Args:
         uri: tracking store, as `resolve_uri` returns it.
         run_id: id of the run.
-
-    Returns:
-        The link to the run's page, the link to the table of all runs of the experiment, and the
-        command that starts a local server for both. The command is empty if the store is a server.
     """
     is_server = uri.startswith("http")
-    pages = uri.rstrip("/") if is_server else LOCAL_UI
+    base_url = uri.rstrip("/") if is_server else LOCAL_UI
     command = "" if is_server else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     try:
         client = connect(uri)
-        with store_answers(uri):
+        with as_tracking_error(uri):
             experiment_id = client.get_run(run_id).info.experiment_id
     except TrackingError:
-        return pages, pages, command
-    runs = f"{pages}/#/experiments/{experiment_id}/runs"
-    # Without this parameter, a browser that is new to MLflow opens the pages for language models.
+        return RunLinks(base_url, base_url, command)
+    runs = f"{base_url}/#/experiments/{experiment_id}/runs"
+    # Otherwise, MLflow shows its pages for language models in a browser that it does not know.
     training = "workflowType=machine_learning"
     all_runs = f"{runs}?viewStateShareKey={VIEW_KEY}&{training}"
-    return f"{runs}/{run_id}?{training}", all_runs, command
+    return RunLinks(f"{runs}/{run_id}?{training}", all_runs, command)
 
 
 def save_view(client: "MlflowClient", experiment_id: str) -> None:
-    """Save the view in an experiment, unless it is already there.
+    """Save the table of runs as a view of an experiment, unless it is already saved.
 
     Raises:
         MlflowException: the store refused the view.

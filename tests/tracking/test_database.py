@@ -177,7 +177,7 @@ def test_a_database_that_another_program_holds_is_waited_for_with_one_warning(
 ) -> None:
     run = start(copied(empty_store, tmp_path / "held"))
     holder = sqlite3.connect(tmp_path / "held" / "mlflow.db", isolation_level=None)
-    monkeypatch.setattr(database, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(database, "POLL_SECONDS", 0.01)
     warnings: list[str] = []
 
     def release(text: str, *_: object) -> None:

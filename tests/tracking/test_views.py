@@ -8,7 +8,7 @@ import pytest
 
 from ser_ray.tracking.store import connect
 from ser_ray.tracking.tracker import Tracker
-from ser_ray.tracking.views import COLUMNS, STATE, VIEW_KEY, VIEW_TAG, links, save_view
+from ser_ray.tracking.views import COLUMNS, STATE, VIEW_KEY, VIEW_TAG, run_links, save_view
 from tests.mlflow_store import new_store
 
 PAGES = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
@@ -49,7 +49,7 @@ def test_the_pages_of_this_mlflow_know_every_name_of_the_view(tracker: Tracker, 
 
 
 def test_links_lead_to_the_run_and_to_the_saved_view(tracker: Tracker) -> None:
-    run, all_runs, command = links(tracker.uri, tracker.run_id)
+    run, all_runs, command = run_links(tracker.uri, tracker.run_id)
     runs = "http://127.0.0.1:5000/#/experiments/1/runs"
     assert run == f"{runs}/{tracker.run_id}?workflowType=machine_learning"
     assert all_runs == f"{runs}?viewStateShareKey=ser-ray&workflowType=machine_learning"
@@ -61,7 +61,7 @@ def test_links_of_a_store_that_does_not_answer_lead_to_its_first_page(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server = "http://127.0.0.1:9"
-    assert links(f"{server}/", "0" * 32) == (server, server, "")
+    assert run_links(f"{server}/", "0" * 32) == (server, server, "")
 
 
 def test_a_view_that_is_saved_already_is_not_written_again(tracker: Tracker) -> None:
