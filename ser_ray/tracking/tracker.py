@@ -271,7 +271,7 @@ class Tracker:
         self.set_tags({NOTE: merge_note(note, lines)})
 
     def log_files(self, files: Mapping[str, Any]) -> None:
-        """Store artifacts by path: figures as images, texts, tables as CSV, other values as JSON."""
+        """Store artifacts, by path: figures, texts, tables as CSV, and other values as JSON."""
         import pyarrow as pa
         from pyarrow import csv
 
