@@ -30,6 +30,34 @@ class Stopped(KeyboardInterrupt):
         super().__init__(self.name)
 
 
+class _Handler:
+    """Raises `Stopped` for a signal, unless a KeyboardInterrupt is being handled."""
+
+    def __init__(self) -> None:
+        self.is_active = True
+        self.received: list[tuple[int, weakref.ref[Stopped]]] = []
+
+    def __call__(self, number: int, _: object) -> None:
+        if _is_cleaning_up():
+            return
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        # A local variable would keep the error alive, and with it this frame.
+        raise self._resent_if_lost(Stopped(number), number)
+
+    def _resent_if_lost(self, error: Stopped, number: int) -> Stopped:
+        """Send the signal again if the error is deleted before the block ends."""
+        timer = threading.Timer(RETRY_SECONDS, self._send, [number])
+        timer.daemon = True
+        deleted = weakref.ref(error, lambda _: timer.start() if self.is_active else None)
+        self.received.append((number, deleted))
+        return error
+
+    def _send(self, number: int) -> None:
+        if self.is_active:
+            os.kill(os.getpid(), number)
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise `Stopped` in the block when SIGTERM or SIGHUP arrives.
@@ -37,43 +65,37 @@ def stopped_by_signals() -> Iterator[None]:
     A signal that is already ignored, such as SIGHUP under nohup, is still ignored. While `Stopped`
     is being handled, a second signal does not interrupt the cleanup. Python drops every error that
     is raised in a finalizer, and so do some libraries in their C code. If `Stopped` is lost in this
-    way, the signal is sent again.
+    way, the signal is sent again. Ray's C++ code replaces it with a plain KeyboardInterrupt, which
+    becomes `Stopped` at the end of the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    raised: list[weakref.ref[Stopped]] = []
-
-    def stop(number: int, _: object) -> None:
-        if raised and raised[0]() is not None:
-            return
-        if number == signal.SIGHUP:
-            _leave_terminal()
-        raise resent_if_lost(Stopped(number), number)
-
-    def resent_if_lost(error: Stopped, number: int) -> Stopped:
-        """Send the signal again if the error is deleted before the block ends."""
-        timer = threading.Timer(RETRY_SECONDS, send, [number])
-        timer.daemon = True
-        raised[:] = [weakref.ref(error, lambda _: timer.start() if is_active else None)]
-        return error
-
-    def send(number: int) -> None:
-        if signal.getsignal(number) is stop:
-            os.kill(os.getpid(), number)
-
+    stop = _Handler()
     handled = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in handled:
         signal.signal(number, stop)
-    hook, is_active = sys.unraisablehook, True
+    hook = sys.unraisablehook
     # Do not print a `Stopped` that is lost in a finalizer, because its signal is sent again.
     sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else hook(lost)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if not stop.received or isinstance(error, Stopped):
+            raise
+        raise Stopped(stop.received[-1][0]) from error
     finally:
-        is_active, sys.unraisablehook = False, hook
+        stop.is_active, sys.unraisablehook = False, hook
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _is_cleaning_up() -> bool:
+    """Return whether a KeyboardInterrupt is being handled."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _leave_terminal() -> None:

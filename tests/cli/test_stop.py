@@ -1,9 +1,11 @@
 """Signals and encodings, for every verb."""
 
+import contextlib
 import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +73,25 @@ def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
         raise AssertionError("unreachable")
 
     assert verb(work) == 143
+    assert capfd.readouterr().err == "stopped by SIGTERM; the same command resumes from here\n"
+
+
+def test_a_library_that_replaces_the_error_of_a_signal_does_not_disturb_the_cleanup(verb, capfd):
+    """As Ray's C++ code does in `ray.wait`, which runs while a search or a batch pass runs."""
+    cleaned = []
+
+    def work() -> VerbResult:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        resend = next(t for t in threading.enumerate() if isinstance(t, threading.Timer))
+        try:
+            raise KeyboardInterrupt
+        finally:
+            resend.join()
+            cleaned.append(True)
+
+    assert verb(work) == 143
+    assert cleaned == [True]
     assert capfd.readouterr().err == "stopped by SIGTERM; the same command resumes from here\n"
 
 
