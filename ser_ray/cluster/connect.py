@@ -81,8 +81,8 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
     address = "" if address == "local" else address
     logger.info("%-12s %s", "Ray", f"joining {address}" if address else "starting on this machine")
     with nullcontext() if address else session_folder() as folder:
-        _init(address, source, folder, "fatal" if has_actor_pool else "error")
         try:
+            _init(address, source, folder, "fatal" if has_actor_pool else "error")
             yield
         finally:
             with keep_signal_handlers():

@@ -7,8 +7,10 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ser_ray.errors import ResourcesError
@@ -20,6 +22,8 @@ MAX_ROOT_BYTES = 107 - SESSION_BYTES - len("/ray-12345678")
 """Longest path of the parent of Ray's folder. Linux allows 107 bytes for the path of a socket."""
 FREE_BYTES = 100_000_000
 """Free disk space that Ray's logs may need."""
+DELETE_SECONDS, POLL_SECONDS = 10.0, 0.1
+"""Longest time to delete the files of a session, and the time between two attempts."""
 UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Methods of Ray's `Node` that start the dashboard, the autoscaler and the process that sends the
 workers' logs to the driver."""
@@ -57,7 +61,15 @@ def session_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
+        _delete(folder)
+
+
+def _delete(folder: str) -> None:
+    """Delete the folder of a session, although its last processes may still write into it."""
+    ends = time.monotonic() + DELETE_SECONDS
+    while Path(folder).exists() and time.monotonic() < ends:
         shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(POLL_SECONDS)
 
 
 def _folder_in(root: str) -> str:
@@ -78,27 +90,34 @@ def _folder_in(root: str) -> str:
 def keep_signal_handlers() -> Iterator[None]:
     """Keep this process's signal handlers although Ray starts or ends in the `with` block.
 
-    Ray replaces the handler of SIGTERM when it starts, and its C++ code removes it when it ends. It
-    is restored after the block. SIGHUP is blocked while Ray starts, and Ray's processes inherit
-    this. Therefore they survive when the terminal closes, and this process can still use them while
-    it stops.
+    Ray may replace the handler of SIGTERM when it starts, and its C++ code removes it when it ends.
+    It is restored after the block. A signal that arrives in the block is handled after it, because
+    Ray cannot stop a node that has started in part. SIGHUP is blocked while Ray starts, and Ray's
+    processes inherit this. Therefore they survive when the terminal closes, and this process can
+    still use them while it stops.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    all_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: own for number, own in all_handlers.items() if callable(own)}
+    received: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: received.append(number))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     except SystemExit as stop:
         # SIGTERM arrived after Ray had replaced the handler, and Ray's handler exits.
-        if stop.code == signal.SIGTERM and callable(handler):
-            handler(signal.SIGTERM, None)
+        if stop.code == signal.SIGTERM and signal.SIGTERM in handlers:
+            received.append(signal.SIGTERM)
         raise
     finally:
-        if callable(handler):
-            signal.signal(signal.SIGTERM, handler)
+        for number, own in handlers.items():
+            signal.signal(number, own)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for received_number in received[:1]:
+            handlers[signal.Signals(received_number)](received_number, None)
 
 
 @contextmanager
@@ -117,6 +136,7 @@ def minimal_ray_on_loopback() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (ray_constants, "ENABLE_RAY_CLUSTER", False),
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
+        (utils, "set_sigterm_handler", lambda handler: None),  # it exits while a node starts
     ]
     replacements += [(Node, name, lambda node, **_: None) for name in UNUSED]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]

@@ -106,6 +106,17 @@ def test_a_signal_handler_outlives_the_start_of_ray(
         monkeypatch.setattr(ray, "init", interrupted)
         with pytest.raises(KeyboardInterrupt), cluster():
             pytest.fail("the block ran although a signal came while Ray started")
+
+        def busy(**_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)  # before Ray has replaced the handler
+            steps.append("started")
+
+        steps: list[str] = []
+        monkeypatch.setattr(ray, "init", busy)
+        monkeypatch.setattr(ray, "shutdown", lambda: steps.append("stopped"))
+        with pytest.raises(KeyboardInterrupt), cluster():
+            pytest.fail("the block ran although a signal came while Ray started")
+        assert steps == ["started", "stopped"], "Ray cannot stop a node that has started in part"
     finally:
         signal.signal(signal.SIGTERM, before)
 
