@@ -14,7 +14,7 @@ the length of the lost sound is known, silence replaces it, so all other sound h
 import io
 import struct
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import soundfile
@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError
 from ser_ray.features.errors import ClipError, Failure
-from ser_ray.features.ffmpeg import UnsupportedError, decode_with_ffmpeg
+from ser_ray.features.ffmpeg import OGG_PAGE_BYTES, UnsupportedError, decode_with_ffmpeg
 from ser_ray.features.samples import (
     MISSING_SECONDS,
     MIX_SECONDS,
@@ -42,8 +42,13 @@ MAX_RECORDING_SECONDS = 3600.0
 """Longer files are `too_long`: they do not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
+W64 = "<4s12xQ"
+CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
+"""Layout of a chunk's name and size, by the first bytes of a wav. A size in W64 includes both."""
 MAX_CHUNKS = 100
 """Chunks of a wav that are searched for the samples; real files have fewer than ten."""
+MAX_JOINED_BYTES = 1 << 28
+"""Samples in several chunks are joined in memory if they have at most this many bytes."""
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
 """The tables in the first frame of an mp3 that declare its number of frames, and where."""
 HEAD_BYTES = 4096
@@ -117,26 +122,22 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
     start = file.read(12)
     if not start:
         raise ClipError("unreadable", "the file is empty")
-    sound, has_length = None, True
-    is_wav = start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE"
-    if is_wav:
-        declared, held, has_length = _sample_bytes(file, is_big_endian=start[:4] == b"RIFX")
+    found, missing_share, has_length = None, 0.0, True
+    layout = CHUNKS.get(start[:4]) if start[8:] == b"WAVE" or start[:4] == b"riff" else None
+    if layout:
+        joined, missing_share, has_length = _sample_chunks(file, layout)
+        if joined:
+            source = file = joined
         file.seek(0)
         if has_length:
-            sound = _decode_with_soundfile(source, max_seconds, declared / held if held else 1.0)
-    if sound is None:
-        num_frames = _num_frames(file)
-        file.seek(0)
-        try:
-            sound = decode_with_ffmpeg(
-                source, max_seconds, ignore_length=not has_length, num_frames=num_frames
-            )
-        except UnsupportedError as error:
-            file.seek(0)
-            sound = None if is_wav and has_length else _decode_with_soundfile(source, max_seconds)
-            if sound is None:
-                raise ClipError("unreadable", str(error)) from error
-    samples, sample_rate, lost, decoded = finite(sound)
+            found = _decode_with_soundfile(source, max_seconds)
+    if found is None:
+        found = _decode_with_either(source, file, max_seconds, has_length=has_length)
+    samples, sample_rate, lost, decoded = finite(found)
+    if (missing := decoded * missing_share) > MISSING_SECONDS:
+        lost += missing
+    if start[:4] == b"OggS":
+        lost += decoded * _missing_share_of_ogg(file)
     if samples.size == 0 and not lost:
         raise ClipError("unreadable", "it has no samples")
     if decoded < lost:
@@ -146,6 +147,23 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
             "damaged or incomplete",
         )
     return Sound(full_scale(samples), sample_rate, lost)
+
+
+def _decode_with_either(
+    source: str | BinaryIO, file: BinaryIO, max_seconds: float, *, has_length: bool
+) -> Decoded:
+    """Decode with FFmpeg, or with soundfile if FFmpeg cannot read the file."""
+    num_frames = _num_frames(file)
+    file.seek(0)
+    try:
+        return decode_with_ffmpeg(
+            source, max_seconds, ignore_length=not has_length, num_frames=num_frames
+        )
+    except UnsupportedError as error:
+        file.seek(0)
+        if (found := _decode_with_soundfile(source, max_seconds)) is None:
+            raise ClipError("unreadable", str(error)) from error
+        return found
 
 
 def _num_frames(file: BinaryIO) -> int:
@@ -162,49 +180,93 @@ def _num_frames(file: BinaryIO) -> int:
     return 0
 
 
-def _sample_bytes(wav: BinaryIO, *, is_big_endian: bool) -> tuple[int, int, bool]:
-    """Return a wav's declared and actual sample bytes, and whether the declared number is valid.
+class _Chunk(NamedTuple):
+    """A chunk of a wav that holds samples."""
+
+    start: int
+    """Position of its first byte."""
+    declared: int
+    """Bytes that its header declares."""
+    held: int
+    """Bytes that are in the file."""
+
+
+def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, bool]:
+    """Find the samples of a wav.
 
     soundfile reports only the actual bytes. A recorder that did not complete the header
-    leaves an invalid length: 0, a placeholder, or a position where no chunk begins. `wav` must be
-    positioned after its first 12 bytes.
+    leaves an invalid length: 0, a placeholder, or a position where no chunk begins.
+
+    Returns:
+        A copy with the samples in one chunk if they are in several, the number of missing sample
+        bytes divided by the number of those in the file, and whether the declared length is valid.
     """
-    layout = ">4sI" if is_big_endian else "<4sI"
-    large = 0
+    chunks, has_length = _find_chunks(wav, layout)
+    declared, held = sum(chunk.declared for chunk in chunks), chunks[0].held if chunks else 0
+    joined = None
+    if len(chunks) > 1 and layout != W64 and declared <= MAX_JOINED_BYTES:
+        joined, held = _joined(wav, layout, chunks), sum(chunk.held for chunk in chunks)
+    return joined, declared / held - 1 if held and has_length else 0.0, has_length
+
+
+def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
+    """Return the chunks that hold samples, and whether their declared length is valid."""
+    end, large, is_after = wav.seek(0, io.SEEK_END), 0, False
+    own, even, place = (24, 8, 40) if layout == W64 else (0, 2, 12)
+    length = struct.calcsize(layout)
+    found: list[_Chunk] = []
     for _ in range(MAX_CHUNKS):
-        if len(header := wav.read(8)) < 8:
+        wav.seek(place)
+        if len(header := wav.read(length)) < length:
             break
         name, size = struct.unpack(layout, header)
+        start, size = place + length, max(size - own, 0)
         if name == b"data":
-            start = wav.tell()
-            held = wav.seek(0, io.SEEK_END) - start
-            if size >= UNKNOWN_LENGTH:  # soundfile reads to the end
-                return max(large, held), held, True
-            wav.seek(start + size + size % 2)
-            after = wav.read(8)
-            is_valid = bool(size) and (len(after) < 8 or _is_chunk(after, layout, held - size))
-            return size, held, is_valid or not held
-        if name == b"ds64":  # of RF64: the sizes of the file and of the samples
+            held = end - start
+            size = max(large, held) if size >= UNKNOWN_LENGTH else size
+            found.append(_Chunk(start, size, min(size, held)))
+            if held and not size:
+                return found, False
+        elif found and not (_is_text(name) and start + size <= end):
+            return found, is_after
+        elif name == b"ds64":  # of RF64: the sizes of the file and of the samples
             large = int.from_bytes(wav.read(16)[8:], "little")
-            size -= 16
-        wav.seek(size + size % 2, io.SEEK_CUR)  # chunks start at even positions
-    return 0, 0, True
+        is_after = bool(found) and name != b"data"
+        place = min(start + size + -size % even, end)  # chunks start at even positions
+    return found, True
 
 
-def _is_chunk(header: bytes, layout: str, bytes_left: int) -> bool:
-    """Return whether these 8 bytes can begin a chunk: a name of letters, and a size that fits."""
-    name, size = struct.unpack(layout, header)
-    return all(32 <= letter < 127 for letter in name) and size <= bytes_left
+def _is_text(name: bytes) -> bool:
+    return all(32 <= letter < 127 for letter in name)
 
 
-def _decode_with_soundfile(
-    source: str | BinaryIO, max_seconds: float, declared_share: float = 1.0
-) -> Decoded | None:
-    """Decode with soundfile; return None for a file that it cannot read.
+def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
+    """Copy a wav with its samples in one chunk, because libraries read only one."""
+    wav.seek(0)
+    head = wav.read(chunks[0].start - 4)
+    samples = []
+    for chunk in chunks:
+        wav.seek(chunk.start)
+        samples.append(wav.read(chunk.held))
+    size = struct.pack(f"{layout[0]}I", sum(map(len, samples)))
+    return io.BytesIO(b"".join([head, size, *samples]))
 
-    Args:
-        declared_share: the length that the header declares, divided by the actual length.
-    """
+
+def _missing_share_of_ogg(ogg: BinaryIO) -> float:
+    """Return the size of the last page if its end is missing, relative to the pages before."""
+    first = max(ogg.seek(0, io.SEEK_END) - OGG_PAGE_BYTES, 0)
+    ogg.seek(first)
+    tail = ogg.read()
+    page = tail.rfind(b"OggS")
+    header = tail[page : page + 27]
+    if page < 0 or len(header) < 27:
+        return 0.0
+    size = 27 + header[26] + sum(tail[page + 27 : page + 27 + header[26]])
+    return size / max(first + page, 1) if page + size > len(tail) else 0.0
+
+
+def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decoded | None:
+    """Decode with soundfile; return None for a file that it cannot read."""
     try:
         with soundfile.SoundFile(source) as sound:
             if sound.format == "RAW":  # it knows the suffix, but nothing in the file
@@ -212,8 +274,6 @@ def _decode_with_soundfile(
             seconds = sound.frames / sound.samplerate
             require_shape(sound.channels, sound.samplerate)
             require_length(seconds, max_seconds)
-            missing = seconds * (declared_share - 1)
-            lost = missing if missing > MISSING_SECONDS else 0.0
             if sound.channels == 1 and sound.subtype == "PCM_16":
                 samples = sound.read(sound.frames, dtype="int16")
             else:
@@ -222,6 +282,6 @@ def _decode_with_soundfile(
                 while len(piece := sound.read(size, dtype="float32", always_2d=True)):
                     pieces.append(to_mono(piece.T))
                 samples = np.concatenate(pieces)
-            return Decoded(samples, sound.samplerate, lost, seconds)
+            return Decoded(samples, sound.samplerate, 0.0, seconds)
     except (soundfile.LibsndfileError, TypeError):  # soundfile raises it for the suffix .raw
         return None

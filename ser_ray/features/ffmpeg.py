@@ -3,7 +3,10 @@
 Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
 
+import io
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import BinaryIO
 
 import av
@@ -42,7 +45,7 @@ GAP_SECONDS = 0.06
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
 """Reading ends after this many damaged places in the container."""
-EXACT_LENGTH = ("mp4", "aiff", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
+EXACT_LENGTH = ("mp4", "aiff", "asf", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
 """Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs with inexact lengths even in EXACT_LENGTH, because the header counts packets."""
@@ -101,7 +104,7 @@ def decode_with_ffmpeg(
                 for other in clip.streams:
                     if other is not stream:
                         other.discard = av.stream.Discard.all
-                sound = _decode_packets(clip, stream, max_seconds, num_frames)
+                sound = _decode_packets(clip, stream, source, max_seconds, num_frames)
         except av.error.FFmpegError as error:
             raise UnsupportedError from error
         if number == last or sound.samples.any():
@@ -183,6 +186,7 @@ class _Timeline:
 def _decode_packets(
     clip: av.container.InputContainer,
     stream: av.AudioStream,
+    source: str | BinaryIO,
     max_seconds: float,
     num_frames: int,
 ) -> Decoded:
@@ -196,9 +200,10 @@ def _decode_packets(
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
     stream.codec_context.options = {"err_detect": checks}  # without it, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
-    num_bytes, position, skipped = 0, 0, 0.0
+    num_packets, num_bytes, end, skipped = 0, 0, 1, 0.0
     for packet in _packets(clip, stream):
-        position = max(position, packet.pos or 0)
+        num_packets += packet.size > 0
+        end = max(end, (packet.pos or 0) + packet.size)
         frames = _decode_packet(packet, codec)
         if frames is None:
             seconds = float((packet.duration or 0) * (packet.time_base or 0))
@@ -219,10 +224,21 @@ def _decode_packets(
     missing = _declared_seconds(clip, stream, num_frames) - seconds
     if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
         lost += missing
-    unread = clip.size - position
-    if name == "ogg" and len(clip.streams) == 1 and unread > OGG_PAGE_BYTES and position:
-        lost += decoded * unread / position
+    is_fragmented = PAUSES in name and num_packets > stream.frames
+    if len(clip.streams) == 1 and (is_fragmented or name == "ogg"):
+        # FFmpeg stops at a damaged fragment of an mp4, and where an ogg changes its sample rate.
+        after = _index_bytes(source) if is_fragmented else OGG_PAGE_BYTES
+        unread = decoded * (clip.size - end) / end
+        lost += unread if clip.size - end > after else 0.0
     return Decoded(sound.samples(), rate, lost, decoded)
+
+
+def _index_bytes(source: str | BinaryIO) -> int:
+    """Return the size of the index at the end of an mp4; 0 if there is none."""
+    with Path(source).open("rb") if isinstance(source, str) else nullcontext(source) as file:
+        file.seek(-16, io.SEEK_END)
+        last = file.read()
+    return int.from_bytes(last[12:]) if last[4:8] == b"mfro" else 0
 
 
 def _decode_packet(packet: "av.Packet[av.AudioStream]", codec: str) -> list[av.AudioFrame] | None:
@@ -249,8 +265,10 @@ def _declared_seconds(
     clip: av.container.InputContainer, stream: av.AudioStream, num_frames: int
 ) -> float:
     """Return the exact length in seconds that the header declares, or 0 if there is none."""
-    if clip.format.name == "caf" and stream.codec_context.name.startswith("pcm"):
-        return stream.frames / stream.sample_rate  # the duration follows from the file's size
+    name, codec = clip.format.name, stream.codec_context.name
+    if name == "avi" or (name == "caf" and codec.startswith("pcm")):
+        # The duration follows from the file's size.
+        return float(stream.frames * (stream.time_base or 0))
     if clip.format.name == "mp3":  # FFmpeg estimates it if anything is attached to the file
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate

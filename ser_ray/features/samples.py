@@ -40,7 +40,9 @@ class Sound(NamedTuple):
         """Describe the loss; None if nothing was lost."""
         if self.lost_seconds < MIN_LOST_SECONDS:
             return None
-        return f"{self.lost_seconds:.2f} s of it are lost: the file is damaged or incomplete"
+        return (
+            f"at least {self.lost_seconds:.2f} s of it are lost: the file is damaged or incomplete"
+        )
 
 
 class Decoded(NamedTuple):

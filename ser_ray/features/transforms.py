@@ -37,6 +37,9 @@ NOISE_SPREADS = 8.0
 LOUD_STRETCHES = 20
 """The level of a recording is that of its 20th loudest stretch, because clicks are shorter than
 0.2 s. With fewer than 400 stretches, it is the 95th percentile."""
+RUMBLE_SHARE = 1 / 8
+"""With this share, rumble of up to 30 Hz alone is at most 11 dB above the noise. A voice with as
+much power as the rumble in its stretches is at least 12 dB above the noise."""
 BLOCK_STRETCHES = 10_000
 """Stretches that are measured together, to save memory."""
 
@@ -52,7 +55,8 @@ class Loudness:
     threshold: float
     """A stretch with more power than this is sound."""
     above_noise_db: float
-    """Difference in level between the loud and the quiet stretches, in dB."""
+    """Difference in level between the loud stretches and the noise, in dB. The noise is the power
+    of the quiet stretches, plus RUMBLE_SHARE of the power that rumble adds to a stretch."""
 
     @property
     def is_sound(self) -> np.ndarray:
@@ -174,12 +178,13 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
-    powers: list[np.ndarray] = []
+    powers, means = [], []
     for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # saves memory
         block = samples[first : first + BLOCK_STRETCHES * stretch] * scale
         even = len(block) // stretch * stretch
         stretches, rest = block[:even].reshape(-1, stretch), block[even:]
         powers.append(_squares(stretches))
+        means.append(stretches.mean(axis=1))
     power = np.append(np.concatenate(powers), _squares(rest[None])) / stretch
     loudest = power.max()
     threshold = loudest * 10 ** (-trim_db / 10)
@@ -192,7 +197,11 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     if less_quiet < quiet * STEADY_RATIO and loudest > quiet * HEARD_RATIO:
         margin_db = np.clip(10 * NOISE_SPREADS * np.log10(less_quiet / quiet), *NOISE_MARGIN_DB)
         threshold = max(threshold, quiet * 10 ** (margin_db / 10))
-    return Loudness(stretch, power, threshold, float(10 * np.log10(loud / quiet)))
+    # If the slope of a parabola changes by `c` from one stretch to the next, its power without the
+    # best-fitting line is c**2 / 720.
+    rumble = np.sort(np.diff(np.concatenate(means), 2) ** 2 / 720)
+    noise = quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0)
+    return Loudness(stretch, power, threshold, float(10 * np.log10(loud / noise)))
 
 
 def num_loud(num_stretches: int) -> int:

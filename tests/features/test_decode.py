@@ -279,7 +279,7 @@ def test_a_wav_that_is_cut_short_is_used_and_the_loss_is_reported(
     path.write_bytes(data[: -2 * 18_000])
     sound = decode(str(path))
     np.testing.assert_array_equal(sound.samples, samples[:30_000])
-    assert sound.loss == "0.38 s of it are lost: the file is damaged or incomplete"
+    assert sound.loss == "at least 0.38 s of it are lost: the file is damaged or incomplete"
     path.write_bytes(data[: -2 * 36_000])
     for found in (failure(path), failure_of_stream(path)):
         assert found.reason.startswith("only 0.25 s of its 1.00 s can be decoded")
@@ -559,6 +559,10 @@ def test_a_text_file_is_reported_as_unsupported(tmp_path: Path, text: bytes) -> 
         ("a.au", "pcm_s16be", "au"),
         ("a.caf", "pcm_s16le", "caf"),
         ("a.flv", "libmp3lame", "flv"),
+        ("a.avi", "libmp3lame", "avi"),
+        ("b.avi", "pcm_s16le", "avi"),
+        ("a.w64", "pcm_s16le", "w64"),
+        ("mp3.wav", "libmp3lame", "wav"),
         ("rf64.wav", "pcm_s16le", "wav"),
     ],
 )
@@ -577,6 +581,62 @@ def test_a_lost_end_is_reported_if_the_header_declares_the_length(
     assert decode(str(path)).lost_seconds == pytest.approx(1.8, abs=0.2)
     path.write_bytes(data[: len(data) // 5])
     assert float(failure(path).reason.split()[5]) == pytest.approx(6.0, abs=0.1)
+
+
+@pytest.mark.parametrize("form", ["RIFF", "RIFX"])
+def test_all_samples_of_a_wav_are_read_if_they_are_in_several_chunks(
+    tmp_path: Path, samples: np.ndarray, form: str
+) -> None:
+    path, order = tmp_path / "a.wav", ">" if form == "RIFX" else "<"
+    soundfile.write(path, samples, 48_000, "PCM_16", "BIG" if form == "RIFX" else "LITTLE")
+    data = path.read_bytes()
+    pieces = data[44:30_044], data[30_044:]
+    chunks = [b"data" + struct.pack(f"{order}I", len(piece)) + piece for piece in pieces]
+    note = b"LIST" + struct.pack(f"{order}I4s", 4, b"INFO")
+    path.write_bytes(data[:36] + chunks[0] + note + chunks[1])
+    sound = decode(str(path))
+    np.testing.assert_array_equal(sound.samples, samples)
+    assert sound.loss is None
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(decode(file).samples, samples)
+    path.write_bytes(path.read_bytes()[:-30_000])
+    assert decode(str(path)).lost_seconds == pytest.approx(15_000 / 48_000)
+
+
+@pytest.mark.parametrize("codec", ["libopus", "flac"])
+def test_the_incomplete_last_page_of_an_ogg_is_lost(tmp_path: Path, codec: str) -> None:
+    """No header of an ogg declares how many pages there were."""
+    path = write_sound(tmp_path / "a.ogg", voice(6.0), codec, "ogg")
+    data = path.read_bytes()
+    assert decode(str(path)).loss is None
+    last = data.rindex(b"OggS", 0, data.rindex(b"OggS"))
+    path.write_bytes(data[: last + 300])
+    assert decode(str(path)).lost_seconds == pytest.approx(1.0, abs=0.5)
+    path.write_bytes(data[:last])
+    assert decode(str(path)).loss is None
+
+
+def test_a_damaged_fragment_of_an_mp4_is_lost_with_all_after_it(tmp_path: Path) -> None:
+    """FFmpeg reads no further. If the fragment is missing, the others keep their times."""
+    path, sound = tmp_path / "a.mp4", voice(10.0)
+    options = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000"}
+    with av.open(str(path), "w", format="mp4", options=options) as out:
+        stream = out.add_stream("aac", rate=48_000, layout="mono")
+        for start in range(0, len(sound), 1024):
+            out.mux(stream.encode(audio_frame(sound[start : start + 1024], start)))
+        out.mux(stream.encode(None))
+    data, whole = path.read_bytes(), decode(str(path))
+    assert whole.loss is None
+    first = [place for place in range(len(data)) if data.startswith(b"moof", place)][12] - 4
+    after = data.index(b"moof", first + 8) - 4
+    path.write_bytes(data[:first] + data[after:])
+    found = decode(str(path))
+    np.testing.assert_allclose(found.samples[-48_000:], whole.samples[-48_000:], atol=0.02)
+    path.write_bytes(data[:first] + bytes(after - first) + data[after:])
+    found = decode(str(path))
+    lost = (len(whole.samples) - len(found.samples)) / 48_000
+    assert found.lost_seconds == pytest.approx(lost, rel=0.1)
+    assert lost > 3
 
 
 def test_of_a_joined_ogg_with_another_sample_rate_the_first_part_is_used(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ser_ray.features import transforms
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.features.errors import ClipError
 from ser_ray.features.transforms import FeatureExtractor, measure_loudness
+from ser_ray.inference.recordings import CLEAR_DB
 from tests.clips import voice
 
 CONFIG = FeatureConfig()
@@ -213,6 +214,15 @@ def test_a_drifting_offset_is_not_sound(name: str) -> None:
     plain = EXTRACTOR.waveform(clip.astype(np.float32), 16_000)
     shifted = EXTRACTOR.waveform((clip + OFFSETS[name]).astype(np.float32), 16_000)
     assert len(shifted) == pytest.approx(len(plain), abs=0.03 * 16_000)
+
+
+@pytest.mark.parametrize("frequency", [3, 5, 10, 20, 30])
+@pytest.mark.parametrize("noise_db", [-200, -80])
+def test_rumble_alone_is_not_clear_and_hides_no_voice(frequency: float, noise_db: float) -> None:
+    rumble = 0.6 * tone(frequency, 3.0) + noise_of(48_000, noise_db)
+    assert measure_loudness(rumble, 16_000, 50.0).above_noise_db < CLEAR_DB
+    spoken = rumble + voice(3.0, 16_000)
+    assert measure_loudness(spoken, 16_000, 50.0).above_noise_db > CLEAR_DB
 
 
 def test_the_best_straight_line_of_a_stretch_has_no_power() -> None:
