@@ -1,14 +1,14 @@
-"""Measures how fast clips are encoded, compared with torchaudio's network on the same batches.
+"""Measures how fast clips are encoded, in comparison with torchaudio's network on its own.
 
 `python jobs/bench.py encode --encoder wavlm_base_plus` prints clips per second of
 
-- bare: a loop over the batches that only calls the network of torchaudio, without masks;
-- encoder: `Encoder.encode`, which pads, masks and averages.
+- bare: a loop that only calls torchaudio's network on each padded batch, without masks;
+- encoder: `Encoder.encode` on the same clips, which pads, masks and averages.
 
-Both run in one process and take turns; the order changes in each round. They use a GPU if there is
-one, and otherwise `--threads` CPU threads. On a CPU, the seconds are CPU seconds of the process, so
+Both run in one process, in turn; the order changes in each round. They use a GPU if there is one,
+and otherwise `--threads` CPU threads. On a CPU, CPU seconds of the process are measured, so that
 other work on the machine matters less. The weights are random, which does not change the time. The
-clips are noise, with lengths like those of RAVDESS without silent ends. Decoding and Ray are not
+clips are noise, as long as RAVDESS clips without their silent ends. Decoding and Ray are not
 measured.
 """
 
@@ -30,7 +30,7 @@ from ser_ray.features.encoder import (
 )
 
 SECONDS = (1.2, 4.0)
-"""Shortest and longest clip."""
+"""Length of the shortest and of the longest clip."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Bench:
     """Options of the benchmark."""
 
     encoder: str = "wavlm_base_plus"
-    """Bundle of torchaudio, in lower case."""
+    """Name of a torchaudio bundle, in lower case."""
     clips: int = 64
     """Number of clips in a round."""
     rounds: int = 3
-    """Number of times that each way is measured; the fastest counts."""
+    """Number of measurements of each way. The fastest one is shown."""
     threads: int = 1
-    """Number of torch's threads on a CPU."""
+    """Number of torch threads on a CPU."""
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the CPU seconds of a call, or on a GPU the seconds until its work is done."""
+    """Return the CPU seconds of a call, or on a GPU the seconds until the GPU is done."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     started = clock()
     work()
@@ -72,8 +72,8 @@ def main() -> None:
     batches = []
     for rows in batches_by_length(lengths, PADDED_SECONDS[device.type] * ENCODER_RATE):
         padded = np.zeros((len(rows), lengths[rows[-1]]), np.float32)
-        for place, row in zip(padded, rows, strict=True):
-            place[: lengths[row]] = waves[row]
+        for padded_row, row in zip(padded, rows, strict=True):
+            padded_row[: lengths[row]] = waves[row]
         batches.append(torch.from_numpy(padded).to(device))
 
     @torch.inference_mode()

@@ -1,18 +1,18 @@
-"""Injects random faults into work on a small cluster, checks the results, and measures the cost.
+"""Injects random faults into a small cluster, checks the results, and measures the extra time.
 
 `python jobs/bench.py faults --seed N --minutes M` starts an MLflow server and a cluster on this
 machine: a head and two raylets of one CPU each. Every round runs one verb on the cluster and
 injects one fault at a random moment. If the driver ends with an error, the same command is run
-again. At the end of a round
+again. A round is survived if
 
-- the result must equal the result without a fault: shards and weights byte for byte;
-- every file has one outcome, and MLflow has one run, FINISHED, with every epoch once;
+- the result equals the result without a fault (shards and weights byte for byte);
+- every file has one outcome, and MLflow has one FINISHED run that has every epoch once;
 - no process, actor, placement group, lock or temporary file is left;
-- and nothing hangs.
+- no command hangs.
 
-A round appends one line of JSON to `--log`. The table at the end summarises all lines of this file,
-so several short calls add up. Faults of real networks, disks and clocks are not injected. The
-seconds are meaningful only on a machine that does nothing else.
+Each round appends one line of JSON to `--log`. The table at the end summarises all lines of this
+file, so several short calls add up. Faults of real networks, disks and clocks are not injected. The
+seconds are meaningful only on a machine without other work.
 """
 
 import json
@@ -48,26 +48,26 @@ NODES = 2
 SPEAKERS = 6
 EPOCHS = 4
 PAUSE = 10.0
-"""Seconds for which a process is stopped, or a server is away."""
-HANG = 600.0
-"""A driver that has not ended after these seconds hangs."""
-SETTLE = 60.0
-"""Within these seconds, the cluster must release the resources of a driver."""
+"""Seconds for which a process is stopped, or the MLflow server is missing."""
+MAX_SECONDS = 600.0
+"""A driver that has not ended after this time hangs."""
+RELEASE_SECONDS = 60.0
+"""Time in which the cluster must release the resources of a driver."""
 MOST_COMMANDS = 4
 RECIPE = (
     *("--protocol", "speaker-3", "--weights", "none", "--crop-frames", "32", "--no-audio"),
     *("--batch-size", "4", "--validation-speakers", "1"),
 )
 GRACE = 5.0
-"""Seconds in which a driver that receives a signal may still end without an error."""
-ENDED = ("terminate driver", "hang up driver", "interrupt driver")
-DRIVER = ("kill driver", "stop driver", *ENDED)
+"""Seconds in which a driver may still end without an error after a signal."""
+ENDING_SIGNALS = ("terminate driver", "hang up driver", "interrupt driver")
+DRIVER = ("kill driver", "stop driver", *ENDING_SIGNALS)
 FAULTS = (
     *("kill worker", "stop worker", "kill raylet", "stop raylet", "kill server", "stop server"),
     *(*DRIVER, "two drivers"),
 )
-OF_NODE = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Titles of processes that do no work for a driver."""
+IDLE_TITLES = ("ray::IDLE", "ray::IDLE_SpillWorker", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of Ray processes that do no work for a driver."""
 SIGNALS = {
     "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM,
     "hang up": signal.SIGHUP, "interrupt": signal.SIGINT,
@@ -79,11 +79,11 @@ class Bench:
     """Options of the benchmark."""
 
     seed: int = 0
-    """Seed of the workloads, faults and moments."""
+    """Seed from which verbs, faults and moments are drawn."""
     minutes: float = 10.0
-    """Minutes after which no further round begins."""
+    """After this many minutes, no further round begins."""
     log: Path = Path("ser-ray-out/faults.jsonl")
-    """File to which every round appends a line."""
+    """File to which each round appends a line."""
     work: tuple[str, ...] = ("prepare", "train")
     """The verbs to draw from: prepare, train, predict, crossval, tune."""
     faults: tuple[str, ...] = FAULTS
@@ -94,28 +94,29 @@ class Bench:
 
 @dataclass
 class Round:
-    """A round, as the log holds it."""
+    """One round, as a line of the log."""
 
     seed: int
     number: int
     work: str
     fault: str
     moment: float
-    """Seconds after the driver's start."""
+    """Seconds from the start of the driver to the fault."""
     thrown: bool = False
+    """Whether the fault was injected."""
     commands: int = 0
-    """How often the command was run."""
+    """Number of times that the command was run."""
     statuses: list[int] = field(default_factory=list)
-    """Exit status of every run of the command."""
+    """Exit status of each driver."""
     seconds: float = 0.0
-    """Seconds of all runs, minus the seconds of a run without a fault."""
+    """Seconds of all commands, minus the seconds of a command without a fault."""
     redone: int = 0
-    """Number of epochs that were trained again after the fault; 0 for verbs other than `train`."""
+    """Number of epochs that were trained again after the fault; always 0 for other verbs."""
     problems: list[str] = field(default_factory=list)
-    """Descriptions of all failed checks; empty if the round was survived."""
+    """Descriptions of the failed checks; empty if the round was survived."""
 
 
-class World:
+class TestBed:
     """The cluster, the MLflow server, the corpus, and the results without a fault."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,7 +126,7 @@ class World:
             head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20},
         )
         self.nodes: list[Any] = []
-        self.grow()
+        self.replace_lost_nodes()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -136,15 +137,15 @@ class World:
         self.results: dict[str, Any] = {}
         self.durations: dict[str, float] = {}
 
-    def grow(self) -> None:
-        """Replace lost nodes."""
+    def replace_lost_nodes(self) -> None:
+        """Start nodes in place of lost ones."""
         self.nodes = [node for node in self.nodes if raylet(node).is_running()]
         while len(self.nodes) < NODES:
             self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
         self.cluster.wait_for_nodes()
 
     def start_server(self) -> None:
-        """Start the MLflow server, and wait until it answers."""
+        """Start the MLflow server if it does not run, and wait until it answers."""
         if self.server is None or not self.server.is_running():
             self.server = psutil.Popen(
                 [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
@@ -154,7 +155,7 @@ class World:
                 stdout=self.log, stderr=self.log,
                 env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )  # fmt: skip
-        wait_until("the MLflow server answers", self._server_answers, HANG)
+        wait_until("the MLflow server answers", self._server_answers, MAX_SECONDS)
 
     def _server_answers(self) -> bool:
         with suppress(requests.RequestException):
@@ -179,8 +180,8 @@ class World:
         address = ("--address", self.cluster.address, "--json")
         return [sys.executable, "-m", "ser_ray", work, *flags[work], *address]
 
-    def give(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
-        """Start the driver of a command; its output goes to files."""
+    def start_driver(self, work: str, target: Path, number: int) -> tuple[psutil.Popen, Path]:
+        """Start the driver of a command. Return it, and the file of its messages."""
         target.mkdir(parents=True, exist_ok=True)
         output, errors = target / f"output-{number}", target / f"errors-{number}"
         with output.open("wb") as out, errors.open("wb") as err:
@@ -191,26 +192,26 @@ class World:
             )  # fmt: skip
         return driver, errors
 
-    def undisturbed(self, work: str) -> None:
-        """Run a verb without a fault, unless this was done before."""
+    def run_without_fault(self, work: str) -> None:
+        """Run a verb without a fault, once, and keep its result and duration."""
         if work in self.results:
             return
         if work != "prepare":
-            self.undisturbed("prepare")
+            self.run_without_fault("prepare")
         if work == "predict":
-            self.undisturbed("train")
+            self.run_without_fault("train")
         target, began = self.folder / "undisturbed" / work, time.monotonic()
-        driver, errors = self.give(work, target, 0)
-        if status := driver.wait(HANG):
-            sys.exit(f"{work} fails undisturbed with status {status}:\n{errors.read_text()}")
+        driver, errors = self.start_driver(work, target, 0)
+        if status := driver.wait(MAX_SECONDS):
+            sys.exit(f"{work} fails without a fault, with status {status}:\n{errors.read_text()}")
         self.durations[work] = time.monotonic() - began
         self.results[work] = result(work, target)
         if work == "prepare":
             shutil.copytree(target / "shards", self.folder / "shards")
-        print(f"{work} undisturbed: {self.durations[work]:.0f} s", flush=True)
+        print(f"{work} without a fault: {self.durations[work]:.0f} s", flush=True)
 
     def close(self) -> None:
-        """Stop everything."""
+        """Stop the MLflow server and the cluster."""
         if self.server is not None:
             end(self.server)
         ray.shutdown()
@@ -219,13 +220,13 @@ class World:
 
 
 def default_signals() -> None:
-    """Restore the default signals, which a shell changes for programs in the background."""
+    """Restore the default signal handlers, which a shell replaces in background programs."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def small_corpus(folder: Path) -> Path:
-    """Make a synthetic corpus of the first speakers, with one wav for every take."""
+    """Make a synthetic corpus of the first speakers, with one wav file for each take."""
     make_synthetic_corpus(folder / "complete")
     target = folder / "corpus"
     target.mkdir()
@@ -237,7 +238,7 @@ def small_corpus(folder: Path) -> Path:
 
 
 def result(work: str, target: Path) -> Any:
-    """Return the results of a verb that must be the same after every fault."""
+    """Return those results of a verb that must not depend on faults."""
     if work == "prepare":
         folder = target / "shards"
         return {
@@ -249,16 +250,16 @@ def result(work: str, target: Path) -> Any:
     if work == "train":
         return (target / "runs" / "run" / "selected" / "model.safetensors").read_bytes()
     answers = sorted(target.glob("output-*"), key=lambda path: path.stat().st_mtime)
-    return scores(json.loads(answers[-1].read_text()))
+    return keep_scores(json.loads(answers[-1].read_text()))
 
 
-def scores(value: Any) -> Any:
-    """Keep the scores in the JSON of a search or cross-validation."""
+def keep_scores(value: Any) -> Any:
+    """Return the JSON of a search or cross-validation without anything but scores."""
     if isinstance(value, dict):
-        kept = {name: scores(item) for name, item in value.items() if "second" not in name}
+        kept = {name: keep_scores(item) for name, item in value.items() if "second" not in name}
         return {name: item for name, item in kept.items() if item not in (None, {}, [])}
     if isinstance(value, list):
-        return [item for item in map(scores, value) if item not in (None, {}, [])]
+        return [item for item in map(keep_scores, value) if item not in (None, {}, [])]
     return value if isinstance(value, float) else None
 
 
@@ -267,15 +268,15 @@ def raylet(node: Any) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
-def workers(world: World) -> list[psutil.Process]:
-    """Return the processes on the nodes that work for the driver."""
+def worker_processes(bed: TestBed) -> list[psutil.Process]:
+    """Return the processes on the nodes that do work for a driver."""
     found = []
-    for node in world.nodes:
+    for node in bed.nodes:
         with suppress(psutil.NoSuchProcess):
             for process in raylet(node).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     title = process.cmdline()[0]
-                    if title.startswith("ray::") and title not in OF_NODE:
+                    if title.startswith("ray::") and title not in IDLE_TITLES:
                         found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
@@ -293,7 +294,7 @@ def wait_until(what: str, holds: Callable[[], Any], seconds: float) -> None:
     """Wait until a condition holds.
 
     Raises:
-        TimeoutError: the condition does not hold within these seconds.
+        TimeoutError: the condition does not hold within this time.
     """
     ends = time.monotonic() + seconds
     while not holds():
@@ -316,32 +317,32 @@ def stopped(processes: list[psutil.Process]) -> Iterator[None]:
                 process.resume()
 
 
-def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -> bool:
-    """Inject the round's fault; return whether its target was found."""
-    how, _, whom = this.fault.rpartition(" ")
+def inject(bed: TestBed, current: Round, driver: psutil.Popen, rng: random.Random) -> bool:
+    """Inject the fault of the round. Return whether its target still ran."""
+    how, _, whom = current.fault.rpartition(" ")
     if whom == "worker":
-        found = workers(world)
+        found = worker_processes(bed)
         while not found and driver.poll() is None:
             time.sleep(0.02)
-            found = workers(world)
+            found = worker_processes(bed)
         if not found:
             return False
         target = rng.choice(found)
     elif whom == "raylet":
-        node = rng.choice(world.nodes)
+        node = rng.choice(bed.nodes)
         if how == "kill":
-            world.nodes.remove(node)
-            world.cluster.remove_node(node, allow_graceful=False)
+            bed.nodes.remove(node)
+            bed.cluster.remove_node(node, allow_graceful=False)
             return True
         target = raylet(node)
     elif whom == "server":
-        assert world.server is not None
+        assert bed.server is not None
         if how == "kill":
-            end(world.server)
+            end(bed.server)
             time.sleep(PAUSE)
-            world.start_server()
+            bed.start_server()
             return True
-        with stopped([world.server, *world.server.children(recursive=True)]):
+        with stopped([bed.server, *bed.server.children(recursive=True)]):
             time.sleep(PAUSE)
         return True
     else:
@@ -358,86 +359,90 @@ def throw(world: World, this: Round, driver: psutil.Popen, rng: random.Random) -
     return False
 
 
-def play(world: World, this: Round, rng: random.Random) -> None:
-    """Run one round, and record the failed checks."""
-    target, began = world.folder / f"round-{this.seed}-{this.number}", time.monotonic()
-    this.commands = 1
-    status, errors = disturbed(world, this, rng, target)
-    world.grow()
-    world.start_server()
-    while status and this.commands < MOST_COMMANDS:
-        this.commands += 1
-        driver, errors = world.give(this.work, target, this.commands)
-        status = finish(this, driver)
+def run_round(bed: TestBed, current: Round, rng: random.Random) -> None:
+    """Run one round, and record its failed checks."""
+    target, began = bed.folder / f"round-{current.seed}-{current.number}", time.monotonic()
+    current.commands = 1
+    status, errors = run_with_fault(bed, current, rng, target)
+    bed.replace_lost_nodes()
+    bed.start_server()
+    while status and current.commands < MOST_COMMANDS:
+        current.commands += 1
+        driver, errors = bed.start_driver(current.work, target, current.commands)
+        status = wait_for_driver(current, driver)
     if status:
-        this.problems.append(f"status {status}: {errors.read_text()[-500:]}")
-    this.seconds = time.monotonic() - began - world.durations[this.work]
-    if this.work == "train":
+        current.problems.append(f"status {status}: {errors.read_text()[-500:]}")
+    current.seconds = time.monotonic() - began - bed.durations[current.work]
+    if current.work == "train":
         lines = "".join(path.read_text() for path in target.glob("errors-?")).splitlines()
         shown = sum(line.strip().startswith("epoch ") for line in lines)
-        this.redone = max(0, shown - EPOCHS)
+        current.redone = max(0, shown - EPOCHS)
     if not status:
-        check(world, this, target)
-    if not this.problems:
+        check(bed, current, target)
+    if not current.problems:
         shutil.rmtree(target)
 
 
-def disturbed(world: World, this: Round, rng: random.Random, target: Path) -> tuple[int, Path]:
-    """Run the command, inject the fault, and return the exit status and the file of messages."""
-    driver, errors = world.give(this.work, target, 1)
+def run_with_fault(
+    bed: TestBed, current: Round, rng: random.Random, target: Path
+) -> tuple[int, Path]:
+    """Run the command and inject the fault. Return the exit status and the file of its messages."""
+    driver, errors = bed.start_driver(current.work, target, 1)
     with suppress(psutil.TimeoutExpired):
-        driver.wait(this.moment)
+        driver.wait(current.moment)
     other = None
-    if driver.poll() is None and this.fault == "two drivers":
-        other, this.thrown = world.give(this.work, target, 100), True
+    if driver.poll() is None and current.fault == "two drivers":
+        other, current.thrown = bed.start_driver(current.work, target, 100), True
     elif driver.poll() is None:
-        this.thrown = throw(world, this, driver, rng)
-    thrown_at = time.monotonic()
-    status = finish(this, driver)
-    went_on = time.monotonic() - thrown_at
-    if this.thrown and this.fault in ENDED and not status and went_on > GRACE:
-        this.problems.append(f"the driver went on for {went_on:.0f} s: {errors.read_text()[-500:]}")
-    if other is not None and finish(this, other[0]) not in (0, 2):
-        this.problems.append(f"the second driver: {other[1].read_text()[-500:]}")
+        current.thrown = inject(bed, current, driver, rng)
+    injected_at = time.monotonic()
+    status = wait_for_driver(current, driver)
+    seconds_after = time.monotonic() - injected_at
+    if current.thrown and current.fault in ENDING_SIGNALS and not status and seconds_after > GRACE:
+        current.problems.append(
+            f"the driver ran on for {seconds_after:.0f} s: {errors.read_text()[-500:]}"
+        )
+    if other is not None and wait_for_driver(current, other[0]) not in (0, 2):
+        current.problems.append(f"the second driver: {other[1].read_text()[-500:]}")
     return status, errors
 
 
-def finish(this: Round, driver: psutil.Popen) -> int:
-    """Wait for the end of a driver, and return its exit status. A driver that hangs is killed."""
+def wait_for_driver(current: Round, driver: psutil.Popen) -> int:
+    """Wait until a driver ends, and return its exit status. Kill a driver that hangs."""
     try:
-        this.statuses.append(int(driver.wait(HANG)))
-        return this.statuses[-1]
+        current.statuses.append(int(driver.wait(MAX_SECONDS)))
+        return current.statuses[-1]
     except psutil.TimeoutExpired:
-        this.problems.append(f"hangs: not ended after {HANG:g} s")
+        current.problems.append(f"hangs: not ended after {MAX_SECONDS:g} s")
         end(driver)
         return 1
 
 
-def check(world: World, this: Round, target: Path) -> None:
-    """Record the differences to the state after a command without a fault."""
-    if result(this.work, target) != world.results[this.work]:
-        this.problems.append("the result differs from the result without a fault")
-    if this.work == "prepare":
+def check(bed: TestBed, current: Round, target: Path) -> None:
+    """Record everything that differs from a command without a fault."""
+    if result(current.work, target) != bed.results[current.work]:
+        current.problems.append("the result differs from the result without a fault")
+    if current.work == "prepare":
         outcomes = open_shards(str(target / "shards")).outcomes()["path"].to_pylist()
-        listed = sorted(str(path) for path in world.corpus.glob("*.wav"))
+        listed = sorted(str(path) for path in bed.corpus.glob("*.wav"))
         if sorted(outcomes) != listed:
-            this.problems.append(f"{len(outcomes)} outcomes of {len(listed)} files")
-    elif this.work != "predict":
-        check_mlflow(world, this, target.name)
-    left = files(target) - files(world.folder / "undisturbed" / this.work)
+            current.problems.append(f"{len(outcomes)} outcomes of {len(listed)} files")
+    elif current.work != "predict":
+        check_mlflow(bed, current, target.name)
+    left = written_files(target) - written_files(bed.folder / "undisturbed" / current.work)
     if left:
-        this.problems.append(f"files left: {', '.join(sorted(left)[:5])}")
+        current.problems.append(f"files left: {', '.join(sorted(left)[:5])}")
     try:
-        wait_until("the cluster is free", lambda: not busy(world), SETTLE)
+        wait_until("the cluster is free", lambda: not held_resources(bed), RELEASE_SECONDS)
     except TimeoutError:
-        this.problems.append(f"left on the cluster: {busy(world)}")
+        current.problems.append(f"left on the cluster: {held_resources(bed)}")
 
 
-def files(target: Path) -> set[str]:
+def written_files(target: Path) -> set[str]:
     """Return the names of the files that a verb wrote, with `DATE` in place of dates.
 
-    The names of Ray Tune's snapshots contain the date of the start. Left out are the files of this
-    benchmark, and `error.txt` and `error.pkl`, which record why an attempt failed.
+    Ray Tune's snapshots have the date of the start in their names. Files of this benchmark are left
+    out, and so are `error.txt` and `error.pkl`, which say why an attempt failed.
     """
     return {
         re.sub(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", "DATE", str(path.relative_to(target)))
@@ -446,25 +451,25 @@ def files(target: Path) -> set[str]:
     }
 
 
-def check_mlflow(world: World, this: Round, experiment: str) -> None:
-    """Record the faults of a round's MLflow runs."""
-    client = MlflowClient(world.uri)
+def check_mlflow(bed: TestBed, current: Round, experiment: str) -> None:
+    """Record what is wrong with the MLflow runs of a round."""
+    client = MlflowClient(bed.uri)
     found = client.get_experiment_by_name(experiment)
     runs = [] if found is None else client.search_runs([found.experiment_id])
     tops = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     if len(tops) != 1:
-        this.problems.append(f"{len(tops)} MLflow runs instead of one")
+        current.problems.append(f"{len(tops)} MLflow runs instead of one")
     states = {run.info.status for run in runs}
     if states != {"FINISHED"}:
-        this.problems.append(f"MLflow runs are {', '.join(sorted(states))}")
-    if this.work == "train":
+        current.problems.append(f"MLflow runs are {', '.join(sorted(states))}")
+    if current.work == "train":
         for run in tops:
             steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/ua")]
             if sorted(steps) != list(range(1, EPOCHS + 1)):
-                this.problems.append(f"val/ua has the epochs {steps}")
+                current.problems.append(f"val/ua has the epochs {steps}")
 
 
-def busy(world: World) -> str:
+def held_resources(bed: TestBed) -> str:
     """Describe the resources that the cluster still holds; empty if there are none."""
     free, total = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
     groups = [
@@ -472,20 +477,21 @@ def busy(world: World) -> str:
         for name, group in ray.util.placement_group_table().items()
         if group["state"] != "REMOVED"
     ]
-    working = [process.name() for process in workers(world)]
+    working = [process.name() for process in worker_processes(bed)]
     parts = [f"{total - free:g} CPUs"] if free < total else []
     parts += [f"{len(groups)} placement groups"] if groups else []
     return ", ".join([*parts, *working])
 
 
 def table(log: Path) -> str:
-    """Summarise all logged rounds, one line for each fault."""
+    """Return a table of all logged rounds, with one line per fault."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if entry["thrown"]:
             rows[entry["fault"]].append(entry)
-    lines = ["| fault | thrown | survived | commands | seconds, median and most | epochs redone |",
+    lines = ["| fault | injected | survived | commands | extra seconds, median and maximum | "
+             "epochs trained again |",
              "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
     for fault, entries in sorted(rows.items()):
         seconds = sorted(max(0.0, entry["seconds"]) for entry in entries)
@@ -498,37 +504,37 @@ def table(log: Path) -> str:
 
 
 def main(bench: Bench) -> None:
-    """Run rounds until the time is over, and print the table of all logged rounds."""
+    """Run rounds for `minutes`, and print the table of all logged rounds."""
     ends = time.monotonic() + 60 * bench.minutes
     bench.log.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    world = World(folder)
+    bed = TestBed(folder)
     has_failed = False
     try:
-        ray.init(address=world.cluster.address, log_to_driver=False)
+        ray.init(address=bed.cluster.address, log_to_driver=False)
         for number in range(bench.rounds):
             rng = random.Random(f"{bench.seed}-{number}")
             work, fault = rng.choice(bench.work), rng.choice(bench.faults)
             share = rng.uniform(0.2, 1.0)
             if time.monotonic() > ends:
                 break
-            world.undisturbed(work)
-            moment = round(share * world.durations[work], 1)
-            this = Round(bench.seed, number, work, fault, moment)
-            play(world, this, rng)
-            if not this.thrown:  # the driver ended before, so nothing disturbed it
-                world.durations[work] += min(this.seconds, 0.0)
-            has_failed |= bool(this.problems)
+            bed.run_without_fault(work)
+            moment = round(share * bed.durations[work], 1)
+            current = Round(bench.seed, number, work, fault, moment)
+            run_round(bed, current, rng)
+            if not current.thrown:  # the driver ended before the fault, perhaps in less time
+                bed.durations[work] += min(current.seconds, 0.0)
+            has_failed |= bool(current.problems)
             with bench.log.open("a") as log:
-                log.write(json.dumps(asdict(this)) + "\n")
-            print(json.dumps(asdict(this)), flush=True)
+                log.write(json.dumps(asdict(current)) + "\n")
+            print(json.dumps(asdict(current)), flush=True)
     finally:
-        world.close()
+        bed.close()
         if not has_failed:
             shutil.rmtree(folder)
     print(table(bench.log))
     if has_failed:
-        sys.exit(f"what the failed rounds left is in {folder}")
+        sys.exit(f"the files of the failed rounds are in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Measures the time and the driver's memory that `prepare` needs for a long list of clips.
 
 `python jobs/bench.py plan --clips 1000000` prints the time and the driver's memory at the first
-shard, every tenth of the way and at the end: listing and planning come before the first shard, the
-card after the last. With `--sets 4` the clips are four corpora, which are then opened as one. The
-clips are segments of 1000 files of one second each. All but the first segment of a file are beyond
-its end, so hardly anything is decoded: every row goes through the job and gets an outcome. The
-figures say nothing about the time to list a bucket, or about the decoding itself (`bench.py
-prepare`).
+shard, after each tenth of the clips, and at the end. Listing and planning precede the first shard;
+the card is written after the last one. With `--sets 4`, the clips are split into four corpora,
+whose shard sets are then opened as one.
+
+The clips are segments of 1000 files of one second each. Only the first segment of a file is inside
+the file, so hardly anything is decoded, but every row is processed and gets an outcome. Neither the
+listing of a bucket nor the decoding is measured; for the decoding, see `bench.py prepare`.
 """
 
 import resource
@@ -38,13 +39,17 @@ class Bench:
     """Options of the benchmark."""
 
     clips: int = 1_000_000
+    """Number of clips of all sets."""
     rows_per_part: int = 128
+    """Number of clips in a shard."""
     processes: int = 2
+    """CPUs of the Ray cluster."""
     sets: int = 1
+    """Number of shard sets."""
 
 
 def write_corpus(path: Path, clips: int) -> None:
-    """Write a table of segments, in pieces, to save memory, and their files."""
+    """Write the files, and a table of segments of them. The table is written in steps."""
     rng = np.random.default_rng(0)
     for n in range(min(SPEAKERS, clips)):
         noise = rng.normal(0, 0.1, RATE).astype(np.float32)
@@ -69,24 +74,24 @@ def write_corpus(path: Path, clips: int) -> None:
 
 
 def main(bench: Bench) -> None:
-    """Prepare the table, and print the measurements."""
+    """Prepare the shard sets, and print the measurements."""
     ray.init(
         num_cpus=bench.processes, include_dashboard=False, address="local", log_to_driver=False
     )
-    process, started, shown = psutil.Process(), 0.0, -1
+    process, started, tenths_shown = psutil.Process(), 0.0, -1
 
-    def say(what: str) -> None:
-        used = process.memory_info().rss >> 20
-        print(f"{what:14} {time.perf_counter() - started:7.1f} s  {used:6d} MB", flush=True)
+    def show(stage: str) -> None:
+        megabytes = process.memory_info().rss >> 20
+        print(f"{stage:14} {time.perf_counter() - started:7.1f} s  {megabytes:6d} MB", flush=True)
 
     size = bench.clips // bench.sets
 
     def progress(_: str, done: float, __: float) -> None:
-        nonlocal shown
-        tenth = 10 * int(done) // size
-        if tenth > shown:
-            shown = tenth
-            say(f"{done} rows")
+        nonlocal tenths_shown
+        tenths = 10 * int(done) // size
+        if tenths > tenths_shown:
+            tenths_shown = tenths
+            show(f"{done} rows")
 
     with tempfile.TemporaryDirectory() as scratch:
         tables = [Path(scratch, f"corpus-{n}", "table.parquet") for n in range(bench.sets)]
@@ -94,16 +99,16 @@ def main(bench: Bench) -> None:
             table.parent.mkdir()
             write_corpus(table, size)
         started = time.perf_counter()
-        say("before")
+        show("before")
         locations = [f"{scratch}/set-{n}" for n in range(bench.sets)]
         for table, shards in zip(tables, locations, strict=True):
-            shown = -1
+            tenths_shown = -1
             config = PrepareConfig(
                 corpus=str(table), shards=shards, rows_per_part=bench.rows_per_part
             )
             prepare(config, progress=progress)
-            say("with its card")
-        say(f"opened {open_corpora(locations).clips().num_rows}")
+            show("with its card")
+        show(f"opened {open_corpora(locations).clips().num_rows}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"peak           {peak:17d} MB")
 

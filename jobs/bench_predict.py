@@ -1,4 +1,4 @@
-"""Measures how fast many files are predicted, compared with only decoding them.
+"""Measures how fast the emotion in many files is predicted, in comparison with decoding alone.
 
 `python jobs/bench.py predict --corpus DIR --model MODEL` prints a table of
 
@@ -7,8 +7,8 @@
 - predict: files to probabilities, in one process with one thread;
 - pass: `ser-ray predict DIR --output`, on a Ray cluster with `--cpus` CPUs.
 
-The rate of the pass counts the files after its first block. The start of Ray and its actors changes
-only the seconds to the first block. Files on a network and videos are not measured.
+The rate of the pass counts the files after its first block, so the start of Ray and of its actors
+changes only the seconds to the first block. Files on a network and videos are not measured.
 """
 
 import tempfile
@@ -36,16 +36,16 @@ class Bench:
     model: str
     """Checkpoint, run id or registered name."""
     files: int = 0
-    """Largest number of files; 0 for all."""
+    """Largest number of files; 0 means all files."""
     sample: int = 200
-    """Number of files for the measurements in one process."""
+    """Approximate number of files for the ways in one process."""
     cpus: int = 2
     """CPUs of the Ray cluster."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured times of a way to process the files."""
+    """A measurement of one way."""
 
     files: int
     first: float
@@ -55,7 +55,7 @@ class Timing:
 
 
 def one_by_one(files: list[str], work: Callable[[str], object]) -> Timing:
-    """Measure a function on one file after the other. The first file is the warm-up."""
+    """Measure a function that processes one file. The first file is the warm-up."""
     started = time.perf_counter()
     work(files[0])
     first = time.perf_counter()

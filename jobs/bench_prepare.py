@@ -1,17 +1,18 @@
-"""Measures how fast `prepare` is, compared with simpler programs on the same clips.
+"""Measures how fast `prepare` is, in comparison with simpler programs on the same clips.
 
 `python jobs/bench.py prepare --corpus DIR` prints a table of
 
-- job: `prepare` on Ray Data, on a cluster started for it;
-- pool: the same shards written by a plain ProcessPoolExecutor with as many processes;
-- loop: the same functions for each clip in one process, without writing, and the time of each;
+- job: `prepare` on Ray Data, including the start of Ray on this machine;
+- pool: a ProcessPoolExecutor that writes the same shards with as many processes;
+- loop: the functions of `prepare` for each clip in one process, without writing shards. It also
+  prints the time of each function;
 - chain: soundfile, torchaudio's Resample, Spectrogram, MelScale and a DCT, in one process;
 - notebook: librosa.load and three librosa features, in one process.
 
 Each way runs in a new Python process, and its time includes the start of Python. The rate counts
 the files after the first shard (or clip), so the start changes only the seconds to the first one.
-The table also shows how many processes ran, besides the first, when the first shard was done. Files
-on a network are not measured.
+The table also shows how many further processes ran when the first shard was done. Files on a
+network are not measured.
 """
 
 import itertools
@@ -34,7 +35,7 @@ from ser_ray.features.config import FeatureConfig
 
 CONFIG = FeatureConfig()
 Mark = Callable[[int], None]
-"""Called when files are done, with their number."""
+"""Called with the number of files that have just been processed."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Bench:
     corpus: str
     """Folder of the clips."""
     files: int = 0
-    """Prepare this number of links to the clips; 0 prepares the clips themselves."""
+    """If not 0, prepare this number of links to the clips instead of the clips."""
     processes: int = os.cpu_count() or 1
-    """Number of processes of the pool. Ray has one for every CPU."""
+    """Number of processes of the pool. Ray starts one for each CPU."""
     sample: int = 200
-    """Number of clips for the ways with one process."""
+    """Approximate number of clips for the ways with one process."""
     rounds: int = 3
-    """Number of times that each way is measured, in turn. The table shows the median."""
+    """Number of measurements of each way. The ways take turns, and the table shows the medians."""
     ways: tuple[str, ...] = ("job", "pool", "loop", "chain", "notebook")
     """The ways to compare."""
 
@@ -70,7 +71,7 @@ class Timing:
     megabytes: float
     """Peak memory of the largest process."""
     processes: int
-    """Number of processes, besides the first, when the first shard was done."""
+    """Number of further processes when the first shard was done."""
 
 
 def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
@@ -81,13 +82,14 @@ def job(bench: Bench, corpus: str, shards: str, mark: Mark) -> int:
     from ser_ray.shards.config import PrepareConfig
     from ser_ray.shards.prepare import prepare
 
-    done = [0]
+    num_done = 0
 
-    def progress(_: str, now: float, __: float) -> None:
-        mark(int(now) - done[0])
-        done[0] = int(now)
+    def progress(_: str, done: float, __: float) -> None:
+        nonlocal num_done
+        mark(int(done) - num_done)
+        num_done = int(done)
 
-    def peak() -> int:  # not `_peak_memory`, as Ray's workers do not know this module
+    def peak() -> int:  # not `_peak_memory`, because Ray's workers cannot import this module
         time.sleep(0.05)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -194,33 +196,33 @@ def _sample(bench: Bench, corpus: str) -> list[str]:
 
 
 def _peak_memory() -> int:
-    """Peak memory of this process in kilobytes."""
-    time.sleep(0.05)  # so that every worker gets one of these calls
+    """Return the peak memory of this process in kilobytes."""
+    time.sleep(0.05)  # so that each worker runs at least one of these calls
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(way: str, bench: Bench, corpus: str, started: float) -> Timing:
-    """Run one way, in a new process that was requested at the time `started`."""
+    """Measure one way in this new process. `started` is the time at which it was requested."""
     marks: list[tuple[float, int]] = []
-    seen: list[psutil.Process] = []
+    children: list[psutil.Process] = []
 
     def mark(count: int) -> None:
         marks.append((time.time() - started, count))
         if len(marks) == 1:
-            seen.extend(psutil.Process().children(recursive=True))
+            children.extend(psutil.Process().children(recursive=True))
 
     with tempfile.TemporaryDirectory() as shards:
-        largest = WAYS[way](bench, corpus, shards, mark)
+        worker_peak = WAYS[way](bench, corpus, shards, mark)
         total = time.time() - started
     files = sum(count for _, count in marks)
     (first, first_files), (last, _) = marks[0], marks[-1]
-    megabytes = max(largest, _peak_memory()) / 1024
+    megabytes = max(worker_peak, _peak_memory()) / 1024
     rate = (files - first_files) / (last - first)
-    return Timing(files, first, total, rate, megabytes, len(seen))
+    return Timing(files, first, total, rate, megabytes, len(children))
 
 
 def make_links(corpus: str, files: int, folder: Path) -> str:
-    """Make a corpus of this number of links to the clips of another corpus; return its table."""
+    """Make a corpus of links to the clips of another corpus, and return the path of its table."""
     rows = list_corpus(corpus).manifest.to_pylist()
     lines = ["path,label,speaker"]
     for number in range(files):
@@ -233,7 +235,7 @@ def make_links(corpus: str, files: int, folder: Path) -> str:
 
 
 def main() -> None:
-    """Measure every way `rounds` times, in turn, and print the medians."""
+    """Measure all ways, and print the medians."""
     bench = tyro.cli(Bench, description=__doc__)
     timings: dict[str, list[Timing]] = {way: [] for way in bench.ways}
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Measures how fast training is, compared with a bare PyTorch loop and with Ray's usual patterns.
+"""Measures how fast training is, in comparison with a bare PyTorch loop and with Ray's examples.
 
 `python jobs/bench.py train --shards DIR` measures these ways in one run, on the clips of one fold:
 
@@ -7,16 +7,17 @@
 - ours_on_ray: ours with `--address local`, as one worker of Ray Train;
 - ray: the bare loop in a worker of Ray Train. ours_on_ray / ray shows the cost of this project, and
   ray / bare the cost of Ray's processes if the training uses all CPUs;
-- ours_ddp, bare_ddp: both with several workers. The bare workers are plain processes that use gloo,
-  or NCCL with `--device gpu`, where every worker has a GPU;
+- ours_ddp, bare_ddp: ours and bare with several workers. The workers of bare_ddp are plain
+  processes that use gloo or, with `--device gpu`, NCCL and one GPU each;
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
-- stream: the pattern of Ray's examples, `iter_torch_batches` over a Ray Data shard in every epoch.
+- stream: as in Ray's examples, `iter_torch_batches` over a dataset of Ray Data in every epoch.
 
-Each way runs in a new Python process. Clips per second are measured in the training steps after the
-first epoch. The start and the warm-up change only the seconds to the first step. `outside` is the
-share of these epochs that is neither training step nor validation. `processes` counts the processes
-besides the first, checked ten times per second. Every `ours` makes a new MLflow database, which a
-second training in the same folder does not. Workers on several nodes are not measured.
+Each way runs in a new Python process. Clips per second are those of the training steps after the
+first epoch, so the start and the warm-up change only the seconds to the first step. `outside` is
+the share of these epochs that is spent neither in training steps nor in validation. `processes` is
+the number of further processes, counted ten times per second. Each of our ways makes a new MLflow
+database, which a second training in the same folder would not do. Workers on several nodes are not
+measured.
 """
 
 import json
@@ -47,6 +48,7 @@ RATIOS = (
     ("ingest", "ours"),
     ("ingest", "stream"),
 )
+"""Pairs of ways whose speeds are divided, the first by the second."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Bench:
     shards: str
     """Shard set to train on."""
     recipe: TrainConfig = field(default_factory=lambda: TrainConfig(weights="none", epochs=3))
-    """The recipe. The first epoch does not count."""
+    """The recipe of all ways. The speed of the first epoch is left out."""
     device: Literal["cpu", "gpu"] = "cpu"
     """The device of every worker."""
     workers: int = 2
@@ -74,9 +76,9 @@ class Timing:
     clips_per_second: float
     """Training clips per second in the steps of the epochs after the first."""
     outside: float
-    """Share of these epochs that is neither step nor validation; NaN if unknown."""
+    """Share of these epochs that is spent neither in steps nor in validation; NaN if unknown."""
     first_step: float
-    """Seconds from the command to the end of the first step, or of the first epoch's reading."""
+    """Seconds from the start of the process to the end of the first step."""
 
 
 def ours(
@@ -104,16 +106,17 @@ def ours(
             on_epoch=lambda row: ends.append(time.time()),
         )  # fmt: skip
     rows = result.history
-    steps = bench_steps(bench)
-    in_steps = [steps[1] / row["speed/clips_per_second"] for row in rows]
+    num_steps, num_clips = epoch_size(bench)
+    step_seconds = [num_clips / row["speed/clips_per_second"] for row in rows]
     wall = ends[-1] - ends[1]
     outside = 1 - sum(row["speed/epoch_seconds"] for row in rows[1:]) / wall
-    first = ends[1] - rows[0]["speed/epoch_seconds"] + in_steps[0] / steps[0] - started
-    return Timing(steps[1] * (len(rows) - 1) / sum(in_steps[1:]), outside, first)
+    first_epoch_start = ends[1] - rows[0]["speed/epoch_seconds"]
+    first_step = first_epoch_start + step_seconds[0] / num_steps - started
+    return Timing(num_clips * (len(rows) - 1) / sum(step_seconds[1:]), outside, first_step)
 
 
-def bench_steps(bench: Bench) -> tuple[int, int]:
-    """Return the steps of an epoch, and the number of clips in them."""
+def epoch_size(bench: Bench) -> tuple[int, int]:
+    """Return the number of steps of an epoch, and the number of clips in all these steps."""
     from ser_ray.shards.read import open_shards
     from ser_ray.training.data import steps_per_epoch
     from ser_ray.training.parts import select_rows
@@ -143,7 +146,7 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
             torch.cuda.set_device(rank)
         backend = "nccl" if bench.device == "gpu" else "gloo"
         dist.init_process_group(
-            backend, init_method=f"file://{folder}/meet", rank=rank, world_size=workers
+            backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
         )
     timing = _run_bare(bench, started, rank, workers)
     if rank == 0:
@@ -155,23 +158,23 @@ def _bare_worker(rank: int, bench: Bench, started: float, workers: int, folder: 
 def _run_bare(bench: Bench, started: float, rank: int, workers: int) -> Timing:
     import torch
 
-    learner = _Learner(bench, rank, workers)
+    trainer = _BareTrainer(bench, rank, workers)
     marks = []
     first = 0.0
     for _ in range(bench.recipe.epochs):
-        order = torch.randperm(len(learner.clips)).to(learner.device)
-        marks.append(learner.now())
-        for step in range(learner.steps):
+        order = torch.randperm(len(trainer.clips)).to(trainer.device)
+        marks.append(trainer.now())
+        for step in range(trainer.steps):
             rows = order[step * bench.recipe.batch_size :][: bench.recipe.batch_size]
-            learner.learn(*learner.augment(learner.clips, rows))
-            first = first or learner.now() - started
-    marks.append(learner.now())
-    clips = learner.steps * bench.recipe.batch_size * (bench.recipe.epochs - 1)
+            trainer.train_step(*trainer.augment(trainer.clips, rows))
+            first = first or trainer.now() - started
+    marks.append(trainer.now())
+    clips = trainer.steps * bench.recipe.batch_size * (bench.recipe.epochs - 1)
     return Timing(clips / (marks[-1] - marks[1]), 0.0, first)
 
 
-class _Learner:
-    """A network with its optimiser and schedule, to compute steps without the package's loop."""
+class _BareTrainer:
+    """A network with its optimiser and schedule, for training steps outside the package's loop."""
 
     def __init__(self, bench: Bench, rank: int, workers: int) -> None:
         import torch
@@ -208,23 +211,23 @@ class _Learner:
         self.schedule = OneCycleLR(self.optimiser, config.lr_max, total_steps=total + 1)
 
     def now(self) -> float:
-        """Return the time after the device has finished all steps so far."""
+        """Wait until the device has finished all steps so far, and return the time."""
         import torch
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.time()
 
-    def learn(self, batch: Any, targets: Any) -> None:
-        """Make one step."""
+    def train_step(self, batch: Any, targets: Any) -> None:
+        """Train the network on one batch; each worker takes its share of the rows."""
         import torch
         import torch.nn.functional as F
 
-        own = slice(self.rank, None, self.workers)
-        batch = batch[own].contiguous(memory_format=torch.channels_last)
+        share = slice(self.rank, None, self.workers)
+        batch = batch[share].contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = F.cross_entropy(
-                self.network(batch), targets[own], label_smoothing=self.config.label_smoothing
+                self.network(batch), targets[share], label_smoothing=self.config.label_smoothing
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -310,68 +313,69 @@ def _stream_worker(arguments: dict[str, Any]) -> None:
 
     bench: Bench = arguments["bench"]
     torch.set_num_threads(os.cpu_count() or 1)
-    learner = _Learner(bench, 0, 1)
+    trainer = _BareTrainer(bench, 0, 1)
     mean, std = (
-        torch.as_tensor(values, dtype=torch.float32, device=learner.device)
-        for values in (learner.normalisation.mean, learner.normalisation.std)
+        torch.as_tensor(values, dtype=torch.float32, device=trainer.device)
+        for values in (trainer.normalisation.mean, trainer.normalisation.std)
     )
     shard = ray.train.get_dataset_shard("train")
-    marks, first, clips = [], 0.0, 0
+    marks, first, num_clips = [], 0.0, 0
     for epoch in range(bench.recipe.epochs):
-        marks.append(learner.now())
+        marks.append(trainer.now())
         batches = shard.iter_torch_batches(
-            batch_size=bench.recipe.batch_size, device=learner.device, drop_last=True
+            batch_size=bench.recipe.batch_size, device=trainer.device, drop_last=True
         )
         for batch in batches:
             frames = (batch["mel"].float().transpose(1, 2) - mean) / std
-            resident = Clips(frames, batch["num_frames"], batch["label"])
-            rows = torch.arange(len(resident), device=learner.device)
-            learner.learn(*learner.augment(resident, rows))
-            first = first or learner.now() - arguments["started"]
-            clips += len(rows) if epoch else 0
-    marks.append(learner.now())
-    timing = Timing(clips / (marks[-1] - marks[1]), float("nan"), first)
+            clips = Clips(frames, batch["num_frames"], batch["label"])
+            rows = torch.arange(len(clips), device=trainer.device)
+            trainer.train_step(*trainer.augment(clips, rows))
+            first = first or trainer.now() - arguments["started"]
+            if epoch > 0:
+                num_clips += len(rows)
+    marks.append(trainer.now())
+    timing = Timing(num_clips / (marks[-1] - marks[1]), float("nan"), first)
     Path(arguments["folder"], "timing.json").write_text(json.dumps(asdict(timing)))
 
 
 def measure(bench: Bench, way: str) -> tuple[Timing, int]:
-    """Measure one way in a new Python process, so that the others do not add to its memory.
+    """Measure one way in a new Python process, so that earlier ways do not change its memory.
 
     Returns:
-        The timing, and the number of processes that the first one started.
+        The timing, and the number of processes that the new process started.
     """
-    order = asdict(bench) | {"way": way, "started": time.time()}
+    options = asdict(bench) | {"way": way, "started": time.time()}
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        command = [sys.executable, __file__, "one", json.dumps(order), str(answer)]
-        with processes_seen() as seen:
+        output = Path(folder, "timing.json")
+        command = [sys.executable, __file__, "one", json.dumps(options), str(output)]
+        with collect_child_ids() as child_ids:
             subprocess.run(command, check=True)
-        return Timing(**json.loads(answer.read_text())), len(seen) - 1
+        return Timing(**json.loads(output.read_text())), len(child_ids) - 1
 
 
 @contextmanager
-def processes_seen() -> Iterator[set[int]]:
-    """Yield the ids of the processes below this one that are seen in the block."""
-    seen: set[int] = set()
+def collect_child_ids() -> Iterator[set[int]]:
+    """Yield a set that collects, in the block, the ids of all processes below this one."""
+    child_ids: set[int] = set()
     ended = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not ended.wait(0.1):
-            seen.update(each.pid for each in psutil.Process().children(recursive=True))
+            child_ids.update(child.pid for child in psutil.Process().children(recursive=True))
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=poll)
     thread.start()
     try:
-        yield seen
+        yield child_ids
     finally:
         ended.set()
         thread.join()
 
 
-def one(order: dict[str, Any], answer: Path) -> None:
-    """Run one way in the process that `measure` started."""
-    way, started = order.pop("way"), order.pop("started")
-    bench = Bench(**order | {"recipe": TrainConfig.from_dict(order["recipe"])})
+def measure_here(options: dict[str, Any], output: Path) -> None:
+    """Measure one way in this process, which `measure` started, and write the timing."""
+    way, started = options.pop("way"), options.pop("started")
+    bench = Bench(**options | {"recipe": TrainConfig.from_dict(options["recipe"])})
     functions: dict[str, Callable[..., Timing]] = {
         "ours": ours,
         "bare": bare,
@@ -383,29 +387,29 @@ def one(order: dict[str, Any], answer: Path) -> None:
         "stream": stream,
     }
     timing = functions[way](bench, started)
-    answer.write_text(json.dumps(asdict(timing)))
+    output.write_text(json.dumps(asdict(timing)))
 
 
-def train(bench: Bench) -> None:
-    """Measure all ways and print them with their ratios."""
-    found: dict[str, Timing] = {}
+def main(bench: Bench) -> None:
+    """Measure all ways, and print them with their ratios."""
+    timings: dict[str, Timing] = {}
     for way in bench.ways:
         timing, processes = measure(bench, way)
-        found[way] = timing
+        timings[way] = timing
         print(
             f"{way:11} {timing.clips_per_second:7.1f} clips/s  outside {timing.outside:6.1%}  "
             f"first step after {timing.first_step:5.1f} s  {processes:3} processes",
             flush=True,
         )
-    for way, against in RATIOS:
-        if way in found and against in found:
-            ratio = found[way].clips_per_second / found[against].clips_per_second
-            start = found[way].first_step / found[against].first_step
-            print(f"{way} / {against}: {ratio:.2f} of the speed, first step after {start:.2f}")
+    for way, other in RATIOS:
+        if way in timings and other in timings:
+            speed = timings[way].clips_per_second / timings[other].clips_per_second
+            start = timings[way].first_step / timings[other].first_step
+            print(f"{way} / {other}: speed {speed:.2f}, time to the first step {start:.2f}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
-        one(json.loads(sys.argv[2]), Path(sys.argv[3]))
+        measure_here(json.loads(sys.argv[2]), Path(sys.argv[3]))
     else:
-        train(tyro.cli(Bench, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
+        main(tyro.cli(Bench, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))

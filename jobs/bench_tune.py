@@ -1,17 +1,17 @@
-"""Measures how well a search uses its slots, and how many epochs ASHA saves.
+"""Measures how busy a search keeps its slots, and how many epochs ASHA saves.
 
 `python jobs/bench.py tune --shards DIR` searches without a scheduler and prints, for every seed,
 
-- start: seconds from the start of a trial in its process to its first step. The first trial of
-  every slot also imports torch and reads the shards, so these trials are shown separately;
-- busy: share of the slots' time, from the first start to the last end, that is spent in epochs;
-- trials per hour, and the same for these recipes one after another in one process with all CPUs;
-- asha: the result of ASHA on the same trials in many orders. Ray Tune's class replays the recorded
-  curves. Shown are ASHA's share of the epochs, how often its best UA is the same, and how much UA
-  it loses on average.
+- start: seconds from the start of a trial to its first step. The first trial of each slot also
+  imports torch and reads the shards, so these trials are shown separately;
+- busy: share of the time, from the first start to the last end, in which a slot trains an epoch;
+- trials per hour, and the same when the recipes are trained one after another in one process with
+  as many threads as there are slots;
+- asha: the result of ASHA on the same trials in many random orders, as Ray Tune's class decides
+  from the recorded scores. It prints the share of all epochs that ASHA trains, how often ASHA finds
+  the best UA, and how much lower its UA is on average.
 
-Many slots that read their shards over a network are not measured. The time to start Ray is not
-counted on either side.
+Many slots that read their shards over a network are not measured, and neither is the start of Ray.
 """
 
 import heapq
@@ -42,7 +42,7 @@ from ser_ray.training.model import read_pretrained
 from ser_ray.training.recipe import TrainConfig
 
 ORDERS = 200
-"""Number of random orders in which ASHA gets the trials of one search."""
+"""Number of random orders in which ASHA receives the trials of one search."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Bench:
     """The space, the searcher and ASHA's settings."""
     recipe: TrainConfig = field(default_factory=lambda: SYNTHETIC_RECIPE)
     seeds: int = 1
-    """Number of searches, each with another seed."""
+    """Number of searches, each with its own seed."""
     alone: int = 4
-    """Number of trials that are also trained one after another, which needs much time."""
+    """Number of trials that are also trained one after another, which takes long."""
 
 
 def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
-    """Run a search in a new folder, and train every trial to its end."""
+    """Run a search without a scheduler in a new folder."""
     run = RunConfig(storage=str(folder), name=f"{seed}", tracking_uri=f"sqlite:///{folder}/db")
     recipe = replace(bench.recipe, seed=seed)
     config = replace(bench.search, scheduler="none")
@@ -71,8 +71,8 @@ def run_search(bench: Bench, seed: int, folder: Path) -> list[TrialRecord]:
     return result.trials
 
 
-def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[float]]:
-    """Return the seconds to the first step of every slot's first trial, and of the other trials."""
+def start_seconds(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[float]]:
+    """Return the seconds to the first step: of the first trial of each slot, and of the others."""
     ran = sorted((trial for trial in trials if trial.rows), key=lambda trial: trial.started_ms)
     seconds = [
         (trial.times_ms[0] - trial.started_ms) / 1000 - trial.rows[0]["speed/epoch_seconds"]
@@ -81,8 +81,8 @@ def starts(trials: list[TrialRecord], slots: int) -> tuple[list[float], list[flo
     return seconds[:slots], seconds[slots:]
 
 
-def rates(trials: list[TrialRecord], slots: int) -> tuple[float, float]:
-    """Return the share of the slots' time in which an epoch was running, and trials per hour."""
+def utilisation(trials: list[TrialRecord], slots: int) -> tuple[float, float]:
+    """Return the share of the slots' time in which they trained an epoch, and trials per hour."""
     ran = [trial for trial in trials if trial.rows]
     wall = (max(t.times_ms[-1] for t in ran) - min(t.started_ms for t in ran)) / 1000
     training = sum(row["speed/epoch_seconds"] for trial in ran for row in trial.rows)
@@ -101,14 +101,14 @@ def one_after_another(bench: Bench, recipes: list[TrainConfig]) -> float:
 
 
 def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
-    """Return the epochs and the best UA of the trials under ASHA, if they start in this order."""
+    """Return the number of epochs and the best UA of ASHA if the trials start in this order."""
     scheduler = ResumableAsha(bench.recipe, bench.search)
     scheduler.set_search_properties(OBJECTIVE, "max")
     waiting = [SimpleNamespace(trial_id=str(index)) for index in range(len(trials))]
     for trial in waiting:
         trial.last_result, trial.config = {}, {}
         scheduler.on_trial_add(None, trial)
-    running: list[tuple[float, str, int]] = []  # time when an epoch ends, trial, epoch
+    running: list[tuple[float, str, int]] = []  # time at which the epoch ends, trial, epoch
     epochs, best = 0, 0.0
 
     def begin(at: float, name: str, epoch: int) -> None:
@@ -132,18 +132,18 @@ def replay(bench: Bench, trials: list[TrialRecord]) -> tuple[int, float]:
 
 
 def compare_asha(bench: Bench, trials: list[TrialRecord]) -> str:
-    """Summarise the results of ASHA on the trials in many orders."""
+    """Describe the results of ASHA on the trials in many orders."""
     scored = [trial for trial in trials if trial.succeeded]
     all_epochs = sum(len(trial.rows) for trial in scored)
-    full = max(row["val/ua"] for trial in scored for row in trial.rows)
+    best_ua = max(row["val/ua"] for trial in scored for row in trial.rows)
     shares, losses = [], []
     for seed in range(ORDERS):
         epochs, best = replay(bench, random.Random(seed).sample(scored, len(scored)))
         shares.append(epochs / all_epochs)
-        losses.append(full - best)
+        losses.append(best_ua - best)
     reached = sum(loss <= 0 for loss in losses) / ORDERS
     return (
-        f"{statistics.mean(shares):.0%} of the epochs, the same best UA {full:.1%} in "
+        f"{statistics.mean(shares):.0%} of the epochs, the same best UA {best_ua:.1%} in "
         f"{reached:.0%} of the orders, {statistics.mean(losses) * 100:.1f} points below on average"
     )
 
@@ -158,8 +158,8 @@ def main(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             trials = run_search(bench, seed, Path(scratch))
         ray.shutdown()
-        first, others = starts(trials, bench.slots)
-        busy, an_hour = rates(trials, bench.slots)
+        first, others = start_seconds(trials, bench.slots)
+        busy, an_hour = utilisation(trials, bench.slots)
         print(f"seed {seed}")
         print(f"start of a slot's first trial  {statistics.median(first):6.2f} s")
         print(f"start of the others            {statistics.median(others):6.2f} s (median)")

@@ -1,6 +1,6 @@
 """Runs `ser-ray crossval` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/crossval.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/crossval.py ...`.
 """
 
 import sys

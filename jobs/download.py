@@ -1,6 +1,6 @@
 """Runs `ser-ray download` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/download.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/download.py ...`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Runs `ser-ray evaluate` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/evaluate.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/evaluate.py ...`.
 """
 
 import sys

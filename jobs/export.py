@@ -1,6 +1,6 @@
 """Runs `ser-ray export` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/export.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/export.py ...`.
 """
 
 import sys

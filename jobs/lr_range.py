@@ -1,6 +1,6 @@
 """Runs `ser-ray lr-range` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/lr_range.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/lr_range.py ...`.
 """
 
 import sys

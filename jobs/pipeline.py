@@ -1,6 +1,6 @@
 """Runs `ser-ray pipeline` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/pipeline.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/pipeline.py ...`.
 """
 
 import sys

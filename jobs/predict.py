@@ -1,6 +1,6 @@
 """Runs `ser-ray predict` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/predict.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/predict.py ...`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Runs `ser-ray prepare` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/prepare.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/prepare.py ...`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Runs `ser-ray register` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/register.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/register.py ...`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Runs `ser-ray train` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/train.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/train.py ...`.
 """
 
 import sys

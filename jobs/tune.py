@@ -1,6 +1,6 @@
 """Runs `ser-ray tune` as a Ray job.
 
-Submit it by `ray job submit --working-dir . -- python jobs/tune.py ...`.
+Submit it with `ray job submit --working-dir . -- python jobs/tune.py ...`.
 """
 
 import sys
