@@ -1,4 +1,4 @@
-"""Settings of searches and cross-validations. Importing this is cheap, so `--help` is quick."""
+"""Settings of searches and cross-validations. This module imports nothing slow, for `--help`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class TuneConfig:
     """Settings of a search: its space, searcher and scheduler."""
 
     trials: int = 32
-    """Number of trials. A grid search ignores this number: it has one trial for each point."""
+    """Number of trials. A grid search ignores it, and has one trial for each point of the grid."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
-    """Optuna's TPE, random draws, or a grid of both ends and the middle of every range."""
+    """Optuna's TPE, random draws, or a grid of both ends and the middle of each range."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops the worse trials early by their validation UA (Li 2018); none trains all trials to
     the end."""
     grace_epochs: int = 4
     """ASHA: number of epochs that every trial completes."""
     reduction: int = 3
-    """ASHA: at each rung, one in this many trials continues. The next rung is after this many times
-    as many epochs."""
+    """ASHA's reduction factor. With 3, a third of the trials continues at each rung, and each rung
+    has three times as many epochs as the one before."""
     space: tuple[str, ...] = ()
     """Further fields of the recipe to search, or other distributions for the default fields, as in
     weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
@@ -68,8 +68,8 @@ class CrossvalConfig:
     folds: tuple[int, ...] = ()
     """Folds to train. By default, all folds of the protocol."""
     part: Literal["test", "validation"] = "test"
-    """Part of each fold to score. To choose between recipes, score the validation part, which reads
-    no test part. Then score the test part once, with the final recipe."""
+    """Part of each fold to score. Score the validation parts to choose between recipes, without
+    reading any test part. Then score the test parts once, with the final recipe."""
     under: tuple[Condition, ...] = ()
     """Also score the clips under simulated recording conditions: noise, a phone, a codec, the echo
     of a room, or a different loudness. The clips' files are decoded again."""

@@ -166,9 +166,9 @@ def require_none_failed(trials: list[TrialRecord]) -> None:
 
 
 def score_conditions(result: CrossvalResult, conditions: Sequence[str]) -> CrossvalResult:
-    """Score the clips of each fold under recording conditions too, with the model of this fold.
+    """Score the clips of each fold also under recording conditions, with the model of this fold.
 
-    This runs on the connected cluster.
+    The clips are decoded on the connected cluster.
     """
     by_fold = []
     for trial, fold in zip(result.trials, result.folds, strict=True):

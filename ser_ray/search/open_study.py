@@ -1,4 +1,4 @@
-"""Starts or resumes a study: connects to the cluster, locks the folder, opens the MLflow run."""
+"""Starts or resumes a study: joins the cluster, locks the folder, and opens the MLflow run."""
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ def open_study(
     label: str,
     folder: RunFolder,
     run: RunConfig,
-    slots: SlotConfig,
+    slot_config: SlotConfig,
     setup: TrialSetup,
     *,
     settings: dict[str, Any],
@@ -39,7 +39,7 @@ def open_study(
         label: the protocol, and whether it is speaker-dependent.
         folder: the study's folder.
         run: devices, names and places of all trials.
-        slots: CPUs and GPUs of a trial.
+        slot_config: CPUs and GPUs of a trial.
         setup: recipe, data and weights of all trials.
         settings: settings of the study that must be the same when it resumes.
         varied_fields: fields of the recipe that differ between trials. They are left out of the
@@ -55,7 +55,7 @@ def open_study(
     recipe, shards = setup.recipe, setup.shards
     with cluster(address), folder.lock():
         require_shared(*shards.locations, folder.location)
-        found_slots = find_slots(run, slots)
+        slots = find_slots(run, slot_config)
         identity = {
             "recipe": recipe.to_dict(),
             kind: settings,
@@ -64,10 +64,10 @@ def open_study(
         folder.require_same(identity)
         flat = flatten(recipe.to_dict())
         params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied_fields}
-        slot_params = {"count": found_slots.max_concurrent, **found_slots.resources}
+        slot_params = {"count": slots.max_concurrent, **slots.resources}
         params |= {kind: settings | {"slots": slot_params}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}; the runs below it are its trials; its files are in `{folder.location}`"
         parent = start_run(folder, run, shards, tags, params, about, identity)
-        with Study(parent, folder, setup, found_slots, run, tags, show) as study:
+        with Study(parent, folder, setup, slots, run, tags, show) as study:
             yield study

@@ -170,12 +170,12 @@ def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, li
 
 
 def _check_values(dimension: Dimension, line: str) -> None:
-    """Check that a recipe can have all choices, or both ends of a range and so all values of it."""
+    """Check that a recipe can have the values; between two valid ends, all values are valid."""
     if dimension.name == LR_RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:
         base = TrainConfig()
-        if dimension.name == "lr_max" and value > 0:  # it may be below the default of lr_min
+        if dimension.name == "lr_max" and value > 0:  # the value may be below the default lr_min
             base = dataclasses.replace(base, lr_min=value / 2, lr_max=value)
         try:
             recipe_with(base, {dimension.name: value})

@@ -83,13 +83,13 @@ class Study(tune.Callback):
         """By trial id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
         self._earlier_runs = parent.nested_runs(TRIAL_ID)
-        """MLflow runs by trial id that an earlier driver opened, until their trial has a record."""
+        """MLflow runs of an earlier driver, by trial id. A run is removed when its trial has a record."""
         self._run_ids: dict[str, str] = {}
         """Ids of the MLflow runs, by trial id."""
         self._trackers: dict[str, Tracker] = {}
         """Trackers of the MLflow runs that this driver has opened, by trial id."""
         self._delivered: set[str] = set()
-        """Ids of the trials that MLflow has completely."""
+        """Ids of the trials whose records MLflow has completely."""
         self._lost_run_ids: list[str] = []
         """Ids of MLflow runs whose trials are in no snapshot, because the driver was killed."""
         self._stop = Event()
@@ -137,7 +137,7 @@ class Study(tune.Callback):
         )
 
     def deliver_all(self, expected: int) -> None:
-        """Check that all trials have ended, and deliver to MLflow what it does not have yet.
+        """Check that all trials have ended, and deliver the missing records to MLflow.
 
         Raises:
             CheckpointError: another process has taken over the folder.

@@ -22,7 +22,7 @@ State = Literal["waiting", "running", "finished", "pruned", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """State and results of a trial. A record is never changed in place: threads share it."""
+    """State and results of a trial. Records are immutable, because threads share them."""
 
     trial_id: str
     number: int

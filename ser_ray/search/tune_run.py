@@ -74,7 +74,7 @@ def points_arguments(
     Args:
         points: the values of each trial, by name.
         max_concurrent: largest number of trials that run at the same time.
-        scheduler: stops trials early, or not.
+        scheduler: decides which trials are stopped early or trained again.
     """
     return {
         "search_alg": LimitedPoints(points_to_evaluate=list(points), max_concurrent=max_concurrent),
@@ -284,9 +284,9 @@ class RoomCallback(tune.Callback):
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
 
-    After Ctrl-C, Ray Tune returns as if all trials had ended. Its handler of SIGINT restores the
-    previous handler at the first signal, and otherwise remains. Therefore the handler after the
-    block shows whether Ctrl-C was pressed.
+    After Ctrl-C, Ray Tune returns as if all trials had ended. Its handler of SIGINT puts the
+    previous handler back at the first signal, and stays if there is no signal. Therefore the
+    handler after the block shows whether Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
