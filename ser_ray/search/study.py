@@ -83,7 +83,7 @@ class Study(tune.Callback):
         """By trial id. Ray Tune's loop replaces records; the delivery thread only reads them."""
         self._numbers: dict[str, int] = {}
         self._earlier_runs = parent.nested_runs(TRIAL_ID)
-        """MLflow runs of an earlier driver, by trial id. A run is removed when its trial has a record."""
+        """MLflow runs of an earlier driver, by trial id, whose trials have no record yet."""
         self._run_ids: dict[str, str] = {}
         """Ids of the MLflow runs, by trial id."""
         self._trackers: dict[str, Tracker] = {}
