@@ -200,7 +200,7 @@ def _rows(
                 f"{shards.uri}: these shards hold no {config.channel} clip, and the recipe of "
                 "the model scores no other channel"
             )
-        return rows, "all speakers of other shards", False
+        return rows, f"all speakers of {shards.card.source}", False
     is_same_protocol = protocol in ("", config.protocol)
     if fold is None:
         fold = config.fold if is_same_protocol else 0

@@ -45,7 +45,7 @@ class Evaluation:
     part: Part
     """The part of the fold that was scored."""
     protocol: str
-    """Protocol and fold as text, or a text that says that other shards were scored."""
+    """Protocol and fold as text, or the name of another corpus whose speakers were scored."""
     corpus: str
     """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from ser_ray.command import flags_of
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.evaluation import SCORES, Evaluation, Row
 from ser_ray.evaluation.rendering import render
@@ -160,9 +161,10 @@ def card_settings(card: CheckpointCard) -> dict[str, object]:
 
 
 def settings_of(recipe: TrainConfig) -> dict[str, object]:
-    """Return all settings of a recipe in one mapping."""
+    """Return all settings of a recipe in one mapping, after those that differ from the defaults."""
     settings = recipe.to_dict()
-    return settings | settings.pop("augment")
+    changed = " ".join(flags_of(recipe)) or "nothing"
+    return {"not the default": changed} | settings | settings.pop("augment")
 
 
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:

@@ -38,6 +38,7 @@ def shards(monkeypatch) -> MemoryShards:
     place = others.table.schema.get_field_index("speaker")
     others.table = others.table.set_column(place, "speaker", pa.array(names))
     others.card.fingerprint = "beef"
+    others.card.source = "other.csv"
     known = {"here": here, "elsewhere": others}
 
     def open_shards(location: str) -> MemoryShards:
@@ -155,7 +156,7 @@ def test_the_number_of_validation_speakers_does_not_matter_for_another_protocol(
 def test_all_clips_of_other_shards_are_scored_if_their_speakers_are_unseen(shards, checkpoint):
     found = evaluate(checkpoint, "elsewhere")
     assert found.predictions.num_rows == shards.card.elsewhere.table.num_rows
-    assert found.label == "all speakers of other shards"
+    assert found.label == "all speakers of other.csv"
     assert not found.is_own_test
     others = shards.card.elsewhere
     place = others.table.schema.get_field_index("channel")

@@ -467,3 +467,9 @@ def test_the_page_of_a_range_test_shows_the_loss_and_the_proposed_bounds() -> No
 
 def test_the_same_run_gives_the_same_page(evaluation: Evaluation) -> None:
     assert render(evaluation) == render(evaluation)
+
+
+def test_the_settings_of_a_page_begin_with_those_that_differ_from_the_defaults() -> None:
+    settings = sections.settings_of(TrainConfig(crop_frames=64))
+    assert next(iter(settings.items())) == ("not the default", "--crop-frames 64")
+    assert sections.settings_of(TrainConfig())["not the default"] == "nothing"
