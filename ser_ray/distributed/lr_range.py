@@ -34,7 +34,7 @@ from ser_ray.tracking.registry import read_initial_weights
 from ser_ray.tracking.run_metadata import run_tags, scored_on
 from ser_ray.tracking.store import require_server
 from ser_ray.tracking.tracker import Tracker, flatten, now_ms
-from ser_ray.training.lr_range import LrRange, propose, range_steps
+from ser_ray.training.lr_range import LrRange, propose_bounds, range_steps
 from ser_ray.training.model import Pretrained
 from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
@@ -100,7 +100,7 @@ def run_lr_range(
         with start_run(folder, run, shards, tags, params, about) as tracker:
             run_steps = _steps_on_ray if on_ray else _steps
             with closing(run_steps(recipe, shards, pretrained, test, gpu)) as steps:
-                proposal = propose(*_show_steps(steps, test))
+                proposal = propose_bounds(*_show_steps(steps, test))
             page = range_page(
                 folder.name,
                 asdict(proposal),

@@ -25,8 +25,7 @@ def clip_figure(
         waveform: [num_samples], full scale ±1.
         sample_rate: hertz.
         spectrogram: power in dB [bins, frames], from 0 Hz to half the sample rate.
-        timeline: start in seconds, end in seconds and label of each window of a long recording.
-            Windows may overlap. If empty, no timeline is drawn.
+        timeline: start in seconds, end in seconds and label of each window; windows may overlap.
     """
     seconds = len(waveform) / sample_rate
     labels = list(dict.fromkeys(label for _, _, label in timeline))

@@ -25,7 +25,7 @@ from ser_ray.plots.style import (
 
 # Maps -1 (wrong) to dark vermilion and 1 (correct) to dark blue. 0 is transparent, because the page
 # may be light or dark.
-_CONFUSION_COLOURS = LinearSegmentedColormap.from_list(
+_COLOURS = LinearSegmentedColormap.from_list(
     "confusion",
     [
         (0.0, to_rgba(DARK_VERMILION, 1)),
@@ -49,9 +49,7 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
     figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
     axes = figure.add_subplot()
     signed = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
-    axes.pcolormesh(
-        signed, cmap=_CONFUSION_COLOURS, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2
-    )
+    axes.pcolormesh(signed, cmap=_COLOURS, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2)
     for row, column in zip(*np.nonzero(confusion), strict=True):
         share = shares[row, column]
         text = f"{confusion[row, column]}\n" + (f"{share:.0%}" if share >= 0.01 else "<1%")

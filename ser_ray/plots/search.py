@@ -43,8 +43,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
         of_state = [row for row in scored if row["state"] == state]
         if not of_state:
             continue
-        numbers = [row["trial"] for row in of_state]
-        scores = [row["selected/ua"] for row in of_state]
+        numbers, scores = ([row[key] for row in of_state] for key in ("trial", "selected/ua"))
         label = f"{state} ({len(of_state)})"
         axes.scatter(numbers, scores, color=colour, marker=marker, label=label)
     best_so_far = itertools.accumulate(scored, partial(max, key=trial_sort_key))
@@ -66,12 +65,11 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
     axes = new_axes(3.2, xlabel=name, ylabel="validation UA")
     scored = _scored(trials)
     positions = _set_up_x_axis(axes, [row[name] for row in scored])
+    trials_at = list(zip(positions, scored, strict=True))
     encoders = dict.fromkeys(str(row["feature"]) for row in scored if row["feature"] not in _KINDS)
     styles = _KINDS | dict(zip(encoders, itertools.cycle(_ENCODERS), strict=False))
     for kind, (colour, marker) in styles.items():
-        points = [
-            (x, row) for x, row in zip(positions, scored, strict=True) if row["feature"] == kind
-        ]
+        points = [(x, row) for x, row in trials_at if row["feature"] == kind]
         if not points:
             continue
         axes.scatter(
@@ -114,10 +112,9 @@ def importance_figure(importance: Mapping[str, float], title: str = "") -> Figur
 
 
 def trial_sort_key(row: TrialRow) -> tuple[float, ...]:
-    """Return a key that sorts trials from worst to best.
+    """Return a key that sorts trials from worst to best: by state, then UA, then negative loss.
 
-    The order is: without a score, pruned, finished; then by validation UA, then by negative loss.
-    A pruned trial is never the best, because its weights are not kept.
+    A finished trial is better than every pruned one, because the weights of those are not kept.
     """
     if row["selected/ua"] is None:
         return ()

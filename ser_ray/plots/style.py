@@ -16,8 +16,7 @@ BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
 DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
 """The darkest colours in a confusion matrix."""
 WIDTH = 5.2
-"""Width of a figure in inches. Phones shrink it to three quarters, so text has at least 10 points.
-"""
+"""Inches. Phones shrink figures to three quarters, so text has at least 10 points."""
 CHARACTERS_PER_INCH = 12
 """Number of characters of a title that fit into an inch."""
 

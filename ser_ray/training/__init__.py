@@ -11,7 +11,7 @@ optim            the optimiser AdamW and the OneCycle schedule
 loop             `fit`, which trains one fold from the start or from a checkpoint
 trainer          the state of a training, its steps, its validation and its snapshots
 scoring          clips -> probabilities
-metrics          confusion matrix -> WA, UA and F1; which epoch is selected
+metrics          confusion matrix -> WA, UA and F1; the selected epoch
 calibration      probabilities of the validation clips -> temperature
 checkpoint       reads and writes the files of a checkpoint
 checkpoint_card  describes the weights of a checkpoint

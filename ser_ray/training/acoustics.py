@@ -6,12 +6,14 @@ it is. `augment` applies this module to every training batch. To test a model,
 
 The shards hold features, not sound. Noise that is added to a sound adds its expected power to every
 frame and bin. Therefore `Acoustics` converts a batch from normalised dB to power, changes the
-power, and converts it back. The power of a sum of two sounds also fluctuates. In one bin of the
-Fourier transform, let S be the power of the clip and N the expected power of Gaussian noise. The
-power of their sum has mean S + N and variance N² + 2SN (a noncentral chi-squared distribution with
-two degrees of freedom). A mel band sums several bins, which divides the relative variance by the
-number of independent bins. The power is drawn from the gamma distribution with this mean and
-variance. The late echo of a room resembles noise (Polack 1988), so it is added in the same way.
+power, and converts it back.
+
+The power of a sum of two sounds also fluctuates. If S is the power of the clip in one bin of the
+Fourier transform, and N is the expected power of Gaussian noise, their sum has mean power S + N and
+variance N² + 2SN (noncentral chi-squared distribution with two degrees of freedom). A mel band sums
+several bins, which divides the relative variance by the number of independent bins. The power is
+drawn from the gamma distribution with this mean and variance. The late echo of a room resembles
+noise (Polack 1988), so it is added in the same way.
 
 For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram in dB. The change
 is computed on it, and the DCT of the change is added to the coefficients.
@@ -34,32 +36,30 @@ from ser_ray.training.data import Normalisation
 from ser_ray.training.recipe import AugmentConfig
 
 NOISE_DB = (-80.0, -30.0)
-"""Lowest and highest level of the noise, its mean square in dBFS. Drawn uniformly. The noise of a
-studio is about the lowest, and that of a loud fan the highest. The median clip of RAVDESS has -38
-dBFS."""
+"""Range of the noise level (mean square in dBFS), drawn uniformly. The lowest is the noise of a
+studio, and the highest that of a loud fan. The median clip of RAVDESS has -38 dBFS."""
 NOISE_SLOPE = (0.0, 2.0)
-"""Drawn uniformly. The power spectrum of the noise is proportional to 1 / frequency**slope: 0 is
-white, 1 pink and 2 brown noise."""
+"""Range of the slope of the noise, drawn uniformly. The power spectrum is proportional to
+1 / frequency**slope: 0 is white, 1 pink and 2 brown noise."""
 ECHO_DB = (-15.0, 3.0)
-"""Energy of the echo relative to the direct sound, in dB. Drawn uniformly."""
+"""Range of the energy of the echo relative to the direct sound, in dB, drawn uniformly."""
 ECHO_SECONDS = (0.1, 0.8)
-"""Reverberation time, in which the echo falls by 60 dB. Drawn uniformly on a log scale."""
+"""Range of the reverberation time (the echo falls by 60 dB), drawn uniformly on a log scale."""
 LOW_EDGE = (50.0, 400.0)
-"""Lower edge of a narrow channel in hertz. Drawn uniformly on a log scale. Half of the narrow
-channels have no lower edge. A telephone passes 300 to 3400 Hz."""
+"""Range of the lower edge of a narrow channel in hertz, drawn uniformly on a log scale. Half of the
+narrow channels have no lower edge. A telephone passes 300 to 3400 Hz."""
 HIGH_EDGE = (2500.0, 7000.0)
-"""Upper edge of a narrow channel in hertz. Drawn uniformly on a log scale."""
+"""Range of the upper edge of a narrow channel in hertz, drawn uniformly on a log scale."""
 EDGE_ORDER = 12
 """Order of the Butterworth filter at each edge. Order 12 is 72 dB per octave."""
 CHANNEL_FLOOR_DB = (-110.0, -70.0)
-"""Level in dBFS of the white noise that a codec or rounding adds after a narrow channel. Drawn
-uniformly. Rounding to 16 bits adds noise of -101 dBFS."""
+"""Range of the level in dBFS, drawn uniformly, of the white noise that a codec or rounding adds
+after a narrow channel. Rounding to 16 bits adds -101 dBFS."""
 HANN_POWER = 0.375
 """Mean square of the Hann window."""
 HANN_CORRELATION = (1.0, 4 / 9, 1 / 36)
 """Correlation of the power of white noise between bins that are 0, 1 and 2 apart, for a Hann
-window. The correlations of a bin with its neighbours and itself sum to 1.94, so a wide band has
-about one independent bin in 1.94."""
+window. Because of it, a mel band has fewer independent bins than bins."""
 CORNER_HERTZ = 50.0
 """Below this frequency, the power spectrum of coloured noise is constant."""
 
@@ -107,7 +107,7 @@ class Acoustics:
 
         num_bins = features.num_bins("spectrogram")
         weights = np.eye(num_bins) if kind == "spectrogram" else mel_bands(features)
-        # Variance of the power of white noise in each bin, if it is 1 in a bin of the transform.
+        # Variance of the power of white noise, relative to one bin of the Fourier transform.
         variances = np.einsum("bk,kl,bl->b", weights, _bin_correlation(num_bins), weights)
         self.config, self.device = config, device
         self.mean, self.std = (
@@ -173,9 +173,9 @@ class Acoustics:
         change = 10 * power.clamp(min=POWER_FLOOR).log10() - decibels
         if self.dct is not None:
             change = self.dct @ change
-        # Rounding must not change the clips that get no effect.
         is_narrow = (effects.low_edge > 0) | effects.high_edge.isfinite()
         has_effect = (effects.noise > 0) | (effects.echo > 0) | is_narrow
+        # Rounding must not change the other clips.
         change = torch.where(has_effect[:, None, None], change / self.std, 0.0)
         return batch + change.unsqueeze(1) * valid
 
@@ -187,10 +187,7 @@ class Acoustics:
         return (power @ self.weights).unsqueeze(2)
 
     def _echo(self, clip: Tensor, effects: Effects) -> Tensor:
-        """Return the expected power of the echo of `clip`, which decays exponentially.
-
-        The shape of both is [batch, bins, frames].
-        """
+        """Return the expected power of the echo of a clip; both are [batch, bins, frames]."""
         frames = torch.arange(clip.shape[2], device=self.device)
         delay = frames - frames[:, None]  # from the frame of the row to the frame of the column
         rate = math.log(1e6) * self.frame_seconds / effects.echo_seconds[:, None, None]
@@ -223,7 +220,6 @@ def from_decibels(decibels: Tensor) -> Tensor:
 def _bin_correlation(num_bins: int) -> np.ndarray:
     """Return the correlation of the power of white noise between bins [bins, bins]."""
     bins = np.arange(num_bins)
-    distance = np.abs(bins[:, None] - bins)
-    correlation_at = np.zeros(num_bins)
-    correlation_at[: len(HANN_CORRELATION)] = HANN_CORRELATION
-    return correlation_at[distance]
+    by_distance = np.zeros(num_bins)
+    by_distance[: len(HANN_CORRELATION)] = HANN_CORRELATION
+    return by_distance[np.abs(bins[:, None] - bins)]

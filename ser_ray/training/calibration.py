@@ -11,8 +11,7 @@ import numpy as np
 MAX_TEMPERATURE = 4.0
 """T is between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE. Without a limit, T goes to 0 if all
 validation clips are classified correctly."""
-MIN_PROBABILITY = 1e-30
-"""Smaller probabilities are replaced by this one, because log(0) is infinite."""
+MIN_PROBABILITY = 1e-30  # log(0) is infinite
 NUM_BISECTIONS = 40
 
 

@@ -129,8 +129,7 @@ class Snapshot:
 
     def write(self, directory: Path) -> None:
         """Write the checkpoint into an existing directory."""
-        # torch.save holds the GIL while it writes, which delays training on a GPU. safetensors
-        # does not.
+        # torch.save holds the GIL, which delays training on a GPU. safetensors does not hold it.
         save_file(self.weights, directory / MODEL)
         save_file(self.state, directory / STATE)
         (directory / CARD).write_text(self.card.to_json())
@@ -167,10 +166,8 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
         complete = all(
             file.size == progress["sizes"][name] for name, file in zip(names, files, strict=True)
         )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, ConfigError):
-        return None  # the file is damaged, or is being written
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, ConfigError):
+        return None  # the file is missing or damaged, or is being written
     return progress if complete else None
 
 
@@ -305,11 +302,7 @@ def copy_encoder(directory: Path) -> None:
 
 
 def learning_rates_by_epoch(progress: dict[str, Any]) -> list[list[float]]:
-    """Return the learning rates of the steps of each completed epoch.
-
-    Args:
-        progress: the content of a progress file.
-    """
+    """Return the learning rates of the steps of each epoch, from the content of a progress file."""
     learning_rates, num_epochs = progress["learning_rates"], len(progress["history"])
     steps = (len(learning_rates) - progress["step"]) // max(num_epochs, 1)
     return [learning_rates[epoch * steps : (epoch + 1) * steps] for epoch in range(num_epochs)]

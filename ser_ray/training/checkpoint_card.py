@@ -1,8 +1,4 @@
-"""The card of a checkpoint: what a program must know to use the weights.
-
-Every checkpoint contains its card as a JSON file. `loop` makes the card from the recipe and the
-shards. Predictions, evaluations and resumed trainings read it.
-"""
+"""The card of a checkpoint, a JSON file with all that a program must know to use the weights."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -134,7 +130,7 @@ class CheckpointCard:
 
         Args:
             other: card of the checkpoint.
-            location: location of the checkpoint, for the message.
+            location: where the checkpoint is, for the message.
 
         Raises:
             MismatchError: a field differs; the message names the first one.
@@ -173,11 +169,7 @@ def make_card(
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Describe the first entry of `ours` that `theirs` lacks or has with another value.
-
-    Returns:
-        Text such as "seed is 1 instead of 2"; empty if there is no difference.
-    """
+    """Describe the first entry of `ours` that differs in `theirs`; empty if none does."""
     for key in ours:
         if theirs.get(key) != ours[key]:
             return f"{key} is {_describe_difference(theirs.get(key), ours[key])}"
@@ -186,8 +178,6 @@ def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def _describe_difference(theirs: Any, ours: Any) -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        changed = [key for key in ours if theirs.get(key) != ours[key]]
-        return ", ".join(
-            f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in changed[:3]
-        )
+        keys = [key for key in ours if theirs.get(key) != ours[key]]
+        return ", ".join(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in keys[:3])
     return f"{theirs!r} instead of {ours!r}"

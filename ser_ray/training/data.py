@@ -2,8 +2,8 @@
 
 A training reads the features of its clips once, normalises them and keeps them in the device's
 memory, so no step reads from storage or copies from the host. The order of the clips in an epoch
-depends only on (seed, epoch), so it is the same on every worker. `training.streaming` does the same
-for clips that do not fit into memory. A `Source` is either of the two.
+depends only on (seed, epoch), so it is the same on every worker. Clips that do not fit into memory
+are read by `training.streaming`. Both kinds of training clips are a `Source`.
 
 Features in memory are [clips, frames, bins] float16, so that a crop copies whole frames. The
 features of an encoder have one frame per clip, whose bins are the values of all layers.
@@ -32,15 +32,13 @@ not amplified."""
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """Mean and standard deviation of every bin over the valid frames of the training clips."""
+    """Mean and standard deviation of every bin over all valid training frames [bins]."""
 
     mean: np.ndarray
-    """[bins]"""
     std: np.ndarray
-    """[bins]"""
 
     @classmethod
-    def of(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
+    def from_features(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
         """Measure features [clips, bins, frames], of which `num_frames` [clips] are valid."""
         return cls.from_sums(frame_sums(features, num_frames), int(num_frames.sum()))
 
@@ -59,7 +57,7 @@ class Normalisation:
     def frames_first(
         self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
     ) -> np.ndarray:
-        """Normalise features [clips, bins, frames], and transpose them to `Clips.features`.
+        """Normalise features [clips, bins, frames], pad them, and move the frames forward.
 
         Returns:
             [clips, max_frames, bins] float16. The frames after `num_frames` [clips] are 0.
@@ -71,11 +69,7 @@ class Normalisation:
 
 
 def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """Sum the valid frames of features [clips, bins, frames].
-
-    Returns:
-        The sums of the values and of their squares [2, bins].
-    """
+    """Return the sums over valid frames of features [clips, bins, frames] and squares [2, bins]."""
     sums = np.zeros((2, features.shape[1]))
     for clip, length in zip(features, num_frames, strict=True):
         valid = clip[:, :length].astype(np.float64)
@@ -124,7 +118,7 @@ class Clips:
         return len(self.labels)
 
     @property
-    def first_windows(self) -> np.ndarray:
+    def first_rows(self) -> np.ndarray:
         """The first row of every clip [clips]."""
         if self.owners is None:
             return np.arange(len(self))
@@ -134,7 +128,7 @@ class Clips:
     def truth(self) -> np.ndarray:
         """Label index of every clip [clips]."""
         labels: np.ndarray = self.labels.cpu().numpy()
-        return labels[self.first_windows]
+        return labels[self.first_rows]
 
     def crop(self, rows: Tensor, starts: Tensor, crop_frames: int) -> tuple[Tensor, Tensor]:
         """Cut crops from rows.
@@ -222,7 +216,7 @@ def load_fold(shards: ShardSet, recipe: TrainConfig, device: torch.device) -> Fo
     labels = label_indices(table, shards.card.labels)
     num_frames = num_input_frames(shards, recipe.feature, table)
     raw = read_features(shards, recipe.feature, split.train)
-    normalisation = Normalisation.of(raw, num_frames[split.train])
+    normalisation = Normalisation.from_features(raw, num_frames[split.train])
     train = Clips.resident(raw, num_frames[split.train], labels[split.train], normalisation, device)
     train = replace(train, weights=sampling_weights(table.take(split.train), recipe))
     validation = load_clips(shards, recipe.feature, table, split.validation, normalisation, device)
@@ -293,8 +287,7 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
     """Return how often each training row is drawn, relative to the others, float64 [rows].
 
-    Return None if the recipe does not balance labels or corpora. Every row is then used once in an
-    epoch.
+    Return None if the recipe does not balance labels or corpora: every epoch uses each row once.
     """
     powers = {"emotion": float(recipe.balanced), "corpus": recipe.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}

@@ -34,8 +34,8 @@ PREEMPTION_CHECK_STEPS = 32
 """Steps between two preemption checks. Each check waits for all workers."""
 
 MakeSnapshot = Callable[[], Snapshot]
-"""Copies the current state of the training, for a checkpoint. Only a `Report` may call this
-function, and only until it returns."""
+"""Copies the current state of the training, for a checkpoint. A `Report` may call this function,
+but not after the `Report` has returned."""
 Report = Callable[[EpochReport | None, MakeSnapshot], None]
 """Called on every worker: after every epoch with the results of the epoch, and in mid-epoch with
 None if `preemption_check` returned True."""

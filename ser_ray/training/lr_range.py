@@ -54,16 +54,11 @@ def range_steps(
     test: LrRangeConfig,
     device: torch.device,
 ) -> Iterator[tuple[float, float]]:
-    """Train with a learning rate that each step multiplies by the same factor.
-
-    The test ends after `test.steps` steps, or earlier if the loss diverges.
+    """Train, and raise the learning rate by the same factor in each step until the loss diverges.
 
     Args:
         recipe: the recipe. Its learning rates and number of epochs are not used.
-        shards: the shard set to train on.
-        pretrained: initial weights.
-        test: the range of learning rates.
-        device: where to train.
+        test: the learning rates and the largest number of steps.
 
     Yields:
         The learning rate and the training loss of every step. A loss that is not finite ends the
@@ -97,7 +92,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return bool(smooth[-1] > DIVERGED * smooth.min())
 
 
-def propose(
+def propose_bounds(
     learning_rates: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray
 ) -> LrRange:
     """Propose bounds for OneCycle from the learning rates and losses of a range test [steps].

@@ -89,8 +89,7 @@ def scores_of(truth: np.ndarray, probabilities: np.ndarray) -> Scores:
     return Scores(count_confusion(truth, predicted, num_labels), loss)
 
 
-# These functions score one or many confusion matrices [..., labels, labels] at once. A row is a
-# true label, and a column is a predicted one.
+# The following functions also score many confusion matrices at once [..., labels, labels].
 
 
 def recall_of(confusion: np.ndarray) -> np.ndarray:

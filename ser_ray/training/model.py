@@ -183,12 +183,10 @@ def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> b
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """Initial weights of a network."""
+    """Initial weights by name, and their origin in words. Missing weights are drawn at random."""
 
     origin: str
-    """Where the weights are from, in words."""
     state: dict[str, Tensor]
-    """Weights by name. Weights that are missing here are drawn at random."""
 
 
 FRESH = Pretrained("fresh weights", {})
@@ -210,10 +208,7 @@ def build_network(
     device: torch.device,
     encoder: EncoderCard | None = None,
 ) -> ResNet18 | EncoderHead:
-    """Build a network on a device.
-
-    Its weights are drawn from the recipe's seed. Then the pretrained weights replace them.
-    """
+    """Build a network on a device: with pretrained weights, or weights drawn from the seed."""
     torch.manual_seed(seed_of(recipe.seed))
     network = new_network(num_labels, encoder, recipe.head_units)
     network.load_state_dict(network.state_dict() | pretrained.state)
@@ -232,10 +227,11 @@ def initial_weights(recipe: TrainConfig, shards: ShardCard) -> Pretrained:
     if encoder is None:
         return read_pretrained(recipe.weights, len(shards.labels))
     tests_new_speakers = recipe.protocol not in ("random", ALL)
-    has_seen = shards.corpus in encoder.labelled or (
+    # The card does not say which corpora are meant by `several`, so any label counts as seen.
+    has_seen_labels = shards.corpus in encoder.labelled or (
         shards.corpus == "several" and encoder.labelled
     )
-    if tests_new_speakers and has_seen and not recipe.allow_seen_labels:
+    if tests_new_speakers and has_seen_labels and not recipe.allow_seen_labels:
         raise ConfigError(
             f"feature is {encoder.name}: this encoder was trained with labels of "
             f"{CORPORA[shards.corpus]}, so the speakers that {recipe.protocol} tests are not new "
@@ -297,7 +293,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(key: str) -> str:
-    """Remove the prefixes of all wrappers from the name of a weight."""
     while key.startswith(WRAPPER_PREFIXES):
         key = key.partition(".")[2]
     return key

@@ -1,8 +1,5 @@
-"""The recipe of a training: all settings that its result depends on, except the shards.
-
-The machine and the number of workers are set in `ser_ray.distributed.run_config`. This module does
-not import torch, so `--help` is fast.
-"""
+"""The recipe of a training. `ser_ray.distributed.run_config` sets where a training runs. `--help`
+imports this module, so it must be fast."""
 
 import dataclasses
 import hashlib
@@ -25,8 +22,7 @@ class AugmentConfig:
     """Start the crop of a longer clip at a random frame, and place a shorter clip at random in the
     crop; `--no-random-crop` centres both."""
     noise: float = 0.5
-    """Share of the clips that get noise, whose colour is between white and brown and whose level is
-    -80 to -30 dBFS; 0 is off."""
+    """Share of the clips that get noise, from white to brown and from -80 to -30 dBFS; 0 is off."""
     echo: float = 0.5
     """Share of the clips that get the echo of a room, with a reverberation time of 0.1 to 0.8 s; 0
     is off."""
@@ -36,11 +32,10 @@ class AugmentConfig:
     mix_style: float = 0.5
     """MixStyle (Zhou 2021): share of the clips that take over, in part, the mean and standard
     deviation of every bin over time from another clip. These statistics depend more on the speaker
-    than on the emotion. With the protocol random, which tests known speakers, MixStyle is always
-    off; 0 is off."""
+    than on the emotion; 0 is off. With the protocol random, which tests known speakers, MixStyle is
+    always off."""
     gain_db: float = 6.0
-    """Change the level of each clip by a random number of dB between minus and plus this value; 0
-    is off."""
+    """Change the level of each clip by a random value of up to ± this many dB; 0 is off."""
     time_masks: int = 2
     """SpecAugment: number of time masks for each clip; 0 is off."""
     time_mask_frames: int = 16
@@ -120,8 +115,7 @@ class TrainConfig:
     folder, run id or registered name). If that model has other labels, the last layer gets fresh
     weights. The head on an encoder always gets fresh weights."""
     head_units: int = 0
-    """For an encoder: number of units in a hidden layer before the last layer; 0 is a linear
-    head."""
+    """For an encoder: units of a hidden layer before the last layer; 0 is a linear head."""
     allow_seen_labels: bool = False
     """Allow an encoder that was trained with labels of this corpus. Its scores on new speakers are
     too good."""
@@ -145,6 +139,11 @@ class TrainConfig:
             raise ConfigError(f"corpus_balance is {self.corpus_balance}: it must be in [0, 1]")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
+        if self.protocol == "all" and self.keep == "best":
+            raise ConfigError(
+                "keep is best: the protocol all has no validation clips to find the best epoch; "
+                "give --keep last"
+            )
         self._require_schedule()
 
     def _require_schedule(self) -> None:
@@ -152,11 +151,6 @@ class TrainConfig:
             raise ConfigError(
                 f"lr_min is {self.lr_min:g} and lr_max is {self.lr_max:g}: the learning rate rises "
                 "from lr_min to lr_max, so lr_min must be the smaller one (are they swapped?)"
-            )
-        if self.protocol == "all" and self.keep == "best":
-            raise ConfigError(
-                "keep is best: the protocol all has no validation clips to find the best epoch; "
-                "give --keep last"
             )
         if not 0 < self.pct_start < 1:
             raise ConfigError(f"pct_start is {self.pct_start}: it must be between 0 and 1")

@@ -1,12 +1,12 @@
 """Training clips that do not fit into memory: every epoch reads them from the shards again.
 
 As with resident clips, the order of the clips and the batches of an epoch depend on (seed, epoch),
-but not on the number of workers. Therefore steps, learning rates and resuming are the same. But the
-clips of a shard are stored together, so it is fastest to read them together. `stream_order`
-shuffles the shards, and the clips within each shard, into one sequence. It cuts the sequence into
-*lanes*, as many as a batch has clips, and each step takes the next clip of every lane. So the clips
-of a step come from many shards. With N workers, each worker has every N-th lane, and reads only the
-shards of its lanes.
+but not on the number of workers. The steps and learning rates are the same, and a training can also
+resume in mid-epoch. But the clips of a shard are stored together, so it is fastest to read them
+together. `stream_order` shuffles the shards, and the clips within each shard, into one sequence. It
+cuts the sequence into *lanes*, as many as a batch has clips, and each step takes the next clip of
+every lane. So the clips of a step come from many shards. With N workers, each worker has every N-th
+lane, and reads only the shards of its lanes.
 
 Streamed clips differ from resident clips in this:
 
@@ -49,7 +49,7 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
 READ_BYTES = 128 * 2**20
-"""Size in memory of the clips that a worker reads at once. Ray Data prefers this block size."""
+"""How many bytes of clips a worker reads at once. Ray Data prefers blocks of this size."""
 
 Fetch = Callable[[Callable[[Any], np.ndarray], Sequence[Any]], Iterable[np.ndarray]]
 """Calls a function for each item, and yields the results in order, as `map` does. It may call the
@@ -67,13 +67,10 @@ class StepRange(NamedTuple):
 def stream_order(
     seed: int, epoch: int, shard_of: np.ndarray, batch_size: int, weights: Tensor | None = None
 ) -> np.ndarray:
-    """Return the training clips of every step of an epoch, int64 [steps, batch].
+    """Return the training clips of every step of an epoch, int64 [steps, batch_size].
 
     Args:
-        seed: `TrainConfig.seed`.
-        epoch: number of the epoch.
         shard_of: index of the shard of each training clip [clips].
-        batch_size: number of clips in a step over all workers.
         weights: how often each clip is drawn (`ser_ray.training.data.sampling_weights`).
     """
     rng = np.random.default_rng(seed_of(seed, epoch))
@@ -91,9 +88,8 @@ class Lanes:
     recipe: TrainConfig
     world: World
     shard_of: np.ndarray
-    """Index of the shard of each training clip [clips]."""
     weights: Tensor | None = None
-    """How often each clip is drawn (`ser_ray.training.data.sampling_weights`)."""
+    """`Stream.shard_of` and `Stream.weights`."""
 
     @property
     def batch_size(self) -> int:
@@ -106,13 +102,7 @@ class Lanes:
         return len(range(self.batch_size)[self.world.rank_slice])
 
     def step_ranges(self, epoch: int, step: int, length: int) -> list[StepRange]:
-        """Divide all steps from this one to the end of the training into ranges.
-
-        Args:
-            epoch: epoch of the first step.
-            step: the first step.
-            length: largest number of steps in a range.
-        """
+        """Divide all steps from this one to the end of the training into ranges of `length`."""
         num_steps = steps_per_epoch(len(self.shard_of), self.batch_size)
         return [
             StepRange(this_epoch, first, min(first + length, num_steps))
@@ -184,7 +174,7 @@ class Stream:
     def batches(self, recipe: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
         """Yield batches as `Source` defines them. A worker gets only its own clips of each batch.
 
-        Clips are copied to the device once per array that `fetch` yields, not in every step.
+        Clips are copied to the device for several steps at a time.
         """
         reader, normalisation = self.reader, self.normalisation
         lanes = Lanes(recipe, world, self.shard_of, self.weights)
@@ -223,8 +213,8 @@ def stream_fold(
         device: where the network is trained.
         world: the workers.
         fetch: reads the training clips.
-        normalisation: the normalisation in the checkpoint to resume from. If None, the workers
-            together read all training clips once to measure it.
+        normalisation: that of the checkpoint to resume from. If None, the workers together read
+            all training clips once to measure it.
     """
     table = shards.clips()
     split = select_rows(table, recipe)
@@ -234,10 +224,9 @@ def stream_fold(
     normalisation = normalisation or _measure_normalisation(reader, device, world, fetch)
     validation = load_clips(shards, recipe.feature, table, split.validation, normalisation, device)
     sizes = shards.card.shard_sizes
-    shard_of_row = np.repeat(np.arange(len(sizes)), sizes)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)[split.train]
     train_labels = torch.from_numpy(labels[split.train]).to(device)
     weights = sampling_weights(table.take(split.train), recipe)
-    shard_of = shard_of_row[split.train]
     train = Stream(reader, shard_of, train_labels, normalisation, fetch, weights)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
 

@@ -1,7 +1,5 @@
-"""The state of a training, and what changes it: a step, a validation, the end of an epoch.
-
-`loop.fit` calls the methods of `Trainer` in this order. `lr_range` only calls `update_weights`.
-"""
+"""The state of a training, and the methods that change it. `loop.fit` calls them in a training, and
+`lr_range` calls some of them in a range test."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +34,7 @@ class EpochReport:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
         row: metrics of the epoch, by their names in MLflow.
         learning_rates: learning rate of every step of the epoch.
-        confusion: confusion matrix of the validation clips [labels, labels], row = true label;
-            empty without validation clips.
+        confusion: `Scores.confusion` of the validation clips; empty without validation clips.
         is_selected: whether this epoch is the one that is selected so far (`TrainConfig.keep`).
         progress: results of all epochs so far. The next epoch changes this object.
     """
@@ -51,7 +48,7 @@ class EpochReport:
 
 
 class Trainer:
-    """The state of a training. Every worker has a trainer."""
+    """The state of a training in one worker process."""
 
     def __init__(
         self,
@@ -74,6 +71,7 @@ class Trainer:
         )
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
+        self.total_steps = recipe.epochs * self.steps_per_epoch
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         """Loss of each step of the epoch: this worker's share until `reduce_counts`."""
         self.num_correct = torch.zeros((), device=device)
@@ -92,11 +90,6 @@ class Trainer:
     def epoch_finished(self) -> bool:
         """Whether all steps of the current epoch are completed."""
         return self.progress.step >= self.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        """Number of steps of the training."""
-        return self.recipe.epochs * self.steps_per_epoch
 
     @property
     def completed_steps(self) -> int:
@@ -122,8 +115,8 @@ class Trainer:
         """Take an optimiser step on a batch.
 
         Returns:
-            This worker's summand of the batch's mean loss, and the number of correct predictions
-            for this worker's clips.
+            How much this worker's clips add to the mean loss of the batch, and how many of these
+            clips were classified correctly.
         """
         torch.manual_seed(batch.seed)
         features, targets = self.augment(batch.clips, batch.rows)
@@ -143,7 +136,7 @@ class Trainer:
         return loss.detach(), num_correct
 
     def finish_steps(self) -> None:
-        """Sum the losses and counts of the epoch over the workers, and check that all is finite.
+        """Sum the losses and counts of the epoch over the workers, and check losses and weights.
 
         Raises:
             DivergedError: a loss of this epoch or a weight is not finite.
@@ -153,21 +146,20 @@ class Trainer:
         self.training_seconds = time.perf_counter() - self.began
 
     def validate(self) -> Scores | None:
-        """Score the validation clips. Each worker predicts its share, and all get the same scores.
+        """Score the validation clips; return None if there are none.
 
-        Returns:
-            The scores, or None if there are no validation clips.
+        Each worker predicts its share of the clips. All workers get the same scores.
         """
         self._average_batch_norm()
         clips, num_labels = self.data.validation, len(self.data.labels)
         if not len(clips):
             return None
-        truth, mine = clips.truth, self.world.rank_slice
-        rows = np.arange(len(truth))[mine]
+        truth, share = clips.truth, self.world.rank_slice
+        selected = np.arange(len(truth))[share]
+        predicted = predict_clips(self.network, clips, selected, self.recipe, num_labels)
         shape = len(truth), num_labels
         probabilities = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        predicted = predict_clips(self.network, clips, rows, self.recipe, num_labels)
-        probabilities[mine] = torch.from_numpy(predicted).to(self.device)
+        probabilities[share] = torch.from_numpy(predicted).to(self.device)
         self.validation_probabilities = self.world.all_reduce_sum(probabilities)
         return scores_of(truth, probabilities.cpu().numpy())
 
@@ -202,7 +194,7 @@ class Trainer:
     def reduce_counts(self, *, on_all_workers: bool = False) -> None:
         """Sum the losses and counts of the epoch over the workers.
 
-        The first worker gets the sums. If `on_all_workers` is True, the other workers get them too.
+        The first worker gets the sums. The other workers get them too if `on_all_workers` is True.
         Otherwise they count from 0 again, so that a later sum counts each clip once.
         """
         self.world.all_reduce_sum(self.losses)
@@ -211,16 +203,11 @@ class Trainer:
             self._reset_counts()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy everything that a checkpoint contains.
-
-        Args:
-            card: card of the training. The snapshot's card gets the temperature that fits the last
-                validation.
-        """
+        """Copy what a checkpoint contains. Its card gets the temperature of the last validation."""
         temperature = self.recipe.temperature
         if len(self.data.validation):
             probabilities = self.validation_probabilities.cpu().numpy()
-            truth = self.data.validation.truth[: len(probabilities)]  # empty in the first epoch
+            truth = self.data.validation.truth[: len(probabilities)]  # empty before a validation
             temperature = fit_temperature(truth, probabilities)
         card = replace(card, temperature=temperature)
         state = {
@@ -242,8 +229,8 @@ class Trainer:
         num_steps = len(progress.learning_rates)
         if num_steps != progress.epoch * self.steps_per_epoch + progress.step:
             raise MismatchError(
-                f"the checkpoint was written after {num_steps} steps, which are not "
-                f"{progress.epoch} epochs of this training: give another --name to start afresh"
+                f"the checkpoint has {num_steps} steps in {progress.epoch} epochs, but an epoch has "
+                f"{self.steps_per_epoch} steps here: give another --name to start afresh"
             )
         try:
             self.network.load_state_dict(snapshot.weights)
@@ -258,9 +245,8 @@ class Trainer:
             ) from error
         restore_schedule(self.schedule, min(num_steps, self.total_steps - 1))
         self.progress = progress
-        self.batches = self.data.train.batches(
-            self.recipe, self.world, progress.epoch, progress.step
-        )
+        start = progress.epoch, progress.step
+        self.batches = self.data.train.batches(self.recipe, self.world, *start)
 
     def _reset_counts(self) -> None:
         self.losses.zero_()
@@ -303,8 +289,7 @@ def _copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _data_parallel(network: nn.Module) -> nn.Module:
-    # `_average_batch_norm` averages the statistics once per epoch. By default, DDP sends those of
-    # rank 0 to the others in every step.
+    # Instead of sending the batch-norm statistics in every step, average them once per epoch.
     return nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -59,7 +59,7 @@ def test_normalisation_is_measured_over_the_valid_frames():
     features = rng.normal(5, 3, (4, 6, 20)).astype(np.float32)
     lengths = np.array([20, 3, 11, 8])
     valid = np.concatenate([clip[:, :n] for clip, n in zip(features, lengths, strict=True)], axis=1)
-    measured = Normalisation.of(features, lengths)
+    measured = Normalisation.from_features(features, lengths)
     np.testing.assert_allclose(measured.mean, valid.mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(measured.std, valid.std(axis=1), rtol=1e-4)
 
@@ -290,6 +290,6 @@ def test_a_long_clip_trains_as_windows_and_is_scored_once():
     assert list(rows[data.split.test]) == list(uncut.split.test)
     assert set(cut.table["window"].take(data.split.test).to_pylist()) == {0}
     assert len(data.validation) == times[uncut.split.validation].sum()
-    first = data.validation.first_windows
+    first = data.validation.first_rows
     assert len(first) == len(uncut.validation)
     torch.testing.assert_close(data.validation.labels[first], uncut.validation.labels)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ser_ray.errors import ConfigError, DivergedError
-from ser_ray.training.lr_range import has_diverged, propose, range_steps
+from ser_ray.training.lr_range import has_diverged, propose_bounds, range_steps
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 from tests.conftest import PLAIN
@@ -16,15 +16,15 @@ RATES = np.geomspace(1e-6, 1.0, 300)
 def test_the_bounds_are_where_the_loss_begins_and_ends_to_fall():
     # Flat, then falling from 1e-4 to 1e-2, straight on the logarithmic scale, flat, then rising.
     losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
-    found = propose(RATES, losses)
+    found = propose_bounds(RATES, losses)
     assert found.lr_min == pytest.approx(10**-3.8, rel=0.3)
     assert found.lr_max == pytest.approx(10**-2.2, rel=0.3)
 
 
 def test_noise_changes_the_bounds_little():
     losses = np.interp(np.log10(RATES), [-6, -4, -2, -1, 0], [2.0, 2.0, 0.5, 0.5, 9.0])
-    clean = propose(RATES, losses)
-    noisy = propose(RATES, losses + np.random.default_rng(0).normal(0, 0.15, len(losses)))
+    clean = propose_bounds(RATES, losses)
+    noisy = propose_bounds(RATES, losses + np.random.default_rng(0).normal(0, 0.15, len(losses)))
     assert np.log10(noisy.lr_min / clean.lr_min) == pytest.approx(0, abs=0.5)
     assert np.log10(noisy.lr_max / clean.lr_max) == pytest.approx(0, abs=0.5)
 
@@ -32,7 +32,7 @@ def test_noise_changes_the_bounds_little():
 @pytest.mark.parametrize("losses", [np.linspace(1, 5, 300), np.ones(300), np.ones(0)])
 def test_a_loss_that_never_falls_is_an_error(losses):
     with pytest.raises(DivergedError, match="did not fall"):
-        propose(RATES[: len(losses)], losses)
+        propose_bounds(RATES[: len(losses)], losses)
 
 
 def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(
@@ -43,7 +43,7 @@ def test_it_ends_when_the_loss_diverges_and_its_bounds_are_a_valid_recipe(
     )
     test = LrRangeConfig(lowest=1e-6, highest=100.0, steps=60)
     steps = range_steps(config, memory_shards, Pretrained("", {}), test, torch.device("cpu"))
-    found = propose(*zip(*steps, strict=True))
+    found = propose_bounds(*zip(*steps, strict=True))
     assert len(found.learning_rates) < 60
     assert found.learning_rates[0] == pytest.approx(1e-6)
     assert TrainConfig(lr_min=found.lr_min, lr_max=found.lr_max)

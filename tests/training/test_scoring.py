@@ -63,7 +63,7 @@ def test_the_windows_of_a_long_clip_have_one_answer():
     features, lengths = torch.randn(5, 60, 20).half(), torch.tensor([60, 60, 30, 40, 20])
     alone = Clips(features, lengths, torch.tensor([0, 0, 1, 2, 2]))
     together = replace(alone, owners=np.array([0, 0, 1, 2, 2]))
-    assert list(together.first_windows) == [0, 2, 3]
+    assert list(together.first_rows) == [0, 2, 3]
     config, network = TrainConfig(crop_frames=40), ResNet18(3)
     single = predict_clips(network, alone, np.arange(5), config, 3)
     # Windows 0 and 1 have two crops each, the others one.
