@@ -229,8 +229,8 @@ class Trainer:
         num_steps = len(progress.learning_rates)
         if num_steps != progress.epoch * self.steps_per_epoch + progress.step:
             raise MismatchError(
-                f"the checkpoint has {num_steps} steps in {progress.epoch} epochs, but an epoch has "
-                f"{self.steps_per_epoch} steps here: give another --name to start afresh"
+                f"the checkpoint has {num_steps} steps in {progress.epoch} epochs, but an epoch "
+                f"has {self.steps_per_epoch} steps here: give another --name to start afresh"
             )
         try:
             self.network.load_state_dict(snapshot.weights)
