@@ -1,4 +1,5 @@
 """Simulates recording conditions, such as noise, a telephone or a room, to test a model.
+(`ser_ray.training.acoustics` adds noise to training clips.)
 
 `simulate` changes a decoded clip before its features are computed. The random numbers depend only
 on the condition and the clip's file name, so they are the same on every machine. The result is
