@@ -28,8 +28,8 @@ from ser_ray.plots.style import (
 TrialRow = Mapping[str, Any]
 
 MAX_TICKS = 5
-"""Every number gets a tick if there are at most this many, and trials share some of them. Numbers
-that repeat are probably from a `choice(...)`, so they are short enough for this."""
+"""If a hyperparameter has at most this many different values, and some repeat, each value gets a
+tick. Such values are probably from a `choice(...)`, so their labels are short."""
 
 _KINDS = {"spectrogram": (BLUE, "o"), "mel": (VERMILION, "s"), "mfcc": (GREEN, "^")}
 _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))

@@ -50,8 +50,8 @@ N = TypeVar("N", bound=nn.Module)
 class ResNet18(nn.Module):
     """Maps features [batch, 1, bins, frames] to logits [batch, labels].
 
-    To draw the same weights from a seed as torchvision, the network is built with an RGB input, and
-    its first layer is replaced at the end.
+    The network is built for RGB images, and its first layer is replaced at the end, so that a seed
+    draws the same weights as in torchvision.
     """
 
     def __init__(self, num_labels: int) -> None:

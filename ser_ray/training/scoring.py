@@ -15,7 +15,7 @@ from ser_ray.training.data import Clips
 from ser_ray.training.recipe import TrainConfig
 
 MIN_BATCH_SIZE = 32
-"""Number of windows in a batch, if the recipe's batches are smaller."""
+"""Smallest number of windows in a full batch, even if the recipe's batch size is smaller."""
 
 
 @torch.inference_mode()
