@@ -5,7 +5,8 @@
 #     sbatch --nodes 4 --gpus-per-node 1 .slurm/ray.sh python jobs/train.py \
 #         --shards /shared/shards --storage /shared/runs --device gpu --workers 1..4
 #
-# The job has the command's exit status. A requeued job gives the same command again, which resumes.
+# The job's exit status is that of the command. A requeued job runs the command again, and the
+# command resumes its work.
 #SBATCH --job-name=ser-ray
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -16,17 +17,18 @@
 set -euo pipefail
 
 (($#)) || { echo "usage: sbatch [OPTIONS] .slurm/ray.sh COMMAND ..." >&2; exit 2; }
-# Whoever reaches Ray's port can run code, so Ray asks for a token, which the nodes read here.
+# Everybody who can reach Ray's port could run code, so Ray is told to ask for a token. All nodes
+# read it from this variable or file.
 export RAY_AUTH_MODE=token
 [[ -n ${RAY_AUTH_TOKEN:-} || -r ~/.ray/auth_token ]] ||
     { echo "there is no token: run 'ray get-auth-token --generate' once" >&2; exit 2; }
 
 nodes=${SLURM_JOB_NUM_NODES:?this script is run by sbatch}
-# Not with a pipe: one whose reader ends first would end this script too.
+# In a pipe to `head -1`, scontrol could get SIGPIPE, and `pipefail` would end this script.
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 read -r ip _ < <(getent ahostsv4 "$head")
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))
-export TMPDIR=/tmp # SLURM's own is too long a path for Ray's sockets
+export TMPDIR=/tmp # the path that SLURM sets is too long for Ray's sockets
 size=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}")
 
 srun --overlap --nodes 1 --ntasks 1 --nodelist "$head" \
