@@ -18,7 +18,7 @@ set -euo pipefail
 
 (($#)) || { echo "usage: sbatch [OPTIONS] .slurm/ray.sh COMMAND ..." >&2; exit 2; }
 # Everybody who can reach Ray's port could run code, so Ray is told to ask for a token. All nodes
-# read it from this variable or file.
+# read the token from RAY_AUTH_TOKEN or ~/.ray/auth_token.
 export RAY_AUTH_MODE=token
 [[ -n ${RAY_AUTH_TOKEN:-} || -r ~/.ray/auth_token ]] ||
     { echo "there is no token: run 'ray get-auth-token --generate' once" >&2; exit 2; }

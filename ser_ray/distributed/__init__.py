@@ -13,8 +13,12 @@ epoch_table    shows the epochs on a terminal or in a log
 node_metrics   measures the utilisation of a node while it trains
 lr_range       runs a learning-rate range test
 
-An interrupted training resumes from the newest complete checkpoint in its run folder. Each of the
-first four rows has its own limit of `RunConfig.max_failures`:
+A run folder and its MLflow run have the same name: that of `--name`, or else one from `run_name`
+(train.py), `run_lr_range` (lr_range.py), `search_name` (search/tuner.py) or `crossval_name`
+(search/crossval.py).
+
+An interrupted training resumes from the newest complete checkpoint in its run folder.
+`RunConfig.max_failures` limits each of the first four rows separately:
 
     what fails                     what starts it again            what is counted
     a worker of Ray Train          Ray Train: `FailureConfig` in   every loss of workers

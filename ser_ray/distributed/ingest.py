@@ -51,7 +51,7 @@ def should_stream(
     streams if resident clips would use more than RESIDENT_SHARE of the memory of any worker.
 
     Args:
-        memory: returns the bytes of memory for this worker; called only if it trains on a CPU.
+        memory: returns the bytes of memory for this worker; called only if the training uses CPUs.
         resume: directory of the checkpoint to resume from, or None.
     """
     if ingest == "auto" and resume is not None:

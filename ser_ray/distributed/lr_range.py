@@ -1,7 +1,7 @@
 """Runs a learning-rate range test in this process or, on a cluster, in one Ray task.
 
-The test starts from the shards and a recipe. It proposes bounds of the learning rate, and writes a
-page and an MLflow run.
+From shards and a recipe, the test proposes bounds of the learning rate. It writes a page and an
+MLflow run.
 """
 
 import itertools

@@ -47,7 +47,7 @@ class PlacementWatch:
         self.placed_at = self.checked_at = self.logged_at = monotonic()
 
     def check(self) -> None:
-        """Look for a placement group; if called often, only every START_SECONDS.
+        """Look for a placement group, at most once every START_SECONDS.
 
         Raises:
             ResourcesError: there has been none for START_ATTEMPTS times START_SECONDS.

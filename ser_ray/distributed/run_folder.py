@@ -5,9 +5,9 @@
     selected                the selected checkpoint, after the training has finished
     report.html             the run's page, to which `evaluate` adds the test part
 
-A run resumes from the newest complete checkpoint whose selected checkpoint is complete too. Ray has
-a list of checkpoints of its own, but rewrites it in place, so a full disk or a lost machine can
-truncate it. Therefore this list is deleted whenever a training starts.
+A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
+must be complete too. Ray keeps its own list of checkpoints, but rewrites this list in place, so a
+full disk or a lost machine can truncate it. Therefore the list is deleted when a training starts.
 """
 
 import contextlib
@@ -85,11 +85,11 @@ class StoredCheckpoint:
 
     name: str
     progress: dict[str, Any]
-    """The epochs, steps and scores until then (`ser_ray.training.checkpoint.Snapshot`)."""
+    """Epochs, steps and scores up to this checkpoint (`ser_ray.training.checkpoint.Snapshot`)."""
 
     @property
     def selected(self) -> str:
-        """Name of the checkpoint that was selected until then; empty before the first epoch."""
+        """Name of the checkpoint that was selected at that time; empty before the first epoch."""
         row = self.progress["selected"]
         return checkpoint_name(int(row["epoch"])) if row else ""
 
@@ -204,7 +204,7 @@ class RunFolder:
     def restore(self, on_epoch: OnEpoch) -> StoredCheckpoint | None:
         """Return the checkpoint to resume from, after passing its epochs to `on_epoch`.
 
-        Checkpoints that it does not need are deleted.
+        All other checkpoints are deleted, except the one that was selected at that time.
 
         Raises:
             CheckpointError: another process has taken over the folder.

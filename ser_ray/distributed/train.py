@@ -67,7 +67,7 @@ class TrainResult:
     report: str
     """Path or URI of the run's page."""
     undelivered: str = ""
-    """Why MLflow lacks a part of the run, or empty. The same call delivers the rest."""
+    """Why MLflow lacks a part of the run; empty if it has all. The same call delivers the rest."""
 
     def __repr__(self) -> str:
         selected, card = self.selected, self.card
@@ -118,9 +118,9 @@ def train(
             with cluster(address) if on_ray else nullcontext():
                 require_shared(*shards.locations, run.storage)
                 task = TrainingTask(folder, recipe, shards, pretrained, run)
-                run_task = _trainer_for(task)
+                run_training = _training_function(task)
                 with _start_tracker(task, parts.label) as tracker:
-                    _train_and_log(task, run_task, tracker, on_epoch)
+                    _train_and_log(task, run_training, tracker, on_epoch)
                     _complete(task, tracker)
         elif has_run(uri := resolve_uri(run.tracking_uri), folder.record()["run_id"]):
             folder.update_record(tracking_uri=uri)  # the store was moved together with the folder
@@ -143,7 +143,7 @@ def identity_of(recipe: TrainConfig, shards: ShardSet) -> dict[str, Any]:
     }
 
 
-def _trainer_for(task: TrainingTask) -> Callable[[OnEpoch], None]:
+def _training_function(task: TrainingTask) -> Callable[[OnEpoch], None]:
     """Return the function that runs the training on the connected cluster, or in this process.
 
     Raises:
@@ -178,7 +178,10 @@ def _start_tracker(task: TrainingTask, label: str) -> Tracker:
 
 
 def _train_and_log(
-    task: TrainingTask, run_task: Callable[[OnEpoch], None], tracker: Tracker, on_epoch: ShowEpoch
+    task: TrainingTask,
+    run_training: Callable[[OnEpoch], None],
+    tracker: Tracker,
+    on_epoch: ShowEpoch,
 ) -> None:
     """Run the training unless it has finished, and log every epoch once."""
 
@@ -191,7 +194,7 @@ def _train_and_log(
             on_epoch(epoch.row)
 
     if not task.folder.record().get("finished"):
-        run_task(log)
+        run_training(log)
     elif newest := task.folder.newest():  # MLflow may lack epochs of the finished training
         for epoch in newest.epochs():
             log(epoch)

@@ -33,8 +33,8 @@ def run_worker(
 
     Args:
         pretrained: the weights to start from (`ser_ray.training.model.Pretrained`).
-        start: path in the run's storage of the checkpoint to resume from when the driver starts; if
-            empty, there is none. After a loss, Ray names a newer checkpoint.
+        start: path, in the run's storage, of the checkpoint from which the first workers resume; if
+            empty, there is none. Ray gives later workers a newer checkpoint.
     """
     if num_threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(num_threads))
@@ -75,7 +75,7 @@ class Reporter:
         self._node = NodeMetrics() if is_first_of_node else None
 
     def __call__(self, epoch: EpochReport | None, make_snapshot: MakeSnapshot) -> None:
-        """Report an epoch with its checkpoint, or only a checkpoint if it is in mid-epoch."""
+        """Report an epoch with its checkpoint, or a checkpoint in mid-epoch (`epoch` is None)."""
         metrics: dict[str, Any] = {"score": 0}
         if epoch is not None:
             metrics = asdict(epoch) | {"score": epoch.row["epoch"] if epoch.is_selected else 0}
