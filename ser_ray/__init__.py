@@ -4,6 +4,7 @@ The modules and folders, in the order in which a clip passes them:
 
 errors       errors that a user can cause
 progress     progress bars and log lines
+grouping     groups items that fit into memory together
 command      builds the command that a verb suggests as the next step
 storage      paths and URIs, atomic writes, one writer for a folder
 cluster      joins a Ray cluster or starts Ray here; CPUs, GPUs and shared files

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ LINE_SECONDS = 10.0
 
 Report = Callable[[str, float, float], None]
 """Called with a text to show, the amount of work that is done, and the total amount."""
+EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
+"""Outcomes that are normal. Progress counts files with any other outcome as errors."""
 
 
 @cache
@@ -79,3 +81,26 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
                 print(text, file=sys.stderr, flush=True)
 
         yield report
+
+
+@contextmanager
+def count_files(
+    total: int, before: int, given: Report | None
+) -> Iterator[Callable[[Mapping[str, int]], None]]:
+    """Yield a function that adds numbers of files by outcome, and shows the sums.
+
+    Args:
+        total: number of listed files.
+        before: number of files that earlier runs finished.
+        given: called with the sums; if None, `show_progress` shows them.
+    """
+    done, errors = before, 0
+    with show_progress("files", given) as report:
+
+        def add(counts: Mapping[str, int]) -> None:
+            nonlocal done, errors
+            done += sum(counts.values())
+            errors += sum(count for outcome, count in counts.items() if outcome not in EXPECTED)
+            report(f"{done} of {total} files, {errors} errors", done, total)
+
+        yield add

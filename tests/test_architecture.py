@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ser_ray"
 ORDER = [
-    "version", "errors", "progress", "command", "storage", "cluster", "corpus",
+    "version", "errors", "progress", "grouping", "command", "storage", "cluster", "corpus",
     "features", "shards", "training", "plots", "inference", "tracking", "evaluation", "distributed",
     "search", "api", "cli", "__main__",
 ]  # fmt: skip

@@ -36,8 +36,7 @@ from ser_ray.inference.prediction import Prediction, prediction_row, table_schem
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
 from ser_ray.inference.results import in_groups, open_results, output_suffix
-from ser_ray.progress import Report
-from ser_ray.shards.progress import count_files
+from ser_ray.progress import Report, count_files
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32

@@ -21,17 +21,20 @@ from ser_ray.storage.paths import filesystem_of, location_inside, read_file
 
 SCHEMA_VERSION = 2
 FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
-"""The columns that training depends on, besides the settings of the features."""
+"""Columns of the clips that the fingerprint covers, in addition to the labels and the feature
+settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UsedCorpus:
-    """The used clips of a shard set, if there are several sets or if labels are mapped."""
+    """Says which clips of a shard set are used.
+
+    It is made only if several sets are read as one, or if labels are mapped.
+    """
 
     name: str
     """Name of the shard set's folder."""
     kind: CorpusKind
-    """The kind of corpus."""
     fingerprint: str
     """Fingerprint of the shard set."""
     labels: dict[str, str]
@@ -59,19 +62,17 @@ class ShardCard:
     """The description of a committed shard set."""
 
     corpus: CorpusKind
-    """The kind of corpus."""
     source: str
     """Folder, bucket or table of the corpus."""
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     features: FeatureConfig
-    """The settings of the features."""
     counts: dict[str, int]
-    """Number of files by outcome. Their sum is the number of listed files."""
+    """Number of listed files, or segments of files, by outcome."""
     shard_numbers: tuple[int, ...]
     """Numbers of the shards, ascending."""
     shard_sizes: tuple[int, ...]
-    """Number of rows in each shard: one for each decoded clip, several for a long clip."""
+    """Number of rows in each shard. A clip has one row; a long clip has one row for each window."""
     fingerprint: str
     """Sixteen hex digits that depend on the features, clips, labels and speakers, but not on the
     location of the corpus or on encoders."""
@@ -88,16 +89,16 @@ class ShardCard:
 
     @property
     def num_files(self) -> int:
-        """Number of listed files."""
+        """Number of listed files, or segments of files."""
         return sum(self.counts.values())
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
+        """Number of rows in all shards."""
         return sum(self.shard_sizes)
 
     def encoder_of(self, kind: str) -> EncoderCard | None:
-        """Return the encoder of a kind of feature, or None for a spectrogram, mel or mfcc.
+        """Return the encoder of a kind of feature; None if it is spectrogram, mel or mfcc.
 
         Raises:
             ConfigError: the shards do not have this kind; the message lists the kinds they have.
@@ -114,19 +115,25 @@ class ShardCard:
         )
 
     def shape_of(self, kind: str) -> tuple[int, int]:
-        """Return the shape of a clip's feature: [bins, num_frames], or [layers, dim]."""
+        """Return the shape of a feature: [bins, num_frames], or [layers, dim] for an encoder."""
         encoder = self.encoder_of(kind)
         if encoder is not None:
             return encoder.num_layers, encoder.dim
         return self.features.num_bins(kind), self.features.num_frames
 
     def num_bins(self, kind: str) -> int:
-        """Return the number of values in a frame. An encoder has one frame with all its layers."""
+        """Return the number of values in a frame.
+
+        The features of an encoder count as one frame that holds all layers.
+        """
         encoder = self.encoder_of(kind)
         return self.features.num_bins(kind) if encoder is None else encoder.num_values
 
     def fingerprint_of(self, kind: str) -> str:
-        """Return the fingerprint of one kind of feature, which depends on an encoder's weights."""
+        """Return the fingerprint of one kind of feature.
+
+        For an encoder, it also covers the encoder's weights.
+        """
         encoder = self.encoder_of(kind)
         if encoder is None:
             return self.fingerprint
@@ -136,7 +143,7 @@ class ShardCard:
 def make_card(
     shards: str, corpus: Corpus, features: FeatureConfig, numbers: Sequence[int]
 ) -> ShardCard:
-    """Describe the committed shards of a shard set; `numbers` are their numbers, ascending."""
+    """Return the card of a shard set whose shards with these numbers, ascending, are committed."""
 
     def read_shard(number: int) -> tuple[list[str], pa.Table]:
         statuses = layout.read_table(shards, layout.outcomes_name(number), ["status"])[

@@ -1,4 +1,4 @@
-"""Settings of `prepare`. `--help` imports this module, so it imports nothing heavy."""
+"""The settings of `prepare`. `--help` imports this module, so it imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from ser_ray.features.config import FeatureConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Which clips become shards, and where the shards are written."""
+    """Says which clips become shards, and where the shards are written."""
 
     corpus: str
-    """Folder or URI with RAVDESS in any layout, or a table of other clips."""
+    """Folder or URI with RAVDESS in any folder layout, or a table of other clips."""
     shards: str = "ser-ray-out/shards"
     """Folder or URI to write the shards to."""
     include: tuple[str, ...] = MODALITIES
@@ -23,14 +23,14 @@ class PrepareConfig:
     """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
     words, only an empty cell is a missing value."""
     columns: tuple[str, ...] = ()
-    """Names of columns in a table that differ from path, label, speaker, take, start, end and
-    split, as in label=emotion speaker=spk."""
+    """Columns of a table that are not called path, label, speaker, take, start, end or split, as in
+    label=mood speaker=who."""
     rows_per_part: int = 128
     """Largest number of files in a shard. One task decodes and commits a shard."""
     encoder: tuple[str, ...] = ()
-    """Pretrained speech encoders whose layers also become features: a bundle of torchaudio in lower
-    case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE with a file of
-    weights."""
+    """Pretrained speech encoders whose layers also become features. Each is a bundle of torchaudio
+    in lower case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE, where FILE has
+    the weights."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
 
     def __post_init__(self) -> None:
@@ -51,10 +51,10 @@ class PrepareConfig:
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:
-    """Parse words such as label=emotion: {column in `words.COLUMNS`: name in the table}.
+    """Parse words such as label=emotion, and return {column in `COLUMNS`: its name in the table}.
 
     Raises:
-        ConfigError: a word has another form, or an unknown column.
+        ConfigError: a word has another form, or names an unknown column.
     """
     found = {}
     for word in columns:

@@ -2,10 +2,11 @@
 
     shards = open_corpora(["ser-ray-out/emodb", "ser-ray-out/iemocap"], "common")
 
-The result has the interface of a `ShardSet`, so training and evaluation work the same for one set
-and for several. The column `corpus` of a clip is the name of its shard set's folder. This name also
-prefixes speakers and takes, so corpora never share them by accident. But all shard sets of RAVDESS,
-such as its speech and its song, have the same actors, so they have the same prefix.
+The result has the interface of a `ShardSet`, so training and evaluation need not know whether they
+read one shard set or several. The column `corpus` has the name of a clip's corpus, which is the
+folder of its shard set. This name also prefixes speakers and takes, so that equal names in two
+corpora do not become one speaker or take. Only the shard sets of RAVDESS, such as its speech and
+its song, share a prefix, because they have the same actors.
 """
 
 import hashlib
@@ -29,16 +30,16 @@ from ser_ray.storage.paths import absolute
 
 @dataclass(frozen=True)
 class Member:
-    """A shard set, and the clips of it that are used."""
+    """One shard set, and which of its clips are used."""
 
     shards: ShardSet
     corpus: UsedCorpus
     rows: np.ndarray
-    """Rows of the clips that are used, ascending [num_rows]."""
+    """Rows of the used clips, ascending [num_rows]."""
 
     @property
     def prefix(self) -> str:
-        """The prefix of the names of speakers and takes."""
+        """Prefix of the names of speakers and takes."""
         return self.corpus.name if self.corpus.kind == "table" else self.corpus.kind
 
     @property
@@ -51,7 +52,7 @@ class Member:
 
 @dataclass(frozen=True, repr=False)
 class Corpora(ShardSet):
-    """Several shard sets as one. The rows of the sets follow one another."""
+    """Several shard sets as one. Its rows are those of the members, one after the other."""
 
     members: tuple[Member, ...]
 
@@ -62,7 +63,7 @@ class Corpora(ShardSet):
 
     @property
     def corpora(self) -> tuple[UsedCorpus, ...]:
-        """The used clips of each shard set."""
+        """Which clips of each shard set are used."""
         return tuple(member.corpus for member in self.members)
 
     def clips(self) -> pa.Table:
@@ -71,9 +72,9 @@ class Corpora(ShardSet):
         is_mixed = len({member.prefix for member in self.members}) > 1
         for member in self.members:
             table = member.shards.clips().take(member.rows)
-            theirs, ours = map(pa.array, zip(*member.corpus.labels.items(), strict=True))
-            places = pc.index_in(table["emotion"].combine_chunks(), value_set=theirs)
-            table = replace_column(table, "emotion", ours.take(places))
+            old, new = map(pa.array, zip(*member.corpus.labels.items(), strict=True))
+            index = pc.index_in(table["emotion"].combine_chunks(), value_set=old)
+            table = replace_column(table, "emotion", new.take(index))
             for name in ("speaker", "take") if is_mixed else ():
                 named = pc.binary_join_element_wise(member.prefix, table[name], ":")
                 table = replace_column(table, name, named)
@@ -90,13 +91,13 @@ class Corpora(ShardSet):
     def read_into(
         self, features: np.ndarray, places: np.ndarray, kind: str, rows: np.ndarray
     ) -> None:
-        """Read rows of `clips()`, like `ShardSet.read_into`."""
+        """Read features of rows of `clips()` into an array, like `ShardSet.read_into`."""
         starts = np.cumsum([0, *(len(member.rows) for member in self.members)])
         owners = np.searchsorted(starts, rows, side="right") - 1
         for index, member in enumerate(self.members):
             wanted = np.flatnonzero(owners == index)
-            own = member.rows[rows[wanted] - starts[index]]
-            member.shards.read_into(features, places[wanted], kind, own)
+            member_rows = member.rows[rows[wanted] - starts[index]]
+            member.shards.read_into(features, places[wanted], kind, member_rows)
 
 
 def open_corpora(
@@ -111,8 +112,8 @@ def open_corpora(
     Args:
         locations: folder or URI of each set.
         label_map: how labels are mapped (`ser_ray.corpus.labels`).
-        known: the corpora of a model's card. A set with the fingerprint of a known corpus gets its
-            name and, without a label map, its labels.
+        known: the corpora in the card of the model to evaluate. A set with the fingerprint of a
+            known corpus gets the name of this corpus and, if `label_map` is empty, its labels.
         labels: the labels of the model to evaluate, if there is one.
 
     Raises:
@@ -120,42 +121,47 @@ def open_corpora(
         ConfigError: two sets have the same name or different features, or the label map names
             unknown corpora or labels, or leaves no clips.
     """
-    places = [locations] if isinstance(locations, str) else list(dict.fromkeys(locations))
-    if not places:
-        raise ConfigError("no shard set is named: give one or several, as in --shards a b")
-    sets = _by_name([open_shards(absolute(place)) for place in places], known)
+    unique = [locations] if isinstance(locations, str) else list(dict.fromkeys(locations))
+    if not unique:
+        raise ConfigError("no shard set is given; give one or several, as in --shards a b")
+    sets = _by_name([open_shards(absolute(location)) for location in unique], known)
     _require_same_features(sets)
-    theirs = {name: shards.card.labels for name, shards in sets.items()}
-    maps = map_labels(theirs, label_map, labels)
+    set_labels = {name: shards.card.labels for name, shards in sets.items()}
+    maps = map_labels(set_labels, label_map, labels)
     if not label_map:
-        mapped = {corpus.fingerprint: corpus.labels for corpus in known}
-        maps |= {name: mapped.get(s.card.fingerprint, maps[name]) for name, s in sets.items()}
-    first, names = next(iter(sets)), next(iter(theirs.values()))
-    if len(sets) == 1 and maps[first] == dict(zip(names, names, strict=True)):
-        return sets[first]
+        known_maps = {corpus.fingerprint: corpus.labels for corpus in known}
+        for name, shards in sets.items():
+            maps[name] = known_maps.get(shards.card.fingerprint, maps[name])
+    if len(sets) == 1:  # without changed labels, it needs no `Corpora`
+        [(name, shards)] = sets.items()
+        if maps[name] == {label: label for label in set_labels[name]}:
+            return shards
     tables = {name: shards.clips() for name, shards in sets.items()}
     found = {name: set(table["emotion"].unique().to_pylist()) for name, table in tables.items()}
     if label_map == COMMON:
-        occurring = ({maps[n].get(label, "") for label in found[n]} for n in sets)
+        occurring = ({maps[name].get(label, "") for label in found[name]} for name in sets)
         maps = only_among(maps, set.intersection(*occurring))
     for name in sets:
         if not found[name] & maps[name].keys():
             raise ConfigError(
                 f"{label_map or 'the label map'} leaves no clip of {name}, whose labels are "
-                f"{', '.join(theirs[name])}: leave it out, or map its labels"
+                f"{', '.join(set_labels[name])}: leave it out, or map its labels"
             )
     members = [_member(name, sets[name], tables[name], maps[name]) for name in sets]
     kept = [maps[name][label] for name in sets for label in found[name] & maps[name].keys()]
-    return Corpora(", ".join(places), _card(members, in_order(kept)), tuple(members))
+    return Corpora(", ".join(unique), _card(members, in_order(kept)), tuple(members))
 
 
 def corpus_name(location: str) -> str:
-    """Return the name of the corpus in a shard set: the last folder of its location."""
+    """Return the name of the corpus in a shard set, which is the last folder of its location."""
     return location.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str, ShardSet]:
-    """Name every set after its folder, or like the model's known corpora, and sort by name."""
+    """Return {name: shard set}, sorted by name.
+
+    The name is that of the known corpus with the same fingerprint, or else of the set's folder.
+    """
     names = {corpus.fingerprint: corpus.name for corpus in known}
     named: dict[str, ShardSet] = {}
     for shards in sets:
@@ -197,22 +203,26 @@ def _member(name: str, shards: ShardSet, clips: pa.Table, labels: Mapping[str, s
 
 
 def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
-    """Make the card of all sets together."""
+    """Return a card that describes all sets together."""
     cards = [member.shards.card for member in members]
     kinds = {card.corpus for card in cards}
-    is_synthetic, is_one = "synthetic" in kinds, len(kinds) == 1
+    kind = cards[0].corpus if len(kinds) == 1 else "several"
     counts = sum((Counter(card.counts) for card in cards), Counter())
     sizes = [size for member in members for size in member.shard_sizes]
     identity = [(m.corpus.name, m.corpus.fingerprint, m.corpus.labels) for m in members]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     return ShardCard(
-        corpus="synthetic" if is_synthetic else cards[0].corpus if is_one else "several",
+        corpus="synthetic" if "synthetic" in kinds else kind,  # captions must say it
         source=", ".join(member.corpus.name for member in members),
         labels=labels,
         features=cards[0].features,
         counts=dict(counts),
         shard_numbers=tuple(range(len(sizes))),
         shard_sizes=tuple(sizes),
-        encoders=tuple(e for e in cards[0].encoders if all(e in card.encoders for card in cards)),
+        encoders=tuple(
+            encoder
+            for encoder in cards[0].encoders
+            if all(encoder in card.encoders for card in cards)
+        ),
         fingerprint=digest.hexdigest()[:16],
     )

@@ -1,4 +1,4 @@
-"""Compares files by their bytes or by their samples."""
+"""Hashes files and samples, so that `plan` and `write` can compare them."""
 
 import hashlib
 from functools import partial
@@ -10,7 +10,7 @@ from ser_ray.storage.paths import filesystem_of
 
 
 def file_digest(path: str) -> str | None:
-    """Return 16 hex digits for the bytes of a local file; None if it is remote or unreadable."""
+    """Hash the bytes of a local file to 16 hex digits; None if it is remote or unreadable."""
     try:
         return None if "://" in path else _digest(path)
     except OSError:
@@ -18,23 +18,25 @@ def file_digest(path: str) -> str | None:
 
 
 def sample_digest(samples: np.ndarray) -> str:
-    """Return 16 hex digits for decoded samples [num_samples], for the column `content`."""
+    """Hash decoded samples [num_samples] to 16 hex digits, for the column `content`."""
     return hashlib.sha256(samples.data).hexdigest()[:16]
 
 
 def same_bytes(one: str, other: str) -> bool:
     """Return whether two files have the same bytes."""
-    places = [filesystem_of(path) for path in (one, other)]
-    sizes = {filesystem.get_file_info(inside).size for filesystem, inside in places}
-    return len(sizes) == 1 and _digest(one) == _digest(other)
+    sizes = []
+    for location in (one, other):
+        filesystem, path = filesystem_of(location)
+        sizes.append(filesystem.get_file_info(path).size)
+    return sizes[0] == sizes[1] and _digest(one) == _digest(other)
 
 
-def _digest(path: str) -> str:
-    make = partial(hashlib.blake2b, digest_size=8)
-    if ROW in path:
-        return make(read_packed(path)).hexdigest()
-    filesystem, inside = filesystem_of(path)
-    if not filesystem.get_file_info(inside).is_file:  # opening a pipe would wait for its writer
-        raise OSError(f"{path}: not a file")
-    with filesystem.open_input_file(inside) as stream:
-        return hashlib.file_digest(stream, make).hexdigest()
+def _digest(location: str) -> str:
+    new_hash = partial(hashlib.blake2b, digest_size=8)
+    if ROW in location:
+        return new_hash(read_packed(location)).hexdigest()
+    filesystem, path = filesystem_of(location)
+    if not filesystem.get_file_info(path).is_file:  # opening a pipe would wait for its writer
+        raise OSError(f"{location}: not a file")
+    with filesystem.open_input_file(path) as stream:
+        return hashlib.file_digest(stream, new_hash).hexdigest()

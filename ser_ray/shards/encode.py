@@ -1,11 +1,12 @@
-"""Columns of pretrained encoders: a Ray Data job over the shards of a finished shard set.
+"""Adds the features of pretrained encoders to a finished shard set, by a Ray Data job.
 
-For each encoder, each shard of the clips gets a Parquet file of its own, which `column` writes.
-Adding an encoder therefore changes no other file, and reading one kind of feature reads only its
-bytes. An interrupted job continues with the missing shards, and a shard whose clips have changed is
-made again.
+For each encoder, each shard gets a Parquet file of its own, which `encode_shard` writes. All these
+files together are the column of the encoder. Adding an encoder therefore changes no other file, and
+reading one kind of feature reads only its bytes. An interrupted job continues with the missing
+files. A shard whose clips have changed is encoded again.
 
-Actors encode, because the weights must stay in memory. All actors on a machine share them.
+The job uses Ray actors, because the weights must stay in memory. All actors on a machine share
+them.
 """
 
 import itertools
@@ -33,9 +34,8 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import Report
 from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, write_card
-from ser_ray.shards.column import encode_shard, is_current
-from ser_ray.shards.job import follow, set_up_ray_data, shard_result
-from ser_ray.shards.progress import count_files
+from ser_ray.shards.encode_shard import encode_shard, is_current
+from ser_ray.shards.job import run_job, set_up_ray_data, shard_result
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
@@ -50,17 +50,23 @@ ACTORS_PER_GPU = 2
 
 
 def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) -> list[Any]:
-    """Load the named `EncoderWeights`: from the shard set, if it has them.
+    """Load the named `EncoderWeights`, from the shard set if it already has them.
+
+    Args:
+        shards: folder or URI of the shard set.
+        sources: the encoders, as for `PrepareConfig.encoder`.
+        features: the feature settings of the shard set.
 
     Raises:
-        ConfigError: an encoder is unknown, or the features have another sample rate.
+        ConfigError: an encoder is unknown, or the sample rate of the features is not that of
+            encoders.
         EncoderError: weights cannot be loaded, or differ from those in the shard set.
     """
     if not sources:
         return []
     if features.sample_rate != ENCODER_RATE:
         raise ConfigError(
-            f"encoder is {sources[0]}, but sample_rate is {features.sample_rate}: encoders read "
+            f"encoder is {sources[0]}, but sample_rate is {features.sample_rate}: encoders need "
             f"{ENCODER_RATE} Hz"
         )
     from ser_ray.features.encoder import EncoderWeights  # slow: torch and torchaudio
@@ -75,9 +81,9 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         given = EncoderWeights.named(source) if is_stored and "=" in source else weights
         if given.card.weights != weights.card.weights:
             raise EncoderError(
-                f"{source}: its weights have the hash {given.card.weights[:16]}, and the shards "
-                f"have a column {name} of weights with the hash {weights.card.weights[:16]}; give "
-                f"them another name, or delete {shards}/{layout.ENCODERS}/{name}"
+                f"{source}: its weights have the hash {given.card.weights[:16]}, but the shards "
+                f"have a column {name} that was made with the weights {weights.card.weights[:16]}; "
+                f"choose another name, or delete {shards}/{layout.ENCODERS}/{name}"
             )
         found.append(weights)
     return found
@@ -91,21 +97,21 @@ def add_encoders(
     address: str,
     progress: Report | None,
 ) -> tuple[ShardCard, list[str]]:
-    """Write the missing shards of the encoders' columns, and list the complete columns in the card.
+    """Encode what the encoders' columns lack, and list the complete columns in the card.
 
     Args:
         shards: folder or URI of the shard set.
-        card: describes its clips.
-        encoders: those whose columns are completed.
+        card: the card of the shard set.
+        encoders: the encoders whose columns are written.
         lock: held on the shard set.
-        address: cluster to join, if a shard is missing.
-        progress: called after every shard.
+        address: cluster to join, if a column lacks shards.
+        progress: called after every shard; if None, `run_job` shows the progress.
 
     Returns:
-        The card that the shard set now has, and a line for each column that lacks clips.
+        The new card of the shard set, and a warning for each column that lacks clips.
 
     Raises:
-        ShardsError: a recording cannot be read again, or the job failed.
+        ShardsError: a recording cannot be read or has changed, or the job failed.
     """
     named = {weights.card.name: weights for weights in encoders}
     before = {item.name: item for item in card.encoders} | _stored(shards)
@@ -131,7 +137,7 @@ def add_encoders(
 
 
 def _stored(shards: str) -> dict[str, EncoderCard]:
-    """Return the cards of all encoders with a column in the shard set, complete or not."""
+    """Return the encoders that have a column in the shard set, complete or not: {name: card}."""
     found = {}
     filesystem, folder = filesystem_of(location_inside(shards, layout.ENCODERS))
     for entry in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
@@ -143,7 +149,10 @@ def _stored(shards: str) -> dict[str, EncoderCard]:
 
 
 def missing_shards(shards: str, card: ShardCard, encoder: EncoderCard) -> list[int]:
-    """Return the shards whose column is missing or outdated, and delete files of no shard."""
+    """Return the numbers of the shards whose file of this encoder is missing or outdated.
+
+    Files of the encoder that belong to no shard are deleted.
+    """
     own = {layout.feature_name(encoder.name, number) for number in card.shard_numbers}
     found = set(layout.names_in(shards, f"{layout.ENCODERS}/{encoder.name}") or ())
     for name in found - own - {layout.weights_name(encoder.name)}:
@@ -167,7 +176,7 @@ def _write_column(
     lock: FolderLock,
     progress: Report | None,
 ) -> None:
-    """Encode shards in a pool of actors."""
+    """Encode the shards with these numbers in a pool of actors."""
     import ray
     import ray.data
 
@@ -193,12 +202,12 @@ def _write_column(
         num_gpus=1 / ACTORS_PER_GPU if gpus else None,
     )
     num_files = sum(pc.sum(pc.equal(table["window"], 0)).as_py() or 0 for table in clips)
-    with count_files(card.counts[layout.OK], card.counts[layout.OK] - num_files, progress) as add:
-        follow(results, shards, lock, add)
+    num_clips = card.counts[layout.OK]
+    run_job(results, shards, lock, num_clips, num_clips - num_files, progress)
 
 
 def _store_weights(location: str, weights: "EncoderWeights") -> None:
-    """Write the weights beside their column, unless they are there."""
+    """Write the weights beside the column, unless they are there already."""
     filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).is_file:
         return
@@ -210,7 +219,7 @@ def _store_weights(location: str, weights: "EncoderWeights") -> None:
 
 
 class _ShardEncoder:
-    """An actor that holds the encoder."""
+    """An actor that holds the encoder, and encodes one shard in a call."""
 
     def __init__(self, shards: str, features: FeatureConfig, encoder: Any, threads: int) -> None:
         import ray
@@ -228,7 +237,9 @@ class _ShardEncoder:
         number, name = int(batch["shard"][0]), self.encoder.card.name
 
         def write() -> dict[str, int]:
-            own = self.extractor, self.encoder, self.threads
-            return {layout.OK: encode_shard(self.shards, number, *own)}
+            num_clips = encode_shard(
+                self.shards, number, self.extractor, self.encoder, self.threads
+            )
+            return {layout.OK: num_clips}
 
         return shard_result(layout.feature_name(name, number), write)

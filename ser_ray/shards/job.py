@@ -1,4 +1,8 @@
-"""Ray Data jobs over the shards of a shard set: what a task returns, and how the driver follows."""
+"""Runs Ray Data jobs with one task for each shard.
+
+A task returns a `shard_result`, and the driver reads the results in `run_job`. `prepare` and
+`encode` make the jobs.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from ser_ray.errors import ShardsError, last_line
+from ser_ray.progress import Report, count_files
 from ser_ray.storage.lock import FolderLock
 
 if TYPE_CHECKING:
@@ -16,29 +21,29 @@ AGAIN = "; committed shards are kept: remove the cause, then give the same comma
 
 
 def set_up_ray_data() -> None:
-    """Turn off the messages of Ray Data, and let its tasks use all CPUs from the start."""
+    """Turn off the progress messages of Ray Data, and let its tasks use all CPUs from the start."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # By default a second task starts only when the first has ended, and the size of its result is
-    # known. That takes seconds, because each worker process first imports Ray Data.
+    # By default, only one task runs until the first result arrives and its size is known. This
+    # takes seconds, because each worker process first imports Ray Data.
     context.op_resource_reservation_enabled = False
     for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":  # not Ray Data's log files
+        if handler.name == "console":  # Ray Data's log files keep all messages
             handler.setLevel(logging.ERROR)
 
 
 def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
-    """Write the file of a shard in a worker.
+    """Write a file of a shard in a worker, and return counts or the reason of a failure.
 
     Args:
-        path: the file's path inside the shard set.
-        write: writes the file, and returns the shard's number of files by status.
+        path: path of the written file inside the shard set, for error messages.
+        write: writes the file, and returns the shard's number of listed files by status.
 
     Returns:
         The columns `path`, `failure`, `status` and `count`, with one row for each status. `failure`
-        is empty, or the reason why the file was not written.
+        is the reason why the file was not written, or empty.
     """
     counts: Mapping[str, int] = {"": 0}
     failure = ""
@@ -50,22 +55,31 @@ def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
     return pa.table(columns | {"status": list(counts), "count": list(counts.values())})
 
 
-def follow(
-    results: "Dataset", shards: str, lock: FolderLock, add: Callable[[Mapping[str, int]], None]
+def run_job(
+    results: "Dataset", shards: str, lock: FolderLock, num_files: int, before: int, given: Report | None
 ) -> None:
-    """Run a job of `shard_result`s, count the files, and stop if another run took over the lock.
+    """Run a job, and show its progress. Stop if another run took over the lock.
+
+    Args:
+        results: Ray Data computes these `shard_result`s, while this function reads them.
+        shards: folder or URI of the shard set.
+        lock: held on the shard set.
+        num_files: number of listed files of the shard set.
+        before: number of files that earlier runs finished.
+        given: called after every shard; if None, `show_progress` shows a bar or log lines.
 
     Raises:
-        ShardsError: a shard could not be written, or the job failed.
+        ShardsError: a shard could not be written, the job failed, or the lock was lost.
     """
     import ray
 
     try:
-        for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            path, failure, statuses, counts = result.to_pydict().values()
-            if failure[0]:
-                raise ShardsError(f"{shards}/{path[0]}: {failure[0]}{AGAIN}")
-            lock.require_held()
-            add(dict(zip(statuses, counts, strict=True)))
+        with count_files(num_files, before, given) as add:
+            for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                path, failure, statuses, counts = result.to_pydict().values()
+                if failure[0]:
+                    raise ShardsError(f"{shards}/{path[0]}: {failure[0]}{AGAIN}")
+                lock.require_held()
+                add(dict(zip(statuses, counts, strict=True)))
     except ray.exceptions.RayError as error:
         raise ShardsError(f"{shards}: the job failed ({last_line(error)}){AGAIN}") from error

@@ -1,15 +1,16 @@
-"""The files of a shard set: their names, how they are written, and how old files are deleted.
+"""The files of a shard set: their names, and how they are read, written and deleted.
 
-    SHARDS/card.json                       describes the set; missing until the set is complete
-    SHARDS/clips/shard-00012.parquet        the decoded clips of a shard with their features
-    SHARDS/outcomes/shard-00012.parquet     one row for every listed file of the shard
-    SHARDS/encoders/NAME/shard-00012.parquet    an encoder's column, one row for each row of clips
+    SHARDS/card.json                           describes the set; missing until the set is complete
+    SHARDS/clips/shard-00012.parquet           the decoded clips of shard 12 with their features
+    SHARDS/outcomes/shard-00012.parquet        one row for every listed file of shard 12
+    SHARDS/encoders/NAME/shard-00012.parquet   an encoder's features of these clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
 
-Features are stored as fixed-size binary: the bytes of a float16 array `[bins, num_frames]`, padded
-with zeros on the right. Arrow's fixed-shape tensors are slower, because Parquet stores them as
-nested lists with a definition level for every number: on 128 clips, writing takes 5 times and
-reading 7 times as long. An encoder's values are the bytes of a float16 array `[layers, dim]`.
+The feature of a clip is stored as the bytes of a float16 array `[bins, num_frames]`, padded with
+zeros on the right; that of an encoder as a float16 array `[layers, dim]`. All arrays of a column
+have the same size, so its type is Arrow's fixed-size binary. Arrow's fixed-shape tensors are
+slower, because Parquet stores them as nested lists with a definition level for every number: on 128
+clips, writing takes 5 times and reading 7 times as long.
 """
 
 import contextlib
@@ -29,19 +30,19 @@ from ser_ray.storage.paths import filesystem_of, location_inside
 CARD_NAME = "card.json"
 CLIPS, OUTCOMES, ENCODERS = "clips", "outcomes", "encoders"
 OK = "ok"
-"""The status of a clip that has features."""
+"""The status of a listed file whose clip is in the shards."""
 DIGEST = "digest"
-"""The column of the outcomes with the digest of a file's bytes."""
+"""The column of the outcomes that has the digest of each file's bytes."""
 REQUESTS_AT_ONCE = 16
-"""Shards that are read in parallel: a bucket answers many small requests in the time of one."""
+"""Number of small files that are read in parallel: a bucket answers them in the time of one."""
 COMPRESSION = "lz4"
-"""Saves nine tenths of the bytes that zstd saves, and can be read twice as fast."""
-_OWN = re.compile(rf"{CLIPS}/shard-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
-"""Names of the files in the folder of clips."""
+"""lz4 saves nine tenths of the bytes that zstd saves, and is read twice as fast."""
+_CLIPS_FILE = re.compile(rf"{CLIPS}/shard-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
+"""Paths of clips, and of the temporary files that `write_table` renames to them."""
 
 
 def feature_column(values: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Turn features [clips, ...] float16 into a column with the bytes of each clip's array."""
+    """Turn features [num_clips, ...] float16 into a column with the bytes of each clip's array."""
     width = math.prod(values.shape[1:]) * values.itemsize
     buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), buffers)
@@ -53,7 +54,7 @@ def clips_name(number: int) -> str:
 
 
 def feature_name(kind: str, number: int) -> str:
-    """Return the path of a shard's file with this kind of feature."""
+    """Return the path, inside the shard set, of the file with this kind of feature of a shard."""
     return clips_name(number) if kind in KINDS else f"{ENCODERS}/{kind}/shard-{number:05d}.parquet"
 
 
@@ -74,7 +75,10 @@ def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.T
 
 
 def write_table(shards: str, name: str, table: pa.Table) -> None:
-    """Write a Parquet file atomically, without statistics and without dictionaries of features."""
+    """Write a Parquet file atomically; `name` is its path inside the shard set.
+
+    It has no statistics, and no dictionaries for features.
+    """
     filesystem, path = filesystem_of(location_inside(shards, name))
     with atomic_write(filesystem, path) as target:
         pq.write_table(
@@ -90,7 +94,7 @@ def write_table(shards: str, name: str, table: pa.Table) -> None:
 
 
 def names_in(shards: str, folder: str) -> list[str] | None:
-    """Return the paths of the files in a folder of the shard set; None if it does not exist."""
+    """Return the paths of the files in a folder of the shard set; None if there is no folder."""
     filesystem, path = filesystem_of(location_inside(shards, folder))
     if filesystem.get_file_info(path).type == fs.FileType.NotFound:
         return None
@@ -106,17 +110,21 @@ def delete(shards: str, name: str) -> None:
 
 
 def require_own(shards: str) -> None:
-    """Raise `ShardsError` if the folder of the clips has files that are not part of a shard set."""
+    """Refuse to write to a folder whose `clips` holds files that no shard set has.
+
+    Raises:
+        ShardsError: there is such a file.
+    """
     has_outcomes = names_in(shards, OUTCOMES) is not None
     for name in names_in(shards, CLIPS) or ():
-        if not (has_outcomes and _OWN.fullmatch(name)):
+        if not (has_outcomes and _CLIPS_FILE.fullmatch(name)):
             raise ShardsError(
                 f"{shards}: holds {name}, which is not part of a shard set; choose another folder"
             )
 
 
 def keep_only(shards: str, numbers: list[int]) -> None:
-    """Delete the card, and the outcomes and clips of all shards that are not in `numbers`.
+    """Delete the card, and the outcomes and clips of all shards except those with these numbers.
 
     Outcomes are deleted before clips, so an interruption never leaves a shard that looks complete.
     """

@@ -1,16 +1,17 @@
-"""Decides which committed shards are still valid, and cuts all other files into shards.
+"""Decides which committed shards are still valid, and divides all other files into new shards.
 
-The plan is made from the committed outcomes, so nothing else is stored. A committed shard is kept
-if the features and its rows of the manifest have not changed. All other files, in the order of
-their paths, are cut into shards, which get the lowest free numbers. The same files therefore always
-give the same shards, so another machine can continue an interrupted run.
+The plan follows from the manifest and the outcomes of the committed shards. A committed shard is
+kept if the feature settings and its rows of the manifest have not changed. All other files are
+sorted by path and divided into shards, which get the lowest free numbers. A run that continues an
+interrupted run, also on another machine, therefore writes the shards that were missing.
 
-Here, a file means a row of the manifest, which may also be a segment of a file.
+In this module, a file is a row of the manifest, which may also be a segment of a file.
 """
 
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,27 +33,27 @@ from ser_ray.shards.digest import file_digest
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of, location_inside
 
-MIN_SHARDS = 16
-"""A small corpus is cut into at least this many shards, so that several cores have work."""
+SHARDS_OF_SMALL_CORPUS = 16
+"""A corpus that would fit into a few shards is divided into up to this many, so that several cores
+have work."""
 KEY, FEATURES = b"ser_ray.shard_key", b"ser_ray.features"
-"""Names of metadata in a shard's outcomes. The key is empty if the shard must be written again."""
+"""Keys of the metadata in a shard's outcomes: its `shard_key` and its feature settings."""
 
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """The outcomes and metadata of a committed shard."""
+    """The files, key and feature settings of a committed shard, as its outcomes have them."""
 
     files: pa.Table
-    """The shard's rows of the manifest without status and reason, with the files' digests."""
+    """The shard's rows of the manifest, without status and reason, and the digest of each file."""
     key: str
-    """The `shard_key` when the shard was written; empty if it must be written again."""
+    """The `shard_key` of the rows as they were then; empty if the shard must be written again."""
     features: FeatureConfig
-    """The settings of the shard's features."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shards that a run keeps, and the shards that it writes."""
+    """The shards that a run of `prepare` keeps, and those that it writes."""
 
     kept: list[int]
     """Numbers of the committed shards that are still valid, ascending."""
@@ -73,21 +74,21 @@ class Plan:
 
 
 def shard_key(rows: pa.Table, features: FeatureConfig) -> str:
-    """Return 16 hex digits for a shard's rows of the manifest and the settings of the features."""
+    """Hash a shard's rows of the manifest and the feature settings to 16 hex digits."""
     text = json.dumps([features.fingerprint, rows.to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shard_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
-    """Return the metadata for a shard's outcomes."""
+    """Return the metadata to store with a shard's outcomes."""
     return {KEY: key.encode(), FEATURES: json.dumps(asdict(features)).encode()}
 
 
 def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -> pa.Table:
-    """Ignore new modification times of files whose bytes are unchanged, so they stay committed.
+    """Return the manifest with the old modification times of files whose bytes have not changed.
 
-    The returned manifest has the time of the earlier run for these files. Comparing the bytes of a
-    file is faster than decoding it.
+    A file with a new time but the same size is hashed and compared with the digest of the earlier
+    run, which is faster than decoding it again. With the old time, it stays in its committed shard.
     """
     if not committed:
         return manifest
@@ -110,7 +111,10 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -
 
 
 def read_committed(shards: str) -> dict[int, CommittedShard]:
-    """Read the committed shards of a shard set: {number: shard}."""
+    """Read the committed shards of a shard set: {number: shard}.
+
+    Shards that are incomplete, damaged or of another version are left out.
+    """
 
     def read_shard(number: int) -> CommittedShard | None:
         filesystem, path = filesystem_of(location_inside(shards, layout.clips_name(number)))
@@ -125,7 +129,7 @@ def read_committed(shards: str) -> dict[int, CommittedShard]:
             files = files.drop_columns(["status", "reason"])
             return CommittedShard(files, metadata[KEY].decode(), features)
         except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, ConfigError):
-            return None  # incomplete, damaged or of another version
+            return None
         except OSError:
             if not isinstance(filesystem, fs.LocalFileSystem):
                 raise  # the error may be temporary
@@ -144,51 +148,59 @@ def make_plan(
     max_rows: int,
     committed: Mapping[int, CommittedShard],
 ) -> Plan:
-    """Decide which committed shards are kept, and cut all other files into shards.
+    """Decide which committed shards are kept, and divide all other files into shards.
 
-    All segments of a file are in one shard, unless there are too many, so the file is decoded once.
+    All segments of a file are in one shard, so that the file is decoded once. Only a file with more
+    than `max_rows` segments is in several shards.
 
     Args:
         manifest: one row per listed file.
-        features: the settings of the features.
-        max_rows: largest number of files in a shard.
+        features: the feature settings.
+        max_rows: largest number of rows in a shard.
         committed: the result of `read_committed`.
     """
     manifest = manifest.sort_by(ORDER)
-    numbers = np.full(len(manifest), -1)
-    if committed:
-        keys = pa.chunked_array([clip_keys(p.files).combine_chunks() for p in committed.values()])
-        numbers = np.repeat(list(committed), [len(shard.files) for shard in committed.values()])
-        index = pc.index_in(clip_keys(manifest), value_set=keys)
-        numbers = pc.fill_null(pa.array(numbers).take(index), -1).to_numpy().copy()
-    order = np.argsort(numbers, kind="stable")
-    found, firsts, counts = np.unique(numbers[order], return_index=True, return_counts=True)
-    kept = []
+    owners = _committed_numbers(manifest, committed)
+    order = np.argsort(owners, kind="stable")
+    found, firsts, counts = np.unique(owners[order], return_index=True, return_counts=True)
+    kept, begins_shard = [], np.zeros(len(manifest), bool)
     for number, first, count in zip(found.tolist(), firsts, counts, strict=True):
         if number < 0 or count != len(committed[number].files):
             continue
-        rows = manifest.take(order[first : first + count])
-        if shard_key(rows, features) == committed[number].key:
+        rows = order[first : first + count]
+        if shard_key(manifest.take(rows), features) == committed[number].key:
             kept.append(number)
-    is_kept = np.isin(numbers, kept)
-    begins_shard = np.zeros(len(manifest), bool)
-    begins_shard[order[firsts[np.isin(found, kept)]]] = True
+            begins_shard[rows[0]] = True
+    is_kept = np.isin(owners, kept)
+    needed = _rows_needed(manifest, is_kept, begins_shard)
+    size = max(1, min(max_rows, math.ceil(len(manifest) / SHARDS_OF_SMALL_CORPUS)))
     rest = manifest.filter(pa.array(~is_kept))
-    size = max(1, min(max_rows, -(-len(manifest) // MIN_SHARDS)))
-    free = itertools.filterfalse(set(kept).__contains__, itertools.count())
+    is_used = set(kept)
+    free = (number for number in itertools.count() if number not in is_used)
     pending = {
-        next(free): rest.slice(first, stop - first)
-        for first, stop in _cut(_rows_needed(manifest, is_kept, begins_shard), size, max_rows)
+        next(free): rest.slice(first, end - first) for first, end in _divide(needed, size, max_rows)
     }
     return Plan(kept, pending, len(manifest))
 
 
-def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_shard: np.ndarray) -> np.ndarray:
-    """Return how many rows of a shard each pending row needs, [num_pending].
+def _committed_numbers(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -> np.ndarray:
+    """Return the number of the committed shard that has each row, or -1 [num_rows]."""
+    if not committed:
+        return np.full(len(manifest), -1)
+    shards = committed.values()
+    keys = pa.chunked_array([clip_keys(shard.files).combine_chunks() for shard in shards])
+    numbers = pa.array(np.repeat(list(committed), [len(shard.files) for shard in shards]))
+    index = pc.index_in(clip_keys(manifest), value_set=keys)
+    return pc.fill_null(numbers.take(index), -1).to_numpy()
 
-    The first segment of a file needs a row for each segment of the file, and the other segments
-    need none. A complete file needs one row. The first file of a kept shard counts with the next
-    pending row, so that an interrupted run cuts shards at the same rows as an uninterrupted run.
+
+def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_shard: np.ndarray) -> np.ndarray:
+    """Return how many free rows a shard must have to take each pending row [num_pending].
+
+    The first segment of a file needs as many rows as the file has segments, so that they stay
+    together; the other segments need none. A complete file needs one row. If a kept shard begins
+    with a file, the next pending row needs at least as many rows as that file. An interrupted run
+    therefore divides the files at the same rows as an uninterrupted run.
     """
     paths = manifest["path"].combine_chunks()
     begins_file = np.ones(len(paths), bool)
@@ -204,15 +216,21 @@ def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_shard: np.ndarr
     return result
 
 
-def _cut(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row and the end row of each shard.
+def _divide(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each shard, and the row after its last one.
 
     A shard has at most `size` rows, or up to `limit` rows if all of them are segments of one file.
+
+    Args:
+        needed: the result of `_rows_needed` [num_pending].
+        size: largest number of rows in a shard with several files.
+        limit: largest number of rows in a shard with one file.
     """
     first = 0
     for row, num_rows in enumerate(needed.tolist()):
         filled = row - first
-        if filled and (filled + num_rows > size if num_rows else filled >= limit):
+        is_full = filled + num_rows > size if num_rows else filled >= limit
+        if filled and is_full:
             yield first, row
             first = row
     if len(needed):
@@ -226,16 +244,16 @@ def update_times(
     features: FeatureConfig,
     kept: Mapping[int, CommittedShard],
 ) -> None:
-    """Write the new times of unchanged files into the outcomes of the kept shards.
+    """Write the new modification times of unchanged files into the outcomes of the kept shards.
 
-    The next run then does not compare their bytes again.
+    The next run then does not hash these files again.
 
     Args:
         shards: folder or URI of the shard set.
         listed: the manifest with the new times.
         restored: the result of `restore_times`.
-        features: the settings of the features.
-        kept: {number: shard} of the shards that are still valid.
+        features: the feature settings.
+        kept: the committed shards that are still valid: {number: shard}.
     """
     touched = pc.fill_null(pc.not_equal(listed["modified"], restored["modified"]), False)
     paths, all_keys = listed["path"].filter(touched), clip_keys(listed)
@@ -273,7 +291,7 @@ def require_same_corpus(
 def describe_changes(
     committed: Mapping[int, CommittedShard], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Return lines about the files that an earlier run prepared, and about changes since then."""
+    """Say what has changed since an earlier run, and how many files are prepared: a few lines."""
     if not committed:
         return ()
     first = next(iter(committed.values()))
@@ -300,7 +318,7 @@ def describe_changes(
 
 
 def _by_key(tables: Iterable[pa.Table]) -> dict[str, tuple[Any, ...]]:
-    """Return the rows of tables by their `clip_keys`, without digests and outcomes."""
+    """Return {key: values} of all rows, by their `clip_keys`, without digests and outcomes."""
     names = [name for name in MANIFEST_SCHEMA.names if name not in ("status", "reason")]
     rows: dict[str, tuple[Any, ...]] = {}
     for table in tables:

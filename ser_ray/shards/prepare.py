@@ -1,12 +1,12 @@
-"""Prepares the shards of a corpus: a Ray Data job over the shards of a plan.
+"""Turns a corpus into shards, by a Ray Data job over the shards of a plan.
 
-Each block of the dataset is one shard's rows of the manifest. A task decodes the files, writes
-the shard (`write` explains why Ray Data does not) and returns the number of files by status. If the
-command is given again, it writes only the missing shards of the `plan`. The card is written when
-all shards are committed.
+Each block of the dataset has one shard's rows of the manifest. A task decodes their files, writes
+the shard and returns the number of files by status. If the command is given again, it writes only
+the missing shards of the `plan`. The card is written when all shards are committed.
 
-An actor pool takes 27 s instead of 7 s for 1,440 clips on two CPUs, because Ray Data runs the pool
-and the writing as two operators, and copies the features from one to the other.
+The tasks write the shards themselves; `write` says why Ray Data does not. An actor pool that
+decodes and a second operator that writes were tried: they take 27 s instead of 7 s for 1,440 clips
+on two CPUs, because Ray Data copies the features from one operator to the other.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from ser_ray.shards import layout
 from ser_ray.shards.card import ShardCard, make_card, read_card, write_card
 from ser_ray.shards.config import PrepareConfig, column_names
 from ser_ray.shards.encode import add_encoders, load_encoders
-from ser_ray.shards.job import AGAIN, follow, set_up_ray_data, shard_result
+from ser_ray.shards.job import AGAIN, run_job, set_up_ray_data, shard_result
 from ser_ray.shards.plan import (
     Plan,
     describe_changes,
@@ -42,7 +42,6 @@ from ser_ray.shards.plan import (
     restore_times,
     update_times,
 )
-from ser_ray.shards.progress import count_files
 from ser_ray.shards.read import ShardSet
 from ser_ray.shards.write import write_shard
 from ser_ray.storage.atomic import atomic_write
@@ -52,8 +51,10 @@ from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
 ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
 MISSING_NAME = "missing.csv"
-"""The file in a shard set that lists the files of a table that do not exist."""
+"""A file in the shard set. It lists the files that the table of the corpus names but that do not
+exist."""
 NAMES_SHOWN = 3
+"""Number of missing files that a warning names."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,17 @@ class PrepareSummary:
     card: ShardCard
     """The card of the shard set."""
     notes: tuple[str, ...]
-    """Lines about the files that an earlier run prepared, and about changes since then."""
+    """Lines about the changes since an earlier run (`describe_changes`)."""
     files_done: int
-    """Number of files that got their outcome in this run."""
+    """Number of files in the shards that this run wrote."""
     seconds: float
-    """Wall time of this run."""
+    """Duration of this run."""
     num_files: int | None
-    """Number of files, if the corpus is a table of segments."""
+    """Number of files if the rows of the corpus are segments of files; else None."""
     contents: str
-    """A text with the number of clips by label, and the number of speakers."""
+    """The number of clips by label and the number of speakers, as text."""
     warnings: tuple[str, ...]
-    """Lines about files that were left out or are missing, and about likely mistakes."""
+    """Lines about files that are left out or missing, and about likely mistakes in the corpus."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
@@ -99,20 +100,21 @@ def prepare(
     address: str = "",
     progress: Report | None = None,
 ) -> PrepareSummary:
-    """Write the shards of a corpus, except the shards that are there already.
+    """Write the missing shards of a corpus, add the features of encoders, and write the card.
 
     Args:
         config: which clips become shards, with which features, and where the shards are written.
-        listed: the corpus, if the caller has listed it.
-        address: cluster to join, as for `cluster.connect.cluster`; unused if no shard is missing.
-        progress: called after every shard. By default, notes on an earlier run and then a bar or
-            log lines are printed on standard error.
+        listed: the corpus, if the caller has listed it already.
+        address: cluster to join, as for `cluster.connect.cluster`; unused if nothing is missing.
+        progress: called after every shard. If None, the changes since an earlier run, and then a
+            bar or log lines, are printed on standard error.
 
     Raises:
-        CorpusError: no corpus is found, files of a table do not exist, or no file becomes a clip.
+        CorpusError: no corpus is found, no file of a table exists, or no file becomes a clip.
+        ConfigError: an encoder or a column is unknown.
         ShardsError: another run writes to the folder, the folder holds another corpus, or a shard
             could not be written.
-        EncoderError: the weights of an encoder cannot be loaded. This is checked first.
+        EncoderError: the weights of an encoder cannot be loaded.
         ResourcesError: no cluster answers, or a node cannot open the corpus or the shards.
     """
     started = time.monotonic()
@@ -132,18 +134,18 @@ def prepare(
             missing = _report_missing(manifest, config)
             committed = read_committed(config.shards)
             require_same_corpus(committed, manifest, config.shards)
-            current, manifest = manifest, restore_times(manifest, committed)
-            plan = make_plan(manifest, config.features, config.rows_per_part, committed)
+            restored = restore_times(manifest, committed)
+            plan = make_plan(restored, config.features, config.rows_per_part, committed)
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             kept = {number: committed[number] for number in plan.kept}
-            update_times(config.shards, current, manifest, config.features, kept)
+            update_times(config.shards, manifest, restored, config.features, kept)
             card = read_card(config.shards)
             with cluster(address) if plan.pending else contextlib.nullcontext():
                 if card is None or plan.pending or card.shard_numbers != tuple(plan.kept):
                     card = _complete(config, corpus, plan, lock, progress)
-                card, stale = add_encoders(config.shards, card, encoders, lock, address, progress)
+                card, lacking = add_encoders(config.shards, card, encoders, lock, address, progress)
     except OSError as error:
         where = error.filename or config.shards
         raise ShardsError(f"{where}: {error.strerror or error}{AGAIN}") from error
@@ -168,7 +170,7 @@ def prepare(
         seconds=time.monotonic() - started,
         num_files=len(pc.unique(outcomes["path"])) if is_segmented else None,
         contents=describe_clips(outcomes.filter(pc.equal(outcomes["status"], layout.OK))),
-        warnings=(*warnings, *stale, *find_mistakes(outcomes)),
+        warnings=(*warnings, *lacking, *find_mistakes(outcomes)),
     )
 
 
@@ -179,7 +181,7 @@ def _complete(
     lock: FolderLock,
     progress: Report | None,
 ) -> ShardCard:
-    """Write the pending shards of the plan, and then the card of the shard set.
+    """Write the pending shards of the plan, delete all others, and write the card.
 
     Raises:
         ShardsError: a shard could not be written, or the job failed.
@@ -205,8 +207,8 @@ def _complete(
             batch_size=None,
             batch_format="pyarrow",
         )
-        with count_files(plan.num_files, plan.num_files - plan.num_pending, progress) as add:
-            follow(results, config.shards, lock, add)
+        before = plan.num_files - plan.num_pending
+        run_job(results, config.shards, lock, plan.num_files, before, progress)
     layout.keep_only(config.shards, plan.shard_numbers)
     card = make_card(config.shards, corpus, config.features, plan.shard_numbers)
     assert card.num_files == plan.num_files, "one outcome for every listed file"
@@ -218,8 +220,8 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     """Write missing.csv, and return a line about the files of a table that do not exist.
 
     Raises:
-        CorpusError: no file of the table exists, or the folder of a file does not exist: a disk may
-            not be mounted.
+        CorpusError: no file of the table exists, or the folder of a file does not exist. Then a
+            disk may not be mounted.
     """
     is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
     rows = manifest.filter(is_missing).select(["path", "reason"])
@@ -244,7 +246,7 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
 
 
 def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -> pa.Table:
-    """Write the shard with these rows, in a worker; see `shard_result`."""
+    """Write the shard with these rows in a worker, and return its `shard_result`."""
     number = rows["shard"][0].as_py()
 
     def write() -> dict[str, int]:

@@ -1,14 +1,14 @@
-"""Reads shards: a table that describes the clips, and arrays of features.
+"""Reads shards: a table that describes the clips, and arrays of their features.
 
     shards = ser_ray.open_shards("ser-ray-out/shards")
-    shards.clips().to_pandas()                                  # one row per clip
+    shards.clips().to_pandas()                                  # a row per clip or window
     shards.features("mel")                                      # [clips, bins, frames] float16
     shards.features("wavlm_base_plus")                          # [clips, layers, dim] float16
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, part="train")
     shards.ray_dataset("mel", protocol="speaker-3", fold=0, part="train")
 
-pandas, polars, `datasets` and `ray.data.read_parquet` can read the Parquet files in the folder
-`clips` of a set, and `ShardSet.to_array` turns a feature column into an array:
+pandas, polars, `datasets` and `ray.data.read_parquet` can also read the Parquet files in the folder
+`clips` of a shard set. `ShardSet.to_array` turns their feature columns into arrays:
 
     table = pandas.read_parquet("ser-ray-out/shards/clips", columns=["emotion", "mel"])
     mel = shards.to_array("mel", table["mel"])
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Part = Literal["train", "validation", "test"]
 
 READ_THREADS = 4
-"""Shards that are read in parallel."""
+"""Number of shards that are read in parallel."""
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,42 @@ class ShardSet:
     uri: str
     """Folder or URI of the shards."""
     card: ShardCard
-    """The description of the set."""
 
     def __repr__(self) -> str:
         kinds = (*KINDS, *(encoder.name for encoder in self.card.encoders))
         return (
-            f"{' and '.join(self.locations)}: {sum(self.card.shard_sizes)} clips, "
+            f"{' and '.join(self.locations)}: {self.card.num_rows} clips, "
             f"{len(self.card.labels)} labels ({', '.join(self.card.labels)}), "
             f"features {', '.join(kinds)}"
         )
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """The location of the set, or of each set in `ser_ray.shards.corpora`."""
+        """Folder or URI of each shard set; several only in `ser_ray.shards.corpora`."""
         return (self.uri,)
 
     @property
     def corpora(self) -> tuple[UsedCorpus, ...]:
-        """The used clips of each corpus; only in `ser_ray.shards.corpora`."""
+        """Which clips of each corpus are used; empty except in `ser_ray.shards.corpora`."""
         return ()
 
     def clips(self) -> pa.Table:
-        """Return every column except the features, one row per decoded clip."""
+        """Return every column except the features, one row per clip or window of a long clip."""
         tables = []
-        for number, num_clips in zip(self.card.shard_numbers, self.card.shard_sizes, strict=True):
+        for number, num_rows in zip(self.card.shard_numbers, self.card.shard_sizes, strict=True):
             filesystem, path = filesystem_of(location_inside(self.uri, layout.clips_name(number)))
             with _reading(path), pq.ParquetFile(path, filesystem=filesystem) as file:
                 names = [name for name in file.schema_arrow.names if name not in KINDS]
                 tables.append(file.read(names))
-                if len(tables[-1]) != num_clips or tables[-1].schema != tables[0].schema:
-                    raise ValueError("it does not have the clips that the card lists")
+                if len(tables[-1]) != num_rows or tables[-1].schema != tables[0].schema:
+                    raise ValueError("it does not have the rows that the card counts")
         return pa.concat_tables(tables)
 
     def outcomes(self) -> pa.Table:
         """Return the manifest with the final status and reason, one row per listed file.
 
-        The column `encoders` names the encoders by which the file was encoded, as NAME:HASH with
-        the hash of the weights. The card is where this comes from: it lists complete columns only.
+        The column `encoders` lists the encoders that the card has, as NAME:HASH with the hash of
+        the weights. It is empty for files without a clip.
         """
         tables = []
         for name in map(layout.outcomes_name, self.card.shard_numbers):
@@ -95,8 +94,8 @@ class ShardSet:
                 tables.append(layout.read_table(self.uri, name))
         table = pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
         names = pa.list_(pa.string())
-        own = pa.scalar([f"{item.name}:{item.weights}" for item in self.card.encoders], names)
-        encoders = pc.if_else(pc.equal(table["status"], layout.OK), own, pa.scalar([], names))
+        listed = pa.scalar([f"{item.name}:{item.weights}" for item in self.card.encoders], names)
+        encoders = pc.if_else(pc.equal(table["status"], layout.OK), listed, pa.scalar([], names))
         return table.append_column("encoders", encoders)
 
     def to_array(self, kind: str, column: pa.ChunkedArray | Iterable[bytes]) -> np.ndarray:
@@ -104,12 +103,12 @@ class ShardSet:
 
         Args:
             kind: the kind of feature.
-            column: a pyarrow column (which is not copied), a series of pandas or polars, or an
-                array or list of bytes.
+            column: a pyarrow column (which is not copied if it is one chunk), a series of pandas or
+                polars, or an array or list of bytes.
 
         Returns:
             `[len(column), bins, num_frames]` float16, read-only. Spectrogram and mel are in
-            decibels. Frames from the clip's `num_frames` on are zero. For an encoder,
+            decibels. Frames from the row's `num_frames` on are zero. For an encoder,
             `[len(column), layers, dim]`.
         """
         shape = self.card.shape_of(kind)
@@ -122,15 +121,18 @@ class ShardSet:
         return numbers.reshape(-1, *shape)[array.offset : array.offset + len(array)]
 
     def features(self, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return one kind of feature. The other kinds are not read.
+        """Return one kind of feature; the other kinds are not read.
 
         Args:
             kind: the kind of feature.
             rows: row numbers of `clips()`, `[num_rows]` in any order; None for all rows.
 
         Returns:
-            `[num_rows, bins, num_frames]` float16. Frames from the clip's `num_frames` on are zero.
+            `[num_rows, bins, num_frames]` float16. Frames from the row's `num_frames` on are zero.
             For an encoder, `[num_rows, layers, dim]`.
+
+        Raises:
+            ShardsError: a file cannot be read, or the features do not fit into memory.
         """
         rows = np.arange(self.card.num_rows) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_rows:
@@ -148,9 +150,15 @@ class ShardSet:
     def read_into(
         self, features: np.ndarray, places: np.ndarray, kind: str, rows: np.ndarray
     ) -> None:
-        """Read rows of `clips()` [num_rows] to these places [num_rows] of an array of features.
+        """Read the features of rows of `clips()` into an array.
 
-        The array is read shard by shard, so no more memory is needed than it has and a few shards.
+        The shards are read one by one, and `READ_THREADS` at a time, to save memory.
+
+        Args:
+            features: the array, with the shape of `features(kind)` except for the number of rows.
+            places: index in the array for each row [num_rows].
+            kind: the kind of feature.
+            rows: row numbers of `clips()` [num_rows].
         """
         starts = np.cumsum((0, *self.card.shard_sizes))
         owners = np.searchsorted(starts, rows, side="right") - 1  # index of each row's shard
@@ -163,16 +171,16 @@ class ShardSet:
             with _reading(f"{self.uri}/{name}"):
                 array = self.to_array(kind, layout.read_table(self.uri, name, [kind])[kind])
                 if len(array) != self.card.shard_sizes[index]:
-                    raise ValueError("it does not have the clips that the card lists")
+                    raise ValueError("it does not have the rows that the card counts")
                 features[places[wanted]] = array[rows[wanted] - starts[index]]
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             list(pool.map(read_shard, range(len(self.card.shard_numbers))))
 
     def rows_of(self, protocol: str, fold: int = 0, part: Part = "train") -> np.ndarray:
-        """Return the clips in one part of a fold, with one clip for each RAVDESS performance.
+        """Return the rows of one part of a fold, with one clip for each RAVDESS take.
 
-        A long clip has several rows: its windows.
+        A long clip has several rows, one for each window.
 
         Args:
             protocol: name of the protocol, such as `emobox-6` or `speaker-5`.
@@ -219,12 +227,11 @@ class ShardSet:
     ) -> "Dataset":
         """Make a Ray Data dataset of the rows of `rows_of`.
 
-        Each task reads one shard of the set. Ray Data joins a Ray cluster or starts one.
+        Each task reads one shard. Ray Data joins a Ray cluster or starts one.
 
         Returns:
-            The columns of `clips()`, and the feature as a column of arrays `[bins, num_frames]`
-            float16. The order of the shards is not fixed, unless Ray Data's context preserves the
-            order.
+            The columns of `clips()`, and the column `kind` with arrays `[bins, num_frames]`
+            float16. The shards come in any order, unless Ray Data's context preserves the order.
 
         Raises:
             ConfigError: the protocol does not fit the speakers, or there is no such fold.

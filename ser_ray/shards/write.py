@@ -1,13 +1,14 @@
-"""Writes a shard: rows of the manifest become two Parquet files, which are equal on any machine.
+"""Writes one shard: its rows of the manifest become the clips and the outcomes, two Parquet files.
 
-The clips are written first and the outcomes last, so a shard with outcomes is complete. Nothing
-here imports Ray.
+The files have the same bytes on every machine. The clips are written first and the outcomes last,
+so a shard with outcomes is complete. Nothing here imports Ray.
 
-Ray Data's `write_parquet` with its checkpoints was tried for the clips, but it cannot keep four
-promises. Every file gets an outcome in the same pass, even if it fails. A killed writer leaves no
-broken file among the clips. If a file is removed or changed, its clip is too; a checkpoint only
-says which rows to skip. Interruptions change neither names nor order of the shards, so they do not
-change a training on the shards.
+Ray Data's `write_parquet` with its checkpoints was tried, but it does not do what is needed here:
+
+- Every listed file gets an outcome in the same pass, even if it cannot be decoded.
+- A writer that is killed leaves no broken file among the clips.
+- If a recording is removed or changed, so is its clip. A checkpoint only says which rows to skip.
+- Interruptions do not change the names and the order of the shards, on which a training depends.
 """
 
 import atexit
@@ -31,8 +32,8 @@ from ser_ray.shards.layout import DIGEST, OK, clips_name, feature_column, outcom
 from ser_ray.shards.plan import shard_key, shard_metadata
 
 Outcomes = list[tuple[str | None, str | None]]
-"""The status and the reason of each row."""
-FACTS = pa.schema(
+"""The status and the reason of each row; the status is None until the file is decoded."""
+DECODED_COLUMNS = pa.schema(
     {
         "content": pa.string(),  # 16 hex digits of the SHA-256 of the decoded samples
         "duration": pa.float64(),  # seconds of the complete clip before trimming
@@ -41,25 +42,26 @@ FACTS = pa.schema(
         "num_frames": pa.int32(),  # valid frames; the rest of the fixed shape is zero
     }
 )
-"""Further columns of a decoded clip, besides the columns of the manifest and the features."""
+"""Columns of a clip that follow from decoding it, in addition to those of the manifest."""
 
 
 def write_shard(
     shards: str, number: int, rows: pa.Table, extractor: FeatureExtractor
 ) -> dict[str, int]:
-    """Decode the files of a shard, commit its clips and outcomes, and count the files by status.
+    """Decode the files of a shard, write its clips and outcomes, and count the files by status.
 
-    If reading a file failed and may work later, the shard is committed without a key, so that the
-    next run writes it again.
+    If a file could not be read but may be readable later, the shard gets no key, so that the next
+    run writes it again.
 
     Args:
         shards: folder or URI of the shard set.
         number: number of the shard.
-        rows: the shard's rows of the manifest; files with a status are not opened.
+        rows: the shard's rows of the manifest. Rows that already have a status are not decoded.
         extractor: computes the features.
 
     Raises:
-        OSError: the clips cannot be fetched or the shard cannot be written. Nothing is committed.
+        OSError: the storage does not answer, or the shard cannot be written. Its outcomes are then
+            not written, so it is not committed.
     """
     outcomes: Outcomes = list(
         zip(rows["status"].to_pylist(), rows["reason"].to_pylist(), strict=True)
@@ -77,18 +79,21 @@ def write_shard(
 
 @functools.cache
 def sandbox() -> Sandbox:
-    """Return the sandbox of this process: Ray would retry a clip that kills its workers forever."""
-    own = Sandbox()
-    atexit.register(own.__exit__)
-    return own
+    """Return the sandbox of this process.
+
+    A clip that kills its process must not kill a Ray worker, because Ray would retry it forever.
+    """
+    result = Sandbox()
+    atexit.register(result.__exit__)
+    return result
 
 
 def _decode(path: str) -> Sound:
-    """Decode a file.
+    """Decode a file in the sandbox.
 
     Raises:
-        ClipError: it cannot be decoded.
-        OSError: the storage failed, so the clip is not at fault, and this is no outcome.
+        ClipError: the file cannot be decoded.
+        OSError: the storage failed. This is not an outcome, because the file may be undamaged.
     """
     try:
         return sandbox().decode(path, max_seconds=MAX_RECORDING_SECONDS)
@@ -104,13 +109,13 @@ def _make_clips(
     """Decode the undecided rows, and set their outcomes.
 
     Returns:
-        The decoded clips, and whether the outcomes are final. They are not if reading a file failed
-        and may work later.
+        The decoded clips, and whether the outcomes are final. They are not final if a file could
+        not be read but may be readable later.
     """
     config = extractor.config
     features: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    decoded: list[int] = []  # the row of each clip or window
-    facts: list[dict[str, Any]] = []
+    clip_rows: list[int] = []  # the row of the manifest of each window
+    decoded: list[dict[str, Any]] = []  # the DECODED_COLUMNS of each window
     is_final = True
     paths, starts, ends = (rows[name].to_pylist() for name in ("path", "start", "end"))
     for path, segments in itertools.groupby(undecided, key=paths.__getitem__):
@@ -136,8 +141,8 @@ def _make_clips(
                     padded = np.zeros((config.num_bins(kind), config.num_frames), np.float16)
                     padded[:, : feature.shape[1]] = feature
                     features[kind].append(padded)
-                decoded.append(row)
-                facts.append(
+                clip_rows.append(row)
+                decoded.append(
                     {
                         "content": content,
                         "duration": len(samples) / sample_rate,
@@ -146,27 +151,33 @@ def _make_clips(
                         "num_frames": config.frames_of(len(waveform)),
                     }
                 )
-    clips = rows.drop_columns(["modified", "status", "reason"]).take(pa.array(decoded, pa.int64()))
-    clips = _append(clips, pa.Table.from_pylist(facts, FACTS))
+    clips = rows.drop_columns(["modified", "status", "reason"]).take(
+        pa.array(clip_rows, pa.int64())
+    )
+    clips = _append(clips, pa.Table.from_pylist(decoded, DECODED_COLUMNS))
     for kind, arrays in features.items():
-        none = np.empty((0, config.num_bins(kind), config.num_frames), np.float16)
-        clips = clips.append_column(kind, feature_column(np.stack(arrays) if arrays else none))
+        shape = len(arrays), config.num_bins(kind), config.num_frames
+        values = np.array(arrays, np.float16).reshape(shape)  # [0, bins, num_frames] without clips
+        clips = clips.append_column(kind, feature_column(values))
     return clips, is_final
 
 
 def _outcomes_table(rows: pa.Table, outcomes: Outcomes, opened: list[int]) -> pa.Table:
-    """Return the rows with their outcomes, and the digests of the opened files."""
+    """Return the rows with their outcomes, and the digests of the files in the `opened` rows."""
     paths = rows["path"].to_pylist()
     digest_of = {path: file_digest(path) for path in dict.fromkeys(paths[row] for row in opened)}
     digests = [digest_of.get(path) for path in paths]
-    statuses, reasons = ([pair[place] for pair in outcomes] for place in (0, 1))
-    columns = {DIGEST: digests, "status": statuses, "reason": reasons}
+    columns = {
+        DIGEST: digests,
+        "status": [status for status, _ in outcomes],
+        "reason": [reason for _, reason in outcomes],
+    }
     schema = pa.schema(dict.fromkeys(columns, pa.string()))
     return _append(rows.drop_columns(["status", "reason"]), pa.table(columns, schema))
 
 
 def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
-    """Set the status `conflict` for files with the name of another file but different sound."""
+    """Set the status `conflict` for files with the name of a used file but different sound."""
     for row, (status, reason) in enumerate(outcomes):
         if status == "duplicate" and (reason or "").startswith(SAME_NAME):
             path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
@@ -178,7 +189,7 @@ def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
 
 
 def _content(path: str) -> tuple[str, int]:
-    """Return the digest of a file's samples and their rate, or why it cannot be decoded."""
+    """Return the digest of a file's samples and their rate, or its status and 0 if it has none."""
     try:
         samples, sample_rate, _ = _decode(path)
     except ClipError as error:
@@ -187,7 +198,7 @@ def _content(path: str) -> tuple[str, int]:
 
 
 def _append(table: pa.Table, columns: pa.Table) -> pa.Table:
-    """Append the columns of another table of the same length."""
+    """Return a table with the columns of another table of the same length appended."""
     for name in columns.column_names:
         table = table.append_column(name, columns[name])
     return table

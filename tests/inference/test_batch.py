@@ -19,13 +19,13 @@ from ser_ray.cluster.connect import cluster
 from ser_ray.errors import ConfigError
 from ser_ray.features.conditions import simulate
 from ser_ray.features.decode import decode
+from ser_ray.grouping import in_groups
 from ser_ray.inference import batch
 from ser_ray.inference import results as results_module
 from ser_ray.inference.batch import predict_many, predict_under
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.results import open_results
-from ser_ray.shards.progress import in_groups
 from ser_ray.storage.paths import filesystem_of
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint

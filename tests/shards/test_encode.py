@@ -16,9 +16,9 @@ from ser_ray.features.encoder import EncoderWeights
 from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.shards.card import write_card
-from ser_ray.shards.column import encode_shard
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.encode import load_encoders, missing_shards
+from ser_ray.shards.encode_shard import encode_shard
 from ser_ray.shards.layout import CLIPS, ENCODERS, feature_name, weights_name
 from ser_ray.shards.prepare import prepare
 from ser_ray.shards.read import ShardSet, open_shards
@@ -88,7 +88,7 @@ def test_a_file_is_decoded_once_for_all_its_segments(
         decoded.append(Path(path).name)
         return decode(path, **limits)
 
-    monkeypatch.setattr("ser_ray.shards.column.decode", count)
+    monkeypatch.setattr("ser_ray.shards.encode_shard.decode", count)
     values = encode(shards, [0]).features("tiny")
     assert decoded == ["long.wav"]
     encoder, extract = tiny_weights().build(), FeatureExtractor(FEATURES)
@@ -156,7 +156,7 @@ def test_what_cannot_be_encoded_is_said_before_the_pass(tmp_path: Path) -> None:
     file = tmp_path / "tiny.safetensors"
     write_tiny(file)
     source = f"tiny={file}"
-    with pytest.raises(ConfigError, match="sample_rate is 8000: encoders read 16000 Hz"):
+    with pytest.raises(ConfigError, match="sample_rate is 8000: encoders need 16000 Hz"):
         load_encoders(str(tmp_path), [source], FeatureConfig(sample_rate=8_000))
     with pytest.raises(ConfigError, match="a name must occur only once"):
         PrepareConfig(corpus="x", encoder=(source, "tiny"))

@@ -31,6 +31,7 @@ from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound
 from ser_ray.features.sandbox import Sandbox
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.progress import count_files
 from ser_ray.shards.card import make_card, write_card
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.layout import CLIPS, OUTCOMES, clips_name, outcomes_name
@@ -46,7 +47,6 @@ from ser_ray.shards.plan import (
     update_times,
 )
 from ser_ray.shards.prepare import prepare
-from ser_ray.shards.progress import count_files
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.shards.write import write_shard
 from tests.clips import clip_names, six_speakers, small_corpus, voice, write_wav
@@ -622,7 +622,7 @@ def test_a_feature_column_of_any_library_becomes_an_array(shards: ShardSet, kind
         assert shards.to_array(kind, nothing).shape == (0, *expected.shape[1:])
 
 
-def test_a_side_of_a_fold_is_a_torch_dataset(tmp_path: Path) -> None:
+def test_a_part_of_a_fold_is_a_torch_dataset(tmp_path: Path) -> None:
     from torch.utils.data import DataLoader
 
     shards = write_shards(list_corpus(str(six_speakers(tmp_path / "c"))), tmp_path / "shards")

@@ -1,7 +1,8 @@
-"""Writes the column of an encoder for one shard: its clips' recordings are decoded and cut again.
+"""Encodes the clips of one shard, and writes their features to a Parquet file of their own.
 
-The metadata of the file identify the clips and the weights that it was made from. The file is
-written atomically. Nothing here imports Ray.
+Shards do not hold waveforms, so the recordings are decoded, trimmed and cut again. A key in the
+file's metadata identifies the clips, the feature settings and the weights, so `is_current` finds
+files that are outdated. The file is written atomically. Nothing here imports Ray.
 """
 
 import hashlib
@@ -21,24 +22,28 @@ from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
+from ser_ray.grouping import in_groups
 from ser_ray.shards.digest import sample_digest
 from ser_ray.shards.layout import clips_name, feature_column, feature_name, read_table, write_table
-from ser_ray.shards.progress import in_groups
 from ser_ray.storage.paths import filesystem_of, location_inside
 
 if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 KEY = b"ser_ray.encoder_key"
-"""Name of the metadata of a shard that says what it was made of."""
+"""Name of the key in the metadata of the file."""
 KEYED = ["content", "window"]
-"""Columns of the clips on which this depends."""
+"""Columns of the clips that the key covers."""
 WINDOWS_AT_ONCE = 256
-"""Windows whose sound an actor holds: 107 MB at 6.5 s each."""
+"""Number of windows whose waveforms are in memory together: 107 MB at 6.5 s each."""
 
 
 def is_current(shards: str, number: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
-    """Return whether the file of a shard's column is undamaged, and made of its clips."""
+    """Return whether the file of a shard is undamaged and made from its present clips.
+
+    Raises:
+        FileNotFoundError: there is no file for this encoder.
+    """
     key = _column_key(read_table(shards, clips_name(number), KEYED), features, encoder)
     filesystem, path = filesystem_of(location_inside(shards, feature_name(encoder.name, number)))
     try:
@@ -49,7 +54,7 @@ def is_current(shards: str, number: int, features: FeatureConfig, encoder: Encod
 
 
 def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) -> str:
-    """Return a hash of a shard's clips, the feature settings and the encoder's weights."""
+    """Hash a shard's clips, the feature settings and the encoder's weights."""
     text = json.dumps([features.fingerprint, encoder.weights, clips.select(KEYED).to_pydict()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -57,29 +62,30 @@ def _column_key(clips: pa.Table, features: FeatureConfig, encoder: EncoderCard) 
 def encode_shard(
     shards: str, number: int, extractor: FeatureExtractor, encoder: "Encoder", threads: int = 1
 ) -> int:
-    """Encode the clips of a shard, write its column, and return the number of clips.
+    """Encode the clips of a shard, write the file, and return the number of clips.
 
     Args:
         shards: folder or URI of the shard set.
-        number: the shard's number.
-        extractor: trims and cuts, as it did for the clips.
+        number: number of the shard.
+        extractor: trims and cuts the recordings, with the settings that the shard was made with.
         encoder: the encoder, on its device.
-        threads: number of recordings that are decoded at once.
+        threads: number of recordings that are decoded in parallel.
 
     Raises:
-        OSError: a recording cannot be read as before, or the column cannot be written.
+        OSError: a recording cannot be read or has changed, the encoder returns values that are not
+            finite, or the file cannot be written.
     """
     clips = read_table(shards, clips_name(number), ["path", "start", "end", *KEYED])
     card = encoder.card
     values = np.empty((len(clips), card.num_layers, card.dim), np.float16)
     with ThreadPoolExecutor(threads) as pool:
         for rows in _groups_of_files(clips):
-            files = [clips.take(own).to_pylist() for own in rows]
-            waves = pool.map(lambda windows: _waves_again(windows, extractor), files)
-            found = encoder.encode(list(itertools.chain.from_iterable(waves)))
-            if not np.isfinite(found).all():
+            files = [clips.take(file_rows).to_pylist() for file_rows in rows]
+            waveforms = pool.map(lambda windows: _decode_windows(windows, extractor), files)
+            encoded = encoder.encode(list(itertools.chain.from_iterable(waveforms)))
+            if not np.isfinite(encoded).all():
                 raise OSError(f"{card.name} has values that are not finite, so its weights are bad")
-            values[np.concatenate(rows)] = found.clip(-65504, 65504)
+            values[np.concatenate(rows)] = encoded.clip(-65504, 65504)  # the range of float16
     key = _column_key(clips, extractor.config, card)
     table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
     write_table(shards, feature_name(card.name, number), table)
@@ -87,25 +93,25 @@ def encode_shard(
 
 
 def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
-    """Yield the rows of each file, which are consecutive, in groups of `WINDOWS_AT_ONCE` rows."""
+    """Yield groups of files, each file as its rows; a group has about `WINDOWS_AT_ONCE` rows."""
     paths = clips["path"].to_numpy()
     firsts = np.flatnonzero(paths[1:] != paths[:-1]) + 1
     files = np.split(np.arange(len(clips)), firsts) if len(clips) else []
     return in_groups(files, len, WINDOWS_AT_ONCE)
 
 
-def _waves_again(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
-    """Return the waveforms of a file's windows, which are these rows of the clips."""
-    path, waves = windows[0]["path"], []
+def _decode_windows(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
+    """Decode a file, and return the waveforms of these windows, which are all rows of the file."""
+    path, waveforms = windows[0]["path"], []
     try:
         recording = decode(path, max_seconds=MAX_RECORDING_SECONDS)
         for first in (row for row in windows if row["window"] == 0):
             sound, _ = cut(recording, first["start"], first["end"])
             if sample_digest(sound.samples) != first["content"]:
                 break
-            waves += extractor.windows(sound.samples, sound.sample_rate)
+            waveforms += extractor.windows(sound.samples, sound.sample_rate)
     except ClipError as error:
         raise OSError(f"{path}: {error.reason}") from error
-    if len(waves) != len(windows):
+    if len(waveforms) != len(windows):
         raise OSError(f"{path}: the file has changed since its clip was prepared")
-    return waves
+    return waveforms
