@@ -64,7 +64,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = bundle_card(bench.encoder)
     network = BUILDERS[card.family](**card.arguments).eval()
-    weights = EncoderWeights.fitting(card, network.state_dict(), "random weights")
+    weights = EncoderWeights.from_tensors(card, network.state_dict(), "random weights")
     encoder, network = weights.build().to(device), network.to(device)
     rng = np.random.default_rng(0)
     lengths = (rng.uniform(*SECONDS, bench.clips) * ENCODER_RATE).astype(int)

@@ -63,7 +63,7 @@ def tiny_weights(card: EncoderCard | None = None, seed: int = 0) -> EncoderWeigh
     """Weights with their hash in the card."""
     card = card or tiny_card()
     model = torchaudio_model(card, seed)
-    return EncoderWeights.fitting(card, model.state_dict(), "memory")
+    return EncoderWeights.from_tensors(card, model.state_dict(), "memory")
 
 
 def write_tiny(path: Path, card: EncoderCard | None = None, seed: int = 0) -> EncoderCard:

@@ -15,29 +15,29 @@ TRAINED_ON = {
     "960 hours of LibriSpeech": ("wav2vec2_base", "wav2vec2_large", "hubert_base", "wavlm_base"),
     "60,000 hours of Libri-Light": ("wav2vec2_large_lv60k", "hubert_large", "hubert_xlarge"),
     "60,000 hours of Libri-Light, 10,000 hours of GigaSpeech and 24,000 hours of VoxPopuli": (
-        *("wavlm_base_plus", "wavlm_large"),
+        "wavlm_base_plus", "wavlm_large",
     ),
     "56,000 hours of Multilingual LibriSpeech, CommonVoice and BABEL": ("wav2vec2_xlsr53",),
     "436,000 hours of Multilingual LibriSpeech, CommonVoice, VoxLingua107, BABEL and VoxPopuli": (
-        *("wav2vec2_xlsr_300m", "wav2vec2_xlsr_1b", "wav2vec2_xlsr_2b"),
+        "wav2vec2_xlsr_300m", "wav2vec2_xlsr_1b", "wav2vec2_xlsr_2b",
     ),
     f"960 hours of LibriSpeech{_ASR}": (
-        *("wav2vec2_asr_base_10m", "wav2vec2_asr_base_100h", "wav2vec2_asr_base_960h"),
-        *("wav2vec2_asr_large_10m", "wav2vec2_asr_large_100h", "wav2vec2_asr_large_960h"),
+        "wav2vec2_asr_base_10m", "wav2vec2_asr_base_100h", "wav2vec2_asr_base_960h",
+        "wav2vec2_asr_large_10m", "wav2vec2_asr_large_100h", "wav2vec2_asr_large_960h",
     ),
     f"60,000 hours of Libri-Light{_ASR}": (
-        *("wav2vec2_asr_large_lv60k_10m", "wav2vec2_asr_large_lv60k_100h"),
-        *("wav2vec2_asr_large_lv60k_960h", "hubert_asr_large", "hubert_asr_xlarge"),
+        "wav2vec2_asr_large_lv60k_10m", "wav2vec2_asr_large_lv60k_100h",
+        "wav2vec2_asr_large_lv60k_960h", "hubert_asr_large", "hubert_asr_xlarge",
     ),
     f"10,000 hours of VoxPopuli{_ASR}": (
-        *("voxpopuli_asr_base_10k_en", "voxpopuli_asr_base_10k_es", "voxpopuli_asr_base_10k_de"),
-        *("voxpopuli_asr_base_10k_fr", "voxpopuli_asr_base_10k_it"),
+        "voxpopuli_asr_base_10k_en", "voxpopuli_asr_base_10k_es", "voxpopuli_asr_base_10k_de",
+        "voxpopuli_asr_base_10k_fr", "voxpopuli_asr_base_10k_it",
     ),
     "31,000 hours in 1,130 languages": ("mms_fa",),
-}
-"""What each bundle was trained on, as its docstring in torchaudio says."""
+}  # fmt: skip
+"""{training data: bundles}, as the docstrings of the bundles in torchaudio say."""
 NOT_COMMERCIAL = ("voxpopuli", "mms")
-"""Beginnings of the names of bundles under CC BY-NC 4.0; all others are under the MIT License."""
+"""Prefixes of the names of bundles under CC BY-NC 4.0. The others are under the MIT License."""
 
 
 def bundle_names() -> list[str]:
@@ -46,20 +46,20 @@ def bundle_names() -> list[str]:
 
 
 def bundle_card(name: str) -> EncoderCard:
-    """Describe a bundle of torchaudio.
+    """Return the card of a bundle of torchaudio.
 
-    The arguments of its network have private names: its only public members are `sample_rate` and
-    `get_model`, which needs the weights.
+    This reads private attributes of the bundle. Its public members are only `sample_rate` and
+    `get_model`, which downloads the weights.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no bundle of this name.
     """
     if name not in (names := bundle_names()):
         pretrained = ", ".join(name for name in names if "_asr_" not in name)
         raise ConfigError(
             f"encoder is {name}: it must be one of {pretrained}, a bundle of torchaudio for speech "
-            "recognition, as in hubert_asr_large, or NAME=FILE. FILE has weights for NAME, or is "
-            "an encoder's file, to which you may give any NAME"
+            "recognition, as in hubert_asr_large, or NAME=FILE. FILE has the weights of the bundle "
+            "NAME, or is an encoder file, for which any NAME is allowed"
         )
     bundle = _bundle(name)
     return EncoderCard(
@@ -76,7 +76,7 @@ def download(name: str) -> dict[str, torch.Tensor]:
     """Return the weights of a bundle, which torchaudio downloads once to its cache.
 
     Raises:
-        EncoderError: they are not in the cache, and cannot be downloaded.
+        EncoderError: they cannot be downloaded, or are damaged in the cache.
     """
     bundle = _bundle(name)
     options = {"map_location": "cpu", "progress": False, "weights_only": True}

@@ -3,8 +3,8 @@
 
 `simulate` changes a decoded clip before its features are computed. The random numbers depend only
 on the condition and the clip's file name, so they are the same on every machine. The result is
-16-bit sound at the clip's own rate, clipped at full scale. In this package, sound with a mean
-square of 1 has the level of full scale (0 dB).
+16-bit sound at the clip's own sample rate, clipped at full scale. Levels are in dB of full scale: a
+mean square of 1 is 0 dB.
 
 `CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz at any sample rate,
 and pink noise has equal power in every octave. The level of speech is the mean square of the 10 ms
@@ -28,13 +28,13 @@ from ser_ray.features.transforms import ENERGY_SECONDS
 NOISE_BAND = (20.0, 8_000.0)
 """Lowest and highest frequency in hertz."""
 SPEECH_DB = 40.0
-"""Stretches that are further below the loudest stretch are pauses."""
+"""Stretches that are further below the loudest stretch, in dB, are pauses."""
 PHONE_BAND = (300.0, 3_400.0)
-"""Hertz; the band of a telephone line."""
+"""Lowest and highest frequency of a telephone line in hertz."""
 ECHO_SECONDS = 0.4
 """Reverberation time (RT60): the time in which the echo falls by 60 dB."""
 FIRST_ECHO_SECONDS = 0.003
-"""Delay of the first echo; the wall is half a metre away."""
+"""Delay of the first echo, from a wall half a metre away."""
 
 Effect = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 """Samples [num_samples] float, sample rate in hertz, random generator -> samples [num_samples]."""
@@ -76,13 +76,13 @@ def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generat
 
 
 def _noise(
-    name: str, decibels: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
+    kind: str, decibels: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Add noise below full scale (`room`), or noise of this colour below the level of speech."""
+    """Add `white` or `pink` noise below the level of speech, or `room` noise below full scale."""
     strength = 10 ** (-decibels / 20)
-    if name != "room":
+    if kind != "room":
         strength *= np.sqrt(_speech_power(samples, sample_rate))
-    return samples + strength * noise(len(samples), sample_rate, int(name == "pink"), rng)
+    return samples + strength * noise(len(samples), sample_rate, int(kind == "pink"), rng)
 
 
 def _speech_power(samples: np.ndarray, sample_rate: int) -> float:
@@ -92,12 +92,12 @@ def _speech_power(samples: np.ndarray, sample_rate: int) -> float:
     return float(power[power >= power.max() * 10 ** (-SPEECH_DB / 10)].mean())
 
 
-def _phone(samples: np.ndarray, sample_rate: int, _: np.random.Generator) -> np.ndarray:
+def _phone(samples: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
     spectrum = scipy.fft.rfft(samples)
     frequencies = scipy.fft.rfftfreq(len(samples), 1 / sample_rate)
     spectrum[(frequencies < PHONE_BAND[0]) | (frequencies > PHONE_BAND[1])] = 0
     line = scipy.fft.irfft(spectrum, len(samples))
-    return _through_codec("pcm_mulaw", "wav", 8_000, 0, line, sample_rate, _)
+    return _through_codec("pcm_mulaw", "wav", 8_000, 0, line, sample_rate, rng)
 
 
 def _through_codec(
@@ -111,8 +111,8 @@ def _through_codec(
 ) -> np.ndarray:
     """Encode the samples with an FFmpeg encoder at `codec_rate` hertz, and decode the result."""
     file = io.BytesIO()
-    sent = soxr.resample(samples, sample_rate, codec_rate).astype(np.float32)
-    frame = av.AudioFrame.from_ndarray(sent.clip(-1, 1)[None], format="fltp", layout="mono")
+    resampled = soxr.resample(samples, sample_rate, codec_rate).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(resampled.clip(-1, 1)[None], format="fltp", layout="mono")
     frame.sample_rate = codec_rate
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=codec_rate, layout="mono")
@@ -121,20 +121,20 @@ def _through_codec(
             stream.bit_rate = bit_rate
         if codec == "libopus":
             stream.options = {"application": "voip"}
-        fit = av.AudioResampler(stream.format, "mono", codec_rate, stream.frame_size or 1024)
-        for piece in (*fit.resample(frame), *fit.resample(None)):
-            output.mux(stream.encode(piece))
+        resampler = av.AudioResampler(stream.format, "mono", codec_rate, stream.frame_size or 1024)
+        for sent in (*resampler.resample(frame), *resampler.resample(None)):
+            output.mux(stream.encode(sent))
         output.mux(stream.encode(None))
     file.seek(0)
-    heard = decode(file)
-    scale = 2**15 if heard.samples.dtype == np.int16 else 1
-    received = soxr.resample(heard.samples / scale, heard.sample_rate, sample_rate)
+    decoded = decode(file)
+    scale = 2**15 if decoded.samples.dtype == np.int16 else 1
+    received = soxr.resample(decoded.samples / scale, decoded.sample_rate, sample_rate)
     # Codecs add a few samples at the end.
     return np.pad(received, (0, max(0, len(samples) - len(received))))[: len(samples)]
 
 
 def _room(samples: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Convolve with an impulse and decaying noise (Polack 1988), scaled to unit energy."""
+    """Convolve with a room's impulse response: an impulse and decaying noise (Polack 1988)."""
     seconds = np.arange(round(ECHO_SECONDS * sample_rate)) / sample_rate
     echo = noise(len(seconds), sample_rate, 0, rng) * 10 ** (-3 * seconds / ECHO_SECONDS)
     echo[seconds < FIRST_ECHO_SECONDS] = 0
@@ -143,8 +143,8 @@ def _room(samples: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np
     response /= np.sqrt(2)
     length = scipy.fft.next_fast_len(len(samples) + len(response), real=True)
     spectrum = scipy.fft.rfft(samples, length) * scipy.fft.rfft(response, length)
-    heard: np.ndarray = scipy.fft.irfft(spectrum, length)[: len(samples)]
-    return heard
+    result: np.ndarray = scipy.fft.irfft(spectrum, length)[: len(samples)]
+    return result
 
 
 def _level(
@@ -184,5 +184,5 @@ CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
         "level-minus-20": ("20 dB quieter", partial(_level, -20.0)),
     },
 }
-"""{group: {name: (definition, effect)}} of every condition."""
-_EFFECTS = {name: pair[1] for group in CONDITIONS.values() for name, pair in group.items()}
+"""All conditions: {group: {name: (description, effect)}}."""
+_EFFECTS = {name: effect for group in CONDITIONS.values() for name, (_, effect) in group.items()}

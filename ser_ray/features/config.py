@@ -1,4 +1,4 @@
-"""The settings of the features, which determine the arrays in the shards.
+"""The feature settings, which determine the arrays in the shards.
 
 `--help` imports this module, so it imports nothing heavy.
 """
@@ -22,20 +22,20 @@ LARGEST_NUMBER = 2**63
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
 """The largest allowed values of the settings that determine the memory for a clip."""
 LARGEST_FEATURE = 2**26
-"""Largest allowed size of a clip's feature: this many numbers, 256 MB as float32."""
+"""Largest allowed number of values in a clip's feature: 256 MB as float32."""
 
 
 def require_valid(config: Any) -> None:
     """Check that all fields of a dataclass have the right types, and that numbers are finite.
 
     Raises:
-        ConfigError: names the field that is wrong.
+        ConfigError: a field is wrong; the message names the field.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}: it must be a finite number")
-        if not _is_a(value, kind):
+        if not _has_type(value, kind):
             shown = " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else ""
             raise ConfigError(
                 f"{name} is {repr(value)[:100]}: it must be "
@@ -43,7 +43,7 @@ def require_valid(config: Any) -> None:
             )
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     """Return whether a value has a type: a class, a `Literal`, or a list, tuple or dict of them."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -52,11 +52,11 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(value is choice or value == choice for choice in inner)
     if origin is dict:
         return isinstance(value, dict) and all(
-            _is_a(key, inner[0]) and _is_a(item, inner[1]) for key, item in value.items()
+            _has_type(key, inner[0]) and _has_type(item, inner[1]) for key, item in value.items()
         )
     if origin in (list, tuple):
-        return isinstance(value, origin) and all(_is_a(item, inner[0]) for item in value)
-    if kind in (int, float):  # includes numpy's numbers
+        return isinstance(value, origin) and all(_has_type(item, inner[0]) for item in value)
+    if kind in (int, float):  # numpy's numbers too; NaN in a list or dict is allowed
         is_number = isinstance(value, Integral if kind is int else Real)
         is_number = is_number and not isinstance(value, bool)
         return is_number and not abs(value) >= LARGEST_NUMBER
@@ -65,12 +65,12 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
-    """The settings of the features. Equal settings give equal features."""
+    """The feature settings. Equal settings give equal features."""
 
     sample_rate: int = 16_000
     """Sample rate in hertz to which every clip is resampled."""
     window_length: int = 800
-    """Length of the Hann window and FFT in samples: 50 ms, which resolves a voice's harmonics."""
+    """Length of the Hann window and FFT in samples: 50 ms, to resolve the harmonics of a voice."""
     hop_length: int = 400
     """Step between frames in samples: 25 ms."""
     num_mels: int = 64
@@ -80,14 +80,14 @@ class FeatureConfig:
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
-    """The silent ends of a clip are this many dB below its loudest 10 ms, and are trimmed."""
+    """The start and end of a clip are trimmed if they are this many dB below its loudest 10 ms."""
     trim_margin: float = 0.1
-    """Seconds that are not trimmed before the first and after the last sound, for quiet onsets."""
+    """Seconds that are kept before the first and after the last sound, for quiet onsets."""
     min_seconds: float = 0.2
-    """Clips with fewer seconds of sound are `too_short`."""
+    """Clips with less sound than this, in seconds, are `too_short`."""
     max_seconds: float = 6.5
-    """Length of a clip's features in the shards, in seconds. A clip with more sound is cut into
-    windows. The longest clip of RAVDESS has 6.37 s."""
+    """Length of the features in the shards, in seconds. A clip with more sound is cut into windows.
+    The longest clip of RAVDESS has 6.37 s."""
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -125,7 +125,7 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames of every array in the shards, which is `max_seconds` long."""
+        """Number of frames in `max_seconds`, which every array in the shards has."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:

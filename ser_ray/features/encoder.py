@@ -1,15 +1,15 @@
-"""Pretrained speech encoders, which turn a clip's sound into the mean of each layer over time.
+"""Runs pretrained speech encoders: the waveform of a clip becomes the mean of each layer over time.
 
-The layers are those of a transformer. Torchaudio's bundles (WavLM, HuBERT, wav2vec 2.0, XLS-R) and
-files of weights become an `Encoder`. An encoder file is what `EncoderWeights.write` writes:
-safetensors with the `EncoderCard` in its metadata, so no second file is needed.
+The layers are those of the encoder's transformer. The weights are a bundle of torchaudio (WavLM,
+HuBERT, wav2vec 2.0, XLS-R) or a file. An encoder file, which `EncoderWeights.write` writes, is a
+safetensors file with the `EncoderCard` in its metadata.
 
-The network is torchaudio's, but its layers are called here, because torchaudio's
+The network is torchaudio's, but `Encoder` calls its layers one by one, because torchaudio's
 `extract_features` cannot handle padding in every family: WavLM refuses an attention mask, the
 group norm of the base models counts the padding, and `normalize_waveform` scales a batch as a
-whole. Here padding is masked in all three places. A clip's values therefore do not depend on the
-other clips of its batch, except for rounding. A clip that is encoded alone has the same values as
-from `extract_features`.
+whole. `Encoder` masks the padding in all three places. A clip's values therefore do not depend on
+the other clips of its batch, except for rounding. A clip that is encoded alone has the same values
+as from `extract_features`.
 """
 
 import hashlib
@@ -40,43 +40,47 @@ from ser_ray.storage.paths import filesystem_of
 from ser_ray.storage.tensors import DAMAGED, read_tensors
 
 PADDED_SECONDS = {"cpu": 0, "cuda": 240}
-"""Maximum seconds of sound in a batch, padding included, by type of device. A CPU encodes each
-clip by itself: that takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
-BUILDERS = {"Wav2Vec2": torchaudio.models.wav2vec2_model, "WavLM": torchaudio.models.wavlm_model}
+"""Largest number of seconds in a batch, including padding, by type of device. On a CPU, each clip
+is a batch, which takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
+CONSTRUCTORS = {
+    "Wav2Vec2": torchaudio.models.wav2vec2_model,
+    "WavLM": torchaudio.models.wavlm_model,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
-    """The weights of an encoder as they were published, and their card."""
+    """The weights of an encoder, as they were published, and their card."""
 
     card: EncoderCard
     tensors: dict[str, Tensor]
 
     @classmethod
-    def named(cls, source: str) -> "EncoderWeights":
+    def load(cls, source: str) -> "EncoderWeights":
         """Load the encoder that `prepare --encoder` names.
 
         Args:
-            source: a torchaudio bundle's name in lower case, whose weights are downloaded once; or
-                NAME=FILE. FILE is an encoder file, or has the weights of the bundle NAME.
+            source: name of a bundle of torchaudio in lower case, whose weights are downloaded once;
+                or NAME=FILE. FILE is an encoder file, or has the weights of the bundle NAME.
 
         Raises:
             ConfigError: there is no such bundle.
-            EncoderError: the weights cannot be downloaded or read, or belong to another network.
+            EncoderError: the weights cannot be downloaded or read, belong to another network, or
+                do not fit into memory.
         """
         name, _, file = source.partition("=")
         if not file:
             card = bundle_card(name)
-            need = sum(value.nbytes for value in _build(card).parameters())
-            _require_room(name, 2 * need)  # torchaudio copies them into a network
-            return cls.fitting(card, download(name), name)
+            num_bytes = sum(value.nbytes for value in _build(card).parameters())
+            _require_memory(name, 2 * num_bytes)  # torchaudio copies them into a network
+            return cls.from_tensors(card, download(name), name)
         with local_file(file) as path:
-            _require_room(name, path.stat().st_size)
+            _require_memory(name, path.stat().st_size)
             if _has_card(path):
-                own = cls.read(str(path))
-                return cls(replace(own.card, name=name), own.tensors)
+                stored = cls.read(str(path))
+                return cls(replace(stored.card, name=name), stored.tensors)
             tensors = _read_file(path, file)
-            return cls.fitting(bundle_card(name), tensors, file)
+            return cls.from_tensors(bundle_card(name), tensors, file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":
@@ -89,7 +93,7 @@ class EncoderWeights:
             with path.open("rb") as file:
                 card = EncoderCard.from_file(file, location)
             tensors = _read_file(path, location)
-        found = cls.fitting(card, tensors, location)
+        found = cls.from_tensors(card, tensors, location)
         if found.card.weights != card.weights:
             raise EncoderError(
                 f"{location}: its weights have the hash {found.card.weights[:16]}, and its card "
@@ -99,8 +103,15 @@ class EncoderWeights:
         return found
 
     @classmethod
-    def fitting(cls, card: EncoderCard, tensors: dict[str, Tensor], where: str) -> "EncoderWeights":
-        """Check that tensors are the weights of the card's network, and give them its names.
+    def from_tensors(
+        cls, card: EncoderCard, tensors: dict[str, Tensor], where: str
+    ) -> "EncoderWeights":
+        """Check that tensors are the weights of the card's network, and return them with its names.
+
+        Args:
+            card: describes the network. The hash of the weights is added.
+            tensors: the weights, also with the names of older versions of torch.
+            where: where the tensors come from, for the message.
 
         Raises:
             EncoderError: the tensors belong to another network, or some are missing.
@@ -109,7 +120,7 @@ class EncoderWeights:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("aux.")}
         network = _build(card)
         try:
-            # This also renames the weight-norm tensors that older versions of torch saved.
+            # Also renames the tensors of weight norms that older versions of torch saved.
             network.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
@@ -133,9 +144,9 @@ class EncoderWeights:
 
 
 class Encoder(nn.Module):
-    """Maps waveforms to the mean of every layer, in evaluation mode.
+    """Maps waveforms to the mean of every layer. It is always in evaluation mode.
 
-    It is pickled as NumPy arrays. If Ray sends it, all processes on a machine share their memory.
+    An encoder is pickled as NumPy arrays, so that all Ray processes on a machine share its memory.
     """
 
     network: Any
@@ -150,11 +161,11 @@ class Encoder(nn.Module):
         return _from_arrays, (self.card, arrays)
 
     def forward(self, waves: Tensor, num_samples: Tensor | None = None) -> Tensor:
-        """Compute the mean of every layer over the valid frames [batch, layers, dim].
+        """Return the mean of every layer over the valid frames [batch, layers, dim].
 
         Args:
             waves: [batch, samples] at 16 kHz.
-            num_samples: valid samples of each [batch]; None if all are.
+            num_samples: number of valid samples of each waveform [batch]; None if all are valid.
         """
         if self.card.normalises:
             waves = _standardised(waves, num_samples, 1e-5)
@@ -182,7 +193,10 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[np.ndarray]) -> np.ndarray:
-        """Encode clips, each [samples] float32 at 16 kHz; clips of similar length are batched.
+        """Encode clips, in batches of similar length.
+
+        Args:
+            waves: waveforms [samples] float32 at 16 kHz.
 
         Returns:
             [clips, layers, dim] float32.
@@ -195,13 +209,16 @@ class Encoder(nn.Module):
             for place, row in zip(padded, rows, strict=True):
                 place[: lengths[row]] = waves[row]
             valid = torch.from_numpy(lengths[rows]).to(device)
-            is_padded = lengths[rows[0]] < lengths[rows[-1]]
+            has_padding = lengths[rows[0]] < lengths[rows[-1]]
             batch = torch.from_numpy(padded).to(device)
-            result[rows] = self(batch, valid if is_padded else None).cpu().numpy()
+            result[rows] = self(batch, valid if has_padding else None).cpu().numpy()
         return result
 
     def _convolve(self, maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[batch, 1, samples] -> [batch, frames, channels], and how many are valid [batch]."""
+        """Convert waveforms [batch, 1, samples] to frames [batch, frames, channels].
+
+        `valid` is the number of valid samples [batch]. That of valid frames is returned too.
+        """
         for block in self.network.feature_extractor.conv_layers:
             maps, norm = block.conv(maps), block.layer_norm
             if valid is not None:
@@ -217,17 +234,18 @@ class Encoder(nn.Module):
         return maps.transpose(1, 2), valid
 
 
-def batches_by_length(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Yield the rows of clips [clips] in batches, each from short to long.
+def batches_by_length(lengths: np.ndarray, max_samples: int) -> Iterator[np.ndarray]:
+    """Yield batches of clips: the indices of the clips, from the shortest to the longest.
 
     Args:
-        lengths: samples of each clip.
-        most: maximum samples in a batch, padding included. A longer clip is a batch of its own.
+        lengths: number of samples of each clip [clips].
+        max_samples: largest number of samples in a batch, including padding. A longer clip is a
+            batch of its own.
     """
     order = np.argsort(lengths, kind="stable")
     first = 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or lengths[order[end]] * (end + 1 - first) > most:
+        if end == len(order) or lengths[order[end]] * (end + 1 - first) > max_samples:
             yield order[first:end]
             first = end
 
@@ -243,10 +261,10 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
 
 @contextmanager
 def local_file(location: str) -> Iterator[Path]:
-    """Yield a file at a path or URI as a local one.
+    """Yield the path of a file. A file in a bucket is copied to this machine for the `with` block.
 
     Raises:
-        EncoderError: it does not exist, or its storage does not answer.
+        EncoderError: the file does not exist, or its storage does not answer.
     """
     filesystem, path = filesystem_of(location)
     try:
@@ -266,7 +284,7 @@ def local_file(location: str) -> Iterator[Path]:
 
 
 def _has_card(path: Path) -> bool:
-    """Return whether a file is an encoder file; a file that cannot be read is not one."""
+    """Return whether a file is an encoder file, which can be read."""
     if path.suffix != ".safetensors":
         return False
     with suppress(*DAMAGED, OSError), safe_open(path, "pt") as file:
@@ -275,7 +293,7 @@ def _has_card(path: Path) -> bool:
 
 
 def _read_file(path: Path, location: str) -> dict[str, Tensor]:
-    """Read the tensors of a file of weights."""
+    """Read the tensors of a file of weights; other values in it are left out."""
     try:
         content = read_tensors(path)
         return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -286,14 +304,14 @@ def _read_file(path: Path, location: str) -> dict[str, Tensor]:
 
 
 def _build(card: EncoderCard) -> Any:
-    """Build a network without weights.
+    """Build the card's network, without weights.
 
     Raises:
-        EncoderError: its constructor refuses the card's arguments.
+        EncoderError: the constructor refuses the card's arguments.
     """
     try:
         with torch.device("meta"):
-            return BUILDERS[card.family](**card.arguments)
+            return CONSTRUCTORS[card.family](**card.arguments)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise EncoderError(
             f"the encoder {card.name} cannot be built by torchaudio ({str(error)[:200]}); correct "
@@ -301,19 +319,19 @@ def _build(card: EncoderCard) -> Any:
         ) from error
 
 
-def _require_room(name: str, need: int) -> None:
-    """Refuse an encoder that this machine cannot hold, before its weights are read.
+def _require_memory(name: str, num_bytes: int) -> None:
+    """Check that an encoder fits into this machine's memory, before its weights are read.
 
     Args:
-        name: what the user calls it.
-        need: bytes of its weights.
+        name: name of the encoder, for the message.
+        num_bytes: memory for its weights.
 
     Raises:
-        EncoderError: it needs more memory than is free.
+        EncoderError: the encoder needs more memory than is free.
     """
-    if need > (free := available_memory()):
+    if num_bytes > (free := available_memory()):
         raise EncoderError(
-            f"the encoder {name} needs {need / 1e9:.1f} GB of memory, and this machine has "
+            f"the encoder {name} needs {num_bytes / 1e9:.1f} GB of memory, and this machine has "
             f"{free / 1e9:.1f} GB free: choose a smaller encoder, or a machine with more"
         )
 
@@ -329,18 +347,18 @@ def _from_arrays(card: EncoderCard, arrays: dict[str, np.ndarray]) -> Encoder:
 
 
 def _remove_weight_norm(network: Any) -> None:
-    """Compute the weight of the positional convolution once, not from its norm in every pass."""
+    """Store the weight of the positional convolution, instead of computing it in every pass."""
     remove_parametrizations(network.encoder.transformer.pos_conv_embed.conv, "weight")
 
 
 def _standardised(values: Tensor, valid: Tensor | None, eps: float) -> Tensor:
-    """Scale values [..., length] to mean 0 and variance 1.
+    """Scale values [..., length] to mean 0 and variance 1 over the last dimension.
 
-    Only the first `valid` [...] values count, and the others become 0; if None, all count.
+    Only the first `valid` [...] values count; the others become 0. If `valid` is None, all count.
     """
     if valid is None:
         return F.layer_norm(values, values.shape[-1:], eps=eps)
     inside = torch.arange(values.shape[-1], device=values.device) < valid[..., None]
     mean = (values * inside).sum(dim=-1, keepdim=True) / valid[..., None]
-    apart = (values - mean) * inside
-    return apart * (apart.square().sum(dim=-1, keepdim=True) / valid[..., None] + eps).rsqrt()
+    centred = (values - mean) * inside
+    return centred * (centred.square().sum(dim=-1, keepdim=True) / valid[..., None] + eps).rsqrt()

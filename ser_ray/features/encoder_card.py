@@ -1,4 +1,4 @@
-"""The description of a pretrained speech encoder. It imports nothing heavy."""
+"""Describes a pretrained speech encoder. This module imports nothing heavy."""
 
 import re
 from dataclasses import dataclass
@@ -11,30 +11,31 @@ from ser_ray.storage.json_text import read_object
 METADATA = "ser_ray.encoder"
 """Key of the card in the metadata of a safetensors file."""
 LARGEST_HEADER = 100_000_000
-"""Bytes of a safetensors file's header, as that library limits them."""
+"""Largest header of a safetensors file in bytes; the library has the same limit."""
 LARGEST_SIZE = 8_192
-"""Most layers, and most values of a layer."""
+"""Largest number of layers, and of values in a layer."""
 ENCODER_RATE = 16_000
 """Sample rate of every encoder, in hertz."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard:
-    """The network of an encoder, the identity of its weights, and where they come from."""
+    """The network of an encoder, the hash of its weights, and what they were trained on."""
 
     name: str
-    """Name of its feature kind; that of a torchaudio bundle in lower case, or the user's own."""
+    """Name of the encoder and its kind of feature: a bundle of torchaudio in lower case, or a name
+    that the user chose."""
     family: Literal["Wav2Vec2", "WavLM"]
     """Which constructor of `torchaudio.models` builds the network; HuBERT is a Wav2Vec2."""
     arguments: dict[str, Any]
-    """Arguments of that constructor."""
+    """Arguments of the constructor."""
     normalises: bool
     """Whether each clip is scaled to mean 0 and variance 1 before the network."""
     licence: str = "not stated"
     trained_on: str = "not stated"
     """What the weights were trained on."""
     labelled: tuple[str, ...] = ()
-    """Corpora whose emotion labels the weights were trained with: names of
+    """Corpora whose emotion labels the weights were trained with: keys of
     `ser_ray.corpus.words.CORPORA`."""
     weights: str = ""
     """SHA-256 of the weights, in hex digits."""
@@ -54,20 +55,20 @@ class EncoderCard:
 
     @property
     def dim(self) -> int:
-        """Number of values of a layer."""
+        """Number of values in a layer."""
         return int(self.arguments["encoder_embed_dim"])
 
     @property
     def num_values(self) -> int:
-        """Number of values of a clip, over all layers."""
+        """Number of values in all layers."""
         return self.num_layers * self.dim
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EncoderCard":
-        """Read what `dataclasses.asdict` made, perhaps by way of JSON.
+        """Return the card with these values, which are those of `dataclasses.asdict` or of JSON.
 
         Raises:
-            ConfigError, TypeError, KeyError: the values are not those of an encoder.
+            ConfigError, TypeError, KeyError: the values do not describe an encoder.
         """
         card = cls(**(values | {"labelled": tuple(values["labelled"])}))
         sizes = [card.arguments[name] for name in ("encoder_num_layers", "encoder_embed_dim")]
@@ -80,7 +81,7 @@ class EncoderCard:
 
     @classmethod
     def from_file(cls, file: BinaryIO, location: str) -> "EncoderCard":
-        """Read the card from the metadata of a safetensors file, at whose start the stream is.
+        """Read the card from the metadata of a safetensors file, which is open at its start.
 
         Raises:
             EncoderError: the file has no card.
@@ -93,6 +94,6 @@ class EncoderCard:
             return cls.from_dict(read_object(header["__metadata__"][METADATA]))
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise EncoderError(
-                f"{location}: is not an encoder's file, because its metadata has no valid "
+                f"{location}: is not an encoder file, because its metadata has no valid "
                 f"{METADATA} ({error}); delete it, and give a file that ser_ray wrote"
             ) from error

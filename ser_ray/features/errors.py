@@ -1,4 +1,4 @@
-"""The error of a clip that cannot become features."""
+"""The error for clips that cannot become features."""
 
 from typing import Literal
 
@@ -16,8 +16,8 @@ class ClipError(Exception):
         self.reason = reason
         """The reason for the outcome, for the owner of the corpus."""
         self.failed: Failure = failed
-        """What failed: the content (`clip`), reading this file (`file`), or the storage. Only the
-        content always fails again. If the storage failed, other clips may fail too."""
+        """What failed: decoding the content (`clip`), reading this file (`file`), or the storage.
+        Only bad content fails in every run. If the storage failed, other clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

@@ -77,8 +77,8 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         stored = location_inside(shards, layout.weights_name(name))
         filesystem, path = filesystem_of(stored)
         is_stored = filesystem.get_file_info(path).is_file
-        weights = EncoderWeights.named(f"{name}={stored}" if is_stored else source)
-        given = EncoderWeights.named(source) if is_stored and "=" in source else weights
+        weights = EncoderWeights.load(f"{name}={stored}" if is_stored else source)
+        given = EncoderWeights.load(source) if is_stored and "=" in source else weights
         if given.card.weights != weights.card.weights:
             raise EncoderError(
                 f"{source}: its weights have the hash {given.card.weights[:16]}, but the shards "

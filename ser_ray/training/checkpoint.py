@@ -265,7 +265,7 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
             found = EncoderWeights.read(card.encoder_file)
         except EncoderError as error:
             try:
-                found = EncoderWeights.named(name)
+                found = EncoderWeights.load(name)
             except (EncoderError, ConfigError):
                 raise EncoderError(
                     f"{directory}: the weights of the encoder {name} are not where they were "

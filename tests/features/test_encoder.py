@@ -95,11 +95,11 @@ def test_a_file_of_this_module_is_whole(tmp_path):
     read = EncoderWeights.read(str(tmp_path / "tiny.safetensors"))
     assert read.card == card
     assert read.card.labelled == ("ravdess",)
-    named = EncoderWeights.named(f"mine={tmp_path}/tiny.safetensors")
+    named = EncoderWeights.load(f"mine={tmp_path}/tiny.safetensors")
     assert named.card == replace(card, name="mine")
     np.testing.assert_array_equal(named.build().encode(waves(1)), read.build().encode(waves(1)))
     with pytest.raises(ConfigError, match="its name must have lower-case"):
-        EncoderWeights.named(f"My-Own={tmp_path}/tiny.safetensors")
+        EncoderWeights.load(f"My-Own={tmp_path}/tiny.safetensors")
 
 
 def test_weights_of_a_bundle_come_from_a_file_or_the_cache_of_torchaudio(tmp_path, monkeypatch):
@@ -120,11 +120,11 @@ def test_weights_of_a_bundle_come_from_a_file_or_the_cache_of_torchaudio(tmp_pat
     }
     assert any(key.endswith("conv.weight_g") for key in old)
     torch.save(old, tmp_path / "hubert.pth")
-    found = EncoderWeights.named(f"hubert_base={tmp_path}/hubert.pth")
-    same = EncoderWeights.fitting(tiny_card(), state, "memory")
+    found = EncoderWeights.load(f"hubert_base={tmp_path}/hubert.pth")
+    same = EncoderWeights.from_tensors(tiny_card(), state, "memory")
     assert found.card.weights == same.card.weights
     assert found.card.licence == "MIT License"
-    assert EncoderWeights.named("hubert_base").card == found.card
+    assert EncoderWeights.load("hubert_base").card == found.card
 
 
 def test_pickled_it_is_arrays_that_encode_alike():
@@ -146,7 +146,7 @@ def test_batches_hold_clips_of_about_equal_length():
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"encoder is wavlm: .*wavlm_base_plus.*NAME=FILE"):
-        EncoderWeights.named("wavlm")
+        EncoderWeights.load("wavlm")
 
 
 def test_without_a_network_the_error_names_the_file_to_fetch(tmp_path, monkeypatch):
@@ -156,13 +156,13 @@ def test_without_a_network_the_error_names_the_file_to_fetch(tmp_path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     with pytest.raises(EncoderError, match=r"cannot be downloaded.*wavlm_base_plus\.pth"):
-        EncoderWeights.named("wavlm_base_plus")
+        EncoderWeights.load("wavlm_base_plus")
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchaudio_model(tiny_card()).state_dict(), tmp_path / "tiny.pth")
     with pytest.raises(EncoderError, match=r"tiny\.pth: does not hold the weights of hubert_base"):
-        EncoderWeights.named(f"hubert_base={tmp_path}/tiny.pth")
+        EncoderWeights.load(f"hubert_base={tmp_path}/tiny.pth")
 
 
 def test_changed_weights_do_not_have_the_hash_of_the_card(tmp_path):
@@ -179,13 +179,13 @@ def test_changed_weights_do_not_have_the_hash_of_the_card(tmp_path):
 def test_what_is_not_weights_is_an_error(tmp_path, suffix):
     path = tmp_path / f"bad.{suffix}"
     with pytest.raises(EncoderError, match="no such file"):
-        EncoderWeights.named(f"hubert_base={path}")
+        EncoderWeights.load(f"hubert_base={path}")
     path.write_bytes(b"\x00" * 100)
     for name in ("hubert_base", "mine"):
         with pytest.raises(EncoderError, match="not a readable file of weights"):
-            EncoderWeights.named(f"{name}={path}")
+            EncoderWeights.load(f"{name}={path}")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(EncoderError, match="is not an encoder's file"):
+    with pytest.raises(EncoderError, match="is not an encoder file"):
         EncoderWeights.read(str(tmp_path / "other.safetensors"))
 
 
@@ -193,13 +193,13 @@ def test_an_encoder_that_does_not_fit_is_refused_before_its_weights_are_fetched(
     monkeypatch.setattr("ser_ray.features.encoder.available_memory", lambda: 2 * 10**9)
     monkeypatch.setattr("ser_ray.features.encoder.download", lambda _: pytest.fail("fetched"))
     with pytest.raises(EncoderError, match=r"wavlm_large needs 2\.5 GB .* 2\.0 GB free"):
-        EncoderWeights.named("wavlm_large")
+        EncoderWeights.load("wavlm_large")
 
 
 def test_a_card_that_no_constructor_takes_is_an_error():
     arguments = tiny_card().arguments | {"encoder_num_heads": 3}
     with pytest.raises(EncoderError, match="cannot be built by torchaudio"):
-        EncoderWeights.fitting(tiny_card(arguments=arguments), {}, "memory")
+        EncoderWeights.from_tensors(tiny_card(arguments=arguments), {}, "memory")
     for size in (10**6, 0, float("inf"), "16"):
         arguments = tiny_card().arguments | {"encoder_embed_dim": size}
         with pytest.raises(ConfigError, match="both must be whole numbers"):
