@@ -117,7 +117,7 @@ def test_a_corpus_becomes_a_shard_set(ray_cluster: None, corpus: Path, tmp_path:
     assert set(files_of(tmp_path / "shards")) == {CARD_NAME, *files}, "no lock, no temporary file"
 
 
-def test_ray_data_reads_the_clips_of_a_set_and_one_side_of_a_fold(
+def test_ray_data_reads_the_clips_of_a_set_and_one_part_of_a_fold(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     import ray.data
