@@ -19,7 +19,7 @@ from ser_ray.storage.atomic import write_file
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of, location_inside, read_file
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
 """Columns of the clips that the fingerprint covers, in addition to the labels and the feature
 settings."""

@@ -56,7 +56,12 @@ def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
 
 
 def run_job(
-    results: "Dataset", shards: str, lock: FolderLock, num_files: int, before: int, given: Report | None
+    results: "Dataset",
+    shards: str,
+    lock: FolderLock,
+    num_files: int,
+    before: int,
+    given: Report | None,
 ) -> None:
     """Run a job, and show its progress. Stop if another run took over the lock.
 

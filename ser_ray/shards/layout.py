@@ -6,11 +6,10 @@
     SHARDS/encoders/NAME/shard-00012.parquet   an encoder's features of these clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
 
-The feature of a clip is stored as the bytes of a float16 array `[bins, num_frames]`, padded with
-zeros on the right; that of an encoder as a float16 array `[layers, dim]`. All arrays of a column
-have the same size, so its type is Arrow's fixed-size binary. Arrow's fixed-shape tensors are
-slower, because Parquet stores them as nested lists with a definition level for every number: on 128
-clips, writing takes 5 times and reading 7 times as long.
+A feature is stored as the bytes of a float16 array `[bins, num_frames]`, padded with zeros on the
+right; for an encoder, the array is `[layers, dim]`. The type of the column is Arrow's fixed-size
+binary. Arrow's fixed-shape tensors are slower, because Parquet stores them as nested lists with a
+definition level for every number: on 128 clips, writing takes 5 times and reading 7 times as long.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ def clips_name(number: int) -> str:
 
 
 def feature_name(kind: str, number: int) -> str:
-    """Return the path, inside the shard set, of the file with this kind of feature of a shard."""
+    """Return the path of the file, inside the shard set, that has this feature of a shard."""
     return clips_name(number) if kind in KINDS else f"{ENCODERS}/{kind}/shard-{number:05d}.parquet"
 
 
@@ -75,9 +74,9 @@ def read_table(shards: str, name: str, columns: list[str] | None = None) -> pa.T
 
 
 def write_table(shards: str, name: str, table: pa.Table) -> None:
-    """Write a Parquet file atomically; `name` is its path inside the shard set.
+    """Write a Parquet file atomically, without statistics, and without dictionaries for features.
 
-    It has no statistics, and no dictionaries for features.
+    `name` is the path of the file inside the shard set.
     """
     filesystem, path = filesystem_of(location_inside(shards, name))
     with atomic_write(filesystem, path) as target:
@@ -109,8 +108,8 @@ def delete(shards: str, name: str) -> None:
         filesystem.delete_file(path)
 
 
-def require_own(shards: str) -> None:
-    """Refuse to write to a folder whose `clips` holds files that no shard set has.
+def require_no_other_files(shards: str) -> None:
+    """Check that the folder `clips` has no files that do not belong to a shard set.
 
     Raises:
         ShardsError: there is such a file.

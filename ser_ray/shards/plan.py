@@ -291,7 +291,7 @@ def require_same_corpus(
 def describe_changes(
     committed: Mapping[int, CommittedShard], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Say what has changed since an earlier run, and how many files are prepared: a few lines."""
+    """Return lines that say what has changed since an earlier run, and what it prepared."""
     if not committed:
         return ()
     first = next(iter(committed.values()))

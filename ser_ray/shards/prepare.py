@@ -49,7 +49,9 @@ from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
-ELSEWHERE = "with several machines, shards must be in a bucket or on a disk that all machines mount"
+NOT_SHARED = (
+    "with several machines, shards must be in a bucket or on a disk that all machines mount"
+)
 MISSING_NAME = "missing.csv"
 """A file in the shard set. It lists the files that the table of the corpus names but that do not
 exist."""
@@ -64,7 +66,7 @@ class PrepareSummary:
     card: ShardCard
     """The card of the shard set."""
     notes: tuple[str, ...]
-    """Lines about the changes since an earlier run (`describe_changes`)."""
+    """Lines about changes since an earlier run (`describe_changes`)."""
     files_done: int
     """Number of files in the shards that this run wrote."""
     seconds: float
@@ -81,7 +83,7 @@ class PrepareSummary:
         of_files = f"segments of {self.num_files} files" if self.num_files else "files"
         lines = [
             f"{self.card.num_files} {of_files}: {counts}",
-            f"{self.files_done} of them done now, in {self.seconds:.1f} s",
+            f"{self.files_done} of them prepared now, in {self.seconds:.1f} s",
             self.contents,
             *(
                 f"encoder {item.name}: {item.num_layers} layers of {item.dim} values a clip, "
@@ -130,7 +132,7 @@ def prepare(
             activity="is writing these shards",
             advice="wait until it ends, or choose another folder",
         ) as lock:
-            layout.require_own(config.shards)
+            layout.require_no_other_files(config.shards)
             missing = _report_missing(manifest, config)
             committed = read_committed(config.shards)
             require_same_corpus(committed, manifest, config.shards)
@@ -240,7 +242,8 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
     )
     if len(rows) == num_files or set(rows["reason"].to_pylist()) != {NO_FILE}:
         raise CorpusError(
-            f"{config.corpus}: {text}. Relative paths start at the folder of the table"
+            f"{config.corpus}: {text}. Relative paths start at the folder of the table, or at a "
+            "folder above it"
         )
     return [text]
 
@@ -251,7 +254,7 @@ def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -
 
     def write() -> dict[str, int]:
         if layout.names_in(shards, layout.OUTCOMES) is None:
-            raise OSError(f"not seen by {socket.gethostname()}: {ELSEWHERE}")
+            raise OSError(f"{socket.gethostname()} does not see this folder: {NOT_SHARED}")
         return write_shard(shards, number, rows.drop_columns("shard"), extractor)
 
     return shard_result(layout.clips_name(number), write)
