@@ -22,7 +22,7 @@ import tyro
 
 from ser_ray.features.bundles import bundle_card
 from ser_ray.features.encoder import (
-    BUILDERS,
+    CONSTRUCTORS,
     ENCODER_RATE,
     PADDED_SECONDS,
     EncoderWeights,
@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(bench.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = bundle_card(bench.encoder)
-    network = BUILDERS[card.family](**card.arguments).eval()
+    network = CONSTRUCTORS[card.family](**card.arguments).eval()
     weights = EncoderWeights.from_tensors(card, network.state_dict(), "random weights")
     encoder, network = weights.build().to(device), network.to(device)
     rng = np.random.default_rng(0)
