@@ -24,7 +24,7 @@ from ser_ray.features.bundles import bundle_card
 from ser_ray.features.encoder import (
     CONSTRUCTORS,
     ENCODER_RATE,
-    PADDED_SECONDS,
+    MAX_BATCH_SECONDS,
     EncoderWeights,
     batches_by_length,
 )
@@ -70,7 +70,7 @@ def main() -> None:
     lengths = (rng.uniform(*SECONDS, bench.clips) * ENCODER_RATE).astype(int)
     waves = [rng.normal(0, 0.1, length).astype(np.float32) for length in lengths]
     batches = []
-    for rows in batches_by_length(lengths, PADDED_SECONDS[device.type] * ENCODER_RATE):
+    for rows in batches_by_length(lengths, MAX_BATCH_SECONDS[device.type] * ENCODER_RATE):
         padded = np.zeros((len(rows), lengths[rows[-1]]), np.float32)
         for padded_row, row in zip(padded, rows, strict=True):
             padded_row[: lengths[row]] = waves[row]

@@ -39,7 +39,7 @@ from ser_ray.features.encoder_card import ENCODER_RATE, METADATA, EncoderCard
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.storage.tensors import DAMAGED, read_tensors
 
-PADDED_SECONDS = {"cpu": 0, "cuda": 240}
+MAX_BATCH_SECONDS = {"cpu": 0, "cuda": 240}
 """Largest number of seconds in a batch, including padding, by type of device. On a CPU, each clip
 is a batch, which takes a sixth less time than batches of 8 s (WavLM Base+ on one core)."""
 CONSTRUCTORS = {
@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         device = next(self.network.parameters()).device
         lengths = np.array([len(wave) for wave in waves], np.int64)
         result = np.empty((len(waves), self.card.num_layers, self.card.dim), np.float32)
-        for rows in batches_by_length(lengths, PADDED_SECONDS[device.type] * ENCODER_RATE):
+        for rows in batches_by_length(lengths, MAX_BATCH_SECONDS[device.type] * ENCODER_RATE):
             padded = np.zeros((len(rows), lengths[rows[-1]]), np.float32)
             for place, row in zip(padded, rows, strict=True):
                 place[: lengths[row]] = waves[row]

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ACTORS_PER_GPU = 2
-"""One decodes while the other encodes."""
+"""While one actor decodes, the other encodes."""
 
 
 def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) -> list[Any]:
@@ -76,9 +76,11 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         name = source.partition("=")[0]
         stored = location_inside(shards, layout.weights_name(name))
         filesystem, path = filesystem_of(stored)
-        is_stored = filesystem.get_file_info(path).is_file
-        weights = EncoderWeights.load(f"{name}={stored}" if is_stored else source)
-        given = EncoderWeights.load(source) if is_stored and "=" in source else weights
+        if filesystem.get_file_info(path).is_file:
+            weights = EncoderWeights.load(f"{name}={stored}")
+            given = EncoderWeights.load(source) if "=" in source else weights
+        else:
+            weights = given = EncoderWeights.load(source)
         if given.card.weights != weights.card.weights:
             raise EncoderError(
                 f"{source}: its weights have the hash {given.card.weights[:16]}, but the shards "
@@ -153,9 +155,9 @@ def missing_shards(shards: str, card: ShardCard, encoder: EncoderCard) -> list[i
 
     Files of the encoder that belong to no shard are deleted.
     """
-    own = {layout.feature_name(encoder.name, number) for number in card.shard_numbers}
+    expected = {layout.feature_name(encoder.name, number) for number in card.shard_numbers}
     found = set(layout.names_in(shards, f"{layout.ENCODERS}/{encoder.name}") or ())
-    for name in found - own - {layout.weights_name(encoder.name)}:
+    for name in found - expected - {layout.weights_name(encoder.name)}:
         layout.delete(shards, name)
 
     def is_missing(number: int) -> bool:
@@ -187,10 +189,11 @@ def _write_column(
     paths = itertools.chain.from_iterable(table["path"].to_pylist() for table in clips)
     require_shared(shards, *one_of_each_folder(paths))
     set_up_ray_data()
-    total, gpus = max_resources(), has_gpus()
-    cpus = max(int(total.get("CPU", 1)), 1)
-    actors = min(ACTORS_PER_GPU * int(total["GPU"]) if gpus else cpus, len(numbers))
-    threads = max(cpus // actors, 1) if gpus else 1
+    resources, gpus = max_resources(), has_gpus()
+    cpus = max(int(resources.get("CPU", 1)), 1)
+    most = ACTORS_PER_GPU * int(resources["GPU"]) if gpus else cpus
+    actors = min(most, len(numbers))
+    threads = max(cpus // actors, 1) if gpus else 1  # threads that decode, in each actor
     results = ray.data.from_items(
         [{"shard": number} for number in numbers], override_num_blocks=len(numbers)
     ).map_batches(
@@ -201,9 +204,9 @@ def _write_column(
         num_cpus=1,
         num_gpus=1 / ACTORS_PER_GPU if gpus else None,
     )
-    num_files = sum(pc.sum(pc.equal(table["window"], 0)).as_py() or 0 for table in clips)
+    num_missing = sum(pc.sum(pc.equal(table["window"], 0)).as_py() or 0 for table in clips)
     num_clips = card.counts[layout.OK]
-    run_job(results, shards, lock, num_clips, num_clips - num_files, progress)
+    run_job(results, shards, lock, num_clips, num_clips - num_missing, progress)
 
 
 def _store_weights(location: str, weights: "EncoderWeights") -> None:

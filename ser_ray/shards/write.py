@@ -3,7 +3,7 @@
 The files have the same bytes on every machine. The clips are written first and the outcomes last,
 so a shard with outcomes is complete. Nothing here imports Ray.
 
-Ray Data's `write_parquet` with its checkpoints was tried, but it does not do what is needed here:
+Ray Data's `write_parquet` with its checkpoints was tried, but it does not meet these requirements:
 
 - Every listed file gets an outcome in the same pass, even if it cannot be decoded.
 - A writer that is killed leaves no broken file among the clips.
@@ -50,8 +50,8 @@ def write_shard(
 ) -> dict[str, int]:
     """Decode the files of a shard, write its clips and outcomes, and count the files by status.
 
-    If a file could not be read but may be readable later, the shard gets no key, so that the next
-    run writes it again.
+    If a file could not be read but may be readable later, the shard gets no `shard_key`, so that
+    the next run writes it again.
 
     Args:
         shards: folder or URI of the shard set.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ser_ray.errors import ConfigError, EncoderError
 from ser_ray.features.bundles import bundle_card, bundle_names
 from ser_ray.features.encoder import (
-    PADDED_SECONDS,
+    MAX_BATCH_SECONDS,
     EncoderWeights,
     batches_by_length,
     hash_of,
@@ -54,7 +54,7 @@ def test_a_clip_has_the_values_of_torchaudio(family, mode):
 def test_a_clip_of_a_padded_batch_has_the_values_of_torchaudio_for_it_alone(
     family, mode, monkeypatch
 ):
-    monkeypatch.setitem(PADDED_SECONDS, "cpu", 60)  # as on a GPU
+    monkeypatch.setitem(MAX_BATCH_SECONDS, "cpu", 60)  # as on a GPU
     card = tiny_card(family, mode)
     clips = waves(1.1, 0.4, 2.0, 0.41)
     values = tiny_weights(card).build().encode(clips)
