@@ -33,7 +33,7 @@ from ser_ray.search.space import LR_RATIO, recipe_with
 from ser_ray.search.trial import TrialRecord, read_records, write_records
 from ser_ray.search.tune_run import TuneArguments, last_result, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
-from ser_ray.tracking.run_metadata import Kind, data_line, dataset_of, scored_on
+from ser_ray.tracking.run_metadata import RunKind, data_line, dataset_of, scored_on
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.metrics import selected_metrics
 
@@ -303,7 +303,7 @@ class Study(tune.Callback):
     def _open_run(self, trial: TrialRecord) -> Tracker:
         earlier_run_id = self._run_ids.get(trial.trial_id, "")
         is_fold = "fold" in trial.values
-        kind: Kind = "fold" if is_fold else "trial"
+        kind: RunKind = "fold" if is_fold else "trial"
         run = Tracker.start(
             self.parent.uri,
             self.run.experiment,

@@ -28,7 +28,7 @@ from ser_ray.version import __version__
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-Kind = Literal["training", "range test", "search", "trial", "cross-validation", "fold"]
+RunKind = Literal["training", "range test", "search", "trial", "cross-validation", "fold"]
 
 SHARDS_TAG = "shards.fingerprint"
 """Tag of every run: the fingerprint of the shard set that it was trained on."""
@@ -36,18 +36,17 @@ NOTE = "mlflow.note.content"
 """Tag that holds a run's description, which MLflow shows as Markdown."""
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Names of the lines of a description, in order."""
-TAG_BYTES = 5000
-"""Largest length of a tag in MLflow."""
+MAX_TAG_LENGTH = 5000
+"""Largest number of characters in a tag's value that MLflow accepts."""
 MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
 
-def run_tags(kind: Kind, protocol: str, shards: ShardSet) -> dict[str, str]:
+def run_tags(kind: RunKind, protocol: str, shards: ShardSet) -> dict[str, str]:
     """Return the tags of a run: its kind, protocol, shards, command, user and code.
 
     Args:
-        kind: kind of the run.
         protocol: protocol and fold as text, as shown beside every score.
         shards: the shards that the run trains on.
     """
@@ -80,7 +79,7 @@ def provenance() -> dict[str, str]:
         "hardware.machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": program.name,
-        "command": shlex.join([command, *sys.argv[1:]])[:TAG_BYTES],
+        "command": shlex.join([command, *sys.argv[1:]])[:MAX_TAG_LENGTH],
     }
     if commit := git_commit():
         facts["mlflow.source.git.commit"] = commit

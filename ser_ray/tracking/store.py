@@ -81,13 +81,15 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     is_server = uri.startswith("http")
     is_from_variable = VARIABLE in os.environ and uri == resolve_uri("")
     store = f"{VARIABLE} names {uri}" if is_from_variable else uri
-    problem = f"{store}: no MLflow {'server answers' if is_server else 'database can be opened'}"
-    advice = (
-        "; start one with `mlflow server`, give the user and password of a protected one in "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave --tracking-uri and "
-        f"{VARIABLE} out to record in a local file"
-    )
-    if not is_server:
+    if is_server:
+        problem = f"{store}: no MLflow server answers"
+        advice = (
+            "; start one with `mlflow server`; for a protected server, give user and password in "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; or leave out --tracking-uri "
+            f"and {VARIABLE} to record in a local file"
+        )
+    else:
+        problem = f"{store}: no MLflow database can be opened"
         advice = "; check --tracking-uri: the address of a server begins with http:// or https://"
     with as_tracking_error(problem, advice):
         if is_server:

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ser_ray.errors import TrackingError
 from ser_ray.storage.json_text import to_json
 from ser_ray.tracking.database import await_database
-from ser_ray.tracking.run_metadata import NOTE, TAG_BYTES, merge_note, model_name, model_signature
+from ser_ray.tracking.run_metadata import (
+    MAX_TAG_LENGTH,
+    NOTE,
+    merge_note,
+    model_name,
+    model_signature,
+)
 from ser_ray.tracking.store import as_tracking_error, connect, experiment_id_of, set_tracking_uri
 from ser_ray.tracking.views import save_view
 
@@ -253,7 +259,7 @@ class Tracker:
         """Set tags of the run."""
         with self._requests():
             for key, value in tags.items():
-                self._client.set_tag(self.run_id, key, str(value)[:TAG_BYTES])
+                self._client.set_tag(self.run_id, key, str(value)[:MAX_TAG_LENGTH])
 
     def read_text(self, name: str) -> str:
         """Read a text artifact.
