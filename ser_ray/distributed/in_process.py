@@ -83,8 +83,9 @@ def _fit(
 ) -> None:
     recipe, shards = task.recipe, task.shards
     with worker_device(gpu=gpu) as device, task.folder.local(start) as resume:
-        memory = available_memory
-        is_streamed = should_stream(task.run.ingest, recipe, shards, memory, device, resume)
+        is_streamed = should_stream(
+            task.run.ingest, recipe, shards, available_memory, device, resume
+        )
         fit(
             recipe,
             shards,

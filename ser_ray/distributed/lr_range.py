@@ -4,7 +4,6 @@ From shards and a recipe, the test proposes bounds of the learning rate. It writ
 MLflow run.
 """
 
-import itertools
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -116,9 +115,11 @@ def run_lr_range(
 
 def _new_folder(run: RunConfig, name: str) -> RunFolder:
     """Return the first of the folders NAME, NAME-2, NAME-3, ... that does not exist."""
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folders = (RunFolder(absolute(run.storage), name) for name in names)
-    return next(folder for folder in folders if not folder.exists())
+    folder, number = RunFolder(absolute(run.storage), name), 1
+    while folder.exists():
+        number += 1
+        folder = RunFolder(absolute(run.storage), f"{name}-{number}")
+    return folder
 
 
 def _steps(

@@ -70,10 +70,7 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
 
 
 def gpu_handles() -> dict[int, Any]:
-    """Return NVML's handles by index, of all GPUs of this machine.
-
-    Unlike CUDA, NVML also lists the GPUs that CUDA_VISIBLE_DEVICES hides.
-    """
+    """Return NVML's handle of every GPU by index, also of GPUs that CUDA_VISIBLE_DEVICES hides."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -37,7 +37,7 @@ NOTE = "mlflow.note.content"
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Names of the lines of a description, in order."""
 MAX_TAG_LENGTH = 5000
-"""Largest number of characters in a tag's value that MLflow accepts."""
+"""Length of a tag's value that every store of MLflow accepts."""
 MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
