@@ -72,7 +72,7 @@ def evaluate(
     shards = open_corpora(locations, label_map, known=card.corpora, labels=card.labels)
     _require_same_features(card, shards)
     table = shards.clips()
-    rows, label, is_own = _rows(card, shards, table, part, protocol, fold)
+    rows, label, is_own = _select_scored(card, shards, table, part, protocol, fold)
     seen = () if is_own else _seen_speakers(card, table, rows)
     if seen and not allow_seen_speakers:
         raise CheckpointError(
@@ -172,7 +172,7 @@ def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, 
     )
 
 
-def _rows(
+def _select_scored(
     card: CheckpointCard,
     shards: ShardSet,
     table: pa.Table,

@@ -28,9 +28,9 @@ from ser_ray.evaluation.rendering import render
 from ser_ray.evaluation.sections import (
     History,
     card_settings,
-    confusion_part,
+    confusion_values,
     make_page,
-    part_of,
+    part_values,
     selected_scores,
     settings_of,
     training_section,
@@ -81,7 +81,7 @@ def run_page(
             "Features": card.config.feature,
             "MLflow run": run_id,
         },
-        part=None if validation is None else part_of(validation, audio=audio),
+        part=None if validation is None else part_values(validation, audio=audio),
         **training_section(history, learning_rates, card.config),
         layers=layer_weights_figure(layer_weights) if layer_weights else None,
         settings=card_settings(card),
@@ -96,7 +96,7 @@ def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
         page: the page that `run_page` or `trial_page` made.
         evaluation: evaluation of the test part.
     """
-    section = render("part.html.jinja", part=part_of(evaluation, audio=audio))
+    section = render("part.html.jinja", part=part_values(evaluation, audio=audio))
     return with_contents(_TEST_PART.sub(lambda _: section, page))
 
 
@@ -119,7 +119,7 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
             "Features": card.config.feature,
             "MLflow run of the training": evaluation.origin.get("run_id", ""),
         },
-        part=part_of(evaluation, audio=audio) | {"title": "Scores"},
+        part=part_values(evaluation, audio=audio) | {"title": "Scores"},
         settings=card_settings(card),
     )
 
@@ -156,7 +156,7 @@ def crossval_page(
             "Shards": card.shards_fingerprint,
             "MLflow run": run_id,
         },
-        part=part_of(pooled, audio=audio),
+        part=part_values(pooled, audio=audio),
         folds=folds,
         pages=pages,
         settings=card_settings(card),
@@ -188,7 +188,7 @@ def trial_page(
         selected = selected_row(history, recipe.keep)
         where = f"epoch {selected['epoch']:.0f}, validation, {scored_on(tags)}"
         scores = selected_scores(selected)
-        part = confusion_part("validation", where, np.asarray(confusion), labels, scores)
+        part = confusion_values("validation", where, np.asarray(confusion), labels, scores)
     return make_page(
         "run",
         "Trial",
@@ -219,7 +219,7 @@ def search_page(
     searched: Mapping[str, str],
     importance: Mapping[str, float],
     tags: Mapping[str, str],
-    again: str,
+    train_command: str,
     pages: Mapping[int, str],
     num_labels: int,
     run_id: str,
@@ -234,7 +234,7 @@ def search_page(
         recipe: recipe of this trial.
         searched: {hyperparameter: its range, as text}.
         importance: {hyperparameter: its importance}, as `importance_figure` draws it; may be empty.
-        again: command that trains the best recipe.
+        train_command: command that trains the best recipe.
         pages: {number of a trial: relative link to its page}.
     """
     row = next(row for row in trials if row["trial"] == best)
@@ -248,7 +248,7 @@ def search_page(
         summary=f"Trial {best} of {len(trials)} is the best ({counts}). It has {values}; "
         f"its epoch {selected['epoch']:.0f} is selected.",
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
-        again=again,
+        train_command=train_command,
         measured_on=f"validation, {scored_on(tags)}",
         scores=selected_scores(selected),
         num_labels=num_labels,

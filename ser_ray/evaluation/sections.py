@@ -84,13 +84,14 @@ def with_contents(page: str) -> str:
     return _CONTENTS.sub(lambda _: f"<ul>\n{items}</li>\n</ul>", page, count=1)
 
 
-def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
+def part_values(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     """Return the values that `part.html.jinja` needs for an evaluation."""
     labels = evaluation.card.labels
     scores = {title: evaluation.mean(name) for name, title in SCORES.items()}
     confusion = evaluation.scores.confusion
-    base = confusion_part(evaluation.part, evaluation.measured_on, confusion, labels, scores)
+    base = confusion_values(evaluation.part, evaluation.measured_on, confusion, labels, scores)
     calibration, uncalibrated = evaluation.calibration, evaluation.uncalibrated
+    has_temperature = evaluation.card.temperature != 1
     return base | {
         "evaluation": evaluation,
         "labels": label_rows([scores.confusion for scores in evaluation.by_seed.values()], labels),
@@ -103,16 +104,14 @@ def part_of(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
             calibration.confidence,
             calibration.accuracy,
             calibration.count,
-            None
-            if evaluation.card.temperature == 1
-            else (uncalibrated.confidence, uncalibrated.accuracy),
+            (uncalibrated.confidence, uncalibrated.accuracy) if has_temperature else None,
         ),
         "examples": read_clips(evaluation, evaluation.typical(), audio=audio),
         "hardest": read_clips(evaluation, evaluation.hardest(), audio=audio),
     }
 
 
-def confusion_part(
+def confusion_values(
     part: str,
     measured_on: str,
     confusion: np.ndarray,

@@ -200,7 +200,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         searched={dimension.name: str(dimension) for dimension in config.dimensions},
         importance=importance,
         tags=study.tags,
-        again=result.train_command,
+        train_command=result.train_command,
         pages={trial.number: trial.page for trial in trials},
         num_labels=len(study.shards.card.labels),
         run_id=tracker.run_id,

@@ -196,7 +196,7 @@ def render_search(**changes: Any) -> str:
         "searched": {"lr_max": "loguniform 0.0003 to 0.01", "lr_ratio": "choice 25"},
         "importance": {"lr_max": 0.75, "lr_ratio": 0.25},
         "tags": TAGS,
-        "again": "ser-ray train --like <id>",
+        "train_command": "ser-ray train --like <id>",
         "pages": {number: f"trials/00{number}.html" for number in (1, 2, 3)},
         "num_labels": 3,
         "run_id": "0123",
