@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        return _end(f"error: {place}{error.strerror or error}", 2)
+        file = f"{error.filename}: " if error.filename else ""
+        return _end(f"error: {file}{error.strerror or error}", 2)
     finally:
         logger.removeHandler(handler)
 
@@ -85,10 +85,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     verb = parse_verb(VERBS, arguments)
     if verb.common.dry_run:
-        shown: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
+        resolved: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
         if place := verb.place():
-            shown["trains"] = place
-        print(to_json(shown))
+            resolved["trains"] = place
+        print(to_json(resolved))
         return 0
     with redirect_stdout(sys.stderr):  # libraries print links and progress on standard output
         result = verb.run()

@@ -170,23 +170,23 @@ class Predict(ModelVerb):
         text = str(predictions)
         if predictor.card.corpus == "synthetic":
             text += "\n(the model was trained on the synthetic corpus)"
-        problem = _problem_of(Counter(prediction.status for prediction in predictions))
+        problem = problem_of(Counter(prediction.status for prediction in predictions))
         data = {"predictions": [asdict(prediction) for prediction in predictions]}
         return VerbResult(data, text, problem=problem)
 
     def _run_batch(self, listed: "AudioFiles", predictor: "Predictor") -> VerbResult:
         output = self.output or api.PREDICTIONS
         summary = api.predict_to_table(listed, predictor, output, address=self.common.address)
-        return VerbResult(asdict(summary), str(summary), problem=_problem_of(summary.counts))
+        return VerbResult(asdict(summary), str(summary), problem=problem_of(summary.counts))
 
 
-def _problem_of(counts: Mapping[str, int]) -> str:
-    """Return why predictions with these statuses are incomplete; empty if they are complete."""
+def problem_of(counts: Mapping[str, int]) -> str:
+    """Return why `predict` fails, from the number of files by status; empty if it succeeds."""
     from ser_ray.inference.prediction import UNSURE
     from ser_ray.inference.recordings import UNREACHABLE
 
     if num_unreachable := counts.get(UNREACHABLE):
-        return f"{num_unreachable} files were unreachable; the same command tries them again"
+        return f"unreachable files: {num_unreachable}; the same command tries them again"
     return "" if {"ok", UNSURE} & counts.keys() else "none of these files could be scored"
 
 

@@ -134,8 +134,8 @@ def choose_files(evaluation: "api.Evaluation") -> dict[str, str]:
 
     clips = evaluation.predictions.select(["path", "emotion", "start"]).to_pylist()
     files = [clip for clip in clips if clip["start"] is None and ROW not in clip["path"]]
-    shown = files[:: max(len(files) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
-    return {clip["path"]: clip["emotion"] for clip in shown}
+    chosen = files[:: max(len(files) // SHOWN_PREDICTIONS, 1)][:SHOWN_PREDICTIONS]
+    return {clip["path"]: clip["emotion"] for clip in chosen}
 
 
 def prediction_lines(

@@ -120,5 +120,5 @@ def make_output_safe() -> None:
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
-    shown = "".join(ASCII.get(char, char) for char in error.object[error.start : error.end])
-    return shown.encode("ascii", "backslashreplace").decode(), error.end
+    replacement = "".join(ASCII.get(char, char) for char in error.object[error.start : error.end])
+    return replacement.encode("ascii", "backslashreplace").decode(), error.end

@@ -129,21 +129,24 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     origin: dict[str, Any] = json.loads(path.read_text())
-    old, new = origin.get("report", "").rpartition("/")[0], str(checkpoint.absolute().parent)
+    old = origin.get("report", "").rpartition("/")[0]  # the run folder when the run was trained
+    new = str(checkpoint.absolute().parent)
     if checkpoint.name == SELECTED and old and "://" not in old and old != new:
         for name in ("tracking_uri", "report"):
             origin[name] = _relocate(origin.get(name, ""), old, new)
-        pairs = [(place, _relocate(place, old, new)) for place in origin.get("shards", ())]
-        origin["shards"] = [now if os.path.exists(now) else place for place, now in pairs]  # noqa: PTH110
+        for index, location in enumerate(origin.get("shards", ())):
+            relocated = _relocate(location, old, new)
+            if os.path.exists(relocated):  # noqa: PTH110
+                origin["shards"][index] = relocated
     return origin
 
 
-def _relocate(place: str, old: str, new: str) -> str:
+def _relocate(location: str, old: str, new: str) -> str:
     """Return the path of a file after the folder `old` was moved to `new`. URIs do not change."""
-    scheme = "sqlite:///" if place.startswith("sqlite:///") else ""
-    path = place.removeprefix(scheme)
+    scheme = "sqlite:///" if location.startswith("sqlite:///") else ""
+    path = location.removeprefix(scheme)
     if not path or "://" in path:
-        return place
+        return location
     return scheme + os.path.normpath(os.path.join(new, os.path.relpath(path, old)))  # noqa: PTH118
 
 
@@ -159,15 +162,16 @@ def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, 
     """
     card = read_card(checkpoint)
     recorded = tuple(origin_of(checkpoint).get("shards", ()))
-    places = [recorded] if recorded else []
-    places += [(location,) for location in default_locations]
-    for place in places:
+    candidates = [recorded] if recorded else []
+    candidates += [(location,) for location in default_locations]
+    for locations in candidates:
         with suppress(ShardsError, LocationError, ConfigError):
-            if open_corpora(place, known=card.corpora).card.fingerprint == card.shards_fingerprint:
-                return place
+            shards = open_corpora(locations, known=card.corpora)
+            if shards.card.fingerprint == card.shards_fingerprint:
+                return locations
     raise ShardsError(
         f"the shards that the model was trained on ({card.trained_on}) are not in "
-        f"{' or '.join(map(' and '.join, places))}: give their location, or shards of other "
+        f"{' or '.join(map(' and '.join, candidates))}: give their location, or shards of other "
         "speakers, with --shards"
     )
 
@@ -229,19 +233,17 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     shards, the same person may have a name without the corpus, or with another corpus.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
-    people, known = (
-        {name.rpartition(":")[2] for name in seen},
-        {corpus.name for corpus in card.corpora},
-    )
+    seen_people = {name.rpartition(":")[2] for name in seen}
+    known_corpora = {corpus.name for corpus in card.corpora}
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
     corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers
-    found = {
-        speaker
-        for speaker, corpus in zip(speakers, corpora, strict=True)
-        if speaker in seen or (corpus not in known and speaker.rpartition(":")[2] in people)
-    }
-    return tuple(sorted(found))
+    scored_and_seen = set()
+    for speaker, corpus in zip(speakers, corpora, strict=True):
+        is_same_person = speaker.rpartition(":")[2] in seen_people
+        if speaker in seen or (is_same_person and corpus not in known_corpora):
+            scored_and_seen.add(speaker)
+    return tuple(sorted(scored_and_seen))
 
 
 def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:

@@ -128,8 +128,8 @@ class WaveformModel(nn.Module):
         """Return the first sample of the sound, its length, and whether it can be scored."""
         config, num_samples = self.features, waveform.shape[0]
         stretch = round(ENERGY_SECONDS * config.sample_rate)
-        place = torch.arange(num_samples // stretch + 1)
-        samples = place[:, None] * stretch + torch.arange(stretch)
+        index = torch.arange(num_samples // stretch + 1)
+        samples = index[:, None] * stretch + torch.arange(stretch)
         is_inside = (samples < num_samples).double()
         values = waveform[samples.clamp(max=num_samples - 1)]
         count = is_inside.sum(dim=1, keepdim=True).clamp(min=1)
@@ -138,12 +138,12 @@ class WaveformModel(nn.Module):
         sloping = (centred * line).sum(dim=1).square() / line.square().sum(dim=1).clamp(min=1)
         power = (centred.square().sum(dim=1) - sloping).clamp(min=0) / stretch
         loud = power > self._threshold(power)
-        first = torch.where(loud, place, num_samples).min() * stretch
-        stop = ((torch.where(loud, place, -1).max() + 1) * stretch).clamp(max=num_samples)
+        first = torch.where(loud, index, num_samples).min() * stretch
+        stop = ((torch.where(loud, index, -1).max() + 1) * stretch).clamp(max=num_samples)
         margin = round(config.trim_margin * config.sample_rate)
         begin = (first - margin).clamp(min=0)
         length = (stop + margin).clamp(max=num_samples) - begin
-        num_loud = ((place[-1] + 1) // 20).clamp(1, LOUD_STRETCHES)
+        num_loud = ((index[-1] + 1) // 20).clamp(1, LOUD_STRETCHES)
         is_scored = (
             ((power >= SILENCE_POWER).sum() >= num_loud)
             & (stop - first >= config.min_seconds * config.sample_rate)
@@ -158,8 +158,8 @@ class WaveformModel(nn.Module):
         ranked = power[:-1].sort().values
         num_silent = (ranked <= POWER_FLOOR).sum()
         last = (ranked.shape[0] - 1 - num_silent).clamp(min=0)
-        places = num_silent + torch.stack((last // 10, last * 3 // 10))
-        quiet, less_quiet = ranked[places.clamp(max=ranked.shape[0] - 1)]
+        index = num_silent + torch.stack((last // 10, last * 3 // 10))
+        quiet, less_quiet = ranked[index.clamp(max=ranked.shape[0] - 1)]
         is_noise = (less_quiet < quiet * STEADY_RATIO) & (loudest > quiet * HEARD_RATIO)
         is_noise = is_noise & (num_silent < ranked.shape[0])
         spread_db = 10 * torch.log10(less_quiet / quiet.clamp(min=POWER_FLOOR))
@@ -171,8 +171,8 @@ class WaveformModel(nn.Module):
         """Compute features [bins, num_frames_max]; frames after the sound are invalid."""
         config = self.features
         starts = torch.arange(config.num_frames)[:, None] * config.hop_length
-        places = starts + torch.arange(config.window_length) - config.window_length // 2
-        mirrored = torch.where(places < 0, -places, places)
+        offsets = starts + torch.arange(config.window_length) - config.window_length // 2
+        mirrored = torch.where(offsets < 0, -offsets, offsets)
         mirrored = torch.where(mirrored >= length, 2 * (length - 1) - mirrored, mirrored)
         index = (begin + mirrored).clamp(0, waveform.shape[0] - 1)
         frames = waveform[index]  # [num_frames_max, window_length]

@@ -10,6 +10,7 @@ import pytest
 
 from ser_ray import api
 from ser_ray.cli.main import VERBS, main
+from ser_ray.cli.model import problem_of
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import VerbResult
@@ -339,6 +340,20 @@ def test_what_the_package_logs_is_printed_while_a_verb_runs(capsys, monkeypatch)
     captured = capsys.readouterr()
     assert captured.err == "starting [bold]Ray[/bold]\nwarning: no room\n"
     assert json.loads(captured.out) == {"done": True}
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ({"ok": 1, "silent": 2}, ""),
+        ({"unsure": 1}, ""),
+        ({"silent": 1, "unreadable": 1}, "none of these files could be scored"),
+        ({"ok": 5, "unreachable": 2}, "unreachable files: 2; the same command"),
+    ],
+)
+def test_predict_fails_if_no_file_is_scored_or_one_is_unreachable(counts, problem):
+    assert problem_of(counts).startswith(problem)
+    assert bool(problem_of(counts)) == bool(problem)
 
 
 def test_every_verb_has_a_job():
