@@ -49,7 +49,7 @@ def _score(card: CheckpointCard, run_id: str, tracking_uri: str) -> str:
         clips = "clips of voices that it was not trained on"
     return (
         f"On {scores['clips']} {clips}, its UA (mean recall of the emotions) is "
-        f"{scores['ua']:.0%}; guessing would reach {1 / len(card.labels):.0%}."
+        f"{scores['ua']:.1%}; guessing would reach {1 / len(card.labels):.1%}."
     )
 
 

@@ -76,7 +76,8 @@ class Prediction:
         return Predictions([self]).to_pandas()
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(Predictions([self])))}</pre>"
+        text = html.escape(str(Predictions([self])))
+        return f'<pre style="font-family: monospace">{text}</pre>'  # JupyterLab has no font for it
 
 
 class Predictions(tuple[Prediction, ...]):

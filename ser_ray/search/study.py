@@ -296,7 +296,7 @@ class Study(tune.Callback):
         store_page(page, location_inside(self.folder.location, trial.page))
         run.log_files({REPORT: as_artifact(page)})
         run.describe(**trial.outcome(scored_on(self.tags)))
-        run.set_tags({TRIAL_STATE: trial.state, "problem": trial.problem})
+        run.set_tags({TRIAL_STATE: trial.state})
         run.finish(STATUS[trial.state])
         self._delivered.add(trial.trial_id)
 

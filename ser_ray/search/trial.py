@@ -109,19 +109,21 @@ class TrialRecord:
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
 
     def outcome(self, label: str) -> dict[str, str]:
-        """Return the line for the description of the MLflow run that says how the trial ended.
+        """Return the lines for the description of the MLflow run that say how the trial ended.
 
         Args:
             label: protocol and corpus, as shown beside every score.
 
         Returns:
-            The line by its title.
+            The lines by their titles. The line of the other end is empty: a failed trial may be
+            trained again.
         """
         if self.problem:
-            return {"Result": f"failed after {self.epochs} epochs: {self.problem}"}
+            problem = f"failed after {self.epochs} epochs: {self.problem}"
+            return {"Result": problem, "Validation": ""}
         ua, wa = self.selected["val/ua"], self.selected["val/wa"]
         ended = f"{self.state} after {self.epochs} of {self.recipe.epochs} epochs"
-        return {"Validation": f"UA {ua:.1%}, WA {wa:.1%} ({label}); {ended}"}
+        return {"Result": "", "Validation": f"UA {ua:.1%}, WA {wa:.1%} ({label}); {ended}"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -143,10 +143,10 @@ def merge_note(note: str, lines: Mapping[str, str]) -> str:
 
     Args:
         note: the description until now, which may be empty.
-        lines: texts of the lines to set, by their names in LINES.
+        lines: texts of the lines to set, by their names in LINES. An empty text removes a line.
     """
     merged = {**dict(re.findall(r"^\*\*(\w+)\*\*: (.*)$", note, re.MULTILINE)), **lines}
-    return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if name in merged)
+    return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if merged.get(name))
 
 
 def model_name(run_name: str) -> str:

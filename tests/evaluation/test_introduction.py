@@ -38,7 +38,7 @@ def test_a_model_is_introduced_by_its_runs_name_its_score_and_test_clips(tmp_pat
     assert label == "calm"
     assert path in calm
     score = "On 16 clips of voices that it was not trained on, its UA (mean recall of the "
-    score += "emotions) is 50%; guessing would reach 25%."
+    score += "emotions) is 50.0%; guessing would reach 25.0%."
     assert f". {score} The model" in about
 
     place = shards.table.schema.get_field_index("end")

@@ -264,7 +264,7 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monk
     ]  # fmt: skip
     assert [step for name, step, _ in finished.points if name == "train/lr"] == list(range(6))
     assert ("selected/ua", 0, 0.6) in finished.points
-    assert server.runs["run-3"].tags["problem"] == "ValueError: no good"
+    assert server.runs["run-3"].lines["Result"] == "failed after 0 epochs: ValueError: no good"
     reports = [run.files["report.html"] for run in server.runs.values()]
     assert "60.0%" in reports[1]
     assert "epoch 2, validation, speaker-3 fold 1 of 3 (speaker-independent)" in reports[1]
@@ -357,7 +357,8 @@ def test_a_failed_trial_that_is_trained_again_is_recorded_again(server, tmp_path
     assert again.trials[2].state == "finished"
     recorded = server.runs["run-3"]
     assert recorded.status == "FINISHED"
-    assert (recorded.tags["trial.state"], recorded.tags["problem"]) == ("finished", "")
+    assert recorded.tags["trial.state"] == "finished"
+    assert (recorded.lines["Result"], recorded.lines["Validation"][:8]) == ("", "UA 70.0%")
     assert len(server.runs) == 3
 
 

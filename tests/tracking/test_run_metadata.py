@@ -18,6 +18,7 @@ def test_lines_of_a_description_are_kept_replaced_and_ordered() -> None:
         "**Run**: a search",
         "**Data**: ravdess, **24** speakers",
     ]
+    assert "Test" not in merge_note(note, {"Test": ""})
 
 
 def test_the_data_set_of_a_run_is_the_shard_set(memory_shards: MemoryShards) -> None:
