@@ -3,19 +3,28 @@
 import contextlib
 import io
 import os
+import re
 import signal
+import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import pytest
 
 from ser_ray.cli import main as main_module
 from ser_ray.cli.main import main
 from ser_ray.cli.stop import make_output_safe
 from ser_ray.cli.verb import VerbResult
-from tests.processes import wait_for
+from tests.clips import voice, write_wav
+from tests.conftest import make_memory_shards
+from tests.processes import family, has_ended, wait_for
+from tests.shard_files import write_shard_files
 
 
 @pytest.fixture
@@ -154,3 +163,52 @@ def test_another_error_of_the_system_keeps_its_traceback(verb):
 
     with pytest.raises(FileNotFoundError):
         verb(work)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "number"), [("crossval", signal.SIGTERM), ("predict", signal.SIGHUP)]
+)
+def test_a_verb_that_is_stopped_while_ray_works_leaves_nothing(
+    tmp_path: Path, verb: str, number: int
+) -> None:
+    """Neither a process nor a file of Ray, and no MLflow run that seems to run."""
+    if verb == "crossval":
+        shards = write_shard_files(tmp_path / "shards", make_memory_shards(num_frames=26))
+        recipe = ["--protocol", "speaker-2", "--weights", "none", "--epochs", "1000"]
+        words = ["--shards", shards, "--device", "cpu", *recipe, "--crop-frames", "24"]
+    else:
+        from tests.models import make_checkpoint
+
+        (tmp_path / "model").mkdir()
+        make_checkpoint(tmp_path / "model")
+        clips = [write_wav(tmp_path / f"{n}.wav", voice(500.0, 8_000), 8_000) for n in range(4)]
+        words = [*map(str, clips), "--model", str(tmp_path / "model"), "--output", "a.csv"]
+    with TemporaryDirectory(prefix="t", dir="/tmp") as root:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", "from ser_ray.cli.main import main; exit(main())", verb, *words],
+            cwd=tmp_path, env=os.environ | {"RAY_TMPDIR": root}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            wait_for("work on Ray", lambda: "ray::" in works(driver.pid) or driver.poll())
+            started = [psutil.Process(member) for member in family(driver.pid)]
+            driver.send_signal(number)
+            _, printed = driver.communicate()
+        finally:
+            driver.kill()
+        assert driver.returncode == 128 + number, printed
+        name = signal.Signals(number).name
+        assert printed.endswith(f"stopped by {name}; the same command resumes from here\n")
+        assert not os.listdir(root)  # noqa: PTH208
+    wait_for("the end of all processes", lambda: all(map(has_ended, started)))
+    if verb == "crossval":
+        with contextlib.closing(sqlite3.connect(tmp_path / "ser-ray-out" / "mlflow.db")) as store:
+            assert {row[0] for row in store.execute("SELECT status FROM runs")} == {"KILLED"}
+
+
+def works(driver: int) -> str:
+    """The titles of the Ray workers of a driver that do something."""
+    return "".join(
+        command for command in family(driver).values() if re.match("ray::(Impl|Map)", command)
+    )
