@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
@@ -74,10 +75,11 @@ class Evaluate(ModelVerb, TableVerb):
         """Fill in the default folder for the shards of `corpus`."""
         if self.shards or not self.corpus:
             return self
-        from ser_ray.storage.paths import short_digest
+        from ser_ray.storage.paths import absolute, short_digest
 
         digest = short_digest(f"{self.corpus} {self.model}")
-        return replace(self, shards=(f"{api.OUT}/scored-{digest}",))
+        name = Path(absolute(self.corpus)).resolve().name  # in messages and label maps
+        return replace(self, shards=(f"{api.OUT}/scored-{digest}/{name}",))
 
     def run(self) -> VerbResult:
         """Prepare the corpus if there is one, score the model, and compare it with `against`."""

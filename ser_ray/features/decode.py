@@ -36,7 +36,7 @@ from ser_ray.features.samples import (
 )
 from ser_ray.storage.listing import stat_file
 from ser_ray.storage.packed import ROW, read_packed
-from ser_ray.storage.paths import filesystem_of
+from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
 """Longer files are `too_long`: they do not fit into a worker's memory."""
@@ -75,20 +75,9 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
     """
     try:
-        if not isinstance(file, str):
-            return _decode_stream(file, max_seconds)
-        if ROW in file:
-            return _decode_stream(io.BytesIO(read_packed(file)), max_seconds)
-        filesystem, path = filesystem_of(file)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            status, problem = stat_file(path)
-            if status is not None and problem:  # opening a pipe would wait for its writer
-                raise ClipError("unreadable", problem, failed="file")
-            with Path(path).open("rb") as local:
-                return _decode(path, local, max_seconds)  # libraries are fastest with a path
-        with filesystem.open_input_file(path) as remote:
-            is_small = remote.size() <= SMALL_FILE
-            return _decode_stream(io.BytesIO(remote.read()) if is_small else remote, max_seconds)
+        if isinstance(file, str):
+            return _decode_location(file, max_seconds)
+        return _decode_stream(file, max_seconds)
     except (ClipError, MemoryError):
         raise
     except ConfigError as error:  # no filesystem opens it
@@ -107,6 +96,26 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
     except Exception as error:  # libraries raise errors of any kind for damaged files
         reason = f"its content is damaged in a way that stops the decoder ({type(error).__name__})"
         raise ClipError("unreadable", reason) from error
+
+
+def _decode_location(location: str, max_seconds: float) -> Sound:
+    """Decode the file at a path or URI."""
+    if as_utf8(location) != location:
+        raise ClipError("unreadable", NOT_UTF8, failed="file")
+    if "\0" in location:
+        raise ClipError("unreadable", "a path cannot contain a null character", failed="file")
+    if ROW in location:
+        return _decode_stream(io.BytesIO(read_packed(location)), max_seconds)
+    filesystem, path = filesystem_of(location)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        status, problem = stat_file(path)
+        if status is not None and problem:  # opening a pipe would wait for its writer
+            raise ClipError("unreadable", problem, failed="file")
+        with Path(path).open("rb") as local:
+            return _decode(path, local, max_seconds)  # libraries are fastest with a path
+    with filesystem.open_input_file(path) as remote:
+        is_small = remote.size() <= SMALL_FILE
+        return _decode_stream(io.BytesIO(remote.read()) if is_small else remote, max_seconds)
 
 
 def _decode_stream(stream: BinaryIO, max_seconds: float) -> Sound:

@@ -8,6 +8,7 @@ takes little longer than importing torch.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -27,7 +28,7 @@ from ser_ray.training.data import Clips
 from ser_ray.training.model import EncoderHead, fold_batch_norm, to_channels_last
 from ser_ray.training.scoring import predict_clips
 
-Recording = str | Path | np.ndarray
+Recording = str | bytes | os.PathLike[str] | np.ndarray
 Recordings = list[Any] | tuple[Any, ...] | Iterator[Any]
 
 
@@ -101,8 +102,8 @@ class Predictor:
         Raises:
             ConfigError: there are samples, but no sample rate.
         """
-        if isinstance(audio, str | Path):
-            return self.predict_file(str(audio))
+        if isinstance(audio, str | bytes | os.PathLike):
+            return self.predict_file(os.fsdecode(audio))
         if not hasattr(audio, "__array__"):
             return Predictions(self.predict(item, sample_rate) for item in audio)
         if sample_rate is None:

@@ -19,6 +19,7 @@ from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound
 from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
+from ser_ray.storage.paths import as_utf8
 
 CLEAR_DB = 12.0
 """A recording gets a warning if its loudest parts are less than this many dB above its background.
@@ -80,7 +81,7 @@ class RecordingReader:
             decode: function that decodes the file.
             name: name of the recording in the result; empty for the path or URI.
         """
-        name = name or str(file)
+        name = name or as_utf8(str(file))
         try:
             sound = decode(file, max_seconds=MAX_RECORDING_SECONDS)
         except ClipError as error:

@@ -67,7 +67,10 @@ def read_file(location: str) -> bytes:
 
 def as_utf8(path: str) -> str:
     r"""Replace bytes that are not UTF-8 by text like \xff, because tables store only UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    try:
+        return os.fsencode(path).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no byte of a path becomes
+        return path.encode(errors="backslashreplace").decode()
 
 
 def printable(text: str) -> str:

@@ -10,10 +10,12 @@ import pytest
 
 from ser_ray import api
 from ser_ray.cli.main import VERBS, main
-from ser_ray.cli.model import problem_of
+from ser_ray.cli.model import Evaluate, problem_of
+from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import SYNTHETIC_RECIPE
 from ser_ray.cli.train import Train
 from ser_ray.cli.verb import VerbResult
+from ser_ray.shards.corpora import corpus_name
 from ser_ray.tracking import registry
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.version import __version__
@@ -303,6 +305,20 @@ def test_labels_that_a_model_does_not_know_are_named_before_a_corpus_is_prepared
     assert main(["evaluate", str(checkpoint), "--corpus", "t.csv"]) == 2
     message = "t.csv: the model does not know the labels bored; it knows "
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name"),
+    [("people/mine.csv", "mine.csv"), ("s3://b/mine/", "mine"), ("~/a", "a"), ("sub/..", "here")],
+)
+def test_a_corpus_that_a_model_scores_keeps_its_name(tmp_path, monkeypatch, corpus, name):
+    """Not the name of the folder of its shards, which is the same for every corpus."""
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    verb = parse_verb(VERBS, ["evaluate", "model", "--corpus", corpus])
+    assert isinstance(verb, Evaluate)
+    assert corpus_name(verb.shards[0]) == name
+    assert verb.shards[0].startswith("ser-ray-out/scored-")
 
 
 def test_a_corpus_is_listed_once_for_a_model_that_scores_it(in_tmp, monkeypatch, checkpoint):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ser_ray.features.transforms import FeatureExtractor, measure_loudness
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import window_start_seconds
+from ser_ray.storage.paths import NOT_UTF8
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
@@ -130,6 +132,17 @@ def test_a_file_that_cannot_be_scored_gets_a_reason_and_no_guess(predictor, tmp_
         assert found.reason
         assert found.emotion is None
         assert found.probabilities is None
+
+
+def test_the_reason_for_a_path_that_is_no_utf8_is_its_name(predictor, tmp_path):
+    path = write_wav(tmp_path / "a.wav", voice()).rename(os.fsdecode(b"%s/\xff.wav" % tmp_path))
+    for given in (path, str(path), os.fsencode(path), f"{tmp_path}/\ud800.wav"):
+        found = predictor.predict(given)
+        assert (found.status, found.reason) == ("unreadable", NOT_UTF8)
+        assert found.path.encode()
+    assert predictor.predict(path).path == rf"{tmp_path}/\xff.wav"
+    found = predictor.predict("a\0.wav")
+    assert (found.status, found.reason) == ("unreadable", "a path cannot contain a null character")
 
 
 def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predictor, tmp_path):
