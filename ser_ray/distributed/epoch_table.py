@@ -43,7 +43,7 @@ class EpochTable:
         self._live.stop()
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        """Show the row of an epoch that has ended, by metric names (`Epoch.row`)."""
+        """Show the metrics of an epoch that has ended (`run_folder.Epoch.row`)."""
         is_first, self._last, self._ended_at = not self._last, row, time.monotonic()
         is_best = False
         # A resumed training does not show its earlier epochs, so its best epoch is unknown here.
@@ -57,7 +57,7 @@ class EpochTable:
             self.console.print(HEADER, style="bold")
         line = (
             f"{row['epoch']:4.0f}/{self.epochs:<3} {row['train/loss']:7.3f} "
-            f"{_validation(row):24} {row['lr']:9.2e} "
+            f"{_validation_columns(row):24} {row['lr']:9.2e} "
             f"{row['speed/clips_per_second']:7.0f} {clock(row['speed/epoch_seconds']):>6}"
         )
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
@@ -76,13 +76,13 @@ class EpochTable:
             return grid
         duration = self._last["speed/epoch_seconds"]
         fraction = min((time.monotonic() - self._ended_at) / max(duration, 1e-9), 0.99)
-        left = clock((self.epochs - done - fraction) * duration)
+        time_left = clock((self.epochs - done - fraction) * duration)
         bar = ProgressBar(total=self.epochs, completed=done + fraction, width=30)
-        grid.add_row(f"{done + 1:4d}/{self.epochs:<3}", bar, f"{left} left")
+        grid.add_row(f"{done + 1:4d}/{self.epochs:<3}", bar, f"{time_left} left")
         return grid
 
     def _log_line(self, row: Mapping[str, float]) -> str:
-        left = (self.epochs - row["epoch"]) * row["speed/epoch_seconds"]
+        seconds_left = (self.epochs - row["epoch"]) * row["speed/epoch_seconds"]
         validation = ""
         if "val/ua" in row:
             validation = (
@@ -92,11 +92,11 @@ class EpochTable:
         return (
             f"epoch {row['epoch']:3.0f}/{self.epochs}  "
             f"loss {row['train/loss']:.3f}{validation}  lr {row['lr']:.2e}  "
-            f"{row['speed/clips_per_second']:5.0f} clips/s  {clock(left)} left"
+            f"{row['speed/clips_per_second']:5.0f} clips/s  {clock(seconds_left)} left"
         )
 
 
-def _validation(row: Mapping[str, float]) -> str:
+def _validation_columns(row: Mapping[str, float]) -> str:
     """Return the validation columns of a row; empty without validation clips."""
     if "val/ua" not in row:
         return ""

@@ -351,8 +351,8 @@ def register_model(
         card: description of the version, as Markdown.
 
     Raises:
-        TrackingError: the store refused the version or its alias. If only the alias was refused,
-            the version is deleted again.
+        TrackingError: the store refused the version, its description or its alias. Then no new
+            version remains.
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
