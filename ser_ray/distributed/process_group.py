@@ -2,8 +2,8 @@
 
 The workers meet at a TCPStore of torch, which has no password. With Ray's own backend, this store
 listens on all network interfaces. Here, it listens only on Ray's address of the node, which is the
-loopback address if Ray was started for one machine. The port stays bound from the moment when it is
-chosen, so no other process can take it.
+loopback address if Ray was started for one machine. The store gets a socket that is already bound
+to its port, so no other process can take the port in between.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 TorchBackend: Any = TorchConfig().backend_cls
-"""Ray's class that starts torch's process group. It is only accessible through TorchConfig."""
+"""Ray's class that starts torch's process group. Only TorchConfig gives access to it."""
 
 _store: dist.TCPStore | None = None
 """Keeps the store of this process alive until the process ends, if this process serves one."""
@@ -28,7 +28,7 @@ class BoundConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[Any]:
-        """The backend, which starts and ends the process group."""
+        """The class that starts and ends the process group."""
         return BoundBackend
 
 

@@ -2,11 +2,11 @@
 
     python -m ser_ray.tracking.server s3://bucket/mlflow
 
-MLflow needs a SQL database. To need no database server, it is a sqlite file on the head's disk,
-which is lost with the head. Therefore the server checks every BACKUP_SECONDS whether the file has
-changed, and backs it up to the bucket. A restarted or new head continues from the newest backup. If
-a head is lost without warning, the records since the last backup are lost. Artifacts go to the
-bucket through the server, so clients need no access to the bucket.
+MLflow needs a SQL database. A sqlite file on the head's disk needs no database server, but is lost
+with the head. Therefore this program checks every BACKUP_SECONDS whether the file has changed, and
+then backs it up to the bucket. A restarted or new head continues from the newest backup. If a head
+is lost without warning, the records since the last backup are lost. Artifacts go to the bucket
+through the server, so clients need no access to the bucket.
 
 The server listens only on the loopback address. Drivers of jobs run on the head, so they can reach
 it. Users reach it through an ssh tunnel. The first start on a machine creates a password and writes
