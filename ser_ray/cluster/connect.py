@@ -1,6 +1,6 @@
 """Joins a Ray cluster, or starts Ray on this machine.
 
-Work that needs only one process is done without Ray, unless the user names a cluster (`needs_ray`).
+A single worker runs without Ray, unless the user names a cluster (`needs_ray`).
 """
 
 import logging
@@ -41,12 +41,12 @@ def is_connected() -> bool:
 
 
 def place_of_training(address: str, workers: int) -> str:
-    """Describe where this many workers train."""
+    """Return where this many workers train, as text."""
     return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
 
 
 def place_of_ray(address: str) -> str:
-    """Describe the cluster to which `cluster` connects."""
+    """Return which cluster `cluster` connects to, as text."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     is_local = address in ("", "local")
     return "on Ray, started on this machine" if is_local else f"on the Ray cluster at {address}"
@@ -74,7 +74,6 @@ def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns
     logging.getLogger("ray").setLevel(logging.ERROR)
     source = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS", "")

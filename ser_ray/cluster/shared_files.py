@@ -17,7 +17,7 @@ from ser_ray.storage.paths import absolute
 ANSWER_SECONDS = 60.0
 """Longest wait until all nodes have started a worker process and looked for the files."""
 MAX_FOLDERS = 256
-"""Largest number of folders in which the nodes look for a file."""
+"""Largest number of folders from which the nodes look for a file."""
 
 
 def require_shared(*locations: str) -> None:
@@ -42,11 +42,11 @@ def require_shared(*locations: str) -> None:
             missing_on = dict(zip(local, _nodes_without(paths, others), strict=True))
     elif resources.AUTOSCALER_CONFIG.exists():
         new_nodes = ["the machines that the autoscaler starts"]
-        root = Path("/").stat().st_dev  # a shared folder is a mount, so its device is another one
+        root_device = Path("/").stat().st_dev  # a shared folder is a mount with another device
         missing_on = {
             location: new_nodes
             for location, path in local.items()
-            if path.exists() and path.stat().st_dev == root
+            if path.exists() and path.stat().st_dev == root_device
         }
     for location, names in missing_on.items():
         if names:

@@ -133,7 +133,6 @@ def head(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "HOME": str(home),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache" / "uv")),
     }
     env.pop("PYTHONPATH", None)
