@@ -1,7 +1,7 @@
-"""Finds the recordings in a folder, or among the files that a pattern matches.
+"""Finds the recordings in a folder, or among the files that match a pattern.
 
-`prepare` and `predict` find the same recordings in a folder. They count the other files by suffix.
-A file is opened only if its suffix is also used for other kinds of files.
+`prepare` and `predict` use the same rules, so they find the same recordings in a folder. A file is
+a recording by its suffix. Only if other kinds of files have this suffix too, the file is opened.
 """
 
 import os
@@ -29,16 +29,16 @@ AUDIO_SUFFIXES = frozenset(
         ".asf", ".wmv", ".mpg", ".mpeg", ".vob", ".m2ts", ".m2t",
     )
 )  # fmt: skip
-"""Suffixes of the recordings that phones, recorders, cameras and editors write."""
+"""Suffixes of the audio and video files that phones, recorders, cameras and editors write."""
 SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
-"""Suffixes that other kinds of files, such as TypeScript, have too. The first bytes decide."""
-_STARTS = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
+"""Suffixes that other kinds of files have too, such as TypeScript. Their first bytes decide."""
+_FIRST_BYTES = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
 _PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
 
 
 @dataclass(frozen=True)
 class AudioFiles:
-    """The recordings that a user named."""
+    """The recordings in the files, folders and patterns that a user gave."""
 
     files: list[str] = field(default_factory=list)
     """Paths or URIs, without repetition."""
@@ -63,8 +63,8 @@ def is_recording(file: ListedFile) -> bool:
         with filesystem.open_input_file(path) as stream:
             start = stream.read(2 * max(length for _, length in _PACKETS))
     except OSError:
-        return True  # decoding the file gives the reason
-    return start.startswith(_STARTS) or any(
+        return True  # decoding the file will give the reason
+    return start.startswith(_FIRST_BYTES) or any(
         start[offset::length][:2] == b"GG" for offset, length in _PACKETS
     )
 
@@ -82,17 +82,17 @@ def describe_left_out(left_out: Counter[str]) -> str:
 
 
 def list_audio(sources: Sequence[str]) -> AudioFiles:
-    """List the recordings that a user names.
+    """List the recordings in the files, folders and patterns that a user gave.
 
     Args:
-        sources: files with any suffix, folders, or patterns. In a pattern, `*` and `?` match within
-            a name, and `**` matches any number of folders.
+        sources: files with any suffix, folders, or patterns. In a pattern, `*`, `?` and `[...]`
+            match within a name, and `**` matches any number of folders.
 
     Raises:
         CorpusError: a source does not exist, cannot be listed, or holds no audio or video file.
     """
     if not sources or "" in sources:  # an empty name would be the current folder
-        raise CorpusError("there are no files: give files, folders or patterns")
+        raise CorpusError("no files given: give files, folders or patterns")
     found = AudioFiles()
     for source in sources:
         try:
@@ -119,27 +119,37 @@ def _add(found: AudioFiles, source: str) -> None:
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.Directory:
         _add_matching(found, source, source, ["**"])
-    elif kind != fs.FileType.NotFound:  # decoding reports a device
+    elif kind != fs.FileType.NotFound:  # also a device, which decoding will report
         found.files.append(source)
-    elif fixed := re.match(r"(?:[^*?\[]*/)?(?=[^/]*[*?\[])", source):
-        wanted = unicodedata.normalize("NFC", source.removeprefix(fixed[0])).split("/")
-        _add_matching(found, source, fixed[0] or ".", wanted)
+    elif match := re.match(r"(?:[^*?\[]*/)?(?=[^/]*[*?\[])", source):
+        folder = match[0]  # ends before the first name with a wildcard
+        pattern = unicodedata.normalize("NFC", source.removeprefix(folder)).split("/")
+        _add_matching(found, source, folder or ".", pattern)
     else:
-        raise CorpusError(f"{source}: no such file or folder; name another, or a pattern in quotes")
+        raise CorpusError(
+            f"{source}: no such file or folder; check the path, and write a pattern in quotes"
+        )
 
 
-def _add_matching(found: AudioFiles, source: str, folder: str, wanted: Sequence[str]) -> None:
-    """Add the recordings in a folder whose paths match a pattern, and count the other files.
+def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence[str]) -> None:
+    """Add the recordings in a folder that match a pattern, and count the other files that match.
 
-    If the pattern names a suffix, all matches are added, except those with `SHARED_SUFFIXES`.
+    If the pattern has a suffix itself, such as `*.dat`, all files that match are added, except
+    those with one of `SHARED_SUFFIXES`.
+
+    Args:
+        found: the files found so far.
+        source: what the user gave, for messages.
+        folder: the folder to search.
+        pattern: the names of the pattern, one for each level below the folder.
     """
-    any_suffix = re.search(r"\.\w", wanted[-1]) is not None
+    has_suffix = re.search(r"\.\w", pattern[-1]) is not None
     added, left_out = [], Counter[str]()
     for file in list_files(folder):
-        if not _matches(unicodedata.normalize("NFC", file.inside).split("/"), wanted):
+        if not _matches(unicodedata.normalize("NFC", file.inside).split("/"), pattern):
             continue
         suffix = suffix_of(file.inside)
-        if is_recording(file) or (any_suffix and suffix not in SHARED_SUFFIXES):
+        if is_recording(file) or (has_suffix and suffix not in SHARED_SUFFIXES):
             added.append(file.location)
             if file.problem is not None:
                 found.problems[file.location] = file.problem
@@ -148,16 +158,16 @@ def _add_matching(found: AudioFiles, source: str, folder: str, wanted: Sequence[
     if not added:
         raise CorpusError(
             f"{source}: no audio or video file ({describe_left_out(left_out) or 'nothing is there'}"
-            "); `**` matches folders at any depth, and a file with another suffix must be named by "
+            "); `**` matches folders at any depth, and a file with another suffix must be given by "
             "its path"
         )
     found.files.extend(sorted(added))
     found.left_out.update(left_out)
 
 
-def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
-    if not wanted:
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
         return not names
-    if wanted[0] == "**":
-        return any(_matches(names[skip:], wanted[1:]) for skip in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], wanted[0]) and _matches(names[1:], wanted[1:])
+    if pattern[0] == "**":
+        return any(_matches(names[skip:], pattern[1:]) for skip in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])

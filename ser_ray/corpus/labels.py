@@ -1,9 +1,9 @@
 """Maps the labels of each corpus to one label set, so that several corpora can be used together.
 
 `--label-map` chooses the map. `usual` replaces the usual names of an emotion by RAVDESS's name, and
-does not change other labels. `common` does the same, and leaves out clips whose label some corpus
-lacks. Any other value is a CSV file, which must list every label to use. A row without a corpus
-applies to all corpora that have no row of their own for the label:
+does not change other labels. `common` does the same, and only uses labels that all corpora have.
+Any other value is a CSV file that lists every label to use. A row without a corpus applies to all
+corpora that have no row of their own for the label:
 
     corpus,label,as
     iemocap,exc,happy
@@ -30,7 +30,7 @@ USUAL_NAMES = {
     "disgust": ("disgusted", "dis"),
     "surprised": ("surprise", "sur"),
 }
-"""{label: other names that `usual` replaces by it, in upper or lower case}."""
+"""{label: names that `usual` replaces by this label, whatever their case}."""
 COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""
@@ -40,7 +40,7 @@ _LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (la
 
 
 def usual_label(name: str) -> str:
-    """Return the label that `usual` gives to a name: RAVDESS's label, or the name itself."""
+    """Return RAVDESS's label for the name of an emotion, or the name itself if there is none."""
     return _LABEL_OF.get(name.strip().lower(), name)
 
 
@@ -49,34 +49,35 @@ def map_labels(
 ) -> LabelMaps:
     """Map the labels of each corpus to one label set.
 
-    Without a choice, labels do not change if all corpora have the same labels. Otherwise the map is
-    `usual`: no network can separate two labels that are two spellings of one emotion.
+    With an empty choice, labels do not change if all corpora have the same labels, and otherwise
+    the map is `usual`, because two spellings of one emotion must not become two classes.
 
     Args:
-        labels: the labels of every corpus, by the corpus's name.
+        labels: {corpus: its labels}.
         choice: `usual`, `common`, the location of a file, or empty.
-        known: the labels of the model to evaluate, if there is one. Then `usual` uses the model's
-            spelling of a label, and `common` maps only to labels of the model.
+        known: the labels of the model, if one is evaluated. `usual` then spells a label as the
+            model does, and `common` only keeps labels of the model. Without a model, the caller
+            removes the labels that not all corpora have.
 
     Raises:
         ConfigError: the file cannot be read, or names an unknown corpus or label.
     """
     if choice not in ("", "usual", COMMON):
         return _read_map(choice, labels)
-    sets = [set(names) for names in labels.values()]
-    is_same = all(names == sets[0] for names in sets)
-    if not choice and is_same and (not known or sets[0] <= set(known)):
+    label_sets = [set(names) for names in labels.values()]
+    is_same = all(names == label_sets[0] for names in label_sets)
+    if not choice and is_same and (not known or label_sets[0] <= set(known)):
         return {corpus: {name: name for name in names} for corpus, names in labels.items()}
-    spelled = {usual_label(name): name for name in known}
+    spelling = {usual_label(name): name for name in known}
     maps = {}
     for corpus, names in labels.items():
         usual = {name: usual_label(name) for name in names}
-        maps[corpus] = {name: spelled.get(label, label) for name, label in usual.items()}
+        maps[corpus] = {name: spelling.get(label, label) for name, label in usual.items()}
     return only_among(maps, known) if choice == COMMON and known else maps
 
 
 def only_among(maps: LabelMaps, kept: Iterable[str]) -> LabelMaps:
-    """Remove every label that is mapped to a label outside `kept`."""
+    """Remove every label that is not mapped to one of the labels `kept`."""
     wanted = set(kept)
     return {
         corpus: {name: label for name, label in names.items() if label in wanted}
@@ -102,24 +103,26 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     rows = csv.DictReader(io.StringIO(text))
     if not {"label", "as"} <= set(rows.fieldnames or ()):
         raise ConfigError(f"{location}: a label map needs the columns corpus,label,as")
-    found = [
+    numbered = [
         (f"{location}, line {line}", {name: (value or "").strip() for name, value in row.items()})
         for line, row in enumerate(rows, start=2)
     ]
     maps: LabelMaps = {corpus: {} for corpus in labels}
-    for where, row in sorted(found, key=lambda item: item[1].get("corpus", "") != ""):
+    for where, row in sorted(numbered, key=lambda item: item[1].get("corpus", "") != ""):
         corpus, label, new = row.get("corpus", ""), row["label"], row["as"]
         if corpus and corpus not in labels:
             raise ConfigError(
                 f"{where}: there is no corpus {corpus!r}; the corpora are {', '.join(labels)}"
             )
         named = [corpus] if corpus else list(labels)
-        holders = [name for name in named if label in labels[name]]
-        if not holders:
+        with_label = [name for name in named if label in labels[name]]
+        if not with_label:
             known = in_order(label for name in named for label in labels[name])
             raise ConfigError(
                 f"{where}: {' and '.join(named)} has no label {label!r}; known are "
                 f"{shorten(known, _SHOWN)}"
             )
-        maps |= {name: maps[name] | ({label: new} if new else {}) for name in holders}
+        if new:
+            for name in with_label:
+                maps[name][label] = new
     return maps

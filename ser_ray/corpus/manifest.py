@@ -46,20 +46,20 @@ MANIFEST_SCHEMA = pa.schema(
         "speaker": pa.string(),
         "sex": pa.string(),  # male | female; null for tables
         "take": pa.string(),  # the performance: equal for its wav and its mp4s
-        "split": pa.string(),  # train | validation | test, or the fold that tests it; only tables
-        # unreadable, name_not_understood, duplicate or excluded; null for a file to decode
+        "split": pa.string(),  # train | validation | test, or a fold; null for RAVDESS
+        # unreadable | name_not_understood | duplicate | excluded; null for a file to decode
         "status": pa.string(),
         "reason": pa.string(),  # explains the status
     }
 )
 ORDER = [(name, "ascending") for name in ("path", "start", "end")]
-"""The order of the rows, in which the segments of a file are consecutive."""
+"""The order of the rows. The segments of a file are consecutive."""
 SAME_NAME = "has the file name of "
-"""The reason of a duplicate in a folder: this text, then the path of the other file."""
+"""Begins the `reason` of a duplicate in a folder; the path of the file that is used follows."""
 
 _NAME_FIELDS = [*(field.name for field in dataclasses.fields(ClipName)), "sex", "take"]
 _LISTED = pa.schema([*MANIFEST_SCHEMA, ("name", pa.string()), ("depth", pa.int32())])
-"""The columns of a manifest, and two columns that decide which of several copies is kept."""
+"""The columns of a manifest, and two more that `mark_duplicates` needs."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Corpus:
     """A listed corpus."""
 
     name: Literal["ravdess", "synthetic", "table"]
-    """Real RAVDESS, the synthetic corpus with the same names, or a table."""
+    """The kind of corpus. The synthetic corpus has the same file names as RAVDESS."""
     root: str
     """The folder, bucket or table, as the user wrote it."""
     labels: tuple[str, ...]
     """The label set; the position of a label is its class index."""
     manifest: pa.Table
-    """A table with `MANIFEST_SCHEMA`, sorted by `ORDER`."""
+    """A table with the columns of `MANIFEST_SCHEMA`, sorted by `ORDER`."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the listing."""
 
@@ -90,13 +90,13 @@ def list_corpus(
 
     Args:
         source: folder, URI or table.
-        missing: words that mean a missing value in a table.
+        missing: words that mean a missing value in a table, in upper or lower case.
         columns: {column of the corpus (`words.COLUMNS`): name in the table}.
 
     Raises:
-        CorpusError: the location does not exist, has no clip that is recognised, or is a table
-            whose rows contradict each other.
-        ConfigError: no filesystem opens the location.
+        CorpusError: the location does not exist or cannot be read, has no RAVDESS clip, or is a
+            table that is incomplete or contradicts itself.
+        ConfigError: no filesystem can open the location.
     """
     filesystem, path = filesystem_of(source)
     try:
@@ -106,52 +106,51 @@ def list_corpus(
         is_folder = kind == fs.FileType.Directory
         if not is_folder and not path.lower().endswith(TABLE_SUFFIXES):
             raise CorpusError(
-                f"{source}: neither a folder nor a table ({', '.join(TABLE_SUFFIXES)}); unpack an "
-                "archive first, and save a spreadsheet as .csv"
+                f"{source}: is neither a folder nor a table ({', '.join(TABLE_SUFFIXES)}); unpack "
+                "an archive first, or save a spreadsheet as .csv"
             )
         read = read_table(source, missing, columns)
         if read is None:
-            return _list_folder(source, _is_in_synthetic(filesystem, path))
+            return _list_ravdess(source, _is_in_synthetic(filesystem, path))
     except OSError as error:
         reason = error.strerror or str(error)
         raise CorpusError(f"{source}: cannot be listed ({reason})") from error
     rows, notes = read
     labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
-    nothing = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
     folder = absolute(source) if is_folder else folder_of(source)
-    listed = (
-        pa.table(nothing | list_table(source, folder, rows)).cast(MANIFEST_SCHEMA).sort_by(ORDER)
-    )
-    same = pa.array(np.zeros(len(rows), np.int32))
-    manifest = mark_duplicates(listed, clip_keys(listed), same, "the table lists it before: ")
+    columns_without_values = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
+    listed = pa.table(columns_without_values | list_table(source, folder, rows))
+    listed = listed.cast(MANIFEST_SCHEMA).sort_by(ORDER)
+    depths = pa.array(np.zeros(len(rows), np.int32))
+    manifest = mark_duplicates(listed, clip_keys(listed), depths, "the table lists it before: ")
     return Corpus("table", source, labels, manifest, notes)
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Set the status `excluded` for rows without a status whose modality is not in `include`."""
-    wanted = sorted(set(include))
-    is_wanted = pc.is_in(manifest["modality"], value_set=pa.array(wanted))
-    left_out = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_wanted))
-    return _with_status(manifest, left_out, "excluded", f"only {','.join(wanted)} is included")
+    """Give the rows whose modality is not in `include` the status `excluded`, if they have none."""
+    included = sorted(set(include))
+    is_included = pc.is_in(manifest["modality"], value_set=pa.array(included))
+    is_excluded = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_included))
+    return _with_status(manifest, is_excluded, "excluded", f"only {','.join(included)} is included")
 
 
 # --- RAVDESS: labels from file names ---
 
 
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
-    """Return whether a folder, or a folder above it, is marked as a synthetic corpus."""
+    """Return whether a folder is a synthetic corpus or inside one."""
     folders = [path]
-    if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, only the folder may be readable
+    if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, others may be unreadable
         folders += map(str, PurePosixPath(path).parents)
     markers = [f"{folder.rstrip('/')}/{SYNTHETIC_MARKER}" for folder in folders]
-    return any(found.is_file for found in filesystem.get_file_info(markers))
+    return any(info.is_file for info in filesystem.get_file_info(markers))
 
 
-def _list_folder(source: str, is_synthetic: bool) -> Corpus:
-    """List a folder of files with RAVDESS names."""
+def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
+    """List a folder, and read the labels from RAVDESS's file names."""
     others: Counter[str] = Counter()
-    clips = _only_clips(source, others, is_synthetic=is_synthetic)
-    table = pa.Table.from_pylist(list(map(_read_name, clips)), _LISTED).sort_by("path")
+    recordings = _only_recordings(source, others, is_synthetic=is_synthetic)
+    table = pa.Table.from_pylist(list(map(_row_of, recordings)), _LISTED).sort_by("path")
     if table["modality"].null_count == len(table):
         found = [
             f"{len(table)} recordings, the first {row['path']}: {row['reason']}"
@@ -170,12 +169,14 @@ def _list_folder(source: str, is_synthetic: bool) -> Corpus:
     return Corpus(name, source, EMOTIONS, manifest, (left_out,) if left_out else ())
 
 
-def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Iterator[ListedFile]:
+def _only_recordings(
+    source: str, others: Counter[str], *, is_synthetic: bool
+) -> Iterator[ListedFile]:
     """Yield the recordings, and count the other files by suffix.
 
     Raises:
-        CorpusError: an entry that may be a folder cannot be read, such as a link to a disk that is
-            not mounted; or only some of the clips are synthetic.
+        CorpusError: an entry cannot be read and may be a folder, such as a link to a disk that is
+            not mounted; or a folder inside `source` is a synthetic corpus.
     """
     for file in list_files(source):
         if is_recording(file):
@@ -186,19 +187,19 @@ def _only_clips(source: str, others: Counter[str], *, is_synthetic: bool) -> Ite
                     continue
                 folder = file.inside.removesuffix(f"/{SYNTHETIC_MARKER}")
                 raise CorpusError(
-                    f"{source}: {folder} in it has synthetic clips, which must not be mistaken for "
-                    "RAVDESS: give one of the two folders"
+                    f"{source}: its folder {folder} has synthetic clips, which must not be mixed "
+                    "with RAVDESS: move it elsewhere, or give only this folder"
                 )
             others[suffix_of(file.inside)] += 1
         elif not suffix_of(file.inside) and file.problem != DEVICE:
             raise CorpusError(
-                f"{file.location}: {file.problem}; if it should be a folder, its clips are "
-                "missing: repair it or remove it"
+                f"{file.location}: {file.problem}; if this should be a folder, its clips would "
+                "be missing, so repair it or remove it"
             )
 
 
-def _read_name(file: ListedFile) -> dict[str, Any]:
-    """Return the row of a file in a table with the schema `_LISTED`."""
+def _row_of(file: ListedFile) -> dict[str, Any]:
+    """Return the row of a file, with the columns of `_LISTED`."""
     name = file.inside.rpartition("/")[2]
     row = {"path": file.location, "size": file.size, "modified": file.modified}
     row |= {"name": name.lower(), "depth": file.inside.count("/")}
@@ -212,23 +213,22 @@ def _read_name(file: ListedFile) -> dict[str, Any]:
     return row
 
 
-# --- files that are listed twice ---
+# --- copies of files ---
 
 
 def mark_duplicates(
     manifest: pa.Table, keys: pa.ChunkedArray, depths: pa.ChunkedArray, reason: str
 ) -> pa.Table:
-    """Find rows with the same key, keep one of them, and set the status `duplicate` for the others.
+    """Keep one of the rows with the same key, and give the others the status `duplicate`.
 
     Rows that have a status are ignored. The largest file is kept, because a copy may be truncated.
-    Among files of equal size, the file with the fewest folders above it is kept, and then the first
-    by path.
+    Among files of equal size, the one with the fewest folders above it is kept, then the first one.
 
     Args:
         manifest: the listed files.
         keys: a key for each row.
         depths: the number of folders above each file.
-        reason: the start of a duplicate's reason, which ends with the path of the kept file.
+        reason: begins the reason of a duplicate; the path of the kept file follows.
     """
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}
@@ -252,7 +252,7 @@ def mark_duplicates(
 def _with_status(
     manifest: pa.Table, mask: pa.Array, status: str, reason: str | pa.ChunkedArray
 ) -> pa.Table:
-    """Set the status and reason of the rows where the mask is true."""
+    """Set the status and the reason in the rows where the mask is true."""
     for name, value in (("status", status), ("reason", reason)):
         column = pc.if_else(mask, value, manifest[name])
         manifest = replace_column(manifest, name, column)
@@ -260,5 +260,5 @@ def _with_status(
 
 
 def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the table with a column replaced."""
+    """Return the table with another column of this name, in the same place."""
     return table.set_column(table.schema.get_field_index(name), name, column)

@@ -1,6 +1,6 @@
 """Counts the labels and speakers of a prepared corpus, and points out likely mistakes in them.
 
-No mistake is an error here: the user is warned, and the clips keep their labels.
+A likely mistake is only a warning for the user. The clips and their labels are used as they are.
 """
 
 import re
@@ -13,23 +13,24 @@ import pyarrow.compute as pc
 
 from ser_ray.corpus.words import shorten
 
-RARE = 4
-"""A label is rare if a similar label has at least this many times as many clips."""
-LONG = 4
-"""Shortest frequent label that is compared. Short labels, like "sad" and "mad", are often alike."""
-SHOWN = 3
-SHOWN_LABELS = 20
+RARE_RATIO = 4
+"""A label may be misspelt if a similar label has at least this many times as many clips."""
+MIN_LENGTH = 4
+"""Fewest letters of a label that others are compared with; short labels, like "sad" and "mad", are
+often similar."""
+LINES_SHOWN = 3
+LABELS_SHOWN = 20
 _ACTOR_FOLDER = re.compile(r"actor[ _-]?0*(\d+)", re.IGNORECASE)
 
 
 def describe_clips(clips: pa.Table) -> str:
-    """Write how many clips each label has, and how many speakers there are.
+    """Return two lines of text: the number of clips by label, and the number of speakers.
 
     Args:
         clips: string columns `emotion` and `speaker`, one row per clip.
     """
     labels = Counter(clips["emotion"].to_pylist()).most_common()
-    shown = shorten([f"{label} {count}" for label, count in labels], SHOWN_LABELS)
+    shown = shorten([f"{label} {count}" for label, count in labels], LABELS_SHOWN)
     speakers = len(pc.unique(clips["speaker"]))
     return f"labels: {shown}\nspeakers: {speakers}"
 
@@ -41,9 +42,9 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
         outcomes: one row per listed file, with the columns of the manifest.
     """
     clips = outcomes.filter(pc.equal(outcomes["status"], "ok"))
-    lines = _conflicts(outcomes) + _foreign_actors(outcomes)
+    lines = _conflicts(outcomes) + _wrong_actor_folders(outcomes)
     if pc.all(pc.is_valid(clips["channel"])).as_py():
-        return lines  # the labels and speakers of RAVDESS are not free text
+        return lines  # RAVDESS: labels and speakers are codes
     labels = Counter(clips["emotion"].to_pylist())
     if len(labels) == 1:
         lines.append(f"all clips have the label {next(iter(labels))!r}: nothing can be trained")
@@ -52,28 +53,29 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
         parts[speaker] |= {part} - {None}
     if shared := sorted(speaker for speaker in parts if len(parts[speaker]) > 1):
         lines.append(
-            f"several parts of the column split have the speakers {shorten(shared, SHOWN)}, so "
-            "--protocol table will be refused"
+            "several parts of the column split have the speakers "
+            f"{shorten(shared, LINES_SHOWN)}, so --protocol table will be refused"
         )
     speakers = Counter(clips["speaker"].to_pylist())
-    lines += _alike("labels", labels, _plain, "differ only in case, blanks or punctuation")
-    lines += _misspelt(labels)
-    return lines + _alike("speakers", speakers, _speaker_key, "may be the same person")
+    lines += _similar("labels", labels, _plain, "differ only in case, blanks or punctuation")
+    lines += _misspellings(labels)
+    return lines + _similar("speakers", speakers, _speaker_key, "may be the same person")
 
 
 def _conflicts(outcomes: pa.Table) -> list[str]:
+    """Point out files with the same name and different sound."""
     rows = outcomes.filter(pc.equal(outcomes["status"], "conflict")).to_pylist()
     lines = [f"{row['path']} {row['reason']}" for row in rows]
-    return _first(lines, "files, with the status conflict in the outcomes")
+    return _first_lines(lines, "files, with the status conflict in the outcomes")
 
 
-def _first(lines: list[str], what: str) -> list[str]:
+def _first_lines(lines: list[str], what: str) -> list[str]:
     """Return the first lines, and a line with the number of the others."""
-    more = len(lines) - SHOWN
-    return lines[:SHOWN] + ([f"and {more} more such {what}"] if more > 0 else [])
+    more = len(lines) - LINES_SHOWN
+    return lines[:LINES_SHOWN] + ([f"and {more} more such {what}"] if more > 0 else [])
 
 
-def _foreign_actors(outcomes: pa.Table) -> list[str]:
+def _wrong_actor_folders(outcomes: pa.Table) -> list[str]:
     """Point out files of RAVDESS that are in the folder of another actor."""
     found = []
     named = outcomes.filter(pc.is_valid(outcomes["channel"]))
@@ -81,20 +83,22 @@ def _foreign_actors(outcomes: pa.Table) -> list[str]:
         folders = _ACTOR_FOLDER.findall(path.rpartition("/")[0].rpartition("/")[2])
         if folders and int(folders[-1]) != int(actor):
             found.append(f"{path} (actor {actor})")
-    shown = shorten(found, SHOWN)
-    line = f"files in the folder of another actor than their names say: {shown}; the names are used"
+    shown = shorten(found, LINES_SHOWN)
+    line = f"files in the folder of another actor: {shown}; the actor in the file name is used"
     return [line] if found else []
 
 
-def _misspelt(counts: Mapping[str, int]) -> list[str]:
-    """Point out rare labels that differ from a frequent label in one letter."""
+def _misspellings(counts: Mapping[str, int]) -> list[str]:
+    """Point out labels that differ in one letter from a label with many more clips."""
     lines = []
-    frequent = [label for label, count in counts.items() if count >= RARE and len(label) >= LONG]
+    frequent = [
+        label for label, count in counts.items() if count >= RARE_RATIO and len(label) >= MIN_LENGTH
+    ]
     for rare, count in counts.items():
         near = [
             label
             for label in frequent
-            if counts[label] >= RARE * count
+            if counts[label] >= RARE_RATIO * count
             and not re.search(r"\d", label + rare)
             and _plain(label) != _plain(rare)
             and _spellings(_plain(label)) & _spellings(_plain(rare))
@@ -108,17 +112,17 @@ def _misspelt(counts: Mapping[str, int]) -> list[str]:
 
 
 def _spellings(word: str) -> set[str]:
-    """Return the word, and every word that results from deleting one letter.
+    """Return the word, and the word without each one of its letters.
 
-    Two words share a result if they differ in one letter that was changed, added, lost or moved.
+    Two words share a spelling if one letter was changed, added or lost, or moved to another place.
     """
     return {word} | {word[:place] + word[place + 1 :] for place in range(len(word))}
 
 
-def _alike(
+def _similar(
     what: str, counts: Mapping[str, int], key: Callable[[str], str], relation: str
 ) -> list[str]:
-    """Report the first groups of names that have the same key."""
+    """Return a line for each of the first groups of names with the same key."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in counts:
         groups[key(name)].append(name)
@@ -127,11 +131,11 @@ def _alike(
         for names in groups.values()
         if len(names) > 1
     ]
-    return _first([f"the {what} {names} {relation}" for names in shown], what)
+    return _first_lines([f"the {what} {names} {relation}" for names in shown], what)
 
 
 def _plain(name: str) -> str:
-    """Return a name in lower case, with plain forms of letters, and no blanks or punctuation."""
+    """Return a name in lower case and Unicode's NFKC form, without blanks and punctuation."""
     folded = unicodedata.normalize("NFKC", name).casefold()
     return "".join(letter for letter in folded if letter.isalnum()) or name
 

@@ -11,9 +11,9 @@ from pyarrow import fs
 def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     """Yield the path to write to; the file appears at `path` when the block ends without an error.
 
-    On a disk, the block writes a temporary file beside `path`, which is then renamed. In a bucket,
-    the block writes to `path` itself, because an object appears only when it is complete, and
-    renaming an object means copying it.
+    On a disk, the yielded path is that of a temporary file beside `path`, which is renamed at the
+    end. In a bucket, it is `path` itself, because an object appears only when it is complete, and
+    can only be renamed by copying it.
     """
     if filesystem.type_name in ("s3", "gcs"):
         yield path
@@ -29,7 +29,7 @@ def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
 
 
 def write_file(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a small file, such as a card or a record, with `atomic_write`."""
+    """Write a small file with `atomic_write`."""
     with (
         atomic_write(filesystem, path) as target,
         filesystem.open_output_stream(target) as stream,

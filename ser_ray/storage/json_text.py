@@ -5,12 +5,12 @@ from typing import Any
 
 
 def to_json(value: Any) -> str:
-    """Write a value as indented JSON; numbers that are not finite become null.
+    """Return a value as indented JSON; numbers that are not finite become null.
 
     Python's own encoder writes `NaN`, which RFC 8259 does not allow and other parsers refuse.
     """
-    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(strict, indent=2, allow_nan=False)
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, allow_nan=False)
 
 
 def read_object(text: str | bytes) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_object(text: str | bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+        raise ValueError(f"the JSON is a {type(value).__name__} instead of an object")
     return value

@@ -36,7 +36,7 @@ class ListedFile:
 def list_files(location: str) -> Iterator[ListedFile]:
     """Yield every file below a folder, in no particular order.
 
-    A folder with a suffix in its name, such as `clip.wav`, is yielded with a problem. Hidden
+    A folder that is named like a file, such as `clip.wav`, is also yielded, with a problem. Hidden
     entries (`.DS_Store`, `._name.wav`) and folders of operating systems (`__MACOSX`) are skipped.
 
     Raises:
@@ -53,34 +53,34 @@ def list_files(location: str) -> Iterator[ListedFile]:
 def _list_local(root: str) -> Iterator[ListedFile]:
     """List a local folder, following links except to a folder that contains the link.
 
-    pyarrow's recursive listing skips dangling links, never ends if a folder links to itself, and
-    fails if any name is not UTF-8.
+    pyarrow's recursive listing is not used, because it skips dangling links, never ends if a folder
+    links to itself, and fails if any name is not UTF-8.
     """
-    waiting: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
-    while waiting:
-        folder, above = waiting.pop()
-        inside = (*above, Path(folder).stat())
+    pending: list[tuple[str, tuple[os.stat_result, ...]]] = [(root, ())]
+    while pending:
+        folder, outer_folders = pending.pop()
+        open_folders = (*outer_folders, Path(folder).stat())
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_junk(entry.name):
+                if _is_skipped(entry.name):
                     continue
                 status, problem = stat_file(entry.path)
                 if status is not None and stat.S_ISDIR(status.st_mode):
-                    if not any(os.path.samestat(status, outer) for outer in inside):
-                        waiting.append((entry.path, inside))
+                    if not any(os.path.samestat(status, outer) for outer in open_folders):
+                        pending.append((entry.path, open_folders))
                     if "." not in entry.name:
                         continue
                 size, modified = None, None
                 if status is not None and problem is None:
                     size, modified = status.st_size, status.st_mtime_ns
-                below = entry.path.removeprefix(root).lstrip("/")
-                yield ListedFile(as_utf8(below), as_utf8(entry.path), size, modified, problem)
+                inside = entry.path.removeprefix(root).lstrip("/")
+                yield ListedFile(as_utf8(inside), as_utf8(entry.path), size, modified, problem)
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a local path, and the reason if it cannot be opened as a file."""
+    """Return the status of a local path, and why it cannot be opened as a file, or None."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - a million Path objects cost more than the calls
+        status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:
         return None, "a link to nothing" if os.path.islink(path) else NO_FILE  # noqa: PTH114
     except (OSError, ValueError) as error:  # such as a link to itself, or a zero byte
@@ -93,10 +93,10 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
 
 
 def find_local(path: str) -> str:
-    """Return the Unicode form of a path that exists, or the path unchanged if no form exists.
+    """Return a path in the Unicode form in which it exists, or unchanged if it does not exist.
 
-    Operating systems store accented letters in different normal forms of Unicode, so a path that
-    was written on one system may not be found on another.
+    Operating systems write accented letters in different normal forms of Unicode, so a path from a
+    table that was written on one system may not be found on another.
     """
     forms = (path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))
     return next((form for form in forms if os.path.lexists(form)), path)
@@ -106,13 +106,13 @@ def _list_remote(filesystem: fs.FileSystem, location: str, root: str) -> Iterato
     """List a bucket or any other remote folder in one call."""
     for entry in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
         inside = entry.path.removeprefix(root).strip("/")
-        if any(_is_junk(name) for name in inside.split("/")):
+        if any(_is_skipped(name) for name in inside.split("/")):
             continue
         if entry.is_file or "." in entry.base_name:
             modified, problem = (entry.mtime_ns, None) if entry.is_file else (None, FOLDER)
-            where = location_inside(location, inside)
-            yield ListedFile(inside, where, entry.size, modified, problem)
+            uri = location_inside(location, inside)
+            yield ListedFile(inside, uri, entry.size, modified, problem)
 
 
-def _is_junk(name: str) -> bool:
+def _is_skipped(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_FOLDERS

@@ -1,6 +1,6 @@
 """Reads recordings that are stored in rows of Parquet files, as in Hugging Face data sets.
 
-Their locations have the form `PARQUET_FILE#audio=ROW`, with rows counted from 0.
+The location of such a recording is `PARQUET_FILE#audio=ROW`, with rows counted from 0.
 """
 
 import json
@@ -16,30 +16,32 @@ from ser_ray.errors import first_line
 from ser_ray.storage.paths import filesystem_of
 
 ROW = "#audio="
+"""Separates the Parquet file from the row in a location."""
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return the description of the columns that Hugging Face stores: {column: description}."""
+    """Return Hugging Face's descriptions of the columns: {column: description}; {} without any."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features: dict[str, Any] = info.get("info", {}).get("features", {})
     return features
 
 
 def audio_column(schema: pa.Schema) -> str | None:
-    """Return the name of the column with the recordings, which is `audio` if there are several.
+    """Return the name of the column with recordings, or None. If there are several, prefer `audio`.
 
-    Each of its values is a struct with the `bytes` of a file and its `path`.
+    Each value of the column is a struct with the `bytes` of a file and its `path`.
     """
     features = features_of(schema)
     for name in sorted(schema.names, key=lambda name: name != "audio"):
-        kind, told = schema.field(name).type, (features.get(name) or {}).get("_type", "Audio")
-        if pa.types.is_struct(kind) and told == "Audio" and kind.get_field_index("bytes") >= 0:
+        kind = schema.field(name).type
+        feature = (features.get(name) or {}).get("_type", "Audio")
+        if pa.types.is_struct(kind) and feature == "Audio" and kind.get_field_index("bytes") >= 0:
             return str(name)
     return None
 
 
 def packed_location(parquet: str, row: int) -> str:
-    """Return the location of a row's recording; sorting the locations sorts the rows."""
+    """Return the location of a row's recording. Leading zeros make locations sort by row."""
     return f"{parquet}{ROW}{row:09d}"
 
 
@@ -53,17 +55,20 @@ def read_packed(location: str) -> bytes:
     try:
         filesystem, path = filesystem_of(parquet)
         info = filesystem.get_file_info(path)
-        version = info.size, info.mtime_ns  # so that a replaced file is read again
+        version = (
+            info.size,
+            info.mtime_ns,
+        )  # part of the cache keys, so a replaced file is read again
         footer, firsts = _read_footer(parquet, version)
         if not 0 <= (row := int(number)) < footer.num_rows:
             raise OSError(f"{location}: the file has rows 0 to {footer.num_rows - 1}")
         group = bisect_right(firsts, row) - 1
-        found = _read_group(parquet, version, group)[row - firsts[group]].as_py()
+        recording = _read_group(parquet, version, group)[row - firsts[group]].as_py()
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise OSError(f"{location}: {first_line(error)}") from error
-    if found is None:
+    if recording is None:
         raise OSError(f"{location}: the row has no recording")
-    return bytes(found)
+    return bytes(recording)
 
 
 @lru_cache(maxsize=16)
@@ -77,12 +82,12 @@ def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, lis
 
 @lru_cache(maxsize=1)
 def _read_group(parquet: str, version: tuple[int, int], group: int) -> pa.Array:
-    """Read all recordings of a row group; the cache keeps them while its rows are decoded."""
+    """Read all recordings of a row group. The cache holds them until another group is read."""
     filesystem, path = filesystem_of(parquet)
     footer, _ = _read_footer(parquet, version)
     with pq.ParquetFile(path, metadata=footer, filesystem=filesystem) as file:
         audio = audio_column(file.schema_arrow)
         if audio is None:
-            raise ValueError("it has no column of recordings")
+            raise ValueError("the file has no column of recordings")
         table = file.read_row_group(group, columns=[f"{audio}.bytes"])
     return table[audio].combine_chunks().field("bytes")

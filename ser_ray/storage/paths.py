@@ -1,6 +1,6 @@
-"""Locations: local paths, and URIs that pyarrow or fsspec opens (`s3://`, `gs://`, `memory://`).
+"""Locations: local paths, and URIs that pyarrow or fsspec can open (`s3://`, `gs://`, `memory://`).
 
-The program opens all its inputs and outputs with `filesystem_of`.
+All inputs and outputs are opened with `filesystem_of`, so each of them may be a path or a URI.
 """
 
 import getpass
@@ -18,10 +18,11 @@ from ser_ray.errors import ConfigError, LocationError, first_line
 
 NOT_UTF8 = "the path is not UTF-8: rename it"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-# The schemes that pyarrow opens itself; fsspec opens the others.
+# The schemes that pyarrow opens itself, with percent-encoded paths; fsspec opens the others.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
-"""Matches `://user:password@`, but not the port in `://host:9000/`. S3 keys may have slashes."""
+"""Matches `://user:password@`, but not the port in `://host:9000/`. A password may have slashes,
+because S3's secret keys have them."""
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
@@ -39,7 +40,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), absolute(location)
     refuse_password(location)
     if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
-        location = location.replace("#", "%23")  # a character of the object's key, not a fragment
+        location = location.replace("#", "%23")  # part of an object's key, not a URI fragment
     parts = urlsplit(location)
     try:
         if parts.scheme in _BUCKET_SCHEMES:
@@ -66,33 +67,36 @@ def read_file(location: str) -> bytes:
 
 
 def as_utf8(path: str) -> str:
-    r"""Replace bytes that are not UTF-8 by text like \xff, because tables store only UTF-8."""
+    r"""Replace bytes that are not UTF-8 by text like `\xff`, because tables store only UTF-8."""
     try:
         return os.fsencode(path).decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # half of a surrogate pair, which no byte of a path becomes
+    except UnicodeEncodeError:  # half of a surrogate pair, which a path cannot contain
         return path.encode(errors="backslashreplace").decode()
 
 
 def printable(text: str) -> str:
-    r"""Escape characters that cannot be printed, such as a line end in a file name as \n."""
+    r"""Escape characters that cannot be printed; a line break in a file name becomes `\n`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse_password(location: str) -> None:
-    """Refuse a location with a password, because manifests, shards and runs store locations."""
-    for link in location.split("::"):  # fsspec's chains: simplecache::ftp://...
-        if _PASSWORD.search(link):
+    """Raise a ConfigError if a location has a password in it.
+
+    Locations are written into manifests, shards and MLflow runs, where others could read it.
+    """
+    for part in location.split("::"):  # fsspec's chains: simplecache::ftp://...
+        if _PASSWORD.search(part):
             raise ConfigError(
-                f"{link.partition('://')[0]}://...: a location must not have a password or secret "
+                f"{part.partition('://')[0]}://...: a location must not have a password or secret "
                 "key in it; set it in the environment instead (AWS_SECRET_ACCESS_KEY for s3)"
             )
 
 
 @lru_cache(maxsize=32)
 def _bucket_filesystem(scheme: str, authority: str, query: str) -> fs.FileSystem:
-    """Return the client of a bucket. It is cached, because making a client takes 13 ms."""
+    """Return the client of a bucket. The result is cached, because making a client takes 13 ms."""
     return fs.FileSystem.from_uri(f"{scheme}://{authority}?{query}")[0]
 
 
@@ -109,9 +113,9 @@ def _fsspec_filesystem(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def name_account() -> None:
-    """Give a user without an account, as in many containers, a name and a home folder.
+    """Set a user name and a home folder if the user has no account, as in many containers.
 
-    torch's optimisers and MLflow cannot be imported without them.
+    Without them, torch's optimisers and MLflow cannot be imported.
     """
     try:
         getpass.getuser()
@@ -132,11 +136,13 @@ def absolute(location: str) -> str:
     try:
         return str(Path(location).expanduser().absolute())
     except RuntimeError as error:
-        raise LocationError(f"{location}: give the path without ~ ({error})") from error
+        raise LocationError(
+            f"{location}: the home folder ~ is not known ({error}); give the full path"
+        ) from error
 
 
 def location_inside(folder: str, path: str) -> str:
-    """Return the location of a relative path in a folder; keep the folder URI's query or chain."""
+    """Join a folder and a relative path. The query or chain of a folder's URI stays at the end."""
     if "://" not in folder:
         return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - called for each file
     before, after = _split_uri(folder)
@@ -153,7 +159,7 @@ def short_digest(text: str) -> str:
 
 
 def folder_of(location: str) -> str:
-    """Return the location of the folder that a file is in."""
+    """Return the folder of a file."""
     if "://" not in location:
         return str(Path(absolute(location)).parent)
     before, after = _split_uri(location)
@@ -161,7 +167,7 @@ def folder_of(location: str) -> str:
 
 
 def _split_uri(location: str) -> tuple[str, str]:
-    """Split off the end of a URI: a query (`?region=...`) or a chain of fsspec (`::file://...`)."""
+    """Split a URI before its query (`?region=...`) or before fsspec's chain (`::file://...`)."""
     mark = "?" if urlsplit(location).scheme in _PERCENT_ENCODED else "::"
     before, mark, after = location.partition(mark)
     return before, mark + after

@@ -1,4 +1,4 @@
-"""Reads untrusted files of weights: safetensors, or the output of `torch.save`."""
+"""Reads weights from untrusted files: safetensors, or the output of `torch.save`."""
 
 import pickle
 import struct
@@ -17,7 +17,7 @@ DAMAGED = (
 
 
 def read_tensors(path: Path) -> Any:
-    """Return the content of a file of weights, usually tensors by name, without running its code.
+    """Return the content of a file of weights, usually {name: tensor}, without running its code.
 
     Raises:
         ValueError: the file is damaged or holds no weights.

@@ -222,14 +222,16 @@ def test_synthetic_clips_among_others_are_refused(tmp_path):
     touch(tmp_path, "ravdess/03-01-02-01-01-01-02.wav")
     assert list_corpus(str(tmp_path / "synthetic" / "Actor_01")).name == "synthetic"
     assert list_corpus(str(tmp_path / "ravdess")).name == "ravdess"
-    with pytest.raises(CorpusError, match="synthetic in it has synthetic clips"):
+    with pytest.raises(CorpusError, match=r"its folder .*synthetic has synthetic clips"):
         list_corpus(str(tmp_path))
 
 
 def test_a_folder_on_a_disk_that_is_not_mounted_is_an_error(tmp_path):
     touch(tmp_path, "Actor_01/03-01-02-01-01-01-01.wav")
     (tmp_path / "Actor_02").symlink_to("/mnt/unmounted/Actor_02")
-    with pytest.raises(CorpusError, match=r"Actor_02: a link to nothing; if it should be a folder"):
+    with pytest.raises(
+        CorpusError, match=r"Actor_02: a link to nothing; if this should be a folder"
+    ):
         list_corpus(str(tmp_path))
 
 

@@ -190,5 +190,7 @@ def test_an_unknown_home_folder_is_reported(monkeypatch):
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    with pytest.raises(LocationError, match="~/corpus: give the path without ~"):
+    with pytest.raises(
+        LocationError, match=r"~/corpus: the home folder ~ is not known .*give the full path"
+    ):
         absolute("~/corpus")

@@ -1,8 +1,8 @@
-"""Finds missing, doubled and unexpected files by comparing a listing with the complete RAVDESS.
+"""Compares the listed files with the complete RAVDESS: which are missing, doubled or unexpected?
 
 RAVDESS has 7,356 files: each of 24 actors speaks 60 and sings 44 performances, except actor 18, who
 does not sing. Each performance is an audio-video mp4, a video-only mp4 and a wav. Few users need
-all files, so files are reported as missing only if others of their modality and channel are there.
+all of them, so missing files are named only if other files of their modality and channel exist.
 """
 
 import itertools
@@ -41,10 +41,10 @@ def expected_ravdess() -> tuple[ClipName, ...]:
 
 
 def compare_with_ravdess(rows: pa.Table) -> str:
-    """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by name alone.
+    """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by their names.
 
     Returns:
-        A line for each modality and channel, then the doubled and the unexpected files.
+        Text: a line for each modality and channel, then the doubled and the unexpected files.
     """
     expected = expected_ravdess()
     columns = [rows[name].to_pylist() for name in ("path", *(f.name for f in fields(ClipName)))]
@@ -63,16 +63,18 @@ def compare_with_ravdess(rows: pa.Table) -> str:
     return "\n".join(lines)
 
 
-def _describe(expected: list[ClipName], present: Container[ClipName]) -> str:
-    """Describe which files of one modality and channel are listed."""
-    missing = [clip for clip in expected if clip not in present]
-    if len(missing) in (0, len(expected)):
-        return f"{'none of' if missing else 'all'} {len(expected)}"
+def _describe(expected: list[ClipName], listed: Container[ClipName]) -> str:
+    """Describe which of the expected files, all of one modality and channel, are listed."""
+    missing = [clip for clip in expected if clip not in listed]
+    if not missing:
+        return f"all {len(expected)}"
+    if len(missing) == len(expected):
+        return f"none of {len(expected)}"
     parts = [f"{len(expected) - len(missing)} of {len(expected)}"]
-    actors = {clip.speaker for clip in expected if clip in present}
-    if absent := sorted({clip.speaker for clip in missing} - actors):
+    present = {clip.speaker for clip in expected if clip in listed}
+    if absent := sorted({clip.speaker for clip in missing} - present):
         parts.append(f"actors {', '.join(absent)} absent")
-    for actor in sorted(actors):
+    for actor in sorted(present):
         if names := [_file_name(clip) for clip in missing if clip.speaker == actor]:
             parts.append(f"actor {actor} lacks {len(names)}: {shorten(names, _NAMES_SHOWN)}")
     return "; ".join(parts)

@@ -1,8 +1,8 @@
 """Downloads RAVDESS from its Zenodo record into folders that `manifest` can list.
 
-Each archive is fetched and checked against its checksum in the record (`fetch`), then unpacked
-(`unpack`). The unpacked folder appears only when it is complete. After an interruption, the same
-call resumes the download.
+For each archive, `fetch` downloads the file and compares its checksum with that in the record, and
+`unpack` extracts it. The extracted folder appears only when it is complete. After an interruption,
+the same call resumes the download.
 
 RAVDESS is under CC BY-NC-SA 4.0; see https://zenodo.org/records/1188976.
 """
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(map(int, SPEAKERS))
-WITHOUT = ("Song", 18)
+NOT_RECORDED = ("Song", 18)
 """Actor 18 did not sing."""
 
-# Unpacked bytes per byte of an archive. Measured: 208 MB of speech become 514 MB of wav.
+# Unpacked bytes per byte of an archive, measured: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
-"""An archive that grows more than this when unpacked is refused as a zip bomb."""
+"""An archive whose files have more than this many times its bytes is refused as a zip bomb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +37,10 @@ class DownloadConfig:
     """Which parts of RAVDESS to download, and where to put them."""
 
     target: str = "ser-ray-out/ravdess"
-    """Local folder to download into; give it to `prepare` as the corpus."""
+    """Local folder to download into. Give it to `prepare` as the corpus."""
     parts: tuple[Part, ...] = ("speech",)
     """speech and song are the wav files of all actors (0.2 GB each). video-speech and video-song
-    are the mp4 files with and without sound, in one archive per actor (about 0.5 GB each)."""
+    are the mp4 files, with and without sound, in one archive for each actor (about 0.5 GB each)."""
     actors: tuple[int, ...] = ACTORS
     """Actors whose videos are downloaded, 1 to 24."""
     keep_archives: bool = False
@@ -62,16 +62,16 @@ class DownloadConfig:
         if not self.archive_names:
             raise ConfigError(
                 f"parts is {self.parts} and actors is {self.actors}: no archive matches both; give "
-                "at least one of each, and note that actor 18 has no song"
+                "at least one part and one actor; actor 18 has no song"
             )
 
     @property
     def archive_names(self) -> tuple[str, ...]:
-        """Names of the archives in the record, without repetition."""
+        """Names of the archives to download, without repetition."""
         names: list[str] = []
         for part in self.parts:
             channel = "Song" if part.endswith("song") else "Speech"
-            numbers = [actor for actor in self.actors if (channel, actor) != WITHOUT]
+            numbers = [actor for actor in self.actors if (channel, actor) != NOT_RECORDED]
             names += (
                 [f"Video_{channel}_Actor_{actor:02d}.zip" for actor in numbers]
                 if part.startswith("video")
@@ -81,10 +81,10 @@ class DownloadConfig:
 
 
 def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Path, ...]:
-    """Fetch, check and unpack the archives that are not there yet.
+    """Download, check and unpack the archives that are not unpacked yet.
 
     Args:
-        config: which archives, and where to put them.
+        config: which archives to download, and where to put them.
         progress: called with a text, the number of downloaded megabytes of an archive, and its
             size in megabytes; by default progress is shown on standard error.
 
@@ -93,8 +93,8 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
     Raises:
         CorpusError: the record cannot be read or does not list an archive, an archive has the wrong
-            checksum, the disk is too small, the folder of an archive exists already, or another
-            process downloads into the target. Downloaded bytes are kept.
+            checksum, the disk is too small, the folder of an archive was not made by `unpack`, or
+            another process downloads into the target. Downloaded bytes are kept.
     """
     from ser_ray.corpus.ravdess import fetch
     from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack
@@ -134,11 +134,11 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
 
 
 def _require_space(archives: "list[Archive]", target: Path, *, keep_archives: bool) -> None:
-    """Check that the disk has room for the unpacked clips and for the zip files."""
+    """Raise a CorpusError unless the disk has room for the unpacked files and for the archives."""
     sizes = [archive.size for archive in archives]
     unpacked = sum(archive.size * _GROWTH[archive.name[:5]] for archive in archives)
     files = itertools.chain(*(target.glob(f"{archive.name}*") for archive in archives))
-    present = sum(file.stat().st_size for file in files)  # complete, or partial as NAME.part
+    present = sum(file.stat().st_size for file in files)  # complete, or incomplete as NAME.part
     needed = round(unpacked) + (sum(sizes) if keep_archives else max(sizes)) - present
     free = shutil.disk_usage(target).free
     if needed > free:

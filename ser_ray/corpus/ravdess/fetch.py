@@ -1,9 +1,9 @@
 """Fetches files of a Zenodo record over HTTP, and resumes interrupted transfers.
 
 Received bytes are kept in `NAME.part`. After a lost connection, a busy server or an interrupted
-run, only the missing bytes are requested (`pooch` starts over). The number of attempts and the
-pauses between them are limited. The file gets its final name only if its checksum is the one in the
-record.
+run, only the missing bytes are requested. (The library `pooch` would start from the beginning.) The
+number of attempts and the pauses between them are limited. The file gets its final name only if its
+checksum is the one in the record.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from ser_ray.progress import Report
 
 ATTEMPTS = 8
 FIRST_WAIT_SECONDS = 1.0
-"""Pause after the first failed attempt; every further pause is twice as long."""
+"""Pause after the first failed attempt; each further pause is twice as long as the one before."""
 MAX_WAIT_SECONDS = 60.0
 TIMEOUT_SECONDS = (10.0, 60.0)
 """Longest wait for a connection, and for the next bytes of an open connection."""
@@ -48,7 +48,7 @@ class Archive:
 
 
 def open_session() -> requests.Session:
-    """Open a session, which keeps connections open between requests."""
+    """Open a session, which reuses connections."""
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # compressed transfers cannot be resumed
     return session
@@ -91,7 +91,7 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
 
 
 def fetch(session: requests.Session, archive: Archive, folder: Path, report: Report) -> Path:
-    """Fetch an archive into a folder, resuming from a partial file, and return its path.
+    """Download an archive into a folder, or the missing rest of it, and return its path.
 
     A file with the wrong checksum is deleted and fetched once more from the start.
 
@@ -114,19 +114,19 @@ def fetch(session: requests.Session, archive: Archive, folder: Path, report: Rep
         logger.warning("%s: wrong checksum, starting over", archive.name)
         part.unlink()
     raise CorpusError(
-        f"{archive.name}: was downloaded twice from {archive.url}, both times without the checksum "
-        f"in the record (MD5 {archive.md5}); try again later, or report it to the record's authors"
+        f"{archive.name}: was downloaded twice from {archive.url}, and both times its checksum was "
+        f"not that of the record (MD5 {archive.md5}); try again later, or tell the record's authors"
     )
 
 
 def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report: Report) -> None:
-    """Request the bytes that the partial file lacks, and append them to it.
+    """Request the bytes that the file `part` lacks, and append them to it.
 
     Raises:
         requests.RequestException: some bytes did not arrive; the received bytes are kept.
     """
     done = part.stat().st_size if part.exists() else 0
-    if done >= archive.size:  # `fetch` checks their checksum
+    if done >= archive.size:  # `fetch` checks the checksum
         part.touch()
         return
     headers = {"Range": f"bytes={done}-"} if done else {}
@@ -146,11 +146,11 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
                 if done > archive.size:
                     return
     if done < archive.size:
-        raise requests.ConnectionError(f"it ended after {done} of {archive.size} bytes")
+        raise requests.ConnectionError(f"the transfer ended after {done} of {archive.size} bytes")
 
 
 def _retry(name: str, request: Callable[[], Result]) -> Result:
-    """Make a request, and repeat it after growing pauses until `ATTEMPTS` attempts have failed."""
+    """Make a request, and repeat it after growing pauses, at most until attempt `ATTEMPTS`."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
@@ -167,7 +167,7 @@ def _retry(name: str, request: Callable[[], Result]) -> Result:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the innermost cause; the outer exceptions repeat the address and inner messages."""
+    """Return the message of the innermost exception; the outer ones only repeat it with the URL."""
     while error.args:
         inner = getattr(error.args[0], "reason", error.args[0])
         if not isinstance(inner, BaseException):
@@ -177,7 +177,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _pause(attempt: int, response: requests.Response | None) -> float:
-    """Return the seconds until the next attempt, which the server may choose (Retry-After)."""
+    """Return the seconds until the next attempt; the server may ask for them with Retry-After."""
     requested = response.headers.get("Retry-After", "") if response is not None else ""
     seconds = float(requested) if requested.isdecimal() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(seconds, MAX_WAIT_SECONDS)

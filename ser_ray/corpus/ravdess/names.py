@@ -1,7 +1,7 @@
 """RAVDESS's file names, such as 03-01-06-01-02-01-12.wav: seven codes that describe a clip.
 
 `parse_name` turns a file name into a `ClipName`, and `format_name` does the reverse. RAVDESS has no
-other labels, so nothing is guessed: an invalid name raises a `NameProblem`.
+other labels, so an invalid name is not guessed at: it raises a `NameProblem`.
 
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """
@@ -33,13 +33,13 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "repetition": (1, 2),
     "actor": SPEAKERS,
 }
-"""The fields, in their order in a file name, and their values: code 01 is the first value."""
+"""{field: its values}, in the order of the fields in a file name. Code 01 is the first value."""
 _NAME = re.compile("-".join([r"(\d\d)"] * len(VALUES)), re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
 
-class NameProblem(ValueError):  # noqa: N818 - a property of the file, not an error of the run
-    """A file name is not a RAVDESS name; the message gives the reason."""
+class NameProblem(ValueError):  # noqa: N818 - one file is not used, and the run goes on
+    """Raised if a file name is not a RAVDESS name; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ClipName:
     emotion: str
     """One of `EMOTIONS`."""
     intensity: Intensity
-    """Intensity of the emotion; neutral is always normal."""
+    """Always normal for neutral."""
     statement: int
     """1 is "Kids are talking by the door", 2 is "Dogs are sitting by the door"."""
     repetition: int
@@ -69,12 +69,12 @@ class ClipName:
 
     @property
     def take(self) -> str:
-        """The performance: the codes without the modality, equal for its wav and its mp4s."""
+        """The performance: the codes without the modality, which its wav and mp4s share."""
         return "-".join(_codes(self)[1:])
 
     @property
     def sex(self) -> Literal["male", "female"]:
-        """The actor's sex."""
+        """The sex of the actor."""
         return "male" if int(self.speaker) % 2 else "female"
 
 
@@ -98,11 +98,11 @@ def parse_name(file_name: str) -> ClipName:
 
 
 def format_name(clip: ClipName, suffix: str) -> str:
-    """Return the file name of a clip, the inverse of `parse_name`; `suffix` includes its dot."""
+    """Return the file name of a clip; `suffix` includes the dot. The inverse of `parse_name`."""
     return "-".join(_codes(clip)) + suffix
 
 
 def _codes(clip: ClipName) -> list[str]:
-    """Return the seven two-digit codes."""
+    """Return the seven two-digit codes of a clip."""
     pairs = zip(VALUES.values(), dataclasses.astuple(clip), strict=True)
     return [f"{known.index(value) + 1:02d}" for known, value in pairs]

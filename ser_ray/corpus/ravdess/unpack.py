@@ -1,7 +1,7 @@
 """Unpacks an untrusted zip file into a folder that appears only when it is complete.
 
-Every name, file type and size is checked before the first byte is written. `zipfile` reads no more
-bytes of a member than its declared size.
+All names, file types and sizes are checked before the first byte is written. An archive cannot lie
+about a size, because `zipfile` reads no more bytes of a member than the declared size.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from ser_ray.errors import CorpusError
 
 MARKER = ".unpacked-by-ser-ray"
 MAX_MEMBERS = 20_000
-"""The largest archive of RAVDESS has 1,440 files."""
+"""Far more than the 1,440 files of the largest archive of RAVDESS."""
 _ENCRYPTED = 0x1  # flag bit 0 (APPNOTE.TXT, 4.4.4)
 
 
@@ -28,7 +28,7 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
     Args:
         archive: the zip file.
-        folder: the folder to create; it also gets a marker file.
+        folder: the folder to create. It also gets a marker file, which `is_unpacked` looks for.
         max_bytes: limit for the total size of all members.
 
     Raises:
@@ -57,25 +57,29 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
 
 
 def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list[zipfile.ZipInfo]:
-    """Check that the archive can be unpacked safely, and return its files."""
+    """Return the files in the archive.
+
+    Raises:
+        CorpusError: the archive cannot be unpacked safely.
+    """
     infos = opened.infolist()
     members = [info for info in infos if not info.is_dir()]
     if not members or len(infos) > MAX_MEMBERS:
         raise CorpusError(f"{name}: has {len(members)} files; 1 to {MAX_MEMBERS} are expected")
     for info in infos:
-        problem = _problem(info)
+        problem = _why_unsafe(info)
         if problem:
             raise CorpusError(f"{name}: {info.filename!r} {problem}; nothing was unpacked")
     total = sum(info.file_size for info in members)
     if total > max_bytes:
         raise CorpusError(
-            f"{name}: its files have {total / 1e6:.0f} MB, more than the {max_bytes / 1e6:.0f} MB "
-            "that are plausible for its size; nothing was unpacked"
+            f"{name}: its files have {total / 1e6:.0f} MB, but at most {max_bytes / 1e6:.0f} MB "
+            "are plausible for an archive of this size; nothing was unpacked"
         )
     return members
 
 
-def _problem(info: zipfile.ZipInfo) -> str:
+def _why_unsafe(info: zipfile.ZipInfo) -> str:
     """Return why a member must not be unpacked, or an empty string if it is safe."""
     path = PurePosixPath(info.filename)
     kind = stat.S_IFMT(info.external_attr >> 16)
