@@ -20,7 +20,8 @@ from pyarrow import fs
 
 from ser_ray.corpus.audio_files import describe_left_out, is_recording, suffix_of
 from ser_ray.corpus.ravdess.names import EMOTIONS, EXAMPLE_NAME, ClipName, NameProblem, parse_name
-from ser_ray.corpus.tables.clips import clip_keys, list_table, read_table
+from ser_ray.corpus.tables.clips import clip_keys, list_table
+from ser_ray.corpus.tables.columns import read_table
 from ser_ray.corpus.tables.files import TABLE_SUFFIXES
 from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.errors import CorpusError

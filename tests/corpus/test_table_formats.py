@@ -288,12 +288,12 @@ def test_pickles_and_code_in_a_folder_of_audformat_are_not_run(folder: Path) -> 
     mark, header = folder / "mark", source / "db.yaml"
     plain = header.read_text()
     header.write_text(f"{plain}\nmeta: !!python/object/apply:os.mkdir ['{mark}']\n")
-    with pytest.raises(CorpusError, match=r"db.yaml: is not a header of audformat with plain"):
+    with pytest.raises(CorpusError, match=r"db.yaml: is not an audformat header with plain"):
         list_corpus(str(source))
     assert not mark.exists()
     header.write_text(plain)
     (source / "db.test.csv").unlink()
-    with pytest.raises(CorpusError, match="its table test is there only as a pickle"):
+    with pytest.raises(CorpusError, match="its table test exists only as a pickle"):
         list_corpus(str(source))
 
 

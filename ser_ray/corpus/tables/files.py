@@ -1,4 +1,4 @@
-"""Reads one file as a table: separated text, JSON lines or Parquet. No recording is opened here."""
+"""Reads one file as a table: separated text, JSON lines or Parquet."""
 
 import codecs
 import contextlib
@@ -24,13 +24,14 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 Find = Callable[[Sequence[str]], Mapping[str, str]]
-"""Chooses the columns to read from the names in a table: {column in `COLUMNS`: name in table}."""
+"""A function that gets the names of a table's columns, and returns which of them to read:
+{column in `COLUMNS`: name in the table}. It raises a CorpusError if a column is missing."""
 Row = Mapping[str, Any]
 _SEPARATORS = (",", ";", "\t", "|")
 
 
 class TableError(ValueError):
-    """Why a table cannot be read, in words."""
+    """Raised if a table cannot be read. The message gives the reason, without the location."""
 
 
 def read_text(location: str, find: Find) -> tuple[pa.Table, tuple[str, ...]]:
@@ -38,7 +39,7 @@ def read_text(location: str, find: Find) -> tuple[pa.Table, tuple[str, ...]]:
 
     Args:
         location: path or URI of the table.
-        find: raises an error if the names in the header are not those of a corpus.
+        find: called with the names in the header, because it raises an error if they do not fit.
 
     Returns:
         The table, and lines for the user.
@@ -52,7 +53,7 @@ def read_text(location: str, find: Find) -> tuple[pa.Table, tuple[str, ...]]:
 
 
 def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
-    """Decode a text table; also return a line for the user if the encoding was guessed."""
+    """Decode the text; return it, and a line for the user if the encoding was guessed."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         encodings = ["utf-32"]
     elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -93,7 +94,7 @@ def _parse(location: str, text: str, find: Find) -> pa.Table:
     known = {column_key(name) for names in COLUMNS.values() for name in names}
     separator = max(rows, key=rank)
     names = rows[separator]
-    find(names)  # a file that is no table has no row of the right length either
+    find(names)  # if the file is no table, this error is clearer than that of a row
     numbered = [f"column {number}" for number in range(len(names))]
     uneven: list[Any] = []
 
@@ -128,7 +129,7 @@ def column_key(name: str) -> str:
 
 
 def read_json_lines(location: str) -> list[Row]:
-    """Read a file of JSON objects, one per line. A file named .gz is decompressed."""
+    """Read a file with a JSON object in each line. If its name ends with .gz, decompress it."""
     data = read_file(location)
     try:
         is_zipped = filesystem_of(location)[1].endswith(".gz")
@@ -151,7 +152,7 @@ def read_json_lines(location: str) -> list[Row]:
 
 
 def as_table(rows: Iterable[Row]) -> pa.Table:
-    """Make a table with a string column for every name, except names of objects and lists."""
+    """Make a table of strings from rows; columns with lists or objects in them are left out."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
@@ -166,36 +167,36 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
 def read_parquet(location: str, find: Find) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
-    A file of Hugging Face gets a column `path`, with the locations of the recordings. The numbers
-    of a ClassLabel become names.
+    If the file is a Hugging Face data set with recordings, the column `path` has their locations.
+    Its labels, which are numbers of a ClassLabel, become names.
     """
     filesystem, path = filesystem_of(location)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         schema = file.schema_arrow
         audio, features = audio_column(schema), features_of(schema)
         names = list(schema.names)
-        if audio:  # a column `path` beside it says where the recording was once
+        if audio:  # a column `path` of the file is where the recording was before
             names = ["path", *(n for n in names if n != audio and column_key(n) != "path")]
         chosen = list(dict.fromkeys(find(names).values()))
-        made = ["path"] if audio and "path" in chosen else []
-        table = file.read([name for name in chosen if name not in made])
-        if made:
+        needs_path = audio is not None and "path" in chosen
+        table = file.read([name for name in chosen if not (needs_path and name == "path")])
+        if needs_path:
             table = table.append_column(
                 "path", pa.array(_packed_paths(absolute(location), file, str(audio)))
             )
     for name in table.column_names:
         if classes := (features.get(name) or {}).get("names"):
             numbers = table[name].to_pylist()
-            known = [
+            labels = [
                 None if n is None or not 0 <= n < len(classes) else classes[n] for n in numbers
             ]
             index = table.column_names.index(name)
-            table = table.set_column(index, name, pa.array(known, pa.string()))
+            table = table.set_column(index, name, pa.array(labels, pa.string()))
     return table
 
 
 def _packed_paths(location: str, file: pq.ParquetFile, audio: str) -> list[str | None]:
-    """Return the locations of the recordings, which are in the rows or in separate files."""
+    """Return the locations of the recordings: rows of this file, or the separate files it names."""
     is_packed = any(
         batch[audio].field("bytes").null_count < len(batch)
         for batch in file.iter_batches(16, columns=[f"{audio}.bytes"])

@@ -1,16 +1,16 @@
 """Reads a table of any format, or a folder of tables, as one Arrow table.
 
     text                   separated by commas, semicolons, tabs or |; UTF-8, UTF-16, Windows-1252
-    JSON lines             EmoBox; also a folder of its folds, fold_1/*_test_fold_1.jsonl
-    Parquet                any; also Hugging Face data sets, with the recordings in a column
+    JSON lines             EmoBox: one file, or a folder of folds, fold_1/*_test_fold_1.jsonl
+    Parquet                any table, and data sets of Hugging Face with recordings in a column
     db.yaml                a folder of audformat, read by the package audformat
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
-    *supervisions*.jsonl   lhotse, with the recordings beside the supervisions; also *cuts*.jsonl
-    *_train.csv, ...       text or JSON lines of which each file is one part, as nkululeko has them
-    train, dev, test       folders that are one part each, of any of these formats
+    *supervisions*.jsonl   lhotse, with the recordings in a file beside it; also *cuts*.jsonl
+    *_train.csv, ...       nkululeko: a text or JSON file for each part of the split
+    train, dev, test       a folder for each part of the split, in any of these formats
 
-The columns keep their names; `clips` chooses the columns that a corpus needs. No recording is
-opened here.
+The columns keep their names; `columns` chooses those that a corpus needs. Recordings are not
+decoded here.
 """
 
 from functools import partial
@@ -39,18 +39,18 @@ from ser_ray.corpus.words import PARTS, part_of_file
 from ser_ray.errors import CorpusError
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
 
-Read = tuple[pa.Table | None, tuple[str, ...]]
-"""A table, or None if a folder has none, and lines for the user."""
+TableAndNotes = tuple[pa.Table | None, tuple[str, ...]]
+"""A table, or None if a folder has no table; and lines for the user."""
 _METADATA = ("metadata.csv", "metadata.jsonl")
-"""The tables of Hugging Face's folders of recordings."""
+"""The names of the table in Hugging Face's folders of recordings."""
 
 
-def read_any(location: str, find: Find) -> Read:
+def read_any(location: str, find: Find) -> TableAndNotes:
     """Read a table or a folder of tables.
 
     Args:
         location: path or URI of the table or folder.
-        find: chooses the columns.
+        find: chooses the columns to read, as in `files`.
 
     Returns:
         The table, or None if the folder has no tables of these formats; and lines for the user.
@@ -73,8 +73,8 @@ def read_any(location: str, find: Find) -> Read:
     return read_text(location, find)
 
 
-def _read_folder(location: str, find: Find) -> Read:
-    """Read the tables in a folder."""
+def _read_folder(location: str, find: Find) -> TableAndNotes:
+    """Read the tables in a folder, in the first format of which it has the files."""
     inside = partial(location_inside, location)
     files, folders = _entries(location)
     if "db.yaml" in files:
@@ -89,13 +89,15 @@ def _read_folder(location: str, find: Find) -> Read:
         return read_folds(tables), ()
     parquets = [name for name in files if name.endswith(".parquet")]
     texts = [name for name in files if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))]
-    parts = {name: part_of_file(name) for name in sorted(parquets or texts)}
-    if parquets or len(set(filter(None, parts.values()))) > 1:
-        chosen = {name: part for name, part in parts.items() if part or parquets}
-        read = [(read_any(inside(name), find), part) for name, part in chosen.items()]
-        ignored = [name for name in parts if name not in chosen]
-        text = f"{location}: {', '.join(chosen)} were read, and {', '.join(ignored)} were not"
-        return _join(read, (text,) if ignored else ())
+    part_of = {name: part_of_file(name) for name in sorted(parquets or texts)}
+    if parquets or len(set(filter(None, part_of.values()))) > 1:
+        used = [name for name, part in part_of.items() if part or parquets]
+        ignored = [name for name in part_of if name not in used]
+        note = f"{location}: {', '.join(used)} were read, and {', '.join(ignored)} were not"
+        return _concatenate(
+            [(read_any(inside(name), find), part_of[name]) for name in used],
+            (note,) if ignored else (),
+        )
     for name in _METADATA:
         if name in files:
             return read_any(inside(name), find)
@@ -104,24 +106,23 @@ def _read_folder(location: str, find: Find) -> Read:
             f"{location}: was written by save_to_disk, whose Arrow files are not read; write the "
             "data set with to_parquet instead, and each split to a file such as train-0.parquet"
         )
-    named = {name: PARTS.get(name.lower()) for name in sorted(folders)}
-    return _join(
-        [
-            (_read_folder(inside(name), find), part)
-            for name, part in named.items()
-            if part or name == "data"
-        ]
-    )
+    part_of = {name: PARTS.get(name.lower()) for name in sorted(folders)}
+    used = [name for name, part in part_of.items() if part or name == "data"]
+    return _concatenate([(_read_folder(inside(name), find), part_of[name]) for name in used])
 
 
-def _join(parts: list[tuple[Read, str | None]], notes: tuple[str, ...] = ()) -> Read:
-    """Join tables, each of which is one part if it is named after one."""
+def _concatenate(
+    tables_and_parts: list[tuple[TableAndNotes, str | None]], notes: tuple[str, ...] = ()
+) -> TableAndNotes:
+    """Concatenate tables. If a table is one part of the split, fill in its column `split`."""
     tables = []
-    for (table, told), part in parts:
-        notes += told
-        if table is not None and part and "split" not in table.column_names:
+    for (table, more_notes), part in tables_and_parts:
+        notes += more_notes
+        if table is None:
+            continue
+        if part and "split" not in table.column_names:
             table = table.append_column("split", pa.array([part] * len(table), pa.string()))
-        tables += [] if table is None else [table]
+        tables.append(table)
     return pa.concat_tables(tables, promote_options="permissive") if tables else None, notes
 
 

@@ -1,6 +1,6 @@
-"""Reads the folders of other tools as one table each: EmoBox, Kaldi, lhotse, audformat.
+"""Reads a folder of another tool as one table: EmoBox, Kaldi, lhotse or audformat.
 
-The columns keep the names that they have there. No recording is opened, and no command is run.
+The columns keep the tool's names. No recording is decoded, and no command is run.
 """
 
 import re
@@ -18,34 +18,34 @@ from ser_ray.storage.paths import location_inside, read_file
 
 FOLD = re.compile(r".*_(train|valid|test)_fold_?(\d+)\.jsonl")
 _LABEL_FILES = ("utt2emo", "utt2emotion", "utt2label", "text")
-"""The files of Kaldi that may hold the labels; the first one found is read."""
+"""The files of a Kaldi folder that may hold the labels; the first one that exists is read."""
 _COMMAND = " is a command, and commands are not run; write the recordings into files first"
 
 
 def read_folds(tables: Mapping[str, str]) -> pa.Table:
-    """Read the folds of EmoBox; the column `fold` is the number of the fold that tests a row.
+    """Read the folds of EmoBox. The column `fold` is the number of the fold that tests a row.
 
     If there is only one fold, the column `fold` is train, valid or test.
 
     Args:
-        tables: {name that `FOLD` matches: location}.
+        tables: {name that matches `FOLD`: location}.
     """
-    has_one = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
+    is_only_fold = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
     rows: dict[str, Row] = {}
     for name in sorted(tables, key=lambda name: "_test_" in name):
         match = FOLD.match(name)
         assert match is not None
         for row in read_json_lines(tables[name]):
             fold = match[2] if match[1] == "test" else "train"
-            rows[str(row.get("key"))] = {**row, "fold": match[1] if has_one else fold}
+            rows[str(row.get("key"))] = {**row, "fold": match[1] if is_only_fold else fold}
     return as_table(rows.values())
 
 
 def read_kaldi(location: str, files: Sequence[str], find: Find) -> pa.Table:
-    """Read a data folder of Kaldi; each file of lines `UTTERANCE VALUE` is a column.
+    """Read a data folder of Kaldi. Each file with lines `UTTERANCE VALUE` is a column.
 
     Raises:
-        CorpusError: a recording is a command, or the labels seem to be transcripts.
+        CorpusError: a recording is the output of a command, or the labels seem to be transcripts.
     """
 
     def read(name: str) -> dict[str, str]:
@@ -80,20 +80,20 @@ def read_kaldi(location: str, files: Sequence[str], find: Find) -> pa.Table:
 
 
 def is_lhotse(name: str) -> bool:
-    """Whether a file holds the cuts or supervisions of lhotse, by its name."""
+    """Return whether a file's name is that of cuts or supervisions of lhotse."""
     return ".jsonl" in name and ("supervisions" in name or "cuts" in name)
 
 
 def read_lhotse(location: str, files: Sequence[str]) -> pa.Table:
-    """Read supervisions with the recordings beside them, or else cuts; each supervision is a clip.
+    """Read supervisions and their recordings, or else cuts. Each supervision is a clip.
 
     Args:
         location: the folder.
         files: the names of the files to read in it.
 
     Raises:
-        CorpusError: supervisions are without recordings, a cut is a mixture of several, or a
-            recording is a command.
+        CorpusError: the file of the recordings is missing, a cut mixes several recordings, or a
+            recording is the output of a command.
     """
 
     def read(name: str) -> list[Row]:
@@ -118,7 +118,7 @@ def read_lhotse(location: str, files: Sequence[str]) -> pa.Table:
 
 
 def _clips_of_cut(location: str, cut: Row) -> Iterator[tuple[Row, Row | None, float]]:
-    """Yield the supervisions in a cut, with the recording and the start in the recording."""
+    """Yield each supervision of a cut, its recording, and its start in the recording in seconds."""
     if "tracks" in cut:
         raise CorpusError(
             f"{location}: the cut {cut['id']} is a mixture of several recordings; save cuts of one "
@@ -133,7 +133,7 @@ def _clips_of_cut(location: str, cut: Row) -> Iterator[tuple[Row, Row | None, fl
 
 
 def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float) -> Row:
-    """Return the columns of a supervision that starts at this second of the recording."""
+    """Return the row of a supervision; `start` is in seconds of the recording."""
     sources = (recording or {}).get("sources", ())
     if any(found["type"] == "command" for found in sources):
         raise CorpusError(f"{location}: {row['recording_id']}{_COMMAND}")
@@ -148,11 +148,12 @@ def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float
 def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
     """Read a folder of audformat: the labelled clips and their splits.
 
-    Tables are also pickled where `audb` keeps its copies. Pickles can run code, and so can the
-    header, which the package trusts. It therefore reads a copy with plain values and no pickles.
+    The package audformat would run code from pickled tables, which `audb` stores, and from the
+    header. Therefore it reads a temporary copy, without pickles and with a header of plain values.
 
     Raises:
-        CorpusError: the package is not installed, or a table is there only as a pickle.
+        CorpusError: the package is not installed, the header has other values, or a table exists
+            only as a pickle.
     """
     try:
         import audformat
@@ -170,7 +171,7 @@ def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
             plain = yaml.safe_load(header.read_bytes())
         except yaml.YAMLError as error:
             raise CorpusError(
-                f"{location}/db.yaml: is not a header of audformat with plain values "
+                f"{location}/db.yaml: is not an audformat header with plain values "
                 f"({first_line(error)})"
             ) from error
         header.write_text(yaml.safe_dump(plain, sort_keys=False))
@@ -178,34 +179,34 @@ def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
         for name in (*database.tables, *database.misc_tables):
             if not {f"db.{name}.csv", f"db.{name}.parquet"} & set(files):
                 raise CorpusError(
-                    f"{location}: its table {name} is there only as a pickle, which can run code; "
+                    f"{location}: its table {name} exists only as a pickle, which can run code; "
                     "save the database with the storage_format csv or parquet"
                 )
         return _clips_of_audformat(database, find)
 
 
 def _clips_of_audformat(database: Any, find: Find) -> pa.Table:
-    """Read the labelled clips of an `audformat.Database`, and their splits."""
+    """Return the labelled clips of an `audformat.Database`, and their splits."""
     import audformat
 
-    tables = [column for table in database.tables.values() for column in table.columns]
-    labels = [key for scheme in database.schemes.values() if isinstance(scheme.labels, dict)
-              for value in scheme.labels.values() if isinstance(value, dict)
-              for key in value]  # fmt: skip
-    names = list(dict.fromkeys([*database.schemes, *tables, *labels]))
+    columns = [column for table in database.tables.values() for column in table.columns]
+    properties = [key for scheme in database.schemes.values() if isinstance(scheme.labels, dict)
+                  for value in scheme.labels.values() if isinstance(value, dict)
+                  for key in value]  # fmt: skip
+    names = list(dict.fromkeys([*database.schemes, *columns, *properties]))
     chosen = find(["file", "start", "end", "split", *names])
     wanted = [name for name in chosen.values() if name in names]
     label = chosen["label"]
     frame = database.get(label, [name for name in wanted if name != label])
     frame = frame.set_axis(audformat.utils.to_segmented_index(frame.index))
-    parts = {}
-    for split, kind in ((name, item.type) for name, item in database.splits.items()):
-        inside = database.get(label, splits=split)
-        for key in audformat.utils.to_segmented_index(inside.index):
-            parts[key] = kind
+    part_of = {}
+    for name, split in database.splits.items():
+        clips = database.get(label, splits=name)
+        for clip in audformat.utils.to_segmented_index(clips.index):
+            part_of[clip] = split.type
     table = pa.Table.from_pandas(
         frame.reset_index().astype({"file": "string"}), preserve_index=False
     )
     return table.append_column(
-        "split", pa.array([parts.get(key) for key in frame.index], pa.string())
+        "split", pa.array([part_of.get(clip) for clip in frame.index], pa.string())
     )

@@ -1,0 +1,260 @@
+"""Reads the columns of a custom corpus's table, and checks their values.
+
+Tables come from spreadsheets and other systems, so every unambiguous variant is accepted: blanks,
+hyphens and capitals in column names, and blanks around values. An ambiguous row or column is an
+error.
+"""
+
+import csv
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ser_ray.corpus.tables.files import TableError, column_key
+from ser_ray.corpus.tables.formats import read_any
+from ser_ray.corpus.words import COLUMNS, MISSING_WORDS, PARTS, shorten
+from ser_ray.errors import CorpusError
+from ser_ray.storage.paths import printable
+
+_REQUIRED = ("path", "label", "speaker")
+_UNIT = "(_?(time|s|sec|seconds|ms|samples?))?"
+_TIMES = f"(start|begin|onset|end|stop|offset){_UNIT}"
+_LENGTH = f"(dur|duration|length){_UNIT}"
+"""Patterns for the names of time columns, as `column_key` returns them. A length only counts as a
+time if there is a start."""
+_MISSING_VALUES = {*MISSING_WORDS, ""}
+"""What means a missing value in the columns `start`, `end` and `split`."""
+_SHOWN_ROWS = 5
+_SHOWN_LETTERS = 300
+
+
+def read_table(
+    source: str,
+    missing: Iterable[str] = MISSING_WORDS,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[pa.Table, tuple[str, ...]] | None:
+    """Read the clips of a table or a folder of tables; return None if the folder has no table.
+
+    Args:
+        source: the table or folder, as the user wrote it.
+        missing: words that mean a missing value, in upper or lower case.
+        columns: {column in `COLUMNS`: name in the table}.
+
+    Returns:
+        The clips, and lines for the user. The columns are `path`, `label`, `speaker`, `split` and
+        perhaps `take`, without blanks around the values, and `start` and `end` in seconds, which
+        are both null for a complete file.
+
+    Raises:
+        CorpusError: the table cannot be read, or lacks a column or a value.
+    """
+    values, notes = _read_columns(source, columns or {})
+    if values is None:
+        return None
+    num_rows = len(values["path"])
+    if num_rows == 0:
+        raise CorpusError(f"{source}: the table has no rows")
+    nulls = pa.nulls(num_rows, pa.string())
+    starts, ends, split = (values.pop(name, nulls) for name in ("start", "end", "split"))
+    _refuse_missing(source, values, {word.strip().lower() for word in missing})
+    segments = _read_times(source, starts.to_pylist(), ends.to_pylist())
+    for name, seconds in zip(("start", "end"), zip(*segments, strict=True), strict=True):
+        values[name] = pa.array(seconds, pa.float64())
+    return pa.table(values | {"split": _read_split(split)}), notes
+
+
+def _read_columns(
+    source: str, columns: Mapping[str, str]
+) -> tuple[dict[str, pa.ChunkedArray] | None, tuple[str, ...]]:
+    """Return the columns as texts, or None if a folder has no table; and lines for the user.
+
+    Raises:
+        CorpusError: the table cannot be read, or lacks a column.
+    """
+    find = partial(_find_columns, source, columns)
+    try:
+        table, notes = read_any(source, find)
+        if table is None:
+            return None, notes
+        found = find(table.column_names)
+        notes += _ambiguous_columns(source, table.column_names, found, columns)
+        table.select(list(found.values())).validate(full=True)  # finds text that is not UTF-8
+        values = {column: _texts(name, table[name]) for column, name in found.items()}
+        for column in ("label", "speaker"):
+            values[column] = _composed(values[column])
+    except (pa.ArrowException, LookupError, ValueError, TypeError, OSError, csv.Error) as error:
+        if isinstance(error, OSError) and (error.errno or "://" in source):
+            raise  # pyarrow also raises OSError for damaged content, but without a number
+        if isinstance(error, TableError):
+            reason = str(error)
+        elif isinstance(error, KeyError):
+            reason = f"a row has no {error.args[0]}"
+        else:
+            reason = "its content is damaged"
+        raise CorpusError(
+            f"{source}: the table cannot be read ({reason}); save it again with a header row, and "
+            "with the same number of values in every row"
+        ) from error
+    return values, notes
+
+
+def _read_split(column: pa.ChunkedArray) -> pa.Array:
+    """Replace each value by train, validation or test; keep all values if one of them is a fold."""
+    given = [
+        None if (text or "").lower() in _MISSING_VALUES else text for text in column.to_pylist()
+    ]
+    parts = [text and PARTS.get(text.lower()) for text in given]
+    has_folds = parts.count(None) > given.count(None)
+    return pa.array(given if has_folds else parts, pa.string())
+
+
+def _read_times(
+    source: str, starts: list[str | None], ends: list[str | None]
+) -> list[tuple[float | None, float | None]]:
+    """Return the start and end of every row in seconds; both are None for a complete file.
+
+    Raises:
+        CorpusError: the times of a row do not define a segment.
+    """
+    segments: list[tuple[float | None, float | None]] = []
+    for row, texts in enumerate(zip(starts, ends, strict=True), start=1):
+        start, end = map(_seconds, texts)
+        start = start or 0.0
+        if math.isnan(start) or (end is not None and (math.isnan(end) or start >= end)):
+            raise CorpusError(
+                f"{source}: row {row} (after the header) has the start {texts[0] or 'of the file'} "
+                f"and the end {texts[1] or 'of the file'}; a segment needs a start before "
+                "its end, both in seconds or as in 0 days 00:00:01.5"
+            )
+        segments.append((None if start == 0 and end is None else start, end))
+    return segments
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return a time in seconds; None if it is missing, and NaN if it is not a time."""
+    if text is None or text.lower() in _MISSING_VALUES:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        import pandas as pd
+
+        try:
+            seconds = pd.Timedelta(text).total_seconds()
+        except ValueError:
+            return math.nan
+    return seconds if 0 <= seconds < math.inf else math.nan
+
+
+def _texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the values of a column as texts without blanks around them.
+
+    NaN becomes null, because pandas writes it for a missing value. Durations become seconds.
+    """
+    if pa.types.is_duration(column.type):
+        column = pc.divide(column.cast(pa.duration("ns")).cast("int64").cast("float64"), 1e9)
+    elif pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    try:
+        return pc.utf8_trim_whitespace(column.cast("string"))
+    except pa.ArrowException as error:
+        raise TableError(f"the column {name} has values that are not texts or numbers") from error
+
+
+def _composed(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Write letters with accents in one normal form of Unicode. pyarrow 25 cannot do this."""
+    coded = texts.combine_chunks().dictionary_encode()
+    forms = [unicodedata.normalize("NFC", text) for text in coded.dictionary.to_pylist()]
+    return pa.chunked_array([pa.array(forms, pa.string()).take(coded.indices)])
+
+
+def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Choose the columns to read from the names in a table: {column in `COLUMNS`: name in table}.
+
+    Raises:
+        CorpusError: a column is missing or appears twice, or a column of times has an unknown name.
+    """
+    found: dict[str, str] = {}
+    shown = printable(",".join(names))[:_SHOWN_LETTERS]  # the file may be no table at all
+    for column, known in COLUMNS.items():
+        wanted = (columns[column],) if column in columns else known
+        matches = [[n for n in names if column_key(n) == column_key(want)] for want in wanted]
+        same = next(filter(None, matches), [])
+        if len(same) > 1:
+            raise CorpusError(
+                f"{source}: has the column {column_key(same[0])} twice, as {same[0]!r} and "
+                f"{same[1]!r}; rename or remove one of them"
+            )
+        if same:
+            found[column] = same[0]
+        elif column in columns:
+            raise CorpusError(
+                f"{source}: has no column {columns[column]}, which --columns names as {column}; it "
+                f"has {shown}"
+            )
+    is_time = re.compile(f"{_TIMES}|{_LENGTH}" if "start" in found else _TIMES).fullmatch
+    unread = [n for n in names if is_time(column_key(n)) and n not in found.values()]
+    if unread and not {"start", "end"} <= set(found):
+        raise CorpusError(
+            f"{source}: has the column {unread[0]}, so its rows seem to be segments of files; say "
+            "with --columns which columns are their start and end in seconds, or remove them"
+        )
+    if lacking := sorted(set(_REQUIRED) - set(found)):
+        hint = "use another column with --columns, as in --columns label=mood"
+        if lacking == ["speaker"] and "split" in found:
+            hint = (
+                f"if no speaker is in two parts of the column {found['split']}, use these parts as "
+                f"speakers with --columns speaker={found['split']}"
+            )
+        raise CorpusError(
+            f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker and may "
+            f"have take,start,end,split, but it has {shown}; {hint}"
+        )
+    return found
+
+
+def _ambiguous_columns(
+    source: str, names: Sequence[str], found: Mapping[str, str], columns: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return a line for each column of the corpus that has two candidates in the table."""
+    keys = {column_key(name): name for name in reversed(names)}
+    lines = []
+    for column, name in found.items():
+        also = [keys[key] for key in COLUMNS[column] if keys.get(key, name) != name]
+        if also and column not in columns:
+            lines.append(
+                f"{source}: the {column} is read from the column {name}, and not from {also[0]}; "
+                f"--columns {column}={also[0]} reads the other one"
+            )
+    return tuple(lines)
+
+
+def _refuse_missing(source: str, columns: dict[str, pa.ChunkedArray], words: set[str]) -> None:
+    """Raise a CorpusError with the first rows that have a missing value, if there are any."""
+    missing = pa.array(sorted({*words, ""}))
+    found: list[tuple[int, str, str]] = []
+    for name, column in columns.items():
+        lower = pc.utf8_lower(pc.fill_null(column, ""))
+        for row in np.flatnonzero(pc.is_in(lower, value_set=missing).to_numpy()).tolist():
+            found.append((row + 1, name, column[row].as_py() or ""))
+    if not found:
+        return
+    shown = [
+        f"row {row}{' (after the header)' if place == 0 else ''} has no {name}"
+        + (f" ({value!r})" if value else "")
+        for place, (row, name, value) in enumerate(sorted(found, key=lambda item: item[0]))
+    ]
+    hint = (
+        ". If such a word is a value in your table, list only the words that mean a missing value "
+        "with --missing, or none of them with --missing alone"
+    )
+    raise CorpusError(
+        f"{source}: {shorten(shown, _SHOWN_ROWS)}; fill them in, or delete these rows"
+        + (hint if any(value for _, _, value in found) else "")
+    )
