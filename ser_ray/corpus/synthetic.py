@@ -5,8 +5,8 @@ every take is a wav, an mp4 with sound and an mp4 without. A marker file in the 
 clips are synthetic. Emotions differ in pitch, loudness, tempo and timbre, and so do speakers. A
 score on these clips shows that the program works; it is not a result on RAVDESS.
 
-A voice is a source and a filter (Fant 1960). The source is glottal pulses and breath noise. The
-filter has the formants of the vowels and a spectral tilt, and changes with every frame.
+A voice is a source and a filter (Fant 1960). The source consists of glottal pulses and breath
+noise. The filter has the formants of a vowel and a spectral tilt, and changes with every frame.
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ from ser_ray.corpus.ravdess.names import EMOTIONS, SPEAKERS, ClipName, Intensity
 from ser_ray.errors import CorpusError
 
 VERSION = 1
-"""Part of the marker. Raise it when the clips change, so that old folders are replaced."""
+"""Is in the marker file. Raise it when the clips change, so that old folders are replaced."""
 
 _ABOUT = (
     "A synthetic corpus made by ser_ray, with the names and layout of RAVDESS.\n"
     "Results on these clips are not results on RAVDESS.\n"
 )
 _SAMPLE_RATE = 48_000
-_WINDOW = 1024  # samples in a frame of the filter
-_HOP = _WINDOW // 4
+_FRAME_LENGTH = 1024  # samples in a frame of the filter
+_HOP_LENGTH = _FRAME_LENGTH // 4
 _SYLLABLES_PER_SECOND = 5.0
-_LEVEL = -34.0  # dBFS, RMS of a neutral voice; loud, angry voices need the headroom
+_LEVEL = -34.0  # dBFS, RMS of a neutral voice; loud, angry voices need headroom above it
 _FLOOR = -62.0  # dB, room noise relative to the voice; quiet enough to be trimmed as silence
-_SIDE = 64  # pixels, width and height of the videos
-_FRAMES_PER_SECOND = 8
+_VIDEO_SIZE = 64  # pixels, width and height of the videos
+_VIDEO_FRAME_RATE = 8
 
-# Formants of men in hertz (Peterson and Barney 1952). The higher formants are those of a tube.
+# Formants of men in hertz (Peterson and Barney 1952). The higher ones are those of a plain tube.
 _VOWELS = {
     "i": (390, 1990, 2550),  # bit
     "a": (730, 1090, 2440),  # father
@@ -54,7 +54,7 @@ _STATEMENTS = {1: "iaoi", 2: "oaii"}
 
 
 class Manner(NamedTuple):
-    """How a take is spoken: differences from the speaker's neutral voice."""
+    """How a take is spoken, as differences from the speaker's neutral voice."""
 
     pitch: float
     """Semitones."""
@@ -67,7 +67,7 @@ class Manner(NamedTuple):
     tempo: float
     """Octaves of the speaking rate: 1 doubles the rate."""
     tilt: float
-    """Decibels per octave above 500 Hz: positive values sound bright, negative values dark."""
+    """Decibels per octave above 500 Hz. Positive values sound bright, and negative values dark."""
     breath: float
     """Decibels of the breath noise."""
     tremor: float
@@ -88,7 +88,7 @@ _MANNERS = {
     "surprised": Manner(5, 3, 9, 4, 0, 1, 3, 0, 0),
 }
 _SPREAD = Manner(1.2, 0.8, 1.2, 1.5, 0.08, 0.6, 1.5, 0.1, 0.1)
-"""Standard deviation of the takes of an emotion."""
+"""Standard deviations by which the takes of one emotion differ."""
 _STRENGTH = {"normal": 0.85, "strong": 1.2}
 
 
@@ -99,7 +99,7 @@ class Voice:
     pitch: float
     """Hertz of the neutral voice."""
     formant_scale: float
-    """Formants relative to those of a man; above 1, the vocal tract is shorter."""
+    """Formants relative to those of a man. A shorter vocal tract has a value above 1."""
     level: float
     """Decibels."""
     tempo: float
@@ -113,8 +113,8 @@ class Voice:
 def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
     """Make the synthetic corpus at `target`: 192 takes in 576 files, within seconds.
 
-    The folder appears only when it is complete. An existing synthetic corpus is replaced only if
-    its seed or version differs.
+    The folder appears only when it is complete. An existing synthetic corpus is replaced if its
+    seed or version differs, and kept otherwise.
 
     Raises:
         CorpusError: `target` has other files in it, or cannot be written.
@@ -127,8 +127,8 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         shutil.rmtree(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CorpusError(
-            f"{target}: has files in it that are not a synthetic corpus, and would be lost; choose "
-            "an empty or a new folder"
+            f"{target}: has files that are not a synthetic corpus and would be lost; choose an empty "
+            "or a new folder"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _write_speaker(root: Path, speaker: str, seed: int) -> None:
 
 
 def _clips(speaker: str) -> Iterator[ClipName]:
-    """Yield one take per emotion; intensity, statement and repetition depend on the actor."""
+    """Yield a take of each emotion; intensity, statement and repetition change with the actor."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
         intensity: Intensity = "strong" if turn % 2 else "normal"
@@ -202,18 +202,18 @@ def speak(
     """
     seconds = len(vowels) / _SYLLABLES_PER_SECOND / 2 ** (voice.tempo + manner.tempo)
     time = np.arange(round(seconds * _SAMPLE_RATE)) / _SAMPLE_RATE
-    place = time / seconds * len(vowels)  # 1.5 is the middle of the second syllable
-    pitch = _pitch_contour(time, place, voice, manner, rng)
+    position = time / seconds * len(vowels)  # 1.5 is the middle of the second syllable
+    pitch = _pitch_contour(time, position, voice, manner, rng)
     # The mouth opens from 0 to 1 and closes again in each syllable.
-    opening = np.sin(np.pi * (place % 1)) ** 0.7
-    onset = np.exp(-(place % 1) * 20)  # the consonant's burst of noise
+    opening = np.sin(np.pi * (position % 1)) ** 0.7
+    onset = np.exp(-(position % 1) * 20)  # the consonant's burst of noise
 
     cycles = np.cumsum(pitch) / _SAMPLE_RATE
     pulses = np.diff(np.floor(cycles), prepend=0)
     pulses *= np.sqrt(_SAMPLE_RATE / pitch)  # equal power at any pitch
     breath = 10 ** ((manner.breath - 30) / 20) * opening + 0.1 * onset
     source = pulses * opening + rng.normal(0, 1, len(time)) * breath
-    syllable = np.clip(place[::_HOP].astype(int), 0, len(vowels) - 1)
+    syllable = np.clip(position[::_HOP_LENGTH].astype(int), 0, len(vowels) - 1)
     formants = np.array([_VOWELS[vowel] + _HIGHER_FORMANTS for vowel in vowels])
     gain = _gain(formants * voice.formant_scale, voice.tilt + manner.tilt)[syllable]
     voiced = _filter(source, gain)
@@ -227,13 +227,15 @@ def speak(
 
 
 def _pitch_contour(
-    time: np.ndarray, place: np.ndarray, voice: Voice, manner: Manner, rng: np.random.Generator
+    time: np.ndarray, position: np.ndarray, voice: Voice, manner: Manner, rng: np.random.Generator
 ) -> np.ndarray:
     """Return the fundamental frequency of every sample in hertz."""
-    num_syllables = round(place[-1])
-    accents = rng.uniform(0.3, 1, num_syllables)[np.minimum(place.astype(int), num_syllables - 1)]
-    semitones = manner.pitch + (2 + manner.swing) * accents * np.sin(np.pi * (place % 1)) ** 2
-    semitones += (manner.slope - 1) * (place / num_syllables - 0.5)
+    num_syllables = round(position[-1])
+    accents = rng.uniform(0.3, 1, num_syllables)[
+        np.minimum(position.astype(int), num_syllables - 1)
+    ]
+    semitones = manner.pitch + (2 + manner.swing) * accents * np.sin(np.pi * (position % 1)) ** 2
+    semitones += (manner.slope - 1) * (position / num_syllables - 0.5)
     semitones += manner.tremor * np.sin(2 * np.pi * 7 * time)
     knots = np.arange(0, time[-1] + 0.01, 0.01)
     wobble = rng.normal(0, 0.1 + max(manner.roughness, 0), len(knots))
@@ -243,10 +245,10 @@ def _pitch_contour(
 def _gain(formants: np.ndarray, tilt: float) -> np.ndarray:
     """Return the filter's magnitude [vowels, bins] for formants [vowels, 8] in hertz.
 
-    Each formant is a second-order resonance. The tilt is added to -6 dB per octave: -12 dB of the
-    glottal pulses and +6 dB of the lips (Klatt 1980).
+    Each formant is a second-order resonance. `tilt` is added to the usual -6 dB per octave, which
+    is the sum of -12 dB for the glottal pulses and +6 dB for the lips (Klatt 1980).
     """
-    frequency = np.fft.rfftfreq(_WINDOW, 1 / _SAMPLE_RATE)
+    frequency = np.fft.rfftfreq(_FRAME_LENGTH, 1 / _SAMPLE_RATE)
     octaves = np.log2(np.maximum(frequency, 500) / 500)
     gain = 10 ** ((tilt - 6) * octaves / 20) * np.ones((len(formants), 1))
     for formant in formants.T[:, :, np.newaxis]:
@@ -258,32 +260,34 @@ def _gain(formants: np.ndarray, tilt: float) -> np.ndarray:
 
 
 def _filter(source: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Filter a source [num_samples] with one magnitude per hop [frames, bins] by overlap-add."""
-    padded = np.pad(source, (_WINDOW // 2, _WINDOW))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP][: len(gain)]
-    window = np.hanning(_WINDOW + 1)[:-1]
+    """Filter a source [num_samples] by overlap-add, with a magnitude per frame [frames, bins]."""
+    padded = np.pad(source, (_FRAME_LENGTH // 2, _FRAME_LENGTH))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, _FRAME_LENGTH)[::_HOP_LENGTH][
+        : len(gain)
+    ]
+    window = np.hanning(_FRAME_LENGTH + 1)[:-1]
     shaped = np.fft.irfft(np.fft.rfft(frames * window) * gain)
     result = np.zeros(len(padded))
     for index, frame in enumerate(shaped):
-        result[index * _HOP : index * _HOP + _WINDOW] += frame
-    return result[_WINDOW // 2 : _WINDOW // 2 + len(source)]
+        result[index * _HOP_LENGTH : index * _HOP_LENGTH + _FRAME_LENGTH] += frame
+    return result[_FRAME_LENGTH // 2 : _FRAME_LENGTH // 2 + len(source)]
 
 
 def _write_mp4(path: Path, samples: npt.NDArray[np.int16], *, sound: bool) -> None:
-    """Write an H.264 video that brightens with the voice, with or without AAC sound."""
-    step = _SAMPLE_RATE // _FRAMES_PER_SECOND
+    """Write an H.264 video, with or without AAC sound. The picture gets brighter with the voice."""
+    step = _SAMPLE_RATE // _VIDEO_FRAME_RATE
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=_FRAMES_PER_SECOND)
-        video.width = video.height = _SIDE
+        video = container.add_stream("libx264", rate=_VIDEO_FRAME_RATE)
+        video.width = video.height = _VIDEO_SIZE
         video.pix_fmt = "yuv420p"
         video.thread_count = 1  # the same bytes on every machine
         audio = None
         if sound:
             audio = container.add_stream("aac", rate=_SAMPLE_RATE, layout="mono")
-            audio.options = {"aac_coder": "fast"}  # the default coder took half of the total time
+            audio.options = {"aac_coder": "fast"}  # the default coder takes half of the total time
         for start in range(0, len(samples), step):
             loudness = np.abs(samples[start : start + step].astype(float)).max() / 2**15
-            image = np.full((_SIDE, _SIDE), round(60 + 180 * loudness**0.5), np.uint8)
+            image = np.full((_VIDEO_SIZE, _VIDEO_SIZE), round(60 + 180 * loudness**0.5), np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="gray")))
         container.mux(video.encode())
         if audio is not None:

@@ -225,6 +225,6 @@ def test_an_interruption_leaves_no_folder_that_looks_complete(
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     mine = tmp_path / "03-01-06-01-02-01-12.wav"
     mine.write_text("precious")
-    with pytest.raises(CorpusError, match="has files in it that are not a synthetic corpus"):
+    with pytest.raises(CorpusError, match="has files that are not a synthetic corpus and would"):
         synthetic.make_synthetic_corpus(tmp_path)
     assert mine.read_text() == "precious"

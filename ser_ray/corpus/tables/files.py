@@ -76,13 +76,14 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def _parse(location: str, text: str, find: Find) -> pa.Table:
-    """Parse delimited text; the separator is the one that yields the most known columns."""
+    """Parse delimited text. The separator is the one that splits the header into most known names."""
 
-    def rank(mark: str) -> tuple[bool, int, int]:
+    def rank(separator: str) -> tuple[bool, int, int]:
+        names = headers[separator]
         is_complete = False
         with contextlib.suppress(CorpusError):
-            is_complete = bool(find(rows[mark]))
-        return is_complete, len(known & set(map(column_key, rows[mark]))), len(rows[mark])
+            is_complete = bool(find(names))
+        return is_complete, len(known & set(map(column_key, names))), len(names)
 
     text = text.lstrip("\r\n")
     if declared := re.match(r"sep=.\r?\n", text):  # Excel's own first line
@@ -90,10 +91,10 @@ def _parse(location: str, text: str, find: Find) -> pa.Table:
     if not text.strip():
         raise CorpusError(f"{location}: the table is empty")
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    rows = {separator: next(csv.reader([header], delimiter=separator)) for separator in _SEPARATORS}
+    headers = {mark: next(csv.reader([header], delimiter=mark)) for mark in _SEPARATORS}
     known = {column_key(name) for names in COLUMNS.values() for name in names}
-    separator = max(rows, key=rank)
-    names = rows[separator]
+    separator = max(headers, key=rank)
+    names = headers[separator]
     find(names)  # if the file is no table, this error is clearer than that of a row
     numbered = [f"column {number}" for number in range(len(names))]
     uneven: list[Any] = []
