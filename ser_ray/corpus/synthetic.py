@@ -127,8 +127,8 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
         shutil.rmtree(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CorpusError(
-            f"{target}: has files that are not a synthetic corpus and would be lost; choose an empty "
-            "or a new folder"
+            f"{target}: has files that are not a synthetic corpus and would be lost; choose an "
+            "empty or a new folder"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

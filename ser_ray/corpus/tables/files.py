@@ -76,7 +76,7 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def _parse(location: str, text: str, find: Find) -> pa.Table:
-    """Parse delimited text. The separator is the one that splits the header into most known names."""
+    """Parse delimited text. Use the separator with which the header has most known names."""
 
     def rank(separator: str) -> tuple[bool, int, int]:
         names = headers[separator]
