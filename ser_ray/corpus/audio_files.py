@@ -1,7 +1,7 @@
 """Finds the recordings in a folder, or among the files that match a pattern.
 
-`prepare` and `predict` use the same rules, so they find the same recordings in a folder. A file is
-a recording by its suffix. Only if other kinds of files have this suffix too, the file is opened.
+`prepare` and `predict` use the same rules, so they find the same recordings in a folder. The suffix
+of a file decides. If other kinds of files have this suffix too, the first bytes of the file decide.
 """
 
 import os
@@ -141,7 +141,7 @@ def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence
         found: the files found so far.
         source: what the user gave, for messages.
         folder: the folder to search.
-        pattern: the names of the pattern, one for each level below the folder.
+        pattern: the pattern below the folder, with one item for each level.
     """
     has_suffix = re.search(r"\.\w", pattern[-1]) is not None
     added, left_out = [], Counter[str]()

@@ -128,7 +128,7 @@ def list_corpus(
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Give the rows whose modality is not in `include` the status `excluded`, if they have none."""
+    """Set the status `excluded` in rows without a status whose modality is not in `include`."""
     included = sorted(set(include))
     is_included = pc.is_in(manifest["modality"], value_set=pa.array(included))
     is_excluded = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_included))
@@ -261,5 +261,5 @@ def _with_status(
 
 
 def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the table with another column of this name, in the same place."""
+    """Return the table with `column` instead of its column `name`."""
     return table.set_column(table.schema.get_field_index(name), name, column)

@@ -16,8 +16,8 @@ from ser_ray.corpus.words import shorten
 RARE_RATIO = 4
 """A label may be misspelt if a similar label has at least this many times as many clips."""
 MIN_LENGTH = 4
-"""Fewest letters of a label that others are compared with; short labels, like "sad" and "mad", are
-often similar."""
+"""Fewest letters of a label with which others are compared. Short labels, like "sad" and "mad", are
+often similar and both right."""
 LINES_SHOWN = 3
 LABELS_SHOWN = 20
 _ACTOR_FOLDER = re.compile(r"actor[ _-]?0*(\d+)", re.IGNORECASE)
@@ -112,7 +112,7 @@ def _misspellings(counts: Mapping[str, int]) -> list[str]:
 
 
 def _spellings(word: str) -> set[str]:
-    """Return the word, and the word without each one of its letters.
+    """Return the word, and all words that result from deleting one of its letters.
 
     Two words share a spelling if one letter was changed, added or lost, or moved to another place.
     """

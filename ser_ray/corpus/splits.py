@@ -162,7 +162,8 @@ def _parts_by_speaker(
     is_test = np.isin(speakers, folds[-1])
     is_used = np.full(len(speakers), True)
     if protocol == CROSS_CORPUS:
-        is_test = np.array(clips["corpus"].to_pylist()) == tested_corpus  # may share speakers
+        # By corpus and not by speaker, because corpora may share speakers.
+        is_test = np.array(clips["corpus"].to_pylist()) == tested_corpus
         candidates = {speaker: strata[speaker] for speaker in speakers[~is_test].tolist()}
         validation = _choose_validation([()], candidates, num_validation)
     elif protocol == "table":
@@ -252,7 +253,7 @@ def _choose_validation(
                 "validate on; hold out fewer"
             )
         needed = count or min(max(2, len(strata) // 12), max(1, len(free) // 3))
-        first = fold % len(names)  # this stratum contributes one more if `needed` is odd
+        first = fold % len(names)  # the first stratum may contribute one more than the last
         queues = [[s for s in free if strata[s] == name] for name in names[first:] + names[:first]]
         in_turn = itertools.chain(*itertools.zip_longest(*queues))
         selected = [speaker for speaker in in_turn if speaker is not None][:needed]

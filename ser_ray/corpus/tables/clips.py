@@ -27,7 +27,7 @@ _FOLDERS_TRIED = 5
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """Find the files of the clips, and return the columns of the manifest that a table has.
+    """FindColumns the files of the clips, and return the columns of the manifest that a table has.
 
     Args:
         source: the table, as the user wrote it.
@@ -84,7 +84,7 @@ def _start_of_paths(folder: str, paths: list[str]) -> str:
 
 
 def _find_file(folder: str, path: str) -> ListedFile:
-    """Find a file by its path in the table."""
+    """FindColumns a file by its path in the table."""
     path, mark, row = path.partition(ROW)
     location, is_foreign = path, False
     if "://" not in path:

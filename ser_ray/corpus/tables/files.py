@@ -23,7 +23,7 @@ from ser_ray.storage.paths import absolute, filesystem_of, read_file
 TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
-Find = Callable[[Sequence[str]], Mapping[str, str]]
+FindColumns = Callable[[Sequence[str]], Mapping[str, str]]
 """A function that gets the names of a table's columns, and returns which of them to read:
 {column in `COLUMNS`: name in the table}. It raises a CorpusError if a column is missing."""
 Row = Mapping[str, Any]
@@ -34,12 +34,12 @@ class TableError(ValueError):
     """Raised if a table cannot be read. The message gives the reason, without the location."""
 
 
-def read_text(location: str, find: Find) -> tuple[pa.Table, tuple[str, ...]]:
+def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ...]]:
     """Read a file of delimited text as columns of strings.
 
     Args:
         location: path or URI of the table.
-        find: called with the names in the header, because it raises an error if they do not fit.
+        find: called because it raises an error if the names in the header do not fit.
 
     Returns:
         The table, and lines for the user.
@@ -75,7 +75,7 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _parse(location: str, text: str, find: Find) -> pa.Table:
+def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
     """Parse delimited text. Use the separator with which the header has most known names."""
 
     def rank(separator: str) -> tuple[bool, int, int]:
@@ -165,7 +165,7 @@ def as_table(rows: Iterable[Row]) -> pa.Table:
     return pa.table(columns)
 
 
-def read_parquet(location: str, find: Find) -> pa.Table:
+def read_parquet(location: str, find: FindColumns) -> pa.Table:
     """Read the columns that `find` chooses from a Parquet file.
 
     If the file is a Hugging Face data set with recordings, the column `path` has their locations.

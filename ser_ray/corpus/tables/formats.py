@@ -21,7 +21,7 @@ from pyarrow import fs
 from ser_ray.corpus.tables.files import (
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
-    Find,
+    FindColumns,
     as_table,
     read_json_lines,
     read_parquet,
@@ -45,7 +45,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 """The names of the table in Hugging Face's folders of recordings."""
 
 
-def read_any(location: str, find: Find) -> TableAndNotes:
+def read_any(location: str, find: FindColumns) -> TableAndNotes:
     """Read a table or a folder of tables.
 
     Args:
@@ -73,7 +73,7 @@ def read_any(location: str, find: Find) -> TableAndNotes:
     return read_text(location, find)
 
 
-def _read_folder(location: str, find: Find) -> TableAndNotes:
+def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
     """Read the tables in a folder, in the first format of which it has the files."""
     inside = partial(location_inside, location)
     files, folders = _entries(location)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ser_ray.corpus.tables.files import Find, Row, as_table, read_json_lines
+from ser_ray.corpus.tables.files import FindColumns, Row, as_table, read_json_lines
 from ser_ray.corpus.words import part_of_file
 from ser_ray.errors import CorpusError, first_line
 from ser_ray.storage.paths import location_inside, read_file
@@ -41,7 +41,7 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
     return as_table(rows.values())
 
 
-def read_kaldi(location: str, files: Sequence[str], find: Find) -> pa.Table:
+def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Table:
     """Read a data folder of Kaldi. Each file with lines `UTTERANCE VALUE` is a column.
 
     Raises:
@@ -145,7 +145,7 @@ def _clip_of_lhotse(location: str, row: Row, recording: Row | None, start: float
     return {**(row.get("custom") or {}), **plain, **times, "path": (paths or [None])[0]}
 
 
-def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
+def read_audformat(location: str, files: Sequence[str], find: FindColumns) -> pa.Table:
     """Read a folder of audformat: the labelled clips and their splits.
 
     The package audformat would run code from pickled tables, which `audb` stores, and from the
@@ -185,7 +185,7 @@ def read_audformat(location: str, files: Sequence[str], find: Find) -> pa.Table:
         return _clips_of_audformat(database, find)
 
 
-def _clips_of_audformat(database: Any, find: Find) -> pa.Table:
+def _clips_of_audformat(database: Any, find: FindColumns) -> pa.Table:
     """Return the labelled clips of an `audformat.Database`, and their splits."""
     import audformat
 
