@@ -17,5 +17,5 @@ splits         the clips in the train, validation and test part of a fold
 synthetic      makes a small corpus with RAVDESS's file names
 
 To read the labels of another corpus from its file names, add a folder like `ravdess`, call it from
-`manifest.list_corpus`, and add its name to `words.CORPORA`. A table needs no new code.
+`manifest.list_corpus`, and add its name to `words.CorpusKind`. A table needs no new code.
 """

@@ -27,7 +27,7 @@ from ser_ray.corpus.ravdess.names import EMOTIONS, SPEAKERS, ClipName, Intensity
 from ser_ray.errors import CorpusError
 
 VERSION = 1
-"""Is in the marker file. Raise it when the clips change, so that old folders are replaced."""
+"""Number in the marker file. Raise it when the clips change, so that old folders are replaced."""
 
 _ABOUT = (
     "A synthetic corpus made by ser_ray, with the names and layout of RAVDESS.\n"
@@ -37,8 +37,8 @@ _SAMPLE_RATE = 48_000
 _FRAME_LENGTH = 1024  # samples in a frame of the filter
 _HOP_LENGTH = _FRAME_LENGTH // 4
 _SYLLABLES_PER_SECOND = 5.0
-_LEVEL = -34.0  # dBFS, RMS of a neutral voice; loud, angry voices need headroom above it
-_FLOOR = -62.0  # dB, room noise relative to the voice; quiet enough to be trimmed as silence
+_LEVEL = -34.0  # dBFS, RMS of a neutral voice; low, because angry voices are louder
+_FLOOR = -62.0  # dB, noise of the room relative to the voice; trimming must treat it as silence
 _VIDEO_SIZE = 64  # pixels, width and height of the videos
 _VIDEO_FRAME_RATE = 8
 
@@ -73,7 +73,7 @@ class Manner(NamedTuple):
     tremor: float
     """Semitones of a 7 Hz vibrato."""
     roughness: float
-    """Semitones of irregularity from one glottal pulse to the next."""
+    """Semitones by which the pitch changes at random every 10 ms."""
 
 
 # After the acoustic profiles of Scherer (2003) and Juslin and Laukka (2003).
@@ -107,7 +107,7 @@ class Voice:
     tilt: float
     """Decibels per octave."""
     expressiveness: float
-    """Factor by which every `Manner` is multiplied."""
+    """Factor for every `Manner` of this speaker."""
 
 
 def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:

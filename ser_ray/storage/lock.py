@@ -5,10 +5,10 @@ machines that share nothing else. (`filelock` needs a local disk, and pyarrow ca
 of a bucket only if it does not exist.) The holder sends heartbeats: every `HEARTBEAT_SECONDS`, it
 rewrites the file with a higher number.
 
-If a lock exists, a process that wants it asks the operating system whether the holder is running. If
-the holder is on another machine or in another container, the process watches the file instead: the
-holder is alive if the file changes, and gone if it does not change for `STALE_SECONDS`. The clocks
-of two machines are never compared.
+If the lock exists, a process that wants it asks the operating system whether the holder is running.
+If the holder is on another machine or in another container, the process watches the file instead:
+the holder is alive if the file changes, and gone if it does not change for `STALE_SECONDS`. The
+clocks of two machines are never compared.
 """
 
 import contextlib

@@ -150,7 +150,7 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
 
 
 def _retry(name: str, request: Callable[[], Result]) -> Result:
-    """Make a request. If it fails, repeat it after growing pauses, up to `ATTEMPTS` times in all."""
+    """Make a request. If it fails, repeat it after growing pauses, up to `ATTEMPTS` attempts."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
