@@ -7,6 +7,7 @@ begin with `~`.
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ _FOLDERS_TRIED = 5
 
 
 def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
-    """FindColumns the files of the clips, and return the columns of the manifest that a table has.
+    """Find the files of the clips, and return the columns of the manifest that a table has.
 
     Args:
         source: the table, as the user wrote it.
@@ -38,10 +39,10 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     Raises:
         CorpusError: a take or clip has two labels or speakers, or a path has a password in it.
     """
-    written = rows["path"].to_pylist()
-    folder = _start_of_paths(folder, written)
-    files = {path: _find_file(folder, path) for path in dict.fromkeys(written)}
-    found = [files[path] for path in written]
+    paths = rows["path"].to_pylist()
+    folder = _start_of_paths(folder, paths)
+    files = {path: _find_file(folder, path) for path in dict.fromkeys(paths)}
+    found = [files[path] for path in paths]
     locations = [file.location for file in found]
     for row, location in enumerate(locations, start=1):
         try:
@@ -49,13 +50,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
         except ConfigError as error:
             raise CorpusError(f"{source}: row {row} (after the header): {error}") from error
     if "take" not in rows.column_names:
-        times = zip(rows["start"].to_pylist(), rows["end"].to_pylist(), strict=True)
-        takes = [
-            (file.inside if ROW in file.inside else os.path.splitext(file.inside)[0])  # noqa: PTH122
-            + ("" if start is None else f" {start}-{'end' if end is None else end}")
-            for file, (start, end) in zip(found, times, strict=True)
-        ]
-        rows = rows.append_column("take", [takes])
+        rows = rows.append_column("take", [_default_takes(rows, found)])
     rows = rows.set_column(rows.column_names.index("path"), "path", [locations])
     rows = rows.append_column("clip", clip_keys(rows))
     for column in ("speaker", "label"):
@@ -72,6 +67,18 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     }
 
 
+def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
+    """Return a take for each row: the path without its suffix, and the times of a segment."""
+    takes = []
+    columns = files, rows["start"].to_pylist(), rows["end"].to_pylist()
+    for file, start, end in zip(*columns, strict=True):
+        take = file.inside if ROW in file.inside else os.path.splitext(file.inside)[0]  # noqa: PTH122
+        if start is not None:
+            take += f" {start}-{'end' if end is None else end}"
+        takes.append(take)
+    return takes
+
+
 def _start_of_paths(folder: str, paths: list[str]) -> str:
     """Return the folder at which relative paths start: `folder`, or one above it."""
     if "://" in folder:
@@ -84,23 +91,23 @@ def _start_of_paths(folder: str, paths: list[str]) -> str:
 
 
 def _find_file(folder: str, path: str) -> ListedFile:
-    """FindColumns a file by its path in the table."""
+    """Find a file by its path in the table."""
     path, mark, row = path.partition(ROW)
-    location, is_foreign = path, False
+    location, is_windows_path = path, False
     if "://" not in path:
         if not _exists(folder, path):
-            is_foreign = re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
-            path = path if is_foreign else path.replace("\\", "/")  # relative, from Windows
-        if not is_foreign:
+            is_windows_path = re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
+            path = path if is_windows_path else path.replace("\\", "/")  # relative, from Windows
+        if not is_windows_path:
             path = os.path.normpath(path)
             location = os.path.expanduser(path)  # noqa: PTH111 - a million Path objects are slow
-        if not (is_foreign or os.path.isabs(location)):  # noqa: PTH117
+        if not (is_windows_path or os.path.isabs(location)):  # noqa: PTH117
             location = location_inside(folder, location)
     status, problem = None, None
     if "://" not in location:
         location = find_local(location)
         status, problem = stat_file(location)
-    if problem == NO_FILE and is_foreign:
+    if problem == NO_FILE and is_windows_path:
         problem = OTHER_DRIVE
     elif problem == NO_FILE and not os.path.isdir(os.path.dirname(location)):  # noqa: PTH112, PTH120
         problem = NO_FOLDER
