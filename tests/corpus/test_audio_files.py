@@ -52,7 +52,7 @@ def test_a_source_without_recordings_is_an_error_that_names_it(source, in_tmp):
 def test_an_empty_name_is_not_the_current_folder(in_tmp):
     """It is what a shell makes of a variable that is not set."""
     for sources in ([], [""], ["clip.wav", ""]):
-        with pytest.raises(CorpusError, match="there are no files"):
+        with pytest.raises(CorpusError, match="no files given"):
             list_audio(sources)
 
 

@@ -138,7 +138,7 @@ def test_why_a_table_cannot_be_read_is_said_in_our_words(
 def test_a_column_of_lists_is_named(tmp_path: Path) -> None:
     rows = pa.table({"path": ["a.wav"], "label": [["sad"]], "speaker": ["1"]})
     pq.write_table(rows, tmp_path / "t.parquet")
-    with pytest.raises(CorpusError, match="the values in the column label are not texts or num"):
+    with pytest.raises(CorpusError, match="the column label has values that are not texts or num"):
         list_corpus(str(tmp_path / "t.parquet"))
 
 
