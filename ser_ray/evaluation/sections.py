@@ -162,8 +162,8 @@ def card_settings(card: CheckpointCard) -> dict[str, object]:
 def settings_of(recipe: TrainConfig) -> dict[str, object]:
     """Return all settings of a recipe in one mapping, after those that differ from the defaults."""
     settings = recipe.to_dict()
-    changed = " ".join(flags_of(recipe)) or "nothing"
-    return {"not the default": changed} | settings | settings.pop("augment")
+    settings |= settings.pop("augment")
+    return {"not the default": " ".join(flags_of(recipe)) or "nothing"} | settings
 
 
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:
