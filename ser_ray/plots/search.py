@@ -20,9 +20,9 @@ from ser_ray.plots.style import (
     GREY,
     VERMILION,
     finish,
+    format_percent,
     legend_above,
     new_axes,
-    percent,
 )
 
 TrialRow = Mapping[str, Any]
@@ -50,7 +50,7 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
     best_scores = [row["selected/ua"] for row in best_so_far]
     numbers = [row["trial"] for row in scored]
     axes.step(numbers, best_scores, where="post", color=VERMILION, label="best so far")
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(format_percent)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     legend_above(axes, columns=3)
     return finish(axes, title)
@@ -80,7 +80,7 @@ def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> 
             marker=marker,
             label=f"{kind} ({len(points)})",
         )
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(format_percent)
     legend_above(axes, columns=3)
     return finish(axes, title)
 

@@ -26,8 +26,8 @@ def new_axes(height: float, **settings: Any) -> Axes:
     return Figure(figsize=(WIDTH, height), layout="constrained").add_subplot(**settings)
 
 
-def percent(share: float, _: float = 0.0) -> str:
-    """Write the label of a tick at a share from 0 to 1, without rounding it to whole percents."""
+def format_percent(share: float, _: float = 0.0) -> str:
+    """Return the label of the tick at a share from 0 to 1, such as 62.5%."""
     return f"{100 * share:.3g}%"
 
 

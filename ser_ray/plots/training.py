@@ -15,9 +15,9 @@ from ser_ray.plots.style import (
     WIDTH,
     add_title,
     finish,
+    format_percent,
     legend_above,
     new_axes,
-    percent,
     tidy,
 )
 
@@ -86,7 +86,7 @@ def layer_weights_figure(weights: Sequence[float], title: str = "") -> Figure:
     axes = new_axes(2.8, xlabel="layer of the encoder", ylabel="weight")
     axes.bar(np.arange(1, len(weights) + 1), weights, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(format_percent)
     return finish(axes, title)
 
 
