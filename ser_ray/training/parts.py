@@ -45,8 +45,8 @@ def select_rows(clips: pa.Table, recipe: TrainConfig) -> Split:
     labels = set(clips["emotion"].take(train).to_pylist())
     if len(labels) < 2:
         raise ConfigError(
-            f"{parts.label}: all its training clips have the label {labels.pop()!r}, so there is "
-            "nothing to tell apart; add clips with another label"
+            f"{parts.label}: all training clips have the label {labels.pop()!r}, so there is "
+            "nothing to learn; add clips with another label"
         )
     return replace(
         parts,
