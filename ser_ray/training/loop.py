@@ -119,8 +119,8 @@ def require_workers_fit(recipe: TrainConfig, num_clips: int, workers: int) -> No
     """
     if recipe.batch_size < workers:
         raise ConfigError(
-            f"batch_size is {recipe.batch_size}, but there are {workers} workers: a batch is shared "
-            "by all workers, so it must have at least one clip for each worker"
+            f"batch_size is {recipe.batch_size}, but there are {workers} workers: all workers "
+            "share a batch, so it must have at least one clip for each worker"
         )
     if num_clips < workers:
         raise ConfigError(f"{num_clips} training clips are too few for {workers} workers")
