@@ -166,7 +166,7 @@ class TestBed:
     def command(self, work: str, target: Path) -> list[str]:
         """Return the command line of a verb that writes into a folder."""
         shards = self.folder / "shards"
-        model = self.folder / "undisturbed" / "train" / "runs" / "run" / "selected"
+        model = self.folder / "without-fault" / "train" / "runs" / "run" / "selected"
         run = ("--shards", str(shards), "--storage", str(target / "runs"), "--name", "run",
                "--tracking-uri", self.uri, "--experiment", str(target.name), *RECIPE)  # fmt: skip
         flags = {
@@ -200,7 +200,7 @@ class TestBed:
             self.run_without_fault("prepare")
         if work == "predict":
             self.run_without_fault("train")
-        target, began = self.folder / "undisturbed" / work, time.monotonic()
+        target, began = self.folder / "without-fault" / work, time.monotonic()
         driver, errors = self.start_driver(work, target, 0)
         if status := driver.wait(MAX_SECONDS):
             sys.exit(f"{work} fails without a fault, with status {status}:\n{errors.read_text()}")
@@ -429,7 +429,7 @@ def check(bed: TestBed, current: Round, target: Path) -> None:
             current.problems.append(f"{len(outcomes)} outcomes of {len(listed)} files")
     elif current.work != "predict":
         check_mlflow(bed, current, target.name)
-    left = written_files(target) - written_files(bed.folder / "undisturbed" / current.work)
+    left = written_files(target) - written_files(bed.folder / "without-fault" / current.work)
     if left:
         current.problems.append(f"files left: {', '.join(sorted(left)[:5])}")
     try:

@@ -109,20 +109,20 @@ def parse_dimension(line: str) -> Dimension:
     return dimension
 
 
-def recipe_with(base: TrainConfig, drawn: dict[str, Any]) -> TrainConfig:
-    """Return the recipe with drawn values in place of its own.
+def recipe_with(base: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """Return a copy of a recipe in which the fields in `values` are replaced.
 
     Raises:
         ConfigError: a field cannot have its value.
     """
-    values = dict(drawn)
-    if LR_RATIO in values:
-        values["lr_min"] = values.get("lr_max", base.lr_max) / values.pop(LR_RATIO)
-    nested = {item.name for item in dataclasses.fields(AugmentConfig)} & set(values)
+    changes = dict(values)
+    if LR_RATIO in changes:
+        changes["lr_min"] = changes.get("lr_max", base.lr_max) / changes.pop(LR_RATIO)
+    nested = {item.name for item in dataclasses.fields(AugmentConfig)} & set(changes)
     if nested:
-        changes = {name: values.pop(name) for name in nested}
-        values["augment"] = dataclasses.replace(base.augment, **changes)
-    return dataclasses.replace(base, **values)
+        augment_changes = {name: changes.pop(name) for name in nested}
+        changes["augment"] = dataclasses.replace(base.augment, **augment_changes)
+    return dataclasses.replace(base, **changes)
 
 
 def hyperparameters_of(recipe: TrainConfig, dimensions: tuple[Dimension, ...]) -> dict[str, Any]:

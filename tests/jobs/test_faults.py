@@ -1,4 +1,4 @@
-"""A small campaign of faults: every round is survived, and its result is the undisturbed one."""
+"""A few rounds of fault injection: each is survived, with the same result as without a fault."""
 
 import json
 import os
