@@ -304,7 +304,7 @@ def export(
     *,
     tracking_uri: str = "",
 ) -> "ExportResult":
-    """Export a model as one file, from a waveform to the probability of every label.
+    """Export a model as one file, which computes the probability of every label from a waveform.
 
     Args:
         model: as in `load_model`.

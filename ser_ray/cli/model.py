@@ -220,7 +220,7 @@ class DemoUi(ModelVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(ModelVerb):
-    """Export a model as one file, from a waveform to the probability of every label."""
+    """Export a model as one file, which computes the probability of every label from a waveform."""
 
     model: tyro.conf.Positional[Model]
     format: Literal["onnx", "torch"] = "onnx"

@@ -1,4 +1,4 @@
-"""Parses a command line into a verb. A field becomes a flag, and its docstring the flag's help.
+"""Parses a command line into a verb: fields become flags, and docstrings become help texts.
 
 tyro's own rule for dataclasses keeps the line breaks of docstrings in the help, and lists inherited
 fields first. The rule here joins the lines, and lists a verb's own flags first.
@@ -58,7 +58,7 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 def parse_over(flags: Sequence[str], defaults: V) -> V:
     """Parse a verb's flags with other defaults.
 
-    A flag replaces a default even if its value is the one that the verb usually has.
+    A given flag wins, even if its value is the usual default of the verb.
     """
     return _parse(type(defaults), flags, "ser-ray", defaults)
 

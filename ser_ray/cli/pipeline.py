@@ -56,11 +56,11 @@ class Pipeline(TableVerb):
         return replace(verb, corpus=SYNTHETIC, shards=self.shards or api.SYNTHETIC_SHARDS)
 
     def place(self) -> str:
-        """Return where the training runs: on Ray or in this process."""
+        """Return whether the training runs on Ray or in this process."""
         return self._train().place()
 
     def run(self) -> VerbResult:
-        """Run all steps on one Ray cluster, or only `prepare` on Ray if the training needs none."""
+        """Run all steps in order, and on one Ray cluster if the training needs Ray."""
         from ser_ray.cluster.connect import cluster, needs_ray
         from ser_ray.corpus.synthetic import make_synthetic_corpus
 
@@ -141,7 +141,7 @@ def choose_files(evaluation: "api.Evaluation") -> dict[str, str]:
 def prediction_lines(
     truth: Mapping[str, str], predictions: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Write a heading, and a line for each clip with its true and its predicted emotion.
+    """Return a heading, and a line for each clip with its true and its predicted emotion.
 
     Args:
         truth: {path: true emotion}.

@@ -65,8 +65,8 @@ def stopped_by_signals() -> Iterator[None]:
     A signal that is already ignored, such as SIGHUP under nohup, is still ignored. While `Stopped`
     is being handled, a second signal does not interrupt the cleanup. Python drops every error that
     is raised in a finalizer, and so do some libraries in their C code. If `Stopped` is lost in this
-    way, the signal is sent again. Ray's C++ code replaces it with a plain KeyboardInterrupt, which
-    becomes `Stopped` at the end of the block.
+    way, the signal is sent again. Ray's C++ code replaces `Stopped` with a plain KeyboardInterrupt,
+    which becomes `Stopped` again at the end of the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

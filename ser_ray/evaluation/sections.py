@@ -160,10 +160,10 @@ def card_settings(card: CheckpointCard) -> dict[str, object]:
 
 
 def settings_of(recipe: TrainConfig) -> dict[str, object]:
-    """Return all settings of a recipe in one mapping, after those that differ from the defaults."""
+    """Return all settings of a recipe. The first entry lists those that are not the default."""
     settings = recipe.to_dict()
     settings |= settings.pop("augment")
-    return {"not the default": " ".join(flags_of(recipe)) or "nothing"} | settings
+    return {"changed settings": " ".join(flags_of(recipe)) or "none"} | settings
 
 
 def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[Row]:

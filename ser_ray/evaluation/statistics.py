@@ -72,7 +72,7 @@ class Calibration:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean of |confidence - accuracy|, weighted by clips."""
+        """Expected calibration error: mean of |confidence - accuracy| over the clips."""
         gaps = np.nan_to_num(np.abs(self.confidence - self.accuracy))
         return float((gaps * self.count).sum() / max(self.count.sum(), 1))
 
@@ -187,7 +187,7 @@ def _counts(
 
 
 def _resample(counts: np.ndarray) -> np.ndarray:
-    """Draw as many units as there are, with replacement, and sum their counts; `NUM_DRAWS` times.
+    """Return the summed counts of `NUM_DRAWS` bootstrap samples of the units.
 
     Args:
         counts: [units, seeds, labels, labels].

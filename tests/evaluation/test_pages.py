@@ -471,7 +471,7 @@ def test_the_same_run_gives_the_same_page(evaluation: Evaluation) -> None:
 
 def test_the_settings_of_a_page_begin_with_those_that_differ_from_the_defaults() -> None:
     settings = sections.settings_of(TrainConfig(crop_frames=64))
-    assert next(iter(settings.items())) == ("not the default", "--crop-frames 64")
+    assert next(iter(settings.items())) == ("changed settings", "--crop-frames 64")
     assert settings["mixup"] == TrainConfig().augment.mixup
     assert not [value for value in settings.values() if isinstance(value, dict)]
-    assert sections.settings_of(TrainConfig())["not the default"] == "nothing"
+    assert sections.settings_of(TrainConfig())["changed settings"] == "none"
