@@ -134,14 +134,8 @@ def _add(found: AudioFiles, source: str) -> None:
 def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence[str]) -> None:
     """Add the recordings in a folder that match a pattern, and count the other files that match.
 
-    If the pattern has a suffix itself, such as `*.dat`, all files that match are added, except
-    those with one of `SHARED_SUFFIXES`.
-
-    Args:
-        found: the files found so far.
-        source: what the user gave, for messages.
-        folder: the folder to search.
-        pattern: the pattern below the folder, with one item for each level.
+    If the pattern itself has a suffix, such as `*.dat`, all files that match are added, except
+    those with one of `SHARED_SUFFIXES`. The pattern has an item for each level below the folder.
     """
     has_suffix = re.search(r"\.\w", pattern[-1]) is not None
     added, left_out = [], Counter[str]()

@@ -59,11 +59,7 @@ NAMES_SHOWN = 8
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
-    """Count the folds of a protocol.
-
-    Args:
-        protocol: a name of `PROTOCOLS`.
-        clips: one row per clip, as in `splits.split`.
+    """Return the number of folds of a protocol, for clips as `splits.split` needs them.
 
     Raises:
         ConfigError: the protocol is unknown, or does not fit these clips.
@@ -72,10 +68,7 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 
 def suggest_protocol(clips: "pa.Table") -> str:
-    """Return a protocol that fits a custom corpus: `table` if it can be used, or else `speaker-K`.
-
-    With fewer than three speakers, the result is `random`.
-    """
+    """Return a protocol that fits a custom corpus: `table`, or else a `fallback_protocol`."""
     with suppress(ConfigError):  # the column `split` is empty, or has a speaker in two parts
         if len(table_parts(clips)) > 1 and all(list_folds("table", {}, clips)):
             return "table"
@@ -184,5 +177,5 @@ def _speaker_folds(protocol: str, strata: Mapping[str, str]) -> list[tuple[str, 
 
 
 def fallback_protocol(num_speakers: int) -> str:
-    """Return a protocol for this number of speakers: `speaker-K`, or `random` for less than 3."""
+    """Return `speaker-K` with at most 5 folds, or `random` if there are fewer than 3 speakers."""
     return f"speaker-{min(num_speakers, 5)}" if num_speakers >= 3 else "random"

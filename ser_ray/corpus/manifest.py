@@ -119,9 +119,9 @@ def list_corpus(
     rows, notes = read
     labels = tuple(sorted(pc.unique(rows["label"]).to_pylist()))
     folder = absolute(source) if is_folder else folder_of(source)
-    columns_without_values = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
-    listed = pa.table(columns_without_values | list_table(source, folder, rows))
-    listed = listed.cast(MANIFEST_SCHEMA).sort_by(ORDER)
+    null_columns = dict.fromkeys(MANIFEST_SCHEMA.names, pa.nulls(len(rows)))
+    listed = pa.table(null_columns | list_table(source, folder, rows)).cast(MANIFEST_SCHEMA)
+    listed = listed.sort_by(ORDER)
     depths = pa.array(np.zeros(len(rows), np.int32))
     manifest = mark_duplicates(listed, clip_keys(listed), depths, "the table lists it before: ")
     return Corpus("table", source, labels, manifest, notes)

@@ -113,7 +113,7 @@ def split(
         parts = _parts_by_speaker(
             protocol, folds[: fold + 1], clips, strata, tested_corpus, validation_speakers
         )
-    highest = np.zeros(len(groups), np.int64)
+    highest = np.zeros(len(groups), np.int64)  # of each group
     np.maximum.at(highest, groups, parts)
     parts[parts < highest[groups]] = _LEFT_OUT
     train, validation, test = (
@@ -153,10 +153,8 @@ def _parts_by_speaker(
     Args:
         protocol: any protocol except `random` and `all`.
         folds: the test speakers of every fold up to this one.
-        clips: as in `split`.
-        strata: the stratum of every speaker.
-        tested_corpus: the name of the corpus to test, if the protocol is `cross-corpus`.
-        num_validation: number of validation speakers; 0 means the default.
+        clips, strata: all clips, and the stratum of every speaker.
+        tested_corpus, num_validation: as in `Split` and `_choose_validation`.
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
     is_test = np.isin(speakers, folds[-1])

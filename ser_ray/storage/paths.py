@@ -82,11 +82,7 @@ def printable(text: str) -> str:
 
 
 def refuse_password(location: str) -> None:
-    """Raise a ConfigError if a location has a password in it.
-
-    Locations are written into manifests, shards and MLflow runs, where others could read the
-    password.
-    """
+    """Raise a ConfigError if a location has a password, because files and MLflow show locations."""
     for part in location.split("::"):  # fsspec's chains: simplecache::ftp://...
         if _PASSWORD.search(part):
             raise ConfigError(
