@@ -11,7 +11,8 @@ rows to give all workers the same number. A local shuffle yields short batches i
 makes data-parallel workers wait for each other forever (ray issue 66085).
 
 On two busy cores, Ray Data took 15 s to deliver its first window. Therefore the tasks start once
-per training, not once per epoch, and the next epoch is read during validation.
+per training, not once per epoch, and the next epoch is read during validation. Both ways to read
+are a `ser_ray.training.streaming.Fetch`.
 """
 
 from collections import deque
@@ -68,10 +69,7 @@ def should_stream(
 def fetch_by_threads(
     read: Callable[[Any], np.ndarray], items: Sequence[Any]
 ) -> Generator[np.ndarray]:
-    """Yield what `read` returns for each item, in order, read by threads of this process.
-
-    This is a `ser_ray.training.streaming.Fetch`.
-    """
+    """Read each item in threads of this process, and yield the results in order (a `Fetch`)."""
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="stream") as readers:
         try:
@@ -86,10 +84,7 @@ def fetch_by_threads(
 
 
 def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Yield what `read` returns for each item, in order, read by Ray Data on any node.
-
-    This is a `ser_ray.training.streaming.Fetch`.
-    """
+    """Read each item with Ray Data on any node, and yield the results in order (a `Fetch`)."""
     import ray.data
 
     def read_item(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
