@@ -78,7 +78,8 @@ class Evaluate(ModelVerb, TableVerb):
         from ser_ray.storage.paths import absolute, short_digest
 
         digest = short_digest(f"{self.corpus} {self.model}")
-        name = Path(absolute(self.corpus)).resolve().name  # in messages and label maps
+        # Messages and label maps name the corpus by the last folder of its shards.
+        name = Path(absolute(self.corpus)).resolve().name
         return replace(self, shards=(f"{api.OUT}/scored-{digest}/{name}",))
 
     def run(self) -> VerbResult:

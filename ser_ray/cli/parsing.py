@@ -35,8 +35,7 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
     Raises:
         ConfigError: there is no such verb.
-        SystemExit: help was requested, or a flag cannot be parsed. tyro has printed the help or the
-            error.
+        SystemExit: help was requested, or a flag cannot be parsed; tyro has printed the text.
     """
     name, *flags = arguments or ["--help"]
     if name in verbs:
@@ -56,10 +55,7 @@ def parse_verb(verbs: Mapping[str, type[Verb]], arguments: Sequence[str]) -> Ver
 
 
 def parse_over(flags: Sequence[str], defaults: V) -> V:
-    """Parse a verb's flags with other defaults.
-
-    A given flag wins, even if its value is the usual default of the verb.
-    """
+    """Parse a verb's flags with other defaults, which apply only to flags that are not given."""
     return _parse(type(defaults), flags, "ser-ray", defaults)
 
 

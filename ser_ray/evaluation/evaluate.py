@@ -238,11 +238,12 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
     corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers
-    scored_and_seen = set()
-    for speaker, corpus in zip(speakers, corpora, strict=True):
-        is_same_person = speaker.rpartition(":")[2] in seen_people
-        if speaker in seen or (is_same_person and corpus not in known_corpora):
-            scored_and_seen.add(speaker)
+    scored_and_seen = {
+        speaker
+        for speaker, corpus in zip(speakers, corpora, strict=True)
+        if speaker in seen
+        or (corpus not in known_corpora and speaker.rpartition(":")[2] in seen_people)
+    }
     return tuple(sorted(scored_and_seen))
 
 

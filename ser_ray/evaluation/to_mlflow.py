@@ -113,13 +113,10 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 
 
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
-    """Register the model of a run, or of the run's best training (`best_training_of`).
+    """Register the model of a run, or of its best training; return its version and model card.
 
     If the model was trained on all speakers, its card has the scores of a cross-validation of the
     same recipe, if there is one.
-
-    Returns:
-        The version, and the model card as Markdown.
 
     Raises:
         TrackingError: there is no such run, or it has no model.

@@ -119,9 +119,7 @@ def predict_many(
                 for path, reason in unreadable.items()
             ]
             results.append(pa.Table.from_pylist(rows, table_schema(predictor.labels)))
-        remaining = [
-            path for path in files if path not in unreadable and not results.is_answered(path)
-        ]
+        remaining = [p for p in files if p not in unreadable and not results.is_answered(p)]
         require_shared(*one_of_each_folder(remaining))
         with count_files(len(files), len(files) - len(remaining), progress) as add:
             for answers in _predict([(path, None, None) for path in remaining], [""], predictor):
@@ -186,8 +184,7 @@ def _predict(
     dataset = ray.data.from_items(items, override_num_blocks=blocks)
     total, with_gpus = max_resources(), has_gpus()
 
-    def pool(kind: str) -> ray.data.ActorPoolStrategy:
-        """Return a pool with an actor for every CPU or GPU, but not more actors than blocks."""
+    def pool(kind: str) -> ray.data.ActorPoolStrategy:  # an actor for every CPU or GPU
         return ray.data.ActorPoolStrategy(size=min(max(int(total.get(kind, 0)), 1), blocks))
 
     if with_gpus:

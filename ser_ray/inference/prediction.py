@@ -77,7 +77,8 @@ class Prediction:
 
     def _repr_html_(self) -> str:
         text = html.escape(str(Predictions([self])))
-        return f'<pre style="font-family: monospace">{text}</pre>'  # JupyterLab has no font for it
+        # Without a font, JupyterLab shows the bars and columns in a proportional one.
+        return f'<pre style="font-family: monospace">{text}</pre>'
 
 
 class Predictions(tuple[Prediction, ...]):

@@ -111,12 +111,7 @@ class Predictor:
         return self.predict_samples(np.asarray(audio), sample_rate, "samples")
 
     def predict_file(self, file: str | BinaryIO, name: str = "") -> Prediction:
-        """Predict the emotion in a file (path or URI) or a seekable stream.
-
-        Args:
-            file: the file or stream.
-            name: name of the recording in the prediction; empty for the path or URI.
-        """
+        """Predict the emotion in a file (path or URI) or seekable stream, shown as `name`."""
         return self.predict_features([self.reader.read(file, name=name)])[0]
 
     def predict_samples(self, samples: np.ndarray, sample_rate: float, name: str) -> Prediction:

@@ -74,13 +74,7 @@ class RecordingReader:
     def read(
         self, file: str | BinaryIO, decode: Decode = decode, name: str = ""
     ) -> RecordingFeatures:
-        """Compute the features of a file (path or URI) or a seekable stream.
-
-        Args:
-            file: the file or stream.
-            decode: function that decodes the file.
-            name: name of the recording in the result; empty for the path or URI.
-        """
+        """Compute the features of a file (path or URI) or seekable stream, shown as `name`."""
         name = name or as_utf8(str(file))
         try:
             sound = decode(file, max_seconds=MAX_RECORDING_SECONDS)
@@ -92,13 +86,7 @@ class RecordingReader:
         return replace(recording, warning="; ".join(warnings) or None)
 
     def read_samples(self, samples: np.ndarray, sample_rate: int, name: str) -> RecordingFeatures:
-        """Compute the features of mono samples.
-
-        Args:
-            samples: [num_samples], float32 in [-1, 1] or int16.
-            sample_rate: rate of the samples in hertz.
-            name: name of the recording in the result.
-        """
+        """Compute the features of mono samples [num_samples]: float32 in [-1, 1], or int16."""
         if not len(samples):
             return RecordingFeatures(path=name, status="unreadable", reason="there are no samples")
         result = partial(RecordingFeatures, path=name, duration=len(samples) / sample_rate)
@@ -147,10 +135,7 @@ class RecordingReader:
 
 
 def window_start_seconds(seconds: float, window_seconds: float) -> list[float]:
-    """Return the starts of the windows in seconds.
-
-    Windows start at multiples of half a window, and the last window ends with the recording.
-    """
+    """Return the starts of windows in seconds: one every half window, and one for the end."""
     last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
     # Subtract a little, so that a rounding error does not add a second window at the last start.
     return [*(number * step for number in range(math.ceil(last / step - 1e-6))), last]
