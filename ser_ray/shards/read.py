@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -275,5 +276,13 @@ def open_shards(uri: str) -> ShardSet:
     raise ShardsError(
         f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
         if is_begun
-        else f"{uri}: there are no shards; make them with `ser-ray prepare`"
+        else f"{uri}: there are no shards; make them with `ser-ray prepare`{_others_beside(uri)}"
     )
+
+
+def _others_beside(uri: str) -> str:
+    """Return the end of a sentence that names the shard sets in the same local folder, if any."""
+    if "://" in uri:
+        return ""
+    cards = sorted(Path(uri).parent.glob(f"*/{layout.CARD_NAME}"))
+    return f", or use {' or '.join(str(card.parent) for card in cards)}" if cards else ""

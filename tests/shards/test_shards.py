@@ -538,6 +538,11 @@ def test_files_that_a_table_names_and_that_do_not_exist_are_listed(tmp_path: Pat
 def test_a_folder_without_shards_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardsError, match="there are no shards; make them with `ser-ray prepare`"):
         open_shards(str(tmp_path / "nowhere"))
+    made = tmp_path / "synthetic-shards" / "card.json"
+    made.parent.mkdir()
+    made.write_text("{}")
+    with pytest.raises(ShardsError, match=f"`ser-ray prepare`, or use {made.parent}$"):
+        open_shards(str(tmp_path / "nowhere"))
 
 
 def test_unfinished_shards_are_an_error(tmp_path: Path) -> None:
