@@ -3,8 +3,9 @@
 decode      a file -> mono samples, by soundfile or, in `ffmpeg`, by PyAV
 samples     decoded samples: checks, mixing to one channel, cutting segments
 sandbox     decodes in a child process, because some clips hang or kill the process
-transforms  samples -> sound without silent ends -> spectrogram, mel, MFCC. It decides what is
-            silent (`SILENCE_POWER`); `mel` has the filter bank
+loudness    samples -> the loudness of each 10 ms; decides what is silent
+transforms  samples -> sound without silent ends -> spectrogram, mel, MFCC; `mel` has the filter
+            bank
 encoder     samples -> the layers of a pretrained speech encoder; `encoder_card` describes it, and
             `bundles` has the encoders of torchaudio
 conditions  simulates recording conditions, such as noise, a telephone or a room

@@ -22,8 +22,8 @@ import scipy.fft
 import soxr
 
 from ser_ray.features.decode import decode
+from ser_ray.features.loudness import ENERGY_SECONDS
 from ser_ray.features.samples import Sound
-from ser_ray.features.transforms import ENERGY_SECONDS
 
 NOISE_BAND = (20.0, 8_000.0)
 """Lowest and highest frequency in hertz."""

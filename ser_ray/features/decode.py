@@ -1,8 +1,8 @@
 """First stage of a clip: the bytes of a file become mono samples.
 
-The first bytes of a file determine its format; its name is ignored. soundfile reads wav, and
-returns 16-bit samples unchanged. PyAV reads all other formats; of a video it reads only the audio
-packets. If one library cannot read a file, the other is tried. No file is trusted: its length is
+The first bytes of a file determine its format; its name is ignored. soundfile reads wavs, and the
+samples of a 16-bit mono wav stay unchanged. PyAV reads all other formats, and only the audio
+packets of a video. If one library cannot read a file, the other is tried. No file is trusted: its length is
 limited before and while samples are read, playlists are refused because they can name other files,
 and every failure is a `ClipError` that says why.
 
@@ -28,10 +28,10 @@ from ser_ray.features.samples import (
     MIX_SECONDS,
     Decoded,
     Sound,
-    finite,
-    full_scale,
     require_length,
     require_shape,
+    silence_nonfinite,
+    to_full_scale,
     to_mono,
 )
 from ser_ray.storage.listing import stat_file
@@ -44,20 +44,22 @@ UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 W64 = "<4s12xQ"
 CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
-"""Layout of a chunk's name and size, by the first bytes of a wav. A size in W64 includes both."""
+"""`struct` format of the name and size of a chunk, by the first bytes of a wav. In W64, the size
+includes the name and the size itself."""
 MAX_CHUNKS = 100
-"""Chunks of a wav that are searched for the samples; real files have fewer than ten."""
+"""Number of chunks of a wav that are searched for samples; real files have fewer than ten."""
 MAX_JOINED_BYTES = 1 << 28
 """Samples in several chunks are joined in memory if they have at most this many bytes."""
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
-"""The tables in the first frame of an mp3 that declare its number of frames, and where."""
+"""Tables in the first frame of an mp3: {name: position of the number of frames in the table}."""
 HEAD_BYTES = 4096
-"""Bytes of a file that are searched for `FRAME_COUNTS`."""
+"""Number of bytes of an mp3 that are searched for `FRAME_COUNTS`."""
 SMALL_FILE = 1 << 21
 """A file in a bucket with up to this many bytes (20 s of 16-bit mono at 48 kHz) is fetched with one
 request."""
 READ_AHEAD = 1 << 18
-"""Bytes per request for larger files. The first may show that a video has no sound."""
+"""Number of bytes per request for larger files. The first request can show that a video has no
+sound."""
 
 
 def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
@@ -80,7 +82,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         return _decode_stream(file, max_seconds)
     except (ClipError, MemoryError):
         raise
-    except ConfigError as error:  # no filesystem opens it
+    except ConfigError as error:  # no filesystem has this kind of URI
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
@@ -142,7 +144,7 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
             found = _decode_with_soundfile(source, max_seconds)
     if found is None:
         found = _decode_with_either(source, file, max_seconds, has_length=has_length)
-    samples, sample_rate, lost, decoded = finite(found)
+    samples, sample_rate, lost, decoded = silence_nonfinite(found)
     if (missing := decoded * missing_share) > MISSING_SECONDS:
         lost += missing
     if start[:4] == b"OggS":
@@ -155,7 +157,7 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
             f"only {decoded:.2f} s of its {decoded + lost:.2f} s can be decoded: the file is "
             "damaged or incomplete",
         )
-    return Sound(full_scale(samples), sample_rate, lost)
+    return Sound(to_full_scale(samples), sample_rate, lost)
 
 
 def _decode_with_either(
@@ -195,9 +197,9 @@ class _Chunk(NamedTuple):
     start: int
     """Position of its first byte."""
     declared: int
-    """Bytes that its header declares."""
+    """Number of bytes that its header declares."""
     held: int
-    """Bytes that are in the file."""
+    """Number of bytes that are in the file."""
 
 
 def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, bool]:
@@ -207,21 +209,25 @@ def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, 
     leaves an invalid length: 0, a placeholder, or a position where no chunk begins.
 
     Returns:
-        A copy with the samples in one chunk if they are in several, the number of missing sample
-        bytes divided by the number of those in the file, and whether the declared length is valid.
+        A copy of the wav with its samples in one chunk, or None if they are in one chunk already;
+        the number of missing sample bytes divided by the number of those in the file; and whether
+        the declared length is valid.
     """
     chunks, has_length = _find_chunks(wav, layout)
-    declared, held = sum(chunk.declared for chunk in chunks), chunks[0].held if chunks else 0
+    declared = sum(chunk.declared for chunk in chunks)
+    held = chunks[0].held if chunks else 0
     joined = None
     if len(chunks) > 1 and layout != W64 and declared <= MAX_JOINED_BYTES:
-        joined, held = _joined(wav, layout, chunks), sum(chunk.held for chunk in chunks)
-    return joined, declared / held - 1 if held and has_length else 0.0, has_length
+        joined = _joined(wav, layout, chunks)
+        held = sum(chunk.held for chunk in chunks)
+    missing_share = declared / held - 1 if held and has_length else 0.0
+    return joined, missing_share, has_length
 
 
 def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
     """Return the chunks that hold samples, and whether their declared length is valid."""
-    end, large, is_after = wav.seek(0, io.SEEK_END), 0, False
-    own, even, place = (24, 8, 40) if layout == W64 else (0, 2, 12)
+    end, long_size, is_after = wav.seek(0, io.SEEK_END), 0, False
+    header_in_size, alignment, place = (24, 8, 40) if layout == W64 else (0, 2, 12)
     length = struct.calcsize(layout)
     found: list[_Chunk] = []
     for _ in range(MAX_CHUNKS):
@@ -229,19 +235,19 @@ def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
         if len(header := wav.read(length)) < length:
             break
         name, size = struct.unpack(layout, header)
-        start, size = place + length, max(size - own, 0)
+        start, size = place + length, max(size - header_in_size, 0)
         if name == b"data":
             held = end - start
-            size = max(large, held) if size >= UNKNOWN_LENGTH else size
+            size = max(long_size, held) if size >= UNKNOWN_LENGTH else size
             found.append(_Chunk(start, size, min(size, held)))
             if held and not size:
                 return found, False
         elif found and not (_is_text(name) and start + size <= end):
             return found, is_after
         elif name == b"ds64":  # of RF64: the sizes of the file and of the samples
-            large = int.from_bytes(wav.read(16)[8:], "little")
+            long_size = int.from_bytes(wav.read(16)[8:], "little")
         is_after = bool(found) and name != b"data"
-        place = min(start + size + -size % even, end)  # chunks start at even positions
+        place = min(start + size + -size % alignment, end)
     return found, True
 
 
@@ -262,7 +268,7 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
 
 
 def _missing_share_of_ogg(ogg: BinaryIO) -> float:
-    """Return the size of the last page if its end is missing, relative to the pages before."""
+    """Return the size of an incomplete last page relative to what precedes it; else 0."""
     first = max(ogg.seek(0, io.SEEK_END) - OGG_PAGE_BYTES, 0)
     ogg.seek(first)
     tail = ogg.read()

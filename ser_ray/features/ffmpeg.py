@@ -1,4 +1,5 @@
-"""Decodes videos and audio formats with PyAV: all except wav, and wavs that soundfile cannot read.
+"""Decodes videos and audio files with PyAV, which is FFmpeg. `decode` calls it for all files except
+the wavs that soundfile can read.
 
 Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
@@ -30,7 +31,7 @@ FORMATS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,nistsphere,ogg,"
     "tta,voc,w64,wav,wv"
 )
-"""FFmpeg's demuxers that may open a clip."""
+"""FFmpeg's demuxers that are allowed to open a clip."""
 CODECS = (
     "aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,"
     "adpcm_yamaha,alac,amrnb,amrwb,ape,eac3,flac,g722,g726,gsm,gsm_ms,libspeex,mp1float,mp2float,"
@@ -38,35 +39,36 @@ CODECS = (
     "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
     "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that may run. They decode no pictures: decoding the first picture takes 20 of
-the 22 ms of opening a 720-line video."""
+"""FFmpeg's decoders that are allowed to run. None of them decodes pictures: decoding the first one
+takes 20 of the 22 ms in which a 720-line video is opened."""
 GAP_SECONDS = 0.06
 """A longer gap between the time stamps of two frames is filled with silence. Rounding and inexact
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
-"""Reading ends after this many damaged places in the container."""
+"""A file is read until this many errors in its container."""
 EXACT_LENGTH = ("mp4", "aiff", "asf", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
 """Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
-"""Codecs with inexact lengths even in EXACT_LENGTH, because the header counts packets."""
+"""Codecs whose length is inexact even in the formats of EXACT_LENGTH, because the header counts
+packets."""
 PAUSES = "mp4"
 """The format that stores time stamps separately from the sound. There, a gap means that the
 recorder paused. In other formats, a gap means that packets are missing."""
 FROM_ZERO = ("mp4", "matroska")
-"""Formats whose time stamps begin at 0, so sound may begin later. In others, the first time stamp
-of any stream is the beginning."""
+"""Formats in which a clip begins at time stamp 0, even if its sound begins later. In other formats,
+a clip begins at the first time stamp of any stream."""
 UNTIMED = ("aac", "ac3", "eac3", "mp3")
 """Formats without time stamps. A damaged packet may hold many frames, so its length is estimated
 from its size."""
 CHECKED = ("ape", "flac", "tta", "wavpack")
-"""Lossless codecs with checksums. FFmpeg returns samples with a wrong checksum unless it is told
-to return no damaged frame at all."""
+"""Lossless codecs with checksums. By default, FFmpeg also returns frames with a wrong checksum. It
+is therefore told to return no damaged frames of these codecs."""
 AMR_ZEROS = 0b10000011
 """Bits that are 0 in the first byte of every packet of AMR (RFC 4867, 5.3)."""
 ENCODER_SAMPLES = 2304
-"""Samples that an mp3's encoder adds at its ends at most; decoders leave them out."""
+"""Largest number of samples that an encoder adds at the ends of an mp3; decoders remove them."""
 OGG_PAGE_BYTES = 65_307
-"""Largest page of an ogg. The last packet is in the last page."""
+"""Size of the largest page of an ogg. The last packet is in the last page."""
 
 
 class UnsupportedError(Exception):
@@ -81,7 +83,8 @@ def decode_with_ffmpeg(
 ) -> Decoded:
     """Decode an audio stream with PyAV and skip the packets of all other streams.
 
-    Players play the default stream, or else the first one. If it is silent, the next one is taken.
+    This is the default stream, or else the first one, as in players. If it is silent, the next
+    stream is decoded instead.
 
     Args:
         source: path or seekable stream.
@@ -90,7 +93,8 @@ def decode_with_ffmpeg(
         num_frames: number of frames that the header of an mp3 declares; 0 if it declares none.
 
     Raises:
-        UnsupportedError: FFmpeg does not know the format or the codec.
+        UnsupportedError: FFmpeg cannot read the file, or its format or codec is not allowed.
+        ClipError: `no_audio`, `too_long` or `unreadable`.
     """
     options = {"format_whitelist": FORMATS, "codec_whitelist": CODECS}
     if ignore_length:
@@ -144,16 +148,16 @@ class _Timeline:
         """Seconds of sound without the silence in place of lost sound."""
         return (self.num_samples - self.num_lost) / self.sample_rate
 
-    def append(self, block: np.ndarray, second: float | None) -> None:
-        """Append samples `[channels, num_samples]`; `second` is their time stamp, if known."""
-        if second is not None:
+    def append(self, block: np.ndarray, timestamp: float | None) -> None:
+        """Append samples `[channels, num_samples]`, with their time stamp in seconds if known."""
+        if timestamp is not None:
             now = self.num_samples / self.sample_rate
-            gap = 0.0 if self._begin is None else second - self._begin - now
+            gap = 0.0 if self._begin is None else timestamp - self._begin - now
             if GAP_SECONDS < gap <= self._max_seconds - now:
                 begins = self.num_samples == 0
                 self.append_silence(gap, is_lost=not (begins or self._has_pauses))
-            elif self._begin is None or abs(gap) > GAP_SECONDS:  # another clock begins
-                self._begin = second - now
+            elif self._begin is None or abs(gap) > GAP_SECONDS:  # the time stamps start anew
+                self._begin = timestamp - now
         self._append(block)
 
     def append_silence(self, seconds: float, *, is_lost: bool) -> None:
@@ -190,6 +194,7 @@ def _decode_packets(
     max_seconds: float,
     num_frames: int,
 ) -> Decoded:
+    """Decode the packets of a stream, and count the sound that is lost."""
     name, codec = clip.format.name, stream.codec_context.name
     if not (stream.channels and stream.sample_rate):  # FFmpeg found no sound
         raise UnsupportedError
@@ -227,9 +232,9 @@ def _decode_packets(
     is_fragmented = PAUSES in name and num_packets > stream.frames
     if len(clip.streams) == 1 and (is_fragmented or name == "ogg"):
         # FFmpeg stops at a damaged fragment of an mp4, and where an ogg changes its sample rate.
-        after = _index_bytes(source) if is_fragmented else OGG_PAGE_BYTES
-        unread = decoded * (clip.size - end) / end
-        lost += unread if clip.size - end > after else 0.0
+        without_sound = _index_bytes(source) if is_fragmented else OGG_PAGE_BYTES
+        if (unread := clip.size - end) > without_sound:
+            lost += decoded * unread / end
     return Decoded(sound.samples(), rate, lost, decoded)
 
 
@@ -283,7 +288,7 @@ def _declared_seconds(
 def _packets(
     clip: av.container.InputContainer, stream: av.AudioStream
 ) -> Iterator["av.Packet[av.AudioStream]"]:
-    """Yield the packets of a stream, and continue after damaged places in the container."""
+    """Yield the packets of a stream, and continue after errors in the container."""
     for _ in range(MAX_DEMUX_ERRORS):
         try:
             yield from clip.demux(stream)

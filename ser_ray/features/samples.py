@@ -1,4 +1,7 @@
-"""Decoded samples of any file format: checks, mixing to one channel, and cutting."""
+"""Checks decoded samples, mixes them to one channel, and cuts segments out of recordings.
+
+`decode` and `ffmpeg` use it for all file formats. What counts as silent is decided in `loudness`.
+"""
 
 from typing import NamedTuple
 
@@ -10,26 +13,26 @@ MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
 """Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
 MAX_PEAK = 8.0
-"""The largest float sample with full scale ±1, which a mix may exceed."""
+"""Float samples up to this value have full scale ±1, which a mix may exceed."""
 INTEGER_PEAK = 2.0**15
-"""Full scale of larger float samples: some tools write the 16-bit range as floats. Samples above
-this value are not sound."""
+"""Full scale of larger float samples, because some tools write 16-bit values as floats. Samples
+above this value are not sound."""
 MISSING_SECONDS = 0.25
 """If a file has this many seconds less sound than its header declares, its end is lost. Smaller
 differences occur in undamaged files."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
-SILENT_BESIDE = 1e-6
-"""A channel with less than this share of the loudest channel's power is silent: -60 dB."""
+SILENT_CHANNEL_RATIO = 1e-6
+"""A channel with less than this share of the loudest channel's power, -60 dB, is not mixed."""
 MIX_SECONDS = 10.0
-"""Recordings are mixed to one channel in pieces of this length, to save memory."""
+"""Recordings are mixed to one channel in pieces of this many seconds, to save memory."""
 
 
 class Sound(NamedTuple):
     """The sound that was decoded from a clip."""
 
     samples: np.ndarray
-    """`[num_samples]`, int16 or float32; lost sound is silent."""
+    """`[num_samples]`, int16 or float32. Silence replaces lost sound whose length is known."""
     sample_rate: int
     """Hertz."""
     lost_seconds: float = 0.0
@@ -55,7 +58,7 @@ class Decoded(NamedTuple):
     """Seconds of decoded sound, without the silence that replaces lost sound."""
 
 
-def finite(sound: Decoded) -> Decoded:
+def silence_nonfinite(sound: Decoded) -> Decoded:
     """Replace samples that are not finite numbers by silence, and count them as lost."""
     samples, sample_rate, lost, decoded = sound
     if samples.dtype == np.int16 or (is_finite := np.isfinite(samples)).all():
@@ -65,7 +68,7 @@ def finite(sound: Decoded) -> Decoded:
     return Decoded(samples, sample_rate, lost + more, decoded - more)
 
 
-def full_scale(samples: np.ndarray) -> np.ndarray:
+def to_full_scale(samples: np.ndarray) -> np.ndarray:
     """Scale float samples `[num_samples]` to full scale ±1; int16 samples are returned unchanged.
 
     Raises:
@@ -87,11 +90,11 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
 
     Args:
         sound: the recording.
-        start: first second of the segment; None for the whole recording.
-        end: last second of the segment; None for the end of the recording.
+        start: start of the segment in seconds; None for the whole recording.
+        end: end of the segment in seconds; None for the end of the recording.
 
     Returns:
-        The segment, and a text about missing sound, or None if nothing is missing.
+        The segment, and a text about lost or missing sound; None if all of it is there.
 
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.
@@ -118,17 +121,17 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
 def to_mono(channels: np.ndarray) -> np.ndarray:
     """Mix `[channels, num_samples]` to one channel, `[num_samples]`.
 
-    The result is the mean of the channels, without those that are silent beside the loudest one.
-    But if the mean has less than half the power of a mean of unrelated channels, channels of
-    opposite phase cancel each other, and the result is the loudest channel. Constant offsets do not
-    count as power.
+    The result is the mean of the channels, without channels that are almost silent. If channels
+    have opposite phases, they cancel each other, and the result is the loudest channel instead.
+    This is assumed if the mean has less than half the power that a mean of unrelated channels has.
+    Constant offsets do not count as power.
     """
     if len(channels) == 1 or not channels.size:
         return channels.mean(axis=0)
-    with np.errstate(invalid="ignore", over="ignore"):  # `finite` replaces these samples
+    with np.errstate(invalid="ignore", over="ignore"):  # `silence_nonfinite` replaces these samples
         powers = channels.var(axis=1)
         if np.isfinite(powers).all():
-            is_heard = powers >= powers.max() * SILENT_BESIDE
+            is_heard = powers >= powers.max() * SILENT_CHANNEL_RATIO
             channels, powers = channels[is_heard], powers[is_heard]
         mean = channels.mean(axis=0)
         if mean.var() < powers.mean() / (2 * len(channels)):
@@ -137,7 +140,11 @@ def to_mono(channels: np.ndarray) -> np.ndarray:
 
 
 def require_shape(num_channels: int, sample_rate: int) -> None:
-    """Raise `unreadable` for too many channels, or a sample rate outside `SAMPLE_RATES`."""
+    """Check the number of channels and the sample rate.
+
+    Raises:
+        ClipError: `unreadable`, if one of them is not accepted.
+    """
     if num_channels not in range(1, MAX_CHANNELS + 1) or sample_rate not in SAMPLE_RATES:
         raise ClipError(
             "unreadable",
@@ -147,6 +154,6 @@ def require_shape(num_channels: int, sample_rate: int) -> None:
 
 
 def require_length(seconds: float, max_seconds: float) -> None:
-    """Raise `too_long` for a clip that is longer than `max_seconds`."""
+    """Raise ClipError `too_long` for a clip that is longer than `max_seconds`."""
     if seconds > max_seconds:
         raise ClipError("too_long", f"longer than {max_seconds:g} s")

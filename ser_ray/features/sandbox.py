@@ -1,7 +1,7 @@
 """Decodes clips in a child process, because a clip may hang or kill the process that decodes it.
 
-The caller survives such a clip and continues with the others. A sandbox takes a second to start and
-half a millisecond per clip.
+The caller survives such a clip and continues with the others. A sandbox takes a second to start,
+and adds half a millisecond to each clip.
 
 `python -m` runs this module as the child process. It answers each request with a JSON message. If
 the clip was decoded, a second message holds its samples.
@@ -69,13 +69,13 @@ class Sandbox:
         return Sound(samples, answer["sample_rate"], answer["lost_seconds"])
 
     def _start(self) -> None:
-        self._pipe, theirs = Pipe()
+        self._pipe, child_pipe = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", __name__, str(child_pipe.fileno())],
+            pass_fds=[child_pipe.fileno()],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        theirs.close()
+        child_pipe.close()
         self._pipe.recv_bytes()  # wait for "ready", so the first clip's time excludes the start
 
     def _stop(self) -> None:
@@ -101,8 +101,8 @@ def _answer_requests(pipe: Connection) -> None:
         except ClipError as error:
             pipe.send_bytes(json.dumps(vars(error)).encode())
         else:
-            facts = {"dtype": str(samples.dtype), "sample_rate": sample_rate, "lost_seconds": lost}
-            pipe.send_bytes(json.dumps(facts).encode())
+            header = {"dtype": str(samples.dtype), "sample_rate": sample_rate, "lost_seconds": lost}
+            pipe.send_bytes(json.dumps(header).encode())
             pipe.send_bytes(np.ascontiguousarray(samples).data)
 
 

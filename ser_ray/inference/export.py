@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from ser_ray.cluster.shared_files import require_kept
 from ser_ray.errors import SerRayError
-from ser_ray.features.mel import POWER_FLOOR
-from ser_ray.features.transforms import (
+from ser_ray.features.loudness import (
     ENERGY_SECONDS,
     HEARD_RATIO,
     LOUD_STRETCHES,
@@ -36,8 +35,9 @@ from ser_ray.features.transforms import (
     NOISE_SPREADS,
     SILENCE_POWER,
     STEADY_RATIO,
-    FeatureExtractor,
 )
+from ser_ray.features.mel import POWER_FLOOR
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.predictor import Predictor
 from ser_ray.storage.paths import filesystem_of
 from ser_ray.training.calibration import MIN_PROBABILITY

@@ -19,7 +19,7 @@ import torch
 
 from ser_ray.errors import ConfigError
 from ser_ray.features.errors import ClipError
-from ser_ray.features.samples import SAMPLE_RATES, full_scale
+from ser_ray.features.samples import SAMPLE_RATES, to_full_scale
 from ser_ray.inference.prediction import UNSURE, Prediction, Predictions, WindowPrediction
 from ser_ray.inference.recordings import RecordingFeatures, RecordingReader
 from ser_ray.training.calibration import apply_temperature
@@ -218,4 +218,4 @@ def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
             f"the sample rate is {sample_rate}: it must be a whole number from {SAMPLE_RATES[0]} "
             f"to {SAMPLE_RATES[-1]} Hz",
         )
-    return full_scale(samples if samples.dtype == np.int16 else samples.astype(np.float32))
+    return to_full_scale(samples if samples.dtype == np.int16 else samples.astype(np.float32))

@@ -17,8 +17,9 @@ import numpy as np
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
 from ser_ray.features.errors import ClipError
+from ser_ray.features.loudness import Loudness, measure_loudness
 from ser_ray.features.samples import Sound
-from ser_ray.features.transforms import FeatureExtractor, Loudness, measure_loudness
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.storage.paths import as_utf8
 
 CLEAR_DB = 12.0

@@ -13,10 +13,11 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ser_ray.features import transforms
+from ser_ray.features import loudness
 from ser_ray.features.config import KINDS, FeatureConfig
 from ser_ray.features.errors import ClipError
-from ser_ray.features.transforms import FeatureExtractor, measure_loudness
+from ser_ray.features.loudness import measure_loudness
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.recordings import CLEAR_DB
 from tests.clips import voice
 
@@ -258,7 +259,7 @@ def test_quiet_speech_is_not_cut_off_with_the_noise_of_a_room() -> None:
 def test_measuring_in_blocks_equals_measuring_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = (3000 * voice(2.0, 16_000)).astype(np.int16)[:31_777]
     expected = measure_loudness(samples, 16_000, 50.0)
-    monkeypatch.setattr(transforms, "BLOCK_STRETCHES", 7)
+    monkeypatch.setattr(loudness, "BLOCK_STRETCHES", 7)
     found = measure_loudness(samples, 16_000, 50.0)
     np.testing.assert_array_equal(found.power, expected.power)
     assert len(found.power) == 31_777 // 160 + 1

@@ -16,7 +16,8 @@ import torch
 from ser_ray.cli.main import main
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.decode import decode
-from ser_ray.features.transforms import FeatureExtractor, measure_loudness
+from ser_ray.features.loudness import measure_loudness
+from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import window_start_seconds
