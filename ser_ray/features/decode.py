@@ -2,9 +2,9 @@
 
 The first bytes of a file determine its format; its name is ignored. soundfile reads wavs, and the
 samples of a 16-bit mono wav stay unchanged. PyAV reads all other formats, and only the audio
-packets of a video. If one library cannot read a file, the other is tried. No file is trusted: its length is
-limited before and while samples are read, playlists are refused because they can name other files,
-and every failure is a `ClipError` that says why.
+packets of a video. If one library cannot read a file, the other is tried. No file is trusted: its
+length is limited before and while samples are read, playlists are refused because they can name
+other files, and every failure is a `ClipError` that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
