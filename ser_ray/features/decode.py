@@ -82,7 +82,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         return _decode_stream(file, max_seconds)
     except (ClipError, MemoryError):
         raise
-    except ConfigError as error:  # no filesystem has this kind of URI
+    except ConfigError as error:  # no filesystem opens it
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
