@@ -29,7 +29,7 @@ from ser_ray.inference.results import open_results
 from ser_ray.storage.paths import filesystem_of
 from tests.clips import voice, write_wav
 from tests.models import LABELS, make_checkpoint
-from tests.processes import stalled_processes, stalling
+from tests.processes import family, stalled_processes, stalling
 from tests.s3_server import s3_bucket
 
 
@@ -146,6 +146,29 @@ def test_a_file_that_kills_its_decoder_costs_one_row_where_decoders_run_beside_t
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows.pop(3)["reason"] == "decoding it kills the process"
     require_close(rows, rows_of(predictor, files))
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_killed_actors_of_a_fixed_pool_are_replaced(
+    ray_on_two_cpus, predictor, files, tmp_path, monkeypatch, on_gpus
+):
+    """A dead actor that kept its place in the pool would end the pass or let it wait."""
+    monkeypatch.setattr(batch, "FILES_PER_BLOCK", 2)
+    monkeypatch.setattr(batch, "has_gpus", lambda: on_gpus)
+    killed: list[int] = []
+
+    def kill(_text, done, _total):
+        if done and not killed:
+            for pid, command in family(os.getpid()).items():
+                if command.startswith("ray::MapWorker"):
+                    killed.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+
+    summary = predict_many(files, predictor, str(tmp_path / "found.jsonl"), progress=kill)
+    assert summary.counts == {"ok": 11, "unreadable": 2, "silent": 1}
+    assert len(killed) >= 2
 
 
 @pytest.mark.ray
