@@ -27,7 +27,7 @@ from ser_ray.storage.lock import LOCK_NAME
 from tests.clips import six_speakers
 from tests.processes import end, family, held_port, wait_for
 
-pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 RECIPE = [
@@ -114,7 +114,9 @@ def ports() -> Iterator[list[int]]:
 def head(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Started by cluster.yaml's commands, and stopped by the ids of its processes."""
     home, store = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("store")
-    temp = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets need a short path
+    # Ray's sockets need short paths. Nodes that shared a folder would replace each other's copy of
+    # the code, which is the working folder of the jobs.
+    temp, workers_temp = (Path(tempfile.mkdtemp(prefix="ray-")) for _ in range(2))
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text(TOKEN)
     gcs, jobs, mlflow, client, *agent = ports
@@ -125,7 +127,8 @@ def head(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "127.0.0.1:5000": f"127.0.0.1:{mlflow}",
         "--port=6379": f"--port={gcs} --num-cpus=0 --temp-dir={temp} --dashboard-port={jobs} "
         f"--ray-client-server-port={client} {agent_ports(*agent[:2])}",
-        "$RAY_HEAD_IP:6379": f"$RAY_HEAD_IP:{gcs} --num-cpus=2 {agent_ports(*agent[2:])}",
+        "$RAY_HEAD_IP:6379": f"$RAY_HEAD_IP:{gcs} --num-cpus=2 --temp-dir={workers_temp} "
+        f"{agent_ports(*agent[2:])}",
         "--autoscaling-config=~/ray_bootstrap_config.yaml": "",  # no machines to start here
     }
     inherited = {k: value for k, value in os.environ.items() if not k.startswith("RAY_")}
@@ -167,7 +170,8 @@ def head(ports: list[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         if holder.exists():
             os.kill(json.loads(holder.read_text())["pid"], signal.SIGTERM)
         wait_for("MLflow's end", lambda: not holder.exists(), 60)
-        shutil.rmtree(temp, ignore_errors=True)
+        for folder in (temp, workers_temp):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def agent_ports(http: int, grpc: int) -> str:
@@ -249,6 +253,7 @@ def test_a_submitted_training_is_followed_and_recorded(head, clone, shared, shar
     assert head.login()[1] not in everything
 
 
+@pytest.mark.soak
 def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
     packages = [path for path in head.temp.rglob("_ray_pkg_*") if path.is_dir()]
     assert packages
@@ -259,6 +264,7 @@ def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
         assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -280,6 +286,7 @@ def test_what_a_user_gets_wrong_fails_the_job_and_says_so(head, clone, shared, c
     assert message in done.stdout
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("token", ["", "f" * 64])
 def test_without_the_token_a_submission_is_refused(head, clone, shared, tmp_path, token):
     before = head.submissions()
@@ -311,6 +318,7 @@ def test_a_stopped_job_leaves_nothing_behind(head, clone, shared, shards):
     assert head.runs()["stopped"]["info"]["status"] == "KILLED"
 
 
+@pytest.mark.soak
 def test_no_log_holds_a_secret(head, shards):
     logs = [path for path in head.temp.glob("session_2*/logs/**/*") if path.is_file()]
     logs += Path(head.env["HOME"]).glob("*.log")
@@ -319,6 +327,7 @@ def test_no_log_holds_a_secret(head, shards):
         assert not [path for path in logs if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.soak
 def test_the_command_line_joins_the_same_cluster(head, shared, shards):
     """From a folder without the code, and to shards that are not there: its workers write them."""
     target = shared / "joined"
@@ -334,6 +343,7 @@ def test_the_command_line_joins_the_same_cluster(head, shared, shards):
         assert (target / part).read_bytes() == (shards / part).read_bytes()
 
 
+@pytest.mark.soak
 def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
     """As README sets it: jobs go there, and a command in the same shell has its own Ray."""
     server = {"RAY_API_SERVER_ADDRESS": head.jobs}
@@ -347,6 +357,7 @@ def test_the_job_servers_address_is_for_submissions_alone(head, clone, shared):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.soak
 def test_a_job_brings_its_packages_to_a_cluster_that_has_others(head, clone, shared):
     """By uv, from pyproject.toml; last, as it fills the copy that all jobs of the clone run in."""
     command = head.submit(
