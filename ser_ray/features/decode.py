@@ -48,6 +48,9 @@ CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
 includes the name and the size itself."""
 MAX_CHUNKS = 100
 """Number of chunks of a wav that are searched for samples; real files have fewer than ten."""
+ASF, ASF_PROPERTIES = b"\x30\x26\xb2\x75", b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11"
+EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+"""First bytes of ASF and Matroska files, and of the parts of them that declare their size."""
 MAX_JOINED_BYTES = 1 << 28
 """Samples in several chunks are joined in memory if they have at most this many bytes."""
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
@@ -142,13 +145,13 @@ def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound
         file.seek(0)
         if has_length:
             found = _decode_with_soundfile(source, max_seconds)
+    elif start[:4] in (b"OggS", ASF, EBML):
+        missing_share = _missing_share(file)
     if found is None:
         found = _decode_with_either(source, file, max_seconds, has_length=has_length)
     samples, sample_rate, lost, decoded = silence_nonfinite(found)
     if (missing := decoded * missing_share) > MISSING_SECONDS:
-        lost += missing
-    if start[:4] == b"OggS":
-        lost += decoded * _missing_share_of_ogg(file)
+        lost = max(lost, missing)
     if samples.size == 0 and not lost:
         raise ClipError("unreadable", "it has no samples")
     if decoded < lost:
@@ -267,17 +270,38 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
     return io.BytesIO(b"".join([head, size, *samples]))
 
 
-def _missing_share_of_ogg(ogg: BinaryIO) -> float:
+def _missing_share(file: BinaryIO) -> float:
+    """Return the missing bytes at the end of an ogg, Matroska or ASF file, relative to the others.
+
+    The length in seconds that Matroska and ASF declare is that of the longest stream, and FFmpeg
+    replaces it if bytes are missing. The result is negative if bytes are attached to the file.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head, declared = file.read(HEAD_BYTES), 0
+    if head.startswith(b"OggS"):
+        return _missing_share_of_ogg(file, size)
+    if head.startswith(ASF) and (place := head.find(ASF_PROPERTIES)) > 0:
+        declared = int.from_bytes(head[place + 40 : place + 48], "little")
+    if head.startswith(EBML) and (place := head.find(EBML_SEGMENT) + 4) > 4:
+        length = 9 - head[place].bit_length()  # bytes of the size, whose first bit marks the length
+        unknown = (1 << 7 * length) - 1  # as in a live recording
+        segment = int.from_bytes(head[place : place + length]) & unknown
+        declared = place + length + segment if segment != unknown else 0
+    return declared / size - 1 if declared else 0.0
+
+
+def _missing_share_of_ogg(ogg: BinaryIO, size: int) -> float:
     """Return the size of an incomplete last page relative to what precedes it; else 0."""
-    first = max(ogg.seek(0, io.SEEK_END) - OGG_PAGE_BYTES, 0)
+    first = max(size - OGG_PAGE_BYTES, 0)
     ogg.seek(first)
     tail = ogg.read()
     page = tail.rfind(b"OggS")
     header = tail[page : page + 27]
     if page < 0 or len(header) < 27:
         return 0.0
-    size = 27 + header[26] + sum(tail[page + 27 : page + 27 + header[26]])
-    return size / max(first + page, 1) if page + size > len(tail) else 0.0
+    length = 27 + header[26] + sum(tail[page + 27 : page + 27 + header[26]])
+    return length / max(first + page, 1) if page + length > len(tail) else 0.0
 
 
 def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decoded | None:

@@ -46,7 +46,7 @@ GAP_SECONDS = 0.06
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
 """A file is read until this many errors in its container."""
-EXACT_LENGTH = ("mp4", "aiff", "asf", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
+EXACT_LENGTH = ("mp4", "aiff", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
 """Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs whose length is inexact even in the formats of EXACT_LENGTH, because the header counts
@@ -205,9 +205,10 @@ def _decode_packets(
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
     stream.codec_context.options = {"err_detect": checks}  # without it, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
-    num_packets, num_bytes, end, skipped = 0, 0, 1, 0.0
+    num_packets, num_bytes, end, longest_gap, skipped = 0, 0, 1, 0, 0.0
     for packet in _packets(clip, stream):
         num_packets += packet.size > 0
+        longest_gap = max(longest_gap, (packet.pos or 0) - end if num_bytes else 0)
         end = max(end, (packet.pos or 0) + packet.size)
         frames = _decode_packet(packet, codec)
         if frames is None:
@@ -230,10 +231,11 @@ def _decode_packets(
     if MISSING_SECONDS < missing <= max_seconds - seconds:  # if longer, the header is wrong
         lost += missing
     is_fragmented = PAUSES in name and num_packets > stream.frames
-    if len(clip.streams) == 1 and (is_fragmented or name == "ogg"):
+    if is_fragmented or (name == "ogg" and len(clip.streams) == 1):
         # FFmpeg stops at a damaged fragment of an mp4, and where an ogg changes its sample rate.
-        without_sound = _index_bytes(source) if is_fragmented else OGG_PAGE_BYTES
-        if (unread := clip.size - end) > without_sound:
+        # The index of the fragments, or packets of other streams, may follow the last packet.
+        allowed = _index_bytes(source) + 2 * longest_gap if is_fragmented else OGG_PAGE_BYTES
+        if (unread := clip.size - end) > allowed:
             lost += decoded * unread / end
     return Decoded(sound.samples(), rate, lost, decoded)
 

@@ -639,6 +639,36 @@ def test_a_damaged_fragment_of_an_mp4_is_lost_with_all_after_it(tmp_path: Path) 
     assert lost > 3
 
 
+@pytest.mark.parametrize(
+    ("codec", "container"), [("aac", "matroska"), ("libopus", "webm"), ("wmav2", "asf")]
+)
+def test_the_lost_end_of_a_film_is_reported_but_not_a_short_soundtrack(
+    tmp_path: Path, codec: str, container: str
+) -> None:
+    """Its header declares the length of the pictures."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", format=container) as out:
+        sound = out.add_stream(codec, rate=48_000, layout="mono")
+        sound.bit_rate = 64_000
+        pictures = out.add_stream("libvpx" if container == "webm" else "mpeg4", rate=25)
+        pictures.width = pictures.height = 64
+        pictures.pix_fmt = "yuv420p"
+        samples, rng = voice(6.0), np.random.default_rng(0)
+        step = sound.frame_size or 960
+        for number in range(200):
+            picture = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            out.mux(pictures.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for start in range(-(-number * 1920 // step) * step, (number + 1) * 1920, step):
+                if start < len(samples):
+                    out.mux(sound.encode(audio_frame(samples[start : start + step], start)))
+        out.mux(sound.encode(None))
+        out.mux(pictures.encode(None))
+    data = path.read_bytes()
+    assert decode(str(path)).loss is None
+    path.write_bytes(data[: len(data) * 6 // 10])
+    assert decode(str(path)).lost_seconds > 1.2
+
+
 def test_of_a_joined_ogg_with_another_sample_rate_the_first_part_is_used(tmp_path: Path) -> None:
     path, parts = tmp_path / "a.ogg", []
     for rate, seconds in ((48_000, 16.0), (44_100, 12.0)):
