@@ -283,7 +283,7 @@ def _missing_share(file: BinaryIO) -> float:
         return _missing_share_of_ogg(file, size)
     if head.startswith(ASF) and (place := head.find(ASF_PROPERTIES)) > 0:
         declared = int.from_bytes(head[place + 40 : place + 48], "little")
-    if head.startswith(EBML) and (place := head.find(EBML_SEGMENT) + 4) > 4:
+    if head.startswith(EBML) and 4 < (place := head.find(EBML_SEGMENT) + 4) < len(head):
         length = 9 - head[place].bit_length()  # bytes of the size, whose first bit marks the length
         unknown = (1 << 7 * length) - 1  # as in a live recording
         segment = int.from_bytes(head[place : place + length]) & unknown

@@ -543,7 +543,13 @@ def test_samples_that_are_not_finite_are_lost(tmp_path: Path) -> None:
     assert "only 0.38 s of its 1.00 s" in failure(path).reason
 
 
-@pytest.mark.parametrize("text", [b"a", b"This is no sound.\n" * 99, b"RIFF", b"RIFF\0\0\0\0WAVE"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a", b"This is no sound.\n" * 99, b"RIFF", b"RIFF\0\0\0\0WAVE", b"riff", b"OggS",
+        b"\x1a\x45\xdf\xa3\x18\x53\x80\x67", b"\x30\x26\xb2\x75\xa1\xdc\xab\x8c\x47\xa9\xcf\x11",
+    ],
+)  # fmt: skip
 def test_a_text_file_is_reported_as_unsupported(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(text)
