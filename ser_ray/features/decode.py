@@ -36,7 +36,7 @@ from ser_ray.features.samples import (
 )
 from ser_ray.storage.listing import stat_file
 from ser_ray.storage.packed import ROW, read_packed
-from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of
+from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
 """Longer files are `too_long`: they do not fit into a worker's memory."""
@@ -108,7 +108,7 @@ def _decode_location(location: str, max_seconds: float) -> Sound:
     if as_utf8(location) != location:
         raise ClipError("unreadable", NOT_UTF8, failed="file")
     if "\0" in location:
-        raise ClipError("unreadable", "a path cannot contain a null character", failed="file")
+        raise ClipError("unreadable", NULL_CHARACTER, failed="file")
     if ROW in location:
         return _decode_stream(io.BytesIO(read_packed(location)), max_seconds)
     filesystem, path = filesystem_of(location)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from ser_ray.storage.paths import NOT_UTF8, as_utf8, filesystem_of, location_inside
+from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_of, location_inside
 
 DEVICE = "a device or pipe, not a file"
 NO_FILE = "there is no such file"
@@ -83,8 +83,10 @@ def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
         status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:
         return None, "a link to nothing" if os.path.islink(path) else NO_FILE  # noqa: PTH114
-    except (OSError, ValueError) as error:  # such as a link to itself, or a zero byte
-        return None, getattr(error, "strerror", None) or str(error)
+    except OSError as error:  # such as a link to itself
+        return None, error.strerror or str(error)
+    except ValueError:
+        return None, NULL_CHARACTER if as_utf8(path) == path else NOT_UTF8
     if stat.S_ISDIR(status.st_mode):
         return status, FOLDER
     if not stat.S_ISREG(status.st_mode):

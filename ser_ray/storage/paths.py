@@ -17,6 +17,7 @@ from pyarrow import fs
 from ser_ray.errors import ConfigError, LocationError, first_line
 
 NOT_UTF8 = "the path is not UTF-8: rename it"
+NULL_CHARACTER = "a path cannot contain a null character"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 # The schemes that pyarrow opens itself, with percent-encoded paths; fsspec opens the others.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")

@@ -655,8 +655,10 @@ def test_the_lost_end_of_a_film_is_reported_but_not_a_short_soundtrack(
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w", format=container) as out:
         sound = out.add_stream(codec, rate=48_000, layout="mono")
-        sound.bit_rate = 64_000
         pictures = out.add_stream("libvpx" if container == "webm" else "mpeg4", rate=25)
+        assert isinstance(sound, av.AudioStream)
+        assert isinstance(pictures, av.VideoStream)
+        sound.bit_rate = 64_000
         pictures.width = pictures.height = 64
         pictures.pix_fmt = "yuv420p"
         samples, rng = voice(6.0), np.random.default_rng(0)

@@ -21,7 +21,7 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import window_start_seconds
-from ser_ray.storage.paths import NOT_UTF8
+from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
 from ser_ray.training.scoring import predict_clips
@@ -143,7 +143,7 @@ def test_the_reason_for_a_path_that_is_no_utf8_is_its_name(predictor, tmp_path):
         assert found.path.encode()
     assert predictor.predict(path).path == rf"{tmp_path}/\xff.wav"
     found = predictor.predict("a\0.wav")
-    assert (found.status, found.reason) == ("unreadable", "a path cannot contain a null character")
+    assert (found.status, found.reason) == ("unreadable", NULL_CHARACTER)
 
 
 def test_a_long_recording_has_a_timeline_without_its_silence(checkpoint, predictor, tmp_path):
