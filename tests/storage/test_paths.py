@@ -14,8 +14,15 @@ from pyarrow import fs
 from ser_ray.errors import ConfigError, LocationError
 from ser_ray.shards.layout import write_table
 from ser_ray.storage.atomic import write_file
-from ser_ray.storage.listing import list_files
-from ser_ray.storage.paths import absolute, filesystem_of, folder_of, location_inside
+from ser_ray.storage.listing import list_files, stat_file
+from ser_ray.storage.paths import (
+    NOT_UTF8,
+    NULL_CHARACTER,
+    absolute,
+    filesystem_of,
+    folder_of,
+    location_inside,
+)
 from tests.s3_server import s3_bucket
 
 # Characters that percent-encoding, query strings and fragments trip over.
@@ -194,3 +201,8 @@ def test_an_unknown_home_folder_is_reported(monkeypatch):
         LocationError, match=r"~/corpus: the home folder ~ is not known .*give the full path"
     ):
         absolute("~/corpus")
+
+
+def test_a_path_that_no_file_can_have_is_described_in_our_words() -> None:
+    assert stat_file("a\0.wav") == (None, NULL_CHARACTER)
+    assert stat_file("\ud800.wav") == (None, NOT_UTF8)
