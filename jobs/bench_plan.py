@@ -40,7 +40,7 @@ class Bench:
 
     clips: int = 1_000_000
     """Number of clips of all sets."""
-    rows_per_part: int = 128
+    rows_per_shard: int = 128
     """Number of clips in a shard."""
     processes: int = 2
     """CPUs of the Ray cluster."""
@@ -104,7 +104,7 @@ def main(bench: Bench) -> None:
         for table, shards in zip(tables, locations, strict=True):
             tenths_shown = -1
             config = PrepareConfig(
-                corpus=str(table), shards=shards, rows_per_part=bench.rows_per_part
+                corpus=str(table), shards=shards, rows_per_shard=bench.rows_per_shard
             )
             prepare(config, progress=progress)
             show("with its card")

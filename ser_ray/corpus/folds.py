@@ -149,13 +149,14 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
 
 def _corpus_folds(clips: "pa.Table") -> list[tuple[str, ...]]:
     """Return the speakers of every corpus, sorted by the name of the corpus."""
-    if "corpus" not in clips.column_names:
+    named = clips["corpus"].to_pylist() if "corpus" in clips.column_names else []
+    pairs = set(zip(named, clips["speaker"].to_pylist(), strict=False))
+    corpora = sorted(set(named))
+    if len(corpora) < 2:
         raise ConfigError(
-            f"{CROSS_CORPUS} tests one of several corpora: name several shard sets, as in --shards "
-            "out/emodb out/iemocap, or choose another --protocol"
+            f"{CROSS_CORPUS} tests one of several corpora: name several shard sets with clips, as "
+            "in --shards out/emodb out/iemocap, or choose another --protocol"
         )
-    pairs = set(zip(*(clips[name].to_pylist() for name in ("corpus", "speaker")), strict=True))
-    corpora = sorted({corpus for corpus, _ in pairs})
     return [tuple(sorted(s for c, s in pairs if c == corpus)) for corpus in corpora]
 
 

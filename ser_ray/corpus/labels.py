@@ -122,7 +122,9 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
                 f"{where}: {' and '.join(named)} has no label {label!r}; known are "
                 f"{shorten(known, _SHOWN)}"
             )
-        if new:
-            for name in with_label:
-                maps[name][label] = new
-    return maps
+        for name in with_label:
+            maps[name][label] = new
+    return {
+        corpus: {label: new for label, new in names.items() if new}
+        for corpus, names in maps.items()
+    }

@@ -25,7 +25,7 @@ class PrepareConfig:
     columns: tuple[str, ...] = ()
     """Columns of a table that are not called path, label, speaker, take, start, end or split, as in
     label=mood speaker=who."""
-    rows_per_part: int = 128
+    rows_per_shard: int = 128
     """Largest number of files in a shard. One task decodes and commits a shard."""
     encoder: tuple[str, ...] = ()
     """Pretrained speech encoders whose layers also become features. Each is a bundle of torchaudio
@@ -46,8 +46,8 @@ class PrepareConfig:
         names = [source.partition("=")[0] for source in self.encoder]
         if len(set(names)) < len(names):
             raise ConfigError(f"encoder is {' '.join(self.encoder)}: a name must occur only once")
-        if self.rows_per_part < 1:
-            raise ConfigError(f"rows_per_part is {self.rows_per_part}: it must be at least 1")
+        if self.rows_per_shard < 1:
+            raise ConfigError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
 
 
 def column_names(columns: Sequence[str]) -> dict[str, str]:

@@ -137,7 +137,7 @@ def prepare(
             committed = read_committed(config.shards)
             require_same_corpus(committed, manifest, config.shards)
             restored = restore_times(manifest, committed)
-            plan = make_plan(restored, config.features, config.rows_per_part, committed)
+            plan = make_plan(restored, config.features, config.rows_per_shard, committed)
             notes = describe_changes(committed, config.features, plan)
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ FLAGS = {
     "pipeline": "--corpus --shards --feature --protocol --fold --epochs --batch-size --lr-min "
     "--lr-max --workers --seed --weights --experiment --tracking-uri --json --dry-run --storage",
     "download": "--target --parts --actors --keep-archives --json --dry-run",
-    "prepare": "--corpus --shards --include --rows-per-part --num-mels --json --dry-run",
+    "prepare": "--corpus --shards --include --rows-per-shard --num-mels --json --dry-run",
     "train": "--shards --feature --protocol --fold --epochs --batch-size --lr-min --lr-max "
     "--validation-speakers --workers --device --ingest --seed --weights --name --experiment "
     "--tracking-uri --json --dry-run",

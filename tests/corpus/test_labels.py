@@ -49,6 +49,8 @@ def test_a_map_file_maps_its_labels_and_rows_of_a_corpus_win(tmp_path):
         "a": {"anger": "angry"},
         "b": {"exc": "happy", "ang": "furious"},
     }
+    path.write_text("corpus,label,as\n,ang,angry\n,exc,happy\nb,ang,\n")
+    assert map_labels({"b": IEMOCAP}, str(path)) == {"b": {"exc": "happy"}}
     path.write_text("label,as\nhap,happy\n")
     assert map_labels({"b": IEMOCAP}, str(path)) == {"b": {"hap": "happy"}}
 

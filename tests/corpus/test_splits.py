@@ -382,6 +382,8 @@ def test_cross_corpus_over_the_same_speakers_is_called_speaker_dependent():
 def test_a_protocol_that_does_not_fit_the_corpora_is_refused():
     with pytest.raises(ConfigError, match="cross-corpus tests one of several corpora: name"):
         split("cross-corpus", 0, ravdess())
+    with pytest.raises(ConfigError, match="name several shard sets with clips"):
+        split("cross-corpus", 0, corpora_of({"a": "123"}))
     clips = corpora_of({"a": "123", "b": "456"})
     parts = pa.array(["train", "test", "dev"] * 2 + [None] * 6)
     with pytest.raises(ConfigError, match="the corpus b has no column split"):

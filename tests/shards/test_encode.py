@@ -181,7 +181,7 @@ def test_a_shard_set_gets_the_column_of_an_encoder(tmp_path: Path) -> None:
     corpus = small_corpus(tmp_path / "corpus", num_wavs=12)
     write_tiny(tmp_path / "tiny.safetensors")
     config = PrepareConfig(
-        corpus=str(corpus), shards=str(tmp_path / "set"), rows_per_part=3, features=FEATURES
+        corpus=str(corpus), shards=str(tmp_path / "set"), rows_per_shard=3, features=FEATURES
     )
     ray.init(num_cpus=2, include_dashboard=False, address="local", log_to_driver=False)
     try:

@@ -64,7 +64,7 @@ def run(
     progress: Report | None = lambda *_: None,
 ) -> PrepareSummary:
     config = PrepareConfig(
-        corpus=str(corpus), shards=str(target), rows_per_part=FEW, features=features
+        corpus=str(corpus), shards=str(target), rows_per_shard=FEW, features=features
     )
     return prepare(config, progress=progress)
 
@@ -188,11 +188,11 @@ from ser_ray.features.config import FeatureConfig
 from ser_ray.shards.config import PrepareConfig
 from ser_ray.shards.prepare import prepare
 ray.init(num_cpus=1, include_dashboard=False, address="local", log_to_driver=False)
-corpus, shards, rows_per_part, max_seconds = sys.argv[1:]
+corpus, shards, rows_per_shard, max_seconds = sys.argv[1:]
 features = FeatureConfig(max_seconds=float(max_seconds))
 prepare(
     PrepareConfig(
-        corpus=corpus, shards=shards, rows_per_part=int(rows_per_part), features=features
+        corpus=corpus, shards=shards, rows_per_shard=int(rows_per_shard), features=features
     )
 )
 """

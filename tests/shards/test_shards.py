@@ -88,10 +88,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def write_shards(corpus: Corpus, target: Path, rows_per_part: int = 4) -> ShardSet:
+def write_shards(corpus: Corpus, target: Path, rows_per_shard: int = 4) -> ShardSet:
     """Write a shard set as the job does, one shard after the other in this process."""
     set_folder(target)
-    plan = make_plan(corpus.manifest, FEATURES, rows_per_part, {})
+    plan = make_plan(corpus.manifest, FEATURES, rows_per_shard, {})
     for number, rows in plan.pending.items():
         write_shard(str(target), number, rows, FeatureExtractor(FEATURES))
     write_card(str(target), make_card(str(target), corpus, FEATURES, plan.shard_numbers))
@@ -202,7 +202,7 @@ def test_the_fingerprint_depends_on_the_clips_and_not_on_their_location(
     corpus: Corpus, shards: ShardSet, tmp_path: Path
 ) -> None:
     elsewhere = shutil.copytree(corpus.root, tmp_path / "elsewhere")
-    moved = write_shards(list_corpus(str(elsewhere)), tmp_path / "moved", rows_per_part=7)
+    moved = write_shards(list_corpus(str(elsewhere)), tmp_path / "moved", rows_per_shard=7)
     assert moved.card.fingerprint == shards.card.fingerprint
     samples = (voice(0.7, seed=99) * 20_000).astype(np.int16)
     write_wav(next(elsewhere.rglob("*.wav")), samples)
@@ -282,28 +282,28 @@ def committed_by(
 
 
 @settings(deadline=None)
-@given(num_files=st.integers(1, 3000), rows_per_part=st.integers(1, 300))
-def test_parts_hold_every_file_once(num_files: int, rows_per_part: int) -> None:
-    plan = make_plan(numbered(range(num_files)), FEATURES, rows_per_part, {})
+@given(num_files=st.integers(1, 3000), rows_per_shard=st.integers(1, 300))
+def test_parts_hold_every_file_once(num_files: int, rows_per_shard: int) -> None:
+    plan = make_plan(numbered(range(num_files)), FEATURES, rows_per_shard, {})
     sizes = [len(rows) for rows in plan.pending.values()]
     assert plan.shard_numbers == list(plan.pending) == list(range(len(sizes)))
     assert sum(sizes) == plan.num_pending == plan.num_files == num_files
-    assert max(sizes) <= rows_per_part
+    assert max(sizes) <= rows_per_shard
     assert min(sizes[:-1], default=max(sizes)) == max(sizes)
     paths = [path for rows in plan.pending.values() for path in paths_of(rows)]
     assert paths == sorted(paths)
 
 
 @settings(deadline=None)
-@given(data=st.data(), num_files=st.integers(1, 200), rows_per_part=st.integers(1, 9))
+@given(data=st.data(), num_files=st.integers(1, 200), rows_per_shard=st.integers(1, 9))
 def test_an_interrupted_run_continues_with_the_shards_it_would_have_written(
-    data: st.DataObject, num_files: int, rows_per_part: int
+    data: st.DataObject, num_files: int, rows_per_shard: int
 ) -> None:
     listed = numbered(range(num_files))
-    first = make_plan(listed, FEATURES, rows_per_part, {})
+    first = make_plan(listed, FEATURES, rows_per_shard, {})
     written = data.draw(st.sets(st.sampled_from(first.shard_numbers)))
     second = make_plan(
-        listed, FEATURES, rows_per_part, committed_by(first, FEATURES, sorted(written))
+        listed, FEATURES, rows_per_shard, committed_by(first, FEATURES, sorted(written))
     )
     assert second.kept == sorted(written)
     assert second.shard_numbers == first.shard_numbers
@@ -314,15 +314,15 @@ def test_an_interrupted_run_continues_with_the_shards_it_would_have_written(
 @given(
     old=st.sets(st.integers(0, 60), min_size=1),
     new=st.sets(st.integers(0, 60), min_size=1),
-    rows_per_part=st.integers(1, 9),
+    rows_per_shard=st.integers(1, 9),
 )
 def test_only_shards_that_lost_a_file_are_written_again(
-    old: set[int], new: set[int], rows_per_part: int
+    old: set[int], new: set[int], rows_per_shard: int
 ) -> None:
     """Files of other shards may be added and removed."""
-    before = make_plan(numbered(old), FEATURES, rows_per_part, {})
+    before = make_plan(numbered(old), FEATURES, rows_per_shard, {})
     committed = committed_by(before, FEATURES, before.shard_numbers)
-    after = make_plan(numbered(new), FEATURES, rows_per_part, committed)
+    after = make_plan(numbered(new), FEATURES, rows_per_shard, committed)
     listed = set(paths_of(numbered(new)))
     complete = [number for number, rows in before.pending.items() if set(paths_of(rows)) <= listed]
     assert after.kept == complete
@@ -330,25 +330,26 @@ def test_only_shards_that_lost_a_file_are_written_again(
     kept = [path for number in after.kept for path in paths_of(before.pending[number])]
     pending = [path for rows in after.pending.values() for path in paths_of(rows)]
     assert sorted([*kept, *pending]) == sorted(listed)
-    assert all(len(rows) <= rows_per_part for rows in after.pending.values())
+    assert all(len(rows) <= rows_per_shard for rows in after.pending.values())
 
 
 @settings(deadline=None)
 @given(
-    counts=st.dictionaries(st.integers(0, 30), st.integers(1, 30)), rows_per_part=st.integers(1, 12)
+    counts=st.dictionaries(st.integers(0, 30), st.integers(1, 30)),
+    rows_per_shard=st.integers(1, 12),
 )
 def test_a_file_is_in_one_shard_with_all_its_segments(
-    counts: dict[int, int], rows_per_part: int
+    counts: dict[int, int], rows_per_shard: int
 ) -> None:
     listed = segments_of(range(31), counts)
-    plan = make_plan(listed, FEATURES, rows_per_part, {})
+    plan = make_plan(listed, FEATURES, rows_per_shard, {})
     assert pa.concat_tables(plan.pending.values()).equals(listed)
-    assert all(len(rows) <= rows_per_part for rows in plan.pending.values())
+    assert all(len(rows) <= rows_per_shard for rows in plan.pending.values())
     num_shards = Counter(path for rows in plan.pending.values() for path in {*paths_of(rows)})
     for file in range(31):
-        assert num_shards[f"{file:03d}"] == -(-counts.get(file, 1) // rows_per_part)
+        assert num_shards[f"{file:03d}"] == -(-counts.get(file, 1) // rows_per_shard)
     committed = committed_by(plan, FEATURES, plan.shard_numbers[::2])
-    again = make_plan(listed, FEATURES, rows_per_part, committed)
+    again = make_plan(listed, FEATURES, rows_per_shard, committed)
     assert (again.kept, again.shard_numbers) == (plan.shard_numbers[::2], plan.shard_numbers)
     assert all(rows.equals(plan.pending[number]) for number, rows in again.pending.items())
 
