@@ -69,7 +69,8 @@ class Evaluate(ModelVerb, TableVerb):
     allow_seen_speakers: bool = False
     """Also score speakers that the model was trained or validated on; the result names them."""
     audio: bool = True
-    """The report contains the audio of the clips that it shows; `--no-audio` leaves it out."""
+    """The report contains the audio of the clips that it shows; `--no-audio` leaves the audio out
+    of the report."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the default folder for the shards of `corpus`."""

@@ -102,7 +102,11 @@ def _dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         if default is None or default in ("", ()) or isinstance(default, bool):
             # These defaults are not shown, because the docstring explains them.
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
-        fields.append(StructFieldSpec(field.name, hint, default, help_texts.get(field.name, "")))
+        text = help_texts.get(field.name, "")
+        if default is True:  # the flag turns the field off, and its text ends the docstring
+            text = text.rpartition(f"`--no-{field.name.replace('_', '-')}` ")[2]
+            text = text[:1].upper() + text[1:]
+        fields.append(StructFieldSpec(field.name, hint, default, text))
     return StructConstructorSpec(kind, tuple(fields))
 
 

@@ -32,10 +32,11 @@ class RunConfig:
     """MLflow tracking server or database. The default is the one of the variable
     MLFLOW_TRACKING_URI, or else an SQLite file in ser-ray-out."""
     audio: bool = True
-    """The report contains the audio of the clips that it shows; `--no-audio` leaves it out."""
+    """The report contains the audio of the clips that it shows; `--no-audio` leaves the audio out
+    of the report."""
     keep_encoder: bool = True
     """Copy the weights of the encoder, if the model has one, into the model's folder;
-    `--no-keep-encoder` stores only their location and hash."""
+    `--no-keep-encoder` stores only the location and hash of the encoder's weights."""
     max_failures: int = 3
     """How often lost workers are replaced, or a failed training or trial is retried, before the run
     fails. -1 means no limit."""

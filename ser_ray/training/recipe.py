@@ -20,7 +20,7 @@ class AugmentConfig:
 
     random_crop: bool = True
     """Start the crop of a longer clip at a random frame, and place a shorter clip at random in the
-    crop; `--no-random-crop` centres both."""
+    crop; `--no-random-crop` centres the crop in longer clips, and shorter clips in the crop."""
     noise: float = 0.5
     """Share of the clips that get noise, from white to brown and from -80 to -30 dBFS; 0 is off."""
     echo: float = 0.5

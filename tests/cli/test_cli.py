@@ -101,9 +101,9 @@ def test_help_is_wrapped_once_and_lists_a_verbs_own_flags_first(capsys, monkeypa
     assert [flag for flag in flags if flag in order] == order
     assert flags[-2:] == ["--json", "--dry-run"]
     start = next(i for i, line in enumerate(lines) if line.startswith("--no-random-crop"))
-    text = " ".join(lines[start : start + 3])
-    assert "Start the crop of a longer clip at a random frame" in text
-    assert "`--no-random-crop` centres both" in text
+    text = " ".join(lines[start : start + 2])
+    own = "Centres the crop in longer clips, and shorter clips in the crop."
+    assert text.split(maxsplit=1)[1] == own, "a switch that is on says what turning it off does"
     start = next(i for i, line in enumerate(lines) if line.startswith("--validation-speakers"))
     text = " ".join(lines[start + 1 : start + 5])
     assert text.startswith(
