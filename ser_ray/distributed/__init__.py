@@ -1,24 +1,24 @@
-"""Runs one training, in this process or on a cluster, with a run folder and an MLflow run.
+"""Runs one training, in this process or on Ray, with a run folder and an MLflow run.
 
 train          the entry point: from shards to a checkpoint and its report
 run_config     settings of a run that are not part of its recipe
 run_folder     the checkpoints, record and lock of a run
 mlflow_run     starts or resumes the MLflow run of a training, search or cross-validation
 in_process     trains with one worker in this process
-worker_group   trains with workers of Ray Train; `worker` is what each of them runs
+worker_group   trains with workers of Ray Train; each of them runs `worker`
 process_group  connects these workers through torch.distributed
 placement      waits until a cluster has free CPUs or GPUs
-ingest         keeps training clips in memory, or streams them
+ingest         decides whether training clips stay in memory, and reads streams of clips
 epoch_table    shows the epochs on a terminal or in a log
 node_metrics   measures the utilisation of a node while it trains
 lr_range       runs a learning-rate range test
 
-A run folder and its MLflow run have the same name: that of `--name`, or else one from `run_name`
-(train.py), `run_lr_range` (lr_range.py), `search_name` (search/tuner.py) or `crossval_name`
-(search/crossval.py).
+A run folder and its MLflow run have the same name. It is the value of `--name`, or else made by
+`run_name` (train.py), `run_lr_range` (lr_range.py), `search_name` (search/tuner.py) or
+`crossval_name` (search/crossval.py). A range test adds a number if the folder already exists.
 
 An interrupted training resumes from the newest complete checkpoint in its run folder.
-`RunConfig.max_failures` limits each of the first four rows separately:
+`RunConfig.max_failures` limits the failures in each of the first four rows separately:
 
     what fails                     what starts it again            what is counted
     a worker of Ray Train          Ray Train: `FailureConfig` in   every loss of workers

@@ -18,7 +18,7 @@ BEST = "  best so far"
 
 
 class EpochTable:
-    """Shows a row for each epoch that has ended and, on a terminal, a bar for the running epoch.
+    """Shows a row for each epoch that has ended and, on a terminal, a progress bar.
 
     Args:
         console: the terminal or log.
@@ -63,7 +63,7 @@ class EpochTable:
         self.console.print(Text(line) + Text(BEST if is_best else "", style="green"))
 
     def running_epoch(self) -> RenderableType:
-        """Return the line of the running epoch: a bar over all epochs, and the time left.
+        """Return the line of the running epoch, with a bar over all epochs and the remaining time.
 
         The progress within the epoch is estimated from the duration of the previous epoch.
         """

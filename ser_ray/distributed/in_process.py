@@ -35,7 +35,7 @@ from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.trainer import EpochReport
 
 ADDRESS = "127.0.0.1"
-"""Address of this machine in the names of its system metrics. Ray on one machine uses the same."""
+"""Address of this machine in the names of its system metrics, as when Ray runs on one machine."""
 FAILURES = (SerRayError, OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors that the machine, its GPU or its storage may cause. CUDA raises RuntimeError."""
 
@@ -123,10 +123,11 @@ class LocalReporter:
         self._writing = self._writer.submit(self._store, make_snapshot(), epoch)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is stored, and raise the error if storing failed.
+        """Wait until the last checkpoint is stored. Errors of the other thread are raised here.
 
         Raises:
             CheckpointError: another process has taken over the folder.
+            OSError: the checkpoint could not be stored.
         """
         if self._writing is not None:
             self._writing.result()
@@ -149,7 +150,10 @@ class LocalReporter:
 
 @contextmanager
 def worker_device(*, gpu: bool) -> Iterator[torch.device]:
-    """Yield the device to train on; in the block, torch has as many threads as in a Ray worker."""
+    """Yield the device to train on.
+
+    In the block, torch uses OMP_NUM_THREADS threads, or else one for each CPU of a worker.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cpus_per_worker(1)))
     try:

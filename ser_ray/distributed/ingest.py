@@ -1,4 +1,4 @@
-"""Decides whether training clips stay in memory or are streamed, and reads streams ahead.
+"""Decides whether training clips stay in memory or are streamed, and reads streams in advance.
 
 A stream is read in windows, each with the clips of several steps. If the training runs in this
 process, threads read the windows. On a cluster, tasks of Ray Data read them on any node. Ray Data
@@ -10,9 +10,9 @@ that is ready first, so an epoch could neither be repeated nor resumed in its mi
 rows to give all workers the same number. A local shuffle yields short batches in mid-stream, which
 makes data-parallel workers wait for each other forever (ray issue 66085).
 
-On two busy cores, Ray Data took 15 s to deliver its first window. Therefore the tasks start once
-per training, not once per epoch, and the next epoch is read during validation. Both ways to read
-are a `ser_ray.training.streaming.Fetch`.
+On two busy cores, Ray Data took 15 s to deliver its first window. Therefore Ray Data starts
+once per training, not once per epoch, and the next epoch is read during validation. Both functions
+that read a stream are a `ser_ray.training.streaming.Fetch`.
 """
 
 from collections import deque
@@ -94,7 +94,7 @@ def fetch_by_ray(read: Callable[[Any], np.ndarray], items: Sequence[Any]) -> Ite
     # Each dataset has its own copy of the context, so other datasets do not change.
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
-    # The tasks reserve no CPU, because the workers may hold all of them.
+    # The tasks reserve no CPU, because the workers may have reserved all CPUs.
     windows = numbers.map_batches(
         read_item, batch_size=None, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=READERS)
     )

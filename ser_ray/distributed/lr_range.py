@@ -72,7 +72,7 @@ def run_lr_range(
     *,
     address: str = "",
 ) -> LrRangeResult:
-    """Propose bounds for a recipe's learning rate. One worker runs the test, if possible on a GPU.
+    """Propose bounds for a recipe's learning rate. The test runs in one worker.
 
     Args:
         shards_location: folder or URI of the shard set, or of several that are read as one.
@@ -80,8 +80,10 @@ def run_lr_range(
         address: Ray cluster to join (`ser_ray.cluster.connect.needs_ray`).
 
     Raises:
-        ShardsError, ConfigError, ResourcesError, TrackingError: raised before the test starts.
+        ShardsError, ConfigError, CheckpointError, ResourcesError: raised before the test starts.
+        TrackingError: the tracking store cannot be used.
         DivergedError: the loss did not fall at any learning rate.
+        SerRayError: the test failed; the message gives the reason.
     """
     shards = open_corpora(shards_location, recipe.label_map)
     label = select_rows(shards.clips(), recipe).label

@@ -32,7 +32,7 @@ def start_run(
         shards: the shards to train on.
         tags: tags of the run (`ser_ray.tracking.run_metadata.run_tags`).
         params: parameters of a new run.
-        about: what the run is, for its description.
+        about: what the run is; a line of the run's description.
         identity: settings that must not change while the folder exists. They and the id of the
             MLflow run are written into the folder's record. If None, the run is always new.
 
@@ -60,6 +60,6 @@ def start_run(
 
 
 def command_like(run_id: str, locations: Sequence[str], run: RunConfig) -> str:
-    """Return the command that trains the recipe of an MLflow run again, under a name of its own."""
+    """Return the command that trains the recipe of an MLflow run again, under another name."""
     settings = replace(run, name="")
     return next_command("train", like=run_id, shards=tuple(locations), run_config=settings)

@@ -46,7 +46,7 @@ class NodeMetrics:
 
 
 def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
-    """Return this machine's metrics: CPU utilisation since the last call, and current values."""
+    """Return this machine's current metrics, and its CPU utilisation since the last call."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -56,7 +56,7 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in gpus.items():
-        # Some GPUs do not report both values: in MIG mode, a GPU reports no utilisation.
+        # A GPU may lack one of these metrics. In MIG mode, for example, it has no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             values |= {

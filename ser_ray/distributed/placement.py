@@ -1,8 +1,8 @@
 """Waits until a cluster has room for workers or trials, and gives up after half an hour.
 
 Workers and trials can start when Ray has created a placement group, which reserves their CPUs and
-GPUs. Until then, Ray tells the driver nothing, and elastic trainings and searches wait forever.
-`PlacementWatch` therefore logs the wait, and ends it with an error.
+GPUs. Until then, Ray tells the driver nothing, and elastic trainings and searches would wait
+forever. Therefore `PlacementWatch` logs the wait, and ends a long wait with an error.
 """
 
 import logging
@@ -24,10 +24,11 @@ from ser_ray.errors import ResourcesError
 START_SECONDS = 30.0
 """How long Ray waits for the placement group of new workers before it counts the nodes again.
 
-Ray's list of nodes may be 20 s old, so it may take two attempts to notice that a node was lost. The
-limit does not cover what workers do afterwards, for example install packages."""
+Ray's list of nodes may be 20 s old, so Ray may notice only at the second attempt that a node was
+lost. What workers do after this wait, for example install packages, has no limit."""
 START_ATTEMPTS = 60
-"""Number of such waits. In total, machines have half an hour to start, or other work to end."""
+"""Number of such waits. Together they last half an hour, in which machines can start or other work
+can end."""
 LOG_SECONDS = 60.0
 """Seconds between two log lines about the wait."""
 
@@ -60,7 +61,7 @@ class PlacementWatch:
         elif self.checked_at - self.placed_at >= START_SECONDS * START_ATTEMPTS:
             raise ResourcesError(
                 f"the cluster had no room for {self.need} for {START_SECONDS * START_ATTEMPTS:g} "
-                "seconds: give the same command again when there is room, or ask for less"
+                "seconds: run the same command again when there is room, or ask for less"
             )
         elif self.checked_at - self.logged_at >= LOG_SECONDS:
             self.logged_at = self.checked_at
@@ -118,5 +119,5 @@ def remove_placement_groups(ids: set[str]) -> None:
 
 
 def free_resources() -> str:
-    """Return the unused CPUs and GPUs as text, as in `2 CPUs, 1 GPUs`."""
+    """Return the unused CPUs and GPUs as text, for example `2 CPUs, 1 GPU`."""
     return format_resources({"CPU": 0.0, "GPU": 0.0} | ray.available_resources())

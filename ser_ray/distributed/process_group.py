@@ -2,8 +2,8 @@
 
 The workers meet at a TCPStore of torch, which has no password. With Ray's own backend, this store
 listens on all network interfaces. Here, it listens only on Ray's address of the node, which is the
-loopback address if Ray was started for one machine. The store gets a socket that is already bound
-to its port, so no other process can take the port in between.
+loopback address if ser_ray itself started Ray. The store gets a socket that is already bound to its
+port, so no other process can take the port first.
 """
 
 import os
@@ -50,13 +50,13 @@ class BoundBackend(TorchBackend):
 
 
 def serve_store() -> tuple[str, int]:
-    """Serve a store to all workers on Ray's address of this node; return its host and port."""
+    """Start a store that listens on Ray's address of this node; return its host and port."""
     global _store
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listener:
         port = listener.getsockname()[1]
-        # The store closes the descriptor that it gets, and so does `listener`: each needs its own.
+        # The store gets a copy of the descriptor, because it and `listener` both close theirs.
         _store = dist.TCPStore(
             host,
             port,

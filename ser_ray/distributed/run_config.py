@@ -10,27 +10,28 @@ Ingest = Literal["auto", "resident", "stream"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Where a training runs, the name of the run, and where it is recorded."""
+    """How a run is named, executed, stored and recorded."""
 
     workers: str = "1"
     """Number of data-parallel workers, or a range such as 1..4 to use as many as the cluster has
     room for."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Train on GPUs (one for each worker) or on CPUs. auto uses GPUs if the cluster has any."""
+    """Train on GPUs (one for each worker) or on CPUs. auto uses GPUs if there are any."""
     ingest: Ingest = "auto"
     """Keep the training clips in each worker's memory (resident), or read them again in every epoch
-    (stream). auto streams if they need more than half of a worker's memory. Only `train` uses
-    this."""
+    (stream). auto streams if the clips need more than half of a worker's memory. Only `train`
+    uses this setting."""
     name: str = ""
-    """Name of the run. A later command with this name resumes the run. If empty, the recipe and the
-    shards determine the name."""
+    """Name of the run. A later command with this name resumes the run, but `lr-range` starts a new
+    run, NAME-2. If empty, the name is made from the settings: the same settings on the same data
+    give the same name."""
     storage: str = "ser-ray-out/runs"
     """Folder or URI for run folders. On a cluster, every node must be able to reach it."""
     experiment: str = "ser-ray"
     """MLflow experiment to record the run in."""
     tracking_uri: str = ""
-    """MLflow tracking server or database. The default is the one of the variable
-    MLFLOW_TRACKING_URI, or else an SQLite file in ser-ray-out."""
+    """MLflow tracking server or database. If empty, the variable MLFLOW_TRACKING_URI is used, or
+    else an SQLite file in ser-ray-out."""
     audio: bool = True
     """The report contains the audio of the clips that it shows; `--no-audio` leaves the audio out
     of the report."""
@@ -38,8 +39,8 @@ class RunConfig:
     """Copy the weights of the encoder, if the model has one, into the model's folder;
     `--no-keep-encoder` stores only the location and hash of the encoder's weights."""
     max_failures: int = 3
-    """How often lost workers are replaced, or a failed training or trial is retried, before the run
-    fails. -1 means no limit."""
+    """Largest number of times that lost workers are replaced, or that a failed training or trial
+    is retried. -1 means no limit."""
 
     def __post_init__(self) -> None:
         min_workers, max_workers = self.worker_range

@@ -7,7 +7,7 @@
 
 A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
 must be complete too. Ray keeps its own list of checkpoints, but rewrites this list in place, so a
-full disk or a lost machine can truncate it. Therefore the list is deleted when a training starts.
+full disk or a lost machine can truncate the list. Therefore it is deleted when a training starts.
 """
 
 import contextlib
@@ -89,7 +89,10 @@ class StoredCheckpoint:
 
     @property
     def selected(self) -> str:
-        """Name of the checkpoint that was selected at that time; empty before the first epoch."""
+        """Name of the checkpoint that was selected when this one was written.
+
+        Empty if no epoch had ended by then.
+        """
         row = self.progress["selected"]
         return checkpoint_name(int(row["epoch"])) if row else ""
 
@@ -131,7 +134,7 @@ class RunFolder:
         return self._lock
 
     def check_lock(self) -> None:
-        """Raise CheckpointError if this process had the lock and another one has taken it over."""
+        """Raise CheckpointError if this process had the lock of the folder, but has lost it."""
         if self._lock is not None:
             self._lock.require_held()
 
@@ -204,7 +207,7 @@ class RunFolder:
     def restore(self, on_epoch: OnEpoch) -> StoredCheckpoint | None:
         """Return the checkpoint to resume from, after passing its epochs to `on_epoch`.
 
-        All other checkpoints are deleted, except the one that was selected at that time.
+        All other checkpoints are deleted, except the one that was selected when it was written.
 
         Raises:
             CheckpointError: another process has taken over the folder.
@@ -309,7 +312,7 @@ class RunFolder:
     def delete(self, name: str) -> None:
         """Delete a checkpoint if it exists, and retry for DELETE_SECONDS.
 
-        After its controller was lost, a worker may write to the checkpoint for some more seconds.
+        A worker may write to the checkpoint for some seconds after the loss of its controller.
         Files that remain use disk space, but do no other harm.
         """
         deadline = time.monotonic() + DELETE_SECONDS

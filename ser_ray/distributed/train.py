@@ -1,9 +1,9 @@
 """Trains one fold: from shards and a recipe to a checkpoint, a report and an MLflow run.
 
-A single worker trains in this process, unless the user names a cluster. Several workers use Ray
-Train. The tracker runs in the driver, so lost workers affect neither MLflow nor the terminal. If
-the driver is lost, the same command resumes the training: the recipe and the shards determine the
-name of the run folder, and this folder holds everything that is needed to resume.
+A single worker trains in this process, except in the cases that `ser_ray.cluster.connect.needs_ray`
+lists. Several workers use Ray Train. The tracker runs in the driver, so lost workers affect neither
+MLflow nor the terminal. If the driver is lost, the same command resumes the training, because it
+gives the same run folder, and this folder holds everything that is needed to resume.
 """
 
 import logging
@@ -67,7 +67,8 @@ class TrainResult:
     report: str
     """Path or URI of the run's page."""
     undelivered: str = ""
-    """Why MLflow lacks a part of the run; empty if it has all. The same call delivers the rest."""
+    """Why MLflow lacks a part of the run; empty if no part is missing. The same call delivers the
+    rest."""
 
     def __repr__(self) -> str:
         selected, card = self.selected, self.card
@@ -201,7 +202,7 @@ def _train_and_log(
 
 
 def _complete(task: TrainingTask, tracker: Tracker) -> None:
-    """Copy the selected checkpoint to a fixed name, write the page, and complete the MLflow run.
+    """Copy the selected checkpoint to `selected`, write the page, and complete the MLflow run.
 
     If the tracking store does not answer, the folder's record gives the reason, and the same
     command delivers the rest.
@@ -231,7 +232,7 @@ def _complete(task: TrainingTask, tracker: Tracker) -> None:
 
 def _record(task: TrainingTask, newest: StoredCheckpoint, selected: Path, tracker: Tracker) -> None:
     """Write the page of a finished training, and record its scores, model and page in MLflow."""
-    from ser_ray.evaluation.evaluate import evaluate  # slow, as is `pages`: matplotlib
+    from ser_ray.evaluation.evaluate import evaluate  # slow, like `pages`: matplotlib
     from ser_ray.evaluation.pages import run_page
     from ser_ray.evaluation.rendering import store_page
     from ser_ray.evaluation.to_mlflow import record_training
@@ -242,7 +243,7 @@ def _record(task: TrainingTask, newest: StoredCheckpoint, selected: Path, tracke
             selected,
             task.shards.locations,
             part="validation",
-            # Computed by the workers, because the driver may not have enough memory.
+            # The workers computed them, because the driver may not have enough memory.
             probabilities=folder.validation_probabilities(newest),
         )
     page = run_page(

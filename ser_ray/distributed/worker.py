@@ -109,7 +109,7 @@ class Reporter:
 
 
 def preemption_check() -> Callable[[], bool]:
-    """Return a function that tells whether Ray has announced a preemption since its last call."""
+    """Return a function that tells whether Ray announced a preemption after the previous call."""
     latest = None
 
     def check() -> bool:

@@ -1,4 +1,4 @@
-"""Trains with workers of Ray Train, and passes each epoch to the driver when it ends.
+"""Trains with workers of Ray Train, and passes each epoch to the driver when the epoch ends.
 
     worker -> ray.train.report -> Ray's controller -> queue -> `WorkerGroup.run` in the driver
 
@@ -38,9 +38,9 @@ from ser_ray.distributed.worker import run_worker
 from ser_ray.errors import first_line, is_permanent, wrapped_error
 
 POLL_SECONDS = 0.2
-"""How often the controller polls the workers, and the driver polls the queue."""
+"""Time between two polls of the workers by the controller, and of the queue by the driver."""
 RESIZE_SECONDS = 30.0
-"""How often an elastic training checks whether there is room for more workers."""
+"""Time between two checks whether there is room for more workers, in an elastic training."""
 STOP_SECONDS = 60.0
 """How long stopped workers may take to finish their current epoch."""
 
@@ -97,7 +97,7 @@ class WorkerGroup:
             except (RayActorError, TrainingFailedError) as error:
                 has_progressed = folder.newest() != start
                 failures = 0 if has_progressed else failures + 1
-                # A WorkerGroupError means that Ray has already used its attempts.
+                # Ray raises a WorkerGroupError after it has made all its attempts.
                 can_retry = isinstance(error, RayActorError) or (
                     has_progressed and not isinstance(error, WorkerGroupError)
                 )
@@ -166,7 +166,7 @@ class WorkerGroup:
                     max_failures=task.run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
                 # Ray keeps the newest checkpoint, and the two with the highest `score`, which are
-                # the two that were selected last. The last one may be incomplete.
+                # the two that were selected last. Two are needed if the newest is incomplete.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute="score"
                 ),
