@@ -51,7 +51,7 @@ def test_a_notebook_completes_the_functions_and_shows_what_shards_hold(memory_sh
     assert set(dir(ser_ray)) == {*ser_ray.__all__, "__version__"}
     folder = write_shard_files(tmp_path / "a", memory_shards, ("mel",))
     assert repr(ser_ray.open_shards(folder)) == (
-        f"{folder}: 48 clips, 4 labels (neutral, calm, happy, sad), features spectrogram, mel, mfcc"
+        f"{folder}: 48 rows, 4 labels (neutral, calm, happy, sad), features spectrogram, mel, mfcc"
     )
     other = write_shard_files(tmp_path / "b", memory_shards, ("mel",))
     assert repr(ser_ray.open_shards([folder, other])).startswith(f"{folder} and {other}: 96 clips")

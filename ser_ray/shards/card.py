@@ -21,19 +21,19 @@ from ser_ray.storage.paths import filesystem_of, location_inside, read_file
 
 SCHEMA_VERSION = 3
 FINGERPRINTED = ["take", "speaker", "emotion", "content", "window"]
-"""Columns of the clips that the fingerprint covers, in addition to the labels and the feature
-settings."""
+"""Columns of the clips on which the fingerprint depends. It also depends on the label set and the
+feature settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UsedCorpus:
     """Says which clips of a shard set are used.
 
-    It is made only if several sets are read as one, or if labels are mapped.
+    A `UsedCorpus` is made only if several sets are read as one, or if labels are mapped.
     """
 
     name: str
-    """Name of the shard set's folder."""
+    """Name of the corpus. By default, it is the name of the shard set's folder."""
     kind: CorpusKind
     fingerprint: str
     """Fingerprint of the shard set."""
@@ -74,8 +74,8 @@ class ShardCard:
     shard_sizes: tuple[int, ...]
     """Number of rows in each shard. A clip has one row; a long clip has one row for each window."""
     fingerprint: str
-    """Sixteen hex digits that depend on the features, clips, labels and speakers, but not on the
-    location of the corpus or on encoders."""
+    """Sixteen hex digits that depend on the feature settings, clips, labels and speakers, but not
+    on the location of the corpus or on encoders."""
     encoders: tuple[EncoderCard, ...] = ()
     """The encoders whose columns are complete."""
     schema_version: int = SCHEMA_VERSION
@@ -98,7 +98,7 @@ class ShardCard:
         return sum(self.shard_sizes)
 
     def encoder_of(self, kind: str) -> EncoderCard | None:
-        """Return the encoder of a kind of feature; None if it is spectrogram, mel or mfcc.
+        """Return the encoder of a kind of feature; None for spectrogram, mel and mfcc.
 
         Raises:
             ConfigError: the shards do not have this kind; the message lists the kinds they have.
@@ -132,7 +132,7 @@ class ShardCard:
     def fingerprint_of(self, kind: str) -> str:
         """Return the fingerprint of one kind of feature.
 
-        For an encoder, it also covers the encoder's weights.
+        For an encoder, the fingerprint also depends on the encoder's weights.
         """
         encoder = self.encoder_of(kind)
         if encoder is None:
@@ -143,7 +143,7 @@ class ShardCard:
 def make_card(
     shards: str, corpus: Corpus, features: FeatureConfig, numbers: Sequence[int]
 ) -> ShardCard:
-    """Return the card of a shard set whose shards with these numbers, ascending, are committed."""
+    """Make the card of a shard set from the committed shards with these numbers, ascending."""
 
     def read_shard(number: int) -> tuple[list[str], pa.Table]:
         statuses = layout.read_table(shards, layout.outcomes_name(number), ["status"])[
@@ -189,8 +189,8 @@ def read_card(shards: str) -> ShardCard | None:
         values = read_object(read_file(location_inside(shards, layout.CARD_NAME)))
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             raise ShardsError(
-                f"{shards}: has layout version {version}, and this program reads version "
-                f"{SCHEMA_VERSION}: prepare the corpus again into another folder"
+                f"{shards} has layout version {version}, and this program reads only version "
+                f"{SCHEMA_VERSION}; prepare the corpus again into another folder"
             )
         values["features"] = FeatureConfig(**values["features"])
         for name in ("labels", "shard_numbers", "shard_sizes"):
@@ -203,6 +203,6 @@ def read_card(shards: str) -> ShardCard | None:
         raise ShardsError(f"{shards}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ShardsError(
-            f"{shards}/{layout.CARD_NAME}: is not the card of a shard set ({error}); delete it and "
+            f"{shards}/{layout.CARD_NAME} is not the card of a shard set ({error}); delete it, and "
             "run the same `ser-ray prepare` again"
         ) from error

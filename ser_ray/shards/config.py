@@ -18,15 +18,17 @@ class PrepareConfig:
     shards: str = "ser-ray-out/shards"
     """Folder or URI to write the shards to."""
     include: tuple[str, ...] = MODALITIES
-    """Modalities to decode; all other files are counted as `excluded`."""
+    """Modalities to decode; files of other modalities are counted as `excluded`."""
     missing: tuple[str, ...] = MISSING_WORDS
     """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
     words, only an empty cell is a missing value."""
     columns: tuple[str, ...] = ()
-    """Columns of a table that are not called path, label, speaker, take, start, end or split, as in
-    label=mood speaker=who."""
+    """Names of a table's columns, as in label=mood speaker=who. They are needed only for names that
+    `prepare` does not recognise. The columns are path, label, speaker, take, start, end and
+    split."""
     rows_per_shard: int = 128
-    """Largest number of files in a shard. One task decodes and commits a shard."""
+    """Largest number of files, or segments of files, in a shard. One task decodes and writes a
+    shard."""
     encoder: tuple[str, ...] = ()
     """Pretrained speech encoders whose layers also become features. Each is a bundle of torchaudio
     in lower case (wavlm_base_plus, hubert_large, wav2vec2_xlsr_300m), or NAME=FILE, where FILE has

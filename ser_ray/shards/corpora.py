@@ -3,10 +3,11 @@
     shards = open_corpora(["ser-ray-out/emodb", "ser-ray-out/iemocap"], "common")
 
 The result has the interface of a `ShardSet`, so training and evaluation need not know whether they
-read one shard set or several. The column `corpus` has the name of a clip's corpus, which is the
-folder of its shard set. This name also prefixes speakers and takes, so that equal names in two
-corpora do not become one speaker or take. Only the shard sets of RAVDESS, such as its speech and
-its song, share a prefix, because they have the same actors.
+read one shard set or several. The column `corpus` has the name of a clip's corpus, which is
+usually the folder of its shard set. In the names of speakers and takes, the name of the corpus is
+a prefix, so that equal names in two corpora do not become one speaker or take. The shard sets of
+RAVDESS, such as its speech and its song, all have the prefix `ravdess`, because they have the same
+actors. The shard sets of the synthetic corpus have one prefix too.
 """
 
 import hashlib
@@ -52,7 +53,10 @@ class Member:
 
 @dataclass(frozen=True, repr=False)
 class Corpora(ShardSet):
-    """Several shard sets as one. Its rows are those of the members, one after the other."""
+    """Several shard sets as one, or one shard set with mapped labels.
+
+    The rows are those of the members, one member after the other.
+    """
 
     members: tuple[Member, ...]
 
@@ -118,8 +122,9 @@ def open_corpora(
 
     Raises:
         ShardsError: a location has no committed shard set.
-        ConfigError: two sets have the same name or different features, or the label map names
-            unknown corpora or labels, or leaves no clips.
+        ConfigError: no location is given, two sets have the same name or different features, or
+            the label map cannot be read, names unknown corpora or labels, or leaves no clip of a
+            set.
     """
     unique = [locations] if isinstance(locations, str) else list(dict.fromkeys(locations))
     if not unique:
@@ -132,7 +137,7 @@ def open_corpora(
         known_maps = {corpus.fingerprint: corpus.labels for corpus in known}
         for name, shards in sets.items():
             maps[name] = known_maps.get(shards.card.fingerprint, maps[name])
-    if len(sets) == 1:  # without changed labels, it needs no `Corpora`
+    if len(sets) == 1:  # one set without changed labels needs no `Corpora`
         [(name, shards)] = sets.items()
         if maps[name] == {label: label for label in set_labels[name]}:
             return shards
@@ -145,7 +150,7 @@ def open_corpora(
         if not found[name] & maps[name].keys():
             raise ConfigError(
                 f"{label_map or 'the label map'} leaves no clip of {name}, whose labels are "
-                f"{', '.join(set_labels[name])}: leave it out, or map its labels"
+                f"{', '.join(set_labels[name])}; leave out this corpus, or map its labels"
             )
     members = [_member(name, sets[name], tables[name], maps[name]) for name in sets]
     kept = [maps[name][label] for name in sets for label in found[name] & maps[name].keys()]
@@ -160,7 +165,7 @@ def corpus_name(location: str) -> str:
 def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str, ShardSet]:
     """Return {name: shard set}, sorted by name.
 
-    The name is that of the known corpus with the same fingerprint, or else of the set's folder.
+    The name is that of the known corpus with the same fingerprint, or else that of the folder.
     """
     names = {corpus.fingerprint: corpus.name for corpus in known}
     named: dict[str, ShardSet] = {}
@@ -169,8 +174,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
         kinds = {other.card.corpus for other in named.values()} - {"table"}
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(
-                f"{shards.uri}: another corpus is called {name!r} too; corpora are named after the "
-                "folders of their shard sets: rename one of the folders"
+                f"{shards.uri}: another corpus is called {name!r} too. Corpora are named after the "
+                "folders of their shard sets, so rename one of the folders"
             )
         named[name] = shards
     return dict(sorted(named.items()))
@@ -212,7 +217,7 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
     identity = [(m.corpus.name, m.corpus.fingerprint, m.corpus.labels) for m in members]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     return ShardCard(
-        corpus="synthetic" if "synthetic" in kinds else kind,  # captions must say it
+        corpus="synthetic" if "synthetic" in kinds else kind,  # captions must name it
         source=", ".join(member.corpus.name for member in members),
         labels=labels,
         features=cards[0].features,

@@ -1,4 +1,4 @@
-"""Hashes files and samples, so that `plan` and `write` can compare them."""
+"""Hashes files and samples, to find out whether they are equal."""
 
 import hashlib
 from functools import partial
@@ -37,6 +37,6 @@ def _digest(location: str) -> str:
         return new_hash(read_packed(location)).hexdigest()
     filesystem, path = filesystem_of(location)
     if not filesystem.get_file_info(path).is_file:  # opening a pipe would wait for its writer
-        raise OSError(f"{location}: not a file")
+        raise OSError(f"{location} is not a file")
     with filesystem.open_input_file(path) as stream:
         return hashlib.file_digest(stream, new_hash).hexdigest()

@@ -1,12 +1,13 @@
-"""Adds the features of pretrained encoders to a finished shard set, by a Ray Data job.
+"""Adds the features of pretrained encoders to a finished shard set, with a Ray Data job.
 
 For each encoder, each shard gets a Parquet file of its own, which `encode_shard` writes. All these
-files together are the column of the encoder. Adding an encoder therefore changes no other file, and
-reading one kind of feature reads only its bytes. An interrupted job continues with the missing
-files. A shard whose clips have changed is encoded again.
+files together are the column of the encoder. Adding an encoder therefore changes no other file
+except the card, and if one kind of feature is read, only the bytes of this kind are read. The run
+after an interruption writes only the missing files. A shard whose clips have changed is encoded
+again.
 
-The job uses Ray actors, because the weights must stay in memory. All actors on a machine share
-them.
+The job uses Ray actors, because the weights must stay in memory. All actors on a machine share one
+copy of the weights in main memory.
 """
 
 import itertools
@@ -50,7 +51,7 @@ ACTORS_PER_GPU = 2
 
 
 def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) -> list[Any]:
-    """Load the named `EncoderWeights`, from the shard set if it already has them.
+    """Load the named `EncoderWeights`, from the shard set if they are stored there.
 
     Args:
         shards: folder or URI of the shard set.
@@ -58,7 +59,7 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         features: the feature settings of the shard set.
 
     Raises:
-        ConfigError: an encoder is unknown, or the sample rate of the features is not that of
+        ConfigError: an encoder is unknown, or the features do not have the sample rate of
             encoders.
         EncoderError: weights cannot be loaded, or differ from those in the shard set.
     """
@@ -84,7 +85,7 @@ def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) 
         if given.card.weights != weights.card.weights:
             raise EncoderError(
                 f"{source}: its weights have the hash {given.card.weights[:16]}, but the shards "
-                f"have a column {name} that was made with the weights {weights.card.weights[:16]}; "
+                f"have a column {name} from weights with the hash {weights.card.weights[:16]}; "
                 f"choose another name, or delete {shards}/{layout.ENCODERS}/{name}"
             )
         found.append(weights)
@@ -99,14 +100,14 @@ def add_encoders(
     address: str,
     progress: Report | None,
 ) -> tuple[ShardCard, list[str]]:
-    """Encode what the encoders' columns lack, and list the complete columns in the card.
+    """Encode the shards that the encoders' columns lack, and list complete columns in the card.
 
     Args:
         shards: folder or URI of the shard set.
         card: the card of the shard set.
         encoders: the encoders whose columns are written.
         lock: held on the shard set.
-        address: cluster to join, if a column lacks shards.
+        address: cluster to join; unused if no column lacks shards.
         progress: called after every shard; if None, `run_job` shows the progress.
 
     Returns:
@@ -222,7 +223,7 @@ def _store_weights(location: str, weights: "EncoderWeights") -> None:
 
 
 class _ShardEncoder:
-    """An actor that holds the encoder, and encodes one shard in a call."""
+    """An actor that holds the encoder, and encodes one shard in each call."""
 
     def __init__(self, shards: str, features: FeatureConfig, encoder: Any, threads: int) -> None:
         import ray

@@ -35,11 +35,13 @@ KEY = b"ser_ray.encoder_key"
 KEYED = ["content", "window"]
 """Columns of the clips that the key covers."""
 WINDOWS_AT_ONCE = 256
-"""Number of windows whose waveforms are in memory together: 107 MB at 6.5 s each."""
+"""Approximate number of windows whose waveforms are in memory together: 107 MB at 6.5 s each."""
 
 
 def is_current(shards: str, number: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
-    """Return whether the file of a shard is undamaged and made from its present clips.
+    """Return whether an encoder's file of a shard is readable and up to date.
+
+    It is up to date if the clips, feature settings and weights from which it was made are the same.
 
     Raises:
         FileNotFoundError: there is no file for this encoder.
@@ -84,7 +86,9 @@ def encode_shard(
             waveforms = pool.map(lambda windows: _decode_windows(windows, extractor), files)
             encoded = encoder.encode(list(itertools.chain.from_iterable(waveforms)))
             if not np.isfinite(encoded).all():
-                raise OSError(f"{card.name} has values that are not finite, so its weights are bad")
+                raise OSError(
+                    f"{card.name} returns values that are not finite, so its weights are bad"
+                )
             values[np.concatenate(rows)] = encoded.clip(-65504, 65504)  # the range of float16
     key = _column_key(clips, extractor.config, card)
     table = pa.table({card.name: feature_column(values)}).replace_schema_metadata({KEY: key})
@@ -93,7 +97,10 @@ def encode_shard(
 
 
 def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
-    """Yield groups of files, each file as its rows; a group has about `WINDOWS_AT_ONCE` rows."""
+    """Yield groups of files, with about `WINDOWS_AT_ONCE` rows in a group.
+
+    Each file is an array of its rows [num_rows].
+    """
     paths = clips["path"].to_numpy()
     firsts = np.flatnonzero(paths[1:] != paths[:-1]) + 1
     files = np.split(np.arange(len(clips)), firsts) if len(clips) else []
@@ -101,7 +108,7 @@ def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
 
 
 def _decode_windows(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
-    """Decode a file, and return the waveforms of these windows, which are all rows of the file."""
+    """Decode a file, and return the waveforms of its windows in the shard."""
     path, waveforms = windows[0]["path"], []
     try:
         recording = decode(path, max_seconds=MAX_RECORDING_SECONDS)

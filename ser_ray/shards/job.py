@@ -1,7 +1,7 @@
 """Runs Ray Data jobs with one task for each shard.
 
 A task returns a `shard_result`, and the driver reads the results in `run_job`. `prepare` and
-`encode` make the jobs.
+`encode` start the jobs.
 """
 
 import logging
@@ -17,7 +17,7 @@ from ser_ray.storage.lock import FolderLock
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-AGAIN = "; committed shards are kept: remove the cause, then give the same command again"
+AGAIN = "; finished shards are kept. Remove the cause, then give the same command again"
 
 
 def set_up_ray_data() -> None:
@@ -39,7 +39,7 @@ def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
 
     Args:
         path: path of the written file inside the shard set, for error messages.
-        write: writes the file, and returns the shard's number of listed files by status.
+        write: writes the file, and returns the number of the shard's files by status.
 
     Returns:
         The columns `path`, `failure`, `status` and `count`, with one row for each status. `failure`
@@ -66,11 +66,11 @@ def run_job(
     """Run a job, and show its progress. Stop if another run took over the lock.
 
     Args:
-        results: Ray Data computes these `shard_result`s, while this function reads them.
+        results: yields the `shard_result`s, which Ray Data computes while they are read.
         shards: folder or URI of the shard set.
         lock: held on the shard set.
-        num_files: number of listed files of the shard set.
-        before: number of files that earlier runs finished.
+        num_files: number of files in the shard set; for an encoder, number of clips.
+        before: number of these that earlier runs finished.
         given: called after every shard; if None, `show_progress` shows a bar or log lines.
 
     Raises:

@@ -2,14 +2,16 @@
 
     SHARDS/card.json                           describes the set; missing until the set is complete
     SHARDS/clips/shard-00012.parquet           the decoded clips of shard 12 with their features
-    SHARDS/outcomes/shard-00012.parquet        one row for every listed file of shard 12
+    SHARDS/outcomes/shard-00012.parquet        one row for every file, or segment of a
+                                               file, of shard 12
     SHARDS/encoders/NAME/shard-00012.parquet   an encoder's features of these clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
 
-A feature is stored as the bytes of a float16 array `[bins, num_frames]`, padded with zeros on the
-right; for an encoder, the array is `[layers, dim]`. The type of the column is Arrow's fixed-size
-binary. Arrow's fixed-shape tensors are slower, because Parquet stores them as nested lists with a
-definition level for every number: on 128 clips, writing takes 5 times and reading 7 times as long.
+A feature is stored as the bytes of a float16 array `[bins, frames]`. All arrays of a shard set have
+the same number of frames, so shorter clips are padded with zeros on the right. For an encoder, the
+array is `[layers, dim]`. The type of the column is Arrow's fixed-size binary. Arrow's fixed-shape
+tensors are slower, because Parquet stores them as nested lists with a definition level for every
+number. For 128 clips, writing them takes 5 times as long, and reading them 7 times as long.
 """
 
 import contextlib
@@ -33,15 +35,17 @@ OK = "ok"
 DIGEST = "digest"
 """The column of the outcomes that has the digest of each file's bytes."""
 REQUESTS_AT_ONCE = 16
-"""Number of small files that are read in parallel: a bucket answers them in the time of one."""
+"""Number of small files that are read in parallel. A bucket answers that many requests in about
+the time of one request."""
 COMPRESSION = "lz4"
-"""lz4 saves nine tenths of the bytes that zstd saves, and is read twice as fast."""
+"""Files are read twice as fast with lz4 as with zstd. They are a little larger: lz4 saves nine
+tenths of the bytes that zstd saves."""
 _CLIPS_FILE = re.compile(rf"{CLIPS}/shard-\d+\.parquet(\.[0-9a-f]{{8}}\.tmp)?")
-"""Paths of clips, and of the temporary files that `write_table` renames to them."""
+"""Paths of files with clips, and of temporary files that `write_table` renames to such paths."""
 
 
 def feature_column(values: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Turn features [num_clips, ...] float16 into a column with the bytes of each clip's array."""
+    """Turn features [num_rows, ...] float16 into a column with the bytes of each row's array."""
     width = math.prod(values.shape[1:]) * values.itemsize
     buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), buffers)
@@ -53,7 +57,7 @@ def clips_name(number: int) -> str:
 
 
 def feature_name(kind: str, number: int) -> str:
-    """Return the path of the file, inside the shard set, that has this feature of a shard."""
+    """Return the path, inside the shard set, of the file with one kind of feature of a shard."""
     return clips_name(number) if kind in KINDS else f"{ENCODERS}/{kind}/shard-{number:05d}.parquet"
 
 
@@ -109,16 +113,16 @@ def delete(shards: str, name: str) -> None:
 
 
 def require_no_other_files(shards: str) -> None:
-    """Check that the folder `clips` has no files that do not belong to a shard set.
+    """Check that the folder `clips` has only files of a shard set.
 
     Raises:
-        ShardsError: there is such a file.
+        ShardsError: the folder has another file.
     """
     has_outcomes = names_in(shards, OUTCOMES) is not None
     for name in names_in(shards, CLIPS) or ():
         if not (has_outcomes and _CLIPS_FILE.fullmatch(name)):
             raise ShardsError(
-                f"{shards}: holds {name}, which is not part of a shard set; choose another folder"
+                f"{shards} holds {name}, which is not part of a shard set; choose another folder"
             )
 
 

@@ -1,11 +1,11 @@
 """Decides which committed shards are still valid, and divides all other files into new shards.
 
-The plan follows from the manifest and the outcomes of the committed shards. A committed shard is
-kept if the feature settings and its rows of the manifest have not changed. All other files are
-sorted by path and divided into shards, which get the lowest free numbers. A run that continues an
-interrupted run, also on another machine, therefore writes the shards that were missing.
+The plan depends on the manifest, the settings and the outcomes of the committed shards. A committed
+shard is kept if the feature settings and its rows of the manifest have not changed. All other files
+are sorted by path and divided into shards, which get the lowest free numbers. A run that continues
+an interrupted run, also on another machine, therefore writes the shards that were missing.
 
-In this module, a file is a row of the manifest, which may also be a segment of a file.
+Segments of files are rows of the manifest too, and count as files in numbers of files.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of, location_inside
 
 SHARDS_OF_SMALL_CORPUS = 16
-"""A corpus that would fit into a few shards is divided into up to this many, so that several cores
+"""A corpus that would fit into fewer shards is divided into about this many, so that several cores
 have work."""
 KEY, FEATURES = b"ser_ray.shard_key", b"ser_ray.features"
 """Keys of the metadata in a shard's outcomes: its `shard_key` and its feature settings."""
@@ -42,12 +42,12 @@ KEY, FEATURES = b"ser_ray.shard_key", b"ser_ray.features"
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """The files, key and feature settings of a committed shard, as its outcomes have them."""
+    """The files, key and feature settings that are stored in a committed shard's outcomes."""
 
     files: pa.Table
-    """The shard's rows of the manifest, without status and reason, and the digest of each file."""
+    """The shard's rows of the manifest without status and reason, but with each file's digest."""
     key: str
-    """The `shard_key` of the rows as they were then; empty if the shard must be written again."""
+    """The stored `shard_key` of the rows; empty if the shard must be written again."""
     features: FeatureConfig
 
 
@@ -88,7 +88,8 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -
     """Return the manifest with the old modification times of files whose bytes have not changed.
 
     A file with a new time but the same size is hashed and compared with the digest of the earlier
-    run, which is faster than decoding it again. With the old time, it stays in its committed shard.
+    run, which is faster than decoding it again. With the old time, the file stays in its committed
+    shard.
     """
     if not committed:
         return manifest
@@ -195,12 +196,12 @@ def _committed_numbers(manifest: pa.Table, committed: Mapping[int, CommittedShar
 
 
 def _rows_needed(manifest: pa.Table, is_kept: np.ndarray, begins_shard: np.ndarray) -> np.ndarray:
-    """Return how many free rows a shard must have to take each pending row [num_pending].
+    """Return the number of free rows that a shard needs for each pending row [num_pending].
 
     The first segment of a file needs as many rows as the file has segments, so that they stay
     together; the other segments need none. A complete file needs one row. If a kept shard begins
-    with a file, the next pending row needs at least as many rows as that file. An interrupted run
-    therefore divides the files at the same rows as an uninterrupted run.
+    with a file, the next pending row needs at least as many rows as that file. The run after
+    an interruption therefore divides the files at the same rows as an uninterrupted run.
     """
     paths = manifest["path"].combine_chunks()
     begins_file = np.ones(len(paths), bool)
@@ -282,8 +283,8 @@ def require_same_corpus(
     paths = pa.concat_tables(shard.files.select(["path"]) for shard in committed.values())["path"]
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
-            f"{shards}: holds the shards of another corpus, {len(paths)} files like {paths[0]}, "
-            "and none of them is in this corpus: choose another folder with --shards, or delete "
+            f"{shards}: holds the shards of another corpus, {len(paths)} files such as {paths[0]}, "
+            "and none of them is in this corpus. Choose another folder with --shards, or delete "
             "this folder"
         )
 
@@ -291,7 +292,7 @@ def require_same_corpus(
 def describe_changes(
     committed: Mapping[int, CommittedShard], features: FeatureConfig, plan: Plan
 ) -> tuple[str, ...]:
-    """Return lines that say what has changed since an earlier run, and what it prepared."""
+    """Return lines that say what has changed since an earlier run, and what is prepared already."""
     if not committed:
         return ()
     first = next(iter(committed.values()))
@@ -318,7 +319,7 @@ def describe_changes(
 
 
 def _by_key(tables: Iterable[pa.Table]) -> dict[str, tuple[Any, ...]]:
-    """Return {key: values} of all rows, by their `clip_keys`, without digests and outcomes."""
+    """Return {clip key: values} of all rows, without digests and outcomes."""
     names = [name for name in MANIFEST_SCHEMA.names if name not in ("status", "reason")]
     rows: dict[str, tuple[Any, ...]] = {}
     for table in tables:

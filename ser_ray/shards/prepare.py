@@ -1,12 +1,12 @@
-"""Turns a corpus into shards, by a Ray Data job over the shards of a plan.
+"""Turns a corpus into shards, with a Ray Data job that has one task for each shard of a plan.
 
 Each block of the dataset has one shard's rows of the manifest. A task decodes their files, writes
 the shard and returns the number of files by status. If the command is given again, it writes only
 the missing shards of the `plan`. The card is written when all shards are committed.
 
-The tasks write the shards themselves; `write` says why Ray Data does not. An actor pool that
-decodes and a second operator that writes were tried: they take 27 s instead of 7 s for 1,440 clips
-on two CPUs, because Ray Data copies the features from one operator to the other.
+The tasks write the shards themselves; `write` says why Ray Data does not write them. Another design
+was tried, in which an actor pool decodes and a second operator writes. It takes 27 s instead of 7 s
+for 1,440 clips on two CPUs, because Ray Data copies the features from one operator to the other.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ NOT_SHARED = (
     "with several machines, shards must be in a bucket or on a disk that all machines mount"
 )
 MISSING_NAME = "missing.csv"
-"""A file in the shard set. It lists the files that the table of the corpus names but that do not
-exist."""
+"""A file in the shard set that lists missing files. The table of the corpus names these files, but
+they do not exist."""
 NAMES_SHOWN = 3
 """Number of missing files that a warning names."""
 
@@ -72,11 +72,12 @@ class PrepareSummary:
     seconds: float
     """Duration of this run."""
     num_files: int | None
-    """Number of files if the rows of the corpus are segments of files; else None."""
+    """Number of files if some clips are segments of files; else None."""
     contents: str
     """The number of clips by label and the number of speakers, as text."""
     warnings: tuple[str, ...]
-    """Lines about files that are left out or missing, and about likely mistakes in the corpus."""
+    """Lines about files that are left out or missing, clips that are cut into windows, incomplete
+    columns of encoders, and likely mistakes in the corpus."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.card.counts.items())
@@ -161,8 +162,8 @@ def prepare(
     warnings = [*corpus.notes, *missing]
     if card.num_rows > (num_ok := card.counts[layout.OK]):
         warnings.append(
-            f"{num_ok} clips are {card.num_rows} rows of the shards: a clip with more than "
-            f"{card.features.max_seconds:g} s of sound is cut into windows, which count once"
+            f"{num_ok} clips have {card.num_rows} rows in the shards, because a clip with more "
+            f"than {card.features.max_seconds:g} s of sound is cut into windows, but counts once"
         )
     is_segmented = pc.any(pc.is_valid(outcomes["start"])).as_py()
     return PrepareSummary(
@@ -183,7 +184,7 @@ def _complete(
     lock: FolderLock,
     progress: Report | None,
 ) -> ShardCard:
-    """Write the pending shards of the plan, delete all others, and write the card.
+    """Write the pending shards, delete the shards that are not in the plan, and write the card.
 
     Raises:
         ShardsError: a shard could not be written, or the job failed.
@@ -219,11 +220,11 @@ def _complete(
 
 
 def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
-    """Write missing.csv, and return a line about the files of a table that do not exist.
+    """List the missing files of a table in missing.csv, and return a line about them, if any.
 
     Raises:
-        CorpusError: no file of the table exists, or the folder of a file does not exist. Then a
-            disk may not be mounted.
+        CorpusError: no file of the table exists, or the folder of a file does not exist, perhaps
+            because a disk is not mounted.
     """
     is_missing = pc.is_in(manifest["reason"], value_set=pa.array(MISSING_FILES))
     rows = manifest.filter(is_missing).select(["path", "reason"])
@@ -254,7 +255,7 @@ def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -
 
     def write() -> dict[str, int]:
         if layout.names_in(shards, layout.OUTCOMES) is None:
-            raise OSError(f"{socket.gethostname()} does not see this folder: {NOT_SHARED}")
+            raise OSError(f"{socket.gethostname()} does not see the shards' folder; {NOT_SHARED}")
         return write_shard(shards, number, rows.drop_columns("shard"), extractor)
 
     return shard_result(layout.clips_name(number), write)

@@ -47,7 +47,7 @@ READ_THREADS = 4
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A committed shard set. Its rows are sorted by shard, and by path in a shard."""
+    """A committed shard set. Its rows are sorted by shard, and by path within a shard."""
 
     uri: str
     """Folder or URI of the shards."""
@@ -56,14 +56,14 @@ class ShardSet:
     def __repr__(self) -> str:
         kinds = (*KINDS, *(encoder.name for encoder in self.card.encoders))
         return (
-            f"{' and '.join(self.locations)}: {self.card.num_rows} clips, "
+            f"{' and '.join(self.locations)}: {self.card.num_rows} rows, "
             f"{len(self.card.labels)} labels ({', '.join(self.card.labels)}), "
             f"features {', '.join(kinds)}"
         )
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """Folder or URI of each shard set; several only in `ser_ray.shards.corpora`."""
+        """Folder or URI of each shard set. Only `ser_ray.shards.corpora` can have several."""
         return (self.uri,)
 
     @property
@@ -72,7 +72,7 @@ class ShardSet:
         return ()
 
     def clips(self) -> pa.Table:
-        """Return every column except the features, one row per clip or window of a long clip."""
+        """Return all columns except the features, one row per clip or per window of a long clip."""
         tables = []
         for number, num_rows in zip(self.card.shard_numbers, self.card.shard_sizes, strict=True):
             filesystem, path = filesystem_of(location_inside(self.uri, layout.clips_name(number)))
@@ -87,7 +87,7 @@ class ShardSet:
         """Return the manifest with the final status and reason, one row per listed file.
 
         The column `encoders` lists the encoders that the card has, as NAME:HASH with the hash of
-        the weights. It is empty for files without a clip.
+        the weights. The list is empty for files without a clip.
         """
         tables = []
         for name in map(layout.outcomes_name, self.card.shard_numbers):
@@ -134,6 +134,8 @@ class ShardSet:
 
         Raises:
             ShardsError: a file cannot be read, or the features do not fit into memory.
+            ConfigError: the shards do not have this kind of feature.
+            IndexError: a row does not exist.
         """
         rows = np.arange(self.card.num_rows) if rows is None else np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.card.num_rows:
@@ -143,7 +145,7 @@ class ShardSet:
             features = np.empty(shape, np.float16)
         except (MemoryError, ValueError) as error:
             raise ShardsError(
-                f"{self.uri}: {kind} of {len(rows)} clips do not fit into memory ({error})"
+                f"{self.uri}: {kind} of {len(rows)} rows does not fit into memory ({error})"
             ) from error
         self.read_into(features, np.arange(len(rows)), kind, rows)
         return features
@@ -153,7 +155,7 @@ class ShardSet:
     ) -> None:
         """Read the features of rows of `clips()` into an array.
 
-        The shards are read one by one, and `READ_THREADS` at a time, to save memory.
+        At most `READ_THREADS` shards are read at the same time, to save memory.
 
         Args:
             features: the array, with the shape of `features(kind)` except for the number of rows.
@@ -231,8 +233,9 @@ class ShardSet:
         Each task reads one shard. Ray Data joins a Ray cluster or starts one.
 
         Returns:
-            The columns of `clips()`, and the column `kind` with arrays `[bins, num_frames]`
-            float16. The shards come in any order, unless Ray Data's context preserves the order.
+            The columns of `clips()`, and a column that is named after the kind, with arrays
+            `[bins, num_frames]` float16. The shards come in any order, unless Ray Data's context
+            preserves the order.
 
         Raises:
             ConfigError: the protocol does not fit the speakers, or there is no such fold.

@@ -1,4 +1,4 @@
-"""Writes one shard: its rows of the manifest become the clips and the outcomes, two Parquet files.
+"""Writes one shard. Its rows of the manifest become two Parquet files, the clips and the outcomes.
 
 The files have the same bytes on every machine. The clips are written first and the outcomes last,
 so a shard with outcomes is complete. Nothing here imports Ray.
@@ -81,7 +81,8 @@ def write_shard(
 def sandbox() -> Sandbox:
     """Return the sandbox of this process.
 
-    A clip that kills its process must not kill a Ray worker, because Ray would retry it forever.
+    A clip that kills its process must not kill a Ray worker, because Ray would retry the shard
+    forever.
     """
     result = Sandbox()
     atexit.register(result.__exit__)
@@ -177,7 +178,7 @@ def _outcomes_table(rows: pa.Table, outcomes: Outcomes, opened: list[int]) -> pa
 
 
 def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
-    """Set the status `conflict` for files with the name of a used file but different sound."""
+    """Set the status `conflict` for files that have the name of a used file but other sound."""
     for row, (status, reason) in enumerate(outcomes):
         if status == "duplicate" and (reason or "").startswith(SAME_NAME):
             path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
@@ -189,7 +190,7 @@ def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
 
 
 def _content(path: str) -> tuple[str, int]:
-    """Return the digest of a file's samples and their rate, or its status and 0 if it has none."""
+    """Return the digest and rate of a file's samples; its status and 0 if it cannot be decoded."""
     try:
         samples, sample_rate, _ = _decode(path)
     except ClipError as error:
