@@ -1,6 +1,6 @@
 """Speech emotion recognition at scale.
 
-The modules and folders, in the order in which a clip passes them:
+The modules and folders. Each of them imports only itself and those above it.
 
 errors       errors that a user can cause
 progress     progress bars and log lines
@@ -22,7 +22,7 @@ search       searches and cross-validations on Ray Tune
 api          these steps as Python functions, such as `ser_ray.train`
 cli          these steps as verbs of the command line
 
-A folder imports only from itself and from folders above it. `import ser_ray` imports none of them.
+`import ser_ray` imports none of them.
 """
 
 from typing import TYPE_CHECKING, Any

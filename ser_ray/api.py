@@ -7,11 +7,11 @@
     print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
-In every function, `address` is the Ray cluster to join. The default is the cluster of the variable
-RAY_ADDRESS; without this variable, the work is done on this machine. `tracking_uri` is the MLflow
-store with the runs and registered models. The verbs of `ser_ray.cli` call these functions. Every
-function imports its libraries when it is called, so that quick functions need not wait for slow
-libraries.
+In every function, `address` is the address of the Ray cluster to join, or `local` to start Ray on
+this machine. The default is the variable RAY_ADDRESS; without this variable, the work is done on
+this machine. `tracking_uri` is the MLflow store with the runs and registered models. The verbs of
+`ser_ray.cli` call these functions. Every function imports its libraries when it is called, so that
+quick functions need not wait for slow libraries.
 """
 
 import logging
@@ -96,7 +96,8 @@ def open_shards(location: "Path | ShardLocations", label_map: str = "") -> "Shar
 
     Raises:
         ShardsError: a location has no complete shard set.
-        ConfigError: the sets have different features, or the label map does not fit them.
+        ConfigError: two sets have the same name or different features, or the label map does not
+            fit the sets.
     """
     from ser_ray.shards.corpora import open_corpora
 
@@ -123,7 +124,8 @@ def train(
 
     Raises:
         ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: a setting or an
-            input is wrong. Most of these errors are raised before any worker starts.
+            input is wrong, or the cluster or a storage cannot be used. Most of these errors are
+            raised before any worker starts.
         SerRayError: the training failed; the message gives the reason.
     """
     from ser_ray.distributed.epoch_table import EpochTable
@@ -138,11 +140,11 @@ def train(
 def recipe_like(run_id: str, tracking_uri: str = "") -> TrainConfig:
     """Read the recipe of an MLflow run: a training, trial, fold, search or cross-validation.
 
-    For a search, this is the recipe of the best trial. For a cross-validation, the temperature of
-    the recipe is the mean over the folds, for a model that is trained with the protocol `all`.
+    For a search, this is the recipe of the best trial. For a cross-validation, the recipe has
+    the mean temperature of the folds, which a model of the protocol `all` needs.
 
     Raises:
-        TrackingError: there is no such run, or it has no recipe.
+        TrackingError: there is no such run, it has no recipe, or the store does not answer.
     """
     from ser_ray.tracking.registry import recipe_of_run
 
@@ -180,7 +182,8 @@ def tune(
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
-        recipe: recipe of the first trial; other trials change only its hyperparameters.
+        recipe: recipe whose hyperparameters the trials change. If the search space contains this
+            recipe, the first trial trains it.
         run_config: devices, names and places of all trials.
         search: search space, number of trials, searcher and scheduler.
         slots: CPUs and GPUs of a trial.
@@ -223,7 +226,7 @@ def crossval(
     *,
     address: str = "",
 ) -> "CrossvalResult":
-    """Train and score every fold of the recipe's protocol; the same call resumes the trainings.
+    """Train and score the folds of the recipe's protocol; the same call resumes the trainings.
 
     Args:
         shards: folder or URI of the shard set, or of several that are trained on together.
@@ -254,6 +257,7 @@ def load_model(
 
     Raises:
         CheckpointError: there is no checkpoint.
+        ConfigError: `min_confidence` is not from 0 to 1.
         TrackingError: there is no such run or registered model.
     """
     from ser_ray.inference.predictor import Predictor
@@ -271,7 +275,7 @@ def predict_to_table(
     tracking_uri: str = "",
     address: str = "",
 ) -> "BatchSummary":
-    """Predict the emotion in many files on a cluster; the same call resumes an interrupted pass.
+    """Predict the emotion in many files on Ray; the same call resumes an interrupted pass.
 
     Args:
         files: files, folders, URIs or patterns like `clips/**/*.wav`, or the result of
@@ -384,7 +388,8 @@ def prepare_for(
         card = read_card(checkpoint)
         name = corpus_name(shards)
         mapped = map_labels({name: listed.labels}, label_map, card.labels)[name]
-        # If the training mapped labels, the corpus may be one of its corpora, and its labels fit.
+        # A training that mapped labels may have used this corpus. `evaluate` then maps the labels
+        # in the same way, so the names in the corpus need not be those of the model.
         if label_map or not card.corpora:
             require_known_labels(card, mapped.values(), corpus)
         copied, kind = checkpoint / ENCODER, card.config.feature
@@ -422,7 +427,7 @@ def evaluate(
         model: as in `load_model`.
         shards: shard sets to evaluate on: those of the training, or shards of other speakers. The
             default is the training's shards at their recorded location, or in `ser-ray-out`.
-        label_map: how labels are mapped, as in `TrainConfig`, but to the model's spelling.
+        label_map: how labels are mapped, as in `TrainConfig`, but to the labels of the model.
         protocol: protocol whose fold is tested, instead of the model's own protocol.
         fold: fold to test, from 0, instead of the model's own fold.
         allow_seen_speakers: also score speakers that the model was trained or validated on.

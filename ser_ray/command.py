@@ -12,8 +12,8 @@ def next_command(verb: str, *arguments: str, **settings: Any) -> str:
     Args:
         verb: name of the verb.
         arguments: positional arguments.
-        settings: {field name: value}. For a dataclass, every field that differs from its default
-            becomes a flag. Empty values are left out.
+        settings: {field name: value}. If a value is a dataclass, each of its fields that
+            differs from its default becomes a flag. Empty values are left out.
     """
     words = ["ser-ray", verb, *arguments]
     for name, value in settings.items():

@@ -55,7 +55,7 @@ class DivergedError(SerRayError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; libraries add details below it."""
+    """Return the first line of an error's message, or the error's type if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

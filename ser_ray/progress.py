@@ -41,13 +41,14 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
-    """Yield a function that shows progress on standard error, to be called after each step.
+    """Yield a function that shows progress on standard error. Call it after each step.
 
-    The function appends the rate since its first call and the estimated time left to the text.
+    The function adds two values to the text: the rate since its first call, and the estimated
+    remaining time.
 
     Args:
         unit: what is counted, such as `files`.
-        given: a function that is yielded instead, if it is not None.
+        given: another function to yield instead; None for this one.
     """
     if given is not None:
         yield given
@@ -69,7 +70,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
             if first is None:
                 first = now, done
             seconds, work = now - first[0], done - first[1]
-            if seconds >= 1 and work > 0:  # results that come together have no rate
+            if seconds >= 1 and work > 0:  # a shorter time gives no reliable rate
                 rate = work / seconds
                 text += f", {rate:.1f} {unit}/s"
                 if done < total:
@@ -87,12 +88,14 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
 def count_files(
     total: int, before: int, given: Report | None
 ) -> Iterator[Callable[[Mapping[str, int]], None]]:
-    """Yield a function that adds numbers of files by outcome, and shows the sums.
+    """Yield a function that takes the number of newly finished files with each outcome.
+
+    The function shows how many files are done, and how many of them have errors.
 
     Args:
         total: number of listed files.
         before: number of files that earlier runs finished.
-        given: called with the sums; if None, `show_progress` shows them.
+        given: shows the progress; if None, it is shown on standard error.
     """
     done, errors = before, 0
     with show_progress("files", given) as report:

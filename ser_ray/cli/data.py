@@ -14,6 +14,7 @@ class Download(Verb):
     """Download RAVDESS from its Zenodo record; complete files are not downloaded again."""
 
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    resumes = True
 
     def run(self) -> VerbResult:
         """Download and unpack the archives."""
@@ -30,6 +31,7 @@ class Prepare(Verb):
     """Decode a corpus into Parquet shards of features."""
 
     prepare: PrepareConfig
+    resumes = True
 
     def run(self) -> VerbResult:
         """Prepare the shards, and count the files by outcome."""

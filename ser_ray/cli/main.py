@@ -1,8 +1,8 @@
 """`ser-ray <verb>`: parses the command line, runs a verb, and reports errors in one line.
 
-A verb is a dataclass, and its fields may be the configuration dataclasses that `ser_ray.api` takes.
-Every field becomes a flag, and the field's docstring is the flag's help. Nothing slow is imported
-before a verb runs.
+A verb is a dataclass. Each of its fields becomes a flag, and the field's docstring is the flag's
+help. If a field is a configuration dataclass of `ser_ray.api`, each field of that dataclass becomes
+a flag instead. Nothing slow is imported before a verb runs.
 """
 
 import dataclasses
@@ -57,15 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger, handler = logging.getLogger("ser_ray"), LineHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verb: Verb | None = None
     try:
         with stopped_by_signals():
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            if words == ["--version"]:
+                print(f"ser-ray {__version__}")
+                return 0
+            verb = parse_verb(VERBS, words)
+            return _run(verb)
     except SerRayError as error:
         return _end(f"error: {error}", 2)
     except Stopped as stop:
-        return _end(f"stopped by {stop.name}; the same command resumes from here", stop.status)
+        return _end(f"stopped by {stop.name}{_advice(verb)}", stop.status)
     except KeyboardInterrupt:
-        return _end("interrupted; the same command resumes from here", 130)
+        return _end(f"interrupted{_advice(verb)}", 130)
     except BrokenPipeError:
         # Without this, Python prints a warning about the closed pipe when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,24 +85,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.removeHandler(handler)
 
 
-def _run(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
-        print(f"ser-ray {__version__}")
-        return 0
-    verb = parse_verb(VERBS, arguments)
+def _run(verb: Verb) -> int:
     if verb.common.dry_run:
         resolved: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
         if place := verb.place():
             resolved["trains"] = place
         print(to_json(resolved))
         return 0
-    with redirect_stdout(sys.stderr):  # libraries print links and progress on standard output
+    with redirect_stdout(sys.stderr):  # some libraries print on standard output
         result = verb.run()
     text = "\n".join(lines for lines in (result.text, result.next_step) if lines)
     print(to_json(result.data) if verb.common.json else text)
     if result.problem:
         raise SerRayError(result.problem)
     return 0
+
+
+def _advice(verb: Verb | None) -> str:
+    """Return how to resume the work of an interrupted verb; empty if it cannot be resumed."""
+    return "; to resume, run the same command again" if verb and verb.resumes else ""
 
 
 def _end(message: str, status: int) -> int:

@@ -84,7 +84,7 @@ class Evaluate(ModelVerb, TableVerb):
         return replace(self, shards=(f"{api.OUT}/scored-{digest}/{name}",))
 
     def run(self) -> VerbResult:
-        """Prepare the corpus if there is one, score the model, and compare it with `against`."""
+        """Prepare `corpus` if it is given, score the model, and compare it with `against`."""
         data_source = self.corpus or " ".join(self.shards) or "its own shards"
         say("model", f"scoring {self.model} on {data_source}")
         if self.corpus:
@@ -146,6 +146,11 @@ class Predict(ModelVerb):
     probable, the file gets the status `unsure` and no emotion. Probabilities are calibrated on
     validation clips."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the predictions are stored in a table that the user named."""
+        return bool(self.output)
+
     def run(self) -> VerbResult:
         """Predict the files in this process or on a cluster."""
         from ser_ray.corpus.audio_files import describe_left_out, list_audio
@@ -185,7 +190,11 @@ class Predict(ModelVerb):
 
 
 def problem_of(counts: Mapping[str, int]) -> str:
-    """Return why `predict` fails, from the number of files by status; empty if it succeeds."""
+    """Return why `predict` fails; empty if it succeeds.
+
+    Args:
+        counts: number of files by status.
+    """
     from ser_ray.inference.prediction import UNSURE
     from ser_ray.inference.recordings import UNREACHABLE
 
@@ -203,10 +212,10 @@ class DemoUi(ModelVerb):
     """Address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for every machine that can
     connect to it."""
     port: int = 7860
-    """Port to listen on; 0 takes a free port."""
+    """Port to listen on; 0 chooses a free port."""
 
     def run(self) -> VerbResult:
-        """Serve the page until Ctrl-C."""
+        """Serve the page until Ctrl-C or a signal."""
         from ser_ray.evaluation.introduction import introduce
         from ser_ray.inference.demo import serve
         from ser_ray.inference.predictor import Predictor

@@ -40,13 +40,14 @@ class Pipeline(TableVerb):
 
     corpus: str = ""
     """Folder or URI of RAVDESS, or a table of your own recordings. By default, a small synthetic
-    corpus is made, and a short recipe without pretrained weights is trained on it."""
+    corpus is made, and a short training without pretrained weights runs on it."""
     shards: str = ""
     """Folder or URI to write the shards to. The default is `ser-ray-out/shards`, or
     `ser-ray-out/synthetic-shards` for the synthetic corpus."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
+    resumes = True
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in the folder of the shards and, if there is no corpus, the synthetic one."""
@@ -60,7 +61,7 @@ class Pipeline(TableVerb):
         return self._train().place()
 
     def run(self) -> VerbResult:
-        """Run all steps in order, and on one Ray cluster if the training needs Ray."""
+        """Run all steps in order. If the training needs Ray, all steps share one connection."""
         from ser_ray.cluster.connect import cluster, needs_ray
         from ser_ray.corpus.synthetic import make_synthetic_corpus
 
@@ -86,7 +87,7 @@ class Pipeline(TableVerb):
             evaluated = VerbResult(evaluation.to_dict(), str(evaluation))
             steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
             lines = [""]
-            if truth := choose_files(evaluation):  # empty if all clips are segments of files
+            if truth := choose_files(evaluation):  # empty if no clip is a complete file
                 predicted = steps["predict"] = Predict(files=tuple(truth), model=model).run()
                 lines += [*prediction_lines(truth, predicted.data["predictions"]), ""]
         lines += [f"test         {evaluated.text}", trained.text]

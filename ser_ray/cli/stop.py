@@ -42,11 +42,11 @@ class _Handler:
             return
         if number == signal.SIGHUP:
             _leave_terminal()
-        # A local variable would keep the error alive, and with it this frame.
+        # With a local variable, this frame and the error would keep each other alive.
         raise self._resent_if_lost(Stopped(number), number)
 
     def _resent_if_lost(self, error: Stopped, number: int) -> Stopped:
-        """Send the signal again if the error is deleted before the block ends."""
+        """Return the error. If it is deleted before the verb ends, the signal is sent again."""
         timer = threading.Timer(RETRY_SECONDS, self._send, [number])
         timer.daemon = True
         deleted = weakref.ref(error, lambda _: timer.start() if self.is_active else None)

@@ -17,7 +17,7 @@ from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 DESCRIBED = (
     "feature", "protocol", "fold", "epochs", "batch_size", "lr_min", "lr_max", "weights", "seed",
 )  # fmt: skip
-"""Fields of the recipe that `say_training` prints as text. It prints other fields as flags."""
+"""Fields of the recipe that `say_training` prints as text. Other changed fields become flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,15 @@ class TrainingVerb(Verb):
     trained on all of them together."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     run_config: RunConfig = field(default_factory=RunConfig)
+    resumes = True
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], TrainConfig, RunConfig]:
-        """The first three arguments of every function of `ser_ray.api` that trains."""
+        """The first three arguments of `api.train`, `lr_range`, `tune` and `crossval`."""
         return self.shards, self.recipe, self.run_config
 
     def place(self) -> str:
-        """Return on which Ray cluster the trainings run."""
+        """Return where Ray runs the trainings: on this machine or on a cluster."""
         from ser_ray.cluster.connect import place_of_ray
 
         return place_of_ray(self.common.address)
@@ -119,6 +120,7 @@ class LrRange(TrainingVerb):
     """Propose the two bounds of the learning rate by a range test (Smith 2015)."""
 
     test: LrRangeConfig = field(default_factory=LrRangeConfig)
+    resumes = False
 
     def place(self) -> str:
         """Return whether the test runs on Ray or in this process."""
@@ -181,7 +183,7 @@ class Tune(TrainingVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Crossval(TrainingVerb):
-    """Train and score every fold of a protocol; the same command resumes an interrupted run."""
+    """Train and score the folds of a protocol; the same command resumes an interrupted run."""
 
     crossval: CrossvalConfig = field(default_factory=CrossvalConfig)
     slots: SlotConfig = field(default_factory=SlotConfig)

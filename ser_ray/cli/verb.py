@@ -29,11 +29,11 @@ class Common:
     address: str = ""
     """Address of the Ray cluster to join; `local` starts a cluster on this machine. The default is
     the cluster of the variable RAY_ADDRESS or of the Ray job. If there is neither, the work is done
-    on this machine, and Ray is started only if the work needs several processes."""
+    on this machine, and Ray is started there if the work needs Ray."""
     json: bool = False
     """Print the result as JSON on standard output. Progress is still printed on standard error."""
     dry_run: bool = False
-    """Print the resolved configuration, and where a training would run, then stop."""
+    """Print the resolved configuration, and where a training would run, but do not run anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,11 @@ class Verb:
     """A verb of the command line; its fields are its flags."""
 
     common: Common = field(default_factory=Common)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the same command resumes the work after an interruption."""
+        return False
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in settings that depend on other settings.

@@ -65,8 +65,39 @@ def test_a_signal_lets_a_verb_clean_up_and_says_one_line(verb, capfd, number, st
     assert verb(work) == status
     assert cleaned == [True]
     name = signal.Signals(number).name
-    assert capfd.readouterr().err == f"stopped by {name}; the same command resumes from here\n"
+    assert capfd.readouterr().err == f"stopped by {name}\n"
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("words", "resumes"),
+    [
+        ("pipeline", True),
+        ("download", True),
+        ("prepare --corpus a.csv", True),
+        ("train", True),
+        ("lr-range", False),
+        ("tune", True),
+        ("crossval", True),
+        ("evaluate model", False),
+        ("predict a.wav --model model", False),
+        ("predict a.wav --model model --output a.csv", True),
+        ("demo-ui model", False),
+        ("export model", False),
+        ("register id", False),
+    ],
+)
+def test_an_interrupted_verb_says_how_to_resume_if_it_can_be_resumed(
+    monkeypatch, capfd, words, resumes
+):
+    def interrupt(_: object) -> VerbResult:
+        raise KeyboardInterrupt
+
+    name, *_ = arguments = words.split()
+    monkeypatch.setattr(main_module.VERBS[name], "run", interrupt)
+    assert main(arguments) == 130
+    advice = "; to resume, run the same command again" if resumes else ""
+    assert capfd.readouterr().err == f"interrupted{advice}\n"
 
 
 def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
@@ -82,7 +113,7 @@ def test_a_signal_in_a_finalizer_is_not_lost(verb, capfd):
         raise AssertionError("unreachable")
 
     assert verb(work) == 143
-    assert capfd.readouterr().err == "stopped by SIGTERM; the same command resumes from here\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM\n"
 
 
 def test_a_library_that_replaces_the_error_of_a_signal_does_not_disturb_the_cleanup(verb, capfd):
@@ -101,7 +132,7 @@ def test_a_library_that_replaces_the_error_of_a_signal_does_not_disturb_the_clea
 
     assert verb(work) == 143
     assert cleaned == [True]
-    assert capfd.readouterr().err == "stopped by SIGTERM; the same command resumes from here\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM\n"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(verb):
@@ -199,7 +230,7 @@ def test_a_verb_that_is_stopped_while_ray_works_leaves_nothing(
             driver.kill()
         assert driver.returncode == 128 + number, printed
         name = signal.Signals(number).name
-        assert printed.endswith(f"stopped by {name}; the same command resumes from here\n")
+        assert printed.endswith(f"stopped by {name}; to resume, run the same command again\n")
         assert not os.listdir(root)  # noqa: PTH208
     wait_for("the end of all processes", lambda: all(map(has_ended, started)))
     if verb == "crossval":

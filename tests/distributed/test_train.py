@@ -232,7 +232,7 @@ def test_a_training_stopped_in_one_process_goes_on_as_a_worker_of_ray_and_ends_t
     finally:
         driver.kill()
     assert driver.returncode == 128 + signal.SIGTERM
-    assert printed.endswith("stopped by SIGTERM; the same command resumes from here\n")
+    assert printed.endswith("stopped by SIGTERM; to resume, run the same command again\n")
     assert "CPUs in this process" in printed
     run_id = json.loads((folder / "run.json").read_text())["run_id"]
     assert MlflowClient(world.store).get_run(run_id).info.status == "KILLED"
