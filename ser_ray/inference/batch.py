@@ -2,14 +2,14 @@
 
 `predict_many` writes a table. `predict_under` scores files under simulated recording conditions.
 
-Ray Data processes the files in small blocks, so memory does not grow with the number of files. The
-answers of each finished block are stored, so the same command can resume with the remaining files.
-On CPUs, every actor decodes and scores. With GPUs, some actors decode on the CPUs and others score
-on the GPUs.
+Ray Data processes the files in small blocks, so memory does not grow with the number of files.
+`predict_many` stores the answers of finished blocks, so the same command can resume with the
+remaining files. On CPUs, every actor decodes and scores. With GPUs, some actors decode on the CPUs
+and others score on the GPUs.
 
-A file that cannot be scored gets a row too, even if decoding it kills a process: each actor decodes
-in a `Sandbox`, a process of its own, which costs half a millisecond per file. Without a sandbox,
-Ray would send the block of such a file to one actor after another, without end.
+A file that cannot be scored gets a row too, even if it kills the process that decodes it. For this,
+each actor decodes in a child process, a `Sandbox`, which costs half a millisecond per file. Without
+a sandbox, Ray would send the block of such a file to one actor after another, without end.
 """
 
 import logging
@@ -40,10 +40,11 @@ from ser_ray.progress import Report, count_files
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
-"""If a pass is interrupted, every actor loses the answers of at most one block."""
+"""If a pass is interrupted, the answers of unfinished blocks are lost."""
 WINDOWS_AT_ONCE = 256
-"""About how many windows are scored together. A recording of one hour has 2,300, so with a GPU a
-block of recordings is cut into several batches before it goes through the object store."""
+"""About how many windows are scored together. A recording of one hour has 2,300 windows, so
+a block of recordings for a GPU is cut into several batches before it goes through the object
+store."""
 SECONDS_PER_FILE = 600.0
 """Time limit for decoding a file; a slower file is `unreadable`. A video of one hour in a bucket
 takes minutes."""
@@ -53,7 +54,8 @@ ID_COLUMNS = ("condition", "clip")
 
 Batch = dict[str, np.ndarray]
 Clip = tuple[str, float | None, float | None]
-"""Path or URI of a file, and start and end of a segment in seconds (None for the complete file)."""
+"""Path or URI of a file, and start and end of a segment in seconds. If the start is
+None, the clip is the complete file. If the end is None, the segment ends with the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +76,7 @@ class BatchSummary:
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
         emotions = ", ".join(f"{count} {emotion}" for emotion, count in self.emotions.items())
-        before = f" (without {self.files_before} earlier files)" if self.files_before else ""
+        before = f" ({self.files_before} files were done before)" if self.files_before else ""
         lines = [
             f"{sum(self.counts.values())} files: {counts}",
             emotions,
@@ -200,15 +202,15 @@ def _predict(
         fn_constructor_args=(ray.put(predictor), not with_gpus),
         batch_size=FILES_PER_BLOCK,
         compute=pool("GPU" if with_gpus else "CPU"),
-        num_cpus=0 if with_gpus else 1,  # the decoders take every CPU
+        num_cpus=0 if with_gpus else 1,  # the decoders use all CPUs
         num_gpus=1 if with_gpus else None,
     )
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise SerRayError(
-            f"the pass ended early ({first_line(error)}); the answers so far are kept, and the "
-            "same command resumes from there"
+            f"the pass ended early ({first_line(error)}); run the same command again (predict "
+            "keeps the answers of finished files)"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """A web page where a person records or uploads a clip and sees the model's prediction.
 
-Gradio makes the page. No data leaves the machine: there is no share link and no analytics, and a
+Gradio makes the page. No data goes to other servers: there is no share link and no analytics, and a
 content security policy lets the browser load fonts and scripts only from this server. Recordings
 are kept in a temporary folder, which is deleted when the server stops.
 """
@@ -70,7 +70,7 @@ def serve(
 
     Raises:
         SerRayError: gradio is not installed.
-        ConfigError: the server cannot listen on the address.
+        ConfigError: there is no such port, or the server cannot listen on the address.
     """
     if not 0 <= port <= MAX_PORT:
         raise ConfigError(f"port is {port}: it must be from 0 (a free port) to {MAX_PORT}")
@@ -101,7 +101,7 @@ def answer(
 ) -> tuple[dict[str, float] | None, str]:
     """Return what the page shows for a clip: the probabilities, and HTML with a figure or an error.
 
-    Both are empty without a clip.
+    Without a clip, both are empty. A clip that cannot be scored has no probabilities.
     """
     if path is None:
         return None, ""

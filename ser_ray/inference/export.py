@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
-"""Largest allowed difference from a probability of `Predictor`, due to sums in another order."""
+"""Largest allowed difference from a probability of `Predictor`, whose sums have another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 """Lengths of the waveforms on which a file is compared with `Predictor`."""
 OPSET = 20
@@ -63,8 +63,8 @@ class ExportResult:
 
     def __repr__(self) -> str:
         return (
-            f"{self.output}: within {self.largest_difference:.1e} of the original "
-            f"(tolerance {TOLERANCE:g})"
+            f"{self.output}: probabilities differ from those of the checkpoint by at most "
+            f"{self.largest_difference:.1e} (tolerance {TOLERANCE:g})"
         )
 
 
@@ -125,7 +125,7 @@ class WaveformModel(nn.Module):
         return torch.where(is_scored, calibrated, torch.full_like(mean, torch.nan))
 
     def _sound(self, waveform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first sample of the sound, its length, and whether it can be scored."""
+        """Return the first sample and the length of the sound, and whether it can be scored."""
         config, num_samples = self.features, waveform.shape[0]
         stretch = round(ENERGY_SECONDS * config.sample_rate)
         index = torch.arange(num_samples // stretch + 1)

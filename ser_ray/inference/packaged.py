@@ -33,7 +33,7 @@ _REQUIREMENTS = ("torch", "numpy", "scipy", "pyarrow", "fsspec", "soundfile", "a
 """The packages that every model needs."""
 
 WAVEFORM_RATE = 16_000.0
-"""Sample rate of a waveform in hertz if the row does not give one."""
+"""Sample rate of a waveform in hertz if the row gives no rate."""
 ROW_FORMAT = (
     'send {"dataframe_records": [...]} with a row for each recording, as {"path": "clip.wav"}, '
     '{"audio": "BASE64"} or {"waveform": [0.1, ...], "sample_rate": 16000}'
@@ -62,7 +62,7 @@ class PackagedModel:
 
         The probabilities of a recording that cannot be scored are None. MLflow's server writes None
         as null, while NaN would not be valid JSON. If the input has none of the known columns,
-        MLflow removes all rows, and the result is one row with the reason.
+        MLflow passes a table without rows, and the result is one row with the reason.
         """
         import pandas as pd
 

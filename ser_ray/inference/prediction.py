@@ -52,7 +52,7 @@ class Prediction:
     duration: float | None = None
     """Seconds of the complete recording."""
     timeline: tuple[WindowPrediction, ...] = ()
-    """The windows with sound, if the recording is longer than the model's training clips."""
+    """The windows with sound, if the recording has more sound than the longest training clip."""
     status: str = "ok"
     """ok, or why there is no emotion: unsure (no probability reaches the minimum confidence),
     unreadable, unreachable, no_audio, too_short, too_long or silent."""
@@ -77,7 +77,7 @@ class Prediction:
 
     def _repr_html_(self) -> str:
         text = html.escape(str(Predictions([self])))
-        # Without a font, JupyterLab shows the bars and columns in a proportional one.
+        # Without this style, JupyterLab shows the bars and columns in a proportional font.
         return f'<pre style="font-family: monospace">{text}</pre>'
 
 
@@ -114,7 +114,7 @@ class Predictions(tuple[Prediction, ...]):
 
 
 def shortest_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return {path: file name}, or {path: path} if several files have this name.
+    """Return {path: its file name, or the path itself if several files have this name}.
 
     Line ends and other characters that cannot be printed are escaped in the names.
     """

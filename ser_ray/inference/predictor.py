@@ -204,7 +204,8 @@ def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
     """Convert samples of a user to the form that `decode` returns: float32 in [-1, 1] or int16.
 
     Raises:
-        ClipError: the samples are not one channel of numbers, or their rate is not accepted.
+        ClipError: the samples are not one channel of numbers, are too large to be sound, or have a
+            rate that is not accepted.
     """
     if samples.ndim != 1 or not samples.size or samples.dtype.kind not in "iuf":
         raise ClipError(

@@ -1,8 +1,9 @@
 """Computes the features of a recording, or of the windows of a long recording.
 
 The code and the settings are those of the shards that the model was trained on. A recording with
-more sound than the longest training clip is cut into overlapping windows. Every window has the
-length of the network's crop and is treated as a clip. Windows without enough sound are left out.
+more sound than the longest training clip is cut into overlapping windows. Every window is treated
+as a clip, and is as long as a training crop (for an encoder, as long as the longest training clip).
+Windows without enough sound are left out.
 This module imports neither torch nor Ray, so that decoding processes start quickly.
 """
 
@@ -31,7 +32,7 @@ UNREACHABLE = "unreachable"
 """Status of a file that the storage could not deliver; a later attempt may succeed."""
 
 Window = tuple[float, float]
-"""Start and end in seconds of the recording."""
+"""Start and end of a window, in seconds from the beginning of the recording."""
 Decode = Callable[..., Sound]
 """`decode`, or `Sandbox.decode`, which survives a file that kills the decoding process."""
 
@@ -63,7 +64,8 @@ class RecordingReader:
         config: the model's feature configuration.
         kind: the kind of feature that the network takes. For an encoder, the reader returns the
             waveform.
-        crop_frames: number of frames in the network's input, which is the length of a window.
+        crop_frames: length of a training crop in frames, which is the length of a window. It is
+            ignored for an encoder.
     """
 
     def __init__(self, config: FeatureConfig, kind: str, crop_frames: int) -> None:
@@ -136,7 +138,9 @@ class RecordingReader:
 
 
 def window_start_seconds(seconds: float, window_seconds: float) -> list[float]:
-    """Return the starts of windows in seconds: one every half window, and one for the end."""
+    """Return the start of each window in seconds. The distance between starts is half a window, and
+    the last window ends with the recording.
+    """
     last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
     # Subtract a little, so that a rounding error does not add a second window at the last start.
     return [*(number * step for number in range(math.ceil(last / step - 1e-6))), last]

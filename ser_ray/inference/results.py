@@ -65,7 +65,7 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
         labels: the model's labels.
 
     Raises:
-        ConfigError: another process writes this table, or the location cannot be written.
+        ConfigError: another process writes this table, or the location cannot be written to.
     """
     filesystem, path = filesystem_of(output)
     folder = location_inside(folder_of(output), f"{Path(path).name}.partial")
@@ -80,7 +80,7 @@ def open_results(output: str, model: str, labels: Sequence[str]) -> Iterator["Pa
 
 
 class PartialResults:
-    """The answers of a pass so far. Written answers leave only path, chunk and row in memory."""
+    """The answers of a pass so far. Of a written answer, memory holds only path, chunk and row."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class PartialResults:
         return path in self._places
 
     def append(self, answers: pa.Table) -> None:
-        """Add answers, and write a chunk if the last one is older than `SECONDS_PER_CHUNK`."""
+        """Add answers, and write a chunk if the last chunk is older than `SECONDS_PER_CHUNK`."""
         self._waiting.append(answers)
         if time.monotonic() - self._last_chunk > SECONDS_PER_CHUNK:
             self.write_chunk()
@@ -129,8 +129,8 @@ class PartialResults:
                 pq.write_table(answers, path, filesystem=self._filesystem)
         except OSError as error:
             raise SerRayError(
-                f"{self._folder}: answers cannot be written ({error}); free some space or wait "
-                "until the storage responds, then the same command resumes"
+                f"{self._folder}: answers cannot be written ({error}); free some space, or wait "
+                "until the storage responds, and run the same command again to resume"
             ) from error
         self._waiting = []
         for row, file in enumerate(answers["path"].to_pylist()):
