@@ -1,13 +1,13 @@
-"""Backs up a sqlite database to a bucket, so that it is not lost with the machine that uses it.
+"""Backs up a sqlite database to a bucket, so that the records survive the loss of the machine.
 
 Every backup is a complete copy named `GENERATION-NUMBER.db`. Each start of a server begins a new
-generation, so the newest backup is the last one by name. The order depends neither on clocks nor on
-the time at which a late upload of an earlier server arrives.
+generation, so the newest backup is the last one by name. The order does not depend on clocks. A
+late upload of an earlier server does not become the newest backup.
 
-The file `backup` beside the database contains a name: that of the backup from which the database
-was restored, or that of its last own backup. If this is the newest backup, the machine uses its
-database. Otherwise another machine has served the store since then, so the database is moved aside
-and the newest backup is restored.
+The file `backup` beside the database contains the name of the last backup that was restored to the
+database or made from it. If no backup is newer, the machine uses its database. Otherwise, for
+example after another machine has served the store, the database is moved aside and the newest
+backup is restored.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ class Backups:
         """Restore the newest backup, unless this machine's database continues from it.
 
         Raises:
-            TrackingError: the backups cannot be read. Serving an empty database instead would later
-                replace them.
+            TrackingError: the backups cannot be read. An empty database must not be served
+                instead, because its backups would later replace the others.
         """
         self._database.parent.mkdir(parents=True, exist_ok=True)
         try:

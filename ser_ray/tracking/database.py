@@ -2,9 +2,9 @@
 
 MLflow creates a missing database even when it only reads, fails if two processes create it at the
 same time, records absolute paths of artifacts, and gives up after 20 seconds if the database is
-locked. Therefore `open_database` creates a database only to record a run, and as a complete file.
-It corrects the paths if the folder was moved or copied, and waits while another program locks the
-database.
+locked. Therefore `open_database` creates a database only if a run is to be recorded, and moves the
+finished file to its place in one step. It corrects the paths if the folder was moved or copied, and
+waits while another program locks the database.
 """
 
 import contextlib
@@ -50,15 +50,15 @@ def artifacts_of(database: Path) -> str:
 
 
 def open_database(uri: str, *, create: bool) -> None:
-    """Check that the file of a sqlite store exists, and correct its artifacts' recorded paths.
+    """Prepare the file of a sqlite store, and correct the recorded paths of its artifacts.
 
     Args:
         uri: a store. If it is not a sqlite file, nothing is done.
         create: whether to create a missing file.
 
     Raises:
-        TrackingError: the file does not exist, its recorded paths cannot be corrected, or MLflow
-            misreads its own path.
+        TrackingError: the file does not exist, its recorded paths cannot be corrected, or the path
+            of the file contains % or ?, which MLflow misreads.
         OSError, sqlite3.Error: the file is not a database or cannot be read.
     """
     database = database_of(uri)
@@ -71,11 +71,11 @@ def open_database(uri: str, *, create: bool) -> None:
         )
     if not database.is_file():
         if database.exists():
-            raise TrackingError(f"{uri}: is not a file: name a database file with --tracking-uri")
+            raise TrackingError(f"{uri} is not a file; name a database file with --tracking-uri")
         if not create:
             raise TrackingError(
-                f"{uri}: there is no such MLflow store: give the command in the folder of the "
-                "project, or name the store with --tracking-uri or MLFLOW_TRACKING_URI"
+                f"{uri}: there is no such MLflow store; run the command in the project's folder, "
+                "or name the store with --tracking-uri or MLFLOW_TRACKING_URI"
             )
         _create(database)
     await_database(uri)
@@ -83,7 +83,7 @@ def open_database(uri: str, *, create: bool) -> None:
 
 
 def await_database(uri: str) -> None:
-    """Wait while another program locks a sqlite store, at most LOCKED_SECONDS, and warn once."""
+    """Wait up to LOCKED_SECONDS while another program locks a sqlite store, and warn once."""
     database = database_of(uri)
     if database is None or not os.access(database, os.W_OK):
         return
@@ -99,12 +99,15 @@ def await_database(uri: str) -> None:
             if "locked" not in str(error):
                 return  # MLflow will find and report the same error
         if not has_warned:
-            logger.warning("%s: another program has locked this database; waiting for it", database)
+            logger.warning("%s: waiting, because another program locks this database", database)
             has_warned = True
 
 
 def _create(database: Path) -> None:
-    """Create an empty database as a complete file, unless another process has created one."""
+    """Create an empty database in a temporary folder, and move it to its place.
+
+    If another process has created the database in the meantime, do nothing.
+    """
     from mlflow import MlflowClient
 
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +122,7 @@ def _create(database: Path) -> None:
                 "UPDATE experiments SET artifact_location = ? || '/' || name",
                 (artifacts_of(database),),
             )
-        shutil.copyfile(partial, complete)  # MLflow stays connected to the partial file
+        shutil.copyfile(partial, complete)  # MLflow might still write to `partial`
         complete.rename(database)
 
 
@@ -157,11 +160,13 @@ def _correct_locations(database: Path) -> None:
                         )
             except sqlite3.OperationalError as error:
                 raise TrackingError(
-                    f"{database}: was moved or copied from {_path(old).parent}, and its records "
-                    f"cannot be corrected here ({error}): copy it into a folder that you can write"
+                    f"{database} was moved or copied from {_path(old).parent}, and its records "
+                    f"cannot be corrected ({error}). If the database is locked, run the command "
+                    "again later. If it is read-only, copy its folder to a place that you can "
+                    "write to"
                 ) from error
             logger.warning(
-                "%s: was moved or copied from %s; the files of its runs are now read from and "
+                "%s was moved or copied from %s; the files of its runs are now read from and "
                 "written to %s",
                 database,
                 _path(old).parent,

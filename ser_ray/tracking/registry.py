@@ -42,8 +42,8 @@ TEST_SCORES = "tables/test.json"
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 """Suffixes of weight files. A name with one of these suffixes is not looked up in MLflow."""
 ADVICE = (
-    "; name a checkpoint's or run's folder, a run's name or id, runs:/ID/model or "
-    "models:/NAME@ALIAS, and the store with --tracking-uri"
+    ". A model is named by the folder of a checkpoint or run, the name or id of a run, "
+    "runs:/ID/model, or models:/NAME@ALIAS. --tracking-uri names the store"
 )
 
 logger = logging.getLogger(__name__)
@@ -88,14 +88,15 @@ def read_initial_weights(
     Raises:
         ConfigError: the shards do not have the feature, or its encoder was trained on the labels of
             a corpus in the shards.
-        CheckpointError: the weights are of a model that was trained on speakers of a test part.
+        CheckpointError: the weights are of a model that has seen speakers of a test part, in its
+            training or validation part.
         CheckpointError, TrackingError: as `read_weights`.
     """
     card = shards.card
     if card.encoder_of(recipe.feature) is None:
         check = partial(_refuse_seen_speakers, recipe, shards, folds or (recipe.fold,))
         return read_weights(recipe.weights, card.labels, tracking_uri, check)
-    for corpus in shards.corpora:  # raises ConfigError if the encoder was trained on its labels
+    for corpus in shards.corpora:  # ConfigError if the encoder was trained on labels of the corpus
         initial_weights(recipe, replace(card, corpus=corpus.kind))
     return initial_weights(recipe, card)
 
@@ -103,7 +104,7 @@ def read_initial_weights(
 def _refuse_seen_speakers(
     recipe: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
 ) -> None:
-    """Raise CheckpointError if a model of the same corpus was trained on a fold's test speakers."""
+    """Raise CheckpointError if a model of the same corpus has seen the test speakers of a fold."""
     theirs = {model.shards_fingerprint, *(corpus.fingerprint for corpus in model.corpora)}
     ours = {shards.card.fingerprint, *(corpus.fingerprint for corpus in shards.corpora)}
     is_same_corpus = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
@@ -114,7 +115,7 @@ def _refuse_seen_speakers(
     for fold in folds:
         if tested := sorted(seen & {*select_rows(clips, replace(recipe, fold=fold)).test_speakers}):
             raise CheckpointError(
-                f"weights is {recipe.weights}: this model was trained on the speakers "
+                f"weights is {recipe.weights}: this model was trained or validated on the speakers "
                 f"{', '.join(tested)}, whom fold {fold} of {recipe.protocol} tests; choose the "
                 "protocol and fold of the model, or other weights"
             )
@@ -222,8 +223,8 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
     import mlflow
 
     advice = (
-        "; name the store with --tracking-uri, and the id of a run that ser-ray train or tune "
-        "recorded"
+        "; give the id of a run that ser-ray train, tune or crossval recorded, and name its store "
+        "with --tracking-uri"
     )
     with as_tracking_error(f"{run_id}: no run with a recipe in {uri}", advice):
         recipe: dict[str, Any] = json.loads(
@@ -246,9 +247,9 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
     """Return the id of the run with the model of a training, cross-validation or search.
 
     For a training, this is the run itself. For a cross-validation, it is the fold with the best
-    validation UA. The trials of a search keep no model, so for a search it is the newest run with a
-    model that trained the best trial's recipe on the same shards. `tune --refit` and `train --like`
-    make such runs.
+    validation UA. The trials of a search keep no model. Therefore, for a search, it is the newest
+    run that has trained the best trial's recipe on the same shards and has a model. `tune --refit`
+    and `train --like` make such runs.
 
     Raises:
         TrackingError: there is no such run, or none of these runs has a model.

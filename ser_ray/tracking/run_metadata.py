@@ -1,7 +1,7 @@
-"""Makes what MLflow shows of a run besides its numbers, and the signature of its model.
+"""Makes the texts that MLflow shows with a run, and the signature of its model.
 
-`run_tags` makes the tags of every run, `dataset_of` makes its data set, and `merge_note` makes its
-description, which consists of LINES.
+`run_tags` makes the tags of a run, `dataset_of` makes its data set, and `merge_note` makes its
+description, which consists of the lines that LINES names.
 """
 
 import getpass
@@ -37,7 +37,7 @@ NOTE = "mlflow.note.content"
 LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Names of the lines of a description, in order."""
 MAX_TAG_LENGTH = 5000
-"""Length of a tag's value that every store of MLflow accepts."""
+"""Largest length of a tag's value that every store of MLflow accepts."""
 MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
@@ -108,7 +108,7 @@ def data_line(shards: ShardSet) -> str:
 
 
 def dataset_name(shards: ShardSet) -> str:
-    """Return the name of a shard set in MLflow: its corpus, or the table that lists its clips."""
+    """Return the name of a shard set in MLflow: its corpora, or the table that lists its clips."""
     card = shards.card
     if shards.corpora:
         return card.source

@@ -4,9 +4,9 @@
 
 MLflow needs a SQL database. A sqlite file on the head's disk needs no database server, but is lost
 with the head. Therefore this program checks every BACKUP_SECONDS whether the file has changed, and
-then backs it up to the bucket. A restarted or new head continues from the newest backup. If a head
-is lost without warning, the records since the last backup are lost. Artifacts go to the bucket
-through the server, so clients need no access to the bucket.
+if so, backs it up to the bucket. A new head continues from the newest backup. If a head is lost
+without warning, the records since the last backup are lost. Artifacts go to the bucket through the
+server, so clients need no access to the bucket.
 
 The server listens only on the loopback address. Drivers of jobs run on the head, so they can reach
 it. Users reach it through an ssh tunnel. The first start on a machine creates a password and writes
@@ -56,8 +56,8 @@ def serve(store: str, port: int) -> int:
     """Run the server and back up its database; return MLflow's exit status.
 
     Raises:
-        TrackingError: another server uses the store, its backups cannot be read, or the last backup
-            failed.
+        TrackingError: another server uses the store, the backups in the store cannot be read, or
+            the last backup failed.
     """
     folder = local_folder(store)
     filesystem, root = filesystem_of(store)
@@ -91,7 +91,7 @@ def serve(store: str, port: int) -> int:
                 try:
                     backups.store()
                 except (OSError, sqlite3.Error) as error:
-                    print(f"{store}: the backup failed ({error}); trying again", file=sys.stderr)
+                    print(f"{store}: the backup failed ({error}); retrying later", file=sys.stderr)
         finally:
             server.terminate()
             server.wait()
@@ -114,7 +114,7 @@ def local_folder(store: str) -> Path:
 def _authentication(folder: Path) -> dict[str, str]:
     """Return the environment that makes MLflow ask for this machine's password.
 
-    If the machine has no password yet, it is created.
+    If the machine has no password yet, a password is created.
     """
     credentials = CREDENTIALS.expanduser()
     if not credentials.exists():

@@ -36,16 +36,16 @@ def resolve_uri(tracking_uri: str) -> str:
     An address without a scheme, such as localhost:5000, gets http://.
 
     Raises:
-        TrackingError: the URI holds a password, which would be written into runs and checkpoints.
+        TrackingError: the URI contains a password, which runs and checkpoints would record.
     """
     uri = tracking_uri or os.environ.get(VARIABLE, "")
     if re.match(r"[\w.-]+:\d+(/|$)", uri):
         uri = f"http://{uri}"
     if urlsplit(uri).password:
         raise TrackingError(
-            f"the tracking URI of {urlsplit(uri).hostname} holds a password: give it in "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials; "
-            "for a database, in the database's own password file"
+            f"the tracking URI of {urlsplit(uri).hostname} contains a password. For a server, set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, or write them to "
+            "~/.mlflow/credentials. For a database, use the database's own password file"
         )
     return _absolute(uri or f"{SCHEME}{LOCAL_STORE / 'mlflow.db'}")
 
@@ -64,7 +64,7 @@ def _absolute(uri: str) -> str:
 def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     """Return MLflow's client for a store, after checking that the store answers.
 
-    The client itself sends the request that checks a server, so the check covers its credentials,
+    The client itself sends the request that checks a server, so the check also covers credentials,
     certificates and proxies. Afterwards, functions of MLflow that take no client use this store.
 
     Args:
@@ -84,9 +84,9 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     if is_server:
         problem = f"{store}: no MLflow server answers"
         advice = (
-            "; start one with `mlflow server`; for a protected server, give user and password in "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; or leave out --tracking-uri "
-            f"and {VARIABLE} to record in a local file"
+            ". Start a server with `mlflow server`. If the server is protected, set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. To record in a local file, "
+            f"leave out --tracking-uri and {VARIABLE}"
         )
     else:
         problem = f"{store}: no MLflow database can be opened"
@@ -103,8 +103,8 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
                 raise
             raise TrackingError(
                 f"{store}: this database has the tables of another MLflow version, or its upgrade "
-                f"was interrupted: copy the file, run `mlflow db upgrade {uri}`, and restore the "
-                "copy if that fails; or name a new database with --tracking-uri"
+                f"was interrupted: copy the file and run `mlflow db upgrade {uri}`. If that fails, "
+                "restore the copy. To use a new database instead, name it with --tracking-uri"
             ) from error
         if is_server:
             client.search_experiments(max_results=1)

@@ -142,7 +142,7 @@ class Tracker:
             return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
-        """Read the runs that are nested in this run and have a tag, by the value of the tag."""
+        """Return the runs that are nested in this run and have the tag, by the tag's value."""
         import mlflow
 
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
@@ -165,11 +165,11 @@ class Tracker:
     ) -> None:
         """Queue metrics of one step. `flush` or `deliver` sends them.
 
-        MLflow ignores a metric if it has one with the same name, step, timestamp and value.
+        MLflow ignores a metric if the run has one with the same name, step, timestamp and value.
 
         Args:
-            link: the model and data set that the metrics belong to: `model_id`, `dataset_name` and
-                `dataset_digest` of MLflow's `Metric`.
+            link: the model and data set that the metrics belong to, as the arguments `model_id`,
+                `dataset_name` and `dataset_digest` of MLflow's `Metric`.
         """
         from mlflow.entities import Metric
 
@@ -340,7 +340,7 @@ class Tracker:
             with as_tracking_error(problem, advice):
                 yield
         except TrackingError as error:
-            # With this code, MLflow refuses records of a deleted run, among others.
+            # MLflow's error has this code if the run was deleted, but also in other cases.
             if getattr(error.__cause__, "error_code", "") == "INVALID_PARAMETER_VALUE":
                 with as_tracking_error(problem, advice):
                     self._require_not_deleted()
@@ -373,7 +373,7 @@ def has_run(uri: str, run_id: str) -> bool:
 
 
 def run_to_resume(uri: str, record: Mapping[str, Any]) -> str:
-    """Return the id of the run that a run folder's record names; empty if the store lacks the run.
+    """Return the id of the run that a run folder's record names; empty if a new run is needed.
 
     The record may contain another address of the same store: a store can be moved together with the
     folder, and a server can have several addresses. Therefore, if the addresses differ, the run is

@@ -78,7 +78,7 @@ def run_links(uri: str, run_id: str) -> RunLinks:
     except TrackingError:
         return RunLinks(base_url, base_url, command)
     runs = f"{base_url}/#/experiments/{experiment_id}/runs"
-    # Otherwise, MLflow shows its pages for language models in a browser that it does not know.
+    # Without this, MLflow shows its pages for language models in a browser that it does not know.
     training = "workflowType=machine_learning"
     all_runs = f"{runs}?viewStateShareKey={VIEW_KEY}&{training}"
     return RunLinks(f"{runs}/{run_id}?{training}", all_runs, command)

@@ -58,7 +58,7 @@ def test_a_model_that_was_trained_on_tested_speakers_begins_no_training(tmp_path
         for fold in folds:
             config = TrainConfig(weights=str(tmp_path / "model"), protocol="loso", fold=fold)
             if is_refused and tests[fold] in ("01", "02", "03", "04"):
-                message = f"trained on the speakers {tests[fold]}, whom fold {fold} of loso tests"
+                message = f"validated on the speakers {tests[fold]}, whom fold {fold} of loso tests"
                 with pytest.raises(CheckpointError, match=message):
                     read_initial_weights(config, shards, "")
             else:
@@ -66,7 +66,7 @@ def test_a_model_that_was_trained_on_tested_speakers_begins_no_training(tmp_path
     config = TrainConfig(weights=str(tmp_path / "model"), protocol="loso", fold=tests.index("05"))
     make_checkpoint(tmp_path / "model", shards_fingerprint=shards.card.fingerprint)
     assert read_initial_weights(config, shards, "").state
-    with pytest.raises(CheckpointError, match="trained on the speakers 0"):
+    with pytest.raises(CheckpointError, match="trained or validated on the speakers 0"):
         read_initial_weights(config, shards, "", folds)
 
 
