@@ -2,8 +2,8 @@
 
 Test parts are scored only here: epochs, trials and folds are selected by validation scores. By
 default, the test part of the checkpoint's own fold is scored. A fold of another protocol, or other
-shards, can be scored too, but not speakers that the checkpoint was trained or validated on. If the
-user allows such speakers, every score names them.
+shards, can be scored too. Speakers that the checkpoint was trained or validated on are refused,
+unless the user allows them. Their names are then shown beside every score.
 """
 
 import json
@@ -55,9 +55,9 @@ def evaluate(
             are mapped as in the training, and other shards by `usual` if the model does not know
             all their labels.
         part: which part of the fold to score.
-        protocol: protocol of the fold. If empty, the protocol of the training is used, and all
-            clips of other shards are scored.
-        fold: number of the fold. If None, the training's fold, or fold 0 of another protocol.
+        protocol: protocol of the fold. If empty, shards of the training are scored with the
+            protocol of the training, and of other shards, all clips are scored.
+        fold: number of the fold. None means the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained or validated on.
         probabilities: probabilities [clips, labels] of the part's clips before the temperature is
             applied. If None, the clips are read, and their probabilities are computed here.
@@ -66,7 +66,7 @@ def evaluate(
         CheckpointError: the directory is not a checkpoint, or the shards hold other features,
             unknown labels, or speakers that the model was trained or validated on.
         ShardsError: there is no committed shard set at that location.
-        ConfigError: these shards have no such protocol or fold.
+        ConfigError: these shards have no such protocol or fold, or no clip to score.
     """
     card = read_card(checkpoint)
     shards = open_corpora(locations, label_map, known=card.corpora, labels=card.labels)
@@ -110,8 +110,8 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     if first.card.labels != second.card.labels or takes != other_takes:
         raise ConfigError(
             f"the two models were scored on different clips ({len(takes)} and {len(other_takes)}) "
-            "or have different labels, but a paired test needs the same clips and labels; give a "
-            "--protocol and --fold whose test speakers neither model was trained on"
+            "or have different labels, but a paired test needs the same clips and labels; choose a "
+            "--protocol and --fold with test speakers that neither model was trained on"
         )
     return statistics.compare(
         first.speakers, first.truth, first.predicted, second.predicted, len(first.card.labels)

@@ -31,7 +31,8 @@ CLIP_COLUMNS = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
 NUM_HARDEST = 12
 """Number of the hardest clips that a page shows."""
 NOT_IN_METRIC_NAME = r"[^\w.\- ]"
-"""Characters that MLflow forbids in a metric's name, and the slash, which separates name parts."""
+"""Characters to replace in a part of a metric's name: MLflow forbids them, or uses them to separate
+the parts (the slash)."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 """{name in `Scores.to_dict` and `Intervals`: title} of the scores that have intervals."""
 
@@ -41,7 +42,7 @@ class Evaluation:
     """The predictions of a model for one part of a fold, or for shards it was not trained on."""
 
     card: CheckpointCard
-    """Card of the checkpoint that was scored. If several folds are pooled, the card of one."""
+    """Card of the checkpoint that was scored. If folds are pooled, this is the card of one fold."""
     part: Part
     """The part of the fold that was scored."""
     protocol: str

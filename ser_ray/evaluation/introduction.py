@@ -28,8 +28,8 @@ def introduce(checkpoint: Path, name: str) -> tuple[str, list[tuple[str, str]]]:
         f"**{name}**: {card.network} on {card.config.feature} of {card.trained_on}, "
         f"{card.split['label']}. {score} The model predicts one of "
         f"{html.escape(', '.join(card.labels))}. It says which acted emotion a voice resembles, "
-        "not what a person feels. Recordings stay on this machine, and are deleted when the server "
-        "of this page stops."
+        "not what a person feels. Recordings stay on the machine that serves this page, and are "
+        "deleted when its server stops."
     )
     return about, _examples(checkpoint, card)
 

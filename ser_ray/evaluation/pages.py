@@ -101,7 +101,7 @@ def add_test_part(page: str, evaluation: Evaluation, *, audio: bool) -> str:
 
 
 def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
-    """Make the page of an evaluation that is not on the test part of the model's own fold.
+    """Make the page of an evaluation on other clips than the test part of the model's own fold.
 
     Args:
         model: the model as the user named it.
@@ -113,7 +113,7 @@ def evaluation_page(evaluation: Evaluation, *, model: str, audio: bool) -> str:
         model,
         evaluation.corpus,
         facts={
-            "Scored": evaluation.label,
+            "Scored on": evaluation.label,
             "Trained on": f"{card.trained_on}, {card.split['label']}",
             "Corpora": ". ".join(map(str, evaluation.corpora)),
             "Features": card.config.feature,
@@ -138,7 +138,7 @@ def crossval_page(
 
     Args:
         pooled: the evaluation of all folds and seeds together.
-        summary: the mean score over the seeds, in a sentence.
+        summary: a sentence with the mean score over the seeds.
         folds: a row for each training; floats are shares from 0 to 1.
         pages: for each row, the relative link to the page of the training.
     """
@@ -176,7 +176,7 @@ def trial_page(
     study: str,
     run_id: str,
 ) -> str:
-    """Make the page of one trial of a search or cross-validation. It shows no validation clips.
+    """Make the page of one trial of a search or cross-validation. The page shows no clips.
 
     Args:
         about: a sentence that names the trial and says how it ended.
@@ -245,8 +245,8 @@ def search_page(
         "Search",
         name,
         tags["corpus"],
-        summary=f"Trial {best} of {len(trials)} is the best ({counts}). It has {values}; "
-        f"its epoch {selected['epoch']:.0f} is selected.",
+        summary=f"The best of {len(trials)} trials ({counts}) is trial {best}, with {values}. "
+        f"Its selected epoch is {selected['epoch']:.0f}.",
         facts={"Protocol": tags["protocol"], "MLflow run": run_id},
         train_command=train_command,
         measured_on=f"validation, {scored_on(tags)}",

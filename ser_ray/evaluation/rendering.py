@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template of `templates/`. HTML escapes the values; a missing value is an error."""
+    """Fill a template of `templates/`. In HTML, values are escaped; a missing value is an error."""
     return _environment().get_template(template).render(values)
 
 

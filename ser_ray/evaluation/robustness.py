@@ -66,8 +66,8 @@ def score_under(evaluation: Evaluation, predicted: Mapping[str, np.ndarray]) -> 
     Returns:
         A row for the unchanged clips, and one for each condition. A row has `condition`,
         `definition`, `ua` and `wa` as shares, and the number of `unscored` clips. `ua_change` is
-        the UA minus that of the unchanged clips, and `low` to `high` is the 95 % interval of this
-        change (paired, by bootstrap over speakers).
+        the UA minus that of the unchanged clips. `low` and `high` are the ends of the 95 % interval
+        of this change, by paired bootstrap.
     """
     definitions = {name: text for group in CONDITIONS.values() for name, (text, _) in group.items()}
     return (

@@ -136,7 +136,7 @@ def confusion_values(
 def training_section(
     history: History, learning_rates: Sequence[float], recipe: TrainConfig
 ) -> dict[str, Any]:
-    """Return the figures of a training's epochs and steps; none before the first epoch ends."""
+    """Return the figures of a training's epochs and steps; empty before the first epoch ends."""
     if not history:
         return {}
     return {
@@ -160,7 +160,7 @@ def card_settings(card: CheckpointCard) -> dict[str, object]:
 
 
 def settings_of(recipe: TrainConfig) -> dict[str, object]:
-    """Return all settings of a recipe. The first entry lists those that are not the default."""
+    """Return all settings of a recipe. The first entry lists the settings that are not defaults."""
     settings = recipe.to_dict()
     settings |= settings.pop("augment")
     return {"changed settings": " ".join(flags_of(recipe)) or "none"} | settings
@@ -172,8 +172,9 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
     A score is 0 if its denominator is 0, as for the precision of a label that is never predicted.
 
     Args:
-        confusions: for each seed, counts [labels, labels], row = true, column = predicted. The
-            shares are means over the seeds, and the support is the sum.
+        confusions: for each seed, counts [labels, labels] with a row for each true label and a
+            column for each predicted label. The shares are means over the seeds, and the support is
+            the sum.
         labels: the labels, in the order of the counts.
     """
     scores_by_seed = [Scores(confusion, loss=0.0) for confusion in confusions]
@@ -190,7 +191,8 @@ def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
     """Return sentences about the best label, the worst label and the most frequent confusion.
 
     Args:
-        confusion: counts [labels, labels], row = true, column = predicted; at least one clip.
+        confusion: counts of at least one clip [labels, labels], with a row for each true label and
+            a column for each predicted label.
         labels: the labels, in the order of the counts.
     """
     support = confusion.sum(axis=1)
@@ -240,7 +242,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
         except ClipError:
             continue
         sound = BytesIO()
-        if audio:  # MP3 plays in any browser: about 4 kB per second
+        if audio:  # any browser plays MP3, which takes about 4 kB per second
             soundfile.write(sound, waveform, rate, format="MP3")
         views.append(
             {

@@ -2,8 +2,8 @@
 
 Clips of one speaker are similar, so the bootstrap draws complete speakers (the cluster bootstrap,
 Field and Welsh 2007). `scipy.stats.bootstrap` does not fit: it draws single observations, and
-computes one statistic per call. Here, a draw sums the confusion counts of speakers, and all scores
-are computed from the same draws.
+computes one statistic per call. Here, each draw is a sum of the speakers' confusion counts, and all
+scores are computed from the same draws.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Intervals:
     drawn: str
     """What was resampled: `speakers`, or `clips` if there is only one speaker."""
     count: int
-    """Number of speakers or clips. With only a few, the intervals are too narrow."""
+    """Number of speakers or clips. With few of them, the intervals are too narrow."""
     ua: Interval
     wa: Interval
     f1: Interval
@@ -104,7 +104,8 @@ class Comparison:
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
-    """p of the exact McNemar test of equal WA: too small, because clips are not independent."""
+    """p value of the exact McNemar test of equal WA. It is too small, because the test assumes
+    independent clips."""
     ua_difference: float
     ua_interval: Interval
     """Interval of the UA difference, by bootstrap over the same draws of speakers for both."""

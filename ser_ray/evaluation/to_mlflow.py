@@ -113,7 +113,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
 
 
 def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str, str]:
-    """Register the model of a run, or of its best training; return its version and model card.
+    """Register the model of a run or of its best training; return the version and the model card.
 
     If the model was trained on all speakers, its card has the scores of a cross-validation of the
     same recipe, if there is one.

@@ -3,8 +3,8 @@
 The code and the settings are those of the shards that the model was trained on. A recording with
 more sound than the longest training clip is cut into overlapping windows. Every window is treated
 as a clip, and is as long as a training crop (for an encoder, as long as the longest training clip).
-Windows without enough sound are left out.
-This module imports neither torch nor Ray, so that decoding processes start quickly.
+Windows without enough sound are left out. This module imports neither torch nor Ray, so that
+decoding processes start quickly.
 """
 
 import math
@@ -138,8 +138,9 @@ class RecordingReader:
 
 
 def window_start_seconds(seconds: float, window_seconds: float) -> list[float]:
-    """Return the start of each window in seconds. The distance between starts is half a window, and
-    the last window ends with the recording.
+    """Return the start of each window in seconds.
+
+    A window starts every half window length, and the last window ends with the recording.
     """
     last, step = max(seconds - window_seconds, 0.0), window_seconds / 2
     # Subtract a little, so that a rounding error does not add a second window at the last start.

@@ -375,7 +375,7 @@ def test_the_page_of_other_clips_says_what_was_scored_and_what_trained_the_model
     )
     text = evaluation_page(other, model="my-model", audio=False)
     page = Page(text)
-    assert "Scored all speakers of other shards Trained on" in page.text
+    assert "Scored on all speakers of other shards Trained on" in page.text
     assert "Measured on: test, all speakers of other shards, a custom corpus, 90 clips" in page.text
     assert f'class="value">{other.scores.ua:.1%}</dd>' in text
     assert not [link for link in page.references if not link.startswith("#")]
@@ -445,8 +445,9 @@ def test_the_page_of_a_trial_without_an_epoch_shows_only_its_recipe() -> None:
 def test_the_page_of_a_search_shows_every_trial() -> None:
     text = render_search()
     page = Page(text)
-    assert "Trial 2 of 3 is the best (1 pruned, 1 finished, 1 failed)." in page.text
-    assert "It has lr_max 0.002, lr_ratio 25; its epoch 2 is selected." in page.text
+    counts = "1 pruned, 1 finished, 1 failed"
+    best = f"The best of 3 trials ({counts}) is trial 2, with lr_max 0.002, lr_ratio 25."
+    assert f"{best} Its selected epoch is 2." in page.text
     assert "lr_max loguniform 0.0003 to 0.01" in page.text
     assert re.findall(r'class="value">([\d.]+%)</dd>', text) == ["20.0%", "30.0%", "10.0%"]
     rows = text.split('<th scope="row"><a href="trials/')[1:4]
