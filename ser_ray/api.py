@@ -285,6 +285,7 @@ def predict_to_table(
 
     Raises:
         CorpusError: there are no such files.
+        CheckpointError, TrackingError: there is no such model.
         ConfigError, ResourcesError: the output cannot be written, or a node cannot open the files.
         SerRayError: the pass ended early; the finished predictions are kept.
     """
@@ -317,6 +318,8 @@ def export(
 
     Raises:
         CheckpointError, TrackingError: there is no such model.
+        ConfigError, ResourcesError: the output cannot be opened, or Ray deletes its folder after
+            the job.
         SerRayError: a package is missing, the file cannot be written, or its probabilities differ
             from those of the model.
     """
@@ -420,8 +423,8 @@ def evaluate(
 ) -> "Evaluation":
     """Score a model, by default on the test part of its own fold.
 
-    The scores of this part are recorded in the MLflow run and the page of the training. Other
-    scores are written to a page in `ser-ray-out/evaluations`.
+    The scores of this part are recorded in the MLflow run and the page of the training, if the
+    checkpoint names them. Other scores are written to a page in `ser-ray-out/evaluations`.
 
     Args:
         model: as in `load_model`.
@@ -439,6 +442,7 @@ def evaluate(
         CorpusError: with `under`, the file of a clip cannot be read.
         CheckpointError, ShardsError, ConfigError: the shards are missing or do not fit the model,
             or the model was trained or validated on the speakers.
+        TrackingError: there is no such run or registered model.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of

@@ -1,8 +1,8 @@
 """The errors that a user can cause.
 
 Every message names the item, the fault and the next step. `ser_ray.cli` prints the message in one
-line and exits with status 2. A file that cannot be used does not end a run: its
-`ser_ray.features.errors.ClipError` is recorded as the outcome of the file.
+line and exits with status 2. A file that cannot be used does not end `prepare` or `predict`. It
+causes a `ser_ray.features.errors.ClipError`, which is recorded as the outcome of the file.
 """
 
 

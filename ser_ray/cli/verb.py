@@ -28,8 +28,8 @@ class Common:
 
     address: str = ""
     """Address of the Ray cluster to join; `local` starts a cluster on this machine. The default is
-    the cluster of the variable RAY_ADDRESS or of the Ray job. If there is neither, the work is done
-    on this machine, and Ray is started there if the work needs Ray."""
+    the address in the variable RAY_ADDRESS, which Ray sets in a job. Without this variable, the
+    work is done on this machine, and Ray is started there if the work needs Ray."""
     json: bool = False
     """Print the result as JSON on standard output. Progress is still printed on standard error."""
     dry_run: bool = False

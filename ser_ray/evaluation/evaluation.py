@@ -31,8 +31,8 @@ CLIP_COLUMNS = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
 NUM_HARDEST = 12
 """Number of the hardest clips that a page shows."""
 NOT_IN_METRIC_NAME = r"[^\w.\- ]"
-"""Characters to replace in a part of a metric's name: MLflow forbids them, or uses them to separate
-the parts (the slash)."""
+"""What is replaced in a part of a metric's name: the characters that MLflow forbids, and the slash,
+which separates the parts."""
 SCORES = {"ua": "UA", "wa": "WA", "f1": "macro F1"}
 """{name in `Scores.to_dict` and `Intervals`: title} of the scores that have intervals."""
 
@@ -102,7 +102,7 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """The scores. The confusion matrices of several seeds are summed and scored as one."""
+        """The scores of all clips. The clips of several seeds are scored together."""
         return scores_of(self.truth, self.probabilities)
 
     @cached_property

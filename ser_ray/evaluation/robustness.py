@@ -48,8 +48,8 @@ def predict_conditions(
         if row["status"] in (UNREACHABLE, "unreadable"):
             raise CorpusError(
                 f"{row['path']}: --under needs the sound of the clips, but this file cannot be "
-                f"read ({row['reason']}); if the files were moved, prepare the corpus again, as "
-                "evaluate --corpus does"
+                f"read ({row['reason']}). If the files were moved, prepare the corpus again, for "
+                "example with evaluate --corpus"
             )
         if row["emotion"] is not None:
             predicted[row["condition"]][row["clip"]] = indices[row["emotion"]]
