@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
     The status is 0 for success, 2 for an error that the user or the machine caused, 130 for Ctrl-C,
-    143 for SIGTERM, 129 for SIGHUP, and 1 if the reader of the output closed the pipe.
+    143 for SIGTERM, 129 for SIGHUP, and 1 if the reader of the output closed the pipe. After Ctrl-C
+    while demo-ui serves its page, it is 0.
     """
     make_output_safe()
     logger, handler = logging.getLogger("ser_ray"), LineHandler()

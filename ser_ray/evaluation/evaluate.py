@@ -2,8 +2,8 @@
 
 Test parts are scored only here: epochs, trials and folds are selected by validation scores. By
 default, the test part of the checkpoint's own fold is scored. A fold of another protocol, or other
-shards, can be scored too. Speakers that the checkpoint was trained or validated on are refused,
-unless the user allows them. Their names are then shown beside every score.
+shards, can be scored too. There, speakers that the checkpoint was trained or validated on are
+refused, unless the user allows them. Their names are then shown beside every score.
 """
 
 import json

@@ -42,9 +42,8 @@ from ser_ray.storage.paths import absolute
 FILES_PER_BLOCK = 32
 """If a pass is interrupted, the answers of unfinished blocks are lost."""
 WINDOWS_AT_ONCE = 256
-"""About how many windows are scored together. A recording of one hour has 2,300 windows, so
-a block of recordings for a GPU is cut into several batches before it goes through the object
-store."""
+"""About how many windows are scored together. A recording of one hour has 2,300 windows. A
+block of recordings for a GPU is therefore sent through the object store in several batches."""
 SECONDS_PER_FILE = 600.0
 """Time limit for decoding a file; a slower file is `unreadable`. A video of one hour in a bucket
 takes minutes."""
@@ -54,8 +53,8 @@ ID_COLUMNS = ("condition", "clip")
 
 Batch = dict[str, np.ndarray]
 Clip = tuple[str, float | None, float | None]
-"""Path or URI of a file, and start and end of a segment in seconds. If the start is
-None, the clip is the complete file. If the end is None, the segment ends with the file."""
+"""Path or URI of a file, and start and end of a segment in seconds. If the start is None, the
+clip is the complete file. If the end is None, the segment ends with the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,8 +208,8 @@ def _predict(
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise SerRayError(
-            f"the pass ended early ({first_line(error)}); run the same command again (predict "
-            "keeps the answers of finished files)"
+            f"the pass ended early ({first_line(error)}). Run the same command again; predict "
+            "then continues with the remaining files"
         ) from error
 
 

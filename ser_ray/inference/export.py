@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ser_ray.features.encoder import Encoder
 
 TOLERANCE = 1e-3
-"""Largest allowed difference from a probability of `Predictor`, whose sums have another order."""
+"""Largest allowed difference from a probability of `Predictor`, which adds in another order."""
 CHECKED_SECONDS = (0.5, 1.0, 2.37, 4.0, 6.0)
 """Lengths of the waveforms on which a file is compared with `Predictor`."""
 OPSET = 20

@@ -129,8 +129,8 @@ class PartialResults:
                 pq.write_table(answers, path, filesystem=self._filesystem)
         except OSError as error:
             raise SerRayError(
-                f"{self._folder}: answers cannot be written ({error}); free some space, or wait "
-                "until the storage responds, and run the same command again to resume"
+                f"{self._folder}: answers cannot be written ({error}). Free some space, or wait "
+                "until the storage responds. Then run the same command again to resume"
             ) from error
         self._waiting = []
         for row, file in enumerate(answers["path"].to_pylist()):
