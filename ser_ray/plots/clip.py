@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from ser_ray.plots.style import BLUE, VERMILION
 
 NUM_STROKES = 300
-"""Number of vertical strokes that a waveform is drawn with."""
+"""Largest number of stretches that a waveform is divided into."""
 DYNAMIC_RANGE = 70.0
-"""The colours of a spectrogram cover the range of this many dB below its loudest point."""
+"""The colours of a spectrogram reach from its loudest point to this many dB below it."""
 
 
 def clip_figure(
@@ -34,7 +34,7 @@ def clip_figure(
     ratios = (1.0, 2.0, height) if timeline else (1.0, 2.0)
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     upper, middle = panels[:2]
-    # Each stroke goes from the lowest to the highest sample of a stretch, as in audio editors.
+    # In each stretch, fill from the lowest to the highest sample, as audio editors do.
     stretches = np.array_split(waveform, min(NUM_STROKES, len(waveform)))
     times = np.linspace(0, seconds, len(stretches))
     lows, highs = [stretch.min() for stretch in stretches], [stretch.max() for stretch in stretches]

@@ -34,20 +34,28 @@ _COLOURS = LinearSegmentedColormap.from_list(
         (1.0, to_rgba(DARK_BLUE, 1)),
     ],
 )
-_WHITE_ABOVE = 0.7  # on the colour of a higher share, white text is easier to read than black
+_WHITE_ABOVE = 0.7
+"""Share above which a cell is so dark that white text is easier to read than black text."""
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """Draw a confusion matrix: counts [labels, labels], row = true label, column = predicted label.
+    """Draw a confusion matrix.
 
     Each cell shows its count and its share of the row; cells with 0 are empty. Correct predictions
     are blue, and wrong ones are vermilion.
+
+    Args:
+        confusion: counts [labels, labels], with a row for each true label and a column for each
+            predicted label.
+        labels: the labels, in the order of the rows.
+        title: title of the figure.
     """
     support = confusion.sum(axis=1)
     shares = confusion / np.maximum(support, 1)[:, None]
     side = 0.46 * len(labels) + 1.5
     figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
     axes = figure.add_subplot()
+    # Shares of correct predictions are positive, and those of wrong predictions are negative.
     signed = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
     axes.pcolormesh(signed, cmap=_COLOURS, vmin=-1, vmax=1, edgecolors=GREY, linewidth=0.2)
     for row, column in zip(*np.nonzero(confusion), strict=True):
@@ -62,8 +70,8 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true (clips)")
+    axes.set_xlabel("predicted label")
+    axes.set_ylabel("true label (number of clips)")
     return add_title(figure, title)
 
 
@@ -99,8 +107,9 @@ def reliability_figure(
     """Draw a reliability diagram: the accuracy at each confidence, and the ideal diagonal.
 
     Args:
-        confidence: mean probability of the predicted label in each bin [bins]; NaN if it is empty.
-        accuracy: share of correct predictions in each bin [bins]; NaN if it is empty.
+        confidence: mean probability of the predicted label in each bin [bins]; NaN for an empty
+            bin.
+        accuracy: share of correct predictions in each bin [bins]; NaN for an empty bin.
         counts: number of clips in each bin [bins].
         before: confidence and accuracy without calibration, drawn for comparison.
     """

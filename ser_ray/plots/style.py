@@ -12,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
-"""If a figure shows correct and wrong predictions, correct is blue and wrong is vermilion."""
+"""If a figure shows correct and wrong predictions, correct ones are blue, wrong ones vermilion."""
 DARK_BLUE, DARK_VERMILION = "#08529C", "#983000"
 """The darkest colours in a confusion matrix."""
 WIDTH = 5.2
-"""Inches. Phones shrink figures to three quarters, so text has at least 10 points."""
+"""Width of a figure in inches. Phones shrink such figures to three quarters, so their text has at
+least 10 points."""
 CHARACTERS_PER_INCH = 12
 """Number of characters of a title that fit into an inch."""
 

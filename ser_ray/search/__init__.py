@@ -1,11 +1,11 @@
-"""Runs searches and cross-validations, with Ray Tune around the training.
+"""Runs searches and cross-validations, with Ray Tune around the training. Both are studies.
 
 config           settings of searches and cross-validations
 space            the fields of the recipe that a search draws, and their possible values
-slots            how many trials run at the same time, and their CPUs and GPUs
+slots            counts the trials that fit on the cluster at once, from the `SlotConfig` in config
 tuner            a search: plan the trials, run them, record the best
 crossval         a cross-validation: plan the folds, run them, record their scores
-open_study       starts or resumes the study of either one: cluster, lock, MLflow run
+open_study       starts or resumes a study: cluster, lock, MLflow run
 tune_run         runs the trials with Ray Tune: searchers, ASHA, retries, resuming
 actor            one trial in a process of Ray Tune
 study            keeps the records of all trials in the driver, and delivers them to MLflow

@@ -1,8 +1,9 @@
 """Runs one trial of a study: a training with one worker in an actor of Ray Tune.
 
 The trial trains exactly as `ser-ray train` does, and reports every epoch to Ray Tune. Every report
-holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. Every
-`CHECKPOINT_SECONDS`, a report includes a checkpoint, from which an interrupted trial resumes.
+holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. A report
+includes a checkpoint if the last one is at least `CHECKPOINT_SECONDS` old. An interrupted trial
+resumes from its last checkpoint.
 """
 
 import shutil
@@ -33,7 +34,8 @@ CHECKPOINT_SECONDS = 30.0
 """Shortest time between two checkpoints of a trial."""
 
 Finish = Callable[[Path, ShardSet, TrainConfig], None]
-"""Called when a trial finishes, with the folder of its selected checkpoint, shards and recipe."""
+"""Called when a trial finishes, with the folder of its selected checkpoint, the shards, and its
+recipe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class TrialSetup:
 def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list[float]:
     """Return the best validation UA up to each epoch, because UA fluctuates between epochs.
 
-    The value of the last epoch is the validation UA of the selected epoch.
+    After the recipe's last epoch, the value is the validation UA of the selected epoch.
     """
     values = list(accumulate((row["val/ua"] for row in rows), max))
     if recipe.keep == "last" and len(rows) == recipe.epochs:
@@ -61,7 +63,7 @@ def objectives(rows: Sequence[Mapping[str, float]], recipe: TrainConfig) -> list
 
 
 def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, float]) -> None:
-    """Train a trial from its beginning or from its checkpoint. Ray Tune calls this in an actor.
+    """Train a trial from its beginning or its checkpoint. Ray Tune calls this function in an actor.
 
     Args:
         values: fields of the recipe that this trial replaces, by name.
@@ -77,12 +79,12 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, fl
             if setup.finish is not None:
                 setup.finish(reporter.selected, setup.shards, recipe)
     except Exception as problem:
-        # A permanent error is reported as the trial's result. After others, Ray Tune tries again.
+        # A permanent error is the trial's result. After any other error, Ray Tune tries again.
         if not is_permanent(problem):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        reported.pop("epoch", None)  # without it, ASHA ignores the report
+        reported.pop("epoch", None)  # ASHA ignores a report without an epoch
         tune.report(reported | {OBJECTIVE: 0.0, "problem": f"{type(problem).__name__}: {problem}"})
 
 
@@ -93,7 +95,7 @@ def _train(
     device = torch.device("cuda" if "GPU" in resources else "cpu")
     pretrained = setup.pretrained[recipe.weights]
     checkpoint = tune.get_checkpoint()
-    # Ray Tune's snapshot may name a checkpoint that was deleted when its trial had ended.
+    # Ray Tune's snapshot may name a checkpoint that was deleted after its trial had ended.
     if checkpoint is None or read_progress(checkpoint.filesystem, checkpoint.path) is None:
         fit(recipe, setup.shards, pretrained, reporter, device=device)
         return
@@ -105,7 +107,7 @@ def _train(
 
 
 class Reporter:
-    """Reports each epoch to Ray Tune, and adds a checkpoint every CHECKPOINT_SECONDS.
+    """Reports each epoch to Ray Tune, with a checkpoint if the last is CHECKPOINT_SECONDS old.
 
     Args:
         recipe: the trial's recipe.

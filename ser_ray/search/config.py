@@ -15,17 +15,19 @@ class TuneConfig:
     """Settings of a search: its space, searcher and scheduler."""
 
     trials: int = 32
-    """Number of trials. A grid search ignores it, and has one trial for each point of the grid."""
+    """Number of trials. A grid search ignores this number: it has one trial for each point of the
+    grid and, if the space contains the given recipe, one for this recipe."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
-    """Optuna's TPE, random draws, or a grid of both ends and the middle of each range."""
+    """Optuna's TPE, random draws, or a grid of all choices and, for each range, both ends and the
+    middle."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops the worse trials early by their validation UA (Li 2018); none trains all trials to
     the end."""
     grace_epochs: int = 4
-    """ASHA: number of epochs that every trial completes."""
+    """ASHA: number of epochs that a trial completes before it can be stopped."""
     reduction: int = 3
     """ASHA's reduction factor. With 3, a third of the trials continues at each rung, and each rung
-    has three times as many epochs as the one before."""
+    has three times as many epochs as the previous rung."""
     space: tuple[str, ...] = ()
     """Further fields of the recipe to search, or other distributions for the default fields, as in
     weight_decay=loguniform(1e-4,1e-1) or feature=choice(mel). lr_min is lr_max / lr_ratio."""
@@ -84,7 +86,7 @@ class CrossvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotConfig:
-    """CPUs and GPUs of each trial."""
+    """CPUs and GPUs of each trial. As many trials run at the same time as fit on the cluster."""
 
     cpus_per_worker: int = 1
     """CPUs of a trial."""

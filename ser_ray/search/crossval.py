@@ -1,8 +1,8 @@
 """Cross-validation: train, validate and test every fold of a protocol.
 
-Each fold with each seed is a trial of a study (`ser_ray.search.study`). The process of a trial
-trains the fold, scores its test part with the selected checkpoint, and stores the predictions in a
-table beside the checkpoint (`ser_ray.search.fold_files`). All scores come from these tables
+Each pair of a fold and a seed is a trial of a study (`ser_ray.search.study`). The process of a
+trial trains the fold, scores its test part with the selected checkpoint, and stores the predictions
+in a table beside the checkpoint (`ser_ray.search.fold_files`). All scores come from these tables
 (`ser_ray.search.crossval_result`). The same command resumes an interrupted cross-validation and
 trains failed folds again.
 
@@ -54,7 +54,8 @@ def plan_crossval(
 
     Raises:
         ShardsError: there is no shard set at the location.
-        ConfigError: the recipe names a fold, a fold does not exist, or a fold has an empty part.
+        ConfigError: the recipe names a fold, the protocol has no test part, or a fold does not
+            exist or cannot be trained (`select_rows`).
     """
     if recipe.fold:
         raise ConfigError(
@@ -67,7 +68,7 @@ def plan_crossval(
     table = shards.clips()
     count = num_folds(recipe.protocol, table)
     folds = config.folds or tuple(range(count))
-    # `select_rows` raises ConfigError if a fold has an empty part.
+    # `select_rows` raises ConfigError if a fold does not exist or cannot be trained.
     splits = [select_rows(table, replace(recipe, fold=fold)) for fold in folds]
     named_folds = f"{count} folds"
     if config.folds:
@@ -86,8 +87,10 @@ def crossval(
     """Cross-validate a recipe over the plan's folds, or resume an interrupted cross-validation.
 
     Raises:
-        ConfigError, CheckpointError, ResourcesError, TrackingError: raised before any trial starts.
-        SerRayError: a fold failed; the message says which and why. The same call trains it again.
+        ConfigError, CheckpointError: a setting, the initial weights or the folder cannot be used.
+        ResourcesError: the cluster cannot be used, or had no room for a trial.
+        TrackingError: the tracking store cannot be used or does not answer.
+        SerRayError: a fold failed; the message gives the reason. The same call trains it again.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
     require_one_worker(run)
@@ -112,7 +115,8 @@ def crossval(
         show=show,
         address=address,
     ) as study:
-        # If an earlier call with fewer folds was interrupted, the first pass completes only those.
+        # If an earlier call with fewer folds was interrupted, the first pass completes only these
+        # folds.
         while points := remaining_points(plan, study.trials):
             num_before = len(study.trials)
             arguments = points_arguments(points, study.slots.max_concurrent, RetryFailed())
@@ -136,7 +140,8 @@ def crossval(
 def crossval_name(plan: CrossvalPlan) -> str:
     """Return the name of a cross-validation.
 
-    The name does not depend on the seeds and folds, so that a later call can add some.
+    The name depends on neither the number of seeds nor the folds, so that a later call can add
+    seeds and folds.
     """
     recipe, config = plan.recipe, plan.config
     identity = f"{recipe.fingerprint}{plan.shards.card.fingerprint_of(recipe.feature)}{config.part}"
@@ -154,19 +159,20 @@ def require_none_failed(trials: list[TrialRecord]) -> None:
     """Check that no fold failed.
 
     Raises:
-        SerRayError: a fold failed; the message names the first such fold and the reason.
+        SerRayError: a fold failed. The message names the first failed fold and the reason.
     """
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
         first = failed[0]
         raise SerRayError(
-            f"{len(failed)} of {len(trials)} folds failed; fold {first.recipe.fold}, seed "
-            f"{first.recipe.seed}: {first.problem}; the same command trains the failed folds again"
+            f"{len(failed)} of {len(trials)} trainings failed. The first is fold "
+            f"{first.recipe.fold}, seed {first.recipe.seed}: {first.problem}. The same command "
+            "trains the failed folds again"
         )
 
 
 def score_conditions(result: CrossvalResult, conditions: Sequence[str]) -> CrossvalResult:
-    """Score the clips of each fold also under recording conditions, with the model of this fold.
+    """Score the clips of each fold also under recording conditions, with the fold's own model.
 
     The clips are decoded on the connected cluster.
     """
@@ -182,8 +188,8 @@ def score_conditions(result: CrossvalResult, conditions: Sequence[str]) -> Cross
 def final_recipe(result: CrossvalResult) -> TrainConfig:
     """Return the recipe for a final model of all speakers.
 
-    Its temperature is the geometric mean of the folds' temperatures, because a model of all
-    speakers has no validation clips for its calibration.
+    Such a model has no validation clips for its calibration. Therefore the recipe's temperature is
+    the geometric mean of the folds' temperatures.
     """
     logs = [np.log(fold.card.temperature) for fold in result.folds]
     return replace(result.plan.recipe, temperature=float(np.exp(np.mean(logs))))

@@ -49,7 +49,7 @@ class CrossvalResult(StudyResult):
 
     plan: CrossvalPlan
     folds: list[Evaluation]
-    """The evaluation of each training on its own part."""
+    """The evaluation of each training on the scored part of its fold."""
     pooled: Evaluation
     """The predictions of all trainings, with the columns `fold` and `seed`."""
     ensemble: Scores | None
@@ -162,7 +162,7 @@ def pool(
     write_predictions(predictions, location)
     pooled = replace(
         folds[0],
-        # Every fold has its own temperature, which its probabilities contain already.
+        # The probabilities of each fold are already scaled by the fold's own temperature.
         card=replace(folds[0].card, config=plan.recipe, temperature=1.0),
         protocol=plan.caption,
         predictions=predictions,

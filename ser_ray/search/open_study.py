@@ -32,13 +32,15 @@ def open_study(
     show: Show,
     address: str = "",
 ) -> Iterator[Study]:
-    """Yield a new or resumed study. The block is connected to the cluster and locks the folder.
+    """Yield a new or resumed study.
+
+    During the `with` block, this process is connected to the cluster and holds the folder's lock.
 
     Args:
         kind: search or cross-validation.
-        label: the protocol, and whether it is speaker-dependent.
+        label: the protocol and its fold or folds, and whether it is speaker-dependent.
         folder: the study's folder.
-        run: devices, names and places of all trials.
+        run: the device of all trials, the name of the study, and where it is recorded.
         slot_config: CPUs and GPUs of a trial.
         setup: recipe, data and weights of all trials.
         settings: settings of the study that must be the same when it resumes.
@@ -67,7 +69,7 @@ def open_study(
         slot_params = {"count": slots.max_concurrent, **slots.resources}
         params |= {kind: settings | {"slots": slot_params}}
         tags = run_tags(kind, label, shards)
-        about = f"a {kind}; the runs below it are its trials; its files are in `{folder.location}`"
+        about = f"a {kind}, whose trials are the nested runs. Its files are in `{folder.location}`"
         parent = start_run(folder, run, shards, tags, params, about, identity)
         with Study(parent, folder, setup, slots, run, tags, show) as study:
             yield study

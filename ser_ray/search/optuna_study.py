@@ -20,13 +20,15 @@ def importance_of(
     """Return the importance of each hyperparameter by PED-ANOVA (Watanabe et al. 2023).
 
     Returns:
-        Shares that sum to 1, by name; empty if the trials have fewer than four different UAs.
+        Shares that sum to 1, by name. Empty if the trials have fewer than four different UAs,
+        because the importances would then be chance.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
+    # Optuna's evaluator ignores trials in the state PRUNED.
     _add_trials(study, trials, dimensions, {"finished": "COMPLETE", "pruned": "COMPLETE"})
     if len({trial.value for trial in study.trials}) < 4:
         return {}
@@ -65,8 +67,8 @@ def _add_trials(
     Args:
         study: the study.
         trials: all trials of the search.
-        dimensions: the space of the search. Trials outside it are left out.
-        states: Optuna's name for each state; trials in other states are left out.
+        dimensions: the space of the search. Trials with values outside this space are left out.
+        states: Optuna's name for each state. Trials in other states are left out.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -78,6 +80,7 @@ def _add_trials(
             state=TrialState[states[trial.state]],
             params=trial.values,
             distributions={item.name: optuna_distribution(item) for item in dimensions},
+            # Optuna does not allow a score for a failed trial.
             value=None if trial.problem else trial.selected.get("val/ua"),
             intermediate_values={int(row["epoch"]): row["val/ua"] for row in trial.rows},
             user_attrs={

@@ -1,4 +1,7 @@
-"""Computes how many trials run at the same time. The CPUs and GPUs of one trial are a slot."""
+"""Computes how many trials run at the same time. The CPUs and GPUs of one trial are a slot.
+
+As many trials run at once as the cluster has slots. `SlotConfig` sets the size of a slot.
+"""
 
 import logging
 import math
@@ -21,7 +24,7 @@ class Slots(NamedTuple):
 
 
 def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
-    """Count the trials that the cluster can run at the same time.
+    """Count the trials that the cluster can run at the same time, with all nodes that it may add.
 
     Raises:
         ResourcesError: no node is large enough for a trial.
@@ -35,7 +38,7 @@ def find_slots(run: RunConfig, config: SlotConfig) -> Slots:
         sizes = dict.fromkeys(format_resources({"CPU": 0, "GPU": 0} | node) for node in nodes)
         raise ResourcesError(
             f"a trial with {format_resources(resources)} can never start: the cluster's nodes "
-            f"({'; '.join(sizes)}) are too small; ask for less with --cpus-per-worker or "
+            f"({'; '.join(sizes)}) are too small; give a smaller --cpus-per-worker or "
             "--gpus-per-worker" + (", or train on CPUs with --device cpu" if on_gpus else "")
         )
     logger.info("%-12s %d at once, each with %s", "trials", count, format_resources(resources))

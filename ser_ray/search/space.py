@@ -29,7 +29,7 @@ _NOT_SEARCHABLE = {
     "fold": "trials of different folds cannot be compared",
     "validation_speakers": "trials validated on different clips cannot be compared",
     "channel": "trials validated on different clips cannot be compared",
-    "keep": "the best of many epochs nearly always validates better than the last one, by luck",
+    "keep": "by luck, the best of many epochs nearly always has a higher score than the last one",
     "allow_seen_labels": "it only decides whether the training is allowed",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"
@@ -42,7 +42,7 @@ class Dimension:
     name: str
     distribution: Literal["loguniform", "uniform", "integer", "choice"]
     values: tuple[Any, ...]
-    """All choices, or the lowest and the highest value. Both of these can be drawn."""
+    """All choices; or the lowest and the highest value of a range, which can both be drawn."""
 
     def grid_values(self) -> tuple[Any, ...]:
         """Return the values that a grid search tries; for a range, both ends and the middle."""
@@ -153,7 +153,7 @@ def _parse_value(text: str, field_type: Any, line: str) -> Any:
 
 def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
     if len(values) != 2:
-        raise ConfigError(f"space {line!r}: {distribution} takes a low and a high value")
+        raise ConfigError(f"space {line!r}: {distribution} needs a low and a high value")
     if field_type not in (int, float) or (field_type is int) != (distribution == "integer"):
         usable = {int: "integer or choice", float: "loguniform, uniform or choice"}
         raise ConfigError(
@@ -166,11 +166,11 @@ def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, li
             f"space {line!r}: the low value {low:g} must be below the high value {high:g}"
         )
     if distribution == "loguniform" and low <= 0:
-        raise ConfigError(f"space {line!r}: the low value is {low:g}: it must be above 0")
+        raise ConfigError(f"space {line!r}: the low value is {low:g}, but it must be above 0")
 
 
 def _check_values(dimension: Dimension, line: str) -> None:
-    """Check that a recipe can have the values; between two valid ends, all values are valid."""
+    """Check that a recipe can have the values. Between two valid ends, all values are valid."""
     if dimension.name == LR_RATIO and min(dimension.values) <= 1:
         raise ConfigError(f"space {line!r}: lr_max / lr_min must be above 1")
     for value in dimension.values:

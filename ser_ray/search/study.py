@@ -6,9 +6,9 @@ server does not delay the loop. If the server does not answer, the study logs a 
 trials continue. The missing records are sent when the server answers again, or when the same
 command is run again.
 
-If the driver is killed, the next driver restores the records from Ray Tune's snapshot, because the
-last result of a trial holds all its epochs. It finds the MLflow run of a trial by a tag. When a
-study has ended, its records are written to `trials.json`.
+If the driver is killed, the next driver restores the records from Ray Tune's snapshot, in which the
+last result of a trial holds all its epochs. The next driver finds the MLflow run of a trial by a
+tag. When a study has ended, its records are written to `trials.json`.
 """
 
 import logging
@@ -80,16 +80,16 @@ class Study(tune.Callback):
         self.run, self.tags, self.show = run, tags, show
         self._dataset = dataset_of(setup.shards)  # now: the shards may be unreachable later
         self.records: dict[str, TrialRecord] = {}
-        """By trial id. Ray Tune's loop replaces records; the delivery thread only reads them."""
+        """Records by trial id. Ray Tune's loop replaces them; the delivery thread only reads."""
         self._numbers: dict[str, int] = {}
         self._earlier_runs = parent.nested_runs(TRIAL_ID)
-        """MLflow runs of an earlier driver, by trial id, whose trials have no record yet."""
+        """MLflow runs of an earlier driver whose trials have no record yet, by trial id."""
         self._run_ids: dict[str, str] = {}
         """Ids of the MLflow runs, by trial id."""
         self._trackers: dict[str, Tracker] = {}
         """Trackers of the MLflow runs that this driver has opened, by trial id."""
         self._delivered: set[str] = set()
-        """Ids of the trials whose records MLflow has completely."""
+        """Ids of the trials whose complete record is in MLflow."""
         self._lost_run_ids: list[str] = []
         """Ids of MLflow runs whose trials are in no snapshot, because the driver was killed."""
         self._stop = Event()
@@ -142,7 +142,7 @@ class Study(tune.Callback):
         Raises:
             CheckpointError: another process has taken over the folder.
             SerRayError: fewer than `expected` trials have ended.
-            TrackingError: the tracking server does not answer; the same command delivers the rest.
+            TrackingError: the tracking server does not answer. The same command delivers the rest.
         """
         ended = sum(trial.ended for trial in self.records.values())
         if ended < expected:
@@ -160,7 +160,7 @@ class Study(tune.Callback):
         self.parent.finish("FINISHED")
 
     def store_records(self) -> None:
-        """Store the records after all trials have ended, so that the same command reads them."""
+        """Store the records after all trials have ended, for a later call of the same command."""
         write_records(self.folder, self.trials)
 
     # Ray Tune calls the following methods in its loop.
@@ -201,8 +201,8 @@ class Study(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Delete the checkpoints of ended trials.
 
-        Before Ray Tune has stored its last snapshot, they are needed: in an earlier snapshot, a
-        trial may still be running, and resumes from its checkpoint.
+        They are needed until Ray Tune has stored its last snapshot. In an earlier snapshot, such a
+        trial may still be running, so a restart would resume the trial from its checkpoint.
         """
         self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
         for trial in trials:
@@ -218,7 +218,7 @@ class Study(tune.Callback):
         self._numbers |= state
 
     def _open_records(self, trials: list[Any]) -> None:
-        """Open a record for every new trial, and number the new trials in their order."""
+        """Open a record for every new trial. Restored trials keep their numbers."""
         new = [trial for trial in trials if trial.trial_id not in self.records]
         for trial in new:
             next_number = max(self._numbers.values(), default=0) + 1
@@ -324,7 +324,7 @@ class Study(tune.Callback):
             run.log_files({"config.json": trial.recipe.to_dict()})
             study_kind = "cross-validation" if is_fold else "search"
             run.describe(
-                Run=f"{kind} {trial.number} of the {study_kind} {self.folder.name}",
+                Run=f"trial {trial.number} of the {study_kind} {self.folder.name}",
                 Data=data_line(self.shards),
                 Again=f"`{command_like(run.run_id, self.shards.locations, self.run)}`",
             )

@@ -87,7 +87,7 @@ class TrialRecord:
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Sort key; a better trial has a higher one. Finished trials rank above all others."""
+        """Sort key, which is higher for a better trial. Finished trials rank above all others."""
         return self.state == "finished", *validation_rank(self.selected)
 
     @property
@@ -109,14 +109,14 @@ class TrialRecord:
         return "pruned" if self.stopped and self.epochs < self.recipe.epochs else "finished"
 
     def outcome(self, label: str) -> dict[str, str]:
-        """Return the lines for the description of the MLflow run that say how the trial ended.
+        """Return two lines for the description of the MLflow run, which say how the trial ended.
 
         Args:
             label: protocol and corpus, as shown beside every score.
 
         Returns:
-            The lines by their titles. The line of the other end is empty: a failed trial may be
-            trained again.
+            The lines by their titles. One of them is empty, and removes the line of an earlier
+            attempt, because a failed trial may be trained again.
         """
         if self.problem:
             problem = f"failed after {self.epochs} epochs: {self.problem}"

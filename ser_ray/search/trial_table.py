@@ -72,7 +72,7 @@ class TrialTable:
                     self.console.print(self._line(trial))
 
     def table(self) -> Table:
-        """Return a table of the running trials and the best ended trials that fit on the screen."""
+        """Return a table of the trials that fit on the screen: those not ended, and the best."""
         ended = sum(trial.ended for trial in self._trials)
         caption = f"{ended} of {self.total} trials done{self._time_left()}"
         if self.label:
@@ -97,7 +97,7 @@ class TrialTable:
         return table
 
     def _num_done(self) -> float:
-        """Return the number of ended trials. A running trial counts by its completed epochs."""
+        """Return the number of ended trials, plus the completed share of each running trial."""
         return sum(
             1.0 if trial.ended else trial.epochs / trial.recipe.epochs for trial in self._trials
         )

@@ -2,8 +2,9 @@
 
 Every trial runs in an actor. The next trial reuses the actor with its imports and CUDA context. Ray
 Tune restores an interrupted study from its snapshots: ended trials stay ended, running trials
-resume from their checkpoints, and trials whose process failed too often are retried. A snapshot
-holds the trials and the searcher. ASHA is restored from the results of the trials.
+resume from their checkpoints, and trials whose process failed too often are retried. With
+`RetryFailed`, trials that reported a problem are trained again too. A snapshot holds the trials and
+the searcher. ASHA is restored from the results of the trials.
 
 This module uses private functions of Ray Tune to find out whether there is a snapshot, to read the
 last result of a trial, and to train one ended trial again. (The public `Tuner.can_restore` looks
@@ -52,7 +53,7 @@ def search_arguments(recipe: TrainConfig, config: TuneConfig, max_concurrent: in
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # A resumed trial repeats the epochs after its checkpoint, which Optuna already knows.
+    # A resumed trial repeats the epochs after its checkpoint. Optuna already knows their scores.
     warnings.filterwarnings("ignore", message="The reported value is ignored because this `step=")
     samplers = {"optuna": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     searcher = OptunaSearch(
@@ -166,7 +167,10 @@ class ResumableAsha(ASHAScheduler):
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Replay the epochs of a restored trial. Ray Tune has already carried out the decisions."""
+        """Replay the epochs of a restored trial.
+
+        The decisions are ignored, because Ray Tune has already carried them out.
+        """
         super().on_trial_add(tune_controller, trial)
         rows = last_result(trial).get("history", [])
         past_values = objectives(rows, recipe_with(self.recipe, trial.config))
@@ -198,7 +202,7 @@ def tune_folder(folder: RunFolder, num_before: int) -> RunFolder:
 
     When Ray Tune resumes, it copies all JSON files of its folder to this machine, and later writes
     these copies back. Therefore its folder must not contain the study's lock and run record. Ray
-    Tune cannot add points to a list that it resumes, so points that are added later have another
+    Tune cannot add points to a list that it resumes, so points that are added later get another
     folder.
 
     Args:
@@ -268,7 +272,7 @@ def run_trials(
 
 
 class RoomCallback(tune.Callback):
-    """Warns every minute that no trial has resources, and ends a study that waits for too long."""
+    """Warns every minute while no trial has resources, and ends a study that waits too long."""
 
     def __init__(self, resources: dict[str, float]) -> None:
         self.watch = PlacementWatch(
@@ -284,9 +288,9 @@ class RoomCallback(tune.Callback):
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after the block if Ctrl-C ended it, and restore the signal's handler.
 
-    After Ctrl-C, Ray Tune returns as if all trials had ended. Its handler of SIGINT puts the
-    previous handler back at the first signal, and stays if there is no signal. Therefore the
-    handler after the block shows whether Ctrl-C was pressed.
+    After Ctrl-C, Ray Tune returns as if all trials had ended. At the first signal, Ray Tune's
+    handler of SIGINT puts the previous handler back. Without a signal, Ray Tune's handler stays in
+    place. Therefore the handler after the block shows whether Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

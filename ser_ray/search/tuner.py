@@ -41,7 +41,7 @@ from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 
 OPTUNA_STUDY = "optuna.journal"
-"""File in the folder of a search: its Optuna study, for `optuna-dashboard FILE`."""
+"""File in the folder of a search that holds its Optuna study. `optuna-dashboard FILE` shows it."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,11 @@ def search(
     """Search a space of recipes on a fold's validation part, or resume an interrupted search.
 
     Raises:
-        ShardsError, ConfigError, CheckpointError, ResourcesError, TrackingError: raised before any
-            trial starts.
-        SerRayError: no trial succeeded; the message says why the first trial failed.
+        ShardsError, ConfigError, CheckpointError: the shards, a setting, the initial weights or the
+            folder cannot be used.
+        ResourcesError: the cluster cannot be used, or had no room for a trial.
+        TrackingError: the tracking store cannot be used or does not answer.
+        SerRayError: no trial succeeded. The message says why the first trial failed.
         KeyboardInterrupt: interrupted; the same call resumes.
     """
     require_one_worker(run)
@@ -98,8 +100,8 @@ def search(
     setup = TrialSetup(
         recipe=recipe,
         shards=shards,
-        # The weights depend only on whether the feature is one of an encoder, which needs none.
-        # Encoders come first, so that the weights of another feature replace their empty ones.
+        # A trial with an encoder's feature needs no initial weights, and all others use the same.
+        # Encoders come first, so that the weights for the other features replace the empty ones.
         pretrained={
             weights: read_initial_weights(
                 replace(recipe, feature=feature, weights=weights), shards, run.tracking_uri
@@ -159,9 +161,9 @@ def require_same_validation_clips(recipe: TrainConfig, config: TuneConfig) -> No
     searched = {dimension.name for dimension in config.dimensions}
     if recipe.protocol == "random" and "seed" in searched:
         raise ConfigError(
-            "space: seed cannot be searched with protocol random: the seed draws the split, and "
-            "trials validated on different clips cannot be compared; leave the seed out of "
-            "--space, or choose another --protocol"
+            "space: seed cannot be searched with protocol random, because the seed draws the "
+            "split, and trials validated on different clips cannot be compared; leave the seed "
+            "out of --space, or choose another --protocol"
         )
 
 

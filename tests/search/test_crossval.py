@@ -122,7 +122,7 @@ def test_failed_folds_are_trained_again_by_a_driver_elsewhere(two_cpus, in_tmp, 
         )  # fmt: skip
         config, slots = CrossvalConfig(), SlotConfig()
         plan = plan_crossval("shards", RECIPE, config)
-        with pytest.raises(SerRayError, match=r"2 of 2 folds failed.*the same command trains"):
+        with pytest.raises(SerRayError, match=r"2 of 2 trainings failed.*The same command trains"):
             crossval(plan, run, slots, show=hide_the_shards)
         (in_tmp / "hidden").rename(shards)
         (in_tmp / "elsewhere").mkdir()
@@ -151,7 +151,7 @@ def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
     trial = TrialRecord("a", 1, {}, replace(RECIPE, fold=3, seed=2), state="failed", problem="full")
     with pytest.raises(
         SerRayError,
-        match=r"1 of 1 folds failed; fold 3, seed 2: full; the same command trains .* again",
+        match=r"1 of 1 trainings failed.*fold 3, seed 2: full\. The same command trains .* again",
     ):
         require_none_failed([trial])
 

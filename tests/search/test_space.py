@@ -65,7 +65,7 @@ def test_the_grid_of_a_dimension(line, grid):
         ("lr_max=normal(0,1)", "no distribution normal; known are loguniform"),
         ("lr_max=loguniform(1e-2,1e-4)", "must be below the high value"),
         ("lr_max=loguniform(0,1e-4)", "must be above 0"),
-        ("lr_max=loguniform(1e-4)", "takes a low and a high value"),
+        ("lr_max=loguniform(1e-4)", "needs a low and a high value"),
         ("lr_max=uniform(-1,1)", "lr_max is -1"),
         ("lr_max=uniform(low,1)", "'low' is not of type float"),
         ("lr_max=uniform(nan,1)", "'nan' is not of type float"),
