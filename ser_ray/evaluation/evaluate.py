@@ -272,7 +272,8 @@ def require_known_labels(card: CheckpointCard, labels: Iterable[str], where: str
     if unknown := sorted(set(labels) - set(card.labels)):
         raise CheckpointError(
             f"{where}: the model does not know the labels {', '.join(unknown)}; it knows "
-            f"{', '.join(card.labels)}. Leave their clips out with --label-map common, or map them"
+            f"{', '.join(card.labels)}. Leave out clips with unknown labels by --label-map common, "
+            "or map the labels by a CSV file"
         )
 
 

@@ -201,7 +201,10 @@ class Evaluation:
         return wrong[np.argsort(-confidence, kind="stable")][:NUM_HARDEST].tolist()
 
     def typical(self) -> list[int]:
-        """Return a row for each label: the clip whose true label has the median probability."""
+        """Return the row of a typical clip for each label.
+
+        The probability of the label in this clip is the median over the label's clips.
+        """
         rows = []
         for label in np.unique(self.truth):
             clips = np.flatnonzero(self.truth == label)

@@ -27,7 +27,8 @@ def render(template: str, **values: object) -> str:
 def store_page(page: str, location: str) -> None:
     """Write a page to a path or URI, and create its folder.
 
-    If the page cannot be written, log a warning: its numbers are also stored elsewhere.
+    If the page cannot be written, only a warning is logged, because the caller also stores or
+    prints the numbers.
     """
     try:
         filesystem, path = filesystem_of(location)
