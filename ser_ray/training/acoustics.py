@@ -16,9 +16,10 @@ drawn from the gamma distribution with this mean and variance. The late echo of 
 noise (Polack 1988), so it is added in the same way.
 
 For `mfcc`, the inverse DCT of the coefficients gives a smoothed mel spectrogram in dB. The change
-is computed on it, and the DCT of the change is added to the coefficients.
+is computed on this spectrogram, and the DCT of the change is added to the coefficients.
 
-All levels are relative to full scale (dBFS), because the features keep the level of the recording.
+The levels of noise are relative to full scale (dBFS), because the features keep the level of the
+recording.
 """
 
 import math
@@ -36,15 +37,15 @@ from ser_ray.training.data import Normalisation
 from ser_ray.training.recipe import AugmentConfig
 
 NOISE_DB = (-80.0, -30.0)
-"""Range of the noise level (mean square in dBFS), drawn uniformly. The lowest is the noise of a
-studio, and the highest that of a loud fan. The median clip of RAVDESS has -38 dBFS."""
+"""Range of the noise level (mean square in dBFS), drawn uniformly. -80 dBFS is the noise of a
+studio, and -30 dBFS is the noise of a loud fan. The median clip of RAVDESS has -38 dBFS."""
 NOISE_SLOPE = (0.0, 2.0)
 """Range of the slope of the noise, drawn uniformly. The power spectrum is proportional to
 1 / frequency**slope: 0 is white, 1 pink and 2 brown noise."""
 ECHO_DB = (-15.0, 3.0)
 """Range of the energy of the echo relative to the direct sound, in dB, drawn uniformly."""
 ECHO_SECONDS = (0.1, 0.8)
-"""Range of the reverberation time (the echo falls by 60 dB), drawn uniformly on a log scale."""
+"""Range of the time in which the echo falls by 60 dB, drawn uniformly on a log scale."""
 LOW_EDGE = (50.0, 400.0)
 """Range of the lower edge of a narrow channel in hertz, drawn uniformly on a log scale. Half of the
 narrow channels have no lower edge. A telephone passes 300 to 3400 Hz."""
@@ -59,7 +60,7 @@ HANN_POWER = 0.375
 """Mean square of the Hann window."""
 HANN_CORRELATION = (1.0, 4 / 9, 1 / 36)
 """Correlation of the power of white noise between bins that are 0, 1 and 2 apart, for a Hann
-window. Because of it, a mel band has fewer independent bins than bins."""
+window. Because of this correlation, not all bins of a mel band are independent."""
 CORNER_HERTZ = 50.0
 """Below this frequency, the power spectrum of coloured noise is constant."""
 
@@ -175,7 +176,7 @@ class Acoustics:
             change = self.dct @ change
         is_narrow = (effects.low_edge > 0) | effects.high_edge.isfinite()
         has_effect = (effects.noise > 0) | (effects.echo > 0) | is_narrow
-        # Rounding must not change the other clips.
+        # Clips without an effect must not change, not even by rounding.
         change = torch.where(has_effect[:, None, None], change / self.std, 0.0)
         return batch + change.unsqueeze(1) * valid
 
@@ -192,7 +193,7 @@ class Acoustics:
         delay = frames - frames[:, None]  # from the frame of the row to the frame of the column
         rate = math.log(1e6) * self.frame_seconds / effects.echo_seconds[:, None, None]
         decay = torch.where(delay >= 0, torch.exp(-rate * delay.clamp(min=0)), 0.0)
-        decay = decay * (1 - torch.exp(-rate))  # over an endless time, it sums to 1
+        decay = decay * (1 - torch.exp(-rate))  # the sum over an endless time is 1
         return effects.echo[:, None, None] * (clip @ decay)
 
     def _passed_share(self, effects: Effects) -> Tensor:

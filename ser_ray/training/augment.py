@@ -1,8 +1,8 @@
 """Augmentation: random changes of a training batch, made on the device of the batch.
 
 Noise, echo and narrow channels are in `acoustics`; the other changes are here. The fields of
-`recipe.AugmentConfig` set how strong each change is. All random numbers come from torch's generator
-of the device, which the training seeds from (seed, epoch, step) before each step. If the clips are
+`recipe.AugmentConfig` set how strong each change is. All random numbers come from torch's
+generators, which the training seeds from (seed, epoch, step) before each step. If the clips are
 resident, every worker augments the complete batch and then keeps its share, so the augmented clips
 do not depend on the number of workers. For streamed clips, see `streaming`.
 """
@@ -81,7 +81,7 @@ class Augment:
         """
         surplus = clips.num_frames[rows] - self.crop_frames
         place = torch.rand(len(rows), device=rows.device) if self.random_crop else 0.5
-        # A clip that is shorter than the crop starts at a negative frame, between zeros.
+        # The crop of a shorter clip starts at or before the first frame of the clip.
         starts = surplus.clamp(max=0) + ((surplus.abs() + 1) * place).long()
         batch, valid = clips.crop(rows, starts, self.crop_frames)
         if self.acoustics is not None:

@@ -2,8 +2,8 @@
 
 A network may be overconfident or underconfident. Its probabilities p for a clip become
 p^(1/T) / sum(p^(1/T)). The temperature T minimises the negative log-likelihood of the validation
-clips (Guo et al. 2017, section 4.2). If the clip has one window, this divides its logits by T. The
-order of the probabilities does not change, so accuracies do not change either.
+clips (Guo et al. 2017, section 4.2). For a clip with one window, the formula divides the logits by
+T. The order of the probabilities does not change, so accuracies do not change either.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarr
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
     """Return the temperature that minimises the negative log-likelihood; 1 if there are no clips.
 
-    The derivative of this loss by 1 / T rises with 1 / T, so bisection finds where it is 0.
+    The derivative of this loss with respect to 1 / T rises with 1 / T, so bisection finds its zero.
 
     Args:
         truth: label indices [clips].

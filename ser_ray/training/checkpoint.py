@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CARD, MODEL, STATE = "card.json", "model.safetensors", "training_state.safetensors"
 PROGRESS = "progress.json"
 ENCODER = "encoder.safetensors"
-"""File of the encoder's weights. Only selected checkpoints have it, and only with an encoder."""
+"""File of the encoder's weights. Only selected checkpoints of a head on an encoder can have it."""
 SELECTED = "selected"
 """Folder of the selected checkpoint, in the folder of a finished run."""
 VALIDATION_PROBABILITIES = "validation_probabilities"
@@ -137,7 +137,7 @@ class Snapshot:
         (directory / PROGRESS).write_text(json.dumps(self.progress | {"sizes": sizes}))
 
     def store(self, filesystem: fs.FileSystem, path: str) -> None:
-        """Write the checkpoint to storage. An incomplete checkpoint at this path is replaced."""
+        """Write the checkpoint to storage. An earlier checkpoint at this path is replaced."""
         if filesystem.get_file_info(path).type != fs.FileType.NotFound:
             filesystem.delete_dir(path)
         filesystem.create_dir(path, recursive=True)
@@ -167,7 +167,7 @@ def read_progress(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None
             file.size == progress["sizes"][name] for name, file in zip(names, files, strict=True)
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, ConfigError):
-        return None  # the file is missing or damaged, or is being written
+        return None  # a file is missing, damaged or still being written
     return progress if complete else None
 
 
@@ -236,7 +236,7 @@ def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHea
 
 
 def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
-    """Read how the head weights the encoder's layers [layers]; empty without an encoder."""
+    """Read the weights of the encoder's layers in the head [layers]; empty without an encoder."""
     if card.encoder is None:
         return []
     network = read_network(directory, card)
@@ -247,8 +247,8 @@ def read_layer_weights(directory: Path, card: CheckpointCard) -> list[float]:
 def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
     """Read the encoder of a model onto the CPU, in evaluation mode; None if the model has none.
 
-    The weights come from the checkpoint's directory, or from where they were during the training.
-    If they are in neither place, torchaudio's weights of this encoder are downloaded.
+    The weights are read from the checkpoint's directory, or else from their location during the
+    training. If they are in neither place, torchaudio's weights of this encoder are downloaded.
 
     Raises:
         EncoderError: no weights were found, or they differ from those of the training.
@@ -284,7 +284,7 @@ def copy_encoder(directory: Path) -> None:
     """Copy the encoder's weights, if the model has an encoder, into a checkpoint's directory.
 
     Raises:
-        CheckpointError: the weights are no longer where they were during the training.
+        CheckpointError: the weights cannot be copied from their location during the training.
     """
     card = read_card(directory)
     if card.encoder is None or (directory / ENCODER).exists():

@@ -140,7 +140,7 @@ class CheckpointCard:
         if difference := first_difference(theirs, {key: ours[key] for key in keys}):
             raise MismatchError(
                 f"{location}: its {difference}; give the run another --name to start afresh, or "
-                "use the settings it was trained with"
+                "use the settings that it was trained with"
             )
 
 
@@ -151,7 +151,7 @@ def make_card(
     pretrained: Pretrained,
     ingest: Literal["resident", "stream"],
 ) -> CheckpointCard:
-    """Return the card of a training. Its checkpoints have the same card with a temperature."""
+    """Return the card of a training. The cards of its checkpoints differ only in temperature."""
     return CheckpointCard(
         labels=data.labels,
         config=recipe,

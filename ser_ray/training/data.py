@@ -26,8 +26,8 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.world import World
 
 MIN_STD = 1e-3
-"""Smaller standard deviations, in dB, are replaced by this one, so that nearly constant bins are
-not amplified."""
+"""Smaller standard deviations are replaced by this value, so that nearly constant bins are not
+amplified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Normalisation:
     def frames_first(
         self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
     ) -> np.ndarray:
-        """Normalise features [clips, bins, frames], pad them, and move the frames forward.
+        """Normalise features [clips, bins, frames], pad them, and put the frames before the bins.
 
         Returns:
             [clips, max_frames, bins] float16. The frames after `num_frames` [clips] are 0.
@@ -69,7 +69,7 @@ class Normalisation:
 
 
 def frame_sums(features: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """Return the sums over valid frames of features [clips, bins, frames] and squares [2, bins]."""
+    """Sum features [clips, bins, frames], and their squares, over all valid frames [2, bins]."""
     sums = np.zeros((2, features.shape[1]))
     for clip, length in zip(features, num_frames, strict=True):
         valid = clip[:, :length].astype(np.float64)
@@ -190,8 +190,8 @@ class Source(Protocol):
     def batches(self, recipe: TrainConfig, world: World, epoch: int, step: int) -> Iterator[Batch]:
         """Yield the batches of all steps, beginning with this step of this epoch.
 
-        The batches depend only on the arguments. Every epoch has `steps_per_epoch` batches. Which
-        clips the workers together get in a step does not depend on the number of workers.
+        The batches depend only on the arguments. Every epoch has `steps_per_epoch` batches. The
+        clips of a step, over all workers, do not depend on the number of workers.
         """
 
 
@@ -287,7 +287,8 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
     """Return how often each training row is drawn, relative to the others, float64 [rows].
 
-    Return None if the recipe does not balance labels or corpora: every epoch uses each row once.
+    Return None if the recipe does not balance labels or corpora. Then no row is drawn twice in an
+    epoch.
     """
     powers = {"emotion": float(recipe.balanced), "corpus": recipe.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}
@@ -299,7 +300,7 @@ def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int, weights: Tensor | None = None) -> Tensor:
-    """Return the order of the training rows in an epoch, int64 [rows]. All workers get the same.
+    """Return the order of the training rows in an epoch, int64 [rows], the same on all workers.
 
     Without weights, the order is a permutation. With weights, rows are drawn with replacement.
     """

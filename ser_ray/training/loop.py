@@ -65,12 +65,12 @@ def fit(
         preemption_check: called on every worker every PREEMPTION_CHECK_STEPS steps. It must return
             the same value on all workers. If the value is True, `report` is called in mid-epoch, so
             that it can write a checkpoint.
-        stream: if given, every epoch reads the training clips from the shards by this function. The
-            built-in `map` reads them in this process. If None, all clips stay in memory.
+        stream: if given, every epoch reads the training clips from the shards with this function.
+            The built-in `map` reads them in this process. If None, all clips stay in memory.
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
-        MismatchError: the checkpoint belongs to another training.
+        CheckpointError: the checkpoint is missing or broken, or belongs to another training.
         DivergedError: a loss or a weight is not finite; the message names the epoch.
     """
     world, device = World.current(), device or torch.device("cpu")

@@ -2,7 +2,7 @@
 
 The test trains a new network, and raises the learning rate in every step, from far too small to far
 too large. The lower bound is the learning rate at which the loss begins to fall, and the upper
-bound the one at which the loss stops falling."""
+bound is the learning rate at which the loss stops falling."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

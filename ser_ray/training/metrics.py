@@ -18,7 +18,8 @@ class Scores:
     """Scores of a set of clips.
 
     Args:
-        confusion: number of clips [labels, labels], row = true label, column = predicted label.
+        confusion: number of clips [labels, labels], with a row for each true label and a column for
+            each predicted label.
         loss: mean negative log-likelihood of the true label, in nats.
     """
 
@@ -147,7 +148,7 @@ def selected_row(rows: Sequence[Mapping[str, float]], keep: Keep) -> Mapping[str
 
 
 def validation_rank(row: Mapping[str, float]) -> tuple[float, float]:
-    """Return a sort key, by which the best epoch is the last: validation UA, then negative loss."""
+    """Return a key that is highest for the best epoch: the validation UA, then negative loss."""
     return row["val/ua"], -row["val/loss"]
 
 

@@ -2,8 +2,8 @@
 
 ResNet18 has one input channel, and one output for each label. Its layers and their names are those
 of torchvision, so torchvision's weights fit it, and a seed draws the same initial weights (tests
-compare both). It is defined here because importing torchvision takes longer than importing torch,
-which would delay every prediction.
+compare both). It is defined here because the import of torchvision, which takes longer than that of
+torch, would delay every prediction.
 
 Pretrained weights are downloaded from torchvision or read from a file. The RGB kernels of the first
 convolution are *summed*. For a one-channel image, the network then has the output that the original
@@ -139,7 +139,7 @@ def _draw_weights(convolution: nn.Conv2d) -> None:
 
 def to_channels_last(network: N, device: torch.device) -> N:
     """Move a network to a device, in the memory layout with the fastest convolutions."""
-    # torch's stubs lack the argument.
+    # The type stubs of torch lack this argument.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -227,7 +227,7 @@ def initial_weights(recipe: TrainConfig, shards: ShardCard) -> Pretrained:
     if encoder is None:
         return read_pretrained(recipe.weights, len(shards.labels))
     tests_new_speakers = recipe.protocol not in ("random", ALL)
-    # The card does not say which corpora are meant by `several`, so any label counts as seen.
+    # The card does not say which corpora `several` are, so the labels of any corpus count as seen.
     has_seen_labels = shards.corpus in encoder.labelled or (
         shards.corpus == "several" and encoder.labelled
     )

@@ -16,7 +16,7 @@ PREFIX = "optimiser."
 
 def build_optimiser(network: nn.Module, recipe: TrainConfig) -> AdamW:
     """Build AdamW for all weights of a network. `one_cycle` sets its learning rate."""
-    name_account()  # building an optimiser imports parts of torch that need it
+    name_account()  # building an optimiser imports parts of torch that need a user name
     return AdamW(
         network.parameters(), lr=recipe.lr_min, weight_decay=recipe.weight_decay, fused=True
     )

@@ -1,4 +1,4 @@
-"""Selects the clips of a fold's train, validation and test part. Does not import torch."""
+"""Selects the clips of a fold's train, validation and test part, without importing torch."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,8 @@ def select_rows(clips: pa.Table, recipe: TrainConfig) -> Split:
     """Select the rows of `clips` that belong to each part of the recipe's fold.
 
     Each part has one clip per take (the wav if there is one) of the channel in the recipe, sorted
-    by take. The train part has all rows of a long clip, the other parts have its first row.
+    by take. The train part has all rows of a long clip, and the other parts have only the first
+    row.
 
     Raises:
         ConfigError: a part of the fold is empty, or all training clips have the same label. With

@@ -1,5 +1,5 @@
 """The recipe of a training. `ser_ray.distributed.run_config` sets where a training runs. `--help`
-imports this module, so it must be fast."""
+imports this module, so it imports no slow library."""
 
 import dataclasses
 import hashlib
@@ -30,10 +30,10 @@ class AugmentConfig:
     """Share of the clips that pass a narrow channel, such as a telephone: a low-pass filter at 2.5
     to 7 kHz and, for half of these clips, a high-pass filter at 50 to 400 Hz; 0 is off."""
     mix_style: float = 0.5
-    """MixStyle (Zhou 2021): share of the clips that take over, in part, the mean and standard
-    deviation of every bin over time from another clip. These statistics depend more on the speaker
-    than on the emotion; 0 is off. With the protocol random, which tests known speakers, MixStyle is
-    always off."""
+    """MixStyle (Zhou 2021): share of the clips in which the mean and standard deviation of every
+    bin over time are mixed with those of another clip; 0 is off. These statistics depend more on
+    the speaker than on the emotion. With the protocol random, which tests known speakers, MixStyle
+    is always off."""
     gain_db: float = 6.0
     """Change the level of each clip by a random value of up to ± this many dB; 0 is off."""
     time_masks: int = 2
@@ -72,9 +72,9 @@ class TrainConfig:
     fold: int = 0
     """Fold of the protocol, from 0."""
     validation_speakers: int = 0
-    """Number of speakers held out for validation, in every protocol but random. 0 means one twelfth
-    of the corpus's speakers, but at least two, and at most a third of the speakers that are not
-    tested."""
+    """Number of speakers held out for validation, in every protocol but random and all. 0 means one
+    twelfth of the corpus's speakers, but at least two, and at most a third of the speakers that are
+    not tested. If a table has validation clips, the protocol table uses these instead."""
     channel: Literal["speech", "song", "all"] = "speech"
     """Which validation and test clips of RAVDESS are used: speech, song or both."""
     train_channel: Literal["speech", "song", "all"] = "all"
@@ -102,14 +102,14 @@ class TrainConfig:
     balanced: bool = False
     """Draw the training clips with replacement, so that all labels are equally likely."""
     corpus_balance: float = 0.0
-    """With several corpora: 0 uses every clip once in an epoch; 1 draws clips with replacement, so
-    that all corpora are equally likely; values between are a compromise."""
+    """With several corpora: 1 draws clips with replacement, so that all corpora are equally likely;
+    0 does not balance corpora; values between are a compromise."""
     keep: Keep = "last"
     """Epoch whose weights become the model: the last, or the best on validation. With few
     validation speakers, the best epoch is often an early one by chance."""
     crop_frames: int = 128
-    """Length of a training crop in frames. Scores of a longer clip are the mean over several
-    windows of this length."""
+    """Length of a training crop in frames. The probabilities of a longer clip are the mean over
+    several windows of this length."""
     weights: str = "imagenet"
     """Initial weights: imagenet, none, a file of ResNet18 weights, or a model of this program (its
     folder, run id or registered name). If that model has other labels, the last layer gets fresh
@@ -121,7 +121,8 @@ class TrainConfig:
     too good."""
     temperature: float = 1.0
     """Temperature of the probabilities with the protocol all, which has no validation clips to fit
-    a temperature on. `--like` with the run of a cross-validation sets the mean of the folds."""
+    a temperature on. `--like` with the run of a cross-validation sets the geometric mean of the
+    folds' temperatures."""
     seed: int = 0
     """Seed of the initial weights, the order of the clips and the augmentation."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

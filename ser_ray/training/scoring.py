@@ -51,7 +51,7 @@ def predict_clips(
         recipe.window_frames,
         max(recipe.batch_size, MIN_BATCH_SIZE),
     )
-    # Copy all indices before the first batch: a copy to the device waits for its queued work.
+    # Copy all indices before the first batch, because a copy waits for the device's queued work.
     batches = [
         [torch.from_numpy(values).to(device) for values in (rows, starts, position[rows])]
         for rows, starts in windows

@@ -3,12 +3,12 @@
 As with resident clips, the order of the clips and the batches of an epoch depend on (seed, epoch),
 but not on the number of workers. The steps and learning rates are the same, and a training can also
 resume in mid-epoch. But the clips of a shard are stored together, so it is fastest to read them
-together. `stream_order` shuffles the shards, and the clips within each shard, into one sequence. It
-cuts the sequence into *lanes*, as many as a batch has clips, and each step takes the next clip of
+together. `stream_order` shuffles the shards, and the clips within each shard, into one sequence.
+The sequence is cut into *lanes*, as many as a batch has clips, and each step uses the next clip of
 every lane. So the clips of a step come from many shards. With N workers, each worker has every N-th
 lane, and reads only the shards of its lanes.
 
-Streamed clips differ from resident clips in this:
+Streamed clips differ from resident clips in three points:
 
 - Each lane reads one shard after another, so the clips are shuffled less than by a permutation.
 - A worker augments only its own clips, not the complete batch. Therefore the augmentation depends
@@ -89,7 +89,7 @@ class Lanes:
     world: World
     shard_of: np.ndarray
     weights: Tensor | None = None
-    """`Stream.shard_of` and `Stream.weights`."""
+    """`shard_of` and `weights` are those of the `Stream`."""
 
     @property
     def batch_size(self) -> int:
@@ -102,7 +102,7 @@ class Lanes:
         return len(range(self.batch_size)[self.world.rank_slice])
 
     def step_ranges(self, epoch: int, step: int, length: int) -> list[StepRange]:
-        """Divide all steps from this one to the end of the training into ranges of `length`."""
+        """Divide the steps of each epoch, from this step on, into ranges of at most `length`."""
         num_steps = steps_per_epoch(len(self.shard_of), self.batch_size)
         return [
             StepRange(this_epoch, first, min(first + length, num_steps))

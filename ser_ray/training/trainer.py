@@ -73,9 +73,9 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
-        """Loss of each step of the epoch: this worker's share until `reduce_counts`."""
+        """Loss of each step of the epoch. Until `reduce_counts`, only this worker's share."""
         self.num_correct = torch.zeros((), device=device)
-        """Correct predictions in this epoch: this worker's share until `reduce_counts`."""
+        """Correct predictions in this epoch. Until `reduce_counts`, only this worker's share."""
         self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
         """Probabilities of the last validation [clips, labels]; empty before the first."""
         self.progress = Progress()
@@ -112,7 +112,7 @@ class Trainer:
             self.schedule.step()
 
     def update_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Take an optimiser step on a batch.
+        """Make an optimiser step on a batch.
 
         Returns:
             How much this worker's clips add to the mean loss of the batch, and how many of these
@@ -203,7 +203,11 @@ class Trainer:
             self._reset_counts()
 
     def snapshot(self, card: CheckpointCard) -> Snapshot:
-        """Copy what a checkpoint contains. Its card gets the temperature of the last validation."""
+        """Copy the state for a checkpoint.
+
+        The card gets the temperature that fits the last validation. If there are no validation
+        clips, the card gets the recipe's temperature.
+        """
         temperature = self.recipe.temperature
         if len(self.data.validation):
             probabilities = self.validation_probabilities.cpu().numpy()
