@@ -1,4 +1,5 @@
-"""Settings of searches and cross-validations. This module imports nothing slow, for `--help`."""
+"""Settings of searches and cross-validations. `--help` imports this module, so it imports no slow
+library."""
 
 import dataclasses
 from dataclasses import dataclass

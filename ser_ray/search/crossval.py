@@ -91,7 +91,7 @@ def crossval(
         ResourcesError: the cluster cannot be used, or had no room for a trial.
         TrackingError: the tracking store cannot be used or does not answer.
         SerRayError: a fold failed; the message gives the reason. The same call trains it again.
-        KeyboardInterrupt: interrupted; the same call resumes.
+        KeyboardInterrupt: the user pressed Ctrl-C. The same call resumes.
     """
     require_one_worker(run)
     recipe, config = plan.recipe, plan.config

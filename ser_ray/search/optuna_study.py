@@ -21,7 +21,7 @@ def importance_of(
 
     Returns:
         Shares that sum to 1, by name. Empty if the trials have fewer than four different UAs,
-        because the importances would then be chance.
+        because importances of so few scores would be chance.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances

@@ -237,7 +237,7 @@ def run_trials(
         max_failures: how often a trial is retried if its process fails.
 
     Raises:
-        KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes.
+        KeyboardInterrupt: the user pressed Ctrl-C. The same call resumes.
         ResourcesError: the cluster had no resources for a trial.
     """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(SNAPSHOT_SECONDS))

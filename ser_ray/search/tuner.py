@@ -90,7 +90,7 @@ def search(
         ResourcesError: the cluster cannot be used, or had no room for a trial.
         TrackingError: the tracking store cannot be used or does not answer.
         SerRayError: no trial succeeded. The message says why the first trial failed.
-        KeyboardInterrupt: interrupted; the same call resumes.
+        KeyboardInterrupt: the user pressed Ctrl-C. The same call resumes.
     """
     require_one_worker(run)
     require_same_validation_clips(recipe, config)

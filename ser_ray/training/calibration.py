@@ -1,4 +1,4 @@
-"""Temperature scaling: makes a model's probabilities agree with its accuracy by one number.
+"""Temperature scaling: one number makes a model's probabilities agree with its accuracy.
 
 A network may be overconfident or underconfident. Its probabilities p for a clip become
 p^(1/T) / sum(p^(1/T)). The temperature T minimises the negative log-likelihood of the validation

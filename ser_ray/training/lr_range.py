@@ -106,8 +106,8 @@ def propose_bounds(
     fall = smooth[highest] - smooth[lowest] if lowest else 0.0
     if not lowest or fall < MIN_FALL * smooth[highest]:
         raise DivergedError(
-            "the loss did not fall at any learning rate: start from a smaller one (--lowest), or "
-            "look for broken clips in the shards"
+            f"the loss did not fall by {MIN_FALL:.0%}: start from a smaller learning rate "
+            "(--lowest), or look for broken clips in the shards"
         )
     fallen = (smooth[highest] - smooth[highest : lowest + 1]) / fall
     begins = highest + int((fallen >= FALL_BEGINS).argmax())

@@ -117,8 +117,8 @@ class TrainConfig:
     head_units: int = 0
     """For an encoder: units of a hidden layer before the last layer; 0 is a linear head."""
     allow_seen_labels: bool = False
-    """Allow an encoder that was trained with labels of this corpus. Its scores on new speakers are
-    too good."""
+    """Allow an encoder that was trained with labels of this corpus. Then the scores on new speakers
+    are too high."""
     temperature: float = 1.0
     """Temperature of the probabilities with the protocol all, which has no validation clips to fit
     a temperature on. `--like` with the run of a cross-validation sets the geometric mean of the
