@@ -20,7 +20,7 @@ TorchBackend: Any = TorchConfig().backend_cls
 """Ray's class that starts torch's process group. Only TorchConfig gives access to it."""
 
 _store: dist.TCPStore | None = None
-"""Keeps the store of this process alive until the process ends, if this process serves one."""
+"""The store that this process serves, if any. This reference keeps the store alive."""
 
 
 class BoundConfig(TorchConfig):

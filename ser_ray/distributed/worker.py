@@ -32,7 +32,7 @@ def run_worker(
     others would wait for it in their next collective operation.
 
     Args:
-        pretrained: the weights to start from (`ser_ray.training.model.Pretrained`).
+        pretrained: Ray's reference to the weights to start from (`Pretrained`).
         start: path, in the run's storage, of the checkpoint from which the first workers resume; if
             empty, there is none. Ray gives later workers a newer checkpoint.
     """
@@ -59,7 +59,7 @@ def run_worker(
 
 
 def worker_memory() -> int:
-    """Return the bytes of memory for this worker: an equal share of what Ray has on its node."""
+    """Return the bytes of memory for this worker: an equal share of Ray's memory on this node."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return int(node["Resources"]["memory"]) // ray.train.get_context().get_local_world_size()

@@ -1,10 +1,10 @@
 """Prepares a tracking store that is a sqlite file on this machine.
 
-MLflow creates a missing database even when it only reads, fails if two processes create it at the
-same time, records absolute paths of artifacts, and gives up after 20 seconds if the database is
-locked. Therefore `open_database` creates a database only if a run is to be recorded, and moves the
-finished file to its place in one step. It corrects the paths if the folder was moved or copied, and
-waits while another program locks the database.
+MLflow creates a missing database even if it is only to read, and fails if two processes do so at
+the same time. It records absolute paths of artifacts, and gives up after 20 seconds if the database
+is locked. Therefore `open_database` creates a database only if a run is to be recorded, and moves
+the finished file to its place in one step. It corrects the paths if the folder was moved or copied,
+and waits while another program locks the database.
 """
 
 import contextlib

@@ -160,7 +160,7 @@ def read_weights(
 
 
 def fetch_checkpoint(model: str, tracking_uri: str, folder: Path) -> Path:
-    """Download the checkpoint in a packaged model into an empty folder; return its directory.
+    """Download a packaged model into an empty folder; return the directory of its checkpoint.
 
     Args:
         model: name or id of the run that logged the model, `runs:/ID/model`, or a registered

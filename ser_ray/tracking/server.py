@@ -106,7 +106,7 @@ def serve(store: str, port: int) -> int:
 
 
 def local_folder(store: str) -> Path:
-    """Return the folder on this machine for the database of a store; every store has its own."""
+    """Return the folder on this machine for the database of a store; each store has another one."""
     digest = hashlib.sha256(absolute(store).encode()).hexdigest()[:12]
     return (LOCAL / digest).expanduser()
 

@@ -72,7 +72,8 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
         create: whether to create the file of a local database if it does not exist.
 
     Raises:
-        TrackingError: no server answers, or the database does not exist or cannot be opened.
+        TrackingError: the server does not answer or refuses the request, or the database does not
+            exist or cannot be opened.
     """
     configure_mlflow_client()
     import mlflow
@@ -82,7 +83,7 @@ def connect(uri: str, *, create: bool = False) -> "MlflowClient":
     is_from_variable = VARIABLE in os.environ and uri == resolve_uri("")
     store = f"{VARIABLE} names {uri}" if is_from_variable else uri
     if is_server:
-        problem = f"{store}: no MLflow server answers"
+        problem = f"{store}: this MLflow server cannot be used"
         advice = (
             ". Start a server with `mlflow server`. If the server is protected, set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. To record in a local file, "

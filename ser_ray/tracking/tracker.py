@@ -238,7 +238,7 @@ class Tracker:
             self.deliver()
         except TrackingError as error:
             if not self._retry_at:
-                logger.warning("%s; until then metrics are kept and training continues", error)
+                logger.warning("%s. The training continues", error)
             self._retry_at = time.monotonic() + RETRY_SECONDS
             return False
         return True

@@ -160,7 +160,7 @@ def test_a_server_that_is_away_is_named_with_the_variable(
 
         monkeypatch.setattr(socket, "create_connection", unanswered)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI names {uri}: no MLflow server"):
+    with pytest.raises(TrackingError, match=f"MLFLOW_TRACKING_URI names {uri}: this MLflow"):
         store.require_server("")
 
 

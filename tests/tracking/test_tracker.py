@@ -46,7 +46,7 @@ def log(tracker: Tracker, epoch: int) -> None:
 
 def test_a_server_that_is_down_at_the_start_is_an_error(mlflow_server: MlflowServer) -> None:
     mlflow_server.stop()
-    with pytest.raises(TrackingError, match="no MLflow server answers"):
+    with pytest.raises(TrackingError, match="this MLflow server cannot be used"):
         start(mlflow_server.uri)
 
 
