@@ -1,6 +1,6 @@
 """Joins a Ray cluster, or starts Ray on this machine.
 
-A single worker runs without Ray, unless the user names a cluster (`needs_ray`).
+A single worker runs without Ray, except in the cases that `needs_ray` lists.
 """
 
 import logging
@@ -15,7 +15,7 @@ from ser_ray.cluster.local_ray import keep_signal_handlers, minimal_ray_on_loopb
 from ser_ray.errors import ResourcesError
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable with the runtime environment of a Ray job."""
+"""Environment variable that Ray sets in a job, with the configuration of the job as JSON."""
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 """Environment variable with the lowest severity of messages that Ray's C++ code writes."""
 CONNECT_SECONDS = 5.0
@@ -46,7 +46,7 @@ def place_of_training(address: str, workers: int) -> str:
 
 
 def place_of_ray(address: str) -> str:
-    """Return which cluster `cluster` connects to, as text."""
+    """Return where `cluster(address)` joins or starts Ray, as text."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     is_local = address in ("", "local")
     return "on Ray, started on this machine" if is_local else f"on the Ray cluster at {address}"
@@ -56,18 +56,18 @@ def place_of_ray(address: str) -> str:
 def cluster(address: str = "", *, has_actor_pool: bool = False) -> Iterator[None]:
     """Connect to Ray for the duration of the block.
 
-    Joins the cluster at `address`, or else the cluster of RAY_ADDRESS or of the Ray job. If none of
-    these is set, or the address is `local`, Ray starts on this machine, listens only on the
-    loopback, and stops after the block. A nested block uses the connection of the outer block.
+    Joins the cluster at `address`, or else at RAY_ADDRESS, which Ray sets in a job. If both are
+    empty, or the address is `local`, Ray starts on this machine, listens only on the loopback
+    interface, and stops after the block. A nested block uses the connection of the outer block.
 
     Args:
         address: address of the cluster.
-        has_actor_pool: whether Ray Data uses a pool of actors in the block. Ray logs a harmless
-            error about such pools, so errors of its C++ code are then hidden too.
+        has_actor_pool: whether Ray Data uses a pool of actors in the block. Ray's C++ code logs a
+            harmless error about such pools. Therefore all errors of the C++ code are then hidden.
 
     Raises:
-        ResourcesError: no cluster answers at the address, the address is a job server, Ray does not
-            start on this machine, or no folder can hold Ray's temporary files.
+        ResourcesError: no cluster at the address can be joined, the address has the wrong form, Ray
+            does not start on this machine, or no folder can hold Ray's temporary files.
     """
     import ray
 
@@ -93,9 +93,9 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
 
     Args:
         address: address of the cluster.
-        source: option or variable that holds the address, for messages.
+        source: the option or variable that gave the address; error messages name it.
         folder: folder for the temporary files of Ray if Ray starts on this machine.
-        log_level: least severity of the messages that Ray's C++ code writes to the terminal.
+        log_level: lowest severity of the messages that Ray's C++ code writes to the terminal.
     """
     import ray
 
@@ -119,30 +119,32 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
         if not address:
             raise
         raise ResourcesError(
-            f"the Ray cluster at {address}, which {source} names, cannot be joined: {error}"
+            f"the Ray cluster at {address}, the value of {source}, cannot be joined: {error}"
         ) from error
     except OSError as error:
         if not address:
             raise _start_error(error) from error
         raise ResourcesError(
-            f"no Ray cluster answers at {address}, which {source} names ({error}): start it with "
-            "`ray start --head`; if it is running, it may require a token: set "
-            "RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token; or leave "
-            f"out {source} to use this machine only"
+            f"no Ray cluster answers at {address}, the value of {source} ({error}). If the cluster "
+            "is not running, start it with `ray start --head`. If it requires a token, set "
+            "RAY_AUTH_MODE=token, and put the token into RAY_AUTH_TOKEN or ~/.ray/auth_token. To "
+            f"use only this machine, leave out {source}"
         ) from error
     except Exception as error:
-        if type(error) is not Exception:  # Ray raises a bare Exception if it starts for over 30 s
+        # If its start takes more than 30 s, Ray raises a plain Exception.
+        if type(error) is not Exception:
             raise
         raise _start_error(error) from error
 
 
 @contextmanager
 def _quiet_backend(log_level: str) -> Iterator[None]:
-    """Keep less severe messages of Ray's C++ code off the terminal, if Ray starts in the block.
+    """Hide messages of Ray's C++ code below `log_level`, if Ray starts in the block.
 
     The variable LOG_LEVEL hides them, but Ray reports on standard error that it has read the
-    variable. Therefore standard error is discarded while Ray starts. Errors matter: if its GCS
-    process is gone for a minute, Ray ends this process, and only this error says why.
+    variable. Therefore standard error is discarded while Ray starts. The level is normally `error`
+    and not `fatal`: if Ray loses its GCS process for a minute, it ends this process, and only an
+    error message of the C++ code gives the reason.
     """
     if LOG_LEVEL in os.environ:
         yield
@@ -161,13 +163,15 @@ def _quiet_backend(log_level: str) -> Iterator[None]:
 
 def _start_error(error: Exception) -> ResourcesError:
     return ResourcesError(
-        f"Ray did not start on this machine ({error}): it is too busy, or short of memory or disk "
-        "space; run the same command again later, or name a cluster with --address"
+        f"Ray did not start on this machine ({error}). The machine may be too busy, or short of "
+        "memory or disk space. Run the same command again later, or name a cluster with --address"
     )
 
 
 def _require_listener(address: str, source: str) -> None:
-    """Check that a server listens at the address of a cluster. This takes at most CONNECT_SECONDS.
+    """Check that a server accepts a connection at the address of a cluster within CONNECT_SECONDS.
+
+    The address `auto` is not checked.
 
     Raises:
         ResourcesError: the address has the wrong form.
@@ -177,8 +181,9 @@ def _require_listener(address: str, source: str) -> None:
         return
     if address.startswith(("http://", "https://")):
         raise ResourcesError(
-            f"{address} is a job server, which only accepts jobs: set RAY_API_SERVER_ADDRESS to it "
-            "for `ray job submit`; --address and RAY_ADDRESS have the form HOST:6379"
+            f"{address} is a job server, which only accepts jobs. To submit a job to it, set "
+            "RAY_API_SERVER_ADDRESS to this address, and use `ray job submit`. --address and "
+            "RAY_ADDRESS have the form HOST:PORT, such as 10.0.0.1:6379"
         )
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:

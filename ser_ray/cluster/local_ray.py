@@ -17,9 +17,10 @@ from ser_ray.errors import ResourcesError
 from ser_ray.storage.paths import absolute
 
 SESSION_BYTES = len("/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
-"""Bytes that Ray adds to the path of its temporary folder for the longest path of a socket."""
+"""Ray's longest path of a socket is this many bytes longer than that of its temporary folder."""
 MAX_ROOT_BYTES = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Longest path of the parent of Ray's folder. Linux allows 107 bytes for the path of a socket."""
+"""Longest path, in bytes, of the folder that contains Ray's temporary folder. Linux allows 107 bytes
+for the path of a socket."""
 FREE_BYTES = 100_000_000
 """Free disk space that Ray's logs may need."""
 DELETE_SECONDS, POLL_SECONDS = 10.0, 0.1
@@ -35,11 +36,11 @@ logger = logging.getLogger(__name__)
 def session_folder() -> Iterator[str]:
     """Yield a temporary folder for a Ray that starts in the `with` block; delete it at the end.
 
-    If the disk is full, or the path is too long for Ray's sockets, Ray exits without giving a
-    reason. On batch systems, TMPDIR is often too long.
+    Ray exits without giving a reason if the disk is full or the path is too long for Ray's sockets,
+    so both are checked first. On batch systems, the path in TMPDIR is often too long.
 
     Raises:
-        ResourcesError: neither RAY_TMPDIR, TMPDIR nor /tmp can be used.
+        ResourcesError: none of RAY_TMPDIR, TMPDIR and /tmp can be used.
     """
     roots = {name: os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")}
     problems = []
@@ -53,8 +54,9 @@ def session_folder() -> Iterator[str]:
             problems.append(f"{name}, {root}, cannot hold Ray's files ({error.strerror})")
     else:
         raise ResourcesError(
-            f"{'; '.join(problems)}: set RAY_TMPDIR to a folder with a path of at most "
-            f"{MAX_ROOT_BYTES} bytes that has {FREE_BYTES // 1_000_000} MB of free space"
+            f"{'; '.join(problems)}: set RAY_TMPDIR to a folder that has "
+            f"{FREE_BYTES // 1_000_000} MB of free space and a path of at most {MAX_ROOT_BYTES} "
+            "bytes"
         )
     if problems:
         logger.warning("%s: %s is used", "; ".join(problems), folder)
@@ -65,7 +67,7 @@ def session_folder() -> Iterator[str]:
 
 
 def _delete(folder: str) -> None:
-    """Delete the folder of a session, although its last processes may still write into it."""
+    """Delete the folder of a session; retry while the session's last processes write into it."""
     ends = time.monotonic() + DELETE_SECONDS
     while Path(folder).exists() and time.monotonic() < ends:
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +78,7 @@ def _folder_in(root: str) -> str:
     """Make a folder for Ray's temporary files.
 
     Raises:
-        OSError: the path is too long, missing or not writable, or its disk is full.
+        OSError: the path is too long, missing or not writable, or the disk has too little space.
     """
     root = absolute(root)
     if len(os.fsencode(root)) > MAX_ROOT_BYTES:
@@ -88,13 +90,13 @@ def _folder_in(root: str) -> str:
 
 @contextmanager
 def keep_signal_handlers() -> Iterator[None]:
-    """Keep this process's signal handlers although Ray starts or ends in the `with` block.
+    """Keep this process's signal handlers even if Ray starts or ends in the `with` block.
 
-    Ray may replace the handler of SIGTERM when it starts, and its C++ code removes it when it ends.
-    It is restored after the block. A signal that arrives in the block is handled after it, because
-    Ray cannot stop a node that has started in part. SIGHUP is blocked while Ray starts, and Ray's
-    processes inherit this. Therefore they survive when the terminal closes, and this process can
-    still use them while it stops.
+    Ray may replace the handler of SIGTERM when Ray starts, and Ray's C++ code removes the handler
+    when Ray ends. The handler is restored after the block. A signal that arrives in the block is
+    handled after the block, because Ray cannot stop a partly started node. SIGHUP is blocked while
+    Ray starts, and Ray's processes inherit this. Therefore they survive when the terminal closes,
+    and this process can still use them while it stops.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,13 +124,14 @@ def keep_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def minimal_ray_on_loopback() -> Iterator[None]:
-    """Let a Ray that starts in the `with` block use only the loopback, and few processes.
+    """Let a Ray that starts in the `with` block use only the loopback interface, and few processes.
 
     In the block, the methods in UNUSED do nothing. Otherwise Ray starts the dashboard's server and
     waits for it, even with `include_dashboard=False`. The node's agent runs without its HTTP
     server, as in an installation without `ray[default]`. Ray has no public settings for these
-    processes or for the address. It reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER only when it is
-    imported, and replaces `ray.init(_node_ip_address="127.0.0.1")` with the machine's address.
+    processes or for the address. Ray reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, which would set the
+    address, only when Ray is imported. If the address 127.0.0.1 is given to `ray.init`, Ray uses
+    the machine's address instead.
     """
     from ray._private import ray_constants, utils
     from ray._private.node import Node
@@ -136,7 +139,11 @@ def minimal_ray_on_loopback() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (ray_constants, "ENABLE_RAY_CLUSTER", False),
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
-        (utils, "set_sigterm_handler", lambda handler: None),  # it exits while a node starts
+        (
+            utils,
+            "set_sigterm_handler",
+            lambda handler: None,
+        ),  # Ray's own exits during a start
     ]
     replacements += [(Node, name, lambda node, **_: None) for name in UNUSED]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]

@@ -10,11 +10,13 @@ from ser_ray.cluster.connect import is_connected
 from ser_ray.errors import ResourcesError
 
 AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # noqa: PTH111
-"""File on the head node of a cluster of `ray up`, with the nodes that the autoscaler may add."""
+"""File that `ray up` writes on the head node. It lists the nodes that the autoscaler may add."""
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that all workers fit on the cluster, including nodes that the autoscaler may add.
+    """Check that the cluster has enough CPUs and GPUs for all workers.
+
+    The CPUs and GPUs of nodes that the autoscaler may add count too.
 
     Args:
         workers: number of workers that run at the same time.
@@ -22,7 +24,7 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
         gpus: GPUs of each worker.
 
     Raises:
-        ResourcesError: they do not fit. The message says what they need and what the cluster has.
+        ResourcesError: the cluster has too few CPUs or GPUs.
     """
     resources = max_resources()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
@@ -32,7 +34,11 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
             raise ResourcesError(
                 f"{who} {format_resources({name: workers * each})}, but the cluster has "
                 f"{available:g}: "
-                + ("ask for fewer with --workers" if workers > 1 else "join another with --address")
+                + (
+                    "ask for fewer workers with --workers"
+                    if workers > 1
+                    else "join another cluster with --address"
+                )
                 + (", or train on CPUs with --device cpu" if name == "GPU" else "")
             )
 
@@ -48,7 +54,7 @@ def trains_on_gpus(device: str) -> bool:
 
 
 def max_resources() -> dict[str, float]:
-    """Return the resources of the cluster with all nodes that the autoscaler may add."""
+    """Return the resources of the cluster, including all nodes that the autoscaler may add."""
     total: Counter[str] = Counter()
     for node in max_nodes():
         total.update(node)
@@ -56,7 +62,10 @@ def max_resources() -> dict[str, float]:
 
 
 def max_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster, and of each that the autoscaler may add."""
+    """Return the resources of each node of the cluster, and of each that the autoscaler may add.
+
+    If this process is not connected to Ray, this machine is the only node.
+    """
     if not is_connected():
         return [local_resources()]
     import ray
@@ -85,7 +94,7 @@ def local_resources() -> dict[str, float]:
 
 
 def available_memory() -> int:
-    """Return the free memory of this machine, at most the limit of its container, in bytes."""
+    """Return the free memory in bytes, or the limit of this process's container if that is lower."""
     import psutil
 
     return min(

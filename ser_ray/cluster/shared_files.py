@@ -1,4 +1,4 @@
-"""Checks that all nodes can open the files of a job, and that Ray does not delete its outputs."""
+"""Checks that all nodes can open the files of a job, and that Ray keeps the job's outputs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ MAX_FOLDERS = 256
 
 
 def require_shared(*locations: str) -> None:
-    """Check that all nodes can open these local paths; URIs are not checked.
+    """Check that all nodes of the cluster share these local paths; URIs are not checked.
 
     Raises:
         ResourcesError: a path is not on a shared disk, or Ray deletes it after the job.
@@ -51,7 +51,7 @@ def require_shared(*locations: str) -> None:
     for location, names in missing_on.items():
         if names:
             raise ResourcesError(
-                f"{location}: is on this machine, but not on {', '.join(names)}: use a folder "
+                f"{location} is on this machine, but not on {', '.join(names)}: use a folder "
                 "that all nodes of the cluster share, or a URI like s3://bucket/folder"
             )
 
@@ -82,8 +82,8 @@ def require_kept(location: str) -> None:
     is_copy = "working_dir" in job.get("runtime_env", {})
     if is_copy and "://" not in location and Path(absolute(location)).is_relative_to(Path.cwd()):
         raise ResourcesError(
-            f"{location}: is inside the copy of the code that Ray deletes after the job: use an "
-            "absolute path or, where a URI is accepted, one like s3://bucket/folder"
+            f"{location} is inside the copy of the code, which Ray deletes after the job: use an "
+            "absolute path or, where a URI is accepted, a URI like s3://bucket/folder"
         )
 
 
@@ -93,7 +93,7 @@ def _marker_in(path: Path) -> Iterator[Path]:
     marker = path / f".seen-by-all-{os.getpid()}"
     try:
         marker.touch()
-    except OSError:  # the path is a file or a read-only folder, so the nodes look for it instead
+    except OSError:  # the path is a file or a read-only folder, so the nodes look for the path
         yield path
         return
     try:

@@ -12,8 +12,8 @@ def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     """Yield the path to write to; the file appears at `path` when the block ends without an error.
 
     On a disk, the yielded path is that of a temporary file beside `path`, which is renamed at the
-    end. In a bucket, it is `path` itself, because an object appears only when it is complete, and
-    can only be renamed by copying it.
+    end. In a bucket, it is `path` itself, because an object appears only when its stream is closed,
+    and can be renamed only by copying it.
     """
     if filesystem.type_name in ("s3", "gcs"):
         yield path

@@ -30,7 +30,7 @@ class ListedFile:
     modified: int | None
     """Time of the last change in nanoseconds since 1970; None if unknown."""
     problem: str | None
-    """Why the file cannot be opened; None if it can."""
+    """Why the file cannot be opened; None if the listing shows no reason."""
 
 
 def list_files(location: str) -> Iterator[ListedFile]:
@@ -78,7 +78,7 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a local path, and why it cannot be opened as a file, or None."""
+    """Return the status of a path, and why it cannot be opened as a file. Both may be None."""
     try:
         status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:

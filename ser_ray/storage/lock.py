@@ -1,14 +1,14 @@
 """A lock on a folder: only the process that holds the lock may write into the folder.
 
 The lock is a file in the folder, so it works on every filesystem that pyarrow opens, and between
-machines that share nothing else. (`filelock` needs a local disk, and pyarrow cannot write an object
-of a bucket only if it does not exist.) The holder sends heartbeats: every `HEARTBEAT_SECONDS`, it
-rewrites the file with a higher number.
+machines that share nothing else. (`filelock` needs a local disk. In a bucket, pyarrow cannot create
+an object on the condition that it does not exist yet.) The holder sends heartbeats: every
+`HEARTBEAT_SECONDS`, it rewrites the file with a higher number.
 
 If the lock exists, a process that wants it asks the operating system whether the holder is running.
-If the holder is on another machine or in another container, the process watches the file instead:
-the holder is alive if the file changes, and gone if it does not change for `STALE_SECONDS`. The
-clocks of two machines are never compared.
+If the system does not know, for example because the holder is on another machine or in another
+container, the process watches the file instead: the holder is alive if the file changes, and gone
+if the file does not change for `STALE_SECONDS`. The clocks of two machines are never compared.
 """
 
 import contextlib
@@ -44,8 +44,10 @@ logger = logging.getLogger(__name__)
 class FolderLock:
     """The right to write into a folder, held within a `with` block.
 
-    The errors of a lock read like this: FOLDER/lock.json: process 12 on HOST is training under this
-    name (since 10:00); wait for it to end, or give another --name.
+    If another process holds the lock, the error reads like this:
+
+        FOLDER/lock.json: process 12 on HOST is training under this name
+        (since 2026-11-29 10:00:00); wait for it to end, or give another --name
 
     Args:
         location: the folder, which is created if it does not exist.
@@ -79,8 +81,8 @@ class FolderLock:
         """Acquire the lock.
 
         Raises:
-            SerRayError: of the type `error`. Another process holds the lock, or the folder cannot
-                be written.
+            SerRayError: another process holds the lock, or the folder cannot be written. The error
+                has the type `error`.
         """
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
@@ -97,8 +99,8 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         """Release the lock, unless another process took it over.
 
-        If the file cannot be deleted, this only logs a warning. An exception here would hide the
-        exception of the block.
+        If the file cannot be deleted, the method only logs a warning, because an exception here
+        would hide the exception of the block.
         """
         self._is_released.set()
         self._thread.join()
@@ -107,7 +109,8 @@ class FolderLock:
                 self._filesystem.delete_file(self._path)
         except OSError as error:
             logger.warning(
-                "%s: cannot be removed (%s); it is ignored once it is %.0f seconds old",
+                "%s: cannot be removed (%s); once this process has ended, another process can take "
+                "the lock over within %.0f seconds",
                 self._location,
                 error,
                 STALE_SECONDS,
@@ -117,8 +120,8 @@ class FolderLock:
         """Raise `error` if this process lost the lock.
 
         That happens if another process took the lock over after missed heartbeats, or if somebody
-        deleted the file. The storage is read only if a heartbeat is overdue, so every step of a
-        training may call this.
+        deleted the file. The method reads the storage only if a heartbeat is overdue or the lock is
+        lost, so a training may call it at every step.
         """
         # A heartbeat is overdue after the machine was asleep, for example.
         if time.time() - self._last_heartbeat > 2 * HEARTBEAT_SECONDS:
@@ -144,7 +147,10 @@ class FolderLock:
             raise self._in_use_error(self._read())
 
     def _was_abandoned(self, claim: dict[str, Any]) -> bool:
-        """Wait until the holder is gone, and return whether it left the lock behind.
+        """Return whether the holder has ended without releasing the lock.
+
+        If the operating system does not know whether the holder is running, this may need
+        STALE_SECONDS.
 
         Raises:
             SerRayError: the holder is running.
@@ -155,7 +161,7 @@ class FolderLock:
         if is_running is False:
             return True
         logger.warning(
-            "%s: held by %s, which may have ended; waiting up to %.0f seconds for its heartbeat",
+            "%s: is held by %s, which may have ended; waiting up to %.0f seconds for its heartbeat",
             self._location,
             _describe_holder(claim),
             STALE_SECONDS,
@@ -194,7 +200,7 @@ class FolderLock:
         write_file(self._filesystem, self._path, self._content())
 
     def _read(self) -> dict[str, Any] | None:
-        """Return the holder's claim, `{}` if it is incomplete, or None if there is no lock."""
+        """Return the holder's claim: `{}` if it is incomplete, and None if there is no lock."""
         try:
             with self._filesystem.open_input_file(self._path) as file:
                 return json.loads(file.read())
@@ -231,7 +237,7 @@ def _is_running(claim: dict[str, Any]) -> bool | None:
 
 
 def _pid_namespace() -> str:
-    """Return the PID namespace of this process. Process ids are only comparable within one."""
+    """Return this process's PID namespace. Process ids are only comparable in one namespace."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the result is not a path
     except OSError:  # not Linux

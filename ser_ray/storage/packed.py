@@ -20,7 +20,7 @@ ROW = "#audio="
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return Hugging Face's descriptions of the columns: {column: description}; {} without any."""
+    """Return Hugging Face's descriptions, {column: description}; empty if the file has none."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features: dict[str, Any] = info.get("info", {}).get("features", {})
     return features
@@ -49,16 +49,14 @@ def read_packed(location: str) -> bytes:
     """Return the bytes of a recording.
 
     Raises:
-        OSError: the Parquet file cannot be read, or has no such row.
+        OSError: the Parquet file cannot be read, or has no such row, or the row has no recording.
     """
     parquet, _, number = location.rpartition(ROW)
     try:
         filesystem, path = filesystem_of(parquet)
         info = filesystem.get_file_info(path)
-        version = (
-            info.size,
-            info.mtime_ns,
-        )  # part of the cache keys, so a replaced file is read again
+        # The version is part of the cache keys, so a replaced file is read again.
+        version = (info.size, info.mtime_ns)
         footer, firsts = _read_footer(parquet, version)
         if not 0 <= (row := int(number)) < footer.num_rows:
             raise OSError(f"{location}: the file has rows 0 to {footer.num_rows - 1}")
@@ -73,7 +71,10 @@ def read_packed(location: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
-    """Return a Parquet file's footer, and the first row of each row group, then the row count."""
+    """Return a Parquet file's footer, and the number of the first row of each row group.
+
+    The last item of the list is the number of rows in the file.
+    """
     filesystem, path = filesystem_of(parquet)
     footer = pq.read_metadata(path, filesystem=filesystem)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]

@@ -16,14 +16,14 @@ from pyarrow import fs
 
 from ser_ray.errors import ConfigError, LocationError, first_line
 
-NOT_UTF8 = "the path is not UTF-8: rename it"
+NOT_UTF8 = "the path is not UTF-8; rename the file or folder"
 NULL_CHARACTER = "a path cannot contain a null character"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-# The schemes that pyarrow opens itself, with percent-encoded paths; fsspec opens the others.
+# pyarrow opens these schemes, and decodes percent-encoded paths. fsspec opens the others.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
 """Matches `://user:password@`, but not the port in `://host:9000/`. A password may have slashes,
-because S3's secret keys have them."""
+because S3's secret keys may have slashes."""
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
@@ -140,7 +140,7 @@ def absolute(location: str) -> str:
 
 
 def location_inside(folder: str, path: str) -> str:
-    """Join a folder and a relative path. The query or chain of a folder's URI stays at the end."""
+    """Join a folder and a relative path. The query or fsspec chain of a URI stays at the end."""
     if "://" not in folder:
         return os.path.normpath(os.path.join(folder, path))  # noqa: PTH118 - called for each file
     before, after = _split_uri(folder)

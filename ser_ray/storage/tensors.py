@@ -17,7 +17,7 @@ DAMAGED = (
 
 
 def read_tensors(path: Path) -> Any:
-    """Return the content of a file of weights, usually {name: tensor}, without running its code.
+    """Return the content of a file of weights, usually {name: tensor}. Code in it is not run.
 
     Raises:
         ValueError: the file is damaged or holds no weights.

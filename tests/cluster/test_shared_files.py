@@ -88,8 +88,8 @@ def test_a_store_inside_the_code_copy_of_a_job_is_refused(in_tmp, monkeypatch):
 
 def test_in_a_job_a_relative_path_is_refused_before_shards_are_missed(in_tmp, monkeypatch):
     monkeypatch.setenv(JOB_CONFIG, json.dumps({"runtime_env": {"working_dir": "gcs://code.zip"}}))
-    with pytest.raises(ResourcesError, match="shards: is inside the copy of the code"):
+    with pytest.raises(ResourcesError, match="shards is inside the copy of the code"):
         open_shards(absolute("shards"))
-    with pytest.raises(ResourcesError, match="shards: is inside the copy of the code"):
+    with pytest.raises(ResourcesError, match="shards is inside the copy of the code"):
         prepare.prepare(PrepareConfig(corpus="/nowhere", shards="shards"))
     assert list(in_tmp.iterdir()) == []

@@ -107,7 +107,7 @@ def test_a_name_that_is_not_utf8_is_reported(tmp_path):
     for source in (bad, str(tmp_path), f"{tmp_path}/*.wav"):
         found = list_audio([source])
         assert found.files == [shown]
-        assert found.problems == {shown: "the path is not UTF-8: rename it"}
+        assert found.problems == {shown: "the path is not UTF-8; rename the file or folder"}
     with pytest.raises(ConfigError, match="not UTF-8"):
         list_audio([bad.replace("bad", "gone")])
 

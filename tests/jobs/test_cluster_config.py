@@ -260,6 +260,6 @@ def test_a_path_on_the_heads_own_disk_is_refused_before_there_are_others(
     monkeypatch.setattr("ray.get_runtime_context", lambda: context)
     require_shared("/etc")  # a machine for itself
     (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(edited))
-    with pytest.raises(ResourcesError, match="/etc: is on this machine, but not on the machines"):
+    with pytest.raises(ResourcesError, match="/etc is on this machine, but not on the machines"):
         require_shared("s3://bucket/folder", "/etc")
     require_shared("s3://bucket/folder", "/dev/shm")  # mounted, as shared folders are

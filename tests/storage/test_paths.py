@@ -110,7 +110,7 @@ def test_local_entries_that_are_not_files_are_listed_with_a_problem(tmp_path):
         "dangling.wav": "a link to nothing",
         "itself.wav": "Too many levels of symbolic links",
         "pipe.wav": "a device or pipe, not a file",
-        "latin-\\xe9.wav": "the path is not UTF-8: rename it",
+        "latin-\\xe9.wav": "the path is not UTF-8; rename the file or folder",
     }
 
 
