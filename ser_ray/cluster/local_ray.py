@@ -19,8 +19,8 @@ from ser_ray.storage.paths import absolute
 SESSION_BYTES = len("/session_2026-11-29_15-05-10_123456_1234567/sockets/plasma_store")
 """Ray's longest path of a socket is this many bytes longer than that of its temporary folder."""
 MAX_ROOT_BYTES = 107 - SESSION_BYTES - len("/ray-12345678")
-"""Longest path, in bytes, of the folder that contains Ray's temporary folder. Linux allows 107 bytes
-for the path of a socket."""
+"""Longest path, in bytes, of the folder that contains Ray's temporary folder. The path of a socket
+may have 107 bytes on Linux."""
 FREE_BYTES = 100_000_000
 """Free disk space that Ray's logs may need."""
 DELETE_SECONDS, POLL_SECONDS = 10.0, 0.1

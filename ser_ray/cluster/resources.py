@@ -94,7 +94,7 @@ def local_resources() -> dict[str, float]:
 
 
 def available_memory() -> int:
-    """Return the free memory in bytes, or the limit of this process's container if that is lower."""
+    """Return the free memory in bytes, or the limit of this container if that is lower."""
     import psutil
 
     return min(

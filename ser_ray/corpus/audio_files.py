@@ -31,7 +31,7 @@ AUDIO_SUFFIXES = frozenset(
 )  # fmt: skip
 """Suffixes of the audio and video files that phones, recorders, cameras and editors write."""
 SHARED_SUFFIXES = frozenset({".ts", ".mts", ".mod", ".snd", ".voc"})
-"""Suffixes that other kinds of files have too, such as TypeScript. Their first bytes decide."""
+"""Suffixes that other files, such as TypeScript, have too. The first bytes of the file decide."""
 _FIRST_BYTES = (b"\x00\x00\x01\xba", b".snd", b"FORM", b"RIFF", b"Creative Voice File")
 _PACKETS = ((0, 188), (4, 192))  # offset and length of the packets of MPEG transport streams
 
@@ -135,7 +135,8 @@ def _add_matching(found: AudioFiles, source: str, folder: str, pattern: Sequence
     """Add the recordings in a folder that match a pattern, and count the other files that match.
 
     If the pattern itself has a suffix, such as `*.dat`, all files that match are added, except
-    those with one of `SHARED_SUFFIXES`. The pattern has an item for each level below the folder.
+    files with one of `SHARED_SUFFIXES` that are not recordings. The items of the pattern are the
+    names between its slashes; the item `**` matches any number of folders.
     """
     has_suffix = re.search(r"\.\w", pattern[-1]) is not None
     added, left_out = [], Counter[str]()

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 CROSS_CORPUS = "cross-corpus"
 ALL = "all"
-"""The protocol that trains a final model. Its recipe is chosen under another protocol."""
+"""The protocol that trains a final model. Another protocol is used to choose the model's recipe."""
 PROTOCOLS = {
     "emobox-6": "the six folds of EmoBox over RAVDESS's 24 actors",
     "luna-5": "the five folds of Luna-Jimenez over RAVDESS's 24 actors",
-    "loso": "leave one speaker out: as many folds as speakers",
+    "loso": "leave one speaker out; there is a fold for each speaker",
     "speaker-K": "K folds over the speakers of any corpus, K at least 2, as in speaker-5",
     "table": "the parts or folds in the column `split` of the corpus's table",
-    CROSS_CORPUS: "each of several corpora is tested in turn, and the others train",
-    "random": "five folds by take, all speakers in each part: SPEAKER-DEPENDENT, for comparison",
-    ALL: "no folds: every speaker trains the model, which has no validation or test scores",
+    CROSS_CORPUS: "each of several corpora is tested in turn, and the others are for training",
+    "random": "five folds by take, which share the speakers (SPEAKER-DEPENDENT, for comparison)",
+    ALL: "no folds; all clips are for training, so there are no validation or test scores",
 }
 """The names that `--protocol` accepts, and their meaning."""
 
@@ -59,7 +59,7 @@ NAMES_SHOWN = 8
 
 
 def num_folds(protocol: str, clips: "pa.Table") -> int:
-    """Return the number of folds of a protocol, for clips as `splits.split` needs them.
+    """Return the number of folds of a protocol; `clips` has the columns that `splits.split` needs.
 
     Raises:
         ConfigError: the protocol is unknown, or does not fit these clips.
@@ -68,7 +68,7 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 
 def suggest_protocol(clips: "pa.Table") -> str:
-    """Return a protocol that fits a custom corpus: `table`, or else a `fallback_protocol`."""
+    """Return a protocol that fits a custom corpus: `table`, or else the `fallback_protocol`."""
     with suppress(ConfigError):  # the column `split` is empty, or has a speaker in two parts
         if len(table_parts(clips)) > 1 and all(list_folds("table", {}, clips)):
             return "table"
@@ -78,7 +78,8 @@ def suggest_protocol(clips: "pa.Table") -> str:
 def speaker_strata(clips: "pa.Table") -> dict[str, str]:
     """Return the stratum of every speaker: corpus and sex.
 
-    Folds and validation parts get speakers of every stratum, as equally as possible.
+    The folds of `speaker-K`, and the chosen validation parts, have speakers of every stratum, as
+    equally as possible.
     """
     corpora = clips["corpus"].to_pylist() if "corpus" in clips.column_names else [""] * len(clips)
     columns = clips["speaker"].to_pylist(), corpora, clips["sex"].to_pylist()
@@ -121,27 +122,29 @@ def table_parts(clips: "pa.Table") -> dict[str, tuple[str, ...]]:
     """Return the speakers of each part or fold that the column `split` names.
 
     Raises:
-        ConfigError: there is no such column, or a speaker is in two parts.
+        ConfigError: a corpus has no such column, or a speaker is in two parts.
     """
     if "corpus" in clips.column_names:
         corpora = clips["corpus"]
         with_split = corpora.filter(clips["split"].is_valid())
         if without_split := sorted({*corpora.to_pylist()} - {*with_split.to_pylist()}):
             raise ConfigError(
-                f"table: the corpus {without_split[0]} has no column split: choose another "
-                "--protocol, or leave this corpus out"
+                f"--protocol table: the corpus {without_split[0]} has no column split; choose "
+                "another protocol, or leave this corpus out"
             )
     part_of: dict[str, str] = {}
     for speaker, part in zip(*(clips[n].to_pylist() for n in ("speaker", "split")), strict=True):
         if part is not None and part_of.setdefault(speaker, part) != part:
             raise ConfigError(
-                f"table: the column split has the speaker {speaker} in {part_of[speaker]} and in "
-                f"{part}, so a model would be tested on a voice that it was trained on: give every "
-                "speaker one part and prepare the table again, or choose another --protocol"
+                f"--protocol table: the column split has the speaker {speaker} in "
+                f"{part_of[speaker]} and in {part}, so a model could be tested on a voice from its "
+                "training. Give every speaker one part and prepare the table again, or choose "
+                "another protocol"
             )
     if not part_of:
         raise ConfigError(
-            "table: the corpus has no column split with parts or folds: choose another --protocol"
+            "--protocol table: the corpus has no column split with parts or folds; choose another "
+            "protocol"
         )
     parts = sorted(set(part_of.values()), key=lambda part: (len(part), part))
     return {part: tuple(sorted(s for s in part_of if part_of[s] == part)) for part in parts}
@@ -170,9 +173,9 @@ def _speaker_folds(protocol: str, strata: Mapping[str, str]) -> list[tuple[str, 
             f"{protocol} needs {count} speakers and the corpus has {len(strata)}: use "
             f"{fallback_protocol(len(strata))}"
         )
-    # Speakers are sorted by stratum, and each fold tests every `count`-th of them, so all folds
-    # share a stratum equally. Within a stratum, speakers are sorted by a hash, because the order of
-    # their names may have a meaning.
+    # Speakers are sorted by stratum, and each fold tests every `count`-th of them, so each stratum
+    # is spread equally over the folds. Within a stratum, speakers are sorted by a hash, because the
+    # order of their names may have a meaning.
     ordered = sorted(strata, key=lambda s: (strata[s], hashlib.sha256(s.encode()).digest()))
     return [tuple(sorted(ordered[fold::count])) for fold in range(count)]
 

@@ -49,15 +49,16 @@ def map_labels(
 ) -> LabelMaps:
     """Map the labels of each corpus to one label set.
 
-    With an empty choice, labels do not change if all corpora have the same labels, and otherwise
-    the map is `usual`, because two spellings of one emotion must not become two classes.
+    With an empty choice, labels do not change if all corpora have the same labels, and the model,
+    if there is one, has them too. Otherwise the map is `usual`, because two spellings of one
+    emotion must not become two classes.
 
     Args:
         labels: {corpus: its labels}.
         choice: `usual`, `common`, the location of a file, or empty.
-        known: the labels of the model, if one is evaluated. `usual` then spells a label as the
-            model does, and `common` only keeps labels of the model. Without a model, the caller
-            removes the labels that not all corpora have.
+        known: the labels of the model, if a model is evaluated. `usual` then spells a label as the
+            model does, and `common` only keeps labels of the model. The caller of `common` also
+            removes the labels that some corpus lacks.
 
     Raises:
         ConfigError: the file cannot be read, or names an unknown corpus or label.
@@ -77,7 +78,7 @@ def map_labels(
 
 
 def only_among(maps: LabelMaps, kept: Iterable[str]) -> LabelMaps:
-    """Remove every label that is not mapped to one of the labels `kept`."""
+    """Keep only the labels that are mapped to one of the labels `kept`."""
     wanted = set(kept)
     return {
         corpus: {name: label for name, label in names.items() if label in wanted}
@@ -97,8 +98,8 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
         text = read_file(location).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{location}: this label map cannot be read ({error}); --label-map takes usual, common "
-            "or a CSV file with the columns corpus,label,as"
+            f"{location}: this label map cannot be read ({error}); --label-map accepts usual, "
+            "common or a CSV file with the columns corpus,label,as"
         ) from error
     rows = csv.DictReader(io.StringIO(text))
     if not {"label", "as"} <= set(rows.fieldnames or ()):
@@ -119,7 +120,7 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
         if not with_label:
             known = in_order(label for name in named for label in labels[name])
             raise ConfigError(
-                f"{where}: {' and '.join(named)} has no label {label!r}; known are "
+                f"{where}: there is no label {label!r} in {' and '.join(named)}; known are "
                 f"{shorten(known, _SHOWN)}"
             )
         for name in with_label:

@@ -86,8 +86,8 @@ def list_corpus(
 ) -> Corpus:
     """List RAVDESS in a folder or bucket, in any layout, or the clips of a table.
 
-    Every recording in a folder becomes a row, and the notes count the other files. Hidden files,
-    such as `._name.wav` of macOS, are ignored.
+    Every recording in a folder of RAVDESS becomes a row, and the notes count the other files.
+    Hidden files, such as `._name.wav` of macOS, are ignored.
 
     Args:
         source: folder, URI or table.
@@ -141,7 +141,7 @@ def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
 def _is_in_synthetic(filesystem: fs.FileSystem, path: str) -> bool:
     """Return whether a folder is a synthetic corpus or inside one."""
     folders = [path]
-    if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, others may be unreadable
+    if isinstance(filesystem, fs.LocalFileSystem):  # in a bucket, they may be unreadable
         folders += map(str, PurePosixPath(path).parents)
     markers = [f"{folder.rstrip('/')}/{SYNTHETIC_MARKER}" for folder in folders]
     return any(info.is_file for info in filesystem.get_file_info(markers))
@@ -189,7 +189,7 @@ def _only_recordings(
                 folder = file.inside.removesuffix(f"/{SYNTHETIC_MARKER}")
                 raise CorpusError(
                     f"{source}: its folder {folder} has synthetic clips, which must not be mixed "
-                    "with RAVDESS: move it elsewhere, or give only this folder"
+                    f"with RAVDESS; move {folder} elsewhere, or use it alone"
                 )
             others[suffix_of(file.inside)] += 1
         elif not suffix_of(file.inside) and file.problem != DEVICE:

@@ -1,6 +1,6 @@
 """Counts the labels and speakers of a prepared corpus, and points out likely mistakes in them.
 
-A likely mistake is only a warning for the user. The clips and their labels are used as they are.
+A likely mistake only leads to a warning. The clips and their labels are used as they are.
 """
 
 import re
@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from ser_ray.corpus.words import shorten
 
 RARE_RATIO = 4
-"""A label may be misspelt if a similar label has at least this many times as many clips."""
+"""A label may be misspelt if a similar label has at least this many times its number of clips."""
 MIN_LENGTH = 4
-"""Fewest letters of a label with which others are compared. Short labels, like "sad" and "mad", are
-often similar and both right."""
+"""A label with fewer letters is never suggested for a misspelt one. Short labels, like "sad" and
+"mad", are often similar and both right."""
 LINES_SHOWN = 3
 LABELS_SHOWN = 20
 _ACTOR_FOLDER = re.compile(r"actor[ _-]?0*(\d+)", re.IGNORECASE)
@@ -53,8 +53,8 @@ def find_mistakes(outcomes: pa.Table) -> list[str]:
         parts[speaker] |= {part} - {None}
     if shared := sorted(speaker for speaker in parts if len(parts[speaker]) > 1):
         lines.append(
-            "several parts of the column split have the speakers "
-            f"{shorten(shared, LINES_SHOWN)}, so --protocol table will be refused"
+            f"several parts of the column split have clips of {shorten(shared, LINES_SHOWN)}, so "
+            "--protocol table will be refused"
         )
     speakers = Counter(clips["speaker"].to_pylist())
     lines += _similar("labels", labels, _plain, "differ only in case, blanks or punctuation")

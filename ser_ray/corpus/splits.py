@@ -1,9 +1,10 @@
 """Splits clips into the train, validation and test part of a fold.
 
-`split` takes a table of clips and returns the row numbers of each part. Rows are in the same part
-if they have the same take (the wav and mp4s of a performance), file or decoded sound. All clips of
-a speaker are in the same part too, except in `random`, and in `cross-corpus` if corpora share the
-speaker. Models are selected by their scores on the validation part. The test part is used once.
+`split` gets a table of clips and returns the row numbers of each part. Rows with the same take (the
+wav and mp4s of a performance), file or decoded sound are never in different parts. The clips of a
+speaker are never in different parts either, except in `random`, and in `cross-corpus` if corpora
+share the speaker. Models are selected by their scores on the validation part. The test part is used
+once.
 
 The result depends only on the arguments, and not on the order of the rows.
 """
@@ -88,14 +89,15 @@ def split(
         protocol: a name of `PROTOCOLS`.
         fold: 0 to `num_folds` - 1.
         clips: one row per clip, with the string columns `path`, `speaker`, `sex` (may be null),
-            `take`, `emotion` and `content` (a digest of the decoded sound). `table` also needs
-            `split`, and several corpora need `corpus`.
+            `take`, `emotion` and `content` (a digest of the decoded sound). The protocol `table`
+            also needs the column `split`, and several corpora need `corpus`.
         seed: only used by `random`; the folds of every other protocol are fixed.
-        validation_speakers: number of speakers in the validation part, except in `random`. 0
-            means the default of `_choose_validation`.
+        validation_speakers: number of validation speakers; 0 means the default of
+            `_choose_validation`. Not used by `random`, `all`, or a table with a validation part.
 
     Raises:
-        ConfigError: the protocol is unknown, the fold is out of range, or a part is empty.
+        ConfigError: the protocol is unknown or does not fit the clips, the fold is out of range, or
+            a part is empty.
     """
     strata = speaker_strata(clips)
     folds = list_folds(protocol, strata, clips)
@@ -148,13 +150,13 @@ def _parts_by_speaker(
     tested_corpus: str,
     num_validation: int,
 ) -> IntArray:
-    """Return the part of each row, which is the part of its speaker [num_rows].
+    """Return the part of each row [num_rows], which is usually the part of the row's speaker.
 
     Args:
         protocol: any protocol except `random` and `all`.
         folds: the test speakers of every fold up to this one.
         clips, strata: all clips, and the stratum of every speaker.
-        tested_corpus, num_validation: as in `Split` and `_choose_validation`.
+        tested_corpus, num_validation: `Split.tested_corpus`, and `count` of `_choose_validation`.
     """
     speakers = np.array(clips["speaker"].to_pylist(), dtype=np.str_)
     is_test = np.isin(speakers, folds[-1])
@@ -229,8 +231,8 @@ def _choose_validation(
     """Choose the validation speakers of the last fold in `folds`.
 
     The strata contribute as equally as possible. Over the folds, all speakers are chosen equally
-    often, as far as possible. By default, one twelfth of all speakers is held out for validation,
-    but at least two speakers, and at most a third of those outside the test part.
+    often, as far as possible. The default is one twelfth of all speakers, or two speakers if that
+    is more. The default is at most a third of the speakers outside the test part, but at least one.
 
     Args:
         folds: the test speakers of every fold up to this one.
@@ -247,8 +249,8 @@ def _choose_validation(
         free = sorted(strata.keys() - set(test_speakers), key=lambda name: (num_chosen[name], name))
         if 0 < len(free) <= count:
             raise ConfigError(
-                f"validation_speakers is {count}: {len(free)} speakers are left to train and "
-                "validate on; hold out fewer"
+                f"validation_speakers is {count}: {len(free)} speakers are outside the test part, "
+                "and at least one of them is needed for training; choose fewer"
             )
         needed = count or min(max(2, len(strata) // 12), max(1, len(free) // 3))
         first = fold % len(names)  # the first stratum may contribute one more than the last

@@ -1,7 +1,7 @@
 """The synthetic corpus: synthesised voices with the names, layout and modalities of RAVDESS.
 
 It lets users try every stage without RAVDESS. 24 actors speak each of the 8 emotions once, and
-every take is a wav, an mp4 with sound and an mp4 without. A marker file in the folder says that the
+every take is a wav, an mp4 with sound and a silent mp4. A marker file in the folder says that the
 clips are synthetic. Emotions differ in pitch, loudness, tempo and timbre, and so do speakers. A
 score on these clips shows that the program works; it is not a result on RAVDESS.
 
@@ -42,7 +42,7 @@ _FLOOR = -62.0  # dB, noise of the room relative to the voice; trimming must tre
 _VIDEO_SIZE = 64  # pixels, width and height of the videos
 _VIDEO_FRAME_RATE = 8
 
-# Formants of men in hertz (Peterson and Barney 1952). The higher ones are those of a plain tube.
+# Formants of men in hertz (Peterson and Barney 1952). `_HIGHER_FORMANTS` are of a uniform tube.
 _VOWELS = {
     "i": (390, 1990, 2550),  # bit
     "a": (730, 1090, 2440),  # father

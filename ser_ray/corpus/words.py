@@ -39,7 +39,7 @@ _PART_IN_NAME = re.compile(rf"(?:.*[-_.])?({'|'.join(PARTS)})\d*[-_.]", re.IGNOR
 
 
 def part_of_file(name: str) -> str | None:
-    """Return the part that a file's name means, as in mine_dev.csv; None if it means no part."""
+    """Return the part of the split that a file's name contains, as in mine_dev.csv, or None."""
     match = _PART_IN_NAME.match(name)
     return PARTS[match[1].lower()] if match else None
 

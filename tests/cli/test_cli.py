@@ -275,7 +275,7 @@ def test_a_mistyped_corpus_is_reported_before_weights_are_read(capsys, in_tmp, m
     [
         ("--protocol table", "the column split has the speaker s0 in train and in test, so"),
         ("--protocol emobox-6", "emobox-6 is defined for RAVDESS's actors 01 to 24"),
-        ("--protocol loso --label-map map.csv", "map.csv, line 2: out has no label 'anger'"),
+        ("--protocol loso --label-map map.csv", "line 2: there is no label 'anger' in out"),
     ],
 )
 def test_what_a_table_cannot_do_is_said_before_it_is_prepared(

@@ -60,10 +60,11 @@ def test_a_map_file_maps_its_labels_and_rows_of_a_corpus_win(tmp_path):
     [
         ("corpus,label,as\nc,ang,angry\n", "line 2: there is no corpus 'c'; the corpora are a, b"),
         ("corpus,label,as\n,ang,angry\na,ang,angry\n",
-         "line 3: a has no label 'ang'; known are anger, boredom, happiness"),
-        ("label,as\nangst,angry\n", "line 2: a and b has no label 'angst'; known are ang, anger"),
+         "line 3: there is no label 'ang' in a; known are anger, boredom, happiness"),
+        ("label,as\nangst,angry\n",
+         "line 2: there is no label 'angst' in a and b; known are ang, anger"),
         ("corpus;label;as\n", "needs the columns corpus,label,as"),
-        (None, "cannot be read .*--label-map takes usual, common or a CSV file"),
+        (None, "cannot be read .*--label-map accepts usual, common or a CSV file"),
     ],
 )  # fmt: skip
 def test_a_map_that_does_not_fit_is_refused(tmp_path, text, problem):

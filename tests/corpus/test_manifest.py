@@ -391,7 +391,7 @@ def test_a_table_has_one_row_per_listed_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,label\na.wav,x\n", "no column speaker; .* it has path,label; use another column"),
+        ("path,label\na.wav,x\n", "no column speaker; .* it has path,label. Use another column"),
         ("a.wav,x,1\n", "no column label, path, speaker; .* it has a.wav,x,1"),
         ("path,Path,label,speaker\na,b,x,1\n", "column path twice, as 'path' and 'Path'"),
         ("path,onset,end,label,speaker\na,0,1,x,1\n", "column onset, so .* segments of files"),

@@ -25,7 +25,7 @@ def test_a_speaker_in_two_parts_of_a_table_is_pointed_out() -> None:
     mixed = table.append_column("split", pa.array(["train", "test", None, "dev"] * 2))
     assert find_mistakes(apart) == []
     [line] = find_mistakes(mixed)
-    assert line.startswith("several parts of the column split have the speakers ben, so")
+    assert line.startswith("several parts of the column split have clips of ben, so")
 
 
 def test_labels_are_counted_and_speakers_too() -> None:

@@ -93,7 +93,7 @@ def test_the_requested_number_of_speakers_validates_and_tests_do_not_change(want
         turns.update(held_out)
     everyone = set(clips["speaker"].to_pylist())
     assert all(abs(turns[speaker] - wanted / 4) <= 1 for speaker in everyone)  # 6 folds, 24 people
-    with pytest.raises(ConfigError, match=r"validation_speakers is 20: 20 speakers are left"):
+    with pytest.raises(ConfigError, match=r"validation_speakers is 20: 20 speakers are outside"):
         split("emobox-6", 5, clips, validation_speakers=20)
 
 

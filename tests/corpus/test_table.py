@@ -118,7 +118,7 @@ def test_nan_from_pandas_is_a_missing_value(folder: Path) -> None:
     ("name", "content", "reason"),
     [
         ("t.csv", b"<html><body>Log in</body></html>", "no column label, path, speaker"),
-        ("t.csv", b"# my clips\npath,label,speaker\na,b,c\n", "but it has # my clips;"),
+        ("t.csv", b"# my clips\npath,label,speaker\na,b,c\n", "but it has # my clips[.]"),
         ("t.csv", bytes(500), r"but it has (\\x00)+"),
         ("t.jsonl", b'{"path": "a.wav"\n', "line 1 is not a JSON object"),
         ("t.jsonl", b"\xff\xfe", "it is not text in UTF-8"),

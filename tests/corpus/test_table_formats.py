@@ -324,7 +324,7 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
         (
             emobox,
             ("data/mine.jsonl", '{"wav": "a.wav", "emo": "x", "fold": "1"}\n'),
-            "no column speaker.*; if no speaker is in two parts .* --columns speaker=fold",
+            "no column speaker.* If no speaker is in two parts .* --columns speaker=fold",
         ),
         (hugging_face, ("hf/data/test-00000-of-00001.parquet", "no"), "the table cannot be read"),
     ],
@@ -364,5 +364,5 @@ def test_lhotse_without_recordings_and_audformat_without_its_package(folder: Pat
         list_corpus(str(source))
     if importlib.util.find_spec("audformat") is None:
         (folder / "db.yaml").write_text("name: mine\n")
-        with pytest.raises(CorpusError, match="needs the package audformat: pip install audformat"):
+        with pytest.raises(CorpusError, match="needs the package audformat; run"):
             list_corpus(str(folder))

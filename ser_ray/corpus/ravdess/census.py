@@ -44,7 +44,8 @@ def compare_with_ravdess(rows: pa.Table) -> str:
     """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by their names.
 
     Returns:
-        Text: a line for each modality and channel, then the doubled and the unexpected files.
+        Text: the number of listed files, a line for each modality and channel, then the doubled and
+        the unexpected files.
     """
     expected = expected_ravdess()
     columns = [rows[name].to_pylist() for name in ("path", *(f.name for f in fields(ClipName)))]

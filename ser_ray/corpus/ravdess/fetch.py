@@ -91,13 +91,13 @@ def list_record(session: requests.Session, url: str, names: Sequence[str]) -> li
 
 
 def fetch(session: requests.Session, archive: Archive, folder: Path, report: Report) -> Path:
-    """Download an archive into a folder, or the missing rest of it, and return its path.
+    """Download an archive, or the rest of a partial download, into a folder; return its path.
 
-    A file with the wrong checksum is deleted and fetched once more from the start.
+    If the download has the wrong checksum, it is deleted, and repeated once from the start.
 
     Raises:
-        CorpusError: the server does not have the archive or does not respond, or its bytes do not
-            have the checksum in the record.
+        CorpusError: the server does not have the archive or does not respond, both downloads have
+            the wrong checksum, or the folder already has another file with the archive's name.
     """
     complete, part = folder / archive.name, folder / f"{archive.name}.part"
     if complete.is_file():

@@ -69,7 +69,7 @@ class ClipName:
 
     @property
     def take(self) -> str:
-        """The performance: the codes without the modality, which its wav and mp4s share."""
+        """The performance: all codes but the modality. Its wav and its mp4s have the same take."""
         return "-".join(_codes(self)[1:])
 
     @property
@@ -98,7 +98,7 @@ def parse_name(file_name: str) -> ClipName:
 
 
 def format_name(clip: ClipName, suffix: str) -> str:
-    """Return the file name of a clip; `suffix` includes the dot. The inverse of `parse_name`."""
+    """Return the file name of a clip; `suffix` includes the dot. `parse_name` is the inverse."""
     return "-".join(_codes(clip)) + suffix
 
 

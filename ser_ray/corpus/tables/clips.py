@@ -32,8 +32,8 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
 
     Args:
         source: the table, as the user wrote it.
-        folder: where relative paths start. If none of the files is there, they start at the nearest
-            folder above it that has one of the files.
+        folder: where relative paths start. If it has none of the files, relative paths start at the
+            nearest folder above it that has one of the files.
         rows: the clips, from `columns.read_table`.
 
     Raises:
@@ -48,7 +48,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
         try:
             refuse_password(location)
         except ConfigError as error:
-            raise CorpusError(f"{source}: row {row} (after the header): {error}") from error
+            raise CorpusError(f"{source}, row {row} (after the header): {error}") from error
     if "take" not in rows.column_names:
         rows = rows.append_column("take", [_default_takes(rows, found)])
     rows = rows.set_column(rows.column_names.index("path"), "path", [locations])
@@ -80,7 +80,7 @@ def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
 
 
 def _start_of_paths(folder: str, paths: list[str]) -> str:
-    """Return the folder at which relative paths start: `folder`, or one above it."""
+    """Return the folder at which relative paths start: `folder`, or one of the four above it."""
     if "://" in folder:
         return folder
     first_paths = [path for path in dict.fromkeys(paths[:1000]) if "://" not in path]

@@ -1,8 +1,8 @@
 """Reads the columns of a custom corpus's table, and checks their values.
 
 Tables come from spreadsheets and other systems, so every unambiguous variant is accepted: blanks,
-hyphens and capitals in column names, and blanks around values. An ambiguous row or column is an
-error.
+hyphens and capitals in column names, and blanks around values. A missing value, an invalid time and
+two columns with the same name are errors.
 """
 
 import csv
@@ -29,7 +29,7 @@ _LENGTH = f"(dur|duration|length){_UNIT}"
 """Patterns for the names of time columns, as `column_key` returns them. A length only counts as a
 time if there is a start."""
 _MISSING_VALUES = {*MISSING_WORDS, ""}
-"""What means a missing value in the columns `start`, `end` and `split`."""
+"""Words for a missing value in the columns `start`, `end` and `split`."""
 _SHOWN_ROWS = 5
 _SHOWN_LETTERS = 300
 
@@ -168,7 +168,7 @@ def _texts(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _composed(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Write letters with accents in one normal form of Unicode. pyarrow 25 cannot do this."""
+    """Compose letters with accents (NFC). `utf8_normalize` of pyarrow 25 leaves them decomposed."""
     coded = texts.combine_chunks().dictionary_encode()
     forms = [unicodedata.normalize("NFC", text) for text in coded.dictionary.to_pylist()]
     return pa.chunked_array([pa.array(forms, pa.string()).take(coded.indices)])
@@ -202,19 +202,19 @@ def _find_columns(source: str, columns: Mapping[str, str], names: Sequence[str])
     unread = [n for n in names if is_time(column_key(n)) and n not in found.values()]
     if unread and not {"start", "end"} <= set(found):
         raise CorpusError(
-            f"{source}: has the column {unread[0]}, so its rows seem to be segments of files; say "
-            "with --columns which columns are their start and end in seconds, or remove them"
+            f"{source}: has the column {unread[0]}, so its rows seem to be segments of files. Use "
+            "--columns to name the columns with the start and end in seconds, or remove this column"
         )
     if lacking := sorted(set(_REQUIRED) - set(found)):
-        hint = "use another column with --columns, as in --columns label=mood"
+        hint = "Use another column with --columns, as in --columns label=mood"
         if lacking == ["speaker"] and "split" in found:
             hint = (
-                f"if no speaker is in two parts of the column {found['split']}, use these parts as "
+                f"If no speaker is in two parts of the column {found['split']}, use these parts as "
                 f"speakers with --columns speaker={found['split']}"
             )
         raise CorpusError(
             f"{source}: no column {', '.join(lacking)}; the table needs path,label,speaker and may "
-            f"have take,start,end,split, but it has {shown}; {hint}"
+            f"have take,start,end,split, but it has {shown}. {hint}"
         )
     return found
 

@@ -45,7 +45,7 @@ def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ..
         The table, and lines for the user.
 
     Raises:
-        CorpusError: the text is empty, or in an unknown encoding.
+        CorpusError: the text is empty, or in an unknown encoding, or `find` raises the error.
         TableError: a row has more or fewer values than the header row.
     """
     text, notes = _decode(location, read_file(location))
@@ -70,13 +70,13 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         notes = (f"{location}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{location}: the table cannot be read: it is not text in UTF-8, UTF-16 or Windows-1252; "
+        f"{location}: the table is not text in UTF-8, UTF-16 or Windows-1252; "
         "save it again as UTF-8"
     )
 
 
 def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
-    """Parse delimited text. Use the separator with which the header has most known names."""
+    """Parse delimited text with the separator that gives the header the most known names."""
 
     def rank(separator: str) -> tuple[bool, int, int]:
         names = headers[separator]

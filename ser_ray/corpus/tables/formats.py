@@ -74,7 +74,7 @@ def read_any(location: str, find: FindColumns) -> TableAndNotes:
 
 
 def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
-    """Read the tables in a folder, in the first format of which it has the files."""
+    """Read the tables in a folder. The first format whose files are in the folder is used."""
     inside = partial(location_inside, location)
     files, folders = _entries(location)
     if "db.yaml" in files:
@@ -104,7 +104,7 @@ def _read_folder(location: str, find: FindColumns) -> TableAndNotes:
     if {"dataset_dict.json", "dataset_info.json"} & set(files):
         raise CorpusError(
             f"{location}: was written by save_to_disk, whose Arrow files are not read; write the "
-            "data set with to_parquet instead, and each split to a file such as train-0.parquet"
+            "data set with to_parquet instead, with each split in a file such as train-0.parquet"
         )
     part_of = {name: PARTS.get(name.lower()) for name in sorted(folders)}
     used = [name for name, part in part_of.items() if part or name == "data"]

@@ -25,7 +25,8 @@ _COMMAND = " is a command, and commands are not run; write the recordings into f
 def read_folds(tables: Mapping[str, str]) -> pa.Table:
     """Read the folds of EmoBox. The column `fold` is the number of the fold that tests a row.
 
-    If there is only one fold, the column `fold` is train, valid or test.
+    The column is `train` if no fold tests the row. If there is only one fold, the column is
+    `train`, `valid` or `test`.
 
     Args:
         tables: {name that matches `FOLD`: location}.
@@ -149,18 +150,20 @@ def read_audformat(location: str, files: Sequence[str], find: FindColumns) -> pa
     """Read a folder of audformat: the labelled clips and their splits.
 
     The package audformat would run code from pickled tables, which `audb` stores, and from the
-    header. Therefore it reads a temporary copy, without pickles and with a header of plain values.
+    header. Therefore audformat reads a temporary copy, which has no pickles and a header of plain
+    values.
 
     Raises:
-        CorpusError: the package is not installed, the header has other values, or a table exists
-            only as a pickle.
+        CorpusError: the package is not installed, the header has values that are not plain, or a
+            table exists only as a pickle.
     """
     try:
         import audformat
         import yaml
     except ImportError as error:
         raise CorpusError(
-            f"{location}: a folder of audformat needs the package audformat: pip install audformat"
+            f"{location}: a folder of audformat needs the package audformat; run "
+            "`pip install audformat`"
         ) from error
     with TemporaryDirectory() as folder:
         for name in files:
