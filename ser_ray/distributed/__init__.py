@@ -3,7 +3,7 @@
 train          the entry point: from shards to a checkpoint and its report
 run_config     settings of a run that are not part of its recipe
 run_folder     the checkpoints, record and lock of a run
-mlflow_run     starts or resumes the MLflow run of a training, search or cross-validation
+mlflow_run     starts or resumes an MLflow run
 in_process     trains with one worker in this process
 worker_group   trains with workers of Ray Train; each of them runs `worker`
 process_group  connects these workers through torch.distributed

@@ -1,4 +1,4 @@
-"""Runs a learning-rate range test in this process or, on a cluster, in one Ray task.
+"""Runs a learning-rate range test, in this process or in one Ray task.
 
 From shards and a recipe, the test proposes bounds of the learning rate. It writes a page and an
 MLflow run.

@@ -56,7 +56,7 @@ def sample(gpus: Mapping[int, Any]) -> dict[str, float]:
         "disk_usage_percentage": disk.percent,
     }
     for index, gpu in gpus.items():
-        # A GPU may lack one of these metrics. In MIG mode, for example, it has no utilisation.
+        # A GPU may lack one of these metrics. In MIG mode, for example, it reports no utilisation.
         with suppress(pynvml.NVMLError):
             gpu_memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
             values |= {
