@@ -10,9 +10,9 @@ that is ready first, so an epoch could neither be repeated nor resumed in its mi
 rows to give all workers the same number. A local shuffle yields short batches in mid-stream, which
 makes data-parallel workers wait for each other forever (ray issue 66085).
 
-On two busy cores, Ray Data took 15 s to deliver its first window. Therefore Ray Data starts once per
-training, not once per epoch, and the next epoch is read during validation. Both functions that read
-a stream are a `ser_ray.training.streaming.Fetch`.
+On two busy cores, Ray Data took 15 s to deliver its first window. Therefore Ray Data starts once
+per training, not once per epoch, and the next epoch is read during validation. Both functions that
+read a stream are a `ser_ray.training.streaming.Fetch`.
 """
 
 from collections import deque
