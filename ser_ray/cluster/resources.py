@@ -62,7 +62,7 @@ def max_resources() -> dict[str, float]:
 
 
 def max_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster, and of each that the autoscaler may add.
+    """Return the resources of each node of the cluster, and of nodes that the autoscaler may add.
 
     If this process is not connected to Ray, this machine is the only node.
     """
@@ -112,7 +112,7 @@ def _container_limit(name: str) -> str:
 
 
 def cpus_per_worker(workers: int) -> int:
-    """Return how many CPUs each worker can have if all run at the same time; at least 1."""
+    """Return how many CPUs each worker can have if all workers run at the same time; at least 1."""
     sizes = [int(node.get("CPU", 0)) for node in max_nodes()]
     for cpus in range(max(sizes, default=1), 1, -1):
         if sum(size // cpus for size in sizes) >= workers:

@@ -30,7 +30,7 @@ USUAL_NAMES = {
     "disgust": ("disgusted", "dis"),
     "surprised": ("surprise", "sur"),
 }
-"""{label: names that `usual` replaces by this label, whatever their case}."""
+"""{label: names that `usual` replaces by this label, in upper or lower case}."""
 COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""

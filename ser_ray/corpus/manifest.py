@@ -128,7 +128,7 @@ def list_corpus(
 
 
 def exclude(manifest: pa.Table, include: Iterable[str]) -> pa.Table:
-    """Set the status `excluded` in rows without a status whose modality is not in `include`."""
+    """Set the status `excluded` in rows that have no status and a modality outside `include`."""
     included = sorted(set(include))
     is_included = pc.is_in(manifest["modality"], value_set=pa.array(included))
     is_excluded = pc.and_(pc.is_null(manifest["status"]), pc.invert(is_included))

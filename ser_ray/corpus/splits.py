@@ -55,7 +55,7 @@ class Split:
     validation: IntArray
     """[num_validation]. Its scores select recipes, trials and, with `keep="best"`, epochs."""
     test: IntArray
-    """[num_test]. It is used once."""
+    """[num_test]. The test part is used once."""
     left_out: IntArray
     """Rows in no part. Either another row of their group is in the validation or test part, or
     their value in the column `split` is null and the protocol is `table`."""
@@ -93,7 +93,8 @@ def split(
             also needs the column `split`, and several corpora need `corpus`.
         seed: only used by `random`; the folds of every other protocol are fixed.
         validation_speakers: number of validation speakers; 0 means the default of
-            `_choose_validation`. Not used by `random`, `all`, or a table with a validation part.
+            `_choose_validation`. The protocols `random` and `all`, and a table with a validation
+            part, ignore this number.
 
     Raises:
         ConfigError: the protocol is unknown or does not fit the clips, the fold is out of range, or

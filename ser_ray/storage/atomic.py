@@ -1,4 +1,4 @@
-"""Writes files that are either complete or do not exist."""
+"""Writes files that appear only when they are complete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

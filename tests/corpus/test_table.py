@@ -77,7 +77,7 @@ def test_a_choice_between_two_columns_is_said(folder: Path) -> None:
     (folder / "t.csv").write_text("\n".join(["path,Label,speaker,emotion", *rows]))
     (note,) = list_corpus(str(folder / "t.csv")).notes
     assert note.endswith("the label is read from the column Label, and not from emotion; --columns "
-                         "label=emotion reads the other one")  # fmt: skip
+                         "label=emotion reads the other column")  # fmt: skip
     chosen = list_corpus(str(folder / "t.csv"), columns={"label": "emotion"})
     assert (chosen.labels, chosen.notes) == (("strong",), ())
 

@@ -26,7 +26,7 @@ ACTORS = tuple(map(int, SPEAKERS))
 NOT_RECORDED = ("Song", 18)
 """Actor 18 did not sing."""
 
-# Unpacked bytes per byte of an archive, measured: 208 MB of speech become 514 MB of wav.
+# Unpacked bytes per byte of an archive, with a margin: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
 _MAX_GROWTH = 10
 """An archive whose files have more than this many times its bytes is refused as a zip bomb."""

@@ -1,7 +1,8 @@
 """RAVDESS's file names, such as 03-01-06-01-02-01-12.wav: seven codes that describe a clip.
 
 `parse_name` turns a file name into a `ClipName`, and `format_name` does the reverse. RAVDESS has no
-other labels, so an invalid name is not guessed at: it raises a `NameProblem`.
+other labels. Therefore `parse_name` does not guess the meaning of an invalid name, but raises a
+`NameProblem`.
 
 Source: Livingstone and Russo (2018), https://doi.org/10.1371/journal.pone.0196391.
 """

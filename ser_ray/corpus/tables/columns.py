@@ -230,7 +230,7 @@ def _ambiguous_columns(
         if also and column not in columns:
             lines.append(
                 f"{source}: the {column} is read from the column {name}, and not from {also[0]}; "
-                f"--columns {column}={also[0]} reads the other one"
+                f"--columns {column}={also[0]} reads the other column"
             )
     return tuple(lines)
 

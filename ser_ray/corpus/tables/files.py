@@ -76,7 +76,7 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
 
 
 def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
-    """Parse delimited text with the separator that gives the header the most known names."""
+    """Parse delimited text. Prefer a separator with a complete header, or else most known names."""
 
     def rank(separator: str) -> tuple[bool, int, int]:
         names = headers[separator]
