@@ -54,7 +54,7 @@ def test_a_notebook_completes_the_functions_and_shows_what_shards_hold(memory_sh
         f"{folder}: 48 rows, 4 labels (neutral, calm, happy, sad), features spectrogram, mel, mfcc"
     )
     other = write_shard_files(tmp_path / "b", memory_shards, ("mel",))
-    assert repr(ser_ray.open_shards([folder, other])).startswith(f"{folder} and {other}: 96 clips")
+    assert repr(ser_ray.open_shards([folder, other])).startswith(f"{folder} and {other}: 96 rows")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_what_cannot_be_encoded_is_said_before_the_pass(tmp_path: Path) -> None:
     [again] = load_encoders(str(tmp_path / "set"), ["tiny"], FEATURES)  # needs no network
     assert again.card == weights.card
     write_tiny(file, tiny_card(), seed=1)
-    with pytest.raises(EncoderError, match=rf"weights {weights.card.weights[:16]}; choose another"):
+    with pytest.raises(EncoderError, match=rf"hash {weights.card.weights[:16]}; choose another"):
         load_encoders(str(tmp_path / "set"), [source], FEATURES)
 
 
