@@ -154,7 +154,7 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
     table = pa.Table.from_pylist(list(map(_row_of, recordings)), _LISTED).sort_by("path")
     if table["modality"].null_count == len(table):
         found = [
-            f"{len(table)} recordings, the first {row['path']}: {row['reason']}"
+            f"{len(table)} recordings; the first is {row['path']} ({row['reason']})"
             for row in table.slice(0, 1).to_pylist()
         ]
         found += [describe_left_out(others)] if others else []

@@ -209,7 +209,7 @@ def test_without_a_clip_the_error_says_what_was_found_and_what_is_needed(tmp_pat
     with pytest.raises(CorpusError, match=r"2 \.zip, 1 without suffix; unpack archives"):
         list_corpus(str(tmp_path))
     touch(tmp_path, "happy_1.wav")
-    with pytest.raises(CorpusError, match=r"1 recordings, the first .*happy_1\.wav: not seven"):
+    with pytest.raises(CorpusError, match=r"1 recordings; the first is .*happy_1\.wav \(not seven"):
         list_corpus(str(tmp_path))
     with pytest.raises(CorpusError, match="this folder or table does not exist"):
         list_corpus(str(tmp_path / "elsewhere"))
