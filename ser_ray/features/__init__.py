@@ -8,9 +8,10 @@ transforms  samples -> sound without silent ends -> spectrogram, mel, MFCC; `mel
             bank
 encoder     samples -> the layers of a pretrained speech encoder; `encoder_card` describes it, and
             `bundles` has the encoders of torchaudio
-conditions  simulates recording conditions, such as noise, a telephone or a room
+conditions  simulates recording conditions, such as noise or a telephone, to test a model, not to
+            train it (`ser_ray.training.acoustics` changes training clips)
 config      the feature settings
 errors      why a clip cannot become features
 
-Preparing shards and predicting use the same functions, so both see the same numbers.
+Preparing shards and predicting use the same functions, so both compute the same numbers.
 """

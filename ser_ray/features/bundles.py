@@ -48,8 +48,8 @@ def bundle_names() -> list[str]:
 def bundle_card(name: str) -> EncoderCard:
     """Return the card of a bundle of torchaudio.
 
-    This reads private attributes of the bundle. Its public members are only `sample_rate` and
-    `get_model`, which downloads the weights.
+    The function reads private attributes of the bundle, because the public ones do not describe the
+    network without downloading the weights.
 
     Raises:
         ConfigError: there is no bundle of this name.
@@ -76,7 +76,7 @@ def download(name: str) -> dict[str, torch.Tensor]:
     """Return the weights of a bundle, which torchaudio downloads once to its cache.
 
     Raises:
-        EncoderError: they cannot be downloaded, or are damaged in the cache.
+        EncoderError: the weights cannot be downloaded, or are damaged in the cache.
     """
     bundle = _bundle(name)
     options = {"map_location": "cpu", "progress": False, "weights_only": True}

@@ -1,14 +1,15 @@
 """Simulates recording conditions, such as noise, a telephone or a room, to test a model.
 (`ser_ray.training.acoustics` adds noise to training clips.)
 
-`simulate` changes a decoded clip before its features are computed. The random numbers depend only
-on the condition and the clip's file name, so they are the same on every machine. The result is
-16-bit sound at the clip's own sample rate, clipped at full scale. Levels are in dB of full scale: a
-mean square of 1 is 0 dB.
+`simulate` changes a decoded clip before its features are computed. The seed of the random numbers
+depends only on the condition and the clip's file name, so the result is the same on every machine.
+The result is 16-bit sound at the clip's own sample rate, clipped at full scale. Levels are in dB of
+full scale: a mean square of 1 is 0 dB.
 
-`CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz at any sample rate,
-and pink noise has equal power in every octave. The level of speech is the mean square of the 10 ms
-stretches that are at most 40 dB below the loudest stretch, so pauses do not count.
+`CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz, or to half of the
+sample rate if that is lower. Pink noise has equal power in every octave. The level of speech is the
+mean square of the 10 ms stretches that are at most 40 dB below the loudest stretch, so pauses do
+not count.
 """
 
 import hashlib
@@ -26,9 +27,9 @@ from ser_ray.features.loudness import ENERGY_SECONDS
 from ser_ray.features.samples import Sound
 
 NOISE_BAND = (20.0, 8_000.0)
-"""Lowest and highest frequency in hertz."""
+"""Lowest and highest frequency of noise in hertz."""
 SPEECH_DB = 40.0
-"""Stretches that are further below the loudest stretch, in dB, are pauses."""
+"""A stretch is a pause if it is more than this many dB below the loudest stretch."""
 PHONE_BAND = (300.0, 3_400.0)
 """Lowest and highest frequency of a telephone line in hertz."""
 ECHO_SECONDS = 0.4
@@ -46,7 +47,7 @@ def simulate(condition: str, sound: Sound, name: str) -> Sound:
     Args:
         condition: name of one of `CONDITIONS`.
         sound: the decoded clip.
-        name: the clip's file name; clips of the same name get the same noise.
+        name: the clip's file name, which determines the random numbers.
     """
     seed = int.from_bytes(hashlib.blake2b(f"{condition} {name}".encode(), digest_size=8).digest())
     samples = sound.samples.astype(np.float64)
@@ -63,7 +64,7 @@ def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generat
     Args:
         num_samples: length of the noise.
         sample_rate: hertz.
-        slope: the power spectrum is proportional to 1 / frequency**slope: 0 is white, 1 is pink.
+        slope: exponent of the power spectrum 1 / frequency**slope; 0 is white, 1 is pink.
         rng: random generator of the noise.
     """
     length = scipy.fft.next_fast_len(max(num_samples, sample_rate), real=True)
@@ -78,7 +79,11 @@ def noise(num_samples: int, sample_rate: int, slope: int, rng: np.random.Generat
 def _noise(
     kind: str, decibels: int, samples: np.ndarray, sample_rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Add `white` or `pink` noise below the level of speech, or `room` noise below full scale."""
+    """Add noise that is `decibels` below a reference.
+
+    For `white` and `pink` noise, the reference is the level of speech. For `room` noise, which is
+    also white, it is full scale.
+    """
     strength = 10 ** (-decibels / 20)
     if kind != "room":
         strength *= np.sqrt(_speech_power(samples, sample_rate))
@@ -129,7 +134,7 @@ def _through_codec(
     decoded = decode(file)
     scale = 2**15 if decoded.samples.dtype == np.int16 else 1
     received = soxr.resample(decoded.samples / scale, decoded.sample_rate, sample_rate)
-    # Codecs add a few samples at the end.
+    # The decoded sound may be a few samples longer or shorter than the clip.
     return np.pad(received, (0, max(0, len(samples) - len(received))))[: len(samples)]
 
 
@@ -153,7 +158,7 @@ def _level(
     return samples * 10 ** (decibels / 20)
 
 
-_QUIET = "white noise {} dB below full scale, as in a quiet room"
+_QUIET = "white noise {} dB below full scale"
 CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
     "noise": {
         "noise-60": (_QUIET.format(60), partial(_noise, "room", 60)),
@@ -162,7 +167,12 @@ CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
         "white-20": ("white noise 20 dB below the speech", partial(_noise, "white", 20)),
         "pink-20": ("pink noise 20 dB below the speech", partial(_noise, "pink", 20)),
     },
-    "phone": {"phone": ("300 to 3,400 Hz at 8 kHz in 8-bit mu-law (ITU-T G.711)", _phone)},
+    "phone": {
+        "phone": (
+            "telephone band of 300 to 3,400 Hz, sampled at 8 kHz, in 8-bit mu-law (ITU-T G.711)",
+            _phone,
+        )
+    },
     "codec": {
         "opus-16": (
             "Opus for voice at 16 kbit/s",
@@ -175,7 +185,8 @@ CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
     },
     "room": {
         "room": (
-            "the echo of a small room, as strong as the direct sound: reverberation time 0.4 s",
+            "the echo of a small room, as strong as the direct sound, with a reverberation time of "
+            "0.4 s",
             _room,
         )
     },

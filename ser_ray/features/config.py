@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Condition = Literal["noise", "phone", "codec", "room", "level"]
 """A group of recording conditions (`ser_ray.features.conditions`)."""
 LARGEST_NUMBER = 2**63
-"""Every number in the settings must be smaller."""
+"""The absolute value of every number in the settings must be smaller."""
 LARGEST = {"sample_rate": 192_000, "window_length": 65_536, "num_mels": 4_096, "max_seconds": 600}
 """The largest allowed values of the settings that determine the memory for a clip."""
 LARGEST_FEATURE = 2**26
@@ -26,7 +26,7 @@ LARGEST_FEATURE = 2**26
 
 
 def require_valid(config: Any) -> None:
-    """Check that all fields of a dataclass have the right types, and that numbers are finite.
+    """Check that all fields of a dataclass have the right types, and that float fields are finite.
 
     Raises:
         ConfigError: a field is wrong; the message names the field.

@@ -2,13 +2,14 @@
 
 The first bytes of a file determine its format; its name is ignored. soundfile reads wavs, and the
 samples of a 16-bit mono wav stay unchanged. PyAV reads all other formats, and only the audio
-packets of a video. If one library cannot read a file, the other is tried. No file is trusted: its
-length is limited before and while samples are read, playlists are refused because they can name
-other files, and every failure is a `ClipError` that says why.
+packets of a video. If one library cannot read a file, the other is tried. No file is trusted. The
+length is limited before and while samples are read. Playlists are refused, because they can name
+other files. Every failure except a lack of memory is a `ClipError` that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
-the length of the lost sound is known, silence replaces it, so all other sound has the right times.
+sound is lost within a clip and its length is known, silence replaces it, so the later sound has the
+right times.
 """
 
 import io
@@ -39,7 +40,7 @@ from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
-"""Longer files are `too_long`: they do not fit into a worker's memory."""
+"""Longer files are `too_long`, because they may not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 W64 = "<4s12xQ"
@@ -47,16 +48,17 @@ CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
 """`struct` format of the name and size of a chunk, by the first bytes of a wav. In W64, the size
 includes the name and the size itself."""
 MAX_CHUNKS = 100
-"""Number of chunks of a wav that are searched for samples; real files have fewer than ten."""
+"""Largest number of chunks of a wav that are searched for samples; real files have fewer than
+ten."""
 ASF, ASF_PROPERTIES = b"\x30\x26\xb2\x75", b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11"
 EBML, EBML_SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-"""First bytes of ASF and Matroska files, and of the parts of them that declare their size."""
+"""First bytes of ASF and Matroska files, and of the parts that declare the size of the file."""
 MAX_JOINED_BYTES = 1 << 28
 """Samples in several chunks are joined in memory if they have at most this many bytes."""
 FRAME_COUNTS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
 """Tables in the first frame of an mp3: {name: position of the number of frames in the table}."""
 HEAD_BYTES = 4096
-"""Number of bytes of an mp3 that are searched for `FRAME_COUNTS`."""
+"""Number of bytes of an mp3, ASF or Matroska file that are searched for its declared length."""
 SMALL_FILE = 1 << 21
 """A file in a bucket with up to this many bytes (20 s of 16-bit mono at 48 kHz) is fetched with one
 request."""
@@ -85,7 +87,7 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         return _decode_stream(file, max_seconds)
     except (ClipError, MemoryError):
         raise
-    except ConfigError as error:  # no filesystem opens it
+    except ConfigError as error:  # no filesystem can open this URI
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
@@ -128,7 +130,7 @@ def _decode_stream(stream: BinaryIO, max_seconds: float) -> Sound:
     try:
         return _decode(buffered, buffered, max_seconds)
     finally:
-        buffered.detach()  # otherwise it would close the stream when it is deleted
+        buffered.detach()  # otherwise, deleting `buffered` would close the stream
 
 
 def _decode(source: str | BinaryIO, file: BinaryIO, max_seconds: float) -> Sound:
@@ -184,7 +186,7 @@ def _num_frames(file: BinaryIO) -> int:
     """Return the number of frames that the header of an mp3 declares; 0 if it declares none."""
     file.seek(0)
     tag = file.read(10)
-    if tag[:3] == b"ID3":  # its length has 7 bits in each byte
+    if tag[:3] == b"ID3":  # the tag's length has 7 bits in each byte
         size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
         file.seek(10 + size)
     head = file.read(HEAD_BYTES)
@@ -198,23 +200,24 @@ class _Chunk(NamedTuple):
     """A chunk of a wav that holds samples."""
 
     start: int
-    """Position of its first byte."""
+    """Position of the first byte of samples."""
     declared: int
-    """Number of bytes that its header declares."""
+    """Number of bytes that the header declares; `held` if the header declares no length."""
     held: int
-    """Number of bytes that are in the file."""
+    """Number of these bytes that are in the file."""
 
 
 def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, bool]:
     """Find the samples of a wav.
 
-    soundfile reports only the actual bytes. A recorder that did not complete the header
-    leaves an invalid length: 0, a placeholder, or a position where no chunk begins.
+    soundfile does not report missing bytes, so they are counted here. A recorder that did not
+    complete the header leaves an invalid length: 0, a placeholder, or a length after which no chunk
+    begins.
 
     Returns:
-        A copy of the wav with its samples in one chunk, or None if they are in one chunk already;
-        the number of missing sample bytes divided by the number of those in the file; and whether
-        the declared length is valid.
+        A copy of the wav with its samples in one chunk, or None if no copy is needed or the copy
+        would be too large; the number of missing sample bytes divided by the number of those in the
+        file; and whether the declared length is valid.
     """
     chunks, has_length = _find_chunks(wav, layout)
     declared = sum(chunk.declared for chunk in chunks)
@@ -271,10 +274,13 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
 
 
 def _missing_share(file: BinaryIO) -> float:
-    """Return the missing bytes at the end of an ogg, Matroska or ASF file, relative to the others.
+    """Return how many bytes are missing at the end of an ogg, Matroska or ASF file.
 
-    The length in seconds that Matroska and ASF declare is that of the longest stream, and FFmpeg
-    replaces it if bytes are missing. The result is negative if bytes are attached to the file.
+    The number is divided by the size of the file.
+
+    The length in seconds that Matroska and ASF declare is not used. It is that of the longest
+    stream, and FFmpeg replaces it if bytes are missing. The result is negative if bytes are
+    attached to the file.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -284,7 +290,8 @@ def _missing_share(file: BinaryIO) -> float:
     if head.startswith(ASF) and (place := head.find(ASF_PROPERTIES)) > 0:
         declared = int.from_bytes(head[place + 40 : place + 48], "little")
     if head.startswith(EBML) and 4 < (place := head.find(EBML_SEGMENT) + 4) < len(head):
-        length = 9 - head[place].bit_length()  # bytes of the size, whose first bit marks the length
+        # The position of the first 1 bit of the size is the number of bytes that the size has.
+        length = 9 - head[place].bit_length()
         unknown = (1 << 7 * length) - 1  # as in a live recording
         segment = int.from_bytes(head[place : place + length]) & unknown
         declared = place + length + segment if segment != unknown else 0
@@ -292,7 +299,7 @@ def _missing_share(file: BinaryIO) -> float:
 
 
 def _missing_share_of_ogg(ogg: BinaryIO, size: int) -> float:
-    """Return the size of an incomplete last page relative to what precedes it; else 0."""
+    """Return the size of the last page divided by that of all before; 0 if it is complete."""
     first = max(size - OGG_PAGE_BYTES, 0)
     ogg.seek(first)
     tail = ogg.read()
@@ -308,7 +315,7 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
     """Decode with soundfile; return None for a file that it cannot read."""
     try:
         with soundfile.SoundFile(source) as sound:
-            if sound.format == "RAW":  # it knows the suffix, but nothing in the file
+            if sound.format == "RAW":  # soundfile knows only the suffix of the file
                 return None
             seconds = sound.frames / sound.samplerate
             require_shape(sound.channels, sound.samplerate)
@@ -322,5 +329,5 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
                     pieces.append(to_mono(piece.T))
                 samples = np.concatenate(pieces)
             return Decoded(samples, sound.samplerate, 0.0, seconds)
-    except (soundfile.LibsndfileError, TypeError):  # soundfile raises it for the suffix .raw
+    except (soundfile.LibsndfileError, TypeError):  # .raw causes a TypeError
         return None

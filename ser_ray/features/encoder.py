@@ -1,7 +1,7 @@
 """Runs pretrained speech encoders: the waveform of a clip becomes the mean of each layer over time.
 
-The layers are those of the encoder's transformer. The weights are a bundle of torchaudio (WavLM,
-HuBERT, wav2vec 2.0, XLS-R) or a file. An encoder file, which `EncoderWeights.write` writes, is a
+The layers are those of the encoder's transformer. The weights come from torchaudio (WavLM, HuBERT,
+wav2vec 2.0, XLS-R) or from a file. An encoder file, which `EncoderWeights.write` writes, is a
 safetensors file with the `EncoderCard` in its metadata.
 
 The network is torchaudio's, but `Encoder` calls its layers one by one, because torchaudio's
@@ -97,7 +97,7 @@ class EncoderWeights:
         if found.card.weights != card.weights:
             raise EncoderError(
                 f"{location}: its weights have the hash {found.card.weights[:16]}, and its card "
-                f"says {card.weights[:16] or 'none'}, so it is damaged; "
+                f"says {card.weights[:16] or 'none'}, so the file is damaged; "
                 "delete it and fetch it again"
             )
         return found
@@ -106,11 +106,11 @@ class EncoderWeights:
     def from_tensors(
         cls, card: EncoderCard, tensors: dict[str, Tensor], where: str
     ) -> "EncoderWeights":
-        """Check that tensors are the weights of the card's network, and return them with its names.
+        """Check that tensors are weights of the network, and return them with the network's names.
 
         Args:
             card: describes the network. The hash of the weights is added.
-            tensors: the weights, also with the names of older versions of torch.
+            tensors: the weights. The names of older versions of torch are allowed.
             where: where the tensors come from, for the message.
 
         Raises:
@@ -144,7 +144,7 @@ class EncoderWeights:
 
 
 class Encoder(nn.Module):
-    """Maps waveforms to the mean of every layer. It is always in evaluation mode.
+    """Maps waveforms to the mean of every layer over time. It is always in evaluation mode.
 
     An encoder is pickled as NumPy arrays, so that all Ray processes on a machine share its memory.
     """
@@ -217,7 +217,8 @@ class Encoder(nn.Module):
     def _convolve(self, maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Convert waveforms [batch, 1, samples] to frames [batch, frames, channels].
 
-        `valid` is the number of valid samples [batch]. That of valid frames is returned too.
+        `valid` is the number of valid samples [batch], or None if all are valid. The number of
+        valid frames is returned too.
         """
         for block in self.network.feature_extractor.conv_layers:
             maps, norm = block.conv(maps), block.layer_norm
@@ -284,7 +285,7 @@ def local_file(location: str) -> Iterator[Path]:
 
 
 def _has_card(path: Path) -> bool:
-    """Return whether a file is an encoder file, which can be read."""
+    """Return whether a file is a safetensors file with the card of an encoder."""
     if path.suffix != ".safetensors":
         return False
     with suppress(*DAMAGED, OSError), safe_open(path, "pt") as file:

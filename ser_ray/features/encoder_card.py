@@ -23,8 +23,8 @@ class EncoderCard:
     """The network of an encoder, the hash of its weights, and what they were trained on."""
 
     name: str
-    """Name of the encoder and its kind of feature: a bundle of torchaudio in lower case, or a name
-    that the user chose."""
+    """Name of the encoder and of its kind of feature. It is a bundle of torchaudio in lower case,
+    or a name that the user chose."""
     family: Literal["Wav2Vec2", "WavLM"]
     """Which constructor of `torchaudio.models` builds the network; HuBERT is a Wav2Vec2."""
     arguments: dict[str, Any]
@@ -84,7 +84,7 @@ class EncoderCard:
         """Read the card from the metadata of a safetensors file, which is open at its start.
 
         Raises:
-            EncoderError: the file has no card.
+            EncoderError: the file has no valid card.
         """
         try:
             size = int.from_bytes(file.read(8), "little")

@@ -17,7 +17,7 @@ class ClipError(Exception):
         """The reason for the outcome, for the owner of the corpus."""
         self.failed: Failure = failed
         """What failed: decoding the content (`clip`), reading this file (`file`), or the storage.
-        Only bad content fails in every run. If the storage failed, other clips may fail too."""
+        Only bad content fails every time. If the storage failed, other clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

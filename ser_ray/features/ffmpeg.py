@@ -1,5 +1,5 @@
-"""Decodes videos and audio files with PyAV, which is FFmpeg. `decode` calls it for all files except
-the wavs that soundfile can read.
+"""Decodes videos and audio files with PyAV, which calls FFmpeg. `decode` uses this module for all
+files except the wavs that soundfile can read.
 
 Only the audio packets of a file are read, and only the formats and codecs listed here are allowed.
 """
@@ -39,21 +39,21 @@ CODECS = (
     "pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,"
     "tta,vorbis,wavpack,wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that are allowed to run. None of them decodes pictures: decoding the first one
-takes 20 of the 22 ms in which a 720-line video is opened."""
+"""FFmpeg's decoders that are allowed to run. None of them decodes pictures, because decoding
+the first picture takes 20 of the 22 ms in which a video with 720 lines is opened."""
 GAP_SECONDS = 0.06
 """A longer gap between the time stamps of two frames is filled with silence. Rounding and inexact
 clocks cause shorter gaps."""
 MAX_DEMUX_ERRORS = 100
-"""A file is read until this many errors in its container."""
+"""Reading stops after this many errors in the container of a file."""
 EXACT_LENGTH = ("mp4", "aiff", "au", "caf", "flac", "flv", "tta", "wv", "matroska")
 """Formats whose header declares the exact length; FFmpeg estimates the length of other formats."""
 ESTIMATED_CODECS = ("adpcm", "gsm")
 """Codecs whose length is inexact even in the formats of EXACT_LENGTH, because the header counts
 packets."""
 PAUSES = "mp4"
-"""The format that stores time stamps separately from the sound. There, a gap means that the
-recorder paused. In other formats, a gap means that packets are missing."""
+"""The format that stores time stamps separately from the sound. In this format, a gap means that
+the recorder paused. In other formats, a gap means that packets are missing."""
 FROM_ZERO = ("mp4", "matroska")
 """Formats in which a clip begins at time stamp 0, even if its sound begins later. In other formats,
 a clip begins at the first time stamp of any stream."""
@@ -83,8 +83,8 @@ def decode_with_ffmpeg(
 ) -> Decoded:
     """Decode an audio stream with PyAV and skip the packets of all other streams.
 
-    This is the default stream, or else the first one, as in players. If it is silent, the next
-    stream is decoded instead.
+    As in players, the default stream is decoded, or else the first one. If all samples of a stream
+    are 0, the next stream is decoded instead.
 
     Args:
         source: path or seekable stream.
@@ -139,7 +139,7 @@ class _Timeline:
         self._has_pauses = has_pauses
         self.num_samples = self.num_lost = 0
         self._begin = begin  # time stamp of sample 0
-        self._blocks: list[np.ndarray] = []  # [channels, num_samples], with equal channels
+        self._blocks: list[np.ndarray] = []  # [channels, num_samples], equally many channels
         self._mixed: list[np.ndarray] = []  # [num_samples]
         self._num_mixed = 0
 
@@ -203,7 +203,7 @@ def _decode_packets(
     begin = 0.0 if any(known in name for known in FROM_ZERO) else start
     sound = _Timeline(stream.sample_rate, max_seconds, begin, has_pauses=PAUSES in name)
     checks = "crccheck+explode" if codec in CHECKED else "crccheck"
-    stream.codec_context.options = {"err_detect": checks}  # without it, damage is loud noise
+    stream.codec_context.options = {"err_detect": checks}  # without checks, damage is loud noise
     to_float = av.AudioResampler(format="fltp")
     num_packets, num_bytes, end, longest_gap, skipped = 0, 0, 1, 0, 0.0
     for packet in _packets(clip, stream):
@@ -224,7 +224,8 @@ def _decode_packets(
             skipped = 0.0
         for frame in frames:
             _append_frame(sound, frame, to_float)
-    sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)  # a tag may follow the sound
+    # A tag may follow the sound, so at most `GAP_SECONDS` of the skipped packets count as lost.
+    sound.append_silence(min(skipped, GAP_SECONDS), is_lost=True)
     rate, decoded = sound.sample_rate, sound.decoded_seconds
     seconds, lost = sound.num_samples / rate, sound.num_lost / rate
     missing = _declared_seconds(clip, stream, num_frames) - seconds
@@ -271,12 +272,12 @@ def _append_frame(sound: _Timeline, frame: av.AudioFrame, to_float: av.AudioResa
 def _declared_seconds(
     clip: av.container.InputContainer, stream: av.AudioStream, num_frames: int
 ) -> float:
-    """Return the exact length in seconds that the header declares, or 0 if there is none."""
+    """Return the exact length in seconds that the header declares; 0 or less if there is none."""
     name, codec = clip.format.name, stream.codec_context.name
     if name == "avi" or (name == "caf" and codec.startswith("pcm")):
-        # The duration follows from the file's size.
+        # FFmpeg computes `duration` from the file's size, not from the header.
         return float(stream.frames * (stream.time_base or 0))
-    if clip.format.name == "mp3":  # FFmpeg estimates it if anything is attached to the file
+    if clip.format.name == "mp3":  # FFmpeg's duration is inexact if anything is attached
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
     is_exact = any(name in clip.format.name for name in EXACT_LENGTH)

@@ -1,7 +1,7 @@
 """Measures the loudness of a recording every 10 ms, and decides what is silence, noise or sound.
 
-`transforms` uses it to refuse silent clips and to trim silent ends. `inference` also warns of
-recordings whose sound is little louder than their noise.
+`transforms` uses this module to refuse silent clips and to trim silent ends. `inference` also warns
+about recordings whose sound is little louder than their noise.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from ser_ray.features.mel import POWER_FLOOR
 ENERGY_SECONDS = 0.01
 """Length of a stretch. The power of a recording is measured in each stretch."""
 SILENCE_POWER = 1e-8
-"""A recording is silent if fewer than `num_loud` stretches have this power, which is -80 dB of full
-scale."""
+"""A recording is silent if fewer than `num_loud` stretches have at least this power, which is
+-80 dB of full scale."""
 STEADY_RATIO = 10**0.2
 """A recording has steady room noise if the 30th percentile of the stretches' power is less than
 this ratio (2 dB) above the 10th percentile. In 300 trimmed clips of RAVDESS, the difference is
@@ -23,18 +23,19 @@ HEARD_RATIO = 10.0
 """Steady noise raises the threshold of sound only if the loudest stretch is more than this ratio
 (10 dB) above the 10th percentile."""
 NOISE_MARGIN_DB = (3.0, 9.0)
-"""Smallest and largest margin between the 10th percentile of the noise and the threshold of sound.
-Pink noise exceeds the percentile by up to 8 dB, and white noise at 48 kHz by 1.3 dB."""
+"""Smallest and largest margin between the 10th percentile of the power and the threshold of sound.
+Pink noise exceeds the percentile by up to 8 dB, and white noise at 48 kHz by up to 1.3 dB."""
 NOISE_SPREADS = 8.0
-"""Between these limits, the margin in dB is this many times the difference between the 30th and the
-10th percentile. The loudest stretch in 4 s of Gaussian noise exceeds the 10th percentile by 6 times
-the difference."""
+"""Between the limits of NOISE_MARGIN_DB, the margin in dB is this many times the difference between
+the 30th and the 10th percentile. The loudest stretch in 4 s of Gaussian noise exceeds the 10th
+percentile by 6 times the difference."""
 LOUD_STRETCHES = 20
 """The level of a recording is that of its 20th loudest stretch, because clicks are shorter than
-0.2 s. With fewer than 400 stretches, it is the 95th percentile."""
+0.2 s. With fewer than 400 stretches, the level is the 95th percentile."""
 RUMBLE_SHARE = 1 / 8
-"""With this share, rumble of up to 30 Hz alone is at most 11 dB above the noise. A voice with as
-much power as the rumble in its stretches is at least 12 dB above the noise."""
+"""Share of the power of rumble that counts as noise. With this share, `above_noise_db` is at most
+11 for rumble of up to 30 Hz without a voice. If a voice has as much power in its stretches as the
+rumble, `above_noise_db` is at least 12."""
 BLOCK_STRETCHES = 10_000
 """Number of stretches that are measured together, to save memory."""
 

@@ -1,4 +1,4 @@
-"""The mel filter bank. `training` imports it without the modules that read sound."""
+"""The mel filter bank. `training` imports this module without those that read sound."""
 
 import numpy as np
 

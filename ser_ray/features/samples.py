@@ -1,6 +1,7 @@
 """Checks decoded samples, mixes them to one channel, and cuts segments out of recordings.
 
-`decode` and `ffmpeg` use it for all file formats. What counts as silent is decided in `loudness`.
+`decode` and `ffmpeg` use this module for all file formats. What counts as silent is decided in
+`loudness`.
 """
 
 from typing import NamedTuple
@@ -13,13 +14,13 @@ MAX_CHANNELS = 8
 SAMPLE_RATES = range(1_000, 192_001)
 """Accepted sample rates in hertz. Limits on rate, channels and seconds limit the memory."""
 MAX_PEAK = 8.0
-"""Float samples up to this value have full scale ±1, which a mix may exceed."""
+"""If no float sample exceeds this value, full scale is ±1. The samples of a mix may exceed ±1."""
 INTEGER_PEAK = 2.0**15
 """Full scale of larger float samples, because some tools write 16-bit values as floats. Samples
 above this value are not sound."""
 MISSING_SECONDS = 0.25
-"""If a file has this many seconds less sound than its header declares, its end is lost. Smaller
-differences occur in undamaged files."""
+"""The end of a file counts as lost if more than this many seconds of the declared length are
+missing. Smaller differences occur in undamaged files."""
 MIN_LOST_SECONDS = 0.01
 """Shorter losses are not reported."""
 SILENT_CHANNEL_RATIO = 1e-6
@@ -32,7 +33,8 @@ class Sound(NamedTuple):
     """The sound that was decoded from a clip."""
 
     samples: np.ndarray
-    """`[num_samples]`, int16 or float32. Silence replaces lost sound whose length is known."""
+    """`[num_samples]`, int16 or float32. Silence replaces sound of known length that is lost within
+    the clip."""
     sample_rate: int
     """Hertz."""
     lost_seconds: float = 0.0
@@ -94,7 +96,7 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
         end: end of the segment in seconds; None for the end of the recording.
 
     Returns:
-        The segment, and a text about lost or missing sound; None if all of it is there.
+        The segment, and a text about lost or missing sound, which is None if no sound is missing.
 
     Raises:
         ClipError: `beyond_end`, if less than half of the segment is inside the recording.

@@ -3,8 +3,8 @@
 The caller survives such a clip and continues with the others. A sandbox takes a second to start,
 and adds half a millisecond to each clip.
 
-`python -m` runs this module as the child process. It answers each request with a JSON message. If
-the clip was decoded, a second message holds its samples.
+`python -m` runs this module as the child process. The child answers each request with a JSON
+message. If the clip was decoded, a second message holds its samples.
 
 `concurrent.futures` and `multiprocessing` do not fit: a pool cannot end a worker that hangs, and
 both import the caller's main module in the new process. In a Ray worker that module is Ray's, and

@@ -1,8 +1,9 @@
 """Second stage of a clip: mono samples become spectrogram, mel and mfcc.
 
 The silent ends are trimmed first, so that only sound is resampled. One Fourier transform serves all
-three kinds. The values equal those of torchaudio's Spectrogram, MelScale and MFCC. scipy computes
-them, because torch takes seconds to import in every worker, and its threads compete for the cores.
+three kinds. Except for rounding, the values equal those of torchaudio's Spectrogram, MelScale and
+MFCC. scipy computes them, because torch takes seconds to import in every worker, and torch's
+threads compete for the cores.
 """
 
 import itertools
