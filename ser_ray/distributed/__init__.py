@@ -32,6 +32,7 @@ An interrupted training resumes from the newest complete checkpoint in its run f
     cross-validation               search/tune_run.py
     the driver                     the user, with the same command
 
+If Ray knows that a node was preempted, the loss of its workers and trials is not counted.
 A permanent error (`ser_ray.errors.is_permanent`) ends the training at once, because another attempt
 would fail in the same way. In the controller of Ray Train, `DriverCallback.after_exception`
 (worker_group.py) detects such errors.

@@ -40,7 +40,7 @@ class RunConfig:
     `--no-keep-encoder` stores only the location and hash of the encoder's weights."""
     max_failures: int = 3
     """Largest number of times that lost workers are replaced, or that a failed training or trial
-    is retried. -1 means no limit."""
+    is retried. -1 means no limit. Losses by a preemption are not counted."""
 
     def __post_init__(self) -> None:
         min_workers, max_workers = self.worker_range

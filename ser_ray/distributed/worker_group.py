@@ -132,7 +132,7 @@ class WorkerGroup:
                     continue
                 if "lost" in report:
                     logger.warning(
-                        "a worker was lost (%s): Ray replaces it (at most --max-failures times), "
+                        "a worker was lost (%s): Ray replaces it up to --max-failures times, "
                         "and the training resumes from its newest checkpoint",
                         report["lost"],
                     )
