@@ -45,7 +45,8 @@ class EncoderCard:
         if self.name in KINDS or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", self.name):
             raise ConfigError(
                 f"encoder is {self.name}: its name must have lower-case letters, digits and "
-                f"underscores, begin with a letter, and be none of {', '.join(KINDS)}"
+                "underscores only, begin with a letter, be at most 64 characters long, and be none "
+                f"of {', '.join(KINDS)}"
             )
 
     @property

@@ -114,7 +114,7 @@ def cut(sound: Sound, start: float | None, end: float | None) -> tuple[Sound, st
             f"the segment is from {start:.2f} s to {until}, and the file ends at "
             f"{num_samples / rate:.2f} s",
         )
-    losses = [f"its file: {sound.loss}"] if sound.loss else []
+    losses = [f"in its file, {sound.loss}"] if sound.loss else []
     if missing >= MIN_LOST_SECONDS:
         losses.append(f"{missing:.2f} s of it are after the end of the file")
     return sound._replace(samples=samples), "; ".join(losses) or None

@@ -103,7 +103,7 @@ class FeatureExtractor:
         if sample_rate == config.sample_rate:
             return sound
         resampled = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
-        return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds up
+        return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds lengths up
 
     def features(self, waveform: np.ndarray) -> dict[str, np.ndarray]:
         """Return each kind of feature of a waveform `[num_samples]`: `[bins, frames]` float32.

@@ -2,9 +2,8 @@
 
 For each encoder, each shard gets a Parquet file of its own, which `encode_shard` writes. All these
 files together are the column of the encoder. Adding an encoder therefore changes no other file
-except the card, and if one kind of feature is read, only the bytes of this kind are read. The run
-after an interruption writes only the missing files. A shard whose clips have changed is encoded
-again.
+except the card, and reading one kind of feature does not read the others. The run after an
+interruption writes only the missing files. A shard whose clips have changed is encoded again.
 
 The job uses Ray actors, because the weights must stay in memory. All actors on a machine share one
 copy of the weights in main memory.

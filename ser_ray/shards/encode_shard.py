@@ -41,7 +41,7 @@ WINDOWS_AT_ONCE = 256
 def is_current(shards: str, number: int, features: FeatureConfig, encoder: EncoderCard) -> bool:
     """Return whether an encoder's file of a shard is readable and up to date.
 
-    It is up to date if the clips, feature settings and weights from which it was made are the same.
+    It is up to date if it was made from the present clips, feature settings and weights.
 
     Raises:
         FileNotFoundError: there is no file for this encoder.

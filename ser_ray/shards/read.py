@@ -277,7 +277,7 @@ def open_shards(uri: str) -> ShardSet:
     is_begun = layout.names_in(uri, layout.OUTCOMES) is not None
     require_kept(uri)  # a relative path in a Ray job is the likely reason
     raise ShardsError(
-        f"{uri}: its preparation has not finished; give the same `ser-ray prepare` again"
+        f"{uri}: these shards are not finished; give the same `ser-ray prepare` again"
         if is_begun
         else f"{uri}: there are no shards; make them with `ser-ray prepare`{_others_beside(uri)}"
     )
