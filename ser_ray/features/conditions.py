@@ -1,5 +1,5 @@
 """Simulates recording conditions, such as noise, a telephone or a room, to test a model.
-(`ser_ray.training.acoustics` adds noise to training clips.)
+(`ser_ray.training.acoustics` adds similar effects to training clips.)
 
 `simulate` changes a decoded clip before its features are computed. The seed of the random numbers
 depends only on the condition and the clip's file name, so the result is the same on every machine.

@@ -7,7 +7,8 @@ read one shard set or several. The column `corpus` has the name of a clip's corp
 usually the folder of its shard set. In the names of speakers and takes, the name of the corpus is
 a prefix, so that equal names in two corpora do not become one speaker or take. The shard sets of
 RAVDESS, such as its speech and its song, all have the prefix `ravdess`, because they have the same
-actors. The shard sets of the synthetic corpus have one prefix too.
+actors. The shard sets of the synthetic corpus have one prefix too. If all sets have the same
+prefix, the names do not change.
 """
 
 import hashlib
