@@ -16,7 +16,7 @@ LINE_SECONDS = 10.0
 
 Report = Callable[[str, float, float], None]
 """Called with a text to show, the amount of work that is done, and the total amount."""
-EXPECTED = ("ok", "no_audio", "duplicate", "excluded")
+EXPECTED = ("ok", "unsure", "no_audio", "duplicate", "excluded")
 """Outcomes that are normal. Progress counts files with any other outcome as errors."""
 
 
