@@ -126,7 +126,8 @@ def crossval(
             if len(study.trials) == num_before or not all_ended:
                 break  # Ray Tune stopped early: `deliver_all` raises SerRayError
             study.store_records()
-        study.deliver_all(len(plan.points))
+        num_ended = sum(trial.ended for trial in study.trials)  # some may not be in this plan
+        study.deliver_all(num_ended + len(remaining_points(plan, study.trials)))
         result = pool(plan, study.trials, folder.location, folder.name, study.parent)
         if config.under:
             result = score_conditions(result, config.under)
