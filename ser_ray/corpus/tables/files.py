@@ -70,8 +70,8 @@ def _decode(location: str, data: bytes) -> tuple[str, tuple[str, ...]]:
         notes = (f"{location}: is not UTF-8, and was read as Windows-1252",)
         return text, notes if encoding == "cp1252" else ()
     raise CorpusError(
-        f"{location}: the table is not text in UTF-8, UTF-16 or Windows-1252; "
-        "save it again as UTF-8"
+        f"{location}: the table cannot be read, because it is not text in UTF-8, UTF-16 or "
+        "Windows-1252; save it again as UTF-8"
     )
 
 
