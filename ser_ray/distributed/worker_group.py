@@ -101,6 +101,8 @@ class WorkerGroup:
                 can_retry = isinstance(error, RayActorError) or (
                     has_progressed and not isinstance(error, WorkerGroupError)
                 )
+                if is_permanent(getattr(error, "controller_failure", error)):
+                    can_retry = False  # `DriverCallback` has ended the training
                 if not can_retry or (failures > max_failures and max_failures != -1):
                     raise wrapped_error(error) or folder.failure(str(error)) from error
                 logger.warning("Ray's training controller was lost: starting another")

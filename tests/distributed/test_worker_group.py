@@ -1,18 +1,22 @@
 """What passes between a group of workers and its driver, without Ray."""
 
+from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.train import ControllerError
 
-from ser_ray.distributed.run_folder import StoredCheckpoint
-from ser_ray.distributed.worker_group import DriverCallback
+from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint
+from ser_ray.distributed.worker_group import DriverCallback, WorkerGroup
 from ser_ray.errors import (
     CheckpointError,
     ConfigError,
     DivergedError,
     LocationError,
     MismatchError,
+    SerRayError,
     ShardsError,
 )
 
@@ -60,6 +64,29 @@ def test_a_permanent_error_ends_the_training(error: Exception) -> None:
     callback = DriverCallback(ListQueue())
     with pytest.raises(type(error)):
         callback.after_exception(None, {0: RuntimeError("connection reset"), 1: error})
+
+
+@pytest.mark.parametrize("error", [DivergedError("nan"), torch.OutOfMemoryError("nan")])
+def test_a_permanent_error_after_a_checkpoint_starts_no_other_controller(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[object] = []
+
+    def run_controller(_: WorkerGroup, start: object) -> Generator[Epoch]:
+        starts.append(start)
+        raise ControllerError(error)
+        yield
+
+    folder = SimpleNamespace(
+        restore=lambda _: "before", newest=lambda: "after", failure=CheckpointError
+    )
+    group = WorkerGroup.__new__(WorkerGroup)
+    task: Any = SimpleNamespace(folder=folder, run=SimpleNamespace(max_failures=3))
+    group.task = task
+    monkeypatch.setattr(WorkerGroup, "_run_controller", run_controller)
+    with pytest.raises(SerRayError, match="nan"):
+        group.run(lambda _: None)
+    assert starts == ["before"]
 
 
 @pytest.mark.parametrize(
