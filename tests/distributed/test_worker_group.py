@@ -1,14 +1,13 @@
 """What passes between a group of workers and its driver, without Ray."""
 
-from collections.abc import Generator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from ray.train import ControllerError
 
-from ser_ray.distributed.run_folder import Epoch, StoredCheckpoint
+from ser_ray.distributed.run_folder import StoredCheckpoint
 from ser_ray.distributed.worker_group import DriverCallback, WorkerGroup
 from ser_ray.errors import (
     CheckpointError,
@@ -72,10 +71,9 @@ def test_a_permanent_error_after_a_checkpoint_starts_no_other_controller(
 ) -> None:
     starts: list[object] = []
 
-    def run_controller(_: WorkerGroup, start: object) -> Generator[Epoch]:
+    def run_controller(_: WorkerGroup, start: object) -> NoReturn:
         starts.append(start)
         raise ControllerError(error)
-        yield
 
     folder = SimpleNamespace(
         restore=lambda _: "before", newest=lambda: "after", failure=CheckpointError
