@@ -480,6 +480,7 @@ def test_every_preemption_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert [check() for _ in range(5)] == [False, True, False, True, False]
 
 
+@pytest.mark.soak
 def test_an_elastic_training_follows_the_nodes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
