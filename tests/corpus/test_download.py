@@ -222,7 +222,7 @@ def test_a_job_cannot_download_into_the_copy_of_the_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
     assert main(["download", "--record-url", "http://127.0.0.1:1"]) == 2
-    assert "that Ray deletes after the job" in capsys.readouterr().err
+    assert "which Ray deletes after the job" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -116,7 +116,7 @@ def test_a_job_refuses_an_output_in_its_copy_of_the_code(tmp_path: Path, monkeyp
     """This happens before the checkpoint is read, because there is none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(JOB_CONFIG, '{"runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip"}}')
-    with pytest.raises(ResourcesError, match="that Ray deletes after the job"):
+    with pytest.raises(ResourcesError, match="which Ray deletes after the job"):
         export(tmp_path, "ser-ray-out/model.onnx", "onnx")
 
 

@@ -274,10 +274,10 @@ def test_the_upload_is_the_code_and_nothing_else(head, clone, shards):
         ),
         (
             "prepare --corpus {shared}/corpus --shards ser-ray-out/out",
-            "that Ray deletes after the job",
+            "which Ray deletes after the job",
         ),
-        ("download", "that Ray deletes after the job"),
-        ("export {shared}/no-model", "that Ray deletes after the job"),
+        ("download", "which Ray deletes after the job"),
+        ("export {shared}/no-model", "which Ray deletes after the job"),
     ],
 )
 def test_what_a_user_gets_wrong_fails_the_job_and_says_so(head, clone, shared, command, message):
