@@ -37,7 +37,12 @@ SCORES = {
     "protocol": "speaker-3 fold 0 (speaker-independent)", "clips": 8, "ua": 0.5, "wa": 0.625,
     "f1": 0.4, "ece": 0.1, "recall": {"calm": 0.25},
     "intervals": {"ua": [0.3, 0.7], "drawn": "speakers", "count": 2},
-    "groups": {"sex": [{"sex": "female", "clips": 8, "wa": 0.625, "ua": 0.5}]},
+    "groups": {
+        "sex": [
+            {"sex": "female", "clips": 8, "wa": 0.625, "ua": 0.5},
+            {"sex": "male", "clips": 8, "wa": 0.5, "ua": 0.5},
+        ]
+    },
 }  # fmt: skip
 
 

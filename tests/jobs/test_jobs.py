@@ -298,6 +298,7 @@ def test_without_the_token_a_submission_is_refused(head, clone, shared, tmp_path
     assert head.submissions() == before
 
 
+@pytest.mark.soak
 def test_a_stopped_job_leaves_nothing_behind(head, clone, shared, shards):
     log = shared / "stopped.log"
     command = head.submit(clone, "train", "--shards", shards, "--storage", shared / "runs")
