@@ -273,10 +273,10 @@ def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
     [(SlotConfig(cpus_per_worker=3), {}), (SlotConfig(), {"device": "gpu"})],
 )
 def test_a_trial_that_can_never_start_is_refused(two_cpus, shards, tmp_path, slots, changes):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    run = RunConfig(storage=str(tmp_path), tracking_uri=store, **changes)
     with pytest.raises(ResourcesError, match="can never start: the cluster's nodes"):
-        search(
-            shards, RECIPE, run_config(tmp_path, **changes), TuneConfig(), slots, show=print
-        )  # fmt: skip
+        search(shards, RECIPE, run, TuneConfig(), slots, show=print)
     assert not (tmp_path / "mlflow.db").exists()
 
 
