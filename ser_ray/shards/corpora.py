@@ -169,10 +169,10 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     The name is that of the known corpus with the same fingerprint, or else that of the folder.
     """
     names = {corpus.fingerprint: corpus.name for corpus in known}
+    kinds = {shards.card.corpus for shards in sets} - {"table"}
     named: dict[str, ShardSet] = {}
     for shards in sets:
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
-        kinds = {other.card.corpus for other in named.values()} - {"table"}
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(
                 f"{shards.uri}: another corpus is called {name!r} too. Corpora are named after the "

@@ -121,6 +121,10 @@ def test_sets_of_ravdess_share_actors_and_other_sets_do_not(tmp_path):
         "ravdess", "own",
     }  # fmt: skip
     assert three.card.corpus == "several"
+    table = write_spelled(tmp_path / "tables" / "ravdess")
+    for sets in ([table, speech], [speech, table]):
+        with pytest.raises(ConfigError, match="another corpus is called 'ravdess' too"):
+            open_corpora(sets)
 
 
 @pytest.mark.parametrize("location", ["sets/emodb", "sets/emodb/", "s3://b/emodb?region=eu/x"])
