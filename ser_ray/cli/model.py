@@ -76,11 +76,13 @@ class Evaluate(ModelVerb, TableVerb):
         """Fill in the default folder for the shards of `corpus`."""
         if self.shards or not self.corpus:
             return self
+        from ser_ray.shards.corpora import corpus_name
         from ser_ray.storage.paths import absolute, short_digest
 
         digest = short_digest(f"{self.corpus} {self.model}")
         # Messages and label maps name the corpus by the last folder of its shards.
-        name = Path(absolute(self.corpus)).resolve().name
+        corpus = absolute(self.corpus)
+        name = corpus_name(corpus if "://" in corpus else str(Path(corpus).resolve()))
         return replace(self, shards=(f"{api.OUT}/scored-{digest}/{name}",))
 
     def run(self) -> VerbResult:

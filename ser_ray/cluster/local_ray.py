@@ -139,11 +139,8 @@ def minimal_ray_on_loopback() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (ray_constants, "ENABLE_RAY_CLUSTER", False),
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
-        (
-            utils,
-            "set_sigterm_handler",
-            lambda handler: None,
-        ),  # Ray's own exits during a start
+        # Ray's own handler exits, also while Ray starts.
+        (utils, "set_sigterm_handler", lambda handler: None),
     ]
     replacements += [(Node, name, lambda node, **_: None) for name in UNUSED]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]

@@ -97,12 +97,12 @@ class WorkerGroup:
             except (RayActorError, TrainingFailedError) as error:
                 has_progressed = folder.newest() != start
                 failures = 0 if has_progressed else failures + 1
-                # Ray raises a WorkerGroupError after it has made all its attempts.
-                can_retry = isinstance(error, RayActorError) or (
-                    has_progressed and not isinstance(error, WorkerGroupError)
+                # Ray raises a WorkerGroupError after it has made all its attempts. `DriverCallback`
+                # ends a training after a permanent error.
+                is_final = isinstance(error, WorkerGroupError) or is_permanent(
+                    getattr(error, "controller_failure", error)
                 )
-                if is_permanent(getattr(error, "controller_failure", error)):
-                    can_retry = False  # `DriverCallback` has ended the training
+                can_retry = isinstance(error, RayActorError) or (has_progressed and not is_final)
                 if not can_retry or (failures > max_failures and max_failures != -1):
                     raise wrapped_error(error) or folder.failure(str(error)) from error
                 logger.warning("Ray's training controller was lost: starting another")

@@ -82,9 +82,10 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
         block = samples[first : first + BLOCK_STRETCHES * stretch] * scale
         even = len(block) // stretch * stretch
         stretches, rest = block[:even].reshape(-1, stretch), block[even:]
-        powers.append(_squared_residuals(stretches))
-        means.append(stretches.mean(axis=1))
-    power = np.append(np.concatenate(powers), _squared_residuals(rest[None])) / stretch
+        mean, squares = _fit_lines(stretches)
+        means.append(mean)
+        powers.append(squares)
+    power = np.append(np.concatenate(powers), _fit_lines(rest[None])[1]) / stretch
     loudest = power.max()
     threshold = loudest * 10 ** (-trim_db / 10)
     heard = np.sort(power[:-1][power[:-1] > POWER_FLOOR])
@@ -108,10 +109,15 @@ def num_loud(num_stretches: int) -> int:
     return min(max(num_stretches // 20, 1), LOUD_STRETCHES)
 
 
-def _squared_residuals(stretches: np.ndarray) -> np.ndarray:
-    """Return the sum of squared residuals of a linear fit to each row `[rows, samples]`."""
+def _fit_lines(stretches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a line to each row `[rows, samples]`.
+
+    Returns:
+        The mean of each row `[rows]`, and the sum of its squared residuals `[rows]`.
+    """
     num_samples = stretches.shape[1]
     line = np.arange(num_samples, dtype=np.float32) - np.float32((num_samples - 1) / 2)
-    centred = stretches - stretches.sum(axis=1, keepdims=True) / max(num_samples, 1)
+    mean = stretches.sum(axis=1) / max(num_samples, 1)
+    centred = stretches - mean[:, None]
     sloping = np.vecdot(centred, line) ** 2 / max(np.vdot(line, line), np.float32(1))
-    return np.maximum(np.vecdot(centred, centred) - sloping, 0)
+    return mean, np.maximum(np.vecdot(centred, centred) - sloping, 0)

@@ -54,7 +54,8 @@ def test_standard_output_has_the_result_and_nothing_that_a_library_prints(capsys
     assert main(["register", "0" * 32, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"name": "ser-ray", "version": "1", "alias": "champion"}
-    assert printed.err.endswith("View run at http://server\n")
+    start = f"model        registering the model of run {'0' * 32} as ser-ray\n"
+    assert printed.err == f"{start}View run at http://server\n"
 
 
 @pytest.mark.parametrize("verb", FLAGS)
@@ -309,7 +310,13 @@ def test_labels_that_a_model_does_not_know_are_named_before_a_corpus_is_prepared
 
 @pytest.mark.parametrize(
     ("corpus", "name"),
-    [("people/mine.csv", "mine.csv"), ("s3://b/mine/", "mine"), ("~/a", "a"), ("sub/..", "here")],
+    [
+        ("people/mine.csv", "mine.csv"),
+        ("s3://b/mine/", "mine"),
+        ("s3://b/mine?region=eu", "mine"),
+        ("~/a", "a"),
+        ("sub/..", "here"),
+    ],
 )
 def test_a_corpus_that_a_model_scores_keeps_its_name(tmp_path, monkeypatch, corpus, name):
     """Not the name of the folder of its shards, which is the same for every corpus."""
