@@ -1,7 +1,7 @@
 """Hostile inputs for property tests: damaged bytes and damaged JSON.
 
-A property has two budgets of examples: a small one in every run, always with the same examples, and
-a large one of new examples in every run, marked `soak`.
+A property has up to three budgets of examples. The quick tests have a small one, and slow tests a
+larger one, both always with the same examples. Soak tests have many new examples in every run.
 """
 
 import struct
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ser_ray.errors import SerRayError
 
+QUICK_EXAMPLES = 100
 SOAK_EXAMPLES = 20_000
 BIG = [
     struct.pack(layout, number)
@@ -26,9 +27,11 @@ BIG = [
 
 
 def budgets(examples: int) -> pytest.MarkDecorator:
-    """Run a test with `examples`, and with many more in the soak tests."""
+    """Run a test with `examples`, in a slow test if they are many, and with more in a soak test."""
+    quick, slow = min(examples, QUICK_EXAMPLES), pytest.param(examples, marks=pytest.mark.slow)
+    ci = [quick, slow] if examples > quick else [quick]
     soak = pytest.param(SOAK_EXAMPLES, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])
-    return pytest.mark.parametrize("examples", [examples, soak])
+    return pytest.mark.parametrize("examples", [*ci, soak])
 
 
 def hold(examples: int, strategy: st.SearchStrategy[Any], claim: Callable[[Any], None]) -> None:

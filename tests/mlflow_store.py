@@ -11,6 +11,7 @@ from ser_ray.tracking.store import connect
 def _empty_database() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         connect(f"sqlite:///{folder}/mlflow.db", create=True)
+        assert [file.name for file in Path(folder).iterdir()] == ["mlflow.db"]
         return Path(folder, "mlflow.db").read_bytes()
 
 

@@ -259,7 +259,7 @@ def parquets(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
-@budgets(100)
+@budgets(500)
 def test_any_table_is_listed_or_refused_in_one_line(folder: Path, examples: int) -> None:
     whole = BytesIO()
     rows = {"path": ["clips/b.wav"] * 2, "label": ["a", "b"], "speaker": ["1", "2"]}

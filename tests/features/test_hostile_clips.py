@@ -246,7 +246,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return found
 
 
-@budgets(100)
+@budgets(300)
 def test_any_damage_to_a_sound_is_handled_within_time_and_memory(
     sounds: list[bytes], tmp_path: Path, examples: int
 ) -> None:

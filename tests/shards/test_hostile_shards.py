@@ -38,7 +38,7 @@ def read_all(shards: Path) -> None:
     shard_set.features("mel")
 
 
-@budgets(100)
+@budgets(300)
 def test_any_card_is_read_or_refused_in_one_line(shards: Path, examples: int) -> None:
     card = shards / CARD_NAME
     original = json.loads(card.read_text())
@@ -65,7 +65,7 @@ def test_any_clips_are_read_or_refused_in_one_line(shards: Path, examples: int) 
     hold(examples, damaged([original]), are_read_or_refused)
 
 
-@budgets(100)
+@budgets(200)
 def test_a_plan_is_made_whatever_the_committed_outcomes_are(shards: Path, examples: int) -> None:
     features = FeatureConfig()
     rows = [{"path": name, "size": 1, "modified": 2, "take": name} for name in ("a", "b")]

@@ -126,7 +126,17 @@ def test_a_backup_that_failed_is_made_again_although_nothing_changed(machines, m
 
 def test_an_unreadable_store_is_not_mistaken_for_an_empty_one(tmp_path):
     (tmp_path / "file").touch()
-    machine = Machine(tmp_path / "a", fs.LocalFileSystem(), f"{tmp_path}/file/store")
+    require_unreadable(Machine(tmp_path / "a", fs.LocalFileSystem(), f"{tmp_path}/file/store"))
+
+
+@pytest.mark.slow  # the AWS library retries for seconds
+def test_an_unreachable_store_is_not_mistaken_for_an_empty_one(tmp_path):
+    with s3_bucket("gone") as uri:
+        store = filesystem_of(uri.format("database"))
+    require_unreadable(Machine(tmp_path / "a", *store))
+
+
+def require_unreadable(machine: Machine) -> None:
     with pytest.raises(TrackingError, match="cannot be read"), machine.backups():
         pass
     assert not machine.database.exists()

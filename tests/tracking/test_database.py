@@ -23,15 +23,6 @@ from tests.mlflow_store import new_store
 RUN_ID = "0" * 32
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a new store."""
-    folder = tmp_path_factory.mktemp("empty")
-    new_store(folder)
-    assert [file.name for file in folder.iterdir()] == ["mlflow.db"]
-    return folder
-
-
 def copied(folder: Path, target: Path) -> str:
     """Copy a store; returns the URI of the copy."""
     shutil.copytree(folder, target)
@@ -59,10 +50,10 @@ def files_in(folder: Path) -> set[Path]:
 
 @pytest.mark.parametrize("name", ["moved there", "h#1", "Ünï ç", "quo'te\"s", "100 +&=;", "a,b:c"])
 def test_a_store_that_was_copied_reads_and_writes_the_copy(
-    empty_store: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = tmp_path / "old", tmp_path / name
-    first = run_of_another_process(copied(empty_store, old))
+    first = run_of_another_process(new_store(old))
     uri, before = copied(old, new), files_in(old)
     (old / "mlartifacts" / "one" / first / "artifacts" / "a.txt").write_text("there")
     again = Tracker.of_run(uri, first)
@@ -78,9 +69,9 @@ def test_a_store_that_was_copied_reads_and_writes_the_copy(
 
 
 def test_a_store_that_is_reached_through_a_link_keeps_its_records(
-    empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = start(copied(empty_store, tmp_path / "real"))
+    run = start(new_store(tmp_path / "real"))
     (tmp_path / "link").symlink_to(tmp_path / "real")
     caplog.clear()
     Tracker.of_run(f"sqlite:///{tmp_path}/link/mlflow.db", run.run_id)
@@ -165,17 +156,17 @@ def test_a_server_that_is_away_is_named_with_the_variable(
 
 
 def test_another_store_does_not_become_the_default_of_the_next_command(
-    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    connect(copied(empty_store, tmp_path / "other"))
+    connect(new_store(tmp_path / "other"))
     assert resolve_uri("") == "http://127.0.0.1:1"
 
 
 def test_a_database_that_another_program_holds_is_waited_for_with_one_warning(
-    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = start(copied(empty_store, tmp_path / "held"))
+    run = start(new_store(tmp_path / "held"))
     holder = sqlite3.connect(tmp_path / "held" / "mlflow.db", isolation_level=None)
     monkeypatch.setattr(database, "POLL_SECONDS", 0.01)
     warnings: list[str] = []
@@ -193,10 +184,8 @@ def test_a_database_that_another_program_holds_is_waited_for_with_one_warning(
     assert len(warnings) == 1
 
 
-def test_an_artifact_store_that_cannot_be_written_is_found_at_the_start(
-    empty_store: Path, tmp_path: Path
-) -> None:
-    uri = copied(empty_store, tmp_path / "closed")
+def test_an_artifact_store_that_cannot_be_written_is_found_at_the_start(tmp_path: Path) -> None:
+    uri = new_store(tmp_path / "closed")
     (tmp_path / "closed" / "mlartifacts").write_text("a file where the folder belongs")
     with pytest.raises(TrackingError, match=r"closed/mlartifacts/one.*cannot store artifacts here"):
         start(uri)
@@ -207,8 +196,8 @@ def test_an_artifact_store_that_cannot_be_written_is_found_at_the_start(
     assert run.info.status == "FAILED"
 
 
-def test_the_advice_for_a_deleted_experiment_restores_it(empty_store: Path, in_tmp: Path) -> None:
-    uri = copied(empty_store, in_tmp / "deleted")
+def test_the_advice_for_a_deleted_experiment_restores_it(in_tmp: Path) -> None:
+    uri = new_store(in_tmp / "deleted")
     client = MlflowClient(uri)
     client.delete_experiment(client.create_experiment("one"))
     with pytest.raises(TrackingError, match="is deleted: restore it with") as found:
@@ -262,9 +251,9 @@ def test_the_first_runs_of_several_processes_in_an_empty_folder_are_all_recorded
     ["UPDATE alembic_version SET version_num = '451aebb31d03'", "DROP TABLE alembic_version"],
 )
 def test_a_database_of_another_version_or_half_upgraded_names_the_command_that_mends_it(
-    empty_store: Path, tmp_path: Path, damage: str
+    tmp_path: Path, damage: str
 ) -> None:
-    uri = copied(empty_store, tmp_path / "store")
+    uri = new_store(tmp_path / "store")
     connection = sqlite3.connect(tmp_path / "store" / "mlflow.db")
     connection.execute(damage)
     connection.commit()
