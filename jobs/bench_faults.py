@@ -254,7 +254,7 @@ def result(work: str, target: Path) -> Any:
 
 
 def keep_scores(value: Any) -> Any:
-    """Return the JSON of a search or cross-validation without anything but scores."""
+    """Return only the scores in the JSON of a search or cross-validation."""
     if isinstance(value, dict):
         kept = {name: keep_scores(item) for name, item in value.items() if "second" not in name}
         return {name: item for name, item in kept.items() if item not in (None, {}, [])}

@@ -41,12 +41,12 @@ def is_connected() -> bool:
 
 
 def place_of_training(address: str, workers: int) -> str:
-    """Return where this many workers train, as text."""
+    """Describe for messages where this many workers train."""
     return place_of_ray(address) if needs_ray(address, workers) else "in this process, without Ray"
 
 
 def place_of_ray(address: str) -> str:
-    """Return where `cluster(address)` joins or starts Ray, as text."""
+    """Describe for messages where Ray runs in a `cluster(address)` block."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     is_local = address in ("", "local")
     return "on Ray, started on this machine" if is_local else f"on the Ray cluster at {address}"

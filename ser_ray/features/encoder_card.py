@@ -11,9 +11,9 @@ from ser_ray.storage.json_text import read_object
 METADATA = "ser_ray.encoder"
 """Key of the card in the metadata of a safetensors file."""
 LARGEST_HEADER = 100_000_000
-"""Largest header of a safetensors file in bytes; the library has the same limit."""
+"""Largest allowed header of a safetensors file, in bytes; the library has the same limit."""
 LARGEST_SIZE = 8_192
-"""Largest number of layers, and of values in a layer."""
+"""Largest allowed number of layers, and of values in a layer."""
 ENCODER_RATE = 16_000
 """Sample rate of every encoder, in hertz."""
 

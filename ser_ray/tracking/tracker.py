@@ -272,7 +272,7 @@ class Tracker:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
 
     def describe(self, **lines: str) -> None:
-        """Set lines of the run's description (`ser_ray.tracking.run_metadata.LINES`)."""
+        """Replace the given lines of the run's description; an empty text removes its line."""
         note = self.read().data.tags.get(NOTE, "")
         self.set_tags({NOTE: merge_note(note, lines)})
 

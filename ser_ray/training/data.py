@@ -285,7 +285,7 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
-    """Return how often each training row is drawn, relative to the others, float64 [rows].
+    """Return the relative sampling weight of each training row, float64 [rows].
 
     Return None if the recipe does not balance labels or corpora. Then no row is drawn twice in an
     epoch.
