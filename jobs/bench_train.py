@@ -12,12 +12,15 @@
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
 - stream: as in Ray's examples, `iter_torch_batches` over a dataset of Ray Data in every epoch.
 
-Each way runs in a new Python process. Clips per second are those of the training steps after the
-first epoch, so the start and the warm-up change only the seconds to the first step. `outside` is
-the share of these epochs that is spent neither in training steps nor in validation. `processes` is
-the number of further processes, counted ten times per second. Each of our ways makes a new MLflow
-database, which a second training in the same folder would not do. Workers on several nodes are not
-measured.
+Each way runs in a new Python process. As with `ser-ray`, the processes of our ways get huge pages of
+memory where these help (`ser_ray.cli.start`). With `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before
+the command, the other ways get them too.
+
+Clips per second are those of the training steps after the first epoch, so the start and the warm-up
+change only the seconds to the first step. `outside` is the share of these epochs that is spent
+neither in training steps nor in validation. `processes` is the number of further processes, counted
+ten times per second. Each of our ways makes a new MLflow database, which a second training in the
+same folder would not do. Workers on several nodes are not measured.
 """
 
 import json
@@ -37,8 +40,11 @@ from typing import Any, Literal
 import psutil
 import tyro
 
+from ser_ray.cli import start
 from ser_ray.training.recipe import TrainConfig
 
+NOT_OURS = ("bare", "ray", "bare_ddp", "stream")
+"""The ways with a loop of their own. All others train with `ser_ray`."""
 RATIOS = (
     ("ours", "bare"),
     ("ours_on_ray", "ray"),
@@ -348,8 +354,11 @@ def measure(bench: Bench, way: str) -> tuple[Timing, int]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "timing.json")
         command = [sys.executable, __file__, "one", json.dumps(options), str(output)]
+        environment = dict(os.environ)
+        if way not in NOT_OURS and start.needs_restart():
+            environment[start.TUNABLES] = start.HUGE_PAGES
         with collect_child_ids() as child_ids:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=environment)
         return Timing(**json.loads(output.read_text())), len(child_ids) - 1
 
 

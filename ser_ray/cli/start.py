@@ -1,0 +1,39 @@
+"""The entry point of `ser-ray`: starts Python again with large pages of memory, if these help.
+
+A training step on CPUs passes over all weights, gradients and optimiser states several times. On a
+virtual machine with pages of 4 KiB, the translation of addresses takes about half of this time (see
+"Speed" in jobs/README.md). glibc requests transparent huge pages only if GLIBC_TUNABLES says so
+when the process starts. All later processes, such as those of a local Ray, inherit the variable.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+KERNEL_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""`always [madvise] never`, for example: the brackets mark the kernel's mode."""
+
+
+def main() -> int:
+    """Run `ser-ray` with the words of the command line, and return its exit status."""
+    if needs_restart():
+        os.environ[TUNABLES] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from ser_ray.cli.main import main  # slow to import, so only after the restart
+
+    return main()
+
+
+def needs_restart() -> bool:
+    """Return whether the kernel gives huge pages only on request, and nothing requests them yet.
+
+    If the user has set GLIBC_TUNABLES, it stays as it is.
+    """
+    if TUNABLES in os.environ or not sys.executable:
+        return False
+    try:
+        return "[madvise]" in KERNEL_MODE.read_text()
+    except OSError:  # another operating system, or a kernel without huge pages
+        return False
