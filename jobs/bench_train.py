@@ -12,9 +12,9 @@
 - ingest: ours with `--ingest stream`, which reads the training clips again in every epoch;
 - stream: as in Ray's examples, `iter_torch_batches` over a dataset of Ray Data in every epoch.
 
-Each way runs in a new Python process. As with `ser-ray`, the processes of our ways get huge pages of
-memory where these help (`ser_ray.cli.start`). With `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before
-the command, the other ways get them too.
+Each way runs in a new Python process. As with `ser-ray`, the processes of our ways get huge pages
+of memory where these help (`ser_ray.cli.start`). `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before
+the command gives them to the other ways too.
 
 Clips per second are those of the training steps after the first epoch, so the start and the warm-up
 change only the seconds to the first step. `outside` is the share of these epochs that is spent
