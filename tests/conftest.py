@@ -131,7 +131,7 @@ def make_memory_shards(
     half = len(rows) // 2
     card = MemoryCard(
         labels=labels, features=features, corpus="table", source="own.csv", fingerprint="f00d",
-        shard_sizes=(half, len(rows) - half),
+        shard_sizes=(half, len(rows) - half), counts={"ok": len(rows)},
     )  # fmt: skip
     table, whole = pa.Table.from_pylist(rows), pa.nulls(len(rows), pa.float64())  # not segments
     table = table.append_column("start", whole).append_column("end", whole)

@@ -21,10 +21,10 @@ def write_shard_files(
     All kinds hold the same values, as many bins of them as they have: each can be learned from.
     """
     memory = memory or make_memory_shards()
-    num_clips, num_mels, num_frames = memory.values.shape
+    num_rows, num_mels, num_frames = memory.values.shape
     features = FeatureConfig(num_mels=num_mels, num_mfcc=8, hop_length=320, max_seconds=0.5)
     assert features.num_frames >= num_frames, "the clips fit"
-    padded = np.zeros((num_clips, num_mels, features.num_frames), np.float16)
+    padded = np.zeros((num_rows, num_mels, features.num_frames), np.float16)
     padded[:, :, :num_frames] = memory.values
     table = memory.table
     for kind in kinds:
@@ -38,9 +38,9 @@ def write_shard_files(
         source="memory",
         labels=memory.card.labels,
         features=features,
-        counts={"ok": num_clips},
+        counts={"ok": int((table["window"].to_numpy() == 0).sum())},
         shard_numbers=(0,),
-        shard_sizes=(num_clips,),
+        shard_sizes=(num_rows,),
         fingerprint="f00d" * 4,
     )
     write_card(str(folder), card)

@@ -4,6 +4,8 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ser_ray.cli.main import VERBS
 from ser_ray.cli.parsing import parse_verb
 from ser_ray.cli.pipeline import prediction_lines
@@ -13,6 +15,7 @@ from ser_ray.distributed.mlflow_run import command_like
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.search.config import CrossvalConfig
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
+from tests.conftest import cut_into_windows, make_memory_shards
 from tests.shard_files import write_shard_files
 
 
@@ -66,6 +69,18 @@ def test_the_first_lines_count_the_clips_and_speakers_of_every_part(tmp_path, ca
     assert f"mel, 3 epochs, {steps} steps of 4 clips each" in lines[5]
     say_training([shards], recipe, [0, 1, 2])
     assert "speaker-3, every fold has" in capsys.readouterr().err
+
+
+def test_the_first_lines_count_a_clip_that_is_cut_into_windows_once(tmp_path, capsys):
+    whole = make_memory_shards()
+    cut = cut_into_windows(whole, np.full(len(whole.table), 2))
+    recipe = TrainConfig(protocol="speaker-3", weights="none", epochs=3, batch_size=4)
+    lines = []
+    for name, memory in (("cut", cut), ("whole", whole)):
+        say_training([write_shard_files(tmp_path / name, memory)], recipe, [1])
+        lines.append(capsys.readouterr().err.replace(name, "").splitlines())
+    assert lines[0][:5] == lines[1][:5]
+    assert lines[0][5] != lines[1][5], "a training has more steps"
 
 
 def test_the_pipeline_marks_correct_predictions():

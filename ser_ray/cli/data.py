@@ -21,9 +21,9 @@ class Download(Verb):
         target = self.download.target
         say("download", f"{', '.join(self.download.archive_names)} into {target}")
         folders = [str(folder) for folder in api.download(self.download)]
-        lines = [f"complete     {folder}" for folder in folders]
+        text = "\n".join(f"complete     {folder}" for folder in folders)
         command = next_command("prepare", corpus=target)
-        return VerbResult({"folders": folders}, "\n".join(lines), f"prepare it   {command}")
+        return VerbResult({"folders": folders}, text, f"prepare it   {command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Prepare(Verb):
         """Prepare the shards, and count the files by outcome."""
         from ser_ray.corpus.folds import suggest_protocol
         from ser_ray.corpus.ravdess.census import compare_with_ravdess
+        from ser_ray.tracking.run_metadata import count_clips
 
         say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)
@@ -49,7 +50,7 @@ class Prepare(Verb):
         data = {
             "shards": self.prepare.shards,
             "files": card.num_files,
-            "clips": card.num_rows,
+            "clips": count_clips(shards),
             "outcomes": card.counts,
             "fingerprint": card.fingerprint,
             "seconds": summary.seconds,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import tyro
 
 from ser_ray import api
-from ser_ray.cli.verb import TableVerb, Verb, VerbResult, say
+from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.errors import ConfigError
 from ser_ray.features.config import Condition
 from ser_ray.progress import stderr_console
+from ser_ray.shards.config import TableConfig
 
 if TYPE_CHECKING:
     from ser_ray.corpus.audio_files import AudioFiles
@@ -42,7 +43,7 @@ class ModelVerb(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(ModelVerb, TableVerb):
+class Evaluate(ModelVerb, TableConfig):
     """Score a model on the test part of its own fold, or on other speakers."""
 
     model: tyro.conf.Positional[Model]
@@ -149,7 +150,7 @@ class Predict(ModelVerb):
     validation clips."""
 
     @property
-    def resumes(self) -> bool:
+    def resumes(self) -> bool:  # type: ignore[override]
         """Whether the predictions are stored in a table that the user named."""
         return bool(self.output)
 

@@ -11,12 +11,12 @@ from ser_ray.cli.data import Prepare
 from ser_ray.cli.model import Predict
 from ser_ray.cli.parsing import parse_over
 from ser_ray.cli.train import Train
-from ser_ray.cli.verb import TableVerb, VerbResult, say
+from ser_ray.cli.verb import Verb, VerbResult, say
 from ser_ray.command import next_command
 from ser_ray.distributed.run_config import RunConfig
 from ser_ray.features.config import FeatureConfig
 from ser_ray.progress import stderr_console
-from ser_ray.shards.config import PrepareConfig, column_names
+from ser_ray.shards.config import PrepareConfig, TableConfig, column_names
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 
 SYNTHETIC = f"{api.OUT}/synthetic"
@@ -35,7 +35,7 @@ SHOWN_PREDICTIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline(TableVerb):
+class Pipeline(Verb, TableConfig):
     """Run every step in order: prepare, train, evaluate, predict."""
 
     corpus: str = ""

@@ -232,14 +232,15 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
     shards = open_corpora(locations, recipe.label_map)
     clips = shards.clips()
     speakers = len(set(clips["speaker"].to_pylist()))
-    size = f"{clips.num_rows} clips, {speakers} speakers, {len(shards.card.labels)} labels"
+    is_first_window = clips["window"].to_numpy() == 0  # a long clip has several windows
+    size = f"{is_first_window.sum()} clips, {speakers} speakers, {len(shards.card.labels)} labels"
     say("shards", f"{' '.join(locations)}: {size}")
     for corpus in shards.corpora:
         say("", str(corpus))
     splits = [select_rows(clips, replace(recipe, fold=fold)) for fold in folds]
     say("protocol", splits[0].label if len(folds) == 1 else f"{recipe.protocol}, every fold has")
     for part in ("train", "validation", "test"):
-        num_clips = _format_range(len(getattr(split, part)) for split in splits)
+        num_clips = _format_range(is_first_window[getattr(split, part)].sum() for split in splits)
         num_speakers = _format_range(len(getattr(split, f"{part}_speakers")) for split in splits)
         say(part, f"{num_clips} clips, {num_speakers} speakers")
     steps = _format_range(max(len(split.train) // recipe.batch_size, 1) for split in splits)

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from ser_ray.corpus.words import MISSING_WORDS
 from ser_ray.progress import stderr_console
 
 
@@ -41,11 +40,8 @@ class Verb:
     """A verb of the command line; its fields are its flags."""
 
     common: Common = field(default_factory=Common)
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the same command resumes the work after an interruption."""
-        return False
+    resumes: ClassVar[bool] = False
+    """Whether the same command resumes the work after an interruption."""
 
     def resolved(self, flags: Sequence[str]) -> Self:
         """Fill in settings that depend on other settings.
@@ -66,18 +62,6 @@ class Verb:
             SerRayError: the verb failed, and the message gives the reason.
         """
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableVerb(Verb):
-    """Flags of every verb that may read a table."""
-
-    missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
-    words, only an empty cell is a missing value."""
-    columns: tuple[str, ...] = ()
-    """Names of columns in a table that differ from the usual ones, as in label=emotion
-    speaker=spk."""
 
 
 def say(name: str, text: str) -> None:

@@ -10,7 +10,20 @@ from ser_ray.features.config import FeatureConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
+class TableConfig:
+    """Says how a table of clips is read."""
+
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
+    words, only an empty cell is a missing value."""
+    columns: tuple[str, ...] = ()
+    """Names of a table's columns as COLUMN=NAME, as in label=mood speaker=who. They are needed only
+    for names that are not recognised. The columns are path, label, speaker, take, start, end and
+    split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig(TableConfig):
     """Says which clips become shards, and where the shards are written."""
 
     corpus: str
@@ -19,13 +32,6 @@ class PrepareConfig:
     """Folder or URI to write the shards to."""
     include: tuple[str, ...] = MODALITIES
     """Modalities to decode; files of other modalities are counted as `excluded`."""
-    missing: tuple[str, ...] = MISSING_WORDS
-    """Words in a table that mean a missing value, in upper or lower case. After `--missing` without
-    words, only an empty cell is a missing value."""
-    columns: tuple[str, ...] = ()
-    """Names of a table's columns, as in label=mood speaker=who. They are needed only for names that
-    `prepare` does not recognise. The columns are path, label, speaker, take, start, end and
-    split."""
     rows_per_shard: int = 128
     """Largest number of files, or segments of files, in a shard. One task decodes and writes a
     shard."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.features.config import KINDS
+from ser_ray.shards.layout import OK
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import name_account
 from ser_ray.tracking.store import configure_mlflow_client
@@ -38,7 +39,7 @@ LINES = ("Test", "Validation", "Result", "Run", "Data", "Again")
 """Names of the lines of a description, in order."""
 MAX_TAG_LENGTH = 5000
 """Largest length of a tag's value that every store of MLflow accepts."""
-MLFLOW_TYPES = dict.fromkeys(("int8", "int32", "int64"), "long") | {"double": "double"}
+MLFLOW_TYPES = {"int8": "long", "int32": "long", "int64": "long", "double": "double"}
 """MLflow's names of the Arrow types of the clips' columns. Other columns are strings."""
 PACKAGES = ("ray", "torch", "torchvision", "torchaudio", "numpy", "pyarrow", "mlflow")
 
@@ -72,8 +73,7 @@ def provenance() -> dict[str, str]:
     program = Path(sys.argv[0])
     # The program of `python -m ser_ray` is ser_ray/__main__.py.
     command = "ser-ray" if program.parent.name == "ser_ray" else program.name
-    facts = {f"version.{name}": version(name) for name in PACKAGES}
-    facts |= {
+    facts = {f"version.{name}": version(name) for name in PACKAGES} | {
         "version.ser_ray": __version__,
         "version.python": platform.python_version(),
         "hardware.machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
@@ -98,11 +98,18 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
+def count_clips(shards: ShardSet) -> int:
+    """Return the number of clips in a shard set. A clip that is cut into windows counts once."""
+    if shards.corpora:
+        return sum(corpus.clips for corpus in shards.corpora)
+    return shards.card.counts[OK]
+
+
 def data_line(shards: ShardSet) -> str:
     """Return the line of a description that names the shards of a run."""
     card = shards.card
     return (
-        f"{dataset_name(shards)}, {card.num_rows} clips, {len(card.labels)} labels, in "
+        f"{dataset_name(shards)}, {count_clips(shards)} clips, {len(card.labels)} labels, in "
         f"`{', '.join(shards.locations)}` (fingerprint {card.fingerprint})"
     )
 
@@ -133,7 +140,7 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
         source_type="local" if "://" not in first else first.partition("://")[0],
         source=json.dumps({"uri": " ".join(shards.locations)}),
         schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
-        profile=json.dumps({"num_clips": card.num_rows, "labels": list(card.labels)}),
+        profile=json.dumps({"num_clips": count_clips(shards), "labels": list(card.labels)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 

@@ -138,7 +138,7 @@ class Tracker:
 
     def read(self) -> "Run":
         """Read the run from the store."""
-        with self._requests():
+        with self._reading():
             return self._client.get_run(self.run_id)
 
     def nested_runs(self, tag: str) -> dict[str, "Run"]:
@@ -148,7 +148,7 @@ class Tracker:
         nested = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
         experiment_id = self.read().info.experiment_id
         set_tracking_uri(self.uri)
-        with self._requests():
+        with self._reading():
             found = mlflow.search_runs([experiment_id], nested, output_format="list")
             return {run.data.tags[tag]: run for run in found if tag in run.data.tags}
 
@@ -157,7 +157,7 @@ class Tracker:
         from mlflow.entities import Param
 
         listed = [Param(key, str(value)) for key, value in flatten(params).items()]
-        with self._requests():
+        with self._writing():
             self._client.log_batch(self.run_id, params=listed)
 
     def log_metrics(
@@ -250,14 +250,14 @@ class Tracker:
             TrackingError: the store did not accept all metrics; the rest stays in the queue.
         """
         while self._queue:
-            with self._requests():
+            with self._writing():
                 self._client.log_batch(self.run_id, metrics=self._queue[:METRICS_PER_CALL])
             self._queue = self._queue[METRICS_PER_CALL:]
         self._retry_at = 0.0
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        with self._requests():
+        with self._writing():
             for key, value in tags.items():
                 self._client.set_tag(self.run_id, key, str(value)[:MAX_TAG_LENGTH])
 
@@ -281,7 +281,7 @@ class Tracker:
         import pyarrow as pa
         from pyarrow import csv
 
-        with self._requests(), TemporaryDirectory() as folder:
+        with self._writing(), TemporaryDirectory() as folder:
             for name, content in files.items():
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +303,7 @@ class Tracker:
 
         name = model_name(str(self.read().info.run_name))
         set_tracking_uri(self.uri)
-        with self._requests(), mlflow.start_run(run_id=self.run_id):
+        with self._writing(), mlflow.start_run(run_id=self.run_id):
             mlflow.pyfunc.log_model(
                 name=name,
                 loader_module=packaged.__name__,
@@ -318,7 +318,7 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """Close the run with the status FINISHED, FAILED or KILLED."""
-        with self._requests():
+        with self._writing():
             self._client.set_terminated(self.run_id, status)
 
     def abandon(self, error: BaseException) -> None:
@@ -328,8 +328,16 @@ class Tracker:
             self.finish("KILLED" if is_stopped else "FAILED")
 
     @contextmanager
-    def _requests(self) -> Iterator[None]:
-        """Wait for a locked database, and convert the errors of requests to TrackingError."""
+    def _reading(self) -> Iterator[None]:
+        """Wait for a locked database, and convert the errors of reading to TrackingError."""
+        await_database(self.uri)
+        problem = f"{self.uri}: run {self.run_id} cannot be read"
+        with as_tracking_error(problem, "; run the same command again when the store answers"):
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Wait for a locked database, and convert the errors of writing to TrackingError."""
         await_database(self.uri)
         problem = f"{self.uri}: run {self.run_id} could not be written"
         advice = (

@@ -1,13 +1,17 @@
 """What MLflow shows of a run besides its numbers."""
 
 import json
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 
-from ser_ray.shards.read import ShardSet
-from ser_ray.tracking.run_metadata import dataset_of, merge_note, model_name, run_tags
-from tests.conftest import MemoryShards
+from ser_ray.shards.corpora import open_corpora
+from ser_ray.shards.read import ShardSet, open_shards
+from ser_ray.tracking.run_metadata import data_line, dataset_of, merge_note, model_name, run_tags
+from tests.conftest import MemoryShards, cut_into_windows, make_memory_shards
+from tests.shard_files import write_shard_files
 
 
 def test_lines_of_a_description_are_kept_replaced_and_ordered() -> None:
@@ -31,6 +35,19 @@ def test_the_data_set_of_a_run_is_the_shard_set(memory_shards: MemoryShards) -> 
     assert columns["num_frames"] == "long"
     assert columns["mel"] == "binary"
     assert json.loads(str(dataset.profile))["labels"] == list(memory_shards.card.labels)
+
+
+def test_a_clip_that_is_cut_into_windows_counts_once(tmp_path: Path) -> None:
+    memory = make_memory_shards()
+    times = np.ones(len(memory.table), int)
+    times[:5] = 3
+    folders = [write_shard_files(tmp_path / "a", cut_into_windows(memory, times))]
+    folders += [write_shard_files(tmp_path / "b", memory)]
+    for shards, num_clips in ((open_shards(folders[0]), 48), (open_corpora(folders), 96)):
+        assert shards.card.num_rows == num_clips + 10
+        assert f", {num_clips} clips, 4 labels, in " in data_line(shards)
+        profile = json.loads(str(dataset_of(shards).dataset.profile))
+        assert profile["num_clips"] == num_clips
 
 
 def test_tags_say_what_a_run_is(memory_shards: MemoryShards) -> None:

@@ -238,6 +238,22 @@ def test_a_store_that_does_not_answer_is_not_asked_again_for_a_while(
     assert len(calls) == 1
 
 
+def test_an_error_says_whether_a_run_was_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("gone")
+
+    tracker = start(new_store(tmp_path))
+    for name in ("get_run", "log_batch"):
+        monkeypatch.setattr(tracker._client, name, refuse)
+    for read in (tracker.read, lambda: tracker.describe(Run="a run")):
+        with pytest.raises(TrackingError, match=r"cannot be read \(gone\); run the same command"):
+            read()
+    with pytest.raises(TrackingError, match=r"could not be written \(gone\); nothing is lost"):
+        tracker.log_params({"a": 1})
+
+
 @pytest.mark.parametrize("is_server", [True, False])
 def test_a_run_that_is_deleted_while_it_trains_is_named_and_goes_on_once_it_is_restored(
     request: pytest.FixtureRequest,
