@@ -2,8 +2,8 @@
 
 The trial trains exactly as `ser-ray train` does, and reports every epoch to Ray Tune. Every report
 holds all epochs of the trial, so a later driver finds them in Ray Tune's snapshot. A report
-includes a checkpoint if the last one is at least `CHECKPOINT_SECONDS` old. An interrupted trial
-resumes from its last checkpoint.
+includes a checkpoint if the last one, or the start of the process, is at least `CHECKPOINT_SECONDS`
+ago. An interrupted trial resumes from its last checkpoint, or starts again if there is none.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 OBJECTIVE = "best_val_ua"
-"""The metric that a search maximises: the last value of `objectives`."""
+"""The metric that a search maximises: the last value of `objectives`, or 0 after a permanent error."""
 CHECKPOINT_SECONDS = 30.0
 """Shortest time between two checkpoints of a trial."""
 
@@ -79,7 +79,8 @@ def run_trial(values: dict[str, Any], setup: TrialSetup, resources: dict[str, fl
             if setup.finish is not None:
                 setup.finish(reporter.selected, setup.shards, recipe)
     except Exception as problem:
-        # A permanent error is the trial's result. After any other error, Ray Tune tries again.
+        # A permanent error is the trial's result. After another error, Ray Tune tries again, up to
+        # `RunConfig.max_failures` times.
         if not is_permanent(problem):
             raise
         if torch.cuda.is_available():
@@ -107,7 +108,7 @@ def _train(
 
 
 class Reporter:
-    """Reports each epoch to Ray Tune, with a checkpoint if the last is CHECKPOINT_SECONDS old.
+    """Reports each epoch to Ray Tune, with a checkpoint at most every CHECKPOINT_SECONDS.
 
     Args:
         recipe: the trial's recipe.

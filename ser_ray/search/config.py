@@ -17,7 +17,7 @@ class TuneConfig:
 
     trials: int = 32
     """Number of trials. A grid search ignores this number: it has one trial for each point of the
-    grid and, if the space contains the given recipe, one for this recipe."""
+    grid, and one for the given recipe if the space contains this recipe but the grid does not."""
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """Optuna's TPE, random draws, or a grid of all choices and, for each range, both ends and the
     middle."""
@@ -98,8 +98,7 @@ class SlotConfig:
         if self.cpus_per_worker < 1:
             raise ConfigError(f"cpus_per_worker is {self.cpus_per_worker}: it must be at least 1")
         gpus = self.gpus_per_worker
-        is_share, is_whole = 0 < gpus <= 1, gpus >= 1 and gpus % 1 == 0
-        if not (is_share or is_whole):
+        if not (0 < gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
             raise ConfigError(
                 f"gpus_per_worker is {gpus:g}: it must be above 0 and at most 1, or a whole number"
             )

@@ -2,9 +2,10 @@
 
 Each pair of a fold and a seed is a trial of a study (`ser_ray.search.study`). The process of a
 trial trains the fold, scores its test part with the selected checkpoint, and stores the predictions
-in a table beside the checkpoint (`ser_ray.search.fold_files`). All scores come from these tables
-(`ser_ray.search.crossval_result`). The same command resumes an interrupted cross-validation and
-trains failed folds again.
+in a table beside the checkpoint (`ser_ray.search.fold_files`). All test scores are computed from
+these tables (`ser_ray.search.crossval_result`), except those under recording conditions, which need
+the checkpoints. The same command resumes an interrupted cross-validation and trains failed folds
+again.
 
 To choose between recipes, `--part validation` scores the validation parts and reads no test part.
 """
@@ -53,9 +54,10 @@ def plan_crossval(
     """Plan to train `config.folds`, or all folds of the protocol.
 
     Raises:
-        ShardsError: there is no shard set at the location.
-        ConfigError: the recipe names a fold, the protocol has no test part, or a fold does not
-            exist or cannot be trained (`select_rows`).
+        ShardsError: a location has no committed shard set.
+        ConfigError: the recipe names a fold, the protocol has no test part or does not fit the
+            shards, the shard sets cannot be read as one (`open_corpora`), or a fold does not exist
+            or cannot be trained (`select_rows`).
     """
     if recipe.fold:
         raise ConfigError(
@@ -90,7 +92,8 @@ def crossval(
         ConfigError, CheckpointError: a setting, the initial weights or the folder cannot be used.
         ResourcesError: the cluster cannot be used, or had no room for a trial.
         TrackingError: the tracking store cannot be used or does not answer.
-        SerRayError: a fold failed; the message gives the reason. The same call trains it again.
+        SerRayError: a fold failed, or Ray Tune stopped before all folds had ended. The message
+            gives the reason. The same call trains the missing folds.
         KeyboardInterrupt: the user pressed Ctrl-C. The same call resumes.
     """
     require_one_worker(run)
@@ -187,7 +190,7 @@ def score_conditions(result: CrossvalResult, conditions: Sequence[str]) -> Cross
 
 
 def final_recipe(result: CrossvalResult) -> TrainConfig:
-    """Return the recipe for a final model of all speakers.
+    """Return the recipe for a final model that is trained on all speakers.
 
     Such a model has no validation clips for its calibration. Therefore the recipe's temperature is
     the geometric mean of the folds' temperatures.
@@ -197,7 +200,10 @@ def final_recipe(result: CrossvalResult) -> TrainConfig:
 
 
 def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
-    """Write the page of the cross-validation, and record its scores and files in MLflow."""
+    """Write the page of the cross-validation, and record its scores and files in MLflow.
+
+    The test scores of each fold are also recorded in the MLflow run of this fold.
+    """
     pooled, part, label = result.pooled, result.pooled.part, result.plan.label
     page = crossval_page(
         pooled,
@@ -215,8 +221,7 @@ def _record(result: CrossvalResult, tracker: Tracker, *, audio: bool) -> None:
     # MLflow's table of all runs is sorted by this score.
     metrics.setdefault(SELECTED_BY, np.mean([row["validation UA"] for row in result.trainings]))
     tracker.log_scores(metrics, now_ms())
-    title = "Validation" if part == "validation" else "Test"
-    tracker.describe(**{title: f"UA {result.describe('ua')} ({label})"})
+    tracker.describe(**{part.capitalize(): f"UA {result.describe('ua')} ({label})"})
     files: dict[str, Any] = {
         REPORT: as_artifact(page),
         f"plots/{part}_confusion.png": confusion_figure(

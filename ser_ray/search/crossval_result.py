@@ -1,8 +1,8 @@
 """The result of a cross-validation: the predictions of all folds in one table, and their scores."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,14 @@ import pyarrow as pa
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.evaluation import SCORES, Evaluation
+from ser_ray.evaluation.statistics import Calibration, calibration
 from ser_ray.search.config import CrossvalConfig
 from ser_ray.search.fold_files import PREDICTIONS, read_fold, write_predictions
 from ser_ray.search.trial import StudyResult, TrialRecord
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.tracker import Tracker
+from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.metrics import Scores, scores_of
 from ser_ray.training.recipe import TrainConfig
 
@@ -35,12 +37,29 @@ class CrossvalPlan:
     def points(self) -> list[dict[str, int]]:
         """Seed and fold of each training."""
         seeds = range(self.recipe.seed, self.recipe.seed + self.config.seeds)
-        return [{"seed": s, "fold": f} for s, f in itertools.product(seeds, self.folds)]
+        return [{"seed": seed, "fold": fold} for seed in seeds for fold in self.folds]
 
     @property
     def label(self) -> str:
         """Caption and corpus, as shown beside every score."""
         return f"{self.caption}, {CORPORA[self.shards.card.corpus]}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PooledEvaluation(Evaluation):
+    """The predictions of all trainings, with the columns `fold` and `seed`.
+
+    Each training has scaled its probabilities with its own temperature. Therefore the temperature
+    of `card` is 1.
+    """
+
+    unscaled: np.ndarray
+    """Probability of every label without any temperature [clips, labels]."""
+
+    @cached_property
+    def uncalibrated(self) -> Calibration:
+        """The calibration without the temperatures of the trainings."""
+        return calibration(self.truth, self.unscaled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +69,7 @@ class CrossvalResult(StudyResult):
     plan: CrossvalPlan
     folds: list[Evaluation]
     """The evaluation of each training on the scored part of its fold."""
-    pooled: Evaluation
-    """The predictions of all trainings, with the columns `fold` and `seed`."""
+    pooled: PooledEvaluation
     ensemble: Scores | None
     """Scores of the probabilities averaged over the seeds. None if there is only one seed, or if
     the seeds scored different clips."""
@@ -160,14 +178,16 @@ def pool(
     folds = [read_fold(plan.config.part, location, trial, tracker.uri) for trial in planned]
     predictions = pa.concat_tables([fold.predictions for fold in folds])
     write_predictions(predictions, location)
-    pooled = replace(
-        folds[0],
-        # The probabilities of each fold are already scaled by the fold's own temperature.
+    unscaled = [apply_temperature(f.probabilities, 1 / f.card.temperature) for f in folds]
+    pooled = PooledEvaluation(
         card=replace(folds[0].card, config=plan.recipe, temperature=1.0),
+        part=plan.config.part,
         protocol=plan.caption,
+        corpus=folds[0].corpus,
+        is_own_test=folds[0].is_own_test,
+        seen_speakers=(),
         predictions=predictions,
-        origin={},
-        report="",
+        unscaled=np.concatenate(unscaled),
     )
     numbers, paths = (predictions[name].to_pylist() for name in ("fold", "path"))
     clips = [f"{fold} {path}" for fold, path in zip(numbers, paths, strict=True)]

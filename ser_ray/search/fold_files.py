@@ -1,7 +1,7 @@
 """Writes and reads the files of a finished fold: its checkpoint, and its predictions as a table.
 
-The process of a trial writes them. The driver reads the predictions of all folds, so that it needs
-neither the networks nor the clips to score them.
+The process of a trial writes them. The driver reads the predictions of all folds. It needs the
+checkpoints and the clips only for scores under recording conditions.
 """
 
 from pathlib import Path

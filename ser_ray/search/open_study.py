@@ -50,8 +50,11 @@ def open_study(
         address: Ray cluster to join (`ser_ray.cluster.connect.cluster`).
 
     Raises:
-        MismatchError: the folder belongs to another study.
-        ResourcesError, TrackingError: the cluster, the folder or the tracking store is not usable.
+        CheckpointError: the folder is in use, cannot be written, belongs to another study, or has a
+            damaged record.
+        ResourcesError: the cluster cannot be used, has no room for a trial, or does not share the
+            shards and the folder.
+        TrackingError: the tracking store cannot be used.
     """
     require_server(run.tracking_uri)
     recipe, shards = setup.recipe, setup.shards
@@ -66,8 +69,7 @@ def open_study(
         folder.require_same(identity)
         flat = flatten(recipe.to_dict())
         params = {key: flat[key] for key in flat if key.rpartition(".")[2] not in varied_fields}
-        slot_params = {"count": slots.max_concurrent, **slots.resources}
-        params |= {kind: settings | {"slots": slot_params}}
+        params[kind] = settings | {"slots": {"count": slots.max_concurrent, **slots.resources}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}, whose trials are the nested runs. Its files are in `{folder.location}`"
         parent = start_run(folder, run, shards, tags, params, about, identity)

@@ -158,7 +158,7 @@ def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, li
         usable = {int: "integer or choice", float: "loguniform, uniform or choice"}
         raise ConfigError(
             f"space {line!r}: {distribution} does not fit a field of type "
-            f"{getattr(field_type, '__name__', 'name')}: use {usable.get(field_type, 'choice')}"
+            f"{field_type.__name__}: use {usable.get(field_type, 'choice')}"
         )
     low, high = values
     if low >= high:

@@ -31,7 +31,7 @@ from ser_ray.search.actor import TrialSetup
 from ser_ray.search.slots import Slots
 from ser_ray.search.space import LR_RATIO, recipe_with
 from ser_ray.search.trial import TrialRecord, read_records, write_records
-from ser_ray.search.tune_run import TuneArguments, last_result, run_trials, tune_folder
+from ser_ray.search.tune_run import TuneArguments, run_trials, tune_folder
 from ser_ray.storage.paths import location_inside
 from ser_ray.tracking.run_metadata import RunKind, data_line, dataset_of, scored_on
 from ser_ray.tracking.tracker import Tracker
@@ -59,7 +59,8 @@ class Study(tune.Callback):
         setup: recipe, data and weights of all trials.
         slots: number of concurrent trials, and the resources of each.
         run: settings of the study, such as the MLflow experiment of the runs.
-        tags: tags of every trial's run; `protocol` and `corpus` are shown beside every score.
+        tags: tags of the study's run. The runs of the trials have the same tags, except `kind`.
+            `protocol` and `corpus` are shown beside every score.
         show: shows the trials.
     """
 
@@ -76,18 +77,18 @@ class Study(tune.Callback):
         self.parent, self.folder = parent, folder
         self.trial_setup = setup  # Ray Tune calls the method `setup` of its callbacks
         self.slots = slots
-        self.recipe, self.shards = setup.recipe, setup.shards
         self.run, self.tags, self.show = run, tags, show
-        self._dataset = dataset_of(setup.shards)  # now: the shards may be unreachable later
+        # The data set is described now, because the shards may be unreachable later.
+        self._dataset = dataset_of(setup.shards)
         self.records: dict[str, TrialRecord] = {}
         """Records by trial id. Ray Tune's loop replaces them; the delivery thread only reads."""
         self._numbers: dict[str, int] = {}
         self._earlier_runs = parent.nested_runs(TRIAL_ID)
         """MLflow runs of an earlier driver whose trials have no record yet, by trial id."""
-        self._run_ids: dict[str, str] = {}
-        """Ids of the MLflow runs, by trial id."""
         self._trackers: dict[str, Tracker] = {}
-        """Trackers of the MLflow runs that this driver has opened, by trial id."""
+        """Trackers of the trials' MLflow runs, by trial id."""
+        self._opened: set[str] = set()
+        """Ids of the trials whose MLflow runs this driver has started or resumed."""
         self._delivered: set[str] = set()
         """Ids of the trials whose complete record is in MLflow."""
         self._lost_run_ids: list[str] = []
@@ -110,16 +111,18 @@ class Study(tune.Callback):
             return
         with suppress(TrackingError):  # a tracking failure must not mask the original error
             self._deliver()
-        for trial_id, run_id in self._run_ids.items():
+        for trial_id, run in self._trackers.items():
             if trial_id not in self._delivered:  # a trial that resumes opens its run again
-                Tracker(self.parent.uri, run_id).abandon(error)
+                run.abandon(error)
         self.parent.abandon(error)
 
     @property
     def trials(self) -> list[TrialRecord]:
         """The records in the order of their numbers, with the ids of their MLflow runs."""
+        trackers = self._trackers.copy()  # the delivery thread may add trackers
+        run_ids = {trial_id: tracker.run_id for trial_id, tracker in trackers.items()}
         records = sorted(self.records.values(), key=lambda trial: trial.number)
-        return [replace(trial, run_id=self._run_ids.get(trial.trial_id, "")) for trial in records]
+        return [replace(trial, run_id=run_ids.get(trial.trial_id, "")) for trial in records]
 
     def run_trials(self, arguments: TuneArguments) -> None:
         """Run further trials. If an earlier driver was interrupted, resume its trials instead.
@@ -202,7 +205,9 @@ class Study(tune.Callback):
         """Delete the checkpoints of ended trials.
 
         They are needed until Ray Tune has stored its last snapshot. In an earlier snapshot, such a
-        trial may still be running, so a restart would resume the trial from its checkpoint.
+        trial may still be running, so a restart would resume the trial from its checkpoint. If its
+        loop raises an error, Ray Tune calls this method without storing a last snapshot. A restart
+        may then train such a trial again from its beginning.
         """
         self._open_records(trials)  # `on_step_begin` is not called if all restored trials ended
         for trial in trials:
@@ -226,14 +231,14 @@ class Study(tune.Callback):
                 trial_id=trial.trial_id,
                 number=self._numbers.get(trial.trial_id, next_number),
                 values=trial.config,
-                recipe=recipe_with(self.recipe, trial.config),
-            ).updated(last_result(trial))
+                recipe=recipe_with(self.trial_setup.recipe, trial.config),
+            ).updated(trial.last_result)
             if trial.status == trial.TERMINATED:
                 record = replace(record, state=record.end_state)
             self._add(record)
         if new:
             self.show(self.trials)
-        # All restored trials have a record now, so the trials of the other runs are lost.
+        # All restored trials have a record now. The trials of the remaining earlier runs are lost.
         self._lost_run_ids += [run.info.run_id for run in self._earlier_runs.values()]
         self._earlier_runs = {}
 
@@ -241,7 +246,7 @@ class Study(tune.Callback):
         """Add a record, and find the MLflow run that an earlier driver opened for its trial."""
         self._numbers[record.trial_id] = record.number
         if run := self._earlier_runs.pop(record.trial_id, None):
-            self._run_ids[record.trial_id] = run.info.run_id
+            self._trackers[record.trial_id] = Tracker(self.parent.uri, run.info.run_id)
             recorded = run.data.tags.get(TRIAL_STATE), run.info.status
             if recorded == (record.state, STATUS.get(record.state)):
                 self._delivered.add(record.trial_id)
@@ -284,13 +289,15 @@ class Study(tune.Callback):
             self._lost_run_ids.pop(0)
 
     def _deliver_trial(self, trial: TrialRecord) -> None:
-        run = self._trackers.get(trial.trial_id) or self._open_run(trial)
+        if trial.trial_id not in self._opened:
+            self._open_run(trial)
+        run = self._trackers[trial.trial_id]
         for epoch in zip(trial.rows, trial.learning_rates, trial.times_ms, strict=True):
             run.log_epoch(*epoch)
         run.deliver()
         if not trial.ended:
             return
-        if trial.state == "finished":  # only a finished trial has selected weights
+        if trial.state == "finished":  # only then is the selected epoch final
             run.log_scores(selected_metrics(trial.selected), trial.times_ms[-1])
         page = self._page(trial, run.run_id)
         store_page(page, location_inside(self.folder.location, trial.page))
@@ -300,10 +307,11 @@ class Study(tune.Callback):
         run.finish(STATUS[trial.state])
         self._delivered.add(trial.trial_id)
 
-    def _open_run(self, trial: TrialRecord) -> Tracker:
-        earlier_run_id = self._run_ids.get(trial.trial_id, "")
-        is_fold = "fold" in trial.values
-        kind: RunKind = "fold" if is_fold else "trial"
+    def _open_run(self, trial: TrialRecord) -> None:
+        """Start the MLflow run of a trial, or resume the run that an earlier driver started."""
+        study_kind, shards = self.tags["kind"], self.trial_setup.shards
+        kind: RunKind = "fold" if study_kind == "cross-validation" else "trial"
+        earlier = self._trackers.get(trial.trial_id)
         run = Tracker.start(
             self.parent.uri,
             self.run.experiment,
@@ -317,19 +325,17 @@ class Study(tune.Callback):
                 TRIAL_STATE: "running",
             },
             dataset=self._dataset,
-            run_id=earlier_run_id,
+            run_id="" if earlier is None else earlier.run_id,
         )
-        self._run_ids[trial.trial_id] = run.run_id
-        if not earlier_run_id:
+        self._trackers[trial.trial_id] = run
+        if earlier is None:
             run.log_files({"config.json": trial.recipe.to_dict()})
-            study_kind = "cross-validation" if is_fold else "search"
             run.describe(
                 Run=f"trial {trial.number} of the {study_kind} {self.folder.name}",
-                Data=data_line(self.shards),
-                Again=f"`{command_like(run.run_id, self.shards.locations, self.run)}`",
+                Data=data_line(shards),
+                Again=f"`{command_like(run.run_id, shards.locations, self.run)}`",
             )
-        self._trackers[trial.trial_id] = run
-        return run
+        self._opened.add(trial.trial_id)
 
     def _page(self, trial: TrialRecord, run_id: str) -> str:
         from ser_ray.evaluation.pages import trial_page  # slow: matplotlib
@@ -341,7 +347,7 @@ class Study(tune.Callback):
             history=trial.rows,
             learning_rates=[rate for epoch in trial.learning_rates for rate in epoch],
             confusion=trial.selected_confusion,
-            labels=self.shards.card.labels,
+            labels=self.trial_setup.shards.card.labels,
             tags=self.tags,
             study=self.folder.name,
             run_id=run_id,

@@ -46,7 +46,7 @@ class TrialRecord:
     stopped: bool = False
     """Whether the scheduler stopped the trial."""
     run_id: str = ""
-    """Id of the trial's MLflow run."""
+    """Id of the trial's MLflow run; empty until the run is started."""
 
     def updated(self, result: dict[str, Any]) -> Self:
         """Return the record after a report of the trial (`ser_ray.search.actor.Reporter`)."""
@@ -188,15 +188,13 @@ def count_states(trials: Sequence[TrialRecord]) -> str:
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Return one row per trial of a search, for `ser_ray.plots.search`."""
+    """Return one row per trial of a search, for its page, its plots and its table."""
     return [
         {
             "trial": trial.number,
             "state": trial.state,
             **trial.values,
-            "feature": trial.recipe.feature,
             "lr_min": trial.recipe.lr_min,
-            "lr_max": trial.recipe.lr_max,
             "epochs": trial.epochs,
             "selected/epoch": trial.selected.get("epoch"),
             "selected/ua": trial.selected.get("val/ua"),

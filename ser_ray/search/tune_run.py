@@ -3,13 +3,14 @@
 Every trial runs in an actor. The next trial reuses the actor with its imports and CUDA context. Ray
 Tune restores an interrupted study from its snapshots: ended trials stay ended, running trials
 resume from their checkpoints, and trials whose process failed too often are retried. With
-`RetryFailed`, trials that reported a problem are trained again too. A snapshot holds the trials and
-the searcher. ASHA is restored from the results of the trials.
+`RetryFailed`, trials that reported a problem are trained again too. A snapshot holds the trials,
+the searcher, and the numbers of the trials (`Study.get_state`). ASHA is restored from the results
+of the trials.
 
-This module uses private functions of Ray Tune to find out whether there is a snapshot, to read the
-last result of a trial, and to train one ended trial again. (The public `Tuner.can_restore` looks
-for a file that only `Tuner` writes.) `tests/search/test_tune_run.py` fails if an upgrade of Ray
-changes these functions.
+This module uses functions of Ray Tune that are not public, to find out whether there is a snapshot,
+to read the last result of a trial, and to train one ended trial again. (The public
+`Tuner.can_restore` looks for a file that only `Tuner` writes.) `tests/search/test_tune_run.py`
+fails if an upgrade of Ray changes these functions.
 """
 
 import itertools
@@ -172,7 +173,7 @@ class ResumableAsha(ASHAScheduler):
         The decisions are ignored, because Ray Tune has already carried them out.
         """
         super().on_trial_add(tune_controller, trial)
-        rows = last_result(trial).get("history", [])
+        rows = trial.last_result.get("history", [])
         past_values = objectives(rows, recipe_with(self.recipe, trial.config))
         for epoch, value in enumerate(past_values, start=1):
             self.on_trial_result(tune_controller, trial, {"epoch": epoch, OBJECTIVE: value})
@@ -188,13 +189,8 @@ class RetryFailed(FIFOScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Queue a restored trial again if it had a problem."""
         super().on_trial_add(tune_controller, trial)
-        if trial.status == Trial.TERMINATED and "problem" in last_result(trial):
+        if trial.status == Trial.TERMINATED and "problem" in trial.last_result:
             trial.set_status(Trial.PENDING)
-
-
-def last_result(trial: Any) -> dict[str, Any]:
-    """Return the last report of a trial; empty before its first report."""
-    return trial.last_result or {}
 
 
 def tune_folder(folder: RunFolder, num_before: int) -> RunFolder:

@@ -26,7 +26,6 @@ from ser_ray.search.config import SlotConfig, TuneConfig
 from ser_ray.search.open_study import open_study
 from ser_ray.search.optuna_study import importance_of, optuna_journal
 from ser_ray.search.slots import require_one_worker
-from ser_ray.search.space import LR_RATIO
 from ser_ray.search.study import Show, Study
 from ser_ray.search.trial import StudyResult, TrialRecord, best_of, count_states, trial_rows
 from ser_ray.search.tune_run import fields_outside_space, num_trials, search_arguments
@@ -57,8 +56,8 @@ class TuneResult(StudyResult):
     """Command that trains the best recipe."""
 
     def __repr__(self) -> str:
-        best, recipe = self.best, self.best.recipe
-        values = best.values | {"lr_min": recipe.lr_min, "lr_max": recipe.lr_max}
+        best = self.best
+        values = best.values | {"lr_min": best.recipe.lr_min}
         lines = [
             f"searched     {len(self.trials)} trials: {count_states(self.trials)}",
             f"best         trial {best.number}: UA {best.selected['val/ua']:.1%}, WA "
@@ -96,7 +95,7 @@ def search(
     require_same_validation_clips(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
     searched = {dimension.name: dimension.values for dimension in config.dimensions}
-    features = {recipe.feature, *searched.get("feature", ())}
+    features = {recipe.feature, *searched["feature"]}  # the default space has a feature
     setup = TrialSetup(
         recipe=recipe,
         shards=shards,
@@ -110,7 +109,6 @@ def search(
             for weights in sorted({recipe.weights, *searched.get("weights", ())})
         },
     )
-    varied_fields = {*searched, "lr_min"} if LR_RATIO in searched else {*searched}
     with open_study(
         "search",
         select_rows(shards.clips(), recipe).label,
@@ -119,7 +117,7 @@ def search(
         slots,
         setup,
         settings=config.settings,
-        varied_fields=varied_fields,
+        varied_fields={*searched, "lr_min"},  # each trial computes its lr_min from lr_ratio
         show=show,
         address=address,
     ) as study:
@@ -204,7 +202,7 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
         tags=study.tags,
         train_command=result.train_command,
         pages={trial.number: trial.page for trial in trials},
-        num_labels=len(study.shards.card.labels),
+        num_labels=len(study.trial_setup.shards.card.labels),
         run_id=tracker.run_id,
     )
     store_page(page, folder.report)

@@ -1,5 +1,4 @@
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,7 +157,7 @@ def test_the_error_about_a_failed_fold_names_it_and_the_way_out():
 
 def pooled(folder: Path) -> CrossvalResult:
     """Pool two folds with two seeds; with each seed three of four clips are right."""
-    make_checkpoint(folder / "any", labels=("calm", "sad"))
+    card = make_checkpoint(folder / "any", labels=("calm", "sad"))
     shards: Any = SimpleNamespace(card=SimpleNamespace(labels=("calm", "sad"), corpus="table"))
     plan = CrossvalPlan(shards, RECIPE, SEEDS, (0, 1), "speaker-2, 2 folds")
     trials, row = [], {"epoch": 1.0, "val/ua": 0.5, "val/loss": 1.0}
@@ -173,7 +172,8 @@ def pooled(folder: Path) -> CrossvalResult:
         }  # fmt: skip
         place = Path(fold_folder(str(folder), recipe))
         place.mkdir(parents=True)
-        shutil.copy(folder / "any" / "card.json", place)
+        of_fold = replace(card, temperature=2.0 if fold else 0.5)
+        (place / "card.json").write_text(of_fold.to_json())
         pq.write_table(pa.table(rows), place / "predictions.parquet")
         trials.append(TrialRecord("a", 1, point, recipe, rows=[row], state="finished"))
     tracker: Any = SimpleNamespace(run_id="abc", uri="http://host:5000")
@@ -189,6 +189,14 @@ def test_the_text_has_the_label_beside_every_number(tmp_path):
     assert [line.split()[:2] for line in lines[:2]] == [["UA", "75.0%"], ["WA", "75.0%"]]
     assert lines[-1].startswith("ensemble  UA 75.0%, WA 75.0%, macro F1 ")
     assert "mean probability of 2 networks, not a single network" in lines[-1]
+
+
+def test_calibration_before_scaling_is_computed_without_the_temperature_of_each_fold(tmp_path):
+    found = pooled(tmp_path).pooled.to_dict()
+    assert found["ece"] == pytest.approx(0.9 - 0.75)
+    # Fold 0 is right in 2 of 2 clips: 0.9^0.5 / (0.9^0.5 + 0.1^0.5) = 0.75. Fold 1 is right in 1 of
+    # 2 clips: 0.9^2 / (0.9^2 + 0.1^2) = 81 / 82.
+    assert found["ece_uncalibrated"] == pytest.approx(((1 - 0.75) + (81 / 82 - 0.5)) / 2)
 
 
 def test_the_order_of_rows_does_not_change_the_mean_that_an_ensemble_is_scored_by():

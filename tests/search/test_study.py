@@ -34,7 +34,9 @@ from tests.conftest import make_memory_shards
 
 RECIPE = TrainConfig(epochs=3, keep="best")
 TRIAL_PAGE = pages.trial_page
-TAGS = {"protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table"}
+TAGS = {
+    "kind": "search", "protocol": "speaker-3 fold 1 of 3 (speaker-independent)", "corpus": "table",
+}  # fmt: skip
 
 
 class Server:

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 from ser_ray.distributed import placement
 from ser_ray.distributed.run_folder import RunFolder
 from ser_ray.search import tune_run
-from ser_ray.search.tune_run import RetryFailed, has_snapshot, last_result
+from ser_ray.search.tune_run import RetryFailed, has_snapshot
 
 
 @pytest.mark.ray
@@ -48,7 +48,8 @@ def test_a_trial_that_reported_a_problem_is_queued_again():
 
 
 def test_the_last_result_of_a_trial_is_what_it_reported():
-    assert last_result(restored(epoch=4))["epoch"] == 4
+    assert restored(epoch=4).last_result["epoch"] == 4
+    assert "epoch" not in restored().last_result  # a trial that has reported nothing yet
 
 
 def test_a_search_that_waits_for_room_says_so_every_minute(monkeypatch, caplog):
