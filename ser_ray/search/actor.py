@@ -29,7 +29,7 @@ from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.trainer import EpochReport
 
 OBJECTIVE = "best_val_ua"
-"""The metric that a search maximises: the last value of `objectives`, or 0 after a permanent error."""
+"""The metric that a search maximises: the last of `objectives`, or 0 after a permanent error."""
 CHECKPOINT_SECONDS = 30.0
 """Shortest time between two checkpoints of a trial."""
 
