@@ -125,8 +125,8 @@ class PartialResults:
         answers = pa.concat_tables(self._waiting)
         chunk = f"{self._model}-{uuid4().hex}.parquet"
         try:
-            with atomic_write(self._filesystem, f"{self._folder}/{chunk}") as path:
-                pq.write_table(answers, path, filesystem=self._filesystem)
+            with atomic_write(self._filesystem, f"{self._folder}/{chunk}") as stream:
+                pq.write_table(answers, stream)
         except OSError as error:
             raise SerRayError(
                 f"{self._folder}: answers cannot be written ({error}). Free some space, or wait "

@@ -59,8 +59,8 @@ def score_and_store_fold(
 def write_predictions(predictions: pa.Table, folder: str) -> None:
     """Write a table of predictions into a folder. An interrupted call leaves no incomplete file."""
     filesystem, path = filesystem_of(location_inside(folder, PREDICTIONS))
-    with atomic_write(filesystem, path) as target:
-        pq.write_table(predictions, target, filesystem=filesystem)
+    with atomic_write(filesystem, path) as stream:
+        pq.write_table(predictions, stream)
 
 
 def read_fold(part: Part, location: str, trial: TrialRecord, tracking_uri: str) -> Evaluation:

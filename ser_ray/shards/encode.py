@@ -11,6 +11,7 @@ copy of the weights in main memory.
 
 import itertools
 import logging
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -215,10 +216,11 @@ def _store_weights(location: str, weights: "EncoderWeights") -> None:
     if filesystem.get_file_info(path).is_file:
         return
     filesystem.create_dir(path.rpartition("/")[0])
-    with TemporaryDirectory() as temporary, atomic_write(filesystem, path) as target:
-        file = Path(temporary, "encoder.safetensors")
-        weights.write(file)
-        fs.copy_files(str(file), target, destination_filesystem=filesystem)
+    with TemporaryDirectory() as temporary, atomic_write(filesystem, path) as stream:
+        local = Path(temporary, "encoder.safetensors")
+        weights.write(local)
+        with local.open("rb") as file:
+            shutil.copyfileobj(file, stream)
 
 
 class _ShardEncoder:

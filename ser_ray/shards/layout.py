@@ -83,11 +83,10 @@ def write_table(shards: str, name: str, table: pa.Table) -> None:
     `name` is the path of the file inside the shard set.
     """
     filesystem, path = filesystem_of(location_inside(shards, name))
-    with atomic_write(filesystem, path) as target:
+    with atomic_write(filesystem, path) as stream:
         pq.write_table(
             table,
-            target,
-            filesystem=filesystem,
+            stream,
             compression=COMPRESSION,
             use_dictionary=[
                 item.name for item in table.schema if not pa.types.is_fixed_size_binary(item.type)

@@ -234,7 +234,7 @@ def _report_missing(manifest: pa.Table, config: PrepareConfig) -> list[str]:
         layout.delete(config.shards, MISSING_NAME)
         return []
     filesystem, listing = filesystem_of(location_inside(config.shards, MISSING_NAME))
-    with atomic_write(filesystem, listing) as path, filesystem.open_output_stream(path) as stream:
+    with atomic_write(filesystem, listing) as stream:
         pa.csv.write_csv(rows, stream)
     names = [f"{row['path']} ({row['reason']})" for row in rows.to_pylist()]
     text = (

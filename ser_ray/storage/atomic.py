@@ -2,25 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+import pyarrow as pa
 from pyarrow import fs
 
 
 @contextmanager
-def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
-    """Yield the path to write to; the file appears at `path` when the block ends without an error.
+def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+    """Yield a stream; its content appears at `path` when the block ends without an error.
 
-    On a disk, the yielded path is that of a temporary file beside `path`, which is renamed at the
-    end. In a bucket, it is `path` itself, because an object appears only when its stream is closed,
-    and can be renamed only by copying it.
+    If the block raises an error, `path` keeps its old content, or does not exist. The stream writes
+    to a temporary file beside `path`, which is renamed at the end.
+
+    For a bucket, the temporary file is on this machine, and is uploaded at the end. An object can
+    be renamed only by copying it, and pyarrow has no way to discard a stream into a bucket: closing
+    it stores the incomplete object.
     """
     if filesystem.type_name in ("s3", "gcs"):
-        yield path
+        with TemporaryDirectory() as folder:
+            local = f"{folder}/object"
+            with fs.LocalFileSystem().open_output_stream(local) as stream:
+                yield stream
+            fs.copy_files(local, path, destination_filesystem=filesystem, use_threads=False)
         return
     temporary = f"{path}.{uuid4().hex[:8]}.tmp"
     try:
-        yield temporary
+        with filesystem.open_output_stream(temporary) as stream:
+            yield stream
         filesystem.move(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -30,8 +40,5 @@ def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
 
 def write_file(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     """Write a small file with `atomic_write`."""
-    with (
-        atomic_write(filesystem, path) as target,
-        filesystem.open_output_stream(target) as stream,
-    ):
+    with atomic_write(filesystem, path) as stream:
         stream.write(content)

@@ -79,8 +79,11 @@ class Backups:
         with contextlib.closing(sqlite3.connect(copy)) as target:
             self._connection.backup(target)
         name = f"{self._generation:06d}-{self._number + 1:09d}.db"
-        with atomic_write(self._filesystem, f"{self._folder}/{name}") as stored:
-            fs.copy_files(str(copy), stored, destination_filesystem=self._filesystem)
+        with (
+            copy.open("rb") as file,
+            atomic_write(self._filesystem, f"{self._folder}/{name}") as stream,
+        ):
+            shutil.copyfileobj(file, stream)
         self._number += 1
         self._stored_version = version
         self._backup_name.write_text(name)
