@@ -17,8 +17,7 @@ def next_command(verb: str, *arguments: str, **settings: Any) -> str:
     """
     words = ["ser-ray", verb, *arguments]
     for name, value in settings.items():
-        is_group = dataclasses.is_dataclass(value)
-        words += flags_of(value) if is_group else _flag(name, value)
+        words += flags_of(value) if dataclasses.is_dataclass(value) else _flag(name, value)
     return shlex.join(words)
 
 

@@ -1,8 +1,9 @@
-"""The errors that a user can cause.
+"""The errors that are reported to the user in one line.
 
-Every message names the item, the fault and the next step. `ser_ray.cli` prints the message in one
-line and exits with status 2. A file that cannot be used does not end `prepare` or `predict`. It
-causes a `ser_ray.features.errors.ClipError`, which is recorded as the outcome of the file.
+Messages name the item and the fault and, where there is one, the next step. `ser_ray.cli` prints
+the message in one line and exits with status 2. A file that cannot be used does not end `prepare`
+or `predict`. It causes a `ser_ray.features.errors.ClipError`, which is recorded as the outcome of
+the file.
 """
 
 
@@ -15,7 +16,7 @@ class SerRayError(Exception):
 
 
 class ConfigError(SerRayError):
-    """An invalid setting. The message names the field, its value and what is allowed."""
+    """A setting that is invalid, or cannot be used now. The message says which one and why."""
 
 
 class LocationError(ConfigError):
@@ -23,19 +24,22 @@ class LocationError(ConfigError):
 
 
 class CorpusError(SerRayError):
-    """A folder, bucket or table that holds no usable corpus."""
+    """A folder, bucket or table that holds no usable corpus, or a download of one that failed."""
 
 
 class ShardsError(SerRayError):
-    """A shard set that is missing, unfinished, in use or not the requested one."""
+    """A shard set that is missing, unfinished, in use or not the requested one, or a failed job."""
 
 
 class CheckpointError(SerRayError):
-    """A checkpoint that is missing or damaged, or does not fit the shards or the settings."""
+    """A checkpoint or ImageNet weights that cannot be used, or a run folder that is in use.
+
+    They are missing, damaged, or do not fit the shards or the settings.
+    """
 
 
 class EncoderError(SerRayError):
-    """Weights of a pretrained encoder that are missing or damaged, or belong to another network."""
+    """Weights of an encoder that are missing, damaged, too large, or belong to another network."""
 
 
 class MismatchError(CheckpointError):
@@ -55,7 +59,7 @@ class DivergedError(SerRayError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's type if there is no message."""
+    """Return the first 200 characters of the first line of a message, or else the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -77,9 +81,9 @@ def wrapped_error(error: Exception) -> SerRayError | None:
 def is_permanent(error: BaseException) -> bool:
     """Return whether a retry will fail in the same way.
 
-    A wrong setting, a checkpoint of another training, a diverged training, and a batch that does
-    not fit into a GPU's memory are permanent. Other errors may be temporary, for example if a
-    storage does not respond.
+    A wrong setting, a checkpoint or run folder of another training, a diverged training, and a
+    batch that does not fit into a GPU's memory are permanent. Other errors may be temporary, for
+    example if a storage does not respond.
     """
     if isinstance(error, LocationError):
         return False

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 10.0
-"""Shortest time between two lines in a log. The last line is always printed."""
+"""Shortest time between two lines in a log. The line for all work done comes at any time."""
 
 Report = Callable[[str, float, float], None]
 """Called with a text to show, the amount of work that is done, and the total amount."""
@@ -43,8 +43,8 @@ def clock(seconds: float) -> str:
 def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
     """Yield a function that shows progress on standard error. Call it after each step.
 
-    The function adds two values to the text: the rate since its first call, and the estimated
-    remaining time.
+    One second after its first call, the function begins to add two values to the text: the rate
+    since the first call, and the estimated remaining time.
 
     Args:
         unit: what is counted, such as `files`.
@@ -62,7 +62,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
 
             columns = BarColumn(), TextColumn("{task.description}")
             bar = stack.enter_context(Progress(*columns, console=stderr_console()))
-            bar.add_task("starting", total=None)
+            task = bar.add_task("starting", total=None)
 
         def report(text: str, done: float, total: float) -> None:
             nonlocal first, last
@@ -76,7 +76,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
                 if done < total:
                     text += f", {clock((total - done) / rate)} left"
             if bar is not None:
-                bar.update(bar.task_ids[0], description=text, completed=done, total=total)
+                bar.update(task, description=text, completed=done, total=total)
             elif now - last >= LINE_SECONDS or done == total:
                 last = now
                 print(text, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ import torch
 
 from ser_ray.corpus.folds import ALL
 from ser_ray.corpus.splits import one_clip_per_take
-from ser_ray.errors import CheckpointError, ConfigError, LocationError, ShardsError
+from ser_ray.errors import CheckpointError, ConfigError, ShardsError
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
@@ -165,7 +165,7 @@ def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, 
     candidates = [recorded] if recorded else []
     candidates += [(location,) for location in default_locations]
     for locations in candidates:
-        with suppress(ShardsError, LocationError, ConfigError):
+        with suppress(ShardsError, ConfigError):
             shards = open_corpora(locations, known=card.corpora)
             if shards.card.fingerprint == card.shards_fingerprint:
                 return locations

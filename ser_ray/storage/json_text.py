@@ -7,10 +7,10 @@ from typing import Any
 def to_json(value: Any) -> str:
     """Return a value as indented JSON; numbers that are not finite become null.
 
-    Python's own encoder writes `NaN`, which RFC 8259 does not allow and other parsers refuse.
+    By default, Python writes `NaN`, which RFC 8259 does not allow and other parsers refuse.
     """
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=2, allow_nan=False)
+    return json.dumps(finite, indent=2)
 
 
 def read_object(text: str | bytes) -> dict[str, Any]:

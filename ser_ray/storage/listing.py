@@ -1,4 +1,4 @@
-"""Lists every file below a folder or in a bucket, without opening a file."""
+"""Lists the files below a folder or in a bucket, without opening them."""
 
 import os
 import stat
@@ -19,7 +19,7 @@ _SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Info
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """A file below a folder, or a folder that is named like a file."""
+    """A file below a folder or in a table, or a folder that is named like a file."""
 
     inside: str
     """Path relative to the folder, with forward slashes."""
@@ -34,14 +34,14 @@ class ListedFile:
 
 
 def list_files(location: str) -> Iterator[ListedFile]:
-    """Yield every file below a folder, in no particular order.
+    """Yield the files below a folder, in no particular order.
 
     A folder that is named like a file, such as `clip.wav`, is also yielded, with a problem. Hidden
     entries (`.DS_Store`, `._name.wav`) and folders of operating systems (`__MACOSX`) are skipped.
 
     Raises:
         OSError: the folder or a folder below it cannot be listed.
-        ConfigError: no filesystem can open the location.
+        ConfigError: as `filesystem_of`.
     """
     filesystem, root = filesystem_of(location)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -78,7 +78,7 @@ def _list_local(root: str) -> Iterator[ListedFile]:
 
 
 def stat_file(path: str) -> tuple[os.stat_result | None, str | None]:
-    """Return the status of a path, and why it cannot be opened as a file. Both may be None."""
+    """Return the status of a path, and why it cannot be opened as a file. One may be None."""
     try:
         status = os.stat(path)  # noqa: PTH116 - Path objects are slow for a million files
     except FileNotFoundError:

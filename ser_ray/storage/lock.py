@@ -35,8 +35,8 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 """Seconds between two reads of a lock that another process may hold."""
 SETTLE_SECONDS = 1.0
-"""Seconds from writing a claim to reading it back. By then, all processes that claim the lock at
-the same time have written."""
+"""Seconds from writing a claim to reading it back. In this time, all other processes that found no
+lock are expected to write their claims."""
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class FolderLock:
         STALE_SECONDS.
 
         Raises:
-            SerRayError: the holder is running.
+            SerRayError: the holder is running, or another process took the lock over.
         """
         is_running = _is_running(claim)
         if is_running:

@@ -20,7 +20,10 @@ ROW = "#audio="
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return Hugging Face's descriptions, {column: description}; empty if the file has none."""
+    """Return the entry of each column in the schema metadata that Hugging Face datasets reads.
+
+    The result is {column: entry}, and empty if the file has no such metadata.
+    """
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features: dict[str, Any] = info.get("info", {}).get("features", {})
     return features
@@ -50,6 +53,7 @@ def read_packed(location: str) -> bytes:
 
     Raises:
         OSError: the Parquet file cannot be read, or has no such row, or the row has no recording.
+        ConfigError: as `filesystem_of`.
     """
     parquet, _, number = location.rpartition(ROW)
     try:
@@ -57,9 +61,9 @@ def read_packed(location: str) -> bytes:
         info = filesystem.get_file_info(path)
         # The version is part of the cache keys, so a replaced file is read again.
         version = (info.size, info.mtime_ns)
-        footer, firsts = _read_footer(parquet, version)
-        if not 0 <= (row := int(number)) < footer.num_rows:
-            raise OSError(f"{location}: the file has rows 0 to {footer.num_rows - 1}")
+        _, firsts = _read_footer(parquet, version)
+        if not 0 <= (row := int(number)) < firsts[-1]:
+            raise OSError(f"{location}: the file has rows 0 to {firsts[-1] - 1}")
         group = bisect_right(firsts, row) - 1
         recording = _read_group(parquet, version, group)[row - firsts[group]].as_py()
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
@@ -70,7 +74,7 @@ def read_packed(location: str) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _read_footer(parquet: str, _: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
+def _read_footer(parquet: str, version: tuple[int, int]) -> tuple[pq.FileMetaData, list[int]]:
     """Return a Parquet file's footer, and the number of the first row of each row group.
 
     The last item of the list is the number of rows in the file.

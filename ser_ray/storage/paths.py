@@ -1,6 +1,6 @@
 """Locations: local paths, and URIs that pyarrow or fsspec can open (`s3://`, `gs://`, `memory://`).
 
-All inputs and outputs are opened with `filesystem_of`, so each of them may be a path or a URI.
+Every location that may be a path or a URI is opened with `filesystem_of`.
 """
 
 import getpass
@@ -32,7 +32,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     A local path becomes absolute, because Ray workers have other working directories.
 
     Raises:
-        LocationError: no filesystem can open the URI.
+        LocationError: no filesystem can open the URI, or the home folder `~` is not known.
         ConfigError: the location contains a password, or is not UTF-8.
     """
     if as_utf8(location) != location:
@@ -60,7 +60,7 @@ def read_file(location: str) -> bytes:
 
     Raises:
         OSError: the file cannot be read.
-        ConfigError: no filesystem can open the location.
+        ConfigError: as `filesystem_of`.
     """
     filesystem, path = filesystem_of(location)
     with filesystem.open_input_file(path) as file:
