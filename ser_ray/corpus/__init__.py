@@ -5,7 +5,7 @@
 manifest       lists a corpus, with `ravdess.names` or `tables`, and `audio_files`
 ravdess        RAVDESS: the labels in its file names, its complete file list, its download
 tables         custom corpora: a table of clips, in the formats of many tools
-audio_files    tells which files are recordings
+audio_files    finds the recordings in folders, or by a pattern
 words          names of corpora and columns, and the words for a missing value
 
 mistakes       points out likely mistakes in labels

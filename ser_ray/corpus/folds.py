@@ -69,7 +69,7 @@ def num_folds(protocol: str, clips: "pa.Table") -> int:
 
 def suggest_protocol(clips: "pa.Table") -> str:
     """Return a protocol that fits a custom corpus: `table`, or else the `fallback_protocol`."""
-    with suppress(ConfigError):  # the column `split` is empty, or has a speaker in two parts
+    with suppress(ConfigError):  # the column `split` does not fit `table`
         if len(table_parts(clips)) > 1 and all(list_folds("table", {}, clips)):
             return "table"
     return fallback_protocol(len(set(clips["speaker"].to_pylist())))

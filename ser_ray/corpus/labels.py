@@ -35,7 +35,8 @@ COMMON = "common"
 LabelMaps = dict[str, dict[str, str]]
 """{corpus: {label in the corpus: new label}}. Clips with other labels are left out."""
 
-_SHOWN = 8  # largest number of labels in a message
+_LABELS_SHOWN = 8
+"""Largest number of labels in a message."""
 _LABEL_OF = {name: label for label, names in USUAL_NAMES.items() for name in (label, *names)}
 
 
@@ -104,13 +105,15 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     rows = csv.DictReader(io.StringIO(text))
     if not {"label", "as"} <= set(rows.fieldnames or ()):
         raise ConfigError(f"{location}: a label map needs the columns corpus,label,as")
-    numbered = [
-        (f"{location}, line {line}", {name: (value or "").strip() for name, value in row.items()})
-        for line, row in enumerate(rows, start=2)
-    ]
+    entries = []
+    for row in rows:
+        where = f"{location}, line {rows.line_num}"
+        if None in row:
+            raise ConfigError(f"{where}: has more values than the first line")
+        corpus, label, new = ((row.get(name) or "").strip() for name in ("corpus", "label", "as"))
+        entries.append((corpus, label, new, where))
     maps: LabelMaps = {corpus: {} for corpus in labels}
-    for where, row in sorted(numbered, key=lambda item: item[1].get("corpus", "") != ""):
-        corpus, label, new = row.get("corpus", ""), row["label"], row["as"]
+    for corpus, label, new, where in sorted(entries, key=lambda entry: entry[0] != ""):
         if corpus and corpus not in labels:
             raise ConfigError(
                 f"{where}: there is no corpus {corpus!r}; the corpora are {', '.join(labels)}"
@@ -121,7 +124,7 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
             known = in_order(label for name in named for label in labels[name])
             raise ConfigError(
                 f"{where}: there is no label {label!r} in {' and '.join(named)}; known are "
-                f"{shorten(known, _SHOWN)}"
+                f"{shorten(known, _LABELS_SHOWN)}"
             )
         for name in with_label:
             maps[name][label] = new

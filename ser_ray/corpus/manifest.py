@@ -75,7 +75,7 @@ class Corpus:
     """The label set; the position of a label is its class index."""
     manifest: pa.Table
     """A table with the columns of `MANIFEST_SCHEMA`, sorted by `ORDER`."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """Lines for the user about the listing."""
 
 
@@ -97,7 +97,7 @@ def list_corpus(
     Raises:
         CorpusError: the location does not exist or cannot be read, has no RAVDESS clip, or is a
             table that is incomplete or contradicts itself.
-        ConfigError: no filesystem can open the location.
+        ConfigError: as `filesystem_of`.
     """
     filesystem, path = filesystem_of(source)
     try:
@@ -110,7 +110,7 @@ def list_corpus(
                 f"{source}: is neither a folder nor a table ({', '.join(TABLE_SUFFIXES)}); unpack "
                 "an archive first, or save a spreadsheet as .csv"
             )
-        read = read_table(source, missing, columns)
+        read = read_table(source, missing, columns or {})
         if read is None:
             return _list_ravdess(source, _is_in_synthetic(filesystem, path))
     except OSError as error:
@@ -152,12 +152,12 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
     others: Counter[str] = Counter()
     recordings = _only_recordings(source, others, is_synthetic=is_synthetic)
     table = pa.Table.from_pylist(list(map(_row_of, recordings)), _LISTED).sort_by("path")
+    notes = [describe_left_out(others)] if others else []
     if table["modality"].null_count == len(table):
         found = [
             f"{len(table)} recordings; the first is {row['path']} ({row['reason']})"
             for row in table.slice(0, 1).to_pylist()
-        ]
-        found += [describe_left_out(others)] if others else []
+        ] + notes
         raise CorpusError(
             f"{source}: has no RAVDESS clip (found: {'; '.join(found) or 'no files'}). RAVDESS "
             f"files are named like {EXAMPLE_NAME}; other corpora need a table with the columns "
@@ -165,9 +165,8 @@ def _list_ravdess(source: str, is_synthetic: bool) -> Corpus:
         )
     manifest = table.select(MANIFEST_SCHEMA.names)
     manifest = mark_duplicates(manifest, table["name"], table["depth"], SAME_NAME)
-    left_out = describe_left_out(others)
     name: Literal["synthetic", "ravdess"] = "synthetic" if is_synthetic else "ravdess"
-    return Corpus(name, source, EMOTIONS, manifest, (left_out,) if left_out else ())
+    return Corpus(name, source, EMOTIONS, manifest, tuple(notes))
 
 
 def _only_recordings(
@@ -255,8 +254,7 @@ def _with_status(
 ) -> pa.Table:
     """Set the status and the reason in the rows where the mask is true."""
     for name, value in (("status", status), ("reason", reason)):
-        column = pc.if_else(mask, value, manifest[name])
-        manifest = replace_column(manifest, name, column)
+        manifest = replace_column(manifest, name, pc.if_else(mask, value, manifest[name]))
     return manifest
 
 

@@ -36,10 +36,10 @@ def describe_clips(clips: pa.Table) -> str:
 
 
 def find_mistakes(outcomes: pa.Table) -> list[str]:
-    """Return a line for each likely mistake in the labels, speakers and splits.
+    """Return lines about likely mistakes in the files, labels, speakers and splits.
 
     Args:
-        outcomes: one row per listed file, with the columns of the manifest.
+        outcomes: one row per listed file or segment, with the columns of the manifest.
     """
     clips = outcomes.filter(pc.equal(outcomes["status"], "ok"))
     lines = _conflicts(outcomes) + _wrong_actor_folders(outcomes)

@@ -6,7 +6,7 @@ speaker are never in different parts either, except in `random`, and in `cross-c
 share the speaker. Models are selected by their scores on the validation part. The test part is used
 once.
 
-The result depends only on the arguments, and not on the order of the rows.
+The part of a clip depends only on the arguments, and not on the order of the rows.
 """
 
 import itertools

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import soundfile
 
 from ser_ray.corpus.manifest import SYNTHETIC_MARKER
-from ser_ray.corpus.ravdess.names import EMOTIONS, SPEAKERS, ClipName, Intensity, format_name
+from ser_ray.corpus.ravdess.names import EMOTIONS, SPEAKERS, ClipName, format_name
 from ser_ray.errors import CorpusError
 
 VERSION = 1
@@ -156,23 +156,22 @@ def _write_speaker(root: Path, speaker: str, seed: int) -> None:
         strength = voice.expressiveness * _STRENGTH[clip.intensity]
         manner = Manner(*(strength * np.array(_MANNERS[clip.emotion]) + rng.normal(0, _SPREAD)))
         samples = speak(_STATEMENTS[clip.statement], voice, manner, rng)
-        soundfile.write(audio / format_name(clip, ".wav"), samples, _SAMPLE_RATE, "PCM_16")
+        soundfile.write(audio / format_name(clip), samples, _SAMPLE_RATE, "PCM_16")
         both = dataclasses.replace(clip, modality="av")
-        _write_mp4(video / format_name(both, ".mp4"), samples, sound=True)
+        _write_mp4(video / format_name(both), samples, sound=True)
         silent = dataclasses.replace(clip, modality="video")
-        _write_mp4(video / format_name(silent, ".mp4"), samples, sound=False)
+        _write_mp4(video / format_name(silent), samples, sound=False)
 
 
 def _clips(speaker: str) -> Iterator[ClipName]:
     """Yield a take of each emotion; intensity, statement and repetition change with the actor."""
     for index, emotion in enumerate(EMOTIONS):
         turn = int(speaker) + index
-        intensity: Intensity = "strong" if turn % 2 else "normal"
         yield ClipName(
             modality="audio",
             channel="speech",
             emotion=emotion,
-            intensity="normal" if emotion == "neutral" else intensity,
+            intensity="strong" if turn % 2 and emotion != "neutral" else "normal",
             statement=1 + turn // 2 % 2,
             repetition=1 + turn // 4 % 2,
             speaker=speaker,

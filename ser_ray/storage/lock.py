@@ -63,15 +63,15 @@ class FolderLock:
         self._filesystem, self._folder = filesystem_of(location)
         self._path = f"{self._folder}/{LOCK_NAME}"
         self._error, self._activity, self._advice = error, activity, advice
-        self._claim = {
+        self._claim: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pid_namespace": _pid_namespace(),
             "process_started": psutil.Process().create_time(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "beat": 0,  # number of heartbeats
         }
-        self._num_heartbeats = 0
         self._last_heartbeat = 0.0
         self._is_lost = False
         self._is_released = threading.Event()
@@ -185,7 +185,7 @@ class FolderLock:
         if not self._is_ours():
             self._is_lost = True
             return
-        self._num_heartbeats += 1
+        self._claim["beat"] += 1
         self._write()
         self._last_heartbeat = time.time()
 
@@ -194,7 +194,7 @@ class FolderLock:
         return claim is not None and claim.get("token") == self._claim["token"]
 
     def _content(self) -> bytes:
-        return json.dumps(self._claim | {"beat": self._num_heartbeats}).encode()
+        return json.dumps(self._claim).encode()
 
     def _write(self) -> None:
         write_file(self._filesystem, self._path, self._content())

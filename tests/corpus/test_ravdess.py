@@ -37,9 +37,9 @@ def test_a_name_is_read_as_the_corpus_description_defines_it():
 def test_every_valid_name_is_accepted_and_no_other():
     understood = 0
     for codes in ALL_CODES:
-        name = "-".join(codes) + ".wav"
+        name = "-".join(codes) + (".wav" if codes[0] == "03" else ".mp4")
         if exists(codes):
-            assert format_name(parse_name(name), ".wav") == name
+            assert format_name(parse_name(name)) == name
             understood += 1
         else:
             with pytest.raises(NameProblem):
@@ -87,8 +87,3 @@ def test_the_suffix_and_its_case_do_not_matter(suffix):
 def test_an_invalid_name_is_refused_with_the_reason(name, reason):
     with pytest.raises(NameProblem, match=reason):
         parse_name(name)
-
-
-def test_an_impossible_clip_cannot_be_constructed():
-    with pytest.raises(NameProblem, match="was not sung"):
-        ClipName("audio", "song", "disgust", "normal", 1, 1, "01")

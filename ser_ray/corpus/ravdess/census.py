@@ -44,8 +44,8 @@ def compare_with_ravdess(rows: pa.Table) -> str:
     """Compare the files of a manifest, or of outcomes, with those of RAVDESS, by their names.
 
     Returns:
-        Text: the number of listed files, a line for each modality and channel, then the doubled and
-        the unexpected files.
+        Text: how many files of RAVDESS are listed, a line for each modality and channel, then the
+        doubled and the unexpected files, if there are any.
     """
     expected = expected_ravdess()
     columns = [rows[name].to_pylist() for name in ("path", *(f.name for f in fields(ClipName)))]
@@ -56,7 +56,7 @@ def compare_with_ravdess(rows: pa.Table) -> str:
     for kind in itertools.product(MODALITIES, CHANNELS):
         clips = [clip for clip in expected if (clip.modality, clip.channel) == kind]
         lines.append(f"{' '.join(kind)}: {_describe(clips, counts)}")
-    doubled = [_file_name(clip) for clip in expected if counts[clip] > 1]
+    doubled = [format_name(clip) for clip in expected if counts[clip] > 1]
     unexpected = sorted(path for path, clip in listed if clip not in known)
     for what, names in (("doubled", doubled), ("unexpected", unexpected)):
         if names:
@@ -76,10 +76,6 @@ def _describe(expected: list[ClipName], listed: Container[ClipName]) -> str:
     if absent := sorted({clip.speaker for clip in missing} - present):
         parts.append(f"actors {', '.join(absent)} absent")
     for actor in sorted(present):
-        if names := [_file_name(clip) for clip in missing if clip.speaker == actor]:
+        if names := [format_name(clip) for clip in missing if clip.speaker == actor]:
             parts.append(f"actor {actor} lacks {len(names)}: {shorten(names, _NAMES_SHOWN)}")
     return "; ".join(parts)
-
-
-def _file_name(clip: ClipName) -> str:
-    return format_name(clip, ".wav" if clip.modality == "audio" else ".mp4")

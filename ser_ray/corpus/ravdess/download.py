@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Part = Literal["speech", "song", "video-speech", "video-song"]
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTORS = tuple(map(int, SPEAKERS))
-NOT_RECORDED = ("Song", 18)
-"""Actor 18 did not sing."""
 
 # Unpacked bytes per byte of an archive, with a margin: 208 MB of speech become 514 MB of wav.
 _GROWTH = {"Audio": 2.6, "Video": 1.05}
@@ -71,12 +69,11 @@ class DownloadConfig:
         names: list[str] = []
         for part in self.parts:
             channel = "Song" if part.endswith("song") else "Speech"
-            numbers = [actor for actor in self.actors if (channel, actor) != NOT_RECORDED]
-            names += (
-                [f"Video_{channel}_Actor_{actor:02d}.zip" for actor in numbers]
-                if part.startswith("video")
-                else [f"Audio_{channel}_Actors_01-24.zip"]
-            )
+            if part.startswith("video"):
+                actors = [a for a in self.actors if (channel, a) != ("Song", 18)]  # 18 did not sing
+                names += [f"Video_{channel}_Actor_{actor:02d}.zip" for actor in actors]
+            else:
+                names.append(f"Audio_{channel}_Actors_01-24.zip")
         return tuple(dict.fromkeys(names))
 
 
@@ -92,9 +89,10 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
         The complete folders of the requested archives.
 
     Raises:
-        CorpusError: the record cannot be read or does not list an archive, an archive has the wrong
-            checksum, the disk is too small, the folder of an archive was not made by `unpack`, or
-            another process downloads into the target. Downloaded bytes are kept.
+        CorpusError: the record cannot be read or does not list an archive, an archive cannot be
+            downloaded or unpacked or has the wrong checksum, the target cannot be written or its
+            disk is too small, the folder of an archive was not made by `unpack`, or another process
+            downloads into the target. Downloaded bytes are kept unless their checksum is wrong.
     """
     from ser_ray.corpus.ravdess import fetch
     from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack

@@ -111,7 +111,7 @@ def fetch(session: requests.Session, archive: Archive, folder: Path, report: Rep
         _retry(archive.name, lambda: _fetch_rest(session, archive, part, report))
         if _md5(part) == archive.md5:
             return part.replace(complete)
-        logger.warning("%s: wrong checksum, starting over", archive.name)
+        logger.warning("%s: wrong checksum, so the download is deleted", archive.name)
         part.unlink()
     raise CorpusError(
         f"{archive.name}: was downloaded twice from {archive.url}, and both times its checksum was "
@@ -127,7 +127,6 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
     """
     done = part.stat().st_size if part.exists() else 0
     if done >= archive.size:  # `fetch` checks the checksum
-        part.touch()
         return
     headers = {"Range": f"bytes={done}-"} if done else {}
     with session.get(
@@ -135,7 +134,7 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
     ) as response:
         _require_ok(response, archive.name)
         resumes = response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-        if not resumes:  # the server ignored the range and sends the complete file
+        if not resumes:  # no range was requested, or the server ignored it
             done = 0
         with part.open("ab" if resumes else "wb") as file:
             for chunk in response.iter_content(CHUNK_BYTES):
@@ -151,19 +150,20 @@ def _fetch_rest(session: requests.Session, archive: Archive, part: Path, report:
 
 def _retry(name: str, request: Callable[[], Result]) -> Result:
     """Make a request. If it fails, repeat it after growing pauses, up to `ATTEMPTS` attempts."""
-    for attempt in range(1, ATTEMPTS + 1):
+    attempt = 1
+    while True:
         try:
             return request()
         except requests.RequestException as error:
             if attempt == ATTEMPTS:
                 raise CorpusError(
-                    f"{name}: failed {ATTEMPTS} times ({_reason(error)}); the downloaded part is "
-                    "kept, and the same command resumes the download"
+                    f"{name}: failed {ATTEMPTS} times ({_reason(error)}); downloaded bytes are "
+                    "kept, so the same command resumes where it stopped"
                 ) from error
             seconds = _pause(attempt, error.response)
             logger.warning("%s: %s; trying again in %.0f s", name, _reason(error), seconds)
             time.sleep(seconds)
-    raise AssertionError("unreachable")
+            attempt += 1
 
 
 def _reason(error: BaseException) -> str:
@@ -189,7 +189,7 @@ def _require_ok(response: requests.Response, name: str) -> None:
     if response.status_code not in (200, 206):
         raise CorpusError(
             f"{name}: {response.url} returned {response.status_code} {response.reason}; check the "
-            "record's address, and whether the record still has this file"
+            "record's address, and whether the record still exists and has this file"
         )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Modality = Literal["av", "video", "audio"]
 Channel = Literal["speech", "song"]
@@ -19,9 +19,8 @@ Intensity = Literal["normal", "strong"]
 
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
 """The eight labels, in the order of their codes 01 to 08."""
-MODALITIES: tuple[Modality, ...] = ("av", "video", "audio")
-CHANNELS: tuple[Channel, ...] = ("speech", "song")
-INTENSITIES: tuple[Intensity, ...] = ("normal", "strong")
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+CHANNELS: tuple[Channel, ...] = get_args(Channel)
 SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
@@ -29,12 +28,12 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "modality": MODALITIES,
     "channel": CHANNELS,
     "emotion": EMOTIONS,
-    "intensity": INTENSITIES,
+    "intensity": get_args(Intensity),
     "statement": (1, 2),
     "repetition": (1, 2),
     "actor": SPEAKERS,
 }
-"""{field: its values}, in the order of the fields in a file name. Code 01 is the first value."""
+"""{code: its values}, in the order of the codes in a file name. Code 01 is the first value."""
 _NAME = re.compile("-".join([r"(\d\d)"] * len(VALUES)), re.ASCII)
 _NOT_SUNG = ("disgust", "surprised")
 
@@ -98,9 +97,9 @@ def parse_name(file_name: str) -> ClipName:
     return ClipName(*values)
 
 
-def format_name(clip: ClipName, suffix: str) -> str:
-    """Return the file name of a clip; `suffix` includes the dot. `parse_name` is the inverse."""
-    return "-".join(_codes(clip)) + suffix
+def format_name(clip: ClipName) -> str:
+    """Return the file name of a clip with its suffix, .wav or .mp4. `parse_name` is the inverse."""
+    return "-".join(_codes(clip)) + (".wav" if clip.modality == "audio" else ".mp4")
 
 
 def _codes(clip: ClipName) -> list[str]:

@@ -32,7 +32,8 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int) -> None:
         max_bytes: limit for the total size of all members.
 
     Raises:
-        CorpusError: the archive is broken or hostile, or the disk is full. No file remains.
+        CorpusError: the archive is broken or hostile, or the disk is full. No unpacked
+            file remains.
     """
     temporary = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
@@ -64,11 +65,10 @@ def _checked_members(opened: zipfile.ZipFile, name: str, max_bytes: int) -> list
     """
     infos = opened.infolist()
     members = [info for info in infos if not info.is_dir()]
-    if not members or len(infos) > MAX_MEMBERS:
+    if not 1 <= len(members) <= MAX_MEMBERS:
         raise CorpusError(f"{name}: has {len(members)} files; 1 to {MAX_MEMBERS} are expected")
     for info in infos:
-        problem = _why_unsafe(info)
-        if problem:
+        if problem := _why_unsafe(info):
             raise CorpusError(f"{name}: {info.filename!r} {problem}; nothing was unpacked")
     total = sum(info.file_size for info in members)
     if total > max_bytes:

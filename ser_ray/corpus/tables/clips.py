@@ -33,7 +33,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
     Args:
         source: the table, as the user wrote it.
         folder: where relative paths start. If it has none of the files, relative paths start at the
-            nearest folder above it that has one of the files.
+            nearest of the four folders above it that has one of the files.
         rows: the clips, from `columns.read_table`.
 
     Raises:
@@ -68,7 +68,7 @@ def list_table(source: str, folder: str, rows: pa.Table) -> dict[str, object]:
 
 
 def _default_takes(rows: pa.Table, files: Sequence[ListedFile]) -> list[str]:
-    """Return a take for each row: the path without its suffix, and the times of a segment."""
+    """Return a take for each row: the path without a file's suffix, and the times of a segment."""
     takes = []
     columns = files, rows["start"].to_pylist(), rows["end"].to_pylist()
     for file, start, end in zip(*columns, strict=True):
@@ -95,14 +95,14 @@ def _find_file(folder: str, path: str) -> ListedFile:
     path, mark, row = path.partition(ROW)
     location, is_windows_path = path, False
     if "://" not in path:
-        if not _exists(folder, path):
-            is_windows_path = re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
-            path = path if is_windows_path else path.replace("\\", "/")  # relative, from Windows
+        exists = _exists(folder, path)
+        is_windows_path = not exists and re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
         if not is_windows_path:
-            path = os.path.normpath(path)
+            # Backslashes in a relative path are from Windows, unless they are in the file's name.
+            path = os.path.normpath(path if exists else path.replace("\\", "/"))
             location = os.path.expanduser(path)  # noqa: PTH111 - a million Path objects are slow
-        if not (is_windows_path or os.path.isabs(location)):  # noqa: PTH117
-            location = location_inside(folder, location)
+            if not os.path.isabs(location):  # noqa: PTH117
+                location = location_inside(folder, location)
     status, problem = None, None
     if "://" not in location:
         location = find_local(location)

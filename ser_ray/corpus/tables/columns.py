@@ -1,8 +1,8 @@
 """Reads the columns of a custom corpus's table, and checks their values.
 
-Tables come from spreadsheets and other systems, so every unambiguous variant is accepted: blanks,
-hyphens and capitals in column names, and blanks around values. A missing value, an invalid time and
-two columns with the same name are errors.
+Tables come from spreadsheets and other systems, so blanks, hyphens and capitals in column names and
+blanks around values are accepted. A missing path, label, speaker or take, an invalid time and two
+columns with the same name are errors.
 """
 
 import csv
@@ -35,9 +35,7 @@ _SHOWN_LETTERS = 300
 
 
 def read_table(
-    source: str,
-    missing: Iterable[str] = MISSING_WORDS,
-    columns: Mapping[str, str] | None = None,
+    source: str, missing: Iterable[str], columns: Mapping[str, str]
 ) -> tuple[pa.Table, tuple[str, ...]] | None:
     """Read the clips of a table or a folder of tables; return None if the folder has no table.
 
@@ -54,7 +52,7 @@ def read_table(
     Raises:
         CorpusError: the table cannot be read, or lacks a column or a value.
     """
-    values, notes = _read_columns(source, columns or {})
+    values, notes = _read_columns(source, columns)
     if values is None:
         return None
     num_rows = len(values["path"])

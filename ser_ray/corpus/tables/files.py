@@ -25,7 +25,7 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *JSON_SUFFIXES)
 FindColumns = Callable[[Sequence[str]], Mapping[str, str]]
 """A function that gets the names of a table's columns, and returns which of them to read:
-{column in `COLUMNS`: name in the table}. It raises a CorpusError if a column is missing."""
+{column in `COLUMNS`: name in the table}. It raises a CorpusError if the names do not fit."""
 Row = Mapping[str, Any]
 _SEPARATORS = (",", ";", "\t", "|")
 
@@ -47,6 +47,7 @@ def read_text(location: str, find: FindColumns) -> tuple[pa.Table, tuple[str, ..
     Raises:
         CorpusError: the text is empty, or in an unknown encoding, or `find` raises the error.
         TableError: a row has more or fewer values than the header row.
+        pa.ArrowInvalid: the text is damaged in another way.
     """
     text, notes = _decode(location, read_file(location))
     return _parse(location, text, find), notes

@@ -7,6 +7,7 @@
     wav.scp                a folder of Kaldi: utt2spk, utt2emo or text, segments
     *supervisions*.jsonl   lhotse, with the recordings in a file beside it; also *cuts*.jsonl
     *_train.csv, ...       nkululeko: a text or JSON file for each part of the split
+    metadata.csv, .jsonl   a folder of recordings for Hugging Face's datasets
     train, dev, test       a folder for each part of the split, in any of these formats
 
 The columns keep their names; `columns` chooses those that a corpus needs. Recordings are not
@@ -56,7 +57,10 @@ def read_any(location: str, find: FindColumns) -> TableAndNotes:
         The table, or None if the folder has no tables of these formats; and lines for the user.
 
     Raises:
-        CorpusError: the tables contradict each other, or need a package that is not installed.
+        CorpusError: the table has no fitting columns, needs a package that is not installed, or has
+            content that is not read, as the functions of `files` and `tools` say.
+        pa.ArrowException, LookupError, ValueError, TypeError, OSError, csv.Error: the table is
+            damaged, or the tables of a folder contradict each other.
     """
     filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
@@ -130,8 +134,5 @@ def _entries(location: str) -> tuple[list[str], list[str]]:
     """Return the names of the files and of the folders in a folder."""
     filesystem, path = filesystem_of(location)
     entries = filesystem.get_file_info(fs.FileSelector(path))
-    kinds = (fs.FileType.File, fs.FileType.Directory)
-    files, folders = (
-        [entry.base_name for entry in entries if entry.type == kind] for kind in kinds
-    )
-    return files, folders
+    files = [entry.base_name for entry in entries if entry.is_file]
+    return files, [entry.base_name for entry in entries if entry.type == fs.FileType.Directory]

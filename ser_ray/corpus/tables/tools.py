@@ -1,6 +1,8 @@
 """Reads a folder of another tool as one table: EmoBox, Kaldi, lhotse or audformat.
 
-The columns keep the tool's names. No recording is decoded, and no command is run.
+The columns keep the tool's names, except that the recordings of lhotse become `path`, and that the
+files `wav.scp`, `utt2spk`, `utt2emo` and `segments` of Kaldi become `path`, `speaker`, `label`,
+`start` and `end`. No recording is decoded, and no command is run.
 """
 
 import re
