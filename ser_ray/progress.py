@@ -1,10 +1,9 @@
 """Shows the progress of a long job on standard error: a bar on a terminal, lines in a log."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -55,7 +54,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
         return
     first: tuple[float, float] | None = None
     last = -LINE_SECONDS
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         bar = None
         if sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn

@@ -40,19 +40,19 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     if "://" not in location:
         return fs.LocalFileSystem(), absolute(location)
     refuse_password(location)
-    if location.startswith(tuple(f"{scheme}://" for scheme in _BUCKET_SCHEMES)):
-        location = location.replace("#", "%23")  # part of an object's key, not a URI fragment
-    parts = urlsplit(location)
+    scheme = _scheme_of(location)
     try:
-        if parts.scheme in _BUCKET_SCHEMES:
+        if scheme in _BUCKET_SCHEMES:
+            parts = urlsplit(location.replace("#", "%23"))  # part of an object's key
             bucket = parts.netloc.rpartition("@")[2]
             path = f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/")
-            return _bucket_filesystem(parts.scheme, parts.netloc, parts.query), path
+            return _bucket_filesystem(scheme, parts.netloc, parts.query), path
         return fs.FileSystem.from_uri(location)
-    except (ValueError, NotImplementedError):
+    except (OSError, ValueError, NotImplementedError) as error:
+        is_invalid = scheme in _BUCKET_SCHEMES and isinstance(error, ValueError)
+        if is_invalid or isinstance(error, OSError):
+            raise LocationError(f"{location}: cannot be opened ({first_line(error)})") from error
         return _fsspec_filesystem(location)
-    except OSError as error:
-        raise LocationError(f"{location}: cannot be opened ({first_line(error)})") from error
 
 
 def read_file(location: str) -> bytes:
@@ -146,7 +146,7 @@ def location_inside(folder: str, path: str) -> str:
     before, after = _split_uri(folder)
     while path.startswith("../"):
         before, path = before.rstrip("/").rpartition("/")[0], path.removeprefix("../")
-    if urlsplit(folder).scheme in _PERCENT_ENCODED:
+    if _scheme_of(folder) in _PERCENT_ENCODED:
         path = quote(path)
     return f"{before.rstrip('/')}/{path}{after}"
 
@@ -166,6 +166,10 @@ def folder_of(location: str) -> str:
 
 def _split_uri(location: str) -> tuple[str, str]:
     """Split a URI before its query (`?region=...`) or before fsspec's chain (`::file://...`)."""
-    mark = "?" if urlsplit(location).scheme in _PERCENT_ENCODED else "::"
+    mark = "?" if _scheme_of(location) in _PERCENT_ENCODED else "::"
     before, mark, after = location.partition(mark)
     return before, mark + after
+
+
+def _scheme_of(uri: str) -> str:
+    return uri.partition("://")[0].lower()

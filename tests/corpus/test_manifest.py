@@ -432,20 +432,6 @@ def test_a_table_that_contradicts_itself_is_refused_by_row(tmp_path, text, messa
     assert source in str(error.value)
 
 
-def test_a_file_that_is_not_a_table_is_refused(tmp_path):
-    (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    (tmp_path / "t.csv").write_bytes(b"path,label,speaker\n\xff\x81.wav,x,1\n")
-    nested = {"path": [["a.wav"]], "label": ["x"], "speaker": ["1"]}
-    pa.parquet.write_table(pa.table(nested), tmp_path / "nested.parquet")
-    for name in ("t.parquet", "t.csv", "nested.parquet"):
-        with pytest.raises(CorpusError, match="the table cannot be read"):
-            list_corpus(str(tmp_path / name))
-    nulls = {"path": ["a.wav", "b.wav"], "label": ["x", None], "speaker": ["1", "1"]}
-    pa.parquet.write_table(pa.table(nulls), tmp_path / "nulls.parquet")
-    with pytest.raises(CorpusError, match=r"row 2 \(after the header\) has no label"):
-        list_corpus(str(tmp_path / "nulls.parquet"))
-
-
 @pytest.mark.corpus
 @pytest.mark.skipif("SER_RAY_TEST_CORPUS" not in os.environ, reason="needs the real clips")
 def test_the_real_speech_clips_are_all_there():

@@ -106,8 +106,9 @@ def test_words_for_missing_values_are_refused_with_their_row(folder: Path, word:
             list_corpus(str(folder / "t.csv"), missing=["ZORN"])
 
 
-def test_nan_from_pandas_is_a_missing_value(folder: Path) -> None:
-    columns = {"path": list(NAMES), "label": [1.0, float("nan")], "speaker": ["1", "2"]}
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_nan_and_null_are_missing_values(folder: Path, value: float | None) -> None:
+    columns = {"path": list(NAMES), "label": [1.0, value], "speaker": ["1", "2"]}
     pq.write_table(pa.table(columns), folder / "t.parquet")
     for words in (["nan"], []):
         with pytest.raises(CorpusError, match=r"row 2 \(after the header\) has no label"):
@@ -120,6 +121,7 @@ def test_nan_from_pandas_is_a_missing_value(folder: Path) -> None:
         ("t.csv", b"<html><body>Log in</body></html>", "no column label, path, speaker"),
         ("t.csv", b"# my clips\npath,label,speaker\na,b,c\n", "but it has # my clips[.]"),
         ("t.csv", bytes(500), r"but it has (\\x00)+"),
+        ("t.csv", b"path,label,speaker\n\xff\x81.wav,x,1\n", "it is not text in UTF-8, UTF-16"),
         ("t.jsonl", b'{"path": "a.wav"\n', "line 1 is not a JSON object"),
         ("t.jsonl", b"\xff\xfe", "it is not text in UTF-8"),
         ("t.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xff\xff\xff", "it is no complete gzip file"),

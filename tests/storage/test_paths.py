@@ -1,6 +1,7 @@
 """Files are written, listed and read back under their locations on every kind of filesystem."""
 
 import os
+import re
 import uuid
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -161,9 +162,17 @@ def test_a_local_path_is_made_absolute(tmp_path, monkeypatch):
     assert path == str(tmp_path / "x/y.wav")
 
 
-def test_an_unknown_scheme_is_refused():
-    with pytest.raises(ConfigError, match="nowhere://x: no filesystem opens this location"):
-        filesystem_of("nowhere://x")
+@pytest.mark.parametrize(
+    ("location", "problem"),
+    [
+        ("nowhere://x", "no filesystem opens this location"),
+        ("s3://[x/y", r"cannot be opened \(Invalid IPv6 URL"),
+        ("s3://bucket/x?nonsense=1", r"cannot be opened \(Unexpected query parameter .*nonsense"),
+    ],
+)
+def test_a_location_that_no_filesystem_opens_is_refused_with_the_reason(location, problem):
+    with pytest.raises(LocationError, match=f"{re.escape(location)}: {problem}"):
+        filesystem_of(location)
 
 
 @pytest.mark.parametrize(
