@@ -233,20 +233,14 @@ def mark_duplicates(
     rows = np.flatnonzero(pc.is_null(manifest["status"]).to_numpy())
     columns = {"key": keys, "size": manifest["size"], "depth": depths}
     ranked = pa.table({name: column.take(rows) for name, column in columns.items()} | {"row": rows})
-    ranked = ranked.sort_by(
-        [("key", "ascending"), ("size", "descending"), ("depth", "ascending"), ("row", "ascending")]
-    )
-    rows, keys = ranked["row"].to_numpy(), ranked["key"].combine_chunks()
-    is_copy = np.zeros(len(rows), bool)
-    is_copy[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
-    kept = rows[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(rows))))]
-    mask = np.zeros(len(manifest), bool)
-    mask[rows[is_copy]] = True
-    original = np.arange(len(manifest))
-    original[rows] = kept
-    paths = manifest["path"].take(original)
-    reasons = pc.binary_join_element_wise(reason, paths, "")
-    return _with_status(manifest, pa.array(mask), "duplicate", reasons)
+    ranked = ranked.sort_by([("size", "descending"), ("depth", "ascending"), ("row", "ascending")])
+    kept: dict[str, int] = {}
+    originals = np.arange(len(manifest))
+    for row, key in zip(ranked["row"].to_pylist(), ranked["key"].to_pylist(), strict=True):
+        originals[row] = kept.setdefault(key, row)
+    is_copy = pa.array(originals != np.arange(len(manifest)))
+    reasons = pc.binary_join_element_wise(reason, manifest["path"].take(originals), "")
+    return _with_status(manifest, is_copy, "duplicate", reasons)
 
 
 def _with_status(

@@ -3,7 +3,6 @@
 The location of such a recording is `PARQUET_FILE#audio=ROW`, with rows counted from 0.
 """
 
-import json
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.errors import first_line
+from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
 
 ROW = "#audio="
@@ -22,11 +22,17 @@ ROW = "#audio="
 def features_of(schema: pa.Schema) -> dict[str, Any]:
     """Return the entry of each column in the schema metadata that Hugging Face datasets reads.
 
-    The result is {column: entry}, and empty if the file has no such metadata.
+    The result is {column: entry}. Columns of lists, whose entries may be lists, can be missing.
+
+    Raises:
+        ValueError: the metadata is damaged.
     """
-    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = info.get("info", {}).get("features", {})
-    return features
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = read_object(text).get("info", {}).get("features", {})
+        return {name: entry for name, entry in features.items() if isinstance(entry, dict)}
+    except AttributeError as error:
+        raise ValueError("the metadata of Hugging Face is damaged") from error
 
 
 def audio_column(schema: pa.Schema) -> str | None:
@@ -37,7 +43,7 @@ def audio_column(schema: pa.Schema) -> str | None:
     features = features_of(schema)
     for name in sorted(schema.names, key=lambda name: name != "audio"):
         kind = schema.field(name).type
-        feature = (features.get(name) or {}).get("_type", "Audio")
+        feature = features.get(name, {}).get("_type", "Audio")
         if pa.types.is_struct(kind) and feature == "Audio" and kind.get_field_index("bytes") >= 0:
             return str(name)
     return None

@@ -123,6 +123,7 @@ def test_nan_and_null_are_missing_values(folder: Path, value: float | None) -> N
         ("t.csv", bytes(500), r"but it has (\\x00)+"),
         ("t.csv", b"path,label,speaker\n\xff\x81.wav,x,1\n", "it is not text in UTF-8, UTF-16"),
         ("t.jsonl", b'{"path": "a.wav"\n', "line 1 is not a JSON object"),
+        ("t.jsonl", b"[" * 100_000, "line 1 is not a JSON object"),
         ("t.jsonl", b"\xff\xfe", "it is not text in UTF-8"),
         ("t.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xff\xff\xff", "it is no complete gzip file"),
         ("t.parquet", b"PAR1" + bytes(99) + b"PAR1", "its content is damaged"),

@@ -1,5 +1,6 @@
 """A recording in a row of a Parquet file has the bytes that pyarrow reads from this row."""
 
+import json
 import random
 from pathlib import Path
 from unittest.mock import Mock
@@ -42,6 +43,22 @@ def test_a_row_of_any_row_group_is_what_pyarrow_reads(
 def test_locations_sort_as_the_rows_do() -> None:
     locations = [packed_location("a.parquet", row) for row in (0, 9, 10, 999, 1_000, 10_000_000)]
     assert locations == sorted(locations)
+
+
+def test_the_recordings_are_found_beside_a_column_of_lists() -> None:
+    """Hugging Face describes a column of lists by a list."""
+    entries = {"labels": [{"_type": "Value"}], "sound": {"_type": "Audio"}}
+    schema = pa.table({"labels": [["a"]], "sound": [{"bytes": b"x"}]}).schema
+    text = json.dumps({"info": {"features": entries}})
+    assert packed.audio_column(schema.with_metadata({"huggingface": text})) == "sound"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"info": 1}', '{"info": {"features": [1]}}', "[" * 9999])
+def test_damaged_metadata_is_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    table = pa.table({"audio": [{"bytes": b"x"}]}).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(OSError, match=r"a\.parquet"):
+        read_packed(packed_location(str(tmp_path / "a.parquet"), 0))
 
 
 def test_the_footer_is_read_once(

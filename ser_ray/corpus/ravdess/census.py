@@ -13,14 +13,7 @@ from functools import cache
 
 import pyarrow as pa
 
-from ser_ray.corpus.ravdess.names import (
-    CHANNELS,
-    MODALITIES,
-    VALUES,
-    ClipName,
-    NameProblem,
-    format_name,
-)
+from ser_ray.corpus.ravdess.names import VALUES, ClipName, NameProblem, format_name
 from ser_ray.corpus.words import shorten
 
 _NAMES_SHOWN = 3
@@ -53,7 +46,7 @@ def compare_with_ravdess(rows: pa.Table) -> str:
     known = set(expected)
     counts = Counter(clip for _, clip in listed if clip in known)
     lines = [f"{len(counts)} of the {len(expected)} files of RAVDESS"]
-    for kind in itertools.product(MODALITIES, CHANNELS):
+    for kind in itertools.product(VALUES["modality"], VALUES["channel"]):
         clips = [clip for clip in expected if (clip.modality, clip.channel) == kind]
         lines.append(f"{' '.join(kind)}: {_describe(clips, counts)}")
     doubled = [format_name(clip) for clip in expected if counts[clip] > 1]

@@ -20,13 +20,12 @@ Intensity = Literal["normal", "strong"]
 EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
 """The eight labels, in the order of their codes 01 to 08."""
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-CHANNELS: tuple[Channel, ...] = get_args(Channel)
 SPEAKERS = tuple(f"{number:02d}" for number in range(1, 25))
 EXAMPLE_NAME = "03-01-06-01-02-01-12.wav"
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "modality": MODALITIES,
-    "channel": CHANNELS,
+    "channel": get_args(Channel),
     "emotion": EMOTIONS,
     "intensity": get_args(Intensity),
     "statement": (1, 2),

@@ -5,7 +5,6 @@ import contextlib
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ser_ray.corpus.words import COLUMNS
 from ser_ray.errors import CorpusError
+from ser_ray.storage.json_text import read_object
 from ser_ray.storage.packed import audio_column, features_of, packed_location
 from ser_ray.storage.paths import absolute, filesystem_of, read_file
 
@@ -144,12 +144,9 @@ def read_json_lines(location: str) -> list[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise TableError(f"line {number} is not a JSON object")
-            rows.append(row)
+                rows.append(read_object(line))
+            except ValueError as error:
+                raise TableError(f"line {number} is not a JSON object") from error
     return rows
 
 
@@ -187,7 +184,7 @@ def read_parquet(location: str, find: FindColumns) -> pa.Table:
                 "path", pa.array(_packed_paths(absolute(location), file, str(audio)))
             )
     for name in table.column_names:
-        if classes := (features.get(name) or {}).get("names"):
+        if classes := features.get(name, {}).get("names"):
             numbers = table[name].to_pylist()
             labels = [
                 None if n is None or not 0 <= n < len(classes) else classes[n] for n in numbers
