@@ -1,6 +1,6 @@
 """Reads a table of any format, or a folder of tables, as one Arrow table.
 
-    text                   separated by commas, semicolons, tabs or |; UTF-8, UTF-16, Windows-1252
+    text                   separated by commas, semicolons, tabs or |; UTF-8, -16, -32, Windows-1252
     JSON lines             EmoBox: one file, or a folder of folds, fold_1/*_test_fold_1.jsonl
     Parquet                any table, and data sets of Hugging Face with recordings in a column
     db.yaml                a folder of audformat, read by the package audformat

@@ -33,12 +33,11 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
     Args:
         tables: {name that matches `FOLD`: location}.
     """
-    is_only_fold = len({match[2] for name in tables if (match := FOLD.match(name))}) == 1
+    matches = [match for name in tables if (match := FOLD.match(name))]
+    is_only_fold = len({match[2] for match in matches}) == 1
     rows: dict[str, Row] = {}
-    for name in sorted(tables, key=lambda name: "_test_" in name):
-        match = FOLD.match(name)
-        assert match is not None
-        for row in read_json_lines(tables[name]):
+    for match in sorted(matches, key=lambda match: match[1] == "test"):
+        for row in read_json_lines(tables[match.string]):
             fold = match[2] if match[1] == "test" else "train"
             rows[str(row.get("key"))] = {**row, "fold": match[1] if is_only_fold else fold}
     return as_table(rows.values())
