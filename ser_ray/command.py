@@ -48,4 +48,6 @@ def _flag(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, tuple):
         return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return [f"--{flag}", f"{value:g}"]  # 0 instead of 0.0
+    return [f"--{flag}", str(value)]

@@ -21,8 +21,8 @@ from tests.shard_files import write_shard_files
 
 def test_a_command_gives_its_verb_the_same_settings_again():
     recipe = TrainConfig(
-        feature="mfcc", lr_min=1.3e-5, balanced=True, weights="my weights.pth",
-        augment=AugmentConfig(random_crop=False, mixup=0.0),
+        feature="mfcc", lr_min=1.3e-5, lr_max=0.00123456789, balanced=True,
+        weights="my weights.pth", augment=AugmentConfig(random_crop=False, mixup=0.0),
     )  # fmt: skip
     run_config = RunConfig(workers="1..4", device="cpu", audio=False)
     command = next_command(
@@ -36,7 +36,8 @@ def test_a_command_gives_its_verb_the_same_settings_again():
     command = next_command("crossval", crossval=config)
     assert parse_verb(VERBS, shlex.split(command)[1:]) == Crossval(crossval=config)
     assert flags_of(recipe, without=("feature", "weights")) == [
-        "--lr-min", "1.3e-05", "--balanced", "--no-random-crop", "--mixup", "0",
+        "--lr-min", "1.3e-05", "--lr-max", "0.00123456789", "--balanced",
+        "--no-random-crop", "--mixup", "0",
     ]  # fmt: skip
 
 
