@@ -71,10 +71,10 @@ def map_labels(
     if not choice and is_same and (not known or label_sets[0] <= set(known)):
         return {corpus: {name: name for name in names} for corpus, names in labels.items()}
     spelling = {usual_label(name): name for name in known}
-    maps = {}
-    for corpus, names in labels.items():
-        usual = {name: usual_label(name) for name in names}
-        maps[corpus] = {name: spelling.get(label, label) for name, label in usual.items()}
+    maps = {
+        corpus: {name: spelling.get(usual_label(name), usual_label(name)) for name in names}
+        for corpus, names in labels.items()
+    }
     return only_among(maps, known) if choice == COMMON and known else maps
 
 
