@@ -298,7 +298,7 @@ def test_a_cut_connection_resumes_from_the_last_byte(record: Record, config_for:
 
 def test_a_partial_file_of_an_earlier_run_is_resumed(record: Record, config_for: Configure) -> None:
     record.acts[SPEECH] = ["cut:7000"] + ["503"] * fetch.ATTEMPTS
-    with pytest.raises(CorpusError, match="resumes the download"):
+    with pytest.raises(CorpusError, match="the same command resumes where it stopped"):
         download(config_for(), quiet)
     record.asked.clear()
     record.acts.clear()
@@ -344,7 +344,7 @@ def test_pauses_double_unless_the_server_requests_one(monkeypatch: pytest.Monkey
 
 def test_an_unreachable_server_is_named(config_for: Configure) -> None:
     config = config_for(record_url="http://127.0.0.1:9/api/records/1188976")
-    with pytest.raises(CorpusError, match=r"1188976: .* \(Failed [^()]*refused\); the"):
+    with pytest.raises(CorpusError, match=r"1188976: .* \(Failed [^()]*refused\); downloaded"):
         download(config, quiet)
 
 
