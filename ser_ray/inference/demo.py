@@ -7,11 +7,8 @@ are kept in a temporary folder, which is deleted when the server stops.
 
 import html
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +56,7 @@ def serve(
     host: str,
     port: int,
 ) -> None:
-    """Serve the page until the process is interrupted, and print its URL on standard error.
+    """Serve the page until Ctrl-C or a signal, and print its URL on standard error.
 
     Args:
         predictor: the model.
@@ -71,6 +68,7 @@ def serve(
     Raises:
         SerRayError: gradio is not installed.
         ConfigError: there is no such port, or the server cannot listen on the address.
+        KeyboardInterrupt: the subclass that a signal other than Ctrl-C raises (`ser_ray.cli.stop`).
     """
     if not 0 <= port <= MAX_PORT:
         raise ConfigError(f"port is {port}: it must be from 0 (a free port) to {MAX_PORT}")
@@ -86,14 +84,13 @@ def serve(
         app = _make_app(predictor, about, examples, sandbox.decode)
         import uvicorn
 
-        # By default, these signals end the process before it can delete the recordings.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, SIGHUP is ignored
-                signal.signal(number, lambda *_: sys.exit(0))
-        with suppress(KeyboardInterrupt):
-            url = f"http://{host}:{listening.getsockname()[1]}"
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        try:
             stderr_console().print(f"{url} (Ctrl-C stops it)")
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
+        except KeyboardInterrupt as stop:
+            if type(stop) is not KeyboardInterrupt:  # of SIGTERM or SIGHUP
+                raise
 
 
 def answer(
