@@ -185,8 +185,9 @@ class RunFolder:
         difference = first_difference(self.record().get("identity", identity), identity)
         if difference:
             raise MismatchError(
-                f"{self.location}: in the earlier run of this name {difference}; give another "
-                "--name to start afresh, or use the settings and shards of the earlier run"
+                f"{self.location}: the earlier run of this name has other settings or shards "
+                f"({difference}); give another --name to start afresh, or use those of the earlier "
+                "run"
             )
 
     def newest(self) -> StoredCheckpoint | None:

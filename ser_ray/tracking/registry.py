@@ -25,7 +25,7 @@ from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, reso
 from ser_ray.tracking.tracker import flatten, model_id_of
 from ser_ray.training.checkpoint import local_checkpoint, read_card, read_network
 from ser_ray.training.checkpoint_card import CheckpointCard
-from ser_ray.training.model import Pretrained, initial_weights, read_pretrained
+from ser_ray.training.model import FRESH, Pretrained, read_pretrained, require_unseen_labels
 from ser_ray.training.parts import select_rows
 from ser_ray.training.recipe import TrainConfig
 
@@ -93,12 +93,12 @@ def read_initial_weights(
         CheckpointError, TrackingError: as `read_weights`.
     """
     card = shards.card
-    if card.encoder_of(recipe.feature) is None:
-        check = partial(_refuse_seen_speakers, recipe, shards, folds or (recipe.fold,))
-        return read_weights(recipe.weights, card.labels, tracking_uri, check)
-    for corpus in shards.corpora:  # ConfigError if the encoder was trained on labels of the corpus
-        initial_weights(recipe, replace(card, corpus=corpus.kind))
-    return initial_weights(recipe, card)
+    if encoder := card.encoder_of(recipe.feature):
+        kinds = {corpus.kind for corpus in shards.corpora} or {card.corpus}
+        require_unseen_labels(recipe, encoder, kinds)
+        return FRESH
+    check = partial(_refuse_seen_speakers, recipe, shards, folds or (recipe.fold,))
+    return read_weights(recipe.weights, card.labels, tracking_uri, check)
 
 
 def _refuse_seen_speakers(

@@ -1,8 +1,8 @@
 """The augmentation with noise, echo and narrow channels, computed on the power of the features.
 
 `recipe.AugmentConfig` says how many clips get each effect, and the constants below say how strong
-it is. `augment` applies this module to every training batch. To test a model,
-`ser_ray.features.conditions` adds similar effects to the sound itself.
+it is. `augment` applies this module to the training batches of spectrogram, mel and mfcc. To test a
+model, `ser_ray.features.conditions` adds similar effects to the sound itself.
 
 The shards hold features, not sound. Noise that is added to a sound adds its expected power to every
 frame and bin. Therefore `Acoustics` converts a batch from normalised dB to power, changes the

@@ -46,9 +46,7 @@ class Augment:
         device: torch.device,
     ) -> None:
         config = recipe.augment if recipe.feature in KINDS else only_mixup(recipe.augment)
-        crop_frames, num_bins = recipe.window_frames, len(normalisation.std)
-        self.crop_frames = crop_frames
-        self.num_labels = num_labels
+        self.crop_frames, self.num_labels = recipe.window_frames, num_labels
         self.random_crop = config.random_crop
         # MixStyle hides differences between speakers, which helps only if new speakers are tested.
         self.mix_style = 0.0 if recipe.protocol == "random" else config.mix_style
@@ -59,9 +57,9 @@ class Augment:
             self.acoustics = Acoustics(config, recipe.feature, features, normalisation, device)
         self.mask = SpecAugment(
             n_time_masks=config.time_masks,
-            time_mask_param=min(config.time_mask_frames, crop_frames),
+            time_mask_param=min(config.time_mask_frames, self.crop_frames),
             n_freq_masks=config.freq_masks,
-            freq_mask_param=round(config.freq_mask_share * num_bins),
+            freq_mask_param=round(config.freq_mask_share * len(normalisation.std)),
             iid_masks=True,
             zero_masking=True,  # 0 is the mean of normalised features
         )

@@ -7,6 +7,7 @@ T. The order of the probabilities does not change, so accuracies do not change e
 """
 
 import numpy as np
+from scipy.special import softmax
 
 MAX_TEMPERATURE = 4.0
 """T is between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE. Without a limit, T goes to 0 if all
@@ -18,11 +19,12 @@ NUM_BISECTIONS = 40
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Scale probabilities [clips, labels], whose rows sum to 1, by a temperature.
 
-    A temperature of 1 changes nothing. Scaling the result by 1 / temperature restores the original.
+    A temperature of 1 changes nothing. Scaling the result by 1 / temperature restores the original
+    up to rounding, unless a probability is below `MIN_PROBABILITY`.
     """
     if temperature == 1:
         return probabilities
-    return _softmax(np.log(np.maximum(probabilities, MIN_PROBABILITY)) / temperature)
+    return softmax(np.log(np.maximum(probabilities, MIN_PROBABILITY)) / temperature, axis=1)
 
 
 def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
@@ -41,13 +43,8 @@ def fit_temperature(truth: np.ndarray, probabilities: np.ndarray) -> float:
     low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE  # bounds of 1 / T
     for _ in range(NUM_BISECTIONS):
         inverse = (low + high) / 2
-        if (_softmax(inverse * logs) * logs).sum(axis=1).mean() > mean_log_of_truth:
+        if (softmax(inverse * logs, axis=1) * logs).sum(axis=1).mean() > mean_log_of_truth:
             high = inverse
         else:
             low = inverse
     return 2 / (low + high)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

@@ -6,7 +6,9 @@
     progress.json               the `Progress` of the training, and the sizes of the files above
 
 `progress.json` is written last. A checkpoint is complete if its files have the sizes that this file
-lists; incomplete checkpoints are ignored.
+lists; no training resumes from an incomplete checkpoint. The selected checkpoint of a finished run
+lacks the files that only a resume needs. If the network is a head on an encoder, it can have the
+encoder's weights, `encoder.safetensors`.
 """
 
 import json
@@ -56,7 +58,7 @@ class Progress:
     selected: dict[str, float] = field(default_factory=dict)
     """Metrics of the epoch that is selected so far; empty in the first epoch."""
     selected_confusion: list[list[int]] = field(default_factory=list)
-    """Confusion matrix of the epoch that is selected so far."""
+    """Confusion matrix of its validation clips (`Scores.confusion`); empty without such clips."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every completed epoch."""
     times_ms: list[int] = field(default_factory=list)
@@ -103,13 +105,14 @@ class Snapshot:
         """Read a complete checkpoint into the CPU's memory.
 
         Raises:
-            CheckpointError: the checkpoint is missing or broken.
+            CheckpointError: the checkpoint is missing or broken, or has no training state.
         """
         card = read_card(directory)
         if not (directory / STATE).exists():
             raise CheckpointError(
-                f"{directory}: this checkpoint has no {STATE}, so another version of ser-ray wrote "
-                "it: resume with that version, or give another --name to start afresh"
+                f"{directory}: this folder holds a model without the state of its training (no "
+                f"{STATE}), so no training can resume from it; give a folder checkpoint-EPOCH-STEP "
+                "of the run, or start a new training"
             )
         try:
             weights, state = (load_file(directory / name) for name in (MODEL, STATE))
@@ -182,6 +185,7 @@ def local_checkpoint(location: str) -> Iterator[Path]:
 
     Raises:
         CheckpointError: the storage cannot be read.
+        ConfigError: no filesystem can open the location.
     """
     filesystem, path = filesystem_of(location)
     try:
@@ -214,7 +218,7 @@ def read_card(directory: Path) -> CheckpointCard:
     try:
         return CheckpointCard.from_json(path.read_text())
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint's card ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint's card ({error})") from error
 
 
 def read_network(directory: Path, card: CheckpointCard) -> ResNet18 | EncoderHead:
@@ -251,7 +255,7 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
     training. If they are in neither place, torchaudio's weights of this encoder are downloaded.
 
     Raises:
-        EncoderError: no weights were found, or they differ from those of the training.
+        EncoderError: no readable weights were found, or they differ from those of the training.
     """
     if card.encoder is None:
         return None
@@ -268,8 +272,9 @@ def read_encoder(directory: Path, card: CheckpointCard) -> "Encoder | None":
                 found = EncoderWeights.load(name)
             except (EncoderError, ConfigError):
                 raise EncoderError(
-                    f"{directory}: the weights of the encoder {name} are not where they were "
-                    f"during the training ({error}); put them into this folder as {ENCODER}"
+                    f"{directory}: the weights of the encoder {name} cannot be read from where "
+                    f"they were during the training ({error}); put them into this folder as "
+                    f"{ENCODER}"
                 ) from None
     if found.card.weights != card.encoder.weights:
         raise EncoderError(

@@ -21,6 +21,8 @@ from ser_ray.training.parts import describe_split
 from ser_ray.training.recipe import TrainConfig
 
 SCHEMA_VERSION = 1
+IngestKind = Literal["resident", "stream"]
+"""Whether the training clips were in memory or streamed. Their order depends on this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +47,11 @@ class CheckpointCard:
     """Where the initial weights are from, in words (`Pretrained.origin`)."""
     corpora: tuple[UsedCorpus, ...] = ()
     """The clips and labels of each corpus. Empty for one corpus whose labels were not mapped."""
-    ingest: Literal["resident", "stream"] = "resident"
-    """Whether the training clips were in memory or streamed. Their order depends on this."""
+    ingest: IngestKind = "resident"
     encoder: EncoderCard | None = None
     """The encoder that computes the features; None for spectrogram, mel and mfcc."""
     encoder_file: str = ""
-    """Where the encoder's weights were during the training."""
+    """Where the encoder's weights were during the training; empty without an encoder."""
     temperature: float = 1.0
     """Temperature of the probabilities (`ser_ray.training.calibration`)."""
 
@@ -117,7 +118,7 @@ class CheckpointCard:
             raise ValueError("the normalisation must be finite, with deviations above 0")
         return cls(
             labels=tuple(values.pop("labels")),
-            corpora=tuple(UsedCorpus(**corpus) for corpus in values.pop("corpora", ())),
+            corpora=tuple(UsedCorpus(**corpus) for corpus in values.pop("corpora")),
             config=recipe,
             features=features,
             normalisation=Normalisation(mean, std),
@@ -139,8 +140,8 @@ class CheckpointCard:
         ours, theirs = json.loads(self.to_json()), json.loads(other.to_json())
         if difference := first_difference(theirs, {key: ours[key] for key in keys}):
             raise MismatchError(
-                f"{location}: its {difference}; give the run another --name to start afresh, or "
-                "use the settings that it was trained with"
+                f"{location}: the entry {difference}; give the run another --name to start afresh, "
+                "or use the settings that it was trained with"
             )
 
 
@@ -149,9 +150,10 @@ def make_card(
     shards: ShardSet,
     data: FoldData[Source],
     pretrained: Pretrained,
-    ingest: Literal["resident", "stream"],
+    ingest: IngestKind,
 ) -> CheckpointCard:
     """Return the card of a training. The cards of its checkpoints differ only in temperature."""
+    encoder, file_name = shards.card.encoder_of(recipe.feature), weights_name(recipe.feature)
     return CheckpointCard(
         labels=data.labels,
         config=recipe,
@@ -163,21 +165,25 @@ def make_card(
         split=describe_split(data.split),
         initial_weights=pretrained.origin,
         ingest=ingest,
-        encoder=shards.card.encoder_of(recipe.feature),
-        encoder_file=location_inside(shards.locations[0], weights_name(recipe.feature)),
+        encoder=encoder,
+        encoder_file=location_inside(shards.locations[0], file_name) if encoder else "",
     )
 
 
 def first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Describe the first entry of `ours` that differs in `theirs`; empty if none does."""
-    for key in ours:
-        if theirs.get(key) != ours[key]:
-            return f"{key} is {_describe_difference(theirs.get(key), ours[key])}"
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            return f"{key} differs: {_describe_difference(theirs.get(key), value)}"
     return ""
 
 
 def _describe_difference(theirs: Any, ours: Any) -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [key for key in ours if theirs.get(key) != ours[key]]
-        return ", ".join(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in keys[:3])
+        entries = [
+            f"{key} is {theirs.get(key)!r} instead of {value!r}"
+            for key, value in ours.items()
+            if theirs.get(key) != value
+        ]
+        return ", ".join(entries[:3])
     return f"{theirs!r} instead of {ours!r}"

@@ -1,9 +1,9 @@
 """Reads the clips of a fold from the shards into memory, and makes the batches of every epoch.
 
 A training reads the features of its clips once, normalises them and keeps them in the device's
-memory, so no step reads from storage or copies from the host. The order of the clips in an epoch
-depends only on (seed, epoch), so it is the same on every worker. Clips that do not fit into memory
-are read by `training.streaming`. Both kinds of training clips are a `Source`.
+memory, so no step reads clips from storage or copies them from the host. The order of the clips in
+an epoch depends only on (seed, epoch), so it is the same on every worker. `streaming` reads clips
+that do not fit into memory. Both kinds of training clips are a `Source`.
 
 Features in memory are [clips, frames, bins] float16, so that a crop copies whole frames. The
 features of an encoder have one frame per clip, whose bins are the values of all layers.
@@ -38,33 +38,26 @@ class Normalisation:
     std: np.ndarray
 
     @classmethod
-    def from_features(cls, features: np.ndarray, num_frames: np.ndarray) -> "Normalisation":
-        """Measure features [clips, bins, frames], of which `num_frames` [clips] are valid."""
-        return cls.from_sums(frame_sums(features, num_frames), int(num_frames.sum()))
-
-    @classmethod
     def from_sums(cls, sums: np.ndarray, num_frames: int) -> "Normalisation":
         """Compute mean and deviation from the `frame_sums` [2, bins] of `num_frames` frames."""
         mean, squares = sums / max(num_frames, 1)
         std = np.sqrt(np.maximum(squares - mean**2, 0.0))
         return cls(mean, np.maximum(std, MIN_STD))
 
-    def apply(self, features: np.ndarray) -> np.ndarray:
-        """Normalise features [..., bins, frames] to mean 0 and standard deviation 1, as float16."""
-        mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
-        return ((features - mean[:, None]) / std[:, None]).astype(np.float16)
-
     def frames_first(
         self, features: np.ndarray, num_frames: np.ndarray, max_frames: int
     ) -> np.ndarray:
-        """Normalise features [clips, bins, frames], pad them, and put the frames before the bins.
+        """Normalise features [clips, bins, frames] to mean 0 and standard deviation 1.
+
+        They are also padded, and the frames are put before the bins.
 
         Returns:
             [clips, max_frames, bins] float16. The frames after `num_frames` [clips] are 0.
         """
+        mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
         padded = np.zeros((len(features), max_frames, features.shape[1]), np.float16)
-        for row, (clip, length) in enumerate(zip(features, num_frames, strict=True)):
-            padded[row, :length] = self.apply(clip[:, :length]).T
+        for row, clip, length in zip(padded, features, num_frames, strict=True):
+            row[:length] = (clip[:, :length].T - mean) / std
         return padded
 
 
@@ -215,9 +208,9 @@ def load_fold(shards: ShardSet, recipe: TrainConfig, device: torch.device) -> Fo
     split = select_rows(table, recipe)
     labels = label_indices(table, shards.card.labels)
     num_frames = num_input_frames(shards, recipe.feature, table)
-    raw = read_features(shards, recipe.feature, split.train)
-    normalisation = Normalisation.from_features(raw, num_frames[split.train])
-    train = Clips.resident(raw, num_frames[split.train], labels[split.train], normalisation, device)
+    raw, num_frames = read_features(shards, recipe.feature, split.train), num_frames[split.train]
+    normalisation = Normalisation.from_sums(frame_sums(raw, num_frames), int(num_frames.sum()))
+    train = Clips.resident(raw, num_frames, labels[split.train], normalisation, device)
     train = replace(train, weights=sampling_weights(table.take(split.train), recipe))
     validation = load_clips(shards, recipe.feature, table, split.validation, normalisation, device)
     return FoldData(train, validation, split, shards.card.labels, normalisation)
@@ -287,8 +280,8 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 def sampling_weights(clips: pa.Table, recipe: TrainConfig) -> Tensor | None:
     """Return the relative sampling weight of each training row, float64 [rows].
 
-    Return None if the recipe does not balance labels or corpora. Then no row is drawn twice in an
-    epoch.
+    Return None if the recipe balances neither labels nor corpora, or if there is only one corpus to
+    balance. Then no row is drawn twice in an epoch.
     """
     powers = {"emotion": float(recipe.balanced), "corpus": recipe.corpus_balance}
     powers = {name: power for name, power in powers.items() if name in clips.column_names and power}

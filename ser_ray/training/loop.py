@@ -22,9 +22,8 @@ from ser_ray.errors import ConfigError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.checkpoint import Snapshot, read_card
 from ser_ray.training.checkpoint_card import make_card
-from ser_ray.training.data import FoldData, Source, load_fold, steps_per_epoch
-from ser_ray.training.model import FRESH, Pretrained, build_network
-from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.data import FoldData, Source, load_fold
+from ser_ray.training.model import FRESH, Pretrained
 from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.streaming import Fetch, stream_fold
 from ser_ray.training.trainer import EpochReport, Trainer
@@ -57,8 +56,8 @@ def fit(
     Args:
         recipe: the recipe.
         shards: the shard set to train on.
-        pretrained: initial weights (`ser_ray.training.model.initial_weights`).
-        report: called after every epoch with its results and a function that makes a snapshot.
+        pretrained: initial weights of a ResNet18. A head on an encoder starts with fresh weights.
+        report: called after every epoch, and after a `preemption_check` that returned True.
         resume: directory of a checkpoint of the same training. If given, the training resumes from
             this checkpoint.
         device: where to train; the CPU by default.
@@ -70,6 +69,7 @@ def fit(
 
     Raises:
         ConfigError: the recipe does not fit the shards or the number of workers.
+        ShardsError: the shards cannot be read, or the clips do not fit into memory.
         CheckpointError: the checkpoint is missing or broken, or belongs to another training.
         DivergedError: a loss or a weight is not finite; the message names the epoch.
     """
@@ -84,13 +84,9 @@ def fit(
         data = stream_fold(shards, recipe, device, world, stream, normalisation)
     require_workers_fit(recipe, len(data.train), world.size)
 
-    encoder = shards.card.encoder_of(recipe.feature)
-    pretrained = pretrained if encoder is None else FRESH
-    network = build_network(recipe, pretrained, len(data.labels), device, encoder)
-    optimiser = build_optimiser(network, recipe)
-    num_steps = recipe.epochs * steps_per_epoch(len(data.train), recipe.batch_size)
-    schedule = one_cycle(optimiser, recipe, num_steps)
-    trainer = Trainer(recipe, data, shards.card.features, network, optimiser, schedule, world)
+    if shards.card.encoder_of(recipe.feature) is not None:
+        pretrained = FRESH
+    trainer = Trainer(recipe, shards.card, data, pretrained, device, world)
 
     card = make_card(recipe, shards, data, pretrained, "resident" if stream is None else "stream")
     if resume is not None and previous is not None:

@@ -13,8 +13,7 @@ import torch
 from ser_ray.errors import DivergedError
 from ser_ray.shards.read import ShardSet
 from ser_ray.training.data import load_fold
-from ser_ray.training.model import Pretrained, build_network
-from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import LrRangeConfig, TrainConfig
 from ser_ray.training.trainer import Trainer
 from ser_ray.training.world import World
@@ -65,18 +64,12 @@ def range_steps(
         test and is not yielded.
     """
     data = load_fold(shards, recipe, device)
-    encoder = shards.card.encoder_of(recipe.feature)
-    network = build_network(recipe, pretrained, len(data.labels), device, encoder)
-    optimiser = build_optimiser(network, recipe)
-    # The schedule takes no steps, but it sets the optimiser's momentum as in a training.
-    schedule = one_cycle(optimiser, recipe, test.steps)
-    trainer = Trainer(recipe, data, shards.card.features, network, optimiser, schedule, World())
-    learning_rates = np.geomspace(test.lowest, test.highest, test.steps)
+    # The schedule takes no steps, so the momentum stays that of a training's first step.
+    trainer = Trainer(recipe, shards.card, data, pretrained, device, World())
     losses: list[float] = []
     trainer.begin_epoch()
-    for rate in learning_rates:
-        for group in optimiser.param_groups:
-            group["lr"] = float(rate)
+    for rate in np.geomspace(test.lowest, test.highest, test.steps):
+        trainer.optimiser.param_groups[0]["lr"] = float(rate)
         loss, _ = trainer.update_weights(next(trainer.batches))
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
@@ -100,11 +93,11 @@ def propose_bounds(
     Raises:
         DivergedError: the loss did not fall enough.
     """
-    smooth = _smooth(losses)
-    lowest = int(smooth.argmin()) if len(smooth) else 0
-    highest = int(smooth[: lowest + 1].argmax()) if lowest else 0
-    fall = smooth[highest] - smooth[lowest] if lowest else 0.0
-    if not lowest or fall < MIN_FALL * smooth[highest]:
+    smooth = _smooth(losses) if len(losses) else np.zeros(1)
+    lowest = int(smooth.argmin())
+    highest = int(smooth[: lowest + 1].argmax())
+    fall = smooth[highest] - smooth[lowest]
+    if fall <= MIN_FALL * smooth[highest]:
         raise DivergedError(
             f"the loss did not fall by {MIN_FALL:.0%}: start from a smaller learning rate "
             "(--lowest), or look for broken clips in the shards"

@@ -10,6 +10,7 @@ convolution are *summed*. For a one-channel image, the network then has the outp
 has for the same image in all three channels.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ser_ray.corpus.folds import ALL
-from ser_ray.corpus.words import CORPORA
+from ser_ray.corpus.words import CORPORA, CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError
 from ser_ray.features.encoder_card import EncoderCard
-from ser_ray.shards.card import ShardCard
 from ser_ray.storage.tensors import read_tensors
 from ser_ray.training.data import seed_of
 from ser_ray.training.recipe import TrainConfig
@@ -39,10 +39,8 @@ WRAPPER_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "network.")
 """Prefixes that wrappers of a network put before the names of its weights."""
 LAYER_SCALE = 10.0
-"""The layer weights are the softmax of the trained parameters times this factor, so that an
-optimiser step changes them more."""
-BATCH_COUNTER = "num_batches_tracked"
-"""Name of the counter of batches in a batch norm."""
+"""The trained parameters are multiplied by this factor before the softmax that gives the weights of
+the encoder's layers, so that an optimiser step changes these weights more."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -50,8 +48,8 @@ N = TypeVar("N", bound=nn.Module)
 class ResNet18(nn.Module):
     """Maps features [batch, 1, bins, frames] to logits [batch, labels].
 
-    The network is built for RGB images, and its first layer is replaced at the end, so that a seed
-    draws the same weights as in torchvision.
+    The constructor first draws torchvision's weights for RGB images, and then replaces the first
+    layer by one for a single channel. All other weights of a seed are then those of torchvision.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -80,9 +78,9 @@ class ResNet18(nn.Module):
 class EncoderHead(nn.Module):
     """Maps the layers of an encoder [batch, 1, layers * dim, 1] to logits [batch, labels].
 
-    As in SUPERB (Yang 2021) and EmoBox (Ma 2024), the head computes a weighted sum of the layers,
-    whose weights are trained and pass a softmax. A hidden layer follows if `num_units` is above 0,
-    then a linear layer.
+    The encoder is frozen. The head computes a sum of the encoder's layers, weighted by the softmax
+    of one trained parameter for each layer (as in SUPERB, Yang 2021). If `num_units` is above 0, a
+    hidden layer follows. A linear layer computes the logits.
     """
 
     def __init__(self, num_layers: int, dim: int, num_labels: int, num_units: int = 0) -> None:
@@ -132,7 +130,7 @@ class BasicBlock(nn.Module):
 
 
 def _draw_weights(convolution: nn.Conv2d) -> None:
-    # The meta device has no values to draw, but torch would spend seconds on importing sympy.
+    # On the meta device there is nothing to draw, and the call would import sympy for seconds.
     if not convolution.weight.is_meta:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
@@ -147,7 +145,8 @@ def fold_batch_norm(network: ResNet18) -> ResNet18:
     """Merge each batch norm with the convolution before it (Jacob 2018, section 3.2).
 
     The network must be in evaluation mode. It is changed in place: it computes the same function up
-    to rounding, takes a fifth less time, and can no longer be trained.
+    to rounding, takes a fifth less time, and has no batch norm, so it should not be trained
+    further.
     """
     for module in list(network.modules()):
         if isinstance(module, (ResNet18, BasicBlock)):
@@ -168,9 +167,10 @@ def _fold(convolution: nn.Module, norm: nn.Module) -> nn.Conv2d:
 def supports_bfloat16(device: torch.device, num_bins: int, num_frames: int) -> bool:
     """Return whether to train on inputs of this size in bfloat16 on this device.
 
-    Many GPUs, and x86 CPUs with AVX512_BF16 or AMX, multiply bfloat16 in hardware. Other CPUs
-    emulate it, which is slow. If the output of the last stage is a single row or column, all CPUs
-    train in float32, because torch 2.11 computes NaN gradients for kernels that cover only padding.
+    Many GPUs, and x86 CPUs with AVX512_BF16 or AMX, multiply bfloat16 in hardware. All other CPUs
+    are treated as too slow, although some ARM CPUs also multiply bfloat16. If the output of the
+    last stage is a single row or column, all CPUs train in float32, because torch 2.11 computes NaN
+    gradients for kernels that cover only padding.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -208,36 +208,33 @@ def build_network(
     device: torch.device,
     encoder: EncoderCard | None = None,
 ) -> ResNet18 | EncoderHead:
-    """Build a network on a device: with pretrained weights, or weights drawn from the seed."""
+    """Build a network on a device. Weights that `pretrained` lacks are drawn from the seed."""
     torch.manual_seed(seed_of(recipe.seed))
     network = new_network(num_labels, encoder, recipe.head_units)
     network.load_state_dict(network.state_dict() | pretrained.state)
     return to_channels_last(network, device)
 
 
-def initial_weights(recipe: TrainConfig, shards: ShardCard) -> Pretrained:
-    """Read the initial weights of a training on these shards.
+def require_unseen_labels(
+    recipe: TrainConfig, encoder: EncoderCard, kinds: Iterable[CorpusKind]
+) -> None:
+    """Raise if new speakers are tested with an encoder that was trained with labels of the corpora.
+
+    Args:
+        recipe: the recipe. Its protocol decides whether new speakers are tested.
+        encoder: the encoder.
+        kinds: the kind of each corpus in the shards.
 
     Raises:
-        ConfigError: the shards lack the feature, or its encoder was trained with labels of the
-            corpus.
-        CheckpointError: the weights cannot be read.
+        ConfigError: the encoder may have seen the test speakers.
     """
-    encoder = shards.encoder_of(recipe.feature)
-    if encoder is None:
-        return read_pretrained(recipe.weights, len(shards.labels))
-    tests_new_speakers = recipe.protocol not in ("random", ALL)
-    # The card does not say which corpora `several` are, so the labels of any corpus count as seen.
-    has_seen_labels = shards.corpus in encoder.labelled or (
-        shards.corpus == "several" and encoder.labelled
-    )
-    if tests_new_speakers and has_seen_labels and not recipe.allow_seen_labels:
+    seen = sorted(CORPORA[kind] for kind in {*kinds} & {*encoder.labelled})
+    if seen and recipe.protocol not in ("random", ALL) and not recipe.allow_seen_labels:
         raise ConfigError(
             f"feature is {encoder.name}: this encoder was trained with labels of "
-            f"{CORPORA[shards.corpus]}, so the speakers that {recipe.protocol} tests are not new "
-            "to it; choose another encoder, or give --allow-seen-labels"
+            f"{' and '.join(seen)}, so {recipe.protocol} may test speakers that it has seen; "
+            "choose another encoder, or give --allow-seen-labels"
         )
-    return FRESH
 
 
 def read_pretrained(weights: str, num_labels: int) -> Pretrained:
@@ -259,7 +256,9 @@ def read_pretrained(weights: str, num_labels: int) -> Pretrained:
     expected = ResNet18(num_labels).state_dict()
     state = _fit(state, expected, origin)
     # Files from before torch 0.4.1 lack the batch-norm counters, which have no effect here.
-    missing = {key for key in expected.keys() - state.keys() if not key.endswith(BATCH_COUNTER)}
+    missing = {
+        key for key in expected.keys() - state.keys() if not key.endswith(".num_batches_tracked")
+    }
     if missing:
         origin += f"; fresh: {', '.join(sorted({key.split('.')[0] for key in missing}))}"
     return Pretrained(origin, state)

@@ -132,8 +132,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "crop_frames", "lr_min", "lr_max", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
-        at_least_0 = "fold", "validation_speakers", "seed", "weight_decay", "head_units"
-        for name in at_least_0:
+        for name in ("fold", "validation_speakers", "seed", "weight_decay", "head_units"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         if not 0 <= self.corpus_balance <= 1:

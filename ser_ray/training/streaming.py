@@ -5,8 +5,9 @@ but not on the number of workers. The steps and learning rates are the same, and
 resume in mid-epoch. But the clips of a shard are stored together, so it is fastest to read them
 together. `stream_order` shuffles the shards, and the clips within each shard, into one sequence.
 The sequence is cut into *lanes*, as many as a batch has clips, and each step uses the next clip of
-every lane. So the clips of a step come from many shards. With N workers, each worker has every N-th
-lane, and reads only the shards of its lanes.
+every lane. So the clips of a step come from different parts of the sequence, and mostly from
+different shards. With N workers, each worker has every N-th lane, and reads only the shards of its
+lanes.
 
 Streamed clips differ from resident clips in three points:
 
@@ -166,7 +167,7 @@ class Stream:
     labels: Tensor
     normalisation: Normalisation
     fetch: Fetch
-    weights: Tensor | None = None
+    weights: Tensor | None
 
     def __len__(self) -> int:
         return len(self.shard_of)

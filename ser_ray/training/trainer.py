@@ -8,19 +8,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
 
 from ser_ray.errors import DivergedError, MismatchError
-from ser_ray.features.config import KINDS, FeatureConfig
+from ser_ray.shards.card import ShardCard
 from ser_ray.training.augment import Augment
 from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import VALIDATION_PROBABILITIES, Progress, Snapshot
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Batch, FoldData, Source, steps_per_epoch
 from ser_ray.training.metrics import Scores, scores_of, selected_epoch
-from ser_ray.training.model import EncoderHead, ResNet18, supports_bfloat16
-from ser_ray.training.optim import optimiser_tensors, restore_optimiser, restore_schedule
+from ser_ray.training.model import Pretrained, build_network, supports_bfloat16
+from ser_ray.training.optim import (
+    build_optimiser,
+    one_cycle,
+    optimiser_tensors,
+    restore_optimiser,
+    restore_schedule,
+)
 from ser_ray.training.recipe import TrainConfig
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.world import World
@@ -34,7 +38,6 @@ class EpochReport:
         timestamp_ms: when the epoch ended, in milliseconds since 1970.
         row: metrics of the epoch, by their names in MLflow.
         learning_rates: learning rate of every step of the epoch.
-        confusion: `Scores.confusion` of the validation clips; empty without validation clips.
         is_selected: whether this epoch is the one that is selected so far (`TrainConfig.keep`).
         progress: results of all epochs so far. The next epoch changes this object.
     """
@@ -42,41 +45,48 @@ class EpochReport:
     timestamp_ms: int
     row: dict[str, float]
     learning_rates: list[float]
-    confusion: list[list[int]]
     is_selected: bool
     progress: Progress
 
 
 class Trainer:
-    """The state of a training in one worker process."""
+    """The state of a training in one worker process.
+
+    Args:
+        recipe: the recipe.
+        shards: the card of the shards.
+        data: the clips of the fold.
+        pretrained: initial weights that fit the network.
+        device: where the network is trained.
+        world: the workers.
+    """
 
     def __init__(
         self,
         recipe: TrainConfig,
+        shards: ShardCard,
         data: FoldData[Source],
-        features: FeatureConfig,
-        network: ResNet18 | EncoderHead,
-        optimiser: Optimizer,
-        schedule: OneCycleLR,
+        pretrained: Pretrained,
+        device: torch.device,
         world: World,
     ) -> None:
-        device = next(network.parameters()).device
         self.recipe, self.data, self.device, self.world = recipe, data, device, world
-        self.network, self.optimiser, self.schedule = network, optimiser, schedule
-        self.parallel = _data_parallel(network) if world.size > 1 else network
-        self.augment = Augment(recipe, features, len(data.labels), data.normalisation, device)
-        num_bins = len(data.normalisation.std)
-        self.autocast = recipe.feature in KINDS and supports_bfloat16(
-            device, num_bins, recipe.window_frames
-        )
+        encoder, num_labels = shards.encoder_of(recipe.feature), len(data.labels)
+        self.network = build_network(recipe, pretrained, num_labels, device, encoder)
+        self.parallel = _data_parallel(self.network) if world.size > 1 else self.network
+        self.augment = Augment(recipe, shards.features, num_labels, data.normalisation, device)
+        bins, frames = len(data.normalisation.std), recipe.window_frames
+        self.autocast = encoder is None and supports_bfloat16(device, bins, frames)
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps_per_epoch = steps_per_epoch(len(data.train), self.batch_size)
         self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.optimiser = build_optimiser(self.network, recipe)
+        self.schedule = one_cycle(self.optimiser, recipe, self.total_steps)
         self.losses = torch.zeros(self.steps_per_epoch, device=device)
         """Loss of each step of the epoch. Until `reduce_counts`, only this worker's share."""
         self.num_correct = torch.zeros((), device=device)
         """Correct predictions in this epoch. Until `reduce_counts`, only this worker's share."""
-        self.validation_probabilities = torch.zeros(0, len(data.labels), dtype=torch.float64)
+        self.validation_probabilities = torch.zeros(0, num_labels, dtype=torch.float64)
         """Probabilities of the last validation [clips, labels]; empty before the first."""
         self.progress = Progress()
         self.batches = data.train.batches(recipe, world, epoch=0, step=0)
@@ -181,15 +191,13 @@ class Trainer:
         progress.history.append(row)
         progress.times_ms.append(time.time_ns() // 1_000_000)
         is_selected = selected_epoch(progress.history, self.recipe.keep) == progress.epoch
-        confusion = [] if scores is None else scores.confusion.tolist()
         if is_selected:
-            progress.selected, progress.selected_confusion = row, confusion
+            progress.selected = row
+            progress.selected_confusion = [] if scores is None else scores.confusion.tolist()
         learning_rates = progress.learning_rates[-self.steps_per_epoch :]
         progress.epoch, progress.step = progress.epoch + 1, 0
         self._reset_counts()
-        return EpochReport(
-            progress.times_ms[-1], row, learning_rates, confusion, is_selected, progress
-        )
+        return EpochReport(progress.times_ms[-1], row, learning_rates, is_selected, progress)
 
     def reduce_counts(self, *, on_all_workers: bool = False) -> None:
         """Sum the losses and counts of the epoch over the workers.
@@ -205,8 +213,8 @@ class Trainer:
     def snapshot(self, card: CheckpointCard) -> Snapshot:
         """Copy the state for a checkpoint.
 
-        The card gets the temperature that fits the last validation. If there are no validation
-        clips, the card gets the recipe's temperature.
+        The card gets the temperature that fits the last validation, or 1 before the first. If there
+        are no validation clips, the card gets the recipe's temperature.
         """
         temperature = self.recipe.temperature
         if len(self.data.validation):
@@ -227,7 +235,8 @@ class Trainer:
         """Set the state to that of a snapshot.
 
         Raises:
-            MismatchError: the snapshot has another number of steps per epoch or another network.
+            MismatchError: the snapshot has another number of steps per epoch or another network, or
+                some of its tensors are missing.
         """
         state, progress = snapshot.state, Progress.from_dict(snapshot.progress)
         num_steps = len(progress.learning_rates)
@@ -242,9 +251,13 @@ class Trainer:
             if self.world.rank == 0:  # the counts are sums over all workers
                 self.losses.copy_(state["losses"])
                 self.num_correct.copy_(state["num_correct"])
+            num_validated = len(self.data.validation.truth) if progress.epoch else 0
+            shape = num_validated, len(self.data.labels)
+            probabilities = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.validation_probabilities = probabilities.copy_(state[VALIDATION_PROBABILITIES])
         except (RuntimeError, ValueError, KeyError) as error:
             raise MismatchError(
-                f"the checkpoint holds the state of another network ({str(error)[:200]}): give "
+                f"the checkpoint's state does not fit this training ({str(error)[:200]}): give "
                 "another --name to start afresh"
             ) from error
         restore_schedule(self.schedule, min(num_steps, self.total_steps - 1))
@@ -277,8 +290,6 @@ class Trainer:
 
     def _average_batch_norm(self) -> None:
         """Replace the batch-norm statistics of each worker by their mean over all workers."""
-        if self.world.size == 1:
-            return
         for value in self.network.buffers():
             if value.is_floating_point():  # the counter of batches is equal on all workers
                 self.world.all_reduce_sum(value).div_(self.world.size)

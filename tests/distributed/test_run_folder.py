@@ -13,7 +13,15 @@ from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
 from ser_ray.storage.lock import FolderLock
-from ser_ray.training.checkpoint import MODEL, PROGRESS, STATE, Progress, Snapshot, checkpoint_name
+from ser_ray.training.checkpoint import (
+    MODEL,
+    PROGRESS,
+    SELECTED,
+    STATE,
+    Progress,
+    Snapshot,
+    checkpoint_name,
+)
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Normalisation
 from ser_ray.training.recipe import TrainConfig
@@ -187,12 +195,15 @@ def test_a_stored_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert found.card.to_json() == CARD.to_json()
 
 
-def test_the_state_of_another_version_is_named(tmp_path: Path) -> None:
-    folder_of(str(tmp_path), snapshot(1, 1))
-    checkpoint = tmp_path / "run" / checkpoint_name(1)
-    (checkpoint / STATE).rename(checkpoint / "training_state.pt")
-    with pytest.raises(CheckpointError, match="another version of ser-ray wrote it"):
-        Snapshot.read(checkpoint)
+def test_a_selected_checkpoint_resumes_no_training(tmp_path: Path) -> None:
+    folder = folder_of(str(tmp_path), snapshot(1, 1))
+    newest = folder.newest()
+    assert newest is not None
+    (tmp_path / "model").mkdir()
+    folder.keep_selected(newest, {}, tmp_path / "model")
+    for model in (tmp_path / "model", tmp_path / "run" / SELECTED):
+        with pytest.raises(CheckpointError, match="a model without the state of its training"):
+            Snapshot.read(model)
 
 
 def test_the_selected_checkpoint_gets_a_fixed_name(storage: str, tmp_path: Path) -> None:
@@ -215,5 +226,5 @@ def test_another_recipe_under_the_name_is_refused_and_the_difference_named(stora
     folder.require_same(identity(0.1))
     folder.update_record(identity=identity(0.1))
     folder.require_same(identity(0.1))
-    with pytest.raises(CheckpointError, match=r"config is lr_max 0\.1 instead of 0\.2; give anot"):
+    with pytest.raises(CheckpointError, match=r"config differs: lr_max is 0\.1 instead of 0\.2"):
         folder.require_same(identity(0.2))

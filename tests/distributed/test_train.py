@@ -438,7 +438,7 @@ def test_a_finished_run_is_not_trained_again(world: World, uninterrupted: TrainR
 def test_another_recipe_or_other_shards_under_a_name_are_refused(
     world: World, uninterrupted: TrainResult
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"lr_max 0\.005 instead of 0\.01; give another"):
+    with pytest.raises(CheckpointError, match=r"lr_max is 0\.005 instead of 0\.01\); give another"):
         world.train("uninterrupted", config=replace(CONFIG, lr_max=0.01))
     card = Path(world.shards, "card.json")
     content = card.read_text()

@@ -33,8 +33,8 @@ class ListQueue:
 def test_an_epoch_is_forwarded_with_the_metrics_of_every_node() -> None:
     queue = ListQueue()
     epoch = {
-        "timestamp_ms": 1, "row": {"epoch": 3.0}, "learning_rates": [0.1], "confusion": [[1]],
-        "is_selected": True, "score": 3.0,
+        "timestamp_ms": 1, "row": {"epoch": 3.0}, "learning_rates": [0.1], "is_selected": True,
+        "score": 3.0,
     }  # fmt: skip
     reports: list[dict[str, Any]] = [
         epoch | {"system_metrics": {"10.0.0.1": {"cpu": 90.0}}},

@@ -511,7 +511,7 @@ def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monk
 
     assert start(RECIPE) == start(RECIPE)
     assert kept == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
-    with pytest.raises(CheckpointError, match="recipe is epochs 4 instead of 9; give another"):
+    with pytest.raises(CheckpointError, match="recipe differs: epochs is 4 instead of 9"):
         start(replace(RECIPE, epochs=9))
 
 

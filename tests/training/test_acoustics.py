@@ -78,8 +78,10 @@ def test_the_features_are_distributed_as_those_of_sound_under_the_condition(name
     real = EXTRACTOR.features(change(wave).astype(np.float32))[kind]
     normalisation = Normalisation(clean.mean(axis=1), clean.std(axis=1))
     acoustics = Acoustics(PLAIN, kind, FEATURES, normalisation, CPU)
-    batch = torch.from_numpy(normalisation.apply(clean)).float()[None, None]
-    valid = torch.ones(1, 1, 1, clean.shape[1], dtype=torch.bool)
+    num_frames = clean.shape[1]
+    normalised = normalisation.frames_first(clean[None], np.array([num_frames]), num_frames)
+    batch = torch.from_numpy(normalised).float().transpose(1, 2)[None]
+    valid = torch.ones(1, 1, 1, num_frames, dtype=torch.bool)
     drawn = Effects(**{key: torch.tensor([v]) for key, v in (NONE | conditions).items()})
     changed = acoustics.apply(batch, valid, drawn)[0, 0].numpy()
     found = changed * normalisation.std[:, None] + normalisation.mean[:, None]

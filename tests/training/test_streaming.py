@@ -155,7 +155,7 @@ def test_weighted_draws_are_the_same_clips_streamed_and_resident(memory_shards, 
 
 def test_resident_checkpoints_cannot_be_streamed(memory_shards, small, tmp_path):
     trained(memory_shards, tmp_path / "resident")
-    with pytest.raises(CheckpointError, match="ingest is 'resident' instead of 'stream'"):
+    with pytest.raises(CheckpointError, match="ingest differs: 'resident' instead of 'stream'"):
         trained(memory_shards, tmp_path, resume=tmp_path / "resident" / "1", stream=map)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from ser_ray.errors import CheckpointError, ConfigError, DivergedError
 from ser_ray.training import loop, model, trainer
 from ser_ray.training.calibration import fit_temperature
 from ser_ray.training.checkpoint import MODEL, STATE, read_card
-from ser_ray.training.data import Batch, load_fold, steps_per_epoch
+from ser_ray.training.data import Batch, load_fold
 from ser_ray.training.loop import MakeSnapshot, fit
 from ser_ray.training.model import Pretrained, ResNet18, to_channels_last
-from ser_ray.training.optim import build_optimiser, one_cycle
+from ser_ray.training.optim import one_cycle
 from ser_ray.training.recipe import AugmentConfig, TrainConfig
 from ser_ray.training.scoring import predict_clips
 from ser_ray.training.trainer import EpochReport
@@ -99,11 +100,7 @@ def test_onecycle_starts_at_lr_min_however_short_it_is(steps, peak_at):
 
 def new_trainer(shards, config: TrainConfig, device: torch.device = CPU) -> trainer.Trainer:
     data = load_fold(shards, config, device)
-    network = model.build_network(config, FRESH, len(data.labels), device)
-    optimiser = build_optimiser(network, config)
-    num_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
-    schedule, features = one_cycle(optimiser, config, num_steps), shards.card.features
-    return trainer.Trainer(config, data, features, network, optimiser, schedule, trainer.World())
+    return trainer.Trainer(config, shards.card, data, FRESH, device, trainer.World())
 
 
 def test_momentum_falls_while_the_learning_rate_rises(memory_shards):
@@ -197,6 +194,18 @@ def test_resuming_after_a_preemption_notice_equals_an_uninterrupted_training(
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
+def test_a_snapshot_soon_after_a_resume_has_the_temperature_of_the_last_validation(
+    memory_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "PREEMPTION_CHECK_STEPS", 1)
+    trained(memory_shards, tmp_path / "1")
+    is_asked = partial(next, iter([True]), False)
+    trained(memory_shards, tmp_path / "2", resume=tmp_path / "1" / "1", preemption_check=is_asked)
+    temperature = read_card(tmp_path / "1" / "1").temperature
+    assert temperature != 1
+    assert read_card(tmp_path / "2" / "notice").temperature == temperature
+
+
 def test_a_snapshot_does_not_change_while_training_continues(memory_shards, tmp_path):
     snapshots = []
     fit(CONFIG, memory_shards, FRESH, lambda _, make_snapshot: snapshots.append(make_snapshot()))
@@ -219,7 +228,7 @@ def test_validation_ua_equals_scikit_learns_on_the_same_predictions(memory_shard
     assert report.row["val/ua"] == pytest.approx(
         balanced_accuracy_score(truth, found.argmax(axis=1))
     )
-    assert np.sum(report.confusion) == len(truth)
+    assert np.sum(report.progress.selected_confusion) == len(truth)
     temperature = read_card(tmp_path / "3").temperature
     assert temperature == pytest.approx(fit_temperature(truth, found), rel=1e-6)
     assert temperature != 1
@@ -312,7 +321,7 @@ def test_bfloat16_is_chosen_by_the_size_of_the_trained_feature(monkeypatch):
 def test_a_checkpoint_of_another_training_is_refused(memory_shards, tmp_path):
     trained(memory_shards, tmp_path / "one")
     other = replace(CONFIG, lr_max=0.01)
-    with pytest.raises(CheckpointError, match=r"lr_max 0.005 instead of 0.01"):
+    with pytest.raises(CheckpointError, match=r"lr_max is 0.005 instead of 0.01"):
         trained(memory_shards, tmp_path / "two", other, resume=tmp_path / "one" / "1")
 
 
@@ -374,7 +383,7 @@ def _run_worker(rank: int, size: int, network: str, folder: str, config: TrainCo
         "lr": [rate for report in reports for rate in report.learning_rates],
         "loss": [report.row["train/loss"] for report in reports],
         "val/loss": [report.row["val/loss"] for report in reports],
-        "confusion": [report.confusion for report in reports],
+        "confusion": reports[-1].progress.selected_confusion,
         "validated": validated,
     }
     torch.save(result, f"{folder}/{rank}.pt")
