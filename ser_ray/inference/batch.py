@@ -2,13 +2,13 @@
 
 `predict_many` writes a table. `predict_under` scores files under simulated recording conditions.
 
-Ray Data processes the files in small blocks, so memory does not grow with the number of files.
-`predict_many` stores the answers of finished blocks, so the same command can resume with the
-remaining files. On CPUs, every actor decodes and scores. With GPUs, some actors decode on the CPUs
-and others score on the GPUs.
+Ray Data processes the files in small blocks, so memory holds the paths of all files, but the sound
+and features of only a few. `predict_many` stores the answers of finished blocks, so the same
+command can resume with the remaining files. On CPUs, every actor decodes and scores. With GPUs,
+some actors decode on the CPUs and others score on the GPUs.
 
 A file that cannot be scored gets a row too, even if it kills the process that decodes it. For this,
-each actor decodes in a child process, a `Sandbox`, which costs half a millisecond per file. Without
+an actor decodes in a child process, a `Sandbox`, which costs half a millisecond per file. Without
 a sandbox, Ray would send the block of such a file to one actor after another, without end.
 """
 
@@ -32,18 +32,20 @@ from ser_ray.errors import SerRayError, first_line
 from ser_ray.features.conditions import simulate
 from ser_ray.features.samples import Sound, cut
 from ser_ray.features.sandbox import Sandbox
+from ser_ray.grouping import in_groups
 from ser_ray.inference.prediction import Prediction, prediction_row, table_schema
 from ser_ray.inference.predictor import Predictor
 from ser_ray.inference.recordings import Decode, RecordingFeatures, RecordingReader
-from ser_ray.inference.results import in_groups, open_results, output_suffix
+from ser_ray.inference.results import open_results, output_suffix
 from ser_ray.progress import Report, count_files
 from ser_ray.storage.paths import absolute
 
 FILES_PER_BLOCK = 32
-"""If a pass is interrupted, the answers of unfinished blocks are lost."""
+"""Number of files in a block. The answers of unfinished blocks are lost in an interrupted pass."""
 WINDOWS_AT_ONCE = 256
-"""About how many windows are scored together. A recording of one hour has 2,300 windows. A
-block of recordings for a GPU is therefore sent through the object store in several batches."""
+"""A group of recordings that are scored together ends when it has this many windows. A recording is
+never divided; one of an hour has 2,300 windows. The decoders send each group to the GPUs as a batch
+of its own."""
 SECONDS_PER_FILE = 600.0
 """Time limit for decoding a file; a slower file is `unreadable`. A video of one hour in a bucket
 takes minutes."""
@@ -106,7 +108,7 @@ def predict_many(
             written.
         ResourcesError: a node of the cluster cannot open the files, or Ray deletes the folder of
             the output after the job.
-        SerRayError: the pass ended early.
+        SerRayError: the pass ended early, or the answers cannot be written.
     """
     output_suffix(output)
     require_kept(output)
@@ -143,7 +145,7 @@ def predict_under(
 
     Args:
         clips: files and segments of files.
-        conditions: names of `ser_ray.features.conditions.CONDITIONS`.
+        conditions: keys inside the groups of `ser_ray.features.conditions.CONDITIONS`.
         predictor: the model.
 
     Yields:
@@ -176,8 +178,13 @@ def _predict(
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing ray.data sets the level
     items = [
-        {"condition": condition, "clip": clip, "path": path}
-        | {"start": _or_nan(start), "end": _or_nan(end)}
+        {
+            "condition": condition,
+            "clip": clip,
+            "path": path,
+            "start": _or_nan(start),
+            "end": _or_nan(end),
+        }
         for condition in conditions
         for clip, (path, start, end) in enumerate(clips)
     ]
@@ -216,12 +223,12 @@ def _predict(
 def _group_by_windows(
     recordings: Iterable[RecordingFeatures],
 ) -> Iterator[list[RecordingFeatures]]:
-    """Yield the recordings in groups of about `WINDOWS_AT_ONCE` windows."""
+    """Yield the recordings in groups, each of which ends with `WINDOWS_AT_ONCE` windows or more."""
     return in_groups(recordings, lambda recording: len(recording.features), WINDOWS_AT_ONCE)
 
 
 def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value  # a float column cannot hold None
+    return math.nan if value is None else value  # a NumPy array of floats cannot hold None
 
 
 def _decode_clip(

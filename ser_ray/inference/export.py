@@ -93,14 +93,13 @@ class WaveformModel(nn.Module):
         constants = {
             "cosines": window * np.cos(angles),  # [window_length, bins]
             "sines": window * np.sin(angles),
-            "mel_bands": extract.mel_bands.toarray(),  # [mels, bins]
+            "mel_bands": extract.mel_bands.toarray().astype(np.float64),  # [mels, bins]
             "dct": dct(np.eye(config.num_mels), axis=0, norm="ortho")[: config.num_mfcc],
+            "mean": card.normalisation.mean.astype(np.float32)[:, None],
+            "std": card.normalisation.std.astype(np.float32)[:, None],
         }
         for name, values in constants.items():
-            self.register_buffer(name, torch.from_numpy(np.asarray(values, np.float64)))
-        for name in ("mean", "std"):
-            values = getattr(card.normalisation, name).astype(np.float32)
-            self.register_buffer(name, torch.from_numpy(values)[:, None])
+            self.register_buffer(name, torch.from_numpy(values))
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Compute the probabilities [labels] of a waveform [num_samples]."""
@@ -214,7 +213,7 @@ def export(checkpoint: Path, output: str, kind: Literal["onnx", "torch"]) -> Exp
     """Export a checkpoint to a path or URI, if the file has the probabilities of `Predictor`.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError, EncoderError: as in `Predictor`.
         ConfigError: no file system can open the output.
         ResourcesError: Ray deletes the folder of the output after the job.
         SerRayError: a package is missing, the probabilities differ, or the file cannot be written.

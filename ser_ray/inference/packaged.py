@@ -86,10 +86,12 @@ class PackagedModel:
 
     def _predict(self, row: dict[Any, Any]) -> Prediction:
         kinds = [kind for kind in ("path", "audio", "waveform") if kind in row]
-        if len(kinds) != 1 or (kinds == ["path"] and not isinstance(row["path"], str)):
+        if len(kinds) != 1:
             found = " and ".join(kinds) or "none of path, audio and waveform"
             raise ClipError("unreadable", f"the row has {found}; {ROW_FORMAT}")
         if kinds == ["path"]:
+            if not isinstance(row["path"], str):
+                raise ClipError("unreadable", f"path is not a string; {ROW_FORMAT}")
             return self.predictor.predict(row["path"])
         if kinds == ["audio"]:
             return self.predictor.predict_file(BytesIO(_file_bytes(row["audio"])), "audio")

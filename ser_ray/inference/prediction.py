@@ -48,21 +48,23 @@ class Prediction:
     path: str
     emotion: str | None = None
     probabilities: dict[str, float] | None = None
-    """Probability of every label; the sum is 1. For a long recording, the mean of its windows."""
+    """Probability of every label; the sum is 1. For a long recording, the mean of its windows. None
+    if the recording cannot be scored."""
     duration: float | None = None
     """Seconds of the complete recording."""
     timeline: tuple[WindowPrediction, ...] = ()
     """The windows with sound, if the recording has more sound than the longest training clip."""
     status: str = "ok"
     """ok, or why there is no emotion: unsure (no probability reaches the minimum confidence),
-    unreadable, unreachable, no_audio, too_short, too_long or silent."""
+    unreadable, unreachable, no_audio, too_short, too_long, silent or beyond_end (less than half
+    of the segment is inside the recording)."""
     reason: str | None = None
     """The reason for the status."""
     warning: str | None = None
     """A reason to doubt the prediction, such as a loud background."""
 
     def __str__(self) -> str:
-        return f"{shortest_names([self.path])[self.path]}: {self._summary()}"
+        return f"{printable(self.path.rpartition('/')[2])}: {self._summary()}"
 
     def _summary(self) -> str:
         if self.probabilities is None or self.emotion is None:

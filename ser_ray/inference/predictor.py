@@ -41,7 +41,9 @@ class Predictor:
             are less probable, its status is `unsure`, and it gets no emotion.
 
     Raises:
-        CheckpointError: the checkpoint is missing or incomplete.
+        CheckpointError: the checkpoint is missing or broken.
+        EncoderError: the weights of the model's encoder are missing or broken, or differ from those
+            of the training.
         ConfigError: `min_confidence` is not from 0 to 1.
     """
 

@@ -50,7 +50,7 @@ class RecordingFeatures:
     """One array for a clip, or one for each window. An encoder takes the waveform [num_samples]
     float32; every other network takes features [bins, frames] float16."""
     status: str = "ok"
-    """ok, unreadable, unreachable, no_audio, too_short, too_long or silent."""
+    """ok, or the reason in one word (see `Prediction.status`; never unsure)."""
     reason: str | None = None
     """The reason for the status."""
     warning: str | None = None

@@ -146,7 +146,7 @@ class PartialResults:
             The number of files by status, and by emotion.
 
         Raises:
-            SerRayError: the table cannot be written; the chunks remain.
+            SerRayError: the table cannot be written, or the chunks cannot be deleted.
         """
         statuses: Counter[str] = Counter()
         emotions: Counter[str] = Counter()
@@ -171,7 +171,7 @@ class PartialResults:
                 self._filesystem.delete_dir(self._folder)
         except OSError as error:
             raise SerRayError(
-                f"{self._path}: could not be written ({error}); the answers are kept in "
+                f"{self._path}: could not be finished ({error}); the answers are kept in "
                 f"{self._folder}, and the same command writes the table"
             ) from error
         return statuses, emotions

@@ -51,8 +51,8 @@ def clip_figure(
     middle.set_ylabel("kHz", fontsize=8)
     if timeline:
         rows = [labels.index(label) for _, _, label in timeline]
-        starts, ends = [start for start, _, _ in timeline], [end for _, end, _ in timeline]
-        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        starts = [start for start, _, _ in timeline]
+        lengths = [end - start for start, end, _ in timeline]
         panels[2].barh(rows, lengths, left=starts, height=0.7, color=VERMILION, alpha=0.6)
         panels[2].set_yticks(range(len(labels)), labels)
         panels[2].set_xlim(0, seconds)

@@ -52,8 +52,8 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
     """
     support = confusion.sum(axis=1)
     shares = confusion / np.maximum(support, 1)[:, None]
-    side = 0.46 * len(labels) + 1.5
-    figure = Figure(figsize=(max(side, WIDTH), max(side, WIDTH)), layout="constrained")
+    side = max(0.46 * len(labels) + 1.5, WIDTH)
+    figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     # Shares of correct predictions are positive, and those of wrong predictions are negative.
     signed = np.where(np.eye(len(labels), dtype=bool), shares, -shares)
@@ -119,7 +119,8 @@ def reliability_figure(
     # The frame must not cut off points at 0 or 100 %.
     on_top = {"clip_on": False, "zorder": 3}
     if before is not None:
-        upper.plot(*before, "--", color=GREEN, marker="s", label="before", alpha=0.7, **on_top)
+        label = "without calibration"
+        upper.plot(*before, "--", color=GREEN, marker="s", label=label, alpha=0.7, **on_top)
     upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **on_top)
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")

@@ -36,7 +36,7 @@ _ENCODERS = ((GREY, "D"), (BLUE, "v"), (VERMILION, "P"), (GREEN, "X"))
 
 
 def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
-    """Draw the validation UA of every trial with a score in order, and that of the best so far."""
+    """Draw the validation UA of each finished or pruned trial in order, and of the best so far."""
     axes = new_axes(3.4, xlabel="trial", ylabel="validation UA")
     scored = _scored(trials)
     for state, colour, marker in (("finished", BLUE, "o"), ("pruned", GREY, "x")):
@@ -57,10 +57,10 @@ def history_figure(trials: Sequence[TrialRow], title: str = "") -> Figure:
 
 
 def parameter_figure(trials: Sequence[TrialRow], name: str, title: str = "") -> Figure:
-    """Draw the validation UA of every trial with a score against a hyperparameter, by feature kind.
+    """Draw the validation UA of finished and pruned trials against a hyperparameter, by feature.
 
     The scale is logarithmic if all values are above 0 and the highest is at least ten times the
-    lowest. Trials that were stopped early have hollow points.
+    lowest. Pruned trials have hollow points.
     """
     axes = new_axes(3.2, xlabel=name, ylabel="validation UA")
     scored = _scored(trials)

@@ -1,8 +1,8 @@
 """The common style of all figures: colours, width, frame, legend and title.
 
 Figures are drawn without pyplot, so they need no display and no global state. The colours can be
-distinguished with any kind of colour vision (Okabe and Ito 2008). Lines also differ by their
-dashes, and points by their shapes.
+distinguished with the common kinds of colour blindness (Okabe and Ito 2008). Lines also differ by
+their dashes or width, and points by their shapes.
 """
 
 import textwrap

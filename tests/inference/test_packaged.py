@@ -272,7 +272,7 @@ assert ser_ray.__file__.endswith("any name/code/ser_ray/__init__.py"), ser_ray._
     [
         ({}, "none of path, audio and waveform; send"),
         ({"path": "a.wav", "audio": b""}, "the row has path and audio; send"),
-        ({"path": 1}, "the row has path; send"),
+        ({"path": 1}, "path is not a string; send"),
         ({"audio": "%"}, "neither base64 nor a data URI"),
         ({"waveform": "a.wav"}, "not one channel of numbers"),
         ({"waveform": [[0.1], [0.1, 0.2]]}, "not a list of numbers"),
