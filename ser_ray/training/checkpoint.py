@@ -217,7 +217,7 @@ def read_card(directory: Path) -> CheckpointCard:
         )
     try:
         return CheckpointCard.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint's card ({error})") from error
 
 

@@ -93,7 +93,7 @@ class CheckpointCard:
 
         Raises:
             CheckpointError: the card has another schema version.
-            ValueError, KeyError, TypeError, ConfigError: the text is not a card.
+            ValueError, KeyError, TypeError, OverflowError, ConfigError: the text is not a card.
         """
         values = read_object(text)
         version = values.pop("schema_version", None)

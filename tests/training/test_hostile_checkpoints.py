@@ -81,7 +81,8 @@ def test_any_json_is_used_or_refused_in_one_line(
     path.write_bytes(b"[" * 100_000)
     assert not is_answered(lambda: use(checkpoint))
     changes: list[dict[str, Any]] = [
-        {"config": None}, {"config": {"augment": []}}, {"labels": []}
+        {"config": None}, {"config": {"augment": []}}, {"labels": []},
+        {"normalisation": {"mean": 10**400, "std": [1.0]}},
     ]  # fmt: skip
     for changed in changes:
         if name == CARD:
