@@ -113,7 +113,7 @@ def test_without_a_copy_the_encoder_is_found_by_place_and_hash(
         Predictor(named)
     (named / ENCODER).unlink()
     (named / CARD).write_text(dataclasses.replace(card, encoder_file="gone").to_json())
-    with pytest.raises(EncoderError, match=r"encoder tiny are .*no such file.* put them into this"):
+    with pytest.raises(EncoderError, match=r"tiny cannot be read .*no such file.* put them into"):
         read_encoder(named, read_card(named))
 
 
