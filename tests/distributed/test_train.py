@@ -254,14 +254,29 @@ def test_a_training_begun_by_ray_goes_on_in_one_process_and_ends_the_same(
     assert_same(world, world.train("begun-by-ray"), uninterrupted)
 
 
-def command(world: World, name: str, **flags: str) -> list[str]:
+def command(world: World, name: str, config: TrainConfig = CONFIG, **flags: str) -> list[str]:
     """The command line of `world.train`."""
     flags = {
         "shards": world.shards, "name": name, "storage": str(world.folder / "runs"),
         "tracking_uri": world.store, "device": "cpu",
     } | flags  # fmt: skip
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", value)]
-    return [sys.executable, "-m", "ser_ray", "train", *words, *flags_of(CONFIG)]
+    return [sys.executable, "-m", "ser_ray", "train", *words, *flags_of(config)]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_fifty_short_trainings_end_with_status_0(world: World) -> None:
+    """Processes of Ray were seen to crash at their end (ray 51527)."""
+    config = replace(CONFIG, epochs=1)
+    for number in range(50):
+        on_ray = {"address": world.cluster.address} if number % 2 else {}
+        short = command(world, f"short-{number}", config, **on_ray)
+        done = subprocess.run(short, capture_output=True, text=True)
+        assert done.returncode == 0, f"training {number}: {done.stderr}"
+    runs = MlflowClient(world.store).search_runs(["0", "1"], "attributes.run_name LIKE 'short-%'")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 50
+    wait_for("the workers' end", lambda: not world.processes("RayTrainWorker"))
 
 
 def can_mount() -> bool:

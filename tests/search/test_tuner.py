@@ -257,6 +257,21 @@ def check_mlflow(result, uri: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_hundreds_of_short_trials_end_and_free_their_resources(two_cpus, shards, tmp_path):
+    config = TuneConfig(trials=300, space=("lr_max=loguniform(1e-4,1e-2)", "feature=choice(mel)"))
+    recipe, run = replace(RECIPE, epochs=1), run_config(tmp_path)
+    result = search(shards, recipe, run, config, SlotConfig(), show=lambda trials: None)
+    require_all_resources_free()
+    assert [trial.problem for trial in result.trials] == [""] * 300
+    client = MlflowClient(run.tracking_uri)
+    experiment = client.get_experiment_by_name(run.experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert [run.info.status for run in runs] == ["FINISHED"] * 301, "the trials' and their parent's"
+
+
+@pytest.mark.soak
 def test_a_grid_without_a_success_says_why(two_cpus, shards, tmp_path):
     config = TuneConfig(
         searcher="grid", space=(f"lr_max=choice({DIVERGES})", "lr_ratio=choice(2)",
