@@ -18,6 +18,7 @@ def write_shard_files(
 ) -> str:
     """Write memory shards as one shard, with the columns of some kinds; returns the folder.
 
+    The fingerprint follows from the name of the folder.
     All kinds hold the same values, as many bins of them as they have: each can be learned from.
     """
     memory = memory or make_memory_shards()
@@ -41,7 +42,7 @@ def write_shard_files(
         counts={"ok": int((table["window"].to_numpy() == 0).sum())},
         shard_numbers=(0,),
         shard_sizes=(num_rows,),
-        fingerprint="f00d" * 4,
+        fingerprint=f"{folder.name:f>16}",
     )
     write_card(str(folder), card)
     return str(folder)
@@ -50,7 +51,7 @@ def write_shard_files(
 def write_spelled(folder: Path, spelled: Mapping[str, str] | None = None, **card: object) -> str:
     """Write six speakers with 48 clips of neutral, calm, happy and sad, spelled as told.
 
-    Paths, values and fingerprint follow from the folder; `card` replaces values of the card.
+    Paths and values follow from the folder; `card` replaces values of the card.
     """
     memory = make_memory_shards(seed=len(folder.name), num_frames=26)
     names = [(spelled or {}).get(name, name) for name in memory.table["emotion"].to_pylist()]
@@ -62,6 +63,5 @@ def write_spelled(folder: Path, spelled: Mapping[str, str] | None = None, **card
     memory.card.labels = tuple(sorted(set(names)))
     location = write_shard_files(folder, memory)
     path = folder / CARD_NAME
-    values = {"fingerprint": f"{folder.name:f>16}"} | card
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | card))
     return location

@@ -123,14 +123,14 @@ def open_corpora(
 
     Raises:
         ShardsError: a location has no committed shard set.
-        ConfigError: no location is given, two sets have the same name or different features, or
-            the label map cannot be read, names unknown corpora or labels, or leaves no clip of a
-            set.
+        ConfigError: no location is given, two sets have the same clips, the same name or different
+            features, or the label map cannot be read, names unknown corpora or labels, or leaves no
+            clip of a set.
     """
-    unique = [locations] if isinstance(locations, str) else list(dict.fromkeys(locations))
-    if not unique:
+    given = [locations] if isinstance(locations, str) else locations
+    if not given:
         raise ConfigError("no shard set is given; give one or several, as in --shards a b")
-    sets = _by_name([open_shards(absolute(location)) for location in unique], known)
+    sets = _by_name([open_shards(absolute(location)) for location in given], known)
     _require_same_features(sets)
     set_labels = {name: shards.card.labels for name, shards in sets.items()}
     maps = map_labels(set_labels, label_map, labels)
@@ -155,7 +155,7 @@ def open_corpora(
             )
     members = [_member(name, sets[name], tables[name], maps[name]) for name in sets]
     kept = [maps[name][label] for name in sets for label in found[name] & maps[name].keys()]
-    return Corpora(", ".join(unique), _card(members, in_order(kept)), tuple(members))
+    return Corpora(", ".join(given), _card(members, in_order(kept)), tuple(members))
 
 
 def corpus_name(location: str) -> str:
@@ -167,16 +167,30 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     """Return {name: shard set}, sorted by name.
 
     The name is that of the known corpus with the same fingerprint, or else that of the folder.
+
+    Raises:
+        ConfigError: two sets have the same clips or the same name.
     """
+    uris: dict[str, str] = {}
+    for shards in sets:
+        if (other := uris.get(shards.card.fingerprint)) is not None:
+            what = (
+                "given twice" if other == shards.uri else f"a copy of {other}, with the same clips"
+            )
+            raise ConfigError(
+                f"{shards.uri} is {what}; give only one, so that no clip counts twice"
+            )
+        uris[shards.card.fingerprint] = shards.uri
     names = {corpus.fingerprint: corpus.name for corpus in known}
     kinds = {shards.card.corpus for shards in sets} - {"table"}
     named: dict[str, ShardSet] = {}
-    for shards in sets:
+    # Known corpora come first, because their names do not change if their folders are renamed.
+    for shards in sorted(sets, key=lambda shards: shards.card.fingerprint not in names):
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
         if name in named or (shards.card.corpus == "table" and name in kinds):
             raise ConfigError(
-                f"{shards.uri}: another corpus is called {name!r} too. Corpora are named after the "
-                "folders of their shard sets, so rename one of the folders"
+                f"{shards.uri}: another corpus is called {name!r} too. A corpus is named after the "
+                "folder of its shard set, so rename this folder"
             )
         named[name] = shards
     return dict(sorted(named.items()))

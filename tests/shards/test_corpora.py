@@ -132,9 +132,33 @@ def test_a_corpus_is_named_after_the_folder_of_its_shards(location):
     assert corpus_name(location) == "emodb"
 
 
+def test_a_set_and_its_copy_are_refused(pair, tmp_path, monkeypatch):
+    """A copy would have other speakers' names, so a clip could be for training and for the test."""
+    known = open_corpora(pair, "common").corpora
+    copy = write_spelled(tmp_path / "copy", SPELLED, fingerprint=known[1].fingerprint)
+    for corpora in ((), known):
+        with pytest.raises(ConfigError, match=r"copy is a copy of .*bb, with the same clips; give"):
+            open_corpora([*pair, copy], known=corpora)
+    monkeypatch.chdir(tmp_path)
+    for again in (pair[0], "a", "a/"):
+        with pytest.raises(ConfigError, match=r"/a is given twice; give only one"):
+            open_corpora([*pair, again])
+    with pytest.raises(ConfigError, match=r"is a copy of .*a, with the same clips"):
+        open_corpora([pair[0], str(tmp_path / "bb" / ".." / "a")])
+
+
+def test_the_folder_to_rename_is_that_of_the_set_that_the_model_does_not_know(pair, tmp_path):
+    known = open_corpora(pair).corpora
+    (tmp_path / "a").rename(tmp_path / "moved")
+    new = write_spelled(tmp_path / "a", fingerprint="2" * 16)
+    for sets in ([new, str(tmp_path / "moved")], [str(tmp_path / "moved"), new]):
+        with pytest.raises(ConfigError, match=f"{new}: another corpus is called 'a' too"):
+            open_corpora(sets, known=known)
+
+
 def test_sets_that_do_not_go_together_are_refused(pair, tmp_path):
-    with pytest.raises(ConfigError, match=r"another corpus is called 'a' too.*rename one"):
-        open_corpora([pair[0], write_spelled(tmp_path / "other" / "a")])
+    with pytest.raises(ConfigError, match=r"another corpus is called 'a' too.*rename this"):
+        open_corpora([pair[0], write_spelled(tmp_path / "other" / "a", fingerprint="2" * 16)])
     features = json.loads((Path(pair[0]) / CARD_NAME).read_text())["features"]
     other = write_spelled(tmp_path / "c", features=features | {"num_mfcc": 9})
     with pytest.raises(ConfigError, match=r"a and c were .* \(num_mfcc is 8 and 9\): prepare one"):
