@@ -81,14 +81,13 @@ def download(name: str) -> dict[str, torch.Tensor]:
     bundle = _bundle(name)
     options = {"map_location": "cpu", "progress": False, "weights_only": True}
     try:
-        tensors: dict[str, torch.Tensor] = bundle.get_model(dl_kwargs=options).state_dict()
+        return dict(bundle.get_model(dl_kwargs=options).state_dict())
     except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise EncoderError(
             f"the weights of {name} cannot be downloaded to {torch.hub.get_dir()}, or are damaged "
             f"there ({error}); put their file ({bundle._path}) on this machine and give "
             f"--encoder {name}=FILE"
         ) from error
-    return tensors
 
 
 def _bundle(name: str) -> Any:

@@ -2,9 +2,9 @@
 (`ser_ray.training.acoustics` adds similar effects to training clips.)
 
 `simulate` changes a decoded clip before its features are computed. The seed of the random numbers
-depends only on the condition and the clip's file name, so the result is the same on every machine.
-The result is 16-bit sound at the clip's own sample rate, clipped at full scale. Levels are in dB of
-full scale: a mean square of 1 is 0 dB.
+depends only on the condition and the clip's name, so another run, also on another machine, draws
+the same numbers. The result is 16-bit sound at the clip's own sample rate, clipped at full scale.
+Levels are in dB of full scale: a mean square of 1 is 0 dB.
 
 `CONDITIONS` defines the conditions. Noise has frequencies from 20 Hz to 8 kHz, or to half of the
 sample rate if that is lower. Pink noise has equal power in every octave. The level of speech is the
@@ -14,6 +14,7 @@ not count.
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -47,7 +48,7 @@ def simulate(condition: str, sound: Sound, name: str) -> Sound:
     Args:
         condition: name of one of `CONDITIONS`.
         sound: the decoded clip.
-        name: the clip's file name, which determines the random numbers.
+        name: the clip's file name, for a segment with its start. The random numbers depend on it.
     """
     seed = int.from_bytes(hashlib.blake2b(f"{condition} {name}".encode(), digest_size=8).digest())
     samples = sound.samples.astype(np.float64)
@@ -131,9 +132,8 @@ def _through_codec(
             output.mux(stream.encode(sent))
         output.mux(stream.encode(None))
     file.seek(0)
-    decoded = decode(file)
-    scale = 2**15 if decoded.samples.dtype == np.int16 else 1
-    received = soxr.resample(decoded.samples / scale, decoded.sample_rate, sample_rate)
+    decoded = decode(file, max_seconds=math.inf)  # the length of the clip was limited already
+    received = soxr.resample(decoded.samples, decoded.sample_rate, sample_rate)
     # The decoded sound may be a few samples longer or shorter than the clip.
     return np.pad(received, (0, max(0, len(samples) - len(received))))[: len(samples)]
 
@@ -158,12 +158,11 @@ def _level(
     return samples * 10 ** (decibels / 20)
 
 
-_QUIET = "white noise {} dB below full scale"
 CONDITIONS: dict[str, dict[str, tuple[str, Effect]]] = {
     "noise": {
-        "noise-60": (_QUIET.format(60), partial(_noise, "room", 60)),
-        "noise-50": (_QUIET.format(50), partial(_noise, "room", 50)),
-        "noise-40": (_QUIET.format(40), partial(_noise, "room", 40)),
+        "noise-60": ("white noise 60 dB below full scale", partial(_noise, "room", 60)),
+        "noise-50": ("white noise 50 dB below full scale", partial(_noise, "room", 50)),
+        "noise-40": ("white noise 40 dB below full scale", partial(_noise, "room", 40)),
         "white-20": ("white noise 20 dB below the speech", partial(_noise, "white", 20)),
         "pink-20": ("pink noise 20 dB below the speech", partial(_noise, "pink", 20)),
     },

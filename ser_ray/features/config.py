@@ -49,7 +49,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if origin is Literal:
-        return any(value is choice or value == choice for choice in inner)
+        return value in inner
     if origin is dict:
         return isinstance(value, dict) and all(
             _has_type(key, inner[0]) and _has_type(item, inner[1]) for key, item in value.items()
@@ -80,7 +80,8 @@ class FeatureConfig:
     f_min: float = 50.0
     """Lower edge of the mel filter bank in hertz; the upper edge is half the sample rate."""
     trim_db: float = 50.0
-    """The start and end of a clip are trimmed if they are this many dB below its loudest 10 ms."""
+    """The start and end of a clip are trimmed if they are this many dB below its loudest 10 ms, or
+    if they are steady noise."""
     trim_margin: float = 0.1
     """Seconds that are kept before the first and after the last sound, for quiet onsets."""
     min_seconds: float = 0.2
@@ -125,7 +126,7 @@ class FeatureConfig:
 
     @property
     def num_frames(self) -> int:
-        """Number of frames in `max_seconds`, which every array in the shards has."""
+        """Number of frames in `max_seconds`, which every array of these kinds has in the shards."""
         return self.frames_of(round(self.max_seconds * self.sample_rate))
 
     def frames_of(self, num_samples: int) -> int:
@@ -134,12 +135,8 @@ class FeatureConfig:
 
     def num_bins(self, kind: str) -> int:
         """Return the number of bins of one kind of feature: the first dimension of its arrays."""
-        bins = {
-            "spectrogram": self.window_length // 2 + 1,
-            "mel": self.num_mels,
-            "mfcc": self.num_mfcc,
-        }
-        return bins[kind]
+        spectrogram = self.window_length // 2 + 1
+        return {"spectrogram": spectrogram, "mel": self.num_mels, "mfcc": self.num_mfcc}[kind]
 
     @property
     def fingerprint(self) -> str:

@@ -1,10 +1,11 @@
 """First stage of a clip: the bytes of a file become mono samples.
 
-The first bytes of a file determine its format; its name is ignored. soundfile reads wavs, and the
-samples of a 16-bit mono wav stay unchanged. PyAV reads all other formats, and only the audio
-packets of a video. If one library cannot read a file, the other is tried. No file is trusted. The
-length is limited before and while samples are read. Playlists are refused, because they can name
-other files. Every failure except a lack of memory is a `ClipError` that says why.
+The first bytes of a file determine its format; its name is ignored. soundfile reads wavs whose
+header declares a valid length, and the samples of a 16-bit mono wav stay unchanged. PyAV reads all
+other files, and only the audio packets of a video. If one library cannot read a file, the other is
+tried. No file is trusted. The length is limited before and while samples are read. Playlists are
+refused, because they can name other files. Every failure except a lack of memory is a `ClipError`
+that says why.
 
 One rule holds for damage in all formats: sound that can be decoded is used, lost sound is counted
 in seconds (`Sound.lost_seconds`), and a clip that lost more than half of its sound is refused. If
@@ -47,6 +48,8 @@ W64 = "<4s12xQ"
 CHUNKS = {b"RIFF": "<4sI", b"RF64": "<4sI", b"RIFX": ">4sI", b"riff": W64}
 """`struct` format of the name and size of a chunk, by the first bytes of a wav. In W64, the size
 includes the name and the size itself."""
+PRINTABLE = frozenset(range(32, 127))
+"""Bytes of which the name of a chunk consists."""
 MAX_CHUNKS = 100
 """Largest number of chunks of a wav that are searched for samples; real files have fewer than
 ten."""
@@ -91,13 +94,12 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         raise ClipError("unreadable", str(error), failed="storage") from error
     except FileNotFoundError as error:
         # If the folder is missing too, a disk may not be mounted. Otherwise the clip was deleted.
-        parent = Path(file).expanduser().parent if isinstance(file, str) else None
-        has_folder = parent is None or "://" in str(file) or parent.exists()
-        reason = "the file does not exist" if has_folder else "its folder does not exist"
-        failed: Failure = "file" if has_folder else "storage"
-        raise ClipError("unreadable", reason, failed=failed) from error
+        is_local = isinstance(file, str) and "://" not in file
+        if is_local and not Path(str(file)).expanduser().parent.exists():
+            raise ClipError("unreadable", "its folder does not exist", failed="storage") from error
+        raise ClipError("unreadable", "the file does not exist", failed="file") from error
     except OSError as error:
-        failed = "storage" if isinstance(file, str) and "://" in file else "file"
+        failed: Failure = "storage" if isinstance(file, str) and "://" in file else "file"
         reason = f"reading failed: {error.strerror or error}"
         raise ClipError("unreadable", reason, failed=failed) from error
     except Exception as error:  # libraries raise errors of any kind for damaged files
@@ -248,17 +250,13 @@ def _find_chunks(wav: BinaryIO, layout: str) -> tuple[list[_Chunk], bool]:
             found.append(_Chunk(start, size, min(size, held)))
             if held and not size:
                 return found, False
-        elif found and not (_is_text(name) and start + size <= end):
+        elif found and not (PRINTABLE.issuperset(name) and start + size <= end):
             return found, is_after
         elif name == b"ds64":  # of RF64: the sizes of the file and of the samples
             long_size = int.from_bytes(wav.read(16)[8:], "little")
         is_after = bool(found) and name != b"data"
         place = min(start + size + -size % alignment, end)
     return found, True
-
-
-def _is_text(name: bytes) -> bool:
-    return all(32 <= letter < 127 for letter in name)
 
 
 def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:

@@ -50,7 +50,7 @@ CONSTRUCTORS = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
-    """The weights of an encoder, as they were published, and their card."""
+    """The weights of an encoder, as float32 and with the network's names, and their card."""
 
     card: EncoderCard
     tensors: dict[str, Tensor]
@@ -64,7 +64,7 @@ class EncoderWeights:
                 or NAME=FILE. FILE is an encoder file, or has the weights of the bundle NAME.
 
         Raises:
-            ConfigError: there is no such bundle.
+            ConfigError: there is no such bundle, or an encoder must not have this name.
             EncoderError: the weights cannot be downloaded or read, belong to another network, or
                 do not fit into memory.
         """
@@ -79,8 +79,7 @@ class EncoderWeights:
             if _has_card(path):
                 stored = cls.read(str(path))
                 return cls(replace(stored.card, name=name), stored.tensors)
-            tensors = _read_file(path, file)
-            return cls.from_tensors(bundle_card(name), tensors, file)
+            return cls.from_tensors(bundle_card(name), _read_file(path, file), file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":
@@ -144,7 +143,7 @@ class EncoderWeights:
 
 
 class Encoder(nn.Module):
-    """Maps waveforms to the mean of every layer over time. It is always in evaluation mode.
+    """Maps waveforms to the mean of every layer over time. It is built in evaluation mode.
 
     An encoder is pickled as NumPy arrays, so that all Ray processes on a machine share its memory.
     """

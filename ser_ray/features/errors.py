@@ -7,7 +7,8 @@ Failure = Literal["clip", "file", "storage"]
 
 
 class ClipError(Exception):
-    """A clip cannot become features. The run continues, and the outcomes give the reason."""
+    """A clip cannot become features. `prepare` and `predict` record the reason and continue, but
+    `prepare` stops if the storage failed."""
 
     def __init__(self, status: ClipStatus, reason: str, *, failed: Failure = "clip") -> None:
         super().__init__(status, reason)
@@ -17,7 +18,8 @@ class ClipError(Exception):
         """The reason for the outcome, for the owner of the corpus."""
         self.failed: Failure = failed
         """What failed: decoding the content (`clip`), reading this file (`file`), or the storage.
-        Only bad content fails every time. If the storage failed, other clips may fail too."""
+        Bad content fails in every run; in another run, the file or the storage may be readable. If
+        the storage failed, other clips may fail too."""
 
     def __str__(self) -> str:
         return f"{self.status}: {self.reason}"

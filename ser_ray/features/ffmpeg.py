@@ -277,11 +277,10 @@ def _declared_seconds(
     if name == "avi" or (name == "caf" and codec.startswith("pcm")):
         # FFmpeg computes `duration` from the file's size, not from the header.
         return float(stream.frames * (stream.time_base or 0))
-    if clip.format.name == "mp3":  # FFmpeg's duration is inexact if anything is attached
+    if name == "mp3":  # FFmpeg's duration is inexact if anything is attached
         per_frame = 1152 if stream.sample_rate >= 32_000 else 576
         return (num_frames * per_frame - ENCODER_SAMPLES) / stream.sample_rate
-    is_exact = any(name in clip.format.name for name in EXACT_LENGTH)
-    if not is_exact or stream.codec_context.name.startswith(ESTIMATED_CODECS):
+    if codec.startswith(ESTIMATED_CODECS) or not any(known in name for known in EXACT_LENGTH):
         return 0.0
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

@@ -77,15 +77,13 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
     """
     stretch = round(ENERGY_SECONDS * sample_rate)
     scale = np.float32(2**-15 if samples.dtype == np.int16 else 1)
-    powers, means = [], []
-    for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):  # saves memory
+    fits = []
+    for first in range(0, len(samples) + 1, BLOCK_STRETCHES * stretch):
         block = samples[first : first + BLOCK_STRETCHES * stretch] * scale
         even = len(block) // stretch * stretch
-        stretches, rest = block[:even].reshape(-1, stretch), block[even:]
-        mean, squares = _fit_lines(stretches)
-        means.append(mean)
-        powers.append(squares)
-    power = np.append(np.concatenate(powers), _fit_lines(rest[None])[1]) / stretch
+        fits.append(_fit_lines(block[:even].reshape(-1, stretch)))
+    means, squares = (np.concatenate(parts) for parts in zip(*fits, strict=True))
+    power = np.append(squares, _fit_lines(block[None, even:])[1]) / stretch
     loudest = power.max()
     threshold = loudest * 10 ** (-trim_db / 10)
     heard = np.sort(power[:-1][power[:-1] > POWER_FLOOR])
@@ -99,7 +97,7 @@ def measure_loudness(samples: np.ndarray, sample_rate: int, trim_db: float) -> L
         threshold = max(threshold, quiet * 10 ** (margin_db / 10))
     # If the slope of a parabola changes by `c` from one stretch to the next, its power without the
     # best-fitting line is c**2 / 720.
-    rumble = np.sort(np.diff(np.concatenate(means), 2) ** 2 / 720)
+    rumble = np.sort(np.diff(means, 2) ** 2 / 720)
     noise = quiet + RUMBLE_SHARE * (rumble[-num_loud(len(rumble))] if len(rumble) else 0.0)
     return Loudness(stretch, power, threshold, float(10 * np.log10(loud / noise)))
 

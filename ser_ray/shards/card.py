@@ -54,7 +54,7 @@ class UsedCorpus:
         left_out = [f"{count} {label}" for label, count in self.left_out.items()]
         lines = [f"{self.name}: {self.clips} clips, {self.speakers} speakers", ", ".join(renamed)]
         lines.append(f"left out: {', '.join(left_out)}" if left_out else "")
-        return "; ".join(line for line in lines if line)
+        return "; ".join(filter(None, lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,12 @@ class ShardCard:
         """
         if kind in KINDS:
             return None
-        for encoder in self.encoders:
-            if encoder.name == kind:
-                return encoder
-        names = ", ".join([*KINDS, *(encoder.name for encoder in self.encoders)])
+        encoders = {encoder.name: encoder for encoder in self.encoders}
+        if kind in encoders:
+            return encoders[kind]
+        kinds = ", ".join([*KINDS, *encoders])
         raise ConfigError(
-            f"feature is {kind}: the shards of {self.source} have {names}; `ser-ray prepare "
+            f"feature is {kind}: the shards of {self.source} have {kinds}; `ser-ray prepare "
             f"--encoder {kind}` adds an encoder"
         )
 
@@ -146,10 +146,9 @@ def make_card(
     """Make the card of a shard set from the committed shards with these numbers, ascending."""
 
     def read_shard(number: int) -> tuple[list[str], pa.Table]:
-        statuses = layout.read_table(shards, layout.outcomes_name(number), ["status"])[
-            "status"
-        ].to_pylist()
-        return statuses, layout.read_table(shards, layout.clips_name(number), FINGERPRINTED)
+        outcomes = layout.read_table(shards, layout.outcomes_name(number), ["status"])
+        clips = layout.read_table(shards, layout.clips_name(number), FINGERPRINTED)
+        return outcomes["status"].to_pylist(), clips
 
     counts: Counter[str] = Counter()
     sizes = []
@@ -184,9 +183,16 @@ def read_card(shards: str) -> ShardCard | None:
 
     Raises:
         ShardsError: the card cannot be read, is damaged, or has another version.
+        ConfigError: no filesystem can open the location.
     """
     try:
-        values = read_object(read_file(location_inside(shards, layout.CARD_NAME)))
+        content = read_file(location_inside(shards, layout.CARD_NAME))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ShardsError(f"{shards}: cannot be read ({error})") from error
+    try:
+        values = read_object(content)
         if (version := values["schema_version"]) != SCHEMA_VERSION:
             raise ShardsError(
                 f"{shards} has layout version {version}, and this program reads only version "
@@ -197,10 +203,6 @@ def read_card(shards: str) -> ShardCard | None:
             values[name] = tuple(values[name])
         values["encoders"] = tuple(map(EncoderCard.from_dict, values["encoders"]))
         return ShardCard(**values)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ShardsError(f"{shards}: cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ShardsError(
             f"{shards}/{layout.CARD_NAME} is not the card of a shard set ({error}); delete it, and "

@@ -122,10 +122,11 @@ def open_corpora(
         labels: the labels of the model to evaluate, if there is one.
 
     Raises:
-        ShardsError: a location has no committed shard set.
-        ConfigError: no location is given, two sets have the same clips, the same name or different
-            features, or the label map cannot be read, names unknown corpora or labels, or leaves no
-            clip of a set.
+        ShardsError: a location has no committed shard set, or a set cannot be read.
+        ResourcesError: as for `open_shards`.
+        ConfigError: no location is given, or no filesystem can open one; two sets have the same
+            clips, the same name or different features; or the label map cannot be read, names
+            unknown corpora or labels, or leaves no clip of a set.
     """
     given = [locations] if isinstance(locations, str) else locations
     if not given:
@@ -231,6 +232,7 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
     sizes = [size for member in members for size in member.shard_sizes]
     identity = [(m.corpus.name, m.corpus.fingerprint, m.corpus.labels) for m in members]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    shared = [item for item in cards[0].encoders if all(item in card.encoders for card in cards)]
     return ShardCard(
         corpus="synthetic" if "synthetic" in kinds else kind,  # captions must name it
         source=", ".join(member.corpus.name for member in members),
@@ -239,10 +241,6 @@ def _card(members: Sequence[Member], labels: tuple[str, ...]) -> ShardCard:
         counts=dict(counts),
         shard_numbers=tuple(range(len(sizes))),
         shard_sizes=tuple(sizes),
-        encoders=tuple(
-            encoder
-            for encoder in cards[0].encoders
-            if all(encoder in card.encoders for card in cards)
-        ),
+        encoders=tuple(shared),
         fingerprint=digest.hexdigest()[:16],
     )

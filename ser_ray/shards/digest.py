@@ -24,11 +24,9 @@ def sample_digest(samples: np.ndarray) -> str:
 
 def same_bytes(one: str, other: str) -> bool:
     """Return whether two files have the same bytes."""
-    sizes = []
-    for location in (one, other):
-        filesystem, path = filesystem_of(location)
-        sizes.append(filesystem.get_file_info(path).size)
-    return sizes[0] == sizes[1] and _digest(one) == _digest(other)
+    files = map(filesystem_of, (one, other))
+    sizes = {filesystem.get_file_info(path).size for filesystem, path in files}
+    return len(sizes) == 1 and _digest(one) == _digest(other)
 
 
 def _digest(location: str) -> str:

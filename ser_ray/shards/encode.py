@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,10 @@ ACTORS_PER_GPU = 2
 """While one actor decodes, the other encodes."""
 
 
-def load_encoders(shards: str, sources: Sequence[str], features: FeatureConfig) -> list[Any]:
-    """Load the named `EncoderWeights`, from the shard set if they are stored there.
+def load_encoders(
+    shards: str, sources: Sequence[str], features: FeatureConfig
+) -> "list[EncoderWeights]":
+    """Load the named encoders. Weights that are stored in the shard set are not downloaded again.
 
     Args:
         shards: folder or URI of the shard set.
@@ -114,29 +117,31 @@ def add_encoders(
         The new card of the shard set, and a warning for each column that lacks clips.
 
     Raises:
-        ShardsError: a recording cannot be read or has changed, or the job failed.
+        ShardsError: a recording cannot be read or has changed, another run took over the lock, or
+            the job failed.
+        EncoderError: a stored file of weights has no valid card, or an encoder cannot be built.
+        ResourcesError: no cluster answers, or a node cannot open the recordings or the shards.
     """
     named = {weights.card.name: weights for weights in encoders}
-    before = {item.name: item for item in card.encoders} | _stored(shards)
-    cards = before | {name: weights.card for name, weights in named.items()}
-    missing = {name: missing_shards(shards, card, cards[name]) for name in sorted(cards)}
-    is_needed = any(missing[name] for name in named)
-    with cluster(address, has_actor_pool=True) if is_needed else nullcontext():
+    cards = {item.name: item for item in card.encoders} | _stored(shards)
+    cards |= {name: weights.card for name, weights in named.items()}
+    numbers = {name: missing_shards(shards, card, cards[name]) for name in sorted(cards)}
+    incomplete = {name for name in numbers if numbers[name]}
+    with nullcontext() if incomplete.isdisjoint(named) else cluster(address, has_actor_pool=True):
         for name, weights in named.items():
             _store_weights(location_inside(shards, layout.weights_name(name)), weights)
-            if missing[name]:
+            if name in incomplete:
                 logger.info("%-12s %s", "encoder", name)
-                _write_column(shards, card, weights, missing.pop(name), lock, progress)
-    complete = [cards[name] for name in sorted(cards) if not missing.get(name)]
-    notes = [
-        f"the column {name} lacks clips, so it cannot be trained on: give --encoder {name}"
-        for name, numbers in missing.items()
-        if numbers
-    ]
-    if tuple(complete) != card.encoders:
-        card = replace(card, encoders=tuple(complete))
+                _write_column(shards, card, weights, numbers[name], lock, progress)
+    lacking = sorted(incomplete - named.keys())
+    complete = tuple(cards[name] for name in numbers if name not in lacking)
+    if complete != card.encoders:
+        card = replace(card, encoders=complete)
         write_card(shards, card)
-    return card, notes
+    return card, [
+        f"the column {name} lacks clips, so it cannot be trained on: give --encoder {name}"
+        for name in lacking
+    ]
 
 
 def _stored(shards: str) -> dict[str, EncoderCard]:
@@ -165,10 +170,9 @@ def missing_shards(shards: str, card: ShardCard, encoder: EncoderCard) -> list[i
         is_there = layout.feature_name(encoder.name, number) in found
         return not (is_there and is_current(shards, number, card.features, encoder))
 
+    numbers = card.shard_numbers
     with ThreadPoolExecutor(layout.REQUESTS_AT_ONCE) as pool:
-        return list(
-            itertools.compress(card.shard_numbers, pool.map(is_missing, card.shard_numbers))
-        )
+        return list(itertools.compress(numbers, pool.map(is_missing, numbers)))
 
 
 def _write_column(
@@ -239,12 +243,7 @@ class _ShardEncoder:
             torch.set_num_threads(1)  # an actor has one CPU
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        number, name = int(batch["shard"][0]), self.encoder.card.name
-
-        def write() -> dict[str, int]:
-            num_clips = encode_shard(
-                self.shards, number, self.extractor, self.encoder, self.threads
-            )
-            return {layout.OK: num_clips}
-
-        return shard_result(layout.feature_name(name, number), write)
+        number, encoder = int(batch["shard"][0]), self.encoder
+        write = partial(encode_shard, self.shards, number, self.extractor, encoder, self.threads)
+        name = layout.feature_name(encoder.card.name, number)
+        return shard_result(name, lambda: {layout.OK: write()})

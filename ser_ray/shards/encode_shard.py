@@ -108,7 +108,11 @@ def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
 
 
 def _decode_windows(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
-    """Decode a file, and return the waveforms of its windows in the shard."""
+    """Decode a file, and return the waveforms of its windows in the shard.
+
+    Raises:
+        OSError: the file cannot be decoded, or its sound is not that of the clips in the shard.
+    """
     path, waveforms = windows[0]["path"], []
     try:
         recording = decode(path, max_seconds=MAX_RECORDING_SECONDS)
@@ -120,5 +124,8 @@ def _decode_windows(windows: list[dict[str, Any]], extractor: FeatureExtractor) 
     except ClipError as error:
         raise OSError(f"{path}: {error.reason}") from error
     if len(waveforms) != len(windows):
-        raise OSError(f"{path}: the file has changed since its clip was prepared")
+        raise OSError(
+            f"{path}: the file has changed since its clip was prepared, or this machine has "
+            "another version of a library, which decodes it differently"
+        )
     return waveforms

@@ -43,14 +43,12 @@ def shard_result(path: str, write: Callable[[], Mapping[str, int]]) -> pa.Table:
 
     Returns:
         The columns `path`, `failure`, `status` and `count`, with one row for each status. `failure`
-        is the reason why the file was not written, or empty.
+        is empty, or the reason why the file was not written; then there is one row without counts.
     """
-    counts: Mapping[str, int] = {"": 0}
-    failure = ""
     try:
-        counts = write()
+        counts, failure = write(), ""
     except OSError as error:
-        failure = error.strerror or str(error)
+        counts, failure = {"": 0}, error.strerror or str(error)
     columns = {"path": [path] * len(counts), "failure": [failure] * len(counts)}
     return pa.table(columns | {"status": list(counts), "count": list(counts.values())})
 

@@ -6,6 +6,8 @@
                                                file, of shard 12
     SHARDS/encoders/NAME/shard-00012.parquet   an encoder's features of these clips
     SHARDS/encoders/NAME/encoder.safetensors   the weights and card of the encoder
+    SHARDS/missing.csv                         the files that a table names but that do not exist;
+                                               written by `prepare`, absent if there are none
 
 A feature is stored as the bytes of a float16 array `[bins, frames]`. All arrays of a shard set have
 the same number of frames, so shorter clips are padded with zeros on the right. For an encoder, the
@@ -115,7 +117,7 @@ def require_no_other_files(shards: str) -> None:
     """Check that the folder `clips` has only files of a shard set.
 
     Raises:
-        ShardsError: the folder has another file.
+        ShardsError: the folder has another file, or has files although no outcomes were written.
     """
     has_outcomes = names_in(shards, OUTCOMES) is not None
     for name in names_in(shards, CLIPS) or ():

@@ -1,9 +1,10 @@
 """Decides which committed shards are still valid, and divides all other files into new shards.
 
 The plan depends on the manifest, the settings and the outcomes of the committed shards. A committed
-shard is kept if the feature settings and its rows of the manifest have not changed. All other files
-are sorted by path and divided into shards, which get the lowest free numbers. A run that continues
-an interrupted run, also on another machine, therefore writes the shards that were missing.
+shard is kept if the feature settings and its rows of the manifest have not changed, and none of its
+files has to be tried again. All other files are sorted by path and divided into shards, which get
+the lowest free numbers. A run that continues an interrupted run, also on another machine, therefore
+writes the shards that were missing.
 
 Segments of files are rows of the manifest too, and count as files in numbers of files.
 """
@@ -85,11 +86,11 @@ def shard_metadata(key: str, features: FeatureConfig) -> dict[bytes, bytes]:
 
 
 def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -> pa.Table:
-    """Return the manifest with the old modification times of files whose bytes have not changed.
+    """Return the manifest with the old modification times of local files with the same bytes.
 
-    A file with a new time but the same size is hashed and compared with the digest of the earlier
-    run, which is faster than decoding it again. With the old time, the file stays in its committed
-    shard.
+    A local file with a new time but the same size is hashed and compared with the digest of the
+    earlier run, which is faster than decoding it again. With the old time, the file stays in its
+    committed shard.
     """
     if not committed:
         return manifest
@@ -114,7 +115,8 @@ def restore_times(manifest: pa.Table, committed: Mapping[int, CommittedShard]) -
 def read_committed(shards: str) -> dict[int, CommittedShard]:
     """Read the committed shards of a shard set: {number: shard}.
 
-    Shards that are incomplete, damaged or of another version are left out.
+    Shards that are incomplete or of another version are left out, and so are damaged shards. Of the
+    clips, only the schema is read, so damage to their data is not noticed here.
     """
 
     def read_shard(number: int) -> CommittedShard | None:
@@ -176,8 +178,8 @@ def make_plan(
     needed = _rows_needed(manifest, is_kept, begins_shard)
     size = max(1, min(max_rows, math.ceil(len(manifest) / SHARDS_OF_SMALL_CORPUS)))
     rest = manifest.filter(pa.array(~is_kept))
-    is_used = set(kept)
-    free = (number for number in itertools.count() if number not in is_used)
+    used = set(kept)
+    free = (number for number in itertools.count() if number not in used)
     pending = {
         next(free): rest.slice(first, end - first) for first, end in _divide(needed, size, max_rows)
     }
@@ -239,11 +241,7 @@ def _divide(needed: np.ndarray, size: int, limit: int) -> Iterator[tuple[int, in
 
 
 def update_times(
-    shards: str,
-    listed: pa.Table,
-    restored: pa.Table,
-    features: FeatureConfig,
-    kept: Mapping[int, CommittedShard],
+    shards: str, listed: pa.Table, restored: pa.Table, kept: Mapping[int, CommittedShard]
 ) -> None:
     """Write the new modification times of unchanged files into the outcomes of the kept shards.
 
@@ -253,7 +251,6 @@ def update_times(
         shards: folder or URI of the shard set.
         listed: the manifest with the new times.
         restored: the result of `restore_times`.
-        features: the feature settings.
         kept: the committed shards that are still valid: {number: shard}.
     """
     touched = pc.fill_null(pc.not_equal(listed["modified"], restored["modified"]), False)
@@ -262,18 +259,17 @@ def update_times(
         if not pc.any(pc.is_in(committed.files["path"], value_set=paths)).as_py():
             continue
         rows = listed.take(pc.index_in(clip_keys(committed.files), value_set=all_keys))
-        outcomes = layout.read_table(shards, layout.outcomes_name(number))
-        outcomes = replace_column(outcomes, "modified", rows["modified"])
+        name = layout.outcomes_name(number)
+        outcomes = replace_column(layout.read_table(shards, name), "modified", rows["modified"])
+        features = committed.features
         metadata = shard_metadata(shard_key(rows, features), features)
-        layout.write_table(
-            shards, layout.outcomes_name(number), outcomes.replace_schema_metadata(metadata)
-        )
+        layout.write_table(shards, name, outcomes.replace_schema_metadata(metadata))
 
 
 def require_same_corpus(
     committed: Mapping[int, CommittedShard], manifest: pa.Table, shards: str
 ) -> None:
-    """Refuse to replace the shards of another corpus.
+    """Refuse to replace the shards of another corpus, or of a corpus that was moved.
 
     Raises:
         ShardsError: no file of the committed shards is listed.
@@ -283,9 +279,9 @@ def require_same_corpus(
     paths = pa.concat_tables(shard.files.select(["path"]) for shard in committed.values())["path"]
     if not pc.any(pc.is_in(paths, value_set=manifest["path"])).as_py():
         raise ShardsError(
-            f"{shards}: holds the shards of another corpus, {len(paths)} files such as {paths[0]}, "
-            "and none of them is in this corpus. Choose another folder with --shards, or delete "
-            "this folder"
+            f"{shards}: holds the shards of {len(paths)} files such as {paths[0]}, and none of "
+            "them is in this corpus: they are of another corpus, or this one was moved. Choose "
+            "another folder with --shards, or delete this folder"
         )
 
 

@@ -49,9 +49,6 @@ from ser_ray.storage.listing import NO_FILE
 from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import absolute, filesystem_of, location_inside
 
-NOT_SHARED = (
-    "with several machines, shards must be in a bucket or on a disk that all machines mount"
-)
 MISSING_NAME = "missing.csv"
 """A file in the shard set that lists missing files. The table of the corpus names these files, but
 they do not exist."""
@@ -113,11 +110,14 @@ def prepare(
             bar or log lines, are printed on standard error.
 
     Raises:
-        CorpusError: no corpus is found, no file of a table exists, or no file becomes a clip.
-        ConfigError: an encoder or a column is unknown.
-        ShardsError: another run writes to the folder, the folder holds another corpus, or a shard
-            could not be written.
-        EncoderError: the weights of an encoder cannot be loaded.
+        CorpusError: no corpus is found, the folder or all files of a table are missing, or no file
+            becomes a clip.
+        ConfigError: an encoder or a column is unknown, the sample rate is not that of the encoders,
+            or no filesystem can open a location.
+        ShardsError: another run writes to the folder, the folder holds another corpus or other
+            files, a shard or a recording cannot be read, or a shard could not be written.
+        EncoderError: the weights of an encoder cannot be loaded, or differ from those in the shard
+            set.
         ResourcesError: no cluster answers, or a node cannot open the corpus or the shards.
     """
     started = time.monotonic()
@@ -143,7 +143,7 @@ def prepare(
             if progress is None:
                 print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
             kept = {number: committed[number] for number in plan.kept}
-            update_times(config.shards, manifest, restored, config.features, kept)
+            update_times(config.shards, manifest, restored, kept)
             card = read_card(config.shards)
             with cluster(address) if plan.pending else contextlib.nullcontext():
                 if card is None or plan.pending or card.shard_numbers != tuple(plan.kept):
@@ -255,7 +255,10 @@ def _write_in_worker(rows: pa.Table, shards: str, extractor: FeatureExtractor) -
 
     def write() -> dict[str, int]:
         if layout.names_in(shards, layout.OUTCOMES) is None:
-            raise OSError(f"{socket.gethostname()} does not see the shards' folder; {NOT_SHARED}")
+            raise OSError(
+                f"{socket.gethostname()} does not see the shards' folder; with several machines, "
+                "shards must be in a bucket or on a disk that all machines mount"
+            )
         return write_shard(shards, number, rows.drop_columns("shard"), extractor)
 
     return shard_result(layout.clips_name(number), write)

@@ -2,8 +2,8 @@
 
     shards = ser_ray.open_shards("ser-ray-out/shards")
     shards.clips().to_pandas()                                  # a row per clip or window
-    shards.features("mel")                                      # [clips, bins, frames] float16
-    shards.features("wavlm_base_plus")                          # [clips, layers, dim] float16
+    shards.features("mel")                                      # [rows, bins, frames] float16
+    shards.features("wavlm_base_plus")                          # [rows, layers, dim] float16
     shards.torch_dataset("mel", protocol="speaker-3", fold=0, part="train")
     shards.ray_dataset("mel", protocol="speaker-3", fold=0, part="train")
 
@@ -211,7 +211,9 @@ class ShardSet:
             `card.labels`, and the number of frames that are not padding.
 
         Raises:
-            ConfigError: the protocol does not fit the speakers, or there is no such fold.
+            ShardsError: a file cannot be read, or the features do not fit into memory.
+            ConfigError: the protocol does not fit the speakers, there is no such fold, or the
+                shards do not have this kind of feature.
         """
         import torch
         from torch.utils.data import TensorDataset
@@ -268,8 +270,10 @@ def open_shards(uri: str) -> ShardSet:
     """Open a committed shard set.
 
     Raises:
-        ShardsError: there is no shard set, or it is unfinished.
-        ResourcesError: there is no shard set, and Ray deletes the folder of the path after a job.
+        ShardsError: there is no shard set, it is unfinished, or its card cannot be read.
+        ResourcesError: there is no finished shard set, and Ray deletes the folder of the path after
+            a job.
+        ConfigError: no filesystem can open the location.
     """
     card = read_card(uri)
     if card is not None:

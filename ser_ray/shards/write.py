@@ -1,7 +1,8 @@
 """Writes one shard. Its rows of the manifest become two Parquet files, the clips and the outcomes.
 
-The files have the same bytes on every machine. The clips are written first and the outcomes last,
-so a shard with outcomes is complete. Nothing here imports Ray.
+The files have the same bytes on machines with the same libraries and the same kind of CPU. The
+clips are written first and the outcomes last, so a shard with outcomes is complete. Nothing here
+imports Ray.
 
 Ray Data's `write_parquet` with its checkpoints was tried, but it does not meet these requirements:
 
@@ -56,7 +57,8 @@ def write_shard(
     Args:
         shards: folder or URI of the shard set.
         number: number of the shard.
-        rows: the shard's rows of the manifest. Rows that already have a status are not decoded.
+        rows: the shard's rows of the manifest. Rows that already have a status become no clips;
+            copies of a file are decoded only if they must be compared with it.
         extractor: computes the features.
 
     Raises:
@@ -164,12 +166,11 @@ def _make_clips(
 
 
 def _outcomes_table(rows: pa.Table, outcomes: Outcomes, opened: list[int]) -> pa.Table:
-    """Return the rows with their outcomes, and the digests of the files in the `opened` rows."""
+    """Return the rows with their outcomes, and the digests of the local files in `opened` rows."""
     paths = rows["path"].to_pylist()
     digest_of = {path: file_digest(path) for path in dict.fromkeys(paths[row] for row in opened)}
-    digests = [digest_of.get(path) for path in paths]
     columns = {
-        DIGEST: digests,
+        DIGEST: [digest_of.get(path) for path in paths],
         "status": [status for status, _ in outcomes],
         "reason": [reason for _, reason in outcomes],
     }
@@ -178,7 +179,11 @@ def _outcomes_table(rows: pa.Table, outcomes: Outcomes, opened: list[int]) -> pa
 
 
 def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
-    """Set the status `conflict` for files that have the name of a used file but other sound."""
+    """Set the status `conflict` for files that have the name of a used file but other sound.
+
+    Raises:
+        OSError: the storage failed.
+    """
     for row, (status, reason) in enumerate(outcomes):
         if status == "duplicate" and (reason or "").startswith(SAME_NAME):
             path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)

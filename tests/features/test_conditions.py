@@ -134,5 +134,10 @@ def test_a_condition_depends_on_the_name_alone_and_takes_any_clip(condition: str
     assert len(simulate(condition, Sound(np.zeros(4_410, np.int16), 22_050), "a").samples) == 4_410
 
 
+def test_a_long_clip_gets_through_a_codec() -> None:
+    """`decode` allows 3,600 s, so the round trip through a codec has to allow it too."""
+    assert not recorded("phone", np.zeros(601_000), 1_000).any()
+
+
 def test_the_command_line_offers_every_group() -> None:
     assert set(CONDITIONS) == set(get_args(Condition))
