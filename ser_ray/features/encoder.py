@@ -79,7 +79,8 @@ class EncoderWeights:
             if _has_card(path):
                 stored = cls.read(str(path))
                 return cls(replace(stored.card, name=name), stored.tensors)
-            return cls.from_tensors(bundle_card(name), _read_file(path, file), file)
+            tensors = _read_file(path, file)
+            return cls.from_tensors(bundle_card(name), tensors, file)
 
     @classmethod
     def read(cls, location: str) -> "EncoderWeights":

@@ -66,7 +66,7 @@ class FeatureExtractor:
         bounds = np.linspace(first, end, count + 1).round().astype(int).tolist()
         stretch = loudness.stretch
         windows = list(itertools.pairwise(bounds))
-        fewest = config.min_seconds * sample_rate / stretch if count > 1 else 0
+        fewest = config.min_seconds * sample_rate / stretch
         kept = [
             (start, stop)
             for start, stop in windows

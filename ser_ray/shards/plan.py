@@ -176,7 +176,7 @@ def make_plan(
             begins_shard[rows[0]] = True
     is_kept = np.isin(owners, kept)
     needed = _rows_needed(manifest, is_kept, begins_shard)
-    size = max(1, min(max_rows, math.ceil(len(manifest) / SHARDS_OF_SMALL_CORPUS)))
+    size = min(max_rows, math.ceil(len(manifest) / SHARDS_OF_SMALL_CORPUS))
     rest = manifest.filter(pa.array(~is_kept))
     used = set(kept)
     free = (number for number in itertools.count() if number not in used)

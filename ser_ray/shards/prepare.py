@@ -178,11 +178,7 @@ def prepare(
 
 
 def _complete(
-    config: PrepareConfig,
-    corpus: Corpus,
-    plan: Plan,
-    lock: FolderLock,
-    progress: Report | None,
+    config: PrepareConfig, corpus: Corpus, plan: Plan, lock: FolderLock, progress: Report | None
 ) -> ShardCard:
     """Write the pending shards, delete the shards that are not in the plan, and write the card.
 
