@@ -78,8 +78,8 @@ def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
         max_seconds: longer clips are `too_long`; no more than this is decoded.
 
     Returns:
-        The unchanged samples of a 16-bit mono wav (int16), or one channel (`to_mono`) of float32
-        with full scale ±1.
+        One channel (`to_mono`): float32 with full scale ±1, or int16 if soundfile reads 16-bit mono
+        samples, which then stay unchanged.
 
     Raises:
         ClipError: `no_audio`, `too_long` or `unreadable`, with the reason.
