@@ -515,7 +515,7 @@ def main(bench: Bench) -> None:
         for number in range(bench.rounds):
             rng = random.Random(f"{bench.seed}-{number}")
             work, fault = rng.choice(bench.work), rng.choice(bench.faults)
-            share = rng.uniform(0.2, 1.0)
+            share = rng.uniform(0.2, 0.8 if "worker" in fault else 1.0)  # workers end first
             if time.monotonic() > ends:
                 break
             bed.run_without_fault(work)
