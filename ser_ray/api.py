@@ -7,11 +7,11 @@
     print(ser_ray.evaluate(result.checkpoint))
     print(ser_ray.load_model(result.checkpoint).predict("clip.wav"))
 
-In every function, `address` is the address of the Ray cluster to join, or `local` to start Ray on
-this machine. The default is the variable RAY_ADDRESS; without this variable, the work is done on
-this machine. `tracking_uri` is the MLflow store with the runs and registered models. The verbs of
-`ser_ray.cli` call these functions. Every function imports its libraries when it is called, so that
-quick functions need not wait for slow libraries.
+`address` is the address of the Ray cluster to join, or `local` to start Ray on this machine. The
+default is the variable RAY_ADDRESS; without this variable, the work is done on this machine, and
+Ray is started there if the work needs Ray. `tracking_uri` is the MLflow store with the runs and
+registered models. The verbs of `ser_ray.cli` call these functions. Every function imports its
+libraries when it is called, so that quick functions need not wait for slow libraries.
 """
 
 import logging
@@ -163,6 +163,7 @@ def lr_range(
 
     Raises:
         DivergedError: the loss did not fall at any learning rate.
+        SerRayError: as `train`.
     """
     from ser_ray.distributed.lr_range import run_lr_range
 
@@ -189,7 +190,7 @@ def tune(
         slots: CPUs and GPUs of a trial.
 
     Raises:
-        SerRayError: no trial succeeded; the message gives the first reason.
+        SerRayError: as `train`, or no trial succeeded; the message gives the first reason.
     """
     from ser_ray.corpus.folds import CROSS_CORPUS, DEPENDENCE
     from ser_ray.search.trial_table import TrialTable
@@ -210,7 +211,7 @@ def refit(
     *,
     address: str = "",
 ) -> "TrainResult":
-    """Train the best recipe of a search again, to get its model."""
+    """Train the best recipe of a search again, to get its model; raises the errors of `train`."""
     from ser_ray.tracking.registry import name_like
 
     run_config = replace(run_config, name=name_like(result.best.run_id))
@@ -234,6 +235,9 @@ def crossval(
         run_config: devices, names and places of all trainings.
         config: seeds, folds, and the part that is scored.
         slots: CPUs and GPUs of a training.
+
+    Raises:
+        SerRayError: as `train`, or a training of a fold failed.
     """
     from ser_ray.search.crossval import crossval as run
     from ser_ray.search.crossval import plan_crossval
@@ -339,7 +343,8 @@ def register(
     Args:
         run_id: MLflow run of a training, a search or a cross-validation.
         name: name of the registered model.
-        alias: alias of the new version, whose address is then `models:/NAME@ALIAS`.
+        alias: alias of the new version, whose address is then `models:/NAME@ALIAS`. If empty, the
+            version gets no alias.
 
     Returns:
         The number of the version, and the model card as Markdown.
@@ -424,7 +429,7 @@ def evaluate(
     """Score a model, by default on the test part of its own fold.
 
     The scores of this part are recorded in the MLflow run and the page of the training, if the
-    checkpoint names them. Other scores are written to a page in `ser-ray-out/evaluations`.
+    checkpoint names them. Otherwise, the scores are written to a page in `ser-ray-out/evaluations`.
 
     Args:
         model: as in `load_model`.
@@ -443,6 +448,7 @@ def evaluate(
         CheckpointError, ShardsError, ConfigError: the shards are missing or do not fit the model,
             or the model was trained or validated on the speakers.
         TrackingError: there is no such run or registered model.
+        SerRayError: with `under`, Ray cannot be used, or the pass over the clips ended early.
     """
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of

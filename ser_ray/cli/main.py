@@ -1,8 +1,8 @@
 """`ser-ray <verb>`: parses the command line, runs a verb, and reports errors in one line.
 
-A verb is a dataclass. Each of its fields becomes a flag, and the field's docstring is the flag's
-help. If a field is a configuration dataclass of `ser_ray.api`, each field of that dataclass becomes
-a flag instead. Nothing slow is imported before a verb runs.
+A verb is a dataclass. Each of its fields becomes a flag or an argument, and the field's docstring
+is the help text. If a field is a dataclass of settings, each field of that dataclass becomes a flag
+instead. Nothing slow is imported before a verb runs.
 """
 
 import dataclasses

@@ -109,9 +109,7 @@ class Evaluate(ModelVerb, TableConfig):
             data["comparison"] = asdict(comparison)
             text += f"\nagainst {self.against}: {comparison}"
         command = next_command("predict", "FILE", model=self.model, tracking_uri=self.tracking_uri)
-        next_step = f"use it       {command}"
-        if evaluation.report:
-            next_step = f"report       {evaluation.report}\n{next_step}"
+        next_step = f"report       {evaluation.report}\nuse it       {command}"
         return VerbResult(data, text, next_step)
 
     def _score(self, model: str, under: tuple[Condition, ...]) -> "api.Evaluation":
@@ -151,7 +149,10 @@ class Predict(ModelVerb):
 
     @property
     def resumes(self) -> bool:  # type: ignore[override]
-        """Whether the predictions are stored in a table that the user named."""
+        """Whether the user named the table, so that the same command surely resumes the pass.
+
+        More than 48 files also go to a table, but their number is known only when they are listed.
+        """
         return bool(self.output)
 
     def run(self) -> VerbResult:

@@ -84,19 +84,16 @@ class Pipeline(Verb, TableConfig):
             model = trained.data["checkpoint"]
             say("model", f"scoring {model} on {self.shards}")
             evaluation = api.evaluate(model, (self.shards,), audio=self.run_config.audio)
-            evaluated = VerbResult(evaluation.to_dict(), str(evaluation))
-            steps = {"prepare": prepared, "train": trained, "evaluate": evaluated}
-            lines = [""]
+            data = {"prepare": prepared.data, "train": trained.data}
+            data["evaluate"] = evaluation.to_dict()
+            problem, lines = trained.problem, [""]
             if truth := choose_files(evaluation):  # empty if no clip is a complete file
-                predicted = steps["predict"] = Predict(files=tuple(truth), model=model).run()
+                predicted = Predict(files=tuple(truth), model=model).run()
+                data["predict"], problem = predicted.data, problem or predicted.problem
                 lines += [*prediction_lines(truth, predicted.data["predictions"]), ""]
-        lines += [f"test         {evaluated.text}", trained.text]
-        return VerbResult(
-            {name: step.data for name, step in steps.items()},
-            "\n".join(lines),
-            f"try it       {next_command('demo-ui', model)}",
-            problem=next((step.problem for step in steps.values() if step.problem), ""),
-        )
+        lines += [f"test         {evaluation}", trained.text]
+        next_step = f"try it       {next_command('demo-ui', model)}"
+        return VerbResult(data, "\n".join(lines), next_step, problem)
 
     def _check_inputs(self) -> None:
         """Report a wrong location or setting before anything slow starts."""

@@ -26,6 +26,7 @@ from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
+from ser_ray.tracking.database import SCHEME
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import SELECTED, read_card, read_network
 from ser_ray.training.checkpoint_card import CheckpointCard
@@ -66,7 +67,8 @@ def evaluate(
         CheckpointError: the directory is not a checkpoint, or the shards hold other features,
             unknown labels, or speakers that the model was trained or validated on.
         ShardsError: there is no committed shard set at that location.
-        ConfigError: these shards have no such protocol or fold, or no clip to score.
+        ConfigError: the locations, label map, protocol or fold do not fit, or there is no clip to
+            score.
     """
     card = read_card(checkpoint)
     shards = open_corpora(locations, label_map, known=card.corpora, labels=card.labels)
@@ -123,7 +125,8 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
 
     The record holds the `run_id` and `tracking_uri` of the MLflow run, and the locations of the
     `report` and the `shards`. If the run folder was moved or copied after the training, local paths
-    are adapted to the new place, so that nothing is written to the old place.
+    are adapted to the new place, so that nothing is written to the old place. The path of a shard
+    set changes only if the shard set was moved or copied too.
     """
     path = checkpoint / "run.json"
     if not path.is_file():
@@ -133,8 +136,8 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     new = str(checkpoint.absolute().parent)
     if checkpoint.name == SELECTED and old and "://" not in old and old != new:
         for name in ("tracking_uri", "report"):
-            origin[name] = _relocate(origin.get(name, ""), old, new)
-        for index, location in enumerate(origin.get("shards", ())):
+            origin[name] = _relocate(origin[name], old, new)
+        for index, location in enumerate(origin["shards"]):
             relocated = _relocate(location, old, new)
             if os.path.exists(relocated):  # noqa: PTH110
                 origin["shards"][index] = relocated
@@ -143,9 +146,9 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
 
 def _relocate(location: str, old: str, new: str) -> str:
     """Return the path of a file after the folder `old` was moved to `new`. URIs do not change."""
-    scheme = "sqlite:///" if location.startswith("sqlite:///") else ""
+    scheme = SCHEME if location.startswith(SCHEME) else ""
     path = location.removeprefix(scheme)
-    if not path or "://" in path:
+    if "://" in path:
         return location
     return scheme + os.path.normpath(os.path.join(new, os.path.relpath(path, old)))  # noqa: PTH118
 
@@ -237,7 +240,8 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     known_corpora = {corpus.name for corpus in card.corpora}
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
-    corpora = scored["corpus"].to_pylist() if "corpus" in scored.column_names else speakers
+    has_corpora = "corpus" in scored.column_names
+    corpora = scored["corpus"].to_pylist() if has_corpora else [""] * len(speakers)
     scored_and_seen = {
         speaker
         for speaker, corpus in zip(speakers, corpora, strict=True)

@@ -25,9 +25,10 @@ Row = dict[str, Any]
 REPORT = "report.html"
 """File name of a run's page, in the run folder and in the MLflow run."""
 GROUPS = ("speaker", "sex", "channel", "intensity", "statement")
-"""Columns whose values define groups of clips that are also scored, if the corpus has them."""
+"""Columns whose values define groups of clips that are also scored. A column is left out if the
+corpus lacks it or a value is missing."""
 CLIP_COLUMNS = ("path", "start", "end", "take", "corpus", *GROUPS, "emotion")
-"""Columns of the shard set that a table of predictions also has."""
+"""Columns of the shard set that a table of predictions also has, if the shard set has them."""
 NUM_HARDEST = 12
 """Number of the hardest clips that a page shows."""
 NOT_IN_METRIC_NAME = r"[^\w.\- ]"
@@ -50,8 +51,8 @@ class Evaluation:
     corpus: str
     """The kind of corpus that was scored (`ser_ray.corpus.words.CORPORA`)."""
     is_own_test: bool
-    """Whether this is the test part of the model's own fold. Only such scores are recorded in the
-    training's MLflow run."""
+    """Whether this is the test part of the model's own fold. Of the scores of `ser_ray.evaluate`,
+    only these are recorded in the training's MLflow run."""
     seen_speakers: tuple[str, ...]
     """Scored speakers that the model was trained or validated on, if the user allowed them."""
     predictions: pa.Table
@@ -107,7 +108,7 @@ class Evaluation:
 
     @cached_property
     def seeds(self) -> np.ndarray:
-        """Seed of the model that scored each clip [clips]; 0 if there is only one model."""
+        """Seed of the model that scored each clip [clips]; 0 without a column `seed`."""
         if "seed" in self.predictions.schema.names:
             return self.predictions["seed"].to_numpy()
         return np.zeros(len(self.truth), int)
@@ -146,7 +147,7 @@ class Evaluation:
 
     @cached_property
     def groups(self) -> dict[str, list[Row]]:
-        """{column: a row for each of its values}, for `corpus` and the columns `GROUPS`."""
+        """{column: a row for each of its values}, for several corpora and the columns `GROUPS`."""
         groups = {"corpus": self.corpus_rows} if self.corpus_rows else {}
         for name in GROUPS:
             if name in self.predictions.schema.names and not self.predictions[name].null_count:
@@ -170,7 +171,7 @@ class Evaluation:
 
     @property
     def corpus_lines(self) -> list[str]:
-        """A line with the scores of each corpus; empty for a single corpus."""
+        """A line with the scores of each corpus; empty if the clips are of one corpus."""
         return [
             f"  {row['corpus']:14} UA {row['ua']:6.1%} [{row['ua_low']:.1%}, "
             f"{row['ua_high']:.1%}], WA {row['wa']:6.1%}, {row['clips']} clips"
@@ -213,7 +214,7 @@ class Evaluation:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all results, as JSON values."""
+        """Return the scores, what they were measured on, and the hardest clips, as JSON values."""
         hardest = self.predictions.select(["path", "emotion", "predicted"]).take(self.hardest())
         return {
             "protocol": self.label,

@@ -188,7 +188,7 @@ def trial_page(
         selected = selected_row(history, recipe.keep)
         where = f"epoch {selected['epoch']:.0f}, validation, {scored_on(tags)}"
         scores = selected_scores(selected)
-        part = confusion_values("validation", where, np.asarray(confusion), labels, scores)
+        part = confusion_values("validation", where, [np.asarray(confusion)], labels, scores)
     return make_page(
         "run",
         "Trial",

@@ -10,9 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ser_ray.storage.atomic import write_file
-from ser_ray.storage.paths import filesystem_of
-
-TEMPLATES = Path(__file__).with_name("templates")
+from ser_ray.storage.paths import filesystem_of, read_file
 
 _PAGE_LINK = re.compile(r'<a href="[^"#:]+">(.*?)</a>', re.DOTALL)
 
@@ -49,12 +47,9 @@ def as_artifact(page: str) -> str:
 def stored_page(location: str) -> str:
     """Return the page at a path or URI; empty if it cannot be read."""
     try:
-        filesystem, path = filesystem_of(location)
-        with filesystem.open_input_stream(path) as stream:
-            page: str = stream.read().decode()
+        return read_file(location).decode()
     except OSError:
         return ""
-    return page
 
 
 @cache
@@ -62,7 +57,7 @@ def _environment() -> Environment:
     from ser_ray.plots.svg import inline_svg  # imports matplotlib, which is slow
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=lambda name: name is None or ".md" not in name,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -27,7 +27,8 @@ from ser_ray.training.metrics import Scores, selected_row
 from ser_ray.training.recipe import TrainConfig
 
 History = Sequence[Mapping[str, float]]
-"""A row for each epoch, with the keys epoch, train/loss, train/wa, val/loss, val/wa and val/ua."""
+"""A row for each epoch, with the keys epoch, train/loss and train/wa. With a validation part, a row
+also has val/loss and the scores of this part, such as val/ua."""
 
 _CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
 _HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
@@ -88,13 +89,12 @@ def part_values(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
     """Return the values that `part.html.jinja` needs for an evaluation."""
     labels = evaluation.card.labels
     scores = {title: evaluation.mean(name) for name, title in SCORES.items()}
-    confusion = evaluation.scores.confusion
-    base = confusion_values(evaluation.part, evaluation.measured_on, confusion, labels, scores)
+    confusions = [scores.confusion for scores in evaluation.by_seed.values()]
+    base = confusion_values(evaluation.part, evaluation.measured_on, confusions, labels, scores)
     calibration, uncalibrated = evaluation.calibration, evaluation.uncalibrated
     has_temperature = evaluation.card.temperature != 1
     return base | {
         "evaluation": evaluation,
-        "labels": label_rows([scores.confusion for scores in evaluation.by_seed.values()], labels),
         "intervals": {title: getattr(evaluation.intervals, name) for name, title in SCORES.items()},
         "speaker_bars": speakers_figure(evaluation.speaker_rows),
         "groups": [
@@ -114,11 +114,20 @@ def part_values(evaluation: Evaluation, *, audio: bool) -> dict[str, Any]:
 def confusion_values(
     part: str,
     measured_on: str,
-    confusion: np.ndarray,
+    confusions: Sequence[np.ndarray],
     labels: Sequence[str],
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the values that `part.html.jinja` needs if only the confusion counts are known."""
+    """Return the values that `part.html.jinja` needs if only counts and scores are known.
+
+    Args:
+        part: the part of the fold that was scored.
+        measured_on: what was scored, in words.
+        confusions: for each seed, counts as in `label_rows`.
+        labels: the labels, in the order of the counts.
+        scores: the scores of the part, by title.
+    """
+    confusion = np.sum(confusions, axis=0)
     return {
         "id": part,
         "title": f"{part.capitalize()} part",
@@ -127,7 +136,7 @@ def confusion_values(
         "scores": scores,
         "num_labels": int((confusion.sum(axis=1) > 0).sum()),
         "confusion": confusion_figure(confusion, labels),
-        "labels": label_rows([confusion], labels),
+        "labels": label_rows(confusions, labels),
         "intervals": {},
         "evaluation": None,
     }
@@ -189,6 +198,8 @@ def label_rows(confusions: Sequence[np.ndarray], labels: Sequence[str]) -> list[
 
 def headline(confusion: np.ndarray, labels: Sequence[str]) -> str:
     """Return sentences about the best label, the worst label and the most frequent confusion.
+
+    The frequency of a confusion is its share of the clips of the true label.
 
     Args:
         confusion: counts of at least one clip [labels, labels], with a row for each true label and

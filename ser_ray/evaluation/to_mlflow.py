@@ -1,7 +1,7 @@
 """Records trainings and evaluations in MLflow, and registers models there.
 
-The scores, tables, plots and page of an evaluation are logged to the MLflow run that trained the
-model. A registered model has a model card as its description.
+If a model is scored on the test part of its own fold, the scores, tables, plots and page are logged
+to the MLflow run that trained the model. A registered model has a model card as its description.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from ser_ray.plots.scores import confusion_figure, speakers_figure
 from ser_ray.plots.training import curves_figure, layer_weights_figure
 from ser_ray.tracking.registry import (
     SELECTED_BY,
+    TEST_SCORES,
     best_training_of,
     cross_validation_of,
     fetch_checkpoint,
@@ -106,7 +107,7 @@ def record_evaluation(evaluation: Evaluation, *, audio: bool) -> None:
             REPORT: as_artifact(page),
             "plots/test_confusion.png": confusion_figure(scores.confusion, labels, title),
             "plots/test_accuracy_by_speaker.png": speakers_figure(evaluation.speaker_rows, title),
-            "tables/test.json": evaluation.to_dict(),
+            TEST_SCORES: evaluation.to_dict(),
             "tables/test_predictions.csv": evaluation.predictions,
         }
     )
@@ -119,7 +120,7 @@ def register(run_id: str, name: str, alias: str, tracking_uri: str) -> tuple[str
     same recipe, if there is one.
 
     Raises:
-        TrackingError: there is no such run, or it has no model.
+        TrackingError: there is no such run, it has no model, or the store refuses the version.
     """
     run_id = best_training_of(run_id, tracking_uri)
     with TemporaryDirectory() as folder:

@@ -6,7 +6,6 @@ The name of a model is one of these:
 - a registered version: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -227,9 +226,7 @@ def recipe_of_run(run_id: str, tracking_uri: str) -> dict[str, Any]:
         "with --tracking-uri"
     )
     with as_tracking_error(f"{run_id}: no run with a recipe in {uri}", advice):
-        recipe: dict[str, Any] = json.loads(
-            mlflow.artifacts.load_text(f"runs:/{run_id}/config.json")
-        )
+        recipe: dict[str, Any] = mlflow.artifacts.load_dict(f"runs:/{run_id}/config.json")
     return recipe
 
 
@@ -282,8 +279,9 @@ def best_training_of(run_id: str, tracking_uri: str) -> str:
 
 
 def cross_validation_of(run_id: str, tracking_uri: str) -> "Run | None":
-    """Return the newest speaker-independent cross-validation of a run's recipe and shards.
+    """Return the newest cross-validation of a run's recipe and shards that tested other speakers.
 
+    Only cross-validations with scores of the test parts count, and none of the protocol `random`.
     The settings in FOLD_SETTINGS may differ. If there is none, return None.
 
     Raises:
@@ -335,11 +333,12 @@ def read_test_scores(run_id: str, tracking_uri: str) -> dict[str, Any] | None:
     """
     uri = resolve_uri(tracking_uri)
     client = connect(uri)
-    with as_tracking_error(f"{run_id}: cannot be read from {uri}"), TemporaryDirectory() as folder:
+    import mlflow
+
+    with as_tracking_error(f"{run_id}: cannot be read from {uri}"):
         if TEST_SCORES not in {item.path for item in client.list_artifacts(run_id, "tables")}:
             return None
-        path = client.download_artifacts(run_id, TEST_SCORES, folder)
-        scores: dict[str, Any] = json.loads(Path(path).read_text())
+        scores: dict[str, Any] = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TEST_SCORES}")
     return scores
 
 

@@ -106,7 +106,7 @@ def serve(store: str, port: int) -> int:
 
 
 def local_folder(store: str) -> Path:
-    """Return the folder on this machine for the database of a store; each store has another one."""
+    """Return the folder on this machine that holds the database of this store and of no other."""
     digest = hashlib.sha256(absolute(store).encode()).hexdigest()[:12]
     return (LOCAL / digest).expanduser()
 
@@ -123,9 +123,8 @@ def _authentication(folder: Path) -> dict[str, str]:
             f"[mlflow]\nmlflow_tracking_username = ser-ray\n"
             f"mlflow_tracking_password = {secrets.token_urlsafe(24)}\n"
         )
-        descriptor = os.open(credentials, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(content)
+        credentials.touch(0o600, exist_ok=False)
+        credentials.write_text(content)
     known = configparser.ConfigParser()
     known.read(credentials)
     settings = folder / "auth.ini"

@@ -212,7 +212,8 @@ def as_tracking_error(problem: str, advice: str = "") -> Iterator[None]:
         advice: ends the message and says what the user can do.
 
     Raises:
-        TrackingError: the store does not answer, is not a store, or lacks the requested item.
+        TrackingError: MLflow, its database or a file raised an error, or a package that the store
+            needs is not installed.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

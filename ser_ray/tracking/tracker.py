@@ -88,7 +88,8 @@ class Tracker:
                 empty, a new run is created.
 
         Raises:
-            TrackingError: the store does not answer, lacks the run, or cannot store artifacts.
+            TrackingError: the store does not answer, lacks the run, or cannot store artifacts; or
+                the run or the experiment was deleted.
         """
         client = connect(uri, create=True)
         problem = f"{uri}: the tracking store refused the run{f' {run_id}' if run_id else ''}"
@@ -256,7 +257,7 @@ class Tracker:
         self._retry_at = 0.0
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
+        """Set tags of the run. A text that is too long for a tag is cut off."""
         with self._writing():
             for key, value in tags.items():
                 self._client.set_tag(self.run_id, key, str(value)[:MAX_TAG_LENGTH])
