@@ -62,8 +62,8 @@ class Split:
     train_speakers: tuple[str, ...]
     validation_speakers: tuple[str, ...]
     test_speakers: tuple[str, ...]
-    tested_corpus: str = ""
-    """The name of the tested corpus, if the protocol is `cross-corpus`."""
+    tested_corpus: str
+    """The name of the tested corpus if the protocol is `cross-corpus`, and otherwise empty."""
 
     @property
     def speaker_dependent(self) -> bool:
