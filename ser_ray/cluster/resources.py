@@ -14,9 +14,10 @@ AUTOSCALER_CONFIG = Path(os.path.expanduser("~/ray_bootstrap_config.yaml"))  # n
 
 
 def require_workers(workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster has enough CPUs and GPUs for all workers.
+    """Check that there are enough CPUs and GPUs for all workers.
 
-    The CPUs and GPUs of nodes that the autoscaler may add count too.
+    They must be on the cluster or, without Ray, on this machine. The CPUs and GPUs of nodes that
+    the autoscaler may add count too.
 
     Args:
         workers: number of workers that run at the same time.
@@ -24,23 +25,23 @@ def require_workers(workers: int, cpus: float, gpus: float) -> None:
         gpus: GPUs of each worker.
 
     Raises:
-        ResourcesError: the cluster has too few CPUs or GPUs.
+        ResourcesError: there are too few CPUs or GPUs.
     """
     resources = max_resources()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
         available = resources.get(name, 0)
-        if workers * each > available:
-            who = f"{workers} workers need" if workers > 1 else "a worker needs"
-            raise ResourcesError(
-                f"{who} {format_resources({name: workers * each})}, but the cluster has "
-                f"{available:g}: "
-                + (
-                    "ask for fewer workers with --workers"
-                    if workers > 1
-                    else "join another cluster with --address"
-                )
-                + (", or train on CPUs with --device cpu" if name == "GPU" else "")
-            )
+        if workers * each <= available:
+            continue
+        who, advice = "a worker needs", "join a larger cluster with --address"
+        if workers > 1:
+            who, advice = f"{workers} workers need", "ask for fewer workers with --workers"
+        if name == "GPU":
+            advice += ", or train on CPUs with --device cpu"
+        place = "the cluster" if is_connected() else "this machine"
+        raise ResourcesError(
+            f"{who} {format_resources({name: workers * each})}, but {place} has {available:g}: "
+            f"{advice}"
+        )
 
 
 def has_gpus() -> bool:
@@ -103,7 +104,7 @@ def available_memory() -> int:
 
 
 def _container_limit(name: str) -> str:
-    """Return a limit of this process's container as text; empty if there is no limit."""
+    """Return a limit of this process's container (cgroup v2) as text; empty if there is none."""
     try:
         limit = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:

@@ -22,13 +22,7 @@ from safetensors import SafetensorError
 from ser_ray.cluster.resources import available_memory, cpus_per_worker
 from ser_ray.distributed.ingest import fetch_by_threads, should_stream
 from ser_ray.distributed.node_metrics import NodeMetrics
-from ser_ray.distributed.run_folder import (
-    Epoch,
-    OnEpoch,
-    RunFolder,
-    StoredCheckpoint,
-    TrainingTask,
-)
+from ser_ray.distributed.run_folder import Epoch, OnEpoch, RunFolder, StoredCheckpoint, TrainingTask
 from ser_ray.errors import SerRayError, first_line, is_permanent
 from ser_ray.training.checkpoint import Snapshot
 from ser_ray.training.loop import MakeSnapshot, fit
@@ -72,8 +66,10 @@ def train_in_process(task: TrainingTask, on_epoch: OnEpoch, *, gpu: bool) -> Non
                 trace = "".join(traceback.format_exception(error))
                 raise task.folder.failure(trace) from error
             failures += 1
-            reason = first_line(error)
-            logger.warning("the training failed (%s); it resumes from the last epoch", reason)
+            logger.warning(
+                "the training failed (%s); it is tried again from the newest checkpoint, if any",
+                first_line(error),
+            )
         else:
             return
 

@@ -16,7 +16,8 @@ class RunConfig:
     """Number of data-parallel workers, or a range such as 1..4 to use as many as the cluster has
     room for."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Train on GPUs (one for each worker) or on CPUs. auto uses GPUs if there are any."""
+    """Train on GPUs or on CPUs. auto uses GPUs if there are any. Each worker of `train` has one
+    GPU; `tune` and `crossval` can share a GPU between trials."""
     ingest: Ingest = "auto"
     """Keep the training clips in each worker's memory (resident), or read them again in every epoch
     (stream). auto streams if the clips need more than half of a worker's memory. Only `train`

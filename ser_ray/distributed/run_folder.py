@@ -4,6 +4,7 @@
     checkpoint-EEEE-SSSSSS  the training after E epochs and S steps of the next epoch
     selected                the selected checkpoint, after the training has finished
     report.html             the run's page, to which `evaluate` adds the test part
+    error.txt               the traceback of the latest training that failed, if there is one
 
 A run resumes from the newest complete checkpoint. The checkpoint that was selected at that time
 must be complete too. Ray keeps its own list of checkpoints, but rewrites this list in place, so a
@@ -98,9 +99,8 @@ class StoredCheckpoint:
 
     def epochs(self) -> Generator[Epoch]:
         """Yield the epochs that ended before the checkpoint was written."""
-        progress = self.progress
-        rates = learning_rates_by_epoch(progress)
-        rows, times = progress["history"], progress["times_ms"]
+        rates = learning_rates_by_epoch(self.progress)
+        rows, times = self.progress["history"], self.progress["times_ms"]
         for row, learning_rates, timestamp_ms in zip(rows, rates, times, strict=True):
             yield Epoch(row, learning_rates, timestamp_ms, is_restored=True)
 
@@ -307,7 +307,7 @@ class RunFolder:
             place = f"no trace could be written: {error}"
         return SerRayError(
             f"the training failed: {lines[-1] if lines else 'no reason given'} ({place}); the same "
-            "command resumes from the last epoch"
+            "command tries again from the newest checkpoint, if there is one"
         )
 
     def delete(self, name: str) -> None:
@@ -320,15 +320,14 @@ class RunFolder:
         while True:
             try:
                 self.filesystem.delete_dir(f"{self.path}/{name}")
+                return
             except FileNotFoundError:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
                     logger.warning("%s/%s could not be deleted: %s", self.location, name, error)
                     return
-                time.sleep(0.1)
-            else:
-                return
+            time.sleep(0.1)
 
     def _checkpoints(self) -> list[str]:
         selector = fs.FileSelector(self.path, allow_not_found=True)

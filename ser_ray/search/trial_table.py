@@ -10,13 +10,7 @@ from rich.table import Table
 from ser_ray.progress import clock
 from ser_ray.search.trial import TrialRecord
 
-STYLE = {
-    "waiting": "dim",
-    "running": "bold",
-    "finished": "green",
-    "pruned": "dim",
-    "failed": "red",
-}
+STYLE = {"waiting": "dim", "running": "bold", "finished": "green", "pruned": "dim", "failed": "red"}
 LOG_SECONDS = 60.0
 """In a log, the time between two lines about a running trial."""
 
@@ -50,10 +44,9 @@ class TrialTable:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
-            if self._trials:
-                self.console.print(self.table())
+        self._live.stop()
+        if self.console.is_terminal and self._trials:
+            self.console.print(self.table())
 
     def __call__(self, trials: list[TrialRecord]) -> None:
         """Show the current state of the trials."""

@@ -181,19 +181,20 @@ def _log_outcome(study: Study, result: TuneResult, config: TuneConfig) -> None:
 
     tracker, folder, trials, best = study.parent, study.folder, result.trials, result.best
     rows, importance = trial_rows(trials), importance_of(trials, config.dimensions)
+    counts = count_states(trials)
     tracker.log_params(best.recipe.to_dict())
     tracker.log_scores(selected_metrics(best.selected), now_ms())
     tracker.set_tags({"best.run_id": best.run_id})
     ua, wa = best.selected["val/ua"], best.selected["val/wa"]
     tracker.describe(
         Validation=f"UA {ua:.1%}, WA {wa:.1%} ({result.label}), the best of {len(trials)} trials "
-        f"({count_states(trials)}): trial {best.number}, run {best.run_id}. "
+        f"({counts}): trial {best.number}, run {best.run_id}. "
         f"To train it: `{result.train_command}`"
     )
     page = search_page(
         folder.name,
         rows,
-        counts=count_states(trials),
+        counts=counts,
         best=best.number,
         selected=best.selected,
         recipe=best.recipe,

@@ -34,5 +34,5 @@ def test_without_ray_the_nodes_are_this_machine_within_its_containers_limits(
     assert cpus_per_worker(1) == 4
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert not trains_on_gpus("auto")
-    with pytest.raises(ResourcesError, match=r"the cluster has 0: .* --device cpu"):
+    with pytest.raises(ResourcesError, match=r"this machine has 0: .* --device cpu"):
         require_workers(1, cpus=1, gpus=1)

@@ -303,7 +303,7 @@ def test_a_disk_that_was_full_while_checkpointing_costs_nothing(
     assert (tmp_path / "first").read_text() == "2\n"
     errors = (tmp_path / "errors").read_text()
     assert "No space left on device" in errors
-    assert "the same command resumes from the last epoch" in errors
+    assert "the same command tries again from the newest checkpoint" in errors
     assert (tmp_path / "second").read_text() == "0\n"
     require_same_weights(tmp_path, Path(uninterrupted.checkpoint))
 
