@@ -141,8 +141,8 @@ def minimal_ray_on_loopback() -> Iterator[None]:
         (utils, "get_dashboard_dependency_error", lambda: ImportError("not needed")),
         # Ray's own handler exits, also while Ray starts.
         (utils, "set_sigterm_handler", lambda handler: None),
+        *((Node, name, lambda node, **_: None) for name in UNUSED),
     ]
-    replacements += [(Node, name, lambda node, **_: None) for name in UNUSED]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, value in replacements:
         setattr(owner, name, value)

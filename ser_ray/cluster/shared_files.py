@@ -41,10 +41,9 @@ def require_shared(*locations: str) -> None:
             paths = [stack.enter_context(_marker_in(path)) for path in local.values()]
             missing_on = dict(zip(local, _nodes_without(paths, others), strict=True))
     elif resources.AUTOSCALER_CONFIG.exists():
-        new_nodes = ["the machines that the autoscaler starts"]
         root_device = Path("/").stat().st_dev  # a shared folder is a mount with another device
         missing_on = {
-            location: new_nodes
+            location: ["the machines that the autoscaler starts"]
             for location, path in local.items()
             if path.exists() and path.stat().st_dev == root_device
         }

@@ -112,9 +112,8 @@ def fields_outside_space(recipe: TrainConfig, config: TuneConfig) -> list[str]:
 
 def baseline_points(recipe: TrainConfig, config: TuneConfig) -> list[dict[str, Any]]:
     """Return the recipe as the first point to try; empty if the space does not contain it."""
-    if fields_outside_space(recipe, config):
-        return []
-    return [hyperparameters_of(recipe, config.dimensions)]
+    is_outside = fields_outside_space(recipe, config)
+    return [] if is_outside else [hyperparameters_of(recipe, config.dimensions)]
 
 
 def optuna_distribution(dimension: Dimension) -> Any:
