@@ -154,11 +154,11 @@ def _parse_value(text: str, field_type: Any, line: str) -> Any:
 def _check_range(distribution: str, values: tuple[Any, ...], field_type: Any, line: str) -> None:
     if len(values) != 2:
         raise ConfigError(f"space {line!r}: {distribution} needs a low and a high value")
-    usable = {int: ("integer",), float: ("loguniform", "uniform")}.get(field_type, ())
-    if distribution not in usable:
+    if field_type not in (int, float) or (field_type is int) != (distribution == "integer"):
+        usable = {int: "integer or choice", float: "loguniform, uniform or choice"}
         raise ConfigError(
             f"space {line!r}: {distribution} does not fit a field of type "
-            f"{field_type.__name__}: use {' or '.join([*usable, 'choice'])}"
+            f"{field_type.__name__}: use {usable.get(field_type, 'choice')}"
         )
     low, high = values
     if low >= high:

@@ -274,6 +274,16 @@ def test_a_server_that_answers_again_gets_everything_once(server, tmp_path, monk
     assert "Trial 3 of search: failed. ValueError: no good" in reports[2]
 
 
+def test_the_run_of_a_fold_says_that_it_belongs_to_a_cross_validation(server, tmp_path):
+    study, trial = open_study(server, tmp_path), TuneTrial("r", fold=1, seed=2)
+    study.tags = TAGS | {"kind": "cross-validation"}
+    study.on_trial_start(0, [trial], trial)
+    assert deliver(study)
+    recorded = server.runs["run-1"]
+    assert (recorded.name, recorded.tags["kind"]) == ("fold 1 seed 2", "fold")
+    assert recorded.lines["Run"] == "trial 1 of the cross-validation search"
+
+
 def test_epochs_that_a_server_missed_are_delivered_by_the_next_driver(server, tmp_path):
     study, trial = open_study(server, tmp_path), TuneTrial("r", lr_max=1e-2)
     study.on_step_begin(0, [trial])
