@@ -275,7 +275,7 @@ def worker_processes(bed: TestBed) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             for process in raylet(node).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    title = process.cmdline()[0]
+                    title = "".join(process.cmdline()[:1])  # empty for a process that has ended
                     if title.startswith("ray::") and title not in IDLE_TITLES:
                         found.append(process)
     return sorted(found, key=lambda process: process.pid)
