@@ -115,7 +115,8 @@ def _create(database: Path) -> None:
         if database.exists():
             return
         partial, complete = Path(made, "partial.db"), Path(made, "complete.db")
-        MlflowClient(tracking_uri=f"{SCHEME}{partial}")
+        with _without_waiting_for_the_disk():
+            MlflowClient(tracking_uri=f"{SCHEME}{partial}")
         with contextlib.closing(sqlite3.connect(partial)) as connection, connection:
             # MLflow's default location depends on the working directory.
             connection.execute(
@@ -124,6 +125,24 @@ def _create(database: Path) -> None:
             )
         shutil.copyfile(partial, complete)  # MLflow might still write to `partial`
         complete.rename(database)
+
+
+@contextlib.contextmanager
+def _without_waiting_for_the_disk() -> Iterator[None]:
+    """Let new connections of sqlite write without waiting until the disk has stored the data.
+
+    MLflow creates a database in some sixty transactions, which takes seconds if each one waits.
+    """
+    from sqlalchemy import Engine, event
+
+    def configure(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", configure)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", configure)
 
 
 @contextlib.contextmanager

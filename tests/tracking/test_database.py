@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy import Engine, event
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import database, store
@@ -244,6 +245,22 @@ def test_the_first_runs_of_several_processes_in_an_empty_folder_are_all_recorded
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"mlflow.db", "mlartifacts"}
     settings = tmp_path.glob("new/mlartifacts/one/*/artifacts/settings.json")
     assert [json.loads(file.read_text()) for file in settings] == [{}] * 3
+
+
+def test_only_the_creation_of_a_database_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def record(connection: sqlite3.Connection, _: object) -> None:
+        seen.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    event.listen(Engine, "connect", record)
+    try:
+        database.open_database(f"sqlite:///{tmp_path}/mlflow.db", create=True)
+        assert set(seen) == {0}
+        MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
+        assert seen[-1] == 2, "a stored run survives a failure of the machine"
+    finally:
+        event.remove(Engine, "connect", record)
 
 
 @pytest.mark.parametrize(
