@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 
 from ser_ray.errors import TrackingError
 from ser_ray.tracking import database, store
@@ -250,17 +250,16 @@ def test_the_first_runs_of_several_processes_in_an_empty_folder_are_all_recorded
 def test_only_the_creation_of_a_database_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     seen: list[int] = []
 
-    def record(connection: sqlite3.Connection, _: object) -> None:
-        seen.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+    def record(connection: Connection) -> None:
+        seen.append(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
 
-    event.listen(Engine, "connect", record)
+    event.listen(Engine, "begin", record)
     try:
-        database.open_database(f"sqlite:///{tmp_path}/mlflow.db", create=True)
-        assert set(seen) == {0}
-        MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
-        assert seen[-1] == 2, "a stored run survives a failure of the machine"
+        connect(f"sqlite:///{tmp_path}/mlflow.db", create=True)
     finally:
-        event.remove(Engine, "connect", record)
+        event.remove(Engine, "begin", record)
+    assert seen[0] == 0
+    assert seen[-1] == 2, "a stored run survives a failure of the machine"
 
 
 @pytest.mark.parametrize(
