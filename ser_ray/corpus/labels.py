@@ -58,8 +58,8 @@ def map_labels(
         labels: {corpus: its labels}.
         choice: `usual`, `common`, the location of a file, or empty.
         known: the labels of the model, if a model is evaluated. `usual` then spells a label as the
-            model does, and `common` only keeps labels of the model. The caller of `common` also
-            removes the labels that some corpus lacks.
+            model does, and `common` only keeps labels of the model. With `common`, the caller must
+            also remove the labels that some corpus lacks.
 
     Raises:
         ConfigError: the file cannot be read, or names an unknown corpus or label.
@@ -96,18 +96,17 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
 def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     """Read a label map from a CSV file, and check its names."""
     try:
-        text = read_file(location).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(read_file(location).decode("utf-8-sig")))
+        rows = [(f"{location}, line {reader.line_num}", row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
             f"{location}: this label map cannot be read ({error}); --label-map accepts usual, "
             "common or a CSV file with the columns corpus,label,as"
         ) from error
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"label", "as"} <= set(rows.fieldnames or ()):
+    if not {"label", "as"} <= set(reader.fieldnames or ()):
         raise ConfigError(f"{location}: a label map needs the columns corpus,label,as")
     entries = []
-    for row in rows:
-        where = f"{location}, line {rows.line_num}"
+    for where, row in rows:
         if None in row:
             raise ConfigError(f"{where}: has more values than the first line")
         corpus, label, new = ((row.get(name) or "").strip() for name in ("corpus", "label", "as"))
@@ -123,8 +122,8 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
         if not with_label:
             known = in_order(label for name in named for label in labels[name])
             raise ConfigError(
-                f"{where}: there is no label {label!r} in {' and '.join(named)}; known are "
-                f"{shorten(known, _LABELS_SHOWN)}"
+                f"{where}: there is no label {label!r} in {' and '.join(named)}; the known labels "
+                f"are {shorten(known, _LABELS_SHOWN)}"
             )
         for name in with_label:
             maps[name][label] = new

@@ -51,7 +51,7 @@ from ser_ray.training.recipe import TrainConfig
 RECORD = "run.json"
 TRACE = "error.txt"
 RAY_LIST = "checkpoint_manager_snapshot.json"
-"""Ray's list of checkpoints. Ray has no public function that ignores the list. A test of `train`
+"""Ray's list of checkpoints. Ray has no public option to ignore the list. A test of `train`
 fails if Ray renames the file."""
 DELETE_SECONDS = 5.0
 """How long to retry if a checkpoint cannot be deleted."""

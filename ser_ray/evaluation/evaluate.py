@@ -1,9 +1,10 @@
 """Scores a checkpoint on the clips of a shard set, and writes no files.
 
-Test parts are scored only here: epochs, trials and folds are selected by validation scores. By
-default, the test part of the checkpoint's own fold is scored. A fold of another protocol, or other
-shards, can be scored too. There, speakers that the checkpoint was trained or validated on are
-refused, unless the user allows them. Their names are then shown beside every score.
+Test parts are scored only here. Epochs, trials, and the fold whose model is registered are selected
+by validation scores. By default, the test part of the checkpoint's own fold is scored. A fold of
+another protocol, or other shards, can be scored too. There, speakers that the checkpoint was
+trained or validated on are refused, unless the user allows them. Their names are then shown beside
+every score.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 
 from ser_ray.corpus.folds import ALL
 from ser_ray.corpus.splits import one_clip_per_take
-from ser_ray.errors import CheckpointError, ConfigError, ShardsError
+from ser_ray.errors import CheckpointError, ConfigError, ResourcesError, ShardsError
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
@@ -57,7 +58,7 @@ def evaluate(
             all their labels.
         part: which part of the fold to score.
         protocol: protocol of the fold. If empty, shards of the training are scored with the
-            protocol of the training, and of other shards, all clips are scored.
+            training's protocol. Of other shards, all takes on the recipe's channel are scored.
         fold: number of the fold. None means the training's fold, or fold 0 of another protocol.
         allow_seen_speakers: also score speakers that the model was trained or validated on.
         probabilities: probabilities [clips, labels] of the part's clips before the temperature is
@@ -168,7 +169,7 @@ def shards_of(checkpoint: Path, default_locations: Sequence[str]) -> tuple[str, 
     candidates = [recorded] if recorded else []
     candidates += [(location,) for location in default_locations]
     for locations in candidates:
-        with suppress(ShardsError, ConfigError):
+        with suppress(ShardsError, ConfigError, ResourcesError):
             shards = open_corpora(locations, known=card.corpora)
             if shards.card.fingerprint == card.shards_fingerprint:
                 return locations

@@ -14,7 +14,7 @@ from ser_ray.command import flags_of
 from ser_ray.corpus.words import CORPORA
 from ser_ray.evaluation.evaluation import SCORES, Evaluation, Row
 from ser_ray.evaluation.rendering import render
-from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
 from ser_ray.features.transforms import FeatureExtractor
@@ -247,7 +247,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
     views = []
     for clip in evaluation.predictions.take(rows).to_pylist():
         try:
-            decoded = decode(clip["path"], max_seconds=MAX_RECORDING_SECONDS)
+            decoded = decode(clip["path"])
             (samples, sample_rate, _), _ = cut(decoded, clip["start"], clip["end"])
             waveform = extract.windows(samples, sample_rate)[0]
         except ClipError:

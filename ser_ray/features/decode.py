@@ -1,4 +1,4 @@
-"""First stage of a clip: the bytes of a file become mono samples.
+"""Decodes clips: the bytes of a file become mono samples.
 
 The first bytes of a file determine its format; its name is ignored. soundfile reads wavs whose
 header declares a valid length, and the samples of a 16-bit mono wav stay unchanged. PyAV reads all
@@ -41,7 +41,7 @@ from ser_ray.storage.packed import ROW, read_packed
 from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER, as_utf8, filesystem_of
 
 MAX_RECORDING_SECONDS = 3600.0
-"""Longer files are `too_long`, because they may not fit into a worker's memory."""
+"""By default, longer files are `too_long`, because they may not fit into a worker's memory."""
 UNKNOWN_LENGTH = 0x7FFFF000
 """Programs that write a wav to a pipe declare a length of 0 bytes, or of this many or more."""
 W64 = "<4s12xQ"
@@ -66,11 +66,11 @@ SMALL_FILE = 1 << 21
 """A file in a bucket with up to this many bytes (20 s of 16-bit mono at 48 kHz) is fetched with one
 request."""
 READ_AHEAD = 1 << 18
-"""Number of bytes per request for larger files. The first request can show that a video has no
-sound."""
+"""Number of bytes per request for larger files. It is small, because the first request may already
+show that a video has no sound."""
 
 
-def decode(file: str | BinaryIO, *, max_seconds: float = 600.0) -> Sound:
+def decode(file: str | BinaryIO, *, max_seconds: float = MAX_RECORDING_SECONDS) -> Sound:
     """Decode a clip.
 
     Args:
@@ -194,7 +194,9 @@ def _num_frames(file: BinaryIO) -> int:
     head = file.read(HEAD_BYTES)
     for name, place in FRAME_COUNTS.items():
         if (first := head.find(name)) >= 0:
-            return int.from_bytes(head[first + place : first + place + 4])
+            flags = int.from_bytes(head[first + 4 : first + 8])
+            if name == b"VBRI" or flags & 1:  # otherwise the table has no number of frames
+                return int.from_bytes(head[first + place : first + place + 4])
     return 0
 
 
@@ -212,14 +214,14 @@ class _Chunk(NamedTuple):
 def _sample_chunks(wav: BinaryIO, layout: str) -> tuple[BinaryIO | None, float, bool]:
     """Find the samples of a wav.
 
-    soundfile does not report missing bytes, so they are counted here. A recorder that did not
-    complete the header leaves an invalid length: 0, a placeholder, or a length after which no chunk
-    begins.
+    soundfile does not report missing bytes, so they are counted here. A length of UNKNOWN_LENGTH
+    or more means "until the end of the file", and counts as valid. Other headers that a recorder
+    did not complete have an invalid length: 0, or a length after which no chunk begins.
 
     Returns:
         A copy of the wav with its samples in one chunk, or None if no copy is needed or the copy
-        would be too large; the number of missing sample bytes divided by the number of those in the
-        file; and whether the declared length is valid.
+        would be too large; the number of missing sample bytes, divided by the number of sample
+        bytes that are in the file; and whether the declared length is valid.
     """
     chunks, has_length = _find_chunks(wav, layout)
     declared = sum(chunk.declared for chunk in chunks)
@@ -272,9 +274,9 @@ def _joined(wav: BinaryIO, layout: str, chunks: list[_Chunk]) -> BinaryIO:
 
 
 def _missing_share(file: BinaryIO) -> float:
-    """Return how many bytes are missing at the end of an ogg, Matroska or ASF file.
+    """Return the number of missing bytes at the end of a file, divided by the bytes before them.
 
-    The number is divided by the size of the file.
+    The file is an ogg, Matroska or ASF file. An incomplete last page of an ogg counts as missing.
 
     The length in seconds that Matroska and ASF declare is not used. It is that of the longest
     stream, and FFmpeg replaces it if bytes are missing. The result is negative if bytes are
@@ -297,7 +299,10 @@ def _missing_share(file: BinaryIO) -> float:
 
 
 def _missing_share_of_ogg(ogg: BinaryIO, size: int) -> float:
-    """Return the size of the last page divided by that of all before; 0 if it is complete."""
+    """Return the share of an incomplete last page; 0 if the page is complete.
+
+    The share is the size of the page divided by the size of all earlier pages.
+    """
     first = max(size - OGG_PAGE_BYTES, 0)
     ogg.seek(first)
     tail = ogg.read()
@@ -313,7 +318,7 @@ def _decode_with_soundfile(source: str | BinaryIO, max_seconds: float) -> Decode
     """Decode with soundfile; return None for a file that it cannot read."""
     try:
         with soundfile.SoundFile(source) as sound:
-            if sound.format == "RAW":  # soundfile knows only the suffix of the file
+            if sound.format == "RAW":  # libsndfile used only the file's suffix
                 return None
             seconds = sound.frames / sound.samplerate
             require_shape(sound.channels, sound.samplerate)

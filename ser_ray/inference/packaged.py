@@ -9,8 +9,8 @@ waveform   mono samples, floats in [-1, 1] or integers on the scale of int16; th
            `sample_rate` is their rate in hertz, by default 16000
 
 The output has a row for each recording with `emotion`, a probability for every label, `status`,
-`reason` and `warning`. The columns of the signature have the type Any: with the type double, MLflow
-refuses integers, and with the type binary, it refuses rows that use different columns.
+`reason` and `warning`. The input columns of the signature have the type Any: with the type double,
+MLflow refuses integers, and with the type binary, it refuses rows that use different columns.
 """
 
 import base64

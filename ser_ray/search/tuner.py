@@ -95,18 +95,19 @@ def search(
     require_same_validation_clips(recipe, config)
     shards = open_corpora(shards_location, recipe.label_map)
     searched = {dimension.name: dimension.values for dimension in config.dimensions}
-    features = {recipe.feature, *searched["feature"]}  # the default space has a feature
+    features = set(searched["feature"])  # the default space has a feature
+    encoders, others = sorted(features - {*KINDS}), sorted(features & {*KINDS})
     setup = TrialSetup(
         recipe=recipe,
         shards=shards,
-        # A trial with an encoder's feature needs no initial weights, and all others use the same.
-        # Encoders come first, so that the weights for the other features replace the empty ones.
+        # The initial weights do not depend on the feature, but heads on encoders have none. Their
+        # empty entries come first, and the entries of another feature replace them.
         pretrained={
             weights: read_initial_weights(
                 replace(recipe, feature=feature, weights=weights), shards, run.tracking_uri
             )
-            for feature in sorted(features, key=KINDS.__contains__)
-            for weights in sorted({recipe.weights, *searched.get("weights", ())})
+            for feature in (*encoders, *others[:1])
+            for weights in searched.get("weights", (recipe.weights,))
         },
     )
     with open_study(
@@ -169,7 +170,7 @@ def search_name(
     recipe: TrainConfig, config: TuneConfig, shards: ShardSet, features: Collection[str]
 ) -> str:
     """Return the name of a search. The same settings on the same shards give the same name."""
-    data = sorted({shards.card.fingerprint_of(feature) for feature in features})
+    data = sorted({shards.card.fingerprint_of(feature) for feature in {recipe.feature, *features}})
     identity = json.dumps(config.settings, sort_keys=True) + recipe.fingerprint + "".join(data)
     return f"tune-{recipe.protocol}-fold{recipe.fold}-{config.searcher}-{short_digest(identity)}"
 

@@ -185,7 +185,8 @@ def _by_name(sets: Sequence[ShardSet], known: Sequence[UsedCorpus]) -> dict[str,
     names = {corpus.fingerprint: corpus.name for corpus in known}
     kinds = {shards.card.corpus for shards in sets} - {"table"}
     named: dict[str, ShardSet] = {}
-    # Known corpora come first, because their names do not change if their folders are renamed.
+    # Known corpora come first, so that the error asks to rename the folder of another corpus. The
+    # name of a known corpus does not depend on its folder.
     for shards in sorted(sets, key=lambda shards: shards.card.fingerprint not in names):
         name = names.get(shards.card.fingerprint, corpus_name(shards.uri))
         if name in named or (shards.card.corpus == "table" and name in kinds):

@@ -16,9 +16,9 @@ def atomic_write(filesystem: fs.FileSystem, path: str) -> Iterator[pa.NativeFile
     If the block raises an error, `path` keeps its old content, or does not exist. The stream writes
     to a temporary file beside `path`, which is renamed at the end.
 
-    For a bucket, the temporary file is in this machine's folder for such files, and is uploaded at
-    the end. An object can be renamed only by copying it, and pyarrow has no way to discard a stream
-    into a bucket: closing it stores the incomplete object.
+    For a bucket, the temporary file is in this machine's temporary folder, and is uploaded at the
+    end. An object can be renamed only by copying it. A stream that writes to a bucket cannot be
+    discarded, because closing it stores the incomplete object.
     """
     if filesystem.type_name in ("s3", "gcs"):
         with TemporaryDirectory() as folder:

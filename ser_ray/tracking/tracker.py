@@ -2,8 +2,9 @@
 
 A training has one run, even if its workers or its driver are restarted. The tracker sends the
 metrics of each epoch in a few batched calls. If the store does not answer at the start, the tracker
-raises an error. If the store stops answering later, the tracker logs a warning, and keeps the
-metrics until the store answers again.
+raises an error. If the store stops answering later, `flush` logs a warning, and keeps the metrics
+until the store answers again. The other methods that use the store raise TrackingError, except
+`abandon`.
 """
 
 import logging
@@ -270,7 +271,9 @@ class Tracker:
         """
         problem = f"{self.uri}: {name} of run {self.run_id} cannot be read"
         with as_tracking_error(problem), TemporaryDirectory() as folder:
-            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
+            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text(
+                encoding="utf-8"
+            )
 
     def describe(self, **lines: str) -> None:
         """Replace the given lines of the run's description; an empty text removes its line."""
@@ -298,15 +301,26 @@ class Tracker:
 
     def log_model(self, checkpoint: Path, labels: Sequence[str]) -> None:
         """Package the model of a checkpoint directory, and log it under the run's name."""
-        import mlflow
+        from mlflow import pyfunc
+        from mlflow.models import Model
 
         from ser_ray.inference import packaged
 
-        name = model_name(str(self.read().info.run_name))
+        run = self.read()
         set_tracking_uri(self.uri)
-        with self._writing(), mlflow.start_run(run_id=self.run_id):
-            mlflow.pyfunc.log_model(
-                name=name,
+        with self._writing():
+            # `pyfunc.log_model` would use the run and the experiment that the process has set.
+            model = self._client.create_logged_model(
+                run.info.experiment_id,
+                name=model_name(str(run.info.run_name)),
+                source_run_id=self.run_id,
+                params=run.data.params,
+            )
+            Model.log(
+                artifact_path=None,
+                flavor=pyfunc,
+                run_id=self.run_id,
+                model_id=model.model_id,
                 loader_module=packaged.__name__,
                 data_path=str(checkpoint),
                 code_paths=[str(Path(__file__).parents[1])],

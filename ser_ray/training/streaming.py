@@ -11,7 +11,8 @@ lanes.
 
 Streamed clips differ from resident clips in three points:
 
-- Each lane reads one shard after another, so the clips are shuffled less than by a permutation.
+- Each lane reads one shard after another, so the clips are shuffled less than by a random
+  permutation of all clips.
 - A worker augments only its own clips, not the complete batch. Therefore the augmentation depends
   on the number of workers, most of all the pairs of clips in MixStyle and mixup.
 - A shard may be read by several workers, and several times by each of them.
@@ -103,7 +104,10 @@ class Lanes:
         return len(range(self.batch_size)[self.world.rank_slice])
 
     def step_ranges(self, epoch: int, step: int, length: int) -> list[StepRange]:
-        """Divide the steps of each epoch, from this step on, into ranges of at most `length`."""
+        """Divide the steps from this step to the end of the training into short ranges.
+
+        A range has at most `length` steps, all of the same epoch.
+        """
         num_steps = steps_per_epoch(len(self.shard_of), self.batch_size)
         return [
             StepRange(this_epoch, first, min(first + length, num_steps))

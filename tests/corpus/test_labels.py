@@ -60,11 +60,12 @@ def test_a_map_file_maps_its_labels_and_rows_of_a_corpus_win(tmp_path):
     [
         ("corpus,label,as\nc,ang,angry\n", "line 2: there is no corpus 'c'; the corpora are a, b"),
         ("corpus,label,as\n,ang,angry\na,ang,angry\n",
-         "line 3: there is no label 'ang' in a; known are anger, boredom, happiness"),
+         "line 3: there is no label 'ang' in a; the known labels are anger, boredom, happiness"),
         ("label,as\nangst,angry\n",
-         "line 2: there is no label 'angst' in a and b; known are ang, anger"),
+         "line 2: there is no label 'angst' in a and b; the known labels are ang, anger"),
         ("corpus,label,as\n\nb,hap,happy,glad\n", "line 3: has more values than the first line"),
         ("corpus;label;as\n", "needs the columns corpus,label,as"),
+        ('label,as\n"' + "x" * 200_000, "cannot be read .field larger than field limit"),
         (None, "cannot be read .*--label-map accepts usual, common or a CSV file"),
     ],
 )  # fmt: skip

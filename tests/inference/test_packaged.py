@@ -104,6 +104,27 @@ def store(tmp_path_factory) -> Store:
     return Store(tmp_path_factory.mktemp("store"))
 
 
+def test_a_model_is_logged_in_its_own_run_whatever_run_a_notebook_has_started(tmp_path):
+    """Without this, the error about the other run ended a complete training."""
+    import mlflow
+
+    make_checkpoint(tmp_path / "checkpoint")
+    uri = new_store(tmp_path)
+    dataset = dataset_of(cast(ShardSet, make_memory_shards()))
+    tracker = Tracker.start(uri, "ours", name="one", params={"a": 1}, tags={}, dataset=dataset)
+    mlflow.set_tracking_uri(uri)
+    theirs = mlflow.set_experiment("theirs").experiment_id
+    with mlflow.start_run() as run:
+        tracker.log_model(tmp_path / "checkpoint", LABELS)
+        assert mlflow.active_run().info.run_id == run.info.run_id
+    client = mlflow.MlflowClient(uri)
+    ours = tracker.read().info.experiment_id
+    (model,) = client.search_logged_models([ours, theirs])
+    assert (model.experiment_id, model.source_run_id) == (ours, tracker.run_id)
+    assert (model.name, model.params["a"], model.status) == ("one", "1", "READY")
+    assert [output.model_id for output in tracker.read().outputs.model_outputs] == [model.model_id]
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     return write_wav(tmp_path_factory.mktemp("clips") / "clip.wav", voice(1.2))
