@@ -453,7 +453,7 @@ def evaluate(
     from ser_ray.evaluation.evaluate import evaluate as run
     from ser_ray.evaluation.evaluate import shards_of
     from ser_ray.evaluation.pages import evaluation_page
-    from ser_ray.evaluation.rendering import store_page
+    from ser_ray.evaluation.rendering import store_page, stored_page
     from ser_ray.evaluation.to_mlflow import record_evaluation
     from ser_ray.storage.paths import short_digest
     from ser_ray.tracking.registry import local_model
@@ -481,8 +481,8 @@ def evaluate(
             record_evaluation(evaluation, audio=audio)
         except TrackingError as error:
             logger.warning("the scores are not recorded in the training's MLflow run: %s", error)
-    if not evaluation.report:
-        digest = short_digest(f"{model} {shards} {protocol} {fold}")
+    if not (evaluation.report and stored_page(evaluation.report)):
+        digest = short_digest(f"{model} {shards} {protocol} {fold} {label_map} {under}")
         evaluation = replace(evaluation, report=f"{OUT}/evaluations/{digest}.html")
         page = evaluation_page(evaluation, model=str(model), audio=audio)
         store_page(page, evaluation.report)

@@ -28,7 +28,7 @@ def stderr_console() -> "Console":
     """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def clock(seconds: float) -> str:

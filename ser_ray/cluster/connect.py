@@ -117,7 +117,7 @@ def _init(address: str, source: str, folder: str | None, log_level: str) -> None
             )
     except (ValueError, RuntimeError) as error:
         if not address:
-            raise
+            raise _start_error(error) from error
         raise ResourcesError(
             f"the Ray cluster at {address}, the value of {source}, cannot be joined: {error}"
         ) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ser_ray.cluster import resources
 from ser_ray.cluster.connect import JOB_CONFIG, is_connected
@@ -89,7 +90,7 @@ def require_kept(location: str) -> None:
 @contextmanager
 def _marker_in(path: Path) -> Iterator[Path]:
     """Create a file in a folder for the duration of the block, and yield the file's path."""
-    marker = path / f".seen-by-all-{os.getpid()}"
+    marker = path / f".seen-by-all-{uuid4().hex[:8]}"
     try:
         marker.touch()
     except OSError:  # the path is a file or a read-only folder, so the nodes look for the path

@@ -13,6 +13,7 @@ corpora that have no row of their own for the label:
 
 import csv
 import io
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from ser_ray.corpus.ravdess.names import EMOTIONS
@@ -109,9 +110,13 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
     for where, row in rows:
         if None in row:
             raise ConfigError(f"{where}: has more values than the first line")
-        corpus, label, new = ((row.get(name) or "").strip() for name in ("corpus", "label", "as"))
+        corpus, label, new = (
+            unicodedata.normalize("NFC", (row.get(name) or "").strip())  # as in tables of clips
+            for name in ("corpus", "label", "as")
+        )
         entries.append((corpus, label, new, where))
     maps: LabelMaps = {corpus: {} for corpus in labels}
+    stated: dict[tuple[str, str], str] = {}
     for corpus, label, new, where in sorted(entries, key=lambda entry: entry[0] != ""):
         if corpus and corpus not in labels:
             raise ConfigError(
@@ -124,6 +129,11 @@ def _read_map(location: str, labels: Mapping[str, Sequence[str]]) -> LabelMaps:
             raise ConfigError(
                 f"{where}: there is no label {label!r} in {' and '.join(named)}; the known labels "
                 f"are {shorten(known, _LABELS_SHOWN)}"
+            )
+        if stated.setdefault((corpus, label), new) != new:
+            raise ConfigError(
+                f"{where}: {label!r} becomes {new!r} here, and {stated[corpus, label]!r} in "
+                "another line"
             )
         for name in with_label:
             maps[name][label] = new

@@ -124,7 +124,7 @@ def make_synthetic_corpus(target: Path, *, seed: int = 0) -> None:
     if marker.is_file():
         if marker.read_text() == text:
             return
-        shutil.rmtree(target)
+        shutil.rmtree(target.resolve())
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CorpusError(
             f"{target}: has files that are not a synthetic corpus and would be lost; choose an "

@@ -15,7 +15,7 @@ from ser_ray.cluster.resources import (
     require_workers,
     trains_on_gpus,
 )
-from ser_ray.cluster.shared_files import require_shared
+from ser_ray.cluster.shared_files import require_kept, require_shared
 from ser_ray.distributed.in_process import FAILURES, worker_device
 from ser_ray.distributed.mlflow_run import start_run
 from ser_ray.distributed.run_config import RunConfig
@@ -92,6 +92,7 @@ def run_lr_range(
     on_ray = needs_ray(address)
     with cluster(address) if on_ray else nullcontext():
         require_shared(*shards.locations)
+        require_kept(run.storage)
         gpu = trains_on_gpus(run.device)
         require_workers(1, cpus=1, gpus=1 if gpu else 0)
         folder = _new_folder(run, run.name or f"lr-range-{recipe.feature}-{recipe.fingerprint}")

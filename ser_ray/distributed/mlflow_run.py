@@ -51,11 +51,12 @@ def start_run(
         dataset=dataset_of(shards),
         run_id=run_to_resume(uri, folder.record()) if identity else "",
     )
-    tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
-    environment = provenance() | {"hardware.cluster": max_resources()}
-    tracker.log_files({"environment.json": environment})
-    if identity:
-        folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+    with tracker:  # closes the run if one of these calls fails
+        if identity:
+            folder.update_record(run_id=tracker.run_id, tracking_uri=uri, identity=identity)
+        tracker.describe(Run=about, Data=data_line(shards), Again=f"`{tags['command']}`")
+        environment = provenance() | {"hardware.cluster": max_resources()}
+        tracker.log_files({"environment.json": environment})
     return tracker
 
 

@@ -173,8 +173,9 @@ def _start_tracker(task: TrainingTask, label: str) -> Tracker:
     tags = run_tags("training", label, shards)
     about = f"one training; its checkpoints are in `{folder.location}`"
     tracker = start_run(folder, run, shards, tags, params, about, identity_of(recipe, shards))
-    tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
-    tracker.log_files({"config.json": recipe.to_dict()})
+    with tracker:  # closes the run if one of these calls fails
+        tracker.describe(Again=f"`{command_like(tracker.run_id, shards.locations, run)}`")
+        tracker.log_files({"config.json": recipe.to_dict()})
     return tracker
 
 

@@ -7,7 +7,6 @@ trained or validated on are refused, unless the user allows them. Their names ar
 every score.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,8 +24,10 @@ from ser_ray.errors import CheckpointError, ConfigError, ResourcesError, ShardsE
 from ser_ray.evaluation import statistics
 from ser_ray.evaluation.evaluation import Evaluation, Part, predictions_table
 from ser_ray.evaluation.statistics import Comparison
+from ser_ray.shards.card import have_prefixes
 from ser_ray.shards.corpora import open_corpora
 from ser_ray.shards.read import ShardSet
+from ser_ray.storage.json_text import read_object
 from ser_ray.tracking.database import SCHEME
 from ser_ray.training.calibration import apply_temperature
 from ser_ray.training.checkpoint import SELECTED, read_card, read_network
@@ -128,11 +129,17 @@ def origin_of(checkpoint: Path) -> Mapping[str, Any]:
     `report` and the `shards`. If the run folder was moved or copied after the training, local paths
     are adapted to the new place, so that nothing is written to the old place. The path of a shard
     set changes only if the shard set was moved or copied too.
+
+    Raises:
+        CheckpointError: the record is damaged.
     """
     path = checkpoint / "run.json"
     if not path.is_file():
         return {}
-    origin: dict[str, Any] = json.loads(path.read_text())
+    try:
+        origin = read_object(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); restore or delete it") from error
     old = origin.get("report", "").rpartition("/")[0]  # the run folder when the run was trained
     new = str(checkpoint.absolute().parent)
     if checkpoint.name == SELECTED and old and "://" not in old and old != new:
@@ -233,23 +240,25 @@ def _select_scored(
 def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
     """Return the speakers of these rows that the model was trained or validated on, by name.
 
-    If a model was trained on several corpora, its speakers have names like `emodb:03`. In other
-    shards, the same person may have a name without the corpus, or with another corpus.
+    If a model was trained on several corpora, its speakers may have names like `emodb:03`. In other
+    shards, the same person may have a name without a prefix, or with another prefix.
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
     seen_people = {name.rpartition(":")[2] for name in seen}
-    known_corpora = {corpus.name for corpus in card.corpora}
+    prefixes = {corpus.name: corpus.prefix for corpus in card.corpora}
+
+    def is_seen(speaker: str, corpus: str) -> bool:
+        if corpus not in prefixes:
+            return speaker in seen or speaker.rpartition(":")[2] in seen_people
+        person = speaker.removeprefix(f"{prefixes[corpus]}:")
+        return (f"{prefixes[corpus]}:{person}" if have_prefixes(card.corpora) else person) in seen
+
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()
     has_corpora = "corpus" in scored.column_names
     corpora = scored["corpus"].to_pylist() if has_corpora else [""] * len(speakers)
-    scored_and_seen = {
-        speaker
-        for speaker, corpus in zip(speakers, corpora, strict=True)
-        if speaker in seen
-        or (corpus not in known_corpora and speaker.rpartition(":")[2] in seen_people)
-    }
-    return tuple(sorted(scored_and_seen))
+    pairs = set(zip(speakers, corpora, strict=True))
+    return tuple(sorted({speaker for speaker, corpus in pairs if is_seen(speaker, corpus)}))
 
 
 def _require_same_features(card: CheckpointCard, shards: ShardSet) -> None:

@@ -234,6 +234,7 @@ class Evaluation:
             "confusion": self.scores.confusion.tolist(),
             "under": list(self.under),
             **self.origin,
+            "report": self.report,
         }
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ser_ray.errors import LocationError
 from ser_ray.storage.atomic import write_file
 from ser_ray.storage.paths import filesystem_of, read_file
 
@@ -32,7 +33,7 @@ def store_page(page: str, location: str) -> None:
         filesystem, path = filesystem_of(location)
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         write_file(filesystem, path, page.encode())
-    except OSError as error:
+    except (OSError, LocationError) as error:
         logger.warning("%s: the report could not be written (%s)", location, error)
 
 
@@ -48,7 +49,7 @@ def stored_page(location: str) -> str:
     """Return the page at a path or URI; empty if it cannot be read."""
     try:
         return read_file(location).decode()
-    except OSError:
+    except (OSError, LocationError):
         return ""
 
 

@@ -33,6 +33,9 @@ also has val/loss and the scores of this part, such as val/ua."""
 _CONTENTS = re.compile(r'(?<=<nav aria-label="Contents">).*?(?=</nav>)', re.DOTALL)
 _HEADING = re.compile(r'<h([23]) id="([\w-]+)">(.*?)</h')
 
+MP3_RATES = frozenset((8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000))
+"""Sample rates of MP3. Pages about features of another rate have no sound."""
+
 
 def make_page(
     template: str,
@@ -253,7 +256,7 @@ def read_clips(evaluation: Evaluation, rows: Sequence[int], *, audio: bool) -> l
         except ClipError:
             continue
         sound = BytesIO()
-        if audio:  # any browser plays MP3, which takes about 4 kB per second
+        if audio and rate in MP3_RATES:  # any browser plays MP3, with about 4 kB per second
             soundfile.write(sound, waveform, rate, format="MP3")
         views.append(
             {

@@ -14,6 +14,7 @@ a process that a hostile clip may control. JSON and raw samples are safe to read
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection, Pipe
@@ -21,6 +22,7 @@ from typing import Self
 
 import numpy as np
 
+from ser_ray.errors import ResourcesError
 from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import Sound
@@ -71,12 +73,21 @@ class Sandbox:
     def _start(self) -> None:
         self._pipe, child_pipe = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(child_pipe.fileno())],
+            # With -P, the child does not import modules from the working folder.
+            [sys.executable, "-P", "-m", __name__, str(child_pipe.fileno())],
             pass_fds=[child_pipe.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
         child_pipe.close()
-        self._pipe.recv_bytes()  # wait for "ready", so the first clip's time excludes the start
+        try:
+            self._pipe.recv_bytes()  # wait for "ready", so the first clip's time excludes the start
+        except (EOFError, ConnectionResetError) as error:
+            status = self.process.wait()
+            self._stop()
+            raise ResourcesError(
+                f"the process that decodes recordings ended with status {status} while it started; "
+                "its own message is above; the machine may be short of memory"
+            ) from error
 
     def _stop(self) -> None:
         self._pipe.close()
@@ -107,4 +118,5 @@ def _answer_requests(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the parent ends this process
     _answer_requests(Connection(int(sys.argv[1])))

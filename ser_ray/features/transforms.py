@@ -100,10 +100,10 @@ class FeatureExtractor:
         sound = sound - np.float32(sound.mean(dtype=np.float64))
         if is_integer:
             sound *= np.float32(2**-15)
-        if sample_rate == config.sample_rate:
-            return sound
-        resampled = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
-        return resampled[: round(config.max_seconds * config.sample_rate)]  # soxr rounds lengths up
+        if sample_rate != config.sample_rate:
+            sound = soxr.resample(sound, sample_rate, config.sample_rate, quality="HQ")
+        # soxr and the division into windows round lengths up.
+        return sound[: round(config.max_seconds * config.sample_rate)]
 
     def features(self, waveform: np.ndarray) -> dict[str, np.ndarray]:
         """Return each kind of feature of a waveform `[num_samples]`: `[bins, frames]` float32.

@@ -129,15 +129,16 @@ def _picture(
 ) -> str:
     """Draw a recording with its silent ends and its timeline, as SVG.
 
-    The result is empty if the drawn part of the recording is silent or too short.
+    The result is empty if the drawn part of the recording is silent or too short, or if the model's
+    features are too fine for a picture.
     """
     seconds = DRAWN_SECONDS
-    extract = FeatureExtractor(
-        replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
-    )
     try:
+        extract = FeatureExtractor(
+            replace(predictor.card.features, max_seconds=seconds, trim_margin=seconds)
+        )
         waveform = extract.waveform(samples[: round(seconds * sample_rate)], sample_rate)
-    except ClipError:
+    except (ClipError, ConfigError):
         return ""
     spectrogram = extract.features(waveform)["spectrogram"]
     timeline = [

@@ -205,6 +205,8 @@ class Predictor:
 def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
     """Convert samples of a user to the form that `decode` returns: float32 in [-1, 1] or int16.
 
+    Integers of any type are on the scale of int16, because JSON does not have int16.
+
     Raises:
         ClipError: the samples are not one channel of numbers, are too large to be sound, or have a
             rate that is not accepted.
@@ -221,4 +223,7 @@ def _as_decoded(samples: np.ndarray, sample_rate: float) -> np.ndarray:
             f"the sample rate is {sample_rate}: it must be a whole number from {SAMPLE_RATES[0]} "
             f"to {SAMPLE_RATES[-1]} Hz",
         )
-    return to_full_scale(samples if samples.dtype == np.int16 else samples.astype(np.float32))
+    scale = np.iinfo(np.int16)
+    if samples.dtype.kind in "iu" and scale.min <= samples.min() and samples.max() <= scale.max:
+        return to_full_scale(samples.astype(np.int16))
+    return to_full_scale(samples.astype(np.float32))

@@ -64,14 +64,17 @@ class RecordingReader:
         config: the model's feature configuration.
         kind: the kind of feature that the network takes. For an encoder, the reader returns the
             waveform.
-        crop_frames: length of a training crop in frames, which is the length of a window. It is
-            ignored for an encoder.
+        crop_frames: length of a training crop in frames, which is the length of a window, unless it
+            is shorter than twice `min_seconds`. It is ignored for an encoder.
     """
 
     def __init__(self, config: FeatureConfig, kind: str, crop_frames: int) -> None:
         self.extract = FeatureExtractor(config)
         self.kind = kind
-        frames = min(crop_frames, config.num_frames) if kind in KINDS else config.num_frames
+        frames = config.num_frames
+        if kind in KINDS:  # a window of fewer frames could not have `min_seconds` of sound
+            fewest = config.frames_of(round(2 * config.min_seconds * config.sample_rate))
+            frames = min(max(crop_frames, fewest), frames)
         self.window_seconds = (frames - 1) * config.hop_length / config.sample_rate
 
     def read(
@@ -125,9 +128,12 @@ class RecordingReader:
     ) -> Iterator[tuple[Window, np.ndarray]]:
         """Yield every window that has `min_seconds` of sound, and its features."""
         stretch, is_sound = loudness.stretch, loudness.is_sound
+        # A window that is rounded up would be longer than `max_seconds`.
+        size = math.floor(self.window_seconds * sample_rate + 1e-6)
         for start in window_start_seconds(len(samples) / sample_rate, self.window_seconds):
             window = start, start + self.window_seconds
-            first, end = (round(second * sample_rate) for second in window)
+            first = min(round(start * sample_rate), max(len(samples) - size, 0))
+            end = first + size
             num_loud = is_sound[round(first / stretch) : round(end / stretch)].sum()
             if num_loud * stretch / sample_rate < self.extract.config.min_seconds:
                 continue

@@ -11,6 +11,7 @@ count unreachable files as answered, and leave many files instead of one table.
 """
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ from ser_ray.inference.recordings import UNREACHABLE
 from ser_ray.storage.atomic import atomic_write
 from ser_ray.storage.lock import FolderLock
 from ser_ray.storage.paths import filesystem_of, folder_of, location_inside
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 SECONDS_PER_CHUNK = 5.0
@@ -98,7 +101,15 @@ class PartialResults:
         self._places: dict[str, tuple[str, int]] = {}  # chunk and row of each answered file
         for file in filesystem.get_file_info(fs.FileSelector(self._folder)):
             if file.base_name.startswith(model) and file.extension == "parquet":
-                answers = self._read(file.base_name, ["path", "status"]).to_pylist()
+                try:
+                    answers = self._read(file.base_name, ["path", "status"]).to_pylist()
+                except pa.ArrowException:
+                    logger.warning(
+                        "%s/%s is damaged, so its files are predicted again",
+                        self._folder,
+                        file.base_name,
+                    )
+                    continue
                 for row, answer in enumerate(answers):
                     if answer["status"] != UNREACHABLE:
                         self._places[answer["path"]] = file.base_name, row

@@ -8,8 +8,11 @@ their dashes or width, and points by their shapes.
 import textwrap
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+matplotlib.rcParams["text.parse_math"] = False  # a name between two $ is not a formula
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
 """If a figure shows correct and wrong predictions, correct ones are blue, wrong ones vermilion."""

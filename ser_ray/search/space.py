@@ -30,6 +30,8 @@ _NOT_SEARCHABLE = {
     "validation_speakers": "trials validated on different clips cannot be compared",
     "channel": "trials validated on different clips cannot be compared",
     "keep": "by luck, the best of many epochs nearly always has a higher score than the last one",
+    "label_map": "all trials read the clips with the label map of the recipe",
+    "temperature": "it changes no score, and is fitted on validation clips after the training",
     "allow_seen_labels": "it only decides whether the training is allowed",
 }
 _DISTRIBUTIONS = "loguniform(low,high), uniform(low,high), integer(low,high), choice(a,b,...)"

@@ -239,6 +239,7 @@ def run_trials(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores `verbose`
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # `_interruptible` relies on this handler
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup, resources=resources),
         tune.PlacementGroupFactory([resources]),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -49,12 +49,22 @@ class UsedCorpus:
     def __post_init__(self) -> None:
         require_valid(self)
 
+    @property
+    def prefix(self) -> str:
+        """Prefix of the names of speakers and takes, if the corpora have different prefixes."""
+        return self.name if self.kind == "table" else self.kind
+
     def __str__(self) -> str:
         renamed = [f"{old} as {new}" for old, new in self.labels.items() if old != new]
         left_out = [f"{count} {label}" for label, count in self.left_out.items()]
         lines = [f"{self.name}: {self.clips} clips, {self.speakers} speakers", ", ".join(renamed)]
         lines.append(f"left out: {', '.join(left_out)}" if left_out else "")
         return "; ".join(filter(None, lines))
+
+
+def have_prefixes(corpora: Iterable[UsedCorpus]) -> bool:
+    """Return whether the speakers of these corpora have names with a prefix, like `emodb:03`."""
+    return len({corpus.prefix for corpus in corpora}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from ser_ray.corpus.labels import COMMON, in_order, map_labels, only_among
 from ser_ray.corpus.manifest import replace_column
 from ser_ray.errors import ConfigError
-from ser_ray.shards.card import ShardCard, UsedCorpus
+from ser_ray.shards.card import ShardCard, UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet, open_shards
 from ser_ray.storage.paths import absolute
 
@@ -38,11 +38,6 @@ class Member:
     corpus: UsedCorpus
     rows: np.ndarray
     """Rows of the used clips, ascending [num_rows]."""
-
-    @property
-    def prefix(self) -> str:
-        """Prefix of the names of speakers and takes."""
-        return self.corpus.name if self.corpus.kind == "table" else self.corpus.kind
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -74,14 +69,14 @@ class Corpora(ShardSet):
     def clips(self) -> pa.Table:
         """Return every column except the features, with mapped labels."""
         tables = []
-        is_mixed = len({member.prefix for member in self.members}) > 1
+        has_prefixes = have_prefixes(self.corpora)
         for member in self.members:
             table = member.shards.clips().take(member.rows)
             old, new = map(pa.array, zip(*member.corpus.labels.items(), strict=True))
             index = pc.index_in(table["emotion"].combine_chunks(), value_set=old)
             table = replace_column(table, "emotion", new.take(index))
-            for name in ("speaker", "take") if is_mixed else ():
-                named = pc.binary_join_element_wise(member.prefix, table[name], ":")
+            for name in ("speaker", "take") if has_prefixes else ():
+                named = pc.binary_join_element_wise(member.corpus.prefix, table[name], ":")
                 table = replace_column(table, name, named)
             if len(self.members) > 1:
                 corpus = pa.array([member.corpus.name] * len(table))

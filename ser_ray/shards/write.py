@@ -187,7 +187,15 @@ def _compare_copies(rows: pa.Table, outcomes: Outcomes) -> None:
     for row, (status, reason) in enumerate(outcomes):
         if status == "duplicate" and (reason or "").startswith(SAME_NAME):
             path, other = rows["path"][row].as_py(), str(reason).removeprefix(SAME_NAME)
-            if not (same_bytes(path, other) or _content(path) == _content(other)):
+            try:
+                is_same = same_bytes(path, other) or _content(path) == _content(other)
+            except OSError as error:
+                if "://" in path:
+                    raise  # the storage may answer later
+                reason = f"cannot be compared with {other}: {error.strerror or error}"
+                outcomes[row] = "unreadable", reason
+                continue
+            if not is_same:
                 outcomes[row] = (
                     "conflict",
                     f"differs in sound from {other}, which has the same file name and is used",

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import CheckpointError, TrackingError
+from ser_ray.shards.card import have_prefixes
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, resolve_uri
@@ -109,10 +110,17 @@ def _refuse_seen_speakers(
     is_same_corpus = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
     if recipe.protocol == "random" or not is_same_corpus:
         return
-    seen = {*model.split["train_speakers"], *model.split["validation_speakers"]}
+    # If only one side has prefixes, as in `emodb:03`, persons are compared without them.
+    is_same_form = have_prefixes(model.corpora) == have_prefixes(shards.corpora)
+
+    def person(speaker: str) -> str:
+        return speaker if is_same_form else speaker.rpartition(":")[2]
+
+    seen = {*map(person, (*model.split["train_speakers"], *model.split["validation_speakers"]))}
     clips = shards.clips()
     for fold in folds:
-        if tested := sorted(seen & {*select_rows(clips, replace(recipe, fold=fold)).test_speakers}):
+        test_speakers = select_rows(clips, replace(recipe, fold=fold)).test_speakers
+        if tested := sorted(name for name in test_speakers if person(name) in seen):
             raise CheckpointError(
                 f"weights is {recipe.weights}: this model was trained or validated on the speakers "
                 f"{', '.join(tested)}, whom fold {fold} of {recipe.protocol} tests; choose the "

@@ -152,8 +152,11 @@ def merge_note(note: str, lines: Mapping[str, str]) -> str:
         note: the description until now, which may be empty.
         lines: texts of the lines to set, by their names in LINES. An empty text removes a line.
     """
-    merged = {**dict(re.findall(r"^\*\*(\w+)\*\*: (.*)$", note, re.MULTILINE)), **lines}
-    return "\n\n".join(f"**{name}**: {merged[name]}" for name in LINES if merged.get(name))
+    line = re.compile(rf"^\*\*({'|'.join(LINES)})\*\*: (.*)$", re.MULTILINE)
+    merged = {**dict(line.findall(note)), **lines}
+    ours = [f"**{name}**: {merged[name]}" for name in LINES if merged.get(name)]
+    others = re.sub(r"\n{3,}", "\n\n", line.sub("", note)).strip()
+    return "\n\n".join([*ours, others] if others else ours)
 
 
 def model_name(run_name: str) -> str:

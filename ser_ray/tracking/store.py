@@ -36,14 +36,24 @@ def resolve_uri(tracking_uri: str) -> str:
     An address without a scheme, such as localhost:5000, gets http://.
 
     Raises:
-        TrackingError: the URI contains a password, which runs and checkpoints would record.
+        TrackingError: the URI is malformed, or contains a password, which runs and checkpoints
+            would record.
     """
     uri = tracking_uri or os.environ.get(VARIABLE, "")
     if re.match(r"[\w.-]+:\d+(/|$)", uri):
         uri = f"http://{uri}"
-    if urlsplit(uri).password:
+    try:
+        parts = urlsplit(uri)
+        if uri.startswith("http"):
+            _ = parts.port, (parts.hostname or "").encode("idna")  # these look at port and host
+    except ValueError as error:
         raise TrackingError(
-            f"the tracking URI of {urlsplit(uri).hostname} contains a password. For a server, set "
+            f"{uri}: this is not the address of an MLflow server ({error}); check --tracking-uri, "
+            f"or the variable {VARIABLE}"
+        ) from error
+    if parts.password:
+        raise TrackingError(
+            f"the tracking URI of {parts.hostname} contains a password. For a server, set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead, or write them to "
             "~/.mlflow/credentials. For a database, use the database's own password file"
         )

@@ -107,11 +107,12 @@ class Tracker:
                 experiment_id = experiment_id_of(client, uri, experiment)
                 save_view(client, experiment_id)
                 run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
-                if dataset is not None:
-                    client.log_inputs(run.info.run_id, [dataset])
                 tracker = cls(uri, run.info.run_id)
         with tracker:
             if not run_id:
+                if dataset is not None:
+                    with tracker._writing():
+                        client.log_inputs(tracker.run_id, [dataset])
                 tracker.log_params(params)
             problem = f"{tracker.read().info.artifact_uri}: MLflow cannot store artifacts here"
             advice = "; make the place writable, or choose another --experiment or --tracking-uri"

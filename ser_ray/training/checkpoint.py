@@ -14,7 +14,7 @@ encoder's weights, `encoder.safetensors`.
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,19 +188,21 @@ def local_checkpoint(location: str) -> Iterator[Path]:
         ConfigError: no filesystem can open the location.
     """
     filesystem, path = filesystem_of(location)
-    try:
-        card, selected = filesystem.get_file_info([f"{path}/{CARD}", f"{path}/{SELECTED}/{CARD}"])
-        if card.type == fs.FileType.NotFound and selected.type == fs.FileType.File:
-            path = f"{path}/{SELECTED}"
-        if isinstance(filesystem, fs.LocalFileSystem):
-            yield Path(path)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            if filesystem.get_file_info(path).type == fs.FileType.Directory:
-                fs.copy_files(path, folder, source_filesystem=filesystem)
-            yield Path(folder)
-    except OSError as error:
-        raise CheckpointError(f"{location}: cannot be read ({error})") from error
+    with ExitStack() as stack:
+        try:
+            card, selected = filesystem.get_file_info(
+                [f"{path}/{CARD}", f"{path}/{SELECTED}/{CARD}"]
+            )
+            if card.type == fs.FileType.NotFound and selected.type == fs.FileType.File:
+                path = f"{path}/{SELECTED}"
+            local = Path(path)
+            if not isinstance(filesystem, fs.LocalFileSystem):
+                local = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if filesystem.get_file_info(path).type == fs.FileType.Directory:
+                    fs.copy_files(path, str(local), source_filesystem=filesystem)
+        except OSError as error:
+            raise CheckpointError(f"{location}: cannot be read ({error})") from error
+        yield local
 
 
 def read_card(directory: Path) -> CheckpointCard:

@@ -101,6 +101,7 @@ def fit(
             is_due = trainer.completed_steps % PREEMPTION_CHECK_STEPS == 0
             if preemption_check is not None and is_due and preemption_check():
                 trainer.reduce_counts()
+                trainer.average_batch_norm()  # the first worker stores the checkpoint
                 report(None, make_snapshot)
         trainer.finish_steps()
         scores = trainer.validate()

@@ -160,7 +160,7 @@ class Trainer:
 
         Each worker predicts its share of the clips. All workers get the same scores.
         """
-        self._average_batch_norm()
+        self.average_batch_norm()
         clips, num_labels = self.data.validation, len(self.data.labels)
         if not len(clips):
             return None
@@ -288,7 +288,7 @@ class Trainer:
                 "one may make errors in its arithmetic"
             )
 
-    def _average_batch_norm(self) -> None:
+    def average_batch_norm(self) -> None:
         """Replace the batch-norm statistics of each worker by their mean over all workers."""
         for value in self.network.buffers():
             if value.is_floating_point():  # the counter of batches is equal on all workers

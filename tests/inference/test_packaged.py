@@ -116,13 +116,17 @@ def test_a_model_is_logged_in_its_own_run_whatever_run_a_notebook_has_started(tm
     theirs = mlflow.set_experiment("theirs").experiment_id
     with mlflow.start_run() as run:
         tracker.log_model(tmp_path / "checkpoint", LABELS)
-        assert mlflow.active_run().info.run_id == run.info.run_id
+        active = mlflow.active_run()
+        assert active is not None
+        assert active.info.run_id == run.info.run_id
     client = mlflow.MlflowClient(uri)
     ours = tracker.read().info.experiment_id
     (model,) = client.search_logged_models([ours, theirs])
     assert (model.experiment_id, model.source_run_id) == (ours, tracker.run_id)
     assert (model.name, model.params["a"], model.status) == ("one", "1", "READY")
-    assert [output.model_id for output in tracker.read().outputs.model_outputs] == [model.model_id]
+    outputs = tracker.read().outputs
+    assert outputs is not None
+    assert [output.model_id for output in outputs.model_outputs] == [model.model_id]
 
 
 @pytest.fixture(scope="module")

@@ -97,8 +97,9 @@ def download(config: DownloadConfig, progress: Report | None = None) -> tuple[Pa
     from ser_ray.corpus.ravdess import fetch
     from ser_ray.corpus.ravdess.unpack import is_unpacked, unpack
     from ser_ray.storage.lock import FolderLock
+    from ser_ray.storage.paths import absolute
 
-    target = Path(config.target).expanduser()
+    target = Path(absolute(config.target))
     folders = {name: target / Path(name).stem for name in config.archive_names}
     missing = {name: folder for name, folder in folders.items() if not is_unpacked(folder)}
     for folder in filter(Path.exists, missing.values()):

@@ -86,7 +86,9 @@ def _read_columns(
         values = {column: _texts(name, table[name]) for column, name in found.items()}
         for column in ("label", "speaker"):
             values[column] = _composed(values[column])
-    except (pa.ArrowException, LookupError, ValueError, TypeError, OSError, csv.Error) as error:
+    except (
+        pa.ArrowException, AttributeError, LookupError, ValueError, TypeError, OSError, csv.Error
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and (error.errno or "://" in source):
             raise  # pyarrow also raises OSError for damaged content, but without a number
         if isinstance(error, TableError):

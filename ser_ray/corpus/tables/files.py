@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -122,7 +123,23 @@ def _parse(location: str, text: str, find: FindColumns) -> pa.Table:
             f"the header row has {row.expected_columns} values, and a row has "
             f"{row.actual_columns}: {row.text[:80]!r}"
         ) from error
+    if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in table.columns):
+        _require_closed_quotes(text, separator)
     return table.rename_columns(names)
+
+
+def _require_closed_quotes(text: str, separator: str) -> None:
+    """Raise a TableError if a quotation mark joins rows, which Arrow would lose without a word."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    first = 1  # the first line of the row
+    try:
+        for _ in reader:
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise TableError(
+            f"the quotation mark that opens a value near line {first} is not closed at the end of "
+            "the value, so rows would be lost; double the quotation marks inside values"
+        ) from error
 
 
 def column_key(name: str) -> str:

@@ -32,6 +32,9 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
 
     Args:
         tables: {name that matches `FOLD`: location}.
+
+    Raises:
+        CorpusError: a row has no key.
     """
     matches = [match for name in tables if (match := FOLD.match(name))]
     is_only_fold = len({match[2] for match in matches}) == 1
@@ -39,7 +42,9 @@ def read_folds(tables: Mapping[str, str]) -> pa.Table:
     for match in sorted(matches, key=lambda match: match[1] == "test"):
         for row in read_json_lines(tables[match.string]):
             fold = match[2] if match[1] == "test" else "train"
-            rows[str(row.get("key"))] = {**row, "fold": match[1] if is_only_fold else fold}
+            if row.get("key") is None:
+                raise CorpusError(f"{tables[match.string]}: a row has no key")
+            rows[str(row["key"])] = {**row, "fold": match[1] if is_only_fold else fold}
     return as_table(rows.values())
 
 
@@ -51,7 +56,7 @@ def read_kaldi(location: str, files: Sequence[str], find: FindColumns) -> pa.Tab
     """
 
     def read(name: str) -> dict[str, str]:
-        text = read_file(location_inside(location, name)).decode()
+        text = read_file(location_inside(location, name)).decode("utf-8-sig")
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
         return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
