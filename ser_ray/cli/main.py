@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from io import UnsupportedOperation
 
 from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
@@ -63,9 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stopped_by_signals():
             if words == ["--version"]:
-                print(f"ser-ray {__version__}")
+                print(f"ser-ray {__version__}", flush=True)
                 return 0
-            verb = parse_verb(VERBS, words)
+            try:
+                verb = parse_verb(VERBS, words)
+            finally:
+                sys.stdout.flush()  # the text of --help
             return _run(verb)
     except SerRayError as error:
         return _end(f"error: {error}", 2)
@@ -74,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end(f"interrupted{_advice(verb)}", 130)
     except BrokenPipeError:
-        # Without this, Python prints a warning about the closed pipe when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
+        _discard_output()
         file = f"{error.filename}: " if error.filename else ""
         return _end(f"error: {file}{error.strerror or error}", 2)
     finally:
@@ -91,15 +95,21 @@ def _run(verb: Verb) -> int:
         resolved: dict[str, object] = {type(verb).__name__.lower(): dataclasses.asdict(verb)}
         if place := verb.place():
             resolved["trains"] = place
-        print(to_json(resolved))
+        print(to_json(resolved), flush=True)
         return 0
     with redirect_stdout(sys.stderr):  # some libraries print on standard output
         result = verb.run()
     text = "\n".join(lines for lines in (result.text, result.next_step) if lines)
-    print(to_json(result.data) if verb.common.json else text)
+    print(to_json(result.data) if verb.common.json else text, flush=True)
     if result.problem:
         raise SerRayError(result.problem)
     return 0
+
+
+def _discard_output() -> None:
+    """Drop text that could not be written; Python would try to write it again when it exits."""
+    with suppress(UnsupportedOperation):  # a stream of a Python caller, without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _advice(verb: Verb | None) -> str:

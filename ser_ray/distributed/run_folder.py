@@ -26,7 +26,7 @@ from pyarrow import fs
 from safetensors.numpy import load
 
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.errors import CheckpointError, MismatchError, SerRayError
+from ser_ray.errors import CheckpointError, ConfigError, MismatchError, SerRayError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
@@ -234,8 +234,18 @@ class RunFolder:
                 self.delete(name)
 
     def selected_card(self) -> CheckpointCard:
-        """Read the card of the selected checkpoint of a finished run."""
-        return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
+        """Read the card of the selected checkpoint of a finished run.
+
+        Raises:
+            CheckpointError: the checkpoint was deleted, or the card is damaged.
+        """
+        try:
+            return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{location_inside(self.location, SELECTED)}: the model of this finished run "
+                f"cannot be read ({error}); restore it, or give another --name to train again"
+            ) from error
 
     def keep_selected(
         self,

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -399,3 +400,23 @@ def test_importing_the_package_loads_nothing_and_offers_the_api():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--dry-run"], ["train", "--help"]])
+@pytest.mark.parametrize("target", ["closed pipe", "/dev/full"])
+def test_output_that_cannot_be_written_has_a_status_and_no_warning_of_python(words, target):
+    """Python buffers the output if it is no terminal, and writes it after `main` has returned."""
+    if target == "/dev/full":
+        output, status, message = os.open(target, os.O_WRONLY), 2, "No space left on device"
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+        status, message = 1, ""
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "ser_ray", *words]
+    done = subprocess.run(
+        command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
+    )
+    os.close(output)
+    assert done.returncode == status
+    assert done.stderr == (f"error: {message}\n" if message else "")
