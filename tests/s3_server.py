@@ -32,6 +32,7 @@ def s3_bucket(name: str) -> Iterator[str]:
                 scheme="http",
                 region="us-east-1",
                 allow_bucket_creation=True,
+                request_timeout=60,  # seconds; the default of 3 is too short where CPUs are busy
             )
             client.create_dir(name)
             query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
