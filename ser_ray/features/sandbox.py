@@ -54,7 +54,7 @@ class Sandbox:
         request = json.dumps([location, max_seconds]).encode()
         try:
             self._pipe.send_bytes(request)
-        except BrokenPipeError:  # the process was killed after the previous clip
+        except OSError:  # the process was killed after the previous clip, or could not start again
             self._restart()
             self._pipe.send_bytes(request)
         if not self._pipe.poll(self._seconds_per_clip):

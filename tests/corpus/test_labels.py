@@ -55,9 +55,20 @@ def test_a_map_file_maps_its_labels_and_rows_of_a_corpus_win(tmp_path):
     assert map_labels({"b": IEMOCAP}, str(path)) == {"b": {"hap": "happy"}}
 
 
+def test_a_map_file_may_state_a_label_twice_and_in_another_normal_form(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("label,as\nfro\u0308hlich,gl\u00fccklich\nfr\u00f6hlich,glu\u0308cklich\n")
+    maps = map_labels({"a": ("fr\u00f6hlich",)}, str(path))
+    assert maps == {"a": {"fr\u00f6hlich": "gl\u00fccklich"}}
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ("label,as\nang,angry\nhap,happy\nang,sad\n",
+         "line 4: 'ang' becomes 'sad' here, and 'angry' in another line"),
+        ("corpus,label,as\nb,ang,angry\n,ang,angry\nb,ang,\n",
+         "line 4: 'ang' becomes '' here, and 'angry' in another line"),
         ("corpus,label,as\nc,ang,angry\n", "line 2: there is no corpus 'c'; the corpora are a, b"),
         ("corpus,label,as\n,ang,angry\na,ang,angry\n",
          "line 3: there is no label 'ang' in a; the known labels are anger, boredom, happiness"),

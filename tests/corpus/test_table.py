@@ -92,6 +92,25 @@ def test_names_with_line_ends_and_signs_are_read(tmp_path: Path) -> None:
     assert {row[3] for row in rows_of(tmp_path / "t.csv")} == {None}
 
 
+@pytest.mark.parametrize("texts", [('"Hello there', '"Hello there'), ('"Hello there', "Hello")])
+def test_a_quotation_mark_that_would_join_rows_is_refused(
+    folder: Path, texts: tuple[str, str]
+) -> None:
+    header, *rows = PLAIN.replace(",", "\t").splitlines()
+    lines = [f"{row}\t{text}" for row, text in zip(rows, texts, strict=True)]
+    (folder / "t.tsv").write_text("\n".join([f"{header}\ttext", *lines]))
+    with pytest.raises(CorpusError, match="quotation mark that opens a value near line 2 is not"):
+        list_corpus(str(folder / "t.tsv"))
+
+
+def test_quotation_marks_of_a_value_join_no_rows(folder: Path) -> None:
+    header, *rows = PLAIN.splitlines()
+    texts = ('"a ""q""\nin two lines"', '5" mic')
+    lines = [f"{row},{text}" for row, text in zip(rows, texts, strict=True)]
+    (folder / "t.csv").write_text("\n".join([f"{header},text", *lines]))
+    assert rows_of(folder / "t.csv") == EXPECTED
+
+
 @pytest.mark.parametrize("word", ["NaN", "nan", "N/A", "NULL", "<NA>", "None", " "])
 def test_words_for_missing_values_are_refused_with_their_row(folder: Path, word: str) -> None:
     text = f"path,label,speaker\nclips/b.wav,zorn,{word}\nclips/ä 1.wav,{word},01\n"

@@ -223,6 +223,14 @@ def test_every_format_names_the_same_clips(folder: Path, make: Callable[[Path], 
         assert not any(str(folder) in row["take"] for row in found)
 
 
+def test_files_of_kaldi_may_begin_with_a_byte_order_mark(folder: Path) -> None:
+    source = kaldi(folder)
+    expected = list_corpus(str(source)).manifest
+    for name in ("wav.scp", "utt2emo"):
+        (source / name).write_text((source / name).read_text(), "utf-8-sig")
+    assert list_corpus(str(source)).manifest.equals(expected)
+
+
 def test_segments_of_kaldi_and_lhotse_have_their_times(folder: Path) -> None:
     source = kaldi(folder)
     (source / "segments").write_text("a u0 0.25 0.75\nb u0 0.5 -1\n")
@@ -325,6 +333,20 @@ def test_columns_with_other_names_are_found_with_the_flag(folder: Path) -> None:
             emobox,
             ("data/mine.jsonl", '{"wav": "a.wav", "emo": "x", "fold": "1"}\n'),
             "no column speaker.* If no speaker is in two parts .* --columns speaker=fold",
+        ),
+        (
+            emobox_folds,
+            ("folds/fold_1/mine_train_fold_1.jsonl", '{"wav": "a.wav", "emo": "x", "spk": "1"}\n'),
+            "mine_train_fold_1.jsonl: a row has no key",
+        ),
+        (
+            lhotse_cuts,
+            (
+                "cuts/cuts_test.jsonl",
+                '{"id": "c", "start": 0, "duration": 1, "recording": "x", "supervisions": '
+                '[{"id": "s", "start": 0, "duration": 1, "speaker": "1"}]}\n',
+            ),
+            "the table cannot be read .its content is damaged",
         ),
         (hugging_face, ("hf/data/test-00000-of-00001.parquet", "no"), "the table cannot be read"),
     ],

@@ -701,6 +701,20 @@ def test_data_attached_to_an_mp3_is_not_lost_sound(tmp_path: Path) -> None:
     assert decode(str(path)).lost_seconds == pytest.approx(1.8, abs=0.2)
 
 
+def test_a_table_of_an_mp3_without_a_number_of_frames_declares_no_length(tmp_path: Path) -> None:
+    """Bit 0 of the table's flags, after its name, says whether the number of frames follows."""
+    path = write_sound(tmp_path / "a.mp3", voice(), "libmp3lame", "mp3")
+    data = bytearray(path.read_bytes())
+    table = max(data.find(b"Xing"), data.find(b"Info"))
+    assert data[table + 7] & 1
+    data[table + 7] = 0
+    data[table + 8 : table + 12] = b"\x7f\xff\xff\xff"
+    path.write_bytes(data)
+    sound = decode(str(path))
+    assert sound.lost_seconds == 0
+    assert len(sound.samples) == pytest.approx(48_000, abs=4 * 1152)
+
+
 @pytest.mark.parametrize(("codec", "container"), [("flac", "flac"), ("wavpack", "wv")])
 def test_damage_that_a_checksum_finds_is_not_loud_noise(
     tmp_path: Path, codec: str, container: str

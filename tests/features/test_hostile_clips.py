@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 import soundfile
 
 from ser_ray.corpus.manifest import list_corpus
+from ser_ray.errors import ResourcesError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.features.decode import decode
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import MAX_PEAK, SAMPLE_RATES
 from ser_ray.features.sandbox import Sandbox
@@ -217,6 +220,41 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     assert time.process_time() - started < 2, path
 """
     subprocess.run([sys.executable, "-c", program, str(root)], check=True, timeout=120)
+
+
+def test_the_process_imports_nothing_from_the_working_folder(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    path = write_wav(in_tmp / "a.wav", voice(0.5))
+    for name in ("soundfile", "random"):
+        (in_tmp / f"{name}.py").write_text(f"open('{name} ran', 'w').close()\n1 / 0\n")
+    with Sandbox() as sandbox:
+        found = sandbox.decode(str(path), max_seconds=9)
+    assert not list(in_tmp.glob("* ran"))
+    np.testing.assert_array_equal(found.samples, decode(str(path)).samples)
+
+
+def test_a_process_that_ends_while_it_starts_is_a_lack_of_resources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ResourcesError, match="ended with status 1 while it started"):
+        Sandbox()
+
+
+def test_a_later_clip_is_decoded_after_a_restart_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_wav(tmp_path / "a.wav", voice(0.5))
+    with Sandbox() as sandbox:
+        sandbox.process.kill()
+        sandbox.process.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", shutil.which("false"))
+            with pytest.raises(ResourcesError):
+                sandbox.decode(str(path), max_seconds=9)
+        assert len(sandbox.decode(str(path), max_seconds=9).samples) == 24_000
 
 
 MAX_SECONDS = 65.0

@@ -311,6 +311,13 @@ def test_the_longest_clip_fits_into_the_arrays(sample_rate: int) -> None:
     assert CONFIG.num_frames - 1 <= found["mel"].shape[1] <= CONFIG.num_frames
 
 
+def test_no_window_is_longer_than_the_longest_clip() -> None:
+    """47,998 samples are 3 windows of 15,999.3 samples, and 15,999.4 samples are the most."""
+    config = FeatureConfig(max_seconds=0.9999625)
+    windows = FeatureExtractor(config).windows(voice(3.0, 16_000)[:47_998], 16_000)
+    assert [len(window) for window in windows] == [15_999] * 3
+
+
 def test_an_extractor_is_unpickled_and_used_without_torch_or_ray() -> None:
     """A worker needs nothing else of the package to compute the same features."""
     program = """

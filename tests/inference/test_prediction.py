@@ -42,6 +42,20 @@ def test_files_samples_and_several_of_them_are_answered_alike(predictor, tmp_pat
     assert "shape [16000, 2] and type float64 are not one channel" in stereo.reason
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64])
+def test_integers_of_any_type_are_on_the_scale_of_16_bits(predictor, kind):
+    """Numbers up to 8 are quiet, though floats up to 8 are not."""
+    muted = np.random.default_rng(0).integers(-1, 2, 16_000, np.int16)
+    quiet = np.round(7 * np.sin(np.arange(16_000) / 10)).astype(np.int16)
+    for samples, status in ((muted, "silent"), (quiet, "ok")):
+        expected = predictor.predict(samples, 16_000)
+        assert expected.status == status
+        assert predictor.predict(samples.astype(kind), 16_000) == expected
+    assert predictor.predict(quiet / 1.0, 16_000).probabilities != expected.probabilities
+    beyond = predictor.predict(np.array([40_000, -40_000] * 8_000), 16_000)
+    assert beyond.reason == "it has samples as large as 40000"
+
+
 def test_answers_become_a_table_with_the_columns_of_the_batch_pass(predictor, tmp_path):
     long = write_wav(tmp_path / "long.wav", voice(5, 16_000), 16_000)
     answers = predictor.predict([long, tmp_path / "missing.wav"])

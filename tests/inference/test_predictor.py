@@ -15,12 +15,13 @@ import torch
 
 from ser_ray.cli.main import main
 from ser_ray.errors import CheckpointError, ConfigError
+from ser_ray.features.config import FeatureConfig
 from ser_ray.features.decode import decode
 from ser_ray.features.loudness import measure_loudness
 from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.inference.prediction import prediction_row
 from ser_ray.inference.predictor import Predictor
-from ser_ray.inference.recordings import window_start_seconds
+from ser_ray.inference.recordings import RecordingReader, window_start_seconds
 from ser_ray.storage.paths import NOT_UTF8, NULL_CHARACTER
 from ser_ray.training.checkpoint import CARD, MODEL, read_network
 from ser_ray.training.data import Clips
@@ -64,6 +65,27 @@ def test_windows_are_where_the_sound_is_at_odd_rates(predictor):
     starts, ends = zip(*recording.windows, strict=True)
     assert min(starts) < at < min(ends)
     assert max(starts) < at + 8 < max(ends)
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind"),
+    [(16_000, "mel"), (22_050, "mel"), (11_025, "mel"), (22_050, "an encoder")],
+)
+def test_continuous_sound_loses_no_window_at_any_rate(rate, kind):
+    """6.5 s are the most: a window every 3.25 s up to 22.75 s, and one that ends at 30 s."""
+    reader = RecordingReader(FeatureConfig(max_seconds=6.5), kind, crop_frames=400)
+    recording = reader.read_samples(voice(30, rate), rate, "talk")
+    starts = [start for start, _ in recording.windows]
+    assert starts == pytest.approx([3.25 * number for number in range(8)] + [23.5])
+    assert len(recording.features) == 9
+
+
+def test_the_shortest_crop_gives_windows_with_enough_sound(predictor):
+    reader = RecordingReader(FEATURES, "mel", crop_frames=1)
+    recording = reader.read_samples(voice(4, 16_000), 16_000, "talk")
+    assert recording.status == "ok"
+    lengths = [end - start for start, end in recording.windows]
+    assert lengths == pytest.approx([2 * FEATURES.min_seconds] * 19), "one every 0.2 s up to 3.6 s"
 
 
 @pytest.mark.parametrize("seconds", [0.7, 1.25, 2.6])  # below, about and above one crop

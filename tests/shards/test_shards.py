@@ -34,6 +34,7 @@ from ser_ray.features.transforms import FeatureExtractor
 from ser_ray.progress import count_files
 from ser_ray.shards.card import make_card, write_card
 from ser_ray.shards.config import PrepareConfig
+from ser_ray.shards.digest import same_bytes
 from ser_ray.shards.layout import CLIPS, OUTCOMES, clips_name, outcomes_name
 from ser_ray.shards.plan import (
     CommittedShard,
@@ -448,6 +449,31 @@ def test_copies_with_different_sound_are_conflicts(tmp_path: Path) -> None:
         f"differs in sound from {kept}, which has the same file name and is used"
     )
     assert find_mistakes(shards.outcomes()) == [f"{found['path']} {found['reason']}"]
+
+
+def test_a_copy_that_cannot_be_read_is_an_outcome_and_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{name}.wav" for name in clip_names(2)]
+    samples = (voice(0.6) * 20_000).astype(np.int16)
+    for place, sound in {"": samples, "a/": samples[::-1]}.items():
+        for name in names:
+            write_wav(tmp_path / f"{place}{name}", sound)
+    locked, other = (str(tmp_path / "a" / name) for name in names)
+
+    def same(one: str, other: str) -> bool:
+        if locked in (one, other):
+            raise PermissionError(13, "Permission denied", locked)
+        return same_bytes(one, other)
+
+    monkeypatch.setattr("ser_ray.shards.write.same_bytes", same)
+    shards = write_shards(list_corpus(str(tmp_path)), tmp_path.parent / "locked-shards")
+    rows = {row["path"]: row for row in shards.outcomes().to_pylist()}
+    assert shards.card.counts == {"conflict": 1, "ok": 2, "unreadable": 1}
+    assert rows[other]["status"] == "conflict"
+    assert (rows[locked]["status"], rows[locked]["reason"]) == (
+        "unreadable", f"cannot be compared with {tmp_path / names[0]}: Permission denied",
+    )  # fmt: skip
 
 
 def test_segments_are_clips_and_their_file_is_decoded_once(
