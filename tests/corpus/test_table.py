@@ -105,7 +105,7 @@ def test_a_quotation_mark_that_would_join_rows_is_refused(
 
 def test_quotation_marks_of_a_value_join_no_rows(folder: Path) -> None:
     header, *rows = PLAIN.splitlines()
-    texts = ('"a ""q""\nin two lines"', '5" mic')
+    texts = ('"a ""q""\nin two lines"', '5" mic' + 200_000 * "!")
     lines = [f"{row},{text}" for row, text in zip(rows, texts, strict=True)]
     (folder / "t.csv").write_text("\n".join([f"{header},text", *lines]))
     assert rows_of(folder / "t.csv") == EXPECTED

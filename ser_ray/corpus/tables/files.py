@@ -132,6 +132,7 @@ def _require_closed_quotes(text: str, separator: str) -> None:
     """Raise a TableError if a quotation mark joins rows, which Arrow would lose without a word."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     first = 1  # the first line of the row
+    limit = csv.field_size_limit(len(text))  # Arrow has no limit
     try:
         for _ in reader:
             first = reader.line_num + 1
@@ -140,6 +141,8 @@ def _require_closed_quotes(text: str, separator: str) -> None:
             f"the quotation mark that opens a value near line {first} is not closed at the end of "
             "the value, so rows would be lost; double the quotation marks inside values"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def column_key(name: str) -> str:
