@@ -65,8 +65,10 @@ def confusion_figure(confusion: np.ndarray, labels: Sequence[str], title: str = 
         axes.text(column + 0.5, row + 0.5, text, color=colour, ha="center", va="center")
     middles = np.arange(len(labels)) + 0.5
     row_labels = [f"{label} ({count})" for label, count in zip(labels, support, strict=True)]
-    axes.set_xticks(middles, labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(middles, row_labels)
+    axes.set_xticks(
+        middles, labels, rotation=45, ha="right", rotation_mode="anchor", parse_math=False
+    )
+    axes.set_yticks(middles, row_labels, parse_math=False)
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.set_aspect("equal")
@@ -88,7 +90,7 @@ def speakers_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figur
     axes.barh(positions, 1 - wa, left=wa, color=VERMILION, alpha=0.3, height=0.7)
     for position, row in enumerate(rows):
         axes.text(1.02, position, f"{row['wa']:.1%} of {row['clips']}", va="center")
-    axes.set_yticks(positions, [row["speaker"] for row in rows])
+    axes.set_yticks(positions, [row["speaker"] for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4)  # room for the text
     axes.set_xticks(np.linspace(0, 1, 6))

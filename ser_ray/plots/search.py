@@ -89,7 +89,7 @@ def _set_up_x_axis(axes: Axes, values: Sequence[Any]) -> Sequence[float]:
     """Set the scale and the ticks of the x-axis, and return the position of each value."""
     distinct = sorted(set(values))
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        axes.set_xticks(range(len(distinct)), [str(value) for value in distinct])
+        axes.set_xticks(range(len(distinct)), [str(value) for value in distinct], parse_math=False)
         axes.set_xlim(-0.5, len(distinct) - 0.5)
         return [distinct.index(value) for value in values]
     if distinct and distinct[0] > 0 and distinct[-1] >= 10 * distinct[0]:

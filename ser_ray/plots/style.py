@@ -2,17 +2,15 @@
 
 Figures are drawn without pyplot, so they need no display and no global state. The colours can be
 distinguished with the common kinds of colour blindness (Okabe and Ito 2008). Lines also differ by
-their dashes or width, and points by their shapes.
+their dashes or width, and points by their shapes. Names that a user chose are drawn with
+`parse_math=False`, because what stands between two $ is otherwise a formula.
 """
 
 import textwrap
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-matplotlib.rcParams["text.parse_math"] = False  # a name between two $ is not a formula
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
 """If a figure shows correct and wrong predictions, correct ones are blue, wrong ones vermilion."""
@@ -59,5 +57,5 @@ def add_title(figure: Figure, *lines: str) -> Figure:
     width = round(figure.get_figwidth() * CHARACTERS_PER_INCH)
     title = "\n".join(textwrap.fill(line, width) for line in lines if line)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
     return figure

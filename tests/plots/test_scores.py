@@ -10,6 +10,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from ser_ray.plots.scores import confusion_figure, reliability_figure, speakers_figure
+from ser_ray.plots.svg import inline_svg
 from tests.plots.drawn import lines
 
 LABELS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -120,6 +121,14 @@ def test_a_long_title_stays_inside_the_picture(draw: str) -> None:
     box = figure.texts[0].get_window_extent()
     assert figure.bbox.x0 <= box.x0
     assert box.x1 <= figure.bbox.x1
+
+
+def test_a_name_with_two_dollars_is_text_and_no_formula() -> None:
+    rows = [{"speaker": "s$^$", "wa": 0.5, "clips": 2}]
+    drawn = inline_svg(confusion_figure(np.eye(2, dtype=int), ["a$_$", "b"], "c$_$"), "one")
+    drawn += inline_svg(speakers_figure(rows), "two")
+    for text in (">a$_$<", ">a$_$ (1)<", ">c$_$<", ">s$^$<"):
+        assert text in drawn
 
 
 def test_drawing_leaves_pyplot_alone() -> None:

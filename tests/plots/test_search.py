@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ser_ray.plots.search import history_figure, importance_figure, parameter_figure, trial_sort_key
+from ser_ray.plots.svg import inline_svg
 from tests.plots.drawn import lines, points
 
 
@@ -66,6 +67,8 @@ def test_a_searched_choice_has_a_place_for_each_of_its_values() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["mel", "mfcc"]
     assert points(axes)["mfcc (1)"] == [[1, 0.6]]
     assert {x for x, _ in points(axes)["mel (4)"]} == {0}
+    figure = parameter_figure([item | {"weights": "a$_$.pth"} for item in TRIALS], "weights")
+    assert ">a$_$.pth<" in inline_svg(figure, "weights"), "it is text and no formula"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Figures of a training, read back from the drawn artists."""
 
+import re
+
 import numpy as np
 import pytest
 
+from ser_ray.plots.svg import inline_svg
 from ser_ray.plots.training import (
     curves_figure,
     layer_weights_figure,
@@ -69,6 +72,11 @@ def test_range_test_shows_both_losses_by_learning_rate_and_the_bounds() -> None:
     assert drawn["lr_min 2.0e-05"][0] == [2e-5, 2e-5]
     assert drawn["lr_max 5.0e-04"][0] == [5e-4, 5e-4]
     assert axes.get_xscale() == "log"
+
+
+def test_powers_of_ten_on_a_logarithmic_axis_are_formulas() -> None:
+    drawn = inline_svg(learning_rate_figure([1e-4, 1e-2], 1e-4, 1e-2), "learning rate")
+    assert "mathdefault" not in re.sub("<!--.*?-->", "", drawn)
 
 
 @pytest.mark.parametrize("title", ["", "test, emobox-6 fold 3 of 6 (speaker-independent), RAVDESS"])
