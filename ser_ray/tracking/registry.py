@@ -13,12 +13,13 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ser_ray.errors import CheckpointError, TrackingError
-from ser_ray.shards.card import have_prefixes
+from ser_ray.shards.card import UsedCorpus, have_prefixes
 from ser_ray.shards.read import ShardSet
 from ser_ray.tracking.run_metadata import SHARDS_TAG
 from ser_ray.tracking.store import LOCAL_STORE, as_tracking_error, connect, resolve_uri
@@ -105,27 +106,44 @@ def _refuse_seen_speakers(
     recipe: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
 ) -> None:
     """Raise CheckpointError if a model of the same corpus has seen the test speakers of a fold."""
-    theirs = {model.shards_fingerprint, *(corpus.fingerprint for corpus in model.corpora)}
-    ours = {shards.card.fingerprint, *(corpus.fingerprint for corpus in shards.corpora)}
-    is_same_corpus = theirs & ours or model.corpus == shards.card.corpus == "ravdess"
-    if recipe.protocol == "random" or not is_same_corpus:
+    theirs = _known_sets(model.corpora, model.corpus, model.shards_fingerprint)
+    ours = _known_sets(shards.corpora, shards.card.corpus, shards.card.fingerprint)
+    # The names that people of the same corpus have on our side. All of RAVDESS is one corpus.
+    seen = {
+        our_prefix + speaker.removeprefix(their_prefix)
+        for (their_set, their_kind, their_prefix), (our_set, our_kind, our_prefix) in product(
+            theirs, ours
+        )
+        if their_set == our_set
+        or their_kind == our_kind == "ravdess"
+        or their_prefix == our_prefix != ""
+        for speaker in (*model.split["train_speakers"], *model.split["validation_speakers"])
+        if speaker.startswith(their_prefix)
+    }
+    if recipe.protocol == "random" or not seen:
         return
-    # If only one side has prefixes, as in `emodb:03`, persons are compared without them.
-    is_same_form = have_prefixes(model.corpora) == have_prefixes(shards.corpora)
-
-    def person(speaker: str) -> str:
-        return speaker if is_same_form else speaker.rpartition(":")[2]
-
-    seen = {*map(person, (*model.split["train_speakers"], *model.split["validation_speakers"]))}
     clips = shards.clips()
     for fold in folds:
         test_speakers = select_rows(clips, replace(recipe, fold=fold)).test_speakers
-        if tested := sorted(name for name in test_speakers if person(name) in seen):
+        if tested := sorted(seen & {*test_speakers}):
             raise CheckpointError(
                 f"weights is {recipe.weights}: this model was trained or validated on the speakers "
                 f"{', '.join(tested)}, whom fold {fold} of {recipe.protocol} tests; choose the "
                 "protocol and fold of the model, or other weights"
             )
+
+
+def _known_sets(
+    corpora: Sequence[UsedCorpus], kind: str, fingerprint: str
+) -> list[tuple[str, str, str]]:
+    """Return the fingerprint, the kind and the prefix of speakers of each shard set."""
+    if not corpora:
+        return [(fingerprint, kind, "")]
+    is_mixed = have_prefixes(corpora)
+    return [
+        (corpus.fingerprint, corpus.kind, f"{corpus.prefix}:" if is_mixed else "")
+        for corpus in corpora
+    ]
 
 
 def read_weights(

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ser_ray.cli.main import main
+from ser_ray.corpus.words import CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
 from ser_ray.evaluation import robustness
-from ser_ray.evaluation.evaluate import compare, evaluate, origin_of, shards_of
+from ser_ray.evaluation.evaluate import _seen_speakers, compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.sections import read_clips
 from ser_ray.evaluation.to_mlflow import record_evaluation, record_training
+from ser_ray.shards.card import UsedCorpus
 from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.data import Normalisation
 from ser_ray.training.parts import describe_split, select_rows
@@ -146,6 +149,48 @@ def test_speakers_seen_in_training_are_refused_unless_allowed(shards, checkpoint
     assert set(allowed.seen_speakers) == set(allowed.predictions["speaker"].to_pylist())
 
 
+def used(name: str, kind: CorpusKind = "table") -> UsedCorpus:
+    return UsedCorpus(
+        name=name, kind=kind, fingerprint=name, labels={}, clips=1, speakers=1, left_out={}
+    )
+
+
+EMODB, IEMOCAP, RAVDESS = used("emodb"), used("iemocap"), used("actors", "ravdess")
+
+
+@pytest.mark.parametrize(
+    ("corpora", "trained", "scored", "seen"),
+    [
+        # One set, with and without mapped labels, and then several sets.
+        ((EMODB,), ["01"], [("emodb:01", "emodb"), ("emodb:02", "emodb")], ["emodb:01"]),
+        ((), ["01"], [("emodb:01", "emodb"), ("emodb:02", "emodb")], ["emodb:01"]),
+        ((RAVDESS,), ["01"], [("ravdess:01", "actors"), ("emodb:02", "emodb")], ["ravdess:01"]),
+        # Several sets, and then one without prefixes, or several with other names.
+        ((RAVDESS, EMODB), ["ravdess:01", "emodb:03"], [("01", ""), ("02", ""), ("03", "")],
+         ["01", "03"]),
+        ((RAVDESS, EMODB), ["ravdess:01"], [("01", "actors"), ("01", "emodb")], ["01"]),
+        ((RAVDESS, EMODB), ["emodb:03"], [("new:03", "new"), ("new:04", "new")], ["new:03"]),
+        # Different people of the same name, in two corpora that the model knows.
+        ((EMODB, IEMOCAP), ["emodb:03", "iemocap:04"],
+         [("iemocap:03", "iemocap"), ("emodb:04", "emodb")], []),
+        ((EMODB, IEMOCAP), ["emodb:03", "iemocap:04"],
+         [("iemocap:04", "iemocap"), ("emodb:03", "emodb")], ["emodb:03", "iemocap:04"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["train_speakers", "validation_speakers"])
+def test_a_speaker_is_known_with_and_without_the_prefix_of_the_corpus(
+    corpora, trained, scored, seen, part
+):
+    card: Any = SimpleNamespace(
+        corpora=corpora, split={"train_speakers": [], "validation_speakers": []} | {part: trained}
+    )
+    columns = {"speaker": ["unscored", *(speaker for speaker, _ in scored)]}
+    if scored[0][1]:
+        columns["corpus"] = ["unscored", *(corpus for _, corpus in scored)]
+    rows = np.arange(1, len(scored) + 1)
+    assert _seen_speakers(card, pa.table(columns), rows) == tuple(seen)
+
+
 def test_the_number_of_validation_speakers_does_not_matter_for_another_protocol(shards, tmp_path):
     """Three of six speakers validated; a fold of speaker-2 has only three that it does not test."""
     checkpoint = checkpoint_for(shards, tmp_path / "three", validation_speakers=3)
@@ -198,6 +243,13 @@ def test_a_model_equals_itself_and_pairs_need_the_same_clips(shards, checkpoint,
     elsewhere = evaluate(checkpoint_for(shards, tmp_path / "third", fold=1), "here")
     with pytest.raises(ConfigError, match="scored on different clips"):
         compare(first, elsewhere)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_damaged_record_of_the_run_is_a_checkpoint_error(text, checkpoint):
+    (checkpoint / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json: is damaged .*; restore or delete it"):
+        origin_of(checkpoint)
 
 
 def test_the_learning_rates_on_the_page_are_those_of_the_loop(shards, tmp_path):
