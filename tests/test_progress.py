@@ -39,3 +39,12 @@ def test_a_terminal_gets_a_bar(
     assert "━━━" in shown
     assert "step 12" in shown
     progress.stderr_console.cache_clear()
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of files and messages of decoders are no markup and no emoji."""
+    text = "[v2]/x [mp3 @ 0x5] [/neutral] :fire: [bold]b[/bold]"
+    progress.stderr_console.cache_clear()
+    progress.stderr_console().print(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    progress.stderr_console.cache_clear()

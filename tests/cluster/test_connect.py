@@ -42,6 +42,20 @@ def test_a_ray_that_does_not_start_is_a_resources_error(
             pytest.fail("the block ran without a connection")
 
 
+@pytest.mark.parametrize("failure", [RuntimeError, ValueError, OSError, Exception])
+def test_a_ray_that_does_not_start_here_is_a_resources_error(
+    failure: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise failure("no port")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    message = r"Ray did not start on this machine \(no port\)\. The machine may be"
+    with pytest.raises(ResourcesError, match=message), cluster():
+        pytest.fail("the block ran without Ray")
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

@@ -31,6 +31,15 @@ def test_one_file_of_every_folder_is_checked_up_to_a_limit(
     assert one_of_each_folder(files) == [files[0], files[3], files[6]]
 
 
+def test_two_threads_may_check_one_folder(tmp_path: Path) -> None:
+    with shared_files._marker_in(tmp_path) as one:
+        with shared_files._marker_in(tmp_path) as other:
+            assert one.exists()
+            assert other.exists()
+        assert one.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that other machines do not see, so that `require_shared` refuses what is in it."""

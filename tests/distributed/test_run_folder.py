@@ -3,16 +3,23 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from pyarrow import fs
 
+from ser_ray.distributed import mlflow_run
+from ser_ray.distributed.mlflow_run import start_run
+from ser_ray.distributed.run_config import RunConfig
 from ser_ray.distributed.run_folder import RAY_LIST, RECORD, RunFolder
 from ser_ray.errors import CheckpointError
 from ser_ray.features.config import FeatureConfig
+from ser_ray.shards.read import open_shards
 from ser_ray.storage.lock import FolderLock
+from ser_ray.tracking.tracker import Tracker
 from ser_ray.training.checkpoint import (
     MODEL,
     PROGRESS,
@@ -25,6 +32,8 @@ from ser_ray.training.checkpoint import (
 from ser_ray.training.checkpoint_card import CheckpointCard
 from ser_ray.training.data import Normalisation
 from ser_ray.training.recipe import TrainConfig
+from tests.mlflow_store import new_store
+from tests.shard_files import write_shard_files
 
 NUM_BINS = FeatureConfig().num_bins(TrainConfig().feature)
 CARD = CheckpointCard(
@@ -71,6 +80,39 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path: Pat
     for folder in (RunFolder(str(tmp_path / "file"), "run"), RunFolder(str(tmp_path), "n" * 300)):
         with pytest.raises(CheckpointError, match=r"lock\.json: cannot be .*choose another folder"):
             folder.lock().__enter__()
+
+
+@pytest.mark.parametrize("place", [Tracker.describe, Tracker.log_files, RunFolder.update_record])
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (CheckpointError("no"), "FAILED")]
+)
+def test_a_run_that_cannot_be_described_is_closed_and_resumed_by_the_next_call(
+    place: Any, error: BaseException, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_run, "provenance", dict)
+    uri, name = new_store(tmp_path), place.__name__
+    owner = RunFolder if place is RunFolder.update_record else Tracker
+    folder, shards = RunFolder(str(tmp_path), "run"), open_shards(write_shard_files(tmp_path / "a"))
+
+    def start() -> str:
+        tags = {"command": "ser-ray train"}
+        run = RunConfig(tracking_uri=uri)
+        return start_run(folder, run, shards, tags, {}, "one training", {"recipe": 1}).run_id
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(type(error)):
+            start()
+    client = MlflowClient(uri)
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    [run] = client.search_runs(experiments)
+    assert run.info.status == status
+    if owner is Tracker:
+        assert folder.record()["run_id"] == start() == run.info.run_id
+        assert client.get_run(run.info.run_id).info.status == "RUNNING"
 
 
 def test_an_incomplete_record_is_an_error_with_the_way_out(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+import ser_ray
 from ser_ray.cli.main import main
 from ser_ray.corpus.words import CorpusKind
 from ser_ray.errors import CheckpointError, ConfigError, CorpusError, ShardsError
-from ser_ray.evaluation import robustness
+from ser_ray.evaluation import robustness, to_mlflow
 from ser_ray.evaluation.evaluate import _seen_speakers, compare, evaluate, origin_of, shards_of
 from ser_ray.evaluation.pages import run_page
 from ser_ray.evaluation.sections import read_clips
@@ -330,6 +331,26 @@ def test_an_evaluation_stores_its_scores_and_tables_and_adds_to_the_page_of_the_
     assert evaluation.label in tracker.lines["Test"]
     assert json.loads(json.dumps(tracker.files["tables/test.json"]))["ua"] == evaluation.scores.ua
     assert tracker.files["tables/test_predictions.csv"].num_rows == len(evaluation.truth)
+
+
+def test_the_report_of_an_evaluation_is_a_page_that_exists(shards, checkpoint, in_tmp, monkeypatch):
+    """The page of the training may be gone, and is not the page of another fold."""
+    report = in_tmp / "report.html"
+    origin = {"run_id": "0123", "tracking_uri": "somewhere", "report": str(report)}
+    (checkpoint / "run.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(to_mlflow, "record_evaluation", lambda *_, **__: None)
+    gone = ser_ray.evaluate(checkpoint, "here", audio=False)
+    assert gone.is_own_test
+    report.write_text("the page of the training")
+    found = ser_ray.evaluate(checkpoint, "here", audio=False)
+    other = ser_ray.evaluate(checkpoint, "here", fold=1, allow_seen_speakers=True, audio=False)
+    assert found.report == str(report)
+    for evaluation in (gone, other):
+        assert Path(evaluation.report).parent == Path("ser-ray-out/evaluations")
+        assert f"{evaluation.scores.ua:.1%}" in Path(evaluation.report).read_text()
+    assert gone.report != other.report
+    for evaluation in (gone, found, other):
+        assert evaluation.to_dict()["report"] == evaluation.report
 
 
 def test_scores_under_conditions_stand_beside_those_of_the_clips_as_they_are(

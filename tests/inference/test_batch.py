@@ -233,6 +233,27 @@ def test_an_interrupted_pass_resumes_only_with_answers_of_the_same_model(tmp_pat
         assert not results.is_answered("a")
 
 
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_files_of_a_damaged_chunk_are_predicted_again(kept, tmp_path, caplog):
+    output = tmp_path / "found.csv"
+    for file in "ab":
+        with suppress(KeyboardInterrupt), open_results(str(output), "one", LABELS) as results:
+            results.append(table_of([{"path": file, "status": "silent"}]))
+            raise KeyboardInterrupt
+        chunks = set(Path(f"{output}.partial").glob("*.parquet"))
+        if file == "a":
+            [first] = chunks
+    content = first.read_bytes()
+    first.write_bytes(content[: int(kept * len(content))])
+    with open_results(str(output), "one", LABELS) as results:
+        assert caplog.messages == [f"{first} is damaged, so its files are predicted again"]
+        assert not results.is_answered("a")
+        assert results.is_answered("b")
+        results.append(table_of([{"path": "a", "status": "silent"}]))
+        assert results.finish(["a", "b"]) == ({"silent": 2}, {})
+    assert not Path(f"{output}.partial").exists()
+
+
 def test_only_one_pass_writes_a_table(tmp_path):
     output = str(tmp_path / "found.csv")
     with (

@@ -61,6 +61,11 @@ def test_the_grid_of_a_dimension(line, grid):
         ("lr_min=loguniform(1e-5,1e-4)", "draw lr_ratio"),
         ("fold=choice(0,1)", "fold cannot be searched"),
         ("keep=choice(last,best)", "keep cannot be searched"),
+        (
+            "label_map=choice(usual,common)",
+            "label_map cannot be searched: all trials read",
+        ),
+        ("temperature=choice(true)", "temperature cannot be searched: it changes no score, and is"),
         ("lr_max", "must be name=distribution(...)"),
         ("lr_max=normal(0,1)", "no distribution normal; known are loguniform"),
         ("lr_max=loguniform(1e-2,1e-4)", "must be below the high value"),

@@ -510,6 +510,40 @@ def test_an_error_that_the_recipe_did_not_cause_fails_the_process_of_the_trial(
     assert not [metrics for metrics, _ in reports if "problem" in metrics]
 
 
+@pytest.mark.parametrize(
+    ("space", "read"),
+    [
+        (("weights=choice(none)",), {("none", "mel")}),
+        (("weights=choice(none,imagenet)",), {("none", "mel"), ("imagenet", "mel")}),
+        (("feature=choice(tiny)",), {("mine.pth", "tiny")}),  # heads on encoders read no weights
+        (("feature=choice(mel,mfcc)",), {("mine.pth", "mel")}),
+    ],
+)
+def test_a_search_reads_only_the_weights_with_which_trials_begin(
+    space, read, shards, tmp_path, monkeypatch
+):
+    asked: list[tuple[str, str]] = []
+
+    def read_weights(recipe: TrainConfig, *_: object) -> Pretrained:
+        asked.append((recipe.weights, recipe.feature))
+        return Pretrained(recipe.weights, {})
+
+    def stop(*arguments: Any, **_: object) -> None:
+        setups.append(arguments[5])
+        raise KeyboardInterrupt
+
+    setups: list[TrialSetup] = []
+    monkeypatch.setattr(tune_module, "read_initial_weights", read_weights)
+    monkeypatch.setattr(tune_module, "open_study", stop)
+    monkeypatch.setattr(tune_module, "search_name", lambda *_: "search")
+    recipe = replace(RECIPE, weights="mine.pth")
+    config = TuneConfig(space=("feature=choice(mel)", *space))
+    with pytest.raises(KeyboardInterrupt):
+        search(shards, recipe, run_config(tmp_path), config, SlotConfig(), show=print)
+    assert set(asked) == read
+    assert setups[0].pretrained.keys() == {weights for weights, _ in read}
+
+
 def test_a_study_keeps_its_run_and_refuses_another_recipe(shards, tmp_path, monkeypatch):
     """It also checks that its tracking store is not in a folder that Ray deletes after the job."""
     kept: list[str] = []

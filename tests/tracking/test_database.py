@@ -128,6 +128,22 @@ def test_the_scheme_of_a_server_may_be_left_out(uri: str, resolved: str) -> None
     assert resolve_uri(uri) == resolved
 
 
+@pytest.mark.parametrize(
+    "uri",
+    ["http://localhost:5OOO", "http://localhost:500000", "http://a..b:5000", "http://[::1:5000",
+     "localhost:500000"],
+)  # fmt: skip
+def test_a_malformed_address_is_named_with_the_option_and_the_variable(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (uri, ""):
+        with pytest.raises(TrackingError, match="check --tracking-uri, or the variable") as error:
+            resolve_uri(given)
+        assert uri in str(error.value)
+        assert "\n" not in str(error.value)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+
 def test_a_server_without_scheme_and_port_is_named_as_a_slip() -> None:
     with pytest.raises(TrackingError, match="address of a server begins with http://"):
         connect(resolve_uri("mlflow.my-lab.org"))

@@ -32,6 +32,13 @@ def test_a_run_is_a_model_by_its_folder_and_by_its_name(in_tmp, checkpoint):
         read_card(found)
 
 
+def test_an_error_of_the_caller_is_no_error_of_the_storage(checkpoint):
+    error = OSError("the caller's disk is full")
+    with pytest.raises(OSError, match="disk is full") as raised, local_model(checkpoint):
+        raise error
+    assert raised.value is error
+
+
 def test_a_model_begins_a_training_and_keeps_its_last_layer_only_for_its_own_labels(checkpoint):
     weights = load_file(checkpoint / MODEL)
     same = read_weights(str(checkpoint), LABELS)

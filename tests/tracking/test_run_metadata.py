@@ -25,6 +25,20 @@ def test_lines_of_a_description_are_kept_replaced_and_ordered() -> None:
     assert "Test" not in merge_note(note, {"Test": ""})
 
 
+def test_text_of_the_user_in_a_description_stays() -> None:
+    lines = {"Run": "one training", "Test": "UA 50.0%"}
+    own = "Compare with **Monday**.\n\n- a list\n- of two\n\n**Todo**: listen again"
+    note = f"Why: **Run** differs.\n\n{merge_note('', lines)}\n\n{own}"
+    ours = ["**Test**: UA 50.0%", "**Run**: one training", "Why: **Run** differs."]
+    assert merge_note(note, {}) == "\n\n".join([*ours, own])
+    changed = merge_note(note, {"Run": "a search"})
+    assert changed == merge_note(note, {}).replace("one training", "a search")
+    assert merge_note(changed, {"Run": "a search"}) == changed
+    assert merge_note(note, {"Test": "", "Run": ""}) == f"{ours[2]}\n\n{own}"
+    assert merge_note("mine", {}) == "mine"
+    assert merge_note("mine", {"Run": "a search"}) == "**Run**: a search\n\nmine"
+
+
 def test_the_data_set_of_a_run_is_the_shard_set(memory_shards: MemoryShards) -> None:
     dataset = dataset_of(cast(ShardSet, memory_shards)).dataset
     assert (dataset.name, dataset.digest) == ("own", "f00d")
