@@ -59,7 +59,7 @@ def show_progress(unit: str, given: Report | None = None) -> Iterator[Report]:
         if sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = BarColumn(), TextColumn("{task.description}")
+            columns = BarColumn(), TextColumn("{task.description}", markup=False)
             bar = stack.enter_context(Progress(*columns, console=stderr_console()))
             task = bar.add_task("starting", total=None)
 

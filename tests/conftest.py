@@ -18,6 +18,7 @@ from ser_ray.corpus.ravdess.names import EMOTIONS
 from ser_ray.features.config import FeatureConfig
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.shards.card import ShardCard, UsedCorpus
+from ser_ray.shards.read import ShardSet
 from ser_ray.training.recipe import AugmentConfig
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class MemoryShards:
     uri: str = "memory"
     locations: tuple[str, ...] = ("memory",)
     corpora: tuple[UsedCorpus, ...] = ()
+    num_clips = ShardSet.num_clips
 
     def clips(self) -> pa.Table:
         return self.table

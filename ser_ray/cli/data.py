@@ -37,7 +37,6 @@ class Prepare(Verb):
         """Prepare the shards, and count the files by outcome."""
         from ser_ray.corpus.folds import suggest_protocol
         from ser_ray.corpus.ravdess.census import compare_with_ravdess
-        from ser_ray.tracking.run_metadata import count_clips
 
         say("prepare", f"{self.prepare.corpus} into {self.prepare.shards}")
         summary = api.prepare(self.prepare, address=self.common.address)
@@ -50,7 +49,7 @@ class Prepare(Verb):
         data = {
             "shards": self.prepare.shards,
             "files": card.num_files,
-            "clips": count_clips(shards),
+            "clips": shards.num_clips,
             "outcomes": card.counts,
             "fingerprint": card.fingerprint,
             "seconds": summary.seconds,

@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
-from io import UnsupportedOperation
+from contextlib import redirect_stdout
 
 from ser_ray.cli.data import Download, Prepare
 from ser_ray.cli.model import DemoUi, Evaluate, Export, Predict, Register
@@ -78,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end(f"interrupted{_advice(verb)}", 130)
     except BrokenPipeError:
-        _discard_output()
+        _discard_unwritten()
         return 1
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        _discard_output()
+        _discard_unwritten()
         file = f"{error.filename}: " if error.filename else ""
         return _end(f"error: {file}{error.strerror or error}", 2)
     finally:
@@ -106,9 +105,11 @@ def _run(verb: Verb) -> int:
     return 0
 
 
-def _discard_output() -> None:
-    """Drop text that could not be written; Python would try to write it again when it exits."""
-    with suppress(UnsupportedOperation):  # a stream of a Python caller, without a file
+def _discard_unwritten() -> None:
+    """Drop output that cannot be written, because Python would try again when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -128,4 +129,4 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        stderr_console().print(f"{level}{record.getMessage()}", markup=False)
+        stderr_console().print(f"{level}{record.getMessage()}")

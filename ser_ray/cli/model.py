@@ -167,7 +167,7 @@ class Predict(ModelVerb):
             )
         listed = list_audio(self.files)
         if left_out := describe_left_out(listed.left_out):
-            stderr_console().print(left_out, markup=False)
+            stderr_console().print(left_out)
         say("model", f"loading {self.model}")
         predictor = api.load_model(
             self.model, self.tracking_uri, min_confidence=self.min_confidence

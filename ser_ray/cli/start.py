@@ -1,4 +1,4 @@
-"""The entry point of `ser-ray`: starts Python again with large pages of memory, if these help.
+"""The entry point of `ser-ray`. It restarts Python with huge pages of memory, if these help.
 
 A training step on CPUs passes over all weights, gradients and optimiser states several times. On a
 virtual machine with pages of 4 KiB, the translation of addresses takes about half of this time (see
@@ -27,9 +27,9 @@ def main() -> int:
 
 
 def needs_restart() -> bool:
-    """Return whether the kernel gives huge pages only on request, and nothing requests them yet.
+    """Return whether the kernel gives huge pages only on request, and GLIBC_TUNABLES is not set.
 
-    If the user has set GLIBC_TUNABLES, it stays as it is.
+    A value of GLIBC_TUNABLES that the user has set is not changed.
     """
     if TUNABLES in os.environ or not sys.executable:
         return False

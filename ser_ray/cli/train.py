@@ -233,7 +233,7 @@ def say_training(locations: Sequence[str], recipe: TrainConfig, folds: Sequence[
     clips = shards.clips()
     speakers = len(set(clips["speaker"].to_pylist()))
     is_first_window = clips["window"].to_numpy() == 0  # a long clip has several windows
-    size = f"{is_first_window.sum()} clips, {speakers} speakers, {len(shards.card.labels)} labels"
+    size = f"{shards.num_clips} clips, {speakers} speakers, {len(shards.card.labels)} labels"
     say("shards", f"{' '.join(locations)}: {size}")
     for corpus in shards.corpora:
         say("", str(corpus))

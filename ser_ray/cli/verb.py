@@ -66,4 +66,4 @@ class Verb:
 
 def say(name: str, text: str) -> None:
     """Print a line on standard error: a name and a text."""
-    stderr_console().print(f"{name:12} {text}", markup=False)
+    stderr_console().print(f"{name:12} {text}")

@@ -73,7 +73,7 @@ def map_labels(
         return {corpus: {name: name for name in names} for corpus, names in labels.items()}
     spelling = {usual_label(name): name for name in known}
     maps = {
-        corpus: {name: spelling.get(usual_label(name), usual_label(name)) for name in names}
+        corpus: {name: spelling.get(usual := usual_label(name), usual) for name in names}
         for corpus, names in labels.items()
     }
     return only_among(maps, known) if choice == COMMON and known else maps

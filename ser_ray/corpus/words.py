@@ -14,7 +14,7 @@ CORPORA = {
     "table": "a custom corpus",
     "several": "several corpora",
 }
-"""{kind of corpus: its name, which captions of scores show}."""
+"""{kind of corpus: its name in the captions of scores}."""
 MISSING_WORDS = (
     "nan", "-nan", "na", "n/a", "<na>", "null", "none", "nil", "nat", "n.a.", "#n/a", "#na",
     "#null!", "#ref!", "#value!", "#name?", "?", "-", "--",

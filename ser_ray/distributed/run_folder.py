@@ -26,7 +26,7 @@ from pyarrow import fs
 from safetensors.numpy import load
 
 from ser_ray.distributed.run_config import RunConfig
-from ser_ray.errors import CheckpointError, ConfigError, MismatchError, SerRayError
+from ser_ray.errors import CheckpointError, MismatchError, SerRayError
 from ser_ray.evaluation.evaluation import REPORT
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.atomic import write_file
@@ -44,7 +44,7 @@ from ser_ray.training.checkpoint import (
     read_card,
     read_progress,
 )
-from ser_ray.training.checkpoint_card import CheckpointCard, first_difference
+from ser_ray.training.checkpoint_card import CARD_ERRORS, CheckpointCard, first_difference
 from ser_ray.training.model import Pretrained
 from ser_ray.training.recipe import TrainConfig
 
@@ -241,7 +241,7 @@ class RunFolder:
         """
         try:
             return CheckpointCard.from_json(self.read(f"{SELECTED}/{CARD}").decode())
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, *CARD_ERRORS) as error:
             raise CheckpointError(
                 f"{location_inside(self.location, SELECTED)}: the model of this finished run "
                 f"cannot be read ({error}); restore it, or give another --name to train again"

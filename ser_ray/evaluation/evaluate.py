@@ -245,13 +245,14 @@ def _seen_speakers(card: CheckpointCard, table: pa.Table, rows: np.ndarray) -> t
     """
     seen = {*card.split["train_speakers"], *card.split["validation_speakers"]}
     seen_people = {name.rpartition(":")[2] for name in seen}
-    prefixes = {corpus.name: corpus.prefix for corpus in card.corpora}
+    prefixes = {corpus.name: f"{corpus.prefix}:" for corpus in card.corpora}
+    has_prefixes = have_prefixes(card.corpora)
 
     def is_seen(speaker: str, corpus: str) -> bool:
         if corpus not in prefixes:
             return speaker in seen or speaker.rpartition(":")[2] in seen_people
-        person = speaker.removeprefix(f"{prefixes[corpus]}:")
-        return (f"{prefixes[corpus]}:{person}" if have_prefixes(card.corpora) else person) in seen
+        person = speaker.removeprefix(prefixes[corpus])
+        return (prefixes[corpus] + person if has_prefixes else person) in seen
 
     scored = table.take(rows)
     speakers = scored["speaker"].to_pylist()

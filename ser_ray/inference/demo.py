@@ -129,8 +129,8 @@ def _picture(
 ) -> str:
     """Draw a recording with its silent ends and its timeline, as SVG.
 
-    The result is empty if the drawn part of the recording is silent or too short, or if the model's
-    features are too fine for a picture.
+    The result is empty if the drawn part of the recording is silent or too short, or if its
+    features would be larger than `FeatureConfig` allows.
     """
     seconds = DRAWN_SECONDS
     try:

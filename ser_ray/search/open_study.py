@@ -72,8 +72,8 @@ def open_study(
         params[kind] = settings | {"slots": {"count": slots.max_concurrent, **slots.resources}}
         tags = run_tags(kind, label, shards)
         about = f"a {kind}, whose trials are the nested runs. Its files are in `{folder.location}`"
-        with (
-            start_run(folder, run, shards, tags, params, about, identity) as parent,
-            Study(parent, folder, setup, slots, run, tags, show) as study,
-        ):
+        parent = start_run(folder, run, shards, tags, params, about, identity)
+        with parent:  # closes the run if the study cannot be opened
+            study = Study(parent, folder, setup, slots, run, tags, show)
+        with study:
             yield study

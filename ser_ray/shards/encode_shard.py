@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ser_ray.features.config import FeatureConfig
-from ser_ray.features.decode import MAX_RECORDING_SECONDS, decode
+from ser_ray.features.decode import decode
 from ser_ray.features.encoder_card import EncoderCard
 from ser_ray.features.errors import ClipError
 from ser_ray.features.samples import cut
@@ -108,14 +108,14 @@ def _groups_of_files(clips: pa.Table) -> Iterator[list[np.ndarray]]:
 
 
 def _decode_windows(windows: list[dict[str, Any]], extractor: FeatureExtractor) -> list[np.ndarray]:
-    """Decode a file, and return the waveforms of its windows in the shard.
+    """Decode a file, and return the waveform of each of its windows that the shard has.
 
     Raises:
         OSError: the file cannot be decoded, or its sound is not that of the clips in the shard.
     """
     path, waveforms = windows[0]["path"], []
     try:
-        recording = decode(path, max_seconds=MAX_RECORDING_SECONDS)
+        recording = decode(path)
         for first in (row for row in windows if row["window"] == 0):
             sound, _ = cut(recording, first["start"], first["end"])
             if sample_digest(sound.samples) != first["content"]:

@@ -71,6 +71,13 @@ class ShardSet:
         """Which clips of each corpus are used; empty except in `ser_ray.shards.corpora`."""
         return ()
 
+    @property
+    def num_clips(self) -> int:
+        """Number of clips. A clip that is cut into windows counts once."""
+        if self.corpora:
+            return sum(corpus.clips for corpus in self.corpora)
+        return self.card.counts[layout.OK]
+
     def clips(self) -> pa.Table:
         """Return all columns except the features, one row per clip or per window of a long clip."""
         tables = []

@@ -19,7 +19,7 @@ from ser_ray.errors import ConfigError, LocationError, first_line
 NOT_UTF8 = "the path is not UTF-8; rename the file or folder"
 NULL_CHARACTER = "a path cannot contain a null character"
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
-# pyarrow opens these schemes if it can, and decodes percent-encoded paths. fsspec opens the others.
+# Schemes of pyarrow, which decodes percent-encoded paths. fsspec opens URIs that pyarrow cannot.
 _PERCENT_ENCODED = (*_BUCKET_SCHEMES, "file", "abfs", "abfss", "hdfs", "viewfs")
 _PASSWORD = re.compile(r"://[^/?#@:]*:(?!\d+[/?#])[^@]+@")
 """Matches `://user:password@`, but not the port in `://host:9000/`. A password may have slashes,

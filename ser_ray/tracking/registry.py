@@ -16,7 +16,7 @@ from io import StringIO
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ser_ray.errors import CheckpointError, TrackingError
 from ser_ray.shards.card import UsedCorpus, have_prefixes
@@ -106,20 +106,14 @@ def _refuse_seen_speakers(
     recipe: TrainConfig, shards: ShardSet, folds: Sequence[int], model: CheckpointCard
 ) -> None:
     """Raise CheckpointError if a model of the same corpus has seen the test speakers of a fold."""
-    theirs = _known_sets(model.corpora, model.corpus, model.shards_fingerprint)
-    ours = _known_sets(shards.corpora, shards.card.corpus, shards.card.fingerprint)
-    # The names that people of the same corpus have on our side. All of RAVDESS is one corpus.
-    seen = {
-        our_prefix + speaker.removeprefix(their_prefix)
-        for (their_set, their_kind, their_prefix), (our_set, our_kind, our_prefix) in product(
-            theirs, ours
-        )
-        if their_set == our_set
-        or their_kind == our_kind == "ravdess"
-        or their_prefix == our_prefix != ""
-        for speaker in (*model.split["train_speakers"], *model.split["validation_speakers"])
-        if speaker.startswith(their_prefix)
-    }
+    theirs = _speaker_names(model.corpora, model.corpus, model.shards_fingerprint)
+    ours = _speaker_names(shards.corpora, shards.card.corpus, shards.card.fingerprint)
+    speakers = (*model.split["train_speakers"], *model.split["validation_speakers"])
+    seen = set()  # the names of the model's speakers in these shards
+    for their, our in product(theirs, ours):
+        if their.is_same_corpus(our):
+            names = [name for name in speakers if name.startswith(their.prefix)]
+            seen |= {our.prefix + name.removeprefix(their.prefix) for name in names}
     if recipe.protocol == "random" or not seen:
         return
     clips = shards.clips()
@@ -133,16 +127,35 @@ def _refuse_seen_speakers(
             )
 
 
-def _known_sets(
+class _SpeakerNames(NamedTuple):
+    """Says how the speakers of a shard set are named where the set is used."""
+
+    fingerprint: str
+    """Fingerprint of the shard set."""
+    kind: str
+    """Kind of corpus."""
+    prefix: str
+    """Prefix of the names, such as `emodb:`; empty if the names have none."""
+
+    def is_same_corpus(self, other: "_SpeakerNames") -> bool:
+        """Return whether two shard sets have the same speakers. All of RAVDESS is one corpus."""
+        return (
+            self.fingerprint == other.fingerprint
+            or self.kind == other.kind == "ravdess"
+            or self.prefix == other.prefix != ""
+        )
+
+
+def _speaker_names(
     corpora: Sequence[UsedCorpus], kind: str, fingerprint: str
-) -> list[tuple[str, str, str]]:
-    """Return the fingerprint, the kind and the prefix of speakers of each shard set."""
+) -> list[_SpeakerNames]:
+    """Return the names in each of several corpora or, without any, in the only shard set."""
     if not corpora:
-        return [(fingerprint, kind, "")]
-    is_mixed = have_prefixes(corpora)
+        return [_SpeakerNames(fingerprint, kind, "")]
+    has_prefixes = have_prefixes(corpora)
     return [
-        (corpus.fingerprint, corpus.kind, f"{corpus.prefix}:" if is_mixed else "")
-        for corpus in corpora
+        _SpeakerNames(item.fingerprint, item.kind, f"{item.prefix}:" if has_prefixes else "")
+        for item in corpora
     ]
 
 

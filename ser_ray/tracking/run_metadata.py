@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ser_ray.corpus.words import CORPORA
 from ser_ray.features.config import KINDS
-from ser_ray.shards.layout import OK
 from ser_ray.shards.read import ShardSet
 from ser_ray.storage.paths import name_account
 from ser_ray.tracking.store import configure_mlflow_client
@@ -98,18 +97,11 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
-def count_clips(shards: ShardSet) -> int:
-    """Return the number of clips in a shard set. A clip that is cut into windows counts once."""
-    if shards.corpora:
-        return sum(corpus.clips for corpus in shards.corpora)
-    return shards.card.counts[OK]
-
-
 def data_line(shards: ShardSet) -> str:
     """Return the line of a description that names the shards of a run."""
     card = shards.card
     return (
-        f"{dataset_name(shards)}, {count_clips(shards)} clips, {len(card.labels)} labels, in "
+        f"{dataset_name(shards)}, {shards.num_clips} clips, {len(card.labels)} labels, in "
         f"`{', '.join(shards.locations)}` (fingerprint {card.fingerprint})"
     )
 
@@ -140,7 +132,7 @@ def dataset_of(shards: ShardSet) -> "DatasetInput":
         source_type="local" if "://" not in first else first.partition("://")[0],
         source=json.dumps({"uri": " ".join(shards.locations)}),
         schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
-        profile=json.dumps({"num_clips": count_clips(shards), "labels": list(card.labels)}),
+        profile=json.dumps({"num_clips": shards.num_clips, "labels": list(card.labels)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 

@@ -106,7 +106,7 @@ def serve(store: str, port: int) -> int:
 
 
 def local_folder(store: str) -> Path:
-    """Return the folder on this machine that holds the database of this store and of no other."""
+    """Return the local folder for the database of a store. Each store has its own folder."""
     digest = hashlib.sha256(absolute(store).encode()).hexdigest()[:12]
     return (LOCAL / digest).expanduser()
 

@@ -45,7 +45,7 @@ def resolve_uri(tracking_uri: str) -> str:
     try:
         parts = urlsplit(uri)
         if uri.startswith("http"):
-            _ = parts.port, (parts.hostname or "").encode("idna")  # these look at port and host
+            _ = parts.port, (parts.hostname or "").encode("idna")  # both can raise ValueError
     except ValueError as error:
         raise TrackingError(
             f"{uri}: this is not the address of an MLflow server ({error}); check --tracking-uri, "

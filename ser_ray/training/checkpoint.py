@@ -29,7 +29,7 @@ from ser_ray.errors import CheckpointError, ConfigError, EncoderError
 from ser_ray.features.config import require_valid
 from ser_ray.storage.json_text import read_object
 from ser_ray.storage.paths import filesystem_of
-from ser_ray.training.checkpoint_card import CheckpointCard
+from ser_ray.training.checkpoint_card import CARD_ERRORS, CheckpointCard
 from ser_ray.training.model import EncoderHead, ResNet18, new_network
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def read_card(directory: Path) -> CheckpointCard:
         )
     try:
         return CheckpointCard.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, ConfigError) as error:
+    except (OSError, *CARD_ERRORS) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint's card ({error})") from error
 
 

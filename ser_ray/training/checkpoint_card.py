@@ -21,6 +21,8 @@ from ser_ray.training.parts import describe_split
 from ser_ray.training.recipe import TrainConfig
 
 SCHEMA_VERSION = 1
+CARD_ERRORS = (ValueError, KeyError, TypeError, OverflowError, ConfigError)
+"""The errors of `CheckpointCard.from_json` for a text that is not a card."""
 IngestKind = Literal["resident", "stream"]
 """Whether the training clips were in memory or streamed. Their order depends on this."""
 
@@ -93,7 +95,7 @@ class CheckpointCard:
 
         Raises:
             CheckpointError: the card has another schema version.
-            ValueError, KeyError, TypeError, OverflowError, ConfigError: the text is not a card.
+            CARD_ERRORS: the text is not a card.
         """
         values = read_object(text)
         version = values.pop("schema_version", None)
