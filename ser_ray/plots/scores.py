@@ -121,8 +121,8 @@ def reliability_figure(
     # The frame must not cut off points at 0 or 100 %.
     on_top = {"clip_on": False, "zorder": 3}
     if before is not None:
-        label = "without calibration"
-        upper.plot(*before, "--", color=GREEN, marker="s", label=label, alpha=0.7, **on_top)
+        how = {"color": GREEN, "marker": "s", "alpha": 0.7, **on_top}
+        upper.plot(*before, "--", label="uncalibrated", **how)
     upper.plot(confidence, accuracy, "-", color=VERMILION, marker="o", label="this model", **on_top)
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")
